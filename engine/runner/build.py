@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,28 +21,17 @@ from engine.runner.device import Device
 from engine.runner.graphs import WarmUp
 from engine.runner.loaded_model import LoadedModel
 from engine.runner.loading import DTYPES
-from engine.runner.memory_plan import (
-    MemoryPlan,
-    check_sizes,
-    kv_row_bytes,
-    state_slot_bytes,
-    warn_if_promised,
-)
+from engine.runner.memory_plan import MemoryPlan, check_sizes, warn_if_promised
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Newest, Segment
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.units import GIB, counted
 
-Kind = TypeVar("Kind", bound=ModelRunner)
 
-
-def load_runner(config: EngineConfig, rank: Rank = ALONE) -> ModelRunner:
+def load_runner(
+    config: EngineConfig, rank: Rank = ALONE, kind: type[ModelRunner] = ModelRunner
+) -> ModelRunner:
     """Load the model that ``config`` names, and allocate its memory. Raises ModelError."""
-    return load_runner_as(ModelRunner, config, rank)
-
-
-def load_runner_as(kind: type[Kind], config: EngineConfig, rank: Rank) -> Kind:
-    """Load a runner of a subclass; see ``load_runner``."""
     device = Device.resolve(config.device)
     check_sizes(config, device)  # Before anything slow.
     if not rank.number:
@@ -54,17 +43,13 @@ def load_runner_as(kind: type[Kind], config: EngineConfig, rank: Rank) -> Kind:
     reserved_bytes = (
         _rehearsed_bytes(loaded) if warms_up else loaded.step_state_bytes + loaded.own_state_bytes
     )
-    plan = MemoryPlan.fit(
-        loaded.sizes,
-        loaded.dtype,
+    plan = loaded.plan(page_size=config.page_size).fit(
         loaded.device,
-        cache_bytes=_bytes(config.cache_gib),
-        page_size=config.page_size,
-        state_dtype=loaded.state_dtype,
+        config.cache_bytes.get("cache_gib"),
         reserved_bytes=reserved_bytes,
-        checkpoints=loaded.checkpoints,
         num_ranks=rank.count,
-    ).agreed(rank, loaded.device)
+    )
+    plan = plan.agreed(rank, loaded.device)
     exactness = check_exactness(loaded)
     runner = kind(loaded, plan, _max_model_len(loaded, plan))
     runner.exactness = exactness
@@ -84,15 +69,8 @@ def _rehearsed_bytes(loaded: LoadedModel) -> int:
     memory."""
     longest = loaded.settings.max_model_len or loaded.config.max_len
     free_bytes = loaded.device.unused_bytes()
-    smallest = MemoryPlan.smallest(
-        loaded.sizes, loaded.dtype, loaded.state_dtype, loaded.checkpoints
-    )
-    runner = ModelRunner(loaded, smallest, longest)
+    runner = ModelRunner(loaded, loaded.plan(), longest)
     return max(0, free_bytes - loaded.device.unused_bytes()) + measure(runner)
-
-
-def _bytes(gib: float | None) -> int | None:
-    return None if gib is None else int(gib * GIB)
 
 
 def _max_model_len(loaded: LoadedModel, plan: MemoryPlan) -> int:
@@ -143,15 +121,13 @@ class _Runs:
     """Steps of an excerpt of a model, on memory that only they use."""
 
     def __init__(self, excerpt: LoadedModel) -> None:
-        row = kv_row_bytes(excerpt.sizes, excerpt.dtype)
-        state = state_slot_bytes(excerpt.sizes, excerpt.dtype, excerpt.state_dtype)
-        num_slots = NUM_REQUESTS if state else 0
-        plan = MemoryPlan("pools", NUM_REQUESTS * LENGTH, num_slots, row, state, 1)
+        plan = excerpt.plan(NUM_REQUESTS * LENGTH, NUM_REQUESTS)
         self._runner = ModelRunner(excerpt, plan, max_model_len=LENGTH)
-        self._is_stateful = state > 0
+        self._is_stateful = plan.is_stateful
         ids = np.arange(LENGTH + OTHER_LENGTH) * 7919 % excerpt.config.vocab_size
         self._prompt, self._other = np.split(ids.astype(np.int32), [LENGTH])
         rows = np.arange(NUM_REQUESTS * LENGTH, dtype=np.int32).reshape(-1, LENGTH)
+        rows += NUM_REQUESTS * plan.slab_rows  # after the states
         rows[[1, 4], :RESUMED_AT] = rows[0, :RESUMED_AT]
         self._runner.table.write([(request, 0, own) for request, own in enumerate(rows)])
 

@@ -18,12 +18,13 @@ from engine.runner.backends import Kernels
 from engine.runner.checkpoints import STAGING_BYTES
 from engine.runner.device import Device
 from engine.runner.loading import DTYPES, load_model, resolve_dtype
-from engine.runner.memory_plan import state_slot_bytes
+from engine.runner.memory_plan import MIN_KV_TOKENS, MemoryPlan, kv_row_bytes, state_slot_bytes
 from engine.weights.model_config import ModelConfig, ModelError, read_config
 from engine.weights.quantized_formats import read_quantization
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.sizes import ModelSizes, SizesError
+from hybridcache.scheduling.memory_sizes import SLOTS_OF_ONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class LoadedModel:
         raw = read_config(config.model_dir)
         family, model_config = read_model(raw)
         sizes = shared_sizes(model_config, rank.count)
+        if not sizes.row_size:
+            raise ModelError("a model without a single attention layer is not supported.")
         dtype = resolve_dtype(config.dtype, model_config, device)
         has_sums = sizes.state_size("recurrent") > 0
         model, head, note = load_model(
@@ -113,6 +116,19 @@ class LoadedModel:
             checkpoints=None,
             model=self.model.excerpt(ranks),
             head=None,
+        )
+
+    def plan(
+        self, num_tokens: int = MIN_KV_TOKENS, num_states: int = SLOTS_OF_ONE, page_size: int = 1
+    ) -> MemoryPlan:
+        """Return the sizes of a memory for this model, by default the smallest one."""
+        return MemoryPlan.of(
+            num_tokens,
+            num_states,
+            kv_row_bytes(self.sizes, self.dtype),
+            state_slot_bytes(self.sizes, self.dtype, self.state_dtype, self.checkpoints),
+            page_size,
+            owns_states=self.checkpoints is not None,
         )
 
     @property

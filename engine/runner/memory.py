@@ -1,4 +1,4 @@
-"""Tensors of a ``MemoryPlan``: KV rows and states, in an arena or in pools.
+"""Tensors of a ``MemoryPlan``: KV rows and states in an arena.
 
 Allocators assign rows and slots. This module does not use the assignment.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,9 +41,8 @@ class Memory:
     states: Pools
     """All bytes of all states, as few tensors ``[L, S, ...]`` for copies of whole states; one
     tensor in an arena."""
-    rows: torch.Tensor | None
-    """Rows of an arena as uint8 ``[N, row_bytes]``, for moves. None for two pools, in which rows do
-    not move."""
+    rows: torch.Tensor
+    """Rows of the arena as uint8 ``[N, row_bytes]``, for moves."""
     checkpoints: Checkpoints | None = None
     """Checkpoints in a separate format, or None if checkpoints are stored like any other state."""
 
@@ -72,46 +71,39 @@ class Memory:
         There is room for the states of ``num_step_states`` verified tokens, and for
         ``num_scratch_rows`` after the padding row. With ``checkpoints`` in a separate format,
         ``num_own_states`` running states and ``num_staged`` exported ones are allocated next to
-        them. Raises ModelError if there is not enough memory.
+        the arena. Raises ModelError if there is not enough memory.
+
+        After the last row of the arena, the first whole slab is the padding slot, followed by the
+        step slots, the padding row and the scratch rows. In a slot, all conv states come first.
         """
-        kept = [
+        mixers = [
             [_Kept(spec, state_dtype if _kind(spec) == "recurrent" else dtype) for spec in specs]
             for specs in keeps
         ]
-        make = _allocate_arena if plan.memory == "arena" else _allocate_pools
-        if checkpoints is None or not plan.owns_states:
-            return make(plan, kept, device, num_step_states, num_scratch_rows)
-        cached = make(plan, _part(kept, of_tokens=True), device, 0, num_scratch_rows)
-        own = _allocate_pools(
-            replace(plan, num_slots=num_own_states),
-            _part(kept, of_tokens=False),
-            device,
-            num_step_states + num_staged,
-            0,
-        )
-        slots = cached.states[0][0] if cached.states else None
-        if slots is None:
-            slots = allocate((plan.num_slots + 1, plan.state_bytes), torch.uint8, device)
-        kinds = [_kind(one.spec) for one in dict.fromkeys(k for mixer in kept for k in mixer)]
-        recurrent = [kind == "recurrent" for kind in kinds if kind != "kv"]
-        steps = own.step_slots
-        return Memory(
-            tuple(
-                _in_order(mixer, *both)
-                for mixer, *both in zip(kept, cached.pools, own.pools, strict=True)
-            ),
-            cached.padding_row,
-            own.padding_slot,
-            steps[:num_step_states],
-            own.states,
-            cached.rows,
-            Checkpoints(
-                slots,
-                tuple(zip(own.states, recurrent, strict=True)),
-                checkpoints,
-                steps[num_step_states:],
-            ),
-        )
+        slab = plan.slab_rows
+        owns_states = checkpoints is not None and plan.owns_states
+        padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
+        num_slots = padding_slot + 1 + (0 if owns_states else num_step_states)
+        padding_row = num_slots * slab if slab else plan.num_kv_tokens
+        shape = padding_row + 1 + num_scratch_rows, plan.row_bytes
+        rows = allocate(shape, torch.uint8, device)
+        own: dict[_Kept, torch.Tensor] = {}
+        if owns_states:
+            num_own = num_own_states + 1 + num_step_states + num_staged
+            own = _own_states(mixers, num_own, device)
+        pools = _pools(mixers, rows, plan, num_slots, own)
+        if not slab:
+            return Memory(pools, padding_row, None, range(0), (), rows)
+        slots = _view(rows, torch.uint8, (num_slots, plan.state_bytes), plan.slot_bytes)
+        if checkpoints is None or not owns_states:
+            steps = range(padding_slot + 1, num_slots)
+            return Memory(pools, padding_row, padding_slot, steps, (slots[None],), rows)
+        first = num_own_states + 1
+        steps = range(first, first + num_step_states)
+        staging = range(steps.stop, steps.stop + num_staged)
+        states = tuple((tensor, _kind(kept.spec) == "recurrent") for kept, tensor in own.items())
+        saved = Checkpoints(slots, states, checkpoints, staging)
+        return Memory(pools, padding_row, num_own_states, steps, tuple(own.values()), rows, saved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,83 +119,44 @@ class _Kept:
         return self.spec.size * self.dtype.itemsize
 
 
-def _part(mixers: Sequence[Sequence[_Kept]], *, of_tokens: bool) -> list[list[_Kept]]:
-    """Select the tensors that mixers declare per token, or per sequence."""
-    return [[k for k in mixer if isinstance(k.spec, KVSpec) == of_tokens] for mixer in mixers]
-
-
-def _in_order(mixer: Sequence[_Kept], of_tokens: Pools, of_sequences: Pools) -> Pools:
-    parts = {True: iter(of_tokens), False: iter(of_sequences)}
-    return tuple(next(parts[isinstance(kept.spec, KVSpec)]) for kept in mixer)
-
-
 def _kind(spec: Spec) -> str:
     return "kv" if isinstance(spec, KVSpec) else spec.dtype
 
 
-def _allocate_pools(
-    plan: MemorySizes,
-    mixers: Sequence[Sequence[_Kept]],
-    device: Device,
-    num_step_states: int,
-    num_scratch_rows: int,
-) -> Memory:
-    """Allocate pools. Tensors of one name, shape and dtype are adjacent, so that few tensors hold
-    all states."""
-    groups = Counter(kept for mixer in mixers for kept in mixer)
-    num_rows = plan.num_kv_tokens + 1 + num_scratch_rows
-    units = {True: num_rows, False: plan.num_slots + 1 + num_step_states}
-    made = {
-        kept: allocate(
-            (count, units[isinstance(kept.spec, KVSpec)], *kept.spec.shape), kept.dtype, device
-        )
+def _own_states(
+    mixers: Sequence[Sequence[_Kept]], num_slots: int, device: Device
+) -> dict[_Kept, torch.Tensor]:
+    """Allocate states outside the arena, ``[L, num_slots, ...]``. Those of one name, shape and
+    dtype are one tensor, so that few tensors hold all states."""
+    groups = Counter(kept for mixer in mixers for kept in mixer if _kind(kept.spec) != "kv")
+    return {
+        kept: allocate((count, num_slots, *kept.spec.shape), kept.dtype, device)
         for kept, count in groups.items()
     }
-    layers = {kept: iter(tensor) for kept, tensor in made.items()}
-    pools = tuple(tuple(next(layers[kept]) for kept in mixer) for mixer in mixers)
-    states = tuple(tensor for kept, tensor in made.items() if not isinstance(kept.spec, KVSpec))
-    if not states:
-        return Memory(pools, plan.num_kv_tokens, None, range(0), (), None)
-    first = plan.num_slots + 1
-    steps = range(first, first + num_step_states)
-    return Memory(pools, plan.num_kv_tokens, plan.num_slots, steps, states, None)
 
 
-def _allocate_arena(
-    plan: MemorySizes,
+def _pools(
     mixers: Sequence[Sequence[_Kept]],
-    device: Device,
-    num_step_states: int,
-    num_scratch_rows: int,
-) -> Memory:
-    """Allocate an arena: all rows, then padding and step slots, then scratch rows.
+    rows: torch.Tensor,
+    plan: MemorySizes,
+    num_slots: int,
+    own: Mapping[_Kept, torch.Tensor],
+) -> tuple[Pools, ...]:
+    """Return the pools of each mixer: layers of ``own``, and views of an arena."""
+    layers = {kept: iter(tensor) for kept, tensor in own.items()}
+    num_conv = sum(k.num_bytes for mixer in mixers for k in mixer if _kind(k.spec) == "conv")
+    place = {"kv": 0, "conv": 0, "recurrent": aligned(num_conv)}
 
-    After the last row, the first whole slab is the padding slot, followed by the step slots, the
-    padding row and the scratch rows. In a slot, all conv states come first.
-    """
-    slab, row_bytes = plan.slab_rows, plan.row_bytes
-    padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
-    num_slots = padding_slot + 1 + num_step_states
-    padding_row = num_slots * slab if slab else plan.num_kv_tokens
-    rows = allocate((padding_row + 1 + num_scratch_rows, row_bytes), torch.uint8, device)
-    sizes = Counter[str]()
-    for kept in (kept for mixer in mixers for kept in mixer):
-        sizes[_kind(kept.spec)] += kept.num_bytes
-    place = {"kv": 0, "conv": 0, "recurrent": aligned(sizes["conv"])}
-
-    def view(kept: _Kept) -> torch.Tensor:
+    def pool(kept: _Kept) -> torch.Tensor:
+        if kept in layers:
+            return next(layers[kept])
         kind = _kind(kept.spec)
         first = place[kind]
         place[kind] += kept.num_bytes
-        unit, count = (row_bytes, len(rows)) if kind == "kv" else (plan.slot_bytes, num_slots)
+        unit, count = (plan.row_bytes, len(rows)) if kind == "kv" else (plan.slot_bytes, num_slots)
         return _view(rows, kept.dtype, (count, *kept.spec.shape), unit, first)
 
-    pools = tuple(tuple(view(kept) for kept in mixer) for mixer in mixers)
-    if not slab:
-        return Memory(pools, padding_row, None, range(0), (), rows)
-    states = _view(rows, torch.uint8, (num_slots, plan.state_bytes), plan.slot_bytes)[None]
-    steps = range(padding_slot + 1, num_slots)
-    return Memory(pools, padding_row, padding_slot, steps, (states,), rows)
+    return tuple(tuple(pool(kept) for kept in mixer) for mixer in mixers)
 
 
 def _view(

@@ -34,35 +34,50 @@ class MemoryPlan(MemorySizes):
     __slots__ = ()
 
     @classmethod
-    def fit(
+    def of(
         cls,
-        sizes: ModelSizes,
-        dtype: torch.dtype,
-        device: Device,
-        *,
-        cache_bytes: int | None,
+        num_tokens: int,
+        num_states: int,
+        row_bytes: int,
+        state_bytes: int,
         page_size: int = 1,
-        state_dtype: torch.dtype = torch.float32,
+        *,
+        owns_states: bool = False,
+    ) -> MemoryPlan:
+        """Return the sizes of an arena for ``num_tokens`` tokens next to ``num_states`` states."""
+        slab = slab_rows(state_bytes, row_bytes, page_size) if state_bytes else 0
+        num_rows = num_tokens + num_states * slab
+        num_slots = num_rows // slab if slab else 0
+        return cls("arena", num_rows, num_slots, row_bytes, state_bytes, page_size, owns_states)
+
+    def fit(
+        self,
+        device: Device,
+        cache_bytes: int | None,
+        *,
         reserved_bytes: int = 0,
-        checkpoints: CheckpointFormat | None = None,
         num_ranks: int = 1,
     ) -> MemoryPlan:
-        """Return the sizes of one arena for one rank; ``cache_bytes`` are for all ``num_ranks``.
+        """Return the sizes of this arena, the smallest one, enlarged for one rank on ``device``;
+        ``cache_bytes`` are for all ``num_ranks``.
 
         The default on a CPU is a quarter of the memory that is free after ``reserved_bytes``, at
         most 4 GiB, and on other devices 90 % of it. Raises ModelError with the number of bytes that
         are needed.
         """
-        row = kv_row_bytes(sizes, dtype)
-        state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
-        owns = checkpoints is not None and state > 0
-        if not row:
-            raise ModelError("a model without a single attention layer is not supported.")
         if cache_bytes is None:
             cache_bytes = default_cache_bytes(device, reserved_bytes, num_ranks)
         else:
             cache_bytes //= num_ranks
-        return replace(cls._arena(cache_bytes, row, state, page_size), owns_states=owns)
+        num_rows = cache_bytes // self.row_bytes // self.page_size * self.page_size
+        if num_rows < self.num_kv_tokens:
+            states = f" and {SLOTS_OF_ONE} states" if self.is_stateful else ""
+            raise ModelError(
+                f"{gib_words(cache_bytes)} hold {num_rows} tokens of this model; at least "
+                f"{MIN_KV_TOKENS} tokens{states}, {gib_words(self.total_bytes)}, are needed."
+            )
+        num_slots = num_rows // self.slab_rows if self.is_stateful else 0
+        return replace(self, num_kv_tokens=num_rows, num_slots=num_slots)
 
     def agreed(self, rank: Rank, device: Device) -> MemoryPlan:
         """Return sizes that fit on every rank: those of the rank with the least memory."""
@@ -72,34 +87,6 @@ class MemoryPlan(MemorySizes):
         counts = torch.tensor(own, dtype=torch.int64, device=device.torch_device)
         tokens, slots = torch.stack(rank.group.gather(counts)).amin(0).tolist()
         return replace(self, num_kv_tokens=tokens, num_slots=slots)
-
-    @classmethod
-    def _arena(cls, num_bytes: int, row: int, state: int, page_size: int) -> MemoryPlan:
-        slab = slab_rows(state, row, page_size) if state else 0
-        num_rows = num_bytes // row // page_size * page_size
-        least = MIN_KV_TOKENS + SLOTS_OF_ONE * slab
-        if num_rows < least:
-            states = f" and {SLOTS_OF_ONE} states" if state else ""
-            raise ModelError(
-                f"{gib_words(num_bytes)} hold {num_rows} tokens of this model; at least "
-                f"{MIN_KV_TOKENS} tokens{states}, {gib_words(least * row)}, are needed."
-            )
-        return cls("arena", num_rows, num_rows // slab if slab else 0, row, state, page_size)
-
-    @classmethod
-    def smallest(
-        cls,
-        sizes: ModelSizes,
-        dtype: torch.dtype,
-        state_dtype: torch.dtype,
-        checkpoints: CheckpointFormat | None = None,
-    ) -> MemoryPlan:
-        """Return the smallest sizes on which steps can be rehearsed."""
-        row = kv_row_bytes(sizes, dtype)
-        state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
-        slab = slab_rows(state, row) if state else 0
-        plan = cls._arena((MIN_KV_TOKENS + SLOTS_OF_ONE * slab) * row, row, state, 1)
-        return replace(plan, owns_states=checkpoints is not None and state > 0)
 
 
 def check_sizes(config: EngineConfig, device: Device) -> None:

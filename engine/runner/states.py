@@ -119,11 +119,9 @@ class Copies:
                 assert self.transfer is not None, "there is no tier outside the device"
                 self.transfer(transfer)
                 continue
-            rows = self._tensors.rows
-            assert rows is not None, "rows of a pool do not move"
             pairs = np.stack([transfer.src, transfer.dst])
             sources, targets = upload(pairs, torch.int32, self._device)
-            self._cache_write.move_rows(rows, sources, targets)
+            self._cache_write.move_rows(self._tensors.rows, sources, targets)
 
     def restore(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy checkpoints to running states: (checkpoint slot, own slot)."""

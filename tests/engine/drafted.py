@@ -86,8 +86,7 @@ def drafting_engine(
         settings["draft_running"] = 64
     config = engine_config(**settings)
     runner = load_runner(config)
-    if runner.tensors.rows is not None:
-        runner.tensors.rows.fill_(255)
+    runner.tensors.rows.fill_(255)
     drafting = None
     if drafter is not None:
         source = Source(drafter, partial(DraftLength, 5))

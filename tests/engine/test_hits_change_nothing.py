@@ -84,8 +84,7 @@ def make_engine(tmp_path: Path) -> MakeEngine:
         cache_bytes = kv_tokens * sizes.kv_bytes_per_token + slots * max(sizes.state_bytes, 1)
         config = engine_config(**settings, cache_gib=cache_bytes / GIB, check=True)
         runner = load_runner(config)
-        if runner.tensors.rows is not None:
-            runner.tensors.rows.fill_(255)
+        runner.tensors.rows.fill_(255)
         return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
 
     return make

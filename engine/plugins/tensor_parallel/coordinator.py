@@ -16,7 +16,7 @@ from engine.models import read_model
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
 from engine.plugins.tensor_parallel.rank_messages import Commit, Forward
 from engine.plugins.tensor_parallel.worker_pool import Followers
-from engine.runner.build import load_runner_as
+from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loaded_model import shared_sizes
 from engine.runner.model_runner import ModelRunner
@@ -52,7 +52,8 @@ class LeadingRunner(ModelRunner):
         followers = Followers(config, num_threads, shares_memory=shares_memory)
         try:
             group = meet(followers.first, device, followers.lines)
-            runner = load_runner_as(cls, config, Rank(0, config.num_ranks, group))
+            runner = load_runner(config, Rank(0, config.num_ranks, group), cls)
+            assert isinstance(runner, cls)
             group.check()
             followers.wait_for("ready")
             group.set_timeout(TIMEOUT_S)

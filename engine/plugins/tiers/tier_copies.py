@@ -25,7 +25,6 @@ from engine.plugins.tiers.disk import Disk, FutureRows, Rows
 from engine.runner.device import Device
 from engine.runner.memory import allocate
 from engine.schedule.batch import KEPT, BytesLost
-from engine.weights.model_config import ModelError
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices
@@ -53,18 +52,14 @@ class TierCopier:
 
     def __init__(
         self,
-        rows: torch.Tensor | None,
+        rows: torch.Tensor,
         memory: MemorySizes,
         device: Device,
         num_host_rows: int,
         disk: Disk | None,
     ) -> None:
         """Prepare copies to and from ``rows``, the device's arena (uint8 ``[N, row_bytes]``) with
-        the sizes ``memory``. Raises ModelError if there is no arena, or not enough host memory."""
-        if rows is None or not memory.slab_rows:
-            raise ModelError(
-                "host and disk tiers require one arena of KV and states: use --cache-gib."
-            )
+        the sizes ``memory``. Raises ModelError if there is not enough host memory."""
         self._rows = rows
         self._slab_rows = memory.slab_rows
         self._device = device

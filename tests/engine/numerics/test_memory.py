@@ -15,6 +15,7 @@ from engine.runner import device as device_module
 from engine.runner.device import Device, host_free_bytes
 from engine.runner.memory import Memory
 from engine.runner.memory_plan import (
+    MIN_KV_TOKENS,
     MemoryPlan,
     check_sizes,
     kv_row_bytes,
@@ -41,10 +42,6 @@ def allocate(plan, sizes, dtype, state_dtype=torch.float32):
     return memory, pools_by_name
 
 
-def fit(model, **budget):
-    return MemoryPlan.fit(model, torch.bfloat16, CPU, **budget)
-
-
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 STATE_DTYPES = pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 PAGE_SIZES = pytest.mark.parametrize("page_size", [1, 64])
@@ -52,34 +49,15 @@ PAGE_SIZES = pytest.mark.parametrize("page_size", [1, 64])
 
 @DTYPES
 @STATE_DTYPES
-def test_pools_have_the_planned_size_plus_padding(dtype, state_dtype):
-    row, state = kv_row_bytes(MODEL, dtype), state_slot_bytes(MODEL, dtype, state_dtype)
-    plan = MemoryPlan("pools", 300, 4, row, state)
-    memory, pools = allocate(plan, MODEL, dtype, state_dtype)
-    kv, states = pools["key"] + pools["value"], pools["conv"] + pools["recurrent"]
-    assert sum(tensor.nbytes for tensor in kv) == 301 * row
-    assert sum(tensor.nbytes for tensor in states) == 5 * state
-    assert sum(tensor.nbytes for tensor in memory.states) == 5 * state and len(memory.states) == 2
-    assert (memory.padding_row, memory.padding_slot) == (300, 4)
-    assert memory.rows is None and plan.total_bytes == 300 * row + 4 * state
-    assert not any(pool.any() for pool in kv + states)
-    assert len({pool.data_ptr() for pool in kv + states}) == len(kv + states)
-    for tensor in memory.states:
-        tensor.fill_(1)
-    assert all((pool == 1).all() for pool in states)
-
-
-@DTYPES
-@STATE_DTYPES
 @PAGE_SIZES
 def test_each_arena_byte_belongs_to_one_row_and_one_slot(dtype, state_dtype, page_size):
     """Write through one view at a time and find the bytes: rows, slots and padding."""
-    budget = {"cache_bytes": 6 * 2**20, "page_size": page_size, "state_dtype": state_dtype}
-    plan = MemoryPlan.fit(MODEL, dtype, CPU, **budget)
+    state = state_slot_bytes(MODEL, dtype, state_dtype)
+    smallest = MemoryPlan.of(MIN_KV_TOKENS, 3, kv_row_bytes(MODEL, dtype), state, page_size)
+    plan = smallest.fit(CPU, 6 * 2**20)
     memory, pools = allocate(plan, MODEL, dtype, state_dtype)
     rows, slab = memory.rows, plan.slab_rows
     assert slab % page_size == 0 and plan.num_slots == plan.num_kv_tokens // slab
-    state = state_slot_bytes(MODEL, dtype, state_dtype)
     for row in (0, 1, slab, plan.num_kv_tokens - 1, memory.padding_row):
         for pool in pools["key"] + pools["value"]:
             pool[row] = float("nan")

@@ -22,8 +22,7 @@ def decode_engine(port: int, **settings: object) -> Engine:
     settings = SMALL | {"fetch_above": 64, "transfer_timeout_s": 5.0} | settings
     config = engine_config(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
     runner = load_runner(config)
-    if runner.tensors.rows is not None:
-        runner.tensors.rows.fill_(255)
+    runner.tensors.rows.fill_(255)
     return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
 
 
