@@ -197,7 +197,7 @@ class PrefillServer(Plugin):
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
         """Start listening. Raises ConfigError if the address is not available."""
         self._engine, self._manager = engine, manager
-        self._unit = PrefixBuffer.of(engine.runner)
+        self._unit = PrefixBuffer(engine.runner)
         self._own = identity(self.config, engine.runner)
         self._context: zmq.Context[Any] = zmq.Context(wire.IO_THREADS)
         try:
@@ -207,7 +207,7 @@ class PrefillServer(Plugin):
             if error.errno == errno.EADDRNOTAVAIL:
                 why = "this machine does not have that address; use 0.0.0.0 to listen on all"
             raise ConfigError(f"--transfer-at {self.settings.transfer_at}: {why}.") from error
-        assert isinstance(engine.runner, ModelRunner), "PrefixBuffer.of has checked it"
+        assert isinstance(engine.runner, ModelRunner), "PrefixBuffer has checked it"
         engine.runner.watch_layers(self.send_layer)
         self._bell, self._ear = socket.socketpair()  # wakes the thread up
         self._bell.setblocking(False)

@@ -7,8 +7,7 @@ multi-token head.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +16,8 @@ import torch
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Runner
 from engine.runner.backends import digest_of
-from engine.runner.memory import Memory
 from engine.runner.model_runner import ModelRunner
-from hybridcache.geometry.sizes import KVSpec, Spec
+from hybridcache.geometry.sizes import KVSpec
 from hybridcache.tokens import Indices
 from kernels.upload import upload
 
@@ -34,7 +32,7 @@ def identity(config: EngineConfig, runner: Runner) -> dict[str, str]:
     return {
         "transfer protocol": PROTOCOL,
         **{name: str(value) for name, value in runner.identity().items()},
-        "layout of memory": digest_of(PrefixBuffer.of(runner).layout.encode()),
+        "layout of memory": digest_of(PrefixBuffer(runner).layout.encode()),
         "page size": str(config.page_size),
         "checkpoint grid": str(config.grid),
         "exact": str(config.exact),
@@ -67,96 +65,70 @@ class PrefixBuffer:
     """Reads and writes the memory of one runner. For the thread that computes, between two
     steps."""
 
-    def __init__(
-        self,
-        tensors: Memory,
-        keeps: Sequence[tuple[Spec, ...]],
-        settle: Callable[[], None],
-    ) -> None:
-        """``keeps``: declared tensors of each entry of ``tensors.pools``. After ``settle``, rows
-        and states are in the places of their owners."""
-        self._tensors, self._settle = tensors, settle
-        self._parts: list[tuple[torch.Tensor, ...]] = []
-        self.part_of: dict[int, int] = {}
-        """Part of each mixer that stores KV."""
-        layout = []
-        for rank, (pools, specs) in enumerate(zip(tensors.pools, keeps, strict=True)):
-            both = list(zip(pools, specs, strict=True))
-            kept = [pool for pool, spec in both if isinstance(spec, KVSpec)]
-            layout += [f"{spec.name}{spec.shape}{pool.dtype}" for pool, spec in both]
-            if kept:
-                self.part_of[rank] = len(self._parts)
-                self._parts.append(tuple(kept))
-        self.part_bytes = tuple(sum(map(_unit_bytes, pools)) for pools in self._parts)
-        """Bytes per token, by part."""
-        self.state_bytes = sum(one.numel() * one.itemsize for one in self._state(0))
-        form = "" if tensors.checkpoints is None else tensors.checkpoints.format
-        kind = "pools" if tensors.rows is None else "arena"
-        self.layout = f"{kind} {form} {' '.join(layout)}"
-        """Layout as text. Two memories with the same layout can exchange prefixes."""
-
-    @classmethod
-    def of(cls, runner: Runner) -> PrefixBuffer:
-        """Return the buffer of a runner's memory. Raises ConfigError for a runner without memory
-        that can be read and written between two steps."""
+    def __init__(self, runner: Runner) -> None:
+        """Raises ConfigError for a runner without memory that can be read and written between two
+        steps."""
         if not isinstance(runner, ModelRunner):
             raise ConfigError("a role requires a ModelRunner, because its memory is read.")
-        return cls(runner.tensors, runner.pool_specs, runner.return_states)
-
-    @property
-    def row_bytes(self) -> int:
+        memory, self._settle = runner.tensors, runner.return_states
+        self._rows = memory.rows.view(runner.dtype)
+        self._slots: torch.Tensor | None = None
+        """Checkpoints: uint8 ``[S, state_bytes]``, or None for an attention-only model."""
+        if memory.states:
+            saved = memory.checkpoints
+            self._slots = memory.states[0][0] if saved is None else saved.slots
+        self._columns: list[slice] = []
+        """Columns of ``_rows`` of each part."""
+        self.part_of: dict[int, int] = {}
+        """Part of each mixer that stores KV."""
+        layout, end = [], 0
+        for rank, (pools, specs) in enumerate(zip(memory.pools, runner.pool_specs, strict=True)):
+            both = zip(pools, specs, strict=True)
+            layout += [f"{spec.name}{spec.shape}{pool.dtype}" for pool, spec in both]
+            first = end
+            end += sum(spec.size for spec in specs if isinstance(spec, KVSpec))
+            if first < end:
+                self.part_of[rank] = len(self._columns)
+                self._columns.append(slice(first, end))
+        form = "" if memory.checkpoints is None else memory.checkpoints.format
+        self.layout = f"{form} {' '.join(layout)}"
+        """Layout as text. Two memories with the same layout can exchange prefixes."""
+        size = runner.dtype.itemsize
+        self.part_bytes = tuple(size * (part.stop - part.start) for part in self._columns)
+        """Bytes per token, by part."""
+        self.row_bytes = sum(self.part_bytes)
         """Bytes per token, all parts together."""
-        return sum(self.part_bytes)
-
-    def _state(self, slot: int) -> list[torch.Tensor]:
-        """Return views of all tensors in a checkpoint's slot."""
-        tensors = self._tensors
-        if not tensors.states:
-            return []
-        if tensors.checkpoints is not None:
-            return [tensors.checkpoints.slots[slot]]
-        return [states[:, slot] for states in tensors.states]
+        self.state_bytes = 0 if self._slots is None else self._slots.shape[1]
 
     @torch.inference_mode()
     def read_rows(self, part: int, rows: Indices) -> Copied:
         """Read a part of the KV rows ``rows``, int32[n]: uint8 ``[n, part_bytes]``."""
         self._settle()
-        pools = self._parts[part]
-        index = upload(rows.astype(np.int64), torch.int64, pools[0].device)
-        return _to_host([pool[index].reshape(len(rows), -1).view(torch.uint8) for pool in pools], 1)
+        return _to_host(self._rows[self._index(rows), self._columns[part]].view(torch.uint8))
 
     @torch.inference_mode()
     def write_rows(self, part: int, rows: Indices, data: torch.Tensor) -> None:
         """Write the result of ``read_rows`` to other rows."""
         self._settle()
-        pools = self._parts[part]
-        index = upload(rows.astype(np.int64), torch.int64, pools[0].device)
-        columns = data.split([_unit_bytes(pool) for pool in pools], 1)
-        for pool, column in zip(pools, columns, strict=True):
-            values = column.contiguous().view(pool.dtype).view(len(rows), *pool.shape[1:])
-            pool[index] = _to_device(values, pool.device)
+        values = _to_device(data.view(self._rows.dtype), self._rows.device)
+        self._rows[self._index(rows), self._columns[part]] = values
 
     @torch.inference_mode()
     def read_state(self, slot: int) -> Copied:
         """Read the checkpoint in ``slot``: uint8 ``[state_bytes]``."""
         self._settle()
-        views = [view.contiguous().view(-1).view(torch.uint8) for view in self._state(slot)]
-        return _to_host(views, 0)
+        assert self._slots is not None
+        return _to_host(self._slots[slot].clone())
 
     @torch.inference_mode()
     def write_state(self, slot: int, data: torch.Tensor) -> None:
         """Write the result of ``read_state`` to another slot."""
         self._settle()
-        first = 0
-        for view in self._state(slot):
-            num_bytes = view.numel() * view.itemsize
-            piece = data[first : first + num_bytes].contiguous().view(view.dtype)
-            view.copy_(_to_device(piece.view(view.shape), view.device))
-            first += num_bytes
+        assert self._slots is not None
+        self._slots[slot] = _to_device(data, self._slots.device)
 
-
-def _unit_bytes(pool: torch.Tensor) -> int:
-    return math.prod(pool.shape[1:]) * pool.itemsize
+    def _index(self, rows: Indices) -> torch.Tensor:
+        return upload(rows.astype(np.int64), torch.int64, self._rows.device)
 
 
 def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -166,11 +138,10 @@ def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def _to_host(pieces: Sequence[torch.Tensor], dim: int) -> Copied:
-    """Copy all ``pieces``, concatenated, to the host."""
-    data = torch.cat(tuple(pieces), dim) if len(pieces) > 1 else pieces[0].clone()
+def _to_host(data: torch.Tensor) -> Copied:
+    """Start a copy of ``data``, which nothing else changes, to the host."""
     if data.device.type == "cpu":
-        return Copied(data.contiguous(), None)
+        return Copied(data, None)
     host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
     host.copy_(data, non_blocking=True)
     event = torch.Event(data.device)

@@ -265,7 +265,7 @@ class DecodePlugin(Plugin):
     def open_manager(self, manager: CacheManager, runner: Runner) -> PeerFetcher:
         """See ``Plugin``."""
         self.settings, self.counts = self.config.of(DisaggregationConfig), wire.TransferCounts()
-        buffer, own = PrefixBuffer.of(runner), identity(self.config, runner)
+        buffer, own = PrefixBuffer(runner), identity(self.config, runner)
         return PeerFetcher(manager, buffer, self.settings, own, self.counts)
 
     def report(self) -> Mapping[str, Any]:

@@ -48,7 +48,7 @@ def test_two_processes_give_the_bits_of_one_engine(prefill: tuple[int, int], pla
     assert_same(plain, engine, [first, second])
     transferred = engine.plugins["disaggregation"].counts
     counts = asdict(transferred)
-    buffer = PrefixBuffer.of(engine.runner)
+    buffer = PrefixBuffer(engine.runner)
     row, state = buffer.row_bytes, buffer.state_bytes
     assert (counts["prefixes"], counts["failed"]) == (2, 0)
     assert counts["tokens"] == 640 + 512 - 300
