@@ -5,18 +5,14 @@ A product of one row with 128 MiB took 4.3 ms instead of 7.6 ms (AMD EPYC, one t
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
-import sys
 from contextlib import suppress
 
 import torch
 
 PAGE = 1 << 21
 """Size of a huge page in bytes."""
-MADV_POPULATE_WRITE = 23
-"""Constant of Linux 5.14 and newer that ``mmap`` lacks."""
 
 
 def empty(
@@ -45,18 +41,3 @@ def empty(
     with suppress(OSError):  # without huge pages the memory works as well
         memory.madvise(mmap.MADV_HUGEPAGE, first, pages * PAGE)
     return whole[first : first + num_bytes].view(dtype).view(shape)
-
-
-def populate(memory: torch.Tensor) -> bool:
-    """Make the system back all pages of ``memory`` (CPU) physically, as a first write would.
-
-    Contents are kept, and other threads continue. Returns False if the system does not support it.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    size = mmap.PAGESIZE
-    first = memory.data_ptr() // size * size
-    end = memory.data_ptr() + memory.nbytes
-    libc = ctypes.CDLL(None, use_errno=True)
-    pointer, length = ctypes.c_void_p(first), ctypes.c_size_t(end - first)
-    return int(libc.madvise(pointer, length, MADV_POPULATE_WRITE)) == 0

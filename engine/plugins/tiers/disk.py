@@ -12,24 +12,20 @@ All methods are for the engine's thread. ``RecordStore`` is used by the disk thr
 constructor. An ``OSError`` there is counted, and the first of each number logged. A record that was
 not written or cannot be read is forgotten by ``settle``, with its file. A file that cannot be
 removed counts, and is removed when its room is needed. After a refused write or removal nothing is
-written for ``RETRY_S``, and the disk has a ``problem`` until as many bytes as were refused have
-been written. If a job of the disk thread takes longer than ``DEADLINE_S``, the disk is off until
-the engine starts again.
+written for ``RETRY_S``, and the disk has a ``problem`` as long. If a job of the disk thread takes
+longer than ``DEADLINE_S``, the disk is off until the engine starts again.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
-import shutil
 import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from functools import partial
 from queue import PriorityQueue
 from threading import Condition
@@ -45,10 +41,8 @@ from hybridcache.geometry.units import format_bytes
 from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
 
 Result = TypeVar("Result")
-URGENT, NORMAL, LAST, IDLE = range(4)
+URGENT, NORMAL, LAST = range(3)
 POLL_S = 0.05
-LOOK_S = 5.0
-"""Seconds between two looks at the free space of a full disk."""
 
 Work = tuple[int, int, Callable[[], Any] | None, "Future[Any]"]
 
@@ -74,16 +68,13 @@ class DiskThread:
         return 0.0 if started is None else time.monotonic() - started
 
     def submit(self, work: Callable[[], Result], priority: int = NORMAL) -> Future[Result]:
-        """Queue ``work``. The future has its result, or its exception, which is also logged.
-
-        Work with the priority ``IDLE`` is run only if the thread is idle before ``close``.
-        """
+        """Queue ``work``. The future has its result, or its exception, which is also logged."""
         done: Future[Result] = Future()
         self._queue.put((priority, next(self._numbers), work, done))
         return done
 
     def close(self, deadline_s: float) -> bool:
-        """Do the queued work except idle work, and end.
+        """Do the queued work, and end.
 
         Returns False if a job ran longer than ``deadline_s``; the thread then continues alone.
         """
@@ -176,11 +167,8 @@ class Disk:
         """Records with a file that is still to be removed."""
         self._staged: dict[int, Future[Rows | None]] = {}
         self._retry_at = 0.0
-        self._failure: str | None = None
-        self._refused_bytes = 0
-        self._is_full = False
-        self._look_at = 0.0
-        """Size of the latest refused change, minus the bytes written since then."""
+        self._failure = ""
+        """Latest refused change, for ``problem``."""
         self._reported: set[int | None] = set()
         self._is_off = False
         self.has_lost_rows = False
@@ -234,7 +222,7 @@ class Disk:
             return (
                 f"its file system has not responded for {DEADLINE_S:.0f} s; start again to use it"
             )
-        return self._failure
+        return None if self.is_writable else self._failure
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -320,10 +308,6 @@ class Disk:
         for number in record_ids:
             self._staged.pop(number, None)
 
-    def touch(self, namespace: Hashable, tokens: Tokens) -> None:
-        """Mark the path of ``tokens``, and the state at its end, as used. O(len(tokens))."""
-        self.prefixes.touch(self.prefixes.find(namespace, tokens), len(tokens))
-
     def clear(self) -> None:
         """Remove all records, also from the state after a power loss."""
         self.unbind_all()
@@ -366,19 +350,14 @@ class Disk:
                 return
             try:
                 write_atomically(self._store.folder_fd, name, data)
-                self._wrote(len(data))
             except OSError as error:
-                self._pause(f"write {name}", error, len(data))
+                self._pause(f"write {name}", error)
 
         self._thread.submit(write)
 
     def remove_file(self, name: str) -> None:
         """Remove a file from the folder, in the background."""
         self._run_later(f"remove {name}", lambda: self._store.remove_file(name))
-
-    def when_idle(self, work: Callable[[], object]) -> None:
-        """Run ``work`` in the disk thread if it is idle before the end."""
-        self._thread.submit(work, IDLE)
 
     def flush(self, deadline_s: float | None = None) -> bool:
         """Wait until all queued work is done. Returns False if the file system hangs."""
@@ -505,11 +484,10 @@ class Disk:
         try:
             self._store.write(number, kind, meta, payload().data.cast("B"))
             is_written = True
-            self._wrote(num_bytes)
         except StoreFull:  # a file that should have made room could not be removed
             pass
         except OSError as error:
-            self._pause("write a record", error, num_bytes)
+            self._pause("write a record", error)
         finally:
             if not is_written:
                 self._failed.append(number)
@@ -562,7 +540,7 @@ class Disk:
         try:
             self._store.remove(number)
         except OSError as error:
-            self._pause("remove a record", error, 0)
+            self._pause("remove a record", error)
             self._undeleted.append((number, size))
 
     def _payload(self, number: int) -> Rows | None:
@@ -626,37 +604,9 @@ class Disk:
                 format_bytes(self.max_bytes),
             )
 
-    def look_for_space(self) -> float | None:
-        """End the problem of a full disk if as many bytes as were refused are free now. Without it
-        an idle server would stay degraded, because only a write ends a problem. O(1).
-
-        Returns the seconds until the next look, or None if there is no such problem.
-        """
-        if self._failure is None or not self._is_full or self.is_off:
-            return None
-        left = max(self._retry_at, self._look_at) - self._clock()
-        if left <= 0:
-            self._thread.submit(self._look)
-            self._look_at = self._clock() + LOOK_S
-            left = LOOK_S
-        return left
-
-    def _look(self) -> None:
-        with suppress(OSError):
-            if shutil.disk_usage(self._store.folder).free >= max(self._refused_bytes, 1):
-                self._failure = None
-
-    def _wrote(self, num_bytes: int) -> None:
-        """Count a successful write, which may end the problem. Called in the disk thread."""
-        self._refused_bytes -= num_bytes
-        if self._refused_bytes <= 0:
-            self._failure = None
-
-    def _pause(self, what: str, error: OSError, num_bytes: int) -> None:
+    def _pause(self, what: str, error: OSError) -> None:
         """Report a refused change, and stop writing for a while. Called in the disk thread."""
         self._failure = f"it was not possible to {what} ({error.strerror or error})"
-        self._refused_bytes = num_bytes
-        self._is_full = error.errno == errno.ENOSPC
         self._retry_at = self._clock() + RETRY_S
         self._report(what, error)
 

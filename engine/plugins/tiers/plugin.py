@@ -301,8 +301,6 @@ class TierPlugin(Plugin):
             num_rows=num_rows,
         )
         self._store = None
-        if config.of(TierConfig).disk_gib is not None:
-            _check_free_disk(folder, disk.max_bytes - disk.num_bytes)
         self.policy_state = PolicyStateFile(self._cache, disk, folder, self._sizes.memory)
         self.policy_state.load_tree()
         self.adopt()
@@ -343,10 +341,7 @@ class TierPlugin(Plugin):
 
     def on_idle(self) -> float | None:
         self._follow_disk()
-        if self.disk is None or self.policy_state is None:
-            return None
-        delays = self.disk.look_for_space(), self.policy_state.rest(is_idle=True)
-        return min((delay for delay in delays if delay is not None), default=None)
+        return None if self.policy_state is None else self.policy_state.rest(is_idle=True)
 
     def _follow_disk(self) -> None:
         """Update the cache's disk tier to the state of the disk.
@@ -501,19 +496,6 @@ def _folder_bytes(folder: Path, gib: float | None, usual: int) -> int:
         return int(gib * GIB)
     used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return min(usual, int(disk.free * FREE_SHARE) + used)
-
-
-def _check_free_disk(folder: Path, missing_bytes: int) -> None:
-    """Log a warning if the disk has less room than ``missing_bytes``."""
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < missing_bytes:
-        logger.warning(
-            "The disk of %s has %s free, and --disk-gib allows %s more: writing will pause when it "
-            "is full.",
-            folder,
-            format_bytes(free_bytes),
-            format_bytes(missing_bytes),
-        )
 
 
 def fingerprint_of(

@@ -231,14 +231,6 @@ class Prefixes:
             at += piece.num_tokens
         return None
 
-    def touch(self, pieces: list[RunPart], position: int) -> None:
-        """Mark a path from ``find``, and the state at ``position``, as used."""
-        state = self.state(pieces, position)
-        if state is not None:
-            self.used.move_to_end(state)
-        for piece in reversed(pieces):
-            self.used.move_to_end(piece.id)
-
     def newest_states(self, room: int, state_rows: int) -> list[int]:
         """Return the last used states, newest first: as many as fit into ``room`` rows together
         with their KV.

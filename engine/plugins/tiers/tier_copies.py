@@ -15,7 +15,6 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ from engine.schedule.batch import KEPT, BytesLost
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices
-from kernels import huge_pages
 from kernels.upload import upload
 
 MIN_RUN_BYTES = 1 << 14
@@ -38,8 +36,6 @@ MOST_COPIES = 32
 gathered by a kernel, because submitting each copy takes the host some microseconds."""
 BLOCK_BYTES = 1 << 18
 """Size of single rows that are gathered before they are scattered, so that they stay in cache."""
-POPULATED_BYTES = 1 << 22
-"""Memory that is populated at a time, which bounds the wait for the disk thread."""
 PROBE_BYTES = 1 << 26
 """Size of the copy that measures the bandwidth from host memory to the device."""
 
@@ -70,8 +66,6 @@ class TierCopier:
         self._gather = self._find_gather() if is_locked else None
         self.host_bytes_per_s = self._measure() if num_host_rows else None
         """Measured bandwidth to the device, or None if there is no host tier."""
-        if disk is not None and device.is_cpu:
-            self._have_pages_for(disk)
 
     def make(self, order: Copy | Drop) -> None:
         """Execute one transfer. Raises BytesLost if the data to load is not complete on disk."""
@@ -97,13 +91,6 @@ class TierCopier:
             self._rows[self._index(dst)] = self._load(src)
         else:
             self._offload(src, dst)
-
-    def _have_pages_for(self, disk: Disk) -> None:
-        """Populate the device's memory for entries from ``disk`` in advance, during the first
-        steps. The first write to a page waits until the system has cleared it."""
-        num_rows, step = disk.num_bytes // disk.row_bytes, POPULATED_BYTES // disk.row_bytes + 1
-        for first in range(0, min(num_rows, len(self._rows)), step):
-            disk.when_idle(partial(huge_pages.populate, self._rows[first : first + step]))
 
     def _near(self, tier: str) -> Rows:
         """Return the rows of ``tier``, which are in this process's memory."""
