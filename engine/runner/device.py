@@ -163,6 +163,34 @@ class Device:
         return f"{self.torch_device}, {self.module.get_device_name(self.torch_device)}"
 
 
+class HostCopy:
+    """Tensors of one device, possibly still being copied to the host."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        """Start to copy ``tensors``, after all work submitted to the current stream so far."""
+        self._event = None
+        self._copies = tensors
+        device = tensors[0].device
+        if device.type != "cpu":
+            self._copies = tuple(
+                torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+                for x in tensors
+            )
+            self._event = torch.get_device_module(device).Event()
+            self._event.record()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(copy.nbytes for copy in self._copies)
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """Wait for the copies and return them; on a CPU, the tensors themselves. Safe to call from
+        any thread."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copies
+
+
 SYSTEM = Path("/")
 """Folder with ``proc`` and ``sys``."""
 

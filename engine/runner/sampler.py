@@ -15,6 +15,7 @@ import torch
 
 from engine.requests.logit_rules import FREE, Ruling
 from engine.requests.spec import SamplingInput, SamplingParams
+from engine.runner.device import HostCopy
 from engine.text.outputs import NO_TOKEN, SampledToken
 from kernels.upload import upload
 
@@ -47,17 +48,11 @@ class Drawn:
         """int64 ``[rows]``, on the device: valid token ids, even for invalid logits."""
         self._wanted = wanted
         known = tokens.where(sound, NO_TOKEN)
-        self._copies = [_to_host(tensor) for tensor in (known, *(scores or ()))]
-        self._event = None
-        if tokens.device.type != "cpu":
-            self._event = torch.get_device_module(tokens.device).Event()
-            self._event.record()
+        self._copies = HostCopy(known, *(scores or ()))
 
     def wait(self) -> list[SampledToken]:
         """Wait for one token per row. It is ``NO_TOKEN`` for a row without valid logits."""
-        if self._event is not None:
-            self._event.synchronize()
-        tokens, *scores = (copy.tolist() for copy in self._copies)
+        tokens, *scores = (copy.tolist() for copy in self._copies.wait())
         if not scores:
             return [SampledToken(token, None) for token in tokens]
         scored = zip(*scores, strict=True)
@@ -285,11 +280,3 @@ def _score(
     own = logprobs.gather(1, tokens[:, None])[:, 0]
     ids = _most_likely(logprobs, min(num_top, logits.shape[-1]))
     return own, logprobs.gather(1, ids), ids
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Start a copy to the host. Read it after an event that is recorded afterwards."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

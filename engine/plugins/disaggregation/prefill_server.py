@@ -30,12 +30,12 @@ from engine.errors import EngineStopped, RequestError, StepFailed
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.prefix_buffer import (
     PIECE_BYTES,
-    Copied,
     PrefixBuffer,
     difference,
     identity,
 )
 from engine.requests.request import Request
+from engine.runner.device import HostCopy
 from engine.runner.model_runner import ModelRunner
 from hybridcache.cache import HybridRadixCache
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -64,7 +64,7 @@ class Outgoing:
 
     peer: bytes
     """Connection to the decode engine."""
-    post: Callable[[Outgoing, wire.ToDecode, Copied | None], None] = field(repr=False)
+    post: Callable[[Outgoing, wire.ToDecode, HostCopy | None], None] = field(repr=False)
     """Queues a message for the decode engine."""
     ask: wire.Ask
     tokens: Tokens
@@ -159,8 +159,8 @@ class Outgoing:
     def _has_room(self) -> bool:
         return self.num_queued_bytes - self.num_taken_bytes < MAX_QUEUED_BYTES
 
-    def _put(self, piece: wire.Piece, copied: Copied) -> None:
-        self.num_queued_bytes += copied.data.numel()
+    def _put(self, piece: wire.Piece, copied: HostCopy) -> None:
+        self.num_queued_bytes += copied.num_bytes
         self.post(self, piece, copied)
 
 
@@ -177,7 +177,7 @@ class PrefillServer(Plugin):
         self.settings = config.of(DisaggregationConfig)
         self._timeout_s, self.counts = self.settings.transfer_timeout_s, wire.TransferCounts()
         self._asked: queue.SimpleQueue[Outgoing] = queue.SimpleQueue()
-        self._posted: queue.SimpleQueue[tuple[Outgoing, wire.ToDecode, Copied | None]]
+        self._posted: queue.SimpleQueue[tuple[Outgoing, wire.ToDecode, HostCopy | None]]
         self._posted = queue.SimpleQueue()
         self._active: list[Outgoing] = []
         self._numbers = itertools.count()
@@ -336,13 +336,13 @@ class PrefillServer(Plugin):
                     outgoing.unconfirmed_s = outgoing.unconfirmed_s or time.monotonic()
                     self._send(outgoing.peer, message, copied)
 
-    def _send(self, peer: bytes, message: wire.ToDecode, copied: Copied | None = None) -> None:
+    def _send(self, peer: bytes, message: wire.ToDecode, copied: HostCopy | None = None) -> None:
         """Send a message. ZeroMQ keeps the memory of ``copied``, which nothing else changes, until
         it is sent."""
         frames: list[Any] = [peer, self._encoder.encode(message)]
         try:
             if copied is not None:
-                frames.append(copied.wait().view(-1).numpy())
+                frames.append(copied.wait()[0].view(-1).numpy())
             self._router.send_multipart(frames, zmq.NOBLOCK, copy=False)
         except (zmq.ZMQError, RuntimeError) as error:  # It has gone, or the device failed.
             logger.debug("A prefix could not be sent: %s.", error)
@@ -363,7 +363,7 @@ class PrefillServer(Plugin):
             self._news.set()
             self.wake()
 
-    def _post(self, outgoing: Outgoing, message: wire.ToDecode, copied: Copied | None) -> None:
+    def _post(self, outgoing: Outgoing, message: wire.ToDecode, copied: HostCopy | None) -> None:
         self._posted.put((outgoing, message, copied))
         self._ring()
 

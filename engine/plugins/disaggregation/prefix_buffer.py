@@ -8,7 +8,6 @@ multi-token head.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Runner
 from engine.runner.backends import digest_of
+from engine.runner.device import HostCopy
 from engine.runner.model_runner import ModelRunner
 from hybridcache.geometry.sizes import KVSpec
 from hybridcache.tokens import Indices
@@ -44,21 +44,6 @@ def difference(own: Mapping[str, str], other: Mapping[str, str]) -> str | None:
     none."""
     names = ", ".join(name for name in own if own[name] != other.get(name))
     return f"{names}: configure both the same" if names else None
-
-
-@dataclass(frozen=True, slots=True)
-class Copied:
-    """Bytes that may still be on their way to the host."""
-
-    data: torch.Tensor
-    """uint8, contiguous, on the host."""
-    event: torch.Event | None
-
-    def wait(self) -> torch.Tensor:
-        """Wait for the bytes and return them. Safe to call from any thread."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.data
 
 
 class PrefixBuffer:
@@ -101,10 +86,10 @@ class PrefixBuffer:
         self.state_bytes = 0 if self._slots is None else self._slots.shape[1]
 
     @torch.inference_mode()
-    def read_rows(self, part: int, rows: Indices) -> Copied:
+    def read_rows(self, part: int, rows: Indices) -> HostCopy:
         """Read a part of the KV rows ``rows``, int32[n]: uint8 ``[n, part_bytes]``."""
         self._settle()
-        return _to_host(self._rows[self._index(rows), self._columns[part]].view(torch.uint8))
+        return HostCopy(self._rows[self._index(rows), self._columns[part]].view(torch.uint8))
 
     @torch.inference_mode()
     def write_rows(self, part: int, rows: Indices, data: torch.Tensor) -> None:
@@ -114,11 +99,11 @@ class PrefixBuffer:
         self._rows[self._index(rows), self._columns[part]] = values
 
     @torch.inference_mode()
-    def read_state(self, slot: int) -> Copied:
+    def read_state(self, slot: int) -> HostCopy:
         """Read the checkpoint in ``slot``: uint8 ``[state_bytes]``."""
         self._settle()
         assert self._slots is not None
-        return _to_host(self._slots[slot].clone())
+        return HostCopy(self._slots[slot].clone())
 
     @torch.inference_mode()
     def write_state(self, slot: int, data: torch.Tensor) -> None:
@@ -136,14 +121,3 @@ def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return values
     return values.pin_memory().to(device, non_blocking=True)
-
-
-def _to_host(data: torch.Tensor) -> Copied:
-    """Start a copy of ``data``, which nothing else changes, to the host."""
-    if data.device.type == "cpu":
-        return Copied(data, None)
-    host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
-    host.copy_(data, non_blocking=True)
-    event = torch.Event(data.device)
-    event.record()
-    return Copied(host, event)

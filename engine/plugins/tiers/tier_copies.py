@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from engine.plugins.tiers.disk import Disk, FutureRows, Rows
-from engine.runner.device import Device
+from engine.runner.device import Device, HostCopy
 from engine.runner.memory import allocate
 from engine.schedule.batch import KEPT, BytesLost
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
@@ -121,17 +121,10 @@ class TierCopier:
             kept = _gathered(self._near(tier), src)
             return lambda: kept
         taken = self._rows[self._index(src)]
-        out = torch.empty(taken.shape, dtype=torch.uint8, pin_memory=True)
         with self._aside():
-            out.copy_(taken, non_blocking=True)
+            copy = HostCopy(taken)
             taken.record_stream(self._stream)
-            event = self._stream.record_event()
-
-        def come() -> Rows:
-            event.synchronize()
-            return out.numpy()
-
-        return come
+        return lambda: copy.wait()[0].numpy()
 
     def _offload(self, src: Indices, dst: Indices) -> None:
         taken = self._rows[self._index(src)]
