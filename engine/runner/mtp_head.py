@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.layers.inputs import LayerInputs, Pools, RotaryTable, pad_rows
+from engine.layers.inputs import LayerInputs, RotaryTable, pad_rows
 from engine.layers.prediction import PredictionHead, ahead
 from engine.models.decoder import Decoder
 from engine.runner.graphs import Record, Replay
@@ -34,20 +34,16 @@ class Predictor:
     ) -> None:
         """Prepare the head. The last pools of ``memory`` are the head's; the rows after its padding
         row are for drafts."""
-        self._model, self._head = model, head
-        self._pools, self._table, self._rotary = memory.pools[-1], table, rotary
-        self._first_row = memory.padding_row + 1
+        self.model, self.head = model, head
+        self.pools, self.table, self.rotary = memory.pools[-1], table, rotary
+        self.first_row = memory.padding_row + 1
         self._row_multiple: int = model.build.kernels["linear"].ROWS
         self._passes: Passes | None = None
 
     def record(self, record: Record) -> None:
         """Record the passes of the head. Without a recording (NotRecordableError), they are
         computed directly."""
-        passes = Passes(
-            self._model, self._head, self._pools, self._rotary, record,
-            num_requests=len(self._table.host) - 1, max_len=self._table.host.shape[1],
-            first_row=self._first_row,
-        )  # fmt: skip
+        passes = Passes(self, record)
         passes.capture()
         self._passes = passes
 
@@ -55,7 +51,7 @@ class Predictor:
         """Write the head's rows of a step that the model has computed with the result
         ``hidden``."""
         hidden = hidden[: len(token_ids)]
-        self._head.follow(self._model.embedding(token_ids), hidden, step, self._pools)
+        self.head.follow(self.model.embedding(token_ids), hidden, step, self.pools)
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
         """Draft the ``most`` (1 or more) most likely tokens after each request's newest one, each
@@ -66,7 +62,7 @@ class Predictor:
         order = sorted(range(len(newest)), key=lambda rank: -most[rank])
         requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
         if self._passes is not None:
-            guessed = self._passes.run(requests, wanted, self._table.host)
+            guessed = self._passes.run(requests, wanted)
         else:
             guessed = self._run(requests, wanted)
         found: list[Tokens] = [guessed[0]] * len(newest)
@@ -77,37 +73,37 @@ class Predictor:
     def _run(self, requests: Sequence[Newest], wanted: Sequence[int]) -> npt.NDArray[np.int32]:
         """Return int32[B, D], the tokens of each pass. Values after the end of a request's draft
         are undefined."""
-        device = self._table.device.device
+        device = self.table.device.device
         tokens = upload([request.token_id for request in requests], torch.int64, device)
         slots = upload([request.slot for request in requests], torch.int64, device)
-        before, rows = self._pools[-1][slots], self._rows(requests, wanted[0])
+        before, rows = self.pools[-1][slots], self._rows(requests, wanted[0])
         guessed = []
         for step in range(wanted[0]):
             count = sum(length > step for length in wanted)
-            before = self._head.draft(
-                self._model.embedding(tokens[:count]),
+            before = self.head.draft(
+                self.model.embedding(tokens[:count]),
                 before[:count],
                 [request.position + step for request in requests[:count]],
                 rows[:count],
-                self._rotary,
-                self._pools,
+                self.rotary,
+                self.pools,
             )
             padded = -(-count // self._row_multiple) * self._row_multiple
-            tokens = self._model.head(pad_rows(before, padded))[:count].argmax(-1)
+            tokens = self.model.head(pad_rows(before, padded))[:count].argmax(-1)
             guessed.append(tokens)
         return torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
 
     def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
         """Return int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest
         token, then ``depth`` separate rows for that token and the drafts."""
-        device, count = self._table.device.device, len(requests)
+        device, count = self.table.device.device, len(requests)
         ends = [request.position - 1 for request in requests]
         known = max(ends)
-        rows = self._table.device.new_zeros(count, known + depth)
+        rows = self.table.device.new_zeros(count, known + depth)
         table_rows = upload([request.row for request in requests], torch.int64, device)
-        rows[:, :known] = self._table.device[table_rows, 1 : 1 + known]
+        rows[:, :known] = self.table.device[table_rows, 1 : 1 + known]
         ahead = torch.arange(depth, device=device)
-        own = torch.arange(count, device=device)[:, None] * depth + ahead + self._first_row
+        own = torch.arange(count, device=device)[:, None] * depth + ahead + self.first_row
         columns = upload(ends, torch.int64, device)[:, None] + ahead
         return rows.scatter_(1, columns, own.int())
 
@@ -116,20 +112,10 @@ class Passes:
     """Recorded passes of the head on a CPU: one graph for each number of requests, which reads
     lengths from memory."""
 
-    def __init__(
-        self,
-        model: Decoder,
-        head: PredictionHead,
-        pools: Pools,
-        rotary: RotaryTable,
-        record: Record,
-        *,
-        num_requests: int,
-        max_len: int,
-        first_row: int,
-    ) -> None:
-        self._model, self._head, self._pools = model, head, pools
-        self._rotary, self._record, self._first_row = rotary, record, first_row
+    def __init__(self, predictor: Predictor, record: Record) -> None:
+        self._predictor, self._record = predictor, record
+        self._first_row, pools = predictor.first_row, predictor.pools
+        num_requests, max_len = predictor.table.padding_row, predictor.table.host.shape[1]
         self._replays: dict[int, Replay] = {}
         self._depths = np.arange(max_len)[:, None, None]
         self._columns = torch.zeros(3, num_requests, dtype=torch.int64)
@@ -147,15 +133,13 @@ class Passes:
         self._rows[0, 0] = self._first_row
         self._replays[1] = self._record(self._work(1))
 
-    def run(
-        self, requests: Sequence[Newest], wanted: Sequence[int], table: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.int32]:
+    def run(self, requests: Sequence[Newest], wanted: Sequence[int]) -> npt.NDArray[np.int32]:
         """Return int32[B, D], the tokens of each pass over the ``requests`` that still need one.
 
         ``wanted`` descends. Values after the end of a request's draft are undefined.
         """
         columns, rows, lengths = self._columns.numpy(), self._rows.numpy(), self._lengths.numpy()
-        count, depth = len(requests), wanted[0]
+        table, count, depth = self._predictor.table.host, len(requests), wanted[0]
         for b, request in enumerate(requests):
             end, own = request.position - 1, self._first_row + b * depth
             rows[b, :end] = table[request.row, 1 : 1 + end]
@@ -188,13 +172,15 @@ class Passes:
             kv_len_table=self._lengths[:count],
         )
 
+        predictor, before = self._predictor, self._before[:count]
+
         def work() -> None:
             inputs = ahead(
-                positions, kv_indices, self._rows, sequences, self._rotary, num_rows=count
+                positions, kv_indices, self._rows, sequences, predictor.rotary, num_rows=count
             )
-            embedded, before = self._model.embedding(tokens), self._before[:count]
-            hidden = self._head.advance(embedded, before, inputs, self._pools)
+            embedded = predictor.model.embedding(tokens)
+            hidden = predictor.head.advance(embedded, before, inputs, predictor.pools)
             before.copy_(hidden)
-            tokens.copy_(self._model.head(hidden).argmax(-1))
+            tokens.copy_(predictor.model.head(hidden).argmax(-1))
 
         return work
