@@ -73,10 +73,6 @@ class Sampler:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> list[SampledToken]:
-        """Draw one token per row of ``logits [rows, vocab]``, and wait for it."""
-        return self.launch(logits, requests, range(len(requests))).wait()
-
     @torch.inference_mode()
     def launch(
         self, logits: torch.Tensor, requests: Sequence[SamplingInput], rows: Sequence[int]

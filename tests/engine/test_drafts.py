@@ -106,7 +106,8 @@ def test_drafts_do_not_change_the_sampled_distribution() -> None:
     likely = torch.outer((first / 0.8).softmax(0), (second / 0.8).softmax(0)).numpy()
     count = 4000
     inputs = [SamplingInput(params, seed, draw) for seed in range(count) for draw in (0, 1)]
-    drawn = sampler.sample(torch.stack([first, second]).repeat(count, 1), inputs)
+    logits = torch.stack([first, second]).repeat(count, 1)
+    drawn = sampler.launch(logits, inputs, range(2 * count)).wait()
     pairs = np.zeros((4, 4))
     for one, other in zip(drawn[::2], drawn[1::2], strict=True):
         tokens = np.array([0, drafted_token], np.int32)

@@ -30,7 +30,8 @@ def request(seed=0, prompt=NONE, output=NONE, **params):
 
 
 def drawn(logits, *requests):
-    return [token.token_id for token in Sampler(VOCAB).sample(logits, requests)]
+    launched = Sampler(VOCAB).launch(logits, requests, range(len(requests)))
+    return [token.token_id for token in launched.wait()]
 
 
 def random_logits(rows, seed=0):

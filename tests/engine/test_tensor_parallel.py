@@ -54,7 +54,7 @@ KILLED = """
 import os
 from engine import Engine, SamplingParams, engine_config
 engine = Engine(engine_config(device="cpu", cache_gib=0.02, tp=2))
-print(engine.runner.processes[0], flush=True)
+print(engine.runner._followers._all[0].process.pid, flush=True)
 while True:
     engine.generate(["again"], SamplingParams(max_tokens=64, temperature=0, ignore_eos=True))
 """
@@ -98,7 +98,8 @@ def test_drafts_change_no_token_and_a_stopped_rank_is_named(
     (drafted,) = engine.generate([BEGINNING], params)
     assert drafted.drafts is not None and drafted.drafts.accepted.total() > 0
     assert drafted.token_ids == make_engine(1).generate([BEGINNING], params)[0].token_ids
-    (process,) = runner.processes
+    [follower] = runner._followers._all
+    process = follower.process.pid
     os.kill(process, signal.SIGSTOP)
     runner.group.set_timeout(1.0)
     monkeypatch.setattr(worker_pool, "LAST_WORDS_S", 0.5)

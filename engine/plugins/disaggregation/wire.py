@@ -27,14 +27,6 @@ MAX_UNREAD = 32
 """Maximum number of messages of one connection that are received and not read."""
 LINGER_S = 0.5
 """Maximum time in which a closed connection sends its last messages."""
-KEEPALIVE = {
-    zmq.TCP_KEEPALIVE: 1,
-    zmq.TCP_KEEPALIVE_IDLE: 30,
-    zmq.TCP_KEEPALIVE_INTVL: 10,
-    zmq.TCP_KEEPALIVE_CNT: 3,
-}
-"""Seconds of silence before the system probes the other side, seconds between probes, and number of
-unanswered probes after which the connection is closed."""
 IS_LOST = (
     zmq.EVENT_CLOSED
     | zmq.EVENT_CONNECT_RETRIED
@@ -122,16 +114,14 @@ class TransferCounts:
 def open_socket(
     context: zmq.Context[Any], kind: int, host: str, timeout_s: float
 ) -> zmq.Socket[bytes]:
-    """Return a new socket for ``host``. Connections that do not complete ZeroMQ's handshake within
-    ``timeout_s`` are closed."""
+    """Return a new socket for ``host``. Connections that do not complete ZeroMQ's handshake, or do
+    not answer its heartbeat, within ``timeout_s`` are closed."""
     made: zmq.Socket[bytes] = context.socket(kind)
     made.linger = round(1e3 * LINGER_S)
     made.rcvhwm = MAX_UNREAD
     made.set(zmq.IPV6, ":" in host)
-    made.set(zmq.HANDSHAKE_IVL, max(1, round(1e3 * timeout_s)))
+    made.handshake_ivl = made.heartbeat_ivl = max(1, round(1e3 * timeout_s))
     made.set(zmq.RECONNECT_IVL, 1 << 30)  # Never; with -1, unread messages would be dropped.
-    for option, value in KEEPALIVE.items():
-        made.set(option, value)
     return made
 
 

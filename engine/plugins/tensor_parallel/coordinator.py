@@ -103,11 +103,6 @@ class LeadingRunner(ModelRunner):
         if self._followers is not None:
             self._followers.check()
 
-    @property
-    def processes(self) -> tuple[int, ...]:
-        """Process ids of ranks 1, 2, ..."""
-        return () if self._followers is None else self._followers.processes
-
     def close(self) -> None:
         """End the other processes."""
         if self._followers is not None:

@@ -135,11 +135,6 @@ class Followers:
         """Descriptors of sockets that close when a rank ends."""
         return [one.line.fileno() for one in self._all]
 
-    @property
-    def processes(self) -> tuple[int, ...]:
-        """Process ids, in the order of ranks."""
-        return tuple(one.process.pid for one in self._all)
-
     def check(self) -> None:
         """Raise RunnerLost if a rank has ended before ``close``."""
         if self._sentence:
