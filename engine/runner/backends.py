@@ -104,14 +104,9 @@ class Kernels(Mapping[str, ModuleType]):
         return {name: word for name, word in self._chosen.items() if name in self._loaded}
 
 
-def all_fused() -> str:
-    """Return the overrides that select Triton for every kernel that has it, on any device."""
-    return ",".join(f"{name}=fused" for name, words in backends_of().items() if "fused" in words)
-
-
-def all_plain() -> str:
-    """Return the overrides that select plain PyTorch for every kernel."""
-    return ",".join(f"{name}=reference" for name in backends_of())
+def override_all(word: Backend) -> str:
+    """Return the overrides that select a backend for every kernel that has it, on any device."""
+    return ",".join(f"{name}={word}" for name, words in backends_of().items() if word in words)
 
 
 def parse_overrides(text: str) -> dict[str, Backend]:

@@ -26,7 +26,7 @@ from engine import engine_config
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.spec import SamplingParams
-from engine.runner.backends import all_fused
+from engine.runner.backends import override_all
 from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
@@ -99,7 +99,7 @@ class Feed:
 def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner:
     """Return a runner on the device with all kernels fused, or on the CPU with the interpreter if
     ``dry``."""
-    placement: dict[str, Any] = {"device": "cpu", "kernels": all_fused()} if dry else {}
+    placement: dict[str, Any] = {"device": "cpu", "kernels": override_all("fused")} if dry else {}
     memory = {"cache_gib": 0.02 if dry else 10.0}
     config = engine_config(
         model=path,

@@ -33,7 +33,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.interfaces import StepReport
 from engine.requests.spec import SamplingParams
-from engine.runner.backends import all_fused
+from engine.runner.backends import override_all
 from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
@@ -130,7 +130,7 @@ class Bench:
     def __init__(self, path: str, dry: bool, scale: Scale, **options: Any) -> None:
         sizes: dict[str, Any] = {"max_running": MAX_RUNNING, "max_model_len": scale.max_model_len}
         if dry:
-            sizes = {"device": "cpu", "kernels": all_fused(), "cache_gib": 0.02}
+            sizes = {"device": "cpu", "kernels": override_all("fused"), "cache_gib": 0.02}
         self.config = engine_config(model=path, load_format="dummy", **(sizes | options))
         self.steps: list[StepReport] = []
         begin = time.perf_counter()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine import Engine, SamplingParams, engine_config
 from engine.plugins.disaggregation.prefix_buffer import difference, identity
 from engine.plugins.tiers.fingerprint import StoreError
-from engine.runner.backends import all_plain
+from engine.runner.backends import override_all
 from engine.runner.build import load_runner
 from engine.schedule.batch import Batch
 from kernels.attention import reference as attention
@@ -157,7 +157,9 @@ class TestCheckAtTheStart:
             assert exactness.digest and exactness.different == ()
             assert exactness.fingerprint.startswith("exact-")
 
-    @pytest.mark.parametrize("kernels", ["", all_plain()], ids=["default", "reference"])
+    @pytest.mark.parametrize(
+        "kernels", ["", override_all("reference")], ids=["default", "reference"]
+    )
     def test_equal_engines_have_equal_digests(self, kernels):
         digests = set()
         for num_threads in (1, 2, 1):
@@ -168,7 +170,10 @@ class TestCheckAtTheStart:
 
     def test_products_that_depend_on_the_batch_are_noticed(self, monkeypatch):
         """As with a library that has another kernel for more than 96 rows."""
-        settings = {"kernels": all_plain(), "dtype": "float32"}  # bfloat16 may round it away.
+        settings = {
+            "kernels": override_all("reference"),
+            "dtype": "float32",
+        }  # bfloat16 may round it away.
         expected = load_small(**settings).exactness
         break_linear(monkeypatch, lambda weight, rows: rows > 96)
         found = load_small(**settings)
@@ -190,7 +195,7 @@ class TestCheckAtTheStart:
         break_linear(
             monkeypatch, lambda weight, rows: len(weight) == vocab_size and rows <= linear.ROWS
         )
-        found = load_small(kernels=all_plain(), dtype="float32")
+        found = load_small(kernels=override_all("reference"), dtype="float32")
         assert found.exactness.different == ("logits",)
 
     @pytest.mark.parametrize(
@@ -209,19 +214,19 @@ class TestCheckAtTheStart:
             return real(*arguments, packed=packed, **options)
 
         monkeypatch.setattr(module, name, broken)
-        found = load_small(kernels=all_plain(), dtype="float32").exactness.different
+        found = load_small(kernels=override_all("reference"), dtype="float32").exactness.different
         assert {"hits", "batches"} <= set(found)
 
     def test_other_bits_are_another_identity(self, monkeypatch, tmp_path):
         """A store, a restart and a transfer refuse bits of a library that no list of versions and
         instructions names."""
-        settings = {"kernels": all_plain(), "state_dir": str(tmp_path / "state")}
-        own = load_small(kernels=all_plain())
+        settings = {"kernels": override_all("reference"), "state_dir": str(tmp_path / "state")}
+        own = load_small(kernels=override_all("reference"))
         words = identity(engine_config(device="cpu"), own)
         Engine(small_config(**settings)).close()
         Engine(small_config(**settings)).close()
         break_linear(monkeypatch, lambda weight, rows: True)
-        other = identity(engine_config(device="cpu"), load_small(kernels=all_plain()))
+        other = identity(engine_config(device="cpu"), load_small(kernels=override_all("reference")))
         assert {name for name in words if words[name] != other[name]} == {"computed bits"}
         assert difference(words, other) == "computed bits: configure both the same"
         with pytest.raises(StoreError, match="differs in computed bits:"):

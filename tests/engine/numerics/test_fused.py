@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from engine import engine_config
-from engine.runner.backends import all_fused
+from engine.runner.backends import override_all
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError
@@ -41,7 +41,7 @@ def cold_and_mixed(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.Te
 def test_engine_with_all_triton_kernels(name, oracles, driver_class, random_tokens) -> None:
     path, tokens = oracles(name).path, random_tokens(100, 5)
     expected = cold_and_mixed(driver_class, make_runner(path), tokens)
-    runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=all_fused())
+    runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=override_all("fused"))
     assert set(runner.kernels.words().values()) == {"fused"}
     cold, mixed = cold_and_mixed(driver_class, runner, tokens)
     assert_close(cold.cpu(), expected[0], rtol=0, atol=1e-5)

@@ -12,7 +12,7 @@ import transformers
 
 from engine import engine_config
 from engine.layers.linear import Linear
-from engine.runner.backends import all_plain
+from engine.runner.backends import override_all
 from engine.runner.build import load_runner
 from tests.engine.numerics import families
 from tests.engine.numerics.test_exactness import assert_hits_are_exact, threads
@@ -193,7 +193,7 @@ def test_hits_are_exact(
                 device="cpu",
                 dtype=dtype,
                 quantization=quantization,
-                kernels=all_plain() if backend == "reference" else "",
+                kernels=override_all("reference") if backend == "reference" else "",
                 cache_gib=1.0,
             )
         )
