@@ -8,6 +8,7 @@ and no record that the child had reported as written may be missing.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -35,19 +36,22 @@ def payload_of(number: int) -> bytes:
 def write_until_killed(folder: Path, seed: int) -> None:
     """Write and drop records, and print a line for each record written (``+``) or dropped
     (``-``)."""
-    store = RecordStore(folder).open(FIELDS, MAX_BYTES)
+    store = RecordStore(folder).open(FIELDS)
     choose = random.Random(seed)
-    living = [record.id for record in store.scan()]
+    sizes = {
+        record.id: record_bytes(len(record.meta), record.payload_bytes) for record in store.scan()
+    }
     print("open", flush=True)
     room = record_bytes(20, MAX_PAYLOAD_BYTES)
-    while True:
-        while store.num_bytes + room > MAX_BYTES or (living and choose.random() < 0.3):
-            gone = living.pop(choose.randrange(len(living)))
+    for number in itertools.count(store.next_id):
+        while sum(sizes.values()) + room > MAX_BYTES or (sizes and choose.random() < 0.3):
+            gone = choose.choice(list(sizes))
             print("-", gone, flush=True)
             store.remove(gone)
-        number = store.next_id
-        store.write(number, 1, str(number).encode(), payload_of(number))
-        living.append(number)
+            del sizes[gone]
+        meta, payload = str(number).encode(), payload_of(number)
+        store.write(number, 1, meta, payload)
+        sizes[number] = record_bytes(len(meta), len(payload))
         print("+", number, flush=True)
 
 
@@ -73,7 +77,7 @@ def kill_once(folder: Path, seed: int, delay_s: float) -> tuple[set[int], set[in
 
 def count_wrong(folder: Path, expected: set[int]) -> tuple[int, int, set[int]]:
     """Return (number of wrong records, number of lost records, found records) after a kill."""
-    store = RecordStore(folder).open(FIELDS, MAX_BYTES)
+    store = RecordStore(folder).open(FIELDS)
     records = list(store.scan())
     wrong, found = 0, {record.id for record in records}
     for record in records:

@@ -36,12 +36,12 @@ import numpy.typing as npt
 
 from engine.plugins.tiers.fingerprint import write_atomically
 from engine.plugins.tiers.prefixes import Pointers, Prefixes, Run, RunPart, State, covering
-from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
+from engine.plugins.tiers.records import RecordStore, record_bytes
 from hybridcache.geometry.units import format_bytes
 from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
 
 Result = TypeVar("Result")
-URGENT, NORMAL, LAST = range(3)
+URGENT, NORMAL = range(2)
 POLL_S = 0.05
 
 Work = tuple[int, int, Callable[[], Any] | None, "Future[Any]"]
@@ -73,17 +73,12 @@ class DiskThread:
         self._queue.put((priority, next(self._numbers), work, done))
         return done
 
-    def close(self, deadline_s: float) -> bool:
-        """Do the queued work, and end.
-
-        Returns False if a job ran longer than ``deadline_s``; the thread then continues alone.
-        """
-        self._queue.put((LAST, next(self._numbers), None, Future()))
-        while self._thread.is_alive():
-            if self.busy_s > deadline_s:
-                return False
-            self._thread.join(POLL_S)
-        return True
+    def end(self, deadline_s: float) -> bool:
+        """Do the queued work, and end. Returns False if that takes longer than ``deadline_s``; the
+        thread then continues alone."""
+        self._queue.put((NORMAL, next(self._numbers), None, Future()))
+        self._thread.join(deadline_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
@@ -134,6 +129,7 @@ class Disk:
         self,
         store: RecordStore,
         *,
+        max_bytes: int,
         row_bytes: int,
         state_rows: int,
         num_rows: int,
@@ -143,11 +139,12 @@ class Disk:
         ``scan``.
 
         Args:
+          max_bytes: limit of the disk space of all records.
           row_bytes: size of one row of the tier.
           state_rows: number of rows of one state.
           num_rows: number of rows of the cache's disk tier.
         """
-        self.row_bytes, self.state_rows = row_bytes, state_rows
+        self.max_bytes, self.row_bytes, self.state_rows = max_bytes, row_bytes, state_rows
         self._store = store
         self._clock = clock
         self.prefixes = Prefixes()
@@ -178,7 +175,7 @@ class Disk:
         """Number of file system errors and damaged records."""
         self.num_skipped = 0
         """Number of runs and states not written for lack of room or time."""
-        record_bytes_limit = min(MAX_RECORD_BYTES, store.max_bytes // MIN_RECORDS)
+        record_bytes_limit = min(MAX_RECORD_BYTES, max_bytes // MIN_RECORDS)
         self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
         unknown: list[int] = []
         for record in store.scan():
@@ -189,8 +186,6 @@ class Disk:
         self.num_errors += store.num_unusable
         self._thread = DiskThread()
         self._next_id = store.next_id
-        self.max_bytes = store.max_bytes
-        """Limit of the disk space of all records."""
         for number in unknown:
             self._remove(number)
         self._shrink()
@@ -345,15 +340,10 @@ class Disk:
         """
 
         def write() -> None:
-            data = content()
-            if data is None:
-                return
-            try:
+            if (data := content()) is not None:
                 write_atomically(self._store.folder_fd, name, data)
-            except OSError as error:
-                self._pause(f"write {name}", error)
 
-        self._thread.submit(write)
+        self._run_later(f"write {name}", write, self._pause)
 
     def remove_file(self, name: str) -> None:
         """Remove a file from the folder, in the background."""
@@ -368,7 +358,7 @@ class Disk:
     def close(self) -> None:
         """Write pending records, so that they survive a power loss too, and release the folder."""
         self._run_later("sync the folder", self._store.sync)
-        if self.flush(CLOSE_DEADLINE_S) and self._thread.close(CLOSE_DEADLINE_S):
+        if self.flush(CLOSE_DEADLINE_S) and self._thread.end(CLOSE_DEADLINE_S):
             self._store.close()
         else:
             logger.warning(
@@ -382,14 +372,19 @@ class Disk:
         assert self.num_bytes == sum(self._sizes.values())
         assert set(self._sizes) == set(self.prefixes.used) | set(self._unwanted)
 
-    def _run_later(self, what: str, work: Callable[[], object]) -> None:
+    def _run_later(
+        self,
+        what: str,
+        work: Callable[[], object],
+        report: Callable[[str, OSError], None] | None = None,
+    ) -> None:
         """Run ``work`` in the disk thread. ``what`` names it in the report of an OSError."""
 
         def attempt() -> None:
             try:
                 work()
             except OSError as error:
-                self._report(what, error)
+                (report or self._report)(what, error)
 
         self._thread.submit(attempt)
 
@@ -484,8 +479,6 @@ class Disk:
         try:
             self._store.write(number, kind, meta, payload().data.cast("B"))
             is_written = True
-        except StoreFull:  # a file that should have made room could not be removed
-            pass
         except OSError as error:
             self._pause("write a record", error)
         finally:
@@ -535,8 +528,6 @@ class Disk:
 
     def _remove_record(self, number: int, size: int) -> None:
         """Remove a record's file, in the disk thread; it may never have been written."""
-        if number not in self._store:
-            return
         try:
             self._store.remove(number)
         except OSError as error:

@@ -276,7 +276,7 @@ class TierPlugin(Plugin):
         rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
         if self._store is not None:
             fields = fingerprint_of(self.config, runner, tokenizer)
-            self._store.open(fields, self._sizes.store)
+            self._store.open(fields)
             self._open_disk(self._store, fields, runner.memory, rows[DISK])
         copier = partial(_copier, self.disk)
         self._host_bytes_per_s = runner.attach_tiers(copier, rows.get(HOST, 0))
@@ -296,6 +296,7 @@ class TierPlugin(Plugin):
             save_digest(folder, config.model_dir, fields["weights"])
         self.disk = disk = Disk(
             store,
+            max_bytes=self._sizes.store,
             row_bytes=memory.row_bytes,
             state_rows=slab_rows_of(memory),
             num_rows=num_rows,

@@ -43,16 +43,11 @@ CRC = struct.Struct("<I")
 HEAD_BYTES = HEAD.size + CRC.size
 SUFFIX, PART, LOCK_NAME = ".record", ".part", "lock"
 BLOCK_BYTES, ENTRY_BYTES = 1 << 12, 1 << 6
-"""Allocation unit of a file, and size of its entry in the folder, as counted towards
-``max_bytes``."""
+"""Allocation unit of a file, and size of its entry in the folder."""
 
 Bytes = bytes | bytearray | memoryview
 
 logger = logging.getLogger(__name__)
-
-
-class StoreFull(StoreError):
-    """The store has no room for a record."""
 
 
 class Record(NamedTuple):
@@ -97,13 +92,9 @@ class RecordStore:
         Raises StoreError if another process uses it, or if it cannot be written.
         """
         self.folder = folder
-        self.max_bytes = 0
         self._digest = b""
-        self._sizes: dict[int, int] = {}
-        self.num_bytes = 0
-        """Disk space of all record files, at most ``max_bytes`` after every ``write``."""
         self.next_id = time.time_ns()
-        """Larger than every id used so far, by this process or an earlier one."""
+        """Larger than every id used so far by an earlier process."""
         self.num_unusable = 0
         """Number of damaged or unreadable record files that ``scan`` found."""
         try:
@@ -120,30 +111,19 @@ class RecordStore:
         except OSError as error:
             raise _unusable(folder, error) from error
 
-    def open(self, fields: Mapping[str, str], max_bytes: int) -> RecordStore:
+    def open(self, fields: Mapping[str, str]) -> RecordStore:
         """Check the fingerprint of the folder, or write that of a new one. Returns the store.
 
-        Args:
-            fields: the fingerprint: everything that the bytes of a record depend on.
-            max_bytes: limit of the disk space of all records.
-
-        Raises:
-            StoreError: the folder belongs to another fingerprint or format, or it cannot be
-                written. Nothing in it was changed.
+        ``fields`` is the fingerprint: everything that the bytes of a record depend on. Raises
+        StoreError if the folder belongs to another fingerprint or format, or cannot be written.
+        Nothing in it was changed then.
         """
-        self.max_bytes = max_bytes
         try:
             has_records = any(name.endswith(SUFFIX) for name in self._names())
             self._digest = check_fingerprint(self.folder, fields, has_records=has_records)
         except OSError as error:
             raise _unusable(self.folder, error) from error
         return self
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def __contains__(self, record_id: int) -> bool:
-        return record_id in self._sizes
 
     def scan(self) -> Iterator[Record]:
         """Yield all complete records, by ascending id.
@@ -164,9 +144,6 @@ class RecordStore:
                 self.num_unusable += 1
                 continue
             if record is not None:
-                size = record_bytes(len(record.meta), record.payload_bytes)
-                self._sizes[record.id] = size
-                self.num_bytes += size
                 self.next_id = max(self.next_id, record.id + 1)
                 yield record
             else:
@@ -184,23 +161,9 @@ class RecordStore:
             )
 
     def write(self, record_id: int, kind: int, meta: bytes, payload: Bytes) -> None:
-        """Write one record; no part of it is left if this raises.
-
-        Args:
-            record_id: ``next_id`` or larger.
-
-        Raises:
-            StoreFull: the record does not fit into ``max_bytes``.
-            OSError: the file system refused.
-        """
-        assert record_id >= self.next_id, "the id was used before"
+        """Write one record with a new id, ``next_id`` or larger. Raises OSError; no part of the
+        record is left then."""
         view = memoryview(payload).cast("B")
-        size = record_bytes(len(meta), len(view))
-        if self.num_bytes + size > self.max_bytes:
-            raise StoreFull(
-                f"{self.folder} contains {self.num_bytes:,} of at most {self.max_bytes:,} bytes "
-                f"and has no room for {size:,} more."
-            )
         crcs = zlib.crc32(meta), zlib.crc32(view)
         head = HEAD.pack(MAGIC, self._digest, record_id, kind, len(meta), len(view), *crcs)
         part = f"{record_id:016x}{PART}"
@@ -211,9 +174,6 @@ class RecordStore:
             with suppress(OSError):
                 os.unlink(part, dir_fd=self.folder_fd)
             raise
-        self.next_id = record_id + 1
-        self._sizes[record_id] = size
-        self.num_bytes += size
 
     def read(self, record_id: int, out: memoryview) -> bool:
         """Read the payload of a record into ``out``, which has its length.
@@ -243,16 +203,11 @@ class RecordStore:
             os.close(file)
 
     def remove(self, record_id: int) -> None:
-        """Remove a record. Raises KeyError if there is none; OSError if its file remains, and
-        counts."""
-        size = self._sizes[record_id]
-        with suppress(FileNotFoundError):
-            os.unlink(_name(record_id), dir_fd=self.folder_fd)
-        del self._sizes[record_id]
-        self.num_bytes -= size
+        """Remove a record, if it was written. Raises OSError."""
+        self.remove_file(_name(record_id))
 
     def remove_file(self, name: str) -> None:
-        """Remove another file from the folder, if it exists. Raises OSError."""
+        """Remove a file from the folder, if it exists. Raises OSError."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.folder_fd)
 

@@ -16,7 +16,7 @@ import pytest
 from engine.plugins.tiers import disk as disk_module
 from engine.plugins.tiers.disk import Disk, FutureRows, Rows
 from engine.plugins.tiers.prefixes import State, covering
-from engine.plugins.tiers.records import RecordStore
+from engine.plugins.tiers.records import HEAD_BYTES, RecordStore, record_bytes
 from hybridcache.tokens import Indices, Tokens
 
 ROW_BYTES, STATE_ROWS, NUM_ROWS = 16, 5, 400
@@ -28,8 +28,9 @@ Path_ = tuple[Hashable, Tokens]
 def open_disk(
     folder: Path, clock: Callable[[], float] = lambda: 0.0, max_bytes: int = 1 << 22
 ) -> Disk:
-    store = RecordStore(folder).open(FIELDS, max_bytes)
-    return Disk(store, row_bytes=ROW_BYTES, state_rows=STATE_ROWS, num_rows=NUM_ROWS, clock=clock)
+    store = RecordStore(folder).open(FIELDS)
+    sizes = {"row_bytes": ROW_BYTES, "state_rows": STATE_ROWS, "num_rows": NUM_ROWS}
+    return Disk(store, max_bytes=max_bytes, clock=clock, **sizes)
 
 
 def rows_of(path: Path_, kind: str = "kv") -> Rows:
@@ -72,7 +73,8 @@ def settled(disk: Disk) -> Disk:
     """Finish all queued work, compare all counts, and return ``disk``."""
     disk.flush()
     disk.check()
-    assert disk.num_bytes == disk._store.num_bytes
+    sizes = [file.stat().st_size for file in disk._store.folder.glob("*.record")]
+    assert disk.num_bytes == sum(record_bytes(0, size - HEAD_BYTES) for size in sizes)
     return disk
 
 
