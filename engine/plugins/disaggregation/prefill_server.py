@@ -110,7 +110,7 @@ class Outgoing:
     def advance(self, unit: PrefixBuffer, cache: HybridRadixCache) -> None:
         """Send the rest of the prefix once it is complete, then its state. Called between two
         steps."""
-        if self._receipt is None and not self._settle(unit, cache):
+        if (self._receipt is None and not self._settle(unit, cache)) or not self._has_room:
             return
         match = cache.match(self.tokens, self.ask.spec.namespace)
         rows = cache.gather(match.node)

@@ -28,7 +28,6 @@ from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, wait
 from functools import partial
 from queue import PriorityQueue
-from threading import Condition
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -110,7 +109,8 @@ MIN_RECORDS = 32
 """Minimum number of KV records for which a small folder has room."""
 TOKEN_BYTES = 4
 MAX_PENDING_BYTES = 1 << 28
-"""Limit of the bytes waiting to be written. Above it, write-through skips entries."""
+"""Limit of the bytes waiting to be written. Above it, entries are skipped: no step waits for the
+disk."""
 DEADLINE_S, CLOSE_DEADLINE_S = 20.0, 60.0
 """Duration of one job after which the file system is considered hung, at run time and at the
 end."""
@@ -154,8 +154,9 @@ class Disk:
         """Disk space of all records together."""
         self._pointers = Pointers(num_rows)
         self._pending: dict[int, FutureRows] = {}
-        self._pending_bytes = 0
-        self._written = Condition()
+        self._queued_bytes = self._done_bytes = 0
+        """Bytes of all payloads that were queued, and of those that wait no more. Each is changed
+        by one thread."""
         self._failed: deque[int] = deque()
         """Records that were not written, or cannot be read."""
         self._undeleted: deque[tuple[int, int]] = deque()
@@ -230,9 +231,23 @@ class Disk:
         """Write the KV of the last ``num_rows`` tokens of ``path``, or the state at its end.
 
         Parts that are on disk already are not written again. Returns the parts of records that hold
-        it, fewer than requested if there is no room or time.
+        it, fewer than requested if there is no room, or too much waits to be written already.
         """
-        return self._write_missing(kind, path, num_rows, read, must=False)
+        namespace, tokens = path
+        pieces = self.prefixes.find(namespace, tokens)
+        known = sum(piece.num_tokens for piece in pieces)
+        if kind == "checkpoint":
+            found = self.prefixes.state(pieces, len(tokens)) if known == len(tokens) else None
+            if found is None and known == len(tokens):
+                state = State(self._parent_at(pieces, len(tokens)), len(tokens))
+                read_all = partial(read, 0, self.state_rows)
+                found = self._write(state, STATE, STATE_HEAD.pack(*state), read_all)
+            return [] if found is None else [RunPart(found, 0, self.state_rows)]
+        first = len(tokens) - num_rows
+        if first <= known < len(tokens):
+            self._write_run(pieces, namespace, tokens, known, (first, read))
+            pieces = self.prefixes.find(namespace, tokens)
+        return covering(pieces, first, len(tokens))
 
     def offload(
         self, kind: Kind, path: tuple[Hashable, Tokens], rows: Indices, read: ReadRows
@@ -241,7 +256,7 @@ class Disk:
 
         O(len(path) + bytes that are not on disk yet).
         """
-        self.bind(rows, self._write_missing(kind, path, len(rows), read, must=True))
+        self.bind(rows, self.write_through(kind, path, len(rows), read))
 
     def bind(self, rows: Indices, pieces: list[RunPart]) -> None:
         """Bind ``rows`` to ``pieces``. Rows after the end of the pieces point nowhere."""
@@ -318,20 +333,18 @@ class Disk:
         self.has_lost_rows = False
 
     def settle(self) -> None:
-        """Forget the records that failed in the disk thread, with their descendants. O(records that
-        failed)."""
+        """Forget the records that failed in the disk thread, with their descendants. O(1) if there
+        are none, else O(records + rows of the tier)."""
         while self._undeleted:
             number, size = self._undeleted.popleft()
             self._count(number, size)
             self._unwanted.append(number)
-        while self._failed:
-            number = self._failed.popleft()
-            if number not in self.prefixes:
-                continue
-            for one in reversed(self.prefixes.descendants(number)):
-                self.has_lost_rows |= one in self._pointers
-                self._pointers.lose(one)
-                self._forget(one)
+        if self._failed:
+            failed = {self._failed.popleft() for _ in range(len(self._failed))}
+            gone = self.prefixes.descendants(failed)
+            self.has_lost_rows |= self._pointers.lose(gone)
+            for number in reversed(gone):
+                self._forget(number)
 
     def write_file(self, name: str, content: Callable[[], bytes | None]) -> None:
         """Replace a file in the folder, in the background.
@@ -388,25 +401,6 @@ class Disk:
 
         self._thread.submit(attempt)
 
-    def _write_missing(
-        self, kind: Kind, path: tuple[Hashable, Tokens], num_rows: int, read: ReadRows, must: bool
-    ) -> list[RunPart]:
-        namespace, tokens = path
-        pieces = self.prefixes.find(namespace, tokens)
-        known = sum(piece.num_tokens for piece in pieces)
-        if kind == "checkpoint":
-            found = self.prefixes.state(pieces, len(tokens)) if known == len(tokens) else None
-            if found is None and known == len(tokens):
-                state = State(self._parent_at(pieces, len(tokens)), len(tokens))
-                read_all = partial(read, 0, self.state_rows)
-                found = self._write(state, STATE, STATE_HEAD.pack(*state), read_all, must)
-            return [] if found is None else [RunPart(found, 0, self.state_rows)]
-        first = len(tokens) - num_rows
-        if first <= known < len(tokens):
-            self._write_run(pieces, namespace, tokens, known, (first, read), must)
-            pieces = self.prefixes.find(namespace, tokens)
-        return covering(pieces, first, len(tokens))
-
     def _parent_at(self, pieces: list[RunPart], position: int) -> int:
         """Return the parent of a state at ``position``, or of a run that begins there."""
         at = 0
@@ -423,7 +417,6 @@ class Disk:
         tokens: Tokens,
         start: int,
         source: tuple[int, ReadRows],
-        must: bool,
     ) -> None:
         """Write the KV of ``tokens`` from ``start`` on, in records of a bounded size."""
         try:
@@ -438,19 +431,21 @@ class Disk:
             name = b"" if parent else text
             meta = KV_HEAD.pack(parent, start, len(name)) + name
             meta += run.tokens.astype("<i4").tobytes()
-            number = self._write(run, KV, meta, partial(read, start - first, end - first), must)
+            number = self._write(run, KV, meta, partial(read, start - first, end - first))
             if number is None:
                 return
             parent, start = number, end
 
     def _write(
-        self, item: Run | State, kind: int, meta: bytes, read: Callable[[], FutureRows], must: bool
+        self, item: Run | State, kind: int, meta: bytes, read: Callable[[], FutureRows]
     ) -> int | None:
         """Queue a record. Returns its id, or None if there is no room or time."""
         num_rows = len(item.tokens) if isinstance(item, Run) else self.state_rows
         num_bytes = num_rows * self.row_bytes
         size = record_bytes(len(meta), num_bytes)
-        if not (self.is_writable and self._has_time(num_bytes, must)):
+        waiting_bytes = self._queued_bytes - self._done_bytes
+        is_late = waiting_bytes and waiting_bytes + num_bytes > MAX_PENDING_BYTES
+        if is_late or not self.is_writable:
             self.num_skipped += 1
             return None
         number = self._next_id
@@ -466,8 +461,7 @@ class Disk:
         self._count(number, size)
         payload = read()
         self._pending[number] = payload
-        with self._written:
-            self._pending_bytes += num_bytes
+        self._queued_bytes += num_bytes
         self._thread.submit(lambda: self._write_record(number, kind, meta, payload, num_bytes))
         return number
 
@@ -485,19 +479,7 @@ class Disk:
             if not is_written:
                 self._failed.append(number)
             del self._pending[number]
-            with self._written:
-                self._pending_bytes -= num_bytes
-                self._written.notify_all()
-
-    def _has_time(self, num_bytes: int, must: bool) -> bool:
-        """Return True if ``num_bytes`` more may wait to be written. With ``must``, wait for that as
-        long as the disk responds."""
-        with self._written:
-            while self._pending_bytes and self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
-                if not must or self.is_off:
-                    return False
-                self._written.wait(POLL_S)
-        return True
+            self._done_bytes += num_bytes
 
     def _make_room(self, size: int, new: int) -> bool:
         """Remove records without rows, the least recently used first, until ``size`` bytes fit.

@@ -15,8 +15,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 NAME = "fingerprint.json"
@@ -42,14 +42,12 @@ def digest_of(fields: Mapping[str, str]) -> bytes:
 
 
 def check_fingerprint(
-    folder: Path,
-    fields: Mapping[str, str],
-    *,
-    has_records: bool,
+    folder: Path, folder_fd: int, fields: Mapping[str, str], *, has_records: bool
 ) -> bytes:
     """Check that ``folder`` belongs to ``fields``, and write its fingerprint if it has none.
 
     Args:
+        folder_fd: descriptor of the folder.
         has_records: True if there are records in the folder, so that it has a fingerprint.
 
     Returns:
@@ -69,8 +67,7 @@ def check_fingerprint(
                 f"another folder, or delete {folder} with its contents."
             )
         content = {"digest": digest_of(ours).hex(), "fields": ours}
-        with open_folder(folder) as folder_fd:
-            write_atomically(folder_fd, NAME, json.dumps(content, indent=1).encode())
+        write_atomically(folder_fd, NAME, json.dumps(content, indent=1).encode())
     elif stored != ours:
         raise StoreError(_refusal(folder, stored, ours))
     return digest_of(ours)
@@ -139,7 +136,7 @@ def load_digest(folder: Path, files_dir: Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
-def save_digest(folder: Path, files_dir: Path, digest: str) -> None:
+def save_digest(folder: Path, folder_fd: int, files_dir: Path, digest: str) -> None:
     """Save ``digest``, which this process computed from the files in ``files_dir``.
 
     Does nothing if it is saved already, or if a file changed while this process ran. Logs a warning
@@ -150,8 +147,7 @@ def save_digest(folder: Path, files_dir: Path, digest: str) -> None:
         is_old = all(int(when) < STARTED_NS - CLOCK_NS for file in files for when in file[2:4])
         if is_old and load_digest(folder, files_dir) != digest:
             content = json.dumps({"digest": digest, "files": files}).encode()
-            with open_folder(folder) as folder_fd:
-                write_atomically(folder_fd, WEIGHTS_NAME, content)
+            write_atomically(folder_fd, WEIGHTS_NAME, content)
     except OSError as error:
         logger.warning(
             "The digest of the weights is not saved in %s (%s): the next start reads the weights "
@@ -171,16 +167,6 @@ def _files(files_dir: Path) -> Files:
 
 
 PART = ".part"
-
-
-@contextmanager
-def open_folder(folder: Path) -> Iterator[int]:
-    """Open ``folder`` and yield its descriptor. Raises OSError."""
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield file
-    finally:
-        os.close(file)
 
 
 def write_atomically(folder_fd: int, name: str, data: bytes) -> None:
@@ -204,8 +190,5 @@ def write_atomically(folder_fd: int, name: str, data: bytes) -> None:
     try:
         os.fsync(folder_fd)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some do not sync folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some do not sync folders
             raise

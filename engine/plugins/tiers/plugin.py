@@ -293,7 +293,7 @@ class TierPlugin(Plugin):
     ) -> None:
         folder, config = store.folder, self.config
         if config.load_format != "dummy" and "weights" in fields:
-            save_digest(folder, config.model_dir, fields["weights"])
+            save_digest(folder, store.folder_fd, config.model_dir, fields["weights"])
         self.disk = disk = Disk(
             store,
             max_bytes=self._sizes.store,

@@ -8,7 +8,7 @@ continues with a run that starts there.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -82,10 +82,13 @@ class Pointers:
             for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=True)
         ]
 
-    def lose(self, record: int) -> None:
-        """Unbind all rows from ``record``. O(rows of the tier)."""
-        if self._counts.pop(record, None) is not None:
-            self._records[self._records == record] = 0
+    def lose(self, records: Iterable[int]) -> bool:
+        """Unbind all rows from ``records``. Returns False if there were none. O(rows of the
+        tier)."""
+        found = [record for record in records if self._counts.pop(record, None) is not None]
+        if found:
+            self._records[np.isin(self._records, found)] = 0
+        return bool(found)
 
     def clear(self) -> None:
         """Unbind all rows. O(rows of the tier)."""
@@ -196,9 +199,10 @@ class Prefixes:
         """Return True if the item has no children."""
         return not self._num_children[number]
 
-    def descendants(self, number: int) -> list[int]:
-        """Return the item and all its descendants, parents first. O(all items)."""
-        found = {number}
+    def descendants(self, numbers: Iterable[int]) -> list[int]:
+        """Return the items, as far as they exist, and all their descendants, parents first. O(all
+        items)."""
+        found = {number for number in numbers if number in self.used}
         for other in sorted(self.used):
             if self.used[other].parent in found:
                 found.add(other)

@@ -120,7 +120,9 @@ class RecordStore:
         """
         try:
             has_records = any(name.endswith(SUFFIX) for name in self._names())
-            self._digest = check_fingerprint(self.folder, fields, has_records=has_records)
+            self._digest = check_fingerprint(
+                self.folder, self.folder_fd, fields, has_records=has_records
+            )
         except OSError as error:
             raise _unusable(self.folder, error) from error
         return self

@@ -203,7 +203,11 @@ FIELDS = {"weights": "a" * 32, "checkpoint grid": "64", "exact": "False"}
 
 
 def check(folder: Path, fields: dict[str, str]) -> bytes:
-    return check_fingerprint(folder, fields, has_records=False)
+    folder_fd = os.open(folder, os.O_RDONLY)
+    try:
+        return check_fingerprint(folder, folder_fd, fields, has_records=False)
+    finally:
+        os.close(folder_fd)
 
 
 def test_a_new_fingerprint_is_synced_before_use(
