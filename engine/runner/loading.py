@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -381,16 +380,6 @@ OTHER_DTYPES = ("float16", "float64")
 """Number formats of files that are converted to the default one of the device."""
 
 
-class Loaded(NamedTuple):
-    """A model with its weights."""
-
-    model: Decoder
-    head: PredictionHead | None
-    """Multi-token head, or None if it was not requested."""
-    note: str
-    """Description of the number and the source of the weights."""
-
-
 def load_model(
     model_dir: Path,
     family: type[Decoder],
@@ -401,11 +390,12 @@ def load_model(
     num_workers: int,
     seed: int,
     with_head: bool = False,
-) -> Loaded:
+) -> tuple[Decoder, PredictionHead | None, str]:
     """Build a model with its weights, and with its multi-token head if requested.
 
-    Raises WeightsError before any tensor is read if the weight files do not match the config or
-    have no head. Raises ModelError if the family's head is not supported.
+    Returns both, and a description of the number and the source of the weights. Raises
+    WeightsError before any tensor is read if the weight files do not match the config or have no
+    head. Raises ModelError if the family's head is not supported.
     """
     outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
     if load_format == "dummy":
@@ -413,7 +403,7 @@ def load_model(
         dummy = Dummy(seed)
         model = family(config, build, dummy.fill)
         head = _head(model, dummy.fill) if with_head else None
-        return Loaded(model, head, f"{counted}; seeded (seed {seed}), untrained")
+        return model, head, f"{counted}; seeded (seed {seed}), untrained"
     files = WeightFiles(model_dir, num_workers, build.weights.files, with_head=with_head)
     files.tensors = family.published(files.tensors)
     if config.tie_embeddings:
@@ -429,7 +419,7 @@ def load_model(
     note = files.close() + build.weights.note()
     if config.unknown_keys:
         note += f"; ignored keys of config.json: {enumerated(sorted(config.unknown_keys))}"
-    return Loaded(model, head, f"{_counted(plan, with_head)}; {note}")
+    return model, head, f"{_counted(plan, with_head)}; {note}"
 
 
 def _counted(plan: Decoder, with_head: bool) -> str:

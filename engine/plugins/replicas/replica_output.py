@@ -72,11 +72,6 @@ class Progress:
         self._last = RequestOutput(request_id)
 
     @property
-    def num_tokens(self) -> int:
-        """Number of tokens of the answer."""
-        return len(self._tokens)
-
-    @property
     def has_begun(self) -> bool:
         """True if the present replica has sent a token."""
         return self._at_token > 0
@@ -115,7 +110,7 @@ class Progress:
     def broken_off(self) -> str:
         """Message for a client after the replica of its request died."""
         return (
-            f"the replica that computed it died after {counted(self.num_tokens, 'token')} of the "
+            f"the replica that computed it died after {counted(len(self._tokens), 'token')} of the "
             "answer; send the request again"
         )
 
