@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.plugins.tiers.fingerprint import write_atomically
-from engine.plugins.tiers.prefixes import Pointers, Prefixes, Run, RunPart, State, covering
+from engine.plugins.tiers.prefixes import Pointers, Prefixes, RecordPart, Run, State, covering
 from engine.plugins.tiers.records import RecordStore, record_bytes
 from hybridcache.geometry.units import format_bytes
 from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
@@ -227,7 +227,7 @@ class Disk:
 
     def write_through(
         self, kind: Kind, path: tuple[Hashable, Tokens], num_rows: int, read: ReadRows
-    ) -> list[RunPart]:
+    ) -> list[RecordPart]:
         """Write the KV of the last ``num_rows`` tokens of ``path``, or the state at its end.
 
         Parts that are on disk already are not written again. Returns the parts of records that hold
@@ -235,14 +235,14 @@ class Disk:
         """
         namespace, tokens = path
         pieces = self.prefixes.find(namespace, tokens)
-        known = sum(piece.num_tokens for piece in pieces)
+        known = sum(piece.num_rows for piece in pieces)
         if kind == "checkpoint":
             found = self.prefixes.state(pieces, len(tokens)) if known == len(tokens) else None
             if found is None and known == len(tokens):
                 state = State(self._parent_at(pieces, len(tokens)), len(tokens))
                 read_all = partial(read, 0, self.state_rows)
                 found = self._write(state, STATE, STATE_HEAD.pack(*state), read_all)
-            return [] if found is None else [RunPart(found, 0, self.state_rows)]
+            return [] if found is None else [RecordPart(found, 0, self.state_rows)]
         first = len(tokens) - num_rows
         if first <= known < len(tokens):
             self._write_run(pieces, namespace, tokens, known, (first, read))
@@ -258,10 +258,10 @@ class Disk:
         """
         self.bind(rows, self.write_through(kind, path, len(rows), read))
 
-    def bind(self, rows: Indices, pieces: list[RunPart]) -> None:
+    def bind(self, rows: Indices, pieces: list[RecordPart]) -> None:
         """Bind ``rows`` to ``pieces``. Rows after the end of the pieces point nowhere."""
         self._pointers.bind(rows, pieces)
-        self.has_lost_rows |= sum(piece.num_tokens for piece in pieces) < len(rows)
+        self.has_lost_rows |= sum(piece.num_rows for piece in pieces) < len(rows)
 
     def drop(self, rows: Indices) -> None:
         """Unbind ``rows``. The records they pointed into are the first to be removed."""
@@ -271,7 +271,7 @@ class Disk:
 
     def is_lost(self, rows: Indices) -> bool:
         """Return True if some of ``rows`` point nowhere, or if the disk is currently not read."""
-        return self.is_off or any(not part.record for part in self._pointers.parts(rows))
+        return self.is_off or any(not part.id for part in self._pointers.parts(rows))
 
     def load(self, rows: Indices) -> list[tuple[int, Rows]] | None:
         """Read ``rows``, which then point nowhere.
@@ -281,18 +281,19 @@ class Disk:
         """
         parts = self._pointers.parts(rows)
         self._pointers.unbind(rows)
-        payloads = {number: self._payload(number) for number in {part.record for part in parts}}
-        pieces = []
+        payloads = {number: self._payload(number) for number in {part.id for part in parts}}
+        pieces, first = [], 0
         for part in parts:
-            payload = payloads[part.record]
+            payload = payloads[part.id]
             if payload is None:
                 return None
-            pieces.append((part.first, payload[part.offset : part.offset + part.num_rows]))
+            pieces.append((first, payload[part.offset : part.offset + part.num_rows]))
+            first += part.num_rows
         return pieces
 
     def stage(self, rows: Indices) -> tuple[int, ...]:
         """Start reading the records of ``rows``. Returns their ids, for ``is_staged``."""
-        found = {part.record: None for part in self._pointers.parts(rows) if part.record}
+        found = {part.id: None for part in self._pointers.parts(rows) if part.id}
         for number in found:
             if number not in self._staged and number not in self._pending:
                 self._staged[number] = self._thread.submit(self._reader(number), URGENT)
@@ -401,18 +402,18 @@ class Disk:
 
         self._thread.submit(attempt)
 
-    def _parent_at(self, pieces: list[RunPart], position: int) -> int:
+    def _parent_at(self, pieces: list[RecordPart], position: int) -> int:
         """Return the parent of a state at ``position``, or of a run that begins there."""
         at = 0
         for piece in pieces:
-            at += piece.num_tokens
+            at += piece.num_rows
             if at >= position:
                 return piece.id
         raise AssertionError("the path has no record at this position")
 
     def _write_run(
         self,
-        pieces: list[RunPart],
+        pieces: list[RecordPart],
         namespace: Hashable,
         tokens: Tokens,
         start: int,

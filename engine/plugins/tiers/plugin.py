@@ -21,7 +21,7 @@ from engine.interfaces import Runner, StepReport
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.fingerprint import load_digest, save_digest
-from engine.plugins.tiers.prefixes import RunPart, covering
+from engine.plugins.tiers.prefixes import RecordPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
 from engine.schedule.batch import KEPT
@@ -403,7 +403,7 @@ class TierPlugin(Plugin):
             start, kv_rows, state_rows = taken
             pieces = prefixes.find(namespace, tokens)
             disk.bind(kv_rows, covering(pieces, start, len(tokens)))
-            disk.bind(state_rows, [RunPart(number, 0, len(state_rows))])
+            disk.bind(state_rows, [RecordPart(number, 0, len(state_rows))])
             num_adopted += 1
         return num_adopted
 

@@ -16,16 +16,14 @@ import numpy as np
 from hybridcache.tokens import Indices, Tokens, common_prefix_len
 
 
-class RecordRows(NamedTuple):
-    """Consecutive rows of a request that point to consecutive rows of one record."""
+class RecordPart(NamedTuple):
+    """Consecutive rows of one record: of a state, or one for each token of a run."""
 
-    first: int
-    """Index of the first row in the request."""
-    num_rows: int
-    record: int
-    """Id of the record, or 0 if the rows point nowhere."""
+    id: int
+    """Id of the record, or 0 for rows that point nowhere."""
     offset: int
-    """Row of the record that the first one points to."""
+    """Index of the first row in the record."""
+    num_rows: int
 
 
 class Pointers:
@@ -45,32 +43,32 @@ class Pointers:
         """Return True if a row points into ``record``. O(1)."""
         return record in self._counts
 
-    def bind(self, rows: Indices, pieces: list[RunPart]) -> None:
+    def bind(self, rows: Indices, pieces: list[RecordPart]) -> None:
         """Bind ``rows`` to ``pieces``. Rows after the end of the pieces point nowhere. O(rows)."""
         self.unbind(rows)
         first = 0
         for piece in pieces:
-            some = rows[first : first + piece.num_tokens]
+            some = rows[first : first + piece.num_rows]
             if not len(some):
                 return
             self._records[some] = piece.id
             self._offsets[some] = np.arange(piece.offset, piece.offset + len(some), dtype=np.int32)
             self._counts[piece.id] = self._counts.get(piece.id, 0) + len(some)
-            first += piece.num_tokens
+            first += piece.num_rows
 
     def unbind(self, rows: Indices) -> Collection[int]:
         """Unbind ``rows``. Returns the records they pointed into. O(rows)."""
         found: dict[int, None] = {}
         for part in self.parts(rows):
-            if part.record:
-                found[part.record] = None
-                self._counts[part.record] -= part.num_rows
-                if not self._counts[part.record]:
-                    del self._counts[part.record]
+            if part.id:
+                found[part.id] = None
+                self._counts[part.id] -= part.num_rows
+                if not self._counts[part.id]:
+                    del self._counts[part.id]
         self._records[rows] = 0
         return found
 
-    def parts(self, rows: Indices) -> list[RecordRows]:
+    def parts(self, rows: Indices) -> list[RecordPart]:
         """Return the parts of records that ``rows`` point to, in the order of ``rows``. O(rows)."""
         if not len(rows):
             return []
@@ -78,7 +76,7 @@ class Pointers:
         breaks = np.flatnonzero((np.diff(records) != 0) | (np.diff(offsets) != 1)) + 1
         firsts = [0, *breaks.tolist()]
         return [
-            RecordRows(first, end - first, records.item(first), offsets.item(first))
+            RecordPart(records.item(first), offsets.item(first), end - first)
             for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=True)
         ]
 
@@ -124,15 +122,6 @@ class State(NamedTuple):
     parent: int
     """Id of the run that contains its position, after the first token of the run."""
     position: int
-
-
-class RunPart(NamedTuple):
-    """Part of a run."""
-
-    id: int
-    offset: int
-    """Index of its first token in the run."""
-    num_tokens: int
 
 
 class Prefixes:
@@ -208,10 +197,10 @@ class Prefixes:
                 found.add(other)
         return sorted(found)
 
-    def find(self, namespace: Hashable, tokens: Tokens) -> list[RunPart]:
+    def find(self, namespace: Hashable, tokens: Tokens) -> list[RecordPart]:
         """Return the pieces of runs that make up the longest stored prefix of ``tokens``, in order.
         O(len(tokens))."""
-        pieces: list[RunPart] = []
+        pieces: list[RecordPart] = []
         above: Hashable = ("", namespace)
         at = 0
         while at < len(tokens):
@@ -221,18 +210,18 @@ class Prefixes:
             run = self.used[number]
             assert isinstance(run, Run)
             num_tokens = common_prefix_len(run.tokens, tokens[at:])
-            pieces.append(RunPart(number, 0, num_tokens))
+            pieces.append(RecordPart(number, 0, num_tokens))
             at += num_tokens
             above = number
         return pieces
 
-    def state(self, pieces: list[RunPart], position: int) -> int | None:
+    def state(self, pieces: list[RecordPart], position: int) -> int | None:
         """Return the id of the state at ``position`` on a path from ``find``, or None."""
         at = 0
         for piece in pieces:
-            if at < position <= at + piece.num_tokens:
+            if at < position <= at + piece.num_rows:
                 return self._states.get(State(piece.id, position))
-            at += piece.num_tokens
+            at += piece.num_rows
         return None
 
     def newest_states(self, room: int, state_rows: int) -> list[int]:
@@ -285,12 +274,12 @@ class Prefixes:
             number = self.used[number].parent
 
 
-def covering(pieces: list[RunPart], first: int, end: int) -> list[RunPart]:
+def covering(pieces: list[RecordPart], first: int, end: int) -> list[RecordPart]:
     """Return the parts of ``pieces``, a path from position 0, that cover [first, end)."""
     found, at = [], 0
     for piece in pieces:
-        low, high = max(first, at), min(end, at + piece.num_tokens)
+        low, high = max(first, at), min(end, at + piece.num_rows)
         if low < high:
-            found.append(RunPart(piece.id, piece.offset + low - at, high - low))
-        at += piece.num_tokens
+            found.append(RecordPart(piece.id, piece.offset + low - at, high - low))
+        at += piece.num_rows
     return found

@@ -83,7 +83,7 @@ def readable(disk: Disk, *paths: Path_) -> list[bool]:
     found = []
     for path in paths:
         pieces = disk.prefixes.find(*path)
-        rows = np.arange(sum(piece.num_tokens for piece in pieces), dtype=np.int32)
+        rows = np.arange(sum(piece.num_rows for piece in pieces), dtype=np.int32)
         disk.bind(rows, pieces)
         data = loaded(disk, rows) if len(rows) else None
         assert data is None or np.array_equal(data, rows_of(path)[: len(rows)])
@@ -108,7 +108,7 @@ def test_loaded_rows_equal_the_offloaded_ones(
     stored: list[tuple[Indices, Rows]] = []
     for step in range(250):
         path = random_path(choose)
-        num_known = sum(piece.num_tokens for piece in disk.prefixes.find(*path))
+        num_known = sum(piece.num_rows for piece in disk.prefixes.find(*path))
         missing = len(path[1]) - num_known
         action = choose.integers(6)
         if action == 0 or not stored:
@@ -143,7 +143,7 @@ def test_loaded_rows_equal_the_offloaded_ones(
                 pieces = disk.write_through(
                     kind, path, 1, lambda *_: pytest.fail("it was on disk already")
                 )
-                rows = np.arange(sum(piece.num_tokens for piece in pieces), dtype=np.int32)
+                rows = np.arange(sum(piece.num_rows for piece in pieces), dtype=np.int32)
                 disk.bind(rows, pieces)
                 assert np.array_equal(loaded(disk, rows), rows_of(path, kind)[-len(rows) :])
             stored, free = [], list(range(NUM_ROWS))
