@@ -236,16 +236,19 @@ class Disk:
         namespace, tokens = path
         pieces = self.prefixes.find(namespace, tokens)
         known = sum(piece.num_rows for piece in pieces)
+        parent = pieces[-1].id if pieces else 0
         if kind == "checkpoint":
-            found = self.prefixes.state(pieces, len(tokens)) if known == len(tokens) else None
-            if found is None and known == len(tokens):
-                state = State(self._parent_at(pieces, len(tokens)), len(tokens))
+            if known < len(tokens):
+                return []
+            state = State(parent, len(tokens))
+            found = self.prefixes.states.get(state)
+            if found is None:
                 read_all = partial(read, 0, self.state_rows)
                 found = self._write(state, STATE, STATE_HEAD.pack(*state), read_all)
             return [] if found is None else [RecordPart(found, 0, self.state_rows)]
         first = len(tokens) - num_rows
         if first <= known < len(tokens):
-            self._write_run(pieces, namespace, tokens, known, (first, read))
+            self._write_run(parent, namespace, tokens, known, (first, read))
             pieces = self.prefixes.find(namespace, tokens)
         return covering(pieces, first, len(tokens))
 
@@ -402,18 +405,9 @@ class Disk:
 
         self._thread.submit(attempt)
 
-    def _parent_at(self, pieces: list[RecordPart], position: int) -> int:
-        """Return the parent of a state at ``position``, or of a run that begins there."""
-        at = 0
-        for piece in pieces:
-            at += piece.num_rows
-            if at >= position:
-                return piece.id
-        raise AssertionError("the path has no record at this position")
-
     def _write_run(
         self,
-        pieces: list[RecordPart],
+        parent: int,
         namespace: Hashable,
         tokens: Tokens,
         start: int,
@@ -425,7 +419,6 @@ class Disk:
         except ValueError:
             return
         first, read = source
-        parent = self._parent_at(pieces, start) if start else 0
         while start < len(tokens):
             end = min(start + self._run_tokens, len(tokens))
             run = Run(parent, start, tokens[start:end].copy(), namespace)

@@ -130,7 +130,8 @@ class Prefixes:
     def __init__(self) -> None:
         self._children: dict[tuple[Hashable, int, int], int] = {}
         """Runs by (parent, or the namespace for the first run of a prompt; position; token)."""
-        self._states: dict[State, int] = {}
+        self.states: dict[State, int] = {}
+        """Ids of all states."""
         self._num_children: dict[int, int] = {}
         """Number of children of each run."""
         self.used: OrderedDict[int, Run | State] = OrderedDict()
@@ -150,7 +151,7 @@ class Prefixes:
         if isinstance(item, Run):
             self._children[self._key(item)] = number
         else:
-            self._states[item] = number
+            self.states[item] = number
         if item.parent:
             self._num_children[item.parent] += 1
         self._num_children[number] = 0
@@ -161,7 +162,7 @@ class Prefixes:
     def _fits(self, item: Run | State) -> bool:
         above = self.used.get(item.parent)
         if isinstance(item, State):
-            if not isinstance(above, Run) or item in self._states:
+            if not isinstance(above, Run) or item in self.states:
                 return False
             return above.start < item.position <= above.end
         if not len(item.tokens) or self._key(item) in self._children:
@@ -180,7 +181,7 @@ class Prefixes:
         if isinstance(item, Run):
             del self._children[self._key(item)]
         else:
-            del self._states[item]
+            del self.states[item]
         if item.parent:
             self._num_children[item.parent] -= 1
 
@@ -214,15 +215,6 @@ class Prefixes:
             at += num_tokens
             above = number
         return pieces
-
-    def state(self, pieces: list[RecordPart], position: int) -> int | None:
-        """Return the id of the state at ``position`` on a path from ``find``, or None."""
-        at = 0
-        for piece in pieces:
-            if at < position <= at + piece.num_rows:
-                return self._states.get(State(piece.id, position))
-            at += piece.num_rows
-        return None
 
     def newest_states(self, room: int, state_rows: int) -> list[int]:
         """Return the last used states, newest first: as many as fit into ``room`` rows together
