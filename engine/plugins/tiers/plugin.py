@@ -28,7 +28,6 @@ from engine.schedule.batch import KEPT
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.text.tokenizer import Tokenizer
-from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue, Transfer
 from hybridcache.allocators.pools import MAX_ROWS
 from hybridcache.api import Listener
@@ -223,8 +222,7 @@ class TierSizes(NamedTuple):
                 "arena: omit host_gib and state_dir."
             )
         host = int((tiers.host_gib or 0) * GIB)
-        state_rows = slab_rows_of(memory)
-        least = (state_rows + memory.page_size) * memory.row_bytes
+        least = (memory.slab_rows + memory.page_size) * memory.row_bytes
         _check_tier("host_gib", tiers.host_gib, host, least, memory.row_bytes)
         if tiers.state_dir is None:
             return cls(host)
@@ -298,7 +296,7 @@ class TierPlugin(Plugin):
             store,
             max_bytes=self._sizes.store,
             row_bytes=memory.row_bytes,
-            state_rows=slab_rows_of(memory),
+            state_rows=memory.slab_rows,
             num_rows=num_rows,
         )
         self._store = None
@@ -457,11 +455,6 @@ def _copier(disk: Disk | None, *arena: Any) -> Any:
 
     rows, memory, device, num_host_rows = arena
     return TierCopier(rows, memory, device, num_host_rows, disk)
-
-
-def slab_rows_of(memory: MemorySizes) -> int:
-    """Return the number of arena rows that hold a state."""
-    return slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size)
 
 
 def _check_tier(name: str, gib: float | None, size: int, least: int, row_bytes: int) -> None:
