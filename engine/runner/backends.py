@@ -80,10 +80,7 @@ class Kernels(Mapping[str, ModuleType]):
             for name, backends in backends_of().items()
         }
         asked = parse_overrides(overrides)
-        for (
-            name,
-            wanted,
-        ) in asked.items():  # Report a wrong override at once.
+        for name, wanted in asked.items():  # Report a wrong override at once.
             _load(name, wanted)
         return cls(words | asked)
 

@@ -427,8 +427,7 @@ class VerifyGraphs:
         bounds = _in_pieces(size, self._longest)
         bounds += [0] * (size - len(bounds))
         packed = replace(
-            Packed.from_lengths(bounds, self._tokens.device),
-            cu_seqlens=self._tables[6, : size + 1],
+            Packed.from_lengths(bounds, self._tokens.device), cu_seqlens=self._tables[6, : size + 1]
         )
         padding = (self._table.padding_row,) * size, (bound,) * size
         sequences = Sequences(*padding, row_table=rows, kv_len_table=kv_lens)

@@ -54,12 +54,7 @@ class ModelRunner:
     """Owns the memory of a loaded model, and computes one Batch after the other. Independent of
     cache and requests."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        plan: MemoryPlan,
-        max_model_len: int,
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, plan: MemoryPlan, max_model_len: int) -> None:
         """Allocate the memory of ``plan``, and make the tables and graphs for it."""
         config = loaded.settings
         self.loaded, self._config = loaded, config

@@ -37,10 +37,7 @@ from kernels.linear.reference import SCALE_BLOCK, Format
 SHARD_BYTES = 4 * 2**30
 """Maximum size of a file, unless a single piece is larger."""
 
-LEFT_ALONE = (
-    *(f"re:(.*\\.)?{word}(\\.|$)" for word in FULL_PRECISION),
-    "re:(.*\\.)?mtp\\.fc$",
-)
+LEFT_ALONE = (*(f"re:(.*\\.)?{word}(\\.|$)" for word in FULL_PRECISION), "re:(.*\\.)?mtp\\.fc$")
 """Layers in which a few numbers have a large effect: router and shared-expert gates, the gates of
 linear attention, the head, and the input product of multi-token prediction."""
 OTHER_KINDS = re.compile(r"(.*\.)?(\w*embed\w*|wte|visual\..*|vision_tower\..*|vision_model\..*)")
@@ -77,10 +74,7 @@ class FilePiece:
         if self.scheme is not None:
             scale = f"{self.module}.{self.scheme.scale_name}"
             shape = self.scheme.scale_shape(*self.shape)
-            return {
-                self.name: (self.scheme.dtype, self.shape),
-                scale: (torch.float32, shape),
-            }
+            return {self.name: (self.scheme.dtype, self.shape), scale: (torch.float32, shape)}
         if self.source.torch_dtype is None:
             raise WeightsError(f"{self.name} has the unsupported type {self.source.dtype}.")
         return {self.name: (self.source.torch_dtype, self.shape)}

@@ -31,8 +31,7 @@ class DisaggregationConfig(PluginConfig):
         "prompts computed by prefill engines; by default neither",
     )
     transfer_at: str | None = setting(
-        None,
-        "with role prefill: HOST:PORT to listen on for decode engines, in a trusted network",
+        None, "with role prefill: HOST:PORT to listen on for decode engines, in a trusted network"
     )
     prefill: tuple[str, ...] = setting((), "with role decode: HOST:PORT of every prefill engine")
     fetch_above: int = setting(

@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import (
-    COUNT,
-    ConfigError,
-    DraftSizes,
-    PluginConfig,
-    check_fields,
-    setting,
-)
+from engine.config import COUNT, ConfigError, DraftSizes, PluginConfig, check_fields, setting
 
 DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
 """Drafter -> (default, maximum) number of tokens drafted for a sequence in one step."""

@@ -314,10 +314,7 @@ class TierPlugin(Plugin):
 
     def _bytes_per_s(self) -> Mapping[str, float | None]:
         disk = self.disk
-        return {
-            HOST: self._host_bytes_per_s,
-            DISK: None if disk is None else disk.bytes_per_s,
-        }
+        return {HOST: self._host_bytes_per_s, DISK: None if disk is None else disk.bytes_per_s}
 
     @property
     def has_work(self) -> bool:
@@ -376,11 +373,7 @@ class TierPlugin(Plugin):
         folder = None
         if disk is not None:
             folder = FolderReport(
-                disk.max_bytes,
-                disk.num_bytes,
-                disk.num_skipped,
-                disk.num_errors,
-                disk.problem,
+                disk.max_bytes, disk.num_bytes, disk.num_skipped, disk.num_errors, disk.problem
             )
         return OffloadReport(tuple(tiers), folder)
 
