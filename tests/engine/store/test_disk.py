@@ -284,6 +284,28 @@ def test_a_smaller_folder_removes_the_oldest_records_and_says_so(
     disk.close()
 
 
+def test_an_eviction_does_not_wait_for_a_slow_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, write_record = threading.Event(), RecordStore.write
+
+    def write_slowly(*arguments: object) -> None:
+        assert may_write.wait(60)
+        write_record(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RecordStore, "write", write_slowly)
+    monkeypatch.setattr(disk_module, "MAX_PENDING_BYTES", 600)
+    disk, rows = open_disk(tmp_path), np.arange(30, dtype=np.int32)
+    write(disk, prompt(0))
+    disk.offload("kv", prompt(1), rows, reader(prompt(1), 30))
+    assert disk.num_skipped == 1 and disk.is_lost(rows) and disk.problem is None
+    may_write.set()
+    settled(disk)
+    disk.offload("kv", prompt(1), rows, reader(prompt(1), 30))
+    assert readable(settled(disk), prompt(0), prompt(1)) == [True, True]
+    disk.close()
+
+
 class HungReads:
     """File system that does not answer reads until ``responds`` is set."""
 
