@@ -143,9 +143,6 @@ class LayerInputs:
     verify: VerifyPart | None = None
     live: torch.Tensor | None = None
     """See ``Rows.live``, with T as count."""
-    on_mixed: Callable[[int], None] | None = None
-    """Called with the rank of every mixer when its work was launched. Rows and states up to this
-    mixer are then those after the step."""
 
     @property
     def rows(self) -> Rows:

@@ -167,8 +167,6 @@ class Decoder(ABC):
         out, residual = self.start(token_ids, inputs.rows)
         for rank, step in enumerate(self.mixers):
             mixed = step.block.mix(out, inputs, pools[rank])
-            if inputs.on_mixed is not None:
-                inputs.on_mixed(rank)
             out, residual = self.resume(rank, mixed, out, residual, inputs.rows)
         return out
 

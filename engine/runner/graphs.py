@@ -240,14 +240,10 @@ class PrefillGraphs:
         step = replace(step, num_rows=size)
         *replays, last = self._replays[size]
         pools_of = self._pools[: len(replays)]
-        for rank, (replay, mixer, pools) in enumerate(
-            zip(replays, self._mixers, pools_of, strict=True)
-        ):
+        for replay, mixer, pools in zip(replays, self._mixers, pools_of, strict=True):
             replay()
             projected, mixed = self._buffers_of(mixer)
             mixed[: step.num_tokens].copy_(mixer.mix(projected[:size], step, pools))
-            if step.on_mixed is not None:
-                step.on_mixed(rank)
         last()
         return self._hidden[:size]
 

@@ -112,10 +112,6 @@ class ModelRunner:
         committed yet."""
         self._copies.return_states(self.running)
 
-    def watch_layers(self, on_mixed: Callable[[int], None]) -> None:
-        """Call ``on_mixed`` in every step with prefills; see ``LayerInputs``."""
-        self.step_inputs.on_mixed = on_mixed
-
     @property
     def is_asynchronous(self) -> bool:
         """True if ``forward`` returns before the device is done."""

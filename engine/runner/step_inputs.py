@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +63,6 @@ class StepInputs:
         self._running, self._multiple = running, multiple
         self.tile_size = tile_size
         self._device = table.device.device
-        self.on_mixed: Callable[[int], None] | None = None
-        """Called in steps with prefills; see ``LayerInputs``."""
 
     def of(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
         """Return token ids ``[num_rows]`` and all other inputs of the layers."""
@@ -97,7 +95,6 @@ class StepInputs:
             prefill=self._prefill_part(prefills) if prefills else None,
             num_verify=sum(len(segment.token_ids) for segment in verified),
             verify=self._verify_part(verified) if verified else None,
-            on_mixed=self.on_mixed if prefills else None,
         )
         return self._int64(token_ids), step
 

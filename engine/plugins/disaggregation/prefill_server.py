@@ -1,8 +1,8 @@
 """Server of a prefill engine: computes prompts of decode engines next to its own.
 
-A prefix is computed like any request, and sent layer by layer. One thread exchanges all messages
-with decode engines. Connections are neither encrypted nor authenticated: they are for engines in
-one trusted network.
+A prefix is computed like any request, and sent step by step. One thread exchanges all messages with
+decode engines. Connections are neither encrypted nor authenticated: they are for engines in one
+trusted network.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 import zmq
 from msgspec import structs
 
@@ -36,7 +37,6 @@ from engine.plugins.disaggregation.prefix_buffer import (
 )
 from engine.requests.request import Request
 from engine.runner.device import HostCopy
-from engine.runner.model_runner import ModelRunner
 from hybridcache.cache import HybridRadixCache
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
@@ -69,8 +69,8 @@ class Outgoing:
     ask: wire.Ask
     tokens: Tokens
     """The prefix and one more token, so that its last position can be resumed from."""
-    _sent: list[int]
-    """For each part, the position up to which its rows are queued."""
+    _sent: int
+    """Position up to which rows are queued."""
     request: Request | None = None
     """Request that computes it, or None if all of it was cached."""
     began_s: float = field(default_factory=time.monotonic)
@@ -100,36 +100,30 @@ class Outgoing:
         """Queue ``error`` as the last message."""
         self._finish(wire.Failed(error.to_wire()))
 
-    def send_layer(self, unit: PrefixBuffer, part: int) -> None:
-        """Send the rows of ``part`` that the current step has written."""
-        request = self.request
-        if request is None or request.lease is None or self.has_ended or self._receipt is not None:
-            return
-        self._send_rows(unit, part, request.lease.kv_indices, request.scheduled_len)
-
     def advance(self, unit: PrefixBuffer, cache: HybridRadixCache) -> None:
-        """Send the rest of the prefix once it is complete, then its state. Called between two
-        steps."""
-        if (self._receipt is None and not self._settle(unit, cache)) or not self._has_room:
+        """Send the rows that the steps so far have written, and the state once the prefix is
+        complete. Called between two steps."""
+        request = self.request
+        if request is not None and request.finish_reason is None:
+            if request.lease is not None:
+                self._send_rows(unit, request.lease.kv_indices, request.scheduled_len)
+            return
+        if (self._receipt is None and not self._settle(cache)) or not self._has_room:
             return
         match = cache.match(self.tokens, self.ask.spec.namespace)
-        rows = cache.gather(match.node)
-        for part in range(len(unit.part_bytes)):
-            self._send_rows(unit, part, rows, self.end)
-        if any(sent < self.end for sent in self._sent):
+        self._send_rows(unit, cache.gather(match.node), self.end)
+        if self._sent < self.end:
             return
         if match.checkpoint is not None:
-            self._put(wire.Piece(None, self.end, self.end), unit.read_state(match.checkpoint))
+            self._put(wire.State(), unit.read_state(match.checkpoint))
         cache.unlock(self._receipt)
         self._receipt = None
         self.is_whole = True
         self._finish(wire.Done())
 
-    def _settle(self, unit: PrefixBuffer, cache: HybridRadixCache) -> bool:
-        """Lock the prefix if it is complete."""
+    def _settle(self, cache: HybridRadixCache) -> bool:
+        """Lock the prefix, which is computed. Returns False if it was not kept."""
         request = self.request
-        if request is not None and request.finish_reason is None:
-            return False
         match = cache.match(self.tokens, self.ask.spec.namespace)
         if match.cached_len < self.end:
             why = "it was aborted" if request is None else request.error or "memory is short"
@@ -147,21 +141,19 @@ class Outgoing:
             engine.abort(self.request.request_id)
         self.fail(StepFailed(why))
 
-    def _send_rows(self, unit: PrefixBuffer, part: int, rows: Indices, known: int) -> None:
-        until, step = min(known, self.end), max(1, PIECE_BYTES // unit.part_bytes[part])
-        while (start := self._sent[part]) < until and self._has_room:
-            end = min(start + step, until)
-            piece = np.ascontiguousarray(rows[start:end])
-            self._put(wire.Piece(part, start, end), unit.read_rows(part, piece))
-            self._sent[part] = end
+    def _send_rows(self, unit: PrefixBuffer, rows: Indices, known: int) -> None:
+        until, step = min(known, self.end), max(1, PIECE_BYTES // unit.row_bytes)
+        while (start := self._sent) < until and self._has_room:
+            self._sent = end = min(start + step, until)
+            self._put(wire.Rows(start, end), unit.read_rows(rows[start:end]))
 
     @property
     def _has_room(self) -> bool:
         return self.num_queued_bytes - self.num_taken_bytes < MAX_QUEUED_BYTES
 
-    def _put(self, piece: wire.Piece, copied: HostCopy) -> None:
+    def _put(self, message: wire.ToDecode, copied: HostCopy) -> None:
         self.num_queued_bytes += copied.num_bytes
-        self.post(self, piece, copied)
+        self.post(self, message, copied)
 
 
 class PrefillServer(Plugin):
@@ -207,8 +199,6 @@ class PrefillServer(Plugin):
             if error.errno == errno.EADDRNOTAVAIL:
                 why = "this machine does not have that address; use 0.0.0.0 to listen on all"
             raise ConfigError(f"--transfer-at {self.settings.transfer_at}: {why}.") from error
-        assert isinstance(engine.runner, ModelRunner), "PrefixBuffer has checked it"
-        engine.runner.watch_layers(self.send_layer)
         self._bell, self._ear = socket.socketpair()  # wakes the thread up
         self._bell.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="transfers", daemon=True)
@@ -310,8 +300,7 @@ class PrefillServer(Plugin):
         except ValueError as error:
             self._fail(peer, RequestError.of(error))
             return
-        sent = [ask.start] * len(self._unit.part_bytes)
-        self._sessions[peer] = Outgoing(peer, self._post, ask, tokens, sent)
+        self._sessions[peer] = Outgoing(peer, self._post, ask, tokens, ask.start)
         self._asked.put(self._sessions[peer])
         self.wake()
 
@@ -342,7 +331,7 @@ class PrefillServer(Plugin):
         frames: list[Any] = [peer, self._encoder.encode(message)]
         try:
             if copied is not None:
-                frames.append(copied.wait()[0].view(-1).numpy())
+                frames.append(copied.wait()[0].view(torch.uint8).view(-1).numpy())
             self._router.send_multipart(frames, zmq.NOBLOCK, copy=False)
         except (zmq.ZMQError, RuntimeError) as error:  # It has gone, or the device failed.
             logger.debug("A prefix could not be sent: %s.", error)
@@ -379,15 +368,8 @@ class PrefillServer(Plugin):
         is_sending = not self._is_accepting and bool(self._sessions)
         return bool(self._active) or not self._asked.empty() or is_sending
 
-    def send_layer(self, rank: int) -> None:
-        """Send the KV that mixer ``rank`` has written in the current step."""
-        part = self._unit.part_of.get(rank)
-        if part is not None:
-            for outgoing in self._active:
-                outgoing.send_layer(self._unit, part)
-
     def before_step(self) -> None:
-        """Accept new prefixes, and send the complete ones."""
+        """Accept new prefixes, and send what has been computed."""
         self._advanced_s = time.monotonic()
         self._news.clear()
         while not self._asked.empty():

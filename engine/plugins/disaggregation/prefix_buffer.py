@@ -1,9 +1,5 @@
-"""Conversion of a prefix between memory and bytes: the KV of its tokens, by layer, and the state at
-its end.
-
-The layout follows the mixers' declarations, so it includes the rows and the hidden vector of a
-multi-token head.
-"""
+"""Conversion of a prefix between memory and bytes: the arena rows of its tokens, and the state at
+its end, both with the parts of a multi-token head."""
 
 from __future__ import annotations
 
@@ -17,14 +13,13 @@ from engine.interfaces import Runner
 from engine.runner.backends import digest_of
 from engine.runner.device import HostCopy
 from engine.runner.model_runner import ModelRunner
-from hybridcache.geometry.sizes import KVSpec
 from hybridcache.tokens import Indices
 from kernels.upload import upload
 
-PROTOCOL = "3"
+PROTOCOL = "4"
 """Version of the messages between two engines."""
 PIECE_BYTES = 4 << 20
-"""Maximum size of one piece, except for a state and the KV of a single token."""
+"""Maximum size of one message, except for a state and the KV of a single token."""
 
 
 def identity(config: EngineConfig, runner: Runner) -> dict[str, str]:
@@ -62,41 +57,27 @@ class PrefixBuffer:
         if memory.states:
             saved = memory.checkpoints
             self._slots = memory.states[0][0] if saved is None else saved.slots
-        self._columns: list[slice] = []
-        """Columns of ``_rows`` of each part."""
-        self.part_of: dict[int, int] = {}
-        """Part of each mixer that stores KV."""
-        layout, end = [], 0
-        for rank, (pools, specs) in enumerate(zip(memory.pools, runner.pool_specs, strict=True)):
+        self.row_bytes = memory.rows.shape[1]
+        self.state_bytes = 0 if self._slots is None else self._slots.shape[1]
+        layout = ["" if memory.checkpoints is None else str(memory.checkpoints.format)]
+        for pools, specs in zip(memory.pools, runner.pool_specs, strict=True):
             both = zip(pools, specs, strict=True)
             layout += [f"{spec.name}{spec.shape}{pool.dtype}" for pool, spec in both]
-            first = end
-            end += sum(spec.size for spec in specs if isinstance(spec, KVSpec))
-            if first < end:
-                self.part_of[rank] = len(self._columns)
-                self._columns.append(slice(first, end))
-        form = "" if memory.checkpoints is None else memory.checkpoints.format
-        self.layout = f"{form} {' '.join(layout)}"
+        self.layout = " ".join(layout)
         """Layout as text. Two memories with the same layout can exchange prefixes."""
-        size = runner.dtype.itemsize
-        self.part_bytes = tuple(size * (part.stop - part.start) for part in self._columns)
-        """Bytes per token, by part."""
-        self.row_bytes = sum(self.part_bytes)
-        """Bytes per token, all parts together."""
-        self.state_bytes = 0 if self._slots is None else self._slots.shape[1]
 
     @torch.inference_mode()
-    def read_rows(self, part: int, rows: Indices) -> HostCopy:
-        """Read a part of the KV rows ``rows``, int32[n]: uint8 ``[n, part_bytes]``."""
+    def read_rows(self, rows: Indices) -> HostCopy:
+        """Read the KV rows ``rows``, int32[n]."""
         self._settle()
-        return HostCopy(self._rows[self._index(rows), self._columns[part]].view(torch.uint8))
+        return HostCopy(self._rows[self._index(rows)])
 
     @torch.inference_mode()
-    def write_rows(self, part: int, rows: Indices, data: torch.Tensor) -> None:
-        """Write the result of ``read_rows`` to other rows."""
+    def write_rows(self, rows: Indices, data: torch.Tensor) -> None:
+        """Write the bytes of ``read_rows``, uint8, to other rows."""
         self._settle()
-        values = _to_device(data.view(self._rows.dtype), self._rows.device)
-        self._rows[self._index(rows), self._columns[part]] = values
+        values = data.view(self._rows.dtype).view(len(rows), -1)
+        self._rows[self._index(rows)] = _to_device(values, self._rows.device)
 
     @torch.inference_mode()
     def read_state(self, slot: int) -> HostCopy:

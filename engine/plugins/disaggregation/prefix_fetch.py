@@ -1,7 +1,7 @@
 """The decode side: loads prefixes that a prefill engine computes into this engine's cache.
 
 For a waiting request, all tokens up to the last grid position before its end are requested, except
-for KV that is in the cache. ZeroMQ receives pieces in the background. Between two steps they are
+for KV that is in the cache. ZeroMQ receives them in the background. Between two steps they are
 copied into their rows, a bounded number of bytes at a time, and a complete prefix is published. Any
 error ends the load, and this engine computes the prompt.
 """
@@ -61,8 +61,8 @@ class PeerFetch:
         self.needed_bytes = (self.end - self.start) * self._unit.row_bytes + state_bytes
         """Bytes of the KV and the state to receive."""
         self._num_bytes = 0
-        self._next = [self.start] * len(self._unit.part_bytes)
-        """For each part, the first position that has not arrived."""
+        self._next = self.start
+        """First position that has not arrived."""
 
     @property
     def transferred(self) -> Transferred:
@@ -71,7 +71,7 @@ class PeerFetch:
         return Transferred(self.num_fetched, needed_bytes, self.wire_bytes)
 
     def receive(self, max_bytes: int) -> tuple[int, bool]:
-        """Copy arrived pieces until they have ``max_bytes`` or more.
+        """Copy arrived rows and states until they have ``max_bytes`` or more.
 
         Returns the number of bytes, and True if the prefix is complete. Raises TransferError if it
         will not arrive, and RequestError with the reason that the prefill engine gives.
@@ -81,7 +81,7 @@ class PeerFetch:
         while num_bytes < max_bytes and (received := connection.receive()) is not None:
             message, data = received
             match message:
-                case wire.Piece():
+                case wire.Rows() | wire.State():
                     self._write(message, data)
                     num_bytes += len(data)
                     self._num_bytes += len(data)
@@ -96,23 +96,22 @@ class PeerFetch:
                     raise RequestError.from_wire(message.error)
         return num_bytes, False
 
-    def _write(self, piece: wire.Piece, data: memoryview) -> None:
-        """Copy ``data``, which must be the next piece of its part, to the current place of its rows
-        or slot. Raises TransferError for another piece."""
-        part, slot = piece.part, self.arrival.slot
-        if part is None and slot is not None and len(data) == self._unit.state_bytes:
-            self._unit.write_state(slot, _tensor(data))
-        elif (
-            part is not None
-            and 0 <= part < len(self._next)
-            and self._next[part] == piece.start < piece.end <= self.end
-            and len(data) == (piece.end - piece.start) * self._unit.part_bytes[part]
-        ):
-            rows = self.arrival.rows[piece.start - self.start : piece.end - self.start]
-            self._unit.write_rows(part, rows, _tensor(data).view(len(rows), -1))
-            self._next[part] = piece.end
-        else:
-            raise wire.TransferError(f"{piece} with {counted(len(data), 'byte')} was not requested")
+    def _write(self, message: wire.Rows | wire.State, data: memoryview) -> None:
+        """Copy ``data``, which must be the next rows or the state, to their current place. Raises
+        TransferError for anything else."""
+        unit, slot = self._unit, self.arrival.slot
+        if isinstance(message, wire.Rows):
+            start, end = message.start, message.end
+            num_bytes = (end - start) * unit.row_bytes
+            if self._next == start < end <= self.end and len(data) == num_bytes:
+                rows = self.arrival.rows[start - self.start : end - self.start]
+                unit.write_rows(rows, _tensor(data))
+                self._next = end
+                return
+        elif slot is not None and len(data) == unit.state_bytes:
+            unit.write_state(slot, _tensor(data))
+            return
+        raise wire.TransferError(f"{message} with {counted(len(data), 'byte')} was not requested")
 
     def cancel(self) -> None:
         """See ``Fetch``."""
@@ -135,7 +134,7 @@ class PeerFetcher:
         self._manager, self.unit, self._own, self.counts = manager, unit, dict(own), counts
         self._peers = [Peer(address) for address in settings.addresses]
         self._fetch_above, self._timeout_s = settings.fetch_above, settings.transfer_timeout_s
-        self._max_bytes = max(PIECE_BYTES, unit.state_bytes, *unit.part_bytes)
+        self._max_bytes = max(PIECE_BYTES, unit.state_bytes, unit.row_bytes)
         self._active: list[PeerFetch] = []
         # That of the process: closed connections end in the background.
         self._context: zmq.Context[Any] = zmq.Context.instance(wire.IO_THREADS)

@@ -1,8 +1,9 @@
 """Messages between two engines over ZeroMQ.
 
 A prefill engine has one ROUTER socket. A decode engine opens a DEALER socket for each prefix, sends
-``Ask``, and receives any number of ``Piece``, each followed by a frame with its bytes, then
-``Done`` or ``Failed``. It confirms each piece with ``Taken`` and sends ``End`` at its own end.
+``Ask``, and receives any number of ``Rows``, then ``State``, each followed by a frame with its
+bytes, then ``Done`` or ``Failed``. It confirms each with ``Taken`` and sends ``End`` at its own
+end.
 """
 
 from __future__ import annotations
@@ -58,23 +59,25 @@ class Ask(TransferMessage, frozen=True):
 
 
 class Taken(TransferMessage, frozen=True):
-    """Confirmation of pieces."""
+    """Confirmation of rows and of the state."""
 
     num_bytes: Annotated[int, msgspec.Meta(ge=0)]
-    """Bytes of all pieces received so far."""
+    """Bytes of all of them received so far."""
 
 
 class End(TransferMessage, frozen=True):
     """The decode engine expects no more messages."""
 
 
-class Piece(TransferMessage, frozen=True):
-    """KV of positions ``start`` to ``end``, or a state. Its bytes follow in a second frame."""
+class Rows(TransferMessage, frozen=True):
+    """KV of positions ``start`` to ``end``. Its bytes follow in a second frame."""
 
-    part: int | None
-    """Index of the part, or None for the state."""
     start: int
     end: int
+
+
+class State(TransferMessage, frozen=True):
+    """State at the end of the prefix. Its bytes follow in a second frame."""
 
 
 class Alive(TransferMessage, frozen=True):
@@ -82,7 +85,7 @@ class Alive(TransferMessage, frozen=True):
 
 
 class Done(TransferMessage, frozen=True):
-    """All pieces were sent."""
+    """All of the prefix was sent."""
 
 
 class Failed(TransferMessage, frozen=True):
@@ -92,7 +95,7 @@ class Failed(TransferMessage, frozen=True):
 
 
 ToPrefill = Ask | Taken | End
-ToDecode = Piece | Alive | Done | Failed
+ToDecode = Rows | State | Alive | Done | Failed
 
 
 @dataclass(slots=True)
@@ -143,7 +146,7 @@ class Connection:
         max_bytes: int,
     ) -> None:
         """Start to connect. ``poller`` returns when there is something to receive. ``max_bytes``:
-        maximum size of a piece. Raises TransferError if there is no such address."""
+        maximum size of a message. Raises TransferError if there is no such address."""
         self._poller, self._timeout_s = poller, timeout_s
         self._heard_s = time.monotonic()
         self.num_bytes = 0

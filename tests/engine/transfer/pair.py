@@ -51,9 +51,12 @@ def prefill_thread(**settings: object) -> Iterator[Engine]:
 
 @contextlib.contextmanager
 def prefill_process() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Run a prefill engine in its own process. Yield the process and the port."""
+    """Run a prefill engine in its own process, which sends little until it is confirmed. Yield the
+    process and the port."""
     code = (
         "from tests.engine.transfer.pair import *\n"
+        "from engine.plugins.disaggregation import prefill_server\n"
+        "prefill_server.PIECE_BYTES, prefill_server.MAX_QUEUED_BYTES = 1 << 15, 1\n"
         "with prefill_thread(transfer_timeout_s=60.0) as engine:\n"
         "    print(engine.plugins['disaggregation'].address[1], flush=True)\n"
         "    sys.stdin.read()\n"

@@ -15,7 +15,7 @@ import pytest
 from engine import Engine
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.plugins.disaggregation.prefix_fetch import PeerFetch
-from engine.plugins.disaggregation.wire import Piece
+from engine.plugins.disaggregation.wire import Rows, State
 from tests.engine.transfer.pair import (
     GREEDY,
     assert_same,
@@ -68,21 +68,21 @@ def test_a_prefill_engine_killed_during_a_transfer_loses_no_token(
 ) -> None:
     """Run last in this file, because it kills the process of ``prefill``."""
     engine = decode_engine(prefill[1])
-    write, num_pieces = PeerFetch._write, 0
+    write, num_messages = PeerFetch._write, 0
 
-    def kill_at_third_piece(self: PeerFetch, piece: Piece, data: memoryview) -> None:
-        nonlocal num_pieces
-        num_pieces += 1
-        if num_pieces == 3:
+    def kill_at_third_message(self: PeerFetch, message: Rows | State, data: memoryview) -> None:
+        nonlocal num_messages
+        num_messages += 1
+        if num_messages == 3:
             os.kill(prefill[0], signal.SIGKILL)
-        write(self, piece, data)
+        write(self, message, data)
 
-    monkeypatch.setattr(PeerFetch, "_write", kill_at_third_piece)
+    monkeypatch.setattr(PeerFetch, "_write", kill_at_third_message)
     prompts = [text(10, 900), text(11, 200)]
     with caplog.at_level(logging.WARNING):  # type: ignore[attr-defined]
         assert_same(plain, engine, prompts)
     transferred = engine.plugins["disaggregation"].counts
-    assert transferred.failed >= 1 and num_pieces >= 3
+    assert transferred.failed >= 1 and num_messages >= 3
     assert "computed here" in caplog.text  # type: ignore[attr-defined]
     engine.check()
     assert_same(plain, engine, [prompts[0] + text(12, 300)])  # The prefill engine is gone.

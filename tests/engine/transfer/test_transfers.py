@@ -24,7 +24,15 @@ from engine.errors import WireError
 from engine.messages import plain as bytes_of
 from engine.plugins.disaggregation import prefill_server
 from engine.plugins.disaggregation.prefix_buffer import identity
-from engine.plugins.disaggregation.wire import Alive, Connection, Done, Failed, Piece, ToDecode
+from engine.plugins.disaggregation.wire import (
+    Alive,
+    Connection,
+    Done,
+    Failed,
+    Rows,
+    State,
+    ToDecode,
+)
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.engine.transfer.pair import (
     GREEDY,
@@ -103,13 +111,13 @@ def test_an_abort_during_a_transfer_frees_both_engines(
     prefill: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = decode_engine(port_of(prefill))
-    receive, remaining = Connection.receive, [3]
+    receive, remaining = Connection.receive, [2]
 
-    def receive_three(self: Connection) -> object:
+    def receive_two(self: Connection) -> object:
         remaining[0] -= 1
         return receive(self) if remaining[0] >= 0 else None
 
-    monkeypatch.setattr(Connection, "receive", receive_three)
+    monkeypatch.setattr(Connection, "receive", receive_two)
     name = engine.submit(text(40, 900), GREEDY)
     near = engine.submit(text(41, 20), SamplingParams(max_tokens=4))
     finished = []
@@ -299,11 +307,11 @@ def message(reply: ToDecode, data: bytes | None = None) -> list[bytes]:
     [
         ([[b"\xc1"]], "unclear"),
         ([message(Alive()), message(Done())], ""),
-        ([message(Piece(0, 0, 10), b"short")], "was not requested"),
-        ([message(Piece(0, 0, 10))], "was not requested"),
-        ([message(Piece(0, 64, 128), b"late" * 999)], "was not requested"),
-        ([message(Piece(99, 0, 10), b"elsewhere")], "was not requested"),
-        ([message(Piece(None, 0, 0), b"a state of another size")], "was not requested"),
+        ([message(Rows(0, 10), b"short")], "was not requested"),
+        ([message(Rows(0, 10))], "was not requested"),
+        ([message(Rows(64, 128), b"late" * 999)], "was not requested"),
+        ([message(Rows(0, 1000), b"beyond the end")], "was not requested"),
+        ([message(State(), b"a state of another size")], "was not requested"),
         ([message(Failed(WireError("of another version", "it is tired.")))], "it is tired"),
         ([message(Alive()), None], "has gone"),
         ([], "was silent for 0.3 seconds"),
