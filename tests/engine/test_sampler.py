@@ -29,9 +29,13 @@ def request(seed=0, prompt=NONE, output=NONE, **params):
     return SamplingInput(sampling, seed, len(output), *rulings)
 
 
+def sample(logits, requests):
+    """Return a token for each row."""
+    return Sampler(VOCAB).launch(logits, requests, range(len(requests))).wait()
+
+
 def drawn(logits, *requests):
-    launched = Sampler(VOCAB).launch(logits, requests, range(len(requests)))
-    return [token.token_id for token in launched.wait()]
+    return [token.token_id for token in sample(logits, requests)]
 
 
 def random_logits(rows, seed=0):
@@ -64,7 +68,7 @@ def test_nan_and_infinite_logits_give_no_token(bad):
         request(4, repetition_penalty=1.2, output=np.array([3, 5], np.int32)),
     ]
     logits = random_logits(2 * len(requests))
-    sound = Sampler(VOCAB).sample(logits[::2], requests)
+    sound = sample(logits[::2], requests)
     if bad == -np.inf:
         logits[1::2] = bad
     else:
@@ -111,9 +115,9 @@ def test_tokens_do_not_depend_on_the_batch(mix):
     requests = [
         request(prompt=np.array([1, 2], np.int32), output=output, **kwargs) for kwargs in mix
     ]
-    together = Sampler(VOCAB).sample(logits, requests)
+    together = sample(logits, requests)
     for row, one in enumerate(requests):
-        assert Sampler(VOCAB).sample(logits[row : row + 1], [one]) == [together[row]]
+        assert sample(logits[row : row + 1], [one]) == [together[row]]
 
 
 @given(st.lists(st.floats(-30, 8, width=32), min_size=2, max_size=40), st.integers(0, 2**32))
@@ -149,9 +153,7 @@ def test_penalties_apply_to_prompt_or_answer_tokens():
 def test_logprobs_are_those_before_filters_and_temperature():
     logits = random_logits(2)
     expected = logits.log_softmax(-1)
-    plain, scored = Sampler(VOCAB).sample(
-        logits, [request(temperature=0), request(temperature=0.3, logprobs=4)]
-    )
+    plain, scored = sample(logits, [request(temperature=0), request(temperature=0.3, logprobs=4)])
     assert plain.logprob is None and plain.top_logprobs == ()
     assert scored.logprob == pytest.approx(float(expected[1, scored.token_id]), abs=1e-6)
     assert [i for i, _ in scored.top_logprobs] == expected[1].topk(4).indices.tolist()
