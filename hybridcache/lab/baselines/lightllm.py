@@ -25,6 +25,9 @@ from sortedcontainers import SortedDict
 from hybridcache.lab.baselines.protocol import BaselineConfig
 from hybridcache.tokens import Tokens
 
+HOST_STATES = 512
+"""States that fit in host memory."""
+
 
 class _Page:
     """One hash page (or big page) of the tree."""
@@ -66,7 +69,6 @@ class LightllmCache:
         config: BaselineConfig,
         page: int = 512,
         big_page: int | None = None,
-        num_host_states: int = 512,
     ) -> None:
         self.page = max(1, page // config.unit)
         self.page_tokens = self.page * config.unit
@@ -74,8 +76,7 @@ class LightllmCache:
         if self.big_page is not None and self.big_page % self.page:
             raise ValueError(f"big_page {big_page} is not a multiple of page {page}")
         self.num_tokens = config.budget_bytes // (config.kv_bytes_per_token * config.unit)
-        self.num_states = num_host_states
-        self.free_states = self.num_states
+        self.free_states = HOST_STATES
         self.free_tokens = self.num_tokens
         self.held_tokens = 0
         self.clock = 0
@@ -139,7 +140,7 @@ class LightllmCache:
         assert total == self.num_tokens, (
             f"{self.free_tokens} free + {cached} cached + held != total"
         )
-        assert self.free_states + states == self.num_states, "host states: free + cached != total"
+        assert self.free_states + states == HOST_STATES, "host states: free + cached != total"
 
     def _page_at(self, start: int, end: int) -> int:
         if (
@@ -185,8 +186,6 @@ class LightllmCache:
         return child, True
 
     def _save_state(self, node: _Page) -> None:
-        if not self.num_states:
-            return
         if not self.free_states:
             _, oldest = self.small_states.popitem(0)
             self.leaves.pop(self._leaf_key(oldest), None)

@@ -52,7 +52,8 @@ from typing import Literal
 
 import numpy as np
 
-from hybridcache.lab.baselines.prefix_tree import (
+from hybridcache.lab.baselines.protocol import BaselineConfig, replay
+from hybridcache.lab.prefix_tree import (
     PrefixNode,
     grow,
     merge_into_child,
@@ -61,7 +62,6 @@ from hybridcache.lab.baselines.prefix_tree import (
     remove_leaf,
     walk,
 )
-from hybridcache.lab.baselines.protocol import BaselineConfig, replay
 from hybridcache.tokens import Tokens
 
 Reading = Literal["paper", "artifact"]
@@ -238,7 +238,8 @@ class MarconiCache:
         self.clock += 1
         walked, matched = walk(root, tokens)
         branch = matched if matched < walked.depth and matched > 0 else None
-        tail, new, _ = grow(root, np.concatenate([tokens, output]))
+        whole = np.concatenate([tokens, output])
+        tail, new, _ = grow(*walk(root, whole), whole)
         self.used_bytes += new * self.kv_bytes
         fresh = {tail} | {node for node in tail.path() if node.depth == branch}
         for node in fresh:
@@ -258,7 +259,7 @@ class MarconiCache:
         num_states = 1 + (matched > reusable.depth)
         needed = num_states * self.config.state_bytes + (len(whole) - matched) * self.kv_bytes
         self._evict(self._excess() + needed, set())
-        tail, new, fork = grow(root, whole)
+        tail, new, fork = grow(*walk(root, whole), whole)
         self.used_bytes += new * self.kv_bytes
         for node in (tail, fork):
             if node is not None and not node.has_state:

@@ -31,7 +31,8 @@ from typing import Literal
 import numpy as np
 from sortedcontainers import SortedDict
 
-from hybridcache.lab.baselines.prefix_tree import (
+from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.lab.prefix_tree import (
     PrefixNode,
     grow,
     new_root,
@@ -40,7 +41,6 @@ from hybridcache.lab.baselines.prefix_tree import (
     split,
     walk,
 )
-from hybridcache.lab.baselines.protocol import BaselineConfig
 from hybridcache.tokens import Tokens
 
 STATE_TO_KV_RATIO = 0.9
@@ -197,10 +197,10 @@ class SglangCache:
     def insert(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
         """Transfer one held slot, and the KV of ``tokens`` that the tree lacks, to the tree. The
         slot is freed if a state is already present. The caller no longer owns the new KV."""
-        walked, _ = walk(root, tokens)
+        walked, matched = walk(root, tokens)
         if walked.parent is not None:
             self.unlist_leaf(walked)
-        node, new, _ = grow(root, tokens)
+        node, new, _ = grow(walked, matched, tokens)
         self.held_tokens -= new
         self.held_slots -= 1
         if node.has_state:

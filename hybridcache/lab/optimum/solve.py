@@ -51,17 +51,9 @@ class Optimum:
     def record(self) -> dict[str, object]:
         """Return a record for a JSON line: ``gib``, and all fields except the tokens that each
         request skips."""
-        return {
-            "trace": self.trace,
-            "capacity_bytes": self.capacity_bytes,
-            "gib": self.gib,
-            "num_requests": self.num_requests,
-            "prompt_tokens": self.prompt_tokens,
-            "reached": self.reached,
-            "bound": self.bound,
-            "gap": self.gap,
-            "wall_s": self.wall_s,
-        }
+        names = ("trace", "capacity_bytes", "gib", "num_requests", "prompt_tokens")
+        rates = ("reached", "bound", "gap", "wall_s")
+        return {name: getattr(self, name) for name in (*names, *rates)}
 
 
 def best_plan(

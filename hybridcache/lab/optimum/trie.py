@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hybridcache.lab.prefix_tree import PrefixNode, grow, new_root, split, walk
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.tokens import Tokens, common_prefix_len
 
 
 @dataclass(slots=True)
@@ -70,52 +70,17 @@ class VisitedTrie:
         ]
 
 
-class _Edge:
-    """Trie node under construction: the edge that leads to it is ``tokens[start:depth]``."""
-
-    __slots__ = ("children", "depth", "parent", "start", "tokens")
-
-    def __init__(self, parent: _Edge | None, tokens: Tokens, start: int, depth: int) -> None:
-        self.parent, self.tokens, self.start, self.depth = parent, tokens, start, depth
-        self.children: dict[int, _Edge] = {}
-
-    def split(self, depth: int) -> _Edge:
-        """Cut the edge at ``depth``. This node stays the lower part; the new upper part is
-        returned."""
-        assert self.parent is not None and self.start < depth < self.depth
-        upper = _Edge(self.parent, self.tokens, self.start, depth)
-        self.parent.children[int(self.tokens[self.start])] = upper
-        upper.children[int(self.tokens[depth])] = self
-        self.parent, self.start = upper, depth
-        return upper
-
-
-def _insert(root: _Edge, tokens: Tokens) -> _Edge:
-    """Add one sequence; returns the node at its end. O(length)."""
-    node, at = root, 0
-    while at < len(tokens):
-        child = node.children.get(int(tokens[at]))
-        if child is None:
-            leaf = _Edge(node, tokens, at, len(tokens))
-            node.children[int(tokens[at])] = leaf
-            return leaf
-        end = min(child.depth, len(tokens))
-        at += common_prefix_len(child.tokens[at:end], tokens[at:end])
-        if at < child.depth:
-            child = child.split(at)
-        node = child
-    return node
-
-
-def _cut(node: _Edge, depth: int) -> None:
+def _cut(node: PrefixNode, depth: int) -> None:
     """Ensure that a node exists at ``depth`` on the path from the root to ``node``."""
-    while node.parent is not None and node.start >= depth:
-        node = node.parent
-    if node.start < depth < node.depth:
-        node.split(depth)
+    for above in node.path():
+        assert above.parent is not None, "a path leaves out the root"
+        if above.parent.depth < depth:
+            if depth < above.depth:
+                split(above, depth)
+            return
 
 
-def _cut_candidates(root: _Edge, ends: list[_Edge], lens: list[int], grid: int) -> None:
+def _cut_candidates(root: PrefixNode, ends: list[PrefixNode], lens: list[int], grid: int) -> None:
     """Insert a node at every depth where a checkpoint could be useful. These are the grid positions
     at or above each branch point and each end, and at or above the last position from which each
     prompt may resume."""
@@ -138,14 +103,14 @@ def build_trie(requests: Iterable[TraceRequest], *, grid: int = 1) -> VisitedTri
     Checkpoints may be at the deepest position that a set of requests shares (branch points, ends,
     prompt ends, floored to ``grid``). This loses nothing but the option to keep part of a segment.
     """
-    roots: dict[object, _Edge] = {}
-    ends: list[_Edge] = []
-    owners: list[_Edge] = []
+    roots: dict[object, PrefixNode] = {}
+    ends: list[PrefixNode] = []
+    owners: list[PrefixNode] = []
     lens: list[int] = []
     for request in requests:
         sequence = np.concatenate((request.tokens, request.output)).astype(np.int32, copy=False)
-        root = roots.setdefault(request.namespace, _Edge(None, sequence, 0, 0))
-        ends.append(_insert(root, sequence))
+        root = roots.setdefault(request.namespace, new_root())
+        ends.append(grow(*walk(root, sequence), sequence)[0])
         owners.append(root)
         lens.append(len(request.tokens))
     for root in roots.values():
@@ -154,17 +119,14 @@ def build_trie(requests: Iterable[TraceRequest], *, grid: int = 1) -> VisitedTri
     return _number(ends, lens, grid)
 
 
-def _number(ends: Sequence[_Edge], lens: list[int], grid: int) -> VisitedTrie:
-    chains: list[list[_Edge]] = []
+def _number(ends: Sequence[PrefixNode], lens: list[int], grid: int) -> VisitedTrie:
+    chains: list[list[PrefixNode]] = []
     visits: dict[int, list[int]] = {}
     for request, end in enumerate(ends):
-        chain = []
-        node: _Edge | None = end
-        while node is not None and node.parent is not None:
-            chain.append(node)
+        chain = [*end.path()][::-1]
+        for node in chain:
             visits.setdefault(id(node), []).append(request)
-            node = node.parent
-        chains.append(chain[::-1])
+        chains.append(chain)
     positions: list[Position] = []
     numbers: dict[int, int] = {}
     paths: list[list[int]] = []

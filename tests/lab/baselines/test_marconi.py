@@ -8,8 +8,8 @@ import pytest
 
 from hybridcache.lab.baselines import BaselineConfig, replay
 from hybridcache.lab.baselines.marconi import LayerFlops, MarconiCache, Reading
-from hybridcache.lab.baselines.prefix_tree import nodes
 from hybridcache.lab.generators import short
+from hybridcache.lab.prefix_tree import nodes
 from hybridcache.tokens import Tokens
 
 MODEL_7B = BaselineConfig(10**9, kv_bytes_per_token=65_536, state_bytes=24 * 1_116_160)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.baselines import BASELINES, BaselineConfig, replay
 from hybridcache.lab.baselines.lightllm import LightllmCache
-from hybridcache.lab.baselines.prefix_tree import new_root
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.generators import conversations
+from hybridcache.lab.prefix_tree import new_root
 from hybridcache.tokens import Tokens
 from tests.lab.baselines.prompts import QWEN3_NEXT, repeated_hits, text
 

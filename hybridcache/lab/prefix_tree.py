@@ -1,5 +1,5 @@
-"""Compressed radix tree shared by SGLang's and Marconi's caches: splits, and a state flag at node
-ends."""
+"""Compressed radix tree of the infinite cache, the plan with hindsight, and SGLang's and Marconi's
+rebuilt caches. It shares no code with the cache that it measures."""
 
 from __future__ import annotations
 
@@ -77,16 +77,18 @@ def split(node: PrefixNode, depth: int) -> PrefixNode:
     return upper
 
 
-def grow(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int, PrefixNode | None]:
-    """Make ``tokens`` end at a node. Returns it, the number of new tokens, and the node made by a
-    split where the new tokens leave the tree (None if no edge was split there). O(n)."""
-    node, matched = walk(root, tokens)
+def grow(
+    node: PrefixNode, matched: int, tokens: Tokens
+) -> tuple[PrefixNode, int, PrefixNode | None]:
+    """Make ``tokens`` end at a node. ``node`` and ``matched`` are the result of their ``walk``.
+    Returns the end, the number of new tokens, and the node made by a split where the new tokens
+    leave the tree (None if no edge was split there). O(new tokens)."""
     fork = None
     if matched < node.depth:
         node = fork = split(node, matched)
     new = len(tokens) - matched
     if new:
-        child = PrefixNode(tokens[matched:], node)
+        child = PrefixNode(tokens[matched:].copy(), node)  # A view would keep the whole prompt.
         node.children[int(child.tokens[0])] = child
         node = child
     return node, new, fork
