@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-
 import numpy as np
 
-from hybridcache.lab.generators.workloads import sent
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.generators.writer import Requests, Writer, generator
 from hybridcache.tokens import Tokens
 
-_VOCAB = 150_000
 _QUERY, _NOTE = 60, 80
 """Tokens of a task's query, and of the note that requests an action not tried yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class _SearchShape:
-    tasks: int
-    toolsets: int
-    root: int
-    depth: int
-    width: int
-    steps: int
-    dead_end: float
-    step: int
-    parallel: int
-    boundaries: bool
-
-
+@generator
 def tree_search(
     seed: int = 0,
     tasks: int = 40,
@@ -43,7 +24,7 @@ def tree_search(
     step: int = 350,
     parallel: int = 1,
     boundaries: bool = True,
-) -> Trace:
+) -> Requests:
     """Generate a ToolBench-like workload of depth-first searches.
 
     A task's prompt begins with one of ``toolsets`` shared system prompts with tools, of around
@@ -59,59 +40,46 @@ def tree_search(
     turns. With ``boundaries``, each prompt states the end of its tools and
     its own.
     """
-    shape = _SearchShape(
-        tasks, toolsets, root, depth, width, steps, dead_end, step, parallel, boundaries
-    )
-    return Trace("tree-search", 1, partial(_source, seed, shape))
+    writer = Writer(seed)
+    systems = [writer.text(_around(writer, root)) for _ in range(toolsets)]
 
+    def search(task: int, system: Tokens) -> Requests:
+        """Yield the requests of one task."""
+        writer = Writer((seed, task), boundaries)
+        path = [np.concatenate((system, writer.text(_QUERY)))]
+        tried = [0]
+        for _ in range(steps):
+            while tried and tried[-1] == width:
+                path.pop()
+                tried.pop()
+            if not tried:
+                return
+            note = writer.text(_NOTE if tried[-1] else 0)
+            action = writer.text(_around(writer, step // 4))
+            yield writer.request(task, np.concatenate((path[-1], note)), action, len(system))
+            tried[-1] += 1
+            if len(path) < depth and writer.rng.random() >= dead_end:
+                returned = writer.text(_around(writer, step - step // 4))
+                path.append(np.concatenate((path[-1], action, returned)))
+                tried.append(0)
 
-def _source(seed: int, shape: _SearchShape) -> Iterator[TraceRequest]:
-    rng = np.random.default_rng(seed)
-    systems = [_text(rng, _around(rng, shape.root)) for _ in range(shape.toolsets)]
-    waiting = iter(range(shape.tasks))
-    running: list[Iterator[TraceRequest]] = []
+    waiting = iter(range(tasks))
+    running: list[Requests] = []
     second = 0.0
     while True:
-        while len(running) < shape.parallel and (task := next(waiting, None)) is not None:
-            system = systems[int(rng.integers(shape.toolsets))]
-            running.append(_task(seed, task, shape, system))
+        while len(running) < parallel and (task := next(waiting, None)) is not None:
+            running.append(search(task, systems[int(writer.rng.integers(toolsets))]))
         if not running:
             return
-        for search in list(running):
-            request = next(search, None)
+        for one in list(running):
+            request = next(one, None)
             if request is None:
-                running.remove(search)
+                running.remove(one)
             else:
                 yield request._replace(timestamp_s=second)
                 second += 1.0
 
 
-def _task(seed: int, task: int, shape: _SearchShape, system: Tokens) -> Iterator[TraceRequest]:
-    rng = np.random.default_rng((seed, task))
-    path = [np.concatenate((system, _text(rng, _QUERY)))]
-    tried = [0]
-    for _ in range(shape.steps):
-        while tried and tried[-1] == shape.width:
-            path.pop()
-            tried.pop()
-        if not tried:
-            return
-        note = _text(rng, _NOTE if tried[-1] else 0)
-        action = _text(rng, _around(rng, shape.step // 4))
-        prompt = np.concatenate((path[-1], note))
-        known = sent(prompt, len(system)) if shape.boundaries else ()
-        yield TraceRequest(0.0, task, None, prompt, action, known)
-        tried[-1] += 1
-        if len(path) < shape.depth and rng.random() >= shape.dead_end:
-            returned = _text(rng, _around(rng, shape.step - shape.step // 4))
-            path.append(np.concatenate((path[-1], action, returned)))
-            tried.append(0)
-
-
-def _text(rng: np.random.Generator, num_tokens: int) -> Tokens:
-    return rng.integers(0, _VOCAB, num_tokens, dtype=np.int32)
-
-
-def _around(rng: np.random.Generator, mean: int) -> int:
+def _around(writer: Writer, mean: int) -> int:
     """Draw an integer uniformly from 0.4 to 1.6 times the mean."""
-    return max(1, int(mean * rng.uniform(0.4, 1.6)))
+    return max(1, int(mean * writer.rng.uniform(0.4, 1.6)))

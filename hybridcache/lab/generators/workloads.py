@@ -7,63 +7,23 @@ that a chat server sends: the end of the system prompt, document or examples, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 
-from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.lab.generators.writer import Requests, Writer, generator
+from hybridcache.lab.trace import Trace
 from hybridcache.tokens import Tokens
 
-_VOCAB = 150_000
 
-
-class _Writer:
-    """Draws random texts and lengths."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-
-    def text(self, num_tokens: int) -> Tokens:
-        return self.rng.integers(0, _VOCAB, num_tokens, dtype=np.int32)
-
-    def spread(self, mean: int) -> int:
-        return int(mean * self.rng.uniform(0.3, 1.7))
-
-    def between(self, low: int, high: int) -> int:
-        """Draw an integer uniformly from ``low`` to ``high``, both included."""
-        return int(self.rng.integers(low, high + 1))
-
-
-_Drawn = Iterator[tuple[int, Tokens, Tokens, int]]
-"""(session, prompt, answer, end of the part shared with others or 0)."""
-
-
-def _numbered(draw: Callable[[int], _Drawn], seed: int, boundaries: bool) -> Iterator[TraceRequest]:
-    """Yield requests one second apart; with ``boundaries`` each states those of a chat server."""
-    for second, (session, prompt, answer, shared_end) in enumerate(draw(seed)):
-        known = sent(prompt, shared_end) if boundaries else ()
-        yield TraceRequest(float(second), session, None, prompt, answer, known)
-
-
-def sent(prompt: Tokens, *shared: int) -> tuple[int, ...]:
-    """Return the boundaries that a chat server sends for a prompt that the next turn continues.
-    ``shared`` are ends of parts that other sessions share, or 0."""
-    return chat_boundaries(len(prompt), shared, (len(prompt),)).positions
-
-
-def chat(seed: int = 0, boundaries: bool = True) -> Trace:
+@generator
+def chat(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 conversations of 8 turns over 4 system prompts of 1,500 tokens. A turn adds about
     300 tokens, its answer about 250.
 
     Each round visits the conversations in a new random order. Ideal token hit rate .918.
     """
-    return Trace("chat", 1, partial(_numbered, _chat, seed, boundaries))
-
-
-def _chat(seed: int) -> _Drawn:
-    writer = _Writer(seed)
+    writer = Writer(seed, boundaries)
     systems = [writer.text(1500) for _ in range(4)]
     histories = [systems[conversation % 4] for conversation in range(40)]
     for _ in range(8):
@@ -72,31 +32,26 @@ def _chat(seed: int) -> _Drawn:
             prompt = np.concatenate((histories[conversation], question))
             answer = writer.text(writer.spread(250))
             histories[conversation] = np.concatenate((prompt, answer))
-            yield conversation, prompt, answer, 1500
+            yield writer.request(conversation, prompt, answer, 1500)
 
 
-def few_shot(seed: int = 0, boundaries: bool = True) -> Trace:
+@generator
+def few_shot(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 320 requests: one of 8 prefixes of 1,500 tokens at random, then 700 unique tokens;
     answers of 32. Ideal token hit rate .665."""
-    return Trace("few-shot", 1, partial(_numbered, _few_shot, seed, boundaries))
-
-
-def _few_shot(seed: int) -> _Drawn:
-    writer = _Writer(seed)
+    writer = Writer(seed, boundaries)
     prefixes = [writer.text(1500) for _ in range(8)]
     for request in range(320):
         prefix = prefixes[int(writer.rng.integers(8))]
-        yield request, np.concatenate((prefix, writer.text(700))), writer.text(32), 1500
+        prompt = np.concatenate((prefix, writer.text(700)))
+        yield writer.request(request, prompt, writer.text(32), 1500)
 
 
-def agent(seed: int = 0, boundaries: bool = True) -> Trace:
+@generator
+def agent(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 10 agents with unique beginnings of 4,000 tokens, in round-robin order. Each of 32
     turns adds U{50..600} tokens; answers have U{40..200}. Ideal token hit rate .960."""
-    return Trace("agent", 1, partial(_numbered, _agent, seed, boundaries))
-
-
-def _agent(seed: int) -> _Drawn:
-    writer = _Writer(seed)
+    writer = Writer(seed, boundaries)
     histories = [writer.text(4000) for _ in range(10)]
     for _ in range(32):
         for number in range(10):
@@ -104,47 +59,39 @@ def _agent(seed: int) -> _Drawn:
             prompt = np.concatenate((histories[number], observation))
             answer = writer.text(writer.between(40, 200))
             histories[number] = np.concatenate((prompt, answer))
-            yield number, prompt, answer, 4000
+            yield writer.request(number, prompt, answer, 4000)
 
 
-def branch(seed: int = 0, boundaries: bool = True) -> Trace:
+@generator
+def branch(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 10 documents of 6,000 tokens, 4 questions of 120 on each, and 4 samples of 40 on
     each question. Depth first, answers of 60. Ideal token hit rate .928."""
-    return Trace("branch", 1, partial(_numbered, _branch, seed, boundaries))
-
-
-def _branch(seed: int) -> _Drawn:
-    writer = _Writer(seed)
+    writer = Writer(seed, boundaries)
     for number in range(10):
         document = writer.text(6000)
         for _ in range(4):
             stem = np.concatenate((document, writer.text(120)))
             for _ in range(4):
-                yield number, np.concatenate((stem, writer.text(40))), writer.text(60), 6000
+                prompt = np.concatenate((stem, writer.text(40)))
+                yield writer.request(number, prompt, writer.text(60), 6000)
 
 
-def resend(seed: int = 0, boundaries: bool = True) -> Trace:
+@generator
+def resend(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 prompts of U{400..6,000} tokens, the whole list three times, answers of 16. Ideal
     token hit rate .666."""
-    return Trace("resend", 1, partial(_numbered, _resend, seed, boundaries))
-
-
-def _resend(seed: int) -> _Drawn:
-    writer = _Writer(seed)
+    writer = Writer(seed, boundaries)
     prompts = [writer.text(writer.between(400, 6000)) for _ in range(40)]
     for _ in range(3):
         for number, prompt in enumerate(prompts):
-            yield number, prompt, writer.text(16), 0
+            yield writer.request(number, prompt, writer.text(16))
 
 
-def short(seed: int = 0, boundaries: bool = True) -> Trace:
+@generator
+def short(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 conversations of 3 turns over 4 system prompts of 320 tokens. Turns and answers
     have 60 tokens; each round has a new order. Ideal token hit rate .859."""
-    return Trace("short", 1, partial(_numbered, _short, seed, boundaries))
-
-
-def _short(seed: int) -> _Drawn:
-    writer = _Writer(seed)
+    writer = Writer(seed, boundaries)
     systems = [writer.text(320) for _ in range(4)]
     histories = [systems[conversation % 4] for conversation in range(40)]
     for _ in range(3):
@@ -152,7 +99,7 @@ def _short(seed: int) -> _Drawn:
             prompt = np.concatenate((histories[conversation], writer.text(60)))
             answer = writer.text(60)
             histories[conversation] = np.concatenate((prompt, answer))
-            yield conversation, prompt, answer, 320
+            yield writer.request(conversation, prompt, answer, 320)
 
 
 def conversations(
@@ -170,12 +117,14 @@ def conversations(
     are the long variant (mean prompt 61,000).
     """
     name = f"conversations-{live}" if turns == 5 else f"conversations-{live}x{turns}"
-    draw = partial(_conversations, live, num_conversations, turns)
-    return Trace(name, 1, partial(_numbered, draw, seed, boundaries))
+    return replace(_conversations(live, num_conversations, turns, seed, boundaries), name=name)
 
 
-def _conversations(live: int, num_conversations: int, turns: int, seed: int) -> _Drawn:
-    writer = _Writer(seed)
+@generator
+def _conversations(
+    live: int, num_conversations: int, turns: int, seed: int, boundaries: bool
+) -> Requests:
+    writer = Writer(seed, boundaries)
     systems = [writer.text(500) for _ in range(16)]
     opened = min(live, num_conversations)
 
@@ -190,7 +139,7 @@ def _conversations(live: int, num_conversations: int, turns: int, seed: int) -> 
         added = writer.between(200, 1000)
         prompt = np.concatenate((history, writer.text(added * 2 // 3)))
         answer = writer.text(added - added * 2 // 3)
-        yield number, prompt, answer, 500
+        yield writer.request(number, prompt, answer, 500)
         if left > 1:
             table[place] = (number, left - 1, np.concatenate((prompt, answer)))
         elif opened < num_conversations:
