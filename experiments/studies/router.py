@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments.studies import common
-from hybridcache.lab.fleet import FleetConfig, FleetJob, run_fleet
+from hybridcache.lab.fleet import FleetConfig, run_fleet
 from hybridcache.lab.scenario import Scenario
 
 REPLICAS = 8
@@ -71,7 +71,7 @@ def measure(job: tuple[str, Condition, int]) -> list[dict[str, Any]]:
         checkpoints=common.STATIC_PLACEMENT,
     )
     trace, place = workload.open(name, seed).kept(), {"trace": name, "condition": condition.name}
-    runs = [run_fleet(trace, FleetJob(cell, replace(fleet, router=of))) for of in ROUTERS]
+    runs = [run_fleet(trace, cell, replace(fleet, router=of)) for of in ROUTERS]
     return [place | common.rounded(run.as_record() | {"trace": name}) for run in runs]
 
 

@@ -86,29 +86,19 @@ class Span:
     """Total work of a trace."""
 
     first_s: float
-    last_s: float
+    seconds: float
+    """Seconds from its first request to its last."""
     cold_flops: int
     """FLOPs of computing every prompt from its first token."""
-    requests: int
 
     @classmethod
-    def of(cls, requests: Iterable[TraceRequest], unit: int, geometry: ModelGeometry) -> Span:
-        """Add up the work of ``requests``. O(requests). ValueError if there is none."""
-        first_s = last_s = 0.0
-        flops = count = 0
-        for request in requests:
-            if not count:
-                first_s = request.timestamp_s
-            last_s = request.timestamp_s
-            flops += geometry.flops(0, request.num_tokens(unit))
-            count += 1
-        if not count:
-            raise ValueError("there is no request in the trace")
-        return cls(first_s, last_s, flops, count)
-
-    @property
-    def seconds(self) -> float:
-        return self.last_s - self.first_s
+    def of(cls, trace: Trace, geometry: ModelGeometry) -> Span:
+        """Add up the work of ``trace``. O(requests). ValueError if there is none."""
+        work = [(one.timestamp_s, geometry.flops(0, one.num_tokens(trace.unit))) for one in trace]
+        if not work:
+            raise ValueError(f"{trace.name}: {trace.is_empty_because}")
+        first_s = work[0][0]
+        return cls(first_s, work[-1][0] - first_s, sum(flops for _, flops in work))
 
 
 def times_of(
@@ -124,19 +114,6 @@ def times_of(
             "(starts=poisson:2), or leave the load out"
         )
     return Arithmetic(geometry, span.cold_flops / (config.load * config.replicas * span.seconds))
-
-
-@dataclass(frozen=True, slots=True)
-class FleetJob:
-    """One run: the caches and the machine of a cell of ``scenario`` (``gib`` is the memory of one
-    replica), in a fleet."""
-
-    scenario: Scenario
-    fleet: FleetConfig
-
-    @property
-    def label(self) -> str:
-        return f"{self.fleet.router}, {self.scenario.label}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,27 +158,27 @@ class FleetResult:
         return asdict(self) | {"token_hit_rate": self.token_hit_rate}
 
 
-def run_fleet(trace: Trace, job: FleetJob) -> FleetResult:
-    """Run one cell over a trace, which is best held in memory (``Trace.kept``). O(events log
-    events). ValueError for a router that does not exist or chooses no replica, for a rebuilt peer
-    and for a scenario of several policies or sizes."""
-    fleet, unit = job.fleet, trace.unit
-    if job.scenario.baseline:
+def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:
+    """Run a fleet over a trace, which is best held in memory (``Trace.kept``). Every replica has
+    the cache, the memory and the machine of ``scenario``. O(events log events). ValueError for a
+    router that does not exist or chooses no replica, for a rebuilt peer and for a scenario of
+    several policies or sizes."""
+    if scenario.baseline:
         raise ValueError(
-            f"baseline {job.scenario.baseline}: rebuilt peers publish no events for routers: leave "
+            f"baseline {scenario.baseline}: rebuilt peers publish no events for routers: leave "
             "it out for a fleet"
         )
-    cells = job.scenario.cells(sizes(GIB_SPEC if job.scenario.gib is None else job.scenario.gib))
+    cells = scenario.cells(sizes(GIB_SPEC if scenario.gib is None else scenario.gib))
     if len(cells) > 1:
         raise ValueError(
-            "a fleet has one policy, one placement and one size of its replicas, gib: make a job "
-            "for each"
+            "a fleet has one policy, one placement and one size of its replicas, gib: run one for "
+            "each"
         )
     cell = cells[0]
     geometry = cell.geometry()
-    span = Span.of(trace, unit, geometry)
+    span = Span.of(trace, geometry)
     times = times_of(fleet, span, geometry, cell.prefill_times(geometry))
-    loop = _Fleet(cell, geometry, unit, fleet, times)
+    loop = _Fleet(cell, geometry, trace.unit, fleet, times)
     loop.plan_failures(span)
     loop.run(trace.in_order())
     return loop.summary(geometry, trace.full_name)

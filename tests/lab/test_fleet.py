@@ -9,7 +9,7 @@ import pytest
 
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
-from hybridcache.lab.fleet import FleetConfig, FleetJob, FleetResult, _Fleet, run_fleet
+from hybridcache.lab.fleet import FleetConfig, FleetResult, _Fleet, run_fleet
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
@@ -26,7 +26,7 @@ SHORT = open_trace("short").kept()
 def cell(router: str, trace: Trace = SHORT, gib: float = 1.0, **fleet: object) -> FleetResult:
     facts = {"replicas": 4, "load": 1.0} | fleet
     scenario = Scenario(trace, gib=gib, times=TIMES)
-    return run_fleet(trace, FleetJob(scenario, FleetConfig(router=router, **facts)))
+    return run_fleet(trace, scenario, FleetConfig(router=router, **facts))
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
