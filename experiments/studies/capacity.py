@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments.studies import common
-from hybridcache.lab.intervals import FEWEST_UNITS, band
+from hybridcache.lab.intervals import FEWEST_UNITS, interval
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.policies.registry import DEFAULT_EVICTION
 
@@ -97,11 +97,11 @@ def over_seeds(curves: np.ndarray) -> dict[str, dict[str, Any]]:
     """Return limits of the curves ``[seeds, 2, sizes]`` by label, and of their difference."""
     found: dict[str, dict[str, Any]] = {}
     for number, label in enumerate((OURS, "lru")):
-        points = band(curves[:, number].tolist())
+        points = [interval(rates) for rates in curves[:, number].T.tolist()]
         low, high = ([getattr(point, limit) for point in points] for limit in ("low", "high"))
         found[label] = common.rounded({"seeds": len(curves), "low": low, "high": high})
-    gains = band((100 * (curves[:, 0] - curves[:, 1])).tolist())
-    found[OURS]["gain"] = common.rounded([list(gain) for gain in gains])
+    gains = (100 * (curves[:, 0] - curves[:, 1])).T.tolist()
+    found[OURS]["gain"] = common.rounded([list(interval(gain)) for gain in gains])
     return found
 
 

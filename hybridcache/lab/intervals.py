@@ -1,4 +1,4 @@
-"""Intervals for hit rates: paired differences, bootstrap over sessions and seeds, bands of curves.
+"""Intervals for hit rates: paired differences, bootstrap over sessions and seeds.
 
 There are two sources of variation. Seeds of a generator are independent traces: one number each.
 Sessions of one trace share a cache, but each adds its own reused and prompt tokens: the rate is a
@@ -31,7 +31,6 @@ import numpy as np
 
 LEVEL = 0.95
 RESAMPLES = 4000
-SEED = 0
 FEWEST_UNITS = 5
 
 
@@ -61,39 +60,40 @@ class Interval(NamedTuple):
 
 
 class RateInterval(Interval):
-    """A rate, 0 to 1, with the limits of its interval. Printed in percent.
+    """A rate, 0 to 1, with the limits of its interval, which are cut at 0 and 1. Printed in
+    percent.
 
-    >>> print(RateInterval(0.355, 0.302, 0.408))
-    35.5 [30.2, 40.8] %
+    >>> print(RateInterval(0.355, 0.302, 0.408), RateInterval(0.97, 0.91, 1.03), sep=", ")
+    35.5 [30.2, 40.8] %, 97.0 [91.0, 100.0] %
     """
 
     __slots__ = ()
+
+    def __new__(cls, mean: float, low: float, high: float) -> RateInterval:
+        return super().__new__(cls, mean, max(low, 0.0), min(high, 1.0))  # NaN stays NaN
 
     def __format__(self, spec: str) -> str:
         """Return percentages; with a ``spec``, the rates as they are."""
         return super().__format__(spec) if spec else f"{self.scaled(100)} %"
 
 
-def interval(values: Sequence[float], level: float = LEVEL, seed: int = SEED) -> Interval:
+def interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Return the mean of one value per unit, for example one rate per seed. O(resamples * n)."""
-    return ratio(values, np.ones(len(values)), level, seed)
+    return ratio(values, np.ones(len(values)), seed)
 
 
-def paired(
-    first: Sequence[float], second: Sequence[float], level: float = LEVEL, seed: int = SEED
-) -> Interval:
+def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
     """Return the mean of ``first - second``, unit by unit. ValueError if the lengths differ."""
     if len(first) != len(second):
         raise ValueError(f"Pairs need equal lengths (got {len(first)} and {len(second)}).")
     differences = np.asarray(first, float) - np.asarray(second, float)
-    return interval([float(one) for one in differences.round(12)], level, seed)
+    return interval(differences.round(12).tolist())
 
 
 def ratio(
     parts: Sequence[float] | np.ndarray,
     wholes: Sequence[float] | np.ndarray,
-    level: float = LEVEL,
-    seed: int = SEED,
+    seed: int = 0,
 ) -> Interval:
     """Return ``sum(parts) / sum(wholes)`` with units drawn again with replacement.
 
@@ -108,13 +108,13 @@ def ratio(
         return Interval(mean, math.nan, math.nan)
     drawn = np.random.default_rng(seed).integers(len(parts), size=(RESAMPLES, len(parts)))
     rates = parts[drawn].sum(axis=1) / wholes[drawn].sum(axis=1)
-    tail = expanded_tail(len(parts), level)
+    tail = expanded_tail(len(parts))
     low, high = np.quantile(rates, (tail, 1 - tail))
     return Interval(mean, float(low), float(high))
 
 
 def linear_ratio(
-    parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndarray, level: float = LEVEL
+    parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndarray
 ) -> Interval:
     """Return ``sum(parts) / sum(wholes)`` with the interval of its linearisation and Student's
     quantile. O(n), against O(resamples * n) of ``ratio``; tests compare the two.
@@ -129,30 +129,21 @@ def linear_ratio(
         return Interval(mean, math.nan, math.nan)
     residuals = parts - mean * wholes
     variance = num_units / (num_units - 1) * float(residuals @ residuals)
-    half = _cached_quantile((1 + level) / 2, num_units - 1) * math.sqrt(variance) / float(total)
+    half = student_quantile((1 + LEVEL) / 2, num_units - 1) * math.sqrt(variance) / float(total)
     return Interval(mean, mean - half, mean + half)
 
 
-def band(curves: Sequence[Sequence[float]], level: float = LEVEL) -> list[Interval]:
-    """Return an interval for each point of a curve, given one curve per seed."""
-    return [interval(point, level) for point in zip(*curves, strict=True)]
-
-
-def expanded_tail(num_units: int, level: float = LEVEL) -> float:
-    """Return the tail of the percentile interval, smaller than ``(1 - level) / 2``.
+def expanded_tail(num_units: int) -> float:
+    """Return the tail of the percentile interval, smaller than ``(1 - LEVEL) / 2``.
 
     The bootstrap underestimates the spread by ``sqrt((n - 1) / n)`` and uses the normal quantile
     in place of Student's; both are corrected.
     """
-    quantile = student_quantile((1 + level) / 2, num_units - 1)
+    quantile = student_quantile((1 + LEVEL) / 2, num_units - 1)
     return NormalDist().cdf(-math.sqrt(num_units / (num_units - 1)) * quantile)
 
 
 @cache
-def _cached_quantile(probability: float, degrees: int) -> float:
-    return student_quantile(probability, degrees)
-
-
 def student_quantile(probability: float, degrees: int) -> float:
     """Return the quantile of Student's distribution for a probability above one half.
 
