@@ -341,23 +341,41 @@ class Board:
     def rows(self) -> list[Row]:
         """Return a row per policy, the highest hit rate first: in closed loop, if the split has
         any."""
-        rates, plan, plan_running = self._by_seed()
-        served = self._served_by_seed()
-        reference = 100 * rates[self.reference].mean(axis=1)
-        found = []
-        for name, values in rates.items():
-            means = 100 * values.mean(axis=1)
-            found.append(
-                Row(
-                    name,
-                    interval(means.tolist()),
-                    paired(means.tolist(), reference.tolist()),
-                    interval((100 * _shares(values, plan)).tolist()),
-                    interval((100 * _shares(values, plan_running)).tolist()),
-                    *self._served(name, served),
-                )
+        plans = [self._cells(lambda job: job.plan), self._cells(lambda job: job.plan_running)]
+
+        def rates(name: str, is_loop: bool = False) -> np.ndarray:
+            return self._cells(lambda job: job.rates[name], is_loop)
+
+        def compared(name: str, is_loop: bool = False) -> tuple[Interval, Interval]:
+            """Return a policy's token hit rate, %, and its difference to the first policy."""
+            means, of_first = (
+                (100 * rates(one, is_loop).mean(axis=1)).tolist() for one in (name, self.reference)
             )
+            return interval(means), paired(means, of_first)
+
+        def log_ttft(name: str) -> np.ndarray:
+            return np.log(self._cells(lambda job: [job.ttft_s[name]], is_loop=True))
+
+        found = []
+        for name in self._names():
+            shares = [interval((100 * _shares(rates(name), plan)).tolist()) for plan in plans]
+            served: tuple[Interval, ...] = ()
+            if self.split.closed_loop:
+                ratios = np.exp((log_ttft(name) - log_ttft(self.reference)).mean(axis=1))
+                served = (*compared(name, is_loop=True), interval(ratios.tolist()))
+            found.append(Row(name, *compared(name), *shares, *served))
         return sorted(found, key=lambda row: -(row.served or row.hit_rate).mean)
+
+    def _cells(self, read: Callable[[Scores], list[float]], is_loop: bool = False) -> np.ndarray:
+        """Return the numbers that ``read`` takes from each replay, or closed loop: [seeds,
+        cells]."""
+        jobs = [one for one in self.scores if (one.rate is not None) == is_loop]
+        return np.array(
+            [
+                [number for one in jobs if one.seed == seed for number in read(one)]
+                for seed in self.split.seeds
+            ]
+        )
 
     @property
     def failures(self) -> dict[str, str]:
@@ -367,31 +385,6 @@ class Board:
     def _names(self) -> list[str]:
         """Return the policies with rates in all jobs."""
         return [name for name in self.scores[0].rates if name not in self.failures]
-
-    def _served_by_seed(self) -> dict[str, np.ndarray]:
-        """Return hit rate and mean time to first token in closed loop, by policy: [2, seeds,
-        cells]."""
-        by_place = {(one.trace, one.gib[0], one.rate, one.seed): one for one in self.scores}
-        cells = [(trace, *cell) for trace, of in self.split.closed_loop.items() for cell in of]
-        runs = [[by_place[*cell, seed] for cell in cells] for seed in self.split.seeds]
-        names = self._names() if cells else ()
-        return {
-            name: np.array(
-                [
-                    [[100 * run.rates[name][0] for run in of_seed] for of_seed in runs],
-                    [[run.ttft_s[name] for run in of_seed] for of_seed in runs],
-                ]
-            )
-            for name in names
-        }
-
-    def _served(self, name: str, served: Mapping[str, np.ndarray]) -> tuple[Interval, ...]:
-        if not served:
-            return ()
-        (hits, ttft), (hits_of_first, ttft_of_first) = served[name], served[self.reference]
-        means = hits.mean(axis=1).tolist()
-        ratios = np.exp(np.log(ttft / ttft_of_first).mean(axis=1)).tolist()
-        return interval(means), paired(means, hits_of_first.mean(axis=1).tolist()), interval(ratios)
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
@@ -434,24 +427,6 @@ class Board:
     def records(self) -> list[dict[str, Any]]:
         """Return the scores as dictionaries for JSON lines."""
         return [scores.as_record() for scores in self.scores]
-
-    def _by_seed(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Return rates by policy in replays, and both plans: [seeds, cells]."""
-        by_place = {(one.trace, one.seed): one for one in self.scores if one.rate is None}
-
-        def matrix(read: Callable[[Scores], list[float]]) -> np.ndarray:
-            return np.array(
-                [
-                    [rate for cell in self.split.gib for rate in read(by_place[cell, seed])]
-                    for seed in self.split.seeds
-                ]
-            )
-
-        rates = {
-            name: matrix(lambda scores, name=name: scores.rates[name])  # type: ignore[misc]
-            for name in self._names()
-        }
-        return rates, matrix(lambda s: s.plan), matrix(lambda s: s.plan_running)
 
 
 def _names(policies: EvictionSpec | Sequence[EvictionSpec]) -> list[str]:
