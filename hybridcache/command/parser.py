@@ -20,6 +20,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def or_known(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about a ``name`` that is none of the ``known`` ones, which it
+    lists.
+
+    >>> or_known("lruu", ("lru", "fifo")), or_known("x", ("lru", "fifo"))
+    (", did you mean 'lru'? known: lru, fifo", '; known: lru, fifo')
+    """
+    known = [*known]
+    return f"{did_you_mean(name, known) or ';'} known: {', '.join(known)}"
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Puts a flag and its help on one line; keeps the lines of examples."""
 

@@ -10,23 +10,14 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from hybridcache.lab.trace import TraceRequest
 
 
-class Starts(Protocol):
-    """An arrival process: ascending start times of sessions, endless."""
-
-    def times(self, rng: np.random.Generator) -> Iterator[float]:
-        """Yield ascending times in seconds, without end, drawn from ``rng``."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class Poisson(Starts):
+class Poisson:
     """Independent arrivals, ``per_s`` sessions a second on average."""
 
     per_s: float
@@ -42,7 +33,7 @@ class Poisson(Starts):
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed(Starts):
+class Fixed:
     """One session every ``1 / per_s`` seconds."""
 
     per_s: float
@@ -58,7 +49,7 @@ class Fixed(Starts):
 
 
 @dataclass(frozen=True, slots=True)
-class Bursts(Starts):
+class Bursts:
     """``size`` sessions at once, bursts a Poisson process with ``per_s`` sessions a second on
     average."""
 
@@ -95,11 +86,10 @@ class Pauses:
         return thinking + num_answer_tokens / self.answer_tokens_per_s
 
 
-STARTS: dict[str, type[Poisson] | type[Fixed] | type[Bursts]] = {
-    "poisson": Poisson,
-    "fixed": Fixed,
-    "bursts": Bursts,
-}
+Starts = Poisson | Fixed | Bursts
+"""An arrival process. ``times`` yields ascending start times of sessions in seconds, without
+end."""
+STARTS: dict[str, type[Starts]] = {"poisson": Poisson, "fixed": Fixed, "bursts": Bursts}
 
 
 def parse_starts(text: str) -> Starts:

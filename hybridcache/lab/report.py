@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from hybridcache.api import Losses
-from hybridcache.command.parser import did_you_mean
+from hybridcache.command.parser import or_known
 from hybridcache.config import GRID
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.baselines import UNCHARGED
@@ -59,12 +60,8 @@ METRICS: dict[str, Metric] = {
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
     "missed_tokens": Metric(
         "missed tokens, % of prompt tokens",
-        # Files of earlier versions have 0 for peers. Runs without causes have no missed tokens
-        # either.
         lambda run: (
-            None
-            if run.losses is None or run.missed_tokens is None
-            else 100 * run.missed_tokens / run.prompt_tokens
+            None if run.missed_tokens is None else 100 * run.missed_tokens / run.prompt_tokens
         ),
     ),
     "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
@@ -73,10 +70,7 @@ METRICS: dict[str, Metric] = {
         lambda run: run.hits / run.checkpoints_made if run.checkpoints_made else None,
         "{:.2f}",
     ),
-    "copied": Metric(
-        "state bytes copied, GiB",
-        lambda run: _gib(run.copied_bytes),
-    ),
+    "copied": Metric("state bytes copied, GiB", lambda run: _gib(run.copied_bytes)),
     "written": Metric("KV bytes written, GiB", lambda run: _gib(run.written_kv_bytes)),
     "control": Metric("cache code, us a request", lambda run: run.control_us, "{:.0f}"),
 }
@@ -86,8 +80,7 @@ METRICS: dict[str, Metric] = {
 def find_metric(word: str) -> Metric:
     """Return the metric ``word``. ValueError lists the known names."""
     if word not in METRICS:
-        hint = did_you_mean(word, METRICS) or ";"
-        raise ValueError(f"unknown metric {word!r}{hint} known: {', '.join(METRICS)}")
+        raise ValueError(f"unknown metric {word!r}{or_known(word, METRICS)}")
     return METRICS[word]
 
 
@@ -291,19 +284,39 @@ def _served_as(result: SweepRuns) -> str:
     return name if name == "builtin" else f"ORG/{name}"
 
 
-CLOSED_LOOP_HEADER = [
-    "admission, sessions/s",
-    "hit, %",
-    "TTFT mean, s",
-    "p50",
-    "p99",
-    "goodput/s",
-    "makespan, s",
-    "oldest wait, s",
-    "live mean",
-    "most",
-]
-OF_TENANTS = ["Jain", "worst tenant, s"]
+@dataclass(frozen=True, slots=True)
+class LoopMetric:
+    """One figure of runs in closed loop that differ in their seed, and how to write it."""
+
+    title: str
+    value: Callable[[ClosedLoopRun], Any]
+    form: str = "{:.3g}"
+    over_seeds: Callable[[Iterable[Any]], Any] = fmean
+
+    def text(self, runs: Sequence[ClosedLoopRun]) -> str:
+        return self.form.format(self.over_seeds(map(self.value, runs)))
+
+
+LOOP_METRICS = (
+    LoopMetric("hit, %", lambda run: 100 * run.token_hit_rate, "{:.1f}"),
+    LoopMetric("TTFT mean, s", lambda run: run.ttft_mean_s),
+    LoopMetric("p50", lambda run: run.ttft_p50_s),
+    LoopMetric("p99", lambda run: run.ttft_p99_s),
+    LoopMetric("goodput/s", lambda run: run.goodput),
+    LoopMetric("makespan, s", lambda run: run.makespan_s, "{:.4g}"),
+    LoopMetric("oldest wait, s", lambda run: run.oldest_wait_s, over_seeds=max),
+    LoopMetric("live mean", lambda run: run.live_mean, "{:.1f}"),
+    LoopMetric("most", lambda run: run.live_most, "{}", max),
+)
+OF_TENANTS = (
+    LoopMetric("Jain", lambda run: run.jain, "{:.3f}"),
+    LoopMetric(
+        "worst tenant, s",
+        lambda run: (run.worst_ttft_s, run.worst_tenant),
+        "{0[0]:.3g} ({0[1]})",
+        max,
+    ),
+)
 """Columns of tables with several tenants."""
 
 
@@ -315,9 +328,10 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
         chosen = [run for run in runs if (run.label, run.gib) == (label, gib)]
         first, rows = chosen[0], []
         has_tenants = any(run.worst_tenant != "-" for run in chosen)
+        metrics = LOOP_METRICS + OF_TENANTS * has_tenants
         for admission, rate in dict.fromkeys((run.admission, run.rate) for run in chosen):
             same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
-            rows.append([f"{admission}, {rate:g}", *_closed_loop_cells(same, has_tenants)])
+            rows.append([f"{admission}, {rate:g}", *(metric.text(same) for metric in metrics)])
         size = "" if gib is None else f", {gib:.3g} GiB"
         title = (
             f"{first.trace}{size}, {label}: {counted(first.num_requests, 'request')} in closed loop"
@@ -336,34 +350,9 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
         seeds = len({run.seed for run in chosen})
         if seeds > 1:
             notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
-        header = CLOSED_LOOP_HEADER + OF_TENANTS * has_tenants
+        header = ["admission, sessions/s", *(metric.title for metric in metrics)]
         tables.append("\n".join([title, text_table(header, rows), *notes]))
     return "\n\n".join(tables)
-
-
-def _closed_loop_cells(runs: Sequence[ClosedLoopRun], has_tenants: bool) -> list[str]:
-    def mean(value: Callable[[ClosedLoopRun], float]) -> float:
-        return sum(map(value, runs)) / len(runs)
-
-    cells = [
-        f"{100 * mean(lambda run: run.token_hit_rate):.1f}",
-        f"{mean(lambda run: run.ttft_mean_s):.3g}",
-        f"{mean(lambda run: run.ttft_p50_s):.3g}",
-        f"{mean(lambda run: run.ttft_p99_s):.3g}",
-        f"{mean(lambda run: run.goodput):.3g}",
-        f"{mean(lambda run: run.makespan_s):.4g}",
-        f"{max(run.oldest_wait_s for run in runs):.3g}",
-        f"{mean(lambda run: run.live_mean):.1f}",
-        f"{max(run.live_most for run in runs)}",
-    ]
-    if not has_tenants:
-        return cells
-    worst = max(runs, key=lambda run: run.worst_ttft_s)
-    return [
-        *cells,
-        f"{mean(lambda run: run.jain):.3f}",
-        f"{worst.worst_ttft_s:.3g} ({worst.worst_tenant})",
-    ]
 
 
 def tier_notes(result: SweepRuns) -> list[str]:

@@ -35,7 +35,7 @@ from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.command.extras import install_command
-from hybridcache.command.parser import did_you_mean
+from hybridcache.command.parser import did_you_mean, or_known
 from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
@@ -444,20 +444,8 @@ class Scenario:
             for placement in named_policies(self.checkpoints)
         ]
         peers = split_specs(self.baseline) if isinstance(self.baseline, str) else self.baseline
-        found += [
-            replace(
-                base,
-                policy=DEFAULT_EVICTION,
-                checkpoints=DEFAULT_PLACEMENT,
-                baseline=word,
-                host_gib=0.0,
-                disk_gib=0.0,
-                host_gb_s=PCIE_BYTES_PER_S / 1e9,
-                disk_gb_s=DISK_BYTES_PER_S / 1e9,
-            )
-            for word in peers
-            if word
-        ]
+        ours = {name: _defaults()[name] for name in ("policy", "checkpoints", *settings_of(TIERS))}
+        found += [replace(base, **ours | {"baseline": word}) for word in peers if word]
         if not found:
             raise ValueError("nothing to simulate: no policy, and no baseline")
         labels = [one.label for one in found]
@@ -589,8 +577,7 @@ class Scenario:
             parse_placement(self.checkpoints)  # type: ignore[arg-type]
         elif self.baseline not in BASELINES:
             word = str(self.baseline)
-            hint = did_you_mean(word, BASELINES) or ";"
-            raise ValueError(f"no baseline {word!r}{hint} known: {', '.join(BASELINES)}")
+            raise ValueError(f"no baseline {word!r}{or_known(word, BASELINES)}")
         elif self.disk_gib or self.host_gib:
             raise ValueError(f"baseline {self.baseline} is not rebuilt with a tier below it")
         elif not geometry.num_linear_layers:

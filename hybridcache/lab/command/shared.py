@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -102,14 +101,6 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
         found, left_out = counted(num_requests, "request"), counted(trace.bad.count, "bad record")
         print(f"{spec}: {found}, {left_out} left out", file=sys.stderr)
     return trace
-
-
-def refuse(options: argparse.Namespace, defaults: Mapping[str, Any], reason: str) -> None:
-    """Raise ValueError, with ``reason``, if one of the flags in ``defaults`` has another value."""
-    for flag, default in defaults.items():
-        if getattr(options, flag.removeprefix("--").replace("-", "_")) != default:
-            said = flag.replace("--", "--no-") if default is True else flag
-            raise ValueError(f"{said} {reason}")
 
 
 def check_figure(options: argparse.Namespace) -> None:

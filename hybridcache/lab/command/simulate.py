@@ -14,7 +14,6 @@ from hybridcache.lab.command.shared import (
     check_figure,
     given_settings,
     opened,
-    refuse,
     share,
 )
 
@@ -74,13 +73,8 @@ def add_simulate(commands: Commands) -> None:
     parser.set_defaults(run=_simulate, goes_on=True, parser=parser)
 
 
-ALONE = {
-    "--optimum": False,
-    "--losses": False,
-    "--metric": "hit",
-    "--bound": True,
-}
-"""Options of replays alone that are no settings, and their defaults."""
+ALONE = ("optimum", "losses", "metric", "bound")
+"""Options of replays alone that are no settings."""
 
 
 def _scenarios(options: argparse.Namespace) -> list[Scenario]:
@@ -104,7 +98,8 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
     from hybridcache.lab.simulation.closed_loop import closed_loop
     from hybridcache.lab.simulation.result import ClosedLoopRun
 
-    refuse(options, ALONE, "has no meaning with --closed-loop: leave it out")
+    for flag in _given_flags(options, ALONE):
+        raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
     check_figure(options)
     runs: list[ClosedLoopRun] = []
     has_failed = False
@@ -189,14 +184,19 @@ def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) 
     path.write_text(text, encoding="utf-8")
     print(f"scenario: {path}")
     known = {one.name for one in fields(Scenario)} | {"scenario", "write_scenario"}
-    others = [
-        "--no-bound" if name == "bound" else f"--{name.replace('_', '-')}"
-        for name, value in vars(options).items()
-        if name not in known and value != options.parser.get_default(name)
-    ]
+    others = _given_flags(options, [name for name in vars(options) if name not in known])
     if others:
         print(f"not part of a scenario, so give them with it: {' '.join(others)}")
     return 0
+
+
+def _given_flags(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Return the flags of the options ``names`` that have another value than their default."""
+    return [
+        "--no-bound" if name == "bound" else f"--{name.replace('_', '-')}"
+        for name in names
+        if getattr(options, name) != options.parser.get_default(name)
+    ]
 
 
 def _draw(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from hybridcache.command.parser import did_you_mean
+from hybridcache.command.parser import or_known
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
@@ -125,9 +125,7 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
 
 def _no_option(owner: str, name: str, known: Iterable[str]) -> ValueError:
     """Return the error for an unknown option, with the most similar one."""
-    options = [*known, "head"]
-    hint = did_you_mean(name, options) or ";"
-    return ValueError(f"{owner} has no option {name!r}{hint} known: {', '.join(options)}")
+    return ValueError(f"{owner} has no option {name!r}{or_known(name, [*known, 'head'])}")
 
 
 def _value(kind: str, name: str, value: str) -> Any:
@@ -162,9 +160,7 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         path = packaged_file()
     elif word == "sample" and colon:
         if place not in SAMPLES:
-            hint = did_you_mean(place, SAMPLES) or ";"
-            known = ", ".join(SAMPLES)
-            raise ValueError(f"there is no sample trace {place!r}{hint} known: {known}")
+            raise ValueError(f"there is no sample trace {place!r}{or_known(place, SAMPLES)}")
         word, path = OwnReader.word, Path(__file__).parents[1] / "samples" / f"{place}.jsonl.gz"
     elif word == "published" and colon:
         published, path = find_published(place), path_of(place)
@@ -187,10 +183,8 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
                 f"({', '.join(READERS)})"
             )
         if not path.is_file():
-            hint = did_you_mean(rest, GENERATORS) or ";"
-            raise FileNotFoundError(
-                f"no trace {rest!r}: no such file or generator{hint} known: {', '.join(GENERATORS)}"
-            )
+            known = or_known(rest, GENERATORS)
+            raise FileNotFoundError(f"no trace {rest!r}: no such file or generator{known}")
         word = recognise(path)
     if not READERS[word].is_csv and looks_like_csv(head_of(path)):
         raise ValueError(f"{path}: it has columns: read it as csv:{path}")

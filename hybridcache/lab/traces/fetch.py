@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hybridcache.command.extras import install_command
-from hybridcache.command.parser import did_you_mean
+from hybridcache.command.parser import or_known
 from hybridcache.lab.progress import Progress, shown_progress
 
 _GITHUB = "https://raw.githubusercontent.com"
@@ -74,10 +74,7 @@ PUBLISHED = {
 def find_published(name: str) -> Published:
     """Return the trace called ``name``. Raises ValueError with all names if there is none."""
     if name not in PUBLISHED:
-        hint = did_you_mean(name, PUBLISHED) or ";"
-        raise ValueError(
-            f"there is no published trace {name!r}{hint} known: {', '.join(PUBLISHED)}"
-        )
+        raise ValueError(f"there is no published trace {name!r}{or_known(name, PUBLISHED)}")
     return PUBLISHED[name]
 
 

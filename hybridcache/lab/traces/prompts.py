@@ -199,22 +199,44 @@ class Continued:
         return self.count, False
 
 
-class Usage:
-    """Sessions of a file, and counts of prompts that continue none and of fields without a use."""
+class PromptParser:
+    """Converts records to requests, assembles single messages to prompts, and counts prompts that
+    continue no session and fields without a use."""
 
-    def __init__(self) -> None:
-        self._continued = Continued()
+    def __init__(self, chat: ChatText, names: dict[str, str]) -> None:
+        self._chat, self._names = chat, names
+        self._fresh, self._clock, self._continued = FreshIds(), TraceClock(), Continued()
+        self._said: dict[str | int, Chat] = {}
+        self._asked_s: dict[str | int, float] = {}
         self._last: dict[str | int, tuple[int, int]] = {}
         """Length and hash of the last prompt of a named session."""
-        self.unread: Counter[str] = Counter()
-        self.num_answers = 0
-        self.num_whole = 0
+        self._unread: Counter[str] = Counter()
+        self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
+        self._num_whole = 0
         """Prompts without an answer whose last message is an assistant's."""
-        self.num_requests = self._num_later = self._num_continued = 0
+        self._num_failed = 0
+        """Records of failed requests, which are left out."""
 
-    def session(self, name: str | int | None, namespace: str | None, said: str) -> str | int:
+    def parse(self, raw: Record) -> Iterator[TraceRequest]:
+        """Yield the request of a record; none if it failed, or is a message of a user."""
+        record = Named(raw, self._names)
+        if record.has_failed:
+            self._num_failed += 1
+            return
+        names = {name for name, value in record.record.items() if value is not None and name}
+        self._unread.update(names - {*record.used.values()} - PARAMETERS)
+        session = record.record.key(record.used["session"]) if "session" in record.used else None
+        if record.is_message:
+            yield from self._message(record, session)
+            return
+        request, said = self._request(record)
+        now, namespace = self._now(record), record.namespace()
+        session = self._session(session, namespace, said)
+        yield request._replace(timestamp_s=now, session=session, namespace=namespace)
+
+    def _session(self, name: str | int | None, namespace: str | None, said: str) -> str | int:
         """Return the session of the next prompt: ``name``, or by its text if that is None."""
-        self.num_requests += 1
+        self._num_requests += 1
         if name is None:
             number, continues = self._continued.session(f"{namespace}\0{said}")
             self._num_continued += continues
@@ -225,62 +247,6 @@ class Usage:
             self._num_continued += hash(said[:size]) == digest
         self._last[name] = len(said), hash(said)
         return name
-
-    def problems(self, spec: str) -> Iterator[str]:
-        """Describe what was not used, with counts. ``spec`` is the file with the reader's name."""
-        if self._num_later > 2 * self._num_continued and self._num_later:
-            missed = self._num_later - self._num_continued
-            yield (
-                f"{missed:,} of {self._num_later:,} later prompts of a session do not begin with "
-                f"the prompt before: {WHOLE_TEXT}"
-            )
-        elif self._continued.count >= FEWEST and not self._num_continued:
-            yield (
-                f"no prompt begins with an earlier one, so {self.num_requests:,} requests are "
-                f"{self._continued.count:,} sessions: {WHOLE_TEXT}"
-            )
-        if self.num_whole:
-            yield (
-                f"{counted(self.num_whole, 'prompt')} without an answer end with an assistant's "
-                "message: if each is a whole conversation, and its assistant's messages are the "
-                f"answers, read the file as conversations:{spec.partition(':')[2]}"
-            )
-        if self.unread and not self.num_answers and self.num_requests:
-            counts = self.unread.most_common()
-            names = ", ".join(f"{name} ({count:,})" for name, count in counts)
-            yield (
-                f"no answer was found, and these fields are not read: {names}; name one as in "
-                f"{spec}?answer={counts[0][0]}"
-            )
-
-
-class PromptParser:
-    """Converts records to requests. Assembles single messages to prompts."""
-
-    def __init__(self, chat: ChatText, names: dict[str, str]) -> None:
-        self._chat, self._names = chat, names
-        self._fresh, self._clock, self.usage = FreshIds(), TraceClock(), Usage()
-        self._said: dict[str | int, Chat] = {}
-        self._asked_s: dict[str | int, float] = {}
-        self.num_failed = 0
-        """Records of failed requests, which are left out."""
-
-    def parse(self, raw: Record) -> Iterator[TraceRequest]:
-        """Yield the request of a record; none if it failed, or is a message of a user."""
-        record = Named(raw, self._names)
-        if record.has_failed:
-            self.num_failed += 1
-            return
-        names = {name for name, value in record.record.items() if value is not None and name}
-        self.usage.unread.update(names - {*record.used.values()} - PARAMETERS)
-        session = record.record.key(record.used["session"]) if "session" in record.used else None
-        if record.is_message:
-            yield from self._message(record, session)
-            return
-        request, said = self._request(record)
-        now, namespace = self._now(record), record.namespace()
-        session = self.usage.session(session, namespace, said)
-        yield request._replace(timestamp_s=now, session=session, namespace=namespace)
 
     def _now(self, record: Named) -> float:
         """Return the time of the next record."""
@@ -293,14 +259,14 @@ class PromptParser:
         if isinstance(response, dict) and not is_response(response):
             response = record.get("answer")  # an answer in JSON is a text
         answer, length, reason = answer_of(response)
-        self.usage.num_answers += answer is not None
+        self._num_answers += answer is not None
         if answer is None and not length and "length" in record.used:
             length = record.record.whole(record.number("length"))
         if "messages" in record.used:
             messages = Record(messages=record.get("messages", list)).objects("messages")
             said = plain_chat(messages, record.get("system"), record.get("tools", list))
             is_whole = answer is None and said and said[-1]["role"] == "assistant"
-            self.usage.num_whole += bool(is_whole)
+            self._num_whole += bool(is_whole)
             turn = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
             request = turn.request("")
             # A text that begins with the text of every earlier part of the chat.
@@ -342,8 +308,8 @@ class PromptParser:
         before = self._said.setdefault(session, [])
         if message["role"] == "assistant" and before:
             asked_s = self._asked_s.get(session, now)
-            self.usage.num_requests += 1
-            self.usage.num_answers += 1
+            self._num_requests += 1
+            self._num_answers += 1
             turn = self._chat.turn(before, message["content"], tools=True)
             yield turn.request(session)._replace(
                 timestamp_s=asked_s,
@@ -356,8 +322,8 @@ class PromptParser:
     def problems(self, spec: str) -> Iterator[str]:
         """Describe what was left out or not used, with counts. ``spec`` is the file with the
         reader's name."""
-        if self.num_failed:
-            failed = counted(self.num_failed, "record")
+        if self._num_failed:
+            failed = counted(self._num_failed, "record")
             yield f"{failed} of failed requests left out (status 400 or more)"
         num_unanswered = sum(
             1
@@ -366,4 +332,27 @@ class PromptParser:
         )
         if num_unanswered:  # after the last answer of their session
             yield f"{num_unanswered:,} messages without an answer are no requests"
-        yield from self.usage.problems(spec)
+        if self._num_later > 2 * self._num_continued:
+            missed = self._num_later - self._num_continued
+            yield (
+                f"{missed:,} of {self._num_later:,} later prompts of a session do not begin with "
+                f"the prompt before: {WHOLE_TEXT}"
+            )
+        elif self._continued.count >= FEWEST and not self._num_continued:
+            yield (
+                f"no prompt begins with an earlier one, so {self._num_requests:,} requests are "
+                f"{self._continued.count:,} sessions: {WHOLE_TEXT}"
+            )
+        if self._num_whole:
+            yield (
+                f"{counted(self._num_whole, 'prompt')} without an answer end with an assistant's "
+                "message: if each is a whole conversation, and its assistant's messages are the "
+                f"answers, read the file as conversations:{spec.partition(':')[2]}"
+            )
+        if self._unread and not self._num_answers and self._num_requests:
+            counts = self._unread.most_common()
+            names = ", ".join(f"{name} ({count:,})" for name, count in counts)
+            yield (
+                f"no answer was found, and these fields are not read: {names}; name one as in "
+                f"{spec}?answer={counts[0][0]}"
+            )

@@ -6,14 +6,14 @@ follow each other, and the message at the border is often in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice
-from pathlib import Path
-from typing import Any, ClassVar
+from itertools import groupby, islice, pairwise
+from typing import ClassVar
 
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.lab.traces.dialects import Chat
 from hybridcache.lab.traces.frame import Record, SessionReader, json_array, parsed
 from hybridcache.lab.traces.text import load_chat_text
 
@@ -40,46 +40,43 @@ class ShareGPTReader(SessionReader):
         return "conversations" in record
 
     def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-        return islice(_conversations(self.path, bad), self.limit)
+        """Yield (line, ``{"id", "messages"}``) of whole conversations in the order of the file,
+        segments merged. Messages have a ``role`` and ``content``."""
+        found = parsed(self.path, json_array(self.path, bad), _segment, bad)
+        return islice(_merged(found), self.limit)
 
     def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         chat = load_chat_text(self.tokenizer, self.template)
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
-            said: list[dict[str, str]] = []
-            found = []
-            for role, words in record["turns"]:
-                if role == "assistant" and said and said[-1]["role"] == "user":
-                    turn = chat.turn(said, words)
+            found, said = [], record["messages"]
+            for place, (before, message) in enumerate(pairwise(said), 1):
+                if (before["role"], message["role"]) == ("user", "assistant"):
+                    turn = chat.turn(said[:place], message["content"])
                     if len(turn.prompt) > self.cap:
                         break
                     found.append(turn.request(record["id"]))
-                said.append({"role": role, "content": words})
             yield found
 
         return parse
 
 
-def _conversations(path: Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-    """Yield (line, ``{"id", "turns"}``) of whole conversations in the order of the file, segments
-    merged. Turns are (role, text), with roles ``user``, ``assistant`` and ``system``."""
+def _segment(record: Record) -> Iterator[tuple[str, int, Chat]]:
+    """Yield (conversation, index of its first message, messages)."""
+    whole = str(record.key("id"))
+    base, _, first = whole.rpartition("_")
+    said = [
+        {"role": _ROLES.get(one.text("from"), "assistant"), "content": one.text("value")}
+        for one in record.objects("conversations")
+    ]
+    yield (base, int(first), said) if first.isdecimal() else (whole, 0, said)
 
-    def segment(record: Record) -> Iterator[tuple[str, int, Any]]:
-        """Yield (conversation, index of its first message, messages)."""
-        whole = str(record.key("id"))
-        base, _, first = whole.rpartition("_")
-        said = [
-            (_ROLES.get(message.text("from"), "assistant"), message.text("value"))
-            for message in record.objects("conversations")
-        ]
-        yield (base, int(first), said) if first.isdecimal() else (whole, 0, said)
 
-    found = parsed(path, json_array(path, bad), segment, bad)
-    for name, segments in groupby(found, key=lambda one: one[1][0]):
-        lines, turns = list[int](), list[tuple[str, str]]()
-        for line, (_, start, said) in segments:
-            lines.append(line)
+def _merged(found: Iterable[tuple[int, tuple[str, int, Chat]]]) -> Iterator[tuple[int, Record]]:
+    for name, group in groupby(found, key=lambda one: one[1][0]):
+        segments, messages = [*group], Chat()
+        for _, (_, start, said) in segments:
             # A segment may begin with the last message of the previous one.
-            turns += said[max(0, len(turns) - start) :]
-        if turns:
-            yield lines[0], Record(id=name, turns=turns)
+            messages += said[max(0, len(messages) - start) :]
+        if messages:
+            yield segments[0][0], Record(id=name, messages=messages)
