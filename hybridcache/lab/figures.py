@@ -338,24 +338,17 @@ def draw_curves(
     result: SweepRuns,
     metric: Metric,
     colours: Sequence[str] = (),
-) -> list[Any]:
+) -> None:
     """Draw a metric over the sizes, a line per competitor with a marker at each simulated size.
-    Without ``colours`` those of the axes are used. Return the lines."""
+    Without ``colours`` those of the axes are used."""
     by_label = result.by_label()
-    lines = []
     for number, (label, runs) in enumerate(by_label.items()):
-        points = [(run.gib, metric.value(run)) for run in runs]
-        kept = [(gib, value) for gib, value in points if value is not None]
+        values = {run.gib: metric.value(run) for run in runs}
+        kept = {gib: value for gib, value in values.items() if value is not None}
         look = line_look(number, len(by_label))
         if colours:
             look["color"] = colours[number % len(colours)]
-        lines += axis.plot(
-            [gib for gib, _ in kept],
-            [value for _, value in kept],
-            label=label,
-            **look,
-        )
-    return lines
+        axis.plot(list(kept), list(kept.values()), label=label, **look)
 
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:

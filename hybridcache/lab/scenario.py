@@ -75,6 +75,9 @@ GIB_SPEC = "2:200:15"
 CLOSED_LOOP_GIB = 16.0
 """Memory of a closed-loop run."""
 
+RESULT_FORM = 2
+"""Number of the form of results in files. Runs in another form are computed again."""
+
 MEMORIES = ("arena", "budget", "pools")
 """Divisions of the memory between KV and states."""
 
@@ -390,7 +393,7 @@ class Scenario:
 
     def key(self, trace_identity: bytes) -> str:
         """Return the identity of a single run's result: a hash of all settings, of the model's
-        sizes, of the times, and of the trace (see ``identity_of``).
+        sizes, of the times, of the trace (see ``identity_of``), and of ``RESULT_FORM``.
 
         The source of the modules of the user's own policies is part of it, so that an edited policy
         is another run. Modules that they import are not. ValueError for a policy that is an object,
@@ -403,7 +406,7 @@ class Scenario:
         geometry = self.geometry()
         names = [one.name for one in fields(self) if one.name not in ("trace", "model", "times")]
         text = "".join(f"{name} = {getattr(self, name)!r}\n" for name in names)
-        text += f"{geometry!r}\n{self.prefill_times(geometry)!r}\n{own}"
+        text += f"{geometry!r}\n{self.prefill_times(geometry)!r}\n{own}\n{RESULT_FORM}"
         return hashlib.sha256(text.encode() + trace_identity).hexdigest()[:16]
 
     # --- Parts ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridcache.lab.command.shared import (
+    TRACE_HELP,
     add_settings,
     check_figure,
     given_settings,
@@ -24,7 +25,8 @@ def add_optimum(commands: Commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser("optimum", help="the best that any policy could have done")
     add = parser.add_argument
-    share(parser, "--trace", "--skip-bad")
+    add("--trace", required=True, help=TRACE_HELP)
+    share(parser, "--skip-bad")
     add_settings(parser, "model", "gib", "state_dtype", "grid")
     add(
         "--counts-running",

@@ -21,11 +21,7 @@ TRACE_HELP = (
 
 
 SHARED: dict[str, dict[str, Any]] = {
-    "--trace": {"required": True, "help": TRACE_HELP},
     "--processes": {"type": int, "default": 1, "help": "runs at the same time; changes no result"},
-    "--ray": {
-        "help": "spread the runs over the Ray cluster at this address (auto: this machine's)"
-    },
     "--skip-bad": {"action": "store_true", "help": "skip and count records that cannot be read"},
 }
 """Options of more than one command that are no settings of a scenario."""

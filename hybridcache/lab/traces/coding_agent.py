@@ -51,7 +51,7 @@ class CodingAgentReader(SessionReader):
             if record.get("dup") and not self.duplicates:
                 return
             found, own_heads = list[TraceRequest](), dict[int, Tokens]()
-            rows = [row for row in requests_of(record) if len(row[-1])]
+            rows = [row for row in requests_of(record, str(record.key("id"))) if len(row[-1])]
             offset = known.reserve(1 + max((int(ids.max()) for *_, ids in rows), default=0))
             for owner, when_s, name, request, ids in rows:
                 head, tokens = head_of(owner), ids + np.int32(offset)
@@ -74,13 +74,12 @@ class CodingAgentReader(SessionReader):
 
 
 def requests_of(
-    owner: Record, start_s: float = 0.0, path: str = ""
+    owner: Record, name: str, start_s: float = 0.0
 ) -> Iterator[tuple[Record, float, str, Record, Tokens]]:
     """Yield (owner, time, session, request, ids) of a session and of its subagents."""
-    name = path or str(owner.key("id"))
     for request in owner.objects("requests"):
         when_s = start_s + request.seconds("t")
         if request["type"] == "subagent":
-            yield from requests_of(request, when_s, f"{name}/{request.key('agent_id')}")
+            yield from requests_of(request, f"{name}/{request.key('agent_id')}", when_s)
         else:
             yield owner, when_s, name, request, request.id_runs("hash_ids")
