@@ -22,7 +22,7 @@ import numpy as np
 
 from hybridcache.export.events import Event, EventStream
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import PrefillTimes, describe_times
+from hybridcache.geometry.times import PrefillTimes, Roofline, describe_times
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.result import PERCENTILES
 from hybridcache.lab.simulation.serving import RequestLog
@@ -31,20 +31,6 @@ from hybridcache.lab.simulation.target import LeaseTarget, Served, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import find_router
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """Prefill times proportional to FLOPs, as on a server with large batches, where the cost of
-    reading weights is shared."""
-
-    geometry: ModelGeometry
-    flops_per_s: float
-
-    def seconds(self, start: int, end: int) -> float:
-        if end <= start:
-            return 0.0
-        return self.geometry.flops(start, end) / self.flops_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +90,9 @@ class Span:
 def times_of(
     config: FleetConfig, span: Span, geometry: ModelGeometry, times: PrefillTimes
 ) -> PrefillTimes:
-    """Return ``times``, or with a load the times that keep the replicas that busy. ValueError for
-    a load of a trace that takes no time."""
+    """Return ``times``, or with a load the times that keep the replicas that busy: proportional to
+    FLOPs, as on a server with large batches, which share the reads of the weights. ValueError for a
+    load of a trace that takes no time."""
     if config.load is None:
         return times
     if span.seconds <= 0:
@@ -113,7 +100,8 @@ def times_of(
             "load is a share of the trace's time, and all its requests come at once: name starts "
             "(starts=poisson:2), or leave the load out"
         )
-    return Arithmetic(geometry, span.cold_flops / (config.load * config.replicas * span.seconds))
+    flops_per_s = span.cold_flops / (config.load * config.replicas * span.seconds)
+    return Roofline(geometry, flops_per_s=flops_per_s, bytes_per_s=math.inf, overhead_s=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +408,9 @@ class _Fleet:
     def summary(self, geometry: ModelGeometry, trace: str) -> FleetResult:
         """Return the figures of the run. O(requests)."""
         log, times, cell, fleet = self._log, self._times, self._cell, self._config
+        described = describe_times(times)
+        if fleet.load is not None and isinstance(times, Roofline):
+            described = f"arithmetic at {times.flops_per_s:.4g} FLOP/s"
         lengths = np.frombuffer(log.prompt_tokens, np.int64)
         cached = np.frombuffer(log.cached_tokens, np.int64)
         expected = np.frombuffer(self._expected, np.int64)
@@ -433,9 +424,7 @@ class _Fleet:
             policy=str(cell.policy),
             checkpoints=str(cell.checkpoints),
             fleet=fleet,
-            times=f"arithmetic at {times.flops_per_s:.4g} FLOP/s"
-            if isinstance(times, Arithmetic)
-            else describe_times(times),
+            times=described,
             requests=len(lengths),
             prompt_tokens=int(lengths.sum()),
             cached_tokens=int(cached.sum()),

@@ -213,7 +213,9 @@ def verdict(result: SweepRuns) -> str:
     sizes = "the only size" if len(best) == 1 else f"{most} of {len(best)} sizes"
     has = "have" if len(first) > 1 else "has"
     flags, lacking = _serve_flags(largest)
-    command = f"engine serve --model {_served_as(result)} {flags}"
+    model = result.geometry.name
+    model = model if model == "builtin" else f"ORG/{model}"
+    command = f"engine serve --model {model} {flags}"
     command += f" (engine serve has no {', '.join(lacking)})" if lacking else ""
     names_first = ", ".join(first)
     has_intervals = len(largest.by_session) >= FEWEST_UNITS
@@ -277,11 +279,6 @@ def _systems_with_more(result: SweepRuns, best: Mapping[float, RunResult]) -> st
         for label, points in gains.items()
     ]
     return "".join(f"; {part}" for part in parts)
-
-
-def _served_as(result: SweepRuns) -> str:
-    name = result.geometry.name
-    return name if name == "builtin" else f"ORG/{name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,7 +539,7 @@ def stats_table(stats: TraceStats) -> str:
         spread("reuse after seconds", stats.reuse_s, "{:,.1f}"),
         spread("reuse after new tokens", stats.reuse_new_tokens),
     ]
-    share = 100 / max(stats.prompt_tokens, 1)
+    share = 100 / stats.prompt_tokens
     duration = f"{stats.duration_s:,.{1 if stats.duration_s < 10 else 0}f}"
     lines = [
         text_table(header, rows),
@@ -553,7 +550,7 @@ def stats_table(stats: TraceStats) -> str:
         f"prompt tokens {stats.prompt_tokens:,}; {_counting(stats)}",
         f"distinct tokens, answers included {stats.distinct_tokens:,}",
         f"ideal token hit rate {100 * stats.ideal_hit_rate:.2f} %, "
-        f"of requests {100 * stats.ideal_requests / max(stats.num_requests, 1):.2f} %",
+        f"of requests {100 * stats.ideal_requests / stats.num_requests:.2f} %",
     ]
     if stats.repeated_answers is not None:
         lines.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Summary:
     largest: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Summary:
+    def of(cls, values: Sequence[float]) -> Summary:
         """Summarise ``values``; all 0 if there are none. O(n log n)."""
         if not values:
             return cls(0.0, dict.fromkeys(_PERCENTILES, 0.0), 0.0)
@@ -91,8 +91,8 @@ class TraceStats:
 
     @property
     def ideal_hit_rate(self) -> float:
-        """``ideal_tokens`` of ``prompt_tokens``; 0 without any."""
-        return self.ideal_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+        """``ideal_tokens`` of ``prompt_tokens``."""
+        return self.ideal_tokens / self.prompt_tokens
 
     def as_record(self) -> dict[str, Any]:
         """Return a record for JSON."""
@@ -101,7 +101,8 @@ class TraceStats:
 
 def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) -> TraceStats:
     """Read ``trace`` once and return its statistics. ``progress`` is called with the number of
-    requests so far. O(tokens); holds the distinct ids in memory."""
+    requests so far. O(tokens); holds the distinct ids in memory. ValueError if there is no
+    request."""
     gathered = _Gathered(trace.unit)
     for done, request in enumerate(trace.in_order(), 1):
         gathered.add(request)
@@ -116,14 +117,11 @@ class _Gathered:
         self.cache = InfiniteCache()
         self.sessions: set[Any] = set()
         self.namespaces: set[Any] = set()
-        self.times: list[float] = []
-        self.prompts: list[float] = []
-        self.outputs: list[float] = []
-        self.ideal: list[int] = []
-        # Tokens in the cache after each visit: the difference of two is the number added between
-        # them.
-        self.held_after: list[int] = []
-        self.reuse: tuple[list[float], list[float], list[float]] = ([], [], [])
+        self.requests: list[tuple[float, int, int, int, int]] = []
+        """Time, tokens of prompt and answer, ideal tokens, and ids in the cache after each request.
+        The difference of two of the last is the number added between them."""
+        self.reuse: list[tuple[int, float, int]] = []
+        """Requests, seconds and new tokens since the last use of a shared prefix."""
         self.last: dict[Hashable, TraceRequest] = {}
         self.num_answered = self.num_repeated = 0
         """Ids of answers that a prompt of their session follows, and of those it repeats."""
@@ -134,21 +132,18 @@ class _Gathered:
         unit = self.unit
         held_before = self.cache.num_ids
         seen = self.cache.serve(request)
-        self.held_after.append(self.cache.num_ids)
         self.sessions.add(request.session)
         self.namespaces.add(request.namespace)
-        self.times.append(request.timestamp_s)
-        num_tokens = request.num_tokens(unit)
-        self.prompts.append(num_tokens)
-        self.outputs.append(request.num_answer_tokens(unit))
-        self.ideal.append(min(seen.length * unit, num_tokens - 1))
         self._compare_answers(request)
+        now_s, num_tokens = request.timestamp_s, request.num_tokens(unit)
         if seen.length and seen.last_visit is not None:
             visit = seen.last_visit - 1
-            requests, seconds, tokens = self.reuse
-            requests.append(len(self.times) - 1 - visit)
-            seconds.append(request.timestamp_s - self.times[visit])
-            tokens.append((held_before - self.held_after[visit]) * unit)
+            then_s, *_, held_then = self.requests[visit]
+            new_tokens = (held_before - held_then) * unit
+            self.reuse.append((len(self.requests) - visit, now_s - then_s, new_tokens))
+        ideal = min(seen.length * unit, num_tokens - 1)
+        answer = request.num_answer_tokens(unit)
+        self.requests.append((now_s, num_tokens, answer, ideal, self.cache.num_ids))
 
     def _compare_answers(self, request: TraceRequest) -> None:
         before = self.last.get(request.session)
@@ -164,29 +159,33 @@ class _Gathered:
             self.has_answer_ids = bool(is_known or self.num_repeated)
 
     def stats(self, trace: Trace) -> TraceStats:
+        if not self.requests:
+            raise ValueError(f"{trace.full_name}: {trace.is_empty_because}")
+        times, prompts, outputs, ideal, _ = zip(*self.requests, strict=True)
+        reuse = [*zip(*self.reuse, strict=True)] or [(), (), ()]
         return TraceStats(
             name=trace.name,
             unit=self.unit,
-            num_requests=len(self.times),
+            num_requests=len(times),
             num_sessions=len(self.sessions),
             num_namespaces=len(self.namespaces),
             num_bad=trace.bad.count,
-            duration_s=self.times[-1] - self.times[0] if self.times else 0.0,
-            prompt=Summary.of(self.prompts),
-            output=Summary.of(self.outputs),
-            prompt_tokens=int(sum(self.prompts)),
-            ideal_tokens=sum(self.ideal),
+            duration_s=times[-1] - times[0],
+            prompt=Summary.of(prompts),
+            output=Summary.of(outputs),
+            prompt_tokens=sum(prompts),
+            ideal_tokens=sum(ideal),
             ideal_by_page={
-                page: sum(ideal // page * page for ideal in self.ideal)
+                page: sum(one // page * page for one in ideal)
                 for page in _PAGES
                 if page % self.unit == 0
             },
-            ideal_requests=sum(map(bool, self.ideal)),
+            ideal_requests=sum(map(bool, ideal)),
             distinct_tokens=self.cache.num_ids * self.unit,
-            reuse_requests=Summary.of(self.reuse[0]),
-            reuse_s=Summary.of(self.reuse[1]),
-            reuse_new_tokens=Summary.of(self.reuse[2]),
-            sharing=self._sharing(),
+            reuse_requests=Summary.of(reuse[0]),
+            reuse_s=Summary.of(reuse[1]),
+            reuse_new_tokens=Summary.of(reuse[2]),
+            sharing=_sharing(prompts, ideal, self.unit),
             counted_by=trace.counted_by,
             repeated_answers=(
                 self.num_repeated / self.num_answered if self.has_answer_ids else None
@@ -195,16 +194,16 @@ class _Gathered:
             invented_times=trace.invented_times,
         )
 
-    def _sharing(self) -> tuple[DepthBin, ...]:
-        """Return bins of doubling width; the first is as wide as the unit, but at least 64."""
-        lengths = np.asarray(self.prompts, dtype=np.int64)
-        seen = np.asarray(self.ideal, dtype=np.int64)
-        bins = []
-        start, end = 0, max(64, self.unit)
-        longest = int(lengths.max(initial=0))
-        while start < longest:
-            tokens = int((np.minimum(lengths, end) - start).clip(0).sum())
-            shared = int((np.minimum(seen, end) - start).clip(0).sum())
-            bins.append(DepthBin(start, end, tokens, shared))
-            start, end = end, end * 2
-        return tuple(bins)
+
+def _sharing(prompts: Sequence[int], ideal: Sequence[int], unit: int) -> tuple[DepthBin, ...]:
+    """Return bins of doubling width; the first is as wide as the unit, but at least 64."""
+    lengths, seen = np.asarray(prompts, dtype=np.int64), np.asarray(ideal, dtype=np.int64)
+    bins = []
+    start, end = 0, max(64, unit)
+    longest = int(lengths.max(initial=0))
+    while start < longest:
+        tokens = int((np.minimum(lengths, end) - start).clip(0).sum())
+        shared = int((np.minimum(seen, end) - start).clip(0).sum())
+        bins.append(DepthBin(start, end, tokens, shared))
+        start, end = end, end * 2
+    return tuple(bins)
