@@ -72,6 +72,11 @@ class RateInterval(Interval):
     def __new__(cls, mean: float, low: float, high: float) -> RateInterval:
         return super().__new__(cls, mean, max(low, 0.0), min(high, 1.0))  # NaN stays NaN
 
+    @property
+    def is_cut(self) -> bool:
+        """True if a limit was cut, so that the other one is farther from the mean."""
+        return abs(self.high - self.mean - (self.mean - self.low)) > 1e-9
+
     def __format__(self, spec: str) -> str:
         """Return percentages; with a ``spec``, the rates as they are."""
         return super().__format__(spec) if spec else f"{self.scaled(100)} %"

@@ -413,7 +413,9 @@ def interval_notes(result: SweepRuns) -> list[str]:
     num_sessions = min(counts)
     if num_sessions < FEWEST_UNITS:
         return [f"no intervals: {counted(num_sessions, 'session')}, fewer than {FEWEST_UNITS}"]
-    return [f"±: 95 % interval over {counted(num_sessions, 'session')}"]
+    cut = ", [low, high] if a limit is cut at 0 or 100 %"
+    is_cut = any(run.interval.is_cut for run in result.runs)
+    return [f"±: 95 % interval over {counted(num_sessions, 'session')}{cut * is_cut}"]
 
 
 def floor_notes(result: SweepRuns) -> list[str]:
@@ -454,11 +456,13 @@ def weighs_as_another(run: RunResult) -> bool:
 
 
 def _marked(run: RunResult, word: str) -> str:
-    """Return the text of a cell: with half of its interval, or a star if the run is above the best
-    plan."""
-    text = METRICS[word].text(run)
-    if word == "hit" and not math.isnan(half := 100 * run.interval.half_width):
-        return f"{text} ± {half:.1f}"
+    """Return the text of a cell: with half of its interval (both limits if one is cut), or a star
+    if the run is above the best plan."""
+    text, percent = METRICS[word].text(run), run.interval.scaled(100)
+    if word == "hit" and run.interval.is_cut:
+        return f"{percent:.1f}"
+    if word == "hit" and not math.isnan(percent.low):
+        return f"{text} ± {percent.half_width:.1f}"
     return text + "*" if word == "optimum" and above_plan(run) else text
 
 

@@ -31,7 +31,7 @@ from hybridcache.lab.report import losses_table
 from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Kept, Place, run_grid
-from hybridcache.lab.simulation.result import RunResult, summarise
+from hybridcache.lab.simulation.result import RunResult, SessionResult, summarise
 from hybridcache.lab.simulation.serving import RequestLog, serve
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, run_cell, simulate
 from hybridcache.lab.simulation.sizes import sizes, working_set_bytes
@@ -536,6 +536,17 @@ def test_rebuilt_systems_with_more_hits_are_named() -> None:
     assert "(--no-priority-classes) compares them without\n" in table
     alone = simulate("short?head=30", gib=1, policy=["lru", "fifo"])
     assert "not counted" not in alone.table() and "differ in priority" not in alone.table()
+
+
+def test_intervals_stay_within_0_and_100_percent(small: SimulationResult) -> None:
+    cached = [10, 7, 10, 10, 10]
+    sessions = [SessionResult(f"{n}", 1, 10, tokens) for n, tokens in enumerate(cached)]
+    facts = {"by_session": tuple(sessions), "prompt_tokens": 50, "cached_tokens": sum(cached)}
+    result = replace(small, runs=(replace(small.runs[0], **facts),))
+    assert str(result.runs[0].interval) == "94.0 [77.3, 100.0] %"
+    assert " 94.0 [77.3, 100.0]\n" in result.table()
+    assert "[low, high] if a limit is cut" in result.table()
+    assert "if a limit is cut" not in small.table()
 
 
 def test_intervals_of_rates_are_printed_in_percent(small: SimulationResult) -> None:
