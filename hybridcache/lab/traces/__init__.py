@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -108,24 +108,26 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
 def _generated(word: str, options: Mapping[str, str]) -> Trace:
     generator = GENERATORS[word]
     parameters = inspect.signature(generator).parameters
-    for name in options:
-        if name not in parameters:
-            raise _no_option(f"generator {word}", name, parameters)
-    values = {}
-    for name, value in options.items():
-        parameter = parameters[name]
-        values[name] = _value(str(parameter.annotation), name, value)
+    kinds = {name: str(parameter.annotation) for name, parameter in parameters.items()}
+    values = _converted(f"generator {word}", kinds, options)
+    for name, value in values.items():
         # Zero means "none" if it is the default (seed, systems), and is invalid otherwise.
-        if values[name] == 0 and parameter.default and parameter.annotation != "bool":
-            raise ValueError(f"generator {word}: option {name!r} must be above 0, got {value!r}")
+        if value == 0 and parameters[name].default and kinds[name] != "bool":
+            raise ValueError(
+                f"generator {word}: option {name!r} must be above 0, got {options[name]!r}"
+            )
     facts = {name: values.get(name, part.default) for name, part in parameters.items()}
     facts = {name: str(fact).lower() for name, fact in facts.items()}
     return replace(generator(**values), recipe=f"{word}?{urlencode(facts)}")
 
 
-def _no_option(owner: str, name: str, known: Iterable[str]) -> ValueError:
-    """Return the error for an unknown option, with the most similar one."""
-    return ValueError(f"{owner} has no option {name!r}{or_known(name, [*known, 'head'])}")
+def _converted(owner: str, kinds: Mapping[str, str], options: Mapping[str, str]) -> dict[str, Any]:
+    """Convert the options of a reader or generator to the ``kinds`` of its parameters. Raises
+    ValueError for an unknown one, with the most similar one."""
+    for name in options:
+        if name not in kinds:
+            raise ValueError(f"{owner} has no option {name!r}{or_known(name, [*kinds, 'head'])}")
+    return {name: _value(kinds[name], name, value) for name, value in options.items()}
 
 
 def _value(kind: str, name: str, value: str) -> Any:
@@ -136,6 +138,10 @@ def _value(kind: str, name: str, value: str) -> Any:
         if value not in words:
             raise ValueError(f"option {name!r} is one of {', '.join(words)}, not {value!r}")
         return words[value]
+    if kind == "Starts":
+        return parse_starts(value)
+    if kind == "Pauses":
+        return Pauses(median_s=_number(name, value, float))
     if kind.startswith("int"):
         return _number(name, value, int)
     return _number(name, value, float) if kind == "float" else value
@@ -200,21 +206,12 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
 
 
 def _options(word: str, options: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields of the reader ``word`` that ``options`` set."""
-    known = {field.name: str(field.type) for field in fields(READERS[word])}
-    known = {name: kind for name, kind in known.items() if name not in ("path", "bad")}
-    values: dict[str, Any] = {}
-    for name, value in options.items():
-        if name == "starts" and name in known:
-            values[name] = parse_starts(value)
-        elif name == "pause" and "pauses" in known:
-            values["pauses"] = Pauses(median_s=_number(name, value, float))
-        elif name in known and name != "pauses":
-            values[name] = _value(known[name], name, value)
-        else:
-            names = ("pause" if each == "pauses" else each for each in known)
-            raise _no_option(f"format {word}", name, names)
-    return values
+    """Return the fields of the reader ``word`` that ``options`` set. ``pause`` sets ``pauses``."""
+    kinds = {field.name: str(field.type) for field in fields(READERS[word])}
+    kinds = {name: kind for name, kind in kinds.items() if name not in ("path", "bad")}
+    kinds = {"pause" if name == "pauses" else name: kind for name, kind in kinds.items()}
+    values = _converted(f"format {word}", kinds, options)
+    return {"pauses" if name == "pause" else name: value for name, value in values.items()}
 
 
 def head_of(path: Path) -> bytes:
