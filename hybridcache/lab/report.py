@@ -383,7 +383,12 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes += [f"prefill times: {result.times}", *floor_notes(result)]
-    if any(weighs_as_another(run) for run in result.runs):
+    models = {
+        run.config.model
+        for run in result.runs
+        if str(run.config.policy).partition(":")[0] == "marconi"
+    }
+    if not all(model.startswith("Qwen3-Next") for model in models):
         notes.append(MARCONI_NOTE)
     notes += uncharged_notes(result)
     has_states = result.geometry.state_bytes > 0
@@ -447,12 +452,6 @@ MARCONI_NOTE = (
     "marconi: as a word it weighs attention as at Qwen3-Next's sizes, not this model's; "
     "--baseline marconi uses the paper's model"
 )
-
-
-def weighs_as_another(run: RunResult) -> bool:
-    """Return True if a run's policy takes another model's FLOPs for its own."""
-    word = str(run.config.policy).partition(":")[0]
-    return word == "marconi" and not run.config.model.startswith("Qwen3-Next")
 
 
 def _marked(run: RunResult, word: str) -> str:
@@ -522,12 +521,6 @@ LOSSES_NOTE = (
 """Note under tables and figures of losses."""
 
 
-def _counting(stats: TraceStats) -> str:
-    if stats.counted_by:
-        return f"counted by: {stats.counted_by}"
-    return f"one id is {'one token' if stats.unit == 1 else f'{stats.unit} tokens'}"
-
-
 def stats_table(stats: TraceStats) -> str:
     """Return the statistics of a trace as a table, in some thirty lines."""
 
@@ -544,6 +537,9 @@ def stats_table(stats: TraceStats) -> str:
         spread("reuse after new tokens", stats.reuse_new_tokens),
     ]
     share = 100 / stats.prompt_tokens
+    counting = f"one id is {'one token' if stats.unit == 1 else f'{stats.unit} tokens'}"
+    if stats.counted_by:
+        counting = f"counted by: {stats.counted_by}"
     duration = f"{stats.duration_s:,.{1 if stats.duration_s < 10 else 0}f}"
     lines = [
         text_table(header, rows),
@@ -551,7 +547,7 @@ def stats_table(stats: TraceStats) -> str:
         f"requests {stats.num_requests:,} in {counted(stats.num_sessions, 'session')} and "
         f"{counted(stats.num_namespaces, 'namespace')}, over {duration} s; "
         f"{counted(stats.num_bad, 'bad record')} skipped",
-        f"prompt tokens {stats.prompt_tokens:,}; {_counting(stats)}",
+        f"prompt tokens {stats.prompt_tokens:,}; {counting}",
         f"distinct tokens, answers included {stats.distinct_tokens:,}",
         f"ideal token hit rate {100 * stats.ideal_hit_rate:.2f} %, "
         f"of requests {100 * stats.ideal_requests / stats.num_requests:.2f} %",
