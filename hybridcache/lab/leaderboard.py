@@ -353,15 +353,15 @@ class Board:
             )
             return interval(means), paired(means, of_first)
 
-        def log_ttft(name: str) -> np.ndarray:
-            return np.log(self._cells(lambda job: [job.ttft_s[name]], is_loop=True))
+        def ttft_s(name: str) -> np.ndarray:
+            return self._cells(lambda job: [job.ttft_s[name]], is_loop=True)
 
         found = []
         for name in self._names():
             shares = [interval((100 * _shares(rates(name), plan)).tolist()) for plan in plans]
             served: tuple[Interval, ...] = ()
             if self.split.closed_loop:
-                ratios = np.exp((log_ttft(name) - log_ttft(self.reference)).mean(axis=1))
+                ratios = np.exp(np.log(ttft_s(name) / ttft_s(self.reference)).mean(axis=1))
                 served = (*compared(name, is_loop=True), interval(ratios.tolist()))
             found.append(Row(name, *compared(name), *shares, *served))
         return sorted(found, key=lambda row: -(row.served or row.hit_rate).mean)
