@@ -111,30 +111,28 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
 def _model_routes(context: ServingContext) -> list[Route]:
     """Return the routes of models, health and metrics."""
     state = Health(context.engine)
-
-    def card() -> dict[str, Any]:
-        return {
-            "id": context.model_name,
-            "object": "model",
-            "created": context.created,
-            "owned_by": "hybridcache",
-            "max_model_len": context.engine.facts.max_model_len,
-            # Fields of Anthropic's API.
-            "type": "model",
-            "display_name": context.model_name,
-            "max_input_tokens": context.engine.facts.max_model_len,
-            "max_tokens": context.engine.facts.max_model_len,
-            "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
-        }
+    num_tokens = context.engine.facts.max_model_len
+    card = {
+        "id": context.model_name,
+        "object": "model",
+        "created": context.created,
+        "owned_by": "hybridcache",
+        "max_model_len": num_tokens,
+        # Fields of Anthropic's API.
+        "type": "model",
+        "display_name": context.model_name,
+        "max_input_tokens": num_tokens,
+        "max_tokens": num_tokens,
+        "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
+    }
 
     async def models(request: Request) -> Response:
-        one = card()
-        ends = {"first_id": one["id"], "last_id": one["id"], "has_more": False}
-        return json_response({"object": "list", "data": [one], **ends})
+        ends = {"first_id": context.model_name, "last_id": context.model_name, "has_more": False}
+        return json_response({"object": "list", "data": [card], **ends})
 
     async def model(request: Request) -> Response:
         context.check_model(request.path_params["name"])
-        return json_response(card())
+        return json_response(card)
 
     async def health(request: Request) -> Response:
         if not context.engine.is_alive:
