@@ -26,7 +26,6 @@ from functools import lru_cache, partial
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import msgspec
-from msgspec import inspect
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -215,32 +214,20 @@ WORDS = {
 def _texts_at(of_type: Any, names: Sequence[str]) -> list[str]:
     """Return the texts to which the part ``names`` of an ``of_type`` is limited; [] if it is not
     limited."""
-    kinds = _alternatives(inspect.type_info(of_type))
+    (whole,), shapes = msgspec.json.schema_components([of_type], ref_template="{name}")
+
+    def kinds(schema: Any) -> Iterator[dict[str, Any]]:
+        schema = shapes.get(schema.get("$ref"), schema)
+        if "anyOf" not in schema:
+            yield schema
+        for one in schema.get("anyOf", ()):
+            yield from kinds(one)
+
+    found = [*kinds(whole)]
     for name in names:
-        kinds = [
-            one for kind in kinds for part in _parts(kind, name) for one in _alternatives(part)
-        ]
-    return [
-        str(text) for one in kinds if isinstance(one, inspect.LiteralType) for text in one.values
-    ]
-
-
-def _alternatives(kind: Any) -> list[Any]:
-    while isinstance(kind, inspect.Metadata):
-        kind = kind.type
-    if isinstance(kind, inspect.UnionType):
-        return [one for each in kind.types for one in _alternatives(each)]
-    return [kind]
-
-
-def _parts(kind: Any, name: str) -> Iterator[Any]:
-    """Yield the type of the entry ``name`` of a ``kind``, if it has one."""
-    if isinstance(kind, inspect.ListType):
-        yield kind.item_type
-    elif isinstance(kind, inspect.StructType):
-        if name == kind.tag_field:
-            yield inspect.LiteralType((kind.tag,))
-        yield from (field.type for field in kind.fields if field.encode_name == name)
+        parts = (one.get("items", one.get("properties", {}).get(name)) for one in found)
+        found = [kind for part in parts if part for kind in kinds(part)]
+    return [str(text) for one in found for text in one.get("enum", ())]
 
 
 def of_validation(error: msgspec.ValidationError, name: str, of_type: Any) -> APIError:
