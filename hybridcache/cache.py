@@ -53,7 +53,6 @@ from hybridcache.radix.tree import (
     RadixTree,
     Segment,
     compact_rows,
-    is_last_above,
     last_at,
     link,
     members,
@@ -1055,9 +1054,10 @@ class HybridRadixCache:
                 raise ValueError(f"slot {slot} is the cache's already: allocate another one")
             if not is_taken[slot]:
                 raise ValueError(f"slot {slot} is free: take one with allocate_slot")
-        num_checkpoints = len(checkpoints)
-        if num_checkpoints > 1 and len({slot for _, slot in checkpoints}) < num_checkpoints:
-            raise ValueError("two checkpoints have the same slot: give each a separate one")
+        if len(checkpoints) > 1:
+            _, slots = zip(*checkpoints, strict=True)
+            if len(set(slots)) < len(slots):
+                raise ValueError("two checkpoints have the same slot: give each a separate one")
         num_tokens -= num_tokens % self.page_size
         if not 0 <= owned_from <= num_tokens:
             raise ValueError(
@@ -1195,7 +1195,8 @@ class HybridRadixCache:
         revives = node.kv if offered and not node.children else None
         if revives is not None:
             self._withdraw(revives)
-        if before is None or not is_last_above(before, node):
+        last = before.node if isinstance(before, Checkpoint) else before
+        if before is None or last is None or last.end >= node.end:
             before = last_at(node)
         below = before.deeper
         if below is not None:

@@ -376,16 +376,6 @@ def last_at(node: RadixNode) -> Link:
     return node.checkpoint
 
 
-def is_last_above(link: Link, node: RadixNode) -> bool:
-    """Return whether ``link``, the last above a deeper node of the path, is also that of ``node``.
-
-    False if a search is needed. Nothing but checkpoints of the path may have been stored, and nodes
-    of the path split, since ``link`` was found. O(1).
-    """
-    above = link.node if isinstance(link, Checkpoint) else link
-    return above.end < node.end
-
-
 def link(before: Link, after: Checkpoint | None) -> None:
     """Make ``after`` follow ``before``. ``after`` is None if nothing follows. O(1)."""
     before.deeper = after
