@@ -6,7 +6,7 @@ follow each other, and the message at the border is often in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice, pairwise
 from typing import ClassVar
@@ -30,7 +30,6 @@ class ShareGPTReader(SessionReader):
     template: str = "chatml"
     """The answers hold no thoughts, so the plain template is the default."""
     cap: int = 8192
-    """Longest prompt, in tokens."""
     pauses: Pauses = field(default_factory=Pauses)
     limit: int | None = None
     """Number of conversations to read, or None for all."""
@@ -40,10 +39,19 @@ class ShareGPTReader(SessionReader):
         return "conversations" in record
 
     def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+        return islice(self._whole(bad), self.limit)
+
+    def _whole(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
         """Yield (line, ``{"id", "messages"}``) of whole conversations in the order of the file,
         segments merged. Messages have a ``role`` and ``content``."""
         found = parsed(self.path, json_array(self.path, bad), _segment, bad)
-        return islice(_merged(found), self.limit)
+        for name, group in groupby(found, key=lambda one: one[1][0]):
+            segments, messages = [*group], Chat()
+            for _, (_, start, said) in segments:
+                # A segment may begin with the last message of the previous one.
+                messages += said[max(0, len(messages) - start) :]
+            if messages:
+                yield segments[0][0], Record(id=name, messages=messages)
 
     def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         chat = load_chat_text(self.tokenizer, self.template)
@@ -70,13 +78,3 @@ def _segment(record: Record) -> Iterator[tuple[str, int, Chat]]:
         for one in record.objects("conversations")
     ]
     yield (base, int(first), said) if first.isdecimal() else (whole, 0, said)
-
-
-def _merged(found: Iterable[tuple[int, tuple[str, int, Chat]]]) -> Iterator[tuple[int, Record]]:
-    for name, group in groupby(found, key=lambda one: one[1][0]):
-        segments, messages = [*group], Chat()
-        for _, (_, start, said) in segments:
-            # A segment may begin with the last message of the previous one.
-            messages += said[max(0, len(messages) - start) :]
-        if messages:
-            yield segments[0][0], Record(id=name, messages=messages)
