@@ -31,7 +31,7 @@ from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import INT32, Indices, Tokens, require_index, require_int32
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_index, require_int32
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -145,7 +145,9 @@ def _refuse_bad_begin(
         raise TypeError(f"boundaries must be a tuple of positions (got {request.boundaries!r}).")
     before = 0
     for position in request.boundaries:
-        if require_index(position, "each of boundaries") < before:
+        if type(position) is not int:
+            require_index(position, "each of boundaries")
+        if position < before:
             raise ValueError(
                 f"boundaries must be positions from 0 on, ascending (got {request.boundaries!r})"
             )
@@ -507,16 +509,16 @@ class Lease:
         """
         slab_rows, start = len(move.new_rows), self._unread_len
         added = self._rows[max(start, self._indexed_len) : self.extended_len]
-        self._slabs.update(np.unique(added // slab_rows).tolist())
+        self._slabs.update(np.bincount(added // slab_rows).nonzero()[0].tolist())
         self._indexed_len = self.extended_len
         if move.slab not in self._slabs:
             return 0
         self._slabs.discard(move.slab)
-        self._slabs.update(np.unique(move.dst // slab_rows).tolist())
+        self._slabs.update(np.bincount(move.dst // slab_rows).nonzero()[0].tolist())
         moved = move.rename(self._rows[start : self.extended_len]) + start
         if len(moved):
             self._note_changed(int(moved[0]), int(moved[-1]) + 1)
-        return len(moved) - int(np.searchsorted(moved, self.published_len))
+        return len(moved) - int(moved.searchsorted(self.published_len))
 
     def _count(self) -> None:
         """Count the lease as a use and plan its checkpoints, when it gets its first memory."""
@@ -771,48 +773,60 @@ class Lease:
         Raises:
             ValueError: the caller has freed rows or slots of the lease. It has ended nevertheless.
         """
-        if self._has_ended:
-            return
-        self._drop_unfinished(0)
-        self._close(donate=False)
+        if not self._has_ended:
+            self._end(EMPTY, 0, False, "")
 
     def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str) -> None:
+        """Publish the computed tokens and their checkpoints, and return everything else that is
+        held. With ``donate`` the own slot is one of these checkpoints, if it can be.
+
+        The lease has ended even if the caller has freed its rows or its slot, and one is refused.
+        """
+        cache, placement, own_slot = self.cache, self._placement, self.state_slot
         published_len = computed_len
         if self._request.exact:
             published_len = min(computed_len, self.prompt_len)
-        donate &= computed_len == published_len and computed_len % self._step == 0
-        donate &= computed_len > self.cached_len
-        donate &= self._request.own_slot is None and self.state_slot is not None
-        label = "decode"
-        if donate and computed_len <= self.prompt_len:
-            label = self._planned.pop(computed_len, "preempt")
-        saved = self._drop_unfinished(published_len)
-        if donate and self.state_slot is not None:
-            saved.append((computed_len, self.state_slot, label))
+        if self._request.own_slot is not None:
+            own_slot = None  # It is not the cache's, and stays with the caller.
+        donated: tuple[int, int, str] | None = None
+        is_possible = donate and self.cached_len < computed_len == published_len
+        if is_possible and own_slot is not None and computed_len % self._step == 0:
+            label = "decode"
+            if computed_len <= self.prompt_len:
+                label = self._planned.pop(computed_len, "preempt")
+            donated, own_slot = (computed_len, own_slot, label), None
+        pending, saved = self._pending, []
+        if self._rolling is not None:
+            pending.append((*self._rolling, "decode"))
+        for one in pending:
+            if one[0] <= published_len:
+                saved.append(one)
+            else:
+                cache.free_slot(one[1])
+                placement.on_dropped(one[0], one[2])
+        for position, label in self._planned.items():
+            placement.on_dropped(position, label)
+        self._pending, self._planned, self._rolling = [], {}, None
+        if donated is not None:
+            saved.append(donated)
         tip: NodeHandle | None = self._receipt.node
         if saved or published_len > self.published_len:
             tip, _ = self._insert(tokens, published_len, saved)
         if stop_reason:
-            self.cache.label_tip(tip, stop_reason)
-        self._close(donate)
-
-    def _drop_unfinished(self, published_len: int) -> list[tuple[int, int, str]]:
-        """Drop the checkpoints without a slot and those past ``published_len``, and return the
-        others."""
-        saved, self._pending = self._pending, []
-        if self._rolling is not None:
-            saved.append((*self._rolling, "decode"))
-        finished = []
-        for one in saved:
-            if one[0] <= published_len:
-                finished.append(one)
-            else:
-                self.cache.free_slot(one[1])
-                self._placement.on_dropped(one[0], one[2])
-        for position, label in self._planned.items():
-            self._placement.on_dropped(position, label)
-        self._planned, self._rolling = {}, None
-        return finished
+            cache.label_tip(tip, stop_reason)
+        held = self._rows[self.published_len : self.extended_len]
+        self.state_slot, self._has_ended = None, True
+        self.extended_len = self.published_len = self._unread_len = 0
+        cache.steps.close(self, self._numbers)
+        if cache.arena is not None:
+            del cache.arena.holders[self]
+        cache.unlock(self._receipt)
+        try:
+            if own_slot is not None:
+                cache.free_slot(own_slot)
+        finally:
+            if len(held):
+                cache.free_kv(held)
 
     def _insert(
         self, tokens: Tokens, computed_len: int, saved: list[tuple[int, int, str]]
@@ -873,8 +887,10 @@ class Lease:
             if steps.not_ready and computed_len > steps.not_ready.get(self, computed_len):
                 raise RuntimeError(NOT_TAKEN.format(computed_len))
         end = min(computed_len, self.prompt_len)
+        if first >= end:
+            return
         new = np.ascontiguousarray(tokens[first:end])
-        if first < end and not self._prompt.startswith(new.data, first * new.itemsize):
+        if not self._prompt.startswith(new.data, first * new.itemsize):
             raise ValueError(
                 f"tokens {first} to {end} are not those of the LeaseRequest, as they were at "
                 "begin: pass its tokens, followed by those generated so far"
@@ -893,20 +909,3 @@ class Lease:
             f"{self.published_len} tokens are published and stay so (got {length}): roll back "
             "before publish"
         )
-
-    def _close(self, donate: bool) -> None:
-        """Return everything that is still held. ``donate``: the own slot is the cache's now. The
-        lease has ended even if the caller has freed its rows or its slot, and one is refused."""
-        cache, held = self.cache, self._rows[self.published_len : self.extended_len]
-        slot, self.state_slot, self._has_ended = self.state_slot, None, True
-        self.extended_len = self.published_len = self._unread_len = 0
-        cache.steps.close(self, self._numbers)
-        if cache.arena is not None:
-            del cache.arena.holders[self]
-        cache.unlock(self._receipt)
-        try:
-            if slot is not None and self._request.own_slot is None and not donate:
-                cache.free_slot(slot)
-        finally:
-            if len(held):
-                cache.free_kv(held)

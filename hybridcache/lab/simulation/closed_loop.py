@@ -302,11 +302,11 @@ class _Run:
         until_s = self.planner.wakes_at_s if self.planner.num_waiting else None
         if self.events:
             until_s = min(self.events[0][0], until_s or self.events[0][0])
-        count, num_decodes = 0, len(requests)
+        count, num_decodes, step_seconds = 0, len(requests), self.times.step_seconds
         while count < num_steps and (until_s is None or self.now_s < until_s):
             count += 1
             context += num_decodes
-            self._pass(self.times.step_seconds((), num_decodes, context))
+            self._pass(step_seconds((), num_decodes, context))
         for request in requests:
             request.num_tokens += count
             request.computed_len += count

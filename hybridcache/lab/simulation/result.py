@@ -424,7 +424,7 @@ def summarise(
         seconds_saved=cold - spent,
         ttft_s=_percentiles(ttft),
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
-        missed_tokens=sum(log.missed_tokens) if log.has_causes else None,
+        missed_tokens=log.missed_tokens if log.has_causes else None,
         checkpoints_made=made,
         checkpoint_copies=copies,
         copied_bytes=None if copies is None else (copies + resumed) * geometry.state_bytes,
@@ -452,13 +452,13 @@ def _session(row: Sequence[Any]) -> SessionResult:
 
 def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult, ...]:
     numbers = np.frombuffer(log.sessions, np.int32)
-    size = len(log.session_names)
+    size = len(log.session_numbers)
     counts = np.bincount(numbers, minlength=size).tolist()
     sums = (  # Sums of float64 are exact up to 2**53.
         np.bincount(numbers, weights=tokens, minlength=size).astype(np.int64).tolist()
         for tokens in (lengths, cached)
     )
-    names = map(str, log.session_names)
+    names = map(str, log.session_numbers)
     found = [SessionResult(*row) for row in zip(names, counts, *sums, strict=True)]
     if log.has_causes:
         computed = (one.prompt_tokens - one.cached_tokens for one in found)

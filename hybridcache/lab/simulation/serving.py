@@ -42,15 +42,12 @@ class RequestLog:
         self.arrival_s = array("d")
         self.prompt_tokens = array("q")
         self.cached_tokens = array("q")
-        self.missed_tokens = array("q")
-        """Further tokens that a checkpoint which was evicted would have saved."""
-        self.turns = array("i")
-        """Number of earlier requests of the same session."""
+        self.missed_tokens = 0
+        """Further tokens of all requests that a checkpoint which was evicted would have saved."""
         self.sessions = array("i")
         """Number of the request's session, in the order of their first requests."""
-        self.session_names: list[Hashable] = []
-        self._of_session: dict[Hashable, list[int]] = {}
-        """Number of each session, and of its requests so far."""
+        self.session_numbers: dict[Hashable, int] = {}
+        """Number of each session, in the same order."""
         self.copy_s = array("d")
         """Seconds of copies from lower tiers."""
         self.ttft_s = array("d")
@@ -66,33 +63,28 @@ class RequestLog:
         """Record that a request has begun, and return its place."""
         unit = self.unit
         length = request.num_tokens(unit)
-        cached = missed = 0
-        known = self._of_session.get(request.session)
-        if known is None:
-            known = self._of_session[request.session] = [len(self.session_names), 0]
-            self.session_names.append(request.session)
+        place, session = len(self.sessions), self.session_numbers.get(request.session)
+        if session is None:
+            session = self.session_numbers[request.session] = len(self._lost)
             self._lost.append([0] * (len(Losses._fields) + 1))
-        lost = self._lost[known[0]]
-        self.copy_s.append(0.0 if served is None else served.copy_s)
+        lost, cached, copy_s = self._lost[session], 0, 0.0
         if served is None:
             self.num_bypassed += 1
             lost[-1] += length
         else:
-            cached = served.cached_len * unit
+            cached, copy_s = served.cached_len * unit, served.copy_s
             missed_len = served.missed_len
             if missed_len is not None and missed_len > served.cached_len:
-                missed = missed_len * unit - cached
+                self.missed_tokens += missed_len * unit - cached
             if served.losses is not None:
                 lost[:-1] = map(add, lost, served.losses)
         self.arrival_s.append(request.timestamp_s)
         self.prompt_tokens.append(length)
         self.cached_tokens.append(cached)
-        self.missed_tokens.append(missed)
-        self.sessions.append(known[0])
-        self.turns.append(known[1])
-        known[1] += 1
+        self.sessions.append(session)
+        self.copy_s.append(copy_s)
         self.control_s += control_s
-        return len(self.turns) - 1
+        return place
 
     @property
     def losses(self) -> Losses:

@@ -63,14 +63,16 @@ class RooflineSteps:
     ) -> float:
         """See ``StepTimes``."""
         machine, geometry = self.roofline, self.roofline.geometry
-        num_tokens = num_decodes + sum(end - start for start, end in prefills)
-        params = min(geometry.total_params, geometry.active_params * num_tokens)
-        num_rows = context + sum(end for _, end in prefills)
-        moved = params * machine.weight_bytes_per_param + num_rows * geometry.kv_bytes_per_token
-        moved += 2 * geometry.state_bytes * num_decodes
+        num_tokens, num_rows = num_decodes, context
         flops = num_decodes * geometry.flops_per_token
         flops += context * geometry.attention_flops_per_pair
-        flops += sum(geometry.flops(start, end) for start, end in prefills)
+        for start, end in prefills:
+            num_tokens += end - start
+            num_rows += end
+            flops += geometry.flops(start, end)
+        params = min(geometry.total_params, geometry.active_params * num_tokens)
+        moved = params * machine.weight_bytes_per_param + num_rows * geometry.kv_bytes_per_token
+        moved += 2 * geometry.state_bytes * num_decodes
         slower = max(flops / machine.flops_per_s, moved / machine.bytes_per_s)
         return machine.overhead_s + slower / machine.devices
 

@@ -206,7 +206,9 @@ class LeasedRequest:
             return
         decoded_len = self._decode(computed_len)
         target.cache.take_step().done()
-        everything = np.concatenate((tokens, output))
+        everything = np.empty(num_ids + len(output), np.int32)
+        start = lease.published_len  # The lease does not read earlier ids again.
+        everything[start:num_ids], everything[num_ids:] = tokens[start:], output
         lease.finish(everything, decoded_len, stop_reason=stop_reason)
 
     def _decode(self, computed_len: int) -> int:

@@ -94,11 +94,6 @@ class _Account:
         """While the label does not pay: ``offered`` at the next trial, and the number of prefills
         from there to the trial after it."""
 
-    @property
-    def used_tokens(self) -> float:
-        """Mean tokens from real hits of one checkpoint of this label."""
-        return self.used / self.placed
-
     def save(self) -> None:
         """Count a saved checkpoint."""
         self.placed += 1
@@ -111,11 +106,17 @@ class _Account:
             self.used *= 0.5
             self.uses *= 0.5
 
-    def offer(self, pays: bool) -> None:
+    def pays(self, bars: tuple[float, float]) -> bool:
+        """Return whether the label earns more than the first of ``bars``, or has more real hits
+        than the second (``Adaptive._bars``)."""
+        earned_bar, used_bar = bars
+        return self.earned > earned_bar * self.placed or self.used / self.placed > used_bar
+
+    def offer(self, bars: tuple[float, float]) -> None:
         """Count a prefill in which the label is possible, and decide if it is a trial."""
         self.offered += 1
         self.is_tried = False
-        if pays:
+        if self.pays(bars):
             self.wait = TRIAL_AFTER
         elif self.offered >= self.due:
             self.is_tried = True
@@ -210,7 +211,7 @@ class Adaptive(PlacementPolicy):
         if latest is not None and latest[0] is prefill:
             self._latest = None
             return latest[1]
-        return self._choose(prefill, *_positions(prefill))[0]
+        return self._choose(prefill, *_positions(prefill), self._bars())[0]
 
     def decode_interval(self) -> int | None:
         return 1 if self._saves_answer else None
@@ -227,16 +228,14 @@ class Adaptive(PlacementPolicy):
             self._account("branch")
         if shared and shared[-1] > prefill.cached_len:
             self._account("boundary")
-        labels = [label for _, label in back_offs]
-        if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
-            labels.append(REJOIN)
-        if prefill.answer_survives:
-            labels.append("decode")
         bars = self._bars()
-        for label in labels:
-            account = self._account(label)
-            account.offer(_pays(account, bars))
-        planned, self._saves_answer = self._choose(prefill, shared, back_offs)
+        for placed in back_offs:
+            self._account(placed.label).offer(bars)
+        if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
+            self._account(REJOIN).offer(bars)
+        if prefill.answer_survives:
+            self._account("decode").offer(bars)
+        planned, self._saves_answer = self._choose(prefill, shared, back_offs, bars)
         self._latest = prefill, planned
 
     def on_hit(self, item: Item) -> None:
@@ -266,13 +265,16 @@ class Adaptive(PlacementPolicy):
             self._missed_tokens *= 0.5
 
     def _choose(
-        self, prefill: Prefill, shared: tuple[int, ...], back_offs: list[Placed]
+        self,
+        prefill: Prefill,
+        shared: tuple[int, ...],
+        back_offs: list[Placed],
+        bars: tuple[float, float],
     ) -> tuple[list[Placed], bool]:
         """Return the positions to save, by descending priority, and whether to save the end of the
         answer."""
         cached_len, free_slots = prefill.cached_len, prefill.free_slots
         wanted: list[Placed] = []
-        bars = self._bars()
         num_positions = len(shared) + len(back_offs) + 2
         spare = free_slots is not None and free_slots >= num_positions
         spare = spare and not prefill.shares_memory and self._missed_tokens > 0
@@ -322,20 +324,18 @@ class Adaptive(PlacementPolicy):
 
     def _end(self, prefill: Prefill) -> str | None:
         """Return the label of the end to save, of prompt or answer, or None."""
-        labels = END_LABELS if prefill.answer_survives else END_LABELS[:1]
-        earned = {
-            label: account.earned / account.placed
-            for label in labels
-            if (account := self._accounts.get(label)) is not None
-        }
-        label = max(earned, key=earned.__getitem__, default="back:1")
+        label, account = "back:1", self._accounts.get("back:1")
+        decode = self._accounts.get("decode") if prefill.answer_survives else None
+        if decode is not None and (
+            account is None or decode.earned / decode.placed > account.earned / account.placed
+        ):
+            label, account = "decode", decode
         resumed = prefill.resumed
         if resumed is not None and not resumed.superseded and base_label(resumed.label) in TIPS:
             return label
-        if label not in earned:
+        if account is None:
             return None
         # The turnover rule: are enough of its checkpoints used before their eviction?
-        account = self._accounts[label]
         copy = COPY * self._mean_prompt * account.placed
         is_used = not account.hope_tokens and MARGIN * account.used > account.earned + copy
         return label if is_used else None
@@ -361,20 +361,15 @@ class Adaptive(PlacementPolicy):
         is_unproven = account.hope_tokens > 0 and label not in TIPS
         if is_unproven and free_slots is not None and free_slots <= 0:
             return False
-        return _pays(account, bars)
+        return account.pays(bars)
 
     def _bars(self) -> tuple[float, float]:
         """Return the earnings, and the tokens from real hits, per checkpoint above which a label
         pays."""
         copy, forks = COPY * self._mean_prompt, self._accounts.get("branch")
-        used = inf if forks is None or forks.placed < FEW else forks.used_tokens + copy
+        used = inf if forks is None or forks.placed < FEW else forks.used / forks.placed + copy
         price = self._missed_tokens / self._num_placed  # displaced by one more checkpoint
         return MARGIN * price + copy, used
-
-
-def _pays(account: _Account, bars: tuple[float, float]) -> bool:
-    earned_bar, used_bar = bars
-    return account.earned > earned_bar * account.placed or account.used_tokens > used_bar
 
 
 def _positions(prefill: Prefill) -> tuple[tuple[int, ...], list[Placed]]:

@@ -90,6 +90,9 @@ class Placement(PlacementPolicy):
         self._rules = rules
         self._cap = cap
         self._learning = [rule for rule in rules if type(rule) not in STATELESS]
+        fixed = [rule.decode_interval() for rule in rules if type(rule) in STATELESS]
+        self._interval = min((one for one in fixed if one is not None), default=None)
+        """Shortest interval of the rules without learning, which does not change."""
 
     @property
     def rules(self) -> tuple[PlacementPolicy, ...]:
@@ -112,8 +115,8 @@ class Placement(PlacementPolicy):
 
     def decode_interval(self) -> int | None:
         """Return the shortest interval of any rule. The caller rounds it up to the grid."""
-        shortest: int | None = None
-        for rule in self._rules:
+        shortest = self._interval
+        for rule in self._learning:
             interval = rule.decode_interval()
             if interval is not None and (shortest is None or interval < shortest):
                 shortest = interval
