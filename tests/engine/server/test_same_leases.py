@@ -36,7 +36,7 @@ class Asked(NamedTuple):
     planned: list[tuple[int, str]]
     """Positions and labels of the checkpoints of the prompt."""
     ended: list[tuple[list[int], str]]
-    """Published tokens and stop reason."""
+    """Tokens published at the end, those of the answer, and stop reason."""
 
 
 @pytest.fixture
@@ -71,7 +71,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Asked]]:
 
     def finish_recorded(lease: Lease, tokens: Any, computed_len: int, *rest: Any, **more: Any):
         reason = more.get("stop_reason", rest[1] if len(rest) > 1 else "")
-        by_lease[lease].ended.append((tokens[:computed_len].tolist(), reason))
+        answer = tokens[lease.published_len : computed_len].tolist()
+        by_lease[lease].ended.append((answer, reason))
         finish(lease, tokens, computed_len, *rest, **more)
 
     monkeypatch.setattr(Lease, "begin", classmethod(begin_recorded))
