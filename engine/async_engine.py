@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -63,54 +63,61 @@ Result = TypeVar("Result")
 
 
 class RequestStream:
-    """Outputs of one request: ``async for output in stream``. Belongs to the event loop it was made
-    in."""
+    """Outputs of the requests of one reader: ``async for output in stream``. Belongs to the event
+    loop it was made in."""
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt: np.ndarray,
-        on_abort: Callable[[str, FinishReason], None],
-        outputs: OutputQueue | None = None,
-    ) -> None:
-        """``outputs``: queue of all requests of one reader, who reads it instead of the streams."""
-        self.request_id = request_id
-        self.answer = Answer(prompt)
+    def __init__(self, on_abort: Callable[[str, FinishReason], None]) -> None:
         self.loop = asyncio.get_running_loop()
+        self.answers: dict[str, Answer] = {}
+        """Answer of each request by its id, in the order of submission."""
         self._on_abort = on_abort
-        self._outputs: OutputQueue = asyncio.Queue() if outputs is None else outputs
-        self._has_all = self._has_ended = self._was_aborted = False
-        """``_has_all``: the last output was put. ``_has_ended``: the last output was read."""
+        self._open: set[str] = set()
+        """Requests that have neither ended nor been aborted."""
+        self._num_left = 0
+        """Number of requests with a last output that was not read."""
+        self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        """Return the next output; the last one has a ``finish_reason``. Raises RequestError if the
-        request failed; no output follows."""
-        if self._has_ended:
+        """Return the next output of any request; the last one of each has a ``finish_reason``.
+        Raises RequestError if a request failed; no output follows."""
+        if not self._num_left:
             raise StopAsyncIteration
-        _, output = await self._outputs.get()
-        if isinstance(output, RequestError):
-            self._has_ended = True
-            raise output
-        self._has_ended = output.is_finished
+        output = await self._queue.get()
+        if output.failure is not None:
+            self._num_left = 0
+            raise RequestError.from_wire(output.failure)
+        self._num_left -= output.is_finished
         return output
 
-    def abort(self, reason: FinishReason = "abort") -> None:
-        """End the request with ``reason``; its memory is free before the next step. Does nothing
-        if it has ended."""
-        if not (self._has_all or self._was_aborted):
-            self._was_aborted = True
-            self._on_abort(self.request_id, reason)
+    def abort(self, reason: FinishReason = "abort", request_id: str | None = None) -> None:
+        """End all requests, or one, with ``reason``; their memory is free before the next step.
+        Does nothing for those that have ended."""
+        for each in tuple(self._open) if request_id is None else self._open & {request_id}:
+            self._open.discard(each)
+            self._on_abort(each, reason)
 
-    def put(self, output: RequestOutput | RequestError) -> None:
+    def open(self, request_id: str, prompt: np.ndarray) -> None:
+        """Expect outputs of a request."""
+        self.answers[request_id] = Answer(prompt)
+        self._open.add(request_id)
+        self._num_left += 1
+
+    def drop(self, request_id: str) -> None:
+        """Expect no outputs of a request, because it could not be sent."""
+        del self.answers[request_id]
+        self._open.discard(request_id)
+        self._num_left -= 1
+
+    def put(self, output: RequestOutput) -> None:
         """Queue ``output`` for the reader. Must be called in the stream's event loop."""
-        self._has_all = isinstance(output, RequestError) or output.is_finished
-        self._outputs.put_nowait((self, output))
-
-
-OutputQueue = asyncio.Queue[tuple[RequestStream, RequestOutput | RequestError]]
+        if output.is_finished:
+            self._open.discard(output.request_id)
+        if output.answer is None:  # An engine in this process sends its own answer.
+            output = self.answers[output.request_id].add(output)
+        self._queue.put_nowait(output)
 
 
 class EngineChannel(ABC):
@@ -303,9 +310,9 @@ class AsyncEngine:
         """See ``Engine.validate``."""
         return self._intake.validate(spec)
 
-    def submit_valid(self, spec: RequestSpec, outputs: OutputQueue | None = None) -> RequestStream:
-        """Queue a request that another front end has validated. ``outputs``: see
-        ``RequestStream``."""
+    def submit_valid(self, spec: RequestSpec, stream: RequestStream | None = None) -> RequestStream:
+        """Queue a request that another front end has validated, and return its outputs. ``stream``
+        has those of the reader's other requests."""
         if self.failure is not None:
             raise EngineStopped(self.failure)
         if not self._is_open or self._end is not None:
@@ -316,7 +323,8 @@ class AsyncEngine:
         if self._channel.num_queued >= self.config.max_queue:
             raise QueueFull(self.config.max_queue)
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
-        stream = self._streams[request_id] = RequestStream(request_id, tokens, self.abort, outputs)
+        stream = self._streams[request_id] = stream or self.stream()
+        stream.open(request_id, tokens)
         try:
             self._channel.send(
                 structs.replace(
@@ -325,8 +333,13 @@ class AsyncEngine:
             )
         except BaseException:
             self._streams.pop(request_id, None)
+            stream.drop(request_id)
             raise
         return stream
+
+    def stream(self) -> RequestStream:
+        """Return a stream without requests, for a reader of several."""
+        return RequestStream(self.abort)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request before the next step. Does nothing if it has ended."""
@@ -354,23 +367,23 @@ class AsyncEngine:
             case Reply():
                 self._answered(message)
             case Outputs():
-                self._take(message)
+                self._deliver(message.news)
 
-    def _take(self, outputs: Outputs) -> None:
-        deliveries: list[Delivery] = []
-        for news in outputs.news:
-            stream = self._streams.get(news.request_id)
-            if stream is None:
-                continue
-            if news.finish_reason is not None:
-                del self._streams[news.request_id]
-            if news.failure is not None:
-                deliveries.append((stream, RequestError.from_wire(news.failure)))
-            else:
-                # An engine in this process sends its own answer.
-                whole = stream.answer.add(news) if news.answer is None else news
-                deliveries.append((stream, whole))
-        _deliver(deliveries)
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        """Queue outputs in the event loops of their streams, with one call per loop. Closed loops
+        are skipped."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
+        for output in outputs:
+            take = self._streams.pop if output.is_finished else self._streams.get
+            stream = take(output.request_id, None)
+            if stream is not None:
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+        for loop, theirs in by_loop.items():
+            if loop is asyncio._get_running_loop():
+                _put(theirs)
+            elif not loop.is_closed():
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(_put, theirs)
 
     def _answered(self, said: Reply) -> None:
         reply = self._replies.pop(said.number, None)
@@ -384,10 +397,10 @@ class AsyncEngine:
     def closed(self, failure: str | None) -> None:
         """Fail all pending requests and questions: the engine has ended."""
         self._is_open, self._end = False, failure or "The engine has stopped."
-        streams = [self._streams.pop(request_id) for request_id in tuple(self._streams)]
-        _deliver([(stream, EngineStopped(failure or STOPPED)) for stream in streams])
+        error = EngineStopped(failure or STOPPED)
+        self._deliver([RequestOutput.failed(each, error) for each in tuple(self._streams)])
         for number in tuple(self._replies):
-            self._answered(Reply(number, error=EngineStopped(failure or STOPPED).to_wire()))
+            self._answered(Reply(number, error=error.to_wire()))
 
     def _question(self, question: Question) -> Future[Any]:
         if self._end is not None:
@@ -471,23 +484,6 @@ class AsyncEngine:
         self._channel.stop()
 
 
-Delivery = tuple[RequestStream, RequestOutput | RequestError]
-
-
-def _deliver(deliveries: Sequence[Delivery]) -> None:
-    """Deliver outputs in the event loops of their streams, with one call per loop. Closed loops are
-    skipped."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
-    for delivery in deliveries:
-        by_loop.setdefault(delivery[0].loop, []).append(delivery)
-    for loop, theirs in by_loop.items():
-        if loop is asyncio._get_running_loop():
-            _put(theirs)
-        elif not loop.is_closed():
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(_put, theirs)
-
-
-def _put(deliveries: Sequence[Delivery]) -> None:
-    for stream, output in deliveries:
+def _put(outputs: Sequence[tuple[RequestStream, RequestOutput]]) -> None:
+    for stream, output in outputs:
         stream.put(output)

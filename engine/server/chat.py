@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import structs
 from starlette.responses import Response
 
+from engine.async_engine import RequestStream
 from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.requests.chat_prompt import ChatPrompt, no_chat, render_chat
 from engine.requests.grammar import Grammar
@@ -25,7 +26,6 @@ from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import DONE, PAUSE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     AnsweredChat,
-    Answers,
     Call,
     ServingContext,
     cache_headers,
@@ -197,7 +197,7 @@ async def ask(
         )
         for choice, sampling in enumerate(samplings)
     )
-    answers = await context.submit(specs, answer_id, call.record)
+    stream = await context.submit(specs, answer_id, call.record)
     readers = [
         AnswerReader(
             form,
@@ -207,9 +207,9 @@ async def ask(
             index=index,
             end_token_ids=context.tokenizer.eos_token_ids,
         )
-        for index in range(len(answers.streams))
+        for index in range(len(stream.answers))
     ]
-    return ChatSession(call, body, answer_id, prompt, answers, readers, place)
+    return ChatSession(call, body, answer_id, prompt, stream, readers, place)
 
 
 @dataclass(slots=True)
@@ -220,7 +220,7 @@ class ChatSession:
     _body: ChatRequest
     answer_id: str
     prompt: ChatPrompt
-    _answers: Answers
+    _stream: RequestStream
     _readers: Sequence[AnswerReader]
     _place: Place
     _first: RequestOutput | None = None
@@ -245,7 +245,8 @@ class ChatSession:
         """Yield the reader of an answer after each output, until all have ended, or the client has
         left."""
         try:
-            async with aclosing(self.call.context.outputs(self._answers)) as outputs:
+            found = self.call.context.outputs(self._stream, self.call.record)
+            async with aclosing(found) as outputs:
                 async for index, output in outputs:
                     reader = self._readers[index]
                     reader.read(output)
@@ -255,7 +256,7 @@ class ChatSession:
                         header, message = self.prompt.header, as_message(reader.events)
                         self.call.context.history.keep(header, self._place, message, output)
                     elif reader.is_over and reader.finish is None:
-                        self._answers.streams[index].abort("stop")
+                        self._stream.abort("stop", output.request_id)
                     yield reader
         finally:
             if self._first is not None:

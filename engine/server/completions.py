@@ -9,11 +9,11 @@ from typing import Annotated, Any
 from msgspec import Meta
 from starlette.responses import Response
 
+from engine.async_engine import RequestStream
 from engine.requests.spec import RequestSpec
 from engine.server.access import choice_id, new_id
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
-    Answers,
     Call,
     CompletionScores,
     ServingContext,
@@ -22,6 +22,7 @@ from engine.server.context import (
     token_id_fields,
     usage,
 )
+from engine.server.request_log import RequestRecord
 from engine.server.schemas import Count, NumScores, Sampling, TokenId
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions
@@ -64,11 +65,13 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
     context, answer_id = call.context, new_id("cmpl")
     context.check_number(len(body.prompts) * body.n)
     context.check_limit(body.max_tokens, "max_tokens")
-    answers = await _submit(call, body, answer_id)
+    stream = await _submit(call, body, answer_id)
     answer = _Answer(context, body, answer_id)
     if body.stream:
-        return EventStream(answer.events(answers), answer.headers, as_event, context.keep_alive_s)
-    outputs = await unless_gone(call.request.receive, context.finals(answers))
+        return EventStream(
+            answer.events(stream, call.record), answer.headers, as_event, context.keep_alive_s
+        )
+    outputs = await unless_gone(call.request.receive, context.finals(stream, call.record))
     return await context.answer(
         outputs,
         lambda: answer.whole(outputs),
@@ -77,7 +80,7 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
     )
 
 
-async def _submit(call: Call, body: CompletionRequest, answer_id: str) -> Answers:
+async def _submit(call: Call, body: CompletionRequest, answer_id: str) -> RequestStream:
     """Submit all prompts and choices of ``body``. Raises APIError or RequestError if one is
     refused."""
     context, namespace = call.context, call.tenant.namespace
@@ -140,17 +143,19 @@ class _Answer:
         output."""
         return {} if self._first is None else cache_headers(self._first)
 
-    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
+    async def events(
+        self, stream: RequestStream, record: RequestRecord
+    ) -> AsyncGenerator[bytes, None]:
         """Yield one event per output. Text that was sent is never retracted."""
         choices = [
-            _Choice(self._context, self._body, index) for index in range(len(answers.streams))
+            _Choice(self._context, self._body, index) for index in range(len(stream.answers))
         ]
         last: dict[int, RequestOutput] = {}
-        async for index, output in self._context.outputs(answers):
+        async for index, output in self._context.outputs(stream, record):
             self._first = self._first or output
             last[index] = output
             yield await self._event(choices[index], output)
-        outputs = [last[index] for index in range(len(answers.streams))]
+        outputs = [last[index] for index in range(len(stream.answers))]
         if self._body.includes_usage:
             counts = usage(outputs, outputs[:: self._body.n])
             yield event({**self._head, "choices": [], "usage": counts})

@@ -16,14 +16,14 @@ from collections.abc import (
 )
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.async_engine import AsyncEngine, OutputQueue, RequestStream
+from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
@@ -74,14 +74,6 @@ class AnsweredChat:
     def messages(self) -> list[dict[str, Any]]:
         """Messages as the template reads them."""
         return [message.as_template_input() for message in self.sent]
-
-
-class Answers(NamedTuple):
-    """Requests in progress for one client, and the queue of their outputs."""
-
-    streams: list[RequestStream]
-    queue: OutputQueue
-    record: RequestRecord
 
 
 class ServingContext:
@@ -234,10 +226,10 @@ class ServingContext:
 
     async def submit(
         self, specs: Iterable[RequestSpec], answer_id: str, record: RequestRecord
-    ) -> Answers:
-        """Submit ``specs`` and return their answers in order; all are submitted or none. Raises
+    ) -> RequestStream:
+        """Submit ``specs`` in order and return their outputs; all are submitted or none. Raises
         RequestError if the engine refuses one."""
-        streams, queue, valid = list[RequestStream](), OutputQueue(), list[RequestSpec]()
+        stream, valid = self.engine.stream(), list[RequestSpec]()
         record.answer_id = answer_id
         try:
             for spec in specs:
@@ -246,11 +238,10 @@ class ServingContext:
             for spec in valid:
                 if spec.choice_of is not None:
                     record.repeated.add(spec.request_id)
-                streams.append(self.engine.submit_valid(spec, queue))
+                self.engine.submit_valid(spec, stream)
                 await asyncio.sleep(0)
         except BaseException as error:
-            for stream in streams:
-                stream.abort()
+            stream.abort()
             if not isinstance(error, Exception):
                 raise
             if not isinstance(error, ValueError | RequestError):
@@ -258,7 +249,7 @@ class ServingContext:
             if not self._count_refusal(error):
                 self.metrics.count_unanswered("error", 1)
             raise RequestError.of(error) from error
-        return Answers(streams, queue, record)
+        return stream
 
     def _count_refusal(self, error: Exception) -> bool:
         """Count a request that was refused before it was queued. Returns True if it was."""
@@ -266,7 +257,9 @@ class ServingContext:
         self.metrics.rejected.inc(is_full)
         return is_full or isinstance(error, ValueError)
 
-    async def outputs(self, answers: Answers) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    async def outputs(
+        self, stream: RequestStream, record: RequestRecord
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Yield (index of the answer, output) until all have ended, and count each ended request.
 
         If the iterator is closed early, the remaining requests end, and count as aborted with the
@@ -274,16 +267,12 @@ class ServingContext:
         engine in another process refuses requests this way. If the request failed, the remaining
         ones count as errors.
         """
-        streams, queue, record = answers
-        index_of = {stream.request_id: index for index, stream in enumerate(streams)}
-        num_left, last = len(streams), dict[int, RequestOutput]()
+        index_of = {request_id: index for index, request_id in enumerate(stream.answers)}
+        num_left, last = len(index_of), dict[int, RequestOutput]()
         reason: FinishReason = "abort"
         try:
-            while num_left:
-                stream, output = await queue.get()
-                if isinstance(output, RequestError):
-                    raise output
-                index = index_of[stream.request_id]
+            async for output in stream:
+                index = index_of[output.request_id]
                 record.outputs[output.request_id] = output
                 last[index] = output
                 if output.is_finished:
@@ -298,13 +287,12 @@ class ServingContext:
             for output in last.values():
                 self.metrics.observe(structs.replace(output, finish_reason=reason))
             self.metrics.count_unanswered(reason, max(0, num_left - len(last)))
-            for stream in streams:
-                stream.abort()
+            stream.abort()
 
-    async def finals(self, answers: Answers) -> list[RequestOutput]:
+    async def finals(self, stream: RequestStream, record: RequestRecord) -> list[RequestOutput]:
         """Return the last output of each answer, in order."""
-        finals = {index: output async for index, output in self.outputs(answers)}
-        return [finals[index] for index in range(len(answers.streams))]
+        finals = {index: output async for index, output in self.outputs(stream, record)}
+        return [finals[index] for index in range(len(stream.answers))]
 
     async def answer(
         self,
