@@ -75,8 +75,9 @@ class EngineHost:
         self._is_open = True
         self._must_stop = False
         self._is_closed = False
-        self.has_failed = self.last_step_failed = False
-        """``has_failed``: ``run`` ended because the engine failed."""
+        self._last_step_failed = False
+        self.failure: str | None = None
+        """Reason of an unexpected end, or None."""
         engine.on_work(self._notify)
 
     @property
@@ -223,10 +224,10 @@ class EngineHost:
                 self.engine.abort(request_id)
             self.engine.close()
         except RunnerLost as error:
-            self.has_failed = True
+            self.failure = FAILED
             logger.error("The engine ended: %s", error)
         except BaseException:
-            self.has_failed = True
+            self.failure = FAILED
             logger.exception("The engine failed; it answers nothing from here on.")
         finally:
             self.close()
@@ -239,16 +240,16 @@ class EngineHost:
         except RunnerLost:
             raise
         except Exception:
-            if self.last_step_failed:
+            if self._last_step_failed:
                 raise
-            self.last_step_failed = True
+            self._last_step_failed = True
             logger.exception(
                 "A step failed, and the requests that ran with it; the engine goes on."
             )
             self._deliver(self.engine.take_outputs())
             self._fail(self.engine.interrupted)
         else:
-            self.last_step_failed = False
+            self._last_step_failed = False
             self._deliver(outputs)
 
     def _fail(self, request_ids: Sequence[str]) -> None:
@@ -302,8 +303,3 @@ class EngineHost:
             except Exception:
                 logger.exception("A command failed that was left when the engine ended.")
         self._compiler.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def failure(self) -> str | None:
-        """Reason of an unexpected end, or None."""
-        return FAILED if self.has_failed else None

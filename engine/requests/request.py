@@ -179,17 +179,10 @@ class Request(ScheduledRequest):
             for place, ruling in enumerate(rulings)
         ]
 
-    def accept_run(self, run: Sequence[SampledToken], now_s: float) -> None:
-        """Append the next tokens, up to one that ends the answer."""
-        for sampled in run:
-            self.accept(sampled, now_s)
-            if self.finish_reason is not None:
-                return
-
     def accept_before_no_logits(self, run: Sequence[SampledToken], now_s: float) -> None:
         """Append the tokens that were drawn before the logits were NaN or infinite. Raises
         FloatingPointError unless one of them ends the answer."""
-        self.accept_run([one for one in run if one.token_id != NO_TOKEN], now_s)
+        self.accept([one for one in run if one.token_id != NO_TOKEN], now_s)
         if self.finish_reason is None:
             place = self.num_tokens - self.prompt_len + 1
             where = f"token {place} of the answer" if run else "the prompt"
@@ -198,34 +191,31 @@ class Request(ScheduledRequest):
                 "the weights and the number format (--dtype)."
             )
 
-    def accept(self, sampled: SampledToken, now_s: float) -> None:
-        """Append the next token; sets ``finish_reason`` if it is the last. Raises GrammarError if
-        a grammar could not be followed to this token."""
-        if self._fault is not None and self.num_tokens - self.prompt_len >= self._fault[0]:
-            raise self._fault[1]
-        token_id = sampled.token_id
-        self.append(token_id)
-        if self.params.logprobs is not None:
-            self.answer.logprobs.append(sampled)
-        if self.first_token_s is None:
-            self.first_token_s = now_s
-        if token_id in self.end_token_ids:
-            self.finish("stop", now_s)
-        elif self._read_on(token_id):
-            self._met_stop_string = True
-            self.finish("stop", now_s, flush=False)
-        elif any(rule.is_done(self.output) for rule in self._rules):
-            self.finish("stop", now_s)
-        elif self.num_tokens >= self.max_len:
-            self.finish("length", now_s)
-
-    def _read_on(self, token_id: int) -> bool:
-        if self.text_stream is None:
-            return False
-        may_stop = self.num_tokens - self.prompt_len >= self.params.min_tokens
-        text, stopped = self.text_stream.push(token_id, may_stop)
-        self._new_text += text
-        return stopped
+    def accept(self, run: Sequence[SampledToken], now_s: float) -> None:
+        """Append the next tokens, up to one that ends the answer, which sets ``finish_reason``.
+        Raises GrammarError if a grammar could not be followed to one of them."""
+        for sampled in run:
+            if self._fault is not None and self.num_tokens - self.prompt_len >= self._fault[0]:
+                raise self._fault[1]
+            token_id = sampled.token_id
+            self.append(token_id)
+            if self.params.logprobs is not None:
+                self.answer.logprobs.append(sampled)
+            if self.first_token_s is None:
+                self.first_token_s = now_s
+            is_end = token_id in self.end_token_ids
+            if self.text_stream is not None and not is_end:
+                may_stop = self.num_tokens - self.prompt_len >= self.params.min_tokens
+                text, self._met_stop_string = self.text_stream.push(token_id, may_stop)
+                self._new_text += text
+            if self._met_stop_string:
+                self.finish("stop", now_s, flush=False)
+            elif is_end or any(rule.is_done(self.output) for rule in self._rules):
+                self.finish("stop", now_s)
+            elif self.num_tokens >= self.max_len:
+                self.finish("length", now_s)
+            if self.finish_reason is not None:
+                return
 
     def fail(self, error: Exception, now_s: float) -> None:
         """End the request with an error that affects only this request."""
@@ -368,7 +358,11 @@ class Intake:
                 f"prompt_logprobs must be between 0 and {MAX_LOGPROBS} (got {num_scores})."
             )
         require_namespace(spec.namespace)
-        self._check_length(len(tokens), sampling, num_scores)
+        if sampling.max_tokens == 0 and num_scores is None:
+            raise ValueError("max_tokens must be at least 1; 0 requires prompt_logprobs.")
+        max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if len(tokens) + max_tokens > self.max_model_len:
+            raise ContextOverflow(len(tokens), max_tokens, self.max_model_len)
         if spec.grammar is not None and sampling.allowed_token_ids is not None:
             raise ValueError(
                 "allowed_token_ids cannot be combined with a grammar: remove one of them."
@@ -389,6 +383,11 @@ class Intake:
             end_token_ids |= self._tokenizer.eos_token_ids
         arrival, limit = next(self._arrivals), self.max_model_len
         name = f"request-{arrival}" if spec.request_id is None else spec.request_id
+        text_stream = None
+        if self._tokenizer is not None:
+            before = () if spec.answer_starts_text else prompt[-MAX_CONTEXT:].tolist()
+            decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens, before)
+            text_stream = TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)
         return Request(
             structs.replace(spec, request_id=name),
             arrival=arrival,
@@ -396,7 +395,7 @@ class Intake:
             max_len=limit if sampling.max_tokens is None else len(prompt) + sampling.max_tokens,
             seed=sampling.seed if sampling.seed is not None else self._config.seed + arrival,
             end_token_ids=end_token_ids,
-            text_stream=self._text_stream(spec, sampling),
+            text_stream=text_stream,
             rules=[
                 *([] if spec.grammar is None else [self.grammar_rule(spec.grammar)]),
                 *self._rules(sampling, end_token_ids, prompt),
@@ -427,15 +426,6 @@ class Intake:
     def _not_ids(self, tokens: Iterable[int]) -> str:
         wrong = next(token for token in tokens if not 0 <= token < self._vocab_size)
         return f"prompt must contain token ids from 0 to {self._vocab_size - 1} (got {wrong})."
-
-    def _check_length(
-        self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None
-    ) -> None:
-        if sampling.max_tokens == 0 and prompt_logprobs is None:
-            raise ValueError("max_tokens must be at least 1; 0 requires prompt_logprobs.")
-        max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
-        if prompt_len + max_tokens > self.max_model_len:
-            raise ContextOverflow(prompt_len, max_tokens, self.max_model_len)
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         """Raise ValueError for parameters that this model or its tokenizer does not support."""
@@ -485,10 +475,3 @@ class Intake:
             if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
                 runs.append(spaced)
         return tuple(run for run in runs if run)
-
-    def _text_stream(self, spec: RequestSpec, sampling: SamplingParams) -> TextStream | None:
-        if self._tokenizer is None:
-            return None
-        before = () if spec.answer_starts_text else np.asarray(spec.prompt[-MAX_CONTEXT:]).tolist()
-        decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens, before)
-        return TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)

@@ -143,7 +143,21 @@ class SamplingParams:
             if any(not isinstance(text, str) or not text for text in getattr(self, name)):
                 raise ValueError(f"{name} must contain only non-empty strings.")
         _check_ids("stop_token_ids", self.stop_token_ids)
-        self._check_tokens()
+        allowed = self.allowed_token_ids
+        if allowed is not None:
+            object.__setattr__(self, "allowed_token_ids", allowed := tuple(allowed))
+            _check_ids("allowed_token_ids", allowed)
+            if not allowed:
+                raise ValueError(
+                    "allowed_token_ids must contain at least one token, or be omitted."
+                )
+        if len(self.logit_bias) > MAX_BIASES:
+            raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
+        _check_ids("logit_bias", dict(self.logit_bias))
+        for token, value in self.logit_bias:
+            BIAS.check(f"logit_bias of token {token}", value)
+        if self.max_tokens is not None and self.min_tokens > max(self.max_tokens, 0):
+            raise ValueError("min_tokens must not be above max_tokens.")
 
     @property
     def is_greedy(self) -> bool:
@@ -161,24 +175,6 @@ class SamplingParams:
         object.__setattr__(changed, "seed", seed)
         check_fields(changed)
         return changed
-
-    def _check_tokens(self) -> None:
-        """Check the fields that contain token ids."""
-        allowed = self.allowed_token_ids
-        if allowed is not None:
-            object.__setattr__(self, "allowed_token_ids", allowed := tuple(allowed))
-            _check_ids("allowed_token_ids", allowed)
-            if not allowed:
-                raise ValueError(
-                    "allowed_token_ids must contain at least one token, or be omitted."
-                )
-        if len(self.logit_bias) > MAX_BIASES:
-            raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
-        _check_ids("logit_bias", dict(self.logit_bias))
-        for token, value in self.logit_bias:
-            BIAS.check(f"logit_bias of token {token}", value)
-        if self.max_tokens is not None and self.min_tokens > max(self.max_tokens, 0):
-            raise ValueError("min_tokens must not be above max_tokens.")
 
 
 def sampling_defaults(config: EngineConfig) -> dict[str, float]:

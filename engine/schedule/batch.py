@@ -24,7 +24,7 @@ class BytesLost(RuntimeError):
 
 
 UNKNOWN: Tokens = np.zeros(1, np.int32)
-"""Placeholder for a token that is drawn but has not reached the host."""
+"""Tokens of a segment whose one token is drawn but has not reached the host."""
 
 
 NO_TOKENS: Tokens = np.empty(0, np.int32)
@@ -126,11 +126,6 @@ class Segment(Struct, frozen=True):
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
-
-    @property
-    def is_late(self) -> bool:
-        """True if the token to compute is drawn but has not reached the host."""
-        return self.token_ids is UNKNOWN
 
     @property
     def scores(self) -> bool:

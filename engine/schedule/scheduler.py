@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.requests.request import Request
-from engine.schedule.batch import EMPTY, Batch, Draft, DraftPlanner, Segment
+from engine.schedule.batch import EMPTY, UNKNOWN, Batch, Draft, DraftPlanner, Segment
 from engine.schedule.fetching import Fetching
 from engine.text.outputs import NO_TOKEN, FinishReason, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -36,7 +36,7 @@ class Scheduler(StepPlanner[Request]):
         super().__init__(manager, fetching=fetching, **options)
         self.manager = manager
         self.hooks = tuple(part for part in (fetching, drafting) if part is not None)
-        self._drafting = drafting or DraftPlanner()
+        self._drafting, self._may_draft = drafting or DraftPlanner(), drafting is not None
         self._verifies = False
         self._progressed: list[Request] = []
 
@@ -108,18 +108,20 @@ class Scheduler(StepPlanner[Request]):
         if self._num_in_flight and self._drafting.may_guess(self._running):
             return EMPTY
         ends = self.choose()
-        drafts = self._drafts(ends)
+        drafts = self._drafts(ends) if self._may_draft else {}
         segments: list[Segment] = []
         late_tokens: list[tuple[int, int]] = []
         num_drawn = 0
-        for request in sorted(ends, key=lambda one: (self._is_prefill(one), one in drafts)):
+        for request in sorted(
+            ends, key=lambda one: (one.scheduled_len < one.prefill_len, one in drafts)
+        ):
             draft, end = drafts.get(request), ends[request]
             full_end = end if draft is None else end + len(draft.tokens)
             exports = self._manager.take_checkpoint_slots(request, full_end)
             if exports is None:
                 continue
             segment = Segment.of(request, end, exports, draft)
-            if segment.is_late:
+            if segment.token_ids is UNKNOWN:
                 late_tokens.append((len(segments), request.drawn_row))
             segments.append(segment)
             request.scheduled_len = full_end
@@ -141,10 +143,6 @@ class Scheduler(StepPlanner[Request]):
             copies.transfers,
         )
 
-    @staticmethod
-    def _is_prefill(request: Request) -> bool:
-        return request.scheduled_len < request.prefill_len
-
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory for them.
         No request is preempted for a draft."""
@@ -152,7 +150,9 @@ class Scheduler(StepPlanner[Request]):
         drafts = self._drafting.propose(
             (request, request.max_len - 1 - end)
             for request, end in ends.items()
-            if not (self._num_in_flight or self._is_prefill(request)) and end == request.num_tokens
+            if not self._num_in_flight
+            and request.scheduled_len >= request.prefill_len
+            and end == request.num_tokens
         )
         return {
             request: draft
@@ -217,7 +217,7 @@ class Scheduler(StepPlanner[Request]):
             if not has_logits:
                 request.accept_before_no_logits(run, now_s)
             elif run:
-                request.accept_run(run, now_s)
+                request.accept(run, now_s)
             else:
                 request.finish("length", now_s)
         except Exception as error:

@@ -50,7 +50,7 @@ class EngineWorker:
         self._sockets.send(Ready(self._host.facts, screen))
         self._host.run()
         self._sockets.finish()
-        return not self._host.has_failed
+        return self._host.failure is None
 
     def _receive(self) -> None:
         """Pass the server's messages to the host, in a separate thread. End the process if the
