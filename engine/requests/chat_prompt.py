@@ -21,7 +21,7 @@ import numpy as np
 
 from engine.requests.spec import RequestSpec
 from engine.text.answers import CLOSE, OPEN
-from engine.text.splices import SampledTurn, control_pattern, find_splices
+from engine.text.replay import SampledTurn, control_pattern, find_splices
 from engine.text.tokenizer import (
     PROBE,
     SLICE,

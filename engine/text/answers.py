@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,105 +181,3 @@ class _Mark:
                 border = borders[border - 1]
             borders.append(border + (text[border] == letter))
         return borders[length - 1]
-
-
-class Space:
-    """White space at the end of a text, held back until other text follows."""
-
-    __slots__ = ("_pieces",)
-
-    def __init__(self) -> None:
-        self._pieces: list[str] = []
-
-    def push(self, text: str) -> str:
-        """Return the held space and ``text``, without the white space at its end."""
-        kept = text.rstrip()
-        if not kept:
-            if text:
-                self._pieces.append(text)
-            return ""
-        before = self.take()
-        if len(kept) < len(text):
-            self._pieces.append(text[len(kept) :])
-        return before + kept
-
-    def take(self) -> str:
-        """Return the held space and forget it. O(its length)."""
-        held = "".join(self._pieces)
-        self._pieces.clear()
-        return held
-
-
-class ReasoningReader:
-    """Separates reasoning from the answer and strips the white space around it.
-
-    Reasoning can start only at the beginning of an answer, and only ``</think>`` ends it: an answer
-    that ends before is all reasoning.
-    """
-
-    def __init__(self, is_open: bool) -> None:
-        """``is_open``: the prompt ends with ``<think>``."""
-        self._close = MarkSearch(CLOSE)
-        self._space = Space()
-        self._begin = ""
-        self._has_text = False
-        self._state: Callable[[str], tuple[list[Event], str]]
-        self._state = self._inside if is_open else self._before
-
-    @property
-    def is_inside(self) -> bool:
-        """True if the next text is reasoning, as far as is known."""
-        return self._state == self._inside
-
-    def push(self, text: str) -> tuple[list[Event], str]:
-        """Return (reasoning that is certain, text of the answer). O(len(text))."""
-        return self._state(text)
-
-    def flush(self) -> tuple[list[Event], str]:
-        """Return the text held back in the same form, after the end of the text."""
-        if self.is_inside:
-            return self._thoughts(self._close.flush()), ""
-        begin, self._begin = self._space.take() + self._begin, ""
-        return [], begin if self._state == self._before else ""
-
-    def _before(self, text: str) -> tuple[list[Event], str]:
-        """State before any text other than white space or part of the mark."""
-        if not self._begin:
-            kept = text.lstrip()
-            self._space.push(text[: len(text) - len(kept)])
-            text = kept
-        self._begin += text
-        if len(self._begin) < len(OPEN) and OPEN.startswith(self._begin):
-            return [], ""
-        begin, self._begin = self._begin, ""
-        if begin.startswith(OPEN):
-            self._space.take()
-            self._state = self._inside
-            return self._inside(begin[len(OPEN) :])
-        self._state = self._behind
-        return [], self._space.take() + begin
-
-    def _inside(self, text: str) -> tuple[list[Event], str]:
-        thoughts, mark, rest = self._close.push(text)
-        events = self._thoughts(thoughts)
-        if mark is None:
-            return events, ""
-        self._space.take()
-        self._state = self._between
-        return events, self._between(rest)[1]
-
-    def _between(self, text: str) -> tuple[list[Event], str]:
-        text = text.lstrip()
-        if text:
-            self._state = self._behind
-        return [], text
-
-    def _behind(self, text: str) -> tuple[list[Event], str]:
-        return [], text
-
-    def _thoughts(self, text: str) -> list[Event]:
-        if not self._has_text:
-            text = text.lstrip()
-        certain = self._space.push(text)
-        self._has_text = self._has_text or bool(certain)
-        return [ReasoningDelta(certain)] if certain else []

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.text.answer_reader import AnswerForm, AnswerReader
+from engine.text.answer_reader import AnswerForm, AnswerReader, HermesReader, QwenXMLReader
 from engine.text.answers import BrokenCall, Event, ReasoningDelta, TextDelta, ToolCall, joined
-from engine.text.calls import HermesReader, QwenXMLReader
 
 SCHEMA = {
     "type": "object",
