@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 
 from engine import AsyncEngine, Engine, QueueFull, RequestOutput, SamplingParams, engine_config
-from engine.errors import EngineStopped, StepFailed
+from engine.errors import DuplicateId, EngineStopped, StepFailed
+from engine.requests.spec import RequestSpec
 from engine.schedule.batch import Batch
 from tests.engine.test_scheduler_machine import answer
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler
@@ -85,6 +86,24 @@ def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
         assert await engine.call(lambda e: e.report().kv.held) == 0
 
     serve(scenario, gated=True)
+
+
+def test_one_stream_has_the_outputs_of_several_requests() -> None:
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        stream = engine.stream()
+        for name, params in (("a", ENDLESS), ("b", ONE)):
+            spec = RequestSpec([1, 2, 3], params, request_id=name)
+            engine.submit_valid(engine.validate(spec), stream)
+        with pytest.raises(DuplicateId):
+            engine.submit_valid(engine.validate(spec), stream)
+        stream.abort("stop", "a")
+        outputs = await read(stream)
+        ends = {one.request_id: one.finish_reason for one in outputs if one.is_finished}
+        assert ends == {"a": "stop", "b": "length"}
+        assert list(stream.answers) == ["a", "b"]
+        assert await read(stream) == await read(engine.stream()) == []
+
+    serve(scenario)
 
 
 @pytest.mark.parametrize("end", ["drain", "stop"])
