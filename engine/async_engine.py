@@ -126,6 +126,8 @@ class EngineChannel(ABC):
     config: EngineConfig
     tokenizer: Tokenizer | None
     facts: EngineFacts
+    failure: str | None = None
+    """Reason of an unexpected end of the engine, or None."""
 
     @property
     @abstractmethod
@@ -141,11 +143,6 @@ class EngineChannel(ABC):
     @abstractmethod
     def num_queued(self) -> int:
         """Number of requests that wait, including those on their way to the engine."""
-
-    @property
-    def failure(self) -> str | None:
-        """Reason of an unexpected end of the engine, or None."""
-        return None
 
     @abstractmethod
     def connect(self, front: AsyncEngine) -> None:
@@ -185,10 +182,6 @@ class ThreadChannel(EngineChannel):
     def num_queued(self) -> int:
         return self.host.num_queued
 
-    @property
-    def failure(self) -> str | None:
-        return self.host.failure
-
     def connect(self, front: AsyncEngine) -> None:
         self._front = front
 
@@ -199,6 +192,7 @@ class ThreadChannel(EngineChannel):
         try:
             self.host.run()
         finally:
+            self.failure = self.host.failure
             self._front.closed(self.failure)
 
     def send(self, message: ToEngine) -> None:

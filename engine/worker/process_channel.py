@@ -95,7 +95,6 @@ class ProcessChannel(EngineChannel):
     ) -> None:
         """Take over ``process`` and ``sockets``, which ``stop`` or ``drain`` ends."""
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
-        self._failure: str | None = None
         self._process, self._sockets = process, sockets
         self._num_sent = self._num_received = self._num_waiting = 0
         self._ended = threading.Event()
@@ -113,10 +112,6 @@ class ProcessChannel(EngineChannel):
     @property
     def num_queued(self) -> int:
         return self._num_waiting + self._num_sent - self._num_received
-
-    @property
-    def failure(self) -> str | None:
-        return self._failure
 
     def connect(self, front: AsyncEngine) -> None:
         self._front = front
@@ -198,8 +193,8 @@ class ProcessChannel(EngineChannel):
         except Exception:
             logger.exception("The last messages of the engine's process cannot be read.")
         if code and not self._was_killed:
-            self._failure = _death(code)
-        self._front.closed(self._failure)
+            self.failure = _death(code)
+        self._front.closed(self.failure)
         self._closed.set()
 
     def _read(self) -> None:
