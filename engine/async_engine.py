@@ -368,8 +368,10 @@ class AsyncEngine:
         are skipped."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
         for output in outputs:
-            take = self._streams.pop if output.is_finished else self._streams.get
-            stream = take(output.request_id, None)
+            if output.is_finished:
+                stream = self._streams.pop(output.request_id, None)
+            else:
+                stream = self._streams.get(output.request_id)
             if stream is not None:
                 by_loop.setdefault(stream.loop, []).append((stream, output))
         for loop, theirs in by_loop.items():
