@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable
-from typing import NamedTuple
 
 from sortedcontainers import SortedDict
 
@@ -54,12 +53,6 @@ class _Page:
         self.time = 0
 
 
-class _Found(NamedTuple):
-    path: list[_Page]
-    """Pages reused, without the root."""
-    length: int
-
-
 class LightllmCache:
     """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` is None by
     default: off). Raises ValueError if ``big_page`` is not a multiple of ``page``."""
@@ -86,14 +79,15 @@ class LightllmCache:
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> LightllmSession | None:
         root = self.roots.setdefault(namespace, _Page(b"root", None, 0, False))
-        found = self._match(root, tokens)
-        for node in found.path:
+        path = self._match(root, tokens)
+        session = LightllmSession(self, root, tokens, path)
+        for node in path:
             self._refer(node, 1)
-        if not self.allocate(len(tokens) - found.length):
-            for node in found.path:
-                self._refer(node, -1)
-            return None
-        return LightllmSession(self, root, tokens, found)
+        if self.allocate(session.held):
+            return session
+        for node in path:
+            self._refer(node, -1)
+        return None
 
     def allocate(self, num_tokens: int) -> bool:
         """Take rows, evicting unreferenced leaves. Returns False, and takes nothing, if that many
@@ -151,8 +145,9 @@ class LightllmCache:
             return self.big_page
         return self.page
 
-    def _match(self, root: _Page, tokens: Tokens) -> _Found:
-        """Match big pages first, then small ones; then trim to the deepest page with a state."""
+    def _match(self, root: _Page, tokens: Tokens) -> list[_Page]:
+        """Return the pages to reuse, without the root: big pages are matched first, then small
+        ones, down to the deepest page with a state."""
         self.clock += 1
         path: list[_Page] = []
         node, start, end = root, 0, (len(tokens) - 1) // self.page * self.page
@@ -169,7 +164,7 @@ class LightllmCache:
             node, start = child, start + child.num_tokens
         while path and not path[-1].has_state:
             path.pop()
-        return _Found(path, sum(node.num_tokens for node in path))
+        return path
 
     def _child(self, node: _Page, tokens: Tokens, size: int) -> tuple[_Page, bool]:
         key = _key(node, tokens)
@@ -234,18 +229,20 @@ class LightllmCache:
 class LightllmSession:
     """One request, with the pages that it references and the rows that it holds in addition."""
 
-    def __init__(self, cache: LightllmCache, root: _Page, tokens: Tokens, found: _Found) -> None:
+    def __init__(
+        self, cache: LightllmCache, root: _Page, tokens: Tokens, path: list[_Page]
+    ) -> None:
         self.cache = cache
         self.root = root
         self.tokens = tokens
-        self.path = found.path
-        self.cached_len = found.length
-        self.held = len(tokens) - found.length
+        self.path = path
+        self.cached_len = sum(node.num_tokens for node in path)
+        self.held = len(tokens) - self.cached_len
         state_at = (len(tokens) - 1) // cache.page * cache.page
         stops = {len(tokens), state_at}
         if cache.big_page is not None:
             stops.update(range(cache.big_page, len(tokens), cache.big_page))
-        self.num_chunks = sum(1 for stop in stops if stop > found.length)
+        self.num_chunks = sum(1 for stop in stops if stop > self.cached_len)
 
     def finish(self, output: Tokens) -> None:
         """Take and release the rows of the answer, and insert the prompt's whole pages in the
