@@ -17,8 +17,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-import numpy as np
-
 from engine.requests.spec import RequestSpec
 from engine.text.answers import CLOSE, OPEN
 from engine.text.replay import SampledTurn, control_pattern, find_splices
@@ -31,6 +29,7 @@ from engine.text.tokenizer import (
     TemplateError,
     Tokenizer,
     any_of,
+    as_tokens,
 )
 from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
@@ -137,8 +136,7 @@ def render_chat(
     splices = find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
 
     def encode(text: str) -> Tokens:
-        token_ids = splices.encode(text, lambda piece: tokenizer.encode(piece, how))
-        return np.asarray(token_ids, np.int32)
+        return as_tokens(splices.encode(text, lambda piece: tokenizer.encode(piece, how)))
 
     text = splices.apply(written)
     if continues_last:

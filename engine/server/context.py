@@ -44,7 +44,7 @@ from engine.text.outputs import (
     Transferred,
 )
 from engine.text.replay import Replay
-from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer
+from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
@@ -160,7 +160,7 @@ class ServingContext:
         def work() -> list[Tokens]:
             encode = self.tokenizer.encode
             ids = (encode(one, how) if isinstance(one, str) else one for one in prompts)
-            return [np.asarray(one, np.int32) for one in ids]
+            return [as_tokens(one) for one in ids]
 
         try:
             return await self.workers.run(sum(map(len, prompts)), work)

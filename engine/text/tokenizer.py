@@ -22,6 +22,9 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+import numpy as np
+
+from hybridcache.tokens import EMPTY, Tokens
 
 Message = Mapping[str, Any]
 PROBE = "\ue000"
@@ -140,6 +143,16 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 SLICE = 65_536
 """Number of bytes or ids processed at a time, so that other threads can run in between."""
+
+
+def as_tokens(token_ids: Sequence[int]) -> Tokens:
+    """Return ``token_ids`` as int32[n]. Raises ValueError if one does not fit. O(n)."""
+    starts = range(0, len(token_ids), SLICE)
+    try:
+        pieces = [np.asarray(token_ids[start : start + SLICE], np.int32) for start in starts]
+    except OverflowError:
+        raise ValueError("prompt must contain token ids below 2**31.") from None
+    return np.concatenate(pieces) if pieces else EMPTY
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ def test_token_ids_are_served_without_a_tokenizer(live: Live) -> None:
             {"prompt": "5 300"},
             "'prompt' must contain token ids from 0 to 299",
         ),
+        ("completions", {"prompt": "5 99999999999"}, "'prompt' must contain token ids below 2**31"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": "5"}]},
