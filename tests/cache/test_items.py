@@ -88,5 +88,17 @@ def test_position_span_and_above_match_the_path(seed):
         above = next((part.checkpoint for part in path[1:] if part.checkpoint), None)
         assert item.above is above
         assert item.span == item.position - (above.position if above else 0)
+        own = path if item.kind == "kv" else path[1:]
+        known = (part.checkpoint or part.lost_checkpoint for part in own)
+        assert item.predecessor is next((one for one in known if one), None)
+        if item.kind == "checkpoint" and item.node.children:
+            assert item.size_bytes == STATE_BYTES
         dead = item.kind == "kv" and not item.node.children and item.node.checkpoint is None
         assert item.dead == dead
+
+
+def test_span_without_states_is_the_length_of_the_segment():
+    for node in cache_of("radix", 0, 80)._tree.nodes():
+        if node.kv is not None:
+            assert node.kv.span == len(node.kv.indices) == len(node.tokens)
+            assert not node.kv.dead

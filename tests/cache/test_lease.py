@@ -299,6 +299,9 @@ def test_a_plan_is_carried_out_in_order() -> None:
     narrow.restore = lambda slot: None  # type: ignore[attr-defined]
     with pytest.raises(TypeError, match=r"RecordingMemory has other arguments .*StepMemory"):
         copy_of(plan).carry_out(narrow)
+    narrow.restore = lambda *slots: slots + 1  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"^can only concatenate tuple"):
+        copy_of(plan).carry_out(narrow)
     empty = make_cache().take_step()
     assert not empty
     empty.done()
