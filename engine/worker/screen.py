@@ -128,15 +128,12 @@ def _context_words(engine: Engine) -> str:
 
 
 def _memory_words(memory: MemorySizes, report: CacheReport) -> str:
-    where = {
-        "arena": "one arena for KV and states" if memory.slab_rows else "one arena",
-        "pools": "two pools" if memory.is_stateful else "one pool",
-    }
+    where = "one arena for KV and states" if memory.slab_rows else "one arena"
     free, cached, held = map(
         format_bytes, (report.bytes.free, report.bytes.cached, report.bytes.held)
     )
     total = format_bytes(memory.total_bytes)
-    return f"{where[memory.memory]}, {total}: {free} free, {cached} cached, {held} held"
+    return f"{where}, {total}: {free} free, {cached} cached, {held} held"
 
 
 def _said_of_text(engine: Engine) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ import time
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import torch
 
@@ -24,30 +25,23 @@ def main(descriptor: int) -> None:
     """Run the rank with ``descriptor`` as its end of the connection, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 handles this signal.
     line = Connection(descriptor)
-    last_words = _follow(line)
-    if last_words is not None:
-        with suppress(OSError):
-            line.send(last_words)
-        sys.exit(1)
-
-
-def _follow(line: Connection) -> RankReport | None:
-    """Return the reason of the end, or None if rank 0 closed the connection."""
     try:
         _run(line)
     except (EOFError, ConnectionError):
-        return None
+        return
     except ModelError as error:
-        return RankReport("refused", str(error))
+        last_words = RankReport("refused", str(error))
     except RunnerLost as error:
-        return RankReport("lost", str(error))
+        last_words = RankReport("lost", str(error))
     except Exception as error:
         traceback.print_exc()
-        return RankReport("failed", f"{type(error).__name__}: {error}")
-    return None
+        last_words = RankReport("failed", f"{type(error).__name__}: {error}")
+    with suppress(OSError):
+        line.send(last_words)
+    sys.exit(1)
 
 
-def _run(line: Connection) -> None:
+def _run(line: Connection) -> NoReturn:
     start: Start = line.recv()
     line.send(RankReport("here"))
     device = Device.resolve(start.config.device).of_rank(start.number)
