@@ -976,8 +976,11 @@ class HybridRadixCache:
 
         Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
         forks below it, because then it serves other conversations too. O(nodes between).
+
+        Raises:
+            ValueError: ``node`` was evicted, or belongs to another cache.
         """
-        last = None if node is None else _node_of(node)
+        last = self._usable(node)
         while last is not None and not isinstance(last.children, dict):
             tip = last.checkpoint
             if tip is not None:
