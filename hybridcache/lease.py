@@ -549,8 +549,8 @@ class Lease:
             self.cache.shares_memory,
         )
         placement.on_prefill(prefill)
-        asked = self._planned
-        self._planned = asked | prefill.on_grid(placement.plan(prefill)) | asked
+        for position, label in prefill.on_grid(placement.plan(prefill)).items():
+            self._planned.setdefault(position, label)
         if prefill.answer_survives:
             interval = placement.decode_interval()
             if interval is not None:

@@ -299,28 +299,28 @@ class Adaptive(PlacementPolicy):
         room = max((free_slots + prefill.num_checkpoints) // 2, 1)
         if len(wanted) + saves_answer <= room:
             return wanted, saves_answer
+        # The room rule, the most savings first.
         if saves_answer:
             wanted.append(Placed(prefill.prompt_len + prefill.grid, "decode"))
-        kept: dict[int, Placed] = {}
-        for placed in self._ranked(wanted, cached_len):
-            is_answer = placed.label == "decode"
-            position = placed.position if is_answer else prefill.floor(placed.position)
-            if position is not None and len(kept) < room:
-                kept.setdefault(position, placed)
-        found = [placed for placed in kept.values() if placed.label != "decode"]
-        return found, len(found) < len(kept)
-
-    def _ranked(self, wanted: list[Placed], cached_len: int) -> list[Placed]:
-        """Return ``wanted`` in the order of the *room* rule."""
-
-        def savings(placed: Placed) -> float:
+        ranked = []
+        for order, placed in enumerate(wanted):
             account = self._account(placed.label)
             uses = account.uses
             if placed.label in SHARED:
                 uses = SHARED_USES * (uses + HOPE)
-            return uses / account.placed * (placed.position - cached_len)
-
-        return sorted(wanted, key=savings, reverse=True)
+            savings = uses / account.placed * (placed.position - cached_len)
+            ranked.append((-savings, order, placed))
+        found: dict[int, Placed] = {}
+        saves_answer = False
+        for _, _, placed in sorted(ranked):
+            if len(found) + saves_answer == room:
+                break
+            position = prefill.floor(placed.position)
+            if placed.label == "decode":
+                saves_answer = True
+            elif position is not None:
+                found.setdefault(position, placed)
+        return list(found.values()), saves_answer
 
     def _end(self, prefill: Prefill) -> str | None:
         """Return the label of the end to save, of prompt or answer, or None."""
