@@ -25,7 +25,12 @@ class Boundary(PlacementPolicy):
     """
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        return [Placed(boundary, "boundary") for boundary in reversed(prefill.boundaries)]
+        placed: list[Placed] = []
+        for boundary in reversed(prefill.boundaries):
+            if boundary <= prefill.cached_len:
+                break
+            placed.append(Placed(boundary, "boundary"))
+        return placed
 
 
 class Backoff(PlacementPolicy):
