@@ -164,6 +164,8 @@ class Disk:
         self._unwanted: deque[int] = deque()
         """Records with a file that is still to be removed."""
         self._staged: dict[int, Future[Rows | None]] = {}
+        self._is_packed = False
+        """True if no record could be removed for a new one, and none was freed since then."""
         self._retry_at = 0.0
         self._failure = ""
         """Latest refused change, for ``problem``."""
@@ -271,6 +273,7 @@ class Disk:
         for record_id in self._pointers.unbind(rows):
             if record_id not in self._pointers and self.prefixes.is_leaf(record_id):
                 self.prefixes.used.move_to_end(record_id, last=False)
+                self._is_packed = False
 
     def is_lost(self, rows: Indices) -> bool:
         """Return True if some of ``rows`` point nowhere, or if the disk is currently not read."""
@@ -284,6 +287,7 @@ class Disk:
         """
         parts = self._pointers.parts(rows)
         self._pointers.unbind(rows)
+        self._is_packed = False
         payloads = {number: self._payload(number) for number in {part.id for part in parts}}
         pieces, first = [], 0
         for part in parts:
@@ -334,7 +338,7 @@ class Disk:
     def unbind_all(self) -> None:
         """Unbind all rows; records stay."""
         self._pointers.clear()
-        self.has_lost_rows = False
+        self.has_lost_rows = self._is_packed = False
 
     def settle(self) -> None:
         """Forget the records that failed in the disk thread, with their descendants. O(1) if there
@@ -477,10 +481,10 @@ class Disk:
 
     def _make_room(self, size: int, new: int) -> bool:
         """Remove records without rows, the least recently used first, until ``size`` bytes fit.
-        Returns False if they do not."""
+        Returns False if they do not. O(records) at most once until a record is freed."""
         while self._unwanted and self.num_bytes + size > self.max_bytes:
             self._remove(self._unwanted.popleft())
-        for _ in range(2 * len(self.prefixes)):
+        for _ in range(0 if self._is_packed else 2 * len(self.prefixes)):
             if self.num_bytes + size <= self.max_bytes:
                 return True
             oldest = next(iter(self.prefixes.used))
@@ -488,12 +492,15 @@ class Disk:
                 self.prefixes.refresh(oldest)
             else:
                 self._forget(oldest)
-        return self.num_bytes + size <= self.max_bytes
+        fits = self.num_bytes + size <= self.max_bytes
+        self._is_packed = not fits
+        return fits
 
     def _forget(self, number: int) -> None:
         """Remove a record without descendants."""
         self.prefixes.remove(number)
         self._staged.pop(number, None)
+        self._is_packed = False
         self._remove(number)
 
     def _remove(self, number: int) -> None:

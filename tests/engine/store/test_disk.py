@@ -284,6 +284,27 @@ def test_a_smaller_folder_removes_the_oldest_records_and_says_so(
     disk.close()
 
 
+def test_a_folder_full_of_used_records_is_searched_once_until_one_is_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, number = open_disk(tmp_path, max_bytes=20_000), 0
+    while not disk.num_skipped:
+        rows = np.arange(30, dtype=np.int32) + 30 * number
+        disk.offload("kv", prompt(number), rows, reader(prompt(number), 30))
+        number += 1
+    calls, is_leaf = [], disk.prefixes.is_leaf
+    monkeypatch.setattr(disk.prefixes, "is_leaf", lambda one: calls.append(one) or is_leaf(one))
+    refresh = disk.prefixes.refresh
+    monkeypatch.setattr(disk.prefixes, "refresh", lambda one: calls.append(one) or refresh(one))
+    write(disk, prompt(50), prompt(51))
+    assert len(calls) == 2 and disk.num_skipped == 3, "only the new items are refreshed"
+    disk.drop(np.arange(30, dtype=np.int32))
+    write(disk, prompt(52))
+    found = readable(settled(disk), prompt(0), prompt(50), prompt(52), prompt(number - 2))
+    assert found == [False, False, True, True]
+    disk.close()
+
+
 def test_an_eviction_does_not_wait_for_a_slow_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
