@@ -14,9 +14,9 @@ from engine.requests.grammar import (
     json_rule,
     quoted,
 )
-from engine.text.answer_reader import END_FUNCTION, FUNCTION, PARAMETER, json_types
 from engine.text.answers import CALL_CLOSE as CLOSE
 from engine.text.answers import CALL_OPEN as OPEN
+from engine.text.answers import END_FUNCTION, FUNCTION, PARAMETER, json_types
 
 Form = Literal["hermes", "xml"]
 """Form of calls: JSON objects, or a tag per argument as in Qwen3-Coder."""

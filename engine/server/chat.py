@@ -35,8 +35,9 @@ from engine.server.context import (
     usage,
 )
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
-from engine.text.answer_reader import AnswerForm, AnswerReader
 from engine.text.answers import (
+    AnswerForm,
+    AnswerReader,
     Event,
     ReasoningDelta,
     TextDelta,

@@ -34,8 +34,7 @@ from engine.server.metrics import Metrics
 from engine.server.request_log import RequestRecord
 from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
-from engine.text.answer_reader import AnswerForm
-from engine.text.answers import CLOSE
+from engine.text.answers import CLOSE, AnswerForm
 from engine.text.outputs import (
     DraftCounts,
     FinishReason,

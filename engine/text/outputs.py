@@ -1,4 +1,4 @@
-"""Outputs of a request, the conversion of its tokens to text, and their wire format."""
+"""Outputs of a request, their wire format, and the conversion of its tokens to text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy.typing as npt
 from msgspec import Struct, structs
 
 from engine.errors import RequestError, WireError
-from engine.text.answers import MarkSearch
 from hybridcache.api import Losses
 
 if TYPE_CHECKING:
@@ -222,6 +221,108 @@ class RequestOutput(Struct, frozen=True, array_like=True):
     def is_finished(self) -> bool:
         """True if the request has ended."""
         return self.finish_reason is not None
+
+
+WINDOW = 256
+"""Number of characters that are searched for all marks at a time. Without it, a frequent mark would
+repeat the search for a rare one in the whole rest of a text."""
+
+
+class MarkSearch:
+    """Finds the first of some marks, such as stop strings, in a text that arrives in pieces. Text
+    that may be the beginning of a mark is held back.
+
+    >>> search = MarkSearch("</think>")
+    >>> search.push("so </th"), search.push("en </think> x")
+    (('so ', None, ''), ('</then ', '</think>', ' x'))
+    """
+
+    __slots__ = ("_held", "_marks")
+
+    def __init__(self, *marks: str) -> None:
+        """``marks``: one or more."""
+        self._marks = tuple(map(_Mark, marks))
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None, str]:
+        """Return (text before the mark or certainly without one, the mark if found, the text after
+        it). O(len(text)) per mark, over an answer."""
+        found: list[tuple[int, int]] = []
+        for at in range(0, len(text), WINDOW):
+            for mark in self._marks:
+                if (start := mark.read(text[at : at + WINDOW])) is not None:
+                    found.append((at + start, len(mark.text)))
+            if found:
+                break
+        num_before = len(self._held)
+        text = self._held + text
+        if found:
+            self._held = ""
+            for mark in self._marks:
+                mark.matched = 0
+            start, size = min(found)
+            start += num_before
+            return text[:start], text[start : start + size], text[start + size :]
+        cut = len(text) - max(mark.matched for mark in self._marks)
+        self._held = text[cut:]
+        return text[:cut], None, ""
+
+    def flush(self) -> str:
+        """Return the text held back, after the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _Mark:
+    """Search for one mark in a text that arrives in pieces (Knuth, Morris, Pratt).
+
+    ``borders[i]`` is the length of the longest proper prefix of ``text[: i + 1]`` that is also its
+    suffix: the position at which to continue after a mismatch. It is computed as far as the text
+    was ever matched.
+    """
+
+    __slots__ = ("borders", "matched", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.borders = [0]
+        self.matched = 0
+        """Length of the longest suffix of the text read so far that is a proper prefix of
+        ``text``."""
+
+    def read(self, new: str) -> int | None:
+        """Return the start of the mark relative to the start of ``new``, or None if it is
+        not complete.
+
+        Negative if it starts in an earlier piece. O(len(new)), amortised.
+        """
+        text = self.text
+        at = 0
+        while at < len(new):
+            if not self.matched:
+                at = new.find(text[0], at)
+                if at < 0:
+                    return None
+            while self.matched and new[at] != text[self.matched]:
+                self.matched = self._border(self.matched)
+            if new[at] == text[self.matched]:
+                self.matched += 1
+            at += 1
+            if self.matched == len(text):
+                return at - len(text)
+        return None
+
+    def _border(self, length: int) -> int:
+        """Return the length of the longest proper prefix of ``text[:length]`` that is also its
+        suffix."""
+        text, borders = self.text, self.borders
+        while len(borders) < length:
+            border = borders[-1]
+            letter = text[len(borders)]
+            while border and text[border] != letter:
+                border = borders[border - 1]
+            borders.append(border + (text[border] == letter))
+        return borders[length - 1]
 
 
 class TextStream:

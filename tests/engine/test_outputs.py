@@ -6,8 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.answers import _Mark
-from engine.text.outputs import TextStream
+from engine.text.outputs import TextStream, _Mark
 from engine.text.tokenizer import ByteTokenizer
 
 letters = st.text("abé", max_size=40)

@@ -37,9 +37,10 @@ from engine.server.schemas import (
     TopP,
     parsed_arguments,
 )
-from engine.text.answer_reader import AnswerReader, Finish
 from engine.text.answers import (
+    AnswerReader,
     Event,
+    Finish,
     ReasoningDelta,
     TextDelta,
     ToolCall,

@@ -40,9 +40,10 @@ from engine.server.schemas import (
     parsed_arguments,
 )
 from engine.server.settings import ServerConfig
-from engine.text.answer_reader import AnswerReader, Finish
 from engine.text.answers import (
+    AnswerReader,
     Event,
+    Finish,
     ReasoningDelta,
     TextDelta,
     ToolCall,

@@ -10,8 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.text.answer_reader import AnswerForm, AnswerReader, HermesReader, QwenXMLReader
-from engine.text.answers import BrokenCall, Event, ReasoningDelta, TextDelta, ToolCall, joined
+from engine.text.answers import (
+    AnswerForm,
+    AnswerReader,
+    BrokenCall,
+    Event,
+    HermesReader,
+    QwenXMLReader,
+    ReasoningDelta,
+    TextDelta,
+    ToolCall,
+    joined,
+)
 
 SCHEMA = {
     "type": "object",

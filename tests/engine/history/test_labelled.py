@@ -17,8 +17,7 @@ from engine.requests.chat_prompt import render_chat
 from engine.server.access import Tenant
 from engine.server.context import AnsweredChat
 from engine.server.schemas import KNOWN, Message
-from engine.text.answer_reader import AnswerForm, AnswerReader
-from engine.text.answers import as_message
+from engine.text.answers import AnswerForm, AnswerReader, as_message
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from tests.engine.history.scripted import ScriptedEngine
