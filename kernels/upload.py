@@ -1,4 +1,4 @@
-"""Asynchronous upload of small host tables to the device."""
+"""Asynchronous upload of host tables to the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def upload(
-    values: Sequence[float] | Sequence[Sequence[int]] | npt.NDArray[Any],
+    values: Sequence[float] | Sequence[Sequence[int]] | npt.NDArray[Any] | torch.Tensor,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> torch.Tensor:

@@ -77,7 +77,7 @@ class PrefixBuffer:
         """Write the bytes of ``read_rows``, uint8, to other rows."""
         self._settle()
         values = data.view(self._rows.dtype).view(len(rows), -1)
-        self._rows[self._index(rows)] = _to_device(values, self._rows.device)
+        self._rows[self._index(rows)] = upload(values, values.dtype, self._rows.device)
 
     @torch.inference_mode()
     def read_state(self, slot: int) -> HostCopy:
@@ -91,14 +91,7 @@ class PrefixBuffer:
         """Write the result of ``read_state`` to another slot."""
         self._settle()
         assert self._slots is not None
-        self._slots[slot] = _to_device(data, self._slots.device)
+        self._slots[slot] = upload(data, torch.uint8, self._slots.device)
 
     def _index(self, rows: Indices) -> torch.Tensor:
         return upload(rows.astype(np.int64), torch.int64, self._rows.device)
-
-
-def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device like ``upload``, without waiting for the device's earlier work."""
-    if device.type == "cpu":
-        return values
-    return values.pin_memory().to(device, non_blocking=True)

@@ -174,7 +174,7 @@ class TierCopier:
             self._wait()
             copy_rows(self._near(tier), dst, data, np.arange(len(dst), dtype=np.int32))
         else:
-            self._rows[self._index(dst)] = torch.from_numpy(data).to(self._rows.device)
+            self._rows[self._index(dst)] = upload(data, torch.uint8, self._rows.device)
 
     def _aside(self) -> Any:
         """Select the other stream for further work, after all work submitted to this stream so
