@@ -221,7 +221,7 @@ def _run_curl(words: list[str], where: str, server: str | None) -> None:
     if body is not None:
         headers.setdefault("content-type", "application/x-www-form-urlencoded")
     method = method or ("GET" if body is None else "POST")
-    answer = httpx.request(method, url, headers=headers, content=body, timeout=60)
+    answer = httpx.request(method, url, headers=headers, content=body, timeout=120)
     assert answer.status_code == 200, f"{where}: curl {url}: {answer.status_code} {answer.text}"
 
 

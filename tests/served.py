@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 
 from engine import AsyncEngine, Engine
 from engine.server.serve import Server
 from engine.server.settings import ServerConfig, bind
+from tests.waiting import wait_until
 
 
 @contextlib.contextmanager
@@ -24,13 +24,12 @@ def serving(
     listener = bind(ServerConfig(port=port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.005)
+    wait_until(lambda: server.started)
     try:
         yield server, listener.getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         listener.close()
         if thread.is_alive():
-            raise RuntimeError("The server did not stop within 30 seconds.")
+            raise RuntimeError("The server did not stop within 120 seconds.")

@@ -55,7 +55,7 @@ def serve(
     async def main() -> None:
         async_engine.start()
         try:
-            await asyncio.wait_for(scenario(async_engine, runner), 30)
+            await asyncio.wait_for(scenario(async_engine, runner), 300)
         finally:
             runner.allow()
             await asyncio.to_thread(async_engine.stop)
@@ -195,7 +195,7 @@ def test_random_clients_get_right_answers_or_errors(seed: int) -> None:
     async def main() -> list[object]:
         running.start()
         acts = (act(running, random.Random(100 * seed + number)) for number in range(100))
-        ends = await asyncio.wait_for(asyncio.gather(*acts, return_exceptions=True), 120)
+        ends = await asyncio.wait_for(asyncio.gather(*acts, return_exceptions=True), 300)
         await running.drain()
         return ends
 

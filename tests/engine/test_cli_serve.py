@@ -21,6 +21,7 @@ import pytest
 
 from engine.config import BUILTIN_PROMPTS
 from tests.endurance.faults import child_of
+from tests.waiting import wait_until
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
@@ -58,14 +59,12 @@ def _address(server: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def _wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            assert httpx.get(url + "/health").json()["status"] == "ok"
-            return
-        except httpx.ConnectError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    def is_ready() -> bool:
+        with contextlib.suppress(httpx.ConnectError):
+            return httpx.get(url + "/health", timeout=120).json()["status"] == "ok"
+        return False
+
+    wait_until(is_ready)
 
 
 @pytest.mark.parametrize(
@@ -81,18 +80,18 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     [line] = re.findall(r"^ +try +curl (.*)$", screen, re.M)
     pasted, _, header, _, content = shlex.split(line)
     name, _, value = header.partition(": ")
-    answer = httpx.post(pasted, content=content, headers={name: value}, timeout=60).json()
+    answer = httpx.post(pasted, content=content, headers={name: value}, timeout=120).json()
     assert answer["choices"][0]["message"]["content"].endswith("#### 8")
-    httpx.get(url + "/nothing", timeout=60)
+    httpx.get(url + "/nothing", timeout=120)
     body = {"prompt": "drain me", "max_tokens": 100, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as stream:
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=120) as stream:
         events = stream.iter_lines()
         first = next(events)
         os.killpg(server.pid, signal.SIGTERM)  # to both processes, as service managers do
         rest = [line for line in events if line]
     assert first.startswith("data: ") and rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
-    assert server.wait(30) == 0
+    assert server.wait(120) == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(url + "/health")
     log = server.stderr.read()
@@ -106,7 +105,7 @@ def test_the_reason_of_a_killed_engine_is_printed_once(server: subprocess.Popen[
     _, url = _address(server)
     _wait_until_ready(url)
     os.kill(child_of(server.pid), signal.SIGKILL)
-    assert server.wait(30) == 1
+    assert server.wait(120) == 1
     log = server.stderr.read()
     assert log.count("The engine's process was ended by SIGKILL") == 1, log
     assert "Stopping: the engine has ended." in log
@@ -147,7 +146,7 @@ class ServersToStop:
 
         Its other processes have its standard error open, so they have ended too.
         """
-        _, log = server.communicate(timeout=60)
+        _, log = server.communicate(timeout=120)
         assert "Traceback" not in log
         assert server.returncode in codes, log
 
@@ -203,7 +202,7 @@ def test_a_stopped_server_leaves_no_process_and_no_file(
     _, url = _address(server)
     if phase == "serving":
         few = LONG | {"max_tokens": 300}
-        with httpx.stream("POST", url + "/v1/completions", json=few, timeout=60) as answer:
+        with httpx.stream("POST", url + "/v1/completions", json=few, timeout=120) as answer:
             events = answer.iter_lines()
             next(events)
             servers.stop(server, number)
@@ -231,10 +230,13 @@ def test_a_role_stopped_during_a_transfer_finishes_it(servers: ServersToStop, st
         _wait_until_ready(one)
     body = {"prompt": "what is far away " * 400, "max_tokens": 3, "ignore_eos": True}
     with ThreadPoolExecutor() as pool:
-        answering = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=60)
-        while "engine_running_requests 1.0" not in httpx.get(prefill_url + "/metrics").text:
-            assert not answering.done()
-            time.sleep(0.05)
+        answering = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=120)
+
+        def is_running() -> bool:
+            metrics = httpx.get(prefill_url + "/metrics", timeout=120).text
+            return "engine_running_requests 1.0" in metrics or answering.done()
+
+        wait_until(is_running)
         servers.stop(roles[stopped], TERM)
         answer = answering.result().json()
     assert answer["usage"]["completion_tokens"] == 3

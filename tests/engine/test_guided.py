@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
-from engine.plugins.guided import guide
 from engine.plugins.guided.guides import Guides
 from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.text.outputs import SampledToken
@@ -205,10 +204,9 @@ def test_strict_calls_follow_their_grammar_after_the_mark(settings: dict[str, An
     "settings", [{}, {"asynchronous": True, "overlap": "on"}, {"draft": "tree:4"}], ids=str
 )
 def test_a_grammar_beyond_the_limits_ends_only_its_request_at_the_same_token(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+    settings: dict[str, Any],
 ) -> None:
     """The limits count items, not seconds, so every engine ends the answer at the same token."""
-    monkeypatch.setattr(guide, "REQUEST_S", 60.0)
     slow = spec(Grammar.of_text(LATER), max_tokens=200, min_tokens=200)
     plain = spec(None, "other", max_tokens=250, ignore_eos=True)
     [reference, _] = oracle().generate([slow, plain])

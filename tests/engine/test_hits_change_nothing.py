@@ -3,18 +3,12 @@ on other requests, bit for bit."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engine import Engine, RequestOutput, SamplingParams, engine_config
-from engine.plugins.tiers.staging import MeasuredExchange
-from engine.runner.build import load_runner
-from engine.runner.sampler import Sampler
-from hybridcache.geometry.units import GIB
+from engine import Engine, RequestOutput, SamplingParams
 
 ATTENTION_ONLY = {
     "model_type": "qwen3",
@@ -63,41 +57,6 @@ formats = pytest.mark.parametrize(
     ],
     ids=["float32", "bfloat16", "float32-states16", "bfloat16-states16"],
 )
-
-
-@pytest.fixture
-def make_engine(tmp_path: Path) -> MakeEngine:
-    """Return a function that makes an engine on seeded weights, with memory in tokens and slots.
-
-    The arena begins as NaNs in every format, so reads of unwritten memory show.
-    """
-
-    def make(
-        model: dict[str, object] = HYBRID,
-        kv_tokens: int = 4096,
-        slots: int = 32,
-        **settings: object,
-    ) -> Engine:
-        (tmp_path / "config.json").write_text(json.dumps(model))
-        settings = {"model": str(tmp_path), "load_format": "dummy", "device": "cpu"} | settings
-        sizes = load_runner(engine_config(**settings, cache_gib=0.02)).geometry
-        cache_bytes = kv_tokens * sizes.kv_bytes_per_token + slots * max(sizes.state_bytes, 1)
-        config = engine_config(**settings, cache_gib=cache_bytes / GIB, check=True)
-        runner = load_runner(config)
-        runner.tensors.rows.fill_(255)
-        return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
-
-    return make
-
-
-@pytest.fixture
-def always_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load every offloaded prefix, even if computing it again would be faster."""
-
-    def saved(_: object, cached_len: int, position: int, *__: object) -> float:
-        return position - cached_len
-
-    monkeypatch.setattr(MeasuredExchange, "seconds_saved", saved)
 
 
 def prompts(count: int = 10) -> list[list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,9 @@ from engine.plugins.tiers.plugin import NAME
 from hybridcache.export.warm_state import write_memory
 from tests.engine.test_hits_change_nothing import (
     MakeEngine,
-    always_loads,  # noqa: F401
-    make_engine,  # noqa: F401
     prompts,
 )
+from tests.waiting import wait_until
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
 LEARNING = {
@@ -50,7 +48,7 @@ def known_prefixes(engine: Engine) -> set[bytes]:
 
 
 def test_a_restarted_engine_has_the_learned_state_of_the_stopped_one(
-    make_engine: MakeEngine,  # noqa: F811
+    make_engine: MakeEngine,
     tmp_path: Path,
 ) -> None:
     first = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
@@ -69,7 +67,7 @@ def test_a_restarted_engine_has_the_learned_state_of_the_stopped_one(
 
 
 def test_an_idle_engine_saves_its_learned_state(
-    make_engine: MakeEngine,  # noqa: F811
+    make_engine: MakeEngine,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -84,10 +82,6 @@ def test_an_idle_engine_saves_its_learned_state(
 
     asyncio.run(ask())
     try:
-        for _ in range(400):
-            if (tmp_path / "state" / NAME).exists():
-                return
-            time.sleep(0.05)
-        raise AssertionError("the idle engine wrote nothing")
+        wait_until((tmp_path / "state" / NAME).exists)
     finally:
         loop.stop()

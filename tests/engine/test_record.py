@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace_stats import trace_stats
 from tests.engine.history.scripted import ScriptedEngine
 from tests.engine.server.conftest import serving
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "what nobody else should read, said at some length "
@@ -145,16 +145,8 @@ class ServerThread:
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self.thread.join(30)
+        self.thread.join(120)
         assert not self.thread.is_alive()
-
-
-def wait_until(is_true: Callable[[], object]) -> None:
-    for _ in range(4000):
-        if is_true():
-            return
-        time.sleep(0.005)
-    raise AssertionError("the condition never became true")
 
 
 def chat(prompt: str, **body: Any) -> dict[str, Any]:
@@ -174,7 +166,7 @@ class Setup:
         self.front = ServerThread(self.proxy, timeout_graceful_shutdown=1)
         self.clients = ThreadPoolExecutor(200)
         limits = httpx.Limits(max_connections=None)
-        self.client = httpx.Client(limits=limits, timeout=60, trust_env=False)
+        self.client = httpx.Client(limits=limits, timeout=120, trust_env=False)
         self.url = f"{self.front.url}/v1/chat/completions"
 
     def ask(self, prompt: str, **body: Any) -> Future[httpx.Response]:
@@ -240,19 +232,19 @@ def test_a_trace_of_overlapping_requests_can_be_replayed(setup: Setup, seed: int
 def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> None:
     """Cover answers cut off by the client, by upstream, and by the end of the recording."""
     with httpx.stream(
-        "POST", setup.url, json=chat("client", wait="never", stream=True), timeout=30
+        "POST", setup.url, json=chat("client", wait="never", stream=True), timeout=120
     ) as leaving:
         assert "one" in next(leaving.iter_text())
     wait_until(lambda: setup.prompts() == ["client"])
     wait_until(lambda: setup.upstream.num_disconnected == 1)  # Upstream does not compute on.
     with pytest.raises(httpx.RemoteProtocolError):
-        httpx.post(setup.url, json=chat("upstream", breaks=True), timeout=30)
+        httpx.post(setup.url, json=chat("upstream", breaks=True), timeout=120)
     other = setup.url.replace("chat/completions", "messages")
     assert httpx.post(other, json=chat("other")).status_code == 200
     running = setup.ask("running", wait="running", stream=True)
     silent = setup.ask("silent", wait="silent")
     assert setup.ask("whole").result().status_code == 200
-    assert setup.prompts() == ["client", "upstream"]
+    wait_until(lambda: setup.prompts() == ["client", "upstream"])
     setup.front.stop()
     assert setup.prompts() == ["client", "upstream", "running", "whole"]
     lines = setup.path.read_text().splitlines()[1:]
@@ -286,10 +278,10 @@ def test_a_deleted_trace_is_reported(tmp_path: Path) -> None:
     behind, path = ServerThread(Upstream(), lifespan="off"), tmp_path / "trace.jsonl"
     with recording(behind.url, path) as (process, url):
         path.unlink()
-        httpx.post(f"{url}/chat/completions", json=chat("first"), timeout=30)
+        httpx.post(f"{url}/chat/completions", json=chat("first"), timeout=120)
         process.send_signal(signal.SIGINT)
         assert "not in the trace: 1, since the file was deleted" in process.stdout.read()
-        assert process.wait(30) == 1
+        assert process.wait(120) == 1
     behind.stop()
 
 
@@ -301,12 +293,12 @@ def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: in
     behind = ServerThread(upstream, lifespan="off")
     with recording(behind.url, path) as (process, url):
         body = chat("abcdefgh", wait="never", stream=True)
-        httpx.post(f"{url}/chat/completions", json=chat("first"), timeout=30)
-        with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=30) as stream:
+        httpx.post(f"{url}/chat/completions", json=chat("first"), timeout=120)
+        with httpx.stream("POST", f"{url}/chat/completions", json=body, timeout=120) as stream:
             next(stream.iter_text())
             process.send_signal(number)
             printed = process.stdout.read()
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     behind.stop()
     assert f"2 requests; hybridcache simulate --trace {path}" in printed
     assert "tokens counted by: 4 characters as a token, an estimate" in printed

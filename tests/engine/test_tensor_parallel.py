@@ -17,6 +17,8 @@ from engine import Engine, SamplingParams, engine_config
 from engine.interfaces import RunnerLost
 from engine.plugins.tensor_parallel import worker_pool
 from engine.plugins.tensor_parallel.coordinator import LeadingRunner
+from tests.endurance.faults import is_gone
+from tests.waiting import wait_until
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0, logprobs=2)
 BEGINNING = "The same beginning, again and again. " * 8
@@ -72,19 +74,7 @@ def test_a_killed_engine_leaves_no_rank_and_no_shared_memory() -> None:
         if maps.exists():
             assert "/memfd:hybridcache-ranks (deleted)" in maps.read_text()
         process.kill()
-    deadline = time.monotonic() + 60
-    while is_running(follower) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(follower)
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    stat = Path(f"/proc/{process}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    wait_until(lambda: is_gone(follower))
 
 
 @pytest.mark.full

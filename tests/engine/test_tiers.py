@@ -19,9 +19,7 @@ from tests.engine.store.test_disk import FailingSystem
 from tests.engine.test_hits_change_nothing import (
     REPORT,
     MakeEngine,
-    always_loads,  # noqa: F401
     assert_same,
-    make_engine,  # noqa: F401
     prompts,
 )
 
@@ -48,7 +46,7 @@ def host_gib(engine: Engine, tokens: int) -> float:
     [("host", "float32"), ("disk", "float32"), ("host and disk", "bfloat16")],
 )
 def test_hits_through_any_tier_equal_cold_runs_bit_for_bit(
-    make_engine: MakeEngine,  # noqa: F811
+    make_engine: MakeEngine,
     tmp_path: Path,
     tiers: str,
     dtype: str,
@@ -73,7 +71,7 @@ def test_hits_through_any_tier_equal_cold_runs_bit_for_bit(
 @pytest.mark.full
 @pytest.mark.usefixtures("always_loads")
 def test_a_restarted_engine_reads_its_folder_or_a_copy(
-    make_engine: MakeEngine,  # noqa: F811
+    make_engine: MakeEngine,
     tmp_path: Path,
 ) -> None:
     texts = prompts(12)
@@ -94,7 +92,7 @@ def test_a_restarted_engine_reads_its_folder_or_a_copy(
 
 
 def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
-    make_engine: MakeEngine,  # noqa: F811
+    make_engine: MakeEngine,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -125,7 +123,7 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
     ("call", "number"), [("writev", errno.ENOSPC), ("preadv", errno.EIO)], ids=["writev", "preadv"]
 )
 def test_the_engine_serves_despite_errors_of_the_file_system(
-    make_engine: MakeEngine,  # noqa: F811
+    make_engine: MakeEngine,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     call: str,

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,9 @@ from experiments.gpu import __main__ as gpu
 from experiments.gpu import serving as gpu_serving
 from experiments.gpu.models import TINY, write_geometry
 from experiments.provenance import read_json_lines
+from tests.endurance.faults import is_gone
 from tests.stub_device import stubbed
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -69,12 +72,12 @@ def test_only_failed_parts_run_again_with_the_same_code(
 def test_children_of_a_hanging_part_are_stopped(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beacon = tmp_path / "beacon"
-    shell = f"(sleep 1.5; touch {beacon}) & sleep 60"
-    monkeypatch.setitem(gpu.PARTS, "big", gpu.Part(lambda out, dry: ["sh", "-c", shell], 0.1))
+    (child := tmp_path / "child").touch()
+    shell = f"sleep 600 & echo $! > {child}; sleep 600"
+    monkeypatch.setitem(gpu.PARTS, "big", gpu.Part(lambda out, dry: ["sh", "-c", shell], 0.5))
     assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
-    time.sleep(1.5)
-    assert not beacon.exists()
+    if pid := child.read_text():  # A slow shell is stopped before it has a child.
+        wait_until(lambda: is_gone(int(pid)))
 
 
 def test_a_call_ends_within_its_budget_and_the_next_one_continues(
@@ -82,11 +85,15 @@ def test_a_call_ends_within_its_budget_and_the_next_one_continues(
 ) -> None:
     monkeypatch.setattr(gpu, "LEAST_S", 0.0)
     monkeypatch.setattr(gpu, "GRACE_S", 0.2)
-    monkeypatch.setitem(gpu.PARTS, "big", part_of("import time; time.sleep(60)"))
+    monkeypatch.setitem(gpu.PARTS, "big", part_of("import time; time.sleep(600)", 600.0))
     monkeypatch.setitem(gpu.PARTS, "late", part_of("pass"))
-    begin = time.monotonic()
-    assert run(tmp_path, "--budget", "4") == 3
-    assert time.monotonic() - begin < 30
+
+    def now_s() -> float:
+        """Return a time that leaves one second to ``big`` and none to ``late``."""
+        return 599.0 * gpu.is_done(tmp_path, "bench") + gpu.done_file(tmp_path, "big").exists()
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=now_s))
+    assert run(tmp_path, "--budget", "600") == 3
     _, [record] = read_json_lines(gpu.done_file(tmp_path, "big"))
     assert record["verdict"] == "stopped"
     assert [gpu.is_done(tmp_path, part) for part in ("check", "bench", "late")] == [
@@ -95,25 +102,24 @@ def test_a_call_ends_within_its_budget_and_the_next_one_continues(
         False,
     ]
     monkeypatch.setitem(gpu.PARTS, "big", part_of("pass"))
-    assert run(tmp_path, "--budget", "60") == 0
+    monkeypatch.setattr(gpu, "time", time)
+    assert run(tmp_path, "--budget", "600") == 0
     assert gpu.is_done(tmp_path, "late")
 
 
 def test_a_signal_leaves_an_archive_of_the_finished_records(tmp_path: Path) -> None:
     """The parts write a record, and then wait for the signal."""
     out = tmp_path / "out"
-    line = f"import pathlib, time; pathlib.Path({str(out)!r}, 'one.jsonl').touch(); time.sleep(60)"
+    line = f"import pathlib, time; pathlib.Path({str(out)!r}, 'one.jsonl').touch(); time.sleep(600)"
     script = (
         "import sys\nfrom experiments.gpu import __main__ as gpu\n"
-        f"gpu.PARTS = {{'check': gpu.Part(lambda out, dry: [sys.executable, '-c', {line!r}], 60)}}\n"
+        f"gpu.PARTS = {{'check': gpu.Part(lambda out, dry: [sys.executable, '-c', {line!r}], 600)}}\n"
         f"gpu.main(['--dry', '--part', 'check', '--out', {str(out)!r}])"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=gpu.ROOT) as process:
-        while not (out / "one.jsonl").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
+        wait_until((out / "one.jsonl").exists)
         process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(120) == 128 + signal.SIGTERM
     with tarfile.open(tmp_path / "out.tar.gz") as found:
         assert {"out/one.jsonl", "out/check.done.jsonl"} < set(found.getnames())
 

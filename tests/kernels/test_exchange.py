@@ -32,7 +32,7 @@ def run_ranks(count: int, work: Callable[[int, Exchange], Any], **options: Any) 
     memory = mmap.mmap(-1, shared_bytes(count))
     with ThreadPoolExecutor(count) as pool:
         jobs = [
-            pool.submit(work, number, Exchange(memory, number, count, timeout_s=30, **options))
+            pool.submit(work, number, Exchange(memory, number, count, timeout_s=120, **options))
             for number in range(count)
         ]
         return [job.result() for job in jobs]

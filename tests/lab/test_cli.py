@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.simulation.simulate import simulate
 from tests.lab.records import agent_request, agent_session, lines
+from tests.waiting import wait_until
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
 
@@ -206,9 +206,7 @@ def simulating(output: Path, processes: int) -> Iterator[subprocess.Popen[str]]:
         text=True,
         start_new_session=True,
     ) as process:
-        while not (output.exists() and output.read_text()):
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_until(lambda: output.exists() and output.read_text())
         yield process
 
 
@@ -231,7 +229,7 @@ def test_interrupt_gives_one_line_that_names_the_results_file(
 def test_worker_processes_end_with_the_command(tmp_path: Path, number: int) -> None:
     with simulating(tmp_path / "runs.jsonl", 2) as run_:
         run_.send_signal(number)
-        run_.communicate(timeout=30)  # Returns only if no process still has stderr open.
+        run_.communicate(timeout=120)  # Returns only if no process still has stderr open.
 
 
 @pytest.mark.full

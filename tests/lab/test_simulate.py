@@ -312,7 +312,7 @@ def test_script_without_main_guard_gets_a_clear_error(tmp_path: Path) -> None:
         "trace = open_trace('short?head=40').kept()\n"
         "simulate(trace, gib=[1, 2], processes=2, bound=False)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 1
     assert "put its calls below \"if __name__ == '__main__':\"" in done.stderr.splitlines()[-1]
     assert done.stderr.count("Traceback") == 1, "only the script may print a traceback"

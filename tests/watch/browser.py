@@ -39,7 +39,7 @@ def tab(chromium: Any, errors: list[str]) -> Iterator[Any]:
     """Yield an empty page, and fail the test if a script of the page failed."""
     page = chromium.new_page(viewport={"width": 1200, "height": 800})
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(120_000)
     yield page
     page.close()
     assert errors == []

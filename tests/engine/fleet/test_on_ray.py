@@ -7,19 +7,19 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from tests.waiting import wait_until
+
 ray = pytest.importorskip("ray")
 ROOT = Path(__file__).parents[3]
 CHAT = [{"role": "system", "content": "Be brief. " * 40}, {"role": "user", "content": "Hello"}]
-Found = TypeVar("Found")
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +48,11 @@ def url(cluster: str) -> Iterator[str]:
         yield found[0]
     finally:
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
-
-
-def wait_for(read: Callable[[], Found | None], timeout_s: float = 60) -> Found:
-    deadline = time.monotonic() + timeout_s
-    while (found := read()) is None or found is False:
-        assert time.monotonic() < deadline, "the value did not appear"
-        time.sleep(0.05)
-    return found
+        assert server.wait(120) == 0
 
 
 def replicas(url: str) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = httpx.get(f"{url}/v1/cache", timeout=60).json()["replicas"]
+    found: dict[str, dict[str, Any]] = httpx.get(f"{url}/v1/cache", timeout=120).json()["replicas"]
     return found
 
 
@@ -79,7 +71,7 @@ def kill(replica: str) -> None:
 
 def num_prompt_tokens(url: str) -> float:
     """Return the prompt tokens of all requests, from /metrics."""
-    text = httpx.get(f"{url}/metrics", timeout=60).text
+    text = httpx.get(f"{url}/metrics", timeout=120).text
     found = re.search(r"^engine_prompt_tokens_total (\S+)$", text, re.MULTILINE)
     assert found is not None
     return float(found[1])
@@ -90,8 +82,8 @@ def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
 
     A replica is killed before and after the first token, and another one replaces it.
     """
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    wait_until(lambda: httpx.get(f"{url}/health", timeout=120).status_code == 200)
     options: dict[str, Any] = {"model": "builtin", "messages": CHAT, "max_tokens": 8}
     options |= {"temperature": 0.0, "extra_body": {"ignore_eos": True}}
     first, second = (client.chat.completions.create(**options) for _ in range(2))
@@ -103,7 +95,7 @@ def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
         for event in client.chat.completions.create(stream=True, **options)
     ]
     assert "".join(pieces) == first.choices[0].message.content
-    view = httpx.get(f"{url}/v1/cache").json()
+    view = httpx.get(f"{url}/v1/cache", timeout=120).json()
     assert len(view["replicas"]) == 2
     for name in ("prompt_tokens", "cached_tokens", "requests"):
         assert view["usage"][name] == sum(each["usage"][name] for each in view["replicas"].values())
@@ -123,11 +115,11 @@ def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
     left = begin("x" * 300)
     next(left)
     left.close()
-    wait_for(lambda: busy(url) is None)
+    wait_until(lambda: busy(url) is None)
 
     answer = begin("y" * 300)
     next(answer)
-    kill(wait_for(lambda: busy(url)))
+    kill(wait_until(lambda: busy(url)))
     *_, last = answer  # Another replica computes it again, and the stream goes on.
     assert last.choices[0].finish_reason == "length"
     before = num_prompt_tokens(url)
@@ -135,7 +127,7 @@ def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
         first.choices[0].message.content
     )
     assert before < num_prompt_tokens(url), "the counts of the dead replica are lost"
-    wait_for(lambda: len(replicas(url)) == 2)
+    wait_until(lambda: len(replicas(url)) == 2)
 
     found: list[Any] = []
     prompt = "long " * 1600
@@ -145,6 +137,8 @@ def test_a_server_survives_the_death_of_a_replica(url: str) -> None:
         )
     )
     asking.start()
-    kill(wait_for(lambda: busy(url)))
+    working = wait_until(lambda: found or busy(url))
+    if not found:  # A fast machine may answer before it is seen at work.
+        kill(working)
     asking.join()
     assert found and found[0].usage.completion_tokens == 1

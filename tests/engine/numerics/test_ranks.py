@@ -38,7 +38,7 @@ class ThreadGroup:
     """Source of ``Group`` objects for the threads of one run."""
 
     def __init__(self, count: int) -> None:
-        self._barrier = threading.Barrier(count, timeout=60)
+        self._barrier = threading.Barrier(count, timeout=120)
         self._parts: list[Any] = [None] * count
 
     def of(self, number: int) -> Any:

@@ -67,7 +67,7 @@ def run(
     async def main() -> None:
         engine.start()
         try:
-            await asyncio.wait_for(scenario(engine), 60)
+            await asyncio.wait_for(scenario(engine), 300)
         finally:
             await asyncio.to_thread(engine.stop)
             await engine.drain()
@@ -125,7 +125,7 @@ def test_a_process_gives_the_outputs_of_a_thread() -> None:
                 for name in ("text", "logprobs", "prompt_logprobs", "token_ids"):
                     assert getattr(ours, name) == getattr(theirs, name), name
                 assert np.array_equal(ours.prompt_token_ids, theirs.prompt_token_ids)
-            assert 0 <= ours.timings.queue_s <= ours.timings.ttft_s <= ours.timings.e2e_s < 60
+            assert 0 <= ours.timings.queue_s <= ours.timings.ttft_s <= ours.timings.e2e_s < 300
         assert ours.drafts is not None and ours.drafts.accepted.total() > 100
         views = await engine.cache_view(), alone.cache_view()
         figures = [view.pop("queue")["figures"] for view in views]  # They contain times.

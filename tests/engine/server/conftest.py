@@ -29,6 +29,7 @@ from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from tests import served
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
+from tests.waiting import wait_until
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Live:
     @cached_property
     def http(self) -> httpx.Client:
         """Client with persistent connections: a new client takes longer than a request."""
-        return httpx.Client(base_url=self.url, timeout=60, verify=False)
+        return httpx.Client(base_url=self.url, timeout=120, verify=False)
 
     @property
     def client(self) -> openai.OpenAI:
@@ -70,7 +71,7 @@ class Live:
         return self.http.get(path, headers=self.headers | headers)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
 
     def send(self, path: str, body: dict[str, Any]) -> socket.socket:
         """Send a request on a new socket and return it with its answer unread."""
@@ -87,12 +88,9 @@ class Live:
         report: dict[str, Any] = self.get("/v1/cache").json()
         return report
 
-    def wait_for(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 20) -> None:
+    def wait_for(self, condition: Callable[[dict[str, Any]], bool]) -> None:
         """Wait until the report of /v1/cache meets ``condition``."""
-        deadline = time.monotonic() + timeout_s
-        while not condition(self.report()):
-            assert time.monotonic() < deadline, f"still {self.report()}"
-            time.sleep(0.01)
+        wait_until(lambda: condition(self.report()))
 
     def wait_until_idle(self) -> None:
         self.wait_for(lambda report: not report["num_running"] + report["num_waiting"])

@@ -271,7 +271,7 @@ DEEP = b'{"prompt": "x", "user": ' + b"[" * 200 + b"]" * 200 + b"}"
 def test_broken_body_is_refused(live: Live, payload: bytes) -> None:
     kind = {"Content-Type": "application/json"}
     for path in ("/v1/completions", "/v1/messages"):
-        answer = httpx.post(live.url + path, content=payload, headers=kind, timeout=60)
+        answer = httpx.post(live.url + path, content=payload, headers=kind, timeout=120)
         message = answer.json()["error"]["message"]
         assert answer.status_code == 400 and len(message) < 300
         assert path == "/v1/messages" or ("is not UTF-8" in message) == (b"\xff" in payload)
@@ -281,7 +281,7 @@ def test_broken_body_is_refused(live: Live, payload: bytes) -> None:
 def test_json_requires_its_content_type(live: Live, content_type: str) -> None:
     """A foreign web page cannot set it without a preflight request."""
     headers, body = {"Content-Type": content_type}, b'{"prompt": "x"}'
-    answer = httpx.post(live.url + "/v1/completions", content=body, headers=headers, timeout=60)
+    answer = httpx.post(live.url + "/v1/completions", content=body, headers=headers, timeout=120)
     assert answer.status_code == 400 and "Content-Type" in answer.json()["error"]["message"]
 
 
@@ -308,7 +308,7 @@ def test_body_above_the_limit_is_refused(serve_oracle: Callable[..., Live]) -> N
     for path, body in BODIES.items():
         large = json.dumps(body | {"user": "x" * (1 << 15)}).encode()
         for content in (large, iter([large])):  # with and without an announced length
-            answer = httpx.post(small.url + path, content=content, headers=kind, timeout=60)
+            answer = httpx.post(small.url + path, content=content, headers=kind, timeout=120)
             assert answer.status_code == 413, path
             error = answer.json()["error"]
             assert "--max-body-mib" in error["message"]

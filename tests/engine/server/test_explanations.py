@@ -22,7 +22,7 @@ def test_headers_report_hits_and_losses(live: Live) -> None:
             ("/v1/chat/completions", body("Headers. " * 20, stream=stream)),
             ("/v1/completions", {"prompt": "headers " * 20, "max_tokens": 3, "stream": stream}),
         ):
-            with httpx.stream("POST", live.url + path, json=request, timeout=60) as answer:
+            with httpx.stream("POST", live.url + path, json=request, timeout=120) as answer:
                 answer.read()
             headers = answer.headers
             hit, total = int(headers["x-cache-hit-tokens"]), int(headers["x-cache-prompt-tokens"])

@@ -95,7 +95,7 @@ def test_javascript_client_runs_a_tool_loop(serve_answer: ServeAnswer, streams: 
         [node, "-e", RUN_TOOLS, f"{live.url}/v1", schema, json.dumps(streams)],
         env=os.environ | {"NODE_PATH": str(NODE_MODULES)},
         capture_output=True,
-        timeout=60,
+        timeout=120,
     )
     assert json.loads(process.stdout or b"null") == {"calls": [BONN], "answer": "Dry."}, (
         process.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from engine.async_engine import View
 from engine.server.settings import ServerConfig
+from tests.waiting import wait_until
 from tests.watch.browser import chromium, errors, tab
 
 from .conftest import Live, oracle_engine, serving
@@ -20,16 +20,10 @@ __all__ = ["chromium", "errors", "tab"]
 PROMPT = "the same beginning for all who ask here, " * 5
 
 
-def wait_until(tab: Any, expression: str) -> Any:
-    """Return the value of ``expression`` once it is true.
-
-    The page's security policy blocks playwright's own wait.
-    """
-    deadline = time.monotonic() + 20
-    while not (value := tab.evaluate(expression)):
-        assert time.monotonic() < deadline, f"{expression}: {tab.locator('body').inner_text()}"
-        time.sleep(0.02)
-    return value
+def wait_for(tab: Any, expression: str) -> None:
+    """Wait until ``expression`` is true. The page's security policy blocks playwright's own
+    wait."""
+    wait_until(lambda: tab.evaluate(expression))
 
 
 def ask(live: Live, prompt: str, **more: Any) -> None:
@@ -48,9 +42,9 @@ def test_page_shows_new_requests_and_nodes(tab: Any, serve_oracle: Callable[...,
     assert "Nothing is cached yet" in tab.locator(".note").inner_text()
     for number in range(3):
         ask(live, PROMPT + f"{number} " * 30)
-    wait_until(tab, "document.querySelectorAll('.bar:not(.running)').length === 3")
+    wait_for(tab, "document.querySelectorAll('.bar:not(.running)').length === 3")
     ask(live, "a tenant's " * 20, cache_salt="secret")
-    wait_until(tab, "document.querySelectorAll('.bar:not(.running)').length === 4")
+    wait_for(tab, "document.querySelectorAll('.bar:not(.running)').length === 4")
     tab.evaluate("hybridcache.view.select(hybridcache.view.tree.items[0])")
     text = tab.locator(".details pre.text")
     text.wait_for()
@@ -59,9 +53,7 @@ def test_page_shows_new_requests_and_nodes(tab: Any, serve_oracle: Callable[...,
         "hybridcache.view.select("
         "hybridcache.view.tree.items.find((node) => node.namespace !== null))"
     )
-    wait_until(
-        tab, "document.querySelector('.details pre.text')?.textContent.includes('not shown')"
-    )
+    wait_for(tab, "document.querySelector('.details pre.text')?.textContent.includes('not shown')")
     assert "a tenant's a tenant's" not in tab.content() and "secret" not in tab.content()
 
 
@@ -91,7 +83,7 @@ def test_chat_box_streams_and_shows_reused_tokens(tab: Any, live: Live) -> None:
     for number in range(2):
         tab.get_by_label("Message").fill("What do you keep? " * 20)
         tab.keyboard.press("Enter")
-        wait_until(tab, f"document.querySelectorAll('.said small').length === {number + 1}")
+        wait_for(tab, f"document.querySelectorAll('.said small').length === {number + 1}")
     summary = tab.locator(".said small").last.inner_text()
     assert " reused" in summary and not summary.startswith("0 of") and "TTFT" in summary
     tab.get_by_role("button", name="new").click()
@@ -103,7 +95,7 @@ def test_page_reports_a_lost_server_and_reconnects(tab: Any) -> None:
         ask(live, PROMPT)
         tab.goto(live.url)
         wait_until_live(tab)
-        wait_until(tab, "hybridcache.view.model.nodes.size > 0")
+        wait_for(tab, "hybridcache.view.model.nodes.size > 0")
     tab.wait_for_selector("#link[data-state=broken]")
     assert "trying again" in tab.locator("#link").inner_text()
     assert tab.evaluate("hybridcache.view.model.nodes.size") > 0, "the last state stays visible"
@@ -121,7 +113,7 @@ def test_page_asks_for_the_operators_key(tab: Any, tmp_path: Path) -> None:
             tab.get_by_role("button", name="Open").click()
         wait_until_live(tab)
         ask(live, PROMPT)
-        wait_until(tab, "document.querySelectorAll('.bar').length === 1")
+        wait_for(tab, "document.querySelectorAll('.bar').length === 1")
         assert tab.get_by_label("Key", exact=True).count() == 0
 
 
@@ -151,4 +143,4 @@ def test_page_links_to_each_replica(
     assert tab.locator("#replicas").inner_text().split() == ["replica", "1", "2"]
     assert tab.locator("#replicas a[aria-current]").inner_text() == "2"
     ask(live, PROMPT)
-    wait_until(tab, "document.querySelectorAll('.bar').length === 1")
+    wait_for(tab, "document.querySelectorAll('.bar').length === 1")

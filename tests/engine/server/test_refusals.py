@@ -63,7 +63,7 @@ def make_engine(config: EngineConfig, **options: Any) -> Engine:
     """Return an engine on the oracle that raises the error named in a prompt, with steps slow
     enough to fill its queue."""
     runner = SlowRunner(8192, 16, max_model_len=1024)
-    runner.step_s = 0.002
+    runner.step_s = 0.01
     engine = Engine(
         config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer(), **options
     )
@@ -261,7 +261,7 @@ def test_refusals_of_each_kind_of_engine(kind: str, monkeypatch: pytest.MonkeyPa
     async def main() -> None:
         async with serving(kind, EngineConfig(max_running=1, max_queue=1)) as (engine, client):
             for scenario in SCENARIOS:
-                await asyncio.wait_for(scenario(engine, client, kind), 60)
+                await asyncio.wait_for(scenario(engine, client, kind), 300)
                 await wait_until_idle(engine)
                 answer = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3})
                 assert answer.status_code == 200

@@ -104,6 +104,7 @@ def test_shown_namespaces_do_not_reveal_salts(serve_oracle: Callable[..., Live])
     assert "tenant-17" not in str(namespaces)
 
 
+@pytest.mark.usefixtures("always_loads")
 def test_tenant_entries_are_found_after_a_restart(tmp_path: Path, caplog: Any) -> None:
     """The order of keys in the file does not matter. Files of the folder do not name a tenant."""
     folder, keys = tmp_path / "state", tmp_path / "keys"
@@ -171,7 +172,7 @@ PATHS: list[tuple[str, str]] = [
 def test_operator_paths_without_a_key_require_a_local_client(
     live: Live, method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
-    with httpx.stream(method, live.url + path, headers=headers, timeout=60) as answer:
+    with httpx.stream(method, live.url + path, headers=headers, timeout=120) as answer:
         if status == 403:
             assert "--admin-key-file" in answer.read().decode()
     found = 200 if answer.status_code == 404 else answer.status_code
@@ -187,7 +188,7 @@ def test_operator_paths_with_a_key_require_the_key(
     live = serve_oracle(ServerConfig(admin_key_file=str(file)))
 
     def status(**headers: Any) -> int:
-        with httpx.stream(method, live.url + path, headers=headers, timeout=60) as answer:
+        with httpx.stream(method, live.url + path, headers=headers, timeout=120) as answer:
             return answer.status_code
 
     assert status(Authorization="Bearer s3cret", Host="cache.example") in (200, 404)

@@ -126,7 +126,7 @@ def test_loaded_rows_equal_the_offloaded_ones(
             rows, data = stored.pop(int(choose.integers(len(stored))))
             if action == 3:
                 names = disk.stage(rows)
-                disk.wait(names, 10)
+                disk.wait(names, 120)
                 assert disk.is_staged(names) or len(names) > 1
                 assert np.array_equal(loaded(disk, rows), data)
             else:
@@ -335,7 +335,7 @@ class HungReads:
         read = RecordStore.read
 
         def hang(store: RecordStore, record_id: int, out: memoryview) -> bool:
-            assert self.responds.wait(60)
+            assert self.responds.wait(120)
             return read(store, record_id, out)
 
         monkeypatch.setattr(RecordStore, "read", hang)

@@ -15,11 +15,13 @@ from engine.runner.sampler import Sampler
 ROOT = Path(__file__).resolve().parents[3]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=3)
 SMALL = {"cache_gib": 0.05, "check": True, "device": "cpu"}
+PATIENT = {"transfer_timeout_s": 120.0}
+"""Time limit of a transfer that no machine exceeds."""
 
 
 def decode_engine(port: int, **settings: object) -> Engine:
     """Return a decode engine. Its memory begins as NaNs, so reads of unwritten memory show."""
-    settings = SMALL | {"fetch_above": 64, "transfer_timeout_s": 5.0} | settings
+    settings = SMALL | PATIENT | {"fetch_above": 64} | settings
     config = engine_config(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
     runner = load_runner(config)
     runner.tensors.rows.fill_(255)
@@ -33,7 +35,7 @@ def prefix(prompt: bytes) -> RequestSpec:
 
 
 def prefill_config(**settings: object) -> EngineConfig:
-    settings = SMALL | {"transfer_timeout_s": 5.0} | settings
+    settings = SMALL | PATIENT | settings
     return engine_config(role="prefill", transfer_at="127.0.0.1:0", **settings)
 
 
@@ -57,7 +59,7 @@ def prefill_process() -> Iterator[tuple[subprocess.Popen[str], int]]:
         "from tests.engine.transfer.pair import *\n"
         "from engine.plugins.disaggregation import prefill_server\n"
         "prefill_server.PIECE_BYTES, prefill_server.MAX_QUEUED_BYTES = 1 << 15, 1\n"
-        "with prefill_thread(transfer_timeout_s=60.0) as engine:\n"
+        "with prefill_thread() as engine:\n"
         "    print(engine.plugins['disaggregation'].address[1], flush=True)\n"
         "    sys.stdin.read()\n"
     )

@@ -43,7 +43,7 @@ def plain() -> Engine:
 
 def test_two_processes_give_the_bits_of_one_engine(prefill: tuple[int, int], plain: Engine) -> None:
     """Check that only missing parts are sent: not cached KV, and after an answer only the rest."""
-    engine = decode_engine(prefill[1], transfer_timeout_s=60.0)
+    engine = decode_engine(prefill[1])
     first, second = text(0, 700), text(0, 300) + text(1, 250)
     assert_same(plain, engine, [first, second])
     transferred = engine.plugins["disaggregation"].counts
