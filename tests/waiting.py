@@ -9,12 +9,10 @@ from typing import TypeVar
 Found = TypeVar("Found")
 
 
-def wait_until(condition: Callable[[], Found], timeout_s: float = 120) -> Found:
-    """Return the first true result of ``condition``.
-
-    The time limit ends a test that hangs. It is so long that no machine is too slow.
-    """
-    deadline = time.monotonic() + timeout_s
+def wait_until(condition: Callable[[], Found]) -> Found:
+    """Return the first true result of ``condition``. A limit that no machine is too slow for ends
+    a test that hangs."""
+    deadline = time.monotonic() + 120
     while not (found := condition()):
         assert time.monotonic() < deadline, "the condition never became true"
         time.sleep(0.01)

@@ -251,16 +251,6 @@ def test_moving_rows_without_a_holder_raises():
         arena.slots.allocate()
 
 
-def test_rows_after_the_last_slab_hold_kv_only():
-    arena = ArenaAllocator(29, 1, 10)
-    assert (arena.num_slabs, arena.capacity) == (2, 29)
-    slots = [arena.slots.allocate(), arena.slots.allocate()]
-    assert sorted(slots) == [0, 1] and arena.slots.allocate() is None
-    assert sorted(arena.pages.allocate(9)) == list(range(20, 29))
-    assert arena.pages.allocate(1) is None
-    arena.check()
-
-
 def test_a_slab_has_whole_pages_and_fits_one_state():
     assert [slab_rows(12, 2), slab_rows(13, 2), slab_rows(13, 2, 4)] == [6, 7, 8]
     assert ArenaAllocator(400, 2, 13, 4).slab_rows == 8

@@ -18,7 +18,6 @@ from tests.engine.test_scheduler_machine import answer
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler
 
 ONE = SamplingParams(max_tokens=1)
-LONG = SamplingParams(max_tokens=200)
 ENDLESS = SamplingParams(max_tokens=4000)
 
 

@@ -332,19 +332,15 @@ def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(
 # --- figures of runs ------------------------------------------------------------------------------
 
 
-def small_load(
-    num_sessions: int = 12, tenant_of_each: int = 0, turns: int = 6, pause_s: float = 0.2
-) -> Trace:
-    """Return sessions of 900 tokens and 60 more per turn. Tenant b has every
-    ``tenant_of_each``-th."""
+def small_load(num_sessions: int, turns: int, pause_s: float) -> Trace:
+    """Return sessions of 900 tokens and 60 more per turn."""
     rng, requests = np.random.default_rng(7), []
     for session in range(num_sessions):
         text = rng.integers(0, 1000, 900, dtype=np.int32)
-        tenant = "b" if tenant_of_each and session % tenant_of_each == 0 else "a"
         for turn in range(turns):
             text = np.concatenate((text, rng.integers(0, 1000, 40, dtype=np.int32)))
             answer = rng.integers(0, 1000, 20, dtype=np.int32)
-            requests.append(TraceRequest(pause_s * turn, session, tenant, text, answer))
+            requests.append(TraceRequest(pause_s * turn, session, None, text, answer))
             text = np.concatenate((text, answer))
     return Trace("small", 1, tuple(requests).__iter__)
 
@@ -362,7 +358,7 @@ def small_cell(num_sessions_that_fit: float, rate: float, **settings: Any) -> Sc
 def test_session_limits_keep_hits_that_oldest_first_loses(pause_s: float, rate: float) -> None:
     """A quarter of the sessions fits into the memory."""
     slow = LinearSteps(prefill_token_s=1 / 2000)
-    trace = small_load(24, turns=15, pause_s=pause_s)
+    trace = small_load(24, 15, pause_s)
     oldest, fixed, gate = (
         run_closed_loop(trace, small_cell(6, rate, times=slow, admission=policy, tells_ends=True))
         for policy in ("oldest", "live:4", "sessions")

@@ -57,26 +57,6 @@ def answer_text(request: TraceRequest) -> str:
     return bytes(request.output[request.output < 256].astype("u1")).decode()
 
 
-# --- Sessions -----------------------------------------------------------------------------------
-
-
-def conversations(num: int, turns: int, *, whole: bool) -> list[tuple[float, str, str]]:
-    """Return (time, prompt, answer) of conversations behind one system message.
-
-    Prompts hold all earlier turns if ``whole``, else the turn's message alone.
-    """
-    rows = []
-    for chat in range(num):
-        said = "You are a helpful assistant. "
-        for turn in range(turns):
-            message = f"Question {turn} of chat {chat:03}? "
-            said += message
-            answer = f"Answer {turn} of {chat:03}. "
-            rows.append((10.0 * turn + chat / num, said if whole else message, answer))
-            said += answer
-    return sorted(rows)
-
-
 @given(st.lists(st.text("ab", min_size=1, max_size=6), max_size=30))
 def test_sessions_continue_the_longest_last_prompt(prompts: list[str]) -> None:
     continued, last, count = Continued(), dict[str, int](), 0

@@ -212,20 +212,6 @@ def test_the_next_turn_of_a_session_waits_a_bounded_time() -> None:
     assert arrivals(policy.order([new, later, resident], load)) == [1, 3]
 
 
-def cycle(policy: AdmissionPolicy, load: FakeLoad, number: int, *, is_lost: bool) -> None:
-    """Serve one request of 8,000 tokens after a pause of two seconds. It takes one second."""
-    load.now_s += 3.0
-    resumed = session(number, known_len=8000)
-    resumed.idle_since_s = load.now_s - 2.0
-    request = FakeRequest(number, resumed, 8000, cached_len=0 if is_lost else 8000)
-    request.arrival_s = load.now_s
-    policy.arrived(request, load)
-    policy.admitted(request, load)
-    load.now_s += 1.0
-    policy.computed(8000 if is_lost else 80, 1.0 if is_lost else 0.01, load)
-    policy.left(request, load)
-
-
 def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:
     policy, load = SessionGate(), FakeLoad(running=[None])
     congest(policy, load, lost=80_000)

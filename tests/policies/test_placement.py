@@ -11,12 +11,6 @@ from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement
 from tests.policies.items import FakeItem
 
 
-def positions_of(spec: str, **changes: object) -> list[int]:
-    """Return the planned positions, by default for a cold prompt of 1,000 on a grid of 64."""
-    prefill = Prefill(1000, 0, 0, 0, (), 64)._replace(**changes)  # type: ignore[arg-type]
-    return sorted(prefill.on_grid(parse_placement(spec).plan(prefill)))
-
-
 @pytest.mark.parametrize(
     ("spec", "positions"),
     [
@@ -32,17 +26,14 @@ def positions_of(spec: str, **changes: object) -> list[int]:
     ],
 )
 def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int]) -> None:
-    assert positions_of(spec) == positions
+    prefill = Prefill(1000, 0, 0, 0, (), 64)
+    assert sorted(prefill.on_grid(parse_placement(spec).plan(prefill))) == positions
 
 
-def specs_with_numbers() -> list[str]:
-    """Return every registered rule, with a number if it needs one."""
-    return [
-        f"{name}:{rule.example}" if rule.example else name for name, rule in PLACEMENT_NAMES.items()
-    ]
+EVERY_RULE = [f"{name}:{rule.example}".rstrip(":") for name, rule in PLACEMENT_NAMES.items()]
 
 
-@pytest.mark.parametrize("spec", [*specs_with_numbers(), "adaptive,every:512,cap:3"])
+@pytest.mark.parametrize("spec", [*EVERY_RULE, "adaptive,every:512,cap:3"])
 def test_planning_does_not_change_a_placement(spec: str) -> None:
     """Routers call ``plan`` for requests that may never arrive. Later plans must not change."""
     rng = random.Random(7)

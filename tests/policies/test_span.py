@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.registry import EVICTION
-from hybridcache.radix.tree import RadixNode
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.cache.twins import VictimLog
 
@@ -18,10 +17,6 @@ def filled(eviction: str, seed: int, classes: bool) -> HybridRadixCache:
     for tokens in traffic(seed, 25):
         serve(cache, tokens, {len(tokens) // 2, len(tokens)} - {0})
     return cache
-
-
-def splittable(cache: HybridRadixCache) -> list[RadixNode]:
-    return [n for n in cache._tree.nodes() if n.kv is not None and n.end - n.start > 1]
 
 
 def order(cache: HybridRadixCache) -> list[object]:
@@ -41,7 +36,7 @@ def test_a_split_without_an_insert_does_not_change_the_eviction_order(
 ) -> None:
     whole, split = filled(eviction, seed, classes), filled(eviction, seed, classes)
     for cut in cuts:
-        nodes = splittable(split)
+        nodes = [n for n in split._tree.nodes() if n.kv is not None and n.end - n.start > 1]
         node = nodes[cut % len(nodes)]
         split._split(node, node.start + 1 + cut % (node.end - node.start - 1))
     split.check()

@@ -38,28 +38,17 @@ def test_victims_match_the_pseudocode_of_the_paper(
 
 
 @pytest.mark.parametrize("eviction", sorted(EVICTION))
-@given(requests, st.integers(1, 6), st.randoms(use_true_random=False))
-def test_items_of_any_kind_and_size_are_conserved(
-    eviction: str, pages: str, capacity: int, random: object
-) -> None:
+@given(st.text("abcdefABC", max_size=80), st.integers(1, 6))
+def test_items_of_any_kind_and_size_are_conserved(eviction: str, pages: str, capacity: int) -> None:
+    """Capital letters lock their item for a while."""
+
     def make(name: str) -> FakeItem:
         kind = "kv" if name in "aceg" else "checkpoint"
         return FakeItem(
             name, kind=kind, size_bytes=ord(name) - 96, span=32 * (ord("i") - ord(name))
         )
 
-    caches = [ItemCache(EVICTION[eviction](), capacity, make).serve(pages) for _ in range(2)]
-    first, second = caches
+    first, second = (ItemCache(EVICTION[eviction](), capacity, make).serve(pages) for _ in "ab")
     assert first.evicted == second.evicted, "the policy is not deterministic"
-    assert len(first.items) <= capacity
-    assert len(first.evicted) + len(first.items) + first.hits == len(pages)
-
-
-@pytest.mark.parametrize("eviction", sorted(EVICTION))
-@given(st.text("abcdefABC", max_size=80), st.integers(1, 6))
-def test_items_are_conserved_while_some_are_locked(
-    eviction: str, pages: str, capacity: int
-) -> None:
-    cache = ItemCache(EVICTION[eviction](), capacity).serve(pages)
-    num_requests = len(cache.evicted) + len(cache.items) + cache.hits + cache.refused
-    assert num_requests == len(pages) and len(cache.items) <= capacity
+    num_requests = len(first.evicted) + len(first.items) + first.hits + first.refused
+    assert num_requests == len(pages) and len(first.items) <= capacity

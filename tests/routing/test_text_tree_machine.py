@@ -6,11 +6,38 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hybridcache.routing.text_tree import KEPT, TextTree
-from tests.routing.reference import PlainTree
 
 PROMPTS = st.lists(st.integers(0, 2), max_size=12).map(tuple)
 REPLICAS = st.integers(0, 2)
 SPACES = st.sampled_from((None, "other"))
+
+
+class PlainTree:
+    """List of all prompts that were sent to each replica, without eviction."""
+
+    def __init__(self):
+        self.sent = []
+
+    def insert(self, tokens, replica, namespace=None):
+        self.sent.append((tokens, replica, namespace))
+
+    def forget(self, replica):
+        self.sent = [entry for entry in self.sent if entry[1] != replica]
+
+    def match(self, tokens, namespace=None):
+        reached = {}
+        for prompt, replica, space in self.sent:
+            if space == namespace and (length := shared_len(prompt, tokens)):
+                reached[replica] = max(reached.get(replica, 0), length)
+        return max(reached.values(), default=0), reached
+
+
+def shared_len(left, right):
+    """Return the length of the common prefix."""
+    length = 0
+    while length < min(len(left), len(right)) and left[length] == right[length]:
+        length += 1
+    return length
 
 
 class TextTreeMachine(RuleBasedStateMachine):
