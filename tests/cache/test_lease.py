@@ -17,10 +17,8 @@ from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out
 
 
-def make_cache(kind: str = "hybrid", kv_tokens: int = 1024, slots: int = 8, **options: int):
-    return build_prefix_cache(
-        CacheConfig(prefix_cache=kind, num_kv_tokens=kv_tokens, num_slots=slots, **options)
-    )
+def make_cache(slots: int = 8, **options: int):
+    return build_prefix_cache(CacheConfig(num_kv_tokens=1024, num_slots=slots, **options))
 
 
 def tokens(length: int, first: int = 0) -> Tokens:
@@ -55,11 +53,6 @@ def answer(lease: Lease, text: Tokens) -> None:
     carried_out(lease.cache)
 
 
-def reusable_len(cache: HybridRadixCache, text: Tokens) -> int:
-    """Return the cached length of a prompt that goes on from ``text``."""
-    return cache.match(np.append(text, np.int32(7))).cached_len
-
-
 def test_an_aborted_answer_leaves_the_checkpoint_before_it_as_it_was() -> None:
     cache = make_cache(slots=4, eviction="lru")
     texts = [tokens(192, first) for first in (0, 10_000, 20_000, 30_000)]
@@ -80,7 +73,8 @@ def test_an_aborted_answer_leaves_the_checkpoint_before_it_as_it_was() -> None:
         answer(lease, texts[number])
         lease.finish(texts[number], 192)
     check(cache)
-    assert [reusable_len(cache, text) for text in texts] == [192, 0, 192, 192]
+    matches = [cache.match(np.append(text, np.int32(7))) for text in texts]
+    assert [match.cached_len for match in matches] == [192, 0, 192, 192]
 
 
 @pytest.mark.parametrize("unwritten", [True, False])
@@ -127,18 +121,12 @@ def test_checkpoints_after_rejected_drafts_have_the_right_state(unwritten: bool,
 # --- Misuse --------------------------------------------------------------------------------------
 
 
-def ended(how: str) -> tuple[HybridRadixCache, Lease, Tokens]:
-    """Return a cache with an ended lease, and its prompt."""
+@pytest.mark.parametrize("how", ["finish", "preempt", "abort"])
+def test_an_ended_lease_refuses_every_call(how: str) -> None:
     cache, prompt = make_cache(grid=8), tokens(40)
     lease = begin(cache, prompt)
     prefill(lease, prompt)
     lease.abort() if how == "abort" else getattr(lease, how)(prompt, 40)
-    return cache, lease, prompt
-
-
-@pytest.mark.parametrize("how", ["finish", "preempt", "abort"])
-def test_an_ended_lease_refuses_every_call(how: str) -> None:
-    cache, lease, prompt = ended(how)
     after = cache.render(), cache.free_tokens, cache.free_slots
     calls: dict[str, Any] = {
         "extend": (41,),

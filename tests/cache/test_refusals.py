@@ -39,21 +39,13 @@ INVALID_IDS = (
 )
 
 
-def attention_only():
-    return hybrid(100, prefix_cache="radix")
-
-
-def no_cache():
-    config = CacheConfig(prefix_cache="none", num_kv_tokens=100, num_slots=2, grid=1)
-    return build_prefix_cache(config)
-
-
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
 @pytest.mark.parametrize(
     "bad", INVALID_IDS, ids=["list", "int64", "float32", "two axes", "scalar", "big-endian"]
 )
 def test_ids_and_rows_that_are_not_int32_raise_in_every_cache(prefix_cache, bad):
-    cache = hybrid(100, 2, prefix_cache=prefix_cache) if prefix_cache != "none" else no_cache()
+    sizes = {"num_kv_tokens": 100, "num_slots": 2, "grid": 1}
+    cache = build_prefix_cache(CacheConfig(prefix_cache=prefix_cache, **sizes))
     publish(cache, ids([1, 0, 2, 0]))
     before = cache.render()
     rows = cache.allocate_kv(4)
@@ -76,14 +68,12 @@ hybrid().subscribe(FOLLOWS)
 PLACEMENT = parse_placement("end")
 
 
-def missed_elsewhere():
-    """Return a match that has missed an evicted checkpoint of another cache."""
-    other = hybrid()
-    publish(other, ids("abcde"), [5])
-    other.evict(num_tokens=5)
-    match = other.match(ids("abcdef"))
-    assert match.node is None and match.missed is not None
-    return match
+OTHER = hybrid()
+publish(OTHER, ids("abcde"), [5])
+OTHER.evict(num_tokens=5)
+MISSED_ELSEWHERE = OTHER.match(ids("abcdef"))
+"""Match that has missed an evicted checkpoint of another cache."""
+assert MISSED_ELSEWHERE.node is None and MISSED_ELSEWHERE.missed is not None
 
 
 def insert(*checkpoints, **options):
@@ -125,7 +115,7 @@ REFUSED = {
     ),
     "a function as listener": ("EventStream", lambda cache, rows: cache.subscribe(print)),
     "a number for checkpoints": ("pairs", lambda cache, rows: cache.insert(ids("abcde"), rows, 8)),
-    "the miss of another cache": ("another", lambda cache, rows: cache.touch(missed_elsewhere())),
+    "the miss of another cache": ("another", lambda cache, rows: cache.touch(MISSED_ELSEWHERE)),
     "no tuple of placements": ("tuple", lambda cache, rows: write_memory(cache, PLACEMENT)),
     "no bytes": ("bytes", lambda cache, rows: unpack(None)),
     "no listener": ("EventStream", lambda cache, rows: cache.subscribe(None)),
@@ -151,10 +141,10 @@ def test_a_wrong_call_changes_nothing(named, call):
     assert cache.cached_tokens == 0
 
 
-@pytest.mark.parametrize("make", [hybrid, attention_only])
-def test_evicted_nodes_can_neither_be_locked_read_nor_extended(make):
-    cache = make()
-    publish(cache, ids("abcde"), [5] if make is hybrid else [])
+@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
+def test_evicted_nodes_can_neither_be_locked_read_nor_extended(prefix_cache):
+    cache = hybrid(100, prefix_cache=prefix_cache)
+    publish(cache, ids("abcde"), [5] * (prefix_cache == "hybrid"))
     match = cache.match(ids("abcdef"))
     cache.evict(num_tokens=100)
     with pytest.raises(ValueError, match="match again"):

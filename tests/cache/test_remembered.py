@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from hybridcache import (
-    CacheConfig,
-    LeaseRequest,
-    ModelGeometry,
-    build_prefix_cache,
-    parse_placement,
-)
+from hybridcache import ModelGeometry
 from hybridcache.export.warm_state import MAGIC, _read, _written, pack, unpack, write_memory
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.scenario import Scenario
@@ -23,13 +18,19 @@ from hybridcache.policies.eviction.hazards import NUM_BINS
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
-from hybridcache.tiers import TieredRadixCache, path_of
+from hybridcache.tiers import path_of
 from tests.cache import twins
-from tests.cache.serving import serve_lease
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 TRACES = {"agent": agent().head(160), "chat": chat().head(240)}
 REQUESTS = {name: list(trace) for name, trace in TRACES.items()}
+STATELESS = replace(GEOMETRY, num_linear_layers=0, recurrent_elements=0, conv_bytes=0)
+CACHES = {
+    "small": {"gib": 0.6, "disk_gib": 2.4},
+    "large": {"gib": 2.0, "disk_gib": 8.0},
+    "without tiers": {"gib": 0.6, "disk_gib": 0.0},
+    "without states": {"gib": 0.6, "disk_gib": 0.0, "model": STATELESS, "policy": "lru"},
+}
 
 
 class VictimLog(twins.VictimLog):
@@ -43,11 +44,11 @@ class VictimLog(twins.VictimLog):
 
 def make(trace, gib=1.0, disk_gib=8.0, **options):
     """Build a simulated target with one byte budget. The order of free rows is then irrelevant."""
-    settings = {"policy": "survival", "checkpoints": "adaptive", "memory": "budget"} | options
-    tier = {"disk_gib": disk_gib, "disk_gb_s": 1e3} if disk_gib else {}
-    cell = Scenario("own", model=GEOMETRY, gib=gib, **tier, **settings)
-    target = build_target(cell, trace.unit)
-    assert isinstance(target, LeaseTarget) and isinstance(target.cache, TieredRadixCache)
+    settings = {"policy": "survival", "checkpoints": "adaptive", "memory": "budget"}
+    settings |= {"model": GEOMETRY} | options
+    settings |= {"disk_gib": disk_gib, "disk_gb_s": 1e3} if disk_gib else {}
+    target = build_target(Scenario("own", gib=gib, **settings), trace.unit)
+    assert isinstance(target, LeaseTarget)
     return target
 
 
@@ -62,7 +63,8 @@ def serve(target, requests):
         served.prefilled()
         served.finish()
     target.cache.unsubscribe(chosen)
-    return hits, chosen.chosen_items, dict(target.cache.offload.copied_rows)
+    tiers = target.cache.offload
+    return hits, chosen.chosen_items, None if tiers is None else dict(tiers.copied_rows)
 
 
 def restarted(target, fresh, has_room=False):
@@ -84,23 +86,18 @@ def restarted(target, fresh, has_room=False):
     return unfit
 
 
-def empty_the_device(target):
-    """Evict everything from the device to the tiers, as a restart does."""
-    target.cache.evict(1 << 40, 1 << 40)
-    target.cache.offload.copied_rows.clear()
-
-
-@pytest.mark.full("0.6-agent")
+@pytest.mark.full("small-agent", "without tiers-chat", "without states-chat")
 @pytest.mark.parametrize("name", TRACES)
-@pytest.mark.parametrize("gib", [0.6, 2.0])
-def test_a_restarted_run_decides_like_an_uninterrupted_run(name, gib):
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_restarted_run_decides_like_an_uninterrupted_run(name, cache):
     trace = TRACES[name]
     requests = REQUESTS[name]
     half = len(requests) // 2
-    whole, without_state = make(trace, gib, 4 * gib), make(trace, gib, 4 * gib)
+    whole, without_state, cut = (make(trace, **CACHES[cache]) for _ in range(3))
     serve(whole, requests[:half])
-    empty_the_device(whole)
-    cut = make(trace, gib, 4 * gib)
+    whole.cache.evict(1 << 40, 1 << 40)  # To the tiers, as a restart does.
+    if whole.cache.offload is not None:
+        whole.cache.offload.copied_rows.clear()
     assert restarted(whole, cut, has_room=True) == []
     expected = serve(whole, requests[half:])
     assert expected[1], "nothing was evicted"
@@ -109,48 +106,6 @@ def test_a_restarted_run_decides_like_an_uninterrupted_run(name, gib):
         "the warm state has no effect on decisions"
     )
     cut.cache.check(0, 0)
-
-
-@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
-def test_a_restarted_cache_without_tiers_decides_like_an_uninterrupted_one(prefix_cache):
-    config = CacheConfig(
-        prefix_cache=prefix_cache,
-        total_bytes=60_000,
-        kv_bytes_per_token=4,
-        state_bytes=800,
-        eviction="survival" if prefix_cache == "hybrid" else "lru",
-    )
-    requests = REQUESTS["chat"]
-    half = len(requests) // 2
-
-    def make():
-        return build_prefix_cache(config), parse_placement("adaptive")
-
-    def serve(cache, placement, requests):
-        hits, chosen = [], VictimLog()
-        cache.subscribe(chosen)
-        for request in requests:
-            lease_request = LeaseRequest(
-                request.tokens[:9000], request.namespace, stateful=prefix_cache == "hybrid"
-            )
-            lease = serve_lease(cache, placement, lease_request)
-            hits.append((lease.cached_len, lease.losses))
-        cache.unsubscribe(chosen)
-        return hits, chosen.chosen_items
-
-    whole, without_state, cut = make(), make(), make()
-    serve(*whole, requests[:half])
-    whole[0].evict(1 << 40, 1 << 40)
-    memory = unpack(pack(write_memory(whole[0], whole[1].rules)))
-    memory.recall_tree(cut[0])
-    assert memory.recall_policies(cut[0], cut[1].rules) == []
-    expected = serve(*whole, requests[half:])
-    assert expected[1], "nothing was evicted"
-    assert serve(*cut, requests[half:]) == expected
-    assert serve(*without_state, requests[half:]) != expected, (
-        "the warm state has no effect on decisions"
-    )
-    cut[0].check(0, 0)
 
 
 def test_state_of_other_policies_is_ignored_and_reported():

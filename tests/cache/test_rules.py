@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.policies.registry import EVICTION
 from tests.cache.serving import hybrid, ids, publish
 
 
@@ -95,17 +94,3 @@ def test_a_null_cache_stores_nothing():
 def test_default_item_bytes_make_both_pools_weigh_the_same(options, weights):
     """Policies that compare bytes need the size of a state, also if none is configured."""
     assert CacheConfig(**options).item_bytes == weights
-
-
-@pytest.mark.parametrize("eviction", list(EVICTION))
-def test_every_policy_withholds_locked_nodes_until_they_are_unlocked(eviction):
-    cache = hybrid(eviction=eviction)
-    publish(cache, ids("abcde"), [2, 5])
-    publish(cache, ids("abX"), [3])
-    handle = cache.lock(cache.match(ids("abcdef")).node)
-    cache.evict(num_tokens=100, num_slots=100)
-    cache.check(held_tokens=0, held_slots=0)
-    assert cache.match(ids("abcdef")).cached_len == 5 and cache.cached_tokens == 5
-    cache.unlock(handle)
-    cache.check(held_tokens=0, held_slots=0)
-    assert cache.evict(num_tokens=5).num_tokens == 5

@@ -84,25 +84,17 @@ def test_a_lease_fetches_if_it_saves_time_and_counts_the_rest(
     cache.check(held_tokens=0, held_slots=0)
 
 
-def without_a_free_slot(num_slots: int = 2) -> TieredRadixCache:
-    """Build a cache with a checkpoint on the device at 2, one on the host at 4, and all other slots
-    held."""
-    cache = tiered(num_slots=num_slots, priority_classes=False, eviction="lru")
-    serve(cache, ids("abcd"), [2, 4])
-    cache.touch(cache.match(ids("abX")))
-    cache.evict(num_slots=1)
-    while cache.free_slots:
-        cache.allocate_slot()
-    match = cache.match(ids("abcdX"))
-    assert match.cached_len == 2 and [found.position for found in match.loadable] == [4]
-    return cache
-
-
 @pytest.mark.parametrize("rate", [0.01, 1.0, None])
 def test_refused_and_not_fetched_tokens_are_counted_separately(rate: float | None):
     """The request takes the slot of the checkpoint that it found, so no slot is left for a load:
     two tokens are refused, two not fetched."""
-    cache = without_a_free_slot()
+    cache = tiered(priority_classes=False, eviction="lru")
+    serve(cache, ids("abcd"), [2, 4])
+    cache.touch(cache.match(ids("abX")))
+    cache.evict(num_slots=1)
+    cache.allocate_slot()
+    match = cache.match(ids("abcdX"))
+    assert match.cached_len == 2 and [found.position for found in match.loadable] == [4]
     rule = None if rate is None else Rate(rate)
     lease = Lease.begin(cache, parse_placement("end"), LeaseRequest(ids("abcdX")), rule)
     assert lease is not None and lease.cached_len == 0
