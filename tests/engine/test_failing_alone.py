@@ -163,26 +163,21 @@ def test_nan_logits_fail_only_their_request(
         assert again.token_ids == expected[2].token_ids
 
 
-def break_publishing_of(engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the commit fail once when it publishes the prefill of ``prompt``."""
-    publish, remaining = engine._manager.publish, [1]
-
-    def failing(request: Request) -> None:
-        if request.prompt_len == len(prompt) and remaining:
-            remaining.pop()
-            raise MemoryError("no room to publish")
-        publish(request)
-
-    monkeypatch.setattr(engine._manager, "publish", failing)
-
-
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_outputs_finished_by_a_failed_commit_are_returned(
     overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_token = SamplingParams(max_tokens=1, ignore_eos=True)
     engine = make_engine(overlap=overlap)
-    break_publishing_of(engine, ids(9, 50), monkeypatch)
+    publish, remaining = engine._manager.publish, [1]
+
+    def failing(request: Request) -> None:
+        if request.prompt_len == 9 and remaining:
+            remaining.pop()
+            raise MemoryError("no room to publish")
+        publish(request)
+
+    monkeypatch.setattr(engine._manager, "publish", failing)
     submitted = [engine.submit(ids(length, 50), one_token) for length in (8, 9, 10)]
     outputs: list[RequestOutput] = []
     with pytest.raises(MemoryError):

@@ -129,16 +129,6 @@ def make(
 NEVER = 10**9
 
 
-def last_outputs(engine: Engine, request_ids: set[str]) -> dict[str, RequestOutput]:
-    """Step until all of ``request_ids`` have finished, and return their last outputs."""
-    finals: dict[str, RequestOutput] = {}
-    for _ in range(2000):
-        if request_ids <= finals.keys():
-            return finals
-        finals |= {output.request_id: output for output in engine.step() if output.is_finished}
-    raise AssertionError(f"{request_ids - finals.keys()} never finished")
-
-
 @pytest.mark.full("4-12")
 @pytest.mark.parametrize(("most", "num_long"), [(1, 1), (4, 4), (4, 12), (2, 300)])
 def test_full_load_slots_do_not_delay_requests_without_loads(most: int, num_long: int) -> None:
@@ -237,7 +227,10 @@ class FetchMachine(RuleBasedStateMachine):
             fetch.steps_left = 1
         self.step(1)
         open_ = {request.request_id for request in self.engine.requests}
-        self.finals |= last_outputs(self.engine, open_)
+        for _ in range(2000):
+            outputs = self.engine.step() if open_ - self.finals.keys() else ()
+            self.finals |= {output.request_id: output for output in outputs if output.is_finished}
+        assert open_ <= self.finals.keys(), "some requests never finish"
         self.engine.check()
         assert not self.fetcher.pending
         for name, prompt in self.prompts.items():

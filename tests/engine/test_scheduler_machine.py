@@ -19,11 +19,11 @@ from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.config import OF_CACHE
 from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
 from engine.plugins.tiers import TierConfig
-from engine.requests.request import Request
 from engine.schedule.batch import Batch, Newest
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
+from tests.engine.drafted import ScriptedDrafter
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
 
 VOCABULARY = 320
@@ -158,30 +158,9 @@ sampling = st.builds(
 )
 
 
-class ScriptedDrafter:
-    """Drafter that is right for none, half or all of a draft. Drafts may go past a stop."""
-
-    name = "scripted"
-
-    def __init__(self) -> None:
-        self.answers: dict[str, list[int]] = {}
-        """Tokens by request id, including some past the answer's end."""
-
-    def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[np.ndarray]:
-        return [self._draft(request, most) for request, most in wanted]
-
-    def _draft(self, request: Request, most: int) -> np.ndarray:
-        done = len(request.output)
-        draft = np.array(self.answers[request.request_id][done : done + most], np.int32)
-        num_right = (0, most // 2, most)[done % 3]
-        draft[num_right:] += 1
-        return draft
-
-    def forget(self, request: Request) -> None:
-        assert request.request_id in self.answers
-
-    def reset(self) -> None:
-        pass
+def half_right(done: int, most: int) -> int:
+    """Return the number of right tokens of a draft. Drafts may go past a stop."""
+    return (0, most // 2, most)[done % 3]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -210,7 +189,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, kv_pages: int, drafts: str, draft_len: int, **settings: object) -> None:
         if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
             drafts = "scripted"  # A head needs states.
-        self.drafter = ScriptedDrafter()
+        self.drafter = ScriptedDrafter(half_right)
         max_verified, length = 2 * (1 + draft_len), partial(DraftLength, draft_len)
         drafting = {
             "none": None,
@@ -238,7 +217,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         exact = self.engine.config.exact
         self.expected[request_id] = answer(prompt, params, exact)
         further = dataclasses.replace(params, stop_token_ids=(), max_tokens=params.max_tokens + 33)
-        self.drafter.answers[request_id] = answer(prompt, further, exact)[0]
+        tokens, _, _ = answer(prompt, further, exact)
+        known = self.drafter.answers.setdefault(np.array(prompt, np.int32).tobytes(), tokens)
+        known += tokens[len(known) :]
         self.histories.append(prompt + self.expected[request_id][0])
 
     @rule(
@@ -348,7 +329,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert output.finish_reason == reason
             assert output.cached_len + sum(output.losses) == len(output.prompt_token_ids)
             if output.prompt_logprobs is not None:
-                assert_scored(output)
+                assert output.prompt_logprobs[0] is None
+                before, expected = 0, []
+                for token, following in itertools.pairwise(output.prompt_token_ids.tolist()):
+                    before = fingerprint(before, token)
+                    expected += SAMPLER.score(np.array([before]), [following], 0).wait()
+                assert list(output.prompt_logprobs[1:]) == expected
         assert self.engine.report().kv.held == self.engine.report().slots.held == 0
 
 
@@ -373,7 +359,7 @@ class TightMachine(SchedulerMachine):
         host_rows=st.sampled_from([None, 0, 300]),
     )
     def start(self, drafts: bool, **settings: object) -> None:
-        self.drafter = ScriptedDrafter()
+        self.drafter = ScriptedDrafter(half_right)
         source = Source(self.drafter, partial(DraftLength, 3))
         drafting = Drafting([source], max_verified=8) if drafts else None
         self.serve(make_engine(overlap="on", drafting=drafting, **settings))
@@ -406,18 +392,6 @@ class TightMachine(SchedulerMachine):
             params = SamplingParams(max_tokens=answer, logprobs=0)
             self.submit(prompt, params, namespace=namespace)
             self.steps(0 if family else steps)
-
-
-def assert_scored(output: RequestOutput) -> None:
-    """Check that prompt log-probabilities are those of a prompt computed from its beginning."""
-    prompt = output.prompt_token_ids.tolist()
-    assert output.prompt_logprobs[0] is None
-    before = 0
-    expected = []
-    for token, following in itertools.pairwise(prompt):
-        before = fingerprint(before, token)
-        expected += SAMPLER.score(np.array([before]), [following], 0).wait()
-    assert list(output.prompt_logprobs[1:]) == expected
 
 
 TestSchedulerMachine = pytest.mark.timeout(600)(SchedulerMachine.TestCase)

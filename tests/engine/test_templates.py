@@ -29,10 +29,6 @@ def _tokenizer(template: str | None = None) -> ByteTokenizer:
     return tokenizer
 
 
-def _common(first: list[int], second: list[int]) -> int:
-    return common_prefix_len(np.array(first, np.int32), np.array(second, np.int32))
-
-
 EVERYTHING = """\
 {%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ (m.name or '') ~ m.content }}
 {%- for call in m.tool_calls or [] %}{{ call|tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
@@ -75,7 +71,8 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     assert tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == text
     turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
     later = render_chat(tokenizer, [*chat, *turn], tools=tools, variables=variables)
-    assert _common(prompt.token_ids, later.token_ids) in prompt.spec.boundaries
+    ids = (np.array(one.token_ids, np.int32) for one in (prompt, later))
+    assert common_prefix_len(*ids) in prompt.spec.boundaries
 
 
 def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:

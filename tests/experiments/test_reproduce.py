@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,12 +154,6 @@ def test_failed_part_does_not_stop_the_others_and_is_not_recorded(
     assert list(reproduce.read_record()) == ["tiny"]
 
 
-def named_results(pages: Sequence[Path]) -> set[str]:
-    """Return the result files and figures that pages mention."""
-    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
-    return set(re.findall(r"experiments/((?:results|figures)/[\w.]+\w)", text))
-
-
 NO_PART = {
     "results/reproduce.json",
     "results/kernel_code.jsonl",  # kernels/README.md
@@ -174,7 +167,9 @@ NO_PART = {
 def test_each_committed_or_published_result_is_the_output_of_one_part() -> None:
     made = [name for part in reproduce.read_parts() for name in part.outputs]
     assert len(made) == len(set(made)), "two parts must not write the same file"
-    named = named_results([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"experiments/((?:results|figures)/[\w.]+\w)", text))
     folder = ROOT / "experiments"
     stored = {
         f"{name}/{file.name}"

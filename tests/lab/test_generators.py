@@ -40,13 +40,9 @@ def test_number_of_requests_and_ideal_hit_rate_match_the_published(name: str) ->
 
 
 def test_number_of_live_conversations_is_limited() -> None:
-    requests = list(conversations(live=8, num_conversations=30))
-    last = {request.session: number for number, request in enumerate(requests)}
-    first: dict[object, int] = {}
-    for number, request in enumerate(requests):
-        first.setdefault(request.session, number)
-    for number in range(len(requests)):
-        assert sum(first[s] <= number <= last[s] for s in first) <= 8
+    names = [request.session for request in conversations(live=8, num_conversations=30)]
+    live = [len({*names[: at + 1]} & {*names[at:]}) for at in range(len(names))]
+    assert max(live) == 8 and len({*names}) == 30
 
 
 @pytest.mark.full("chat", "short", "agent-tree")

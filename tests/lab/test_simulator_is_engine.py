@@ -65,34 +65,6 @@ def prompts(seed: int, sessions: int, vocab: int) -> list[tuple[int, np.ndarray]
     return turns
 
 
-def engine_of(
-    policy: str, runner: Any, sampler: Any, checkpoints: str = CHECKPOINTS, **settings: Any
-) -> Engine:
-    config = engine_config(
-        eviction=policy, checkpoints=tuple(checkpoints.split(",")), token_budget=256, **settings
-    )
-    return Engine(config, runner=runner, sampler=sampler)
-
-
-def cell_of(policy: str, engine: Engine) -> Scenario:
-    """Return the simulator's settings for ``engine``."""
-    memory, geometry = engine.runner.memory, engine.runner.geometry
-    settings: dict[str, Any] = {"gib": memory.total_bytes / GIB}
-    if memory.memory == "pools":
-        kv_bytes = memory.num_kv_tokens * geometry.kv_bytes_per_token
-        total_bytes = kv_bytes + memory.num_slots * geometry.state_bytes
-        settings = {"gib": total_bytes / GIB, "memory": "pools", "kv_share": kv_bytes / total_bytes}
-    return Scenario(
-        "own",
-        model=geometry,
-        times=Roofline(geometry),
-        page_size=memory.page_size,
-        policy=policy,
-        checkpoints=",".join(engine.config.checkpoints),
-        **settings,
-    )
-
-
 def serve_in_turn(engine: Engine, turns: Sequence[tuple[int, np.ndarray]]) -> list[TraceRequest]:
     """Serve requests one after another. Return them with their cached lengths as timestamps."""
     histories: dict[int, np.ndarray] = {}
@@ -119,7 +91,21 @@ def assert_simulator_agrees(
     """Check that the simulator has the hits and evictions of the engine for the same requests."""
     by_engine = list(evictions)
     evictions.clear()
-    cell = cell_of(policy, engine)
+    memory, geometry = engine.runner.memory, engine.runner.geometry
+    settings: dict[str, Any] = {"gib": memory.total_bytes / GIB}
+    if memory.memory == "pools":
+        kv_bytes = memory.num_kv_tokens * geometry.kv_bytes_per_token
+        total_bytes = kv_bytes + memory.num_slots * geometry.state_bytes
+        settings = {"gib": total_bytes / GIB, "memory": "pools", "kv_share": kv_bytes / total_bytes}
+    cell = Scenario(
+        "own",
+        model=geometry,
+        times=Roofline(geometry),
+        page_size=memory.page_size,
+        policy=policy,
+        checkpoints=",".join(engine.config.checkpoints),
+        **settings,
+    )
     target = stepped_target(cell)
     log = serve(target, served, 1, cell)
     assert list(log.cached_tokens) == [int(request.timestamp_s) for request in served]
@@ -134,12 +120,6 @@ def test_builtin_model_has_the_simulated_hits_and_evictions(
     engine = Engine(engine_config(token_budget=256, cache_gib=cache_bytes / 2**30))
     served = serve_in_turn(engine, prompts(seed=3, sessions=3, vocab=256))
     assert_simulator_agrees(DEFAULT_EVICTION, engine, served, evictions)
-
-
-def arena_runner(num_rows: int, page_size: int = 1) -> OracleRunner:
-    """Return a runner for a small model with states as large as the KV of 105 tokens."""
-    geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
-    return OracleRunner(num_rows, None, geometry=geometry, page_size=page_size)
 
 
 @pytest.mark.full(
@@ -162,8 +142,17 @@ def test_sequential_requests_have_the_simulated_hits_and_evictions(
     policy: str, checkpoints: str, memory: str, evictions: list[EvictionRecord]
 ) -> None:
     page_size = 16 if memory.endswith("16") else 1
-    runner = OracleRunner(2000, 9) if memory == "pools" else arena_runner(3200, page_size)
-    engine = engine_of(policy, runner, OracleSampler(), checkpoints, page_size=page_size)
+    runner = OracleRunner(2000, 9)
+    if memory != "pools":  # A small model with states as large as the KV of 105 tokens.
+        geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
+        runner = OracleRunner(3200, None, geometry=geometry, page_size=page_size)
+    config = engine_config(
+        eviction=policy,
+        checkpoints=tuple(checkpoints.split(",")),
+        token_budget=256,
+        page_size=page_size,
+    )
+    engine = Engine(config, runner=runner, sampler=OracleSampler())
     served = serve_in_turn(engine, prompts(seed=4, sessions=8, vocab=320))
     assert_simulator_agrees(policy, engine, served, evictions)
     if memory != "pools":

@@ -307,14 +307,6 @@ def test_packaged_trace_matches_its_generator(name: str) -> None:
 # --- Conversion ---------------------------------------------------------------------------------
 
 
-def as_mooncake(trace: Trace, block: int) -> list[dict[str, Any]]:
-    file = io.StringIO()
-    num_requests = write_mooncake(trace, file, block)
-    rows = [json.loads(line) for line in file.getvalue().splitlines()]
-    assert num_requests == len(rows)
-    return rows
-
-
 def trace_of(requests: Iterable[TraceRequest], unit: int = 1) -> Trace:
     return Trace("made", unit, tuple(requests).__iter__).kept()
 
@@ -352,7 +344,9 @@ def test_mooncake_hashes_match_a_set_of_prefixes(
         TraceRequest(float(number), number, space, np.asarray(ids, np.int32), nothing)
         for number, (ids, space) in enumerate(prompts)
     ]
-    rows = as_mooncake(trace_of(requests), block)
+    file = io.StringIO()
+    assert write_mooncake(trace_of(requests), file, block) == len(requests)
+    rows = [json.loads(line) for line in file.getvalue().splitlines()]
     again = []
     for row, request in zip(rows, requests, strict=True):
         length, hashes = row["input_length"], np.asarray(row["hash_ids"], np.int32)

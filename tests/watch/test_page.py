@@ -81,23 +81,15 @@ def test_the_page_shows_the_nodes_at_each_time(tab: Any, tmp_path: Path) -> None
     open_page(tab, tmp_path, records)
     shown = {int(id_): node for id_, node in tab.evaluate(NODES).items()}
     assert shown == truth(cache)
+    times = [0]
+    for record in records:
+        times.append(record[2] if record[0] == "time" else times[-1])
     for time in range(85, -1, -17):
         nodes: dict[int, dict[str, Any]] = {}
-        follow(
-            nodes,
-            [record for at, record in zip(_times(records), records, strict=True) if at <= time],
-        )
+        follow(nodes, [record for at, record in zip(times[1:], records, strict=True) if at <= time])
         tab.evaluate("(time) => hybridcache.go(time)", time)
         shown = {int(id_): node for id_, node in tab.evaluate(NODES).items()}
         assert shown == nodes, time
-
-
-def _times(records: list[Record]) -> list[int]:
-    now, times = 0, []
-    for record in records:
-        now = record[2] if record[0] == "time" else now
-        times.append(now)
-    return times
 
 
 def test_the_keyboard_walks_tree_bars_and_table(tab: Any, tmp_path: Path) -> None:

@@ -294,22 +294,17 @@ def store(
     )  # fmt: skip
 
 
-def _check(pair: Pair, explanation: Explanation) -> None:
-    parting = explanation.parted
-    assert (parting and parting.change) == pair.change, explanation.text
-    if parting is not None:
-        assert parting.path == pair.path, explanation.text
-    assert explanation.cause == (pair.change if pair.cause == "" else pair.cause), explanation.lost
-
-
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 def test_every_labelled_miss_is_explained(pair: Pair) -> None:
     explanation, explanations = run(pair)
-    _check(pair, explanation)
+    parting = explanation.parted
+    assert (parting and parting.change) == pair.change, explanation.text
+    assert explanation.cause == (pair.change if pair.cause == "" else pair.cause), explanation.lost
     assert explanation.cached_tokens + sum(explanation.lost.values()) >= explanation.shared_tokens
-    if explanation.parted is not None:
-        assert explanation.parted.was is not None and explanation.parted.now is not None
-        assert explanation.parted.was != explanation.parted.now
+    if parting is not None:
+        assert parting.path == pair.path, explanation.text
+        assert parting.was is not None and parting.now is not None
+        assert parting.was != parting.now
     explanations.memory.check()
 
 

@@ -21,7 +21,6 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -318,11 +317,8 @@ def as_floats(value: Any, like: Any) -> Any:
     return float(value) if is_integer and isinstance(like, float) else value
 
 
-def outcomes(
-    family: str, count: int, directory: Path, report: Callable[[str, str], None] | None = None
-) -> Counter[str]:
-    """Return the number of mutations of a family's config by outcome."""
-    files, mutated = directory / "files", directory / "mutated"
+def test_changed_key_agrees_with_transformers_or_is_refused(family, tmp_path) -> None:
+    files, mutated = tmp_path / "files", tmp_path / "mutated"
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 199, (NUM_TOKENS,), generator=generator).tolist()
     case = make_case(family, files, tokens)
@@ -330,29 +326,19 @@ def outcomes(
     mutated.mkdir()
     os.link(files / "model.safetensors", mutated / "model.safetensors")
     counts: Counter[str] = Counter()
-    for number in range(count):
+    wrong: list[str] = []
+    for number in range(-(-NUM_MUTATIONS // len(FAMILIES))):
         names, config = mutate(case, random.Random(f"{family} {number}"))
         (mutated / "config.json").write_text(json.dumps(config))
         verdict = compare(case, names, mutated, tokens)
-        counts["wrong" if verdict.startswith("wrong") else verdict] += 1
-        if report is not None:
+        counts[verdict] += 1
+        if verdict.startswith("wrong"):
             changes = {
                 key: config.get(key, "(dropped)")
                 for key in {*config, *case.config}
                 if json.dumps(config.get(key, "-")) != json.dumps(case.config.get(key, "-"))
             }
-            report(verdict, f"{family} {number}: {json.dumps(changes)[:600]}")
-    return counts
-
-
-def test_changed_key_agrees_with_transformers_or_is_refused(family, tmp_path) -> None:
-    wrong: list[str] = []
-
-    def report(verdict: str, mutation: str) -> None:
-        if verdict.startswith("wrong"):
-            wrong.append(f"{mutation}: {verdict}")
-
-    counts = outcomes(family, -(-NUM_MUTATIONS // len(FAMILIES)), tmp_path, report)
+            wrong.append(f"{family} {number}: {json.dumps(changes)[:600]}: {verdict}")
     assert not wrong, "\n".join(wrong)
     if IS_FULL:  # Most mutations must not be refusals.
         assert counts["equal"] > counts.total() / 5, counts

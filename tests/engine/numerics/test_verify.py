@@ -37,18 +37,6 @@ def make_driver(oracles, driver_class):
     return make
 
 
-def single_steps(driver, prompts, answers):
-    """Return the logits of each answer token, and the state after it."""
-    sequences, _ = driver.start(prompts, ANSWER + 8)
-    logits, states = [[] for _ in prompts], [[] for _ in prompts]
-    for t in range(ANSWER):
-        rows = driver.decode(sequences, [answer[t] for answer in answers])
-        for b, sequence in enumerate(sequences):
-            logits[b].append(rows[b].clone())
-            states[b].append([] if sequence.slot is None else driver.states(sequence.slot))
-    return logits, states
-
-
 def verify_segment(sequence, answer, num_done, right, wrong, exports=()):
     """Return a segment with a known token, ``right`` correct drafts and ``wrong`` ones."""
     drafts = answer[num_done + 1 : num_done + 1 + right]
@@ -67,7 +55,13 @@ def test_verification_equals_single_steps(model, formats, make_driver, random_to
     runner = driver.runner
     prompts = [random_tokens(length, seed) for seed, length in enumerate(LENGTHS)]
     answers = [random_tokens(ANSWER, seed + 7) for seed in range(len(prompts))]
-    logits, states = single_steps(driver, prompts, answers)
+    sequences, _ = driver.start(prompts, ANSWER + 8)
+    logits, states = [[] for _ in prompts], [[] for _ in prompts]
+    for t in range(ANSWER):
+        rows = driver.decode(sequences, [answer[t] for answer in answers])
+        for b, sequence in enumerate(sequences):
+            logits[b].append(rows[b].clone())
+            states[b].append([] if sequence.slot is None else driver.states(sequence.slot))
     sequences = driver.start(prompts, ANSWER + 8)[0]
     single = driver.start(prompts[1:], ANSWER + 8)[0][0]
     saved = driver.slot()

@@ -4,7 +4,6 @@ side."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -73,15 +72,10 @@ def run(
             await engine.drain()
 
     asyncio.run(main())
-    assert not engine.is_alive and not _is_running(engine._channel.pid)
+    assert not engine.is_alive
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine._channel.pid, 0)
     return engine
-
-
-def _is_running(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return True
-    return False
 
 
 async def read(stream: RequestStream) -> list[RequestOutput]:

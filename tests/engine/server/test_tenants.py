@@ -89,17 +89,14 @@ def test_salt_header_works_on_every_method(serve_oracle: Callable[..., Live]) ->
         assert httpx.request(method, path).status_code == 404
 
 
-def namespaces_of(live: Live) -> set[str]:
-    return {line for line in live.report()["tree"] if line.startswith("namespace")}
-
-
 def test_shown_namespaces_do_not_reveal_salts(serve_oracle: Callable[..., Live]) -> None:
     """The hash of a salt depends on a secret that each server makes at its start."""
     namespaces = []
     for _ in range(2):
         live = serve_oracle()
         cached_tokens(live, "tenant-17")
-        namespaces.append(namespaces_of(live))
+        tree = live.report()["tree"]
+        namespaces.append({line for line in tree if line.startswith("namespace")})
     assert len(namespaces[0]) == len(namespaces[1]) == 1 and namespaces[0] != namespaces[1]
     assert "tenant-17" not in str(namespaces)
 
@@ -198,20 +195,6 @@ def test_operator_paths_with_a_key_require_the_key(
     assert live.get("/health").status_code == live.get("/metrics").status_code == 200
 
 
-def serve_with_keys(
-    serve_oracle: Callable[..., Live], tmp_path: Path, **config: Any
-) -> tuple[Live, list[dict[str, str]]]:
-    """Start a server with three keys, one of them the operator's. Return it and the headers of
-    each key."""
-    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfkey-one\r\n\n  key-two\t\nkey-one\n")
-    (tmp_path / "admin").write_text("operator\n")
-    files = {"api_key_file": str(tmp_path / "keys"), "admin_key_file": str(tmp_path / "admin")}
-    live = serve_oracle(server_config(**files, **{"salt_by_key": False} | config))
-    keys = [{"Authorization": f"Bearer {key}"} for key in ("key-one", "key-two", "operator")]
-    live.headers = keys[2]
-    return live, keys
-
-
 @pytest.mark.parametrize("content", [b"", b"a\nb\xff\x00c\n", b"two words", b"\x93\xd0\x07"])
 @pytest.mark.parametrize("setting", ["api_key_file", "admin_key_file"])
 def test_files_without_a_key_that_clients_can_send_are_refused(
@@ -243,7 +226,12 @@ def test_tenants_stay_isolated_in_every_dialect(
 ) -> None:
     """Random requests of several tenants: no answer contains another tenant's text."""
     rng = random.Random(seed)
-    live, keys = serve_with_keys(serve_oracle, tmp_path)
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfkey-one\r\n\n  key-two\t\nkey-one\n")
+    (tmp_path / "admin").write_text("operator\n")
+    files = {"api_key_file": str(tmp_path / "keys"), "admin_key_file": str(tmp_path / "admin")}
+    live = serve_oracle(server_config(**files, salt_by_key=False))
+    keys = [{"Authorization": f"Bearer {key}"} for key in ("key-one", "key-two", "operator")]
+    live.headers = keys[2]
     tenants = [
         keys[0],
         keys[1],

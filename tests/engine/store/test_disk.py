@@ -91,11 +91,6 @@ def readable(disk: Disk, *paths: Path_) -> list[bool]:
     return found
 
 
-def random_path(choose: np.random.Generator) -> Path_:
-    tokens = choose.integers(0, 2, choose.integers(1, 40)).astype(np.int32)
-    return (None, "tenant", ("salt", 1))[choose.integers(3)], tokens
-
-
 @pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(3))
 def test_loaded_rows_equal_the_offloaded_ones(
@@ -107,7 +102,8 @@ def test_loaded_rows_equal_the_offloaded_ones(
     disk, free = open_disk(tmp_path), list(range(NUM_ROWS))
     stored: list[tuple[Indices, Rows]] = []
     for step in range(250):
-        path = random_path(choose)
+        tokens = choose.integers(0, 2, choose.integers(1, 40)).astype(np.int32)
+        path = (None, "tenant", ("salt", 1))[choose.integers(3)], tokens
         num_known = sum(piece.num_rows for piece in disk.prefixes.find(*path))
         missing = len(path[1]) - num_known
         action = choose.integers(6)

@@ -168,17 +168,6 @@ def test_adapters_and_salts_have_different_namespaces():
     assert names[0] is None and len(set(names)) == 4
 
 
-def waiting_request():
-    """Return a request that does not hold a slot."""
-    kv = SimpleNamespace(
-        holds_mamba=False,
-        mamba_pool_idx=None,
-        mamba_cow_src_index=None,
-        mamba_needs_clear=True,
-    )
-    return SimpleNamespace(kv=kv)
-
-
 def resume(cache, states, req, length=12):
     """Return the match of a prompt of ``length`` tokens, and the match that it resumes from."""
     prompt = np.arange(length, dtype=np.int32)
@@ -195,7 +184,8 @@ def test_hit_without_free_slot_resumes_from_a_shallower_checkpoint(shallower):
     receipt = cache.lock(other)
     publish(cache, range(10))
     held = [cache.allocate_slot() for _ in range(slots.num_free)]
-    req = waiting_request()
+    holds_none = {"holds_mamba": False, "mamba_pool_idx": None, "mamba_cow_src_index": None}
+    req = SimpleNamespace(kv=SimpleNamespace(**holds_none, mamba_needs_clear=True))
     found, resumed = resume(cache, states, req)
     assert (found.cached_len, resumed.cached_len) == (10, shallower or 0)
     assert resumed.losses.refused == 10 - (shallower or 0)
