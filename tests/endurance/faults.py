@@ -206,7 +206,7 @@ def read_answer(connection: socket.socket) -> tuple[int, str]:
 
 def num_events(body: str) -> int:
     """Return the number of events of a streamed answer that contain a choice."""
-    return body.count('"choices": [{')
+    return body.count('"choices":[{')
 
 
 def reset(connection: socket.socket) -> None:
