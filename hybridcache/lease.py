@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable
+from contextlib import suppress
 from math import lcm
 from threading import get_ident
 from typing import NamedTuple
@@ -735,6 +736,7 @@ class Lease:
 
         Raises:
             ValueError, RuntimeError: as for ``publish``. The lease goes on.
+            ValueError: as for ``abort``. The lease has ended.
             ValueError: ``stop_reason`` is another text (``STOP_REASONS``). The lease goes on.
             TypeError: ``stop_reason`` is not a string, or ``donate`` not a bool. The lease goes on.
         """
@@ -761,6 +763,7 @@ class Lease:
 
         Raises:
             ValueError, RuntimeError: as for ``publish``. The lease goes on.
+            ValueError: as for ``abort``. The lease has ended.
         """
         self._refuse_uncomputed(tokens, computed_len)
         self._end(tokens, computed_len, True, "")
@@ -780,7 +783,7 @@ class Lease:
         """Publish the computed tokens and their checkpoints, and return everything else that is
         held. With ``donate`` the own slot is one of these checkpoints, if it can be.
 
-        The lease has ended even if the caller has freed its rows or its slot, and one is refused.
+        The lease has ended even if the caller has freed its rows or slots, or a policy has failed.
         """
         cache, placement, own_slot = self.cache, self._placement, self.state_slot
         published_len = computed_len
@@ -788,45 +791,50 @@ class Lease:
             published_len = min(computed_len, self.prompt_len)
         if self._request.own_slot is not None:
             own_slot = None  # It is not the cache's, and stays with the caller.
-        donated: tuple[int, int, str] | None = None
+        pending, planned, saved = self._pending, self._planned, []
+        if self._rolling is not None:
+            pending.append((*self._rolling, "decode"))
         is_possible = donate and self.cached_len < computed_len == published_len
         if is_possible and own_slot is not None and computed_len % self._step == 0:
             label = "decode"
             if computed_len <= self.prompt_len:
-                label = self._planned.pop(computed_len, "preempt")
-            donated, own_slot = (computed_len, own_slot, label), None
-        pending, saved = self._pending, []
-        if self._rolling is not None:
-            pending.append((*self._rolling, "decode"))
-        for one in pending:
-            if one[0] <= published_len:
-                saved.append(one)
-            else:
-                cache.free_slot(one[1])
-                placement.on_dropped(one[0], one[2])
-        for position, label in self._planned.items():
-            placement.on_dropped(position, label)
+                label = planned.pop(computed_len, "preempt")
+            pending.append((computed_len, own_slot, label))
+            own_slot = None
         self._pending, self._planned, self._rolling = [], {}, None
-        if donated is not None:
-            saved.append(donated)
-        tip: NodeHandle | None = self._receipt.node
-        if saved or published_len > self.published_len:
-            tip, _ = self._insert(tokens, published_len, saved)
-        if stop_reason:
-            cache.label_tip(tip, stop_reason)
-        held = self._rows[self.published_len : self.extended_len]
-        self.state_slot, self._has_ended = None, True
-        self.extended_len = self.published_len = self._unread_len = 0
-        cache.steps.close(self, self._numbers)
-        if cache.arena is not None:
-            del cache.arena.holders[self]
-        cache.unlock(self._receipt)
         try:
-            if own_slot is not None:
-                cache.free_slot(own_slot)
+            for one in pending:
+                if one[0] <= published_len:
+                    saved.append(one)
+                else:
+                    cache.free_slot(one[1])
+                    placement.on_dropped(one[0], one[2])
+            for position, label in planned.items():
+                placement.on_dropped(position, label)
+            tip: NodeHandle | None = self._receipt.node
+            if saved or published_len > self.published_len:
+                tip, _ = self._insert(tokens, published_len, saved)
+            if stop_reason:
+                cache.label_tip(tip, stop_reason)
+        except BaseException:  # The caller has freed one of the slots, or a policy has failed.
+            for _, slot, _ in pending:
+                with suppress(ValueError):  # It is free or the cache's by now.
+                    cache.free_slot(slot)
+            raise
         finally:
-            if len(held):
-                cache.free_kv(held)
+            held = self._rows[self.published_len : self.extended_len]
+            self.state_slot, self._has_ended = None, True
+            self.extended_len = self.published_len = self._unread_len = 0
+            cache.steps.close(self, self._numbers)
+            if cache.arena is not None:
+                del cache.arena.holders[self]
+            cache.unlock(self._receipt)
+            try:
+                if own_slot is not None:
+                    cache.free_slot(own_slot)
+            finally:
+                if len(held):
+                    cache.free_kv(held)
 
     def _insert(
         self, tokens: Tokens, computed_len: int, saved: list[tuple[int, int, str]]

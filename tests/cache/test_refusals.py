@@ -364,6 +364,23 @@ def test_a_lease_whose_rows_the_caller_has_freed_ends_with_one_error():
     cache.check(held_tokens=0, held_slots=0)
 
 
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("computed_len", (None, 8, 20))
+def test_a_lease_whose_slot_the_caller_has_freed_ends_with_one_error(number, computed_len):
+    cache, prompt = small()[0], np.arange(20, dtype=np.int32)
+    lease = Lease.begin(cache, parse_placement("every:4"), LeaseRequest(prompt))
+    assert lease.extend(20)
+    saves = lease.take_checkpoint_slots(0, 20)
+    cache.take_step().done()
+    slots = [lease.state_slot, *(slot for _, slot in saves)]
+    cache.free_slot(slots[number])
+    with pytest.raises(ValueError, match=r"is not taken|is free"):
+        lease.abort() if computed_len is None else lease.preempt(prompt, computed_len)
+    taken = [cache.allocate_slot() for _ in range(cache.free_slots)]
+    lease.abort()  # has no effect: the slots are those of others by now
+    cache.check(held_tokens=0, held_slots=len(taken))
+
+
 def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the_step():
     sizes = {"kv_bytes_per_token": 4, "state_bytes": 64, "host_bytes": 100_000}
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=200, num_slots=4, grid=8, **sizes))
