@@ -6,7 +6,6 @@ through read-only views.
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -136,11 +135,18 @@ class _Guard:
         except PolicyError:
             raise
         except Exception as error:  # user code can raise anything
-            file = inspect.getfile(type(self._policy))
+            files = {  # of the code: a class of a notebook has no module with a file
+                method.__code__.co_filename
+                for kind in type(self._policy).__mro__
+                if not kind.__module__.startswith("hybridcache.")
+                for method in vars(kind).values()
+                if hasattr(method, "__code__")
+            }
             frames = [
-                one for one in traceback.extract_tb(error.__traceback__) if one.filename == file
+                one for one in traceback.extract_tb(error.__traceback__) if one.filename in files
             ]
-            where = f" ({Path(file).name}, line {frames[-1].lineno})" if frames else ""
+            last = frames[-1] if frames else None
+            where = f" ({Path(last.filename).name}, line {last.lineno})" if last else ""
             # The method of the user may have been called by one of its base class.
             name = frames[0].name if frames else name
             fault = f"{name} raised {type(error).__name__}: {error}{where}"

@@ -139,3 +139,18 @@ def test_a_failing_exchange_rule_leaks_nothing() -> None:
     with pytest.raises(RuntimeError, match="boom"):
         Lease.begin(cache, Placement((Adaptive(),)), LeaseRequest(tokens), FailingExchange())
     cache.check(held_tokens=0, held_slots=0)
+
+
+def test_the_failure_of_a_policy_without_a_file_is_one_sentence() -> None:
+    """A class that is typed into an interpreter or a notebook has no module with a file."""
+    text = "class Own(Adaptive):\n    def plan(self, prefill):\n        raise KeyError('own')\n"
+    names: dict[str, Any] = {"Adaptive": Adaptive, "__name__": "__main__ of an interpreter"}
+    exec(compile(text, "<cell 1>", "exec"), names)
+    placement = factory_of(names["Own"], PlacementPolicy)()
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=40, num_slots=3, grid=4))
+    lease = Lease.begin(cache, placement, LeaseRequest(np.arange(20, dtype=np.int32)))
+    assert lease is not None
+    with pytest.raises(PolicyError, match=r"plan raised KeyError: 'own' \(<cell 1>, line 3\)$"):
+        lease.extend(20)
+    lease.abort()
+    cache.check(held_tokens=0, held_slots=0)
