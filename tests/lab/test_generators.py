@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from itertools import islice, pairwise
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.arrivals import Bursts, Fixed, Pauses, Poisson, interleave
 from hybridcache.lab.generators import GENERATORS, conversations
+from hybridcache.lab.simulation.grid import identity_of
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 
@@ -94,3 +96,11 @@ def test_interleaving_keeps_each_session_in_order(
     for number, answers in enumerate(lengths):
         turns = [request for request in merged if request.session == number]
         assert [len(turn.output) for turn in turns] == answers
+
+
+@pytest.mark.parametrize("name", sorted(GENERATORS))
+def test_a_generator_binds_its_options_at_once(name):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
+        GENERATORS[name](sed=1)
+    assert inspect.signature(GENERATORS[name]).return_annotation == "Trace"
+    assert identity_of(GENERATORS[name]()) == identity_of(GENERATORS[name](seed=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Any, ParamSpec
@@ -19,12 +20,21 @@ Options = ParamSpec("Options")
 
 def generator(draw: Callable[Options, Requests]) -> Callable[Options, Trace]:
     """Return the function that makes the trace of the requests that ``draw`` yields, under the name
-    of ``draw``."""
+    of ``draw``. It refuses wrong arguments, which ``draw`` would find when the trace is read."""
+    signature = inspect.signature(draw)
 
     @wraps(draw)
     def make(*args: Options.args, **options: Options.kwargs) -> Trace:
-        return Trace(draw.__name__.replace("_", "-"), 1, partial(_drawn, make, *args, **options))
+        try:
+            bound = signature.bind(*args, **options)
+        except TypeError as error:
+            raise TypeError(f"{draw.__name__}: {error}") from None
+        bound.apply_defaults()  # All ways to write the same options are one trace (identity_of).
+        source = partial(_drawn, make, *bound.args, **bound.kwargs)
+        return Trace(draw.__name__.replace("_", "-"), 1, source)
 
+    shown: Any = make
+    shown.__signature__ = signature.replace(return_annotation="Trace")
     return make
 
 
