@@ -271,7 +271,7 @@ class Disk:
     def drop(self, rows: Indices) -> None:
         """Unbind ``rows``. The records they pointed into are the first to be removed."""
         for record_id in self._pointers.unbind(rows):
-            if record_id not in self._pointers and self.prefixes.is_leaf(record_id):
+            if self._is_unused(record_id):
                 self.prefixes.used.move_to_end(record_id, last=False)
                 self._is_packed = False
 
@@ -453,6 +453,8 @@ class Disk:
         # it.
         if not self._make_room(size, number):
             self.prefixes.remove(number)
+            if item.parent and self._is_unused(item.parent):
+                self._is_packed = False  # It was kept for the new item only.
             self.num_skipped += 1
             return None
         self._next_id = number + 1
@@ -488,13 +490,17 @@ class Disk:
             if self.num_bytes + size <= self.max_bytes:
                 return True
             oldest = next(iter(self.prefixes.used))
-            if oldest in self._pointers or oldest == new or not self.prefixes.is_leaf(oldest):
-                self.prefixes.refresh(oldest)
-            else:
+            if oldest != new and self._is_unused(oldest):
                 self._forget(oldest)
+            else:
+                self.prefixes.refresh(oldest)
         fits = self.num_bytes + size <= self.max_bytes
         self._is_packed = not fits
         return fits
+
+    def _is_unused(self, number: int) -> bool:
+        """Return True if no row points into a record, and no other record depends on it."""
+        return number not in self._pointers and self.prefixes.is_leaf(number)
 
     def _forget(self, number: int) -> None:
         """Remove a record without descendants."""

@@ -301,6 +301,21 @@ def test_a_folder_full_of_used_records_is_searched_once_until_one_is_freed(
     disk.close()
 
 
+def test_a_record_whose_continuation_had_no_room_is_removed_for_another_prompt(
+    tmp_path: Path,
+) -> None:
+    disk = open_disk(tmp_path, max_bytes=20_000)  # four records
+    for number in range(3):
+        rows = np.arange(30, dtype=np.int32) + 30 * number
+        disk.offload("kv", prompt(number), rows, reader(prompt(number), 30))
+    write(disk, prompt(3), prompt(3, 60))
+    assert disk.num_skipped == 1
+    write(disk, prompt(4))
+    found = readable(settled(disk), prompt(0), prompt(3), prompt(4))
+    assert found == [True, False, True] and disk.num_skipped == 1
+    disk.close()
+
+
 def test_an_eviction_does_not_wait_for_a_slow_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
