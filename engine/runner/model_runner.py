@@ -110,6 +110,7 @@ class ModelRunner:
     def return_states(self) -> None:
         """Move displaced states to the slots of their requests, except for a step that is not
         committed yet."""
+        self.device.make_current()  # The calling thread may be a new one, as in ``forward``.
         self._copies.return_states(self.running)
 
     @property

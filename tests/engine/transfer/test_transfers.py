@@ -22,7 +22,7 @@ from engine import AsyncEngine, Engine, SamplingParams
 from engine.errors import WireError
 from engine.messages import plain as bytes_of
 from engine.plugins.disaggregation import prefill_server
-from engine.plugins.disaggregation.prefix_buffer import identity
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
 from engine.plugins.disaggregation.wire import (
     Alive,
     Connection,
@@ -42,6 +42,7 @@ from tests.engine.transfer.pair import (
     prefill_thread,
     prefix,
 )
+from tests.stub_device import StubDevice
 from tests.waiting import wait_until
 
 
@@ -101,6 +102,16 @@ def test_every_memory_format_can_be_transferred(form: str, tmp_path: Path) -> No
         counts = counts_of(engine)
         assert (counts["prefixes"], counts["failed"]) == (len(prompts) - 1, 0)
         engine.check()
+
+
+def test_a_thread_that_reads_a_prefix_before_its_first_step_selects_the_device(
+    plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event of a copy is recorded on the current device, so it must be that of the copy."""
+    device = StubDevice()
+    monkeypatch.setattr(plain.runner, "device", device)
+    PrefixBuffer(plain.runner).read_rows(np.arange(3, dtype=np.int32))
+    assert device.threads == {threading.get_ident()}
 
 
 def test_an_abort_during_a_transfer_frees_both_engines(
