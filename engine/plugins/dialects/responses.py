@@ -160,6 +160,7 @@ class FunctionTool(Part, kw_only=True, tag_field="type", tag="function"):
     def as_told(self) -> dict[str, Any]:
         """Return the tool as part of a response, in which a missing schema is empty."""
         told: dict[str, Any] = msgspec.to_builtins(self)
+        del told["defer_loading"]  # Ignored, and never null in OpenAI's API.
         return told | {"parameters": self.parameters or {}, "strict": bool(self.strict)}
 
     def as_tool(self, namespace: str | None = None, description: str | None = None) -> Any:
