@@ -279,26 +279,7 @@ def test_sessions_of_a_run_sum_to_its_figures_and_give_its_interval() -> None:
 GOLDEN_BASELINES = ["vllm", "sglang", "lightllm", "marconi"]
 
 
-def test_different_configurations_have_different_rows() -> None:
-    coarse = simulate("short?head=40", gib=[1.0], bound=False)
-    fine = simulate("short?head=40", gib=[1.0, 2.0], grid=1, bound=False)
-    both = coarse.beside(fine)
-    assert [*both.by_label()] == ["survival (grid 64)", "survival (grid 1)"]
-    header, _, first, second, *_ = both.table().splitlines()[1:]
-    assert header.split()[-2:] == ["1", "2"]
-    assert first.split()[-1] == "-" and len(second.split()) == 9
-    lru, bare = (
-        simulate("short?head=40", gib=1, policy="lru", priority_classes=classes, bound=False)
-        for classes in (True, False)
-    )
-    assert [*lru.beside(bare).by_label()] == [
-        "lru (priority_classes True)",
-        "lru (priority_classes False)",
-    ]
-    again = coarse.beside(coarse).by_label()
-    assert [len(runs) for runs in again.values()] == [1]
-    with pytest.raises(ValueError, match="different traces"):
-        coarse.beside(simulate("short?head=40&seed=3", gib=[1.0], bound=False))
+def test_competitors_with_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="two competitors are called 'lru'"):
         simulate("short?head=9", gib=1, policy=["lru", "lru"])
 

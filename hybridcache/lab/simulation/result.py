@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -35,8 +35,7 @@ class RunIdentity:
     trace: str
     """As ``open_trace`` takes it, options and seed included."""
     label: str
-    """Name in tables and figures. Two cells with one label may differ in other fields; see
-    ``names``."""
+    """Name in tables and figures."""
     model: str
     state_dtype: str
     gib: float
@@ -97,30 +96,6 @@ def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> R
         host_bytes_per_s=scenario.host_gb_s * 1e9 if scenario.host_gib else None,
         disk_bytes_per_s=scenario.disk_gb_s * 1e9 if scenario.disk_gib else None,
     )
-
-
-def without_size(identity: RunIdentity) -> RunIdentity:
-    """Return the identity of the same competitor without a memory size."""
-    return replace(identity, gib=0.0)
-
-
-def names(identities: Iterable[RunIdentity]) -> dict[RunIdentity, str]:
-    """Return a name for each competitor: its label, and the differing fields if labels are
-    equal."""
-    competitors = dict.fromkeys(map(without_size, identities))
-    by_label: dict[str, list[RunIdentity]] = {}
-    for competitor in competitors:
-        by_label.setdefault(competitor.label, []).append(competitor)
-    return {each: _name(each, by_label[each.label]) for each in competitors}
-
-
-def _name(identity: RunIdentity, same: Sequence[RunIdentity]) -> str:
-    differing = [
-        f"{field.name} {getattr(identity, field.name)}"
-        for field in fields(identity)
-        if len({getattr(other, field.name) for other in same}) > 1
-    ]
-    return f"{identity.label} ({', '.join(differing)})" if differing else identity.label
 
 
 class SessionResult(NamedTuple):
@@ -511,36 +486,12 @@ class SweepRuns:
     working_set_bytes: int = 0
     """Bytes of all that a cache could keep, if sizes were given as shares of them; else 0."""
 
-    def beside(self, other: SweepRuns) -> Self:
-        """Return these runs with those of another sweep over the same trace, measured with the same
-        yardsticks.
-
-        Competitors with equal labels that differ get names with the difference. ValueError if the
-        traces differ.
-        """
-        traces = {run.config.trace for run in (*self.runs, *other.runs)}
-        if len(traces) > 1:
-            raise ValueError(
-                "runs over different traces have no place in one table: "
-                f"{', '.join(sorted(traces))}"
-            )
-        yardsticks = {run.gib: run for run in self.runs}
-        added = []
-        for run in other.runs:
-            known = yardsticks.get(run.gib, run)
-            added.append(
-                replace(run, bound_tokens=known.bound_tokens, optimum_tokens=known.optimum_tokens)
-            )
-        failures = (*self.failures, *other.failures)
-        return replace(self, runs=(*self.runs, *added), failures=failures)
-
     def by_label(self) -> dict[str, list[RunResult]]:
-        """Runs of each competitor, by size; one that was run twice, as it was run last."""
-        known = names(run.config for run in self.runs)
-        found: dict[str, dict[RunIdentity, RunResult]] = {name: {} for name in known.values()}
+        """Runs of each competitor, by size."""
+        found: dict[str, list[RunResult]] = {}
         for run in self.runs:
-            found[known[without_size(run.config)]][run.config] = run
-        return {name: list(runs.values()) for name, runs in found.items()}
+            found.setdefault(run.label, []).append(run)
+        return found
 
     def best(self, gib: float) -> RunResult:
         """Return the run of highest token hit rate at the size ``gib``, to three digits or more.
