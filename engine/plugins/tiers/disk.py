@@ -392,6 +392,7 @@ class Disk:
         self._pointers.check()
         assert self.num_bytes == sum(self._sizes.values())
         assert set(self._sizes) == set(self.prefixes.used) | set(self._unwanted)
+        assert not (self._is_packed and any(map(self._is_unused, self.prefixes.used)))
 
     def _run_later(
         self,
