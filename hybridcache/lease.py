@@ -713,11 +713,12 @@ class Lease:
         for one in self._pending:
             (done if one[0] <= computed_len else later).append(one)
         self._pending = later
-        node, num_duplicates = self._insert(tokens, computed_len, done)
+        node, num_duplicates, rejected_slots = self._insert(tokens, computed_len, done)
         receipt, before = cache.lock(node), self._receipt
         receipt.superseded, before.superseded = before.superseded, None
         cache.unlock(before)
         self._receipt = receipt
+        self._note_saved(done, rejected_slots)  # An own policy may raise.
         return (first, first + num_duplicates) if num_duplicates else None
 
     def finish(
@@ -813,7 +814,8 @@ class Lease:
                 placement.on_dropped(position, label)
             tip: NodeHandle | None = self._receipt.node
             if saved or published_len > self.published_len:
-                tip, _ = self._insert(tokens, published_len, saved)
+                tip, _, rejected_slots = self._insert(tokens, published_len, saved)
+                self._note_saved(saved, rejected_slots)
             if stop_reason:
                 cache.label_tip(tip, stop_reason)
         except BaseException:  # The caller has freed one of the slots, or a policy has failed.
@@ -838,9 +840,9 @@ class Lease:
 
     def _insert(
         self, tokens: Tokens, computed_len: int, saved: list[tuple[int, int, str]]
-    ) -> tuple[NodeHandle | None, int]:
+    ) -> tuple[NodeHandle | None, int, tuple[int, ...]]:
         """Insert and return (node that ends at the new ``published_len``, number of duplicate
-        rows)."""
+        rows, slots of ``saved`` that the tree has not taken). These rows and slots are freed."""
         cache, first = self.cache, self.published_len
         checkpoints, labels = [], []
         for position, slot, label in saved:
@@ -860,13 +862,20 @@ class Lease:
             cache.free_kv(duplicates)
             self._unread_len = first + num_duplicates
             self._note_changed(0, self._unread_len)
-        for position, slot, label in saved:
+        for _, slot, _ in saved:
             if slot in rejected_slots:
                 cache.free_slot(slot)
+        return node, num_duplicates, rejected_slots
+
+    def _note_saved(
+        self, saved: list[tuple[int, int, str]], rejected_slots: tuple[int, ...]
+    ) -> None:
+        """Notify the placement policy of checkpoints that were inserted."""
+        for position, slot, label in saved:
+            if slot in rejected_slots:
                 self._placement.on_dropped(position, label)
             else:
                 self._placement.on_saved(position, label)
-        return node, num_duplicates
 
     def _refuse_uncomputed(self, tokens: Tokens, computed_len: int) -> None:
         """Raise ValueError unless ``computed_len`` of ``tokens`` can be published, and RuntimeError
