@@ -46,7 +46,9 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -341,6 +343,7 @@ def guarded(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return work()
     except Exception as failure:
+        traceback.print_exc()
         record = failed(name, failure)
     try:
         if torch.accelerator.is_available():
@@ -359,26 +362,30 @@ def first_line(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
-def run_each(names: list[str], arguments: list[str], prefix: str, out: Path) -> bool:
-    """Run a process per folder, and another one for the rest of a folder whose process died.
+def run_each(
+    names: list[str], arguments: list[str], prefix: str, out: Path, processes: int = 1
+) -> bool:
+    """Run a process per folder, ``processes`` of them at once.
 
     Returns True if all ended with status 0.
     """
-    is_right = True
-    for folder in names:
-        command = [sys.executable, "-m", "experiments.gpu.kernels", "--kernels", folder, *arguments]
-        file, lost = out / f"{prefix}_{folder}.jsonl", set()
-        while True:
-            status = subprocess.run(command, cwd=ROOT).returncode
-            if status in (0, 1):
-                is_right &= status == 0
-                break
-            is_right = False
-            in_progress = mark_lost(file, status)
-            if in_progress in lost:
-                break
-            lost.add(in_progress)
-    return is_right
+    with ThreadPoolExecutor(processes) as pool:
+        files = [out / f"{prefix}_{folder}.jsonl" for folder in names]
+        return all([*pool.map(partial(run_one, arguments), names, files)])
+
+
+def run_one(arguments: list[str], folder: str, file: Path) -> bool:
+    """Run a process for a folder, and another one for the rest of its cases if it dies."""
+    command = [sys.executable, "-m", "experiments.gpu.kernels", "--kernels", folder, *arguments]
+    lost: set[str | None] = set()
+    while True:
+        status = subprocess.run(command, cwd=ROOT).returncode
+        if status in (0, 1):
+            return status == 0 and not lost
+        in_progress = mark_lost(file, status)
+        if in_progress in lost:
+            return False
+        lost.add(in_progress)
 
 
 def mark_lost(file: Path, status: int) -> str | None:
@@ -494,7 +501,9 @@ def main() -> None:
         arguments = ["--mode", args.mode, "--out", str(out)]
         arguments += ["--dry"] * args.dry + ["--float32"] * args.float32
         prefix = file_prefix(args.mode, args.float32)
-        sys.exit(0 if run_each(names, arguments, prefix, out or RESULTS) else 1)
+        is_timed = args.mode in ("bench", "ours")
+        processes = 1 if is_timed else max(2, (os.cpu_count() or 2) // 2)
+        sys.exit(0 if run_each(names, arguments, prefix, out or RESULTS, processes) else 1)
     setup = Setup(device, is_dry, args.float32)
     clock = None if is_dry or args.mode in ("check", "repeat") else Clock(device)
     if args.mode == "tune":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -278,6 +279,7 @@ def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return work()
     except Exception as failure:
+        traceback.print_exc()
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
         return {"passed": False, "failure": reason}
 
