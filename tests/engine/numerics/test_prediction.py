@@ -3,16 +3,19 @@ bits however a text was computed."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from engine import engine_config
-from engine.layers.inputs import pad_rows
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.runner.build import load_runner
-from engine.schedule.batch import Batch, Segment
+from engine.runner.mtp_head import Predictor
+from engine.schedule.batch import Batch, Newest, Segment
 from hybridcache.geometry.sizes import KVSpec
+from tests.engine.numerics.test_graphs import Recorder
 
 MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 SCRATCH = 32
@@ -93,31 +96,34 @@ class Head:
             return hidden
 
         monkeypatch.setattr(model, "forward", follow)
+        memory = SimpleNamespace(pools=[self.pools], padding_row=memory.num_kv_tokens - 1)
+        parts = self.head, model, memory, runner.table, runner._rotary
+        self.predictors = [Predictor(*parts)]
+        if runner.kernels.words()["attention"] == "native":
+            self.predictors.append(Predictor(*parts))
+            self.predictors[1].record(Recorder())
+        compute, self.logits = model.head, []
+
+        def keep_logits(hidden):
+            self.logits.append(compute(hidden))
+            return self.logits[-1]
+
+        monkeypatch.setattr(model, "head", keep_logits)
 
     @torch.inference_mode()
     def draft(self, sequences, newest, count):
-        """Return the logits [count, B, vocab] of drafts after the ``newest`` tokens."""
-        model, table = self.runner.model, self.runner.table.host
-        ends = [sequence.computed_len for sequence in sequences]
-        rows = np.zeros((len(ends), max(ends) + count), np.int32)
-        for b, (sequence, end) in enumerate(zip(sequences, ends, strict=True)):
-            first = self.runner.memory.num_kv_tokens + b * count
-            rows[b, : end - 1] = table[sequence.row, 1:end]
-            rows[b, end - 1 : end - 1 + count] = np.arange(first, first + count)
-        before = self.pools[2][[sequence.slot for sequence in sequences]]
-        tokens, logits = torch.tensor(newest), []
-        for step in range(count):
-            before = self.head.draft(
-                model.embedding(tokens),
-                before,
-                [end + step for end in ends],
-                torch.from_numpy(rows),
-                self.runner._rotary,
-                self.pools,
-            )
-            logits.append(model.head(pad_rows(before, 4))[: len(ends)])
-            tokens = logits[-1].argmax(-1)
-        return torch.stack(logits)
+        """Return the logits [count, B, vocab] of drafts after the ``newest`` tokens.
+
+        Recorded passes must draft the same tokens.
+        """
+        pairs = zip(sequences, newest, strict=True)
+        places = [Newest(s.row, s.slot, token, s.computed_len) for s, token in pairs]
+        self.logits.clear()
+        for predictor in self.predictors:
+            tokens = predictor.guess(places, [count] * len(places))
+            logits = torch.stack(self.logits[:count])[:, : len(places)]
+            assert np.array_equal(logits.argmax(-1).T, tokens)
+        return logits
 
     def rows_of(self, sequence, end):
         """Return the head's keys and values of positions in [1, ``end``)."""
