@@ -112,23 +112,6 @@ def test_results_have_no_subnormal_numbers(kernel, decay) -> None:
         assert not ((result != 0) & (result.abs() < SMALLEST_NORMAL)).any()
 
 
-@NEEDS_AVX512
-def test_strong_decays_follow_the_recurrence() -> None:
-    """A tile of strong decays equals the tokens one by one, in float64."""
-    torch.manual_seed(0)
-    decay = torch.tensor([-0.5, -3.0, -40.0]).repeat(TOKENS, 1)
-    x, B, C = (torch.randn(TOKENS, *shape) for shape in ((HEADS, VALUE), (1, KEY), (1, KEY)))
-    step, states = torch.rand(TOKENS, HEADS), torch.zeros(1, HEADS, KEY, VALUE)
-    D = torch.zeros(HEADS)
-    out = mamba2.chunk_mamba2(x, B, C, decay, step, D, states=states, **one_sequence())
-    state = torch.zeros(HEADS, KEY, VALUE, dtype=torch.float64)
-    for t in range(TOKENS):
-        written = torch.einsum("k,hv->hkv", B[t, 0].double(), x[t] * step[t, :, None])
-        state = state * decay[t].double().exp()[:, None, None] + written
-        expected = torch.einsum("k,hkv->hv", C[t, 0].double(), state)
-        torch.testing.assert_close(out[t].double(), expected, atol=1e-4, rtol=1e-4)
-
-
 def test_choices_name_a_method_of_each_operation() -> None:
     choices = kernel_choices()
     names = ["linear_float32", "linear_bfloat16", "prompts_float32", "prompts_bfloat16"]
