@@ -6,9 +6,8 @@ import random
 
 import pytest
 
-from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
-from tests.cache.serving import serve, traffic
+from tests.cache.serving import hybrid, serve, traffic
 
 TOKEN_BYTES, STATE_BYTES = 3, 1000
 
@@ -27,16 +26,8 @@ class NextVictim(EvictionPolicy):
 
 
 def cache_of(prefix_cache, seed, num_requests):
-    cache = build_prefix_cache(
-        CacheConfig(
-            prefix_cache=prefix_cache,
-            num_kv_tokens=10_000,
-            num_slots=400,
-            kv_bytes_per_token=TOKEN_BYTES,
-            state_bytes=STATE_BYTES,
-            grid=4,
-        )
-    )
+    sizes = {"kv_bytes_per_token": TOKEN_BYTES, "state_bytes": STATE_BYTES, "grid": 4}
+    cache = hybrid(10_000, 400, prefix_cache=prefix_cache, **sizes)
     rng = random.Random(seed)
     for tokens in traffic(seed, num_requests):
         whole = len(tokens) // 4 * 4

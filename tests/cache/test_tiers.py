@@ -165,18 +165,8 @@ def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
 @pytest.mark.parametrize("eviction", ("fifo", "lru", "gdsf", "lfu", "survival"))
 def test_a_lost_state_can_be_adopted_again(eviction: str) -> None:
     """The heap of a policy then has two entries with equal values and serials."""
-    cache = build_prefix_cache(
-        CacheConfig(
-            num_kv_tokens=40,
-            num_slots=3,
-            kv_bytes_per_token=2,
-            state_bytes=20,
-            grid=4,
-            eviction=eviction,
-            host_bytes=960,
-            ghost_bytes=20_000,
-        )
-    )
+    sizes = {"num_kv_tokens": 40, "num_slots": 3, "state_bytes": 20, "host_bytes": 960}
+    cache = tiered(**sizes, grid=4, eviction=eviction, ghost_bytes=20_000)
     tokens = np.arange(8, dtype=np.int32)
     serve(cache, tokens, (8,))
     cache.evict(100, 100)

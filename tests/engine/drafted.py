@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import Engine, RequestOutput, engine_config
+from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
 from engine.requests.request import Request
 from engine.runner.build import load_runner
@@ -23,6 +23,17 @@ from tests.engine.test_hits_change_nothing import HYBRID
 
 MODEL = HYBRID | {"vocab_size": 320}
 MakeEngine = Callable[..., Engine]
+GREEDY = SamplingParams(max_tokens=40, temperature=0, logprobs=3)
+SAMPLING = {
+    "greedy": GREEDY,
+    "penalties": SamplingParams(
+        max_tokens=30, temperature=0, logprobs=2, frequency_penalty=0.7, repetition_penalty=1.3
+    ),
+    "sampled": SamplingParams(max_tokens=30, temperature=0.3, logprobs=2, top_p=0.9, seed=5),
+    "sampled_top_k": SamplingParams(
+        max_tokens=30, temperature=0.5, logprobs=0, top_k=20, presence_penalty=0.5, seed=9
+    ),
+}
 
 
 class ScriptedDrafter:

@@ -7,23 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.plugins.speculation.suffix import MAX_BRANCHES, following
-from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.cache import HybridRadixCache
 from hybridcache.tokens import Tokens
+from tests.cache.serving import hybrid
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=6)
 
 
 def make(kind: str, page_size: int, num_kv_tokens: int = 400) -> HybridRadixCache:
-    return build_prefix_cache(
-        CacheConfig(
-            prefix_cache=kind,
-            num_kv_tokens=num_kv_tokens,
-            num_slots=0 if kind == "radix" else 4,
-            grid=4,
-            page_size=page_size,
-        )
-    )
+    num_slots = 0 if kind == "radix" else 4
+    return hybrid(num_kv_tokens, num_slots, prefix_cache=kind, grid=4, page_size=page_size)
 
 
 def insert(cache: HybridRadixCache, tokens: list[int], namespace: str | None = None) -> None:

@@ -16,25 +16,20 @@ from engine import SamplingParams
 from engine.requests.spec import SamplingInput
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Segment
-from tests.engine.drafted import MakeEngine, ScriptedDrafter, assert_same, drafting_engine, prompts
+from tests.engine.drafted import (
+    GREEDY,
+    SAMPLING,
+    MakeEngine,
+    ScriptedDrafter,
+    assert_same,
+    drafting_engine,
+    prompts,
+)
 
 
 @pytest.fixture
 def make_engine(tmp_path: Path) -> MakeEngine:
     return partial(drafting_engine, tmp_path)
-
-
-GREEDY = SamplingParams(max_tokens=40, temperature=0, logprobs=3)
-SAMPLING = {
-    "greedy": GREEDY,
-    "penalties": SamplingParams(
-        max_tokens=30, temperature=0, logprobs=2, frequency_penalty=0.7, repetition_penalty=1.3
-    ),
-    "sampled": SamplingParams(max_tokens=30, temperature=0.3, logprobs=2, top_p=0.9, seed=5),
-    "sampled_top_k": SamplingParams(
-        max_tokens=30, temperature=0.5, logprobs=0, top_k=20, presence_penalty=0.5, seed=9
-    ),
-}
 
 
 @pytest.mark.full("False-sampled_top_k", "True-penalties")

@@ -13,19 +13,16 @@ from typing import Any
 
 import pytest
 
-from engine import SamplingParams
 from engine.plugins.speculation.suffix import HeadDrafter
 from engine.requests.request import Request
-from tests.engine.drafted import MakeEngine, assert_same, engine_with_head, prompts
-
-GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2)
-SAMPLING = {
-    "greedy": GREEDY,
-    "penalties": SamplingParams(
-        max_tokens=20, temperature=0, logprobs=2, frequency_penalty=0.7, repetition_penalty=1.3
-    ),
-    "sampled": SamplingParams(max_tokens=20, temperature=0.3, logprobs=2, top_p=0.9, seed=5),
-}
+from tests.engine.drafted import (
+    GREEDY,
+    SAMPLING,
+    MakeEngine,
+    assert_same,
+    engine_with_head,
+    prompts,
+)
 
 
 @pytest.fixture
@@ -103,4 +100,4 @@ def test_drafts_depend_only_on_the_tokens(
         for _ in range(2 if "prefix_cache" not in settings else 1):
             for one, other in zip(engine.generate(prompts(), GREEDY), plain, strict=True):
                 assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
-    assert 80 < len(drafts) < 6 * 20
+    assert 80 < len(drafts) < 6 * 40

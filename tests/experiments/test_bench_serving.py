@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 
 from engine.async_engine import AsyncEngine
-from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.requests.spec import SamplingParams
-from engine.text.tokenizer import ByteTokenizer
 from experiments.benchmarks import overhead
 from experiments.benchmarks.serving import (
     Answer,
@@ -28,15 +25,9 @@ from experiments.benchmarks.serving import (
     summary,
     sweep,
 )
-from tests.oracle import OracleRunner, OracleSampler
+from tests.engine.server.conftest import oracle_engine
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.1)
-
-
-def oracle_engine(cache: str) -> Engine:
-    config = EngineConfig(prefix_cache=cache)
-    runner = OracleRunner(8192, 16, max_model_len=4096)
-    return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
 
 
 class EngineClient:
@@ -63,7 +54,7 @@ class EngineClient:
 
 @contextlib.asynccontextmanager
 async def in_process(cache: str) -> AsyncIterator[EngineClient]:
-    client = EngineClient(AsyncEngine(oracle_engine(cache)))
+    client = EngineClient(AsyncEngine(oracle_engine(prefix_cache=cache)))
     yield client
     await client.close()
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache
+from hybridcache import Lease, LeaseRequest
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.placement.adaptive import Adaptive
@@ -27,9 +27,11 @@ from hybridcache.policies.protocol import (
     Prefill,
 )
 from hybridcache.policies.user import factory_of
+from tests.cache.serving import hybrid
 
 EVICTION = ("add", "discard", "touch", "victim", "on_ghost_hit", "on_ghost_hit_above")
 PLACEMENT = ("on_prefill", "on_hit", "on_ghost_hit", "on_saved", "on_dropped", "plan")
+ITEM_BYTES = {"kv_bytes_per_token": 1, "state_bytes": 8}
 
 
 def failing(base: type, method: str, calls: int) -> type:
@@ -87,16 +89,7 @@ def serve(cache: HybridRadixCache, placement: PlacementPolicy, seed: int) -> int
 def check_serving(
     eviction: Callable[[], EvictionPolicy], placement: PlacementPolicy, **tiers: int
 ) -> int:
-    config = CacheConfig(
-        num_kv_tokens=100,
-        num_slots=5,
-        grid=4,
-        kv_bytes_per_token=1,
-        state_bytes=8,
-        eviction=eviction,  # type: ignore[arg-type]
-        **tiers,
-    )
-    cache = build_prefix_cache(config)
+    cache = hybrid(100, 5, **ITEM_BYTES, grid=4, eviction=eviction, **tiers)
     num_failed = serve(cache, placement, 0)
     cache.check(held_tokens=0, held_slots=0)
     return num_failed
@@ -134,10 +127,10 @@ class FailingExchange:
 
 
 def test_a_failing_exchange_rule_leaks_nothing() -> None:
-    config = CacheConfig(
-        num_kv_tokens=40, num_slots=3, grid=4, kv_bytes_per_token=1, state_bytes=8, host_bytes=60
+    cache, tokens = (
+        hybrid(40, 3, **ITEM_BYTES, grid=4, host_bytes=60),
+        np.arange(20, dtype=np.int32),
     )
-    cache, tokens = build_prefix_cache(config), np.arange(20, dtype=np.int32)
     slot = cache.allocate_slot()
     assert slot is not None
     cache.insert(tokens, cache.allocate_kv(20), [(16, slot)])
@@ -154,7 +147,7 @@ def test_the_failure_of_a_policy_without_a_file_is_one_sentence() -> None:
     names: dict[str, Any] = {"Adaptive": Adaptive, "__name__": "__main__ of an interpreter"}
     exec(compile(text, "<cell 1>", "exec"), names)
     placement = factory_of(names["Own"], PlacementPolicy)()
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=40, num_slots=3, grid=4))
+    cache = hybrid(40, 3, grid=4)
     lease = Lease.begin(cache, placement, LeaseRequest(np.arange(20, dtype=np.int32)))
     assert lease is not None
     with pytest.raises(PolicyError, match=r"plan raised KeyError: 'own' \(<cell 1>, line 3\)$"):
@@ -194,7 +187,7 @@ class FailingNotification(PlacementPolicy):
 def test_a_notification_that_raises_leaks_nothing(
     end: str, is_repeated: bool, method: str, calls: int, num_computed: int
 ) -> None:
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=12, grid=8))
+    cache = hybrid(100, 12, grid=8)
     placement, tokens = FailingNotification(), np.arange(40, dtype=np.int32)
     leases = [Lease.begin(cache, placement, LeaseRequest(tokens)) for _ in range(1 + is_repeated)]
     for lease in leases:

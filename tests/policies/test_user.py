@@ -12,7 +12,6 @@ from typing import ClassVar
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.lab.cli import main
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
@@ -21,7 +20,7 @@ from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.policies.registry import EVICTION, make_eviction, parse_placement
-from tests.cache.serving import serve, traffic
+from tests.cache.serving import hybrid, serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
 from tests.policies.items import FakeItem
@@ -214,9 +213,7 @@ class Weighted(ScorePolicy):
 )
 def test_a_policy_takes_parameters(policy: object) -> None:
     existing = list(Weighted.instances)
-    cache = build_prefix_cache(
-        CacheConfig(num_kv_tokens=100, num_slots=2, state_bytes=9, eviction=policy)
-    )
+    cache = hybrid(100, 2, state_bytes=9, eviction=policy)
     created = cache.policy._policy
     assert created.weight == 2.5 and created not in existing, "the instance is shared by caches"
     runs = simulate("short?head=60", gib=(0.3, 0.5), policy=["lru", policy], bound=False).runs
@@ -259,16 +256,8 @@ def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -
     """Compare the victims item by item, with locked nodes in between."""
     found: list[list[tuple[object, ...]]] = []
     for eviction in (name, same(EVICTION[name])):
-        config = CacheConfig(
-            prefix_cache=kind,
-            num_kv_tokens=300,
-            num_slots=6,
-            kv_bytes_per_token=3,
-            state_bytes=60,
-            grid=4,
-            eviction=eviction,
-        )
-        log, cache = ItemLog(), build_prefix_cache(config)
+        sizes = {"kv_bytes_per_token": 3, "state_bytes": 60, "grid": 4}
+        log, cache = ItemLog(), hybrid(300, 6, prefix_cache=kind, eviction=eviction, **sizes)
         cache.subscribe(log)
         for number, tokens in enumerate(traffic(3, 60)):
             whole = len(tokens) // 4 * 4

@@ -9,7 +9,6 @@ import signal
 from collections.abc import Iterator
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 
 from engine import Engine
@@ -22,11 +21,8 @@ from tests.engine.transfer.pair import (
     decode_engine,
     plain_engine,
     prefill_process,
+    text,
 )
-
-
-def text(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(97, 122, length).tolist()
 
 
 @pytest.fixture(scope="module")

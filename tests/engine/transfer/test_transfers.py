@@ -41,13 +41,10 @@ from tests.engine.transfer.pair import (
     prefill_config,
     prefill_thread,
     prefix,
+    text,
 )
 from tests.stub_device import StubDevice
 from tests.waiting import wait_until
-
-
-def text(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(97, 122, length).tolist()
 
 
 @pytest.fixture(scope="module")
