@@ -177,13 +177,16 @@ def scan_kernel(
     b_state = tl.load(p_states + i_slot * stride_slot, mask=m_initial, other=0.0)  # [BK, BV]
     b_state = b_state.to(tl.float32)
     i_first = tl.load(packed.cu_tiles + i_sequence).to(tl.int64)
-    i_tile = i_first
+    i_begin = tl.load(exports.cu_exports + i_sequence)
     i_last = tl.load(exports.cu_exports + i_sequence + 1)
-    for i_stop in range(tl.load(exports.cu_exports + i_sequence), i_last + 1):
+    for i_stop in range(i_begin, i_last + 1):
+        # Not carried by this loop: Triton 3.6 and 3.7 replace a carried number by its first value
+        # if only the bounds of an inner loop use it.
+        start = tl.load(exports.ends + i_stop - 1, mask=i_stop > i_begin, other=0)
         stop = tl.load(exports.ends + i_stop, mask=i_stop < i_last, other=end - first)
         i_target = tl.load(exports.slots + i_stop, mask=i_stop < i_last, other=i_slot)
         i_until = i_first + tl.cdiv(stop, BT)
-        for i in range(i_tile, i_until):
+        for i in range(i_first + tl.cdiv(start, BT), i_until):
             o_token = first + (i - i_first) * BT + o_t
             mask = (o_token < end)[:, None] & m_v
             i_in = i * H + i_head
@@ -205,7 +208,6 @@ def scan_kernel(
             # Rounded as a resumed run would load it from a slot, so that it has equal bits.
             b_state = b_state.to(p_states.dtype.element_ty).to(tl.float32)
             tl.store(p_out + o_token[:, None] * (H * V), b_out.to(p_out.dtype.element_ty), mask)
-        i_tile = i_until
         p_target = p_states + i_target.to(tl.int64) * stride_slot
         tl.store(p_target, b_state.to(p_states.dtype.element_ty), mask=m_state)
 
