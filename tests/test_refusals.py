@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ def test_wrong_values_of_settings_are_refused(config: type) -> None:
         check_refusal(str(caught.value), name, value)
 
 
-def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+def exit_code(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Return the exit code of a command, run in this process."""
     try:
         return command(arguments)
     except SystemExit as stop:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -105,6 +105,25 @@ def serve_lease(
     carried_out(cache)
     lease.finish(whole, len(whole), stop_reason=stop_reason)
     return lease
+
+
+class PerToken:
+    """Compute time of 0.25 s per token."""
+
+    def seconds(self, start: int, end: int) -> float:
+        return max(end - start, 0) / 4
+
+
+class Rate:
+    """Exchange rule with a fixed time per loaded byte, and 0.25 s per token."""
+
+    def __init__(self, seconds_per_byte: float) -> None:
+        self.seconds_per_byte = seconds_per_byte
+
+    def seconds_saved(
+        self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
+    ) -> float:
+        return (position - cached_len) / 4 - self.seconds_per_byte * sum(num_bytes.values())
 
 
 def traffic(seed: int, num_requests: int, longest: int = 200) -> Iterator[Tokens]:

@@ -37,6 +37,7 @@ from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.precise import CheckpointSeconds
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
 from hybridcache.tokens import Tokens
+from tests.cache.serving import PerToken, Rate
 from tests.cache.test_machine import at_least
 
 ROW_BYTES = 2
@@ -58,23 +59,6 @@ OWN_LABELS = ("decode", "preempt")
 
 class CustomPolicy(Survival):
     """Eviction policy defined outside the package."""
-
-
-class PerToken:
-    """Compute time of 0.25 s per token."""
-
-    def seconds(self, start: int, end: int) -> float:
-        return max(end - start, 0) / 4
-
-
-@dataclass
-class Rate:
-    """Exchange rule with a fixed time per loaded byte."""
-
-    seconds_per_byte: float
-
-    def seconds_saved(self, cached_len, position, prompt_len, num_bytes):
-        return (position - cached_len) / 4 - self.seconds_per_byte * sum(num_bytes.values())
 
 
 class Ledger(Placement):

@@ -238,10 +238,7 @@ class Twins:
         """Match, lock, touch and allocate rows for the rest. None if refused; nothing is held."""
         match = self.match(tokens, namespace)
         handle = self.cache.lock(match.node)
-        piece = None
-        if match.cached_len:
-            piece = self.plain.piece_at(tokens, match.cached_len, namespace)
-            piece.locks += 1
+        piece = self._lock_piece(tokens, match.cached_len, namespace)
         self.ledger.ghost_hits.clear()
         self.cache.touch(match)
         assert self.ledger.ghost_hits == ([] if match.missed is None else [match.missed])
@@ -256,6 +253,14 @@ class Twins:
         )
         self.requests.append(request)
         return request
+
+    def _lock_piece(self, tokens: Tokens, end: int, namespace: Hashable) -> Piece | None:
+        """Lock the plain twin's piece that ends at ``end``. Return None for an empty prefix."""
+        if not end:
+            return None
+        piece = self.plain.piece_at(tokens, end, namespace)
+        piece.locks += 1
+        return piece
 
     def _unlock(self, handle: Any, piece: Any) -> None:
         self.cache.unlock(handle)
@@ -290,10 +295,7 @@ class Twins:
             else:
                 self.held_slots.remove(slot)
         handle = self.cache.lock(result.node)
-        piece = None
-        if result.inserted_len:
-            piece = self.plain.piece_at(tokens, result.inserted_len, namespace)
-            piece.locks += 1
+        piece = self._lock_piece(tokens, result.inserted_len, namespace)
         self._unlock(request.handle, request.piece)
         request.handle, request.piece, request.node = handle, piece, result.node
         self.free_kv(result.duplicates)

@@ -26,6 +26,7 @@ from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
 from kernels.native import shared_library
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
+from tests.test_refusals import exit_code
 
 COMMAND = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
@@ -43,12 +44,7 @@ def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
 
 
 def run(*arguments: str) -> int:
-    """Return the exit code of a command, run in this process."""
-    try:
-        return main(arguments)
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
+    return exit_code(main, arguments)
 
 
 CONFIG = json.dumps(ATTENTION_ONLY)

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import Engine, RequestOutput, SamplingParams, engine_config
+from engine import Engine, RequestOutput, SamplingParams
 from engine.requests.grammar import Grammar
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.schedule.batch import Batch
 from engine.text.tokenizer import ByteTokenizer, StreamDecoder
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
-from tests.engine.test_engine import ids
-from tests.oracle import OracleRunner, OracleSampler
+from tests.engine.test_engine import ids, make_engine
 
 ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -55,23 +54,12 @@ class SometimesBroken(ByteTokenizer):
         return super().stream_decoder(skip_special_tokens, before)
 
 
-def make_engine(
-    broken: dict[int, str] | None = None, kv_tokens: int = 4096, **settings: object
-) -> Engine:
-    return Engine(
-        engine_config(check=True, **settings),
-        runner=OracleRunner(kv_tokens, 16),
-        sampler=OracleSampler(),
-        tokenizer=SometimesBroken(broken or {}),
-    )
-
-
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("fails_on", ["push", "flush"])
 def test_a_detokenizer_error_fails_only_its_request(fails_on: str, overlap: str) -> None:
     prompts = [ids(70 + i, 40 * i) for i in range(4)]
-    expected = make_engine().generate(prompts, ANSWER)
-    engine = make_engine({2: fails_on}, overlap=overlap)
+    expected = make_engine(tokenizer=ByteTokenizer()).generate(prompts, ANSWER)
+    engine = make_engine(tokenizer=SometimesBroken({2: fails_on}), overlap=overlap)
     outputs = engine.generate(prompts, ANSWER)
     for i, (output, alone) in enumerate(zip(outputs, expected, strict=True)):
         if i == 2:
@@ -168,7 +156,7 @@ def test_outputs_finished_by_a_failed_commit_are_returned(
     overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_token = SamplingParams(max_tokens=1, ignore_eos=True)
-    engine = make_engine(overlap=overlap)
+    engine = make_engine(tokenizer=ByteTokenizer(), overlap=overlap)
     publish, remaining = engine._manager.publish, [1]
 
     def failing(request: Request) -> None:

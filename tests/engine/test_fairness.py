@@ -8,19 +8,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import RequestOutput, SamplingParams
 from engine.config import MAX_SCORED, TILE
 from hybridcache.scheduling.planner import TILES
-from tests.oracle import OracleRunner, OracleSampler
+from tests.engine.test_engine import make_engine
 
 
 class Load:
     """Engine with requests that arrive at once, and the steps of their first and last tokens."""
 
     def __init__(self, token_budget: int, max_running: int = 16) -> None:
-        config = EngineConfig(token_budget=token_budget, max_running=max_running, check=True)
-        runner = OracleRunner(60_000, 64)
-        self.engine = Engine(config, runner=runner, sampler=OracleSampler())
+        sizes = {"token_budget": token_budget, "max_running": max_running}
+        self.engine = make_engine(60_000, 64, **sizes)
+        config, runner = self.engine.config, self.engine.runner
         self.first: dict[str, int] = {}
         self.outputs: dict[str, RequestOutput] = {}
         self.num_steps = 0

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, SamplingParams
 from engine.interfaces import StepReport
 from engine.requests.spec import SamplingInput
 from tests.engine.test_engine import ids, make_engine
-from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
+from tests.oracle import OracleDrawn, OracleSampler
 
 
 def answer(tokens: int) -> SamplingParams:
@@ -34,11 +34,7 @@ def run(engine: Engine) -> dict[str, list[int]]:
 @pytest.mark.parametrize("token_budget", [64, 100, 256])
 def test_prefills_use_the_budget_left_by_decodes_or_one_tile(token_budget: int) -> None:
     reports: list[StepReport] = []
-    engine = Engine(
-        EngineConfig(token_budget=token_budget, max_running=8),
-        runner=OracleRunner(8192, 32),
-        sampler=OracleSampler(),
-    )
+    engine = make_engine(8192, 32, token_budget=token_budget, max_running=8)
     engine.observers.append(reports.append)
     prompts = [ids(40 + 61 * i, first=17 * i) for i in range(12)]
     engine.generate(prompts, [answer(5 + 9 * (i % 5)) for i in range(12)])
@@ -80,11 +76,8 @@ def test_draws_are_numbered_from_zero_with_and_without_overlap(overlap: str) -> 
             return super().launch(logits, requests, rows)
 
     draws: dict[int, list[int]] = {}
-    engine = Engine(
-        EngineConfig(overlap=overlap, token_budget=64),
-        runner=OracleRunner(2048, 8),
-        sampler=Recorder(),
-    )
+    engine = make_engine(2048, 8, overlap=overlap, token_budget=64)
+    engine._sampler = Recorder()
     seeded = [SamplingParams(max_tokens=12, seed=seed) for seed in (1, 2)]
     engine.generate([ids(10), ids(200)], seeded)
     assert draws == {1: list(range(12)), 2: list(range(12))}

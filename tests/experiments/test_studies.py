@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, EngineConfig
-from engine.text.tokenizer import ByteTokenizer
 from experiments import page, provenance, reproduce
 from experiments.benchmarks import measure_prefill
 from experiments.studies import capacity, closed_loop
@@ -20,8 +18,8 @@ from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.traces import recognise
+from tests.engine.server.conftest import oracle_engine
 from tests.lab.test_bad_traces import GOOD, written
-from tests.oracle import OracleRunner, OracleSampler
 
 STUDIES = ("capacity", "grid", "arena")
 
@@ -93,9 +91,7 @@ def test_code_of_a_study_is_the_package_and_its_imports() -> None:
 
 def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
     """Each length is measured after each reuse; a decode step has exactly the given requests."""
-    config = EngineConfig(max_running=4, checkpoints=("backoff",))
-    runner = OracleRunner(8192, 16, max_model_len=4096)
-    engine = Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
+    engine = oracle_engine(max_running=4, checkpoints=("backoff",))
     now_s = itertools.count()
     engine.clock = lambda: float(next(now_s))
     record = measure_prefill.measure(engine, 600, 2)

@@ -20,6 +20,7 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.simulation.simulate import simulate
 from tests.lab.records import agent_request, agent_session, lines
+from tests.test_refusals import exit_code
 from tests.waiting import wait_until
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
@@ -71,13 +72,9 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_flag_or_name_gives_one_line_with_a_suggestion(
     capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
-    code: object
-    try:
-        code = main(arguments.split())
-    except SystemExit as exited:
-        code = exited.code
+    assert exit_code(main, arguments.split()) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert code == 2 and message in line
+    assert message in line
 
 
 def test_trace_stats_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,14 @@ from hybridcache.lab.trace import TraceRequest
 from tests.lab.test_simulate import GEOMETRY, one_cell, served
 
 
-def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
-    class Seconds:
-        def seconds(self, start: int, end: int) -> float:
-            return 10.0
+class Seconds:
+    """Compute time of 10 s for any tokens."""
 
+    def seconds(self, start: int, end: int) -> float:
+        return 10.0
+
+
+def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
     tokens = np.arange(70, dtype=np.int32)
     answer = tokens[:50]
     requests = [
@@ -27,10 +30,6 @@ def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
 
 
 def test_queueing_times_match_hand_computed_ones() -> None:
-    class Seconds:
-        def seconds(self, start: int, end: int) -> float:
-            return 10.0
-
     tokens = np.arange(5, dtype=np.int32)
     requests = [
         TraceRequest(when, when, None, tokens + 9 * int(when), tokens) for when in (0.0, 1.0, 2.0)

@@ -17,17 +17,10 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.precise import CheckpointSeconds, depth_after
 from hybridcache.routing.protocol import Choice, NoReplica, ReplicaSpec, Router, RouteRequest
 from hybridcache.routing.registry import ROUTERS, find_router
-from tests.cache.serving import hybrid
+from tests.cache.serving import PerToken, hybrid
 
 GRID, KV_BYTES, STATE_BYTES = 4, 10, 50
 PLACEMENT = "branch,boundary,backoff"
-
-
-class PerToken:
-    """Compute time of 0.25 s per token."""
-
-    def seconds(self, start, end):
-        return max(end - start, 0) / 4
 
 
 def spec(placement=PLACEMENT, **changes):
