@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,6 @@ from hybridcache.policies.registry import EVICTION, parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease
 from tests.cache.twins import Twins
-
-ROW_BYTES = 2
 
 
 def serve(cache, tokens: Tokens, held_tokens: int) -> None:
@@ -64,22 +63,30 @@ def test_invalid_memory_options_raise():
     assert build_prefix_cache(CacheConfig(total_bytes=10, **weights)).arena is None
 
 
-def arena_twins(rng: random.Random) -> Twins:
-    """Build a small random arena cache with its plain twin."""
-    page_size, grid = rng.choice((1, 2, 4)), rng.choice((1, 4))
+def config_of(
+    rng: random.Random, memory: str | None = None, has_tiers: bool = False
+) -> CacheConfig:
+    """Return a random configuration of a small cache, with ``memory`` or a random one."""
+    page_size, grid = rng.choice(((1, 1), (1, 4), (2, 4), (4, 2), (16, 16)))
     unit = max(page_size, grid)
-    return Twins(
-        CacheConfig(
-            page_size=page_size,
-            grid=grid,
-            total_bytes=ROW_BYTES * unit * rng.randint(20, 50),
-            kv_bytes_per_token=ROW_BYTES,
-            state_bytes=ROW_BYTES * unit * rng.randint(2, 8) - 1,
-            memory="arena",
-            eviction=rng.choice(("lru", "lru", *EVICTION)),
-            priority_classes=rng.random() < 0.7,
-            ghost_bytes=rng.choice((0, 2000, 1 << 20)),
-        )
+    state_bytes = 2 * unit * rng.randint(1, 8)
+    pools: dict[str, Any] = {"num_kv_tokens": unit * rng.randint(8, 50)}
+    pools["num_slots"] = rng.randint(1, 8)
+    if memory or rng.random() < 0.6:
+        pools = {"total_bytes": 2 * unit * rng.randint(8, 50) + 4 * state_bytes}
+        pools["memory"] = memory or rng.choice(("arena", "budget"))
+    if has_tiers:
+        pools["host_bytes"] = 2 * state_bytes + 2 * unit * rng.randint(1, 12)
+        pools["disk_bytes"] = rng.choice((0, 2 * state_bytes + 2 * unit * rng.randint(1, 12)))
+    return CacheConfig(
+        page_size=page_size,
+        grid=grid,
+        kv_bytes_per_token=2,
+        state_bytes=state_bytes,
+        eviction=rng.choice(("lru", *sorted(EVICTION))),
+        priority_classes=rng.random() < 0.7,
+        ghost_bytes=rng.choice((0, 2000, 1 << 20)),
+        **pools,
     )
 
 
@@ -117,7 +124,7 @@ def serve_twins(twins: Twins, rng: random.Random, num_operations: int) -> None:
 def test_a_full_arena_agrees_with_its_plain_twin(seed):
     rng, num_moves = random.Random(seed), 0
     for _ in range(3):
-        twins = arena_twins(rng)
+        twins = Twins(config_of(rng, "arena"))
         serve_twins(twins, rng, num_operations=120)
         num_moves += twins.arena(twins.cache).num_moves
     assert num_moves > 0, "no row moved, so this test proves nothing"

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from hybridcache.config import CacheConfig
-from hybridcache.policies.registry import EVICTION
-from tests.cache.test_arena import serve_twins
+from tests.cache.test_arena import config_of, serve_twins
 from tests.cache.test_lease_machine import LeaseMachine
 from tests.cache.tiers import TieredMemory
 from tests.cache.twins import Twins
@@ -24,30 +21,6 @@ from tests.cache.twins import Twins
 PLACEMENT = "branch,boundary,backoff,end"
 STEPS = 300
 """Operations of one cache."""
-
-
-def config_of(rng: random.Random, has_tiers: bool = False) -> CacheConfig:
-    page_size, grid = rng.choice(((1, 1), (1, 4), (2, 4), (4, 2), (16, 16)))
-    unit = max(page_size, grid)
-    state_bytes = 2 * unit * rng.randint(1, 8)
-    pools: dict[str, Any] = {"num_kv_tokens": unit * rng.randint(8, 50)}
-    pools["num_slots"] = rng.randint(1, 8)
-    if rng.random() < 0.6:
-        pools = {"total_bytes": 2 * unit * rng.randint(8, 50) + 4 * state_bytes}
-        pools["memory"] = rng.choice(("arena", "budget"))
-    if has_tiers:
-        pools["host_bytes"] = 2 * state_bytes + 2 * unit * rng.randint(1, 12)
-        pools["disk_bytes"] = rng.choice((0, 2 * state_bytes + 2 * unit * rng.randint(1, 12)))
-    return CacheConfig(
-        page_size=page_size,
-        grid=grid,
-        kv_bytes_per_token=2,
-        state_bytes=state_bytes,
-        eviction=rng.choice(("lru", *sorted(EVICTION))),
-        priority_classes=rng.random() < 0.7,
-        ghost_bytes=rng.choice((0, 2000, 1 << 20)),
-        **pools,
-    )
 
 
 def serve_tiers(memory: TieredMemory, rng: random.Random) -> None:

@@ -23,10 +23,11 @@ from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine
 from tests.cache import test_rules, test_tiers
-from tests.cache.test_arena import arena_twins, serve_twins
+from tests.cache.test_arena import config_of, serve_twins
 from tests.cache.test_lease_machine import LeaseMachine
 from tests.cache.test_machine import CacheMachine
 from tests.cache.test_tiers_machine import TieredMachine
+from tests.cache.twins import Twins
 from tests.export.test_events_machine import EventsMachine
 from tests.faults.injection import Check, Faults, Patch, assert_detected, machine
 from tests.policies import test_regret, textbook
@@ -43,7 +44,7 @@ def arena() -> None:
     """Serve random requests on small arenas and compare with the plain cache."""
     for seed in range(20):
         rng = random.Random(seed)
-        twins = arena_twins(rng)
+        twins = Twins(config_of(rng, "arena"))
         serve_twins(twins, rng, num_operations=100)
         for _ in range(5):
             twins.evict(rng.randint(1, 6), 0)
