@@ -15,10 +15,9 @@ import pytest
 from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided.guides import Guides
 from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
-from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
-from tests.engine.server.conftest import allowed
-from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
+from tests.engine.history.scripted import ScriptedSampler
+from tests.oracle import OracleRunner, OracleSampler
 
 pytest.importorskip("llguidance")
 
@@ -134,21 +133,6 @@ SCRIPTS = (
 )
 
 
-class ScriptedSampler(OracleSampler):
-    """Sampler that follows the script chosen by the request's seed, byte for byte.
-
-    A forbidden byte is replaced by the first allowed token.
-    """
-
-    def launch(self, logits: Any, requests: Any, rows: Any) -> Any:
-        sampled = []
-        for request in requests:
-            script = [*SCRIPTS[request.seed].encode(), 258]
-            token = script[min(request.draw, len(script) - 1)]
-            sampled.append(SampledToken(allowed(token, request.ruling.mask), -1.0))
-        return OracleDrawn(sampled)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -167,7 +151,9 @@ def test_strict_calls_follow_their_grammar_after_the_mark(settings: dict[str, An
     grammar = grammar_of_strict_calls(STRICT, may_think=True)
     specs = [spec(grammar, f"{seed}" * 40, seed=seed, max_tokens=200) for seed in range(4)]
     engine = oracle(**settings)
-    engine._sampler = ScriptedSampler()
+    engine._sampler = sampler = ScriptedSampler()
+    for script in SCRIPTS:
+        sampler.add([*script.encode(), 258])
     texts: dict[int, str] = {}
     commit, num_steps = engine._commit, 0
 

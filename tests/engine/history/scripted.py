@@ -12,11 +12,15 @@ from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_co
 from engine.requests.spec import SamplingInput
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
+from tests.engine.server.conftest import allowed
 from tests.oracle import Fingerprints, OracleDrawn, OracleRunner
 
 
 class ScriptedSampler:
-    """Sampler that returns the tokens of a script, which the request's seed selects."""
+    """Sampler that returns the tokens of a script, which the request's seed selects.
+
+    A forbidden token is replaced by the first allowed one, and the last token is repeated.
+    """
 
     def __init__(self) -> None:
         self.scripts: list[Sequence[int]] = []
@@ -29,7 +33,12 @@ class ScriptedSampler:
     def launch(
         self, logits: Fingerprints, requests: Sequence[SamplingInput], rows: Sequence[int]
     ) -> OracleDrawn:
-        return OracleDrawn([SampledToken(self.scripts[r.seed][r.draw], None) for r in requests])
+        sampled = []
+        for request in requests:
+            script = self.scripts[request.seed]
+            token = script[min(request.draw, len(script) - 1)]
+            sampled.append(SampledToken(allowed(token, request.ruling.mask), None))
+        return OracleDrawn(sampled)
 
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
         raise AssertionError("A scripted sampler does not support scores.")

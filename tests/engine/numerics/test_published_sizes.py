@@ -14,6 +14,7 @@ from engine import engine_config
 from engine.layers.linear import Linear
 from engine.runner.backends import override_all
 from engine.runner.build import load_runner
+from experiments.gpu.models import QWEN3_NEXT_80B
 from tests.engine.numerics import families
 from tests.engine.numerics.test_exactness import assert_hits_are_exact, threads
 
@@ -42,19 +43,10 @@ SIZES = {
         "num_shared_experts": 1,
         "first_k_dense_replace": 1,
     },
-    "qwen3_next": {  # Qwen3-Next-80B-A3B
-        "hidden_size": 2048,
-        "intermediate_size": 5120,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
-        "mlp_only_layers": [],
+    "qwen3_next": {
+        name: QWEN3_NEXT_80B[name]
+        for name in QWEN3_NEXT_80B
+        if name.endswith(("_size", "heads", "_dim", "only_layers")) and name != "vocab_size"
     },
     "granite_moe_hybrid": {  # granite-4.0-h-tiny
         "hidden_size": 1536,
