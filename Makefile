@@ -167,15 +167,10 @@ gpu:  ## on a machine with a GPU: check kernels and exactness, time serving and 
 GPU_WHEELS := msgspec sortedcontainers tqdm jinja2 markupsafe httpx httpcore h11 anyio idna certifi starlette \
 	typing-extensions uvicorn click prometheus-client pyzmq pytest pytest-xdist execnet pluggy iniconfig hypothesis
 
-gpu-wheels:  ## with a network: collect packages and a newer assembler for `make gpu` in .whl/ (18 MB)
-	mkdir -p .whl out/nvcc
+gpu-wheels:  ## with a network: collect packages for `make gpu` in .whl/ (5 MB)
+	mkdir -p .whl
 	$(PYTHON) -m pip download $(PIP_FLAGS) --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 		--platform manylinux2014_x86_64 --platform any -d .whl -c constraints.txt $(GPU_WHEELS)
-	$(PYTHON) -m pip download $(PIP_FLAGS) --no-deps --only-binary :all: --platform manylinux2014_x86_64 -d out/nvcc 'nvidia-cuda-nvcc>=13.3'
-	$(PYTHON) -c "import glob, lzma, zipfile; wheel = zipfile.ZipFile(max(glob.glob('out/nvcc/*.whl'))); \
-		name = next(n for n in wheel.namelist() if n.endswith('bin/ptxas')); \
-		open('.whl/ptxas.part', 'wb').write(lzma.compress(wheel.read(name)))"
-	mv .whl/ptxas.part .whl/ptxas.xz
 
 gpu-dry:  ## run the same script on the CPU: tiny shapes, interpreted
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu --dry

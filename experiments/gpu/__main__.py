@@ -17,7 +17,6 @@ Parts run one after another, each in a separate process, in this order:
 - tests: tests of the kernels on the device, without float32
 - tune: launch parameters
 - rivals: times of the kernels next to flash-linear-attention's and torch's
-- bundled: `check` with Triton's own assembler, if another one was collected by `make gpu-wheels`
 - float32, tests32: `check` and the tests in float32, which compile for a long time
 
 With ``--budget``, the call ends after that many seconds: the part in progress is stopped and later
@@ -35,7 +34,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import lzma
 import os
 import signal
 import subprocess
@@ -53,7 +51,6 @@ from experiments.provenance import (
     ROOT,
     code_hash,
     known_records,
-    read_json_lines,
     write_json_lines,
 )
 
@@ -66,7 +63,7 @@ LEAST_S = 20.0
 DRY_SLOWNESS = 5
 """Factor of the limits of a dry run, which may share its processor."""
 COLLECTED = ROOT / ".whl"
-"""Folder of `make gpu-wheels`: wheels, and an assembler for Triton."""
+"""Folder of `make gpu-wheels`."""
 
 ENGINE = ("msgspec", "jinja2", "tokenizers")
 SERVER = ("starlette", "uvicorn", "httpx", "prometheus_client", "zmq")
@@ -82,27 +79,25 @@ class Part(NamedTuple):
     needs: tuple[str, ...] = ()
     files: str = ""
     """Pattern of its records, relative to the folder of the results."""
-    bundled: bool = False
-    """True to use the assembler of the triton package."""
 
 
 def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", name, *arguments]
 
 
-def script(name: str, *arguments: str, folder: str = "") -> Callable[[Path, bool], list[str]]:
-    """Return the command of a script that writes into ``folder`` of the results."""
+def script(name: str, *arguments: str) -> Callable[[Path, bool], list[str]]:
+    """Return the command of a script that writes into the folder of the results."""
 
     def command(out: Path, dry: bool) -> list[str]:
         flags = ["--dry"] if dry else []
-        return module(f"experiments.gpu.{name}", *arguments, "--out", str(out / folder), *flags)
+        return module(f"experiments.gpu.{name}", *arguments, "--out", str(out), *flags)
 
     return command
 
 
-def kernels(mode: str, *flags: str, folder: str = "") -> Callable[[Path, bool], list[str]]:
+def kernels(mode: str, *flags: str) -> Callable[[Path, bool], list[str]]:
     """Return the command of a mode of `experiments.gpu.kernels`, with a process per folder."""
-    return script("kernels", "--each", "--mode", mode, *flags, folder=folder)
+    return script("kernels", "--each", "--mode", mode, *flags)
 
 
 def tests(selected: str, limit_s: float, records: str) -> Part:
@@ -135,9 +130,6 @@ PARTS: dict[str, Part] = {
     "tests": tests("not fp32", 400.0, "tests.jsonl"),
     "tune": Part(script("kernels", "--mode", "tune"), 400.0, files="tune_kernels*.jsonl"),
     "rivals": Part(kernels("bench"), 300.0, files="bench_kernels_*.jsonl"),
-    "bundled": Part(
-        kernels("check", folder="bundled"), 200.0, files="bundled/*.jsonl", bundled=True
-    ),
     "float32": Part(kernels("check", "--float32"), 400.0, files="check_float32_*.jsonl"),
     "tests32": tests("fp32", 500.0, "tests32.jsonl"),
 }
@@ -150,9 +142,6 @@ def run_part(part: str, out: Path, dry: bool, left_s: float = float("inf")) -> V
     if missing:
         print(f"Skipped: {part} needs {', '.join(missing)}.", file=sys.stderr)
         return record(part, out, "skipped", 0.0, missing=missing)
-    assembler = None if dry else other_assembler()
-    if plan.bundled and assembler is None:
-        return record(part, out, "skipped", 0.0, missing=["another assembler"])
     if left_s < LEAST_S:
         return "not begun"
     environment = dict(os.environ)
@@ -162,8 +151,6 @@ def run_part(part: str, out: Path, dry: bool, left_s: float = float("inf")) -> V
     else:
         environment["KERNELS_ON_DEVICE"] = "1"  # Tests fail instead of using the interpreter.
         environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "out" / "triton"))
-        if assembler is not None and not plan.bundled:
-            environment.setdefault("TRITON_PTXAS_PATH", str(assembler))
     begin = time.monotonic()
     most_s = plan.limit_s * (DRY_SLOWNESS if dry else 1)
     limit_s = min(most_s, left_s)
@@ -204,23 +191,6 @@ def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> 
             raise
 
 
-def other_assembler() -> Path | None:
-    """Return the assembler that `make gpu-wheels` collected, unpacked. None if there is none."""
-    packed = COLLECTED / "ptxas.xz"
-    if not packed.exists():
-        return None
-    path = ROOT / "out" / "ptxas"
-    if not path.exists() or path.stat().st_mtime < packed.stat().st_mtime:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.write_bytes(lzma.decompress(packed.read_bytes()))
-        except lzma.LZMAError as error:
-            print(f"{packed}: {error}; using Triton's own assembler.", file=sys.stderr)
-            return None
-        path.chmod(0o755)
-    return path
-
-
 def install_wheels() -> None:
     """Install the collected wheels that are missing, without a network."""
     wheels = sorted(COLLECTED.glob("*.whl"))
@@ -244,20 +214,6 @@ def write_archive(path: Path, out: Path) -> None:
     with tarfile.open(unfinished, "w:gz") as archive:
         archive.add(out, arcname=out.name)
     unfinished.replace(path)
-
-
-def other_bits(out: Path) -> list[str]:
-    """Return the cases whose bits differ between the two assemblers."""
-    found = []
-    for file in sorted((out / "bundled").glob("check_kernels_*.jsonl")):
-        if not (out / file.name).exists():
-            continue
-        digests = [
-            {r["case"]: r.get("digest") for r in read_json_lines(path)[1]}
-            for path in (file, out / file.name)
-        ]
-        found += [case for case, bits in digests[0].items() if digests[1].get(case) != bits]
-    return found
 
 
 def done_file(out: Path, part: str) -> Path:
@@ -327,9 +283,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         write_archive(tar, out)
         signal.signal(signal.SIGTERM, before)
-    changed = other_bits(out)
-    if changed:
-        print(f"Bits differ between assemblers in {len(changed)} cases: {', '.join(changed)}")
     print(f"{device()}: " + ", ".join(f"{part} {verdict}" for part, verdict in verdicts.items()))
     if {"stopped", "not begun"} & {*verdicts.values()}:
         return 3

@@ -279,8 +279,8 @@ def cases(folder: str, setup: Setup) -> Iterator[Case]:
 def compiler() -> dict[str, str]:
     """Return the versions of Triton and of the assembler that it calls, and its environment.
 
-    Both versions of Triton that this project runs with bundle an assembler with known faults in
-    Hopper's products, so another one may be set by TRITON_PTXAS_PATH.
+    TRITON_PTXAS_PATH sets another assembler than Triton's own. Some have faults: with version
+    13.5, `gdn.solve_kernel` gave wrong numbers on an H200, and with 12.8 right ones.
     """
     try:
         import triton
@@ -369,17 +369,19 @@ def run_each(
 
     Returns True if all ended with status 0.
     """
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = {"OMP_NUM_THREADS": threads} | os.environ
     with ThreadPoolExecutor(processes) as pool:
         files = [out / f"{prefix}_{folder}.jsonl" for folder in names]
-        return all([*pool.map(partial(run_one, arguments), names, files)])
+        return all([*pool.map(partial(run_one, arguments, environment), names, files)])
 
 
-def run_one(arguments: list[str], folder: str, file: Path) -> bool:
+def run_one(arguments: list[str], environment: dict[str, str], folder: str, file: Path) -> bool:
     """Run a process for a folder, and another one for the rest of its cases if it dies."""
     command = [sys.executable, "-m", "experiments.gpu.kernels", "--kernels", folder, *arguments]
     lost: set[str | None] = set()
     while True:
-        status = subprocess.run(command, cwd=ROOT).returncode
+        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if status in (0, 1):
             return status == 0 and not lost
         in_progress = mark_lost(file, status)

@@ -280,8 +280,9 @@ def test_fp8_rows_equal_the_reference_in_any_batch(num_tokens, in_blocks, device
     )
     product = fused.prepare_8bit(*parts, torch.float32, fp8_rows=True)
     out = product(inputs["hidden"], weights, experts, shared_gate=shared_gate)
-    # One rounding to the next fp8 number in the middle is 1/16 of an element.
-    assert (out - expected).norm() < 2e-3 * expected.norm()
+    # One rounding to the next fp8 number in the middle is 1/16 of an element. Hopper's tensor cores
+    # keep about 13 bits of a sum of fp8 products, so more elements are rounded in another way.
+    assert (out - expected).norm() < (2e-3 if device == "cpu" else 1e-2) * expected.norm()
     if num_tokens < 100:
         full = fused.experts_8bit(inputs["hidden"], weights, experts, *parts, shared_gate)
         assert 1e-3 * full.norm() < (out - full).norm() < 0.1 * full.norm()
