@@ -99,6 +99,7 @@ class Running:
     prompt_len: int
     lease: Lease
     computed_len: int
+    reuse: bool
     is_counted: bool = False
     planned: Counter[Placed] = field(default_factory=Counter)
     settled: Counter[Placed] = field(default_factory=Counter)
@@ -274,7 +275,7 @@ class LeaseMachine(RuleBasedStateMachine):
         assert lease.losses.not_fetched == max(loadable_len - reached_len, 0)
         assert lease_request.reuse or not (lease.losses.not_fetched or lease.match.loadable)
         start = lease.cached_len
-        request = Running(self.num_requests, tokens, prompt_len, lease, start)
+        request = Running(self.num_requests, tokens, prompt_len, lease, start, lease_request.reuse)
         request.needs_restore = lease.match.checkpoint is not None and lease.state_slot is not None
         self.running.append(request)
 
@@ -294,7 +295,7 @@ class LeaseMachine(RuleBasedStateMachine):
         extended = request.lease.extend(to_len)
         counts = extended and to_len > request.lease.cached_len and not request.is_counted
         assert self.ledger.prefills - prefills == int(counts and self.is_hybrid)
-        assert self.cache.stats.total.requests - requests in (0, int(counts))
+        assert self.cache.stats.total.requests - requests == int(counts and request.reuse)
         if counts:
             request.is_counted = True
             if self.is_hybrid:
@@ -304,6 +305,7 @@ class LeaseMachine(RuleBasedStateMachine):
                     placed for placed in wanted if placed.position not in planned
                 )
                 assert request.lease.planned == tuple(sorted(at for at, _ in request.planned))
+        assert request.lease.is_counted == (request.is_counted and request.reuse)
         return extended
 
     def settle(self, request: Running, inserted: int) -> None:

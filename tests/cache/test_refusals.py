@@ -322,13 +322,6 @@ def test_a_plan_that_was_not_carried_out_stops_a_reset():
     assert not cache.take_step()
 
 
-def test_a_request_that_must_not_reuse_is_not_counted():
-    cache, placement = small()
-    lease = Lease.begin(cache, placement, LeaseRequest(np.arange(20, dtype=np.int32), reuse=False))
-    assert lease.extend(20) and not lease.is_counted and not cache.stats.total.requests
-    lease.abort()
-
-
 def test_a_plan_that_failed_half_way_or_was_forgotten_cannot_be_carried_out():
     cache, placement = small()
     request = LeaseRequest(np.arange(20, dtype=np.int32), table_row=0)
@@ -353,28 +346,18 @@ def test_a_plan_that_failed_half_way_or_was_forgotten_cannot_be_carried_out():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_a_lease_whose_rows_the_caller_has_freed_ends_with_one_error():
-    cache, placement = small()
-    lease = Lease.begin(cache, placement, LeaseRequest(np.arange(20, dtype=np.int32)))
-    assert lease.extend(20)
-    cache.free_kv(lease.kv_indices)
-    with pytest.raises(ValueError, match="only 0 are held"):
-        lease.abort()
-    lease.abort()
-    cache.check(held_tokens=0, held_slots=0)
-
-
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", (None, *range(3)))
 @pytest.mark.parametrize("computed_len", (None, 8, 20))
-def test_a_lease_whose_slot_the_caller_has_freed_ends_with_one_error(number, computed_len):
+def test_a_lease_whose_rows_or_slot_the_caller_has_freed_ends_with_one_error(number, computed_len):
+    """The caller frees all rows, or the slot with this ``number``."""
     cache, prompt = small()[0], np.arange(20, dtype=np.int32)
     lease = Lease.begin(cache, parse_placement("every:4"), LeaseRequest(prompt))
     assert lease.extend(20)
     saves = lease.take_checkpoint_slots(0, 20)
     cache.take_step().done()
     slots = [lease.state_slot, *(slot for _, slot in saves)]
-    cache.free_slot(slots[number])
-    with pytest.raises(ValueError, match=r"is not taken|is free"):
+    cache.free_kv(lease.kv_indices) if number is None else cache.free_slot(slots[number])
+    with pytest.raises(ValueError, match=r"is not taken|is free|only 0 are held"):
         lease.abort() if computed_len is None else lease.preempt(prompt, computed_len)
     taken = [cache.allocate_slot() for _ in range(cache.free_slots)]
     lease.abort()  # has no effect: the slots are those of others by now

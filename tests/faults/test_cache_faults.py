@@ -30,8 +30,7 @@ from tests.cache.test_tiers_machine import TieredMachine
 from tests.cache.twins import Twins
 from tests.export.test_events_machine import EventsMachine
 from tests.faults.injection import Check, Faults, Patch, assert_detected, machine
-from tests.policies import test_regret, textbook
-from tests.policies.items import ItemCache
+from tests.policies import test_regret, test_textbook
 from tests.routing.test_text_tree_machine import TextTreeMachine
 
 FAULTS = Faults()
@@ -321,19 +320,13 @@ def policy_check(name: str) -> Check:
     """Return the check that compares a policy with the pseudocode of its paper."""
 
     def check() -> None:
-        rng, plain = random.Random(0), PLAIN[name]
-        for _ in range(300):
-            pages, capacity = "".join(rng.choices("abcdef", k=60)), rng.randint(1, 6)
-            assert ItemCache(EVICTION[name](), capacity).serve(pages).evicted == plain(
-                pages, capacity
-            )
+        test_textbook.test_victims_match_the_pseudocode_of_the_paper(eviction=name)
 
     check.__name__ = f"{name} compared with its paper"
     return check
 
 
-PLAIN: dict[str, Any] = {"lfu": textbook.lfu_da, "clock": textbook.clock, "arc": textbook.arc}
-LFU, CLOCK, ARC = map(policy_check, PLAIN)
+LFU, CLOCK, ARC = map(policy_check, ("lfu", "clock", "arc"))
 
 
 # --- Events and routing -------------------------------------------------------------------------
