@@ -14,7 +14,7 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
-from tests.cache.serving import carried_out
+from tests.cache.serving import carried_out, serve_lease
 
 
 def make_cache(slots: int = 8, **options: int):
@@ -47,31 +47,20 @@ def check(cache: HybridRadixCache, *leases: Lease) -> None:
     cache.check(sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases))
 
 
-def answer(lease: Lease, text: Tokens) -> None:
-    """Decode up to the end of ``text``, in one step."""
-    assert lease.extend(len(text)) and lease.take_checkpoint_slots(lease.prompt_len, len(text))
-    carried_out(lease.cache)
-
-
 def test_an_aborted_answer_leaves_the_checkpoint_before_it_as_it_was() -> None:
-    cache = make_cache(slots=4, eviction="lru")
+    cache, placement = make_cache(slots=4, eviction="lru"), parse_placement("end")
     texts = [tokens(192, first) for first in (0, 10_000, 20_000, 30_000)]
-    for number in (0, 1):
-        lease = begin(cache, texts[number][:100], "end")
-        prefill(lease, texts[number][:100])
-        answer(lease, texts[number])
-        lease.finish(texts[number], 192)
+    for text in texts[:2]:
+        serve_lease(cache, placement, LeaseRequest(text[:100]), text[100:])
     longer = tokens(320)
     lease = begin(cache, longer[:200], "end")
     prefill(lease, longer[:200])
-    answer(lease, longer)
+    assert lease.extend(320) and lease.take_checkpoint_slots(200, 320)
+    carried_out(cache)
     lease.abort()
     check(cache)
-    for number in (2, 3):  # the second one needs the place of the least recently used
-        lease = begin(cache, texts[number][:100], "end")
-        prefill(lease, texts[number][:100])
-        answer(lease, texts[number])
-        lease.finish(texts[number], 192)
+    for text in texts[2:]:  # the second one needs the place of the least recently used
+        serve_lease(cache, placement, LeaseRequest(text[:100]), text[100:])
     check(cache)
     matches = [cache.match(np.append(text, np.int32(7))) for text in texts]
     assert [match.cached_len for match in matches] == [192, 0, 192, 192]

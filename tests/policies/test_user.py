@@ -131,22 +131,6 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("Rejuvenates", "score raised AttributeError: .*'last_used' .*has no setter .user_pol"),
         ("NoVictim", r"victim returned None although .* .user_policies.py, line \d+"),
         ("Missing", "user_policies has no class 'Missing'"),
-    ],
-)
-def test_an_error_in_a_custom_policy_is_one_line(
-    name: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        simulate("short?head=60", gib=0.5, policy=f"user_policies:{name}", bound=False)
-    command = ["simulate", "--trace", "short?head=60", "--gib", "0.5", "--no-bound"]
-    assert main([*command, "--policy", f"user_policies:{name}"]) == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("hybridcache: ") and printed.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
         ("Bare", r"plan returned \d+; return Placed\(position, label\)"),
         ("Half", r"plan returned Placed\(position=\d+\.\d, .* with an integer and a string"),
         ("Beyond", r"plan returned .*; the position must be in \[0, \d+\]"),
@@ -155,9 +139,16 @@ def test_an_error_in_a_custom_policy_is_one_line(
         ("Often", "decode_interval returned 'often'; return the number of tokens"),
     ],
 )
-def test_an_error_in_a_custom_placement_is_one_sentence(name: str, message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
-        simulate("short?head=60", gib=1, checkpoints=f"user_policies:{name}", bound=False)
+def test_an_error_in_a_custom_policy_is_one_line(
+    name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = "checkpoints" if name in (*PLANS, "Often") else "policy"
+    with pytest.raises(ValueError, match=message):
+        simulate("short?head=60", gib=0.5, bound=False, **{kind: f"user_policies:{name}"})
+    command = ["simulate", "--trace", "short?head=60", "--gib", "0.5", "--no-bound"]
+    assert main([*command, f"--{kind}", f"user_policies:{name}"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("hybridcache: ") and printed.count("\n") == 1
 
 
 def test_an_object_that_is_no_policy_is_named() -> None:
