@@ -53,6 +53,21 @@ def configs(draw: st.DrawFn, evictions: tuple[str, ...]) -> CacheConfig:
     )
 
 
+def draw_prompt(
+    data: st.DataObject, seen: list[np.ndarray], sizes: list[int], longest: int
+) -> np.ndarray:
+    """Draw a prefix of a prompt in ``seen`` followed by blocks of equal ids, so that prompts share
+    long prefixes, and append it to ``seen``."""
+    before = seen[data.draw(st.integers(0, len(seen) - 1))]
+    prefix = before[: data.draw(st.integers(0, len(before)))]
+    blocks = data.draw(st.lists(st.sampled_from([0, 1, TOP_ID]), max_size=4))
+    after = np.repeat(np.array(blocks, np.int32), data.draw(st.sampled_from(sizes)))
+    prompt = np.concatenate([prefix, after])
+    assume(0 < len(prompt) <= longest)
+    seen.append(prompt)
+    return prompt
+
+
 class CacheMachine(RuleBasedStateMachine):
     """One rule for each operation of a request, of a caller that holds memory, and of eviction."""
 
@@ -66,17 +81,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.seen: list[np.ndarray] = [np.empty(0, np.int32)]
 
     def draw_prompt(self, data: st.DataObject) -> np.ndarray:
-        """Draw a prefix of an earlier prompt followed by blocks of equal ids, so that prompts share
-        long prefixes."""
-        before = self.seen[data.draw(st.integers(0, len(self.seen) - 1))]
-        prefix = before[: data.draw(st.integers(0, len(before)))]
-        blocks = data.draw(st.lists(st.sampled_from([0, 1, TOP_ID]), max_size=4))
-        size = data.draw(st.sampled_from([1, 3, self.unit, self.unit + 1]))
-        after = np.repeat(np.array(blocks, np.int32), size)
-        prompt = np.concatenate([prefix, after])
-        assume(0 < len(prompt) <= 12 * self.unit)
-        self.seen.append(prompt)
-        return prompt
+        sizes = [1, 3, self.unit, self.unit + 1]
+        return draw_prompt(data, self.seen, sizes, longest=12 * self.unit)
 
     @rule(data=st.data(), namespace=NAMESPACES)
     def begin(self, data: st.DataObject, namespace: object) -> None:

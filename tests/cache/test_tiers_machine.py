@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 
 from hybridcache.cache import LockHandle
 from hybridcache.config import CacheConfig
-from tests.cache.test_machine import at_least
+from tests.cache.test_machine import at_least, draw_prompt
 from tests.cache.tiers import TieredMemory
 
 NAMESPACES = st.sampled_from([None, "tenant"])
@@ -63,14 +63,7 @@ class TieredMachine(RuleBasedStateMachine):
         self.locks: list[LockHandle] = []
 
     def draw_prompt(self, data: st.DataObject) -> np.ndarray:
-        before = self.seen[data.draw(st.integers(0, len(self.seen) - 1))]
-        prefix = before[: data.draw(st.integers(0, len(before)))]
-        blocks = data.draw(st.lists(st.sampled_from([0, 1]), max_size=3))
-        after = np.repeat(np.array(blocks, np.int32), data.draw(st.sampled_from([1, self.step])))
-        prompt = np.concatenate([prefix, after])
-        assume(0 < len(prompt) <= 8 * self.step)
-        self.seen.append(prompt)
-        return prompt
+        return draw_prompt(data, self.seen, [1, self.step], longest=8 * self.step)
 
     @rule(data=st.data(), namespace=NAMESPACES, fetch=st.integers(0, 2))
     def serve(self, data: st.DataObject, namespace: object, fetch: int) -> None:
