@@ -42,8 +42,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
     return counter
 
 
-def chain(num_states: int, **options: object) -> HybridRadixCache:
-    """Build a path of ``num_states`` nodes with a checkpoint each, and lock its end."""
+def chain(num_states: int, **options: object) -> tuple[HybridRadixCache, LockHandle]:
+    """Build a path of ``num_states`` nodes with a checkpoint each. Return also the lock of its
+    end."""
     cache = hybrid(num_states * STEP + 100, num_states + 4, **options)
     prompt = ids(range(num_states * STEP))
     rows = cache.allocate_kv(len(prompt))
@@ -57,7 +58,10 @@ def chain(num_states: int, **options: object) -> HybridRadixCache:
         ).node
         cache.unlock(handle)
         handle = cache.lock(node)
-    return cache
+    match = cache.match(ids(prompt, [7]))
+    assert (match.cached_len, cache.num_nodes) == (len(prompt), num_states)
+    assert cache.gather(match.node).tolist() == rows.tolist()
+    return cache, handle
 
 
 def test_the_cost_per_inserted_checkpoint_is_constant(steps: Steps) -> None:
@@ -85,13 +89,17 @@ def test_the_cost_per_inserted_checkpoint_is_constant(steps: Steps) -> None:
 def test_the_cost_of_evicting_a_checkpoint_is_independent_of_depth(
     steps: Steps, eviction: str
 ) -> None:
+    """The deeper path exceeds the limit of recursion."""
     per_item = []
-    for num_states in (100, 800):
-        cache = chain(num_states, eviction=eviction)
+    for num_states in (100, 2000):
+        cache, handle = chain(num_states, eviction=eviction)
         steps.count = 0
         assert cache.evict(num_slots=num_states - 1).num_slots == num_states - 1
         per_item.append(steps.count / num_states)
         cache.check()
+        cache.unlock(handle)
+        cache.reset()
+        cache.check(held_tokens=0, held_slots=0)
     assert per_item[1] <= 1.2 * per_item[0]
 
 

@@ -43,33 +43,6 @@ def test_match_changes_nothing():
     assert cache.stats.total.requests == 0
 
 
-def test_a_chain_of_2000_nodes_and_100000_tokens():
-    cache = hybrid(num_kv_tokens=110_000, num_slots=2001)
-    tokens = ids(range(100_000))
-    node, handle = None, None
-    rows = cache.allocate_kv(100_000)
-    for end in range(50, 100_001, 50):
-        slot = cache.allocate_slot()
-        result = cache.insert(
-            tokens[:end], rows[:end], [(end, slot)], owned_from=end - 50, after=node
-        )
-        next_handle = cache.lock(result.node)
-        if handle is not None:
-            cache.unlock(handle)
-        node, handle = result.node, next_handle
-    assert cache.num_nodes == 2000
-    match = cache.match(ids(range(100_000), [7]))
-    assert match.cached_len == 100_000
-    assert cache.gather(match.node).tolist() == rows.tolist()
-    cache.unlock(handle)
-    cache.check(held_tokens=0, held_slots=0)
-    publish(cache, ids(range(51_000), [7]), [51_001])
-    cache.evict(num_slots=1500)
-    cache.check(held_tokens=0, held_slots=0)
-    cache.reset()
-    assert cache.num_nodes == 0
-
-
 def test_a_null_cache_stores_nothing():
     cache = build_prefix_cache(
         CacheConfig(prefix_cache="none", num_kv_tokens=100, num_slots=2, grid=1)
