@@ -106,6 +106,8 @@ def decode(
             K=key_dim,
             V=value_dim,
             BK=triton.next_power_of_2(key_dim),
+            # The compiler would fuse products and sums differently with one token and with several.
+            enable_fp_fusion=False,
             **config,
         )
     return out

@@ -65,11 +65,13 @@ class Feed:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
+        plan = runner.memory
         self._rows = iter(range(MAX_RUNNING))
-        self._slots = iter(range(runner.memory.num_slots))
-        self._kv = (
-            np.random.default_rng(1).permutation(runner.memory.num_kv_tokens).astype(np.int32)
-        )
+        self._slots = iter(range(plan.num_slots // 2))
+        # States and KV share one memory: the second half of its slabs holds KV.
+        first = plan.num_slots // 2 * plan.slab_rows
+        rows = np.arange(first, plan.num_kv_tokens, dtype=np.int32)
+        self._kv = np.random.default_rng(1).permutation(rows)
 
     def place(self, tokens: Sequence[int], base: Prompt | None = None, at: int = 0) -> Prompt:
         """Return a new prompt that shares the KV rows of the first ``at`` tokens of ``base``."""
