@@ -29,6 +29,7 @@ KERNEL_OPTION = ",".join(
     f"{name}=fused"
     for name in ("attention", "cache_write", "conv1d", "gdn", "kda", "mamba2", "mla", "moe")
 )
+OPTIONS = {"device": "cpu", "dtype": "float32", "kernels": KERNEL_OPTION, "max_model_len": 96}
 
 
 class Recorder:
@@ -58,15 +59,7 @@ def serve(driver, prompts, num_steps):
 
 @pytest.mark.full
 def test_decode_graphs_change_no_bit(oracles, drivers, random_tokens):
-    path = str(oracles("qwen3_5").path)
-    config = engine_config(
-        model=path,
-        device="cpu",
-        dtype="float32",
-        kernels=KERNEL_OPTION,
-        max_model_len=96,
-        cache_gib=0.003,
-    )
+    config = engine_config(model=str(oracles("qwen3_5").path), cache_gib=0.003, **OPTIONS)
     driver = type(drivers("qwen3_5"))(load_runner(config))
     prompts = [random_tokens(length, seed=length) for length in (5, 2, 3)]
     plain = serve(driver, prompts, 2)
@@ -143,18 +136,9 @@ def make_verify_driver(tmp_path, driver_class):
     """Return a function that makes a driver with drafts and without graphs."""
 
     def make(model="states", draft="tree:4"):
-        config = engine_config(
-            model=write_geometry(tmp_path, MODELS[model]),
-            device="cpu",
-            dtype="float32",
-            load_format="dummy",
-            kernels=KERNEL_OPTION,
-            max_model_len=96,
-            max_running=6,
-            draft=draft,
-            graphs="off",
-            cache_gib=0.002,
-        )
+        path = write_geometry(tmp_path, MODELS[model])
+        settings = {"load_format": "dummy", "max_running": 6, "graphs": "off", "cache_gib": 0.002}
+        config = engine_config(model=path, draft=draft, **OPTIONS | settings)
         return driver_class(load_runner(config))
 
     return make

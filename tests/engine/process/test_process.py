@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
-from engine.async_engine import AsyncEngine, RequestStream
+from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, StepFailed
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
+from tests.engine.test_async_engine import read
 from tests.oracle import OracleRunner, OracleSampler
 
 BOOT = """
@@ -76,10 +77,6 @@ def run(
     with pytest.raises(ProcessLookupError):
         os.kill(engine._channel.pid, 0)
     return engine
-
-
-async def read(stream: RequestStream) -> list[RequestOutput]:
-    return [output async for output in stream]
 
 
 async def assert_nothing_held(engine: AsyncEngine) -> None:
