@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -123,11 +124,18 @@ class Device:
             self.module.empty_cache()
 
     def register(self, host: torch.Tensor) -> bool:
-        """Page-lock ``host``, ordinary memory, so that copies to and from the device are
-        asynchronous. Returns False if that is not possible, so that copies block the host."""
+        """Page-lock ``host``, ordinary memory, until its end, so that copies to and from the device
+        are asynchronous. Returns False if that is not possible, so that copies block the host."""
         if not hasattr(self.module, "cudart") or not host.numel():
             return False
-        return int(self.module.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)) == 0
+        runtime = self.module.cudart()
+        if int(runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0)):
+            with suppress(RuntimeError):  # The next launch reports the error of the last call.
+                torch.zeros(1, device=self.torch_device)
+            return False
+        # Otherwise, memory that is allocated at this address later could not be registered.
+        weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr()).atexit = False
+        return True
 
     def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
         """Return a function that captures graphs, all with one memory pool.

@@ -121,7 +121,23 @@ def compile_launches(
                     "num_warps": kernel.metadata.num_warps,
                     "num_stages": kernel.metadata.num_stages,
                     "shared_bytes": kernel.metadata.shared,
+                    "carried_bounds": carried_bounds(kernel.asm["ttir"]),
                 } | (_nvidia(kernel, log) if "ptx" in kernel.asm else _amd(kernel))
+
+
+def carried_bounds(ttir: str) -> int:
+    """Return how many bounds of loops are carried by an outer loop.
+
+    Triton up to 3.7 may replace such a bound by its first value: its pass that removes layout
+    conversions drops a carried number that only bounds use.
+    """
+    carried: set[str] = set()
+    found = 0
+    loop = r"scf\.for %\w+ = (%\w+) to (%\w+) step %\w+(?: iter_args\(([^)]*)\))?"
+    for lower, upper, arguments in re.findall(loop, ttir):
+        found += (lower in carried) + (upper in carried)
+        carried.update(re.findall(r"(%\w+) =", arguments))
+    return found
 
 
 def _nvidia(kernel: Any, log: str) -> dict[str, int | bool]:

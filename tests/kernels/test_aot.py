@@ -124,6 +124,16 @@ def test_a_product_whose_operand_changes_is_found() -> None:
     assert any("STG.E" in line for line in machine_code.registers_in_danger(early))
 
 
+def test_a_bound_that_an_outer_loop_carries_is_found() -> None:
+    """The scan of prompts had one, and then began every part of a prompt at its first tile."""
+    code = """
+    %i_tile:2 = scf.for %i_stop = %10 to %11 step %c1 iter_args(%b = %b_0, %i_1 = %i_0) -> (f32)
+      %b_2 = scf.for %i = {lower} to %i_until step %c1_0 iter_args(%b_1 = %b) -> (f32)  : i64 {{
+    """
+    assert aot.carried_bounds(code.format(lower="%i_1")) == 1
+    assert aot.carried_bounds(code.format(lower="%i_0")) == 0
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("triton", TRITONS)
@@ -143,6 +153,7 @@ def test_kernels_of_all_sizes_fit_a_target(target: str, triton: Path | None) -> 
 def test_kernels_compile_and_fit_their_targets(launches: Path, triton: Path | None) -> None:
     records = compiled(launches, triton)
     assert_products_keep_their_registers(records)
+    assert [record for record in records if record["carried_bounds"]] == []
     assert {record["target"] for record in records} == set(aot.TARGETS)
     assert [r for r in records if r["shared_bytes"] > aot.SHARED_BYTES[r["target"]]] == []
     # float32 products have no tensor cores, and these targets are not tuned for speed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,3 +195,23 @@ def test_a_second_server_on_a_machine_that_is_too_small_for_two_gets_a_warning(s
     warn_if_promised(config, CPU)
     [record] = caplog.records
     assert "--cache-gib may use 15 GiB" in record.message and "17 GiB of its 20" in record.message
+
+
+def test_host_memory_is_registered_until_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later tier may get the same addresses. CUDA registers no address twice."""
+    registered: dict[int, int] = {}
+
+    def register(address: int, num_bytes: int, flags: int) -> int:
+        if address in registered:
+            return 712
+        registered[address] = num_bytes
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=registered.pop)
+    module = SimpleNamespace(cudart=lambda: runtime)
+    monkeypatch.setattr(Device, "module", module)
+    host = torch.zeros(8)
+    assert CPU.register(host) and list(registered.values()) == [host.nbytes]
+    assert not CPU.register(host)
+    del host
+    assert registered == {}
