@@ -129,7 +129,7 @@ def resumed(
 
 
 def _command() -> list[str]:
-    arguments = sys.argv[1:]
+    arguments = [argument.removeprefix(f"{ROOT}{os.sep}") for argument in sys.argv[1:]]
     script = Path(sys.argv[0]).resolve()
     if script.is_relative_to(ROOT) and script.suffix == ".py":
         module = ".".join(script.relative_to(ROOT).with_suffix("").parts)

@@ -146,6 +146,25 @@ def narrow(family: str) -> str:
     )
 
 
+def steps(graphs: str) -> str:
+    """Return the milliseconds of a decode step on a GPU, by concurrent requests."""
+    runs = [one("gpu_big", measure="decoding", graphs=graphs, streams=n) for n in (1, 8, 16, 64)]
+    return " | ".join(f"{run['decode_step_ms_median']:.2g}" for run in runs)
+
+
+def served(load: str) -> str:
+    """Return requests per second, TTFT and hit rate of a server on a GPU, with cache; without."""
+    warm, cold = (one("gpu_http", load=load, cache=name) for name in ("hybrid", "none"))
+    rates, ttft = (
+        "; ".join(f"{value:.0f}" for value in values)
+        for values in (
+            (warm["requests_per_s"], cold["requests_per_s"]),
+            (warm["ttft_ms"]["p50"], cold["ttft_ms"]["p50"]),
+        )
+    )
+    return f"{rates} | {ttft} | {warm['token_hit_rate']:.2f}; {cold['token_hit_rate']:.0f}"
+
+
 def row(cells: Iterable[float], form: str) -> str:
     return " | ".join(format(cell, form) for cell in cells) + " |"
 
@@ -234,6 +253,14 @@ def quotes() -> dict[str, list[str]]:
             f"`tree` decodes {drafts('agent', 'tree'):.1f} times as fast in agent loops, {drafts('edit', 'tree'):.1f} times in repairs of code, {drafts('fresh', 'tree'):.1f} times in fresh code, and {drafts('chat', 'tree'):.1f} times in chat",
             f"Word problems are {100 - 100 * drafts('few_shot', 'tree'):.0f} % slower with `tree`, and {drafts('few_shot', 'mtp'):.1f} times as fast with `mtp`",
             "the best drafter gives {:.2f} to {:.2f} times the speed".format(*extent(at_once)),
+        ],
+        "docs/how-to/gpu.md": [
+            f"| decode step, ms | {steps('all')} |",
+            f"| the same without graphs, ms | {steps('off')} |",
+            "takes {0[cold_ttft_ms][2]:.0f} ms, and {0[hit_ttft_ms][2]:.0f} ms if {0[cached][2]:,}".format(
+                one("gpu_big", measure="prefix hit", graphs="all")
+            ),
+            *(f"| hybrid; none | {load} | {served(f'{load} at once')} |" for load in (16, 64, 256)),
         ],
         "docs/how-to/eight-bit.md": [
             f"int8 took {llama('prefill beside bfloat16', 'int8'):.1f} times the prefill speed and {llama('one stream beside bfloat16', 'int8'):.1f} times the decoding speed of bfloat16",
