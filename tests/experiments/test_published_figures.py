@@ -154,15 +154,10 @@ def steps(graphs: str) -> str:
 
 def served(load: str) -> str:
     """Return requests per second, TTFT and hit rate of a server on a GPU, with cache; without."""
-    warm, cold = (one("gpu_http", load=load, cache=name) for name in ("hybrid", "none"))
-    rates, ttft = (
-        "; ".join(f"{value:.0f}" for value in values)
-        for values in (
-            (warm["requests_per_s"], cold["requests_per_s"]),
-            (warm["ttft_ms"]["p50"], cold["ttft_ms"]["p50"]),
-        )
-    )
-    return f"{rates} | {ttft} | {warm['token_hit_rate']:.2f}; {cold['token_hit_rate']:.0f}"
+    runs = [one("gpu_http", load=load, cache=name) for name in ("hybrid", "none")]
+    rates = "; ".join(f"{run['requests_per_s']:.0f}" for run in runs)
+    times = "; ".join(f"{run['ttft_ms']['p50']:.0f}" for run in runs)
+    return f"{rates} | {times} | {runs[0]['token_hit_rate']:.2f}; {runs[1]['token_hit_rate']:.0f}"
 
 
 def row(cells: Iterable[float], form: str) -> str:

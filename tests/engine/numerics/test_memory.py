@@ -208,8 +208,7 @@ def test_host_memory_is_registered_until_its_end(monkeypatch: pytest.MonkeyPatch
         return 0
 
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=registered.pop)
-    module = SimpleNamespace(cudart=lambda: runtime)
-    monkeypatch.setattr(Device, "module", module)
+    monkeypatch.setattr(Device, "module", SimpleNamespace(cudart=lambda: runtime))
     host = torch.zeros(8)
     assert CPU.register(host) and list(registered.values()) == [host.nbytes]
     assert not CPU.register(host)
