@@ -29,7 +29,7 @@ def fitting_stages(wanted: int, stage_bytes: int, other_bytes: int) -> int:
     if knobs.runtime.interpret:
         return 1
     device = driver.active.get_current_device()
-    buffers = 0 if _architecture(device) == 90 else 1
+    buffers = 0 if is_hopper() else 1
     fitting = (_shared_bytes(device) - other_bytes) // stage_bytes + buffers
     return max(1, min(wanted, fitting))
 
@@ -39,6 +39,11 @@ def has_roomy_memory() -> bool:
     return (
         knobs.runtime.interpret or _shared_bytes(driver.active.get_current_device()) >= ROOMY_BYTES
     )
+
+
+def is_hopper() -> bool:
+    """Return True if products of four warps run asynchronously, on registers that they own."""
+    return not knobs.runtime.interpret and _architecture(driver.active.get_current_device()) == 90
 
 
 def max_recurrence_warps() -> int:

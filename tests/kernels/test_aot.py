@@ -42,12 +42,14 @@ Decode attention is not: it has 16 rows.
 
 
 ALLOWED_SPILL_BYTES = {
+    "gdn": 208,
+    "gdn bfloat16_states": 208,
     "mamba2 large_state": 128,
     "gdn tiles_of_32": 32,
     "fp8_block_prefill": 8,
 }
-"""Spilled bytes per thread by launch: states of 256 rows, Gated DeltaNet in tiles of 32, and gate
-and up of experts with scales by block."""
+"""Spilled bytes per thread by launch: Gated DeltaNet's solve with two warps and its tiles of 32,
+states of 256 rows, and gate and up of experts with scales by block."""
 
 
 SIZES = HERE / "launches" / "sizes.py"
@@ -163,4 +165,6 @@ def test_kernels_compile_and_fit_their_targets(launches: Path, triton: Path | No
     hopper = [r for r in fast if r["target"] == "sm_90"]
     assert [r for r in hopper if r["serialised"]] == []
     large = [r for r in hopper if "tiles_of_" not in r["launch"]]
-    assert [r for r in large if r["kernel"] in WGMMA_KERNELS and not r["wgmma"]] == []
+    assert [
+        r for r in large if r["kernel"] in WGMMA_KERNELS and r["num_warps"] > 2 and not r["wgmma"]
+    ] == []
