@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybridcache.geometry.units import counted
 from hybridcache.tokens import Tokens
 
 
@@ -116,13 +117,14 @@ class Trace:
     @property
     def is_empty_because(self) -> str:
         """Why its latest iteration gave nothing, where it did."""
-        because = f": all {self.bad.count} records are bad" if self.bad.count else ""
+        bad = self.bad
+        because = f": all {bad.count} records are bad (the first: {bad.first})" if bad.count else ""
         return f"there is no request in it{because}"
 
     def __iter__(self) -> Iterator[TraceRequest]:
         """Start over. Iteration raises ValueError for an invalid request, and if a whole pass gives
         another number of requests than the first."""
-        self.bad.count = 0
+        self.bad.start()
         requests = self.source()
         return iter(requests) if isinstance(self.source, Held) else self._checked(requests)
 
@@ -236,12 +238,24 @@ class BadRecords:
 
     skip: bool
     count: int = 0
+    first: str = ""
+    """Error of the first one that was skipped: file, line and cause."""
 
-    def report(self, path: object, line: int, problem: str) -> None:
+    def start(self) -> None:
+        """Forget the records of an earlier pass."""
+        self.count, self.first = 0, ""
+
+    def report(self, path: object, line: int | str, problem: str) -> None:
         """Raise BadRecordError, or count."""
+        message = f"{path}, line {line}: {problem}"
         if not self.skip:
-            raise BadRecordError(f"{path}, line {line}: {problem}")
-        self.count += 1
+            raise BadRecordError(message)
+        self.count, self.first = self.count + 1, self.first or message
+
+    def left_out(self) -> str:
+        """Return the number of skipped records, and the error of the first one."""
+        first = f" (the first: {self.first})" if self.first else ""
+        return f"{counted(self.count, 'bad record')} left out{first}"
 
 
 class FreshIds:

@@ -166,6 +166,8 @@ def test_table_is_not_read_as_json(tmp_path: Path) -> None:
     path.write_text("time\tprompt\n0\thello\n")
     with pytest.raises(ValueError, match=f"it has columns: read it as csv:{path}"):
         open_trace(f"messages:{path}?tokenizer=bytes")
+    path.write_text('[{"tokens": [1]}]')
+    assert "line 1: a JSON object was expected, not list: write one" in refusal(str(path))
 
 
 def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(tmp_path: Path) -> None:
@@ -175,8 +177,8 @@ def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(tmp_path: Path)
     trace = open_trace(str(path), skip_bad=True)
     found = [int(request.tokens[0]) for request in trace]
     assert found == list(range(len(found))) and 100 < len(found) < 40_000
-    assert trace.bad.count == 1
-    assert f"line {len(found) + 1}: the gzip file is damaged" in refusal(str(path))
+    assert trace.bad.count == 1 and trace.bad.first == refusal(str(path))
+    assert f"line {len(found) + 1}: the gzip file is damaged: everything from" in trace.bad.first
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -207,9 +209,9 @@ def test_arrays_are_read_in_pieces(
     assert f"line {line}: not JSON" in refusal(f"sharegpt:{path}?tokenizer=bytes")
     trace = open_trace(f"sharegpt:{path}?tokenizer=bytes", skip_bad=True)
     assert len(list(trace)) == 1 and trace.bad.count == 1, "both conversations are y: one"
-    path.write_text(text[:-70])
-    with pytest.warns(TraceFieldsWarning, match=r"s\.json: it ends inside of the record on line"):
-        assert len(list(open_trace(f"sharegpt:{path}?tokenizer=bytes&limit=9"))) == 2
+    for cut, problem in ((text[:-70], "no further record"), (text[:-2], "cut after 3 records")):
+        path.write_text(cut)
+        assert problem in refusal(f"sharegpt:{path}?tokenizer=bytes")
 
 
 # --- Order and times ----------------------------------------------------------------------------
@@ -293,6 +295,9 @@ def test_empty_first_prompt_of_a_table_is_a_bad_record(
     assert refusal(spec) == f"{path}, line 2: the prompt is empty"
     trace = open_trace(spec, skip_bad=True)
     assert len(list(trace)) == 1 and trace.bad.count == 1
+    path.write_text(f'{header}\n0,a\n1,"b\n2,c\n3,"d"\n')
+    assert len(list(trace)) == 1 and "line 3: not comma-separated" in trace.bad.first
+    assert trace.bad.first.endswith("a quote joins lines 3 to 5, which are lost")
     path.write_text(f"{header}\n0,\n1,\n")
     with pytest.raises(ValueError, match=f"column '{header[5:]}' is empty in all rows"):
         open_trace(spec)

@@ -94,8 +94,8 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
         num_requests = sum(1 for _ in trace)
         if not num_requests:
             raise ValueError(f"{spec}: {trace.is_empty_because}")
-        found, left_out = counted(num_requests, "request"), counted(trace.bad.count, "bad record")
-        print(f"{spec}: {found}, {left_out} left out", file=sys.stderr)
+        found = counted(num_requests, "request")
+        print(f"{spec}: {found}, {trace.bad.left_out()}", file=sys.stderr)
     return trace
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,8 @@ def _trace_stats(options: argparse.Namespace) -> int:
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
     with shown_progress(None, "requests") as show:
         stats = trace_stats(trace, progress=lambda done: show(done, 0))
+    if trace.bad.count:
+        print(f"{options.trace}: {trace.bad.left_out()}", file=sys.stderr)
     print(json.dumps(stats.as_record()) if options.json else stats_table(stats))
     return 0
 
@@ -80,6 +83,8 @@ def _trace_convert(options: argparse.Namespace) -> int:
             num_requests = write_mooncake(trace, file, options.block)
         if not num_requests:
             raise ValueError(f"{options.trace}: {trace.is_empty_because}")
+    if trace.bad.count:
+        print(f"{options.trace}: {trace.bad.left_out()}", file=sys.stderr)
     found, left_out = counted(num_requests, "request"), counted(trace.bad.count, "bad record")
     print(f"{found} to {target}, {left_out} left out")
     return 0

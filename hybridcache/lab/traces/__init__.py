@@ -216,9 +216,11 @@ def _options(word: str, options: Mapping[str, str]) -> dict[str, Any]:
 
 def head_of(path: Path) -> bytes:
     """Return the first bytes of a file, which tell its form."""
+    head = b""
     with open_bytes(path) as file, suppress(*DAMAGED):
-        return file.read(4096).lstrip()
-    return b""
+        while len(head) < 4096 and (more := file.read1(4096)):
+            head += more
+    return head.lstrip()
 
 
 def recognise(path: Path) -> str:

@@ -45,9 +45,13 @@ COUNTS_ALONE = (
 """End of errors about files that hold counts instead of texts or ids."""
 ONE_SECOND = "one second from each record to the next"
 """Times of records without one."""
+_DAMAGE = "the gzip file is damaged: everything from this line on is lost"
+_PER_LINE = ": write one object per line, without an array around them"
 _CHUNK = 1 << 22
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 _T = TypeVar("_T")
+Line = int | str
+"""Line of a record; "7, record 3" if others begin on the same line of an array."""
 
 
 class TraceFieldsWarning(UserWarning):
@@ -290,7 +294,7 @@ def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]
             try:
                 line = file.readline()
             except DAMAGED as error:
-                bad.report(path, number, f"the gzip file is damaged from here on ({error})")
+                bad.report(path, number, f"{_DAMAGE} ({error})")
                 return
             if not line:
                 return
@@ -300,34 +304,37 @@ def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]
                 except UnicodeDecodeError:
                     bad.report(path, number, "not UTF-8")
                 except (ValueError, RecursionError) as error:
-                    bad.report(path, number, f"not JSON ({error})")
+                    hint = _PER_LINE if line.strip() == b"[" else ""
+                    bad.report(path, number, f"not JSON ({error}){hint}")
                 else:
                     yield from _objects(path, number, record, bad)
 
 
-def _objects(path: str | Path, line: int, value: Any, bad: BadRecords) -> Iterator[Any]:
+def _objects(path: str | Path, line: Line, value: Any, bad: BadRecords) -> Iterator[Any]:
     """Yield (line, ``value``) if it is a JSON object. Other values are reported."""
     if isinstance(value, dict):
         yield line, Record(value)
     else:
-        bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}")
+        hint = _PER_LINE if isinstance(value, list) else ""
+        bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}{hint}")
 
 
 def json_array(
     path: str | Path, bad: BadRecords, first_key: str = "id"
-) -> Iterator[tuple[int, Record]]:
-    """Yield (line number, object) for every record of a JSON array, one at a time.
+) -> Iterator[tuple[Line, Record]]:
+    """Yield (line, object) for every record of a JSON array, one at a time.
 
     If a record is invalid, it is reported, and reading continues at the next that begins with
-    ``{"<first_key>"``. A file that ends inside of a record ends with the one before, and a warning.
-    Holds one record and 4 MiB.
+    ``{"<first_key>"``. An array without an end is reported too. Holds one record and 4 MiB.
     """
     decoder, begins = json.JSONDecoder(), re.compile(rf'\{{\s*"{first_key}"')
-    waiting, place, line, num_found, blank = "", 0, 1, 0, _OPENING
+    waiting, place, line, number, blank = "", 0, 1, 0, _OPENING
+    last_line, is_array = 0, False
     with open_text(path) as file:
         while True:
             start = place + len(blank.match(waiting, place).group())  # type: ignore[union-attr]
             line += waiting.count("\n", place, start)
+            is_array |= blank is _OPENING and "[" in waiting[place:start]
             value, end, problem = None, 0, ""
             try:
                 value, end = decoder.raw_decode(waiting, start)
@@ -337,27 +344,31 @@ def json_array(
                 try:
                     more = file.read(_CHUNK)
                 except DAMAGED as error:
-                    bad.report(path, line, f"the gzip file is damaged from here on ({error})")
+                    bad.report(path, line, f"{_DAMAGE} ({error})")
                     return
                 if more:
                     waiting, place = waiting[start:] + more, 0
                     continue
-            if start == len(waiting) or waiting.startswith("]", start):
+            if waiting.startswith("]", start):
                 return
+            if start == len(waiting):
+                if is_array:
+                    bad.report(path, line, f"the array does not end: cut after {number} records")
+                return
+            number += 1
+            where = f"{line}, record {number}" if line == last_line else line
+            last_line = line
             if problem:
                 following = begins.search(waiting, start + 1)
-                if following is None and num_found:
-                    warn(f"{path}: it ends inside of the record on line {line}, which is left out")
-                    return
-                bad.report(path, line, problem)
                 if following is None:
+                    bad.report(path, where, f"{problem}, and no further record begins in the file")
                     return
+                bad.report(path, where, problem)
                 end = following.start()
             elif not _is_utf8(waiting[start:end]):
-                bad.report(path, line, "not UTF-8")
+                bad.report(path, where, "not UTF-8")
             else:
-                num_found += 1
-                yield from _objects(path, line, value, bad)
+                yield from _objects(path, where, value, bad)
             line += waiting.count("\n", start, end)
             place, blank = end, _BLANK
 
@@ -379,7 +390,7 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
             try:
                 row = next(rows, None)
             except DAMAGED as error:
-                bad.report(path, line, f"the gzip file is damaged from here on ({error})")
+                bad.report(path, line, f"{_DAMAGE} ({error})")
                 return
             except csv.Error as error:
                 problem = f"not comma-separated values ({error})"
@@ -391,6 +402,8 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
                 elif names and row and len(row) != len(names):
                     problem = f"{len(row)} fields under {len(names)} names"
             if problem:
+                if rows.line_num > line:
+                    problem += f"; a quote joins lines {line} to {rows.line_num}, which are lost"
                 bad.report(path, line, problem)
                 if not names:
                     return
@@ -451,7 +464,7 @@ class FileReader:
         """Return whether ``record``, the first of a file, is of this format."""
         raise NotImplementedError
 
-    def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+    def records(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
         """Yield (line, record). Records that cannot be read are reported to ``bad``."""
         return json_lines(self.path, bad)
 
@@ -494,10 +507,10 @@ class SessionReader(FileReader):
 
 def parsed(
     path: str | Path,
-    records: Iterable[tuple[int, Record]],
+    records: Iterable[tuple[Line, Record]],
     parse: Callable[[Record], Iterable[_T]],
     bad: BadRecords,
-) -> Iterator[tuple[int, _T]]:
+) -> Iterator[tuple[Line, _T]]:
     """Yield (line, result of ``parse``). A record with missing fields, or fields of the wrong type,
     is reported and skipped."""
     for number, record in records:
@@ -516,7 +529,7 @@ def parsed(
 
 def in_order(
     path: str | Path,
-    records: Iterable[tuple[int, Record]],
+    records: Iterable[tuple[Line, Record]],
     parse: Callable[[Record], Iterable[TraceRequest]],
     bad: BadRecords,
 ) -> Iterator[TraceRequest]:

@@ -14,7 +14,7 @@ from typing import ClassVar
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.dialects import Chat
-from hybridcache.lab.traces.frame import Record, SessionReader, json_array, parsed
+from hybridcache.lab.traces.frame import Line, Record, SessionReader, json_array, parsed
 from hybridcache.lab.traces.text import load_chat_text
 
 _ROLES = {"human": "user", "user": "user", "system": "system"}
@@ -38,10 +38,10 @@ class ShareGPTReader(SessionReader):
     def recognises(record: Record) -> bool:
         return "conversations" in record
 
-    def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+    def records(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
         return islice(self._whole(bad), self.limit)
 
-    def _whole(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+    def _whole(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
         """Yield (line, ``{"id", "messages"}``) of whole conversations in the order of the file,
         segments merged. Messages have a ``role`` and ``content``."""
         found = parsed(self.path, json_array(self.path, bad), _segment, bad)

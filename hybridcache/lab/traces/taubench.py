@@ -10,7 +10,7 @@ from typing import ClassVar
 from hybridcache.lab.arrivals import Pauses, Poisson, Starts
 from hybridcache.lab.trace import BadRecords
 from hybridcache.lab.traces.conversations import ConversationsReader
-from hybridcache.lab.traces.frame import Record, json_array
+from hybridcache.lab.traces.frame import Line, Record, json_array
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class TauBenchReader(ConversationsReader):
     def recognises(record: Record) -> bool:
         return "traj" in record
 
-    def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+    def records(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
         return json_array(self.path, bad, "task_id")
 
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
