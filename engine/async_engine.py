@@ -443,7 +443,7 @@ class AsyncEngine:
     async def watch(self, replica: int = 1) -> View:
         """Return a view of the cache and its requests, or those of one replica, counted from 1.
 
-        Raises ValueError if the tree is too large to show, or if there is no such replica.
+        Raises ValueError if the tree is too large to show, or if that replica is not up.
         """
         return View(self, await self.ask(OpenView(replica)))
 

@@ -28,6 +28,7 @@ from engine.plugins.dialects.tokens import (
     tokenize,
 )
 from engine.plugins.observe.server import Page
+from engine.plugins.replicas import ReplicasConfig
 from engine.server import access
 from engine.server.access import ServerKeys, Tenants
 from engine.server.api_errors import HANDLERS, APIError
@@ -54,7 +55,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
     tenants = Tenants(keys, engine.config.kept_folder)
     context = ServingContext(engine, config, workers, tenants, explanations.remember)
-    responses, page = Responses(context, config), Page(context, keys)
+    responses = Responses(context, config)
+    page = Page(context, keys, config.of(ReplicasConfig).replicas)
     bodies: dict[str, tuple[type[Body], Answer]] = {
         "/v1/completions": (CompletionRequest, complete),
         "/v1/chat/completions": (ChatRequest, chat),

@@ -51,6 +51,7 @@ NumScores = Annotated[int, Meta(ge=0, le=20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 """Values of ``reasoning_effort`` in OpenAI's API."""
 Verbosity = Literal["low", "medium", "high"]
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority"]
 SEEDS = {"minimum": -(2**63), "maximum": 2**64 - 1}
 ALL = (-1, 0)
 """Values of ``top_k`` that clients send for "all tokens"."""
@@ -146,7 +147,7 @@ class OpenAIBody(Body, kw_only=True):
     prompt_cache_retention: str | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    service_tier: str | None = None
+    service_tier: ServiceTier | None = None
 
     def __post_init__(self) -> None:
         if self.stream_options is not None and not self.stream:

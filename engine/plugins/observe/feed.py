@@ -79,7 +79,7 @@ class Feed:
         """Yield the complete state, and then every change.
 
         Raises APIError with 429 for too many readers, and 503 for a tree that is too large or a
-        replica that does not exist; EngineStopped if the engine has ended.
+        replica that is not up; EngineStopped if the engine has ended.
         """
         if len(self._readers) >= MAX_READERS:
             raise APIError(429, f"{MAX_READERS} pages are connected already: close one.")

@@ -13,7 +13,6 @@ from engine.server.bodies import EventStream, json_response
 from engine.server.context import ServingContext
 from hybridcache.watch.page import POLICY, live_page
 
-MAX_REPLICAS = 1024
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -26,8 +25,8 @@ class Page:
     """Serves the page. The page itself holds no data and is public; its data require the operator's
     key."""
 
-    def __init__(self, context: ServingContext, keys: ServerKeys) -> None:
-        self._context, self._keys = context, keys
+    def __init__(self, context: ServingContext, keys: ServerKeys, num_replicas: int) -> None:
+        self._context, self._keys, self._num_replicas = context, keys, num_replicas
         self._feeds: dict[int, Feed] = {}
         """Feed of each replica, by its number; 1 is the only engine of other servers."""
 
@@ -47,8 +46,9 @@ class Page:
         self._keys.check_operator(request)
         replica = _number(request.query_params.get("replica", "1"), "replica")
         if replica not in self._feeds:
-            if not 1 <= replica <= MAX_REPLICAS:
-                raise APIError(400, f"replica must be between 1 and {MAX_REPLICAS}.")
+            if not 1 <= replica <= self._num_replicas:
+                limits = f"between 1 and {self._num_replicas} (got {replica})"
+                raise APIError(400, f"'replica' must be {limits}.", param="replica")
             context = self._context
             self._feeds[replica] = Feed(context.engine, context.workers, replica=replica)
         return self._feeds[replica]

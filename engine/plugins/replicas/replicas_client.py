@@ -388,10 +388,10 @@ class FleetChannel(EngineChannel):
         return None
 
     async def _open_view(self, question: OpenView) -> int:
-        """Open a view of one replica. Raises ValueError if there is none of that number."""
+        """Open a view of one replica. Raises ValueError if that one is not up."""
         members = self._fleet.members
         if not 1 <= question.replica <= len(members):
-            raise ValueError(f"replica must be between 1 and {len(members)}.")
+            raise ValueError(f"Replica {question.replica} is not up: there are {len(members)}.")
         replica = members[question.replica - 1]
         number = next(self._numbers)
         self._views[number] = replica, await self._ask(replica, question)

@@ -146,7 +146,7 @@ async def check_views(engine: AsyncEngine, handle: Handle) -> None:
         await view.close()
     assert not engine._channel._views
     for number in (0, 3):
-        with pytest.raises(RequestError, match="replica must be between 1 and 2"):
+        with pytest.raises(RequestError, match=f"Replica {number} is not up: there are 2"):
             await engine.watch(number)
 
 

@@ -217,7 +217,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"thinking": THINKING | {"budget_tokens": 2**31}}, "thinking.budget_tokens"),
         ({"thinking": THINKING, "max_tokens": 8}, "thinking.budget_tokens"),
         ({"output_config": {"effort": "none"}}, "output_config.effort"),
-        ({"model": "claude"}, "claude"),
+        *(({name: "claude"}, name) for name in ("model", "service_tier")),
         ({"messages": CHAT * 4097}, "messages"),
     ],
     "/v1/responses": [
@@ -230,7 +230,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"text": {"format": SCHEMA | {"schema": {}, "x": 1}}}, "text.format.x"),
         ({"tools": [{"type": "web_search"}]}, "web_search"),
         ({"tools": [{"type": "function", "name": ""}]}, "tools.0.name"),
-        *(({name: True}, name) for name in ("background", "conversation", "nonsense")),
+        *(({name: "x"}, name) for name in ("background", "conversation", "service_tier")),
         ({"include": ["message.output_text.logprobs"]}, "include.0"),
         ({"reasoning": {"effort": "bogus"}}, "reasoning.effort"),
         ({"input": CHAT * 4097}, "input"),
@@ -294,7 +294,8 @@ def test_unknown_paths_and_methods_are_refused(live: Live) -> None:
         answer = live.get(path)
         assert answer.status_code == 404 and near in answer.json()["error"]["message"]
     assert live.get("/v1/completions").status_code == 405
-    assert live.get("/v1/cache?replica=9").status_code == 400
+    for path in ("?replica=9", "/events?replica=0", "/events?replica=2"):
+        assert live.get(f"/v1/cache{path}").status_code == 400
     wrong = live.post("/v1/responses/1", {})
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "DELETE, GET")
     for path in ("/health", "/metrics", "/v1/models"):
