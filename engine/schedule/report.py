@@ -52,7 +52,8 @@ class FolderReport:
     kept: int
     """Bytes that can be read from the folder, including entries that are also in a faster tier."""
     skipped: int
-    """Number of runs and states not written since the start, for lack of room or time."""
+    """Number of runs and states not written since the start, for lack of room or time, or after an
+    error."""
     errors: int = 0
     """Number of file system errors and damaged records since the start."""
     problem: str | None = None

@@ -62,7 +62,7 @@ class ServerKeys:
         sent in a header."""
         accepted, operator = list[bytes](), None
         if (named := os.environ.get(API_KEY_VARIABLE)) is not None:
-            accepted += _sendable([named.strip().encode()], API_KEY_VARIABLE)
+            accepted += _sendable([named.encode()], API_KEY_VARIABLE)
         if config.api_key_file is not None:
             accepted += _read_keys("--api-key-file", config.api_key_file)
         if config.salt_by_key and not accepted:
@@ -163,14 +163,15 @@ def _read_keys(flag: str, file: str) -> list[bytes]:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"{flag} {file!r} cannot be read ({error.strerror}).") from error
-    keys = [line.strip() for line in text.splitlines() if line.strip()]
+    return _sendable(text.splitlines(), f"{flag} {file}")
+
+
+def _sendable(lines: list[bytes], source: str) -> list[bytes]:
+    """Return the keys in ``lines``. Raises ValueError if there is none, or if one cannot be sent in
+    a header."""
+    keys = [line.strip() for line in lines if line.strip()]
     if not keys:
-        raise ValueError(f"{flag} {file} is empty. Write a key into it.")
-    return _sendable(keys, f"{flag} {file}")
-
-
-def _sendable(keys: list[bytes], source: str) -> list[bytes]:
-    """Return ``keys``. Raises ValueError if one is blank or cannot be sent in a header."""
+        raise ValueError(f"{source} is empty. Write a key into it.")
     for number, key in enumerate(keys, 1):
         if not KEY.fullmatch(key):
             raise ValueError(

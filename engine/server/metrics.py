@@ -30,7 +30,7 @@ EVICTED = "Checkpoints evicted from the cache."
 REFUSALS = "Failed allocations with nothing left to evict."
 WRITTEN = "1 if --state-dir is written, 0 if it has a problem (see /health)."
 ERRORS = "File system errors and damaged records in --state-dir."
-SKIPPED = "Entries not written to --state-dir, for lack of room."
+SKIPPED = "Entries not written to --state-dir, for lack of room or time or after an error."
 STATE = "Always 1; the labels give the policy and the reason of its last limit change."
 MOVED = "Bytes offloaded to a tier (in) and loaded from it to the device (fetched)."
 TRANSFERS = (
@@ -189,7 +189,7 @@ def _numbers(report: CacheReport) -> Iterator[Number]:
     folder = None if report.offload is None else report.offload.folder
     if folder is not None:
         yield from (
-            (GAUGE, "state_dir_bytes", "Bytes stored in --state-dir.", folder.kept),
+            (GAUGE, "state_dir_bytes", "Bytes in --state-dir, as last written.", folder.kept),
             (GAUGE, "state_dir_written", WRITTEN, int(folder.problem is None)),
             (COUNTER, "state_dir_skipped", SKIPPED, folder.skipped),
             (COUNTER, "state_dir_errors", ERRORS, folder.errors),

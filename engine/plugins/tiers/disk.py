@@ -177,7 +177,7 @@ class Disk:
         self.num_errors = 0
         """Number of file system errors and damaged records."""
         self.num_skipped = 0
-        """Number of runs and states not written for lack of room or time."""
+        """Number of runs and states not written for lack of room or time, or after an error."""
         record_bytes_limit = min(MAX_RECORD_BYTES, max_bytes // MIN_RECORDS)
         self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
         unknown: list[int] = []

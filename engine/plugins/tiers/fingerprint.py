@@ -25,8 +25,18 @@ FORMAT = "engine state 2"
 DIGEST_BYTES = 32
 MAX_SHOWN = 20
 """Maximum length of a value in an error. Digests are longer."""
-FLAGS = {"checkpoint grid": "--grid", "page size": "--page-size", "dtype": "--dtype"}
+FLAGS = {
+    "checkpoint grid": "--grid",
+    "page size": "--page-size",
+    "dtype": "--dtype",
+    "state dtype": "--state-dtype",
+    "checkpoint dtype": "--checkpoint-dtype",
+    "quantization": "--quantization",
+    "exact": "--exact",
+}
 """Flags that set a field."""
+FOLLOWING = ("tile", "computed bits", "row bytes", "state bytes")
+"""Fields that follow from fields with a flag."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +92,8 @@ def _refusal(folder: Path, stored: Mapping[str, str], ours: Mapping[str, str]) -
         )
     names = dict.fromkeys((*ours, *stored))
     differing = [name for name in names if ours.get(name) != stored.get(name)]
+    if not FLAGS.keys().isdisjoint(differing):
+        differing = [name for name in differing if name not in FOLLOWING]
     named = ", ".join(_difference(name, stored, ours) for name in differing)
     return (
         f"{folder} contains the state of another engine, which differs in {named}: use the same, "

@@ -54,7 +54,8 @@ class Backoff(PlacementPolicy):
 
 
 class Every(PlacementPolicy):
-    """Save at each multiple of ``interval`` tokens from the root, the deepest first."""
+    """Save at each multiple of ``interval`` tokens from the root, rounded down to the grid, the
+    deepest first."""
 
     def __init__(self, interval: int) -> None:
         if interval < 1:

@@ -157,7 +157,7 @@ def test_api_keys_and_cors_origins(
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
     for wrong in ("", " ", "a b"):
         monkeypatch.setenv(API_KEY_VARIABLE, wrong)
-        with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE}: key 1 of 1 must be"):
+        with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE}( is empty|: key 1 of 1 must)"):
             serve_oracle(config)
     monkeypatch.setenv(API_KEY_VARIABLE, "other")
     with pytest.raises(ValueError, match="--api-key-file"):
