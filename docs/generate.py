@@ -11,6 +11,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import tempfile
@@ -182,7 +183,7 @@ def metrics() -> str:
     with tempfile.TemporaryDirectory() as folder:
         config = engine_config(cache_gib=0.05, host_gib=0.05, state_dir=folder, disk_gib=0.1)
         engine = Engine(config)
-        text = Metrics().render(engine.report()).decode()
+        text = Metrics(os.getpid()).render(engine.report()).decode()
         engine.close()
     kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)", text, re.MULTILINE))
     found = re.findall(r"^# HELP (\w+) (.*)", text, re.MULTILINE)

@@ -135,8 +135,8 @@ class EngineChannel(ABC):
         """True from ``start`` until the engine ends or fails."""
 
     @property
-    def pid(self) -> int:
-        """Id of the process that computes."""
+    def pid(self) -> int | None:
+        """Id of the process that computes, or None if there are several."""
         return os.getpid()
 
     @property
@@ -279,8 +279,8 @@ class AsyncEngine:
         return self._channel.failure
 
     @property
-    def pid(self) -> int:
-        """Id of the process that computes."""
+    def pid(self) -> int | None:
+        """See ``EngineChannel.pid``."""
         return self._channel.pid
 
     def start(self) -> None:

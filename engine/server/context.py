@@ -103,7 +103,7 @@ class ServingContext:
                 self._default_max_tokens,
                 most,
             )
-        self.metrics = Metrics(lambda: engine.pid)
+        self.metrics = Metrics(engine.pid)
         self.created = int(time.time())
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -51,12 +51,14 @@ class Metrics(Collector):
     _report: CacheReport
     """Latest report."""
 
-    def __init__(self, engine_pid: Callable[[], int] = os.getpid) -> None:
-        """``engine_pid`` returns the id of the process that computes, which may be this one."""
+    def __init__(self, engine_pid: int | None) -> None:
+        """``engine_pid`` is the id of the process that computes, which may be this one, or None if
+        there are several."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # start times, which would double the series
         registry = self._registry = CollectorRegistry()
-        ProcessCollector("engine", engine_pid, registry=registry)
-        if engine_pid() != os.getpid():
+        if engine_pid is not None:
+            ProcessCollector("engine", lambda: engine_pid, registry=registry)
+        if engine_pid != os.getpid():
             ProcessCollector("server", registry=registry)
         versions = {"version": version(), "python": platform.python_version()}
         Info("engine_build", "Versions.", registry=registry).info(versions)

@@ -145,6 +145,10 @@ class FleetChannel(EngineChannel):
         return self._is_open and bool(self._fleet.members)
 
     @property
+    def pid(self) -> None:
+        return None
+
+    @property
     def num_queued(self) -> int:
         return len(self._waiting)
 

@@ -205,7 +205,6 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "/v1/messages": [
         ({"max_tokens": None}, "max_tokens"),
-        ({"messages": []}, "messages"),
         ({"messages": [{"role": "assistant", "content": "I"}]}, "user"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
@@ -218,10 +217,9 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"thinking": THINKING, "max_tokens": 8}, "thinking.budget_tokens"),
         ({"output_config": {"effort": "none"}}, "output_config.effort"),
         *(({name: "claude"}, name) for name in ("model", "service_tier")),
-        ({"messages": CHAT * 4097}, "messages"),
+        *(({"messages": one}, "messages") for one in ([], CHAT * 4097)),
     ],
     "/v1/responses": [
-        ({"input": []}, "input"),
         ({"input": [{"type": "web_search_call"}]}, "web_search_call"),
         ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "Encrypted"),
         ({"text": {"format": {}}}, "text.format.type"),
@@ -233,7 +231,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         *(({name: "x"}, name) for name in ("background", "conversation", "service_tier")),
         ({"include": ["message.output_text.logprobs"]}, "include.0"),
         ({"reasoning": {"effort": "bogus"}}, "reasoning.effort"),
-        ({"input": CHAT * 4097}, "input"),
+        *(({"input": one}, "input") for one in ([], CHAT * 4097)),
     ],
     "/tokenize": [
         ({"prompt": None}, "prompt"),

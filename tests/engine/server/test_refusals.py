@@ -191,6 +191,7 @@ async def check_status_and_body_of_refusals(
     num_failed = await metric(client, 'engine_requests_total{finish_reason="error"}')
     assert num_failed == failed * num_requests
     assert not await metric(client, 'engine_requests_total{finish_reason="abort"}')
+    assert bool(await metric(client, "engine_process_")) == (kind != "replicas")
 
 
 async def check_queue_filled_behind_the_server(
