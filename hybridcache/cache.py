@@ -57,13 +57,35 @@ from hybridcache.radix.tree import (
     link,
     members,
 )
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_index, require_int32
+from hybridcache.tokens import (
+    EMPTY,
+    INT32,
+    Indices,
+    Tokens,
+    require_bool,
+    require_count,
+    require_index,
+    require_int32,
+)
 
 EVICTED = (
     "the node of this match or result was evicted: match again, and lock the node before the next "
     "eviction"
 )
 FOREIGN = "this node or match belongs to another cache: match the tokens in this one"
+
+STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", "session_end"})
+"""Reasons why an answer ended, as ``Lease.finish`` and ``label_tip`` take them."""
+
+
+def require_stop_reason(reason: object) -> None:
+    """Raise TypeError unless ``reason`` is a string, and ValueError unless it is one of
+    ``STOP_REASONS`` or empty."""
+    if not isinstance(reason, str):
+        raise TypeError(f"stop_reason must be a string (got {reason!r}).")
+    if reason and reason not in STOP_REASONS:
+        known = ", ".join(sorted(STOP_REASONS))
+        raise ValueError(f"stop_reason must be one of {known}, or empty (got {reason!r}).")
 
 
 class LockHandle:
@@ -454,11 +476,12 @@ class HybridRadixCache:
         is. O(1), plus the nodes between the checkpoint and the ghost that was missed.
 
         Raises:
-            TypeError: ``match`` was not returned by ``match``.
+            TypeError: ``match`` was not returned by ``match``, or ``resumes`` is not a bool.
             ValueError: it is from another cache.
         """
         if not isinstance(match, PrefixMatch):
             raise TypeError(f"match must be the result of match (got {match!r}).")
+        require_bool(resumes, "resumes")
         node = match.node
         last = node if node is None or isinstance(node, RadixNode) else _node_of(node)
         kv = None if last is None else last.kv
@@ -469,7 +492,8 @@ class HybridRadixCache:
         self.now += 1
         if not resumes:
             self.stats.record(match)
-        self.refresh(last)
+        if kv is not None:
+            self.refresh(last)
         if match.missed is not None:
             policy = self.policy
             # Most policies ignore ghost hits, or all but the first: then no path is searched.
@@ -483,10 +507,14 @@ class HybridRadixCache:
                 above = above.parent
 
     def refresh(self, node: NodeHandle | None) -> None:
-        """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
-        if node is None:
+        """Count a use of ``node`` without a request: its recency changes, no statistics. O(1).
+
+        Raises:
+            ValueError: ``node`` was evicted, or belongs to another cache.
+        """
+        last = self._usable(node)
+        if last is None:
             return
-        last = node if isinstance(node, RadixNode) else _node_of(node)
         now, policy = self.now, self.policy
         notes_uses = type(policy).touch is not EvictionPolicy.touch
         checkpoint = last.checkpoint
@@ -496,11 +524,11 @@ class HybridRadixCache:
             if notes_uses and checkpoint not in self._withheld:
                 policy.touch(checkpoint)
         kv = last.kv
-        if kv is not None:
-            kv.last_used = now
-            kv.uses += 1
-            if notes_uses and not last.children and kv not in self._withheld:
-                policy.touch(kv)
+        assert kv is not None
+        kv.last_used = now
+        kv.uses += 1
+        if notes_uses and not last.children and kv not in self._withheld:
+            policy.touch(kv)
 
     def lock(self, node: NodeHandle | None) -> LockHandle:
         """Protect ``node``, its checkpoint and the KV of its path from eviction.
@@ -550,14 +578,11 @@ class HybridRadixCache:
         Raises:
             ValueError: another cache returned it, or it is not a handle.
         """
-        if not isinstance(handle, LockHandle):
-            raise ValueError(f"expected the result of lock (got {handle!r})")
+        self._refuse_foreign_lock(handle)
         node = handle.node
         if node is None:
             handle.is_returned = True
             return
-        if handle.cache is not self:
-            raise ValueError("this lock belongs to another cache: unlock it there")
         if not node.locks:
             raise ValueError("this node is not locked in this cache")
         handle.node, handle.is_returned = None, True
@@ -579,6 +604,13 @@ class HybridRadixCache:
                 if item in self._withheld:
                     self._withheld.discard(item)
                     self.policy.add(item)
+
+    def _refuse_foreign_lock(self, handle: LockHandle) -> None:
+        """Raise ValueError unless ``handle`` is a lock of this cache."""
+        if not isinstance(handle, LockHandle):
+            raise ValueError(f"expected the result of lock (got {handle!r})")
+        if handle.cache is not self:
+            raise ValueError("this lock belongs to another cache: use it there")
 
     def _supersede(self, handle: LockHandle) -> None:
         """Mark the checkpoint that a deeper one below the node of ``handle`` will replace."""
@@ -657,9 +689,14 @@ class HybridRadixCache:
         slot. Until that lock is returned, the checkpoint at or above its node counts as superseded,
         unless other tokens are cached below the node. So it can be evicted in favour of the new
         one. O(nodes up to that checkpoint).
+
+        Raises:
+            ValueError: ``replaces`` is not a lock of this cache.
         """
-        if replaces is not None and replaces.superseded is None:
-            self._supersede(replaces)
+        if replaces is not None:
+            self._refuse_foreign_lock(replaces)
+            if replaces.superseded is None:
+                self._supersede(replaces)
         slots, budget = self._slots, self._slots.budget
         slot = slots.allocate()
         if slot is None:
@@ -715,8 +752,8 @@ class HybridRadixCache:
         Eviction(num_tokens=0, num_slots=0)
         """
         for what, number in (("num_tokens", num_tokens), ("num_slots", num_slots)):
-            if (number if type(number) is int else require_index(number, what)) < 0:
-                raise ValueError(f"{what} must not be negative (got {number}).")
+            if type(number) is not int or number < 0:
+                require_count(number, what)
         stats = self.stats
         tokens, slots = stats.evicted_tokens, stats.evicted_slots
         while stats.evicted_tokens - tokens < num_tokens and self._evict_one("kv"):
@@ -771,7 +808,13 @@ class HybridRadixCache:
         """Load ``resumable`` from offload tiers to the device; see ``TieredRadixCache.fetch``.
 
         Returns False, because this cache has no offload tiers.
+
+        Raises:
+            TypeError: ``resumable`` is none of ``match.loadable``.
+            ValueError: it is from another cache with tiers.
         """
+        if not isinstance(resumable, Resumable):
+            raise TypeError(f"resumable must be one of match.loadable (got {resumable!r}).")
         return False
 
     def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
@@ -974,14 +1017,18 @@ class HybridRadixCache:
         """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
         ``node``.
 
-        Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
-        forks below it, because then it serves other conversations too. O(nodes between).
+        Replaces an earlier stop reason. Does nothing if ``stop_reason`` is empty, if there is no
+        checkpoint, or if the path forks below it, because then it serves other conversations too.
+        O(nodes between).
 
         Raises:
-            ValueError: ``node`` was evicted, or belongs to another cache.
+            ValueError: ``node`` was evicted, or belongs to another cache; or ``stop_reason`` is
+                neither one of ``STOP_REASONS`` nor empty.
+            TypeError: ``stop_reason`` is not a string.
         """
         last = self._usable(node)
-        while last is not None and not isinstance(last.children, dict):
+        require_stop_reason(stop_reason)
+        while stop_reason and last is not None and not isinstance(last.children, dict):
             tip = last.checkpoint
             if tip is not None:
                 label = f"{base_label(tip.label)}/{stop_reason}"
@@ -1335,11 +1382,16 @@ class HybridRadixCache:
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
         """Recompute every invariant from scratch. O(tree + pools).
 
-        With ``held_*`` this includes ``free + cached + held == total``.
+        With ``held_*`` this includes ``free + cached + held == total``. It consists of ``assert``
+        statements, so it finds nothing under ``python -O``.
 
         Raises:
             AssertionError: an invariant fails; the message names the first.
+            TypeError: a ``held_*`` is not an integer.
         """
+        for what, number in (("held_tokens", held_tokens), ("held_slots", held_slots)):
+            if number is not None:
+                require_index(number, what)
         check_tree(self._tree, self.ghosts)
         resident = [node for node in self._tree.nodes() if node.kv is not None]
         checkpoints = [node.checkpoint for node in resident if node.checkpoint is not None]

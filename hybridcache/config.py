@@ -14,6 +14,7 @@ from hybridcache.policies.eviction.priority_classes import PriorityClasses
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.tree import ItemBytes
+from hybridcache.tokens import require_bool
 
 COUNTS = (
     *("num_kv_tokens", "num_slots", "total_bytes", "kv_bytes_per_token", "state_bytes"),
@@ -54,8 +55,10 @@ class CacheConfig:
             "all row and slot numbers would take twice as many)"
         },
     )
-    kv_bytes_per_token: int = field(default=1, metadata={"help": "bytes of one token's KV"})
-    state_bytes: int = field(default=1, metadata={"help": "bytes of one state"})
+    kv_bytes_per_token: int = field(
+        default=0, metadata={"help": "bytes of one token's KV; 0: not known"}
+    )
+    state_bytes: int = field(default=0, metadata={"help": "bytes of one state; 0: not known"})
     page_size: int = field(default=1, metadata={"help": "tokens of one KV page"})
     grid: int = field(
         default=GRID,
@@ -90,10 +93,7 @@ class CacheConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not (value is None or hasattr(value, "__index__")):
                 raise TypeError(f"{name} must be an integer (got {value!r}).")
-        if not isinstance(self.priority_classes, bool):
-            raise TypeError(
-                f"priority_classes must be True or False (got {self.priority_classes!r})."
-            )
+        require_bool(self.priority_classes, "priority_classes")
         if self.prefix_cache not in PREFIX_CACHES:
             known = ", ".join(PREFIX_CACHES)
             raise ValueError(f"unknown prefix cache {self.prefix_cache!r}; known: {known}")
@@ -111,11 +111,9 @@ class CacheConfig:
                 "checkpoints are saved at common multiples, here only at those of "
                 f"{lcm(self.grid, self.page_size)} tokens"
             )
-        for name in ("num_slots", "total_bytes", "host_bytes", "disk_bytes", "ghost_bytes"):
+        for name in COUNTS:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative (got {getattr(self, name)}).")
-        if self.kv_bytes_per_token < 1 or self.state_bytes < 1:
-            raise ValueError("kv_bytes_per_token and state_bytes must be at least 1")
         if self.total_bytes is not None:
             if self.num_kv_tokens or self.num_slots:
                 raise ValueError(
@@ -169,21 +167,23 @@ class CacheConfig:
         tokens as there are per slot.
         """
         if self.prefix_cache == "radix":
-            return ItemBytes(self.kv_bytes_per_token, 0)
-        if self._has_known_bytes:
-            return ItemBytes(self.kv_bytes_per_token, self.state_bytes)
+            return ItemBytes(self.unit_bytes.kv_token, 0)
+        if self.unit_bytes != (1, 1):
+            return self.unit_bytes
         return ItemBytes(1, max(self.num_kv_tokens // max(self.num_slots or 0, 1), 1))
 
     @property
-    def _has_known_bytes(self) -> bool:
-        return self.kv_bytes_per_token > 1 or self.state_bytes > 1
+    def unit_bytes(self) -> ItemBytes:
+        """Bytes of one token's KV and of one state, or 1 for each that is not known."""
+        return ItemBytes(max(self.kv_bytes_per_token, 1), max(self.state_bytes, 1))
 
     def _refuse_unknown_bytes(self) -> None:
-        """Raise ValueError if a memory is given in bytes, but the sizes are the defaults: a state
-        never weighs as little as a token."""
+        """Raise ValueError if a memory is given in bytes, but a size is missing, or both are 1: a
+        state never weighs as little as a token."""
         sizes = {"total_bytes": self.total_bytes, **self.tier_bytes}
         given = [name if "_" in name else f"{name}_bytes" for name, size in sizes.items() if size]
-        if self.prefix_cache == "hybrid" and given and not self._has_known_bytes:
+        are_known = self.kv_bytes_per_token > 0 < self.state_bytes and self.unit_bytes != (1, 1)
+        if self.prefix_cache != "radix" and given and not are_known:
             raise ValueError(
                 f"kv_bytes_per_token and state_bytes must be given with {' and '.join(given)}, "
                 "because rows and states are counted in bytes there. hybridcache.ModelGeometry "
@@ -213,10 +213,11 @@ def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
 
 def _allocators(config: CacheConfig) -> tuple[PageAllocator, SlotAllocator]:
     """Return the allocators of rows and slots that ``config`` describes."""
-    total_bytes, row_bytes = config.total_bytes, config.kv_bytes_per_token
+    total_bytes, (row_bytes, state_bytes) = config.total_bytes, config.unit_bytes
     if total_bytes is None:
         return _pools(config, config.num_kv_tokens, config.num_slots or 0, None)
-    state_bytes = 0 if config.prefix_cache == "radix" else config.state_bytes
+    if config.prefix_cache == "radix":
+        state_bytes = 0
     if config.memory == "arena":
         arena = ArenaAllocator(total_bytes, row_bytes, state_bytes, config.page_size)
         return arena.pages, arena.slots
@@ -249,8 +250,9 @@ def _pools(
     config: CacheConfig, num_tokens: int, num_slots: int, budget: ByteBudget | None
 ) -> tuple[PageAllocator, SlotAllocator]:
     num_tokens -= num_tokens % config.page_size
-    pages = PageAllocator(num_tokens, config.page_size, config.kv_bytes_per_token, budget)
-    return pages, SlotAllocator(num_slots, config.state_bytes, budget)
+    row_bytes, state_bytes = config.unit_bytes
+    pages = PageAllocator(num_tokens, config.page_size, row_bytes, budget)
+    return pages, SlotAllocator(num_slots, state_bytes, budget)
 
 
 def build_policy(config: CacheConfig) -> EvictionPolicy:

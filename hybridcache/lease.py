@@ -29,10 +29,19 @@ import numpy as np
 
 from hybridcache.allocators.moves import Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
-from hybridcache.cache import HybridRadixCache, LockHandle
+from hybridcache.cache import HybridRadixCache, LockHandle, require_stop_reason
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_index, require_int32
+from hybridcache.tokens import (
+    EMPTY,
+    INT32,
+    Indices,
+    Tokens,
+    require_bool,
+    require_count,
+    require_index,
+    require_int32,
+)
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -103,8 +112,6 @@ class LeaseRequest(NamedTuple):
     learn from it as from any other."""
 
 
-STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", "session_end"})
-"""Reasons why an answer ended, as ``Lease.finish`` takes them."""
 FLAGS = "stateful", "reuse", "exact", "answer_survives", "resumes"
 
 
@@ -129,17 +136,14 @@ def _refuse_bad_begin(
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
         if number is None:
             continue
-        if require_index(number, what) < 0:
-            raise ValueError(f"{what} must not be negative (got {number}).")
+        require_count(number, what)
         if (what, number) in cache.steps.numbers:
             raise ValueError(
                 f"{what} {number} is that of a running lease: give each its own, or end the other "
                 "lease first."
             )
     for what in FLAGS:
-        if type(getattr(request, what)) is not bool:
-            value = getattr(request, what)
-            raise TypeError(f"{what} must be True or False (got {value!r}).")
+        require_bool(getattr(request, what), what)
     if request.stateful and not cache.item_bytes.state:
         raise ValueError(RADIX)
     if not isinstance(request.boundaries, tuple | list):
@@ -447,7 +451,13 @@ class Lease:
 
         During that many tokens after ``computed_len``, ``extend`` and ``take_checkpoint_slots``
         need not be called. It says nothing about ``publish``, which decode does not need. O(1).
+
+        Raises:
+            ValueError: ``computed_len`` is negative.
+            TypeError: ``computed_len`` is not an integer.
         """
+        if type(computed_len) is not int or computed_len < 0:
+            computed_len = require_count(computed_len, "computed_len")
         num_rows, interval = max(self.extended_len - computed_len, 0), self._interval
         return (
             num_rows if interval is None else min(num_rows, interval - 1 - computed_len % interval)
@@ -613,8 +623,8 @@ class Lease:
                 f"start must be from {self.published_len}, the number of published tokens, to end "
                 f"(got {start} and {end})"
             )
-        if max_slots is not None and require_index(max_slots, "max_slots") < 0:
-            raise ValueError(f"max_slots must not be negative (got {max_slots}).")
+        if max_slots is not None:
+            require_count(max_slots, "max_slots")
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
         num_taken = 0
@@ -666,10 +676,11 @@ class Lease:
         Raises:
             ValueError: the lease has ended, tokens past ``computed_len`` are published, or it has
                 no rows for that many tokens.
-            TypeError: ``computed_len`` is not an integer.
+            TypeError: ``computed_len`` is not an integer, or ``unwritten`` not a bool.
         """
         if type(computed_len) is not int:
             computed_len = require_index(computed_len, "computed_len")
+        require_bool(unwritten, "unwritten")
         if self._has_ended or not self.published_len <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
         if self._rolling is not None and self._rolling[0] > computed_len:
@@ -742,13 +753,8 @@ class Lease:
             TypeError: ``stop_reason`` is not a string, or ``donate`` not a bool. The lease goes on.
         """
         self._refuse_uncomputed(tokens, computed_len)
-        if type(donate) is not bool:
-            raise TypeError(f"donate must be True or False (got {donate!r}).")
-        if not isinstance(stop_reason, str):
-            raise TypeError(f"stop_reason must be a string (got {stop_reason!r}).")
-        if stop_reason and stop_reason not in STOP_REASONS:
-            known = ", ".join(sorted(STOP_REASONS))
-            raise ValueError(f"stop_reason must be one of {known}, or empty (got {stop_reason!r}).")
+        require_bool(donate, "donate")
+        require_stop_reason(stop_reason)
         if computed_len > self.prompt_len:
             donate &= self._interval is not None
         else:

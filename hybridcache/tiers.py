@@ -27,7 +27,7 @@ import numpy as np
 from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop, StepQueue
 from hybridcache.allocators.pools import PageAllocator, are_distinct
 from hybridcache.api import PrefixMatch, Resumable
-from hybridcache.cache import HybridRadixCache
+from hybridcache.cache import FOREIGN, HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, raise_failure
 from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.tree import (
@@ -726,9 +726,12 @@ class TieredRadixCache(HybridRadixCache):
 
         The new rows are valid at once; the bytes follow with the next ``take_step``. O(tokens
         loaded), plus evictions that make room.
+
+        Raises:
+            TypeError: ``resumable`` is none of ``match.loadable``.
+            ValueError: it is from another cache.
         """
-        if not isinstance(resumable, Resumable):
-            raise TypeError(f"resumable must be one of match.loadable (got {resumable!r}).")
+        super().fetch(resumable)
         target, offload = resumable.node, self.offload
         if (
             not isinstance(target, RadixNode)
@@ -736,6 +739,8 @@ class TieredRadixCache(HybridRadixCache):
             or target.offloaded.state is None
         ):
             return False
+        if target.offloaded.state.item_bytes is not self.item_bytes:
+            raise ValueError(FOREIGN)
         if target.lost_checkpoint is not None:
             self.policy.on_ghost_hit(target.lost_checkpoint)
         taken = offload.take(target, self.now + 1)

@@ -62,6 +62,21 @@ def require_positive(number: object, what: str) -> int:
     return found
 
 
+def require_count(number: object, what: str) -> int:
+    """Return ``number`` as an int. Raises TypeError if it is not an integer, and ValueError if it
+    is negative."""
+    found = require_index(number, what)
+    if found < 0:
+        raise ValueError(f"{what} must not be negative (got {number}).")
+    return found
+
+
+def require_bool(value: object, what: str) -> None:
+    """Raise TypeError unless ``value`` is True or False."""
+    if type(value) is not bool:
+        raise TypeError(f"{what} must be True or False (got {value!r}).")
+
+
 def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:
     """Return the number of leading tokens that two arrays share, in whole pages. O(result).
 

@@ -38,12 +38,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.tokens import Indices, Tokens
+from hybridcache.tokens import Indices, Tokens, require_count
 
 
 class Move(NamedTuple):
@@ -131,7 +131,9 @@ class RowWrite(NamedTuple):
     """KV row of each position from ``start`` on: int32[n], a copy."""
 
     def up_to(self, end: int) -> RowWrite:
-        """Return the part of this write below position ``end``."""
+        """Return the part of this write below position ``end``. Raises ValueError if it is
+        negative, and TypeError if it is not an integer."""
+        require_count(end, "end")
         return self._replace(kv_indices=self.kv_indices[: max(end - self.start, 0)])
 
 
@@ -212,41 +214,40 @@ class StepPlan:
         Drops are skipped. O(work).
 
         Raises:
-            TypeError: ``memory`` lacks a method that this plan needs, and nothing is done. Or a
-                method has other arguments than in ``StepMemory``.
+            TypeError: ``memory`` is None, or lacks a method that this plan needs, or a method has
+                other arguments than in ``StepMemory``. Unless an earlier piece of work was done,
+                the plan can still be carried out.
             RuntimeError: the plan was carried out before, a call failed half-way, or ``reset`` has
                 forgotten the plan.
         """
-        if (self.is_done or self.was_begun) and self:
+        if self.is_done or self.was_begun:
             raise RuntimeError(SPENT)
-        for name, is_needed in (
-            ("move", any(isinstance(one, Move) for one in self.transfers)),
-            ("copy", any(isinstance(one, Copy) for one in self.transfers)),
-            ("write_row", self.row_writes),
-            ("restore", self.restores),
-        ):
+        if memory is None:
+            raise TypeError("memory must be the owner of the tensors (got None): see StepMemory")
+        calls: list[tuple[str, tuple[Any, ...]]] = []
+        for transfer in self.transfers:
+            if not isinstance(transfer, Drop):
+                calls.append(("move" if isinstance(transfer, Move) else "copy", (transfer,)))
+        calls += [("write_row", (write,)) for write in self.row_writes]
+        calls += [("restore", pair) for pair in self.restores]
+        for name in dict(calls):
             method = getattr(memory, name, None)
             is_own = getattr(method, "__func__", method) is not getattr(StepMemory, name)
-            if is_needed and not (is_own and callable(method)):
+            if not (is_own and callable(method)):
                 raise TypeError(
                     f"this step plan needs a method {name!r}, which {type(memory).__name__} does "
                     "not have: see hybridcache.allocators.moves.StepMemory"
                 )
-        self.was_begun = True
+        self.was_begun, num_done = True, 0
         try:
-            for transfer in self.transfers:
-                if isinstance(transfer, Move):
-                    memory.move(transfer)
-                elif isinstance(transfer, Copy):
-                    memory.copy(transfer)
-            for write in self.row_writes:
-                memory.write_row(write)
-            for checkpoint, own in self.restores:
-                memory.restore(checkpoint, own)
+            for name, arguments in calls:
+                getattr(memory, name)(*arguments)
+                num_done += 1
         except TypeError as error:
             trace = error.__traceback__
             if trace is None or trace.tb_next is not None:  # raised inside a method
                 raise
+            self.was_begun = num_done > 0
             raise TypeError(
                 f"a method of {type(memory).__name__} has other arguments than in "
                 f"hybridcache.allocators.moves.StepMemory ({error})"
@@ -341,7 +342,7 @@ class StepQueue:
                 "cache.reset()"
             )
         if not (self.transfers or self.row_writes or self.restores):
-            return StepPlan(is_done=True)
+            return StepPlan()
         row_writes = self.due_row_writes() if self.row_writes else ()
         plan = StepPlan(tuple(self.transfers), row_writes, tuple(self.restores.values()))
         self.transfers, self.num_moves = [], 0

@@ -118,8 +118,8 @@ def test_an_ended_lease_refuses_every_call(how: str) -> None:
     lease.abort() if how == "abort" else getattr(lease, how)(prompt, 40)
     after = cache.render(), cache.free_tokens, cache.free_slots
     calls: dict[str, Any] = {
-        "extend": (41,),
-        "take_checkpoint_slots": (0, 40),
+        "extend": (0,),
+        "take_checkpoint_slots": (0, 0),
         "plan_checkpoint": (8, "branch"),
         "roll_back": (0,),
         "publish": (prompt, 40),
@@ -137,13 +137,18 @@ def test_an_ended_lease_refuses_every_call(how: str) -> None:
 
 LENGTHS: dict[str, list[tuple[Any, ...]]] = {
     "call extend first": [
-        *(("publish", 21), ("finish", 21), ("preempt", 21), ("take_checkpoint_slots", 10, 21)),
+        *(("publish", 21), ("finish", 21), ("preempt", 21), ("roll_back", 21)),
+        ("take_checkpoint_slots", 10, 21),
     ],
     "10 tokens are published": [("publish", 9), ("finish", 9), ("preempt", 9), ("roll_back", 9)],
     "to end": [("take_checkpoint_slots", 15, 10)],
     "start must be": [("take_checkpoint_slots", 9, 20), ("take_checkpoint_slots", 10.0, 20)],
     "to_len must": [("extend", True), ("extend", 30.5), ("extend", -3)],
-    "computed_len must": [("roll_back", "9"), ("publish", 10.0), ("finish", 10.0)],
+    "computed_len must": [
+        *(("roll_back", "9"), ("publish", 10.0), ("finish", 10.0)),
+        *(("num_quiet_tokens", wrong) for wrong in ("a", None, -1, 20.5)),
+    ],
+    "unwritten must": [("roll_back", 12, 1)],
     "label must": [("plan_checkpoint", 8, 3)],
 }
 """Calls with invalid numbers of a lease of 20 rows and 10 published tokens, by their message."""
@@ -273,16 +278,23 @@ def test_a_plan_is_carried_out_in_order() -> None:
     with pytest.raises(TypeError, match="needs a method 'move', which Derived does not have"):
         plan.carry_out(Derived())
     narrow = RecordingMemory()
-    narrow.restore = lambda slot: None  # type: ignore[attr-defined]
-    with pytest.raises(TypeError, match=r"RecordingMemory has other arguments .*StepMemory"):
-        copy_of(plan).carry_out(narrow)
-    narrow.restore = lambda *slots: slots + 1  # type: ignore[attr-defined]
+    for name, is_usable in (("restore", False), ("move", True)):
+        setattr(narrow, name, lambda: None)
+        begun = copy_of(plan)
+        with pytest.raises(TypeError, match=r"RecordingMemory has other arguments .*StepMemory"):
+            begun.carry_out(narrow)
+        assert begun.was_begun != is_usable
+    narrow.move = lambda move: move + 1
     with pytest.raises(TypeError, match=r"^can only concatenate tuple"):
         copy_of(plan).carry_out(narrow)
     empty = make_cache().take_step()
     assert not empty
+    with pytest.raises(TypeError, match="None"):
+        empty.carry_out(None)  # type: ignore[arg-type]
     empty.done()
     empty.done()  # an empty plan may be completed twice
+    with pytest.raises(RuntimeError, match="was carried out"):
+        empty.carry_out(memory)
 
 
 def test_leases_stay_valid_after_a_reset() -> None:

@@ -7,13 +7,14 @@ import inspect
 import itertools
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.allocators.moves import StepMemory
+from hybridcache.allocators.moves import RowWrite, StepMemory
 from hybridcache.api import Listener, Resumable
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror
@@ -64,17 +65,15 @@ def test_ids_and_rows_that_are_not_int32_raise_in_every_cache(prefix_cache, bad)
 
 FOLLOWS = EventStream(print)
 hybrid().subscribe(FOLLOWS)
-
-
 PLACEMENT = parse_placement("end")
-
-
 OTHER = hybrid()
 publish(OTHER, ids("abcde"), [5])
 OTHER.evict(num_tokens=5)
 MISSED_ELSEWHERE = OTHER.match(ids("abcdef"))
 """Match that has missed an evicted checkpoint of another cache."""
 assert MISSED_ELSEWHERE.node is None and MISSED_ELSEWHERE.missed is not None
+publish(OTHER, ids("abcde"), [5])
+FOUND_ELSEWHERE = OTHER.match(ids("abcdef"))
 
 
 def insert(*checkpoints, **options):
@@ -116,6 +115,18 @@ REFUSED = {
     ),
     "a function as listener": ("EventStream", lambda cache, rows: cache.subscribe(print)),
     "a number for checkpoints": ("pairs", lambda cache, rows: cache.insert(ids("abcde"), rows, 8)),
+    "a word as flag": ("resumes", lambda cache, rows: cache.touch(cache.match(rows), "no")),
+    "a number as lock": ("result of lock", lambda cache, rows: cache.allocate_slot(3)),
+    "a lock to replace": ("another", lambda cache, rows: cache.allocate_slot(OTHER.lock(None))),
+    "another's lock": ("another", lambda cache, rows: cache.unlock(OTHER.lock(None))),
+    "the match of another cache": ("another", lambda cache, rows: cache.touch(FOUND_ELSEWHERE)),
+    "another's node": ("another", lambda cache, rows: cache.gather(FOUND_ELSEWHERE.node)),
+    "a used node": ("another", lambda cache, rows: cache.refresh(FOUND_ELSEWHERE.node)),
+    "a node as base": ("another", insert(owned_from=5, after=FOUND_ELSEWHERE.node)),
+    "a stop reason": ("stop_reason must", lambda cache, rows: cache.label_tip(None, "bogus")),
+    "a word to fetch": ("match.loadable", lambda cache, rows: cache.fetch("x")),
+    "words held": ("held_tokens must", lambda cache, rows: cache.check("0", 0)),
+    "a negative end": ("end must", lambda cache, rows: RowWrite(0, 0, rows).up_to(-1)),
     "the miss of another cache": ("another", lambda cache, rows: cache.touch(MISSED_ELSEWHERE)),
     "no tuple of placements": ("tuple", lambda cache, rows: write_memory(cache, PLACEMENT)),
     "no bytes": ("bytes", lambda cache, rows: unpack(None)),
@@ -148,13 +159,11 @@ def test_evicted_nodes_can_neither_be_locked_read_nor_extended(prefix_cache):
     publish(cache, ids("abcde"), [5] * (prefix_cache == "hybrid"))
     match = cache.match(ids("abcdef"))
     cache.evict(num_tokens=100)
-    with pytest.raises(ValueError, match="match again"):
-        cache.lock(match.node)
-    with pytest.raises(ValueError, match="match again"):
-        cache.gather(match.node)
     rows = cache.allocate_kv(6)
-    with pytest.raises(ValueError, match="match again"):
-        cache.insert(ids("abcdef"), rows, owned_from=5, after=match.node)
+    insertion = partial(cache.insert, ids("abcdef"), rows, (), None, 5, ())
+    for call in (cache.lock, cache.gather, cache.refresh, insertion):
+        with pytest.raises(ValueError, match="match again"):
+            call(match.node)
     cache.check(held_tokens=6, held_slots=0)
 
 
@@ -265,28 +274,6 @@ def test_rows_and_slots_that_the_caller_does_not_hold_are_not_freed():
     with pytest.raises(ValueError, match="of which the last is free already"):
         cache.free_kv(other[:1])
     cache.free_kv(other[1:])
-    cache.check(held_tokens=0, held_slots=0)
-
-
-def test_a_match_a_node_and_a_lock_of_another_cache_are_refused_and_stay_valid():
-    cache, other = hybrid(), hybrid()
-    for each in (cache, other):
-        publish(each, ids("abcde"), [5])
-    match, rows = cache.match(ids("abcdef")), other.allocate_kv(6)
-    handle = cache.lock(match.node)
-    for call in (
-        lambda: other.touch(match),
-        lambda: other.gather(match.node),
-        lambda: other.unlock(handle),
-        lambda: other.insert(ids("abcdef"), rows, owned_from=5, after=match.node),
-    ):
-        with pytest.raises(ValueError, match="another cache"):
-            call()
-    assert other.stats.total.requests == 0
-    other.check(held_tokens=6, held_slots=0)
-    assert cache.evict(num_tokens=5).num_tokens == 0
-    cache.unlock(handle)
-    assert cache.evict(num_tokens=5).num_tokens == 5
     cache.check(held_tokens=0, held_slots=0)
 
 
@@ -426,7 +413,7 @@ def build(**config):
 
 
 def fetch(resumable):
-    hybrid(state_bytes=64, host_bytes=1000).fetch(resumable)
+    hybrid(kv_bytes_per_token=1, state_bytes=64, host_bytes=1000).fetch(resumable)
 
 
 def on_grid(plan):
@@ -460,6 +447,10 @@ WRONG = (
     (route, {"tokens": ids("abc")}),
     (build, {"kv_bytes_per_token": 2, "total_bytes": 10**18}),
     (fetch, {"resumable": None}),
+    (build, {"total_bytes": 8000, "kv_bytes_per_token": 0}),
+    (CacheConfig, {"kv_bytes_per_token": 8, "total_bytes": 8000}),
+    (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "kv_bytes_per_token": 8, "host_bytes": 99}),
+    (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "memory": "arena"}),
     *((on_grid, {"plan": value}) for value in (None, 7, (64, 128), "ab", (("a", "b"),))),
 )
 """Makers with a wrong value of the last parameter."""
@@ -512,10 +503,5 @@ def test_a_lease_in_a_with_block_is_aborted_unless_it_has_ended():
         raise OSError("no device")
     cache.check(held_tokens=0, held_slots=0)
     with begun(cache, placement, prompt) as lease:
-        with pytest.raises(ValueError, match="KV rows for 20 tokens"):
-            lease.roll_back(25)
         lease.finish(prompt, 20)
-    for call in (lambda: lease.extend(0), lambda: lease.take_checkpoint_slots(0, 0)):
-        with pytest.raises(ValueError, match="has ended"):
-            call()
     cache.check(held_tokens=0, held_slots=0)

@@ -37,7 +37,10 @@ def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
     for uses in range(1, 5):
         if uses % 2:
             cache.evict(num_tokens=4)
-            cache.fetch(cache.match(ids("abcdX")).loadable[0])
+            [found] = cache.match(ids("abcdX")).loadable
+            with pytest.raises(ValueError, match="another cache"):
+                tiered().fetch(found)
+            cache.fetch(found)
         match = cache.match(ids("abcdX"))
         cache.touch(match)
         assert match.node.checkpoint.uses == uses

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from hybridcache.cache import STOP_REASONS
 from hybridcache.lab.trace import BadRecordError, BadRecords, FreshIds, TraceRequest, units
 from hybridcache.lab.traces.frame import (
     ONE_SECOND,
@@ -23,7 +24,6 @@ from hybridcache.lab.traces.frame import (
     json_lines,
     shown,
 )
-from hybridcache.lease import STOP_REASONS
 from hybridcache.tokens import Tokens
 
 
