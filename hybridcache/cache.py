@@ -214,6 +214,7 @@ class HybridRadixCache:
     (ValueError for others). Requests in different namespaces share nothing. A cache is not
     thread-safe.
 
+    >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=4))
 
@@ -319,6 +320,7 @@ class HybridRadixCache:
         Raises:
             ValueError: ``tokens`` is not int32[n], or the namespace is malformed.
 
+        >>> import numpy as np
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
         >>> cache.match(np.arange(10, dtype=np.int32)).losses.never_seen
@@ -433,6 +435,7 @@ class HybridRadixCache:
     def render(self, max_nodes: int = 1000) -> str:
         """Draw the tree as text, one line per node. O(nodes drawn).
 
+        >>> import numpy as np
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
         >>> rows = cache.allocate_kv(3)

@@ -32,6 +32,7 @@ class CacheConfig:
     Memory is given as two pool sizes (``num_kv_tokens``, ``num_slots``), or as one number of bytes
     for KV and states (``total_bytes``, ``memory``).
 
+    >>> from hybridcache import CacheConfig
     >>> CacheConfig(num_kv_tokens=1000, num_slots=4).eviction
     'survival'
     """
@@ -196,6 +197,7 @@ def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
 
     Raises MemoryError if their tables do not fit in host memory, which needs 4 bytes per row.
 
+    >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=4))
     >>> len(cache.allocate_kv(10))
     10

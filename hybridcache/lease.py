@@ -203,7 +203,9 @@ class Lease:
 
     The placement policy is notified of each planned checkpoint, whether saved or dropped.
 
-    >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, Lease, LeaseRequest
+    >>> from hybridcache import build_prefix_cache, parse_placement
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=8))
     >>> placement, prompt = parse_placement("backoff"), np.arange(20, dtype=np.int32)
     >>> for _ in range(2):

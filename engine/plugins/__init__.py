@@ -40,6 +40,7 @@ def engine_config(base: EngineConfig | None = None, /, **settings: Any) -> Engin
     """Return ``base``, by default the default settings, with ``settings``, those of plugins
     included. Raises ConfigError.
 
+    >>> from engine import engine_config
     >>> engine_config(max_running=2, draft="tree:4").plugins
     (SpeculationConfig(draft='tree:4', draft_running=None),)
     """

@@ -172,6 +172,7 @@ class Memory:
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache
     >>> from hybridcache import parse_placement
+    >>> from hybridcache.export.warm_state import pack, unpack, write_memory
     >>> config = CacheConfig(num_kv_tokens=400, num_slots=8, grid=8)
     >>> cache, placement = build_prefix_cache(config), parse_placement("adaptive")
     >>> prompt = np.arange(100, dtype=np.int32)

@@ -310,6 +310,7 @@ class Prefill(NamedTuple):
         Positions without a possible checkpoint are omitted. The first of several labels is kept.
         Raises TypeError if ``wanted`` has other items than pairs.
 
+        >>> from hybridcache import Placed, Prefill
         >>> prefill = Prefill(200, 64, 64, 64, (), 64)
         >>> prefill.on_grid([Placed(199, "end"), Placed(192, "again"), Placed(70, "low")])
         {192: 'end'}

@@ -33,6 +33,7 @@ class Outbox:
     operations. The other methods can be called from any thread.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> from hybridcache.routing.outbox import Outbox
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=64, num_slots=2, grid=4))
     >>> outbox = Outbox(cache)
     >>> outbox.cover("request")

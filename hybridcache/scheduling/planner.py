@@ -149,6 +149,7 @@ class StepPlanner(Generic[R]):
     >>> from hybridcache.policies.registry import make_admission
     >>> from hybridcache.scheduling.cache_manager import CacheManager
     >>> from hybridcache.scheduling.memory_sizes import MemorySizes
+    >>> from hybridcache.scheduling.planner import StepPlanner
     >>> from hybridcache.scheduling.request import ScheduledRequest
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=4000, num_slots=40))
     >>> manager = CacheManager(cache, parse_placement("adaptive"), num_rows=8, stateful=True)

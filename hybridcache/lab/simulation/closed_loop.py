@@ -466,6 +466,7 @@ def closed_loop(
     O(requests + steps) per run. Raises the errors of ``simulate``, and ValueError for settings
     without a meaning in closed loop.
 
+    >>> from hybridcache import closed_loop
     >>> result = closed_loop("short?head=20", gib=1, rate=4, admission="oldest")
     >>> [row["admission"] for row in result.to_dicts()]
     ['oldest']
