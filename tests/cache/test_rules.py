@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache import CacheConfig
 from tests.cache.serving import hybrid, ids, publish
 
 
@@ -34,9 +34,7 @@ def test_the_cache_copies_the_arrays_of_the_caller():
 
 
 def test_a_null_cache_stores_nothing():
-    cache = build_prefix_cache(
-        CacheConfig(prefix_cache="none", num_kv_tokens=100, num_slots=2, grid=1)
-    )
+    cache = hybrid(prefix_cache="none")
     result = publish(cache, ids("hello"), [5])
     assert result.inserted_len == 0 and len(result.rejected_slots) == 1
     assert cache.match(ids("hello!")).losses.never_seen == 6
