@@ -7,6 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Protocol
@@ -151,6 +152,14 @@ class MeasuredTimes:
                 is_number = isinstance(one, Real) and not isinstance(one, bool)
                 if not (is_number and 0 <= one < math.inf):
                     raise ValueError(f"{name} must be seconds of 0 or more (got {one!r}).")
+        for row in self.table_s:
+            for place, (shorter_s, longer_s) in enumerate(pairwise(row), 2):
+                # Measured times may fall a little; the last two are extrapolated.
+                if longer_s < shorter_s * (1 if place == len(row) else 0.9):
+                    raise ValueError(
+                        "table_s must not fall with the length: reuse would seem to cost time "
+                        f"(got {longer_s:g} after {shorter_s:g})."
+                    )
 
     def describe(self) -> str:
         """Describe the source in one line."""

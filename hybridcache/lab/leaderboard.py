@@ -37,7 +37,7 @@ from hybridcache.command.parser import did_you_mean
 from hybridcache.geometry.units import counted
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
-from hybridcache.lab.report import text_table
+from hybridcache.lab.report import classes_notes, orders_classes, text_table
 from hybridcache.lab.scenario import Scenario, named_policies, source_of
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import Kept, Place, run_grid
@@ -395,8 +395,13 @@ class Board:
         rows = [row.cells() for row in self.rows()]
         failed = [f"{name} failed: {words}" for name, words in self.failures.items()]
         return f"{self.summary()}, {self.split.model}. {self._explanation()}\n\n" + "\n".join(
-            [text_table(self.heads(), rows), *failed]
+            [text_table(self.heads(), rows), *failed, *self._classes_notes()]
         )
+
+    def _classes_notes(self) -> list[str]:
+        """Name the policies with and without priority classes."""
+        policies = (name.partition("@")[0] for name in self._names())
+        return classes_notes({name: not orders_classes(name) for name in policies})
 
     def heads(self) -> list[str]:
         """Return the heads of the table's columns."""

@@ -183,8 +183,9 @@ def ties(run: RunResult, best: RunResult) -> bool:
 def verdict(result: SweepRuns) -> str:
     """Return one sentence: the policies with the most hits, and the command that serves with them.
 
-    A policy also counts at a size if its hits do not differ from the best ones there (``ties``). Of
-    equal policies the one with the highest mean comes first and is in the command. Rebuilt systems
+    A policy also counts at a size if its hits do not differ from the best ones there (``ties``).
+    Sizes at which all are equal do not count. Of equal policies the one with the highest mean comes
+    first and is in the command, with the smallest size of its most hits. Rebuilt systems
     cannot be served with; those with more hits than every policy are named. Empty if fewer than two
     policies and placements of our own were run.
     """
@@ -196,9 +197,10 @@ def verdict(result: SweepRuns) -> str:
     for run in ours:
         if run.token_hit_rate > best.setdefault(run.gib, run).token_hit_rate:
             best[run.gib] = run
-    wins = dict.fromkeys(labels, 0)
+    wins, differing = dict.fromkeys(labels, 0), set[float]()
+    differing.update(run.gib for run in ours if not ties(run, best[run.gib]))
     for run in ours:
-        wins[run.label] += ties(run, best[run.gib])
+        wins[run.label] += run.gib in differing and ties(run, best[run.gib])
     more = _systems_with_more(result, best)
     if not any(run.hits for run in best.values()):
         return f"no policy has a hit at any of these sizes{more}"
@@ -209,19 +211,27 @@ def verdict(result: SweepRuns) -> str:
     first = sorted(
         (label for label, count in wins.items() if count == most), key=lambda one: -means[one]
     )
-    largest = max((run for run in ours if run.label == first[0]), key=lambda run: run.gib)
-    sizes = "the only size" if len(best) == 1 else f"{most} of {len(best)} sizes"
+    own = [run for run in ours if run.label == first[0]]
+    enough = max(run.token_hit_rate for run in own) - TIE
+    served = min((run for run in own if run.token_hit_rate > enough), key=lambda run: run.gib)
+    sizes = f"{most} of {counted(len(differing), 'size')}"
+    sizes += " with a difference" * (len(differing) < len(best))
+    sizes = "the only size" if len(best) == 1 else sizes
     has = "have" if len(first) > 1 else "has"
-    flags, lacking = _serve_flags(largest)
+    flags, lacking = _serve_flags(served)
     model = result.geometry.name
     model = model if model == "builtin" else f"ORG/{model}"
     command = f"engine serve --model {model} {flags}"
     command += f" (engine serve has no {', '.join(lacking)})" if lacking else ""
     names_first = ", ".join(first)
-    has_intervals = len(largest.by_session) >= FEWEST_UNITS
+    has_intervals = len(served.by_session) >= FEWEST_UNITS
     equal = ", or no fewer by the intervals," if has_intervals else ""
     of_policies = " of the policies" if len(ours) < len(result.runs) else ""
     most_hits = f"{names_first} {has} the most hits{of_policies}{equal} at {sizes}"
+    if not differing:
+        equal = " by the intervals" if has_intervals else ""
+        sizes = "the only size" if len(best) == 1 else "any size"
+        most_hits = f"{names_first} do not differ in hits{equal} at {sizes}"
     return f"{most_hits}{more}; to serve: {command}"
 
 
@@ -250,13 +260,13 @@ def _serve_flags(run: RunResult) -> tuple[str, list[str]]:
         lacking.append(f"--grid {flags.pop('grid')}")
     if config.memory != "arena":
         lacking.append(f"--memory {config.memory}")
-    if config.priority_classes is False and not _orders_classes(str(config.policy)):
+    if config.priority_classes is False and not orders_classes(str(config.policy)):
         lacking.append("--no-priority-classes")
     words = (f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
     return " ".join(words), lacking
 
 
-def _orders_classes(policy: str) -> bool:
+def orders_classes(policy: str) -> bool:
     """Return True if the policy orders dead and superseded items itself, or has no name."""
     with suppress(ValueError):
         return make_eviction(policy)().orders_classes
@@ -354,10 +364,15 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
 
 def tier_notes(result: SweepRuns) -> list[str]:
     """Name the policies with and without priority classes."""
+    return classes_notes(
+        {str(run.config.policy): run.config.priority_classes for run in result.runs}
+    )
+
+
+def classes_notes(has_classes: Mapping[str, bool | None]) -> list[str]:
+    """Name the policies with and without priority classes; None for a rebuilt system."""
     by_classes = {
-        classes: dict.fromkeys(
-            str(run.config.policy) for run in result.runs if run.config.priority_classes is classes
-        )
+        classes: [name for name, has in has_classes.items() if has is classes]
         for classes in (True, False)
     }
     notes = []
@@ -474,6 +489,8 @@ def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Explain the plan with hindsight, and the star."""
     shown = (run for runs in result.by_label().values() for run in runs)
     planned = [run for run in shown if run.optimum_tokens]
+    if not planned and "optimum" in words:
+        return ["no plan was computed: add optimum=True (--optimum)"]
     if not planned or not {"hit", "optimum"} & set(words):
         return []
     notes = [

@@ -334,7 +334,12 @@ class Scenario:
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
             if name == "skip_bad":
-                raise TypeError("skip_bad is no setting: give open_trace(spec, skip_bad=True)")
+                raise TypeError(
+                    "skip_bad is no setting: give open_trace(spec, skip_bad=True), or the flag "
+                    "--skip-bad"
+                )
+            if name == "output":
+                raise TypeError("output is no setting: name the file of the runs in resume_from")
             if name not in known:
                 raise TypeError(f"there is no setting {name!r}{did_you_mean(name, known)}")
         if isinstance(given, Scenario):
@@ -673,7 +678,9 @@ def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy,
 
 def _policy(one: Any) -> str | OwnPolicy:
     """Replace a class by its name, if it has one, so that other processes find it."""
-    if isinstance(one, str | OwnPolicy):
+    if isinstance(one, str):
+        return ",".join(split_specs(one))
+    if isinstance(one, OwnPolicy):
         return one
     if one is None or isinstance(one, int | float):
         raise ValueError(f"a policy must be a name, a class or an object of one (got {one!r}).")

@@ -49,6 +49,8 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --pol lru", "the following arguments are required: --trace. See"),
         ("simulate --trace chat --policy lru --policy fifo", "--policy is given twice: join"),
         ("simulate --trace chat --page-size 1 --page-size 2", "--page-size is given twice."),
+        ("simulate --trace chat --metric hit --metric seconds", "--metric is given twice: join"),
+        ("optimum --trace chat --output a --output b", "--output is given twice."),
         ("simulat", "invalid choice: 'simulat'"),
         ("simulate --trace short --gib 1 --policy lruu", "'lruu', did you mean 'lru'?"),
         ("simulate --trace short --gib 1 --checkpoints brnch", "'brnch', did you mean 'branch'?"),
@@ -300,7 +302,7 @@ def test_optimum_prints_a_table_and_writes_lines(
     assert run(capsys, *base, "--counts-running")[1].split()[:-1] != whole.split()[:-1]
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["capacity_bytes"] for line in lines] == [2 << 30, 4 << 30]
-    assert [line["gib"] for line in lines] == [2, 4]
+    assert [line["config"]["gib"] for line in lines] == [2, 4]
 
 
 @pytest.mark.parametrize("metric", list(METRICS))

@@ -400,7 +400,7 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     assert all(0 < row["token_hit_rate"] < 1 and row["max_running"] == 16 for row in rows)
     text = path.read_text()
     written = [json.loads(line) for line in text.splitlines()]
-    assert [{name: line[name] for name in rows[0]} for line in written] == rows
+    assert [{name: (line["config"] | line)[name] for name in rows[0]} for line in written] == rows
     assert closed_loop("short?head=20", **grid, resume_from=path).to_dicts() == rows
     assert path.read_text() == text, "a resumed sweep must not repeat a run"
     assert rows[0] == closed_loop("short?head=20", **grid | {"rate": 2}).to_dicts()[0]

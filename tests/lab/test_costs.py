@@ -213,6 +213,7 @@ def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
         ('"table_s": [[1, 2], [3]]', "one row per start and one number per length"),
         ('"table_s": [[1, 2], [3, -4]]', "table_s must be seconds of 0 or more (got -4)."),
         ('"table_s": [[1, 2], [3, NaN]]', "(got nan)"),
+        ('"table_s": [[1, 2], [3, 2.9]]', "must not fall with the length"),
         ('"table_s": [[1, 2], [3, 1e400]]', "(got inf)"),
         ('"table_s": [[1, 2], [3, "4"]]', "(got '4')"),
         ('"decodes": [4, 4], "decode_s": [1, 1]', "decodes must ascend"),

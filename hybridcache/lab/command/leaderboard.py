@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.lab.command.shared import share
+from hybridcache.lab.command.shared import Once, share
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -20,6 +20,7 @@ def add_leaderboard(commands: Commands) -> None:
     parser = commands.add_parser(
         "leaderboard", help="your policy against every built-in one on the evaluation split"
     )
+    parser.register("action", None, Once)
     add = parser.add_argument
     add(
         "policies",
@@ -29,7 +30,13 @@ def add_leaderboard(commands: Commands) -> None:
     )
     add("--built-in", metavar="NAMES", help="built-in evictions, commas between (default: all)")
     add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all ten)")
-    add("--only", default="", metavar="TEXT", help="only traces with this text in their names")
+    add(
+        "--only",
+        type=str,
+        default="",
+        metavar="TEXT",
+        help="only traces with this text in their names",
+    )
     add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
     share(parser, "--processes")
     add("--output", type=Path, help="JSON lines of finished runs; a repeated command continues")

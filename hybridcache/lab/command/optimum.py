@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hybridcache.lab.command.shared import (
     TRACE_HELP,
+    Once,
     add_settings,
     check_figure,
     given_settings,
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 def add_optimum(commands: Commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser("optimum", help="the best that any policy could have done")
+    parser.register("action", None, Once)
     add = parser.add_argument
-    add("--trace", required=True, help=TRACE_HELP)
+    add("--trace", type=str, required=True, help=TRACE_HELP)
     share(parser, "--skip-bad")
     add_settings(parser, "model", "gib", "state_dtype", "grid")
     add(
@@ -47,19 +49,28 @@ def _optimum(options: argparse.Namespace) -> int:
     check_figure(options)
     trace = opened(options.trace, options)
     scenario = Scenario(trace, **given_settings(options))
-    model = scenario.geometry().name
+    geometry = scenario.geometry()
+    model = geometry.name
     if options.output:
         check_results_file(options.output, trace)
         options.output.parent.mkdir(parents=True, exist_ok=True)
     found = optimum(scenario, counts_running=options.counts_running)
     if options.output:
         identity = identity_of(trace) + bytes([options.counts_running])
+        config = {
+            "trace": trace.full_name,
+            "model": model,
+            "state_dtype": geometry.state_dtype,
+            "grid": scenario.grid,
+            "counts_running": options.counts_running,
+        }
         known = {one.get("key") for one in records_of(options.output)}
         with options.output.open("a", encoding="utf-8") as file:
             for best in found:
                 key = replace(scenario, gib=best.gib).key(identity)
                 if key not in known:
-                    record = {"key": key} | best.record() | {"model": model}
+                    record = {"key": key, "config": config | {"gib": best.gib}}
+                    record |= best.record() | {"model": model}
                     file.write(json.dumps(record) + "\n")
     print(found.table())
     if options.figure:

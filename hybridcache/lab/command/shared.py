@@ -30,6 +30,8 @@ SHARED: dict[str, dict[str, Any]] = {
 class Once(argparse.Action):
     """Action of a flag that may be given once: a second one is an error."""
 
+    _last: argparse.Namespace | None = None
+
     def __call__(
         self,
         parser: argparse.ArgumentParser,
@@ -37,9 +39,10 @@ class Once(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        if hasattr(namespace, self.dest):
+        if self._last is namespace:
             hint = "" if self.type or self.choices else ": join values with commas"
             parser.error(f"{option_string} is given twice{hint}")
+        self._last = namespace
         setattr(namespace, self.dest, values)
 
 

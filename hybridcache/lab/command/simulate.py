@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hybridcache.lab.command.shared import (
     TRACE_HELP,
+    Once,
     add_settings,
     check_figure,
     given_settings,
@@ -31,6 +32,7 @@ def add_simulate(commands: Commands) -> None:
     parser = commands.add_parser(
         "simulate", help="replay a trace through caches of many sizes", input_flag="--trace"
     )
+    parser.register("action", None, Once)
     group = parser.add_argument_group(MOST_USED)
     add = group.add_argument
     add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
@@ -60,7 +62,11 @@ def add_simulate(commands: Commands) -> None:
     add("--metric", default="hit", help=f"metrics of tables and figure, joined by commas: {known}")
     add("--losses", action="store_true", help="also print the tokens by loss cause")
     share(group, "--skip-bad")
-    add("--ray", help="spread the runs over the Ray cluster at this address (auto: this machine's)")
+    add(
+        "--ray",
+        type=str,
+        help="spread the runs over the Ray cluster at this address (auto: this machine's)",
+    )
     add_settings(parser.add_argument_group(MEMORY), *settings_of(MEMORY))
     add_settings(parser.add_argument_group(TIERS), *settings_of(TIERS))
     group = parser.add_argument_group(LOAD)

@@ -26,10 +26,11 @@ from hybridcache.config import build_prefix_cache
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import Kept, Place, RunFailed, run_cells
-from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of
+from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of, identify
 from hybridcache.lab.simulation.sizes import sizes, sizes_for
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy
+from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
@@ -119,6 +120,8 @@ class RequestTable:
         """Prompt tokens that were computed, by cause."""
         self.num_refused = 0
         """Requests longer than the memory."""
+        self.priority_classes: bool | None = None
+        """True if the cache evicts unreachable KV and superseded checkpoints first."""
         self.end_s = 0.0
         self.live_s = 0.0
         """Integral of the live sessions over time."""
@@ -193,6 +196,7 @@ class _Run:
         self.tells_ends, self.times = cell.tells_ends, cell.step_times(geometry)
         [self.rate], [self.seed] = sizes(cell.rate, "rate"), seeds_of(cell)
         self.table = RequestTable()
+        self.table.priority_classes = has_priority_classes(getattr(cache, "policy", None))
         self.events: list[tuple[float, int, int]] = []
         """(time, order, session) of the next request of each session that has one."""
         self.num_events = self.num_asked = 0
@@ -393,6 +397,11 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         token_budget=cell.token_budget,
         tells_ends=cell.tells_ends,
         num_sessions=len(set(table.session)),
+        config=identify(
+            replace(cell, max_running=max_running_of(cell)),
+            trace.full_name,
+            table.priority_classes,
+        ),
     )
 
 
@@ -414,9 +423,9 @@ class ClosedLoopResult:
         return f"{type(self).__name__}({self.trace}: {len(self.runs)} runs)"
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return a flat dictionary per run: the fields of ``ClosedLoopRun`` and
+        """Return a flat dictionary per run: the fields of ``ClosedLoopRun`` and its ``config``, and
         ``token_hit_rate``. O(runs)."""
-        return [run.as_record() for run in self.runs]
+        return [run.as_row() for run in self.runs]
 
     def table(self) -> str:
         """Return a table per cache with a row per admission policy and rate, averaged over

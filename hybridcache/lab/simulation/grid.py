@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from hybridcache.command.extras import explain_missing
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import BadRecords, Held, Trace, TraceRequest
+from hybridcache.lab.traces.frame import warn
 from hybridcache.policies.protocol import PolicyError
 
 _KEEP_BYTES = 256 << 20
@@ -268,14 +269,18 @@ def check_results_file(path: Path, trace: Trace | None = None) -> None:
 
 
 def records_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file of results. A torn line, left by a process that was killed, is
-    skipped, and there are none in a file that does not exist."""
+    """Yield the records of a file of results. A damaged line, or one cut by the end of a process,
+    is skipped with a warning. There are none in a file that does not exist."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            with suppress(json.JSONDecodeError):
-                yield json.loads(line)
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                warn(f"{path}, line {number}: damaged or cut, so this result is left out")
+            else:
+                yield record
 
 
 def _read(kept: Kept, wanted: set[str]) -> Iterator[tuple[str, Any]]:

@@ -347,6 +347,8 @@ class ClosedLoopRun:
     """True if clients say when a session has ended."""
     num_sessions: int = 0
     """Sessions with an answered request; 0 in files of earlier versions."""
+    config: RunIdentity | None = None
+    """Identity of the run's cache; None in files of earlier versions."""
 
     @property
     def token_hit_rate(self) -> float:
@@ -360,7 +362,15 @@ class ClosedLoopRun:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return the run of an ``as_record``."""
-        return cls(**known_fields(cls, record))
+        values = known_fields(cls, record)
+        if values.get("config"):
+            values["config"] = RunIdentity(**values["config"])
+        return cls(**values)
+
+    def as_row(self) -> dict[str, Any]:
+        """Return settings and figures as one flat dictionary."""
+        figures = self.as_record()
+        return (figures.pop("config") or {}) | figures
 
 
 def summarise(

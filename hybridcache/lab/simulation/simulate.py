@@ -235,6 +235,10 @@ def run_cell(trace: Trace, cell: Scenario) -> RunResult:
     return result
 
 
+OF_PLANS = {"model", "gib", "state_dtype", "checkpoint_dtype", "grid"}
+"""Settings with an effect on the optimum."""
+
+
 def optimum(
     scenario: Scenario | str | Trace,
     *,
@@ -244,12 +248,13 @@ def optimum(
 ) -> OptimumResult:
     """Compute a plan with hindsight at every size, and the bound of an infinite cache.
 
-    ``scenario`` and ``settings`` are those of ``simulate``; model, sizes, precisions and grid have
-    an effect. ``counts_running``: KV and state of the running request take memory too, as in every
-    cache. Raises the errors of ``simulate``.
+    ``scenario`` may be that of a ``simulate``: its model, sizes, precisions and grid have an
+    effect, and ``settings`` may name these alone. ``counts_running``: KV and state of the running
+    request take memory too, as in every cache. Raises the errors of ``simulate``.
     """
     check_flags(counts_running=counts_running)
     asked = Scenario.of(scenario, settings)
+    asked.refuse(settings.keys() - OF_PLANS, "has no effect on the optimum: leave it out")
     opened = asked.opened().kept()
     spec = GIB_SPEC if asked.gib is None else asked.gib
     points = sizes_for(spec, opened, asked.geometry(), opened.unit)
