@@ -144,7 +144,7 @@ class OpenAIBody(Body, kw_only=True):
     # These change no answer.
     prompt_cache_options: CacheOptions | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     service_tier: ServiceTier | None = None

@@ -228,7 +228,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"text": {"format": SCHEMA | {"schema": {}, "x": 1}}}, "text.format.x"),
         ({"tools": [{"type": "web_search"}]}, "web_search"),
         ({"tools": [{"type": "function", "name": ""}]}, "tools.0.name"),
-        *(({name: "x"}, name) for name in ("background", "conversation", "service_tier")),
+        *(({name: "x"}, name) for name in ("background", "conversation", "prompt_cache_retention")),
         ({"include": ["message.output_text.logprobs"]}, "include.0"),
         ({"reasoning": {"effort": "bogus"}}, "reasoning.effort"),
         *(({"input": one}, "input") for one in ([], CHAT * 4097)),
