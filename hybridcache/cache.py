@@ -581,7 +581,8 @@ class HybridRadixCache:
         Raises:
             ValueError: another cache returned it, or it is not a handle.
         """
-        self._refuse_foreign_lock(handle)
+        if not isinstance(handle, LockHandle) or handle.cache is not self:
+            raise _wrong_lock(handle)
         node = handle.node
         if node is None:
             handle.is_returned = True
@@ -607,13 +608,6 @@ class HybridRadixCache:
                 if item in self._withheld:
                     self._withheld.discard(item)
                     self.policy.add(item)
-
-    def _refuse_foreign_lock(self, handle: LockHandle) -> None:
-        """Raise ValueError unless ``handle`` is a lock of this cache."""
-        if not isinstance(handle, LockHandle):
-            raise ValueError(f"expected the result of lock (got {handle!r})")
-        if handle.cache is not self:
-            raise ValueError("this lock belongs to another cache: use it there")
 
     def _supersede(self, handle: LockHandle) -> None:
         """Mark the checkpoint that a deeper one below the node of ``handle`` will replace."""
@@ -697,7 +691,8 @@ class HybridRadixCache:
             ValueError: ``replaces`` is not a lock of this cache.
         """
         if replaces is not None:
-            self._refuse_foreign_lock(replaces)
+            if not isinstance(replaces, LockHandle) or replaces.cache is not self:
+                raise _wrong_lock(replaces)
             if replaces.superseded is None:
                 self._supersede(replaces)
         slots, budget = self._slots, self._slots.budget
@@ -1499,6 +1494,13 @@ def _node_of(node: NodeHandle) -> RadixNode:
         kind = type(node).__name__
         raise ValueError(f"expected a node that this cache returned, got {kind}")
     return node.last()
+
+
+def _wrong_lock(handle: object) -> ValueError:
+    """Return the error for an object that is not a lock of the called cache."""
+    if isinstance(handle, LockHandle):
+        return ValueError("this lock belongs to another cache: use it there")
+    return ValueError(f"expected the result of lock (got {handle!r})")
 
 
 def _path_rows(node: RadixNode) -> Indices:

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -224,24 +224,32 @@ class StepPlan:
             raise RuntimeError(SPENT)
         if memory is None:
             raise TypeError("memory must be the owner of the tensors (got None): see StepMemory")
-        calls: list[tuple[str, tuple[Any, ...]]] = []
-        for transfer in self.transfers:
-            if not isinstance(transfer, Drop):
-                calls.append(("move" if isinstance(transfer, Move) else "copy", (transfer,)))
-        calls += [("write_row", (write,)) for write in self.row_writes]
-        calls += [("restore", pair) for pair in self.restores]
-        for name in dict(calls):
+        for name, is_needed in (
+            ("move", any(isinstance(one, Move) for one in self.transfers)),
+            ("copy", any(isinstance(one, Copy) for one in self.transfers)),
+            ("write_row", self.row_writes),
+            ("restore", self.restores),
+        ):
             method = getattr(memory, name, None)
             is_own = getattr(method, "__func__", method) is not getattr(StepMemory, name)
-            if not (is_own and callable(method)):
+            if is_needed and not (is_own and callable(method)):
                 raise TypeError(
                     f"this step plan needs a method {name!r}, which {type(memory).__name__} does "
                     "not have: see hybridcache.allocators.moves.StepMemory"
                 )
         self.was_begun, num_done = True, 0
         try:
-            for name, arguments in calls:
-                getattr(memory, name)(*arguments)
+            for transfer in self.transfers:
+                if isinstance(transfer, Move):
+                    memory.move(transfer)
+                elif isinstance(transfer, Copy):
+                    memory.copy(transfer)
+                num_done += not isinstance(transfer, Drop)
+            for write in self.row_writes:
+                memory.write_row(write)
+                num_done += 1
+            for checkpoint, own in self.restores:
+                memory.restore(checkpoint, own)
                 num_done += 1
         except TypeError as error:
             trace = error.__traceback__
