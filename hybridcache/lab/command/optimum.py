@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridcache.lab.command.shared import (
     TRACE_HELP,
@@ -69,7 +69,7 @@ def _optimum(options: argparse.Namespace) -> int:
             for best in found:
                 key = replace(scenario, gib=best.gib).key(identity)
                 if key not in known:
-                    record = {"key": key, "config": config | {"gib": best.gib}}
+                    record: dict[str, Any] = {"key": key, "config": config | {"gib": best.gib}}
                     record |= best.record() | {"model": model}
                     file.write(json.dumps(record) + "\n")
     print(found.table())

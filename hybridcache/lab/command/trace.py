@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from hybridcache.geometry.units import counted
-from hybridcache.lab.command.shared import TRACE_HELP, share
+from hybridcache.lab.command.shared import TRACE_HELP, Once, share
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -38,6 +38,7 @@ def add_trace(commands: Commands) -> None:
     convert = verbs.add_parser("convert", help="write any trace in another form")
     convert.add_argument("trace", help=TRACE_HELP)
     convert.add_argument("target", type=Path, metavar="output", help="new file to write")
+    convert.register("action", None, Once)
     add = convert.add_argument
     add(
         "--to",
