@@ -78,10 +78,6 @@ def refusal(spec: str) -> str:
     return str(caught.value)
 
 
-def agent(**fields: Any) -> dict[str, Any]:
-    return agent_session("a", 0, 0, [agent_request(0, 64, [1, 1]) | fields])
-
-
 WRONG = [None, True, -1, 1.5, float("nan"), 1 << 40, 1 << 70, "x", [1], [[2, 1], [3]], {"a": 1}]
 WRONG.append([[1, 1 << 40]])
 

@@ -47,7 +47,6 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("optimum --trace=chat --gibb=3", "--gibb=3, did you mean --gib?"),
         ("simulate --trac chat --qqq", "unrecognized arguments: --qqq. See"),
         ("simulate --pol lru", "the following arguments are required: --trace. See"),
-        ("simulate --trace chat --policy lru --policy fifo", "--policy is given twice: join"),
         ("simulate --trace chat --page-size 1 --page-size 2", "--page-size is given twice."),
         ("simulate --trace chat --metric hit --metric seconds", "--metric is given twice: join"),
         ("optimum --trace chat --output a --output b", "--output is given twice."),

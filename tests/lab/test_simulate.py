@@ -479,10 +479,7 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
         ({"state_dtype": "int8"}, " (engine serve has no --state-dtype int8)"),
         ({"checkpoint_dtype": "int8:head"}, " --checkpoint-dtype int8:head"),
         ({"memory": "budget"}, " (engine serve has no --memory budget)"),
-        (
-            {"priority_classes": False},
-            " (engine serve has no --no-priority-classes)",
-        ),
+        ({"priority_classes": False}, " (engine serve has no --no-priority-classes)"),
     ],
 )
 def test_verdict_has_the_settings_that_won(settings: dict[str, Any], flags: str) -> None:

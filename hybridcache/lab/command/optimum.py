@@ -43,7 +43,12 @@ def add_optimum(commands: Commands) -> None:
 def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import optimum_figure
     from hybridcache.lab.scenario import Scenario
-    from hybridcache.lab.simulation.grid import check_results_file, identity_of, records_of
+    from hybridcache.lab.simulation.grid import (
+        check_results_file,
+        end_last_line,
+        identity_of,
+        records_of,
+    )
     from hybridcache.lab.simulation.simulate import optimum
 
     check_figure(options)
@@ -53,7 +58,7 @@ def _optimum(options: argparse.Namespace) -> int:
     model = geometry.name
     if options.output:
         check_results_file(options.output, trace)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
+        end_last_line(options.output)
     found = optimum(scenario, counts_running=options.counts_running)
     if options.output:
         identity = identity_of(trace) + bytes([options.counts_running])

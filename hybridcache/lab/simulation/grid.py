@@ -126,7 +126,7 @@ def run_grid(
             results[number] = known[key]
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
     if kept:
-        _end_last_line(kept.path)
+        end_last_line(kept.path)
     progressed = _Progressed(progress, len(results), len(jobs))
     with kept.path.open("a", encoding="utf-8") if kept else nullcontext() as file:
         for number, result in _results(trace, due, run, place, progressed):
@@ -289,8 +289,8 @@ def _read(kept: Kept, wanted: set[str]) -> Iterator[tuple[str, Any]]:
             yield record["key"], kept.kind.from_record(record)
 
 
-def _end_last_line(path: Path) -> None:
-    """Append a line feed if the file was cut inside a line."""
+def end_last_line(path: Path) -> None:
+    """Append a line feed if the file was cut inside a line. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with path.open("a", encoding="utf-8") as file:
