@@ -484,7 +484,8 @@ class HybridRadixCache:
         """
         if not isinstance(match, PrefixMatch):
             raise TypeError(f"match must be the result of match (got {match!r}).")
-        require_bool(resumes, "resumes")
+        if type(resumes) is not bool:
+            require_bool(resumes, "resumes")
         node = match.node
         last = node if node is None or isinstance(node, RadixNode) else _node_of(node)
         kv = None if last is None else last.kv

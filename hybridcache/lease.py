@@ -143,7 +143,8 @@ def _refuse_bad_begin(
                 "lease first."
             )
     for what in FLAGS:
-        require_bool(getattr(request, what), what)
+        if type(getattr(request, what)) is not bool:
+            require_bool(getattr(request, what), what)
     if request.stateful and not cache.item_bytes.state:
         raise ValueError(RADIX)
     if not isinstance(request.boundaries, tuple | list):
@@ -755,8 +756,10 @@ class Lease:
             TypeError: ``stop_reason`` is not a string, or ``donate`` not a bool. The lease goes on.
         """
         self._refuse_uncomputed(tokens, computed_len)
-        require_bool(donate, "donate")
-        require_stop_reason(stop_reason)
+        if type(donate) is not bool:
+            require_bool(donate, "donate")
+        if type(stop_reason) is not str or stop_reason:
+            require_stop_reason(stop_reason)
         if computed_len > self.prompt_len:
             donate &= self._interval is not None
         else:

@@ -379,7 +379,7 @@ def classes_notes(has_classes: Mapping[str, bool | None]) -> list[str]:
     if by_classes[True] and by_classes[False]:
         notes.append(
             "these policies also differ in priority classes, which can cost hits; "
-            "priority_classes=False (--no-priority-classes) compares them without"
+            "simulate with priority_classes=False (--no-priority-classes) compares them without"
         )
     if by_classes[True]:
         notes.append(
