@@ -33,6 +33,16 @@ def test_the_cache_copies_the_arrays_of_the_caller():
     assert cache.match(ids("hello!")).kv_match_len == 5
 
 
+def test_match_changes_nothing():
+    cache = hybrid()
+    publish(cache, ids("hello world"), [5, 11])
+    before = cache.render()
+    for prompt in ("hello", "help", "hello world", "hello w", "bye"):
+        cache.match(ids(prompt))
+    assert cache.render() == before
+    assert cache.stats.total.requests == 0
+
+
 def test_a_null_cache_stores_nothing():
     cache = hybrid(prefix_cache="none")
     result = publish(cache, ids("hello"), [5])
