@@ -65,12 +65,13 @@ class Feed:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
-        plan = runner.memory
+        memory = runner.memory
+        num_slots = memory.num_slots // 2
         self._rows = iter(range(MAX_RUNNING))
-        self._slots = iter(range(plan.num_slots // 2))
+        self._slots = iter(range(num_slots))
         # States and KV share one memory: the second half of its slabs holds KV.
-        first = plan.num_slots // 2 * plan.slab_rows
-        rows = np.arange(first, plan.num_kv_tokens, dtype=np.int32)
+        first = num_slots * memory.slab_rows
+        rows = np.arange(first, memory.num_kv_tokens, dtype=np.int32)
         self._kv = np.random.default_rng(1).permutation(rows)
 
     def place(self, tokens: Sequence[int], base: Prompt | None = None, at: int = 0) -> Prompt:
