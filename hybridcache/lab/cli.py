@@ -41,16 +41,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        kept = getattr(options, "output", None)
-        is_kept = kept is not None and kept.exists()
-        done = f"what was done is in {kept}"
-        if getattr(options, "goes_on", False):
-            done += ", and the same command goes on from there"
-        print(f"hybridcache: stopped; {done if is_kept else 'nothing is kept'}", file=sys.stderr)
-        return 130
+        return _stopped(options)
     except (ValueError, KeyError, ModuleNotFoundError, OSError, MemoryError) as error:
+        cause: BaseException = error
+        while cause.__context__ is not None:
+            cause = cause.__context__
+            if isinstance(cause, KeyboardInterrupt):  # A request that it cut could not be ended.
+                return _stopped(options)
         print(f"hybridcache: {_sentence(error)}", file=sys.stderr)
         return 2
+
+
+def _stopped(options: argparse.Namespace) -> int:
+    """Say what an interrupted command has kept."""
+    kept = getattr(options, "output", None)
+    is_kept = kept is not None and kept.exists()
+    done = f"what was done is in {kept}"
+    if getattr(options, "goes_on", False):
+        done += ", and the same command goes on from there"
+    print(f"hybridcache: stopped; {done if is_kept else 'nothing is kept'}", file=sys.stderr)
+    return 130
 
 
 class _WarningPrinter:
