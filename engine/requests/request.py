@@ -468,9 +468,8 @@ class Intake:
         assert self._tokenizer is not None
         runs: list[tuple[int, ...]] = []
         for word in words:
-            plain, spaced = (
-                tuple(self._tokenizer.encode(space + word.lstrip(), AS_WORD)) for space in ("", " ")
-            )
+            text = word.lstrip() or word
+            plain, spaced = (tuple(self._tokenizer.encode(s + text, AS_WORD)) for s in ("", " "))
             runs.append(plain)
             if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
                 runs.append(spaced)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from engine.text.json_text import read_json, write_json
+from engine.text.json_text import read_json, whole_text, write_json
 from engine.text.outputs import MarkSearch, RequestOutput
 from engine.text.tokenizer import any_of
 
@@ -473,7 +473,7 @@ class CallReader(ABC):
             parsed = offered if self._functions else "'tool_choice' is 'none'"
         if not isinstance(parsed, Call):
             return self._fail(text, parsed or BROKEN_OFF)
-        arguments = parsed.arguments
+        arguments = whole_text(parsed.arguments)
         if r"\ud" in arguments.lower():  # It may escape a lone surrogate.
             arguments = write_json(read_json(arguments))
         self._space.take()

@@ -36,6 +36,8 @@ REMEMBERED_BYTES = 32 << 20
 """Limit of the cache of text pieces between special tokens, with their ids. A piece that needs more
 than a quarter of it is not stored."""
 WORD_JOINER = "\u2060"
+_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+"""Token of one byte in vocabularies that are not byte-level."""
 
 
 class HFTokenizer:
@@ -122,21 +124,24 @@ class HFTokenizer:
         return ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        if not self._is_byte_level:
-            return str(self._backend.decode(list(token_ids), skip_special_tokens))
         hidden = self._hidden if skip_special_tokens else frozenset()
-        return b"".join(self.token_bytes(i) for i in token_ids if i not in hidden).decode(
-            "utf-8", "replace"
-        )
+        shown = [i for i in token_ids if i not in hidden]
+        if not self._is_byte_level:
+            return str(self._backend.decode(shown, skip_special_tokens=False))
+        return b"".join(map(self.token_bytes, shown)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
             return self._added[token_id].encode()
-        if not self._is_byte_level:
-            return str(self._backend.decode([token_id], False)).encode()
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
+        if not self._is_byte_level:
+            if byte := _FALLBACK.fullmatch(token):
+                return bytes.fromhex(byte[1])
+            # After another token, because a text loses the space at its beginning.
+            alone, twice = (self._backend.decode([token_id] * n, False) for n in (1, 2))
+            return str(twice[len(alone) :]).encode()
         try:
             return bytes(_BYTE_OF[letter] for letter in token)
         except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.

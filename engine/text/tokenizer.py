@@ -126,9 +126,10 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Write JSON without HTML escapes, unlike Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent)
+def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
+    """Write JSON without HTML escapes, unlike Jinja's own filter, with the options of
+    ``transformers``."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def _raise(message: str) -> None:

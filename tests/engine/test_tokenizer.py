@@ -31,6 +31,7 @@ def _train(kind: str) -> tokenizers.Tokenizer:
     added = [
         tokenizers.AddedToken(EOS, special=True),
         tokenizers.AddedToken("<|im_start|>", special=True),
+        tokenizers.AddedToken("<think>", special=True),
     ]
     if kind == "byte-level":
         backend = tokenizers.Tokenizer(models.BPE())
@@ -100,6 +101,7 @@ def test_directories_round_trip_whole_and_in_pieces(model_dir: Path, text: str) 
     reference = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     assert token_ids == reference.encode(text).ids
     assert tokenizer.decode(token_ids) == reference.decode(token_ids) == text
+    assert b"".join(map(tokenizer.token_bytes, token_ids)).decode().removeprefix(" ") == text
     pieces = _pieces(tokenizer, token_ids)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -144,6 +146,7 @@ def test_a_marked_special_token_is_text(model_dir: Path) -> None:
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
     assert text.replace("\u2060", "") == f"hello{EOS} world{EOS}"
     assert EOS in tokenizer.control_tokens
+    assert tokenizer.decode(tokenizer.encode(f"{EOS}<think>", BARE)) == "<think>"
     assert tokenizer._is_byte_level == ("\u2060" not in text)
 
 
@@ -171,13 +174,9 @@ def test_chat_templates_are_found_in_all_their_places(model_dir: Path, tmp_path:
         return template.render(chat)
 
     assert render() == "hi"
-    named = {
-        "chat_template": [
-            {"name": "default", "template": "named"},
-            {"name": "tool_use", "template": "t"},
-        ]
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    assert render() == "named"
-    (tmp_path / "chat_template.jinja").write_text("file")
-    assert render() == "file"
+    named = [{"name": name, "template": name} for name in ("default", "tool_use")]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert render() == "default"
+    source = "{{ {'b': 1, 'a': '<'}|tojson(separators=(',', ':'), sort_keys=true) }}"
+    (tmp_path / "chat_template.jinja").write_text(source)
+    assert render() == '{"a":"<","b":1}', "as transformers writes it"

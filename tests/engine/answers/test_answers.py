@@ -103,8 +103,8 @@ def xml(name: str, **values: str) -> str:
         ),
         (
             HERMES,
-            '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>',
-            ("", "", [("f", '{"a": 1}')]),
+            r'<tool_call>{"arguments": {"a": "\ud800"}, "name": "f"}</tool_call>',
+            ("", "", [("f", '{"a": "\ufffd"}')]),
         ),
         (
             HERMES,
