@@ -28,7 +28,7 @@ class Exactness(Struct, frozen=True):
     @property
     def sentence(self) -> str:
         if not self.digest:
-            return "not checked: only the kernels of the CPU are"
+            return "not checked: Triton's kernels are checked on a GPU, with --warm-up"
         if self.different:
             return (
                 f"NOT exact with these kernels on this processor: {', '.join(self.different)} "

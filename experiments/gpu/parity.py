@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from msgspec.structs import asdict
 
 from engine import engine_config
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.spec import SamplingParams
 from engine.runner.backends import override_all
-from engine.runner.build import load_runner
+from engine.runner.build import check_exactness, load_runner
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
@@ -196,6 +197,12 @@ def exactness(
     }
 
 
+def at_start(path: str, dry: bool, dtype: str) -> dict[str, Any]:
+    """Run the check of every start on the device."""
+    found = check_exactness(make_runner(path, dry, dtype, load_format="dummy").loaded)
+    return {"check": "at the start", "dtype": dtype, "passed": not found.different} | asdict(found)
+
+
 class Talk(NamedTuple):
     """Size of conversations. Lengths in tokens."""
 
@@ -267,6 +274,8 @@ def checks(dry: bool, directory: Path) -> dict[str, Callable[[], dict[str, Any]]
                 found[f"hits {quantization}"] = partial(
                     exactness, path, dry, "bfloat16", lengths, quantization=quantization
                 )
+    usual = "float32" if dry else "bfloat16"
+    found["start"] = lambda: at_start(path, dry, usual)
     found["answers"] = lambda: same_answers(
         path, dry, Talk(1, 2, 66, 1) if dry else Talk(16, 4, 300, 32)
     )
