@@ -87,9 +87,16 @@ async def render(call: Call, body: ChatRequest) -> tuple[ChatPrompt, Place]:
     """Render the chat of a ``body``. Returns the prompt and the place of its answer. Raises
     APIError 400 if the template rejects it."""
     context, tenant = call.context, call.tenant
+    template = context.tokenizer.chat_template
+    if template is None:
+        raise APIError(400, no_chat(context.tokenizer), param="messages")
+    has_developer = "developer" in template.source
 
     def work() -> tuple[ChatPrompt, Place]:
         messages = [message.as_template_input() for message in body.messages]
+        for message in messages:
+            if message["role"] == "developer" and not has_developer:
+                message["role"] = "system"
         tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
         chat = context.history.restore(
             messages, tools, body.chat_template_kwargs, tenant, is_known=tenant.is_known
@@ -108,8 +115,6 @@ async def render(call: Call, body: ChatRequest) -> tuple[ChatPrompt, Place]:
         )
         return prompt, chat.place
 
-    if context.tokenizer.chat_template is None:
-        raise APIError(400, no_chat(context.tokenizer), param="messages")
     try:
         return await context.workers.run(call.size, work)
     except TemplateError as error:

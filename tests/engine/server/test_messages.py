@@ -142,13 +142,14 @@ FIRST_ONLY = """\
 
 
 def test_system_message_in_the_middle_keeps_its_place(serve_answer: ServeAnswer) -> None:
-    """It becomes a user message if the template accepts no system message there."""
+    """It becomes a user message if the template accepts no system message there. One of the
+    developer is a system message for a template that has no such role."""
     late = {"role": "system", "content": "Hurry."}
     chat = [*ASK["messages"], {"role": "assistant", "content": "Hm."}, late, ASK["messages"][0]]
     body = {"model": "builtin", "messages": chat, "system": "Be brief."}
-    for template, role in ((FIRST_ONLY, "user"), (None, "system")):
+    for template, role, first in ((FIRST_ONLY, "user", "developer"), (None, "system", "system")):
         live = serve_answer("x", template)
-        same = [{"role": "system", "content": "Be brief."}, *chat]
+        same = [{"role": first, "content": "Be brief."}, *chat]
         same[3] = late | {"role": role}
         count = live.post("/tokenize", {"messages": same}).json()["count"]
         assert live.post("/v1/messages/count_tokens", body).json() == {"input_tokens": count}
