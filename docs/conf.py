@@ -39,7 +39,10 @@ nitpicky = True
 LINK = re.compile(r"\[([^\]\n]+)\]\(([\w./-]+\.(?:md|py|ipynb))(#[\w-]+)?\)")
 READMES = {
     ROOT / folder / "README.md": DOCS / "packages" / f"{folder.rpartition('/')[2]}.md"
-    for folder in ("hybridcache", "hybridcache/lab", "engine", "kernels")
+    for folder in (
+        *("hybridcache", "hybridcache/lab", "hybridcache/export/sglang", "hybridcache/watch"),
+        *("engine", "kernels"),
+    )
 }
 NOTEBOOKS = {path: DOCS / "examples" / path.name for path in (ROOT / "examples").glob("*.ipynb")}
 
@@ -77,4 +80,9 @@ def setup(app):
         folder = (DOCS / name).parent
         source[0] = on_site(generate.insert(source[0]), folder, folder)
 
+    def with_lists(app, env, added, changed, removed):
+        """Return the pages with inserted lists, whose own text may be unchanged."""
+        return [page for page in env.found_docs if page.startswith("reference/")]
+
     app.connect("source-read", read)
+    app.connect("env-get-outdated", with_lists)

@@ -965,10 +965,10 @@ class HybridRadixCache:
         these tokens and this namespace. ``check`` finds rows and slots with two owners.
 
         Raises:
-            ValueError: arrays are not int32[n], the last row is out of range, the tree has fewer
-                tokens than ``owned_from``, ``after`` is evicted, not locked or of another cache,
-                checkpoints, labels or the namespace are malformed, or a slot is free or the
-                cache's. Nothing is changed.
+            ValueError: arrays are not int32[n], the first or last held row is out of range, the
+                tree has fewer tokens than ``owned_from``, ``after`` is evicted, not locked or of
+                another cache, checkpoints, labels or the namespace are malformed, or a slot is free
+                or the cache's. Nothing is changed.
             TypeError: ``owned_from`` is not an integer, ``checkpoints`` are no tuple or list, or
                 ``labels`` are not a tuple of strings.
         """
@@ -1114,11 +1114,12 @@ class HybridRadixCache:
                 f"{owned_from})"
             )
         if owned_from < len(kv_indices):  # not all rows, because a pass over them costs more
-            row, num_rows = kv_indices.item(-1), self._pages.capacity
-            if not 0 <= row < num_rows:
+            first, last = kv_indices.item(owned_from), kv_indices.item(-1)
+            num_rows = self._pages.capacity
+            if not (0 <= first < num_rows and 0 <= last < num_rows):
                 raise ValueError(
                     f"KV indices must be rows from 0 to {num_rows - 1}, as allocate_kv returned "
-                    f"them (got {row})"
+                    f"them (got {first} to {last})"
                 )
         if after is not None and not after.locks:
             raise ValueError("after is not locked: keep its lock until insert returns")

@@ -23,7 +23,7 @@ from collections.abc import Hashable
 from contextlib import suppress
 from math import lcm
 from threading import get_ident
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -596,6 +596,14 @@ class Lease:
         if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
             self._planned.setdefault(position, label)
 
+    @overload
+    def take_checkpoint_slots(self, start: int, end: int) -> tuple[Saved, ...]: ...
+
+    @overload
+    def take_checkpoint_slots(
+        self, start: int, end: int, max_slots: int | None
+    ) -> tuple[Saved, ...] | None: ...
+
     def take_checkpoint_slots(
         self, start: int, end: int, max_slots: int | None = None
     ) -> tuple[Saved, ...] | None:
@@ -726,8 +734,8 @@ class Lease:
         later: list[tuple[int, int, str]] = []
         for one in self._pending:
             (done if one[0] <= computed_len else later).append(one)
-        self._pending = later
         node, num_duplicates, rejected_slots = self._insert(tokens, computed_len, done)
+        self._pending = later
         receipt, before = cache.lock(node), self._receipt
         receipt.superseded, before.superseded = before.superseded, None
         cache.unlock(before)

@@ -164,15 +164,15 @@ class PageAllocator(BaseAllocator):
         last. ``check`` finds the others, because it takes a search.
 
         Raises:
-            ValueError: rows that are not int32[n], partial pages, a first or last row out of range,
-                more rows than are allocated, or that page is free. Nothing is freed.
+            ValueError: rows that are not int32[n], partial pages, a row out of range, more rows
+                than are allocated, or that page is free. Nothing is freed.
         """
         if getattr(rows, "dtype", None) is not INT32 or rows.ndim != 1:
             require_int32(rows, "rows")
         if not len(rows):
             return
         first, last = rows.item(0), rows.item(-1)
-        if not (0 <= first < self.capacity and 0 <= last < self.capacity):
+        if rows.view(np.uint32).max() >= self.capacity:  # Negative ones are large.
             raise ValueError(f"rows {first}..{last} are not of this pool of {self.capacity}")
         if len(rows) % self.page_size or first % self.page_size or (last + 1) % self.page_size:
             raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")

@@ -78,6 +78,8 @@ class EventStream(Listener):
     """
 
     def __init__(self, sink: Callable[[Event], None]) -> None:
+        if not callable(sink):
+            raise TypeError(f"sink must be a function of an event (got {sink!r}).")
         self._sink = sink
         self._namespaces: dict[int, Hashable] = {}
         """Namespace by segment, so that children need no walk to the root."""

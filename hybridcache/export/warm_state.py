@@ -56,6 +56,8 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     The most recently used nodes are written, within the cache's limit for ghosts and ``MAX_BYTES``.
     """
     _refuse_bare(placement)
+    if not isinstance(cache, HybridRadixCache):
+        raise TypeError(f"cache must be made by build_prefix_cache (got {cache!r}).")
     nodes = _latest(cache)
     body = _body(cache, nodes, placement)
     while len(body) > MAX_BYTES and nodes:
@@ -153,7 +155,7 @@ def unpack(data: bytes) -> Memory:
         raise ValueError(DAMAGED) from error
     if not inflated.eof and len(body) == MAX_BYTES:
         raise ValueError(f"the warm state unpacks to more than {MAX_BYTES:,} bytes")
-    if not inflated.eof:
+    if not inflated.eof or inflated.unused_data:
         raise ValueError(DAMAGED)
     try:
         return Memory(dict(json.loads(body, object_hook=_read)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from operator import attrgetter
+from operator import attrgetter, index
 from pathlib import Path
 from typing import Any, cast
 
@@ -291,8 +291,10 @@ class GuardedPlacement(_Guard, PlacementPolicy):
 
     def decode_interval(self) -> int | None:
         interval: int | None = self._call("decode_interval")
-        if interval is None or (type(interval) is int and interval >= 1):
-            return interval
+        if interval is None:
+            return None
+        if hasattr(interval, "__index__") and index(interval) >= 1:
+            return index(interval)
         raise self._error(
             "decode_interval",
             f"returned {interval!r}; return the number of tokens between checkpoints, or None",

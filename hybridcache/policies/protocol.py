@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
+from hybridcache.tokens import require_index
+
 Kind = Literal["kv", "checkpoint"]
 
 
@@ -308,7 +310,7 @@ class Prefill(NamedTuple):
         """Round positions down to the grid. Returns the label by position, in the given order.
 
         Positions without a possible checkpoint are omitted. The first of several labels is kept.
-        Raises TypeError if ``wanted`` has other items than pairs.
+        Raises TypeError if ``wanted`` has other items than pairs of an integer and a string.
 
         >>> from hybridcache import Placed, Prefill
         >>> prefill = Prefill(200, 64, 64, 64, (), 64)
@@ -318,6 +320,10 @@ class Prefill(NamedTuple):
         found: dict[int, str] = {}
         try:
             for position, label in wanted:
+                if type(position) is not int:
+                    position = require_index(position, "position")
+                if type(label) is not str:
+                    raise TypeError
                 floored = position - position % self.grid
                 if self.cached_len < floored <= self.prompt_len and floored not in found:
                     found[floored] = label

@@ -279,8 +279,8 @@ class CacheManager:
 
     def check_rows(self, table_row: TableRow) -> None:
         """Check that the runner's request table lists the lease's rows for every request, with the
-        writes of the next batch included. Raises AssertionError otherwise. Call only between two
-        steps. O(tokens of the running requests)."""
+        writes of the next batch included (``table_row``: see ``check``). Raises AssertionError
+        otherwise. Call only between two steps. O(tokens of the running requests)."""
         assert not self.cache.steps.restores, "a state copy was claimed, but no batch took it"
         writes = {write.table_row: write for write in self.cache.steps.due_row_writes()}
         for row, request in self._requests.items():

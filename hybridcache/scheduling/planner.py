@@ -204,7 +204,7 @@ class StepPlanner(Generic[R]):
         Args:
             manager: leases of the running requests.
             max_running: most running requests.
-            token_budget: most tokens of a step.
+            token_budget: most tokens of a step; ``TILE`` (64) are for prompts at least.
             memory: sizes of the memory that the requests share.
             admission: order of the waiting requests.
             shares: True if published entries are kept, so that waiting for another request's prefix

@@ -207,10 +207,10 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
     with pytest.raises(ValueError, match="a request with a state cannot resume in a cache made"):
         Lease.begin(radix, placement, request)
     for right in ((), (0, 4, 4, 9), [np.int64(3)], (12,)):
-        lease = Lease.begin(cache, placement, request._replace(boundaries=right))
-        assert lease is not None
+        lease = begin(make_cache(grid=3), tokens(9), "boundary", boundaries=right)
+        prefill(lease, tokens(9), 6)
         lease.abort()
-    check(cache)
+        check(lease.cache)
 
 
 @pytest.mark.parametrize("call", ["publish", "finish", "preempt"])
