@@ -155,7 +155,7 @@ def unpack(data: bytes) -> Memory:
         raise ValueError(DAMAGED) from error
     if not inflated.eof and len(body) == MAX_BYTES:
         raise ValueError(f"the warm state unpacks to more than {MAX_BYTES:,} bytes")
-    if not inflated.eof or inflated.unused_data:
+    if not inflated.eof:
         raise ValueError(DAMAGED)
     try:
         return Memory(dict(json.loads(body, object_hook=_read)))
