@@ -252,8 +252,8 @@ class WindowStreamDecoder:
     short window twice.
 
     The window starts one emission back, so that the boundary is decoded with its context. A
-    character has at most four bytes: after four tokens, a replacement character is final and no
-    longer held back.
+    character has at most four bytes: at the fourth token in a row that ends in a replacement
+    character, it is final and no longer held back.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
@@ -261,12 +261,14 @@ class WindowStreamDecoder:
         self._window = [*before[-MAX_CONTEXT:]]
         self._num_emitted = len(self._window)
         self._emitted_text = decode(self._window)
+        self._num_waiting = 0
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._decode(self._window)
-        waits = text.endswith(REPLACEMENT) and len(self._window) - self._num_emitted < 4
-        return "" if waits or len(text) <= len(self._emitted_text) else self._emit(text)
+        new = text[len(self._emitted_text) :]
+        self._num_waiting = self._num_waiting % 4 + 1 if new.endswith(REPLACEMENT) else 0
+        return self._emit(text) if new and self._num_waiting in (0, 4) else ""
 
     def _emit(self, text: str) -> str:
         new = text[len(self._emitted_text) :]

@@ -94,7 +94,7 @@ def test_any_ids_decode_the_same_whole_and_in_pieces(token_ids: list[int]) -> No
     "".join(pieces).encode("utf-8")
 
 
-@pytest.mark.parametrize("text", [*CORPUS, "hello 😀 " * 5, "λ and 你 mixed\n\n"])
+@pytest.mark.parametrize("text", [*CORPUS, "😀 hello " * 5, "λ and 你 mixed\n\n"])
 def test_directories_round_trip_whole_and_in_pieces(model_dir: Path, text: str) -> None:
     tokenizer = HFTokenizer(model_dir)
     token_ids = tokenizer.encode(text)
