@@ -27,7 +27,7 @@ from hybridcache.geometry.times import PrefillTimes, Roofline, describe_times
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.result import PERCENTILES
 from hybridcache.lab.simulation.serving import RequestLog
-from hybridcache.lab.simulation.sizes import sizes
+from hybridcache.lab.simulation.sizes import sizes_for
 from hybridcache.lab.simulation.target import LeaseTarget, Served, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
@@ -157,14 +157,14 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
             f"baseline {scenario.baseline}: rebuilt peers publish no events for routers: leave "
             "it out for a fleet"
         )
-    cells = scenario.cells(sizes(GIB_SPEC if scenario.gib is None else scenario.gib))
+    spec, geometry = GIB_SPEC if scenario.gib is None else scenario.gib, scenario.geometry()
+    cells = scenario.cells(sizes_for(spec, trace, geometry, max(scenario.page_size, trace.unit)))
     if len(cells) > 1:
         raise ValueError(
             "a fleet has one policy, one placement and one size of its replicas, gib: run one for "
             "each"
         )
     cell = cells[0]
-    geometry = cell.geometry()
     span = Span.of(trace, geometry)
     times = times_of(fleet, span, geometry, cell.prefill_times(geometry))
     loop = _Fleet(cell, geometry, trace.unit, fleet, times)
@@ -313,6 +313,7 @@ class _Fleet:
         asked.served, replica.prefilling = served, asked
         cached = 0 if served is None else served.cached_len * self._unit
         seconds = self._times.seconds(cached, asked.request.num_tokens(self._unit))
+        seconds += 0.0 if served is None else served.copy_s
         self._busy_s[replica.place] += seconds
         self._publish(replica, now)
         self._push(now + seconds, lambda then: self._prefilled(asked, replica, then))

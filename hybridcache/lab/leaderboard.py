@@ -38,9 +38,9 @@ from hybridcache.geometry.units import counted
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.report import classes_notes, orders_classes, text_table
-from hybridcache.lab.scenario import Scenario, named_policies, source_of
+from hybridcache.lab.scenario import Scenario, load_model, named_policies, source_of
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
-from hybridcache.lab.simulation.grid import Kept, Place, run_grid
+from hybridcache.lab.simulation.grid import Kept, Place, identity_of, run_grid
 from hybridcache.lab.simulation.result import known_fields
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.trace import Trace
@@ -206,14 +206,17 @@ class BoardJob:
         return f"{self.trace}{rate}, seed {self.seed}"
 
     def key(self, _trace_identity: bytes) -> str:
-        """Return an identity of the job, the version, and the code of own policies."""
+        """Return an identity of the job, the version, the model's sizes, the trace's file, and the
+        code of own policies."""
         own = "".join(
             source_of(word)
             for policy in self.policies
             for part in policy.split("@")
             for word in split_specs(part)
         )
-        return hashlib.sha256(repr((self, version(), own)).encode()).hexdigest()[:16]
+        trace = identity_of(open_trace(self.trace))
+        text = repr((self, version(), load_model(self.model), own))
+        return hashlib.sha256(text.encode() + trace).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ MOST_USED, MEMORY, TIERS, LOAD = (
 """Groups of settings. Those of ``TIERS`` and some of ``MEMORY`` concern replays alone, those of
 ``LOAD`` closed loops alone."""
 REPLAY_ONLY = (
-    *("baseline", "priority_classes", "kv_share", "checkpoint_dtype", "servers", "tpot_s"),
+    *("baseline", "priority_classes", "checkpoint_dtype", "servers", "tpot_s"),
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
 """Settings without a meaning in closed loop."""
@@ -402,16 +402,22 @@ class Scenario:
 
         The source of the modules of the user's own policies is part of it, so that an edited policy
         is another run. Modules that they import are not. ValueError for a policy that is an object,
-        which has no name in a file.
+        which has no name in a file, and for times whose ``repr`` is not their values.
         """
         policies = (*_each(self.policy), *_each(self.checkpoints), *_each(self.admission))
         own = "".join(
             "".join(map(source_of, split_specs(_written_policy(one)))) for one in policies
         )
         geometry = self.geometry()
+        times = self.prefill_times(geometry)
+        if type(times).__repr__ is object.__repr__:  # an address, which the next object may have
+            raise ValueError(
+                f"times is an object ({type(times).__name__}) without a __repr__ of its values, so "
+                "its runs cannot be identified in a file: make it a dataclass, or keep no runs"
+            )
         names = [one.name for one in fields(self) if one.name not in ("trace", "model", "times")]
         text = "".join(f"{name} = {getattr(self, name)!r}\n" for name in names)
-        text += f"{geometry!r}\n{self.prefill_times(geometry)!r}\n{own}\n{RESULT_FORM}"
+        text += f"{geometry!r}\n{times!r}\n{own}\n{RESULT_FORM}"
         return hashlib.sha256(text.encode() + trace_identity).hexdigest()[:16]
 
     # --- Parts ------------------------------------------------------------------------------------
@@ -612,8 +618,10 @@ def _written(name: str, value: Any) -> str:
     elif name in ("policy", "checkpoints", "admission"):
         words = [_written_policy(one) for one in _each(value)]
         value = words if isinstance(value, tuple | list) else words[0]
+    if isinstance(value, float):
+        return float.__repr__(value)  # "inf", which JSON writes as "Infinity"
     try:
-        return json.dumps(value)
+        return json.dumps(value, ensure_ascii=False)  # TOML has no pairs of surrogates
     except TypeError:
         raise ValueError(
             f"{name} is an object ({type(value).__name__}), which has no name in a file"
@@ -688,14 +696,14 @@ def _policy(one: Any) -> str | OwnPolicy:
 
 
 def source_of(spec: str) -> str:
-    """Return the source of the module in a spec like ``module:Class``; empty for other specs,
+    """Return the source of the module in a spec like ``module:Class``; empty for built-in policies,
     including numbered ones such as ``marconi:2``.
 
     Raises:
         ValueError: the source cannot be read.
     """
-    module_name, colon, rest = spec.strip().partition(":")
-    if not colon or rest.replace(".", "", 1).isdecimal():
+    module_name, colon, _ = spec.strip().partition(":")
+    if not colon or module_name in EVICTION_NAMES | PLACEMENT_PARTS | ADMISSION_NAMES:
         return ""
     try:
         return inspect.getsource(import_module(spec, module_name))

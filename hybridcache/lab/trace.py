@@ -109,9 +109,7 @@ class Trace:
     @property
     def path(self) -> Path | None:
         """The file it is read from; None where it is generated or held."""
-        source = self.source
-        while isinstance(source, _Head):
-            source = source.source
+        source = self.source.source if isinstance(self.source, _Head) else self.source
         return getattr(source, "path", None)
 
     @property
@@ -124,9 +122,10 @@ class Trace:
     def __iter__(self) -> Iterator[TraceRequest]:
         """Start over. Iteration raises ValueError for an invalid request, and if a whole pass gives
         another number of requests than the first."""
+        if isinstance(self.source, Held):
+            return self.source()
         self.bad.start()
-        requests = self.source()
-        return iter(requests) if isinstance(self.source, Held) else self._checked(requests)
+        return self._checked(self.source())
 
     def _checked(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
         number = 0
@@ -157,10 +156,15 @@ class Trace:
             yield request
 
     def head(self, num_requests: int) -> Trace:
-        """Its first requests only."""
-        joint = "&" if "?" in self.full_name else "?"
-        recipe = f"{self.full_name}{joint}head={num_requests}"
-        return replace(self, source=_Head(self.source, num_requests), recipe=recipe)
+        """Its first requests only. ValueError for a number below 0."""
+        if num_requests < 0:
+            raise ValueError(f"num_requests must be at least 0 (got {num_requests}).")
+        source, name = self.source, self.full_name
+        if isinstance(source, _Head):  # a recipe has one head, the last of its options
+            num_requests, source = min(num_requests, source.num_requests), source.source
+            name = name[: name.rindex("head=") - 1]
+        recipe = f"{name}{'&' if '?' in name else '?'}head={num_requests}"
+        return replace(self, source=_Head(source, num_requests), recipe=recipe)
 
     def kept(self) -> Trace:
         """Return the same trace with all requests held in memory, for many replays."""

@@ -30,9 +30,9 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "messages": {
         "timestamp": 9.0,
-        "messages": [{"role": "user", "content": "hello"}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
         "session": "s",
-        "response": "yes",
+        "response": [{"type": "message", "content": "yes"}],
     },
     "conversations": {
         "messages": [
@@ -171,10 +171,13 @@ def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(tmp_path: Path)
     long = "".join(f'{{"tokens": [{number}]}}\n' for number in range(40_000))
     path.write_bytes(gzip.compress(long.encode())[:-40_000])
     trace = open_trace(str(path), skip_bad=True)
-    found = [int(request.tokens[0]) for request in trace]
+    found = [int(request.tokens[0]) for request in trace.kept()]
     assert found == list(range(len(found))) and 100 < len(found) < 40_000
     assert trace.bad.count == 1 and trace.bad.first == refusal(str(path))
     assert f"line {len(found) + 1}: the gzip file is damaged: everything from" in trace.bad.first
+    array = json.dumps([SEGMENTS[2] | {"id": f"{number}_0"} for number in range(2_000)])
+    path.write_bytes(gzip.compress(array.encode())[:-2_000])
+    assert 100 < len(list(open_trace(f"{path}?tokenizer=bytes", skip_bad=True))) < 2_000
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -244,6 +247,13 @@ def test_large_disorder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "line 4: " in refusal(str(out_of_order(tmp_path, [10, 11, 12, 3])))
 
 
+def test_messages_in_order_of_time_are_not_called_unsorted(tmp_path: Path) -> None:
+    said = [("a", "user"), ("b", "user"), ("b", "assistant"), ("a", "assistant")]
+    rows = [{"session": one, "role": role, "content": "x"} for one, role in said]
+    path = lines(tmp_path / "t", *(row | {"time": when} for when, row in enumerate(rows)))
+    assert read_sorted(f"messages:{path}?tokenizer=bytes")[1:] == ([], 0)
+
+
 def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]}, {"tokens": []})
     requests = iter(open_trace(str(path)))
@@ -294,6 +304,8 @@ def test_empty_first_prompt_of_a_table_is_a_bad_record(
     path.write_text(f'{header}\n0,a\n1,"b\n2,c\n3,"d"\n')
     assert len(list(trace)) == 1 and "line 3: not comma-separated" in trace.bad.first
     assert trace.bad.first.endswith("a quote joins lines 3 to 5, which are lost")
+    path.write_text(f"{header}\n0,{'a' * 200_000}\n")
+    assert len(next(iter(open_trace(spec))).tokens) == 200_000
     path.write_text(f"{header}\n0,\n1,\n")
     with pytest.raises(ValueError, match=f"column '{header[5:]}' is empty in all rows"):
         open_trace(spec)

@@ -20,22 +20,22 @@ from hybridcache.routing.registry import ROUTERS
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 TIMES = Roofline.fitting(GEOMETRY)
-SHORT = open_trace("short").kept()
+SHORT, AGENT = open_trace("short").kept(), open_trace("agent?head=60").kept()
 
 
 def cell(router: str, trace: Trace = SHORT, gib: float = 1.0, **fleet: object) -> FleetResult:
     facts = {"replicas": 4, "load": 1.0} | fleet
-    scenario = Scenario(trace, gib=gib, times=TIMES)
+    scenario = Scenario(trace, gib=gib, times=TIMES, host_gib=9.0)
     return run_fleet(trace, scenario, FleetConfig(router=router, **facts))
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     """With every router, requests have the hits and times of the simulator's concurrent mode."""
-    one = cell(router, replicas=1, load=None)
-    alone = Scenario(SHORT, gib=1.0, times=TIMES, max_running=10_000)
-    log = serve(build_target(alone, 1), SHORT, 1, alone)
-    assert one.cached_tokens == sum(log.cached_tokens)
+    one = cell(router, AGENT, replicas=1, load=None)
+    alone = Scenario(AGENT, gib=1.0, times=TIMES, max_running=10_000, host_gib=9.0)
+    log = serve(build_target(alone, 1), AGENT, 1, alone)
+    assert one.cached_tokens == sum(log.cached_tokens) and sum(log.copy_s) > 0
     assert one.ttft_mean_s == pytest.approx(np.mean(log.ttft_s))
     assert (one.imbalance, one.rerouted, one.broken) == (1.0, 0, 0)
     assert one.as_record()["token_hit_rate"] == one.token_hit_rate > 0
@@ -54,7 +54,7 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
             {"router": "tests.lab.test_fleet:NoChoice"},
             r"must return a Choice of a replica \(got None",
         ),
-        ({"gib": (1.0, 2.0)}, "one policy, one placement and one size"),
+        ({"gib": "1%,2%"}, "one policy, one placement and one size"),
     ],
 )
 def test_wrong_fleets_are_refused(wrong: dict[str, Any], message: str) -> None:

@@ -108,6 +108,16 @@ def test_custom_policy_is_scored_and_resumed(
     assert "2 seeds each" in capsys.readouterr().out
 
 
+def test_changed_trace_file_is_scored_again(tmp_path: Path) -> None:
+    path, rates = tmp_path / "t.jsonl", []
+    for count in (2, 3, 3):
+        path.write_text(f'{{"tokens": {[*range(200)]}}}\n' * count)
+        split = Split("file", "qwen3-next", (1,), {str(path): (1.0,)})
+        found = leaderboard("lru", split, built_in=(), resume_from=tmp_path / "kept")
+        rates.append(found.scores[0].rates["lru"])
+    assert rates[0] < rates[1] == rates[2] and (tmp_path / "kept").read_text().count("\n") == 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -155,7 +155,7 @@ def comparable(run: RunResult) -> RunResult:
 
 
 def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
-    policies = ("lru", "tests.lab.test_simulate:DeepestFirst")
+    policies = ("marconi:1e-1", "tests.lab.test_simulate:DeepestFirst")
     scenario = Scenario("short", model=GEOMETRY, policy=policies)
     cells = scenario.cells([size / 1024 for size in (20, 40, 80)])
     path = tmp_path / "runs.jsonl"
@@ -189,6 +189,10 @@ def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:
     assert [requests(lines[:2], head) for head in ("", "?head=9", "", "?head=9")] == [2] * 4
     assert len(path.read_text().splitlines()) == 2, "an unchanged file must not be simulated again"
     assert [requests(lines, head) for head in ("", "?head=9")] == [3, 3]
+
+
+class NamelessTimes:
+    seconds = step_seconds = None
 
 
 class DeepestFirst(EvictionPolicy):
@@ -369,10 +373,13 @@ def test_wrong_arguments_are_refused_in_one_sentence_that_names_them(wrong: dict
 
 
 def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: Path) -> None:
-    scenario = Scenario("short?head=30", gib="1,2", policy=("lru", "fifo"), host_gib=1.0)
     path = tmp_path / "s.toml"
-    path.write_text(scenario.to_toml())
-    assert Scenario.load(path) == scenario
+    for trace, speed in (("📁/t.jsonl", float("inf")), ("short?head=30", 9.5)):
+        scenario = Scenario(trace, gib="1,2", policy=("lru", "fifo"), host_gib=1, host_gb_s=speed)
+        path.write_text(scenario.to_toml())
+        assert Scenario.load(path) == scenario
+    with pytest.raises(ValueError, match="make it a dataclass"):
+        replace(scenario, times=NamelessTimes()).cells([1])[0].key(b"trace")
     cells = scenario.cells((1.0, 2.0))
     keys = [cell.key(b"trace") for cell in cells]
     assert len(set(keys)) == 4 and keys == [replace(cell).key(b"trace") for cell in cells]

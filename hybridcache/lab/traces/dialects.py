@@ -91,7 +91,7 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
     if isinstance(response, dict) and isinstance(response.get("output"), list):
         response = response["output"]
     if isinstance(response, list):
-        kinds = {item.get("type") if isinstance(item, dict) else None for item in response}
+        kinds = {str(item.get("type")) if isinstance(item, dict) else None for item in response}
         if not response or not kinds <= OUTPUT_ITEMS:
             raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
         return "".join(map(_output_item, response)), 0, ""
@@ -125,7 +125,7 @@ def _output_item(item: dict[str, Any]) -> str:
 def _role(message: Record) -> str:
     role, content = message.text("role").lower(), message.get("content")
     if role == "user" and isinstance(content, list):  # Anthropic's tool results are the user's
-        kinds = {part.get("type") for part in content if isinstance(part, dict)}
+        kinds = {str(part.get("type")) for part in content if isinstance(part, dict)}
         return "tool" if kinds == {"tool_result"} else role
     if role not in ROLES:
         raise ValueError(f"role is {shown(role)}, none of {', '.join(ROLES)}")

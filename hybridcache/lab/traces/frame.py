@@ -342,7 +342,7 @@ def json_array(
                 problem = f"not JSON ({getattr(error, 'msg', error)})"
             if not isinstance(value, dict) and not waiting.startswith("]", start):
                 try:
-                    more = file.read(_CHUNK)
+                    more = _piece(file)
                 except DAMAGED as error:
                     bad.report(path, line, f"{_DAMAGE} ({error})")
                     return
@@ -373,6 +373,20 @@ def json_array(
             place, blank = end, _BLANK
 
 
+def _piece(file: io.TextIOWrapper) -> str:
+    """Return the next 4 MiB of text, or what precedes the damage of a gzip file. Raises one of
+    ``DAMAGED`` at the damage."""
+    parts, size = list[str](), 0
+    try:
+        while size < _CHUNK and (more := file.read(1 << 13)):
+            parts.append(more)
+            size += len(more)
+    except DAMAGED:
+        if not parts:
+            raise
+    return "".join(parts)
+
+
 def looks_like_csv(head: bytes) -> bool:
     """Return whether a file that begins with ``head`` has a header line of column names."""
     first = head.partition(b"\n")[0].strip()
@@ -387,6 +401,7 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
         names: list[str] = []
         while True:
             line, problem, row = rows.line_num + 1, "", None
+            usual = csv.field_size_limit(LONGEST)  # of the whole process: 128 KiB of text
             try:
                 row = next(rows, None)
             except DAMAGED as error:
@@ -394,13 +409,14 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
                 return
             except csv.Error as error:
                 problem = f"not comma-separated values ({error})"
-            else:
-                if row is None:
-                    return
-                if not _is_utf8(",".join(row)):
-                    problem = "not UTF-8"
-                elif names and row and len(row) != len(names):
-                    problem = f"{len(row)} fields under {len(names)} names"
+            finally:
+                csv.field_size_limit(usual)
+            if row is None and not problem:
+                return
+            if row is not None and not _is_utf8(",".join(row)):
+                problem = "not UTF-8"
+            elif names and row and len(row) != len(names):
+                problem = f"{len(row)} fields under {len(names)} names"
             if problem:
                 if rows.line_num > line:
                     problem += f"; a quote joins lines {line} to {rows.line_num}, which are lost"
@@ -536,7 +552,8 @@ def in_order(
     """Yield the results of ``parse``, as ``parsed`` does, in order of time.
 
     Logs that are written at the end of each request are slightly out of order. They are sorted,
-    with one TraceOrderWarning per file. A request that should precede more than ``WINDOW`` requests
+    with one TraceOrderWarning per file, unless the times of the answers are known and explain it. A
+    request that should precede more than ``WINDOW`` requests
     (or ``WINDOW_IDS`` ids) already read is reported as a bad record: a file is read lazily and
     cannot be sorted whole. Requests of the same time keep the order of their lines. O(log WINDOW)
     per request.
@@ -558,7 +575,7 @@ def in_order(
                 )
                 bad.report(path, line, problem)
                 continue
-            if now_s < newest_s and is_sorted:
+            if now_s + (request.service_s or 0.0) < newest_s and is_sorted:
                 is_sorted = False
                 message = (
                     f"{path}: lines are not in order of time (the first is line {line}, whose time "
