@@ -247,13 +247,6 @@ def test_large_disorder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "line 4: " in refusal(str(out_of_order(tmp_path, [10, 11, 12, 3])))
 
 
-def test_messages_in_order_of_time_are_not_called_unsorted(tmp_path: Path) -> None:
-    said = [("a", "user"), ("b", "user"), ("b", "assistant"), ("a", "assistant")]
-    rows = [{"session": one, "role": role, "content": "x"} for one, role in said]
-    path = lines(tmp_path / "t", *(row | {"time": when} for when, row in enumerate(rows)))
-    assert read_sorted(f"messages:{path}?tokenizer=bytes")[1:] == ([], 0)
-
-
 def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]}, {"tokens": []})
     requests = iter(open_trace(str(path)))

@@ -17,8 +17,6 @@ import pytest
 
 from hybridcache.command.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.cli import main
-from hybridcache.lab.report import METRICS
-from hybridcache.lab.simulation.simulate import simulate
 from tests.lab.records import agent_request, agent_session, lines
 from tests.test_refusals import exit_code
 from tests.waiting import wait_until
@@ -131,14 +129,7 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
 ) -> None:
     figure, output = tmp_path / "cliff.png", tmp_path / "runs.jsonl"
     flags = ["--trace", "short?head=40", "--gib", "1", "--rate", "1:4:2", "--seeds", "3,5"]
-    flags += [
-        "--admission",
-        "oldest,live:4,sessions",
-        "--figure",
-        str(figure),
-        "--output",
-        str(output),
-    ]
+    flags += ["--admission=oldest,live:4,sessions", f"--figure={figure}", f"--output={output}"]
     code, out, _ = run(capsys, "simulate", "--closed-loop", *flags)
     assert code == 0 and figure.stat().st_size > 10_000
     lines = [line.split(",")[0] for line in out.splitlines()]
@@ -302,9 +293,3 @@ def test_optimum_prints_a_table_and_writes_lines(
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["capacity_bytes"] for line in lines] == [2 << 30, 4 << 30]
     assert [line["config"]["gib"] for line in lines] == [2, 4]
-
-
-@pytest.mark.parametrize("metric", list(METRICS))
-def test_each_metric_has_a_table(metric: str) -> None:
-    result = simulate("short?head=20", gib=(1, 2))
-    assert METRICS[metric].title in result.table(metric)

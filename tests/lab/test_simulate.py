@@ -28,7 +28,7 @@ from hybridcache.lab.figures import COLOURS, line_look
 from hybridcache.lab.generators import short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.intervals import ratio
-from hybridcache.lab.report import losses_table
+from hybridcache.lab.report import METRICS, losses_table
 from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Kept, Place, run_grid
@@ -189,10 +189,6 @@ def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:
     assert [requests(lines[:2], head) for head in ("", "?head=9", "", "?head=9")] == [2] * 4
     assert len(path.read_text().splitlines()) == 2, "an unchanged file must not be simulated again"
     assert [requests(lines, head) for head in ("", "?head=9")] == [3, 3]
-
-
-class NamelessTimes:
-    seconds = step_seconds = None
 
 
 class DeepestFirst(EvictionPolicy):
@@ -379,7 +375,7 @@ def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: 
         path.write_text(scenario.to_toml())
         assert Scenario.load(path) == scenario
     with pytest.raises(ValueError, match="make it a dataclass"):
-        replace(scenario, times=NamelessTimes()).cells([1])[0].key(b"trace")
+        replace(scenario, times=type("Times", (), {"seconds": None})()).cells([1])[0].key(b"trace")
     cells = scenario.cells((1.0, 2.0))
     keys = [cell.key(b"trace") for cell in cells]
     assert len(set(keys)) == 4 and keys == [replace(cell).key(b"trace") for cell in cells]
@@ -624,6 +620,7 @@ def test_thirty_curves_differ_and_every_axis_has_a_label(small: SimulationResult
 
 
 def test_star_and_its_footnote_come_together(small: SimulationResult) -> None:
+    assert all(one.title in small.table(metric) for metric, one in METRICS.items())
     for share in (0.5, 2):
         runs = [
             replace(run, optimum_tokens=int(run.cached_tokens / share), bound_tokens=None)

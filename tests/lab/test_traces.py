@@ -24,6 +24,7 @@ from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.jsonl import OwnReader
 from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.lab.traces.write import write_mooncake, write_own
+from hybridcache.tokens import common_prefix_len
 from tests.lab.records import agent_request, agent_session, lines
 from tests.lab.samples import make
 
@@ -109,9 +110,7 @@ def agent_trace(tmp_path: Path, *sessions: dict[str, Any]) -> list[TraceRequest]
 
 def common(one: TraceRequest, two: TraceRequest) -> int:
     """Return the length of the common prefix of two prompts."""
-    length = min(len(one.tokens), len(two.tokens))
-    same = one.tokens[:length] == two.tokens[:length]
-    return length if same.all() else int((~same).argmax())
+    return common_prefix_len(one.tokens, two.tokens)
 
 
 def test_agent_sessions_share_only_tools_and_system_prompt(tmp_path: Path) -> None:
