@@ -41,6 +41,8 @@ FLAGS = (
 THIS_PROCESSOR = ("-march=native",)
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_TIMEOUT_S = 300
+KEPT = "once"
+NOT_KEPT = "for this start only, because no cache folder is writable (set XDG_CACHE_HOME)"
 logger = logging.getLogger(__name__)
 
 
@@ -182,15 +184,18 @@ def _load_compiled() -> Library | None:
         return None
     name = f"native-{_fingerprint(compiler)}.so"
     reason: Exception | None = None
-    for open_folder in (_user_folder, _temporary_folder):
+    for open_folder, kept in ((_user_folder, KEPT), (_temporary_folder, NOT_KEPT)):
         try:
             with open_folder() as folder:
                 path = folder / name
                 if not path.is_file():
-                    _compile_for_this_processor(path)
+                    _compile_for_this_processor(path, kept)
                 return Library(ctypes.CDLL(str(path)), "native")
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError) as error:
             reason = error
+        except subprocess.SubprocessError as error:  # It would fail in any folder.
+            reason = error
+            break
     logger.warning(
         "The native kernels cannot be compiled, so a CPU computes with PyTorch's operations, about "
         "three times slower: %s",
@@ -199,10 +204,8 @@ def _load_compiled() -> Library | None:
     return None
 
 
-def _compile_for_this_processor(path: Path) -> None:
-    cached = "once" if path.parent == _user_cache() else "for this start only"
-    why = "" if cached == "once" else ", because no cache folder is writable (set XDG_CACHE_HOME)"
-    logger.warning("Compiling the kernels for this processor, %s%s (10 to 60 s) ...", cached, why)
+def _compile_for_this_processor(path: Path, kept: str) -> None:
+    logger.warning("Compiling the kernels for this processor, %s (10 to 60 s) ...", kept)
     began = time.monotonic()
     compile_library(THIS_PROCESSOR, path, ("-fopenmp", *_openmp()))
     logger.warning("Compiled the kernels in %.0f s: %s", time.monotonic() - began, path)
@@ -235,18 +238,13 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _user_cache() -> Path:
-    """Return the user's folder for the library. Raises RuntimeError without a home directory."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
-    return base / "hybridcache"
-
-
 @contextmanager
 def _user_folder() -> Iterator[Path]:
     """Yield the user's cache folder. Writable by this user only, so that no other user can place a
-    library there."""
-    folder = _user_cache()
+    library there. Raises RuntimeError without a home directory."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+    folder = base / "hybridcache"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     yield folder
 

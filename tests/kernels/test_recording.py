@@ -67,14 +67,13 @@ class TestCompiling:
         assert library.load() is None
         [record] = caplog.records
         assert "No C++ compiler was found (no-such-compiler)" in record.message
-        assert "Install g++" in record.message
 
     @COMPILED
     def test_failing_compiler_is_one_warning_with_its_error(self, caplog, tmp_path) -> None:
         (tmp_path / "one" / "native.cpp").write_text("no C++")
         assert library.load() is None
-        assert "cannot be compiled" in caplog.records[-1].message
-        assert "error" in caplog.records[-1].message
+        begins, ends = (record.message for record in caplog.records)
+        assert ", once" in begins and "cannot be compiled" in ends and "error" in ends
         assert not list(tmp_path.glob("hybridcache-*"))
 
     @COMPILED
@@ -93,13 +92,15 @@ class TestCompiling:
         assert os.stat(own_cache / "hybridcache").st_mode & 0o77 == 0
 
     @COMPILED
+    @pytest.mark.parametrize("has_home", [True, False])
     def test_unwritable_cache_uses_a_temporary_folder_that_is_removed(
-        self, caplog, own_cache, tmp_path
+        self, monkeypatch, caplog, own_cache, tmp_path, has_home
     ) -> None:
         own_cache.write_text("a file where a folder should be")
-        found = library.load()
-        assert found is not None and hasattr(found.functions, "one")
-        found.functions.one()
+        if not has_home:
+            monkeypatch.delenv("XDG_CACHE_HOME")
+            monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        library.load().functions.one()
         assert "for this start only" in caplog.text and "set XDG_CACHE_HOME" in caplog.text
         assert not list(tmp_path.glob("hybridcache-*"))
 
