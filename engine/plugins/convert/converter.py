@@ -219,6 +219,7 @@ def convert(
 
     Takes the memory of the largest matrix, before and after its conversion. Raises ModelError.
     """
+    target = target.resolve()  # "." has no name, and no directory can replace a link.
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists and is not an empty directory: choose a new one.")
     config = read_config(source)
