@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
+from engine.weights.layer_names import INDEX_NAMES
 from hybridcache.geometry.units import counted, format_bytes
 
 SMALL_FILES = [
@@ -34,7 +35,7 @@ SMALL_FILES = [
     "chat_template*",
     "quant_model_description.json",
     "hf_quant_config.json",
-    "*.safetensors.index.json",
+    *INDEX_NAMES,
 ]
 """Files besides the weights that the engine reads, all in the top folder of a repository."""
 CHECK_TIMEOUT_S = 300.0
@@ -159,11 +160,11 @@ def _weight_files(folder: Path) -> list[str]:
 
     A repository may hold the same weights twice, as ``consolidated.safetensors`` for example.
     """
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        with suppress(
-            ValueError, KeyError, AttributeError, TypeError
-        ):  # Loading reports the error.
-            return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    for name in INDEX_NAMES:
+        # Loading reports the error, except for an absent index.
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+            index = json.loads((folder / name).read_text(encoding="utf-8"))
+            return sorted({*index["weight_map"].values()})
     return ["*.safetensors"]
 
 

@@ -14,6 +14,8 @@ WRAPPINGS = ("model.language_model.", "language_model.model.")
 MODEL_SLIM_FILE = "quant_model_description.json"
 MODEL_OPT_FILE = "hf_quant_config.json"
 """Files that list the format of each tensor: Ascend's ModelSlim and ModelOpt."""
+INDEX_NAMES = ("model.safetensors.index.json", "quant_model_weights.safetensors.index.json")
+"""Index files of Hugging Face and of ModelSlim."""
 
 
 def model_name(name: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from engine.weights.layer_names import INDEX_NAMES
 from engine.weights.model_config import ModelError
 
 MAX_NAMED = 8
@@ -38,8 +39,6 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INDEX_NAMES = ("model.safetensors.index.json", "quant_model_weights.safetensors.index.json")
-"""Index files of Hugging Face and of ModelSlim."""
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the format."""
 

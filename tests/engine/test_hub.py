@@ -24,8 +24,9 @@ NAME, COMMIT = "some-org/Tiny-Model", "a" * 40
 WEIGHTS = (BUILTIN_DIR / "model.safetensors").read_bytes()
 CONFIG = (BUILTIN_DIR / "config.json").read_bytes()
 OTHERS = {
-    "README.md": b"# Tiny",
-    "pytorch_model.bin": b"\0" * 100,
+    "model.safetensors.index.json": b'{"weight_map": {"a": "model.safetensors"}}',
+    "consolidated.safetensors.index.json": b'{"weight_map": {"a": "consolidated.safetensors"}}',
+    "consolidated.safetensors": b"\0" * 100,
     "original/model.safetensors": b"\0" * 100,
     "chat_template.jinja": b"{{ messages }}",
 }
@@ -146,7 +147,8 @@ def test_only_the_needed_files_of_a_model_are_downloaded_once(hub: Hub) -> None:
     config = resolve_config(EngineConfig(model=NAME, revision="v1", device="cpu"), lines.append)
     folder = Path(config.model or "")
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    assert hub.downloads() == {"config.json", "model.safetensors", "chat_template.jinja"}
+    names = "config.json", "model.safetensors", "chat_template.jinja"
+    assert hub.downloads() == {*names, "model.safetensors.index.json"}
     assert display_name(folder) == NAME and config.revision is None
     [line] = lines
     assert f"Downloading {NAME} (commit aaaaaaaa)" in line and "in 1 file" in line
