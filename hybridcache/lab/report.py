@@ -435,7 +435,13 @@ def interval_notes(result: SweepRuns) -> list[str]:
         return [f"no intervals: {counted(num_sessions, 'session')}, fewer than {FEWEST_UNITS}"]
     cut = ", [low, high] if a limit is cut at 0 or 100 %"
     is_cut = any(run.interval.is_cut for run in result.runs)
-    return [f"±: 95 % interval over {counted(num_sessions, 'session')}{cut * is_cut}"]
+    notes = [f"±: 95 % interval over {counted(num_sessions, 'session')}{cut * is_cut}"]
+    if all(one.requests == 1 for run in result.runs for one in run.by_session):
+        notes.append(
+            "every session has one request: if the trace does not tell which requests belong "
+            "together, these intervals are too narrow"
+        )
+    return notes
 
 
 def floor_notes(result: SweepRuns) -> list[str]:

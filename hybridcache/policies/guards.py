@@ -134,7 +134,7 @@ class _Guard:
             return list(islice(found, at_most))
         except PolicyError:
             raise
-        except Exception as error:  # user code can raise anything
+        except (Exception, SystemExit) as error:  # user code can raise anything
             files = {  # of the code: a class of a notebook has no module with a file
                 method.__code__.co_filename
                 for kind in type(self._policy).__mro__

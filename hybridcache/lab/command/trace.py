@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 from hybridcache.geometry.units import counted
 from hybridcache.lab.command.shared import TRACE_HELP, Once, share
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 FORMS = {
     "jsonl": "this project's own form, complete (default)",
-    "mooncake": "whole prompts as hashes, for benchmarks that replay by the clock",
+    "mooncake": "hashes of prompts, no ids of answers, for benchmarks that replay by the clock",
 }
 
 
@@ -107,8 +108,8 @@ def _trace_fetch(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _written_whole(path: Path) -> Iterator[TextIO]:
-    """Open a text file that appears at ``path`` when all is written, and not after an error. Pipes
-    and devices are written directly."""
+    """Open a text file that appears at ``path`` when all is written, and not after an error; with
+    the ending ``.gz`` it is compressed. Pipes and devices are written directly."""
     if path.exists() and not path.is_file():
         with path.open("w", encoding="utf-8") as file:
             yield file
@@ -117,7 +118,8 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        writes = gzip.open if place.suffix == ".gz" else open
+        with cast("TextIO", writes(beside, "wt", encoding="utf-8")) as file:
             yield file
         beside.replace(place)
     finally:

@@ -286,7 +286,12 @@ def records_of(path: Path) -> Iterator[dict[str, Any]]:
 def _read(kept: Kept, wanted: set[str]) -> Iterator[tuple[str, Any]]:
     for record in records_of(kept.path):
         if record.get("key") in wanted:
-            yield record["key"], kept.kind.from_record(record)
+            try:
+                found = kept.kind.from_record(record)
+            except (KeyError, TypeError, ValueError) as error:
+                words = f"the result with key {record['key']} is damaged ({error!r})"
+                raise ValueError(f"{kept.path}: {words}: delete its line") from error
+            yield record["key"], found
 
 
 def end_last_line(path: Path) -> None:

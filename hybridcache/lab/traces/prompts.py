@@ -88,8 +88,8 @@ class Named:
                 raise ValueError(f"there is no column {own!r}; it has {', '.join(record)}")
             if found := record.first((own,) if own else known):
                 self.used[field] = found
-        if names.get("prompt"):
-            self.used.pop("messages", None)
+        if "messages" in self.used:  # One of both is read.
+            self.used.pop("messages" if names.get("prompt") else "prompt", None)
         self.is_request = "messages" in self.used or "prompt" in self.used
         self.is_message = "role" in self.used and not self.is_request
 

@@ -1,20 +1,29 @@
 """ShareGPT: an array of ``{"id": "abc_0", "conversations": [{"from": "human", "value": "..."}]}``.
 
-A record is a segment: its id ends in the index of its first message. Segments of one conversation
-follow each other, and the message at the border is often in both.
+A record is a conversation, or a segment of one, whose id ends in the index of its first message.
+Segments follow each other, and the message at the border is often in both.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice, pairwise
+from itertools import islice, pairwise
 from typing import ClassVar
 
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.dialects import Chat
-from hybridcache.lab.traces.frame import Line, Record, SessionReader, json_array, parsed
+from hybridcache.lab.traces.frame import (
+    CUT,
+    Line,
+    Notes,
+    Record,
+    SessionReader,
+    json_array,
+    parsed,
+)
 from hybridcache.lab.traces.text import load_chat_text
 
 _ROLES = {"human": "user", "user": "user", "system": "system"}
@@ -44,17 +53,31 @@ class ShareGPTReader(SessionReader):
     def _whole(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
         """Yield (line, ``{"id", "messages"}``) of whole conversations in the order of the file,
         segments merged. Messages have a ``role`` and ``content``."""
-        found = parsed(self.path, json_array(self.path, bad), _segment, bad)
-        for name, group in groupby(found, key=lambda one: one[1][0]):
-            segments, messages = [*group], Chat()
-            for _, (_, start, said) in segments:
-                # A segment may begin with the last message of the previous one.
-                messages += said[max(0, len(messages) - start) :]
+        line: Line
+        line, name, base, messages = 0, "", "", Chat()
+        names, are_indices = Counter[str](), True
+        for at, (id_, said) in parsed(self.path, json_array(self.path, bad), _segment, bad):
+            if not said:
+                continue
+            before = base
+            base, _, index = id_.rpartition("_")
+            start = int(index) if base and index.isdecimal() else 0
+            if are_indices and start and base == before:
+                if _continues(messages, start, said):
+                    messages += said[len(messages) - start :]
+                    continue
+                are_indices = start > len(messages)  # else they count conversations
             if messages:
-                yield segments[0][0], Record(id=name, messages=messages)
+                yield line, Record(id=name, messages=messages)
+            name = base if base and index.isdecimal() and not names[base] else id_
+            names[name] += 1
+            name += f" ({names[name]})" if names[name] > 1 else ""
+            line, messages = at, said
+        if messages:
+            yield line, Record(id=name, messages=messages)
 
     def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
-        chat = load_chat_text(self.tokenizer, self.template)
+        chat, notes = load_chat_text(self.tokenizer, self.template), Notes(self.path)
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             found, said = [], record["messages"]
@@ -62,6 +85,7 @@ class ShareGPTReader(SessionReader):
                 if (before["role"], message["role"]) == ("user", "assistant"):
                     turn = chat.turn(said[:place], message["content"])
                     if len(turn.prompt) > self.cap:
+                        notes.warn("cap", CUT.format(self.cap))
                         break
                     found.append(turn.request(record["id"]))
             yield found
@@ -69,12 +93,16 @@ class ShareGPTReader(SessionReader):
         return parse
 
 
-def _segment(record: Record) -> Iterator[tuple[str, int, Chat]]:
-    """Yield (conversation, index of its first message, messages)."""
-    whole = str(record.key("id"))
-    base, _, first = whole.rpartition("_")
+def _continues(messages: Chat, start: int, said: Chat) -> bool:
+    """Return whether a segment with index ``start`` follows ``messages``. It may begin with their
+    last one."""
+    return start == len(messages) or (start == len(messages) - 1 and messages[-1:] == said[:1])
+
+
+def _segment(record: Record) -> Iterator[tuple[str, Chat]]:
+    """Yield (id, messages)."""
     said = [
         {"role": _ROLES.get(one.text("from"), "assistant"), "content": one.text("value")}
         for one in record.objects("conversations")
     ]
-    yield (base, int(first), said) if first.isdecimal() else (whole, 0, said)
+    yield str(record.key("id")), said

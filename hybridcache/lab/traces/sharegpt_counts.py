@@ -10,7 +10,7 @@ import numpy as np
 
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import FreshIds, TraceRequest
-from hybridcache.lab.traces.frame import Record, SessionReader
+from hybridcache.lab.traces.frame import CUT, Notes, Record, SessionReader
 from hybridcache.lab.traces.text import ChatTurn
 from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens
@@ -34,6 +34,7 @@ class ShareGPTCountsReader(SessionReader):
 
     def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         fresh, empty, end, thought = FreshIds(), *map(_ids, ([], [5, 6], [7, 8]))
+        notes = Notes(self.path)
         headers = {role: _ids([0, number, 4]) for number, role in enumerate("uas", 1)}
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
@@ -51,6 +52,7 @@ class ShareGPTCountsReader(SessionReader):
                 prompt = np.concatenate((opened, thought))
                 if role == "a" and asked:
                     if len(prompt) > self.cap:
+                        notes.warn("cap", CUT.format(self.cap))
                         break
                     known = chat_boundaries(len(prompt), kept=(len(opened),))
                     answer = np.concatenate((words, end[:1]))

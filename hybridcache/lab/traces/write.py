@@ -82,6 +82,7 @@ def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
             before = hashes[-1]
         record = {
             "timestamp": round(request.timestamp_s * 1000),
+            "session_id": _plain(request.session),
             "input_length": length,
             "output_length": max(1, request.num_answer_tokens(unit)),
             "hash_ids": hashes,
