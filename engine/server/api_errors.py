@@ -87,7 +87,9 @@ class APIError(Exception):
         """Return the body of the answer to the request of ``scope``, or in OpenAI's form."""
         if scope is not None and scope["path"].startswith(ANTHROPIC):
             kind = ANTHROPIC_KINDS.get(self.status, "invalid_request_error")
-            error = {"type": kind, "message": self._for_anthropic}
+            error: dict[str, Any] = {"type": kind, "message": self._for_anthropic}
+            if self.code is not None:
+                error["details"] = {"error_code": self.code}
             request_id = RequestRecord.of(scope).name or None
             return {"type": "error", "error": error, "request_id": request_id}
         kind = KINDS.get(self.status, "invalid_request_error")

@@ -252,8 +252,13 @@ class CountRequest(Body, kw_only=True):
     """Ignored: the answer says that no edit was applied."""
     metadata: Any = None
     """Ignored except ``session_end``, which declares that no request of the session follows."""
+    thread: Any = None
+    """Refused with a code, at which Anthropic's client sends the whole chat without it."""
 
     def __post_init__(self) -> None:
+        if self.thread is not None:
+            message, code = "'thread' is not supported: omit it.", "thread_unsupported_request"
+            raise APIError(400, message, param="thread", code=code)
         if self.messages[-1].role == "assistant":
             raise ValueError(
                 "The last of 'messages' is the assistant's, and continuing an answer is not "

@@ -182,7 +182,7 @@ def test_anthropic_client_runs_a_tool_loop(serve_answer: ServeAnswer) -> None:
     counted = client.messages.count_tokens(model="builtin", messages=chat, tools=TOOLS)
     assert counted.input_tokens > 100
     serve_answer("It is dry.")
-    answer = client.messages.create(**ASK | {"messages": chat}, tools=TOOLS)
+    answer = client.beta.messages.tool_runner(**ASK | {"messages": chat}, tools=[]).until_done()
     assert answer.content[0].text == "It is dry." and answer.stop_reason == "end_turn"
     with pytest.raises(anthropic.NotFoundError, match="use 'builtin'"):
         client.messages.create(**ASK | {"model": "claude"})
