@@ -55,20 +55,29 @@ def lines_of(path: Path, number: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("keeps_text", [False, True])
 def test_a_recording_replays_with_the_hits_of_the_engine(tmp_path: Path, keeps_text: bool) -> None:
-    """Answers of all lengths around the grid of 64; every fourth one is cut off."""
+    """Answers of all lengths around the grid of 64; every fourth one is cut off, and every third
+    one is a call."""
+    function = {"name": "count", "parameters": {"type": "object", "properties": {}}}
     path, messages, used = tmp_path / "log.jsonl", list[Any](), list[Any]()
     with proxied(path, keeps_text) as (client, engine):
         assert client.models.list().data[0].id == engine.engine.model_name
         for turn in range(12):
-            messages.append({"role": "user", "content": SECRET})
-            ids = engine.tokenizer.encode("alpha" * (4 + turn) + "<|im_end|>")
+            calls = turn % 3 == 2
+            if not messages or messages[-1]["role"] == "assistant":
+                messages.append({"role": "user", "content": SECRET})
+            text = f'<tool_call>\n{{"name": "count", "arguments": {{"of": {turn}}}}}\n</tool_call>'
+            text = text if calls else "alpha" * (4 + turn)
+            ids = engine.tokenizer.encode(f"{text}<|im_end|>")
             answer = client.chat.completions.create(
                 model=engine.engine.model_name,
                 messages=messages,
                 seed=engine.sampler.add(ids),
-                max_tokens=10 if turn % 4 == 3 else 99,
+                max_tokens=10 if turn % 4 == 3 and not calls else 99,
+                tools=[{"type": "function", "function": function}],
             )
-            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+            messages.append(answer.choices[0].message.model_dump())
+            for call in messages[-1]["tool_calls"] or ():
+                messages.append({"role": "tool", "tool_call_id": call["id"], "content": "7"})
             used.append(answer.usage)
         lines = lines_of(path, 12)
     text = path.read_text()

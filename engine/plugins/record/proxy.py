@@ -20,7 +20,7 @@ import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from engine.requests.chat_prompt import render_chat
+from engine.requests.chat_prompt import ChatPrompt, render_chat
 from engine.server.api_errors import APIError
 from engine.server.bodies import ClientGone, unless_gone
 from engine.text.tokenizer import EncodeOptions, TemplateError, Tokenizer
@@ -141,9 +141,9 @@ class TraceWriter:
             return b""
         body = json.loads(exchange.body)
         answer, has_end = read_answer(b"".join(exchange.pieces))
-        ids, boundaries = self._prompt(body)
-        # A model draws the first token of END; the template adds the rest to the next prompt.
-        output = self._ids(_texts(_message(answer))[1:2]) + self._ids([END])[:has_end]
+        messages = [_message(message) for message in body["messages"]]
+        ids, boundaries = self._prompt(body, messages)
+        output = self._answer(body, messages, ids, _message(answer), has_end)
         if not self._keeps_text:
             hashed = self._hashed([*ids, *output])
             ids, output = hashed[: len(ids)], hashed[len(ids) :]
@@ -166,22 +166,42 @@ class TraceWriter:
         if self.skipped[why] == 1:
             logger.warning("Passed on, but %s.", why)
 
-    def _prompt(self, body: Fields) -> tuple[list[int], list[int]]:
-        """Return (ids, known boundaries) of the prompt of ``body``."""
-        messages = [_message(message) for message in body["messages"]]
-        if self._tokenizer is not None and self._tokenizer.chat_template is not None:
-            # The recorded server accepted what our template may refuse: use the plain form then.
-            with suppress(TemplateError):
-                chat = render_chat(
-                    self._tokenizer,
-                    messages,
-                    tools=body.get("tools"),
-                    variables=body.get("chat_template_kwargs"),
-                )
-                return chat.token_ids, list(chat.spec.boundaries)
+    def _prompt(self, body: Fields, messages: Sequence[Fields]) -> tuple[list[int], list[int]]:
+        """Return (ids, known boundaries) of the prompt of ``body``, which has ``messages``."""
+        chat = self._rendered(body, messages)
+        if chat is not None:
+            return chat.token_ids, list(chat.spec.boundaries)
         tools = json.dumps(body["tools"]) if body.get("tools") else ""
         texts = [tools, *(text for message in messages for text in _texts(message))]
         return self._ids([*texts, f"{HEADER}assistant\n"]), []
+
+    def _answer(
+        self,
+        body: Fields,
+        messages: Sequence[Fields],
+        ids: list[int],
+        answer: Fields,
+        has_end: bool,
+    ) -> list[int]:
+        """Return the ids of ``answer`` behind the prompt ``ids``, as the next prompt has them."""
+        chat = self._rendered(body, [*messages, answer], add_generation_prompt=False)
+        output = [] if chat is None else chat.token_ids
+        if self._tokenizer is None or output[: len(ids)] != ids or len(output) == len(ids):
+            # A model draws the first token of END; the template adds the rest to the next prompt.
+            return self._ids(_texts(answer)[1:2]) + self._ids([END])[:has_end]
+        ends = self._tokenizer.eos_token_ids
+        last = max((at for at, one in enumerate(output) if one in ends), default=len(output))
+        return output[len(ids) : max(len(ids), last + has_end)]
+
+    def _rendered(self, body: Fields, messages: Sequence[Fields], **how: Any) -> ChatPrompt | None:
+        """Return the chat in the form of the model's template; None without one, and if it refuses
+        what the recorded server has accepted."""
+        if self._tokenizer is None or self._tokenizer.chat_template is None:
+            return None
+        tools, variables = body.get("tools"), body.get("chat_template_kwargs")
+        with suppress(TemplateError):
+            return render_chat(self._tokenizer, messages, tools=tools, variables=variables, **how)
+        return None
 
     def _ids(self, texts: Sequence[str]) -> list[int]:
         """Return the ids of consecutive texts. No id spans two of them."""
@@ -270,7 +290,7 @@ def _texts(message: Fields) -> list[str]:
     """Return a message in the plain form: its header, its text and its end."""
     functions = [call.get("function") for call in message.get("tool_calls") or ()]
     said = str(message.get("reasoning_content") or "") + str(message["content"])
-    said += json.dumps(functions) if functions else ""
+    said += json.dumps(functions, sort_keys=True) if functions else ""
     return [f"{HEADER}{message.get('role')}\n", said, END]
 
 
