@@ -240,9 +240,11 @@ class WeightSpec:
         return None if self.files is None else self.files.scheme(name)
 
     def note(self) -> str:
-        """Describe the conversion of quantised weights for the line on the loaded files. Empty if
-        none are quantised."""
-        dtype, notes = str(self.dtype).removeprefix("torch."), []
+        """Describe the conversion of weights to or from 8 bits for the line on the loaded files.
+        Empty if there is none."""
+        dtype, notes = str(self.dtype).removeprefix("torch."), list[str]()
+        if self.files is None and self.quantization is not None:
+            notes.append(f"; brought into {self.quantization}")
         for scheme in () if self.files is None else self.files.schemes():
             done = "multiplied as they are"
             if self.quantization not in (None, scheme.format):

@@ -74,7 +74,10 @@ class Parser(argparse.ArgumentParser):
             known = tuple(self._option_string_actions)
             flags = [arg for arg in self._given if arg.startswith("--")]
             missing = message.rpartition(": ")[2]
-            if self._given and not self._given[0].startswith("-") and missing in known:
+            choices = missing in known and self._option_string_actions[missing].choices
+            if choices:
+                message += ": write " + " or ".join(f"{missing} {one}" for one in choices)
+            elif self._given and not self._given[0].startswith("-") and missing in known:
                 message = f"{message}: write {missing} {self._given[0]}"
             # argparse accepts the beginning of a flag, too.
             unknown = [f for f in flags if not any(k.startswith(f.split("=")[0]) for k in known)]
