@@ -410,9 +410,10 @@ class Scenario:
         )
         geometry = self.geometry()
         times = self.prefill_times(geometry)
-        if type(times).__repr__ is object.__repr__:  # an address, which the next object may have
+        kind: Any = type(times)
+        if kind.__repr__ is object.__repr__:  # an address, which the next object may have
             raise ValueError(
-                f"times is an object ({type(times).__name__}) without a __repr__ of its values, so "
+                f"times is an object ({kind.__name__}) without a __repr__ of its values, so "
                 "its runs cannot be identified in a file: make it a dataclass, or keep no runs"
             )
         names = [one.name for one in fields(self) if one.name not in ("trace", "model", "times")]

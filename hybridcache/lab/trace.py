@@ -245,6 +245,10 @@ class BadRecords:
     first: str = ""
     """Error of the first one that was skipped: file, line and cause."""
 
+    def __reduce__(self) -> tuple[type[BadRecords], tuple[bool]]:
+        """Pickle the rule alone: the counts of an iteration do not identify a trace."""
+        return BadRecords, (self.skip,)
+
     def start(self) -> None:
         """Forget the records of an earlier pass."""
         self.count, self.first = 0, ""
