@@ -31,6 +31,7 @@ from functools import cache
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
@@ -534,6 +535,11 @@ class Scenario:
                 )
         in_pools = self.memory == "pools"
         num_kv_tokens, num_slots = self.pools(geometry) if in_pools else (0, 0)
+        if in_pools and num_kv_tokens < max(self.page_size, unit):
+            raise ValueError(
+                f"kv_share {self.kv_share} of {self.size_gib:.4g} GiB is less than a page of KV: "
+                "give more"
+            )
         assert isinstance(self.policy, str | OwnPolicy), "a cell has one policy"
         return CacheConfig(
             prefix_cache="hybrid" if geometry.num_linear_layers else "radix",
@@ -703,16 +709,24 @@ def source_of(spec: str) -> str:
     Raises:
         ValueError: the source cannot be read.
     """
-    module_name, colon, _ = spec.strip().partition(":")
+    module_name, colon, rest = spec.strip().partition(":")
     if not colon or module_name in EVICTION_NAMES | PLACEMENT_PARTS | ADMISSION_NAMES:
         return ""
     try:
-        return inspect.getsource(import_module(spec, module_name))
+        module = import_module(spec, module_name)
+        return _source(module, getattr(module, rest.partition("(")[0], None))
     except (OSError, TypeError) as error:
         raise ValueError(
             f"{spec!r}: its source cannot be read, so stored runs cannot be matched with this "
             "class; put the class in a file, or store no runs"
         ) from error
+
+
+@cache
+def _source(module: ModuleType, _made_of_it: object) -> str:
+    """Return the source of a module, once for each class made of it: its file may be edited while
+    the class stays as it is."""
+    return inspect.getsource(module)
 
 
 def _spec_of(own: type[Any]) -> str | None:

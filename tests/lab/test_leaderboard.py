@@ -104,6 +104,7 @@ def test_custom_policy_is_scored_and_resumed(
     assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 4
     for name in ("simulate", "closed_loop"):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a run was repeated"))
+    (tmp_path / "mine_board.py").write_text("# edited after it was imported")
     assert main([*arguments, "--split", str(split), "--output", "kept.jsonl"]) == 0
     assert "2 seeds each" in capsys.readouterr().out
 

@@ -355,6 +355,7 @@ def test_wrong_types_and_repeated_values_are_refused(name: str, value: Any) -> N
     [
         *({"optimum": "yes"}, {"bound": 1}, {"processes": "2"}, {"processes": 0}, {"ray": 3}),
         *({"resume_from": 3}, {"progress": "x"}, {"gib": 1e-6}, {"gib": (1, 1e-6)}),
+        {"kv_share": 0, "memory": "pools"},
         *({"gib": 1e-6, "memory": "pools", "kv_share": 0.5}, {"gib": 1e-6, "baseline": "vllm"}),
     ],
 )
