@@ -227,7 +227,7 @@ def same_stride(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """
     stride = parts[0].stride(0)
     if all(has_whole_rows(part) for part in parts) and (
-        len(parts[0]) == 1 or all(part.stride(0) == stride for part in parts)
+        len(parts[0]) <= 1 or all(part.stride(0) == stride for part in parts)
     ):
         return parts
     together = torch.cat([part.flatten(1) for part in parts], dim=1)

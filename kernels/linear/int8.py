@@ -53,7 +53,7 @@ class Int8Linear:
         shape = *quantized.shape, torch.get_num_threads()
         self._multiply: Product = multiply_by_spans
         self._single_rows = 0
-        if is_exact():
+        if is_exact() and quantized.shape[1] > 1:  # One input: torch returns memory as it is.
             self._multiply, self._single_rows = product_of_many(*shape), single_rows(*shape)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

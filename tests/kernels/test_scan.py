@@ -450,9 +450,9 @@ def test_verification_equals_decode(backend, dtype, state_dtype, assert_verifies
 
 @DECODES
 def test_empty_batches(backend, dtype, device) -> None:
-    scan, sizes = Scan(backend, device), Sizes(1, 1, 16, 16)
+    scan, sizes = Scan(backend, device), Sizes(1, 1, 16, 32)
     states = torch.ones(2, *scan.state_shape(sizes), device=device)
-    out_shape = (0, 16) if scan.name == "mamba1" else (0, 1, 16)
+    out_shape = (0, 32) if scan.name == "mamba1" else (0, 1, 32)
     for lengths in ([], [0, 0]):
         out = scan.chunk(scan.draw(0, sizes, dtype), lengths, states, list(range(len(lengths))))
         assert out.shape == out_shape
