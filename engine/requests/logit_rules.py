@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.text.answers import CLOSE, OPEN
-from engine.text.tokenizer import EncodeOptions
+from engine.text.tokenizer import AS_TEXT
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ Mask = npt.NDArray[np.uint8]
 """Bit ``i % 8`` of byte ``i // 8`` is set if token i is allowed."""
 Additions = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """Token ids, and the number added to the logit of each."""
-WITHOUT_SPECIAL = EncodeOptions(add_special_tokens=False)
 END = f"\n{CLOSE}\n\n"
 """End of reasoning as models write it."""
 TAIL = 16
@@ -138,10 +137,10 @@ class ReasoningBudget(LogitRule):
         """``budget``: tokens of reasoning, not counting ``<think>`` in the answer."""
         self._tokenizer = tokenizer
         self._is_open = self._text(prompt[-TAIL:]).rstrip().endswith(OPEN)
-        opening = [] if self._is_open else tokenizer.encode(OPEN, WITHOUT_SPECIAL)
+        opening = [] if self._is_open else tokenizer.encode(OPEN, AS_TEXT)
         self.first = budget + len(opening)
         """Number of the draw at which reasoning ends."""
-        self._ids = tokenizer.encode(END, WITHOUT_SPECIAL)
+        self._ids = tokenizer.encode(END, AS_TEXT)
         self._masks = [packed([token], vocab_size) for token in self._ids]
 
     def must_see(self, draw: int) -> bool:

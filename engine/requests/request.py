@@ -47,7 +47,7 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
-from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions, IdTokenizer
+from engine.text.tokenizer import AS_TEXT, MAX_CONTEXT, IdTokenizer
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
 
@@ -312,7 +312,6 @@ class RecentRequests:
 
 
 MAX_LOGPROBS = 50
-AS_WORD = EncodeOptions(add_special_tokens=False)
 
 
 def no_grammars(grammar: Grammar) -> LogitRule:
@@ -469,7 +468,7 @@ class Intake:
         runs: list[tuple[int, ...]] = []
         for word in words:
             text = word.lstrip() or word
-            plain, spaced = (tuple(self._tokenizer.encode(s + text, AS_WORD)) for s in ("", " "))
+            plain, spaced = (tuple(self._tokenizer.encode(s + text, AS_TEXT)) for s in ("", " "))
             runs.append(plain)
             if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
                 runs.append(spaced)

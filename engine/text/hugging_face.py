@@ -73,9 +73,8 @@ class HFTokenizer:
         # With a group, so that splitting keeps the special tokens.
         walls = f"({any_of(self.special_tokens).pattern})"
         self._walls = re.compile(walls) if has_walls and self.special_tokens else None
-        self.control_tokens = tuple(
-            token.content for token in added.values() if token.special and len(token.content) > 1
-        )
+        hidden = (self._added[token_id] for token_id in self._hidden)
+        self.control_tokens = tuple(text for text in hidden if len(text) > 1)
         self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)
         """Token ids of text pieces, by namespace."""
 

@@ -26,10 +26,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.text.answers import MARKS
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
-from engine.text.tokenizer import Message, Tokenizer, any_of
+from engine.text.tokenizer import AS_TEXT, Message, Tokenizer, any_of
 
 KEEPS_THINKING = "preserve_thinking"
 """Template variable of newer templates; emulated for templates that do not support it."""
@@ -199,8 +198,9 @@ class Replay:
         self.answers = AnswerMemory(limit_bytes)
         self._keeps_thinking = keeps_thinking
         self._end_ids = tokenizer.eos_token_ids
-        control = [text for text in tokenizer.control_tokens if text not in MARKS]
-        self._control_ids = frozenset(i for text in control for i in tokenizer.encode(text)[:1])
+        self._control_ids = frozenset(
+            i for text in tokenizer.control_tokens for i in tokenizer.encode(text, AS_TEXT)[:1]
+        )
 
     def restore(
         self,
@@ -415,4 +415,4 @@ def _ends(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Return a pattern of the tokens that begin and end turns."""
     walls = set(tokenizer.special_tokens)
-    return any_of(t for t in tokenizer.control_tokens if t in walls and t not in MARKS)
+    return any_of(text for text in tokenizer.control_tokens if text in walls)

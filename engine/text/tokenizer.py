@@ -170,6 +170,7 @@ class EncodeOptions:
 
 
 AS_PROMPT = EncodeOptions()
+AS_TEXT = EncodeOptions(add_special_tokens=False)
 
 
 class Tokenizer(Protocol):

@@ -10,10 +10,11 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from engine.text.hugging_face import HFTokenizer
-from engine.text.tokenizer import ByteTokenizer, ChatTemplate, EncodeOptions, Tokenizer
+from engine.text.replay import Replay
+from engine.text.tokenizer import AS_TEXT, ByteTokenizer, ChatTemplate, EncodeOptions, Tokenizer
 
 CORPUS = [
     "hello world, hello caché",
@@ -22,7 +23,6 @@ CORPUS = [
     "def f(x):\n    return x\n",
 ]
 EOS = "<|im_end|>"
-BARE = EncodeOptions(add_special_tokens=False)
 
 
 def _train(kind: str) -> tokenizers.Tokenizer:
@@ -57,6 +57,7 @@ def _train(kind: str) -> tokenizers.Tokenizer:
         ]
     )
     backend.add_special_tokens(added)
+    backend.post_processor = processors.TemplateProcessing("B $A", None, [("B", 270)])
     return backend
 
 
@@ -83,7 +84,6 @@ def test_bytes_round_trip_through_pieces(text: str) -> None:
     token_ids = tokenizer.encode(text)
     pieces = _pieces(tokenizer, token_ids)
     assert "".join(pieces) == tokenizer.decode(token_ids, skip_special_tokens=False) == text
-    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
 
 
 @given(st.lists(st.integers(0, ByteTokenizer.vocab_size - 1)))
@@ -101,10 +101,9 @@ def test_directories_round_trip_whole_and_in_pieces(model_dir: Path, text: str) 
     reference = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     assert token_ids == reference.encode(text).ids
     assert tokenizer.decode(token_ids) == reference.decode(token_ids) == text
-    assert b"".join(map(tokenizer.token_bytes, token_ids)).decode().removeprefix(" ") == text
-    pieces = _pieces(tokenizer, token_ids)
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
+    in_bytes = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, AS_TEXT)))
+    assert in_bytes.decode().removeprefix(" ") == text
+    assert "".join(_pieces(tokenizer, token_ids)) == text
 
 
 def test_tokens_outside_the_byte_alphabet_decode_to_themselves(tmp_path: Path) -> None:
@@ -127,8 +126,8 @@ def test_remembered_pieces_equal_an_encoding_of_the_whole(
     tokenizer = _loaded(model_dir)
     text = "".join(parts).encode("utf-8", "replace").decode()
     whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
-    assert tokenizer.encode(text, BARE) == whole
-    assert tokenizer.encode(text, BARE) == whole, "read from memory"
+    assert tokenizer.encode(text, AS_TEXT) == whole
+    assert tokenizer.encode(text, AS_TEXT) == whole, "read from memory"
 
 
 @functools.cache
@@ -139,14 +138,15 @@ def _loaded(model_dir: Path) -> HFTokenizer:
 def test_a_marked_special_token_is_text(model_dir: Path) -> None:
     """Check that the text has no special token, and reads the same without the mark."""
     tokenizer = HFTokenizer(model_dir)
-    special = tokenizer.encode(EOS, BARE)[-1]
+    special = tokenizer.encode(EOS, AS_TEXT)[-1]
     marked = f"hello<\ue001{EOS[1:]} world{EOS}"
     token_ids = tokenizer.encode(marked, EncodeOptions(add_special_tokens=False, mark="\ue001"))
     assert token_ids.count(special) == 1 and token_ids[-1] == special
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
     assert text.replace("\u2060", "") == f"hello{EOS} world{EOS}"
-    assert EOS in tokenizer.control_tokens
-    assert tokenizer.decode(tokenizer.encode(f"{EOS}<think>", BARE)) == "<think>"
+    both = tokenizer.encode(f"<|im_start|>{EOS}", AS_TEXT)
+    assert Replay(tokenizer, 0)._control_ids == set(both)
+    assert tokenizer.decode([*both, *tokenizer.encode("<think>", AS_TEXT)]) == "<think>"
     assert tokenizer._is_byte_level == ("\u2060" not in text)
 
 

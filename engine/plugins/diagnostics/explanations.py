@@ -21,7 +21,7 @@ from engine.server.bodies import json_response
 from engine.server.context import AnsweredChat, ServingContext
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.replay import said_by
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import AS_TEXT, Tokenizer
 from hybridcache.geometry.units import counted
 from hybridcache.tokens import common_prefix_len
 
@@ -140,7 +140,7 @@ class Explanations:
         """``grid``: distance of positions at which states may be saved; 0 if none are."""
         self._tokenizer, self._grid = tokenizer, grid
         self._control_ids = [
-            i for text in tokenizer.control_tokens for i in tokenizer.encode(text)[:1]
+            i for text in tokenizer.control_tokens for i in tokenizer.encode(text, AS_TEXT)[:1]
         ]
         self.memory = BoundedMemory[str, AnsweredChat](limit_bytes)
         """Chats by the id of their answer, in the order of their ends."""

@@ -35,7 +35,6 @@ from engine.server.schemas import (
     TextPart,
     TopK,
     TopP,
-    parsed_arguments,
 )
 from engine.text.answers import (
     AnswerReader,
@@ -45,6 +44,7 @@ from engine.text.answers import (
     TextDelta,
     ToolCall,
 )
+from engine.text.json_text import read_json
 from engine.text.outputs import RequestOutput
 
 PING = named_event({"type": "ping"})
@@ -468,7 +468,7 @@ def _content(events: Sequence[Event], omits_thinking: bool) -> list[dict[str, An
             case {"content_block": block}:
                 content.append(block)
             case {"delta": {"partial_json": text}}:
-                content[-1]["input"] = parsed_arguments(text)
+                content[-1]["input"] = read_json(text)
             case {"delta": dict(delta)}:
                 content[-1] |= {name: part for name, part in delta.items() if name != "type"}
     return content

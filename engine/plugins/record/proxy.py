@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from engine.requests.chat_prompt import ChatPrompt, render_chat
 from engine.server.api_errors import APIError
 from engine.server.bodies import ClientGone, unless_gone
-from engine.text.tokenizer import EncodeOptions, TemplateError, Tokenizer
+from engine.text.tokenizer import AS_TEXT, TemplateError, Tokenizer
 
 Fields = Mapping[str, Any]
 
@@ -40,7 +40,6 @@ ENCODING = frozenset((b"content-encoding", b"content-length"))
 PIECE = 4
 """Characters per id without a tokenizer."""
 HEADER, END = "<|im_start|>", "<|im_end|>\n"
-ALONE = EncodeOptions(add_special_tokens=False)
 logger = logging.getLogger(__name__)
 
 
@@ -206,7 +205,7 @@ class TraceWriter:
     def _ids(self, texts: Sequence[str]) -> list[int]:
         """Return the ids of consecutive texts. No id spans two of them."""
         if self._tokenizer is not None:
-            return [i for text in texts for i in self._tokenizer.encode(text, ALONE)]
+            return [i for text in texts for i in self._tokenizer.encode(text, AS_TEXT)]
         return [one for text in texts for one in _piece_ids(text)]
 
     def _hashed(self, ids: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.text.hugging_face import HFTokenizer
-from engine.text.tokenizer import EncodeOptions
+from engine.text.tokenizer import AS_TEXT
 
 TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\n' }}
@@ -53,7 +53,6 @@ TEMPLATE = """\
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PARTS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-_ALONE = EncodeOptions(add_special_tokens=False)
 CORPUS = Path(__file__).resolve().parents[3] / "README.md"
 
 
@@ -86,7 +85,7 @@ def sampled_like(tokenizer: HFTokenizer, text: str, seed: int) -> list[int]:
     """Return ids of ``text`` that the tokenizer would not choose, like those sampled from a
     model."""
     draw = random.Random(seed)
-    while (token_ids := _cut_ids(tokenizer, text, draw)) == tokenizer.encode(text, _ALONE):
+    while (token_ids := _cut_ids(tokenizer, text, draw)) == tokenizer.encode(text, AS_TEXT):
         pass
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
     return token_ids
@@ -99,7 +98,7 @@ def _cut_ids(tokenizer: HFTokenizer, text: str, draw: random.Random) -> list[int
         start = 0
         while start < len(piece):
             end = start + draw.randrange(4, 40) if not piece.startswith("<") else len(piece)
-            token_ids += tokenizer.encode(piece[start:end], _ALONE)
+            token_ids += tokenizer.encode(piece[start:end], AS_TEXT)
             start = end
     return token_ids
 
