@@ -25,9 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     was impossible or all runs failed, and 130 if it was stopped."""
     if arguments is None:
         end_by_exception(signal.SIGINT)
-    options = _parser().parse_args(arguments)
-    run: Command = options.run
+    options = argparse.Namespace()
     try:
+        _parser().parse_args(arguments, options)
+        run: Command = options.run
         if arguments is None:  # only as the main program of a process
             from hybridcache.lab.simulation.grid import collect_seldom
 

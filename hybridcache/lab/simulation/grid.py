@@ -339,7 +339,13 @@ def _in_processes(
         ) as pool:
             others = multiprocessing.active_children()
             try:
-                futures = [pool.submit(_run_job, numbered) for numbered in due]
+                # Ctrl-C goes to all of a terminal's processes: it waits until these were started,
+                # and they inherit that it does. The parent ends them.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    futures = [pool.submit(_run_job, numbered) for numbered in due]
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 for future in futures:
                     yield _warned(*future.result())
             except KeyboardInterrupt:  # do not wait for running jobs
@@ -461,8 +467,6 @@ _task: tuple[Trace, Run[Any, Any]] | None = None
 
 def _start_worker(folder: Path) -> None:
     global _task
-    # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A killed parent cannot end its workers: this thread does.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     collect_seldom()
