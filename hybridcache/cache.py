@@ -480,23 +480,20 @@ class HybridRadixCache:
 
         Raises:
             TypeError: ``match`` was not returned by ``match``, or ``resumes`` is not a bool.
-            ValueError: it is from another cache.
+            ValueError: its node was evicted, or belongs to another cache.
         """
         if not isinstance(match, PrefixMatch):
             raise TypeError(f"match must be the result of match (got {match!r}).")
         if type(resumes) is not bool:
             require_bool(resumes, "resumes")
-        node = match.node
-        last = node if node is None or isinstance(node, RadixNode) else _node_of(node)
-        kv = None if last is None else last.kv
+        last = self._usable(match.node)
         missed = match.missed if isinstance(match.missed, Checkpoint) else None
-        for item in (kv, missed):
-            if item is not None and item.item_bytes is not self.item_bytes:
-                raise ValueError(FOREIGN)
+        if missed is not None and missed.item_bytes is not self.item_bytes:
+            raise ValueError(FOREIGN)
         self.now += 1
         if not resumes:
             self.stats.record(match)
-        if kv is not None:
+        if last is not None:
             self.refresh(last)
         if match.missed is not None:
             policy = self.policy

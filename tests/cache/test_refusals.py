@@ -164,9 +164,10 @@ def test_evicted_nodes_can_neither_be_locked_read_nor_extended(prefix_cache):
     cache.evict(num_tokens=100)
     rows = cache.allocate_kv(6)
     insertion = partial(cache.insert, ids("abcdef"), rows, (), None, 5, ())
-    for call in (cache.lock, cache.gather, cache.refresh, insertion):
+    calls = [partial(call, match.node) for call in (cache.lock, cache.gather, cache.refresh)]
+    for call in (*calls, partial(insertion, match.node), partial(cache.touch, match)):
         with pytest.raises(ValueError, match="match again"):
-            call(match.node)
+            call()
     cache.check(held_tokens=6, held_slots=0)
 
 
