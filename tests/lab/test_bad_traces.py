@@ -266,14 +266,6 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
         ([{"stop_reason": "length"}, {"stop_reason": "banana"}], 2),
         ([{}, {"tokens": [1, True]}], 2),
     ],
-    ids=[
-        "date after number",
-        "number after date",
-        "one without",
-        "version",
-        "stop reason",
-        "truth value",
-    ],
 )
 def test_kinds_of_times_versions_and_unknown_stop_reasons_are_refused(
     tmp_path: Path, records: list[dict[str, Any]], line: int

@@ -53,10 +53,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --gib 1 --checkpoints brnch", "'brnch', did you mean 'branch'?"),
         ("simulate --trace short --closed-loop --admission session", "did you mean 'sessions'?"),
         ("simulate --trace short --gib 1 --metric hitt", "'hitt', did you mean 'hit'?"),
-        (
-            "simulate --closed-loop --trace short --seeds 1 2",
-            ": 2: join several values with commas",
-        ),
+        ("simulate --trace short --seeds 1 2", ": 2: join several values with commas"),
         ("simulate --closed-loop --trace short --seeds 1,x", "--seeds: a number of runs or seeds"),
         ("simulate --trace short --gib 1 --metric bound --no-bound", "leave --no-bound out"),
         ("simulate --trace short --gib 1 --tpot-s 1", "tpot_s has an effect with max_running"),

@@ -50,10 +50,7 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
         ({"failures": True}, "failures must be an integer"),
         ({"load": "a"}, "load must be a finite number above 0, got 'a'"),
         ({"load": 0}, "load must be a finite number above 0"),
-        (
-            {"router": "tests.lab.test_fleet:NoChoice"},
-            r"must return a Choice of a replica \(got None",
-        ),
+        ({"router": "tests.lab.test_fleet:NoChoice"}, "must return a Choice of a replica"),
         ({"gib": "1%,2%"}, "one policy, one placement and one size"),
     ],
 )

@@ -21,7 +21,7 @@ from hybridcache.lab.report import stats_table
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
-from hybridcache.lab.traces import open_trace, recognise
+from hybridcache.lab.traces import open_trace, recognise, text
 from hybridcache.lab.traces.frame import TraceFieldsWarning, TraceOrderWarning
 from hybridcache.lab.traces.prompts import Continued
 from tests.lab.records import lines
@@ -170,6 +170,15 @@ def test_roles_are_read_in_any_case_and_all_unanswered_messages_counted(tmp_path
     path.write_text("session,session,prompt\na,b,c\n")
     with pytest.raises(ValueError, match="3 columns, and 'session' twice"):
         open_trace(f"{path}?tokenizer=bytes")
+
+
+def test_tokens_of_recent_texts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "KEPT_CHARS", 5)
+    asked = list[str]()
+    chat = text.ChatText(lambda words: asked.append(words) or [1], {})
+    for words in ("aa", "bb", "aa", "cc", "aa", "bb"):
+        chat.encode(words)
+    assert asked == ["aa", "bb", "cc", "bb"]
 
 
 def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:

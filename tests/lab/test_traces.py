@@ -202,10 +202,7 @@ def test_conversations_of_lengths_share_the_blocks_of_their_first_message(tmp_pa
         open_trace(f"{path}?starts=fixed:1&pause=20"), key=lambda request: request.session
     )
     assert (first.session, other.session) == ("x", "y")
-    assert [len(request.tokens) for request in (first, second)] == [
-        50,
-        48 + 6 + 2 + (3 + 3 + 2) + 5,
-    ]
+    assert [len(request.tokens) for request in (first, second)] == [50, 48 + 6 + 2 + 8 + 5]
     assert [len(request.output) for request in (first, second)] == [7, 5]
     assert common(first, other) == 3 + 16 and common(first, second) == first.boundaries[-1] == 48
     assert not first.answer_survives and first.timestamp_s < second.timestamp_s
