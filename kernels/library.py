@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -212,10 +213,11 @@ def _compile_for_this_processor(path: Path, kept: str) -> None:
 
 
 def _words(error: Exception | None) -> str:
-    """Return the first line of the compiler's errors, or of ``error``."""
+    """Return the first line of the compiler's or linker's errors, or of ``error``."""
     output = getattr(error, "stderr", None) or b""
     lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[0] if lines else str(error))
+    named = (line for line in lines if re.search("error|cannot find|not found", line))
+    return next(named, lines[0] if lines else str(error))
 
 
 def _compiler() -> str | None:

@@ -69,11 +69,15 @@ class TestCompiling:
         assert "No C++ compiler was found (no-such-compiler)" in record.message
 
     @COMPILED
-    def test_failing_compiler_is_one_warning_with_its_error(self, caplog, tmp_path) -> None:
-        (tmp_path / "one" / "native.cpp").write_text("no C++")
+    @pytest.mark.parametrize(("source", "cause"), [("no C++", "error"), ("", "-lmissing")])
+    def test_failing_compiler_is_one_warning_with_its_error(
+        self, monkeypatch, caplog, tmp_path, source, cause
+    ) -> None:
+        (tmp_path / "one" / "native.cpp").write_text(source)
+        monkeypatch.setattr(library, "_openmp", lambda: ["-lmissing"])
         assert library.load() is None
         begins, ends = (record.message for record in caplog.records)
-        assert ", once" in begins and "cannot be compiled" in ends and "error" in ends
+        assert ", once" in begins and "cannot be compiled" in ends and cause in ends
         assert not list(tmp_path.glob("hybridcache-*"))
 
     @COMPILED
