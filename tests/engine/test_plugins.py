@@ -6,14 +6,11 @@ import json
 import subprocess
 import sys
 
-LOADED = """
+SCRIPT = """
 import json, sys
 def loaded():
     parts = [m.split(".") for m in sys.modules if m.startswith("engine.plugins.")]
     return sorted({part[2] for part in parts if len(part) > 3})  # not for settings only
-"""
-SCRIPT = LOADED + (
-    """
 from engine import Engine, EngineConfig, SamplingParams
 engine = Engine(EngineConfig(cache_gib=0.02, max_running=2))
 engine.generate(["one"], SamplingParams(max_tokens=2))
@@ -28,7 +25,6 @@ check(ServerConfig())
 seen.append(loaded())
 print(json.dumps([*seen, has_triton]))
 """
-)
 
 
 def test_plugins_and_triton_are_imported_at_first_use() -> None:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -37,7 +39,7 @@ SECRET = "what nobody else should read, said at some length "
 @contextlib.contextmanager
 def proxied(path: Path, keeps_text: bool) -> Iterator[tuple[openai.OpenAI, ScriptedEngine]]:
     engine = ScriptedEngine()
-    with serving(engine.engine) as live, path.open("w+b") as file:
+    with serving(engine.engine) as live, path.open("w+b", buffering=0) as file:
         writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=ByteTokenizer())
         front = ServerThread(Proxy(live.url, writer))
         try:
@@ -114,6 +116,7 @@ class Upstream:
         options = json.loads(body) if body.startswith(b"{") else {}
         status = options.get("status", 404 if target.startswith(b"/nowhere") else 200)
         more = [(b"set-cookie", b"a=1"), (b"set-cookie", b"b=2"), (b"x-odd", b"\xe9")]
+        more += [(b"content-encoding", b"own")] * ("encoded" in options)
         start = {"type": "http.response.start", "status": status, "headers": more}
         name = options.get("wait")
         if name is not None and not options.get("stream") and not await self._wait(name, receive):
@@ -167,7 +170,7 @@ class Setup:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "trace.jsonl"
-        self.file = self.path.open("x+b")
+        self.file = self.path.open("x+b", buffering=0)
         self.upstream = Upstream()
         self.behind = ServerThread(self.upstream, lifespan="off")
         self.writer = TraceWriter(self.file, keeps_text=True, tokenizer=None)
@@ -252,7 +255,8 @@ def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> N
     assert httpx.post(other, json=chat("other")).status_code == 200
     running = setup.ask("running", wait="running", stream=True)
     silent = setup.ask("silent", wait="silent")
-    assert setup.ask("whole").result().status_code == 200
+    whole = setup.ask("whole", encoded=True).result()
+    assert (whole.status_code, whole.headers["content-encoding"]) == (200, "own")
     wait_until(lambda: setup.prompts() == ["client", "upstream"])
     setup.front.stop()
     assert setup.prompts() == ["client", "upstream", "running", "whole"]
@@ -283,14 +287,20 @@ def recording(to: str, out: Path, *flags: str) -> Iterator[tuple[subprocess.Pope
         yield process, process.stdout.readline().split()[0]
 
 
-def test_a_deleted_trace_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["deleted", "full"])
+def test_a_trace_that_cannot_be_written_is_reported(tmp_path: Path, fault: str) -> None:
     behind, path = ServerThread(Upstream(), lifespan="off"), tmp_path / "trace.jsonl"
     with recording(behind.url, path) as (process, url):
-        path.unlink()
+        if fault == "deleted":
+            path.unlink()
+        else:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300, 300))
         httpx.post(f"{url}/chat/completions", json=chat("first"), timeout=120)
         process.send_signal(signal.SIGINT)
-        assert "not in the trace: 1, since the file was deleted" in process.stdout.read()
-        assert process.wait(120) == 1
+        printed = process.stdout.read()
+        assert re.search("not in the trace: 1, since the file (was deleted|cannot be wri)", printed)
+        assert process.wait(120) == (fault == "deleted")
+    assert fault == "deleted" or ("0 requests" in printed and not list(open_trace(str(path))))
     behind.stop()
 
 

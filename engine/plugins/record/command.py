@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     set_up_logging("warning")
     with bind(ServerConfig(host=arguments.host, port=arguments.port)) as listener:
         try:
-            file = out.open("xb")
+            file = out.open("xb", buffering=0)
         except OSError as error:
             why = f"{out} cannot be created ({error.strerror}): name a new file."
             raise ValueError(why) from None

@@ -35,8 +35,6 @@ CONNECTION = frozenset(
     b"connection host keep-alive proxy-connection te trailer transfer-encoding upgrade".split()
 )
 """Headers that belong to one connection and are not passed on."""
-ENCODING = frozenset((b"content-encoding", b"content-length"))
-"""Headers of an answer that are wrong after it is decoded."""
 PIECE = 4
 """Characters per id without a tokenizer."""
 HEADER, END = "<|im_start|>", "<|im_end|>\n"
@@ -51,6 +49,8 @@ class Exchange:
     body: bytes
     status: int | None = None
     """HTTP status of the answer. None before the answer starts."""
+    encoding: str = ""
+    """Compression of ``pieces``, by the header of the answer."""
     pieces: list[bytes] = field(default_factory=list)
     line: bytes | None = None
     """Line of the trace once the exchange has ended; empty if it is not written."""
@@ -73,7 +73,8 @@ class TraceWriter:
         tokenizer: Tokenizer | None,
         counted_by: str | None = None,
     ) -> None:
-        """``file`` is empty. ``counted_by`` goes into its first line, for readers."""
+        """``file`` is empty and unbuffered. ``counted_by`` goes into its first line, for
+        readers."""
         self._file = file
         self._keeps_text = keeps_text
         self._tokenizer = tokenizer
@@ -87,7 +88,6 @@ class TraceWriter:
         header = {"format": "hybridcache", "version": 1, "unit": 1}
         named = {} if counted_by is None else {"counted_by": counted_by}
         self._file.write(_line(header | named))
-        self._file.flush()
 
     def begin(self, body: bytes) -> Exchange:
         """Start to record a request with this complete ``body``. O(1)."""
@@ -123,14 +123,17 @@ class TraceWriter:
         while self._pending and (line := self._pending[0].line) is not None:
             self._pending.popleft()
             if line:
+                end = self._file.tell()
                 try:
-                    self._file.write(line)
-                    self._file.flush()
+                    while line:
+                        line = line[self._file.write(line) :]
                     if self.is_deleted:
                         self.skip("the file was deleted")
                     else:
                         self.num_requests += 1
                 except OSError as error:
+                    with suppress(OSError):
+                        self._file.truncate(self._file.seek(end))  # No half of a line.
                     self.skip(f"the file cannot be written ({error.strerror})")
 
     def _line_of(self, exchange: Exchange) -> bytes:
@@ -139,7 +142,9 @@ class TraceWriter:
         if exchange.status != 200:
             return b""
         body = json.loads(exchange.body)
-        answer, has_end = read_answer(b"".join(exchange.pieces))
+        coded = {"content-encoding": exchange.encoding}
+        raw = httpx.Response(200, headers=coded, content=b"".join(exchange.pieces)).content
+        answer, has_end = read_answer(raw)
         messages = [_message(message) for message in body["messages"]]
         ids, boundaries = self._prompt(body, messages)
         output = self._answer(body, messages, ids, _message(answer), has_end)
@@ -346,6 +351,7 @@ class Proxy:
         else:
             if exchange is not None:
                 exchange.status = answer.status_code
+                exchange.encoding = answer.headers.get("content-encoding", "")
             try:
                 await _answer(answer, exchange, send)
             finally:
@@ -385,13 +391,12 @@ class Proxy:
 async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send) -> None:
     """Send ``answer`` as it arrives. An answer that is aborted upstream gets no end, so that
     clients see that it is incomplete."""
-    skipped = CONNECTION | (ENCODING if "content-encoding" in answer.headers else frozenset())
     headers = [(name.lower(), value) for name, value in answer.headers.raw]
-    kept = [pair for pair in headers if pair[0] not in skipped]
+    kept = [pair for pair in headers if pair[0] not in CONNECTION]
     start = {"type": "http.response.start", "status": answer.status_code, "headers": kept}
     await send(start)
     try:
-        async for piece in answer.aiter_bytes():
+        async for piece in answer.aiter_raw():
             if exchange is not None:
                 exchange.pieces.append(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": True})
