@@ -399,11 +399,11 @@ class AsyncEngine:
             self._answered(Reply(number, error=error.to_wire()))
 
     def _question(self, question: Question) -> Future[Any]:
-        if self._end is not None:
-            raise EngineStopped(self._end)
         number = next(self._numbers)
         reply = self._replies[number] = Future()
         try:
+            if self._end is not None:  # Read last: ``closed`` in another thread answers the rest.
+                raise EngineStopped(self._end)
             self._channel.send(cast("ToEngine", structs.replace(question, number=number)))
         except BaseException:
             self._replies.pop(number, None)

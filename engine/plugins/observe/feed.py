@@ -121,16 +121,16 @@ class Feed:
     async def _ask(self, watch: View) -> None:
         """Collect changes until there has been no reader for a while or the engine has ended."""
         idle_s = 0.0
-        try:
-            while idle_s < LINGER_S and not self._is_closed:
-                async with self._turn:
-                    await self._keep(await watch.take())
-                await asyncio.sleep(EVERY_S)
-                idle_s = 0.0 if self._readers else idle_s + EVERY_S
-        finally:
-            self._watch = None
-            self._wake()
-            with suppress(EngineStopped):
+        with suppress(EngineStopped):
+            try:
+                while idle_s < LINGER_S and not self._is_closed:
+                    async with self._turn:
+                        await self._keep(await watch.take())
+                    await asyncio.sleep(EVERY_S)
+                    idle_s = 0.0 if self._readers else idle_s + EVERY_S
+            finally:
+                self._watch = None
+                self._wake()
                 await watch.close()
 
     async def _keep(self, records: list[Record]) -> None:
