@@ -81,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = command(parsed)
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.
         return code
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except BrokenPipeError:  # As of `| head -1`: the reader has all it needs.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the flush at exit.
+        return 141
+    except (ValueError, OSError) as error:
         flags = vars(parsed).keys() - {"prompt"}  # An argument without a flag.
         print(f"engine {parsed.verb}: {with_flags(str(error), flags)}", file=sys.stderr)
         return 2
@@ -95,9 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"engine {parsed.verb}: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # As of `| head -1`: the reader has all it needs.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the flush at exit.
-        return 141
     except KeyboardInterrupt:
         return 130
 

@@ -132,7 +132,9 @@ def _check(schema: Mapping[str, Any]) -> None:
     invalid or would take long to compile."""
     multiples: set[int] = set()
     for value in _multiples(schema):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool | Mapping):  # Schema of a property of this name.
+            continue
+        if not isinstance(value, int | float) or not value > 0:
             raise GrammarError("multipleOf must be a number above 0.")
         digits = Decimal(str(value)).normalize().as_tuple().digits
         multiples.add(int("".join(map(str, digits))))

@@ -4,14 +4,15 @@ imported."""
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
 import sys
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 
-from engine.config import EngineConfig
+from engine.config import ConfigError, EngineConfig
 
 BOOT = (
     "import gc, json, sys; gc.disable(); sys.path[:] = json.loads(sys.argv[1]); "
@@ -19,6 +20,9 @@ BOOT = (
 )
 """Code of the process. Collections would traverse the objects of torch again and again while it is
 imported; ``main`` enables them."""
+MAX_FOLDER_BYTES = 80
+"""Maximum length of the name of the directory for temporary files. With the names of our folder and
+of a socket, it must fit into the 104 bytes that every system allows."""
 
 
 class Spawned(NamedTuple):
@@ -35,6 +39,11 @@ def spawn(
 ) -> Spawned:
     """Start a new interpreter with ``boot``, by default ``BOOT``, which loads the model of
     ``config``. SIGINT and SIGTERM are blocked in it from its first instruction."""
+    if len(os.fsencode(gettempdir())) > MAX_FOLDER_BYTES:
+        raise ConfigError(
+            f"The name of the directory for temporary files, {gettempdir()}, is too long for "
+            "sockets: set TMPDIR to a shorter one, such as /tmp."
+        )
     folder = TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True)
     facts = [folder.name, pickle.dumps(config).hex(), address, log_level]
     command = [sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts]

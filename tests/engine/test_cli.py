@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib
 import io
@@ -14,8 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from msgspec import structs
@@ -93,6 +96,18 @@ def test_an_occupied_port_is_reported_before_loading(capsys: pytest.CaptureFixtu
         assert run("serve", "--port", str(port), *flags) == 2
     [first] = capsys.readouterr().err.splitlines()
     assert f"Cannot listen on 127.0.0.1:{port} (Address already in use)" in first
+
+
+def test_errors_of_the_system_are_reported_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "d" * 100)
+    assert run("serve", "--port", "0") == 2
+    assert "set TMPDIR to a shorter one" in capsys.readouterr().err
+    full = Mock(write=Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    monkeypatch.setattr(sys, "stdout", full)
+    assert run("generate", "x", *SMALL) == 2
+    assert capsys.readouterr().err.endswith("No space left on device\n")
 
 
 def test_the_builtin_model_solves_the_prompts_of_the_start_screen(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,20 @@ from tests.oracle import OracleRunner, OracleSampler
 
 pytest.importorskip("llguidance")
 
+
+def closed(properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an object with exactly these properties."""
+    required = {"required": [*properties], "additionalProperties": False}
+    return {"type": "object", "properties": properties, **required}
+
+
 TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
         "function": {
             "name": "look",
-            "parameters": {
-                "type": "object",
-                "properties": {"at": {"$ref": "#/$defs/place"}},
-                "required": ["at"],
-                "additionalProperties": False,
-                "$defs": {"place": {"enum": ["sky", "sea"]}},
-            },
+            "parameters": closed({"at": {"$ref": "#/$defs/place"}})
+            | {"$defs": {"place": {"enum": ["sky", "sea"]}}},
         },
     },
     {"type": "function", "function": {"name": "stop"}},
@@ -41,6 +42,10 @@ GRAMMARS = {
     "regex": (Grammar.of_regex("[0-9]{3}-[a-c]{1,20}z"), r"[0-9]{3}-[a-c]{1,20}z"),
     "choice": (Grammar.of_choices(["red", 'a "quote"\n', "bleu é"]), 'red|a "quote"\n|bleu é'),
     "lark": (Grammar.of_text('start: "a"{2,9} B\nB: /[xy]/'), "a{2,9}[xy]"),
+    "property": (
+        Grammar.of_schema(closed({"multipleOf": {"const": 3}})),
+        r'{\s*"multipleOf"\s*:\s*3\s*}',
+    ),
     "gbnf": (Grammar.of_text('root ::= ("yes" | "no") "!"'), "(yes|no)!"),
     "one tool": (
         grammar_of_calls(TOOLS, "look"),
@@ -113,17 +118,12 @@ def test_guided_answers_do_not_depend_on_engine_settings(
         assert sum(output.num_preemptions for output in other.generate(specs)) > 0
 
 
-AMBIGUOUS = 'start: e\ne: e e | /[a-z]/ | e "+" e | e e e e | '
-"""Grammar with masks that take longer with every token."""
-LATER = AMBIGUOUS.replace("start:", "start: /[a-z]{50}/")
-
-
+LATER = 'start: /[a-z]{50}/ e\ne: e e | /[a-z]/ | e "+" e | e e e e | '
+"""Ambiguous grammar with masks that take longer with every token."""
 STRICT: list[dict[str, Any]] = [
     {**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}},
     TOOLS[1],
 ]
-
-
 SCRIPTS = (
     '<think>x <tool_call>{</think>A <tool_call>\n{"name": "fly", "arguments": {"at": "moon"',
     'B <tool_cal <tool_call>{"name": "stop", "arguments": {"why": 1}}</tool_call> and so'
@@ -206,18 +206,8 @@ def test_a_grammar_beyond_the_limits_ends_only_its_request_at_the_same_token(
     engine.check()
 
 
-@pytest.fixture(scope="module")
-def guides() -> Iterator[Guides]:
-    yield Guides(ByteTokenizer(), 320)
-
-
-def tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": properties}
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
-
-
-def test_only_the_answer_after_the_reasoning_is_guided(guides: Guides) -> None:
-    encode = ByteTokenizer().encode
+def test_only_the_answer_after_the_reasoning_is_guided() -> None:
+    encode, guides = ByteTokenizer().encode, Guides(ByteTokenizer(), 320)
     for grammar, answer in (
         (Grammar.of_regex("a/[b-d]"), "a/c"),
         (Grammar.of_object(), '{"a": 1}'),

@@ -233,7 +233,9 @@ def convert(
     tensors = (tensor for file in files for tensor in open_file(file))
     pieces = plan_pieces(tensors, scheme, ignore)
     shards = into_shards(pieces)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # An empty directory is filled: it may be a mount point, a link or the working directory.
+    folder = target if target.exists() else target.parent
+    partial = folder / f".{target.name}.{os.getpid()}.partial"
     try:
         partial.mkdir(parents=True)
         modules = _write(shards, partial)
@@ -242,7 +244,11 @@ def convert(
         text = json.dumps(config | {"quantization_config": section}, indent=2)
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")
         written_bytes = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-        os.replace(partial, target)
+        if folder is target:
+            for path in partial.iterdir():
+                os.replace(path, target / path.name)
+        else:
+            os.replace(partial, target)
     except OSError as error:
         raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from None
     finally:

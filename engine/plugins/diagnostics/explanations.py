@@ -58,6 +58,7 @@ CHANGED = {
 }
 """Causes of a difference between two prompts."""
 _MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
+_TOO_LITTLE_MEMORY = ("refused", "checkpoint_evicted", "kv_evicted", "forgotten")
 _ALONE = "no stored request shares any of it."
 ADVICE = {
     "tools": "Send the same tools in the same order with each request.",
@@ -66,7 +67,8 @@ ADVICE = {
     "messages": "Only append to a conversation.",
     "answer": "Send answers back as they came, with their reasoning, or use --preserve-thinking.",
     "template": "Start the server with --preserve-thinking if the template drops reasoning.",
-    **dict.fromkeys(("refused", "checkpoint_evicted", "kv_evicted", "forgotten"), _MORE_MEMORY),
+    **dict.fromkeys(_TOO_LITTLE_MEMORY, _MORE_MEMORY),
+    "forgotten": f"{_MORE_MEMORY} Nothing is to be done if the cache was reset or a step failed.",
     "not_fetched": "Nothing is to be done: computing them was faster than loading.",
     "never_checkpointed": "Mark the end of the shared part with cache_control, or try other "
     "--checkpoints.",
@@ -218,7 +220,7 @@ class Explanations:
         # Without a position of the grid between the cached and the shared length, no state could be
         # saved there, however much memory there is.
         is_tail = shared_len - cached_len < self._grid and not cached_len % self._grid
-        if advice is _MORE_MEMORY and is_tail:
+        if cause in _TOO_LITTLE_MEMORY and is_tail:
             advice = ADVICE["below_grid"]
         shared, computed = counted(shared_len, "token"), limit - cached_len
         words = [f"{cached_len:,} of {limit:,} tokens were reused, {computed:,} computed."]
