@@ -55,8 +55,6 @@ SERVE_EXAMPLES = """examples:
   engine serve                                           the small built-in model
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
   engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
-LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Address for clients on this machine, by address of a server on all interfaces."""
 SPIN_COUNT = "1000"
 """Rounds that a waiting thread spins before it sleeps. The 300,000 of OpenMP take longer than a
 time slice, so on a busy machine waiting threads would delay those that compute."""
@@ -229,17 +227,14 @@ def _server() -> ModuleType:
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments, plugins=SERVER)
     engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
-    from engine.server.settings import bind
+    from engine.server.settings import bind, local_address
     from engine.worker.spawn import spawn
 
     served: AsyncEngine
     with bind(server_config) as listener:  # Before slow work: a taken port is reported at once.
-        host, port = listener.getsockname()[:2]
-        if warning := _open_to_others(host, server_config):
+        if warning := _open_to_others(listener.getsockname()[0], server_config):
             print(warning, file=sys.stderr, flush=True)
-        host = LOOPBACK_OF.get(host, host)
-        host = f"[{host}]" if ":" in host else host
-        address = f"http://{host}:{port}/v1"
+        address = local_address(listener)
         if sys.stderr.isatty():
             print("loading the model ...", file=sys.stderr, flush=True)
         if server_config.uses("replicas"):

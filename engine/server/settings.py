@@ -148,6 +148,8 @@ def server_address(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
+LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Address for clients on this machine, by address of a server on all interfaces."""
 BACKLOG = 4096
 """Maximum number of connections that wait to be accepted."""
 ACCEPTED_AT_ONCE = 8
@@ -175,3 +177,15 @@ def bind(config: ServerConfig) -> socket.socket:
             "--port or --host."
         ) from error
     return listener
+
+
+def local_address(listener: socket.socket) -> str:
+    """Return the base address of the API behind ``listener`` for clients on this machine.
+
+    >>> from types import SimpleNamespace
+    >>> local_address(SimpleNamespace(getsockname=lambda: ("::", 8000, 0, 0)))
+    'http://[::1]:8000/v1'
+    """
+    host, port = listener.getsockname()[:2]
+    host = LOOPBACK_OF.get(host, host)
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

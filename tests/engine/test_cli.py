@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import importlib
 import io
@@ -104,10 +103,9 @@ def test_errors_of_the_system_are_reported_in_one_sentence(
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "d" * 100)
     assert run("serve", "--port", "0") == 2
     assert "set TMPDIR to a shorter one" in capsys.readouterr().err
-    full = Mock(write=Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-    monkeypatch.setattr(sys, "stdout", full)
+    monkeypatch.setattr(sys, "stdout", Mock(write=Mock(side_effect=OSError(28, "is full"))))
     assert run("generate", "x", *SMALL) == 2
-    assert capsys.readouterr().err.endswith("No space left on device\n")
+    assert capsys.readouterr().err.endswith("is full\n")
 
 
 def test_the_builtin_model_solves_the_prompts_of_the_start_screen(

@@ -106,6 +106,7 @@ def test_the_reason_of_a_killed_engine_is_printed_once(server: subprocess.Popen[
     _wait_until_ready(url)
     with httpx.stream("GET", url + "/v1/cache/events", timeout=120) as page:
         next(page.iter_text())
+        assert httpx.get(f"{url}/v1/cache/nodes/{1 << 63}", timeout=120).status_code == 404
         os.kill(child_of(server.pid), signal.SIGKILL)
         assert server.wait(120) == 1
     log = server.stderr.read()

@@ -273,13 +273,13 @@ def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> N
 
 
 @contextlib.contextmanager
-def recording(to: str, out: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def recording(to: str, out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Yield (recording process, its address). It starts as under a shell that ignores SIGINT."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
         "import engine.plugins.record.command as r; r.GRACE_S = 1;"
         "from engine.command.cli import main;"
-        f"sys.exit(main({['record', '--to', to, '--out', str(out), '--port', '0', *flags]!r}))"
+        f"sys.exit(main({['record', '--to', to, '--out', str(out), '--port', '0']!r}))"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:

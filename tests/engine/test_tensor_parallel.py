@@ -63,10 +63,10 @@ while True:
 
 
 @pytest.mark.full
-def test_a_killed_engine_leaves_no_rank_and_no_shared_memory() -> None:
+def test_a_killed_engine_leaves_no_rank_and_no_shared_memory(tmp_path: Path) -> None:
     """Check that the ranks end, and that their shared memory has no name."""
-    command = [sys.executable, "-c", KILLED]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command, env = [sys.executable, "-c", KILLED], os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         follower = int(process.stdout.readline())
         time.sleep(0.5)  # Steps are under way.
@@ -75,6 +75,7 @@ def test_a_killed_engine_leaves_no_rank_and_no_shared_memory() -> None:
             assert "/memfd:hybridcache-ranks (deleted)" in maps.read_text()
         process.kill()
     wait_until(lambda: is_gone(follower))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.full

@@ -61,8 +61,9 @@ class Page:
         return EventStream(await feed.subscribe())
 
     async def _node(self, request: Request) -> Response:
+        feed = self._feed(request)
         number = _number(request.path_params["number"], "number")
-        found = await self._feed(request).node(number)
+        found = await feed.node(number) if 0 <= number < 1 << 63 else None
         if found is None:
             raise APIError(404, "This node is not in the cache, or no page is connected.")
         tokens, text = found.pop("tokens"), None

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
     from engine.server.request_log import set_up_logging
-    from engine.server.settings import ServerConfig, bind
+    from engine.server.settings import ServerConfig, bind, local_address
     from engine.text.hugging_face import load_tokenizer
 
     tokenizer, model = None, "CONFIG_JSON"
@@ -97,8 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
             # its shutdown: without these, the process would end before the summary.
             for each in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(each, server.handle_exit)
-            address = f"http://{arguments.host}:{listener.getsockname()[1]}/v1"
-            print(f"{address} passes on to {upstream} and writes {out}", flush=True)
+            print(f"{local_address(listener)} passes on to {upstream} and writes {out}", flush=True)
             try:
                 server.run(sockets=[listener])
             finally:

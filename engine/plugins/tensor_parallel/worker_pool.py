@@ -55,13 +55,16 @@ class Followers:
         """Start the processes and wait until all run. With ``shares_memory`` they exchange their
         results through shared memory. Raises RunnerLost if one ends."""
         self._count, self._sentence = config.num_ranks, ""
-        self._folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
-        meeting = str(Path(self._folder.name) / "meeting")
-        memory = make_memory(self._count) if shares_memory else None
+        memory, folder, meeting = None, None, ""
+        if shares_memory:
+            memory = make_memory(self._count)
+        else:
+            folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
+            meeting = str(Path(folder.name) / "meeting")
         self.first = Start(0, self._count, config, meeting, memory, num_threads)
         """Start command of this process, rank 0."""
         self._all = [_start(number, memory) for number in range(1, self._count)]
-        self._end = weakref.finalize(self, _end, self._all, self._folder, memory)
+        self._end = weakref.finalize(self, _end, self._all, folder, memory)
         try:
             for one in self._all:
                 one.line.send(replace(self.first, number=one.number))
@@ -162,7 +165,9 @@ def _start(number: int, memory: int | None) -> Follower:
 
 
 def _end(
-    followers: Sequence[Follower], folder: tempfile.TemporaryDirectory[str], memory: int | None
+    followers: Sequence[Follower],
+    folder: tempfile.TemporaryDirectory[str] | None,
+    memory: int | None,
 ) -> None:
     """End all ranks. A rank that waits for a command ends when its connection closes; one that
     computes is killed."""
@@ -174,6 +179,7 @@ def _end(
         except subprocess.TimeoutExpired:
             one.process.kill()
             one.process.wait()
-    folder.cleanup()
+    if folder is not None:
+        folder.cleanup()
     if memory is not None:
         os.close(memory)
