@@ -153,7 +153,8 @@ def render_chat(
         return [common_token_prefix(encode, tokenizer.special_tokens, text, tokens, later)]
 
     ending = written[-64:].rstrip() if add_generation_prompt else ""
-    is_thinking = ending.endswith(OPEN)
+    continued = _content(messages[-1]) if continues_last else ""
+    is_thinking = ending.endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE)
     other, *longer = _futures(messages, bool(tools), thinks=not ending.endswith(CLOSE))
     cut_at = [end for cut in cuts for end in shared(_future_behind(cut, messages))]
     kept = {end for future in longer for end in shared(future)}
@@ -171,9 +172,13 @@ def render_chat(
     return ChatPrompt(spec, tuple(cut_at), is_thinking, header)
 
 
+def _content(message: Message) -> str:
+    return str(message.get("content") or "").strip()
+
+
 def _up_to_content(text: str, message: Message) -> str:
     """Return the rendered ``text`` up to the end of the content of its last ``message``."""
-    content = str(message.get("content") or "").strip()
+    content = _content(message)
     at = text.rfind(content)
     if not content or at < 0:
         raise TemplateError("the last message has no content to continue")

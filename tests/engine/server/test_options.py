@@ -114,14 +114,16 @@ def test_stop_strings_and_special_tokens_can_be_kept(live: Live) -> None:
 
 
 def test_answer_continues_the_last_message(live: Live) -> None:
-    messages = [*CHAT, {"role": "assistant", "content": "Once upon a"}]
-    body = {"messages": messages, "continue_final_message": True}
-    prompt = live.post("/tokenize", body).json()["tokens"]
-    assert bytes(prompt[-11:]) == b"Once upon a"
-    answer = live.post(
-        "/v1/chat/completions", body | {"max_tokens": 3, "return_token_ids": True}
-    ).json()
-    assert answer["prompt_token_ids"] == prompt
+    for content in ("Once upon a", "<think>Once upon a"):
+        messages = [*CHAT, {"role": "assistant", "content": content}]
+        body = {"messages": messages, "continue_final_message": True}
+        prompt = live.post("/tokenize", body).json()["tokens"]
+        assert bytes(prompt[-11:]) == b"Once upon a"
+        body |= {"max_tokens": 3, "return_token_ids": True}
+        answer = live.post("/v1/chat/completions", body).json()
+        assert answer["prompt_token_ids"] == prompt
+        is_thinking = "reasoning_content" in answer["choices"][0]["message"]
+        assert is_thinking == ("<think>" in content)
 
 
 def test_paths_of_other_servers(live: Live) -> None:
