@@ -360,8 +360,15 @@ def _latest(cache: HybridRadixCache) -> list[RadixNode]:
 
     O(n log n).
     """
+    nodes, is_written = list(cache.iter_nodes()), dict[RadixNode, bool]()
+    for node in nodes:
+        parent = node.parent
+        assert parent is not None
+        if parent not in is_written:  # A root: other parents come before their children.
+            is_written[parent] = _is_writable(parent)
+        is_written[node] = is_written[parent]
     used: dict[RadixNode, int] = {}
-    for node in reversed(list(cache.iter_nodes())):
+    for node in reversed(nodes):
         item = _item_at(node)
         own = max(item.last_used if item else 0, node.kv.last_used if node.kv else 0)
         used[node] = max(own, used.get(node, 0))
@@ -372,18 +379,12 @@ def _latest(cache: HybridRadixCache) -> list[RadixNode]:
     held = [node for node in used if node.parent is not None and node not in listed]
     held.sort(key=lambda node: (used[node], -node.end))
     room, found = cache.ghosts.limit_bytes, []
-    left_out: set[RadixNode] = set()
     for node in reversed(forgotten + held):
-        root = node
-        while root.parent is not None:
-            root = root.parent
         room -= len(node.edge) + GHOST_NODE_BYTES
         if room < 0:
             break
-        if root in left_out or not _is_writable(root):
-            left_out.add(root)
-            continue
-        found.append(node)
+        if is_written[node]:
+            found.append(node)
     return found
 
 

@@ -5,6 +5,7 @@ A router makes no calls to other components, so the simulator and the engine use
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -84,7 +85,7 @@ class ReplicaLoad:
     __slots__ = ("_decoding", "_head_since_s", "_seconds", "_waiting")
 
     def __init__(self) -> None:
-        self._waiting: dict[Hashable, float] = {}
+        self._waiting: OrderedDict[Hashable, float] = OrderedDict()
         """Estimated prefill seconds of each request without a first token, the oldest first."""
         self._seconds = 0.0
         self._head_since_s = 0.0

@@ -6,6 +6,7 @@ The cost of a request must not grow with the cached data of other requests.
 from __future__ import annotations
 
 import gc
+import timeit
 import tracemalloc
 from collections.abc import Iterator
 
@@ -14,8 +15,13 @@ import pytest
 
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.export.warm_state import write_memory
+from hybridcache.policies.eviction.lru import LRU
+from hybridcache.policies.eviction.marconi import Marconi
+from hybridcache.policies.eviction.survival import Survival
 from hybridcache.radix.tree import RadixNode
 from tests.cache.serving import hybrid, ids, publish
+from tests.policies.items import FakeItem
 
 STEP = 16
 
@@ -86,21 +92,35 @@ def test_the_cost_per_inserted_checkpoint_is_constant(steps: Steps) -> None:
 
 
 @pytest.mark.parametrize("eviction", ["lru", "fifo", "random", "gdsf", "survival"])
-def test_the_cost_of_evicting_a_checkpoint_is_independent_of_depth(
+def test_the_cost_of_saving_or_evicting_a_checkpoint_is_independent_of_depth(
     steps: Steps, eviction: str
 ) -> None:
     """The deeper path exceeds the limit of recursion."""
-    per_item = []
+    saved, evicted = [], []
     for num_states in (100, 2000):
         cache, handle = chain(num_states, eviction=eviction)
         steps.count = 0
+        write_memory(cache)
+        saved.append(steps.count / num_states)
+        steps.count = 0
         assert cache.evict(num_slots=num_states - 1).num_slots == num_states - 1
-        per_item.append(steps.count / num_states)
+        evicted.append(steps.count / num_states)
         cache.check()
         cache.unlock(handle)
         cache.reset()
         cache.check(held_tokens=0, held_slots=0)
-    assert per_item[1] <= 1.2 * per_item[0]
+    assert saved[1] <= 1.2 * saved[0] and evicted[1] <= 1.2 * evicted[0]
+
+
+@pytest.mark.parametrize("make", [LRU, Marconi, Survival])
+def test_the_next_victim_is_found_as_fast_after_many_evictions(make: type) -> None:
+    policy, items = make(), [FakeItem("tail", "kv", dead=True) for _ in range(30_000)]
+    for item in items:
+        policy.add(item)
+    before = min(timeit.repeat(lambda: policy.victim("kv"), number=1, repeat=99))
+    for item in items[:-1]:
+        policy.discard(item, evicted=True)
+    assert min(timeit.repeat(lambda: policy.victim("kv"), number=1, repeat=99)) < 20 * before
 
 
 def with_locked_paths(num_live: int, num_nodes: int) -> HybridRadixCache:

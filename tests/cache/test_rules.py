@@ -5,22 +5,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from hybridcache import CacheConfig
 from tests.cache.serving import hybrid, ids, publish
-
-
-def test_a_split_copies_no_tokens():
-    cache = hybrid()
-    publish(cache, ids("abcdef"))
-    (node,) = cache._tree.nodes()
-    whole = node.edge
-    publish(cache, ids("abcX"))
-    upper = node.parent
-    assert upper.edge.obj is whole and node.edge.obj is whole
-    assert np.shares_memory(upper.kv.indices, node.kv.indices.base)
 
 
 def test_the_cache_copies_the_arrays_of_the_caller():

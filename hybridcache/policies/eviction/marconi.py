@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 
 from hybridcache.policies.eviction.columns import Columns
@@ -29,7 +31,7 @@ class Marconi(EvictionPolicy):
 
     def __init__(self, alpha: float = 1.0) -> None:
         self.alpha = alpha
-        self._dead: dict[Item, None] = {}
+        self._dead: OrderedDict[Item, None] = OrderedDict()
         self._columns: dict[Kind, Columns] = {"kv": Columns(), "checkpoint": Columns()}
 
     def add(self, item: Item) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -112,7 +113,8 @@ class Survival(EvictionPolicy):
         self._random = random.Random(seed)
         self._checkpoints = Columns()
         self._kv = Columns()
-        self._dead: dict[Item, None] = {}
+        self._dead: OrderedDict[Item, None] = OrderedDict()
+        """Leaf KV that goes first. The first key of a plain dictionary is not found in O(1)."""
         self._idle_kv: dict[Item, None] | None = {}
         """Leaf KV until the first call of ``victim`` that needs it ranked. None from then on."""
         self._stale: dict[Item, None] = {}
@@ -150,8 +152,8 @@ class Survival(EvictionPolicy):
     def load_state_dict(self, state: dict[str, Any], item_of: Callable[[int], Item | None]) -> None:
         """Replace the learned state. Items that no longer exist are left out."""
 
-        def items(serials: list[int]) -> dict[Item, None]:
-            return {item: None for serial in serials if (item := item_of(serial)) is not None}
+        def items(serials: list[int]) -> OrderedDict[Item, None]:
+            return OrderedDict.fromkeys(item for one in serials if (item := item_of(one)))
 
         hazards, idle_kv, just_used = state["hazards"], state["idle_kv"], state["just_used"]
         if state["policy"] != "survival" or (hazards is not None) != self._owns_hazards:
