@@ -1357,9 +1357,11 @@ class HybridRadixCache:
         logger ``hybridcache`` reports the error."""
         for listener in self._listeners:
             try:
-                getattr(listener, change)(*what)
+                if listener.followed is self:  # Another one, or itself, may have ended it.
+                    getattr(listener, change)(*what)
             except Exception:
-                self.unsubscribe(listener)
+                if listener.followed is self:
+                    self.unsubscribe(listener)
                 import logging  # not at the top: it is needed here alone
 
                 logging.getLogger("hybridcache").exception(

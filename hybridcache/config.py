@@ -14,7 +14,7 @@ from hybridcache.policies.eviction.priority_classes import PriorityClasses
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.tree import ItemBytes
-from hybridcache.tokens import require_bool
+from hybridcache.tokens import require_bool, require_index
 
 COUNTS = (
     *("num_kv_tokens", "num_slots", "total_bytes", "kv_bytes_per_token", "state_bytes"),
@@ -92,8 +92,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for name in COUNTS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not (value is None or hasattr(value, "__index__")):
-                raise TypeError(f"{name} must be an integer (got {value!r}).")
+            if value is not None or name not in ("num_slots", "total_bytes"):
+                object.__setattr__(self, name, require_index(value, name))
         require_bool(self.priority_classes, "priority_classes")
         if self.prefix_cache not in PREFIX_CACHES:
             known = ", ".join(PREFIX_CACHES)

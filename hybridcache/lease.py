@@ -648,9 +648,8 @@ class Lease:
                     break
                 del self._planned[position]
                 self._pending.append((position, slot, label))
+                self.cache.steps.note_taken(self, start)
                 num_taken += 1
-        if num_taken:
-            self.cache.steps.note_taken(self, start)
         saves = []
         for position, slot, _ in self._pending:
             if start < position <= end:
@@ -724,7 +723,7 @@ class Lease:
                 was in its rows and slots.
             TypeError: ``computed_len`` is not an integer.
         """
-        self._refuse_uncomputed(tokens, computed_len)
+        computed_len = self._checked_len(tokens, computed_len)
         cache, first = self.cache, self.published_len
         if self._request.exact:
             computed_len = min(computed_len, self.prompt_len)
@@ -763,7 +762,7 @@ class Lease:
             ValueError: ``stop_reason`` is another text (``STOP_REASONS``). The lease goes on.
             TypeError: ``stop_reason`` is not a string, or ``donate`` not a bool. The lease goes on.
         """
-        self._refuse_uncomputed(tokens, computed_len)
+        computed_len = self._checked_len(tokens, computed_len)
         if type(donate) is not bool:
             require_bool(donate, "donate")
         if type(stop_reason) is not str or stop_reason:
@@ -785,7 +784,7 @@ class Lease:
             ValueError, RuntimeError: as for ``publish``. The lease goes on.
             ValueError: as for ``abort``. The lease has ended.
         """
-        self._refuse_uncomputed(tokens, computed_len)
+        computed_len = self._checked_len(tokens, computed_len)
         self._end(tokens, computed_len, True, "")
 
     def abort(self) -> None:
@@ -896,14 +895,14 @@ class Lease:
             else:
                 self._placement.on_saved(position, label)
 
-    def _refuse_uncomputed(self, tokens: Tokens, computed_len: int) -> None:
-        """Raise ValueError unless ``computed_len`` of ``tokens`` can be published, and RuntimeError
-        if the last plan was not carried out or the state was never restored.
+    def _checked_len(self, tokens: Tokens, computed_len: int) -> int:
+        """Return ``computed_len``. Raise ValueError unless that many ``tokens`` can be published,
+        and RuntimeError if the last plan was not carried out or the state was never restored.
 
         O(prompt tokens to publish), a comparison of bytes.
         """
         if type(computed_len) is not int:
-            require_index(computed_len, "computed_len")
+            computed_len = require_index(computed_len, "computed_len")
         first = self.published_len
         if self._has_ended or not first <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
@@ -923,14 +922,13 @@ class Lease:
             if steps.not_ready and computed_len > steps.not_ready.get(self, computed_len):
                 raise RuntimeError(NOT_TAKEN.format(computed_len))
         end = min(computed_len, self.prompt_len)
-        if first >= end:
-            return
         new = np.ascontiguousarray(tokens[first:end])
-        if not self._prompt.startswith(new.data, first * new.itemsize):
+        if first < end and not self._prompt.startswith(new.data, first * new.itemsize):
             raise ValueError(
                 f"tokens {first} to {end} are not those of the LeaseRequest, as they were at "
                 "begin: pass its tokens, followed by those generated so far"
             )
+        return computed_len
 
     def _misuse(self, length: int) -> ValueError:
         """Return the error of a call for ``length`` tokens on a lease that cannot have them."""

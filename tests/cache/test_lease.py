@@ -11,6 +11,7 @@ import pytest
 from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepMemory, StepPlan
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.export.warm_state import write_memory
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
@@ -207,10 +208,11 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
     with pytest.raises(ValueError, match="a request with a state cannot resume in a cache made"):
         Lease.begin(radix, placement, request)
     for right in ((), (0, 4, 4, 9), [np.int64(3)], (12,)):
-        lease = begin(make_cache(grid=3), tokens(9), "boundary", boundaries=right)
+        lease = begin(make_cache(grid=np.int64(3)), tokens(9), "boundary", boundaries=right)
         prefill(lease, tokens(9), 6)
         lease.abort()
         check(lease.cache)
+    assert write_memory(lease.cache)
 
 
 @pytest.mark.parametrize("call", ["publish", "finish", "preempt"])
@@ -239,7 +241,8 @@ def test_a_preempted_and_resumed_request_is_counted_once() -> None:
         lease = begin(cache, prompt, resumes=is_counted)
         assert not extends or lease.extend(40)
         carried_out(cache)
-        lease.preempt(prompt, min(lease.extended_len, 16 if lease.cached_len < 16 else 24))
+        end = np.int64(16 if lease.cached_len < 16 else 24)
+        lease.preempt(prompt, min(lease.extended_len, end))
         is_counted = lease.is_counted
     usage = cache.stats.total
     assert (usage.requests, usage.hits, usage.prompt_tokens, usage.never_seen) == (1, 0, 40, 40)
