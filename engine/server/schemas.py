@@ -293,8 +293,8 @@ KNOWN = ("role", "content", "tool_calls", "cache_control")
 """Names of a message that have a fixed form."""
 
 
-Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
-"""Roles of OpenAI's API."""
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+"""Roles of OpenAI's API, without the old ``function``, which no template writes."""
 
 
 class Message(msgspec.Struct, kw_only=True):
