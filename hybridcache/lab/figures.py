@@ -523,11 +523,7 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 
 
 @_with_fonts
-def closed_loop_figure(
-    runs: Sequence[ClosedLoopRun],
-    path: str | Path | None,
-    caption: str = "",
-) -> Figure:
+def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -> Figure:
     """Draw hits, times to first token and makespan over the rate of sessions: a row of panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
     smallest to the largest."""
@@ -562,10 +558,9 @@ def closed_loop_figure(
                 _log_values(axis)
             else:
                 axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-            facts = [cell[0], *([] if cell[2] is None else [f"{cell[2]:.3g} GiB"])]
-            titles.append([*facts, cell[1]])
+            titles.append([cell[0], f"{cell[2]:.3g} GiB", cell[1]])
     set_titles(figure, axes, titles)
-    return save(figure, axes, path, caption)
+    return save(figure, axes, path)
 
 
 def _over_rates(

@@ -82,9 +82,9 @@ class RateInterval(Interval):
         return super().__format__(spec) if spec else f"{self.scaled(100)} %"
 
 
-def interval(values: Sequence[float], seed: int = 0) -> Interval:
+def interval(values: Sequence[float]) -> Interval:
     """Return the mean of one value per unit, for example one rate per seed. O(resamples * n)."""
-    return ratio(values, np.ones(len(values)), seed)
+    return ratio(values, np.ones(len(values)))
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
@@ -95,11 +95,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
     return interval(differences.round(12).tolist())
 
 
-def ratio(
-    parts: Sequence[float] | np.ndarray,
-    wholes: Sequence[float] | np.ndarray,
-    seed: int = 0,
-) -> Interval:
+def ratio(parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndarray) -> Interval:
     """Return ``sum(parts) / sum(wholes)`` with units drawn again with replacement.
 
     A token hit rate is this ratio with reused tokens and prompt tokens of each session. The
@@ -111,7 +107,7 @@ def ratio(
     mean = float(parts.sum() / wholes.sum())
     if len(parts) < FEWEST_UNITS:
         return Interval(mean, math.nan, math.nan)
-    drawn = np.random.default_rng(seed).integers(len(parts), size=(RESAMPLES, len(parts)))
+    drawn = np.random.default_rng(0).integers(len(parts), size=(RESAMPLES, len(parts)))
     rates = parts[drawn].sum(axis=1) / wholes[drawn].sum(axis=1)
     tail = expanded_tail(len(parts))
     low, high = np.quantile(rates, (tail, 1 - tail))

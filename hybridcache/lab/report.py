@@ -327,7 +327,7 @@ OF_TENANTS = (
 """Columns of tables with several tenants."""
 
 
-def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
+def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str) -> str:
     """Return a table for each cache: a row for each admission policy and rate, averaged over
     seeds."""
     tables = []
@@ -339,10 +339,8 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
         for admission, rate in dict.fromkeys((run.admission, run.rate) for run in chosen):
             same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
             rows.append([f"{admission}, {rate:g}", *(metric.text(same) for metric in metrics)])
-        size = "" if gib is None else f", {gib:.3g} GiB"
-        title = (
-            f"{first.trace}{size}, {label}: {counted(first.num_requests, 'request')} in closed loop"
-        )
+        requests = counted(first.num_requests, "request")
+        title = f"{first.trace}, {gib:.3g} GiB, {label}: {requests} in closed loop"
         notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
         if first.num_sessions == first.num_requests:
             notes.append(
@@ -352,8 +350,7 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
         refused = max(run.num_refused for run in chosen)
         if refused:
             notes.append(f"left out: {counted(refused, 'request')} longer than the memory")
-        if times:
-            notes.append(f"step times: {times}")
+        notes.append(f"step times: {times}")
         seeds = len({run.seed for run in chosen})
         if seeds > 1:
             notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
@@ -461,7 +458,7 @@ def no_hit_note(run: RunResult, has_states: bool) -> str:
     page, name = run.page_tokens, "its pages have"
     if run.config.baseline is None and has_states:
         page, name = run.config.grid, "checkpoints are saved every"
-    if run.hits or page is None or run.longest_prompt is None or run.longest_prompt > page:
+    if run.hits or page is None or run.longest_prompt > page:
         return ""
     return (
         f"{run.label}: no hit is possible, because {name} {page:,} tokens and the longest prompt "

@@ -120,7 +120,7 @@ class RequestTable:
         """Prompt tokens that were computed, by cause."""
         self.num_refused = 0
         """Requests longer than the memory."""
-        self.priority_classes: bool | None = None
+        self.priority_classes = False
         """True if the cache evicts unreachable KV and superseded checkpoints first."""
         self.end_s = 0.0
         self.live_s = 0.0
@@ -182,8 +182,7 @@ class _Run:
             owns_states=geometry.checkpoint_bytes is not None,
         )
         self.now_s = 0.0
-        if (policy := getattr(cache, "policy", None)) is not None:
-            policy.set_clock(lambda: self.now_s)
+        cache.policy.set_clock(lambda: self.now_s)
         self.admission: AdmissionPolicy = make_admission(cell.admission)  # type: ignore[arg-type]
         self.planner: StepPlanner[SimulatedRequest] = StepPlanner(
             self.manager,
@@ -196,7 +195,7 @@ class _Run:
         self.tells_ends, self.times = cell.tells_ends, cell.step_times(geometry)
         [self.rate], [self.seed] = sizes(cell.rate, "rate"), seeds_of(cell)
         self.table = RequestTable()
-        self.table.priority_classes = has_priority_classes(getattr(cache, "policy", None))
+        self.table.priority_classes = has_priority_classes(cache.policy)
         self.events: list[tuple[float, int, int]] = []
         """(time, order, session) of the next request of each session that has one."""
         self.num_events = self.num_asked = 0

@@ -110,8 +110,7 @@ class SessionResult(NamedTuple):
     cached_tokens: int
     """Prompt tokens that were reused."""
     losses: Losses | None = None
-    """Tokens not reused, by cause; None where the target does not say, and in files of earlier
-    versions."""
+    """Tokens not reused, by cause; None where the target does not say."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -161,8 +160,8 @@ class RunResult:
     """Sessions in the order of their first requests."""
     control_us: float
     """Microseconds per request in the cache's own code, mean. Not reproducible; all else is."""
-    longest_prompt: int | None = None
-    """Tokens of the longest prompt; None in files of earlier versions."""
+    longest_prompt: int
+    """Tokens of the longest prompt."""
     page_tokens: int | None = None
     """Tokens of the smallest prefix that a rebuilt peer can reuse; None for our own cache."""
     moved_slabs: int | None = None
@@ -337,18 +336,18 @@ class ClosedLoopRun:
     """Tenant with the highest mean time to first token; ``-`` if there is one tenant."""
     worst_ttft_s: float
     """Mean time to first token of the worst tenant."""
-    model: str = ""
-    """Name of the model; empty in files of earlier versions, as are the next three."""
-    max_running: int | None = None
+    model: str
+    """Name of the model."""
+    max_running: int
     """Most requests at once."""
-    token_budget: int | None = None
+    token_budget: int
     """Most tokens in a step."""
-    tells_ends: bool = False
+    tells_ends: bool
     """True if clients say when a session has ended."""
-    num_sessions: int = 0
-    """Sessions with an answered request; 0 in files of earlier versions."""
-    config: RunIdentity | None = None
-    """Identity of the run's cache; None in files of earlier versions."""
+    num_sessions: int
+    """Sessions with an answered request."""
+    config: RunIdentity
+    """Identity of the run's cache."""
 
     @property
     def token_hit_rate(self) -> float:
@@ -362,15 +361,13 @@ class ClosedLoopRun:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return the run of an ``as_record``."""
-        values = known_fields(cls, record)
-        if values.get("config"):
-            values["config"] = RunIdentity(**values["config"])
-        return cls(**values)
+        config = RunIdentity(**record["config"])
+        return cls(**known_fields(cls, record) | {"config": config})
 
     def as_row(self) -> dict[str, Any]:
         """Return settings and figures as one flat dictionary."""
         figures = self.as_record()
-        return (figures.pop("config") or {}) | figures
+        return figures.pop("config") | figures  # type: ignore[no-any-return]
 
 
 def summarise(
@@ -429,9 +426,9 @@ def summarise(
 
 
 def _session(row: Sequence[Any]) -> SessionResult:
-    """Restore a session from JSON. Files of earlier versions have no losses."""
-    name, requests, prompt_tokens, cached_tokens, *rest = row
-    losses = Losses(*rest[0]) if rest and rest[0] is not None else None
+    """Restore a session from JSON."""
+    name, requests, prompt_tokens, cached_tokens, lost = row
+    losses = None if lost is None else Losses(*lost)
     return SessionResult(name, requests, prompt_tokens, cached_tokens, losses)
 
 

@@ -17,7 +17,7 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, raise_failure
+from hybridcache.policies.protocol import PlacementPolicy, raise_failure
 
 
 class Served(Protocol):
@@ -97,10 +97,8 @@ class LeaseTarget:
         """Slot numbers of running requests: each gets its own, as in the engine."""
         self.now_s = 0.0
         """Timestamp of the present request: the clock of policies in replays."""
-        policy: EvictionPolicy | None = getattr(cache, "policy", None)
-        if policy is not None:
-            policy.set_clock(lambda: self.now_s)
-        self.priority_classes: bool | None = has_priority_classes(getattr(cache, "policy", None))
+        cache.policy.set_clock(lambda: self.now_s)
+        self.priority_classes: bool | None = has_priority_classes(cache.policy)
 
     def begin(self, request: TraceRequest) -> Served | None:
         self.now_s = request.timestamp_s
@@ -138,8 +136,7 @@ class LeaseTarget:
 
     def counters(self) -> dict[str, int]:
         """See ``Target``. Raises the failure of a user's policy in the last request."""
-        policy: EvictionPolicy | None = getattr(self.cache, "policy", None)
-        raise_failure(None if policy is None else policy.failure)
+        raise_failure(self.cache.policy.failure)
         lower, copied = self.cache.offload, {}
         if lower is not None:
             copied = {
