@@ -163,7 +163,7 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     alone = run_grid(short(), cells, run_cell, place=place)
     done: list[tuple[int, int]] = []
     first = run_grid(short(), cells[:4], run_cell, place=place, kept=kept)
-    path.write_text(path.read_text() + '{"key": "torn')
+    path.write_bytes(path.read_bytes() + b'{"key": "torn\xff')
     run = partial(run_grid, short(), cells, run_cell, kept=kept)
     with pytest.warns(UserWarning, match="line 5: damaged or cut"):
         both = run(place=Place(processes=2), progress=lambda *at: done.append(at))

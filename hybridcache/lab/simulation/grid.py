@@ -273,11 +273,11 @@ def records_of(path: Path) -> Iterator[dict[str, Any]]:
     is skipped with a warning. There are none in a file that does not exist."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:  # not JSON, or not UTF-8
                 warn(f"{path}, line {number}: damaged or cut, so this result is left out")
             else:
                 yield record
