@@ -73,6 +73,12 @@ class ItemView:
     def predecessor(self) -> Item | None:
         return view_of(self._item.predecessor)
 
+    def __lt__(self, other: object) -> bool:
+        """Return False: items with one serial are equal, as in a tier (``OffloadedCheckpoint``)."""
+        return False
+
+    __gt__ = __lt__
+
     def __repr__(self) -> str:
         return repr(self._item)
 
@@ -177,14 +183,17 @@ class GuardedEviction(_Guard, EvictionPolicy):
     def __init__(self, label: str, policy: EvictionPolicy) -> None:
         super().__init__(label, policy)
         self._held: dict[Item, None] = {}
+        self._num_held: dict[Kind, int] = {"kv": 0, "checkpoint": 0}
         self.orders_classes = bool(policy.orders_classes)
 
     def add(self, item: Item) -> None:
         self._held[item] = None
+        self._num_held[item.kind] += 1
         self._add(item)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        self._held.pop(item, None)
+        del self._held[item]
+        self._num_held[item.kind] -= 1
         self._discard(item, evicted)
 
     def for_tier(self) -> EvictionPolicy | None:
@@ -212,7 +221,7 @@ class GuardedEviction(_Guard, EvictionPolicy):
         """Raise PolicyError if ``victim`` is no candidate, or None although there are candidates:
         memory would never be freed, and requests would wait for ever."""
         if victim is None:
-            if any(kind in (None, item.kind) for item in self._held):
+            if self._held if kind is None else self._num_held[kind]:
                 of_kind = "" if kind is None else f" of kind {kind!r}"
                 raise self._error(
                     "victim",

@@ -8,7 +8,8 @@ import pytest
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.exchange import Exchange
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.registry import parse_placement
+from hybridcache.policies.eviction.scored import FIFO
+from hybridcache.policies.registry import EvictionSpec, parse_placement
 from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate, carried_out, ids, serve
@@ -148,8 +149,11 @@ def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     assert not fork.match(ids("abX")).loadable[0].node.offloaded.state.superseded
 
 
-@pytest.mark.parametrize("eviction", ("fifo", "lru", "gdsf", "lfu", "survival"))
-def test_a_lost_state_can_be_adopted_again(eviction: str) -> None:
+OWN = type("Own", (FIFO,), {})  # a user's policy
+
+
+@pytest.mark.parametrize("eviction", ("fifo", "lru", "gdsf", "lfu", "survival", OWN))
+def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
     """The heap of a policy then has two entries with equal values and serials."""
     sizes = {"num_kv_tokens": 40, "num_slots": 3, "state_bytes": 20, "host_bytes": 960}
     cache = tiered(**sizes, grid=4, eviction=eviction, ghost_bytes=20_000)
@@ -161,5 +165,6 @@ def test_a_lost_state_can_be_adopted_again(eviction: str) -> None:
         cache.drop_lost("host", lambda rows: True)
         assert cache.adopt(tokens, None, "host") is not None
         cache.check(0, 0)
+    cache.match(tokens)  # raises the failure of a policy
     cache.reset()
     cache.check(0, 0)

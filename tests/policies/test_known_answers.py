@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybridcache.policies.eviction.lhd import LHD
-from hybridcache.policies.eviction.scored import GDSF, Random
+from hybridcache.policies.eviction.scored import GDSF
 from tests.policies.items import FakeItem, offer
 
 
@@ -21,13 +21,6 @@ def test_gdsf_weighs_cost_uses_and_size() -> None:
     policy.add(again)
     old = FakeItem("old", span=40, size_bytes=mib, memo=(0, 0.0))
     assert offer(policy, old) == ["old", "again"]
-
-
-def test_random_is_seeded_and_evicts_every_item() -> None:
-    names = "abcdefgh"
-    orders = [offer(Random(seed=3), *(FakeItem(name) for name in names)) for _ in range(2)]
-    assert sorted(orders[0]) == list(names)
-    assert orders[0] == orders[1] != offer(Random(seed=4), *(FakeItem(name) for name in names))
 
 
 def test_lhd_learns_the_age_at_which_items_are_used() -> None:
