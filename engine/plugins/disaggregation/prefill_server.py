@@ -289,6 +289,8 @@ class PrefillServer(Plugin):
             raise ValueError("the prefix is not token ids")
         if ask.start >= len(tokens):
             raise ValueError("nothing is requested")
+        if ask.spec.grammar is not None:  # Compiled in the engine's thread, where it may fail.
+            raise ValueError("a prefix follows no grammar")
         if len(self._sessions) >= MAX_PREFIXES:
             self._fail(peer, StepFailed("it sends too many prefixes already"))
             return

@@ -39,9 +39,11 @@ def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:
     assert explanation["parted"]["now"].startswith("!")
     other = live.get(f"/v1/cache/explanations/{ids[2]}?compared_with={ids[1]}").json()
     assert other["compared_with"] == ids[1] and other["parted"]["at"] < explanation["parted"]["at"]
-    assert "tokens were reused" in explanation["text"] and explanation["text"].endswith(
-        explanation["advice"]
-    )
+    assert "tokens were reused" in explanation["text"]
+    assert explanation["text"].endswith(explanation["advice"])
+    assert live.post("/reset_prefix_cache", {}).status_code == 200
+    again = live.post("/v1/chat/completions", chats[2]).json()["id"]
+    assert "reset" in live.get(f"/v1/cache/explanations/{again}").json()["advice"]
     unknown = live.get("/v1/cache/explanations/chatcmpl-none")
     assert unknown.status_code == 404 and "'chatcmpl-none' is stored" in unknown.text
     assert "--explain-mib" not in unknown.text, "no explanation was dropped"

@@ -243,12 +243,11 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
         ask(prompt=b"abc"),
         ask(prompt=b""),
         ask(prompt=[1, 2]),
-        ask(start=-1),
-        ask(start=100),
-        ask(start=1 << 40),
+        *(ask(start=start) for start in (-1, 100, 1 << 40)),
         ask(namespace=[3]),
         ask(boundaries=["x"]),
         ask(boundaries="all"),
+        ask(grammar={"kind": "lark", "text": "("}),
     ):
         with stranger(port) as socket_of:
             socket_of.send(data)
