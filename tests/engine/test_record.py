@@ -49,8 +49,7 @@ def proxied(path: Path, keeps_text: bool) -> Iterator[tuple[openai.OpenAI, Scrip
 
 
 def lines_of(path: Path, number: int) -> list[dict[str, Any]]:
-    """Return the requests of a trace, once ``number`` are there: a line is written after its
-    answer."""
+    """Return the first ``number`` requests of a trace: a line is written after its answer."""
     wait_until(lambda: len(path.read_text().splitlines()) > number)
     return [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
@@ -208,8 +207,10 @@ class Setup:
 
 
 @pytest.fixture
-def setup(tmp_path: Path) -> Iterator[Setup]:
-    made = Setup(tmp_path)
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
+    with monkeypatch.context() as environment:
+        environment.setenv("http_proxy", "http://127.0.0.1:9")
+        made = Setup(tmp_path)
     yield made
     made.stop()
 

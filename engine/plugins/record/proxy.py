@@ -311,7 +311,10 @@ class Proxy:
         self._url, self._writer = httpx.URL(upstream), writer
         # httpx has a pool of 100 connections by default, and further requests wait without limit.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-        self._client = httpx.AsyncClient(timeout=None, limits=limits)
+        # A proxy of the environment would need the whole address, which ``target`` replaces. With
+        # TLS it only sees a tunnel.
+        uses_proxies = self._url.scheme == "https"
+        self._client = httpx.AsyncClient(timeout=None, limits=limits, trust_env=uses_proxies)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trace")
 
     def finish(self) -> None:
