@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from engine.requests.grammar import (
@@ -42,20 +42,25 @@ def grammar_of_calls(
     form: Form = "hermes",
     *,
     in_parallel: bool = True,
+    text: Callable[[], Grammar] | None = None,
 ) -> Grammar:
     """Return the grammar of an answer that must call one of ``tools``, or several if
-    ``in_parallel``.
+    ``in_parallel``, or must be a ``text`` of this grammar in Lark.
 
     ``tools`` are described as in OpenAI's API. ``choice`` is "required", or the name of the tool to
-    call. Raises GrammarError if no tool has this name, or the schema of one cannot be used.
+    call. With ``text``, arguments are any object unless the tool is ``strict``. Raises GrammarError
+    if no tool has this name, or the schema of one cannot be used.
     """
-    functions = _functions(tools)
+    functions = _functions(tools) if text is None else _only_strict(tools)
     wanted = [f for f in functions if choice in ("required", f["name"])]
     if not wanted:
         names = [function["name"] for function in functions]
         raise GrammarError(f"tool_choice must be one of {', '.join(names) or 'no tools'}.")
     more = '("\\n" call)*' if in_parallel and choice == "required" else ""
-    lines = [f"start: call {more}", f'call: "{OPEN}\\n" calls "\\n{CLOSE}"', *_calls(wanted, form)]
+    start = f"start: call {more}"
+    if text is not None:
+        start += "\n" + text().text.replace("start:", "| ", 1)
+    lines = [start, f'call: "{OPEN}\\n" calls "\\n{CLOSE}"', *_calls(wanted, form)]
     return Grammar("lark", bounded("the tools' schemas", "\n".join(lines), MAX_CHARS))
 
 
@@ -68,11 +73,7 @@ def grammar_of_strict_calls(
     schema, or any object if the tool is not ``strict``. ``may_think``: the answer may begin with
     reasoning. Raises GrammarError if the schema of a strict tool cannot be used.
     """
-    functions = [
-        f if f.get("strict") is True else {"name": f["name"], "parameters": ANY_OBJECT}
-        for f in _functions(tools)
-    ]
-    rules = _calls(functions, form)
+    rules = _calls(_only_strict(tools), form)
     starts = {OPEN: f'start: "\\n"? calls "\\n"? "{CLOSE}"'}
     if form == "xml":
         starts[FUNCTION] = "start: function"
@@ -81,6 +82,14 @@ def grammar_of_strict_calls(
         for mark, start in starts.items()
     )
     return Grammar("marks", marks=marks, may_think=may_think)
+
+
+def _only_strict(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the functions of ``tools``; those that are not strict take any object."""
+    return [
+        f if f.get("strict") is True else {"name": f["name"], "parameters": ANY_OBJECT}
+        for f in _functions(tools)
+    ]
 
 
 def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -153,13 +153,16 @@ def _forms(
     body: ChatRequest, form: AnswerForm, format_name: str
 ) -> dict[str, Callable[[], Grammar]]:
     """Return the requested forms of the answer; see ``Sampling.forms``. Required calls are one, and
-    so are strict calls that the answer may contain, unless another form is requested."""
+    so are strict calls that the answer may contain. With tools that may be called, the format is
+    that of an answer without calls."""
     forms, tools, choice = body.forms(format_name), body.tools or (), body.tool_choice
     written = "hermes" if form.calls is None else form.calls.FORM
+    calls = partial(grammar_of_calls, tools, form=written, in_parallel=body.parallel_tool_calls)
     if choice not in (None, "none", "auto"):
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
-        more = {"in_parallel": body.parallel_tool_calls}
-        forms["tool_choice"] = partial(grammar_of_calls, tools, name, written, **more)
+        forms["tool_choice"] = partial(calls, name)
+    elif choice != "none" and tools and (text := forms.get(format_name)) is not None:
+        forms[format_name] = partial(calls, text=text)
     elif (
         choice != "none"
         and not forms

@@ -51,6 +51,10 @@ GRAMMARS = {
         grammar_of_calls(TOOLS, "look"),
         r'<tool_call>\n{"name": "look", "arguments": {"at": "(sky|sea)"}}\n</tool_call>',
     ),
+    "a format or calls": (
+        grammar_of_calls(TOOLS[1:], text=lambda: Grammar.of_schema(closed({"a": {"const": 3}}))),
+        r'{\s*"a"\s*:\s*3\s*}|(<tool_call>\n{"name": "stop", "arguments": {.*}}\n</tool_call>\n?)+',
+    ),
 }
 
 
