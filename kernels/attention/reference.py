@@ -72,8 +72,8 @@ def decode_attention(
 ) -> torch.Tensor:
     """Compute attention of the last token of each sequence, ``query [B, HQ, D]``.
 
-    Every sequence is computed separately, so results do not depend on the batch. Returns ``[B, HQ,
-    D]``.
+    Every sequence is computed separately, from an aligned copy of its query, so results do not
+    depend on the batch. Returns ``[B, HQ, D]``.
     """
     out = torch.empty_like(query)
     num_kv_heads = key_pool.shape[1]
@@ -83,7 +83,7 @@ def decode_attention(
         values = keys
         if value_pool is not key_pool:
             values = _rows(value_pool, indices).transpose(0, 1)[None]
-        grouped = query[b].view(1, num_kv_heads, -1, query.shape[-1])
+        grouped = query[b].clone().view(1, num_kv_heads, -1, query.shape[-1])
         out[b] = F.scaled_dot_product_attention(grouped, keys, values, scale=scale).view_as(out[b])
     return out
 
@@ -112,7 +112,7 @@ def verify_attention(
             _rows(pool, indices).transpose(0, 1)[None] for pool in (key_pool, value_pool)
         )
         for end in range(kv_len - length + 1, kv_len + 1):
-            grouped = query[t].view(1, num_kv_heads, -1, query.shape[-1])
+            grouped = query[t].clone().view(1, num_kv_heads, -1, query.shape[-1])
             attended = F.scaled_dot_product_attention(
                 grouped, keys[:, :, :end], values[:, :, :end], scale=scale
             )

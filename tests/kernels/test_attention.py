@@ -168,8 +168,9 @@ def test_resume_changes_no_bit(
 @pytest.mark.full("bf16-fused", "fp32-native")
 @DECODES
 def test_decode_is_independent_of_the_batch(backend, dtype, device) -> None:
-    cache = Cache.filled([600, 40, 257, 1], 4, 2, 32, dtype, device)
-    ends = [(0, 600), (1, 40), (2, 257), (3, 1)]
+    lengths = [600, 40, 257, 1, *range(65, 81)]
+    cache = Cache.filled(lengths, 2, 1, 17, dtype, device)  # rows that are not aligned
+    ends = list(enumerate(lengths))
     batched = cache.decode(backend, ends)
     for i, end in enumerate(ends):
         assert torch.equal(cache.decode(backend, [end])[0], batched[i])

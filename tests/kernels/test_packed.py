@@ -20,6 +20,7 @@ def test_packing_without_sequences() -> None:
     packed = Packed.from_lengths([])
     assert packed.cu_seqlens.tolist() == [0]
     assert len(packed.tile_sequences) == 0
+    assert Exports.plan(packed, []) is None
 
 
 def test_exports_are_ordered_by_sequence_and_position() -> None:
@@ -29,10 +30,6 @@ def test_exports_are_ordered_by_sequence_and_position() -> None:
     assert exports.ends == (64, 200, 64)
     assert exports.slots == (4, 3, 5)
     assert [table.tolist() for table in exports.tables] == [[64, 200, 64], [4, 3, 5], [0, 2, 2, 3]]
-
-
-def test_plan_without_exports_is_none() -> None:
-    assert Exports.plan(Packed.from_lengths([5]), []) is None
 
 
 ENDS = [*((64, end) for end in (0, 63, 65, 192, -64)), (32, 16), (32, 48), (16, 8), (16, 24)]
