@@ -168,7 +168,8 @@ class Turn(Part, kw_only=True):
 
 
 class Tool(Part, kw_only=True):
-    """A custom tool. ``eager_input_streaming`` is ignored: input is sent when it is complete."""
+    """A custom tool. ``defer_loading`` is ignored, and so is ``eager_input_streaming``: input is
+    sent when it is complete."""
 
     type: Literal["custom"] | None = None
     name: Name

@@ -25,7 +25,7 @@ Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block poo
   states. The last decoded token is never computed.
 - Blocks are never de-duplicated: content computed again is stored again.
 
-Left out: preemption, waiting for a state that another request produces in the same step, and states
+Left out: preemption, waiting for a state that another request produces in the same step, states
 exported from within a chunk (an option of one backend), and offload to host memory.
 """
 

@@ -15,8 +15,7 @@ from hybridcache.policies.admission.base import (
 
 CREDIT_S = 5.0
 """Seconds of repeated work that are tolerated: about one cold prompt of 40,000 tokens. A server
-that loses less than it repays never withholds a request. Also the debt up to which another session
-may enter at once if the server computes for no resident session."""
+that loses less than it repays never withholds a request."""
 FLOOR = 0.1
 """Least share of the time in which the debt is repaid. At a steady overload, a tenth of the time is
 spent on repeating work."""
@@ -71,8 +70,8 @@ class SessionGate(AdmissionPolicy):
     - Positive debt: requests enter only if no resident session has an open request and they fit
       next to the active sessions, or if nothing was computed for a while.
 
-    The next turn of a session that has begun goes first after ``MOST_WAIT_S``, and a request of a
-    new session after ``MAX_TURNS`` turns of others.
+    The next turn of a session that has begun goes first after ``MOST_WAIT_S``, and the longest
+    wait after ``MAX_TURNS`` turns of others.
 
     The share of the memory that active sessions may fill is found by congestion control. Once per
     cycle of a pause and an answer, it falls by a tenth if a session's text was evicted, and grows
