@@ -108,7 +108,7 @@ def _option(action: argparse.Action, parser: argparse.ArgumentParser) -> tuple[s
         "prog": parser.prog,
     }
     default = action.default
-    is_stated = default in (None, False, argparse.SUPPRESS, ()) or "default" in help
+    is_stated = default in (None, False, argparse.SUPPRESS, (), [], "") or "default" in help
     if not is_stated:
         help += f" (default: {default})"
     return shown, help
@@ -216,7 +216,7 @@ def generators() -> str:
 
 def _plain(text: str) -> str:
     """Return a docstring with single backticks, as Markdown has them."""
-    return re.sub(r"``(.+?)``", r"`\1`", text)
+    return re.sub(r"``(.+?)``", r"`\1`", text, flags=re.DOTALL)
 
 
 def _first(thing: Any) -> str:

@@ -967,7 +967,7 @@ class HybridRadixCache:
                 another cache, checkpoints, labels or the namespace are malformed, or a slot is free
                 or the cache's. Nothing is changed.
             TypeError: ``owned_from`` is not an integer, ``checkpoints`` are no tuple or list, or
-                ``labels`` are not a tuple of strings.
+                ``labels`` are no tuple or list of strings.
         """
         base = self._usable(after)
         self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, base)

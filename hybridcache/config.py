@@ -51,7 +51,7 @@ class CacheConfig:
     memory: str = field(
         default="budget",
         metadata={
-            "help": "how total_bytes are shared: arena (rows and slots are views of the same "
+            "help": "division of total_bytes: arena (rows and slots are views of the same "
             "bytes; rows may move) or budget (only bytes are counted, for simulations: tensors for "
             "all row and slot numbers would take twice as many)"
         },
@@ -80,13 +80,14 @@ class CacheConfig:
         },
     )
     host_bytes: int = field(
-        default=0, metadata={"help": "host memory for what leaves the device, bytes; 0: none"}
+        default=0,
+        metadata={"help": "host memory for entries evicted from the device, bytes; 0: none"},
     )
     disk_bytes: int = field(
-        default=0, metadata={"help": "disk for what leaves the tier above it, bytes; 0: none"}
+        default=0, metadata={"help": "disk for entries evicted from the tier above, bytes; 0: none"}
     )
     ghost_bytes: int = field(
-        default=16 << 20, metadata={"help": "host bytes for tokens remembered after their KV went"}
+        default=16 << 20, metadata={"help": "host memory for the tokens of ghosts, bytes"}
     )
 
     def __post_init__(self) -> None:

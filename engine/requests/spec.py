@@ -63,8 +63,8 @@ class SamplingParams:
     )
     max_tokens: int | None = setting(
         16,
-        "maximum number of tokens to generate; if not set, as many as fit into the "
-        "context. 0 requires prompt log-probabilities",
+        "maximum number of tokens to generate. In Python, None is as many as fit into the "
+        "context, and 0 requires prompt_logprobs",
         limits=COUNT,
     )
     stop: tuple[str, ...] = setting(

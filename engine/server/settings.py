@@ -89,8 +89,8 @@ class ServerConfig(Settings):
     )
     admin_key_file: str | None = setting(
         None,
-        "file with the key that /v1/cache and /reset_prefix_cache then require (Authorization: "
-        "Bearer KEY); by default only this machine can use them",
+        "file with the key that /v1/cache, /reset_prefix_cache and /flush_cache then require "
+        "(Authorization: Bearer KEY); by default only this machine can use them",
     )
     api_key_file: str | None = setting(
         None,

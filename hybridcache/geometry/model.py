@@ -215,7 +215,7 @@ class ModelGeometry:
         return replace(self, state_dtype=state_dtype)
 
     def flops(self, start: int, end: int) -> int:
-        """Forward FLOPs of a prefill of tokens [start, end) after ``start`` reused tokens. O(1)."""
+        """Return the forward FLOPs of a prefill of tokens [start, end) after ``start`` reused."""
         num_pairs = (end * (end + 1) - start * (start + 1)) // 2
         return (end - start) * self.flops_per_token + num_pairs * self.attention_flops_per_pair
 

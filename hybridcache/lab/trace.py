@@ -34,33 +34,33 @@ class TraceRequest(NamedTuple):
     tokens: Tokens
     """The prompt, int32[n]."""
     output: Tokens
-    """The answer, int32[m]; ids that no prompt repeats where the source does not tell them."""
+    """The answer, int32[m]; ids that no prompt repeats if the source does not have them."""
     boundaries: tuple[int, ...] = ()
     """Positions (in ids) known to survive into later prompts, ascending: end of the system segment,
     last stable boundary."""
     partial_tokens: int | None = None
-    """Tokens that the prompt's last id stands for, where that is fewer than the unit."""
+    """Tokens that the prompt's last id stands for, or None if it is a whole unit."""
     answer_survives: bool = True
     """False if later prompts are known to diverge before the end of this one."""
     answer_tokens: int | None = None
-    """Tokens of the answer, where its ids do not tell: its first may fill the prompt's last id, its
-    last may not fill its own."""
+    """Tokens of the answer, or None if its ids determine the number. Its first tokens may fill the
+    prompt's last id, and its last ones only a part of an id."""
     service_s: float | None = None
-    """Seconds from the timestamp until the answer was complete, when it was recorded; None if the
-    source does not tell. The rest of the time until the session's next request is its pause."""
+    """Seconds from the timestamp until the answer was complete, as recorded; None if unknown. The
+    rest of the time until the session's next request is its pause."""
     stop_reason: str = ""
-    """Why the answer ended ("tool_use", "end_turn", "stop_sequence", "length"); empty where the
-    source does not say."""
+    """Reason why the answer ended ("tool_use", "end_turn", "stop_sequence", "length"); empty if it
+    is not known."""
     session_end: bool = False
     """True if the client said that no further turn of the session will come."""
 
     def num_tokens(self, unit: int) -> int:
-        """Length of the prompt in tokens."""
+        """Return the length of the prompt in tokens."""
         whole = len(self.tokens) * unit
         return whole if self.partial_tokens is None else whole - unit + self.partial_tokens
 
     def num_answer_tokens(self, unit: int) -> int:
-        """Length of the answer in tokens."""
+        """Return the length of the answer in tokens."""
         return len(self.output) * unit if self.answer_tokens is None else self.answer_tokens
 
 
@@ -79,16 +79,15 @@ class Trace:
     unit: int
     """Tokens that one id stands for."""
     source: Callable[[], Iterable[TraceRequest]]
-    """Starts the requests over, in order of their timestamps. Picklable, so that processes can
-    share a trace by recipe."""
+    """Function that returns all requests from the first on, in order of their timestamps.
+    Picklable, so that processes can share a trace by recipe."""
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     """Records that were skipped in the latest iteration."""
     counted_by: str = ""
     """Tokenizer of a trace of texts: its name, the path of its file, or the header of a recorded
     trace. Empty for traces of ids."""
     recipe: str = ""
-    """All that makes it, options and seed included, as ``open_trace`` takes it; empty where it was
-    made otherwise."""
+    """Specification with options and seed, as ``open_trace`` takes it; empty if there is none."""
     columns: str = ""
     """Columns of a CSV file that are read for each field, and the unused ones."""
     invented_times: str = ""
@@ -103,18 +102,18 @@ class Trace:
 
     @property
     def full_name(self) -> str:
-        """Its recipe, or the name where it has none."""
+        """Recipe, or the name if it has none."""
         return self.recipe or self.name
 
     @property
     def path(self) -> Path | None:
-        """The file it is read from; None where it is generated or held."""
+        """File from which it is read; None if it is generated or held."""
         source = self.source.source if isinstance(self.source, _Head) else self.source
         return getattr(source, "path", None)
 
     @property
     def is_empty_because(self) -> str:
-        """Why its latest iteration gave nothing, where it did."""
+        """Sentence for an error if the latest iteration gave no request."""
         bad = self.bad
         because = f": all {bad.count} records are bad (the first: {bad.first})" if bad.count else ""
         return f"there is no request in it{because}"
@@ -156,7 +155,7 @@ class Trace:
             yield request
 
     def head(self, num_requests: int) -> Trace:
-        """Its first requests only. ValueError for a number below 0."""
+        """Return the trace of its first requests. ValueError for a number below 0."""
         if num_requests < 0:
             raise ValueError(f"num_requests must be at least 0 (got {num_requests}).")
         source, name = self.source, self.full_name

@@ -1,4 +1,4 @@
-"""``hybridcache optimum``: the best that any policy could have done."""
+"""``hybridcache optimum``: a plan that knows all requests, and the bound."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 def add_optimum(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("optimum", help="the best that any policy could have done")
+    parser = commands.add_parser(
+        "optimum", help="a plan that knows all requests, and the bound of an infinite cache"
+    )
     parser.register("action", None, Once)
     add = parser.add_argument
     add("--trace", type=str, required=True, help=TRACE_HELP)

@@ -469,7 +469,7 @@ def closed_loop(
     Sessions arrive at a rate, and each request follows the answer and the pause before it. Requests
     are scheduled as in the engine. Arguments that ``simulate`` has too mean the same. ``settings``
     are fields of ``Scenario``: ``rate``, ``admission``, ``seeds``, ``token_budget`` and others; 16
-    GiB and 16 running requests are usual. ``times`` are also of decode steps.
+    GiB and 16 running requests are the defaults. ``times`` are also of decode steps.
 
     O(requests + steps) per run. Raises the errors of ``simulate``, and ValueError for settings
     without a meaning in closed loop.

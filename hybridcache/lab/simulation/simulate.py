@@ -122,7 +122,7 @@ class SimulationResult(SweepRuns):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class OptimumResult(Sequence[Optimum]):
-    """Best plans for one trace, by size: a sequence of ``Optimum``."""
+    """Plans with hindsight for one trace, by size: a sequence of ``Optimum``."""
 
     plans: tuple[Optimum, ...]
     """One per size."""
