@@ -123,6 +123,7 @@ def resumed(
     records = []
     for name, work in jobs:
         record = known.pop(name, None) or {"name": name} | work()
+        del work  # It may hold an engine, whose memory the next one needs.
         records.append(record)
         write_json_lines(file, [*records, *known.values()], settings)
         yield record

@@ -36,6 +36,17 @@ def load_runner(
     check_sizes(config, device)  # Before anything slow.
     if not rank.number:
         warn_if_promised(config, device)
+    try:
+        return _load(config, rank, kind)
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"{device.torch_device} has too little memory for weights, graphs and the largest "
+            "step: lower --cache-gib or --token-budget, or use --graphs off, --quantization or "
+            "--tp."
+        ) from None
+
+
+def _load(config: EngineConfig, rank: Rank, kind: type[ModelRunner]) -> ModelRunner:
     loaded = LoadedModel.load(config, rank)
     config = loaded.settings
     check_sizes(config, loaded.device)
@@ -57,13 +68,7 @@ def load_runner(
     runner = kind(loaded, plan, _max_model_len(loaded, plan))
     runner.exactness = exactness
     if warms_up:
-        try:
-            runner.warmed = warm_up(runner)
-        except torch.OutOfMemoryError:
-            raise ModelError(
-                "there is no memory left for graphs and the largest step: reduce --cache-gib, or "
-                "use --graphs off."
-            ) from None
+        runner.warmed = warm_up(runner)
     return runner
 
 

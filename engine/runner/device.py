@@ -147,13 +147,16 @@ class Device:
         graph_class = self.traits.graph_class
         assert graph_class is not None
         pool = self.module.graph_pool_handle()
+        # By default, all graphs of a process share a stream, of the device with the first one.
+        stream = self.module.Stream(self.torch_device)
 
         def record(work: Callable[[], None]) -> Callable[[], None]:
             work()
             self.synchronize()
             graph = getattr(self.module, graph_class)()
             # Threads of tiers and transfers may call the device at the same time.
-            with self.module.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+            with self.module.graph(graph, **options):
                 work()
             return cast(Callable[[], None], graph.replay)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import pytest
 from experiments.gpu import __main__ as gpu
 from experiments.gpu import serving as gpu_serving
 from experiments.gpu.models import TINY, write_geometry
-from experiments.provenance import read_json_lines
+from experiments.provenance import read_json_lines, resumed
 from tests.endurance.faults import is_gone
 from tests.stub_device import stubbed
 from tests.waiting import wait_until
@@ -122,6 +123,18 @@ def test_a_signal_leaves_an_archive_of_the_finished_records(tmp_path: Path) -> N
         assert process.wait(120) == 128 + signal.SIGTERM
     with tarfile.open(tmp_path / "out.tar.gz") as found:
         assert {"out/one.jsonl", "out/check.done.jsonl"} < set(found.getnames())
+
+
+def test_a_finished_work_holds_no_memory_while_the_next_begins(tmp_path: Path) -> None:
+    def jobs():
+        for name in "ab":
+            held = set()
+            alive = weakref.ref(held)
+            yield name, lambda held=held: {"size": len(held)}
+            del held
+            assert alive() is None
+
+    assert len(list(resumed(tmp_path / "one.jsonl", {}, jobs()))) == 2
 
 
 @pytest.mark.full

@@ -14,13 +14,7 @@ def test_tiles_start_at_each_sequence() -> None:
     assert packed.cu_seqlens.tolist() == [0, 65, 65, 129, 130]
     assert packed.tile_sequences.tolist() == [0, 0, 2, 3]
     assert packed.cu_tiles.tolist() == [0, 2, 2, 3, 4]
-
-
-def test_packing_without_sequences() -> None:
-    packed = Packed.from_lengths([])
-    assert packed.cu_seqlens.tolist() == [0]
-    assert len(packed.tile_sequences) == 0
-    assert Exports.plan(packed, []) is None
+    assert [table.tolist() for table in Packed.from_lengths([]).tables] == [[0], [], [0]]
 
 
 def test_exports_are_ordered_by_sequence_and_position() -> None:
@@ -30,6 +24,9 @@ def test_exports_are_ordered_by_sequence_and_position() -> None:
     assert exports.ends == (64, 200, 64)
     assert exports.slots == (4, 3, 5)
     assert [table.tolist() for table in exports.tables] == [[64, 200, 64], [4, 3, 5], [0, 2, 2, 3]]
+    assert Exports.plan(packed, []) is None
+    with pytest.raises(ValueError, match="twice"):
+        Exports.plan(packed, [(0, 64, 1), (0, 64, 2)])
 
 
 ENDS = [*((64, end) for end in (0, 63, 65, 192, -64)), (32, 16), (32, 48), (16, 8), (16, 24)]
@@ -41,11 +38,6 @@ def test_export_off_the_grid_is_refused(tile_size: int, end: int) -> None:
     assert Exports.plan(packed, [(0, 2 * tile_size, 1)]).ends == (2 * tile_size,)
     with pytest.raises(ValueError, match="a state cannot be exported"):
         Exports.plan(packed, [(0, end, 1)])
-
-
-def test_duplicate_export_is_refused() -> None:
-    with pytest.raises(ValueError, match="twice"):
-        Exports.plan(Packed.from_lengths([130]), [(0, 64, 1), (0, 64, 2)])
 
 
 def test_rows_are_copied_only_if_not_contiguous() -> None:

@@ -110,19 +110,6 @@ def test_tuning_keys_depend_only_on_the_layer(device) -> None:
     assert all_keys[0] == all_keys[1]
 
 
-def test_launchers_use_the_table(device) -> None:
-    from kernels.state_copy.fused import copy_states
-
-    pool = torch.randn(1, 2, 5000, device=device)
-    expected = pool[:, 0].clone()
-    with tuning.using({("state_copy.copy_kernel", ()): {"BLOCK_BYTES": 4096}}) as keys:
-        slots = torch.arange(2, dtype=torch.int32, device=device)
-        copy_states([pool], slots[:1], slots[1:])
-    assert keys == [("state_copy.copy_kernel", ())]
-    assert torch.equal(pool[:, 1], expected)
-    assert tuning.tuned("no such kernel", 1) == {}
-
-
 @pytest.mark.parametrize(
     ("backend", "arch", "expected"),
     [("cuda", 80, 4), ("cuda", 90, 4), ("cuda", 100, 2), ("cuda", 120, 2), ("hip", "gfx942", 4)],

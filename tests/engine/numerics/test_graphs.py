@@ -216,20 +216,16 @@ def test_padding_of_graphs_is_not_routed(make_verify_driver, monkeypatch):
 
 
 def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
-    handles, pools, calls, modes = itertools.count(1), [], [], []
-
-    class Graph:
-        def replay(self):
-            calls.append("replay")
+    handles, captures, calls = itertools.count(1), [], []
 
     @contextmanager
-    def capture(graph, pool, capture_error_mode="global"):
-        pools.append(pool)
-        modes.append(capture_error_mode)
+    def capture(graph, pool, stream=None, capture_error_mode="global"):
+        captures.append((pool, stream, capture_error_mode))
         yield
 
     module = SimpleNamespace(
-        CUDAGraph=Graph,
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: calls.append("replay")),
+        Stream=lambda device: f"a stream of {device}",
         graph=capture,
         graph_pool_handle=lambda: next(handles),
         synchronize=lambda device: calls.append("synchronize"),
@@ -239,8 +235,9 @@ def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
     first, second = record(lambda: calls.append("first")), record(lambda: None)
     first()
     second()
-    assert pools == [1, 1]
-    assert modes == ["thread_local"] * 2, "a global capture would fail on calls of other threads"
+    # The default stream may be one of another device; a global capture would fail on calls of other
+    # threads.
+    assert captures == [(1, "a stream of cuda:0", "thread_local")] * 2
     assert calls == ["first", "synchronize", "first", "synchronize", "replay", "replay"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from engine.requests.spec import SamplingParams
 from engine.runner.build import load_runner
 from engine.runner.memory_plan import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler
+from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.selection import is_quick
 from tests.stub_device import FREE_BYTES, stubbed
@@ -121,6 +123,15 @@ def test_pools_leave_memory_for_graphs(monkeypatch, tmp_path, cached_mib, draft)
         assert runner.warmed.num_bytes == needed
         budget = int((FREE_BYTES - needed) * ACCELERATOR_SHARE)
         assert 0 <= budget - runner.memory.total_bytes < runner.memory.row_bytes
+
+
+@pytest.mark.parametrize("work", ["LoadedModel.load", "measure"])
+def test_a_device_with_too_little_memory_gets_a_sentence(monkeypatch, tmp_path, work) -> None:
+    with stubbed(monkeypatch):
+        no_memory = Mock(side_effect=torch.OutOfMemoryError)
+        monkeypatch.setattr(f"engine.runner.build.{work}", no_memory)
+        with pytest.raises(ModelError, match="too little memory"):
+            make_engine(tmp_path)
 
 
 WAITING_CALLS = """
