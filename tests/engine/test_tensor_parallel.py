@@ -17,6 +17,8 @@ from engine import Engine, SamplingParams, engine_config
 from engine.interfaces import RunnerLost
 from engine.plugins.tensor_parallel import worker_pool
 from engine.plugins.tensor_parallel.coordinator import LeadingRunner
+from engine.plugins.tensor_parallel.group import TorchGroup
+from engine.runner.device import Device
 from tests.endurance.faults import is_gone
 from tests.waiting import wait_until
 
@@ -52,8 +54,13 @@ def test_hits_change_no_bit_and_ranks_no_token(engine: Engine) -> None:
     assert all(abs(one.logprob - two.logprob) < 1e-4 for one, two in pairs)
 
 
+def test_nccl_reads_a_new_limit_from_its_group(tmp_path: Path) -> None:
+    group = TorchGroup(0, 1, tmp_path / "meeting", Device.resolve("cpu"))
+    group.set_timeout(7.0)
+    assert group._group.options._timeout.total_seconds() == 7
+
+
 KILLED = """
-import os
 from engine import Engine, SamplingParams, engine_config
 engine = Engine(engine_config(device="cpu", cache_gib=0.02, tp=2))
 print(engine.runner._followers._all[0].process.pid, flush=True)
@@ -89,8 +96,7 @@ def test_drafts_change_no_token_and_a_stopped_rank_is_named(
     (drafted,) = engine.generate([BEGINNING], params)
     assert drafted.drafts is not None and drafted.drafts.accepted.total() > 0
     assert drafted.token_ids == make_engine(1).generate([BEGINNING], params)[0].token_ids
-    [follower] = runner._followers._all
-    process = follower.process.pid
+    process = runner._followers._all[0].process.pid
     os.kill(process, signal.SIGSTOP)
     runner.group.set_timeout(1.0)
     monkeypatch.setattr(worker_pool, "LAST_WORDS_S", 0.5)

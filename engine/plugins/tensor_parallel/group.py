@@ -53,13 +53,12 @@ class TorchGroup(Group):
             store = FileStore(str(meeting), count)
             store.set_timeout(timeout)
             if device.is_cpu:
-                options = made._Options()
-                options._devices = [made.create_device(hostname=HERE)]
-                options._timeout = timeout
+                self._options = made._Options()
+                self._options._devices = [made.create_device(hostname=HERE)]
             else:
-                options = made.Options()
-                options._timeout = timeout
-            self._group = made(store, number, count, options)
+                self._options = made.Options()
+            self._options._timeout = timeout
+            self._group = made(store, number, count, self._options)
         except RuntimeError as error:
             raise RunnerLost(f"the ranks could not connect: {error}") from None
 
@@ -76,7 +75,8 @@ class TorchGroup(Group):
         return parts
 
     def set_timeout(self, seconds: float) -> None:
-        self._timeout = timedelta(seconds=seconds)
+        # nccl reads that of the group, and ignores that of a call.
+        self._timeout = self._options._timeout = timedelta(seconds=seconds)
 
 
 SPIN_S = 1e-3

@@ -235,8 +235,7 @@ def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
     first, second = record(lambda: calls.append("first")), record(lambda: None)
     first()
     second()
-    # The default stream may be one of another device; a global capture would fail on calls of other
-    # threads.
+    # The default stream may be of another device. A global capture fails if other threads call one.
     assert captures == [(1, "a stream of cuda:0", "thread_local")] * 2
     assert calls == ["first", "synchronize", "first", "synchronize", "replay", "replay"]
 

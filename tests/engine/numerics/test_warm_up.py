@@ -128,8 +128,7 @@ def test_pools_leave_memory_for_graphs(monkeypatch, tmp_path, cached_mib, draft)
 @pytest.mark.parametrize("work", ["LoadedModel.load", "measure"])
 def test_a_device_with_too_little_memory_gets_a_sentence(monkeypatch, tmp_path, work) -> None:
     with stubbed(monkeypatch):
-        no_memory = Mock(side_effect=torch.OutOfMemoryError)
-        monkeypatch.setattr(f"engine.runner.build.{work}", no_memory)
+        monkeypatch.setattr(f"engine.runner.build.{work}", Mock(side_effect=torch.OutOfMemoryError))
         with pytest.raises(ModelError, match="too little memory"):
             make_engine(tmp_path)
 
