@@ -204,8 +204,9 @@ def test_arrays_are_read_in_pieces(
     text = json.dumps([SEGMENTS[2], SEGMENTS[0], SEGMENTS[2]], indent=1)
     bad = text.replace('"id": "x_0",', '"id": "x_0" oops')
     line = bad[: bad.index("oops")].count("\n")
-    path.write_text(bad)
+    path.write_bytes(gzip.compress(bad.encode() + b" " * 99999)[:-1])  # not read to the damage
     assert f"line {line}: not JSON" in refusal(f"sharegpt:{path}?tokenizer=bytes")
+    path.write_text(bad)
     trace = open_trace(f"sharegpt:{path}?tokenizer=bytes", skip_bad=True)
     assert len(list(trace)) == 2 and trace.bad.count == 1
     for cut, problem in ((text[:-70], "no further record"), (text[:-2], "cut after 3 records")):

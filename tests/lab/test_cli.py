@@ -271,9 +271,14 @@ def test_output_never_overwrites_a_file_without_results(
         code, out, error = run(capsys, *arguments, "--output", name)
         assert code == 2 and name in error and not out
         assert Path(name).read_bytes() == before
+    Path("link").symlink_to("new.jsonl")
     for _ in range(2):  # a new file, then an existing file with results
-        code, out, error = run(capsys, *arguments, "--output", "new.jsonl")
-        assert code == 0 and Path("new.jsonl").read_text().count("\n") >= 1
+        code, out, error = run(capsys, *arguments, "--output", "link")
+        assert (
+            code == 0
+            and Path("new.jsonl").read_text().count("\n") >= 1
+            and Path("link").is_symlink()
+        )
 
 
 def test_optimum_prints_a_table_and_writes_lines(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +45,10 @@ def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import optimum_figure
     from hybridcache.lab.scenario import Scenario
     from hybridcache.lab.simulation.grid import (
+        appended,
         check_results_file,
-        end_last_line,
         identity_of,
+        json_line,
         records_of,
     )
     from hybridcache.lab.simulation.simulate import optimum
@@ -60,7 +60,8 @@ def _optimum(options: argparse.Namespace) -> int:
     model = geometry.name
     if options.output:
         check_results_file(options.output, trace)
-        end_last_line(options.output)
+        with appended(options.output):
+            pass  # Say now that it cannot be written.
     found = optimum(scenario, counts_running=options.counts_running)
     if options.output:
         identity = identity_of(trace) + bytes([options.counts_running])
@@ -71,14 +72,14 @@ def _optimum(options: argparse.Namespace) -> int:
             "grid": scenario.grid,
             "counts_running": options.counts_running,
         }
-        known = {one.get("key") for one in records_of(options.output)}
-        with options.output.open("a", encoding="utf-8") as file:
+        with appended(options.output) as file:
+            known = {one.get("key") for one in records_of(options.output)}
             for best in found:
                 key = replace(scenario, gib=best.gib).key(identity)
                 if key not in known:
                     record: dict[str, Any] = {"key": key, "config": config | {"gib": best.gib}}
                     record |= best.record() | {"model": model}
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json_line(record))
     print(found.table())
     if options.figure:
         optimum_figure(found.plans, options.figure)

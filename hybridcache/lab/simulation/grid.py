@@ -3,6 +3,7 @@ resumable, the same results in the same order wherever they ran."""
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import json
@@ -15,13 +16,13 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from hybridcache.command.extras import explain_missing
 from hybridcache.lab.progress import Progress, shown_progress
@@ -126,22 +127,22 @@ def run_grid(
             results[number] = known[key]
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
     if kept:
-        end_last_line(kept.path)
+        with appended(kept.path):
+            pass  # Say now that it cannot be written.
     progressed = _Progressed(progress, len(results), len(jobs))
-    with kept.path.open("a", encoding="utf-8") if kept else nullcontext() as file:
-        for number, result in _results(trace, due, run, place, progressed):
-            if isinstance(result, PolicyError | RunFailed):
-                if failures is None or len(failures) + 1 == len(jobs):
-                    raise result
-                failures[number] = str(result)
-                progressed.run_done(progressed.num_requests)
-                continue
-            results[number] = result
-            if file is not None:
-                record: Any = result
-                file.write(json.dumps({"key": keys[number]} | record.as_record()) + "\n")
-                file.flush()
-            progressed.run_done(getattr(result, "num_requests", 1))
+    for number, result in _results(trace, due, run, place, progressed):
+        if isinstance(result, PolicyError | RunFailed):
+            if failures is None or len(failures) + 1 == len(jobs):
+                raise result
+            failures[number] = str(result)
+            progressed.run_done(progressed.num_requests)
+            continue
+        results[number] = result
+        if kept:
+            record: Any = result
+            with appended(kept.path) as file:
+                file.write(json_line({"key": keys[number]} | record.as_record()))
+        progressed.run_done(getattr(result, "num_requests", 1))
     return [results[number] for number in sorted(results)]
 
 
@@ -164,7 +165,7 @@ def run_cells(
         found = run_grid(
             trace, cells, run, place=place, kept=kept, progress=show, failures=failures
         )
-    return found, failures
+    return found, dict(sorted(failures.items()))
 
 
 def keys_of(trace: Trace, jobs: Sequence[Any]) -> list[str]:
@@ -255,7 +256,9 @@ def check_results_file(path: Path, trace: Trace | None = None) -> None:
     """Raise ValueError if ``path`` has content and its first line is not a result of this package,
     or if it is the file of ``trace``. Results are appended to files, so others would be damaged.
     """
-    if not path.is_file() or not path.stat().st_size:
+    if path.exists() and not path.is_file():  # A device would be replaced by a file.
+        raise ValueError(f"{path} is not a regular file: name another for the results")
+    if not path.exists() or not path.stat().st_size:
         return
     if trace is not None and trace.path is not None and path.samefile(trace.path):
         raise ValueError(f"{path} is the trace itself: name another file for the results")
@@ -294,12 +297,28 @@ def _read(kept: Kept, wanted: set[str]) -> Iterator[tuple[str, Any]]:
             yield record["key"], found
 
 
-def end_last_line(path: Path) -> None:
-    """Append a line feed if the file was cut inside a line. Makes its folder."""
+def json_line(record: dict[str, Any]) -> bytes:
+    """Return a line of a file of results."""
+    return json.dumps(record).encode() + b"\n"
+
+
+@contextmanager
+def appended(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of results at its end, with a line feed if it was cut inside a line. Other
+    processes that append to it or replace it wait. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
+    while True:
+        with path.open("a+b") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # It was replaced before the lock was free.
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.write(b"\n")
+            yield file
+            return
 
 
 def _results(
@@ -346,7 +365,7 @@ def _in_processes(
                     futures = [pool.submit(_run_job, numbered) for numbered in due]
                 finally:
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                for future in futures:
+                for future in as_completed(futures):
                     yield _warned(*future.result())
             except KeyboardInterrupt:  # do not wait for running jobs
                 for child in multiprocessing.active_children():

@@ -33,7 +33,16 @@ from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
-from hybridcache.lab.simulation.grid import Kept, Place, check_flags, keys_of, records_of, run_cells
+from hybridcache.lab.simulation.grid import (
+    Kept,
+    Place,
+    appended,
+    check_flags,
+    json_line,
+    keys_of,
+    records_of,
+    run_cells,
+)
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import budget_bytes, has_shares, sizes_for, working_set_bytes
@@ -304,9 +313,11 @@ def _with_optimum(
 def _complete(path: Path, keys: Sequence[str], runs: Sequence[RunResult]) -> None:
     """Write the yardsticks into the lines of ``path``: these were written run by run, before bound
     and optimum were known."""
+    path = path.resolve()  # A link stays one.
     known = {key: run.as_record() for key, run in zip(keys, runs, strict=True)}
     whole = path.with_name(path.name + ".new")
-    with whole.open("w", encoding="utf-8") as file:
+    with appended(path), whole.open("wb") as file:
         for record in records_of(path):
-            file.write(json.dumps(record | known.get(record.get("key", ""), {})) + "\n")
-    whole.replace(path)
+            file.write(json_line(record | known.get(record.get("key", ""), {})))
+        file.flush()
+        whole.replace(path)

@@ -51,6 +51,8 @@ CUT = (
 _DAMAGE = "the gzip file is damaged: everything from this line on is lost"
 _PER_LINE = ": write one object per line, without an array around them"
 _CHUNK = 1 << 22
+_LONGEST_WORD = 16
+"""More characters than a word or an escape of JSON has."""
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 _T = TypeVar("_T")
 Line = int | str
@@ -338,12 +340,18 @@ def json_array(
             start = place + len(blank.match(waiting, place).group())  # type: ignore[union-attr]
             line += waiting.count("\n", place, start)
             is_array |= blank is _OPENING and "[" in waiting[place:start]
-            value, end, problem = None, 0, ""
+            value, end, problem, following = None, 0, "", None
             try:
                 value, end = decoder.raw_decode(waiting, start)
+                stop = end
             except (ValueError, RecursionError) as error:
                 problem = f"not JSON ({getattr(error, 'msg', error)})"
-            if not isinstance(value, dict) and not waiting.startswith("]", start):
+                stop = getattr(error, "pos", 0)
+                following = begins.search(waiting, start + 1)
+            # More text completes a text, or a word or number at the end, and nothing else.
+            is_whole = stop <= len(waiting) - _LONGEST_WORD and "Unterminated" not in problem
+            is_known = isinstance(value, dict) or (is_whole and (not problem or following))
+            if not is_known and not waiting.startswith("]", start):
                 try:
                     more = _piece(file)
                 except DAMAGED as error:
@@ -362,7 +370,6 @@ def json_array(
             where = f"{line}, record {number}" if line == last_line else line
             last_line = line
             if problem:
-                following = begins.search(waiting, start + 1)
                 if following is None:
                     bad.report(path, where, f"{problem}, and no further record begins in the file")
                     return

@@ -24,11 +24,12 @@ def write_own(trace: Trace, file: TextIO) -> int:
     num_requests = 0
     for request in trace:
         num_requests += 1
-        before = last.get(request.session)
+        session = _plain(request.session)
+        before = last.get(session)
         kept = 0 if before is None else common_prefix_len(before, request.tokens)
         ids = request.tokens[kept:].tolist()
         optional: dict[str, tuple[Any, Any]] = {  # (value, the value that is left out)
-            "namespace": (_plain(request.namespace), None),
+            "namespace": (None if request.namespace is None else _plain(request.namespace), None),
             "output_length": (request.answer_tokens if trace.unit > 1 else None, None),
             "boundaries": (list(request.boundaries), []),
             "partial": (request.partial_tokens, None),
@@ -39,18 +40,19 @@ def write_own(trace: Trace, file: TextIO) -> int:
         }
         record = {
             "timestamp": round(request.timestamp_s, 6),
-            "session": _plain(request.session),
+            "session": session,
             **({"prefix": [kept, *ids]} if kept else {"tokens": ids}),
             "output": request.output.tolist(),
             **{name: value for name, (value, default) in optional.items() if value != default},
         }
-        file.write(json.dumps(record, separators=(",", ":")) + "\n")
-        last[request.session] = np.concatenate((request.tokens, request.output))
+        file.write(json.dumps(record, separators=(",", ":"), default=np.generic.item) + "\n")
+        last[session] = np.concatenate((request.tokens, request.output))
     return num_requests
 
 
-def _plain(value: Hashable) -> Hashable:
-    return value if value is None or isinstance(value, int | str) else str(value)
+def _plain(value: Hashable) -> str | int:
+    """Return a session or namespace as the readers accept it."""
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else str(value)
 
 
 def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
