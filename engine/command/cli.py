@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"engine: {how_to_install(error, 'engine')}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     command: Command = parsed.command
     try:
         check_no_foreign_kernels()
@@ -312,7 +314,8 @@ def _generate(arguments: argparse.Namespace) -> int:
                 print(output.new_text, end="", flush=True)
         num_failed += output.error is not None
         if arguments.json:
-            print(json.dumps(_record(text, output), ensure_ascii=False))
+            is_utf8 = str(sys.stdout.encoding).lower().startswith("utf")
+            print(json.dumps(_record(text, output), ensure_ascii=not is_utf8))
         else:
             print(f"\n[{_summary(output)}]", file=sys.stderr)
     engine.close()

@@ -76,8 +76,8 @@ def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets[FromEngine]) ->
                 raise ValueError(message.reason)
         if has_ended:
             raise ValueError(
-                f"the engine's process {describe_exit(process.returncode)} before the model was "
-                "loaded; see its output above."
+                "Before the model was loaded, the engine's process "
+                f"{describe_exit(process.returncode)}; see its output above."
             )
 
 

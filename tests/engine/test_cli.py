@@ -37,8 +37,10 @@ SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
     shared_library()  # Compiled here, so that the command does not report it.
     command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
-    command += [str(number) for number in range(30)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command += ["é", *map(str, range(30))]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options["env"] = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(command, **options) as process:
         process.stdout.close()
         said = process.stderr.read().splitlines()
         assert [line for line in said if not line.startswith(b"No C++ compiler")] == []

@@ -259,6 +259,9 @@ def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> N
     whole = setup.ask("whole", encoded=True).result()
     assert (whole.status_code, whole.headers["content-encoding"]) == (200, "own")
     wait_until(lambda: setup.prompts() == ["client", "upstream"])
+    odd = httpx.MockTransport(lambda _: httpx.Response(600))
+    setup.proxy._client = httpx.AsyncClient(transport=odd)
+    assert httpx.post(setup.url, json=chat("odd")).status_code == 502
     setup.front.stop()
     assert setup.prompts() == ["client", "upstream", "running", "whole"]
     lines = setup.path.read_text().splitlines()[1:]

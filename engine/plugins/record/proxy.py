@@ -346,6 +346,9 @@ class Proxy:
             self._thread.submit(self._writer.skip, "only chat completions are written")
         try:
             answer = await self._client.send(self._request(scope, body), stream=True)
+            if not 200 <= answer.status_code < 600:  # uvicorn has a line for no other
+                await answer.aclose()
+                raise httpx.RemoteProtocolError(f"its status is {answer.status_code}")
         except (httpx.RequestError, asyncio.CancelledError) as error:
             # An error in the form of the API of the path.
             await self._refusal(error).response(scope)(scope, receive, send)
