@@ -212,6 +212,7 @@ async def ask(
             form,
             tools=tools,
             is_thinking=prompt.is_thinking,
+            starts_text=prompt.spec.answer_starts_text,
             is_single=not body.parallel_tool_calls,
             index=index,
             end_token_ids=context.tokenizer.eos_token_ids,

@@ -130,15 +130,17 @@ class AnswerReader:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         is_thinking: bool = False,
+        starts_text: bool = True,
         is_single: bool = False,
         index: int = 0,
         end_token_ids: Container[int] = (),
     ) -> None:
         """``tools``: tools with calls that are read, or None to treat calls as text. Without any
         tool, every call is text with a warning. ``is_thinking``: the prompt ends inside reasoning.
+        ``starts_text``: False if the answer continues a text, so that its first white space counts.
         ``is_single``: the answer is read only up to the end of its first call. ``end_token_ids``:
         tokens with which the model ends its answer."""
-        self._reasoning = ReasoningReader(is_thinking) if form.thinks else None
+        self._reasoning = ReasoningReader(is_thinking, starts_text) if form.thinks else None
         self._calls = form.calls(tools) if form.calls and tools is not None else None
         self._is_single, self._ends = is_single, end_token_ids
         self.index = index
@@ -277,12 +279,13 @@ class ReasoningReader:
     that ends before is all reasoning.
     """
 
-    def __init__(self, is_open: bool) -> None:
-        """``is_open``: the prompt ends with ``<think>``."""
+    def __init__(self, is_open: bool, starts_text: bool = True) -> None:
+        """``is_open``: the prompt ends inside reasoning, of which it has a part unless
+        ``starts_text``."""
         self._close = MarkSearch(CLOSE)
         self._space = Space()
         self._begin = ""
-        self._has_text = False
+        self._has_text = is_open and not starts_text
         self._state: Callable[[str], tuple[list[Event], str]]
         self._state = self._inside if is_open else self._before
 

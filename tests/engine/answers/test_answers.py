@@ -248,6 +248,8 @@ def test_random_texts_are_read_the_same_in_any_pieces(
     assert read(form, text, 1, **options) == whole
     size = data.draw(st.integers(1, max(1, len(text))))
     assert read(form, text, size, **options) == whole
+    reasoning, *rest = read(form, text, **options | {"starts_text": False})
+    assert not thinking or read(form, "A" + text, **options) == ("A" + reasoning, *rest)
 
 
 @pytest.mark.parametrize(
