@@ -172,7 +172,7 @@ def converted(value: Any, of_type: type[Result], name: str) -> Result:
     try:
         return msgspec.convert(value, of_type, str_keys=True)
     except msgspec.ValidationError as error:
-        raise of_validation(error, name, of_type) from None
+        raise of_validation(error, name, of_type, value) from None
 
 
 def _entry_type(of_type: Any) -> Any:
@@ -211,9 +211,9 @@ WORDS = {
 }
 
 
-def _texts_at(of_type: Any, names: Sequence[str]) -> list[str]:
-    """Return the texts to which the part ``names`` of an ``of_type`` is limited; [] if it is not
-    limited."""
+def _texts_at(of_type: Any, names: Sequence[str], value: Any) -> list[str]:
+    """Return the texts to which the part ``names`` of ``value``, an ``of_type``, is limited; [] if
+    it is not limited."""
     (whole,), shapes = msgspec.json.schema_components([of_type], ref_template="{name}")
 
     def kinds(schema: Any) -> Iterator[dict[str, Any]]:
@@ -225,14 +225,20 @@ def _texts_at(of_type: Any, names: Sequence[str]) -> list[str]:
 
     found = [*kinds(whole)]
     for name in names:
+        if isinstance(value, dict):
+            kinds_of = [one.get("properties", {}).get("type", {}).get("enum", ()) for one in found]
+            same = [one for one, of in zip(found, kinds_of, strict=True) if value.get("type") in of]
+            found, value = same or found, value.get(name)
+        elif isinstance(value, list) and name.isdigit():
+            value = value[int(name)]
         parts = (one.get("items", one.get("properties", {}).get(name)) for one in found)
         found = [kind for part in parts if part for kind in kinds(part)]
     return [str(text) for one in found for text in one.get("enum", ())]
 
 
-def of_validation(error: msgspec.ValidationError, name: str, of_type: Any) -> APIError:
-    """Describe an ``error`` of ``msgspec`` in the value of ``name``, an ``of_type``, in one
-    sentence."""
+def of_validation(error: msgspec.ValidationError, name: str, of_type: Any, value: Any) -> APIError:
+    """Describe an ``error`` of ``msgspec`` in ``value``, that of ``name`` and no ``of_type``, in
+    one sentence."""
     text, _, path = str(error).partition(" - at `")
     path = "" if path.startswith("key") else path.rstrip("`").replace("[...]", "")
     param = name + re.sub(r"\[(\d+)\]", r".\1", path)[1:]
@@ -245,7 +251,7 @@ def of_validation(error: msgspec.ValidationError, name: str, of_type: Any) -> AP
         message = f"{quoted(param)} is not a parameter: check its spelling or drop it."
         return APIError(400, message, param=param, code="unknown_parameter")
     wrong = re.match(r"Invalid (?:enum )?value (.*)|Expected `str.*, got (`.*)", text)
-    if wrong and (texts := _texts_at(of_type, re.findall(r"\w+", path))):
+    if wrong and (texts := _texts_at(of_type, re.findall(r"\w+", path), value)):
         got = wrong[1] or _in_words(wrong[2])
         listed = " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
         message = f"{quoted(param)} must be {listed} (got {short(got)})."
