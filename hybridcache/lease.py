@@ -42,6 +42,7 @@ from hybridcache.tokens import (
     require_count,
     require_index,
     require_int32,
+    require_positions,
 )
 
 SPARE_ROWS = 512
@@ -150,15 +151,7 @@ def _refuse_bad_begin(
         raise ValueError(RADIX)
     if not isinstance(request.boundaries, tuple | list):
         raise TypeError(f"boundaries must be a tuple of positions (got {request.boundaries!r}).")
-    before = 0
-    for position in request.boundaries:
-        if type(position) is not int:
-            require_index(position, "each of boundaries")
-        if position < before:
-            raise ValueError(
-                f"boundaries must be positions from 0 on, ascending (got {request.boundaries!r})"
-            )
-        before = position
+    require_positions(request.boundaries)
 
 
 RADIX = (

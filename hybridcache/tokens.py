@@ -8,7 +8,7 @@ share their tokens.
 from __future__ import annotations
 
 import ast
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from operator import index
 
 import numpy as np
@@ -69,6 +69,20 @@ def require_count(number: object, what: str) -> int:
     if found < 0:
         raise ValueError(f"{what} must not be negative (got {number}).")
     return found
+
+
+def require_positions(boundaries: Sequence[int]) -> None:
+    """Raise TypeError unless the ``boundaries`` of a prompt are integers, and ValueError unless
+    they ascend from 0 on. O(boundaries)."""
+    before = 0
+    for position in boundaries:
+        if type(position) is not int:
+            require_index(position, "each of boundaries")
+        if position < before:
+            raise ValueError(
+                f"boundaries must be positions from 0 on, ascending (got {boundaries!r})"
+            )
+        before = position
 
 
 def require_bool(value: object, what: str) -> None:

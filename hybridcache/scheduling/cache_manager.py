@@ -86,7 +86,10 @@ class CacheManager:
 
     def begin(self, request: ScheduledRequest) -> bool:
         """Assign a lease and a row to ``request``, and set its lengths from the cached prefix.
-        Returns False, and changes nothing, if there is no memory."""
+        Returns False, and changes nothing, if there is no memory. Raises RuntimeError if it runs
+        already."""
+        if request.lease is not None:
+            raise RuntimeError(f"request {request.request_id} has a lease already.")
         if not self._free_rows:
             return False
         prefill_len = request.prompt_len if self._exact else request.num_tokens

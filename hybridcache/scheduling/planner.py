@@ -140,8 +140,7 @@ class AdmissionReport:
 class StepPlanner(Generic[R]):
     """Waiting and running requests, and the rules between them.
 
-    An engine of your own can use it. Refuse requests that are longer than
-    ``memory.max_request_len``. Two requests with the same prompt:
+    An engine of your own can use it. Two requests with the same prompt:
 
     >>> from types import SimpleNamespace
     >>> import numpy as np
@@ -213,7 +212,8 @@ class StepPlanner(Generic[R]):
             clock: function that returns seconds.
 
         Raises:
-            TypeError, ValueError: an argument has another type, or a number is less than 1.
+            TypeError, ValueError: an argument has another type, a number is less than 1, or
+                ``memory`` is not that of the manager's cache.
         """
         for what, given, kind in (
             ("manager", manager, CacheManager),
@@ -224,6 +224,11 @@ class StepPlanner(Generic[R]):
                 raise TypeError(f"{what} must be of type {kind.__name__} (got {given!r}).")
         for what, number in (("max_running", max_running), ("token_budget", token_budget)):
             require_positive(number, what)
+        if (memory.page_size, memory.is_stateful) != (manager.cache.page_size, manager.stateful):
+            raise ValueError(
+                "memory must have the page size of the manager's cache, and states if the manager "
+                f"is stateful (got {memory})."
+            )
         if not callable(clock):
             raise TypeError(f"clock must be a function that returns seconds (got {clock!r}).")
         self._manager = manager
@@ -233,6 +238,7 @@ class StepPlanner(Generic[R]):
         """Sessions of waiting and running requests, and idle ones."""
         self.max_running = max_running
         self._token_budget = token_budget
+        self._longest = memory.max_request_len
         self._sharing = Sharing(manager) if shares else None
         self._holding: Holding[R] = Holding() if fetching is None else fetching
         self._clock = clock
@@ -276,7 +282,9 @@ class StepPlanner(Generic[R]):
 
         Raises:
             TypeError: it is not a ScheduledRequest.
-            ValueError: a waiting or running request has the same ``arrival``, or it is this one.
+            ValueError: a waiting or running request has the same ``arrival``, or it is this one; it
+                has ended, or can be longer than ``memory.max_request_len``, so that it would never
+                end.
         """
         if not isinstance(request, ScheduledRequest):
             raise TypeError(f"request must be a ScheduledRequest (got {type(request).__name__}).")
@@ -287,6 +295,13 @@ class StepPlanner(Generic[R]):
                     f"arrival {request.arrival} is that of a waiting or running request: add each "
                     "request once, with an arrival of its own"
                 )
+        if request.prompt_len < request.num_tokens >= request.max_len:
+            raise ValueError(f"request {request.request_id} has ended: it has max_len tokens")
+        if request.max_len > self._longest:
+            raise ValueError(
+                f"request {request.request_id} has max_len {request.max_len}, more than "
+                f"memory.max_request_len, {self._longest}: refuse it, or give it a shorter answer"
+            )
         self._load.now_s = self._clock()
         request.session = self.sessions.arrived(
             request.request_id,
@@ -362,8 +377,10 @@ class StepPlanner(Generic[R]):
             self._manager.publish(request)
 
     def leave(self, request: R, publishes: bool = True) -> None:
-        """Finish running ``request`` after its last token: publish everything and free its
-        claims."""
+        """Finish running ``request`` after its last token: publish everything and free its claims.
+        Raises ValueError if it does not run here."""
+        if request not in self._running:
+            raise ValueError(f"request {request.request_id} does not run in this planner")
         if publishes:
             self._manager.finish(request)
         else:

@@ -10,7 +10,14 @@ import numpy as np
 from hybridcache.api import Losses
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import WaitingRequest
-from hybridcache.tokens import Tokens, require_index, require_int32
+from hybridcache.tokens import (
+    Tokens,
+    require_bool,
+    require_index,
+    require_int32,
+    require_namespace,
+    require_positions,
+)
 
 
 class RequestFields(Protocol):
@@ -94,8 +101,10 @@ class ScheduledRequest(WaitingRequest):
             max_len: most tokens of prompt and answer together.
 
         Raises:
-            TypeError: ``spec`` lacks a field or a name, or a number is not an integer.
-            ValueError: the prompt is empty or not int32[n], or longer than ``max_len``.
+            TypeError: ``spec`` lacks a field or a name, or one has another type, or a number is not
+                an integer.
+            ValueError: the prompt is empty or not int32[n], or longer than ``max_len``; the
+                boundaries are negative or not ascending, or the namespace is malformed.
         """
         lacking = [name for name in FIELDS if not hasattr(spec, name)]
         if lacking or not isinstance(spec.request_id, str):
@@ -108,6 +117,11 @@ class ScheduledRequest(WaitingRequest):
                 f"{max_len})"
             )
         require_index(arrival, "arrival")
+        require_namespace(spec.namespace)
+        require_bool(spec.answer_survives, "answer_survives")
+        for position in spec.save_at:
+            require_index(position, "each of save_at")
+        require_positions(spec.boundaries)
         super().__init__(
             arrival=arrival, arrival_s=arrival_s, num_tokens=len(prompt), max_len=max_len
         )

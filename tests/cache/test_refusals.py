@@ -397,6 +397,10 @@ def scheduled(prompt=None, **changes):
     return ScheduledRequest(prompt=prompt, **arguments | changes)
 
 
+def asking(**fields):
+    return scheduled(spec=spec(**fields))
+
+
 def manager(**changes):
     arguments = {"placement": parse_placement("end"), "num_rows": 2, "stateful": True}
     return CacheManager(hybrid(), **arguments | changes)
@@ -447,6 +451,11 @@ WRONG = (
     *((scheduled, {"spec": value}) for value in (None, spec(request_id=None))),
     *((scheduled, {"max_len": value}) for value in (4, "a")),
     (scheduled, {"arrival": None}),
+    *((asking, {"save_at": value}) for value in ((4.0,), ("a",))),
+    *((asking, {"boundaries": value}) for value in ((9, 3), (-3,), (1.5,))),
+    *((asking, {name: 1.5}) for name in ("namespace", "answer_survives")),
+    (planner, {"memory": sizes(page_size=4)}),
+    (planner, {"memory": sizes(state_bytes=0)}),
     *((Mirror, {"page_size": value}) for value in (0, "a")),
     (Outbox, {"cache": hybrid(), "kept": 0}),
     (ReplicaSpec, {"times": 3}),
@@ -487,6 +496,12 @@ def test_a_request_is_added_once_and_its_removal_can_be_repeated():
     owner.add(request)
     with pytest.raises(TypeError, match="ScheduledRequest"):
         owner.add(prompt)
+    ended = scheduled(arrival=7)
+    for _ in range(4):
+        ended.append(1)
+    for wrong, message in ((ended, "has ended"), (scheduled(arrival=8, max_len=1001), "max_len")):
+        with pytest.raises(ValueError, match=message):
+            owner.add(wrong)
     for again in (request, other):
         with pytest.raises(ValueError, match="arrival 0 is that of a waiting or running request"):
             owner.add(again)
@@ -495,6 +510,10 @@ def test_a_request_is_added_once_and_its_removal_can_be_repeated():
     assert running is request and request.scheduled_len == end == 5
     with pytest.raises(ValueError, match="arrival 0"):
         owner.add(request)
+    with pytest.raises(ValueError, match="does not run in this planner"):
+        planner().leave(request)
+    with pytest.raises(RuntimeError, match="has a lease already"):
+        owner._manager.begin(request)
     owner.remove(other)
     owner.remove(request)
     owner.remove(request)
