@@ -257,18 +257,26 @@ class Explanations:
 
 
 def _change(
-    earlier: AnsweredChat, later: AnsweredChat, is_in_answer: bool
+    earlier: AnsweredChat, later: AnsweredChat, is_in_answer: bool, with_ids: bool = False
 ) -> tuple[str, str | None]:
     """Return (one of ``CHANGED``, part of the later request) of two chats with different prompts.
-    ``is_in_answer``: they differ in the turn of the earlier answer, or behind it."""
+
+    ``is_in_answer``: they differ in the turn of the earlier answer, or behind it. Ids of calls
+    count ``with_ids``, or without another difference before the answer, because few templates write
+    them.
+    """
+    was, now = (
+        chat.messages if with_ids else [*map(_without_ids, chat.messages)]
+        for chat in (earlier, later)
+    )
+    first, skipped = _system_len(earlier), _system_len(later)
     for name, old, new in (
         ("tools", earlier.tools or (), later.tools or ()),
-        ("system", earlier.messages[: _system_len(earlier)], later.messages[: _system_len(later)]),
+        ("system", was[:first], now[:skipped]),
     ):
         if _differ(old, new):
             return name, _path("messages" if name == "system" else name, old, new)
-    skipped = _system_len(later)
-    old, new = earlier.messages[_system_len(earlier) :], later.messages[skipped:]
+    old, new = was[first:], now[skipped:]
     if _differ(old, new[: len(old)]):
         return "messages", _path("messages", old, new, skipped)
     before, after = _fields(earlier.variables or {}), _fields(later.variables or {})
@@ -278,7 +286,7 @@ def _change(
             f"chat_template_kwargs.{min(n for n, _ in before.items() ^ after.items())}",
         )
     if not is_in_answer:
-        return "template", None
+        return ("template", None) if with_ids else _change(earlier, later, is_in_answer, True)
     index = len(earlier.messages)
     path = f"messages[{index}]"
     if index >= len(later.messages):
@@ -286,6 +294,13 @@ def _change(
     pairs = zip(SAID_FIELDS, said_by(later.messages[index]), said_by(earlier.message), strict=True)
     differs = [name for name, echo, said in pairs if echo != said]
     return ("answer", f"{path}.{differs[-1]}") if differs else ("template", path)
+
+
+def _without_ids(message: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {name: value for name, value in message.items() if name != "tool_call_id"}
+    if calls := plain.get("tool_calls"):
+        plain["tool_calls"] = [{k: v for k, v in call.items() if k != "id"} for call in calls]
+    return plain
 
 
 def _system_len(chat: AnsweredChat) -> int:

@@ -33,6 +33,7 @@ FLAGS = {
     "checkpoint dtype": "--checkpoint-dtype",
     "quantization": "--quantization",
     "exact": "--exact",
+    "multi-token head": "--draft mtp",
 }
 """Flags that set a field."""
 FOLLOWING = ("tile", "computed bits", "row bytes", "state bytes")

@@ -47,3 +47,20 @@ def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:
     unknown = live.get("/v1/cache/explanations/chatcmpl-none")
     assert unknown.status_code == 404 and "'chatcmpl-none' is stored" in unknown.text
     assert "--explain-mib" not in unknown.text, "no explanation was dropped"
+
+
+def test_ids_of_calls_that_no_prompt_has_are_no_difference(live: Live) -> None:
+    def chat(call_id: str, last: str) -> str:
+        call = {"id": call_id, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        messages = [
+            *body(SYSTEM)["messages"],
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call_id, "content": "7"},
+            {"role": "user", "content": last},
+        ]
+        name = live.post("/v1/chat/completions", {"messages": messages, "max_tokens": 2}).json()
+        return str(name["id"])
+
+    first, second = chat("call_a", "Thank you."), chat("call_b", "Write a table.")
+    told = live.get(f"/v1/cache/explanations/{second}?compared_with={first}").json()
+    assert told["parted"]["path"] == "messages[4].content"
