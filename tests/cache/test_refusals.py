@@ -82,6 +82,11 @@ def insert(*checkpoints, **options):
     return lambda cache, rows: cache.insert(ids("abcde"), rows, list(checkpoints), **options)
 
 
+def saves(tokens, seconds):
+    match = hybrid().match(tokens)._replace(loadable=(Resumable(4, (4,), None, {}),))
+    match.best_load(SimpleNamespace(seconds_saved=lambda *_: seconds))
+
+
 REFUSED = {
     "fewer labels": ("got 1 for 2", insert((2, 1), (4, 2), labels=["end"])),
     "more labels": ("got 2 for 1", insert((2, 1), labels=["end", "branch"])),
@@ -116,6 +121,10 @@ REFUSED = {
         "are not of this pool",
         lambda cache, rows: cache.free_kv(np.array([*rows[:2], -7, *rows[3:]], np.int32)),
     ),
+    "rows twice": ("only 5 are held", lambda cache, rows: cache.free_kv(np.tile(rows, 2))),
+    "a free row": ("free already", lambda cache, rows: cache.free_kv(rows[:1] - 1)),
+    "a text of seconds": ("seconds_saved must return", lambda cache, rows: saves(rows, "2")),
+    "no seconds": ("seconds_saved must return", lambda cache, rows: saves(rows, None)),
     "a function as listener": ("EventStream", lambda cache, rows: cache.subscribe(print)),
     "a number for checkpoints": ("pairs", lambda cache, rows: cache.insert(ids("abcde"), rows, 8)),
     "a word as flag": ("resumes", lambda cache, rows: cache.touch(cache.match(rows), "no")),
@@ -236,10 +245,12 @@ def test_dropped_lease_and_lock_warn(memory):
         gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        begun(cache, placement, prompt).abort()
-        with cache.lock(cache.match(longer).node):
-            pass
+        with suppress(OSError), begun(cache, placement, prompt):
+            raise OSError("no device")
+        with cache.lock(cache.match(longer).node), begun(cache, placement, prompt) as lease:
+            lease.finish(prompt, 20)
         gc.collect()
+    cache.check(held_tokens=4, held_slots=1)  # of the first dropped lease
     while cache.arena and cache.allocate_slot() is not None:  # moves the rows that stay taken
         cache.take_step().done()
     assert not cache.arena or cache.arena.num_moves
@@ -258,20 +269,6 @@ def test_second_thread_is_refused_while_leases_run():
             begun(cache, placement, prompt)
         other.submit(later.finish, prompt, 20).result()
     begun(cache, placement, prompt).abort()
-    cache.check(held_tokens=0, held_slots=0)
-
-
-def test_rows_and_slots_that_the_caller_does_not_hold_are_not_freed():
-    cache = hybrid()
-    rows, slot = cache.allocate_kv(5), cache.allocate_slot()
-    cache.insert(ids("abcde"), rows, [(5, slot)])
-    with pytest.raises(ValueError, match="5 rows given back, but only 0 are held"):
-        cache.free_kv(rows)
-    other = cache.allocate_kv(2)
-    cache.free_kv(other[:1])
-    with pytest.raises(ValueError, match="of which the last is free already"):
-        cache.free_kv(other[:1])
-    cache.free_kv(other[1:])
     cache.check(held_tokens=0, held_slots=0)
 
 
@@ -300,12 +297,8 @@ def test_a_plan_that_was_not_carried_out_stops_a_reset():
     plan.done()
     lease.publish(prompt, 20)
     cache.reset()
-    assert lease.extend(24)
-    cache.take_step()
     lease.abort()
-    cache.reset()
     cache.check(held_tokens=0, held_slots=0)
-    assert not cache.take_step()
 
 
 def test_a_plan_that_failed_half_way_or_was_forgotten_cannot_be_carried_out():
@@ -519,22 +512,3 @@ def test_a_request_is_added_once_and_its_removal_can_be_repeated():
     owner.remove(request)
     assert not owner.has_work()
     owner.check()
-
-
-@pytest.mark.parametrize("seconds", ["2", None])
-def test_a_fetch_rule_that_returns_no_number_is_named(seconds):
-    match = hybrid().match(ids("abcde"))._replace(loadable=(Resumable(4, (4,), None, {}),))
-    rule = SimpleNamespace(seconds_saved=lambda *_: seconds)
-    with pytest.raises(TypeError, match="seconds_saved must return a number of seconds"):
-        match.best_load(rule)
-
-
-def test_a_lease_in_a_with_block_is_aborted_unless_it_has_ended():
-    cache, placement = small()
-    prompt = np.arange(20, dtype=np.int32)
-    with pytest.raises(OSError, match="no device"), begun(cache, placement, prompt):
-        raise OSError("no device")
-    cache.check(held_tokens=0, held_slots=0)
-    with begun(cache, placement, prompt) as lease:
-        lease.finish(prompt, 20)
-    cache.check(held_tokens=0, held_slots=0)

@@ -34,13 +34,14 @@ COMMAND = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
-def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
+def test_a_closed_pipe_ends_the_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     shared_library()  # Compiled here, so that the command does not report it.
     command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
     command += ["é", *map(str, range(30))]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    options["env"] = os.environ | {"PYTHONIOENCODING": "ascii"}
-    with subprocess.Popen(command, **options) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         said = process.stderr.read().splitlines()
         assert [line for line in said if not line.startswith(b"No C++ compiler")] == []

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -34,13 +35,7 @@ from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Kept, Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, SessionResult, summarise
 from hybridcache.lab.simulation.serving import RequestLog, serve
-from hybridcache.lab.simulation.simulate import (
-    SimulationResult,
-    _complete,
-    optimum,
-    run_cell,
-    simulate,
-)
+from hybridcache.lab.simulation.simulate import SimulationResult, optimum, run_cell, simulate
 from hybridcache.lab.simulation.sizes import sizes, working_set_bytes
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -168,14 +163,16 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     kept, place = Kept(path, RunResult), Place()
     alone = run_grid(short(), cells, run_cell, place=place)
     done: list[tuple[int, int]] = []
+
+    def rewritten(*at: int) -> None:  # as by another command
+        done.append(at)
+        os.replace(shutil.copy(path, f"{path}.new"), path)
+
     first = run_grid(short(), cells[:4], run_cell, place=place, kept=kept)
     path.write_bytes(path.read_bytes() + b'{"key": "torn\xff')
     run = partial(run_grid, short(), cells, run_cell, kept=kept)
     with pytest.warns(UserWarning, match="line 5: damaged or cut"):
-        both = run(
-            place=Place(processes=2),
-            progress=lambda *at: (done.append(at), _complete(path, [], [])),  # another's rewrite
-        )
+        both = run(place=Place(processes=2), progress=rewritten)
     assert list(map(comparable, alone)) == list(map(comparable, both))
     assert both[:4] == first and done == [(600, 720), (720, 720)]
     assert run(place=place) == both

@@ -410,9 +410,6 @@ def test_answer_lengths_survive_every_conversion(
     for path in (other, again):
         found = [json.loads(line) for line in Path(path).read_text().splitlines()]
         assert [(row["input_length"], row["output_length"]) for row in found] == lengths
-    before, after = (list(open_trace(spec)) for spec in (steps[0][0], own))
-    for one, two in zip(before, after, strict=True):
-        assert np.array_equal(one.output, two.output), "the answer's ids must not change"
 
 
 @pytest.mark.parametrize("to", ["jsonl", "mooncake"])
