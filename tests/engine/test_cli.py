@@ -34,13 +34,10 @@ COMMAND = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
-def test_a_closed_pipe_ends_the_command_without_a_traceback(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
     shared_library()  # Compiled here, so that the command does not report it.
     command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
-    command += ["é", *map(str, range(30))]
+    command = ["env", "PYTHONIOENCODING=ascii", *command, "é", *map(str, range(30))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         said = process.stderr.read().splitlines()
@@ -106,6 +103,10 @@ def test_errors_of_the_system_are_reported_in_one_sentence(
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "d" * 100)
     assert run("serve", "--port", "0") == 2
     assert "set TMPDIR to a shorter one" in capsys.readouterr().err
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (16, 16))
+    assert run("serve", "--port", "0") == 2
+    assert "may open only 16 files" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdout", Mock(write=Mock(side_effect=OSError(28, "is full"))))
     assert run("generate", "x", *SMALL) == 2
     assert capsys.readouterr().err.endswith("is full\n")
