@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from msgspec import structs
+
 from engine.text.json_text import read_json, whole_text, write_json
 from engine.text.outputs import MarkSearch, RequestOutput
 from engine.text.tokenizer import any_of
@@ -146,7 +148,7 @@ class AnswerReader:
         self.index = index
         """Index of the answer within the request."""
         self.output: RequestOutput
-        """Latest output that was read."""
+        """Latest output that was read. With ``is_over`` it ends with the first call."""
         self.finish: Finish | None = None
         """Reason why the answer ended, or None if it goes on."""
         self._is_broken_off = False
@@ -174,8 +176,19 @@ class AnswerReader:
 
     def read(self, output: RequestOutput) -> None:
         """Read the new part of the answer in ``output``."""
-        self.output = output
-        self.new = [] if self.is_over else self._read(output)
+        if self.is_over:  # How much was generated since depends on the time of the abort.
+            self.new = []
+            self.output = structs.replace(
+                self.output,
+                new_token_ids=(),
+                new_text="",
+                new_logprobs=(),
+                new_prompt_logprobs=None,
+                finish_reason=output.finish_reason,
+            )
+        else:
+            self.output = output
+            self.new = self._read(output)
         self.finish = self._finish(output)
 
     def _read(self, output: RequestOutput) -> list[Event]:

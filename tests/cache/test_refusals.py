@@ -230,8 +230,7 @@ def test_dropped_lease_and_lock_warn(memory):
     sizes = {"total_bytes": 200, "kv_bytes_per_token": 1, "state_bytes": 20}
     cache = build_prefix_cache(CacheConfig(memory=memory, grid=8, **sizes))
     placement = parse_placement("backoff")
-    prompt = np.arange(20, dtype=np.int32)
-    longer = np.arange(21, dtype=np.int32)
+    prompt, longer = np.arange(20, dtype=np.int32), np.arange(21, dtype=np.int32)
     lease = begun(cache, placement, prompt)
     lease.take_checkpoint_slots(0, 20)
     cache.take_step().done()

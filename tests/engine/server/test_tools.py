@@ -47,6 +47,7 @@ def test_parallel_calls_can_be_disabled(serve_answer: ServeAnswer) -> None:
             text = answer.read().decode()
         assert text.count('"name"') == 1 and "more" not in text
         assert '"finish_reason":"tool_calls"' in text.replace(": ", ":")
+        assert stream or json.loads(text)["usage"]["completion_tokens"] == len(HERMES_CALL)
     live.wait_until_idle()
     live.check_conserved()
     changed = {line for line in set(finish_counts()) - set(before) if not line.endswith(" 0.0")}
