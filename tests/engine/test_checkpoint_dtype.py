@@ -1,4 +1,4 @@
-"""Tests of narrow checkpoint formats: exact without rounding, independent of other requests with
+"""Tests of narrow checkpoint formats: exact without rounding, independent of the batch with
 rounding, and of the size that the geometry gives."""
 
 from __future__ import annotations
