@@ -1,4 +1,4 @@
-"""Compiled kernels in tests: native backends as parameters, and Triton functions of a folder."""
+"""Parts of kernel tests: backends as parameters, comparisons, and Triton functions of a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -15,11 +15,15 @@ import pytest
 import torch
 
 from kernels.native import DTYPES, has, kernel_choices, shared_library
+from kernels.packed import Packed
 
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 WITHOUT_NATIVE = pytest.mark.skipif(
     not ON_CPU or shared_library() is None, reason="no C++ compiler, or tensors on a GPU"
 )
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+"""Root mean square error over root mean square, by dtype."""
 
 
 def native(name: str) -> Any:
@@ -44,6 +48,49 @@ def by_backend(name: str) -> pytest.MarkDecorator:
 
 def int32(values: Sequence[int], device: str) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
+    """Check shape, dtype and finite values, and an error of at most ``factor`` times the
+    tolerance of the dtype.
+
+    The error is relative to the whole tensor, so cancellation in one element is not an error.
+    """
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    assert got.isfinite().all()
+    if got.numel():
+        error = (got.double() - expected.double()).square().mean().sqrt()
+        size = expected.double().square().mean().sqrt()
+        assert error <= factor * TOLERANCE[got.dtype] * size, f"{error / size:.2e}"
+
+
+def assert_verifies(
+    decode: Callable[..., torch.Tensor], tokens: Sequence[torch.Tensor], states: torch.Tensor
+) -> None:
+    """Check that rows and states after each token are equal, for 4, 0, 1 and 3 of the 8 ``tokens``.
+
+    Slots that are read keep their states, except that of the sequence with one token, which writes
+    to its own slot. ``decode`` takes tokens, states and slots; there are 14 ``states``.
+    """
+    lengths, slots, step_slots = [4, 0, 1, 3], [4, 1, 0, 3], [9, 8, 13, 7, 0, 12, 10, 11]
+    device = states.device
+    packed = Packed.from_lengths(lengths, device)
+    initial, decoded = states.clone(), states.clone()
+    where = {
+        "packed": packed,
+        "slots": int32(slots, device),
+        "step_slots": int32(step_slots, device),
+    }
+    out = decode(*tokens, states=states, **where)
+    owners = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+    for t, slot in enumerate(owners):
+        own = [x[t : t + 1] for x in tokens]
+        row = decode(*own, states=decoded, slots=int32([slot], device))
+        assert torch.equal(row[0], out[t])
+        assert torch.equal(decoded[slot], states[step_slots[t]])
+    others = [slot for slot in range(len(states)) if slot not in step_slots]
+    assert torch.equal(states[others], initial[others])
 
 
 def methods_of_prompts(dtype: torch.dtype) -> list[str]:

@@ -13,71 +13,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from experiments.gpu import interpreter
-from kernels.packed import Packed
-
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-"""Root mean square error over root mean square, by dtype."""
-
-
-@pytest.fixture(scope="session")
-def assert_close() -> Callable[..., None]:
-    """Return a comparison with an error relative to the whole tensor.
-
-    Cancellation in one element is then not an error.
-    """
-    return _assert_close
-
-
-def _assert_close(got: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
-    """Check shape, dtype and finite values, and an error of at most ``factor`` times the
-    tolerance of the dtype."""
-    assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
-    assert got.isfinite().all()
-    if got.numel():
-        error = (got.double() - expected.double()).square().mean().sqrt()
-        size = expected.double().square().mean().sqrt()
-        assert error <= factor * TOLERANCE[got.dtype] * size, f"{error / size:.2e}"
-
-
-@pytest.fixture(scope="session")
-def assert_verifies() -> Callable[..., None]:
-    """Return a comparison of verification with one decode call per token."""
-    return _assert_verifies
-
-
-def _assert_verifies(
-    decode: Callable[..., torch.Tensor], tokens: Sequence[torch.Tensor], states: torch.Tensor
-) -> None:
-    """Check that rows and states after each token are equal, for 4, 0, 1 and 3 of the 8 ``tokens``.
-
-    Slots that are read keep their states, except that of the sequence with one token, which writes
-    to its own slot. ``decode`` takes tokens, states and slots; there are 14 ``states``.
-    """
-    lengths, slots, step_slots = [4, 0, 1, 3], [4, 1, 0, 3], [9, 8, 13, 7, 0, 12, 10, 11]
-    packed = Packed.from_lengths(lengths, states.device)
-    initial, decoded = states.clone(), states.clone()
-
-    def int32(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=states.device)
-
-    where = {"packed": packed, "slots": int32(slots), "step_slots": int32(step_slots)}
-    out = decode(*tokens, states=states, **where)
-    owners = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
-    for t, slot in enumerate(owners):
-        own = [x[t : t + 1] for x in tokens]
-        row = decode(*own, states=decoded, slots=int32([slot]))
-        assert torch.equal(row[0], out[t])
-        assert torch.equal(decoded[slot], states[step_slots[t]])
-    others = [slot for slot in range(len(states)) if slot not in step_slots]
-    assert torch.equal(states[others], initial[others])
 
 
 @pytest.fixture(scope="session")

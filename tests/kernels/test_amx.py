@@ -20,7 +20,7 @@ from kernels.attention import native as attention
 from kernels.library import COMPILERS, FLAGS, SOURCES, THIS_PROCESSOR
 from kernels.linear import reference
 from kernels.linear.native import NativeInt8Linear, NativeLinear
-from tests.kernels.compiled import OneMethod
+from tests.kernels.compiled import OneMethod, assert_close
 from tests.kernels.test_attention import Cache
 from tests.kernels.test_scan import Scan, Sizes
 
@@ -160,7 +160,7 @@ def test_words_after_a_panel_are_not_read_as_numbers(emulator) -> None:
         assert out[:, 64:].isinf().all()
 
 
-def test_plain_tiles_are_close_to_the_product(assert_close) -> None:
+def test_plain_tiles_are_close_to_the_product() -> None:
     x, weight = torch.randn(40, 1100).bfloat16(), torch.randn(70, 1100).bfloat16()
     out = NativeLinear(weight, None, None, "plain_tiles")(x)
     assert_close(out, (x.double() @ weight.double().T).bfloat16())

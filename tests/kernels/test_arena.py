@@ -24,7 +24,7 @@ from kernels.packed import Exports, Packed
 from tests.kernels import test_scan
 from tests.kernels.arena import Arena, Sizes, make_arena
 from tests.kernels.compiled import BY_DTYPE, int32
-from tests.kernels.test_scan import Scan, Step
+from tests.kernels.test_scan import STATE_DTYPES, Scan, Step
 
 pytest.importorskip("triton")
 import kernels.attention.fused
@@ -45,9 +45,6 @@ BACKENDS = pytest.mark.parametrize(
         for kind in ("reference", "fused")
     ],
     ids=["reference", "fused"],
-)
-STATE_DTYPES = pytest.mark.parametrize(
-    "state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"]
 )
 FAR = 2**31
 """Smallest offset that does not fit into 32 bits."""

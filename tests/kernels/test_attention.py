@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels.attention import reference
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed, running_sum
-from tests.kernels.compiled import backends
+from tests.kernels.compiled import assert_close, backends
 
 fused = pytest.importorskip("kernels.attention.fused")
 decode = pytest.importorskip("kernels.attention.decode")
@@ -105,9 +105,7 @@ class Cache(SimpleNamespace):
     [(4, 2, 64), (3, 1, 128), (2, 2, 256), (17, 1, 40)],
     ids=["HQ4-HKV2-D64", "HQ3-HKV1-D128", "HQ2-HKV2-D256", "HQ17-HKV1-D40"],
 )
-def test_attention_equals_the_formula(
-    backend, heads, kv_heads, size, dtype, device, assert_close
-) -> None:
+def test_attention_equals_the_formula(backend, heads, kv_heads, size, dtype, device) -> None:
     cache = Cache.filled([63, 0, 1, 130], heads, kv_heads, size, dtype, device)
     expected = [cache.formula(b) for b in range(4)]
     spans = [(3, 0, 130), (1, 0, 0), (0, 0, 63), (2, 0, 1)]
@@ -129,7 +127,7 @@ def test_attention_equals_the_formula(
     seed=st.integers(0, 9),
 )
 def test_any_page_size_and_start_equal_the_formula(
-    backend, dtype, length, page_size, resumed_tiles, seed, device, assert_close
+    backend, dtype, length, page_size, resumed_tiles, seed, device
 ) -> None:
     cache = Cache.filled([length, 30], 2, 1, 32, dtype, device, page_size, seed)
     start = min(resumed_tiles * 64, (length - 1) // 64 * 64)
@@ -257,7 +255,7 @@ def test_decode_reads_lengths_from_the_device(device) -> None:
 
 
 @pytest.mark.full
-def test_many_splits_are_joined_in_a_fixed_order(device, monkeypatch, assert_close) -> None:
+def test_many_splits_are_joined_in_a_fixed_order(device, monkeypatch) -> None:
     """The order does not depend on the longest sequence or on the batch."""
     monkeypatch.setattr(decode, "SPLIT", 32)
     monkeypatch.setattr(decode, "COMBINED", 4)

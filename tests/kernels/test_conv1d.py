@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels.conv1d import reference
 from kernels.packed import TILE_SIZES, Exports, Packed
-from tests.kernels.compiled import BY_DTYPE, by_backend, int32, native
+from tests.kernels.compiled import BY_DTYPE, assert_verifies, by_backend, int32, native
 
 fused = pytest.importorskip("kernels.conv1d.fused")
 BACKENDS = by_backend("conv1d")
@@ -192,7 +192,7 @@ def test_decode_continues_a_prompt(backend, dtype, silu, device) -> None:
 
 @BACKENDS
 @BY_DTYPE
-def test_verification_equals_decode(backend, dtype, assert_verifies, device) -> None:
+def test_verification_equals_decode(backend, dtype, device) -> None:
     torch.manual_seed(3)
     weight, bias = (draw(40, *sizes, dtype=dtype, device=device) for sizes in ([4], []))
     for silu in (True, False):

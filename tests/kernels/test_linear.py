@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels.linear import int8, reference
 from kernels.linear import native as compiled
 from kernels.native import has, kernel_choices, shared_library
-from tests.kernels.compiled import BY_DTYPE, by_backend
+from tests.kernels.compiled import BY_DTYPE, assert_close, by_backend
 
 fused = pytest.importorskip("kernels.linear.fused")
 BACKENDS = by_backend("linear")
@@ -31,7 +31,7 @@ def quantized_product(backend, weight, bias=None, format="int8"):
     biased=st.booleans(),
 )
 def test_linear_equals_the_product(
-    backend, dtype, num_tokens, num_outputs, size, biased, device, assert_close
+    backend, dtype, num_tokens, num_outputs, size, biased, device
 ) -> None:
     x = torch.randn(num_tokens, size + 8).to(dtype).to(device)[:, :size]
     weight = torch.randn(num_outputs, size).to(dtype).to(device)
@@ -46,9 +46,7 @@ def test_linear_equals_the_product(
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("num_tokens", [1, 66])
-def test_8_bit_weights_equal_the_product(
-    backend, format, dtype, num_tokens, device, assert_close
-) -> None:
+def test_8_bit_weights_equal_the_product(backend, format, dtype, num_tokens, device) -> None:
     """bfloat16 is excluded: the interpreter converts int8 to it by its bits."""
     weight = torch.randn(70, 1100, device=device)
     x, bias = (torch.randn(*shape).to(dtype).to(device) for shape in ((num_tokens, 1100), (70,)))
@@ -59,7 +57,7 @@ def test_8_bit_weights_equal_the_product(
 
 @BACKENDS
 @pytest.mark.parametrize("num_tokens, size", [(1, 1100), (66, 200)])
-def test_block_scales_equal_the_product(backend, num_tokens, size, device, assert_close) -> None:
+def test_block_scales_equal_the_product(backend, num_tokens, size, device) -> None:
     """The blocks are 128 wide like those of fp8 checkpoints, and the last one is partial.
 
     Few tokens and a long row use parallel spans.
@@ -87,9 +85,7 @@ def fp8_row_error(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("backend", [reference, fused], ids=["reference", "fused"])
 @pytest.mark.parametrize("in_blocks", [True, False])
 @pytest.mark.parametrize("num_tokens, size", [(1, 1100), (3, 128), (66, 200), (130, 1100)])
-def test_error_of_fp8_activations_is_bounded(
-    backend, num_tokens, size, in_blocks, device, assert_close
-) -> None:
+def test_error_of_fp8_activations_is_bounded(backend, num_tokens, size, in_blocks, device) -> None:
     """Rows and their elements differ by orders of magnitude, and one block is zero."""
     torch.manual_seed(0)
     x = torch.randn(num_tokens, size + 4, device=device)[:, 2:-2]

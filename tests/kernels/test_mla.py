@@ -13,7 +13,7 @@ import torch
 from kernels.attention.sequences import Sequences
 from kernels.native import shared_library
 from kernels.packed import Packed
-from tests.kernels.compiled import BY_DTYPE, backends
+from tests.kernels.compiled import BY_DTYPE, assert_close, backends
 
 fused = pytest.importorskip("kernels.mla.fused")
 PROMPTS = pytest.mark.parametrize(("backend", "dtype"), backends("mla"))
@@ -96,9 +96,7 @@ class Cache(SimpleNamespace):
     [((4, 64, 32, 32), 70), ((18, 24, 8, 16), 18)],
     ids=["H4-R64-P32", "H18-R24-P8"],
 )
-def test_attention_equals_expanded_keys_and_values(
-    backend, sizes, length, dtype, device, assert_close
-) -> None:
+def test_attention_equals_expanded_keys_and_values(backend, sizes, length, dtype, device) -> None:
     cache = Cache.filled([15, 1, length], *sizes, dtype, device)
     expected = [cache.formula(b) for b in range(3)]
     spans = [(2, 0, length), (1, 0, 0), (0, 0, 15), (1, 0, 1)]
@@ -165,7 +163,7 @@ def test_head_products_of_real_sizes_are_independent_of_the_batch(
 
 
 @BACKENDS
-def test_head_products_are_independent_of_the_batch(backend, dtype, device, assert_close) -> None:
+def test_head_products_are_independent_of_the_batch(backend, dtype, device) -> None:
     """Inputs are slices of wider rows."""
     torch.manual_seed(1)
     x = torch.randn(70, 3, 50, device=device).to(dtype)[..., :40]

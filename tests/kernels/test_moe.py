@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernels.linear.reference import quantize
 from kernels.moe import reference
-from tests.kernels.compiled import BY_DTYPE, by_backend
+from tests.kernels.compiled import BY_DTYPE, assert_close, by_backend
 
 fused = pytest.importorskip("kernels.moe.fused")
 BACKENDS = by_backend("moe")
@@ -59,7 +59,7 @@ def formula(hidden, weights, experts, w13, w2, shared_gate=None) -> torch.Tensor
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (20, 1), (20, 3), (33, 4)])
 def test_route_selects_the_most_probable_experts(
-    backend, num_experts, k, renormalise, dtype, device, assert_close
+    backend, num_experts, k, renormalise, dtype, device
 ) -> None:
     """The lower index wins a tie."""
     logits = torch.randn(12, num_experts + 1).to(dtype).to(device)[:, :num_experts]
@@ -75,9 +75,7 @@ def test_route_selects_the_most_probable_experts(
 @BACKENDS
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("renormalise", [True, False])
-def test_route_sigmoid_uses_the_bias_only_to_select(
-    backend, renormalise, has_bias, device, assert_close
-) -> None:
+def test_route_sigmoid_uses_the_bias_only_to_select(backend, renormalise, has_bias, device) -> None:
     """Scores may be negative, and the lower index wins a tie."""
     torch.manual_seed(4)
     logits, bias = torch.randn(9, 21).to(device)[:, :20], torch.randn(20).to(device)
@@ -125,7 +123,7 @@ def test_nan_and_infinite_logits_give_valid_experts(backend, bad, device) -> Non
     seed=st.integers(0, 9),
 )
 def test_experts_equal_the_formula(
-    backend, dtype, num_tokens, num_experts, sizes, gated, seed, device, assert_close
+    backend, dtype, num_tokens, num_experts, sizes, gated, seed, device
 ) -> None:
     case = layer(num_tokens, num_experts, *sizes, dtype, device, seed, gated)
     weights, experts = reference.route(case["logits"], 2, True)
@@ -138,9 +136,7 @@ def test_experts_equal_the_formula(
 @BACKENDS
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 @pytest.mark.parametrize(("num_tokens", "gated"), [(2, True), (30, True), (30, False)])
-def test_8_bit_experts_equal_the_formula(
-    backend, format, num_tokens, gated, device, assert_close
-) -> None:
+def test_8_bit_experts_equal_the_formula(backend, format, num_tokens, gated, device) -> None:
     case = layer(num_tokens, 4, 32, 24, torch.float32, device, gated=gated)
     weights, experts = reference.route(case["logits"], 2, True)
     w13, w13_scale = quantize(case["w13"], format)
@@ -153,9 +149,7 @@ def test_8_bit_experts_equal_the_formula(
 @pytest.mark.full("2-reference")
 @BACKENDS
 @pytest.mark.parametrize("num_tokens", [2, 30])
-def test_experts_with_block_scales_equal_the_formula(
-    backend, num_tokens, device, assert_close
-) -> None:
+def test_experts_with_block_scales_equal_the_formula(backend, num_tokens, device) -> None:
     case = layer(num_tokens, 4, 160, 140, torch.float32, device)
     weights, experts = reference.route(case["logits"], 2, True)
     stored = [quantize(case[name], "fp8")[0] for name in ("w13", "w2")]
@@ -173,9 +167,7 @@ def test_experts_with_block_scales_equal_the_formula(
 @BY_DTYPE
 @pytest.mark.parametrize("format", [None, "int8"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 40])
-def test_the_last_expert_can_be_shared(
-    backend, dtype, format, num_tokens, device, assert_close
-) -> None:
+def test_the_last_expert_can_be_shared(backend, dtype, format, num_tokens, device) -> None:
     """It is computed for all tokens, whose results do not depend on the batch."""
     if format and dtype == torch.bfloat16:
         pytest.skip("the interpreter converts int8 to bfloat16 by its bits")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,12 @@ from kernels.gdn import native as gdn
 from kernels.kda import native as kda
 from kernels.mamba2 import native as mamba2
 from kernels.native import has, kernel_choices
-from kernels.packed import Packed
+from tests.kernels.test_scan import Scan, Sizes
 
 pytestmark = pytest.mark.skipif(not has("decode_gdn_float32_float32"), reason="no C++ compiler")
 NEEDS_AVX512 = pytest.mark.skipif(not has("chunk_gdn_float32_lanes"), reason="no AVX-512")
 
-HEADS, KEY, VALUE, TOKENS = 3, 32, 48, 150
+SIZES, TOKENS = Sizes(groups=3, heads=3, key=32, value=48), 150
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 DECAYS = pytest.mark.parametrize("decay", [-0.01, -1.0, -10.0, -100.0])
 
@@ -28,59 +30,33 @@ def restored_mode() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
-def chunk_gdn(decay: float) -> list[torch.Tensor]:
-    gate = decay * (0.5 + torch.rand(TOKENS, HEADS))
-    tokens = [torch.randn(TOKENS, HEADS, size) for size in (KEY, KEY, VALUE)]
-    states = torch.zeros(1, HEADS, KEY, VALUE)
-    beta = torch.rand(TOKENS, HEADS)
-    return [gdn.chunk_gdn(*tokens, gate, beta, states=states, **one_sequence()), states]
+def chunk(module: Any, decay: float) -> list[torch.Tensor]:
+    scan = Scan(module)
+    prompt = scan.draw(TOKENS, SIZES, torch.float32)
+    prompt.tokens[3][:] = decay * (0.5 + torch.rand(TOKENS, SIZES.heads))
+    states = torch.zeros(1, *scan.state_shape(SIZES))
+    return [scan.chunk(prompt, [TOKENS], states, [0], resumed=[False]), states]
 
 
-def chunk_mamba2(decay: float) -> list[torch.Tensor]:
-    gate = decay * (0.5 + torch.rand(TOKENS, HEADS))
-    x, B, C = (torch.randn(TOKENS, *shape) for shape in ((HEADS, VALUE), (1, KEY), (1, KEY)))
-    states = torch.zeros(1, HEADS, KEY, VALUE)
-    step = torch.rand(TOKENS, HEADS)
-    D = torch.ones(HEADS)
-    return [mamba2.chunk_mamba2(x, B, C, gate, step, D, states=states, **one_sequence()), states]
-
-
-def one_sequence() -> dict:
-    return {
-        "packed": Packed.from_lengths([TOKENS]),
-        "slots": torch.zeros(1, dtype=torch.int32),
-        "resumed": torch.zeros(1, dtype=torch.bool),
-        "exports": None,
-    }
-
-
-def decode_gdn(decay: float) -> list[torch.Tensor]:
-    return decode(gdn.decode_gdn, decay, ())
-
-
-def decode_kda(decay: float) -> list[torch.Tensor]:
-    return decode(kda.decode_kda, decay, (KEY,))
-
-
-def decode(function, decay: float, gates: tuple[int, ...]) -> list[torch.Tensor]:
+def decode(module: Any, decay: float) -> list[torch.Tensor]:
     """Decode a token that writes nothing, with states that are nearly subnormal."""
-    count = 8
-    tokens = [torch.randn(count, HEADS, size) for size in (KEY, KEY, VALUE)]
-    a, b = torch.zeros(count, HEADS, *gates), torch.full((count, HEADS), -200.0)
-    A_log = torch.full((HEADS,), math.log(-decay / math.log(2)))
-    states = torch.randn(count, HEADS, KEY, VALUE) * 1e-37
-    slots = torch.arange(count, dtype=torch.int32)
-    bias = torch.zeros(HEADS, *gates)
-    return [function(*tokens, a, b, A_log, bias, states=states, slots=slots), states]
+    scan, count = Scan(module), 8
+    step = scan.draw_steps(count, SIZES, torch.float32)
+    *_, a, b = step.tokens
+    rate, bias = step.parameters
+    a.zero_(), bias.zero_()
+    b.fill_(-200.0), rate.fill_(math.log(-decay / math.log(2)))
+    states = torch.randn(count, *scan.state_shape(SIZES)) * 1e-37
+    return [scan.decode(step, states, range(count)), states]
 
 
 KERNELS = pytest.mark.parametrize(
     "kernel",
     [
-        pytest.param(chunk_gdn, marks=NEEDS_AVX512),
-        pytest.param(chunk_mamba2, marks=NEEDS_AVX512),
-        decode_gdn,
-        decode_kda,
+        pytest.param(partial(chunk, gdn), marks=NEEDS_AVX512, id="chunk_gdn"),
+        pytest.param(partial(chunk, mamba2), marks=NEEDS_AVX512, id="chunk_mamba2"),
+        pytest.param(partial(decode, gdn), id="decode_gdn"),
+        pytest.param(partial(decode, kda), id="decode_kda"),
     ],
 )
 

@@ -11,7 +11,7 @@ import kernels.activation.reference
 import kernels.cache_write.reference
 import kernels.norm.reference
 import kernels.rotary.reference
-from tests.kernels.compiled import BY_DTYPE, by_backend
+from tests.kernels.compiled import BY_DTYPE, assert_close, by_backend
 
 pytest.importorskip("triton")
 import kernels.activation.fused
@@ -34,7 +34,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 @by_backend("norm")
 @BY_DTYPE
 @SHAPES
-def test_rms_norm_equals_the_formula(backend, shape, dtype, device, assert_close) -> None:
+def test_rms_norm_equals_the_formula(backend, shape, dtype, device) -> None:
     torch.manual_seed(0)
     x, residual = (randn(*shape, dtype=dtype, device=device) for _ in range(2))
     weight = torch.randn(shape[-1], device=device)
@@ -49,7 +49,7 @@ def test_rms_norm_equals_the_formula(backend, shape, dtype, device, assert_close
 @pytest.mark.parametrize("gate_first", [False, True], ids=["norm-first", "gate-first"])
 @pytest.mark.parametrize("weights", [(40,), (3, 40)], ids=["heads", "groups"])
 def test_gated_norm_of_strided_heads_and_groups(
-    backend, dtype, weights, gate_first, device, assert_close
+    backend, dtype, weights, gate_first, device
 ) -> None:
     """Each head of a token has separate statistics, and each group its weights, too."""
     projected = randn(6, 7, 40, dtype=dtype, device=device)
@@ -70,7 +70,7 @@ def test_gated_norm_of_strided_heads_and_groups(
     passed=st.integers(0, 9),
 )
 def test_rotate_equals_complex_multiplication(
-    backend, dtype, num_tokens, heads, half, passed, device, assert_close
+    backend, dtype, num_tokens, heads, half, passed, device
 ) -> None:
     size = 2 * half + passed
     projected = randn(num_tokens, sum(heads) + 1, size, dtype=dtype, device=device)
@@ -91,7 +91,7 @@ def test_rotate_equals_complex_multiplication(
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 6])
 def test_rotate_and_write_equals_its_parts(
-    backend, dtype, size, turned, has_norms, num_tokens, device, assert_close
+    backend, dtype, size, turned, has_norms, num_tokens, device
 ) -> None:
     """The parts are those of the same backend, which round after each of them."""
     name = backend.__name__.rpartition(".")[2]
@@ -123,7 +123,7 @@ def test_rotate_and_write_equals_its_parts(
 @by_backend("activation")
 @BY_DTYPE
 @pytest.mark.parametrize("shape", [(1, 2), (5, 600), (3, 4, 34), (0, 16), (2, 2100)])
-def test_silu_and_mul_equals_the_formula(backend, shape, dtype, device, assert_close) -> None:
+def test_silu_and_mul_equals_the_formula(backend, shape, dtype, device) -> None:
     x = randn(*shape, dtype=dtype, device=device)
     gate, up = x.double().chunk(2, dim=-1)
     expected = torch.nn.functional.silu(gate) * up
@@ -132,7 +132,7 @@ def test_silu_and_mul_equals_the_formula(backend, shape, dtype, device, assert_c
 
 @by_backend("activation")
 @BY_DTYPE
-def test_sigmoid_mul_of_views_and_single_gates(backend, dtype, device, assert_close) -> None:
+def test_sigmoid_mul_of_views_and_single_gates(backend, dtype, device) -> None:
     projected = randn(5, 3, 80, dtype=dtype, device=device)
     for x, gate in (
         (projected[..., :40], projected[..., 40:]),
@@ -148,7 +148,7 @@ def test_sigmoid_mul_of_views_and_single_gates(backend, dtype, device, assert_cl
 @by_backend("activation")
 @BY_DTYPE
 @pytest.mark.parametrize("shape", [(1, 2), (5, 600), (0, 16)])
-def test_relu_squared_equals_the_formula(backend, shape, dtype, device, assert_close) -> None:
+def test_relu_squared_equals_the_formula(backend, shape, dtype, device) -> None:
     x = randn(*shape, dtype=dtype, device=device)
     assert_close(backend.relu_squared(x), x.double().relu().square().to(dtype))
     views = randn(6, 2, 5, dtype=dtype, device=device).transpose(0, 1)

@@ -22,7 +22,7 @@ from kernels.kda import reference as kda
 from kernels.mamba1 import reference as mamba1
 from kernels.mamba2 import reference as mamba2
 from kernels.packed import TILE_SIZES, Exports, Packed
-from tests.kernels.compiled import backends
+from tests.kernels.compiled import assert_verifies, backends
 
 KERNELS = ("gdn", "kda", "mamba2", "mamba1")
 PROMPTS = pytest.mark.parametrize(("backend", "dtype"), backends(*KERNELS))
@@ -440,7 +440,7 @@ def test_decode_is_independent_of_the_batch(backend, dtype, state_dtype, device)
 
 @STATE_DTYPES
 @DECODES
-def test_verification_equals_decode(backend, dtype, state_dtype, assert_verifies, device) -> None:
+def test_verification_equals_decode(backend, dtype, state_dtype, device) -> None:
     torch.manual_seed(6)
     scan, sizes = Scan(backend, device), Sizes(1, 2, 32, 16)
     step = scan.draw_steps(8, sizes, dtype)
