@@ -3,8 +3,9 @@ result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,52 +15,24 @@ from engine.requests.grammar import Grammar
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.schedule.batch import Batch
-from engine.text.tokenizer import ByteTokenizer, StreamDecoder
+from engine.text.tokenizer import ByteTokenizer
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
 from tests.engine.test_engine import ids, make_engine
 
 ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
-class BrokenDecoder:
-    """Decoder that fails on every token or only at the end."""
-
-    def __init__(self, fails_on: str) -> None:
-        self._fails_on = fails_on
-
-    def push(self, token_id: int) -> str:
-        if self._fails_on == "push":
-            raise KeyError("Ā")
-        return "x"
-
-    def flush(self) -> str:
-        raise KeyError("Ā")
-
-
-class SometimesBroken(ByteTokenizer):
-    """Tokenizer with decoders that fail for the answers numbered in ``broken``."""
-
-    def __init__(self, broken: dict[int, str]) -> None:
-        super().__init__()
-        self._broken = broken
-        self._num_decoders = 0
-
-    def stream_decoder(
-        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
-    ) -> StreamDecoder:
-        self._num_decoders += 1
-        fails_on = self._broken.get(self._num_decoders - 1)
-        if fails_on:
-            return BrokenDecoder(fails_on)
-        return super().stream_decoder(skip_special_tokens, before)
-
-
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("fails_on", ["push", "flush"])
-def test_a_detokenizer_error_fails_only_its_request(fails_on: str, overlap: str) -> None:
+def test_a_detokenizer_error_fails_only_its_request(
+    fails_on: str, overlap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = [ids(70 + i, 40 * i) for i in range(4)]
     expected = make_engine(tokenizer=ByteTokenizer()).generate(prompts, ANSWER)
-    engine = make_engine(tokenizer=SometimesBroken({2: fails_on}), overlap=overlap)
+    engine = make_engine(tokenizer=ByteTokenizer(), overlap=overlap)
+    decoders = [engine.tokenizer.stream_decoder() for _ in prompts]
+    setattr(decoders[2], fails_on, Mock(side_effect=KeyError("Ā")))
+    monkeypatch.setattr(engine.tokenizer, "stream_decoder", Mock(side_effect=decoders))
     outputs = engine.generate(prompts, ANSWER)
     for i, (output, alone) in enumerate(zip(outputs, expected, strict=True)):
         if i == 2:

@@ -3,8 +3,6 @@ right whether the load succeeds or fails."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,7 +12,6 @@ from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.plugins.disaggregation.received_prefix import ReceivedPrefix
 from engine.requests.request import Request
 from hybridcache.api import PrefixMatch
-from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
 from tests.oracle import OracleRunner, OracleSampler, OracleState, fingerprint
@@ -49,14 +46,12 @@ class SlowFetch:
 
 
 class SlowFetcher:
-    """Fetcher that finds every prefix, after ``delay`` steps; every third load fails if
-    ``fails``."""
+    """Fetcher that finds every prefix, after ``delay`` steps."""
 
-    def __init__(self, delay: int, fails: bool = False, most: int = 4) -> None:
-        self.delay, self.fails, self.most = delay, fails, most
+    def __init__(self, delay: int, most: int) -> None:
+        self.delay, self.most = delay, most
         self.engine: Engine = None  # type: ignore[assignment]
         self.pending: list[SlowFetch] = []
-        self.num_begun = self.num_waits = self.num_closed = 0
 
     @property
     def has_room(self) -> bool:
@@ -75,7 +70,6 @@ class SlowFetcher:
         if arrival is None:
             return None
         manager.other_holders[arrival] = None
-        self.num_begun += 1
         self.pending.append(SlowFetch(self, arrival, request))
         return self.pending[-1]
 
@@ -84,16 +78,14 @@ class SlowFetcher:
         for fetch in tuple(self.pending):
             fetch.steps_left -= 1
             if not fetch.steps_left:
-                is_whole = not (self.fails and self.num_begun % 3 == 0)
-                if is_whole:
-                    write(self.engine.runner, fetch.arrival, fetch.request)
-                fetch.settle(is_whole)
+                write(self.engine.runner, fetch.arrival, fetch.request)
+                fetch.settle(True)
 
     def wait(self, timeout_s: float) -> None:
-        self.num_waits += 1
+        pass
 
     def close(self) -> None:
-        self.num_closed += 1
+        pass
 
 
 def write(runner: OracleRunner, arrival: ReceivedPrefix, request: Request) -> None:
@@ -111,16 +103,9 @@ def write(runner: OracleRunner, arrival: ReceivedPrefix, request: Request) -> No
         runner._write_state(arrival.slot, OracleState(arrival.end, before, request.namespace))
 
 
-def make(
-    fetcher: SlowFetcher, kv: int = 4096, slots: int = 16, slab: int = 0, **settings: object
-) -> Engine:
-    geometry = ModelGeometry.preset("qwen3-next")
-    if slab:
-        geometry = dataclasses.replace(
-            geometry, kv_bytes_per_token=10, recurrent_elements=0, conv_bytes=10 * slab - 3
-        )
-    runner = OracleRunner(kv, None if slab else slots, geometry=geometry, exact=True)
-    config = engine_config(check=True, exact=True, **settings)
+def make(fetcher: SlowFetcher, kv: int, slots: int, max_running: int) -> Engine:
+    runner = OracleRunner(kv, slots, exact=True)
+    config = engine_config(check=True, exact=True, max_running=max_running)
     engine = Engine(config, runner=runner, sampler=OracleSampler(320), fetcher=fetcher)
     fetcher.engine = engine
     return engine
