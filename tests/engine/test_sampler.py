@@ -42,12 +42,6 @@ def random_logits(rows, seed=0):
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def draws(logits, count, **params):
-    """Return the tokens of ``count`` requests that differ only in their seed."""
-    rows = logits.expand(count, VOCAB)
-    return drawn(rows, *(request(seed, **params) for seed in range(count)))
-
-
 def test_greedy_is_argmax_in_any_dtype():
     logits = random_logits(5)
     for dtype in (torch.float32, torch.bfloat16):
@@ -80,13 +74,6 @@ def test_nan_and_infinite_logits_give_no_token(bad):
     assert ((drawn.tokens >= 0) & (drawn.tokens < VOCAB)).all()
     scored = Sampler(VOCAB).score(logits[:2], [3, 4], 2).wait()
     assert [token.token_id for token in scored] == [3, NO_TOKEN]
-
-
-def test_draws_follow_the_distribution():
-    logits = random_logits(1)
-    counts = np.bincount(draws(logits, 20_000, temperature=0.7), minlength=VOCAB)
-    expected = (logits[0] / 0.7).softmax(-1).numpy()
-    assert np.abs(counts / 20_000 - expected).max() < 0.012
 
 
 MIXES = st.lists(
