@@ -239,14 +239,16 @@ class Driver:
         """
         sequence, write = self.begin(tokens)
         slot = self.slot()
-        segment = self.prefill_segment(sequence, len(tokens), logits="all", exports=((64, slot),))
+        exports = () if slot is None else ((64, slot),)
+        segment = self.prefill_segment(sequence, len(tokens), logits="all", exports=exports)
         cold = self.runner.forward(Batch((segment,), (), (write,)))
         resumed, write = self.begin(tokens, prefix=write[2][:64])
         segments = (
             self.decode_segment(sequence, 7),
             self.prefill_segment(resumed, len(tokens), logits="all"),
         )
-        return cold, self.runner.forward(Batch(segments, ((slot, resumed.slot),), (write,)))
+        restores = () if slot is None else ((slot, resumed.slot),)
+        return cold, self.runner.forward(Batch(segments, restores, (write,)))
 
 
 VERIFIED = ((3, 5, 8, 1), (7, 4), (9, 2, 6), (1, 1, 2), (5,))
@@ -271,12 +273,6 @@ def assert_equal_results(expected: list[Any], found: list[Any]) -> None:
     for (logits, states), (found_logits, found_states) in zip(expected, found, strict=True):
         assert torch.equal(logits, found_logits)
         assert all(map(torch.equal, states, found_states))
-
-
-@pytest.fixture(scope="session")
-def driver_class() -> type[Driver]:
-    """Return the class, for tests that make their own runners."""
-    return Driver
 
 
 @pytest.fixture(scope="session")
@@ -308,12 +304,10 @@ def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
     return get
 
 
-@pytest.fixture(scope="session")
-def random_tokens() -> Callable[..., list[int]]:
-    def draw(count: int, seed: int, vocab_size: int = families.SMALL["vocab_size"]) -> list[int]:
-        return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
-
-    return draw
+def random_tokens(
+    count: int, seed: int, vocab_size: int = families.SMALL["vocab_size"]
+) -> list[int]:
+    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
 
 
 FORMATS = (("float32",), ("bfloat16", "bfloat16"), ("bfloat16",), ("float32", "bfloat16"))

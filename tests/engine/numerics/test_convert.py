@@ -15,7 +15,7 @@ from engine.plugins.convert.converter import convert
 from engine.weights.quantized_formats import read_quantization
 from engine.weights.scheme import Scheme
 from tests.engine.numerics import eight_bit
-from tests.engine.numerics.conftest import load
+from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
 """Scheme with blocks that fit the layers of small models."""
@@ -39,7 +39,7 @@ def dequantise(path):
     return plain
 
 
-def test_int8_files_equal_int8_loading(model, oracles, driver_class, random_tokens, tmp_path):
+def test_int8_files_equal_int8_loading(model, oracles, tmp_path):
     """Bits equal ``--quantization int8`` of the full-precision directory, in each family; stacked
     experts are written separately."""
     source, tokens = tmp_path / "source", random_tokens(70, seed=1)
@@ -48,8 +48,8 @@ def test_int8_files_equal_int8_loading(model, oracles, driver_class, random_toke
         tensors = eight_bit.stack_experts(load_file(source / "model.safetensors"))
         save_file(tensors, source / "model.safetensors")
     report = convert(source, tmp_path / "out", "int8")
-    expected = driver_class(load(source, quantization="int8")).cold(tokens, logits="all")
-    assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
+    expected = Driver(load(source, quantization="int8")).cold(tokens, logits="all")
+    assert torch.equal(Driver(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
     errors = [entry.error for entry in report.modules if entry.error is not None]
     assert len(errors) > 10 and all(0.001 < error < 0.02 for error in errors)
     assert not any("gate_up_proj" in name for name in load_file(tmp_path / "out/model.safetensors"))

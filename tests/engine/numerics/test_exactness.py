@@ -20,6 +20,7 @@ from kernels.attention import reference as attention
 from kernels.conv1d import reference as conv1d
 from kernels.gdn import reference as gdn
 from kernels.linear import reference as linear
+from tests.engine.numerics.conftest import random_tokens
 
 PROMPT_LENS = st.integers(1, 210)
 
@@ -82,9 +83,7 @@ def run_pieces(driver, starts, restores, writes, random, grid=64):
     scattered=st.booleans(),
     num_threads=st.sampled_from([1, 2]),
 )
-def test_hits_are_exact_in_any_batch(
-    model, formats, drivers, random_tokens, lens, seed, scattered, num_threads
-):
+def test_hits_are_exact_in_any_batch(model, formats, drivers, lens, seed, scattered, num_threads):
     driver = drivers(model, *formats)
     driver.scatter_seed = seed if scattered else None
     driver.reset()
@@ -112,7 +111,7 @@ def assert_hits_are_exact(driver, prompts, random, grid):
 
 @settings(max_examples=2, deadline=None)
 @given(count=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
-def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tokens, count, seed):
+def test_decode_does_not_depend_on_the_batch(model, formats, drivers, count, seed):
     """Sequences get the same tokens and logits in one batch and separately."""
     driver = drivers(model, *formats)
     random = np.random.default_rng(seed)
@@ -129,7 +128,7 @@ def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tok
             logits = driver.decode(sequence, [int(logits.argmax())])
 
 
-def test_only_preempted_answers_differ_and_none_with_exact(random_tokens):
+def test_only_preempted_answers_differ_and_none_with_exact():
     """The beginning of docs/concepts/exactness.md makes this exception."""
     prompts = [random_tokens(length, length, 256) for length in (150, 200, 97, 230, 180, 120)]
     greedy = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, logprobs=3)

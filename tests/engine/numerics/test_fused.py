@@ -17,6 +17,7 @@ from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError
 from experiments.gpu import interpreter
+from tests.engine.numerics.conftest import Driver, random_tokens
 
 pytest.importorskip("triton")
 PRODUCTS = "linear=fused,moe=fused"
@@ -31,19 +32,19 @@ def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
     return load_runner(config)
 
 
-def cold_and_mixed(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+def cold_and_mixed(runner, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of ``Driver.cold_and_mixed`` with scattered rows."""
-    return driver_class(runner, scatter_seed=3).cold_and_mixed(tokens)
+    return Driver(runner, scatter_seed=3).cold_and_mixed(tokens)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear", "nemotron_h"])
-def test_engine_with_all_triton_kernels(name, oracles, driver_class, random_tokens) -> None:
+def test_engine_with_all_triton_kernels(name, oracles) -> None:
     path, tokens = oracles(name).path, random_tokens(100, 5)
-    expected = cold_and_mixed(driver_class, make_runner(path), tokens)
+    expected = cold_and_mixed(make_runner(path), tokens)
     runner = make_runner(path, "cpu" if INTERPRETED else None, kernels=override_all("fused"))
     assert set(runner.kernels.words().values()) == {"fused"}
-    cold, mixed = cold_and_mixed(driver_class, runner, tokens)
+    cold, mixed = cold_and_mixed(runner, tokens)
     assert_close(cold.cpu(), expected[0], rtol=0, atol=1e-5)
     assert_close(mixed.cpu(), expected[1], rtol=0, atol=1e-5)
     assert torch.equal(mixed[1:], cold[64:])
@@ -59,17 +60,15 @@ def test_engine_with_all_triton_kernels(name, oracles, driver_class, random_toke
     ],
     ids=["int8", "fp8", "fp8-activations"],
 )
-def test_8_bit_weights_are_close_and_hits_exact(
-    name, oracles, driver_class, random_tokens, error, options
-) -> None:
+def test_8_bit_weights_are_close_and_hits_exact(name, oracles, error, options) -> None:
     """The error is relative to the standard deviation of the logits.
 
     The prompt is short because the interpreter runs a program for each row of a product.
     """
     path, tokens = oracles(name).path, random_tokens(72, 6)
-    full, _ = cold_and_mixed(driver_class, make_runner(path), tokens)
+    full, _ = cold_and_mixed(make_runner(path), tokens)
     runner = make_runner(path, **options)
-    cold, mixed = cold_and_mixed(driver_class, runner, tokens)
+    cold, mixed = cold_and_mixed(runner, tokens)
     assert 0 < (cold - full).square().mean().sqrt() < error * full.std()
     assert torch.equal(mixed[1:], cold[64:])
 

@@ -21,7 +21,13 @@ from engine.runner.device import TRAITS, Device
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from kernels.attention import fused
 from kernels.moe import fused as moe
-from tests.engine.numerics.conftest import STEPS, VERIFIED, assert_equal_results
+from tests.engine.numerics.conftest import (
+    STEPS,
+    VERIFIED,
+    Driver,
+    assert_equal_results,
+    random_tokens,
+)
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.stub_device import stubbed
 
@@ -58,7 +64,7 @@ def serve(driver, prompts, num_steps):
 
 
 @pytest.mark.full
-def test_decode_graphs_change_no_bit(oracles, drivers, random_tokens):
+def test_decode_graphs_change_no_bit(oracles, drivers):
     config = engine_config(model=str(oracles("qwen3_5").path), cache_gib=0.003, **OPTIONS)
     driver = type(drivers("qwen3_5"))(load_runner(config))
     prompts = [random_tokens(length, seed=length) for length in (5, 2, 3)]
@@ -132,14 +138,14 @@ MODELS = {
 
 
 @pytest.fixture
-def make_verify_driver(tmp_path, driver_class):
+def make_verify_driver(tmp_path):
     """Return a function that makes a driver with drafts and without graphs."""
 
     def make(model="states", draft="tree:4"):
         path = write_geometry(tmp_path, MODELS[model])
         settings = {"load_format": "dummy", "max_running": 6, "graphs": "off", "cache_gib": 0.002}
         config = engine_config(model=path, draft=draft, **OPTIONS | settings)
-        return driver_class(load_runner(config))
+        return Driver(load_runner(config))
 
     return make
 
@@ -182,11 +188,11 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
 
 
 @pytest.mark.parametrize("kind", ["states", "mamba2", "latents", "parallel"])
-def test_graphs_of_pieces_change_no_bit(kind, tmp_path, driver_class, random_tokens):
+def test_graphs_of_pieces_change_no_bit(kind, tmp_path):
     """A cold prompt, then the prompt's tail after a hit with a decode of another sequence."""
     path = write_geometry(tmp_path, (MODELS | {"parallel": SIDE_BY_SIDE})[kind])
     options = {"device": "cpu", "load_format": "dummy", "max_model_len": 256, "cache_gib": 0.02}
-    driver = driver_class(load_runner(engine_config(model=path, **options)))
+    driver = Driver(load_runner(engine_config(model=path, **options)))
     tokens, recorder = random_tokens(150, 2, 160), Recorder()
     plain = driver.cold_and_mixed(tokens)
     driver.reset()

@@ -149,13 +149,6 @@ def test_limits_of_control_groups_of_version_2_count_with_those_of_parents(syste
     assert host_free_bytes() == 0
 
 
-def test_a_container_sees_its_limit_of_version_2_at_the_root(system):
-    write_meminfo(system, MemAvailable=20)
-    system("proc/self/cgroup", "0::/")
-    write_group(system, CGROUP, 6 * GIB, 2 * GIB, GIB)
-    assert host_free_bytes() == 5 * GIB
-
-
 @pytest.mark.parametrize("path", ["docker/one", "docker"])
 def test_limits_of_control_groups_of_version_1_count(system, path):
     """Check a group of the host, and a container that sees its group as the root."""

@@ -12,7 +12,13 @@ from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError
 from kernels.native import kernel_choices, shared_library
-from tests.engine.numerics.conftest import STEPS, VERIFIED, assert_equal_results
+from tests.engine.numerics.conftest import (
+    STEPS,
+    VERIFIED,
+    Driver,
+    assert_equal_results,
+    random_tokens,
+)
 
 COMPILED = pytest.mark.skipif(shared_library() is None, reason="no C++ compiler")
 IS_RECORDED = kernel_choices()["linear_float32"] != "reference"
@@ -31,9 +37,9 @@ def make_runner(dtype: str = "float32", **options) -> ModelRunner:
     )
 
 
-def decode_logits(driver_class, runner, prompts, num_steps) -> list[list[torch.Tensor]]:
+def decode_logits(runner, prompts, num_steps) -> list[list[torch.Tensor]]:
     """Return the logits of each step in which all prompts decode together."""
-    driver = driver_class(runner, scatter_seed=3)
+    driver = Driver(runner, scatter_seed=3)
     sequences, _ = driver.start(prompts)
     return [list(driver.decode(sequences, [step] * len(prompts))) for step in range(num_steps)]
 
@@ -41,17 +47,15 @@ def decode_logits(driver_class, runner, prompts, num_steps) -> list[list[torch.T
 @pytest.mark.full("float32-None", "bfloat16-int8")
 @COMPILED
 @FORMATS
-def test_batches_and_recording_change_no_bit(
-    driver_class, random_tokens, dtype, quantization
-) -> None:
+def test_batches_and_recording_change_no_bit(dtype, quantization) -> None:
     runner = make_runner(dtype, quantization=quantization)
     assert (runner.graphs[0] is not None) == IS_RECORDED
     prompts = [random_tokens(length, length) for length in (100, 64, 7)]
-    batched = decode_logits(driver_class, runner, prompts, 3)
+    batched = decode_logits(runner, prompts, 3)
     runner.use_graphs("off")
     assert runner.graphs == (None, None)
     for rank, prompt in enumerate(prompts):
-        single = decode_logits(driver_class, runner, [prompt], 3)
+        single = decode_logits(runner, [prompt], 3)
         for step, [logits] in enumerate(single):
             assert torch.equal(logits, batched[step][rank])
 
@@ -59,14 +63,14 @@ def test_batches_and_recording_change_no_bit(
 @pytest.mark.full("float32-None", "bfloat16-int8")
 @COMPILED
 @FORMATS
-def test_recorded_verification_changes_no_bit(driver_class, dtype, quantization) -> None:
+def test_recorded_verification_changes_no_bit(dtype, quantization) -> None:
     """A graph is also used for other lengths than those of its recording.
 
     ``test_verify.py`` compares verification with single steps.
     """
     runner = make_runner(dtype, quantization=quantization, draft="tree:8")
     assert (runner.verify_graphs is not None) == IS_RECORDED
-    driver = driver_class(runner, scatter_seed=3)
+    driver = Driver(runner, scatter_seed=3)
     recorded = driver.verify(VERIFIED, STEPS)
     driver.reset()
     runner.use_graphs("off")
@@ -76,10 +80,10 @@ def test_recorded_verification_changes_no_bit(driver_class, dtype, quantization)
 
 @COMPILED
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 0.1)])
-def test_logits_are_close_to_the_references(driver_class, random_tokens, dtype, error) -> None:
+def test_logits_are_close_to_the_references(dtype, error) -> None:
     prompts = [random_tokens(90, 1), random_tokens(20, 2)]
     native, plain = (
-        torch.stack([torch.stack(step) for step in decode_logits(driver_class, runner, prompts, 2)])
+        torch.stack([torch.stack(step) for step in decode_logits(runner, prompts, 2)])
         for runner in (
             make_runner(dtype),
             make_runner(dtype, kernels=backends.override_all("reference")),
@@ -88,11 +92,11 @@ def test_logits_are_close_to_the_references(driver_class, random_tokens, dtype, 
     assert (native - plain).abs().max() < error * plain.float().std()
 
 
-def test_engine_works_without_a_compiler(monkeypatch, driver_class, random_tokens) -> None:
+def test_engine_works_without_a_compiler(monkeypatch) -> None:
     monkeypatch.setattr(backends.native, "shared_library", lambda: None)
     runner = make_runner()
     assert set(runner.kernels.words().values()) == {"reference"}
-    [[logits]] = decode_logits(driver_class, runner, [random_tokens(10, 1)], 1)
+    [[logits]] = decode_logits(runner, [random_tokens(10, 1)], 1)
     assert logits.isfinite().all()
     with pytest.raises(ModelError, match="kernel gdn cannot be loaded as native: no working C"):
         make_runner(kernels="gdn=native")

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tests.engine.numerics.conftest import load
+from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 LENGTHS = (1, 63, 64, 65, 777)
 TOLERANCES = {"atol": 1e-4, "rtol": 1e-4}
@@ -19,13 +19,13 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_prefill_logits_equal_transformers(family, length, drivers, oracles, random_tokens):
+def test_prefill_logits_equal_transformers(family, length, drivers, oracles):
     tokens = random_tokens(length, seed=length)
     ours = drivers(family).cold(tokens, logits="all")
     assert_close(ours, oracles(family).logits(tokens))
 
 
-def test_batched_prefill_and_decode_equal_transformers(family, drivers, oracles, random_tokens):
+def test_batched_prefill_and_decode_equal_transformers(family, drivers, oracles):
     driver = drivers(family)
     prompts = [random_tokens(length, seed=100 + length) for length in (*LENGTHS, 128)]
     sequences, logits = driver.start(prompts)
@@ -71,9 +71,7 @@ ROTARY: dict[str, dict[str, float]] = {
     ("kind", "scaling"),
     [*((kind, "yarn") for kind in ROTARY), *(("qwen3_next", name) for name in SCALINGS)],
 )
-def test_scaled_rope_equals_transformers(
-    kind, scaling, oracles, driver_class, random_tokens, tmp_path
-):
+def test_scaled_rope_equals_transformers(kind, scaling, oracles, tmp_path):
     """``rope_scaling`` overrides the ``rope_parameters`` that transformers writes."""
     oracle, tokens, path = oracles(kind), random_tokens(300, seed=9), tmp_path / kind
     oracle.model.save_pretrained(path)
@@ -89,4 +87,4 @@ def test_scaled_rope_equals_transformers(
     unscaled = reference(plain)
     scaled = reference(plain | {"rope_scaling": {"rope_type": scaling} | SCALINGS[scaling]})
     assert (scaled - unscaled).abs().max() > 0.01
-    assert_close(driver_class(load(path)).cold(tokens, logits="all"), scaled)
+    assert_close(Driver(load(path)).cold(tokens, logits="all"), scaled)

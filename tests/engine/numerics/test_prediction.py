@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine import engine_config
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
-from engine.runner.build import load_runner
 from engine.runner.mtp_head import Predictor
 from engine.schedule.batch import Batch, Newest, Segment
 from hybridcache.geometry.sizes import KVSpec
+from tests.engine.numerics.conftest import Driver, load, random_tokens
 from tests.engine.numerics.test_graphs import Recorder
 
 MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
@@ -132,22 +131,19 @@ class Head:
 
 
 @pytest.fixture
-def make_head(drivers, driver_class, oracles, monkeypatch):
+def make_head(drivers, oracles, monkeypatch):
     def make(name, draft="none"):
         oracle = oracles(name)
         driver, reference = drivers(name), Reference(oracle.model)
         if draft != "none":
-            config = engine_config(
-                model=str(oracle.path), device="cpu", draft=draft, cache_gib=0.04
-            )
-            driver = driver_class(load_runner(config))
+            driver = Driver(load(oracle.path, draft=draft, cache_gib=0.04))
         return driver, Head(driver, reference, monkeypatch), reference
 
     return make
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_drafts_equal_the_reference(name, make_head, random_tokens) -> None:
+def test_drafts_equal_the_reference(name, make_head) -> None:
     """Four tokens of two sequences in one batch, after prefills and after decodes."""
     driver, head, reference = make_head(name)
     texts = random_tokens(90, 1), random_tokens(7, 2)
@@ -163,7 +159,7 @@ def test_drafts_equal_the_reference(name, make_head, random_tokens) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS[:2])
-def test_drafts_after_a_hit_equal_a_cold_run(name, make_head, random_tokens) -> None:
+def test_drafts_after_a_hit_equal_a_cold_run(name, make_head) -> None:
     """At each grid position and in chunks; another request, with another next token, wrote the
     rows."""
     driver, head, _ = make_head(name)
@@ -190,7 +186,7 @@ def test_drafts_after_a_hit_equal_a_cold_run(name, make_head, random_tokens) -> 
         assert hit.slot != cold.slot
 
 
-def test_head_after_verification_equals_single_steps(make_head, random_tokens) -> None:
+def test_head_after_verification_equals_single_steps(make_head) -> None:
     """Rows of rejected tokens are overwritten, and the hidden state is that of the last accepted
     token."""
     driver, head, _ = make_head("qwen3_next", "tree:4")

@@ -16,6 +16,7 @@ from engine.runner.backends import override_all
 from engine.runner.build import load_runner
 from experiments.gpu.models import QWEN3_NEXT_80B
 from tests.engine.numerics import families
+from tests.engine.numerics.conftest import Driver, random_tokens
 from tests.engine.numerics.test_exactness import assert_hits_are_exact, threads
 
 FAMILIES = families.find()
@@ -154,17 +155,7 @@ def cases():
 @pytest.mark.full("2-native-bfloat16-int8-granite_moe_hybrid")
 @pytest.mark.parametrize(("name", "dtype", "quantization", "backend", "num_threads"), cases())
 @torch.inference_mode()
-def test_hits_are_exact(
-    name,
-    dtype,
-    quantization,
-    backend,
-    num_threads,
-    monkeypatch,
-    tmp_path,
-    driver_class,
-    random_tokens,
-):
+def test_hits_are_exact(name, dtype, quantization, backend, num_threads, monkeypatch, tmp_path):
     """Native kernels are those of a machine with a compiler; without one, both are references."""
     made = []
     make = Linear.__init__
@@ -199,4 +190,4 @@ def test_hits_are_exact(
                 assert torch.equal(linear(x[:count]), whole[:count]), count
                 assert torch.equal(linear(x[-count:]), whole[-count:]), count
         prompts = [random_tokens(length, seed=length) for length in (150, 97, 33)]
-        assert_hits_are_exact(driver_class(runner), prompts, np.random.default_rng(0), 64)
+        assert_hits_are_exact(Driver(runner), prompts, np.random.default_rng(0), 64)

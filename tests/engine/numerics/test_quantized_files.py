@@ -20,7 +20,7 @@ from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
 from experiments.gpu import interpreter
 from tests.engine.numerics import eight_bit
-from tests.engine.numerics.conftest import load
+from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 BLOCK = (16, 48)
 """Small blocks: head boundaries cut them, and the last ones are partial."""
@@ -47,7 +47,7 @@ def int8(path, section=eight_bit.compressed_section, **options):
     ],
 )
 def test_fp8_blocks_equal_their_dequantised_weights(
-    published, prefix, scale_dtype, dtype, checkpoint, driver_class, random_tokens
+    published, prefix, scale_dtype, dtype, checkpoint
 ):
     """The layouts are those of Qwen3-Next-FP8 and Qwen3.5-FP8.
 
@@ -58,14 +58,14 @@ def test_fp8_blocks_equal_their_dequantised_weights(
     plain = fp8(path, scale_dtype, prefix=prefix)
     runner = load(path, dtype=dtype)
     assert f"fp8 in blocks of 16 x 48, widened to {dtype}" in runner.loaded.weights_note
-    cold, hit = driver_class(runner).cold_and_mixed(tokens)
-    expected, _ = driver_class(load(plain, dtype=dtype)).cold_and_mixed(tokens)
+    cold, hit = Driver(runner).cold_and_mixed(tokens)
+    expected, _ = Driver(load(plain, dtype=dtype)).cold_and_mixed(tokens)
     assert torch.equal(cold, expected)
     assert torch.equal(hit[1:], cold[64:])
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
-def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_class, random_tokens):
+def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint):
     """Activations are rounded per token or not at all, so the test uses a bound."""
     (path, _), tokens = checkpoint("qwen3_next"), random_tokens(90, seed=4)
     ignore = ["lm_head", r"re:.*in_proj_ba$", r"re:.*mlp\.gate$", "re:.*shared_expert_gate$"]
@@ -74,8 +74,8 @@ def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_cl
     assert (
         "int8 with a scale per output channel, multiplied as they are" in runner.loaded.weights_note
     )
-    cold, hit = driver_class(runner).cold_and_mixed(tokens)
-    expected, _ = driver_class(load(plain)).cold_and_mixed(tokens)
+    cold, hit = Driver(runner).cold_and_mixed(tokens)
+    expected, _ = Driver(load(plain)).cold_and_mixed(tokens)
     assert (cold - expected).norm() < 0.05 * expected.norm()
     assert torch.equal(hit[1:], cold[64:])
 

@@ -21,8 +21,8 @@ from engine.layers.rank import Group, Rank, RankCut
 from engine.runner import loading as weights
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
-from engine.schedule.batch import Batch
 from engine.weights.model_config import ModelError
+from tests.engine.numerics.conftest import Driver, random_tokens
 
 REFUSED = {
     "granite_moe_hybrid": "has 1 groups of channels",
@@ -79,55 +79,24 @@ def run_ranks(count: int, config: EngineConfig, work: Callable[[ModelRunner], An
     return [job.result() for job in jobs]
 
 
-def config_of(path: Any, **settings: Any) -> EngineConfig:
-    budget = {"cache_gib": 0.04, "max_running": 8}
-    return engine_config(
-        **({"model": str(path), "device": "cpu", "dtype": "float32"} | budget | settings)
-    )
-
-
-def cold_and_hit(driver_class: Any, tokens: list[int]) -> Callable[[ModelRunner], Any]:
-    """Return work that computes a prompt and two decoded tokens, cold and after a hit.
-
-    The hit resumes at the last tile, in a batch with another prompt.
-    """
+def test_two_ranks_agree_with_one(family, oracles) -> None:
+    sizes = {"dtype": "float32", "cache_gib": 0.04, "max_running": 8}
+    config = engine_config(model=str(oracles(family).path), device="cpu", **sizes)
+    tokens = random_tokens(150, 3)
 
     def work(runner: ModelRunner) -> tuple[torch.Tensor, torch.Tensor]:
-        driver = driver_class(runner)
-        cold, write = driver.begin(tokens)
-        end = len(tokens) // 64 * 64
-        exports = () if cold.slot is None else ((end, driver.slot()),)
-        segment = driver.prefill_segment(cold, len(tokens), exports=exports, logits="all")
-        first = [runner.forward(Batch((segment,), (), (write,)))[end:]]
-        first += [runner.forward(Batch((driver.decode_segment(cold, t),))) for t in (5, 7)]
-        other, other_write = driver.begin(tokens[:70])
-        hit, hit_write = driver.begin(tokens, write[2][:end])
-        restores = () if hit.slot is None else ((exports[0][1], hit.slot),)
-        segments = (
-            driver.prefill_segment(other, 70),
-            driver.prefill_segment(hit, len(tokens), logits="all"),
-        )
-        second = [runner.forward(Batch(segments, restores, (other_write, hit_write)))[1:]]
-        second += [runner.forward(Batch((driver.decode_segment(hit, t),))) for t in (5, 7)]
-        return torch.cat(first), torch.cat(second)
+        return Driver(runner).cold_and_mixed(tokens)
 
-    return work
-
-
-def test_two_ranks_agree_with_one(family, oracles, driver_class, random_tokens) -> None:
-    config, work = (
-        config_of(oracles(family).path),
-        cold_and_hit(driver_class, random_tokens(150, 3)),
-    )
     if family in REFUSED:
         with pytest.raises(ModelError, match=REFUSED[family]):
             run_ranks(2, config, work)
         return
-    ((single, _),) = run_ranks(1, config, work)
-    (cold, hit), (other, _) = run_ranks(2, config, work)
-    assert torch.equal(cold, hit)
-    assert torch.equal(cold, other)
+    ((single, mixed_single),) = run_ranks(1, config, work)
+    (cold, mixed), other = run_ranks(2, config, work)
+    assert torch.equal(mixed[1:], cold[64:])
+    assert torch.equal(cold, other[0]) and torch.equal(mixed, other[1])
     assert (cold - single).abs().max() < 1e-4
+    assert (mixed - mixed_single).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("least", [1, 2**30], ids=["runs", "bands"])

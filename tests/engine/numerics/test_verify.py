@@ -3,38 +3,20 @@ steps, and states advance by the accepted tokens."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+
 import torch
 
-from engine import engine_config
-from engine.runner.build import load_runner
 from engine.schedule.batch import Batch, Segment
+from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 ANSWER = 14
 LENGTHS = (58, 5)
 
 
-@pytest.fixture(scope="module")
-def make_driver(oracles, driver_class):
-    by_key = {}
-
-    def make(model, dtype="float32", state_dtype="float32"):
-        key = model, dtype, state_dtype
-        if key not in by_key:
-            config = engine_config(
-                model=str(oracles(model).path),
-                device="cpu",
-                dtype=dtype,
-                state_dtype=state_dtype,
-                draft="tree:4",
-                max_running=16,
-                cache_gib=0.1,
-            )
-            by_key[key] = driver_class(load_runner(config))
-        by_key[key].reset()
-        return by_key[key]
-
-    return make
+def make_driver(path: Path, dtype: str = "float32", state_dtype: str = "float32") -> Driver:
+    memory = {"draft": "tree:4", "max_running": 16, "cache_gib": 0.1}
+    return Driver(load(path, dtype=dtype, state_dtype=state_dtype, **memory))
 
 
 def verify_segment(sequence, answer, num_done, right, wrong, exports=()):
@@ -48,10 +30,10 @@ def verify_segment(sequence, answer, num_done, right, wrong, exports=()):
     )
 
 
-def test_verification_equals_single_steps(model, formats, make_driver, random_tokens) -> None:
+def test_verification_equals_single_steps(model, formats, oracles) -> None:
     """The batch also has a decode and a prefill. Some, all or none of the drafts are right, and a
     checkpoint is saved in the middle of a draft."""
-    driver = make_driver(model, *formats)
+    driver = make_driver(oracles(model).path, *formats)
     runner = driver.runner
     prompts = [random_tokens(length, seed) for seed, length in enumerate(LENGTHS)]
     answers = [random_tokens(ANSWER, seed + 7) for seed in range(len(prompts))]
@@ -98,9 +80,9 @@ def test_verification_equals_single_steps(model, formats, make_driver, random_to
         assert all(map(torch.equal, driver.states(saved), expected))
 
 
-def test_state_after_rejected_tokens_is_not_saved(make_driver, random_tokens) -> None:
+def test_state_after_rejected_tokens_is_not_saved(oracles) -> None:
     """A request without an accepted token keeps its state, in an arena, too."""
-    driver = make_driver("qwen3_next")
+    driver = make_driver(oracles("qwen3_next").path)
     runner = driver.runner
     prompts = [random_tokens(62, 0), random_tokens(9, 1)]
     sequences = driver.start(prompts, ANSWER + 8)[0]

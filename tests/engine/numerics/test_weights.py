@@ -17,10 +17,10 @@ from engine.runner.device import Device
 from engine.runner.loading import Dummy, WeightsError
 from experiments.gpu.models import TINY
 from tests.engine.numerics import eight_bit
-from tests.engine.numerics.conftest import load
+from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 
-def check_same_logits(path, model, drivers, random_tokens):
+def check_same_logits(path, model, drivers):
     driver = drivers(model)
     tokens = random_tokens(70, seed=1)
     expected = driver.cold(tokens)
@@ -28,7 +28,7 @@ def check_same_logits(path, model, drivers, random_tokens):
     assert torch.equal(other.cold(tokens), expected)
 
 
-def test_sharded_checkpoint(checkpoint, drivers, random_tokens):
+def test_sharded_checkpoint(checkpoint, drivers):
     path, tensors = checkpoint("qwen3_next")
     names = sorted(tensors)
     shards = {f"model-{i}.safetensors": names[i::3] for i in range(3)}
@@ -38,20 +38,20 @@ def test_sharded_checkpoint(checkpoint, drivers, random_tokens):
     weight_map = {name: file for file, part in shards.items() for name in part}
     index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    check_same_logits(path, "qwen3_next", drivers, random_tokens)
+    check_same_logits(path, "qwen3_next", drivers)
     (path / "model-1.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"missing: model-1\.safetensors"):
         load(path)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_separate_and_stacked_experts(stacked, checkpoint, drivers, random_tokens):
+def test_separate_and_stacked_experts(stacked, checkpoint, drivers):
     path, tensors = checkpoint("qwen3_5_moe")
     change = eight_bit.stack_experts if stacked else eight_bit.split_experts
     changed = change(eight_bit.split_experts(tensors))
     assert any(name.endswith(".experts.gate_up_proj") for name in changed) == stacked
     save_file(changed, path / "model.safetensors")
-    check_same_logits(path, "qwen3_5_moe", drivers, random_tokens)
+    check_same_logits(path, "qwen3_5_moe", drivers)
 
 
 TIED = [("qwen3", "model.embed_tokens.weight"), ("lfm2", "model.embed_tokens.weight")]
@@ -59,9 +59,7 @@ TIED = [("qwen3", "model.embed_tokens.weight"), ("lfm2", "model.embed_tokens.wei
 
 @pytest.mark.parametrize(("kind", "embedding"), TIED)
 @pytest.mark.parametrize("files", ["separate head", "copy", "no head", "only head"])
-def test_tied_head_with_and_without_its_tensor(
-    kind, embedding, files, checkpoint, driver_class, random_tokens
-):
+def test_tied_head_with_and_without_its_tensor(kind, embedding, files, checkpoint):
     """As in transformers, a tied model uses a separate head if its files have one."""
     path, tensors = checkpoint(kind)
     tokens = random_tokens(70, seed=1)
@@ -75,7 +73,7 @@ def test_tied_head_with_and_without_its_tensor(
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.inference_mode():
         expected = model(torch.tensor([tokens]), use_cache=False).logits[0]
-    logits = driver_class(load(path)).cold(tokens, logits="all")
+    logits = Driver(load(path)).cold(tokens, logits="all")
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -94,7 +92,7 @@ def test_nan_and_infinite_weights_are_refused(name, bad, dtype, checkpoint):
         load(path, dtype=dtype)
 
 
-def test_dummy_weights_depend_only_on_the_seed(checkpoint, random_tokens, drivers):
+def test_dummy_weights_depend_only_on_the_seed(checkpoint, drivers):
     path, _ = checkpoint("qwen3_next")
     (path / "model.safetensors").unlink()
     make = type(drivers("qwen3_next"))
