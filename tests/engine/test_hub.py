@@ -78,10 +78,14 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     return self._refuse(404, "RevisionNotFound")
                 named = sorted(hub.files.items())
                 if rest[0] == "tree":
-                    return self._answer([self._entry(*one) for one in named])
+                    return self._send([self._entry(*one) for one in named])
                 siblings = [{"rfilename": name, "size": len(data)} for name, data in named]
-                return self._answer({"id": NAME, "sha": COMMIT, "siblings": siblings})
-            self._send(path.split(f"/resolve/{COMMIT}/")[1])
+                return self._send({"id": NAME, "sha": COMMIT, "siblings": siblings})
+            name = path.split(f"/resolve/{COMMIT}/")[1]
+            tag = f'"{hashlib.sha1(hub.files[name]).hexdigest()}"'
+            self._send(hub.files[name], headers={"X-Repo-Commit": COMMIT, "ETag": tag})
+            if self.command == "GET":
+                hub.sent_bytes += len(hub.files[name]) * name.endswith(".safetensors")
 
         @staticmethod
         def _entry(name: str, data: bytes) -> dict[str, object]:
@@ -89,28 +93,18 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             return {"type": "file", "path": name, "size": len(data), "oid": oid}
 
         def _refuse(self, status: int, code: str) -> None:
+            self._send(b"", status, {"X-Error-Code": code})
+
+        def _send(
+            self, content: object, status: int = 200, headers: dict[str, str] | None = None
+        ) -> None:
+            """Send bytes as they are, and other contents as JSON."""
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def _answer(self, content: object) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def _send(self, name: str) -> None:
-            data = hub.files[name]
-            self.send_response(200)
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
-            self.send_header("Content-Length", str(len(data)))
+            for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+                self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
-                hub.sent_bytes += len(data) * name.endswith(".safetensors")
                 self.wfile.write(data)
 
     return Handler

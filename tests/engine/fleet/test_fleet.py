@@ -34,7 +34,8 @@ class Handle:
     A killed replica sends nothing more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: EngineConfig = CONFIG) -> None:
+        self.config = config
         self.replicas: dict[str, EngineReplica] = {}
         self.dead: dict[str, asyncio.Event] = {}
         self.fleet: Fleet | None = None
@@ -42,11 +43,11 @@ class Handle:
         self.chosen: list[str] = []
 
     def add(self, name: str) -> None:
-        self.replicas[name] = EngineReplica(CONFIG, name)
+        self.replicas[name] = EngineReplica(self.config, name)
         self.dead[name] = asyncio.Event()
 
     def options(self, method_name: str, stream: bool = False) -> Handle:
-        copy = Handle()
+        copy = type(self)()
         copy.__dict__.update(self.__dict__ | {"method": method_name, "streams": stream})
         return copy
 
@@ -91,8 +92,8 @@ class Stream:
         pass
 
 
-async def fleet_of(count: int, router: str = "checkpoint") -> tuple[AsyncEngine, Handle]:
-    handle = Handle()
+async def serve(handle: Handle, count: int, router: str = "checkpoint") -> AsyncEngine:
+    """Return a started engine with ``count`` replicas behind ``handle``."""
     for number in range(count):
         handle.add(f"r{number}")
     facts = await handle.replicas["r0"].facts(Order())
@@ -105,9 +106,9 @@ async def fleet_of(count: int, router: str = "checkpoint") -> tuple[AsyncEngine,
             replica._async.stop()
 
     is_death = lambda error: isinstance(error, Died)  # noqa: E731
-    engine = AsyncEngine(FleetChannel(CONFIG, handle, fleet, facts, shut_down, is_death))
+    engine = AsyncEngine(FleetChannel(handle.config, handle, fleet, facts, shut_down, is_death))
     engine.start()
-    return engine, handle
+    return engine
 
 
 def kill(handle: Handle, name: str) -> None:
@@ -158,7 +159,8 @@ def test_two_replicas_share_load_and_survive_a_death(caplog: pytest.LogCaptureFi
     """
 
     async def live() -> None:
-        engine, handle = await fleet_of(2)
+        handle = Handle()
+        engine = await serve(handle, 2)
         router = engine._channel._fleet._router
         first = (await answer(engine, make_spec(1, 2)))[-1]
         assert (first.cached_len, first.finish_reason, len(first.output)) == (0, "length", 3)
@@ -210,7 +212,8 @@ def test_two_replicas_share_load_and_survive_a_death(caplog: pytest.LogCaptureFi
 
 def test_a_death_before_the_first_token_moves_the_request() -> None:
     async def live() -> None:
-        engine, handle = await fleet_of(2, "least_loaded")
+        handle = Handle()
+        engine = await serve(handle, 2, "least_loaded")
         stream = engine.submit(make_spec(7, max_tokens=2))
         while not handle.chosen:  # Without a pause in which the answer could begin.
             await asyncio.sleep(0)
@@ -227,7 +230,8 @@ def test_a_death_before_the_first_token_moves_the_request() -> None:
 
 def test_aborts_limits_and_the_end_of_a_fleet() -> None:
     async def live() -> None:
-        engine, handle = await fleet_of(1)
+        handle = Handle()
+        engine = await serve(handle, 1)
         stream = engine.submit(make_spec(max_tokens=600))
         await anext(stream)
         stream.abort()

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from .conftest import Live
 
 SCHEMA = {
@@ -269,6 +271,8 @@ class Messages(Dialect):
 
 
 DIALECTS = (Chat(), Responses(), Messages())
+DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda one: one.path)
+STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 
 
 def bodies(text: str, limit: int = 2) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from engine.server.bodies import num_nodes
 from engine.server.settings import ServerConfig
 
 from .conftest import Live
-from .dialects import CHAT, DIALECTS, TOOL, Dialect
+from .dialects import CHAT, DIALECT, STREAMED, TOOL, Dialect
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x"},
@@ -314,10 +314,6 @@ def test_body_above_the_limit_is_refused(serve_oracle: Callable[..., Live]) -> N
             assert "--max-body-mib" in error["message"]
             assert error["type"] == "request_too_large" or "messages" not in path
     small.check_conserved()
-
-
-DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda one: one.path)
-STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 
 
 @STREAMED

@@ -84,18 +84,13 @@ def test_text_without_a_tokenizer_is_refused_in_one_sentence(
     assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
 
 
-@pytest.fixture
-def with_recommendations(tmp_path: Path) -> Path:
+def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:
     path = Path(write_geometry(tmp_path, TINY))
     (path / "generation_config.json").write_text(json.dumps(RECOMMENDED | {"eos_token_id": [7]}))
-    return path
-
-
-def test_sampling_defaults_come_from_the_model(with_recommendations: Path) -> None:
-    engine = make_engine(with_recommendations)
+    engine = make_engine(path)
     assert engine.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     screen = start_screen(engine, "")
-    short = make_engine(with_recommendations, max_model_len=64)
+    short = make_engine(path, max_model_len=64)
     assert "smallest hit none: a hit of 64 tokens fills the context" in start_screen(short, "")
     assert (
         "sampling     temperature 0.6, top_p 0.95, top_k 20, unless a request sets them" in screen
@@ -114,6 +109,6 @@ def test_sampling_defaults_come_from_the_model(with_recommendations: Path) -> No
         (0, 5, 0.95),
         (0.6, 20, 1),
     ]
-    engine = make_engine(with_recommendations)
+    engine = make_engine(path)
     request = engine.make(engine.validate(RequestSpec(IDS)))
     assert (request.params.temperature, request.params.top_k) == (0.6, 20)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import re
@@ -160,27 +159,6 @@ def test_echo_scores_the_prompt_without_the_cache(builtin: Live) -> None:
         assert "".join(scores.tokens[: len(prompt)]) == prompt
     first, second = (answer.choices[0].logprobs.token_logprobs for answer in scored)
     assert first == second[: len(prompt)]
-
-
-def test_asynchronous_client_with_concurrent_requests(live: Live) -> None:
-    async def ask_all() -> list[str]:
-        async with live.async_client as client:
-
-            async def ask(number: int) -> str:
-                if number % 2:
-                    answer = await client.completions.create(
-                        prompt=f"{number} {LONG}", max_tokens=9, **GREEDY
-                    )
-                    return answer.choices[0].text
-                events = await client.completions.create(
-                    prompt=f"{number} {LONG}", max_tokens=9, stream=True, **GREEDY
-                )
-                return "".join([event.choices[0].text async for event in events])
-
-            return await asyncio.gather(*map(ask, range(24)))
-
-    assert asyncio.run(ask_all()) == asyncio.run(ask_all())
-    live.check_conserved()
 
 
 def test_model_cards(serve_oracle: Callable[..., Live]) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from .conftest import ServeAnswer
-from .dialects import BONN, CHAT, DIALECTS, TOOL, Dialect
+from .dialects import BONN, CHAT, DIALECT, DIALECTS, STREAMED, TOOL, Dialect
 from .test_tools import HERMES_CALL, QWEN_XML, XML_CALL
 
-DIALECT = pytest.mark.parametrize("dialect", DIALECTS, ids=lambda one: one.path)
 FORM = pytest.mark.parametrize(
     ("template", "call", "opening"),
     [(None, HERMES_CALL, "<think>\n"), (QWEN_XML, XML_CALL, "")],
@@ -63,7 +62,7 @@ def test_next_turn_accepts_the_returned_answer_and_has_its_prompt(
 
 
 @DIALECT
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@STREAMED
 @pytest.mark.parametrize(
     ("limits", "reason"), [({"stop": "Bonn"}, "stop"), ({"limit": 60}, "length")]
 )

@@ -27,18 +27,14 @@ from engine.errors import (
     StepFailed,
 )
 from engine.plugins.replicas import replica
-from engine.plugins.replicas.fleet import Fleet
-from engine.plugins.replicas.replica import EngineReplica
 from engine.plugins.replicas.replica_output import Order
-from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.settings import ServerConfig
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
-from hybridcache.routing.registry import find_router
-from tests.engine.fleet.test_fleet import Handle
+from tests.engine.fleet.test_fleet import Handle, serve
 from tests.oracle import OracleSampler
 
 from .conftest import SlowRunner
@@ -108,27 +104,9 @@ class PickledStream:
 
 
 class PickledHandle(Handle):
-    def options(self, method_name: str, stream: bool = False) -> Handle:
-        bound = PickledHandle()
-        bound.__dict__.update(self.__dict__ | {"method": method_name, "streams": stream})
-        return bound
-
     def remote(self, order: Order) -> Any:
         called = super().remote(order)
         return PickledStream(called) if self.streams else called
-
-
-async def fleet_of_one(config: EngineConfig) -> AsyncEngine:
-    handle = PickledHandle()
-    handle.replicas["r0"] = EngineReplica(config, "r0")
-    handle.dead["r0"] = asyncio.Event()
-    facts = await handle.replicas["r0"].facts(Order())
-    fleet = handle.fleet = Fleet()
-    fleet.set_members(handle.replicas)
-    fleet.begin(find_router("text")(facts.spec))
-    stop = handle.replicas["r0"]._async.stop
-    channel = FleetChannel(config, handle, fleet, facts, stop, lambda error: False)
-    return AsyncEngine(channel)
 
 
 @asynccontextmanager
@@ -140,9 +118,10 @@ async def serving(kind: str, config: EngineConfig) -> AsyncIterator[tuple[Any, h
     elif kind == "process":
         engine, _ = await asyncio.to_thread(start_engine, config, spawn(config, "here", BOOT))
     else:
-        engine = await fleet_of_one(config)
+        engine = await serve(PickledHandle(config), 1, "text")
     app = create_app(engine, ServerConfig())
-    engine.start()
+    if kind != "replicas":
+        engine.start()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:

@@ -11,14 +11,14 @@ import pytest
 from engine.text.bounded_memory import BoundedMemory
 
 from .conftest import ServeAnswer
-from .dialects import BONN, SCHEMA
+from .dialects import BONN, SCHEMA, STREAMED
 from .test_tools import HERMES_CALL
 
 ASK: dict[str, Any] = {"model": "builtin", "input": "Rain in Bonn?"}
 TOOLS: Any = [{"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@STREAMED
 def test_functions_of_a_namespace_are_called_by_both_names(
     serve_answer: ServeAnswer, stream: bool
 ) -> None:
