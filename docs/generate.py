@@ -322,7 +322,8 @@ def _class(name: str, thing: type) -> str:
     init = vars(thing).get("__init__")
     if is_made_by_users and inspect.isfunction(init) and init.__doc__:
         parts.append(_body(init))
-    bases = [base.__name__ for base in thing.__bases__ if base.__name__ in hybridcache.__all__]
+    described = {*hybridcache.__all__, "WaitingRequest"}
+    bases = [base.__name__ for base in thing.__bases__ if base.__name__ in described]
     if bases:
         parts.append(f"It has the members of {' and '.join(f'`{base}`' for base in bases)}.")
     rows = [

@@ -36,7 +36,7 @@ class Losses(NamedTuple):
     """
 
     never_seen: int
-    """Tokens past ``seen_len``: no earlier request had them in this position."""
+    """Tokens past ``seen_len``: no earlier request had them in this position, in whole pages."""
     kv_evicted: int
     """Tokens seen before (a ghost remembers them) with evicted KV."""
     checkpoint_evicted: int

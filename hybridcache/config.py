@@ -194,7 +194,8 @@ class CacheConfig:
 
 
 def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
-    """Return a new cache with its own allocators.
+    """Return a new cache with its own allocators; a ``TieredRadixCache`` if there is a host or disk
+    tier.
 
     Raises MemoryError if their tables do not fit in host memory, which needs 4 bytes per row.
 

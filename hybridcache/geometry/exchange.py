@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 from hybridcache.geometry.times import PrefillTimes
 
@@ -36,8 +37,11 @@ class Exchange:
         if not hasattr(self.times, "seconds"):
             raise TypeError(f"times must have a method seconds(start, end) (got {self.times!r}).")
         for tier, rate in self.bytes_per_s.items():
-            if not rate > 0:
-                raise ValueError(f"bytes_per_s of tier {tier!r} must be more than 0 (got {rate}).")
+            if tier not in LATENCY_S or not isinstance(rate, Real) or not rate > 0:
+                raise ValueError(
+                    f"bytes_per_s must have a number above 0 for each of {', '.join(LATENCY_S)} "
+                    f"(got {rate!r} for {tier!r})."
+                )
 
     def copy_seconds(self, num_bytes: Mapping[str, int]) -> float:
         """Return the seconds to copy these bytes to the device, one tier after the other.

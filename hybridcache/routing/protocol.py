@@ -43,6 +43,8 @@ class ReplicaSpec:
     def __post_init__(self) -> None:
         if not hasattr(self.times, "seconds"):
             raise TypeError(f"times must be PrefillTimes (got {self.times!r}).")
+        if not isinstance(self.placement, PlacementPolicy | None):
+            raise TypeError(f"placement must be made by parse_placement (got {self.placement!r}).")
         for what in ("unit", "page_size", "grid"):
             require_positive(getattr(self, what), what)
 

@@ -144,9 +144,12 @@ class CacheManager:
                 return saves
 
     def roll_back(self, request: ScheduledRequest) -> None:
-        """Discard the work of the last step at and after ``computed_len``."""
+        """Discard the work of the last step at and after ``computed_len``.
+
+        For an engine that writes checkpoints after acceptance (``unwritten`` in
+        ``Lease.roll_back``).
+        """
         lease, _ = request.claims
-        # The runner writes checkpoints after acceptance, up to computed_len.
         lease.roll_back(request.computed_len, True)
 
     @property

@@ -76,4 +76,6 @@ class MemorySizes:
     @property
     def max_request_len(self) -> int:
         """Longest request, in tokens, that can always be served to its end, if need be alone."""
+        if self.is_stateful and not self.num_slots:
+            return 0
         return self.num_kv_tokens - SLOTS_OF_ONE * self.slab_rows

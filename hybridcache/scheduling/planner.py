@@ -183,6 +183,10 @@ class StepPlanner(Generic[R]):
     >>> reused
     [0, 256]
 
+    With drafts, claim ``manager.extend(one, end + num_drafts)`` before the step. After it, append
+    the accepted tokens, call ``advance(one, good_len)``, ``manager.roll_back(one)``, and append the
+    newest token.
+
     ``remove(request)`` aborts one. If ``choose`` returns nothing, call it again when a request
     arrives or leaves, or at ``wakes_at_s``.
     """

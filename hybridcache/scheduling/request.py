@@ -185,7 +185,8 @@ class ScheduledRequest(WaitingRequest):
 
     @property
     def stop_reason(self) -> str:
-        """Reason why the answer ended, as ``Lease.finish`` takes it. Empty if it is not known."""
+        """Reason why the answer ended, as ``Lease.finish`` takes it. Empty if it is not known. An
+        engine that knows it overrides this property, as well as the next one and the last."""
         return "session_end" if self.spec.ends_session else ""
 
     @property
