@@ -11,6 +11,8 @@ from engine import Engine, SamplingParams, engine_config
 from engine.text.tokenizer import ByteTokenizer
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
+GREEDY = SamplingParams(max_tokens=8)
+
 
 def make_engine(
     kv_tokens: int = 4096,
@@ -81,3 +83,11 @@ def test_a_stream_yields_the_whole_answer_and_ends_when_closed() -> None:
     next(stream)
     stream.close()
     assert not engine.has_work()
+
+
+def test_namespaces_share_nothing() -> None:
+    engine = make_engine()
+    engine.generate([ids(200)], GREEDY, namespace="one")
+    [other] = engine.generate([ids(200)], GREEDY, namespace="other")
+    [same] = engine.generate([ids(200)], GREEDY, namespace="one")
+    assert (other.cached_len, same.cached_len) == (0, 192)
