@@ -54,6 +54,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     """Serialize the remembered state of ``cache`` and of the ``placement`` rules. O(tree).
 
     The most recently used nodes are written, within the cache's limit for ghosts and ``MAX_BYTES``.
+    The state of users' own policies is not.
     """
     _refuse_bare(placement)
     if not isinstance(cache, HybridRadixCache):
@@ -264,7 +265,8 @@ class Memory:
     ) -> list[str]:
         """Restore the state of the cache's eviction policies and of the ``placement`` rules.
 
-        Returns the tiers (or ``placement``) with saved state that does not fit. O(memory).
+        Returns the tiers (or ``placement``) with saved state that does not fit. Users' own policies
+        start anew, because their state is not saved, and are not named. O(memory).
         """
         _refuse_bare(placement)
         unfit, recalled = list[str](), set[str]()

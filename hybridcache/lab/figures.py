@@ -23,6 +23,7 @@ from hybridcache.lab.report import (
     Metric,
     find_metric,
     hindsight_percent,
+    interval_notes,
     notes_on,
     size_label,
 )
@@ -91,7 +92,8 @@ class Plot:
         *,
         limits: bool = True,
     ) -> Axes:
-        """Plot a metric over the memory size, a line per competitor.
+        """Plot a metric over the memory size, a line per competitor. Token hit rates have bars of
+        their 95 % intervals.
 
         ``limits`` adds the infinite cache and the best plan, if the result has them and the metric
         is the token hit rate.
@@ -247,9 +249,13 @@ def set_titles(figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]])
 def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
     """Return the notes on the numbers that are drawn, each once."""
     found = {note: None for result in results for note in notes_on(result, words)}
-    return [
-        note[:1].upper() + note[1:].replace("* above", "Above 100: above") + "." for note in found
-    ]
+    if "hit" in words:
+        found |= dict.fromkeys(note for result in results for note in interval_notes(result))
+    plain = (  # Signs in cells of tables have no meaning here.
+        note.replace("* above", "above 100: above").replace("±:", "bars:").partition(", [low")[0]
+        for note in found
+    )
+    return [f"{note[:1].upper()}{note[1:]}." for note in plain]
 
 
 def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
@@ -340,7 +346,8 @@ def draw_curves(
     colours: Sequence[str] = (),
 ) -> None:
     """Draw a metric over the sizes, a line per competitor with a marker at each simulated size.
-    Without ``colours`` those of the axes are used."""
+    Token hit rates have bars of their 95 % intervals. Without ``colours`` those of the axes are
+    used."""
     by_label = result.by_label()
     for number, (label, runs) in enumerate(by_label.items()):
         values = {run.gib: metric.value(run) for run in runs}
@@ -348,7 +355,12 @@ def draw_curves(
         look = line_look(number, len(by_label))
         if colours:
             look["color"] = colours[number % len(colours)]
-        axis.plot(list(kept), list(kept.values()), label=label, **look)
+        [line] = axis.plot(list(kept), list(kept.values()), label=label, **look)
+        if metric is METRICS["hit"]:
+            lows, highs = zip(*(run.interval.scaled(100)[1:] for run in runs), strict=True)
+            wide, place = 3 * look["linewidth"], look["zorder"]  # Bars of later lines lie on these.
+            bars = {"linewidth": wide, "alpha": 0.35, "zorder": place - 1}
+            axis.vlines(list(values), lows, highs, line.get_color(), **bars)
 
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:
@@ -560,7 +572,8 @@ def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -
                 axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
             titles.append([cell[0], f"{cell[2]:.3g} GiB", cell[1]])
     set_titles(figure, axes, titles)
-    return save(figure, axes, path)
+    has_bars = len({run.seed for run in runs}) > 1
+    return save(figure, axes, path, "Bars: the smallest to the largest of all seeds." * has_bars)
 
 
 def _over_rates(

@@ -25,9 +25,11 @@ import inspect
 import json
 import sys
 import tomllib
+from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
@@ -43,7 +45,7 @@ from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.lab.baselines import BASELINES, BaselineConfig
-from hybridcache.lab.simulation.sizes import budget_bytes, check_sizes, tier_bytes
+from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
@@ -76,7 +78,7 @@ GIB_SPEC = "2:200:15"
 CLOSED_LOOP_GIB = 16.0
 """Memory of a closed-loop run."""
 
-RESULT_FORM = 2
+RESULT_FORM = 3
 """Number of the form of results in files. Runs in another form are computed again."""
 
 MEMORIES = ("arena", "budget", "pools")
@@ -125,7 +127,7 @@ MOST_USED, MEMORY, TIERS, LOAD = (
 """Groups of settings. Those of ``TIERS`` and some of ``MEMORY`` concern replays alone, those of
 ``LOAD`` closed loops alone."""
 REPLAY_ONLY = (
-    *("baseline", "priority_classes", "checkpoint_dtype", "servers", "tpot_s"),
+    *("priority_classes", "checkpoint_dtype", "servers", "tpot_s"),
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
 """Settings without a meaning in closed loop."""
@@ -173,7 +175,8 @@ class Scenario:
     )
     baseline: Words = _setting(
         (),
-        "caches of other systems, rebuilt; joined by commas",
+        "caches of other systems, rebuilt, for replays alone: they have no lease and no planner; "
+        "joined by commas",
         "results",
         names=lambda: list(BASELINES),
     )
@@ -282,7 +285,7 @@ class Scenario:
                 raise ValueError(f"{one.name} must be above {above} (got {value:g}).")
         for name in ("gib", "rate"):
             if (given := getattr(self, name)) is not _defaults()[name]:
-                check_sizes(given, name)
+                sizes(given, name)
         self._check_several()
         if self.grid > LONGEST:
             raise ValueError(
@@ -641,13 +644,11 @@ def _each(given: Any) -> Sequence[Any]:
 
 
 def _written_policy(policy: Any) -> str:
-    if isinstance(policy, type) and (spec := _spec_of(policy)):
+    if spec := policy if isinstance(policy, str) else _spec_of(policy):
         return spec
-    if isinstance(policy, str):
-        return policy
     raise ValueError(
-        f"{policy}: its runs cannot be identified in a file of runs: name the policy as in "
-        "'mine:Policy(weight=2)', or keep no runs"
+        f"{own_policy(policy)}: it has no written form, which files need: name the policy as in "
+        "'mine:Policy(weight=2)', with the class in a module"
     )
 
 
@@ -692,14 +693,14 @@ def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy,
 
 
 def _policy(one: Any) -> str | OwnPolicy:
-    """Replace a class by its name, if it has one, so that other processes find it."""
+    """Replace a class, or a ``partial`` of one, by its name, so that other processes find it."""
     if isinstance(one, str):
         return ",".join(split_specs(one))
     if isinstance(one, OwnPolicy):
         return one
     if one is None or isinstance(one, int | float):
         raise ValueError(f"a policy must be a name, a class or an object of one (got {one!r}).")
-    return (isinstance(one, type) and _spec_of(one)) or own_policy(one)
+    return _spec_of(one) or own_policy(one)
 
 
 def source_of(spec: str) -> str:
@@ -729,12 +730,20 @@ def _source(module: ModuleType, _made_of_it: object) -> str:
     return inspect.getsource(module)
 
 
-def _spec_of(own: type[Any]) -> str | None:
-    """Return ``module:Class`` of a class that is an attribute of its module, or None.
+def _spec_of(own: Any) -> str | None:
+    """Return ``module:Class`` of a class that is an attribute of its module, or
+    ``module:Class(alpha=2)`` of a ``partial`` of one with literals as arguments; else None.
 
     Works for classes defined in a notebook cell.
     """
-    module_name, name = own.__module__, own.__qualname__
-    if getattr(sys.modules.get(module_name), name, None) is not own:
+    is_partial = isinstance(own, partial)
+    kind = own.func if is_partial else own
+    values = (*own.args, *own.keywords.values()) if is_partial else ()
+    if not isinstance(kind, type):
         return None
-    return f"{module_name}:{name}"
+    if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
+        return None
+    with suppress(ValueError, SyntaxError):  # of a value that is no literal
+        if all(literal_eval(repr(value)) == value for value in values):
+            return str(own_policy(own))
+    return None

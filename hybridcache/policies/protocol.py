@@ -201,7 +201,9 @@ class EvictionPolicy(ABC):
     def state_dict(self) -> dict[str, Any] | None:
         """Return the learned state as plain data and arrays, or None if nothing is learned.
 
-        Items are named by their serial. ``memo_state`` has the part of each item.
+        Items are named by their serial. ``memo_state`` has the part of each item. This method and
+        the next three are called for built-in policies only: no file keeps the state of a user's
+        policy.
         """
         return None
 
@@ -355,7 +357,11 @@ class PlacementPolicy(ABC):
         """
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return the learned state as plain data, or None if nothing is learned."""
+        """Return the learned state as plain data, or None if nothing is learned.
+
+        This method and the next one are called for built-in policies only: no file keeps the state
+        of a user's policy.
+        """
         return None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

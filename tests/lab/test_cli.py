@@ -47,10 +47,9 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --pol lru", "the following arguments are required: --trace. See"),
         ("simulate --trace chat --page-size 1 --page-size 2", "--page-size is given twice."),
         ("simulate --trace chat --metric hit --metric seconds", "--metric is given twice: join"),
-        ("optimum --trace chat --output a --output b", "--output is given twice."),
-        ("simulat", "invalid choice: 'simulat'"),
+        ("simulate --trace short --gib 1%:100%:0", "gib '1%:100%:0': GiB above 0, below"),
         ("simulate --trace short --gib 1 --policy lruu", "'lruu', did you mean 'lru'?"),
-        ("simulate --trace short --gib 1 --checkpoints brnch", "'brnch', did you mean 'branch'?"),
+        ("simulate --closed-loop --trace short --baseline vllm", "no lease and no planner"),
         ("simulate --trace short --closed-loop --admission session", "did you mean 'sessions'?"),
         ("simulate --trace short --gib 1 --metric hitt", "'hitt', did you mean 'hit'?"),
         ("simulate --trace short --seeds 1 2", ": 2: join several values with commas"),
@@ -131,8 +130,6 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
     assert code == 0 and figure.stat().st_size > 10_000
     lines = [line.split(",")[0] for line in out.splitlines()]
     assert [lines.count(policy) for policy in ("oldest", "live:4", "sessions")] == [2, 2, 2]
-    for title in ("hit, %", "p99", "goodput/s", "makespan, s", "oldest wait, s"):
-        assert title in out
     assert "Jain" not in out and "tenant" not in out, "all requests belong to one tenant"
     assert "40 requests in closed loop" in out and "step times: a roofline" in out
     assert "null" not in out and len(output.read_text().splitlines()) == 3 * 2 * 2
@@ -262,6 +259,7 @@ def test_output_never_overwrites_a_file_without_results(
         "half": "no line end",
         "list.json": "[1, 2]\n",
         "own.jsonl": '{"key": 3, "tokens": [1]}\n',
+        "others.jsonl": '{"key": "0123456789abcdef", "kind": "Others"}\n',
     }
     for name, text in others.items():
         Path(name).write_text(text)
@@ -274,11 +272,8 @@ def test_output_never_overwrites_a_file_without_results(
     Path("link").symlink_to("new.jsonl")
     for _ in range(2):  # a new file, then an existing file with results
         code, out, error = run(capsys, *arguments, "--output", "link")
-        assert (
-            code == 0
-            and Path("new.jsonl").read_text().count("\n") >= 1
-            and Path("link").is_symlink()
-        )
+        assert code == 0 and '"version": ' in Path("new.jsonl").read_text()
+        assert Path("link").is_symlink()
 
 
 def test_optimum_prints_a_table_and_writes_lines(

@@ -398,12 +398,13 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
         (label, rate, seed) for label in ("lru", "fifo") for rate in (2, 4) for seed in (0, 1)
     ]
     assert all(0 < row["token_hit_rate"] < 1 and row["max_running"] == 16 for row in rows)
+    assert all(row["times"].endswith(" ms a step") and row["tpot_s"] is None for row in rows)
     text = path.read_text()
     written = [json.loads(line) for line in text.splitlines()]
     assert [{name: (line["config"] | line)[name] for name in rows[0]} for line in written] == rows
     assert closed_loop("short?head=20", **grid, resume_from=path).to_dicts() == rows
     assert path.read_text() == text, "a resumed sweep must not repeat a run"
     assert rows[0] == closed_loop("short?head=20", **grid | {"rate": 2}).to_dicts()[0]
-    assert "\n" not in repr(result)
+    assert result.figure().texts[-1].get_text().startswith("Bars: ")
     titles = [axis.get_title() for axis in result.figure().axes]
     assert all("lru" in title for title in titles[:4]) and all("fifo" in t for t in titles[4:])

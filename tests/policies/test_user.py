@@ -13,6 +13,7 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from hybridcache.lab.cli import main
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
@@ -213,6 +214,8 @@ def test_a_policy_takes_parameters(policy: object) -> None:
     ).runs
     assert [run.cached_tokens for run in runs[2:]] == [run.cached_tokens for run in by_name]
     assert "Weighted" in runs[2].label or "lambda" in runs[2].label
+    if isinstance(policy, partial):  # It can be written to files of runs and scenarios.
+        assert f'"{__name__}:Weighted(weight=2.5)"' in Scenario("short", policy=policy).to_toml()
 
 
 def same(policy: type[object]) -> type[object]:

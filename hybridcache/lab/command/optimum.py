@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hybridcache.lab.command.shared import (
     TRACE_HELP,
@@ -43,12 +43,14 @@ def add_optimum(commands: Commands) -> None:
 
 def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import optimum_figure
+    from hybridcache.lab.optimum.solve import Optimum
     from hybridcache.lab.scenario import Scenario
     from hybridcache.lab.simulation.grid import (
         appended,
         check_results_file,
         identity_of,
         json_line,
+        line_head,
         records_of,
     )
     from hybridcache.lab.simulation.simulate import optimum
@@ -59,7 +61,7 @@ def _optimum(options: argparse.Namespace) -> int:
     geometry = scenario.geometry()
     model = geometry.name
     if options.output:
-        check_results_file(options.output, trace)
+        check_results_file(options.output, Optimum, trace)
         with appended(options.output):
             pass  # Say now that it cannot be written.
     found = optimum(scenario, counts_running=options.counts_running)
@@ -77,7 +79,7 @@ def _optimum(options: argparse.Namespace) -> int:
             for best in found:
                 key = replace(scenario, gib=best.gib).key(identity)
                 if key not in known:
-                    record: dict[str, Any] = {"key": key, "config": config | {"gib": best.gib}}
+                    record = line_head(key, Optimum) | {"config": config | {"gib": best.gib}}
                     record |= best.record() | {"model": model}
                     file.write(json_line(record))
     print(found.table())

@@ -42,6 +42,8 @@ class Optimum:
     """Tokens that each request skips under the plan: int64[requests]."""
     wall_s: float
     """Seconds of the computation."""
+    recipe: str
+    """Trace as ``open_trace`` takes it, options and seed included."""
 
     @property
     def gap(self) -> float:
@@ -49,11 +51,11 @@ class Optimum:
         return (self.bound - self.reached) / self.bound if self.bound else 0.0
 
     def record(self) -> dict[str, object]:
-        """Return a record for a JSON line: ``gib``, and all fields except the tokens that each
-        request skips."""
-        names = ("trace", "capacity_bytes", "gib", "num_requests", "prompt_tokens")
+        """Return a record for a JSON line: the trace's recipe, ``gib``, and all fields except the
+        tokens that each request skips."""
+        names = ("capacity_bytes", "gib", "num_requests", "prompt_tokens")
         rates = ("reached", "bound", "gap", "wall_s")
-        return {name: getattr(self, name) for name in (*names, *rates)}
+        return {"trace": self.recipe} | {name: getattr(self, name) for name in (*names, *rates)}
 
 
 def best_plan(
@@ -111,6 +113,7 @@ def best_plan(
         bound=bound_tokens / prompt_tokens,
         cached_tokens=cached,
         wall_s=time.perf_counter() - began,
+        recipe=trace.full_name,
     )
 
 

@@ -396,10 +396,11 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         token_budget=cell.token_budget,
         tells_ends=cell.tells_ends,
         num_sessions=len(set(table.session)),
-        config=identify(
-            replace(cell, max_running=max_running_of(cell)),
-            trace.full_name,
-            table.priority_classes,
+        config=replace(
+            identify(cell, trace.full_name, table.priority_classes),
+            max_running=max_running_of(cell),
+            times=cell.step_times(cell.geometry()).describe(),
+            tpot_s=None,
         ),
     )
 
@@ -481,6 +482,11 @@ def closed_loop(
     """
     place, kept = Place(processes, ray), Kept.of(resume_from, ClosedLoopRun)
     asked = Scenario.of(scenario, settings)
+    asked.refuse(
+        ["baseline"],
+        "has no meaning in closed loop, because rebuilt systems have no lease and no planner: "
+        "leave it out",
+    )
     asked.refuse(REPLAY_ONLY, "has no meaning in closed loop: leave it out")
     opened, geometry = asked.opened(), asked.geometry()
     known = asked.step_times(geometry)

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from hybridcache.command.extras import explain_missing
+from hybridcache.command.extras import explain_missing, version
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import BadRecords, Held, Trace, TraceRequest
 from hybridcache.lab.traces.frame import warn
@@ -114,7 +114,7 @@ def run_grid(
     ChildProcessError if a process ends.
     """
     if kept:
-        check_results_file(kept.path, trace)
+        check_results_file(kept.path, kept.kind, trace)
     if not place.is_here:
         pickled(f"trace {trace.name!r}", trace)
         for job in jobs:
@@ -141,7 +141,7 @@ def run_grid(
         if kept:
             record: Any = result
             with appended(kept.path) as file:
-                file.write(json_line({"key": keys[number]} | record.as_record()))
+                file.write(json_line(line_head(keys[number], kept.kind) | record.as_record()))
         progressed.run_done(getattr(result, "num_requests", 1))
     return [results[number] for number in sorted(results)]
 
@@ -245,17 +245,14 @@ def pickled(name: str, value: object) -> bytes:
         ) from error
 
 
-_RESULT = re.compile(
-    rb'\{"(key": "[0-9a-f]{16}"|trace": "[^\n]*?", "capacity_bytes": |config": \{"trace": )'
-)
+_RESULT = re.compile(rb'\{"(key": "[0-9a-f]{16}", "kind": "(\w+)"|config": \{"trace": )')
 """Start of a line that ``run_grid``, the command ``optimum`` or ``write_jsonl`` writes. The line
 may have been cut later on."""
 
 
-def check_results_file(path: Path, trace: Trace | None = None) -> None:
-    """Raise ValueError if ``path`` has content and its first line is not a result of this package,
-    or if it is the file of ``trace``. Results are appended to files, so others would be damaged.
-    """
+def check_results_file(path: Path, kind: type[Any], trace: Trace | None = None) -> None:
+    """Raise ValueError if ``path`` has content and its first line is not a result of ``kind``, or
+    if it is the file of ``trace``. Results are appended to files, so others would be damaged."""
     if path.exists() and not path.is_file():  # A device would be replaced by a file.
         raise ValueError(f"{path} is not a regular file: name another for the results")
     if not path.exists() or not path.stat().st_size:
@@ -263,8 +260,9 @@ def check_results_file(path: Path, trace: Trace | None = None) -> None:
     if trace is not None and trace.path is not None and path.samefile(trace.path):
         raise ValueError(f"{path} is the trace itself: name another file for the results")
     with path.open("rb") as file:
-        if _RESULT.match(file.read(4096)):
-            return
+        found = _RESULT.match(file.read(4096))
+    if found and (found[2] or b"RunResult").decode() == kind.__name__:
+        return
     raise ValueError(
         f"{path} has content that is not a result of this command, and is left as it is: name a "
         "new file for the results"
@@ -295,6 +293,11 @@ def _read(kept: Kept, wanted: set[str]) -> Iterator[tuple[str, Any]]:
                 words = f"the result with key {record['key']} is damaged ({error!r})"
                 raise ValueError(f"{kept.path}: {words}: delete its line") from error
             yield record["key"], found
+
+
+def line_head(key: str, kind: type[Any]) -> dict[str, Any]:
+    """Return the first fields of a line: key and class of the result, and this version."""
+    return {"key": key, "kind": kind.__name__, "version": version()}
 
 
 def json_line(record: dict[str, Any]) -> bytes:

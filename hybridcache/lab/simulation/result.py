@@ -57,9 +57,10 @@ class RunIdentity:
     grid: int
     servers: int
     max_running: int | None
-    tpot_s: float
+    tpot_s: float | None
+    """Seconds of an answer token; None in closed loop, where ``times`` has them."""
     times: str
-    """Source of the prefill times."""
+    """Source of the prefill times; in closed loop, of the step times."""
     checkpoint_dtype: str = "auto"
     host_gib: float = 0.0
     disk_gib: float = 0.0
@@ -355,14 +356,17 @@ class ClosedLoopRun:
         return self.cached_tokens / max(1, self.prompt_tokens)
 
     def as_record(self) -> dict[str, Any]:
-        """Return a record for JSON: all fields and the token hit rate."""
-        return asdict(self) | {"token_hit_rate": self.token_hit_rate}
+        """Return a record for JSON: all fields, with the trace as in ``config``, its name and the
+        token hit rate."""
+        trace = {"trace": self.config.trace, "trace_name": self.trace}
+        return asdict(self) | trace | {"token_hit_rate": self.token_hit_rate}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return the run of an ``as_record``."""
         config = RunIdentity(**record["config"])
-        return cls(**known_fields(cls, record) | {"config": config})
+        own = {"config": config, "trace": record["trace_name"]}
+        return cls(**known_fields(cls, record) | own)
 
     def as_row(self) -> dict[str, Any]:
         """Return settings and figures as one flat dictionary."""

@@ -30,7 +30,8 @@ FORMS = {
 
 def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float, ...]:
     """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced; 15 is the usual
-    number), ``"6,40"``, or numbers; sessions a second if ``name`` is ``rate``.
+    number), ``"6,40"``, or numbers; sessions a second if ``name`` is ``rate``. Percent signs are
+    left out, for ``sizes_for``.
 
     ValueError unless there are 1 to ``MOST_POINTS``, all different, above 0 and below
     ``TOO_LARGE_GIB``.
@@ -39,7 +40,7 @@ def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float
     (2.0, 20.0, 200.0)
     """
     try:
-        found = _points(spec)
+        found = _points(spec.replace("%", "") if name == "gib" and isinstance(spec, str) else spec)
     except (ValueError, TypeError):
         found = ()
     if len(found) > MOST_POINTS:
@@ -49,6 +50,8 @@ def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float
         which = "" if wrong is None or len(found) == 1 else f" ({wrong:g} is not)"
         if isinstance(spec, str) and re.search(r"\d\s*[kmgt]i?b?\b", spec, re.IGNORECASE):
             which += " (without a unit)"
+        if isinstance(spec, str) and (points := re.fullmatch(r"[^:]*:[^:]*:\s*(-?\d+)\s*", spec)):
+            which += f" ({points[1]} points)" * (int(points[1]) < 1)
         unit, others = FORMS[name]
         raise ValueError(
             f"{name} {shown(spec)}: {unit} above 0, below {TOO_LARGE_GIB:.2g} are needed{which}, "
@@ -58,11 +61,6 @@ def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float
         twice = next(one for one in found if found.count(one) > 1)
         raise ValueError(f"{name} {shown(spec)}: {twice:g} is given twice: give each once")
     return found
-
-
-def check_sizes(spec: Any, name: str) -> None:
-    """Raise ValueError for a ``spec`` that ``sizes_for`` or ``sizes`` would refuse."""
-    sizes(spec.replace("%", "") if name == "gib" and has_shares(spec) else spec, name)
 
 
 def sizes_for(
@@ -96,7 +94,7 @@ def _shares(spec: Any, trace: Trace, geometry: ModelGeometry) -> tuple[float, ..
     shares = parts[:2] if ":" in spec else parts
     if not all(part.strip().endswith("%") for part in shares):
         raise ValueError(f"gib {shown(spec)}: give all sizes in GiB, or all with %")
-    points = sizes(spec.replace("%", ""))
+    points = sizes(spec)
     whole = working_set_bytes(trace, geometry) / GIB
     if not whole:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
