@@ -245,9 +245,17 @@ def pickled(name: str, value: object) -> bytes:
         ) from error
 
 
-_RESULT = re.compile(rb'\{"(key": "[0-9a-f]{16}", "kind": "(\w+)"|config": \{"trace": )')
-"""Start of a line that ``run_grid``, the command ``optimum`` or ``write_jsonl`` writes. The line
-may have been cut later on."""
+_RESULT = re.compile(rb'\{"key": "[0-9a-f]{16}", "kind": "(\w+)"')
+"""Start of a line that ``run_grid`` or the command ``optimum`` writes. It may have been cut later
+on."""
+
+
+def check_no_results(path: Path) -> None:
+    """Raise ValueError if ``path`` is a file of ``run_grid``, whose runs would be lost."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if _RESULT.match(file.read(4096)):
+                raise ValueError(f"{path} has runs for resume_from: name another file")
 
 
 def check_results_file(path: Path, kind: type[Any], trace: Trace | None = None) -> None:
@@ -261,7 +269,7 @@ def check_results_file(path: Path, kind: type[Any], trace: Trace | None = None) 
         raise ValueError(f"{path} is the trace itself: name another file for the results")
     with path.open("rb") as file:
         found = _RESULT.match(file.read(4096))
-    if found and (found[2] or b"RunResult").decode() == kind.__name__:
+    if found and found[1].decode() == kind.__name__:
         return
     raise ValueError(
         f"{path} has content that is not a result of this command, and is left as it is: name a "

@@ -38,6 +38,7 @@ from hybridcache.lab.simulation.grid import (
     Place,
     appended,
     check_flags,
+    check_no_results,
     json_line,
     keys_of,
     records_of,
@@ -96,7 +97,9 @@ class SimulationResult(SweepRuns):
         return verdict(self)
 
     def write_jsonl(self, path: str | Path) -> None:
-        """Write every run as one JSON line."""
+        """Write every run as one JSON line, without the key by which ``resume_from`` finds it.
+        Raises ValueError for a file of ``resume_from``."""
+        check_no_results(Path(path))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             for run in self.runs:
