@@ -163,7 +163,7 @@ async def act(engine: AsyncEngine, draw: random.Random) -> None:
     stream.abort()
 
 
-@pytest.mark.full("0", "1")
+@pytest.mark.full("0", "1", "5")
 @pytest.mark.parametrize("seed", range(40))
 def test_random_clients_get_right_answers_or_errors(seed: int) -> None:
     """A hundred clients at once, with failing steps, aborts and resets. Nothing stays held."""
