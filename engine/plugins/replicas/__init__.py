@@ -17,7 +17,10 @@ class ReplicasConfig(PluginConfig):
     title: ClassVar[str] = "replicas"
 
     replicas: int = setting(
-        1, "number of engines on Ray Serve, with one core each, behind one router", limits=COUNT
+        1,
+        "number of engines on Ray Serve, with one core each, and one GPU if Ray has enough, behind "
+        "one router",
+        limits=COUNT,
     )
     ray: str | None = setting(
         None,

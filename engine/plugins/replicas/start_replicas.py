@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ BESIDE_REQUESTS = 64
 def start_replicas(
     config: EngineConfig, server: ServerConfig, address: str
 ) -> tuple[AsyncEngine, str]:
-    """Start engines of ``config``, with one core each, on a Ray cluster, and wait until all have
-    loaded.
+    """Start engines of ``config`` on a Ray cluster, with one core each, and one GPU if there are
+    enough, and wait until all have loaded.
 
     Returns (the engines, the start screen). A replica that is no longer needed has ``drain_s`` to
     finish its requests. Raises ConfigError for settings of an engine that replicas do not support,
-    and ValueError for a router or cluster that does not exist, or too few cores.
+    and ValueError for a router or cluster that does not exist, or too few cores or GPUs.
     """
     settings = server.of(ReplicasConfig)
     flag = f"--replicas {settings.replicas}"
@@ -60,14 +61,12 @@ def start_replicas(
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     is_ours = _join_ray(settings.ray)
-    num_cores = int(ray.cluster_resources().get("CPU", 0))
-    if num_cores < settings.replicas:
+    try:
+        needs = needed(config, settings.replicas, ray.cluster_resources())
+    except ValueError:
         if is_ours:
             ray.shutdown()
-        raise ValueError(
-            f"{flag} need one core each, but Ray has {num_cores}: use fewer, or name a larger "
-            "cluster with --ray."
-        )
+        raise
     name = f"engine-{os.getpid()}"  # Distinguishes the fleets of one cluster.
     fleet = FLEETS[name] = Fleet()
 
@@ -79,7 +78,7 @@ def start_replicas(
             ray.shutdown()
 
     try:
-        handle = _run(config, settings.replicas, name, server.drain_s)
+        handle = _run(config, settings.replicas, name, server.drain_s, needs)
         asked = handle.options(method_name="facts").remote(Order(address=address))
         facts = asked.result(timeout_s=START_S)
         fleet.begin(make_router(facts.spec))
@@ -88,9 +87,31 @@ def start_replicas(
         shut_down()
         raise
     model, *of_each = facts.screen
-    words = f"{settings.replicas} on Ray Serve, one core each; the facts below are those of one"
+    each = "one core and one GPU each" if "num_gpus" in needs else "one core each"
+    words = f"{settings.replicas} on Ray Serve, {each}; the facts below are those of one"
     rows = [model, ("replicas", words), ("router", settings.router), *of_each]
     return engine, screen_text(rows)
+
+
+def needed(
+    config: EngineConfig, num_replicas: int, resources: Mapping[str, float]
+) -> dict[str, int]:
+    """Return what each replica asks of a cluster with these ``resources``. A replica sees only GPUs
+    that it has asked for. Raises ValueError if there are too few cores, or GPUs for ``--device``.
+
+    >>> needed(EngineConfig(), 2, {"CPU": 8.0}), needed(EngineConfig(), 2, {"CPU": 8.0, "GPU": 2.0})
+    ({'num_cpus': 1}, {'num_cpus': 1, 'num_gpus': 1})
+    """
+    is_on_gpu = config.device is not None and config.device != "cpu"
+    has_gpus = resources.get("GPU", 0) >= num_replicas
+    for kind, what in (("CPU", "core"), ("GPU", "GPU")):
+        count = int(resources.get(kind, 0))
+        if count < num_replicas and (kind == "CPU" or is_on_gpu):
+            raise ValueError(
+                f"--replicas {num_replicas} need one {what} each, but Ray has {count}: use fewer, "
+                "or name a larger cluster with --ray."
+            )
+    return {"num_cpus": 1} | ({"num_gpus": 1} if has_gpus and config.device != "cpu" else {})
 
 
 def _join_ray(address: str | None) -> bool:
@@ -120,7 +141,9 @@ def _join_ray(address: str | None) -> bool:
     return address is None
 
 
-def _run(config: EngineConfig, num_replicas: int, name: str, drain_s: float) -> Any:
+def _run(
+    config: EngineConfig, num_replicas: int, name: str, drain_s: float, needs: Mapping[str, int]
+) -> Any:
     """Deploy the replicas without Ray's own HTTP server, which this server replaces."""
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -135,7 +158,7 @@ def _run(config: EngineConfig, num_replicas: int, name: str, drain_s: float) -> 
     deployment = serve.deployment(
         num_replicas=num_replicas,
         max_ongoing_requests=config.max_queue + config.max_running + BESIDE_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": variables}},
+        ray_actor_options={**needs, "runtime_env": {"env_vars": variables}},
         request_router_config=RequestRouterConfig(
             request_router_class=FleetRequestRouter, request_router_kwargs={"fleet": name}
         ),
