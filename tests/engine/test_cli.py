@@ -26,7 +26,6 @@ from engine import Engine
 from engine.command.cli import main
 from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
-from kernels.native import shared_library
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
 from tests.test_refusals import exit_code
 
@@ -35,13 +34,13 @@ SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
 def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
-    shared_library()  # Compiled here, so that the command does not report it.
     command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
     command = ["env", "PYTHONIOENCODING=ascii", *command, "é", *map(str, range(30))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         said = process.stderr.read().splitlines()
-        assert [line for line in said if not line.startswith(b"No C++ compiler")] == []
+        usual = b"No C++ compiler", b"Compil"  # A compiled library may not be kept.
+        assert [line for line in said if not line.startswith(usual)] == []
     assert process.returncode == 141
 
 
