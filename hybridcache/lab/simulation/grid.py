@@ -250,12 +250,17 @@ _RESULT = re.compile(rb'\{"key": "[0-9a-f]{16}", "kind": "(\w+)"')
 on."""
 
 
+def _kind_of(path: Path) -> str:
+    """Return the class of the results in a regular file; empty if it has none."""
+    with path.open("rb") as file:
+        found = _RESULT.match(file.read(4096))
+    return found[1].decode() if found else ""
+
+
 def check_no_results(path: Path) -> None:
     """Raise ValueError if ``path`` is a file of ``run_grid``, whose runs would be lost."""
-    if path.is_file():
-        with path.open("rb") as file:
-            if _RESULT.match(file.read(4096)):
-                raise ValueError(f"{path} has runs for resume_from: name another file")
+    if path.is_file() and _kind_of(path):
+        raise ValueError(f"{path} has runs for resume_from: name another file")
 
 
 def check_results_file(path: Path, kind: type[Any], trace: Trace | None = None) -> None:
@@ -267,9 +272,7 @@ def check_results_file(path: Path, kind: type[Any], trace: Trace | None = None) 
         return
     if trace is not None and trace.path is not None and path.samefile(trace.path):
         raise ValueError(f"{path} is the trace itself: name another file for the results")
-    with path.open("rb") as file:
-        found = _RESULT.match(file.read(4096))
-    if found and found[1].decode() == kind.__name__:
+    if _kind_of(path) == kind.__name__:
         return
     raise ValueError(
         f"{path} has content that is not a result of this command, and is left as it is: name a "
