@@ -40,7 +40,7 @@ from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.report import classes_notes, orders_classes, text_table
 from hybridcache.lab.scenario import Scenario, load_model, named_policies, source_of
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
-from hybridcache.lab.simulation.grid import Kept, Place, identity_of, run_grid
+from hybridcache.lab.simulation.grid import Kept, identity_of, run_grid
 from hybridcache.lab.simulation.result import known_fields
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.trace import Trace
@@ -503,7 +503,7 @@ def leaderboard(
         Trace("leaderboard", 1, tuple),
         jobs,
         run_job,
-        place=Place(processes),
+        processes=processes,
         kept=Kept.of(resume_from, Scores),
         progress=progress,
     )

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -32,7 +31,7 @@ from hybridcache.lab.intervals import ratio
 from hybridcache.lab.report import METRICS, losses_table
 from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
-from hybridcache.lab.simulation.grid import Kept, Place, run_grid
+from hybridcache.lab.simulation.grid import Kept, run_grid
 from hybridcache.lab.simulation.result import RunResult, SessionResult, summarise
 from hybridcache.lab.simulation.serving import RequestLog, serve
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, run_cell, simulate
@@ -160,22 +159,17 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     scenario = Scenario("short", model=GEOMETRY, policy=policies)
     cells = scenario.cells([size / 1024 for size in (20, 40, 80)])
     path = tmp_path / "runs.jsonl"
-    kept, place = Kept(path, RunResult), Place()
-    alone = run_grid(short(), cells, run_cell, place=place)
+    kept = Kept(path, RunResult)
+    alone = run_grid(short(), cells, run_cell)
     done: list[tuple[int, int]] = []
-
-    def rewritten(*at: int) -> None:  # as by another command
-        done.append(at)
-        os.replace(shutil.copy(path, f"{path}.new"), path)
-
-    first = run_grid(short(), cells[:4], run_cell, place=place, kept=kept)
+    first = run_grid(short(), cells[:4], run_cell, kept=kept)
     path.write_bytes(path.read_bytes() + b'{"key": "torn\xff')
     run = partial(run_grid, short(), cells, run_cell, kept=kept)
     with pytest.warns(UserWarning, match="line 5: damaged or cut"):
-        both = run(place=Place(processes=2), progress=rewritten)
+        both = run(processes=2, progress=lambda *at: done.append(at))
     assert list(map(comparable, alone)) == list(map(comparable, both))
     assert both[:4] == first and done == [(600, 720), (720, 720)]
-    assert run(place=place) == both
+    assert run() == both
 
 
 def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:
@@ -306,9 +300,8 @@ def _die(_trace: Trace, _job: int) -> int:
 
 
 def test_killed_worker_process_gives_a_clear_error() -> None:
-    place = Place(processes=2)
-    with pytest.raises(ChildProcessError, match="lack of memory: use fewer processes"):
-        run_grid(short(), [1, 2], _die, place=place)
+    with pytest.raises(ChildProcessError, match=r"lack of memory \(use fewer processes\)"):
+        run_grid(short(), [1, 2], _die, processes=2)
 
 
 def test_functions_of_the_laboratory_take_a_scenario() -> None:
@@ -358,7 +351,7 @@ def test_wrong_types_and_repeated_values_are_refused(name: str, value: Any) -> N
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"optimum": "yes"}, {"bound": 1}, {"processes": "2"}, {"processes": 0}, {"ray": 3}),
+        *({"optimum": "yes"}, {"bound": 1}, {"processes": "2"}, {"processes": 0}),
         *({"resume_from": 3}, {"progress": "x"}, {"gib": 1e-6}, {"gib": (1, 1e-6)}),
         {"kv_share": 0, "memory": "pools"},
         *({"gib": 1e-6, "memory": "pools", "kv_share": 0.5}, {"gib": 1e-6, "baseline": "vllm"}),
@@ -369,7 +362,7 @@ def test_wrong_arguments_are_refused_in_one_sentence_that_names_them(wrong: dict
     with pytest.raises(ValueError, match=f"^{name} ") as caught:
         simulate("short?head=9", **wrong)
     assert "\n" not in str(caught.value)
-    if name in ("processes", "ray", "resume_from", "progress") or list(wrong) == ["gib"]:
+    if name in ("processes", "resume_from", "progress") or list(wrong) == ["gib"]:
         with pytest.raises(ValueError, match=f"^{name} "):
             closed_loop("short?head=9", **{"gib": 1} | wrong)
 

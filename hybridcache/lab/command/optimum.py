@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,54 +36,23 @@ def add_optimum(commands: Commands) -> None:
         action="store_true",
         help="KV and state of the running request take memory too, as in every cache",
     )
-    add("--output", type=Path, help="JSON lines, one per size; sizes that the file has are kept")
+    add("--json", action="store_true", help="JSON lines, one per size, instead of a table")
     add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound")
     parser.set_defaults(run=_optimum)
 
 
 def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import optimum_figure
-    from hybridcache.lab.optimum.solve import Optimum
     from hybridcache.lab.scenario import Scenario
-    from hybridcache.lab.simulation.grid import (
-        appended,
-        check_results_file,
-        identity_of,
-        json_line,
-        line_head,
-        records_of,
-    )
     from hybridcache.lab.simulation.simulate import optimum
 
     check_figure(options)
-    trace = opened(options.trace, options)
-    scenario = Scenario(trace, **given_settings(options))
-    geometry = scenario.geometry()
-    model = geometry.name
-    if options.output:
-        check_results_file(options.output, Optimum, trace)
-        with appended(options.output):
-            pass  # Say now that it cannot be written.
+    scenario = Scenario(opened(options.trace, options), **given_settings(options))
     found = optimum(scenario, counts_running=options.counts_running)
-    if options.output:
-        identity = identity_of(trace) + bytes([options.counts_running])
-        config = {
-            "trace": trace.full_name,
-            "model": model,
-            "state_dtype": geometry.state_dtype,
-            "grid": scenario.grid,
-            "counts_running": options.counts_running,
-        }
-        with appended(options.output) as file:
-            known = {one.get("key") for one in records_of(options.output)}
-            for best in found:
-                key = replace(scenario, gib=best.gib).key(identity)
-                if key not in known:
-                    record = line_head(key, Optimum) | {"config": config | {"gib": best.gib}}
-                    record |= best.record() | {"model": model}
-                    file.write(json_line(record))
-    print(found.table())
     if options.figure:
         optimum_figure(found.plans, options.figure)
-        print(f"figure: {options.figure}")
+    if options.json:
+        print("\n".join(json.dumps(plan) for plan in found.to_dicts()))
+    else:
+        print(found.table() + f"\nfigure: {options.figure}" * bool(options.figure))
     return 0

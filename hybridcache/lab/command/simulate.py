@@ -62,11 +62,6 @@ def add_simulate(commands: Commands) -> None:
     add("--metric", default="hit", help=f"metrics of tables and figure, joined by commas: {known}")
     add("--losses", action="store_true", help="also print the tokens by loss cause")
     share(group, "--skip-bad")
-    add(
-        "--ray",
-        type=str,
-        help="spread the runs over the Ray cluster at this address (auto: this machine's)",
-    )
     add_settings(parser.add_argument_group(MEMORY), *settings_of(MEMORY))
     add_settings(parser.add_argument_group(TIERS), *settings_of(TIERS))
     group = parser.add_argument_group(LOAD)
@@ -115,7 +110,6 @@ def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scena
         result = closed_loop(
             replace(scenario, trace=trace),
             processes=options.processes,
-            ray=options.ray,
             resume_from=options.output,
         )
         runs += result.runs
@@ -158,7 +152,6 @@ def _simulate(options: argparse.Namespace) -> int:
             bound=options.bound,
             optimum=options.optimum,
             processes=options.processes,
-            ray=options.ray,
             resume_from=options.output,
         )
         results.append(result)

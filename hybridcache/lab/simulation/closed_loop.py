@@ -25,7 +25,7 @@ from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
-from hybridcache.lab.simulation.grid import Kept, Place, RunFailed, run_cells
+from hybridcache.lab.simulation.grid import Kept, RunFailed, run_cells
 from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of, identify
 from hybridcache.lab.simulation.sizes import sizes, sizes_for
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -460,7 +460,6 @@ def closed_loop(
     scenario: Scenario | str | Trace,
     *,
     processes: int = 1,
-    ray: str | None = None,
     resume_from: str | Path | None = None,
     progress: Progress = None,
     **settings: Any,
@@ -480,7 +479,7 @@ def closed_loop(
     >>> [row["admission"] for row in result.to_dicts()]
     ['oldest']
     """
-    place, kept = Place(processes, ray), Kept.of(resume_from, ClosedLoopRun)
+    kept = Kept.of(resume_from, ClosedLoopRun)
     asked = Scenario.of(scenario, settings)
     asked.refuse(
         ["baseline"],
@@ -505,7 +504,7 @@ def closed_loop(
         for seed in seeds_of(asked)
     ]
     runs, failures = run_cells(
-        opened, cells, run_closed_loop, place=place, kept=kept, progress=progress
+        opened, cells, run_closed_loop, processes=processes, kept=kept, progress=progress
     )
     said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
     return ClosedLoopResult(opened.name, tuple(runs), known.describe(), tuple(said))

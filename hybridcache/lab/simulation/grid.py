@@ -1,5 +1,5 @@
-"""A grid of runs over one trace: here, in several processes, or spread over a Ray cluster;
-resumable, the same results in the same order wherever they ran."""
+"""A grid of runs over one trace, in one process or several; resumable, with the same results in the
+same order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from hybridcache.command.extras import explain_missing, version
+from hybridcache.command.extras import version
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import BadRecords, Held, Trace, TraceRequest
 from hybridcache.lab.traces.frame import warn
@@ -32,38 +32,10 @@ from hybridcache.policies.protocol import PolicyError
 
 _KEEP_BYTES = 256 << 20
 """Bytes of ids up to which a trace is kept in memory between runs."""
-_LATER = 2
-"""Tasks that wait for each that runs on a cluster, so that no worker is idle for long."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Run = Callable[[Trace, Job], Result]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Place of computation of a grid of runs; it changes no result."""
-
-    processes: int = 1
-    ray: str | None = None
-    """Address of a Ray cluster (``auto`` for the one on this machine), or None."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.processes, int):
-            raise ValueError(f"processes must be a whole number (got {self.processes!r}).")
-        if not isinstance(self.ray, str | None):
-            raise ValueError(f"ray must be the address of a cluster (got {self.ray!r}).")
-        if self.processes < 1:
-            raise ValueError(f"processes must be at least 1, got {self.processes}")
-        if self.ray is not None and self.processes > 1:
-            raise ValueError(
-                "ray spreads the runs over a cluster, processes over this machine: give one of them"
-            )
-
-    @property
-    def is_here(self) -> bool:
-        """Whether all is computed in this process."""
-        return self.processes == 1 and self.ray is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +66,7 @@ def run_grid(
     jobs: Sequence[Job],
     run: Run[Job, Result],
     *,
-    place: Place,
+    processes: int = 1,
     kept: Kept | None = None,
     progress: Callable[[int, int], None] | None = None,
     failures: dict[int, str] | None = None,
@@ -110,27 +82,30 @@ def run_grid(
     unknown; with (runs done, all) if results have no ``num_requests``.
 
     ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
-    be pickled for the process or machine that computes it, or if ``kept`` is not a file of results;
+    be pickled for the process that computes it, or if ``kept`` is not a file of results;
     ChildProcessError if a process ends.
     """
+    if not isinstance(processes, int) or processes < 1:
+        raise ValueError(f"processes must be a whole number of at least 1 (got {processes!r}).")
     if kept:
-        check_results_file(kept.path, kept.kind, trace)
-    if not place.is_here:
+        _check_results_file(kept, trace)
+    if processes > 1:
         pickled(f"trace {trace.name!r}", trace)
         for job in jobs:
             pickled(str(getattr(job, "label", job)), job)
     results: dict[int, Result] = {}
-    keys = keys_of(trace, jobs) if kept else []
-    known = dict(_read(kept, set(keys))) if kept else {}
-    for number, key in enumerate(keys):
-        if key in known:
-            results[number] = known[key]
+    keys: list[str] = []
+    if kept:
+        identity = identity_of(trace)
+        keys = [job.key(identity) for job in jobs]  # type: ignore[attr-defined]
+        known = dict(_read(kept, set(keys)))
+        results = {number: known[key] for number, key in enumerate(keys) if key in known}
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
     if kept:
         with appended(kept.path):
             pass  # Say now that it cannot be written.
     progressed = _Progressed(progress, len(results), len(jobs))
-    for number, result in _results(trace, due, run, place, progressed):
+    for number, result in _results(trace, due, run, processes, progressed):
         if isinstance(result, PolicyError | RunFailed):
             if failures is None or len(failures) + 1 == len(jobs):
                 raise result
@@ -139,9 +114,10 @@ def run_grid(
             continue
         results[number] = result
         if kept:
-            record: Any = result
+            head = {"key": keys[number], "kind": kept.kind.__name__, "version": version()}
+            record = head | result.as_record()  # type: ignore[attr-defined]
             with appended(kept.path) as file:
-                file.write(json_line(line_head(keys[number], kept.kind) | record.as_record()))
+                file.write(json.dumps(record).encode() + b"\n")
         progressed.run_done(getattr(result, "num_requests", 1))
     return [results[number] for number in sorted(results)]
 
@@ -155,7 +131,7 @@ def run_cells(
     cells: Sequence[Job],
     run: Run[Job, Result],
     *,
-    place: Place,
+    processes: int,
     kept: Kept | None,
     progress: Progress,
 ) -> tuple[list[Result], dict[int, str]]:
@@ -163,15 +139,9 @@ def run_cells(
     failures: dict[int, str] = {}
     with shown_progress(progress, "requests", trace.name) as show:
         found = run_grid(
-            trace, cells, run, place=place, kept=kept, progress=show, failures=failures
+            trace, cells, run, processes=processes, kept=kept, progress=show, failures=failures
         )
     return found, dict(sorted(failures.items()))
-
-
-def keys_of(trace: Trace, jobs: Sequence[Any]) -> list[str]:
-    """Return the key of each job in a file of results. O(bytes of the trace's file)."""
-    identity = identity_of(trace)
-    return [job.key(identity) for job in jobs]
 
 
 def identity_of(trace: Trace) -> bytes:
@@ -246,105 +216,66 @@ def pickled(name: str, value: object) -> bytes:
 
 
 _RESULT = re.compile(rb'\{"key": "[0-9a-f]{16}", "kind": "(\w+)"')
-"""Start of a line that ``run_grid`` or the command ``optimum`` writes. It may have been cut later
-on."""
+"""Start of a line that ``run_grid`` writes. It may have been cut later on."""
 
 
-def _kind_of(path: Path) -> str:
-    """Return the class of the results in a regular file; empty if it has none."""
-    with path.open("rb") as file:
-        found = _RESULT.match(file.read(4096))
-    return found[1].decode() if found else ""
-
-
-def check_no_results(path: Path) -> None:
-    """Raise ValueError if ``path`` is a file of ``run_grid``, whose runs would be lost."""
-    if path.is_file() and _kind_of(path):
-        raise ValueError(f"{path} has runs for resume_from: name another file")
-
-
-def check_results_file(path: Path, kind: type[Any], trace: Trace | None = None) -> None:
-    """Raise ValueError if ``path`` has content and its first line is not a result of ``kind``, or
+def _check_results_file(kept: Kept, trace: Trace) -> None:
+    """Raise ValueError if the file has content and its first line is not a result of this kind, or
     if it is the file of ``trace``. Results are appended to files, so others would be damaged."""
-    if path.exists() and not path.is_file():  # A device would be replaced by a file.
+    path = kept.path
+    if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file: name another for the results")
     if not path.exists() or not path.stat().st_size:
         return
-    if trace is not None and trace.path is not None and path.samefile(trace.path):
+    if trace.path is not None and path.samefile(trace.path):
         raise ValueError(f"{path} is the trace itself: name another file for the results")
-    if _kind_of(path) == kind.__name__:
-        return
-    raise ValueError(
-        f"{path} has content that is not a result of this command, and is left as it is: name a "
-        "new file for the results"
-    )
-
-
-def records_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file of results. A damaged line, or one cut by the end of a process,
-    is skipped with a warning. There are none in a file that does not exist."""
-    if not path.exists():
-        return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except ValueError:  # not JSON, or not UTF-8
-                warn(f"{path}, line {number}: damaged or cut, so this result is left out")
-            else:
-                yield record
+        found = _RESULT.match(file.read(4096))
+    if not found or found[1].decode() != kept.kind.__name__:
+        raise ValueError(
+            f"{path} has content that is not a result of this command, and is left as it is: name "
+            "a new file for the results"
+        )
 
 
 def _read(kept: Kept, wanted: set[str]) -> Iterator[tuple[str, Any]]:
-    for record in records_of(kept.path):
-        if record.get("key") in wanted:
+    """Yield (key, result) of the ``wanted`` keys. A damaged line, or one cut by the end of a
+    process, is skipped with a warning."""
+    if not kept.path.exists():
+        return
+    with kept.path.open("rb") as file:
+        for number, line in enumerate(file, 1):
             try:
-                found = kept.kind.from_record(record)
-            except (KeyError, TypeError, ValueError) as error:
-                words = f"the result with key {record['key']} is damaged ({error!r})"
-                raise ValueError(f"{kept.path}: {words}: delete its line") from error
-            yield record["key"], found
-
-
-def line_head(key: str, kind: type[Any]) -> dict[str, Any]:
-    """Return the first fields of a line: key and class of the result, and this version."""
-    return {"key": key, "kind": kind.__name__, "version": version()}
-
-
-def json_line(record: dict[str, Any]) -> bytes:
-    """Return a line of a file of results."""
-    return json.dumps(record).encode() + b"\n"
+                record = json.loads(line)
+                if record.get("key") in wanted:
+                    yield record["key"], kept.kind.from_record(record)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                warn(f"{kept.path}, line {number}: damaged or cut, so it is run again ({error!r})")
 
 
 @contextmanager
 def appended(path: Path) -> Iterator[BinaryIO]:
     """Open a file of results at its end, with a line feed if it was cut inside a line. Other
-    processes that append to it or replace it wait. Makes its folder."""
+    processes that append to it wait. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with path.open("a+b") as file:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                continue  # It was replaced before the lock was free.
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    file.write(b"\n")
-            yield file
-            return
+    with path.open("a+b") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        yield file
 
 
 def _results(
     trace: Trace,
     due: Sequence[tuple[int, Job]],
     run: Run[Job, Result],
-    place: Place,
+    processes: int,
     progressed: _Progressed,
 ) -> Iterator[tuple[int, Result]]:
-    if place.ray is not None and due:
-        yield from _on_ray(trace, due, run, place.ray)
-    elif place.processes <= 1 or len(due) <= 1:
+    if processes == 1 or len(due) <= 1:
         if due:
             trace = _in_memory(trace)
             if isinstance(trace.source, Held):
@@ -353,22 +284,22 @@ def _results(
         for number, job in due:
             yield number, _tried(run, trace, job)
     else:
-        yield from _in_processes(trace, due, run, place.processes)
+        yield from _in_processes(trace, due, run, processes)
 
 
 def _in_processes(
     trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], processes: int
 ) -> Iterator[tuple[int, Result]]:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise SystemExit(1)  # a worker that runs the script of its parent; see _why_it_ended
+        raise SystemExit(1)  # a worker that runs the script of its parent
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         # The pipe of a new process would block for ever if the process ended before it read all of
         # a long trace.
-        folder = Path(name)
-        (folder / _TRACE).write_bytes(pickle.dumps((trace, run)))
+        task = Path(name, "task")
+        task.write_bytes(pickle.dumps((trace, run)))
         with ProcessPoolExecutor(
-            min(processes, len(due)), context, initializer=_start_worker, initargs=(folder,)
+            min(processes, len(due)), context, initializer=_start_worker, initargs=(task,)
         ) as pool:
             others = multiprocessing.active_children()
             try:
@@ -380,79 +311,24 @@ def _in_processes(
                 finally:
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 for future in as_completed(futures):
-                    yield _warned(*future.result())
+                    numbered, caught = future.result()
+                    for message in caught:
+                        warnings.warn(message, stacklevel=2)
+                    yield numbered
             except KeyboardInterrupt:  # do not wait for running jobs
                 for child in multiprocessing.active_children():
                     if child not in others:
                         child.terminate()
                 raise
             except BrokenProcessPool:
-                raise ChildProcessError(_why_it_ended(folder)) from None
+                raise ChildProcessError(
+                    "a process ended before its run was done: for lack of memory (use fewer "
+                    'processes), or because each runs your script again (put its calls below "if '
+                    "__name__ == '__main__':\", and define a trace's functions in a file)"
+                ) from None
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-
-
-_TRACE, _STARTED = "trace", "started"
-"""Files between a pool and its workers: their arguments, and a mark of the first that has them."""
-
-
-def _why_it_ended(folder: Path) -> str:
-    """Explain the end of a worker, in one sentence."""
-    if (folder / _STARTED).exists():
-        return (
-            "a process ended before its run was done, perhaps for lack of memory: use fewer "
-            "processes"
-        )
-    return (
-        "no process could start: each runs your script again, so put its calls below "
-        "\"if __name__ == '__main__':\", and define a trace's functions in a "
-        "file, or use one process"
-    )
-
-
-def _on_ray(
-    trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], address: str
-) -> Iterator[tuple[int, Result]]:
-    """Run the jobs as Ray tasks of one core each and yield results as they finish. Ray restarts a
-    task if its machine fails."""
-    with explain_missing():
-        import ray
-
-    is_ours = not ray.is_initialized()
-    try:
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    except ConnectionError as error:
-        raise ValueError(
-            f"ray {address}: no cluster answers there ({error}): start one with "
-            "`ray start --head`, or name another address"
-        ) from error
-    try:
-        here = ray.put(trace)
-        task = ray.remote(num_cpus=1)(_run_far)
-        queue = list(reversed(due))
-        running: list[Any] = []
-        while queue or running:
-            slots = max(1, int(ray.cluster_resources().get("CPU", 1))) * _LATER
-            while queue and len(running) < slots:
-                running.append(task.remote(here, run, queue.pop()))
-            done, running = ray.wait(running)
-            for result in ray.get(done):
-                yield _warned(*result)
-    finally:
-        if is_ours:
-            ray.shutdown()
-
-
-Warnings = list[Warning | str]
-
-
-def _run_far(
-    trace: Trace, run: Run[Job, Result], numbered: tuple[int, Job]
-) -> tuple[tuple[int, Result], Warnings]:
-    number, job = numbered
-    with warnings.catch_warnings(record=True) as caught:
-        return (number, _tried(run, trace, job)), [one.message for one in caught]
 
 
 def _tried(run: Run[Job, Result], trace: Trace, job: Job) -> Any:
@@ -461,13 +337,6 @@ def _tried(run: Run[Job, Result], trace: Trace, job: Job) -> Any:
         return run(trace, job)
     except (PolicyError, RunFailed) as error:
         return error
-
-
-def _warned(numbered: tuple[int, Result], caught: Warnings) -> tuple[int, Result]:
-    """Return ``numbered``, and give here the warnings of the process that computed it."""
-    for message in caught:
-        warnings.warn(message, stacklevel=2)
-    return numbered
 
 
 def collect_seldom() -> None:
@@ -498,13 +367,12 @@ _task: tuple[Trace, Run[Any, Any]] | None = None
 """Trace and function of this process, if it is one of a pool. The first job reads the trace."""
 
 
-def _start_worker(folder: Path) -> None:
+def _start_worker(task: Path) -> None:
     global _task
     # A killed parent cannot end its workers: this thread does.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     collect_seldom()
-    _task = pickle.loads((folder / _TRACE).read_bytes())
-    (folder / _STARTED).touch()
+    _task = pickle.loads(task.read_bytes())
 
 
 def _end_with_parent() -> None:
@@ -520,7 +388,10 @@ def _trace_of_worker() -> Trace:
     return _in_memory(_task[0])
 
 
-def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], Warnings]:
+def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], list[Warning | str]]:
+    """Return the number and the result of a job, and the warnings of its run."""
     assert _task is not None
-    trace, run = _task
-    return _run_far(trace, lambda _, job: run(_trace_of_worker(), job), numbered)
+    number, job = numbered
+    with warnings.catch_warnings(record=True) as caught:
+        result = _tried(_task[1], _trace_of_worker(), job)
+    return (number, result), [one.message for one in caught]

@@ -19,12 +19,13 @@ True
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
@@ -33,17 +34,7 @@ from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
-from hybridcache.lab.simulation.grid import (
-    Kept,
-    Place,
-    appended,
-    check_flags,
-    check_no_results,
-    json_line,
-    keys_of,
-    records_of,
-    run_cells,
-)
+from hybridcache.lab.simulation.grid import Kept, check_flags, run_cells
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import budget_bytes, has_shares, sizes_for, working_set_bytes
@@ -95,15 +86,6 @@ class SimulationResult(SweepRuns):
         from hybridcache.lab.report import verdict
 
         return verdict(self)
-
-    def write_jsonl(self, path: str | Path) -> None:
-        """Write every run as one JSON line, without the key by which ``resume_from`` finds it.
-        Raises ValueError for a file of ``resume_from``."""
-        check_no_results(Path(path))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for run in self.runs:
-                file.write(json.dumps(run.as_record()) + "\n")
 
     @property
     def plot(self) -> Plot:
@@ -178,7 +160,6 @@ def simulate(
     bound: bool = True,
     optimum: bool = False,
     processes: int = 1,
-    ray: str | None = None,
     resume_from: str | Path | None = None,
     progress: Progress = None,
     **settings: Any,
@@ -190,8 +171,7 @@ def simulate(
       ``policy``, ``checkpoints``, ``baseline`` and others.
     - ``bound``: also compute the reuse of an infinite token-granular cache.
     - ``optimum``: also compute a plan with hindsight at each size, for the device's memory alone.
-    - ``processes``, ``ray``: number of processes, or the address of a Ray cluster; neither changes
-      a result.
+    - ``processes``: runs at the same time; changes no result.
     - ``resume_from``: file of JSON lines; its runs are read, new ones are appended.
     - ``progress``: function of (requests done, requests of all runs); False for none. By default a
       bar in terminals and notebooks.
@@ -202,7 +182,7 @@ def simulate(
     not exist.
     """
     check_flags(bound=bound, optimum=optimum)
-    place, kept = Place(processes, ray), Kept.of(resume_from, RunResult)
+    kept = Kept.of(resume_from, RunResult)
     asked = Scenario.of(scenario, settings)
     asked.refuse_load()
     opened = asked.opened()
@@ -215,36 +195,44 @@ def simulate(
     spec = GIB_SPEC if asked.gib is None else asked.gib
     points = sizes_for(spec, opened, geometry, max(asked.page_size, opened.unit))
     cells = replace(asked, trace=opened.full_name).cells(points)
-    runs, failures = run_cells(opened, cells, run_cell, place=place, kept=kept, progress=progress)
-    result = SimulationResult(
+    yardsticks: dict[float, dict[str, Any]] = {size: {} for size in points}
+    if bound:
+        cache = InfiniteCache()
+        tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
+        yardsticks = {size: {"bound_tokens": tokens} for size in points}
+    if optimum:
+        for size, found in yardsticks.items():
+            found["optimum_tokens"] = int(_plan(opened, asked, size).cached_tokens.sum())
+    run = partial(run_cell, yardsticks=yardsticks)
+    runs, failures = run_cells(
+        opened, cells, run, processes=processes, kept=kept, progress=progress
+    )
+    # Runs in a file may have been computed without them.
+    runs = [replace(one, **yardsticks[one.gib]) for one in runs]
+    return SimulationResult(
         opened.name,
         geometry,
         tuple(runs),
-        None,
+        tokens / runs[0].prompt_tokens if bound else None,
         times=describe_times(times) if isinstance(times, Roofline | MeasuredTimes) else "",
         counted_by=opened.counted_by,
         failures=tuple(failure_of(cells[number], words) for number, words in failures.items()),
         working_set_bytes=working_set_bytes(opened, geometry) if has_shares(asked.gib) else 0,
     )
-    if bound:
-        result = _with_bound(result, opened)
-    if optimum:
-        result = _with_optimum(result, opened, asked, points)
-    if kept and (bound or optimum):
-        done = [cell for number, cell in enumerate(cells) if number not in failures]
-        _complete(kept.path, keys_of(opened, done), result.runs)
-    return result
 
 
-def run_cell(trace: Trace, cell: Scenario) -> RunResult:
-    """Replay ``trace`` through the one cache of ``cell``."""
+def run_cell(
+    trace: Trace, cell: Scenario, yardsticks: Mapping[float, dict[str, Any]] = MappingProxyType({})
+) -> RunResult:
+    """Replay ``trace`` through the one cache of ``cell``. ``yardsticks`` are fields of the result
+    that no policy changes, by size."""
     cell = replace(cell, model=cell.geometry(), state_dtype=None)  # Read the model once.
     target = build_target(cell, trace.unit)
     log = serve(target, trace.in_order(), trace.unit, cell)
     result = summarise(cell, log, target, trace.full_name)
     if not result.requests:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
-    return result
+    return replace(result, **yardsticks.get(cell.size_gib, {}))
 
 
 OF_PLANS = {"model", "gib", "state_dtype", "checkpoint_dtype", "grid"}
@@ -279,14 +267,6 @@ def optimum(
     return OptimumResult(tuple(plans))
 
 
-def _with_bound(result: SimulationResult, trace: Trace) -> SimulationResult:
-    """Add the reuse of an infinite token-granular cache. O(tokens)."""
-    cache = InfiniteCache()
-    tokens = sum(cache.ideal_tokens(request, trace.unit) for request in trace)
-    runs = tuple(replace(run, bound_tokens=tokens) for run in result.runs)
-    return replace(result, runs=runs, bound_rate=tokens / runs[0].prompt_tokens)
-
-
 def _plan(trace: Trace, asked: Scenario, size: float, counts_running: bool = False) -> Optimum:
     """Return the best plan for a memory of ``size`` GiB."""
     geometry = asked.geometry()
@@ -299,28 +279,3 @@ def _plan(trace: Trace, asked: Scenario, size: float, counts_running: bool = Fal
         counts_running=counts_running,
     )
     return replace(found, gib=size)
-
-
-def _with_optimum(
-    result: SimulationResult, trace: Trace, asked: Scenario, points: Sequence[float]
-) -> SimulationResult:
-    """Add a plan with hindsight at each size."""
-    best = {budget_bytes(size): _plan(trace, asked, size) for size in points}
-    runs = tuple(
-        replace(run, optimum_tokens=int(best[budget_bytes(run.gib)].cached_tokens.sum()))
-        for run in result.runs
-    )
-    return replace(result, runs=runs)
-
-
-def _complete(path: Path, keys: Sequence[str], runs: Sequence[RunResult]) -> None:
-    """Write the yardsticks into the lines of ``path``: these were written run by run, before bound
-    and optimum were known."""
-    path = path.resolve()  # A link stays one.
-    known = {key: run.as_record() for key, run in zip(keys, runs, strict=True)}
-    whole = path.with_name(path.name + ".new")
-    with appended(path), whole.open("wb") as file:
-        for record in records_of(path):
-            file.write(json_line(record | known.get(record.get("key", ""), {})))
-        file.flush()
-        whole.replace(path)
