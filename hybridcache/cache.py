@@ -52,7 +52,6 @@ from hybridcache.radix.tree import (
     RadixNode,
     RadixTree,
     Segment,
-    compact_rows,
     last_at,
     link,
     members,
@@ -901,15 +900,13 @@ class HybridRadixCache:
             self._pages.release(rows)
             self.cached_tokens -= num_rows
             self.stats.evicted_tokens += num_rows
-            above, living = parent.kv, None
+            above = parent.kv
             if above is not None:
                 above.uses += kv.uses
                 if kv.last_used > above.last_used:
                     above.last_used = kv.last_used
-                if rows.base is not None:
-                    living = compact_rows(parent, rows)
             if self._owners is not None:
-                self._owners.shrink(rows, living)
+                self._owners.remove(rows)
             if (gone := gathered.rows.pop(kv, None)) is not None:
                 gathered.num_rows -= len(gone) + ENTRY_ROWS
             leaf.kv = None
@@ -1281,7 +1278,7 @@ class HybridRadixCache:
             self._withdraw(parent.kv)
 
     def _split(self, lower: RadixNode, position: int) -> RadixNode:
-        """Split a resident node with its KV rows, which become two views of one array. O(page)."""
+        """Split a resident node with its KV rows. O(tokens of the node)."""
         upper, kv = self._tree.split(lower, position), lower.kv
         assert kv is not None
         if lower.pins:
@@ -1290,9 +1287,12 @@ class HybridRadixCache:
             link(upper, lower.deeper)
             lower.deeper = None
         cut = position - upper.start
-        upper.kv = Segment(upper, kv.indices[:cut], kv.created, self.num_items, self.item_bytes)
+        rows, part = kv.indices, kv.indices[:cut].copy()
+        upper.kv = Segment(upper, part, kv.created, self.num_items, self.item_bytes)
         self.num_items += 1
-        kv.indices = kv.indices[cut:]
+        kv.indices = rows[cut:].copy()
+        if self._owners is not None:
+            self._owners.split(rows, part, kv.indices)
         if self._listeners:
             self._notify("kv_split", upper, lower)
         return upper

@@ -312,13 +312,11 @@ class ArenaSlots(SlotAllocator):
 
 
 class RowIndex:
-    """Row buffers of one tree. A ``RowHolder``, which owns the cached rows.
+    """Arrays of the rows of all nodes of one tree. A ``RowHolder``, which owns the cached rows.
 
-    Finds the rows of an emptied slab without a search. The rows of one insertion are one buffer,
-    and nodes that result from splits hold views of it (``radix.tree.compact_rows``). So a row has
-    one buffer regardless of splits, and renaming it there renames it in the node. A table of all
-    rows holds the numbers of their buffers. It is updated only when a slab is emptied: until then,
-    a change costs one dictionary entry.
+    Finds the rows of an emptied slab without a search: a table of all rows holds the numbers of
+    their arrays. It is updated only when a slab is emptied: until then, a change costs one
+    dictionary entry.
     """
 
     __slots__ = ("_free_numbers", "_moved", "_numbered", "_numbers", "new")
@@ -326,33 +324,32 @@ class RowIndex:
     def __init__(self, num_rows: int, moved: Callable[[], None]) -> None:
         """``moved`` is called before rows are renamed."""
         self._moved = moved
-        # By row the number of its buffer: right for rows that the tree had at the last move and
-        # still has. Host memory is taken as rows are used.
+        # By row the number of its array: right for rows that the tree had at the last move and
+        # still has, unless a split has put them into a new array. Host memory is taken as rows are
+        # used.
         self._numbers = np.zeros(num_rows, np.int32)
         self._numbered: list[Indices | None] = []
-        """Living part of each buffer, by number."""
+        """Array of each number, or None if the number is unused."""
         self._free_numbers: list[int] = []
         self.new: dict[int, Indices] = {}
-        """Buffers without a number yet, by identity. Callers add each new buffer here."""
+        """Arrays without a number yet, by identity. Callers add each new array here."""
 
-    def shrink(self, gone: Indices, living: Indices | None) -> None:
-        """Remove ``gone``, the last rows of a buffer. O(1).
-
-        ``living`` is the remaining part, possibly in a new array, or None if nothing remains.
-        """
-        if self.new.pop(id(gone if gone.base is None else gone.base), None) is not None:
-            if living is not None:
-                self.new[id(_buffer(living))] = living
-            return
-        number = self._numbers.item(gone.item(0))
-        self._numbered[number] = living
-        if living is None:
+    def remove(self, rows: Indices) -> None:
+        """Remove the array of an evicted node. O(1)."""
+        if self.new.pop(id(rows), None) is None:
+            number = self._numbers.item(rows.item(0))
+            self._numbered[number] = None
             self._free_numbers.append(number)
 
-    def rows_moved(self, move: Move) -> int:
-        """Rename the rows of ``move`` in their buffers, and return how many of them are cached.
+    def split(self, rows: Indices, upper: Indices, lower: Indices) -> None:
+        """Replace ``rows`` by the copies of its two parts. O(1)."""
+        self.remove(rows)
+        self.new |= {id(upper): upper, id(lower): lower}
 
-        O(rows of those buffers + rows added since the last move).
+    def rows_moved(self, move: Move) -> int:
+        """Rename the rows of ``move`` in their arrays, and return how many of them are cached.
+
+        O(rows of those arrays + rows added since the last move).
         """
         self._moved()
         self._number_new()
@@ -360,7 +357,7 @@ class RowIndex:
         self._numbers[move.dst.astype(np.intp)] = numbers
         found = [
             # A row that left the tree keeps its old number, which may be unused or reused by now.
-            # Only the rows in the buffer count.
+            # Only the rows in the array count.
             rows
             for number in np.flatnonzero(np.bincount(numbers)).tolist()
             if number < len(self._numbered) and (rows := self._numbered[number]) is not None
@@ -378,40 +375,31 @@ class RowIndex:
     def _number_new(self) -> None:
         if not self.new:
             return
-        buffers = list(self.new.values())
+        arrays = list(self.new.values())
         self.new.clear()
         numbers = []
-        for rows in buffers:
+        for rows in arrays:
             if self._free_numbers:
                 numbers.append(number := self._free_numbers.pop())
                 self._numbered[number] = rows
             else:
                 numbers.append(len(self._numbered))
                 self._numbered.append(rows)
-        lengths = [len(rows) for rows in buffers]
+        lengths = [len(rows) for rows in arrays]
         # Four times as fast as with int32 for an index, which numpy casts a piece at a time.
-        index = np.concatenate(buffers, dtype=np.intp)
+        index = np.concatenate(arrays, dtype=np.intp)
         self._numbers[index] = np.repeat(np.array(numbers, np.int32), lengths)
 
     def check(self, segments: list[Indices]) -> None:
-        """Check that each row of ``segments``, the rows of all resident nodes, is in its buffer.
-        O(rows).
+        """Check that the arrays are ``segments``, those of all resident nodes. O(rows).
 
         Raises:
-            AssertionError: one is not.
+            AssertionError: they are not.
         """
         numbered = [rows for rows in self._numbered if rows is not None]
-        lengths: dict[int, int] = {}
-        for rows in segments:
-            base = _buffer(rows)
-            lengths[id(base)] = lengths.get(id(base), 0) + len(rows)
-        known = {id(_buffer(rows)): len(rows) for rows in (*numbered, *self.new.values())}
-        assert known == lengths, "the buffers known are not those of the tree"
-        for number, living in enumerate(self._numbered):
-            if living is not None:
-                assert (self._numbers[living] == number).all(), f"a row of buffer {number} is lost"
-            assert (living is None) == (number in self._free_numbers), f"number {number} is lost"
-
-
-def _buffer(rows: Indices) -> Indices:
-    return rows if rows.base is None else rows.base
+        known = sorted(id(rows) for rows in (*numbered, *self.new.values()))
+        assert known == sorted(map(id, segments)), "the arrays known are not those of the tree"
+        for number, rows in enumerate(self._numbered):
+            if rows is not None:
+                assert (self._numbers[rows] == number).all(), f"a row of array {number} is lost"
+            assert (rows is None) == (number in self._free_numbers), f"number {number} is lost"

@@ -10,18 +10,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from hybridcache.radix.tree import (
-    TOKEN_BYTES,
-    Checkpoint,
-    RadixNode,
-    RadixTree,
-    compact_edges,
-)
+from hybridcache.radix.tree import TOKEN_BYTES, Checkpoint, RadixNode, RadixTree
 from hybridcache.tokens import EMPTY, Indices, Tokens
 
 GHOST_NODE_BYTES = 640
-"""Host bytes of a ghost node in addition to its tokens (measured: node, two views, dict entries).
-"""
+"""Host bytes of a ghost node in addition to its tokens (measured: node, bytes, dict entries)."""
 
 
 def read_ghosts(
@@ -83,8 +76,6 @@ class GhostList:
             ghost, _ = self._order.popitem(last=False)
             self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
             self.tree.forget(ghost)
-            assert ghost.parent is not None
-            compact_edges(ghost.parent, ghost.edge)
             ghost.edge = b""  # a policy's queue may hold the node for a while yet
 
     def clear(self) -> None:

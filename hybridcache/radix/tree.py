@@ -8,9 +8,8 @@ families, so that the length of the KV and the length of the seen tokens are two
 recursion.
 
 An edge is stored as the bytes of its int32 ids (4 per token), so that an edge is compared with one
-``memcmp``. A split makes two views of the same bytes. The key of a child is the first page of its
-edge: an int if pages have one token, else bytes. A memoryview yields the int without a numpy
-scalar.
+``memcmp``. A split copies both parts, so that no node keeps the memory of an evicted one. The key
+of a child is the first page of its edge: an int if pages have one token, else bytes.
 
 The tree has no policy and no memory: the cache decides when a node changes.
 """
@@ -22,7 +21,6 @@ from collections.abc import Collection, Hashable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from hybridcache.tokens import PLAIN, Indices, Tokens, common_prefix_len, require_namespace
 
@@ -30,14 +28,13 @@ TOKEN_BYTES = 4
 """Bytes of one int32 token id."""
 
 ChildKey = int | bytes
-Edge = bytes | memoryview
 
 
-def child_key(edge: Edge, page_size: int) -> ChildKey:
+def child_key(edge: bytes, page_size: int) -> ChildKey:
     """Return the dict key of a child with this edge: its first page. O(page)."""
     if page_size == 1:
         return int.from_bytes(edge[:TOKEN_BYTES], sys.byteorder, signed=True)
-    return bytes(edge[: page_size * TOKEN_BYTES])
+    return edge[: page_size * TOKEN_BYTES]
 
 
 def first_page(tokens: Tokens, at: int, page_size: int) -> ChildKey:
@@ -45,7 +42,7 @@ def first_page(tokens: Tokens, at: int, page_size: int) -> ChildKey:
     return tokens.item(at) if page_size == 1 else tokens[at : at + page_size].tobytes()
 
 
-def edge_tokens(edge: Edge) -> Tokens:
+def edge_tokens(edge: bytes) -> Tokens:
     """Return the ids of an edge: an int32 view, read-only. O(1)."""
     return np.frombuffer(edge, dtype=np.int32)
 
@@ -99,12 +96,12 @@ class RadixNode(NodeHandle):
         "pins",
     )
 
-    def __init__(self, parent: RadixNode | None, key: Hashable, edge: Edge, end: int) -> None:
+    def __init__(self, parent: RadixNode | None, key: Hashable, edge: bytes, end: int) -> None:
         self.parent = parent
         """Parent node; None for a root."""
         self.key = key
         """Namespace for a root, else the first page of the edge."""
-        # Bytes of the int32 ids of the edge, possibly a view.
+        # Bytes of the int32 ids of the edge.
         self.edge = edge
         self.end = end
         """Number of tokens from the root to the end of this node."""
@@ -476,18 +473,16 @@ class RadixTree:
         return child
 
     def split(self, lower: RadixNode, position: int) -> RadixNode:
-        """Split the edge of ``lower`` at ``position``, and return the new upper node. Copies no
-        tokens.
+        """Split the edge of ``lower`` at ``position``, and return the new upper node.
 
         ``lower`` keeps its end, checkpoint and locks. The upper half is a ghost if ``lower`` is
-        one; otherwise the caller must give it a segment. O(page).
+        one; otherwise the caller must give it a segment. O(tokens of the edge).
         """
         parent = lower.parent
         assert parent is not None and parent.end < position < lower.end
         cut = (position - parent.end) * TOKEN_BYTES
-        edge = memoryview(lower.edge)
-        upper = RadixNode(parent, lower.key, edge[:cut], position)
-        lower.edge = edge[cut:]
+        upper = RadixNode(parent, lower.key, lower.edge[:cut], position)
+        lower.edge = lower.edge[cut:]
         lower.key = child_key(lower.edge, self.page_size)
         lower.parent = upper
         family = parent.ghosts if lower.kv is None else parent.children
@@ -541,60 +536,3 @@ class RadixTree:
             below = [*members(node.children), *members(node.ghosts)]
             yield from below
             stack += below
-
-
-# --- Compaction -----------------------------------------------------------------------------------
-#
-# A view keeps its whole buffer alive. A buffer (bytes of an edge, rows of a segment) is created by
-# one insertion. The nodes that share it after splits form a chain and are removed from the bottom
-# up. So the living part is always a prefix of the buffer. When a node is removed and less than half
-# of the buffer is alive, that prefix is copied and the buffer released: amortised O(1) per token.
-
-
-def compact_rows(node: RadixNode, gone: Indices) -> Indices | None:
-    """Compact the buffer of ``gone``, the rows of a child of ``node`` that was just removed.
-
-    Returns the living rows of that buffer, possibly in a new one, or None if there are none. O(1),
-    or O(living rows).
-    """
-    base = gone.base
-    if node.kv is None or node.kv.indices.base is not base or not isinstance(base, np.ndarray):
-        return None
-    num_living = (_address(gone) - _address(base)) // gone.itemsize
-    if 2 * num_living >= len(base):
-        return base[:num_living]
-    living = base[:num_living].copy()
-    above: RadixNode | None = node
-    while above is not None and above.kv is not None and above.kv.indices.base is base:
-        length = len(above.kv.indices)
-        above.kv.indices = living[num_living - length : num_living]
-        num_living -= length
-        above = above.parent
-    return living
-
-
-def compact_edges(node: RadixNode, gone: bytes | memoryview) -> None:
-    """Compact the buffer of ``gone``, the edge of a child of ``node`` that was just removed.
-
-    O(1), or O(living tokens).
-    """
-    if not isinstance(gone, memoryview) or not isinstance(node.edge, memoryview):
-        return
-    whole = gone.obj
-    if node.edge.obj is not whole or not isinstance(whole, bytes):
-        return
-    num_living = _address(np.frombuffer(gone, np.uint8)) - _address(np.frombuffer(whole, np.uint8))
-    if 2 * num_living >= len(whole):
-        return
-    living = memoryview(whole[:num_living])
-    above: RadixNode | None = node
-    while above is not None and isinstance(above.edge, memoryview) and above.edge.obj is whole:
-        length = len(above.edge)
-        above.edge = living[num_living - length : num_living]
-        num_living -= length
-        above = above.parent
-
-
-def _address(array: npt.NDArray[np.int32] | npt.NDArray[np.uint8]) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
