@@ -26,7 +26,8 @@ def raise_failure(failure: PolicyError | None) -> None:
 
 
 class Item(Protocol):
-    """One evictable item, as seen by a policy. All attributes except ``memo`` are read-only."""
+    """One evictable item, as seen by a policy. Write only ``memo``, and that in eviction policies
+    only: other attributes are the cache's."""
 
     memo: Any
     """Data of the policy. None at first, and kept as long as the item lives. An item that was read

@@ -1,7 +1,7 @@
-"""Loading of users' policies. Errors are reported in one sentence.
+"""Users' policies: how they are loaded, and guards that report each failure in one sentence.
 
 A policy is given as ``module:Class`` or ``module:Class(alpha=2)``, as a class, as a factory
-function, or as an instance.
+function, or as an instance. No guard changes a decision of a policy that works.
 """
 
 from __future__ import annotations
@@ -10,15 +10,28 @@ import ast
 import copy
 import importlib
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
+from operator import index
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
-from hybridcache.policies.guards import GUARDS
+from hybridcache.policies.protocol import (
+    EvictionPolicy,
+    Item,
+    Kind,
+    Placed,
+    PlacementPolicy,
+    PolicyError,
+    Prefill,
+    raise_failure,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +96,6 @@ def own_policy(given: object) -> OwnPolicy:
         return given
     if callable(given):
         return OwnPolicy(_name_of(given), given)
-    if type(given).__module__ == "builtins":
-        return OwnPolicy(repr(given), partial(copy.deepcopy, given))
     facts = ", ".join(
         f"{name}={value!r}"
         for name, value in getattr(given, "__dict__", {}).items()
@@ -147,11 +158,215 @@ def _refuse_unfit(label: str, found: type[Any], protocol: type[Any]) -> None:
     """Raise ValueError if the class ``found`` does not implement ``protocol``."""
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if not issubclass(found, protocol):
-        fault = f"derive {found.__name__} from {protocol.__module__}.{protocol.__name__}"
-        if found.__module__ == "builtins":
-            fault = f"give a name, or a class derived from {fault.rpartition(' ')[2]}"
+        known = f"{protocol.__module__}.{protocol.__name__}"
+        fault = f"give a name, or derive {found.__name__} from {known}"
     elif missing:
         fault = f"it lacks {', '.join(missing)}"
     else:
         return
     raise ValueError(f"{label!r}: it does not implement {protocol.__name__}: {fault}")
+
+
+# --- Guards ---------------------------------------------------------------------------------------
+
+
+def _called(name: str) -> Any:
+    """Return a method that calls the method ``name`` of the user's policy."""
+    return lambda self, *arguments: self._call(name, *arguments)
+
+
+def _noted(name: str) -> Any:
+    """Return a method that calls the method ``name`` of the user's policy until one fails.
+
+    The failure is kept, so that the operation of the cache is finished.
+    """
+
+    def note(self: _Guard, *arguments: object) -> None:
+        if self.failure is None:
+            try:
+                self._call(name, *arguments)
+            except PolicyError as error:
+                self.failure = error
+
+    return note
+
+
+class _Guard:
+    """Caller of a user's methods. Their exceptions become a PolicyError with method and line."""
+
+    def __init__(self, label: str, policy: Any) -> None:
+        self._label, self._policy = label, policy
+        self.failure: PolicyError | None = None
+        """First failure of a notification, which ends all notifications."""
+
+    def __str__(self) -> str:
+        return self._label
+
+    def _call(self, name: str, *arguments: object, at_most: int | None = None) -> Any:
+        """Call a method. With ``at_most`` it returns several values, perhaps without an end, and
+        the first of them are returned as a list."""
+        try:
+            found = getattr(self._policy, name)(*arguments)
+            if at_most is None:
+                return found
+            if not isinstance(found, Iterable):
+                raise self._error(name, f"returned {found!r}; return a list")
+            return list(islice(found, at_most))
+        except PolicyError:
+            raise
+        except (Exception, SystemExit) as error:  # user code can raise anything
+            files = {  # of the code: a class of a notebook has no module with a file
+                method.__code__.co_filename
+                for kind in type(self._policy).__mro__
+                if not kind.__module__.startswith("hybridcache.")
+                for method in vars(kind).values()
+                if hasattr(method, "__code__")
+            }
+            frames = [
+                one for one in traceback.extract_tb(error.__traceback__) if one.filename in files
+            ]
+            last = frames[-1] if frames else None
+            where = f" ({Path(last.filename).name}, line {last.lineno})" if last else ""
+            # The method of the user may have been called by one of its base class.
+            name = frames[0].name if frames else name
+            fault = f"{name} raised {type(error).__name__}: {error}{where}"
+            raise PolicyError(f"{self._label!r}: {fault}") from error
+
+    def _error(self, name: str, fault: str) -> PolicyError:
+        """Return the error of the method ``name``, which ended with a wrong result, with the line
+        where that method begins."""
+        code = getattr(getattr(type(self._policy), name), "__code__", None)
+        where = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+        return PolicyError(f"{self._label!r}: {name} {fault}{where}")
+
+
+class GuardedEviction(_Guard, EvictionPolicy):
+    """A user's eviction policy. Refuses a victim that is no candidate. O(1) in addition to it.
+
+    After its first failure it is not called any more; see ``EvictionPolicy.failure``.
+    """
+
+    touch = _noted("touch")
+    on_relabelled = _noted("on_relabelled")
+    on_ghost_hit = _noted("on_ghost_hit")
+    on_ghost_hit_above = _noted("on_ghost_hit_above")
+    set_clock = _called("set_clock")
+    _add = _noted("add")
+    _discard = _noted("discard")
+
+    def __init__(self, label: str, policy: EvictionPolicy) -> None:
+        super().__init__(label, policy)
+        self._held: dict[Item, None] = {}
+        self._num_held: dict[Kind, int] = {"kv": 0, "checkpoint": 0}
+        self.orders_classes = bool(policy.orders_classes)
+
+    def add(self, item: Item) -> None:
+        self._held[item] = None
+        self._num_held[item.kind] += 1
+        self._add(item)
+
+    def discard(self, item: Item, evicted: bool) -> None:
+        del self._held[item]
+        self._num_held[item.kind] -= 1
+        self._discard(item, evicted)
+
+    def for_tier(self) -> EvictionPolicy | None:
+        lower = self._call("for_tier")
+        if lower is not None and not isinstance(lower, EvictionPolicy):
+            raise self._error("for_tier", f"returned {lower!r}; return an EvictionPolicy, or None")
+        return None if lower is None else GuardedEviction(self._label, lower)
+
+    def candidates(self) -> Iterable[Item]:
+        return self._held
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        if self.failure is None:
+            try:
+                victim: Item | None = self._call("victim", kind)
+                # Without a victim memory would never be freed, and requests would wait for ever.
+                has_one = self._held if kind is None else self._num_held[kind]
+                is_one = victim in self._held and kind in (None, getattr(victim, "kind", None))
+                if is_one or (victim is None and not has_one):
+                    return victim
+                raise self._error(
+                    "victim",
+                    f"returned {victim!r} for {kind!r}, which is not a candidate of that kind; "
+                    "return an item that was added and not discarded since, or None if there is "
+                    "none",
+                )
+            except PolicyError as error:
+                self.failure = error
+        return next((item for item in self._held if kind in (None, item.kind)), None)
+
+
+class GuardedAdmission(_Guard, AdmissionPolicy):
+    """A user's admission policy. Refuses requests that do not wait, and repeated requests."""
+
+    arrived = _called("arrived")
+    admitted = _called("admitted")
+    computed = _called("computed")
+    left = _called("left")
+    report = _called("report")
+
+    @property
+    def wakes_at_s(self) -> float | None:  # type: ignore[override]
+        """Attribute of the user's policy."""
+        wakes_at_s: float | None = self._policy.wakes_at_s
+        return wakes_at_s
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
+        ordered: list[WaitingRequest] = self._call("order", waiting, load, at_most=len(waiting) + 1)
+        if len(set(ordered)) < len(ordered) or not set(ordered) <= set(waiting):
+            raise self._error(
+                "order",
+                f"must return waiting requests, each at most once (got {len(ordered)} for "
+                f"{len(waiting)} that wait)",
+            )
+        return ordered
+
+
+class GuardedPlacement(_Guard, PlacementPolicy):
+    """A user's placement policy. Refuses malformed positions.
+
+    The first failure of a notification is raised by the next ``plan``.
+    """
+
+    on_prefill = _noted("on_prefill")
+    on_hit = _noted("on_hit")
+    on_ghost_hit = _noted("on_ghost_hit")
+    on_saved = _noted("on_saved")
+    on_dropped = _noted("on_dropped")
+
+    def plan(self, prefill: Prefill) -> list[Placed]:
+        raise_failure(self.failure)
+        wanted = []
+        for placed in self._call("plan", prefill, at_most=prefill.prompt_len):
+            try:
+                position, label = placed
+                is_valid = 0 <= index(position) <= prefill.prompt_len and isinstance(label, str)
+            except (TypeError, ValueError):
+                is_valid = False
+            if not is_valid:
+                raise self._error(
+                    "plan",
+                    f"returned {placed!r}; return Placed(position, label) with an integer from 0 "
+                    f"to {prefill.prompt_len} and a string",
+                )
+            wanted.append(Placed(index(position), label))
+        return wanted
+
+    def decode_interval(self) -> int | None:
+        interval = self._call("decode_interval")
+        if interval is None or (hasattr(interval, "__index__") and index(interval) >= 1):
+            return None if interval is None else index(interval)
+        raise self._error(
+            "decode_interval",
+            f"returned {interval!r}; return the number of tokens between checkpoints, or None",
+        )
+
+
+GUARDS: dict[type[Any], type[Any]] = {
+    EvictionPolicy: GuardedEviction,
+    AdmissionPolicy: GuardedAdmission,
+    PlacementPolicy: GuardedPlacement,
+}

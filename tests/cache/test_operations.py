@@ -20,7 +20,7 @@ from hybridcache.export.warm_state import write_memory
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.marconi import Marconi
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.guards import GuardedEviction
+from hybridcache.policies.user import GuardedEviction
 from hybridcache.radix.tree import RadixNode
 from tests.cache.serving import hybrid, ids, publish
 from tests.policies.items import FakeItem

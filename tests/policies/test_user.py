@@ -18,13 +18,11 @@ from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
-from hybridcache.policies.placement.rules import Placement
-from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
+from hybridcache.policies.protocol import Item, PolicyError, Prefill
 from hybridcache.policies.registry import EVICTION, make_eviction, parse_placement
 from tests.cache.serving import hybrid, serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
-from tests.policies.items import FakeItem
 
 MODULE = """
 import itertools
@@ -70,7 +68,6 @@ SCORES = {
     "Nothing(SampledPolicy)": "None",
     "Word(ScorePolicy)": "'high'",
     "Words(SampledPolicy)": "(1.0, item.label)",
-    "Rejuvenates(ScorePolicy)": "setattr(item, 'memo', 0) or setattr(item, 'last_used', 10**9)",
 }
 """Scores that custom policies return."""
 PLANS = {
@@ -129,12 +126,14 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("Arguments", r"it cannot be created .*'weight'.*give them defaults"),
         ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
         ("Foreign", "victim.* returned .* which is not a candidate of that kind"),
-        ("Rejuvenates", "score raised AttributeError: .*'last_used' .*has no setter .user_pol"),
-        ("NoVictim", r"victim returned None although .* .user_policies.py, line \d+"),
+        ("NoVictim", r"victim returned None for .* .user_policies.py, line \d+"),
         ("Missing", "user_policies has no class 'Missing'"),
         ("Bare", r"plan returned \d+; return Placed\(position, label\)"),
-        ("Half", r"plan returned Placed\(position=\d+\.\d, .* with an integer and a string"),
-        ("Beyond", r"plan returned .*; the position must be in \[0, \d+\]"),
+        (
+            "Half",
+            r"plan returned Placed\(position=\d+\.\d, .* an integer from 0 to \d+ and a string",
+        ),
+        ("Beyond", r"plan returned .* with an integer from 0 to \d+ and"),
         ("NoPlan", r"plan returned None; return a list .user_policies.py, line \d+"),
         ("Lost", r"plan raised IndexError: .* .user_policies.py, line \d+"),
         ("Often", "decode_interval returned 'often'; return the number of tokens"),
@@ -153,30 +152,13 @@ def test_an_error_in_a_custom_policy_is_one_line(
 
 
 def test_an_object_that_is_no_policy_is_named() -> None:
-    with pytest.raises(ValueError, match="'5': it does not implement PlacementPolicy: give a name"):
+    with pytest.raises(ValueError, match="it does not implement PlacementPolicy: give a name"):
         parse_placement(5)  # type: ignore[arg-type]
-
-
-class Rejuvenates(Placement):
-    """Placement that writes to items that are not its own."""
-
-    def plan(self, prefill: Prefill) -> Iterator[Placed]:
-        assert prefill.resumed is not None and prefill.resumed.last_used == 3
-        prefill.resumed.last_used = 4  # type: ignore[misc]
-        yield Placed(1, "never")
 
 
 def test_an_endless_plan_ends_with_the_prompt() -> None:
     prefill = Prefill(100, 64, 64, 64, (), 64)
     assert len(parse_placement("user_policies:Endless").plan(prefill)) == 100
-
-
-def test_a_custom_placement_cannot_write_to_items() -> None:
-    item = FakeItem("resumed", last_used=3)
-    policy = parse_placement(lambda: Rejuvenates(()))
-    with pytest.raises(PolicyError, match=r"plan raised AttributeError: .*last_used.* no setter"):
-        policy.plan(Prefill(100, 64, 64, 64, (), 64, resumed=item))
-    assert item.last_used == 3
 
 
 class Weighted(ScorePolicy):
@@ -315,5 +297,5 @@ def test_a_policy_that_never_gives_a_victim_ends_with_one_sentence(
     run: Callable[[], object],
 ) -> None:
     """Memory is never freed, so requests would wait for ever."""
-    with pytest.raises(PolicyError, match=r"Stingy'?: victim returned None although there"):
+    with pytest.raises(PolicyError, match=r"Stingy'?: victim returned None for "):
         run()
