@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from hybridcache.allocators.arena import RowIndex, arena_of
-from hybridcache.allocators.moves import StepPlan, StepQueue
+from hybridcache.allocators.moves import NOT_CARRIED_OUT, StepPlan, StepQueue
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator, are_distinct
 from hybridcache.api import (
     CacheStats,
@@ -127,7 +127,8 @@ class LockHandle:
     def __del__(self) -> None:
         if self.node is not None:
             warnings.warn(
-                "a lock was dropped: pass it to cache.unlock, or its path is never evicted",
+                "a lock, perhaps of a lease, was dropped: call cache.unlock, and end each lease, "
+                "or its path is never evicted",
                 ResourceWarning,
                 source=self,
                 stacklevel=2,
@@ -780,11 +781,7 @@ class HybridRadixCache:
     def _refuse_unsafe_reset(self) -> None:
         plan, is_used = self.steps.open_plan, self.steps.num_open or self._locked_len
         if plan is not None and not plan.is_done and is_used:
-            raise RuntimeError(
-                "the last step plan was taken but not carried out, so the rows and states that "
-                "running leases and locks keep may be wrong: abort all leases and unlock all nodes "
-                "before reset. If nothing of the plan was done yet, you can carry it out instead"
-            )
+            raise RuntimeError(NOT_CARRIED_OUT)
 
     def take_step(self) -> StepPlan:
         """Return all work on the tensors that is due before the next step, once.

@@ -18,8 +18,6 @@ carried out, or TypeError for a wrong type. Nothing is changed.
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Hashable
 from contextlib import suppress
 from math import lcm
@@ -28,7 +26,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from hybridcache.allocators.moves import Move
+from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle, require_stop_reason
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
@@ -118,23 +116,15 @@ FLAGS = "stateful", "reuse", "exact", "answer_survives", "resumes"
 
 
 def _refuse_bad_begin(
-    cache: HybridRadixCache,
-    placement: PlacementPolicy,
-    request: LeaseRequest,
-    exchange: FetchRule | None,
+    cache: HybridRadixCache, placement: PlacementPolicy, request: LeaseRequest
 ) -> None:
     """Raise TypeError or ValueError for arguments of ``begin`` that would fail later, in another
     call. O(boundaries)."""
-    if not hasattr(cache, "match"):
-        kind = type(cache).__name__
-        raise TypeError(f"cache must be made by build_prefix_cache (got {kind}).")
     if not isinstance(placement, PlacementPolicy):
         hint = " Build it once, for all requests, with parse_placement."
         raise TypeError(f"placement must be a PlacementPolicy (got {placement!r}).{hint}")
     if not isinstance(request, LeaseRequest):
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
-    if exchange is not None and not hasattr(exchange, "seconds_saved"):
-        raise TypeError(f"exchange must have a method seconds_saved (got {exchange!r}).")
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
         if number is None:
             continue
@@ -167,36 +157,13 @@ OTHER_THREAD = (
     "another thread has running leases of this cache, which is for one thread at a time: use it "
     "from that thread, or end its leases first."
 )
-NOT_CARRIED_OUT = (
-    "the last step plan was taken but not carried out, so what was computed since is wrong: call "
-    "plan.carry_out(memory), or plan.done() after doing its work yourself, before computing. If it "
-    "failed half-way, abort all leases, unlock all nodes and call cache.reset()"
-)
-NOT_RESTORED = (
-    "tokens up to {} were computed before a step plan restored the state that they follow, so they "
-    "are wrong: abort this lease. Call cache.take_step().carry_out(memory) after begin, extend and "
-    "take_checkpoint_slots, and before computing, or .done() if there are no tensors"
-)
-NOT_TAKEN = (
-    "tokens up to {} were computed before a step plan moved the entries in their rows or slots, so "
-    "these are lost: abort all leases, unlock all nodes and call cache.reset(). Call "
-    "cache.take_step().carry_out(memory) after all extend and take_checkpoint_slots of a step"
+NOT_READY = (
+    "tokens up to {} were computed before a step plan restored the state that they follow, or "
+    "moved the entries in their rows or slots, so these are lost: abort all leases, unlock all "
+    "nodes and call cache.reset(). Call cache.take_step().carry_out(memory) after all begin, "
+    "extend and take_checkpoint_slots of a step, before computing, or .done() without tensors"
 )
 ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
-
-
-class _HeldRows:
-    """Holder of the rows of one lease in an arena. It does not keep the lease alive, so a dropped
-    lease gives its warning."""
-
-    def __init__(self, lease: Lease) -> None:
-        self._lease = weakref.ref(lease)
-        self.dropped = EMPTY
-        """Rows that the lease held when it was dropped. They stay taken."""
-
-    def rows_moved(self, move: Move) -> int:
-        lease = self._lease()
-        return len(move.rename(self.dropped)) if lease is None else lease.rows_moved(move)
 
 
 class Lease:
@@ -288,13 +255,13 @@ class Lease:
         steps.num_open += 1
         steps.thread = get_ident()
         steps.numbers |= self._numbers
-        self._held_rows = _HeldRows(self)
         if cache.arena is not None:
-            cache.arena.holders[self._held_rows] = None
+            cache.arena.holders[self] = None
         if cached_len:
             self._note_changed(0, cached_len)
         if match.checkpoint is not None and state_slot is not None:
             steps.restores[self] = match.checkpoint, state_slot
+            steps.not_ready[self] = cached_len
 
     @classmethod
     def begin(
@@ -326,7 +293,7 @@ class Lease:
             PolicyError: an own eviction policy has failed. Nothing is held.
             RuntimeError: leases of another thread are running.
         """
-        _refuse_bad_begin(cache, placement, request, exchange)
+        _refuse_bad_begin(cache, placement, request)
         if cache.steps.num_open and cache.steps.thread != get_ident():
             raise RuntimeError(OTHER_THREAD)
         # The caller may change its array before the tokens are published.
@@ -385,20 +352,6 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
-
-    def __del__(self) -> None:
-        if getattr(self, "_has_ended", True):
-            return
-        self._receipt.node = None  # One warning is enough.
-        self._held_rows.dropped = self._rows[self.published_len : self.extended_len]
-        self.cache.steps.close(self, self._numbers)
-        warnings.warn(
-            f"{self!r} was dropped: call finish, preempt or abort, or its rows, slot and lock stay "
-            "taken",
-            ResourceWarning,
-            source=self,
-            stacklevel=2,
-        )
 
     def __repr__(self) -> str:
         if self._has_ended:
@@ -857,7 +810,7 @@ class Lease:
             self.extended_len = self.published_len = self._unread_len = 0
             cache.steps.close(self, self._numbers)
             if cache.arena is not None:
-                del cache.arena.holders[self._held_rows]
+                del cache.arena.holders[self]
             cache.unlock(self._receipt)
             try:
                 if own_slot is not None:
@@ -927,10 +880,8 @@ class Lease:
         if computed_len > first:
             if steps.open_plan is not None and not steps.open_plan.is_done:
                 raise RuntimeError(NOT_CARRIED_OUT)
-            if self in steps.restores:
-                raise RuntimeError(NOT_RESTORED.format(computed_len))
             if steps.not_ready and computed_len > steps.not_ready.get(self, computed_len):
-                raise RuntimeError(NOT_TAKEN.format(computed_len))
+                raise RuntimeError(NOT_READY.format(computed_len))
         end = min(computed_len, self.prompt_len)
         new = np.ascontiguousarray(tokens[first:end])
         if first < end and not self._prompt.startswith(new.data, first * new.itemsize):

@@ -18,20 +18,16 @@ Then the step computes, and writes the KV rows and checkpoint slots that it was 
 through the plan by itself calls ``StepPlan.done`` afterwards. ``cache.check`` raises AssertionError
 while a plan that was taken is not carried out, and the next ``take_step`` RuntimeError.
 
-The fixed order is safe. A slot is allocated after its slab was emptied, so all writes to slots (3
-and the step) must follow the transfers (1). A move that comes later in the same plan writes and
-reads only rows of KV slabs. It could disturb a restore only through a slot that was freed in
-between. The source of a restore is a checkpoint under the request's lock, and its target is the
-request's own slot. If the request ends before the step, its restore is dropped from the plan. So no
-slot of a pending restore is ever used for KV.
+The order is safe:
 
-A step in flight may still read and write old rows: the bytes that must move are those present when
-it ends. On a device with streams, the transfers are therefore ordered after the step in flight and
-before the next one, and the host does not wait. A plan that was taken must be carried out even if
-its step computes nothing, because its numbers are already valid.
-
-Work may overlap where no row is shared. A request that resumes from a copy still under way waits
-for it.
+- All writes to slots (3 and the step) follow the transfers (1), because a slot is allocated after
+  its slab was emptied.
+- A later move of the same plan touches only rows of KV slabs, so it could disturb a restore only
+  through a slot that was freed in between. The source of a restore is locked, its target is the
+  request's own slot, and the restore of a request that ends before is dropped from the plan.
+- A step in flight may still read and write old rows: the bytes that must move are those present
+  when it ends. On a device with streams, the transfers are ordered after the step in flight and
+  before the next one, and the host does not wait.
 """
 
 from __future__ import annotations
@@ -43,7 +39,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.tokens import Indices, Tokens, require_count
+from hybridcache.tokens import Indices, Tokens
 
 
 class Move(NamedTuple):
@@ -131,9 +127,7 @@ class RowWrite(NamedTuple):
     """KV row of each position from ``start`` on: int32[n], a copy."""
 
     def up_to(self, end: int) -> RowWrite:
-        """Return the part of this write below position ``end``. Raises ValueError if it is
-        negative, and TypeError if it is not an integer."""
-        require_count(end, "end")
+        """Return the part of this write below position ``end``."""
         return self._replace(kv_indices=self.kv_indices[: max(end - self.start, 0)])
 
 
@@ -142,32 +136,37 @@ class StepMemory(Protocol):
 
     Two pools need ``restore``. An arena adds ``move``, tiers add ``copy``, and requests with a
     ``table_row`` add ``write_row``. A method that no plan needs can be missing. A class may derive
-    from this one, for type checkers: methods that it does not define count as missing.
+    from this one, for type checkers.
     """
 
     def move(self, move: Move) -> None:
         """Copy rows ``move.src`` of the arena to ``move.dst``."""
-        ...
+        raise NotImplementedError
 
     def copy(self, copy: Copy) -> None:
         """Copy ``copy.src`` of ``copy.src_tier`` to ``copy.dst`` of ``copy.dst_tier``, rows or one
         state (``copy.kind``)."""
-        ...
+        raise NotImplementedError
 
     def write_row(self, write: RowWrite) -> None:
         """Write ``write.kv_indices`` into row ``write.table_row``, from ``write.start`` on."""
-        ...
+        raise NotImplementedError
 
     def restore(self, checkpoint: int, own: int) -> None:
         """Copy the state in slot ``checkpoint`` to slot ``own``, which is ``own_slot`` if the
         request has one."""
-        ...
+        raise NotImplementedError
 
 
 SPENT = (
     "this step plan was carried out, failed half-way or was forgotten by reset: doing its work "
     "again destroys rows. Take one plan per step with cache.take_step(). After a failure abort all "
     "leases, unlock all nodes and call cache.reset()"
+)
+NOT_CARRIED_OUT = (
+    "the last step plan was taken but not carried out, so rows and states are not what the cache "
+    "counts on: call plan.carry_out(memory), or plan.done() after doing its work yourself, before "
+    "computing. If it failed half-way, abort all leases, unlock all nodes and call cache.reset()"
 )
 
 
@@ -214,52 +213,21 @@ class StepPlan:
         Drops are skipped. O(work).
 
         Raises:
-            TypeError: ``memory`` is None, or lacks a method that this plan needs, or a method has
-                other arguments than in ``StepMemory``. Unless an earlier piece of work was done,
-                the plan can still be carried out.
             RuntimeError: the plan was carried out before, a call failed half-way, or ``reset`` has
                 forgotten the plan.
         """
         if self.is_done or self.was_begun:
             raise RuntimeError(SPENT)
-        if memory is None:
-            raise TypeError("memory must be the owner of the tensors (got None): see StepMemory")
-        for name, is_needed in (
-            ("move", any(isinstance(one, Move) for one in self.transfers)),
-            ("copy", any(isinstance(one, Copy) for one in self.transfers)),
-            ("write_row", self.row_writes),
-            ("restore", self.restores),
-        ):
-            method = getattr(memory, name, None)
-            is_own = getattr(method, "__func__", method) is not getattr(StepMemory, name)
-            if is_needed and not (is_own and callable(method)):
-                raise TypeError(
-                    f"this step plan needs a method {name!r}, which {type(memory).__name__} does "
-                    "not have: see hybridcache.allocators.moves.StepMemory"
-                )
-        self.was_begun, num_done = True, 0
-        try:
-            for transfer in self.transfers:
-                if isinstance(transfer, Move):
-                    memory.move(transfer)
-                elif isinstance(transfer, Copy):
-                    memory.copy(transfer)
-                num_done += not isinstance(transfer, Drop)
-            for write in self.row_writes:
-                memory.write_row(write)
-                num_done += 1
-            for checkpoint, own in self.restores:
-                memory.restore(checkpoint, own)
-                num_done += 1
-        except TypeError as error:
-            trace = error.__traceback__
-            if trace is None or trace.tb_next is not None:  # raised inside a method
-                raise
-            self.was_begun = num_done > 0
-            raise TypeError(
-                f"a method of {type(memory).__name__} has other arguments than in "
-                f"hybridcache.allocators.moves.StepMemory ({error})"
-            ) from error
+        self.was_begun = True
+        for transfer in self.transfers:
+            if isinstance(transfer, Move):
+                memory.move(transfer)
+            elif isinstance(transfer, Copy):
+                memory.copy(transfer)
+        for write in self.row_writes:
+            memory.write_row(write)
+        for checkpoint, own in self.restores:
+            memory.restore(checkpoint, own)
         self.is_done = True
 
     def done(self) -> None:
@@ -303,8 +271,8 @@ class StepQueue:
         self.restores: dict[TableRows, tuple[int, int]] = {}
         """(checkpoint slot, own slot) of each lease with a restore that no plan contains yet."""
         self.not_ready: dict[TableRows, int] = {}
-        """First position of each lease that cannot be computed yet: its rows or slots were taken
-        while transfers were due, and no plan contains these."""
+        """First position of each lease that cannot be computed yet: no plan contains its restore,
+        or the transfers that were due when its rows or slots were taken."""
         self.row_writes: dict[TableRows, tuple[int, int, int]] = {}
         """(table row, start, end) of the changed rows of each lease that no plan contains yet."""
         self.open_plan: StepPlan | None = None
@@ -343,12 +311,7 @@ class StepQueue:
             RuntimeError: the last plan was not carried out.
         """
         if self.open_plan is not None and not self.open_plan.is_done:
-            raise RuntimeError(
-                "the last step plan was taken but not carried out, so rows and states are not what "
-                "the cache counts on: call plan.carry_out(memory), or plan.done() after doing its "
-                "work yourself. If it failed half-way, abort all leases, unlock all nodes and call "
-                "cache.reset()"
-            )
+            raise RuntimeError(NOT_CARRIED_OUT)
         if not (self.transfers or self.row_writes or self.restores):
             return StepPlan()
         row_writes = self.due_row_writes() if self.row_writes else ()

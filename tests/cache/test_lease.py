@@ -183,7 +183,6 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
         ("placement", ("backoff", request)),
         ("placement", (None, request)),
         ("LeaseRequest", (placement, tokens(9))),
-        ("seconds_saved", (placement, request, object())),
         ("at least one token", (placement, LeaseRequest(tokens(0)))),
         ("int32", (placement, LeaseRequest([1, 2]))),  # type: ignore[arg-type]
     ]
@@ -198,8 +197,6 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
     for named, arguments in refused:
         with pytest.raises((ValueError, TypeError), match=named):
             Lease.begin(cache, *arguments)
-    with pytest.raises(TypeError, match=r"build_prefix_cache \(got CacheConfig\)"):
-        Lease.begin(CacheConfig(num_kv_tokens=9, num_slots=1), placement, request)  # type: ignore
     for memory in ("arena", "budget"):
         small = CacheConfig(memory=memory, total_bytes=60, kv_bytes_per_token=4, state_bytes=64)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="no room for a state"):
@@ -254,9 +251,9 @@ def test_a_preempted_and_resumed_request_is_counted_once() -> None:
 class RecordingMemory:
     """Memory that records the work of a step plan in order."""
 
-    def __init__(self, *missing: str) -> None:
+    def __init__(self) -> None:
         self.work: list[str] = []
-        for name in {"move", "copy", "write_row", "restore"} - {*missing}:
+        for name in ("move", "copy", "write_row", "restore"):
             setattr(self, name, lambda *_, name=name: self.work.append(name))
 
 
@@ -267,33 +264,14 @@ def test_a_plan_is_carried_out_in_order() -> None:
     memory = RecordingMemory()
     copy_of(plan).carry_out(memory)
     assert memory.work == ["move", "copy", "move", "write_row", "restore", "restore"]
-    for missing in ("move", "copy", "write_row", "restore"):
-        lacking = RecordingMemory(missing)
-        with pytest.raises(
-            TypeError, match=f"needs a method '{missing}', which RecordingMemory does not"
-        ):
-            plan.carry_out(lacking)
-        assert lacking.work == [], "a part of the plan was applied"
 
     class Derived(StepMemory):
-        """Memory that inherits the protocol's empty methods."""
+        """Memory that inherits the protocol's methods."""
 
-    with pytest.raises(TypeError, match="needs a method 'move', which Derived does not have"):
+    with pytest.raises(NotImplementedError):
         plan.carry_out(Derived())
-    narrow = RecordingMemory()
-    for name, is_usable in (("restore", False), ("move", True)):
-        setattr(narrow, name, lambda: None)
-        begun = copy_of(plan)
-        with pytest.raises(TypeError, match=r"RecordingMemory has other arguments .*StepMemory"):
-            begun.carry_out(narrow)
-        assert begun.was_begun != is_usable
-    narrow.move = lambda move: move + 1
-    with pytest.raises(TypeError, match=r"^can only concatenate tuple"):
-        copy_of(plan).carry_out(narrow)
     empty = make_cache().take_step()
     assert not empty
-    with pytest.raises(TypeError, match="None"):
-        empty.carry_out(None)  # type: ignore[arg-type]
     empty.done()
     empty.done()  # an empty plan may be completed twice
     with pytest.raises(RuntimeError, match="was carried out"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.allocators.moves import Drop, RowWrite, StepMemory
+from hybridcache.allocators.moves import Drop, StepMemory
 from hybridcache.api import Listener, Resumable
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror
@@ -138,7 +138,6 @@ REFUSED = {
     "a stop reason": ("stop_reason must", lambda cache, rows: cache.label_tip(None, "bogus")),
     "a word to fetch": ("match.loadable", lambda cache, rows: cache.fetch("x")),
     "words held": ("held_tokens must", lambda cache, rows: cache.check("0", 0)),
-    "a negative end": ("end must", lambda cache, rows: RowWrite(0, 0, rows).up_to(-1)),
     "the miss of another cache": ("another", lambda cache, rows: cache.touch(MISSED_ELSEWHERE)),
     "no tuple of placements": ("tuple", lambda cache, rows: write_memory(cache, PLACEMENT)),
     "no bytes": ("bytes", lambda cache, rows: unpack(None)),
@@ -236,12 +235,11 @@ def test_dropped_lease_and_lock_warn(memory):
     cache.take_step().done()
     lease.finish(prompt, 20)
     assert cache.match(longer).cached_len == 16
-    with pytest.warns(ResourceWarning, match=r"Lease\(.*prompt_len=20.* was dropped: call finish"):
-        begun(cache, placement, prompt)
-        gc.collect()
-    with pytest.warns(ResourceWarning, match="a lock was dropped: pass it to cache.unlock"):
-        cache.lock(cache.match(longer).node)
-        gc.collect()
+    drops = [lambda: begun(cache, placement, prompt)] if memory == "budget" else []
+    for drop in (*drops, lambda: cache.lock(cache.match(longer).node)):
+        with pytest.warns(ResourceWarning, match="a lock, perhaps of a lease, was dropped"):
+            drop()
+            gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with suppress(OSError), begun(cache, placement, prompt):
@@ -249,7 +247,9 @@ def test_dropped_lease_and_lock_warn(memory):
         with cache.lock(cache.match(longer).node), begun(cache, placement, prompt) as lease:
             lease.finish(prompt, 20)
         gc.collect()
-    cache.check(held_tokens=4, held_slots=1)  # of the first dropped lease
+    if memory == "arena":
+        begun(cache, placement, prompt)
+    cache.check(held_tokens=4, held_slots=1)  # of the dropped lease
     while cache.arena and cache.allocate_slot() is not None:  # moves the rows that stay taken
         cache.take_step().done()
     assert not cache.arena or cache.arena.num_moves
@@ -291,7 +291,7 @@ def test_a_plan_that_was_not_carried_out_stops_a_reset():
     lease = Lease.begin(cache, placement, LeaseRequest(prompt, table_row=0))
     assert lease.extend(20)
     plan = cache.take_step()
-    with pytest.raises(RuntimeError, match="abort all leases and unlock all nodes before reset"):
+    with pytest.raises(RuntimeError, match="taken but not carried out"):
         cache.reset()
     plan.done()
     lease.publish(prompt, 20)
@@ -366,14 +366,14 @@ def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the
 
     for number in range(20):
         serve(1000 * number, takes_first=False)
-    with pytest.raises(RuntimeError, match="before a step plan moved the entries"):
+    with pytest.raises(RuntimeError, match="or moved the entries"):
         serve(20_000, takes_first=True)
     cache, _ = small()
     with begun(cache, parse_placement("every:8"), prompt := ids(range(32))) as lease:
         cache.steps.transfers.append(Drop("disk", prompt))
         assert lease.take_checkpoint_slots(0, 32, 3) is None
         assert len(lease.take_checkpoint_slots(0, 32)) == 3  # no other slot is left
-        with pytest.raises(RuntimeError, match="before a step plan moved the entries"):
+        with pytest.raises(RuntimeError, match="or moved the entries"):
             lease.publish(prompt, 32)
 
 

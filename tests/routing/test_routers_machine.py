@@ -271,7 +271,7 @@ def test_a_custom_router_is_found_by_its_path() -> None:
     assert router.route(RouteRequest(1, (1,)), 0).replica == 1
     with pytest.raises(ValueError, match=r"router must be one of checkpoint, .* \(got 'best'\)"):
         find_router("best")
-    with pytest.raises(ValueError, match="does not implement Router: give a name, or derive NotARouter from"):
+    with pytest.raises(ValueError, match="Router: give a name, or derive NotARouter from"):
         find_router(f"{here}:NotARouter")
     with pytest.raises(ValueError, match="already joined"):
         router.joined(0, 0)
