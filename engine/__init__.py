@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from engine.errors import QueueFull
     from engine.plugins import engine_config, server_config
     from engine.requests.grammar import Grammar
-    from engine.requests.spec import RequestSpec, SamplingParams
+    from engine.requests.request import RequestSpec, SamplingParams
     from engine.text.outputs import RequestOutput
 
 _MODULES = {
@@ -26,8 +26,8 @@ _MODULES = {
     "Grammar": "engine.requests.grammar",
     "QueueFull": "engine.errors",
     "RequestOutput": "engine.text.outputs",
-    "RequestSpec": "engine.requests.spec",
-    "SamplingParams": "engine.requests.spec",
+    "RequestSpec": "engine.requests.request",
+    "SamplingParams": "engine.requests.request",
     "engine_config": "engine.plugins",
     "server_config": "engine.plugins",
 }

@@ -50,8 +50,7 @@ from engine.messages import (
     ToEngine,
 )
 from engine.requests.grammar import Grammar
-from engine.requests.request import Intake
-from engine.requests.spec import Prompt, RequestSpec, SamplingParams
+from engine.requests.request import Intake, Prompt, RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
 from engine.text.outputs import Answer, FinishReason, RequestOutput
 

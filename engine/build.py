@@ -12,10 +12,9 @@ from engine.core import EngineCore, Plugin
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.grammar import Grammar
 from engine.requests.logit_rules import LogitRule
-from engine.schedule.batch import DraftPlanner
 from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.report import cache_kind
-from engine.schedule.scheduler import Scheduler
+from engine.schedule.scheduler import DraftPlanner, Scheduler
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager

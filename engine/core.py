@@ -16,12 +16,26 @@ from engine.errors import DuplicateId, QueueFull
 from engine.hub import display_name
 from engine.interfaces import Observer, Runner, StepReport, TokenSampler
 from engine.requests.grammar import Grammar, GrammarError
-from engine.requests.request import Intake, RecentRequests, Request
-from engine.requests.spec import Prompt, RequestSpec, SamplingInput, SamplingParams
-from engine.schedule.batch import EMPTY, Batch, BytesLost, PendingTokens, Segment, StepHooks
+from engine.requests.request import (
+    Intake,
+    Prompt,
+    RecentRequests,
+    Request,
+    RequestSpec,
+    SamplingInput,
+    SamplingParams,
+)
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport, cache_report
-from engine.schedule.scheduler import Scheduler
+from engine.schedule.scheduler import (
+    EMPTY,
+    Batch,
+    BytesLost,
+    PendingTokens,
+    Scheduler,
+    Segment,
+    StepHooks,
+)
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.scheduling.cache_manager import CacheManager
 

@@ -13,8 +13,8 @@ from engine.core import EngineCore
 from engine.hub import resolve_config
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.request import Intake
-from engine.schedule.batch import DraftPlanner
 from engine.schedule.fetching import Fetcher
+from engine.schedule.scheduler import DraftPlanner
 from hybridcache.policies.registry import parse_placement
 
 if TYPE_CHECKING:

@@ -43,8 +43,7 @@ from engine.messages import (
     TakeChanges,
     ToEngine,
 )
-from engine.requests.request import Request
-from engine.requests.spec import RequestSpec
+from engine.requests.request import Request, RequestSpec
 from engine.text.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
-from engine.requests.spec import SamplingInput
-from engine.schedule.batch import Batch, Newest, PendingTokens
+from engine.requests.request import SamplingInput
+from engine.schedule.scheduler import Batch, Newest, PendingTokens
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices, Tokens

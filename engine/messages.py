@@ -11,7 +11,7 @@ import numpy as np
 from engine.errors import WireError
 from engine.interfaces import Exactness
 from engine.requests.grammar import Grammar
-from engine.requests.spec import RequestSpec
+from engine.requests.request import RequestSpec
 from engine.text.outputs import Answer, FinishReason, RequestOutput
 
 

@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from engine.interfaces import Exactness
 from engine.requests.logit_rules import FREE
-from engine.requests.spec import SamplingInput
-from engine.schedule.batch import KEPT, Batch, Newest, Segment
+from engine.requests.request import SamplingInput
+from engine.schedule.scheduler import KEPT, Batch, Newest, Segment
 from engine.text.outputs import SampledToken
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer

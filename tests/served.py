@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 from engine import AsyncEngine, Engine
-from engine.server.serve import Server
+from engine.server.app import Server
 from engine.server.settings import ServerConfig, bind
 from tests.waiting import wait_until
 

@@ -31,7 +31,7 @@ from hybridcache.geometry.units import counted, format_seconds
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
     from engine.engine import Engine
-    from engine.requests.spec import RequestSpec, SamplingParams
+    from engine.requests.request import RequestSpec, SamplingParams
     from engine.text.outputs import RequestOutput
 
 
@@ -180,7 +180,7 @@ def _add_serve(serve: Parser) -> None:
 
 
 def _add_generate(generate: Parser) -> None:
-    from engine.requests.spec import SamplingParams
+    from engine.requests.request import SamplingParams
 
     generate.add_argument(
         "prompt", nargs="*", help="texts to continue; by default one text from standard input"
@@ -204,7 +204,7 @@ def _add_generate(generate: Parser) -> None:
 
 
 def _add_chat(chat: Parser) -> None:
-    from engine.requests.spec import SamplingParams
+    from engine.requests.request import SamplingParams
 
     chat.add_argument("--system", metavar="TEXT", help="system message of the chat")
     sampling = add_flags(
@@ -221,9 +221,9 @@ def _add_chat(chat: Parser) -> None:
 
 def _server() -> ModuleType:
     """Import the server. It takes half a second, in which the engine's process starts."""
-    from engine.server import serve
+    from engine.server import app
 
-    return serve
+    return app
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -289,7 +289,7 @@ def _with_key(screen: str, server_config: ServerConfig) -> str:
 def _generate(arguments: argparse.Namespace) -> int:
     from msgspec import structs
 
-    from engine.requests.spec import RequestSpec, SamplingParams
+    from engine.requests.request import RequestSpec, SamplingParams
 
     engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
     asked = {"seed": arguments.sampling_seed, "stop": tuple(arguments.stop)}
@@ -323,7 +323,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from engine.requests.spec import SamplingParams
+    from engine.requests.request import SamplingParams
 
     engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
     read_config(SamplingParams, arguments)  # Before slow work, because it may raise ValueError.

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from engine.layers.inputs import LayerInputs, Pools, PrefillPart, StepPart, VerifyPart, pad_rows
-from engine.layers.linear import Linear, Part, RMSNorm, shared
-from engine.layers.parameters import Build, Composite, Parameter
+from engine.layers.blocks import LayerInputs, Pools, PrefillPart, StepPart, VerifyPart, pad_rows
+from engine.layers.linear import Build, Composite, Linear, Parameter, Part, RMSNorm, shared
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.mixers import AttentionSizes, LatentAttentionSizes
 

@@ -8,10 +8,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.layers.inputs import Rows, pad_rows
-from engine.layers.linear import Linear, Part, as_kernels_take, shared
-from engine.layers.parameters import Build, Composite, Parameter, Storage
-from engine.layers.residual import FeedForward
+from engine.layers.blocks import FeedForward, Rows, pad_rows
+from engine.layers.linear import (
+    Build,
+    Composite,
+    Linear,
+    Parameter,
+    Part,
+    Storage,
+    as_kernels_take,
+    shared,
+)
 from hybridcache.geometry.sizes import ExpertsSizes, part
 
 

@@ -25,10 +25,16 @@ from collections.abc import Sequence
 import torch
 
 from engine.layers.attention import Attention
-from engine.layers.inputs import DecodePart, LayerInputs, Pools, RotaryTable, pad_rows
-from engine.layers.linear import Linear, Part, RMSNorm
-from engine.layers.parameters import Build, Composite
-from engine.layers.residual import FeedForwardStep, MixerStep
+from engine.layers.blocks import (
+    DecodePart,
+    FeedForwardStep,
+    LayerInputs,
+    MixerStep,
+    Pools,
+    RotaryTable,
+    pad_rows,
+)
+from engine.layers.linear import Build, Composite, Linear, Part, RMSNorm
 from hybridcache.geometry.sizes import Spec, StateSpec
 from kernels.attention.sequences import Sequences
 from kernels.packed import running_sum

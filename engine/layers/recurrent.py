@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from engine.layers.inputs import LayerInputs, Pools, PrefillPart, StepPart, pad_rows
-from engine.layers.linear import Linear, Part, RMSNorm, shared
-from engine.layers.parameters import Build, Composite, Parameter
-from engine.layers.rank import RankCut
+from engine.layers.blocks import LayerInputs, Pools, PrefillPart, StepPart, pad_rows
+from engine.layers.linear import Build, Composite, Linear, Parameter, Part, RankCut, RMSNorm, shared
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.mixers import DeltaSizes, MambaSizes, ShortConvSizes
 

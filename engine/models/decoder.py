@@ -16,13 +16,18 @@ import torch
 import torch.nn.functional as F
 
 from engine.layers.attention import Attention
-from engine.layers.inputs import LayerInputs, Pools, Rows
-from engine.layers.linear import Linear, Part, RMSNorm
+from engine.layers.blocks import (
+    FeedForward,
+    FeedForwardStep,
+    LayerInputs,
+    Mixer,
+    MixerStep,
+    Pools,
+    Rows,
+)
+from engine.layers.linear import Build, Layer, Linear, Parameter, Part, RankCut, RMSNorm
 from engine.layers.mlp import MLP
-from engine.layers.parameters import Build, Layer, Parameter
 from engine.layers.prediction import PredictionHead
-from engine.layers.rank import RankCut
-from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.weights.tensor_files import Tensor
 from hybridcache.geometry.config_format import Config

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from engine.layers.blocks import FeedForwardStep, Mixer, MixerStep, Parallel, Scaled
 from engine.layers.mlp import MLP
 from engine.layers.recurrent import GatedNorm, Mamba2
-from engine.layers.residual import FeedForwardStep, Mixer, MixerStep, Parallel, Scaled
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ModelConfig, ModelError
 from hybridcache.geometry.config_format import Config

@@ -5,9 +5,9 @@ Most models have experts in addition to the MLP.
 
 from __future__ import annotations
 
+from engine.layers.blocks import FeedForward, Mixer
 from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SoftmaxRouter
 from engine.layers.recurrent import GatedNorm, Mamba2
-from engine.layers.residual import FeedForward, Mixer
 from engine.models.decoder import Decoder
 from engine.weights.model_config import (
     ModelConfig,

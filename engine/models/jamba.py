@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from engine.layers.blocks import FeedForward, Mixer
 from engine.layers.mlp import MLP, ExpertNames, RoutedExperts, SoftmaxRouter
 from engine.layers.recurrent import Mamba1
-from engine.layers.residual import FeedForward, Mixer
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, common
 from hybridcache.geometry.config_format import Config

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 
 from engine.layers.attention import LatentAttention
+from engine.layers.blocks import FeedForward, Mixer
 from engine.layers.linear import RMSNorm
 from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SigmoidRouter
 from engine.layers.recurrent import KimiDeltaAttention
-from engine.layers.residual import FeedForward, Mixer
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, check_only, common
 from engine.weights.tensor_files import Tensor

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from engine.layers.blocks import FeedForward, Mixer
 from engine.layers.mlp import MLP, ExpertNames, RoutedExperts, SigmoidRouter
 from engine.layers.recurrent import ShortConv
-from engine.layers.residual import FeedForward, Mixer
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from hybridcache.geometry.config_format import Config

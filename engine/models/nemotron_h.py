@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.layers.blocks import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.layers.linear import Part
 from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SigmoidRouter
 from engine.layers.recurrent import GatedNorm, Mamba2
-from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ACTIVATIONS, ModelConfig, check_only, common
 from hybridcache.geometry.config_format import Config

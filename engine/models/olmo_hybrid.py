@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
+from engine.layers.blocks import FeedForwardStep, Mixer, MixerStep
 from engine.layers.linear import Part
 from engine.layers.recurrent import GatedDeltaNet
-from engine.layers.residual import FeedForwardStep, Mixer, MixerStep
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.weights.tensor_files import Joined, Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.layers.residual import Mixer
+from engine.layers.blocks import Mixer
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError
 from hybridcache.geometry.config_format import Config

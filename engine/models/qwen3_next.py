@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 
+from engine.layers.blocks import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.layers.linear import Part
 from engine.layers.mlp import ExpertsMLP
 from engine.layers.prediction import PredictionHead
 from engine.layers.recurrent import GatedDeltaNet
-from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, check_only, common, mixer_of, read_rope
 from hybridcache.geometry.config_format import Config

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-from engine.requests.spec import RequestSpec
+from engine.requests.request import RequestSpec
 from engine.text.answers import CLOSE, OPEN
 from engine.text.replay import SampledTurn, control_pattern, find_splices
 from engine.text.tokenizer import (

@@ -28,20 +28,19 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.layers.inputs import (
+from engine.layers.blocks import (
     DecodePart,
     LayerInputs,
+    Mixer,
     RotaryTable,
     Rows,
     VerifyPart,
     tokens_before,
 )
-from engine.layers.residual import Mixer
 from engine.models.decoder import Decoder
 from engine.runner.memory import Memory
-from engine.runner.states import RunningStates
-from engine.runner.step_inputs import RequestTable
-from engine.schedule.batch import Segment
+from engine.runner.step_inputs import RequestTable, RunningStates
+from engine.schedule.scheduler import Segment
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import ModelSizes
 from hybridcache.geometry.units import counted, format_bytes, format_seconds

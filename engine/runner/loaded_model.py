@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig, num_load_workers
-from engine.layers.parameters import Build, WeightSpec
+from engine.layers.linear import ALONE, Build, Rank, WeightSpec
 from engine.layers.prediction import PredictionHead
-from engine.layers.rank import ALONE, Rank
 from engine.models import read_model
 from engine.models.decoder import Decoder
 from engine.runner.backends import Kernels

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from engine.layers.parameters import Build, Layer, Parameter
+from engine.layers.linear import Build, Layer, Parameter, RankCut
 from engine.layers.prediction import PredictionHead
-from engine.layers.rank import RankCut
 from engine.models.decoder import Decoder, Fill
 from engine.runner.device import Device
 from engine.weights.layer_names import model_name

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.layers.inputs import Pools
+from engine.layers.blocks import Pools
 from engine.runner.checkpoints import Checkpoints
 from engine.runner.device import Device
 from engine.runner.memory_plan import gib_words

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from engine.config import ConfigError, EngineConfig
-from engine.layers.rank import Rank
+from engine.layers.linear import Rank
 from engine.runner.device import Device, host_free_bytes, memory_info
 from engine.weights.model_config import ModelError
 from hybridcache.allocators.arena import slab_rows

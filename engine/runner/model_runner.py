@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from engine.interfaces import Exactness
-from engine.layers.inputs import LayerInputs, Pools, RotaryTable
+from engine.layers.blocks import LayerInputs, Pools, RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.backends import identity_of
 from engine.runner.graphs import (
@@ -26,9 +26,8 @@ from engine.runner.loaded_model import LoadedModel
 from engine.runner.memory import Memory
 from engine.runner.memory_plan import MemoryPlan
 from engine.runner.mtp_head import Predictor
-from engine.runner.states import Copies, RunningStates
-from engine.runner.step_inputs import RequestTable, StepInputs
-from engine.schedule.batch import Batch, Newest, logit_rows, pieces
+from engine.runner.step_inputs import Copies, RequestTable, RunningStates, StepInputs
+from engine.schedule.scheduler import Batch, Newest, logit_rows, pieces
 from engine.weights.model_config import ModelError
 from hybridcache.tokens import Indices, Tokens
 from kernels.recording import NotRecordableError

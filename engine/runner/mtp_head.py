@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.layers.inputs import LayerInputs, RotaryTable, pad_rows
+from engine.layers.blocks import LayerInputs, RotaryTable, pad_rows
 from engine.layers.prediction import PredictionHead, ahead
 from engine.models.decoder import Decoder
 from engine.runner.graphs import Record, Replay
 from engine.runner.memory import Memory
 from engine.runner.step_inputs import RequestTable
-from engine.schedule.batch import Newest
+from engine.schedule.scheduler import Newest
 from hybridcache.tokens import Tokens
 from kernels.attention.sequences import Sequences
 from kernels.upload import upload

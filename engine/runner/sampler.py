@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.requests.logit_rules import FREE, Ruling
-from engine.requests.spec import SamplingInput, SamplingParams
+from engine.requests.request import SamplingInput, SamplingParams
 from engine.runner.device import HostCopy
 from engine.text.outputs import NO_TOKEN, SampledToken
 from kernels.upload import upload

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from engine.requests.request import Request
-from engine.schedule.batch import StepHooks
+from engine.schedule.scheduler import StepHooks
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
 from hybridcache.scheduling.cache_manager import CacheManager

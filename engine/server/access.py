@@ -1,4 +1,5 @@
-"""Access control: API keys, the operator, CORS, request ids, and the tenants that own requests."""
+"""Access of clients: API keys, the operator, CORS, request ids and the log of requests, and the
+tenants that own requests."""
 
 from __future__ import annotations
 
@@ -13,13 +14,14 @@ import os
 import re
 import secrets
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
@@ -27,11 +29,12 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.api_errors import ANTHROPIC, APIError
-from engine.server.request_log import RequestRecord
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.json_text import REPLACEMENT
+from engine.text.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)
+request_log = logging.getLogger(f"{__name__}.requests")
 OPEN = ("/", "/health", "/metrics")
 """Paths that require no key."""
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
@@ -214,6 +217,84 @@ class Keys:
         await self._app(scope, receive, send)
 
 
+PROBES = ("/health", "/metrics")
+"""Paths that monitors poll; their lines have the level DEBUG."""
+MAX_PATH = 200
+"""Maximum length of a path in a line."""
+
+
+class RequestRecord:
+    """Facts about one HTTP request for its line. A prompt with several answers counts once."""
+
+    def __init__(self) -> None:
+        self.began_s = time.perf_counter()
+        self.status = 0
+        """Status of the answer. 0 if the client left before the answer began."""
+        self.is_sent = False
+        """True if the client got the whole answer."""
+        self.outputs: dict[str, RequestOutput] = {}
+        """Latest output of each generation, by its id."""
+        self.repeated: set[str | None] = set()
+        """Ids of generations that are further choices of an earlier one's prompt."""
+        self.answer_id = ""
+        """Id of the answer. Empty if there is none."""
+
+    @staticmethod
+    def of(scope: Scope) -> RequestRecord:
+        """Return the record of the request of ``scope``, which ``Requests`` made."""
+        found: RequestRecord = scope["state"]["record"]
+        return found
+
+    def log(self, scope: Scope) -> None:
+        """Write the line of the request of ``scope``."""
+        sent = "" if self.is_sent else "not sent completely"
+        notes = (self.answer_id, sent, scope["state"].get("error"))
+        request_log.log(
+            logging.DEBUG if scope["path"] in PROBES else logging.INFO,
+            "%s %s %d%s  %.0f ms%s",
+            scope["method"],
+            _safe_path(scope),
+            self.status or 499,
+            self._counts(),
+            1000 * (time.perf_counter() - self.began_s),
+            "".join(f"  {_safe(note)}" for note in notes if note),
+        )
+
+    def _counts(self) -> str:
+        """Return the token counts, or "" if nothing was generated."""
+        if not self.outputs:
+            return ""
+        firsts = [output for name, output in self.outputs.items() if name not in self.repeated]
+        prompt = sum(len(output.prompt_token_ids) for output in firsts)
+        cached = sum(output.cached_len for output in firsts)
+        answer = sum(len(output.output) for output in self.outputs.values())
+        return f"  prompt {prompt:,}  cached {cached:,}  answer {answer:,}"
+
+
+def _safe_path(scope: Scope) -> str:
+    """Return the path as it was sent, without control characters for terminals."""
+    path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")
+    return path if len(path) <= MAX_PATH else path[:MAX_PATH] + "..."
+
+
+def _safe(text: str) -> str:
+    """Return ``text`` with control characters replaced."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def set_up_logging(level: str) -> None:
+    """Send the log of engine and HTTP server from ``level`` on to the standard error output.
+    Request lines, if enabled, do not depend on ``level``."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name in ("engine", "uvicorn"):
+        log = logging.getLogger(name)
+        log.setLevel(level.upper())
+        log.addHandler(handler)
+        log.propagate = False
+    request_log.setLevel(min(logging.getLogger("engine").level, logging.INFO))
+
+
 UNREAD_S = 120.0
 """Seconds that a client may read nothing of a waiting answer before the answer is broken off. Until
 then the rest of it is computed and kept in memory."""
@@ -233,8 +314,8 @@ class Requests:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
-        record = RequestRecord(name.decode("ascii"))
-        scope.setdefault("state", {})["record"] = record
+        record = RequestRecord()
+        scope.setdefault("state", {}).update(record=record, request_id=name.decode("ascii"))
         headers = [(b"x-request-id", name)]
         if scope["path"].startswith(ANTHROPIC):
             headers.append((b"request-id", name))

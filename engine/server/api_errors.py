@@ -24,8 +24,7 @@ from engine.errors import (
     QueueFull,
     RequestError,
 )
-from engine.requests.spec import RequestSpec, SamplingParams
-from engine.server.request_log import RequestRecord
+from engine.requests.request import RequestSpec, SamplingParams
 from engine.text.json_text import whole_text
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class APIError(Exception):
             error: dict[str, Any] = {"type": kind, "message": self._for_anthropic}
             if self.code is not None:
                 error["details"] = {"error_code": self.code}
-            request_id = RequestRecord.of(scope).name or None
+            request_id = scope.get("state", {}).get("request_id")
             return {"type": "error", "error": error, "request_id": request_id}
         kind = KINDS.get(self.status, "invalid_request_error")
         return {
@@ -99,9 +98,14 @@ class APIError(Exception):
 
     def response(self, scope: Scope) -> Response:
         """Return the response to the request of ``scope``, and add the message to its log line."""
-        RequestRecord.of(scope).error = str(self)
+        note_error(scope, self)
         content = msgspec.json.encode(self.body(scope))
         return Response(content, self.status, self.headers, "application/json")
+
+
+def note_error(scope: Scope, error: APIError) -> None:
+    """Record the error that the client gets, for the request's line in the log."""
+    scope.setdefault("state", {})["error"] = str(error)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -30,8 +30,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.server.api_errors import MAX_QUOTED, APIError, of_failure, of_value, quoted, short
-from engine.server.request_log import RequestRecord
+from engine.server.api_errors import (
+    MAX_QUOTED,
+    APIError,
+    note_error,
+    of_failure,
+    of_value,
+    quoted,
+    short,
+)
 from engine.text.json_text import read_json, write_json
 
 LONG = 4096
@@ -441,7 +448,7 @@ class EventStream(Response):
             if self._on_error is None or not self._has_begun or isinstance(error, OSError):
                 raise
             failure = of_failure(error)
-            RequestRecord.of(scope).error = str(failure)
+            note_error(scope, failure)
             await self._send(send, self._on_error(failure))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -10,8 +10,8 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from engine.async_engine import RequestStream
-from engine.requests.spec import RequestSpec
-from engine.server.access import choice_id, new_id
+from engine.requests.request import RequestSpec
+from engine.server.access import RequestRecord, choice_id, new_id
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     Call,
@@ -22,7 +22,6 @@ from engine.server.context import (
     token_id_fields,
     usage,
 )
-from engine.server.request_log import RequestRecord
 from engine.server.schemas import Count, NumScores, Sampling, TokenId
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions

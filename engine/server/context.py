@@ -26,12 +26,11 @@ from starlette.responses import Response
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.requests.grammar import Grammar
-from engine.requests.spec import RequestSpec
-from engine.server.access import Tenant, Tenants
+from engine.requests.request import RequestSpec
+from engine.server.access import RequestRecord, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
 from engine.server.bodies import Workers, to_json
 from engine.server.metrics import Metrics
-from engine.server.request_log import RequestRecord
 from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
 from engine.text.answers import CLOSE, AnswerForm
@@ -95,6 +94,7 @@ class ServingContext:
             keeps_thinking=config.preserve_thinking,
         )
         self.model_name = config.served_model_name or engine.facts.model_name
+        self._fingerprint = engine.facts.exactness.fingerprint
         self.keep_alive_s = config.keep_alive_s
         self._default_max_tokens, most = config.default_max_tokens, engine.facts.max_model_len
         if self._default_max_tokens is not None and self._default_max_tokens > most:
@@ -124,7 +124,7 @@ class ServingContext:
             "object": kind,
             "created": int(time.time()),
             "model": self.model_name,
-            "system_fingerprint": self.engine.facts.exactness.fingerprint,
+            "system_fingerprint": self._fingerprint,
         }
 
     def check_model(self, model: str | None) -> None:

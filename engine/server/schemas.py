@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
-from engine.requests.spec import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
+from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
 from engine.server.api_errors import APIError, of_value, quoted
 from engine.server.bodies import Body, Part, check_nodes, converted, to_json, without_nulls
 from engine.text.json_text import read_json

@@ -20,7 +20,7 @@ from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
 from engine.errors import FAILED, describe_exit
 from engine.messages import EndEngine, EngineFacts, FromEngine, Outputs, Ready, Refused, ToEngine
-from engine.requests.spec import RequestSpec
+from engine.requests.request import RequestSpec
 from engine.text.tokenizer import Tokenizer
 from engine.worker.sockets import Sockets
 from engine.worker.spawn import Spawned

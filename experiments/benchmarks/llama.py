@@ -32,7 +32,7 @@ from tqdm import tqdm
 from engine import EngineConfig
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
-from engine.schedule.batch import Batch, Segment
+from engine.schedule.scheduler import Batch, Segment
 from experiments.benchmarks import llama_cpp as rival
 from experiments.benchmarks.timing import Call, alternate, ratio_spread
 from experiments.studies.common import keep, show

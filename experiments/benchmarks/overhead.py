@@ -24,7 +24,7 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.interfaces import StepReport
 from engine.messages import FromEngine, Outputs
 from engine.runner.sampler import Sampler
-from engine.schedule.batch import Batch
+from engine.schedule.scheduler import Batch
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.sockets import Sockets
 from experiments.studies.common import keep, show

@@ -10,7 +10,7 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from engine.layers.parameters import Build, Parameter, WeightSpec
+from engine.layers.linear import Build, Parameter, WeightSpec
 from engine.models import read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device

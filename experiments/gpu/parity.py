@@ -27,13 +27,13 @@ from msgspec.structs import asdict
 from engine import engine_config
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.requests.spec import SamplingParams
+from engine.requests.request import SamplingParams
 from engine.runner.backends import override_all
 from engine.runner.build import check_exactness, load_runner
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
-from engine.schedule.batch import Batch, Segment
+from engine.schedule.scheduler import Batch, Segment
 from engine.text.outputs import RequestOutput
 from experiments.gpu import interpreter
 from experiments.gpu.models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry

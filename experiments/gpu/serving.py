@@ -32,7 +32,7 @@ from engine import engine_config
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.interfaces import StepReport
-from engine.requests.spec import SamplingParams
+from engine.requests.request import SamplingParams
 from engine.runner.backends import override_all
 from engine.runner.build import load_runner
 from engine.runner.device import Device

@@ -31,7 +31,7 @@ from engine import Engine, SamplingParams, engine_config
 from engine.config import TILE
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
-from engine.schedule.batch import Batch, Segment
+from engine.schedule.scheduler import Batch, Segment
 from engine.text.tokenizer import ByteTokenizer
 from experiments import texts
 from experiments.studies.common import keep, show

@@ -13,8 +13,8 @@ import pytest
 from engine import AsyncEngine, Engine, QueueFull, RequestOutput, SamplingParams, engine_config
 from engine.errors import DuplicateId, EngineStopped, StepFailed
 from engine.messages import AskReport
-from engine.requests.spec import RequestSpec
-from engine.schedule.batch import Batch
+from engine.requests.request import RequestSpec
+from engine.schedule.scheduler import Batch
 from tests.engine.test_scheduler_machine import answer
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler
 

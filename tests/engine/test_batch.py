@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.schedule.batch import Batch, Segment, logit_rows, pieces
+from engine.schedule.scheduler import Batch, Segment, logit_rows, pieces
 
 
 @st.composite

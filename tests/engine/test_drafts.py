@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from engine import SamplingParams
-from engine.requests.spec import SamplingInput
+from engine.requests.request import SamplingInput
 from engine.runner.sampler import Sampler
-from engine.schedule.batch import Segment
+from engine.schedule.scheduler import Segment
 from tests.engine.drafted import (
     GREEDY,
     SAMPLING,

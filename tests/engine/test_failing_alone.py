@@ -12,9 +12,8 @@ import torch
 
 from engine import Engine, RequestOutput, SamplingParams
 from engine.requests.grammar import Grammar
-from engine.requests.request import Request
-from engine.requests.spec import RequestSpec
-from engine.schedule.batch import Batch
+from engine.requests.request import Request, RequestSpec
+from engine.schedule.scheduler import Batch
 from engine.text.tokenizer import ByteTokenizer
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
 from tests.engine.test_engine import ids, make_engine

@@ -18,7 +18,7 @@ seen = [loaded()]
 has_triton = "triton.language" in sys.modules
 from engine.async_engine import AsyncEngine
 from engine.command import cli
-from engine.server.serve import check
+from engine.server.app import check
 from engine.server.settings import ServerConfig
 cli._parser(["serve"])
 check(ServerConfig())

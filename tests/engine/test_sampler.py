@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
 from engine.requests.logit_rules import FREE, Draws, Penalties
-from engine.requests.spec import SamplingInput, SamplingParams
+from engine.requests.request import SamplingInput, SamplingParams
 from engine.runner import sampler
 from engine.runner.sampler import Sampler, uniform
 from engine.text.outputs import NO_TOKEN

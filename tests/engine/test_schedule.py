@@ -10,7 +10,7 @@ import pytest
 
 from engine import Engine, SamplingParams
 from engine.interfaces import StepReport
-from engine.requests.spec import SamplingInput
+from engine.requests.request import SamplingInput
 from tests.engine.test_engine import ids, make_engine
 from tests.oracle import OracleDrawn, OracleSampler
 

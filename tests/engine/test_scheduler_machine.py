@@ -19,7 +19,7 @@ from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.config import OF_CACHE
 from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
 from engine.plugins.tiers import TierConfig
-from engine.schedule.batch import Batch, Newest
+from engine.schedule.scheduler import Batch, Newest
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.async_engine import AsyncEngine
-from engine.requests.spec import SamplingParams
+from engine.requests.request import SamplingParams
 from experiments.benchmarks import overhead
 from experiments.benchmarks.serving import (
     Answer,

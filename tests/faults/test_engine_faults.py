@@ -19,7 +19,7 @@ from engine import Engine, SamplingParams
 from engine.plugins.speculation.draft_manager import DraftLength
 from engine.plugins.tiers.records import RecordStore
 from engine.requests.logit_rules import TokenCounts
-from engine.schedule.batch import Batch
+from engine.schedule.scheduler import Batch
 from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.lease import Lease
 from tests.engine import test_drafters, test_engine

@@ -12,7 +12,7 @@ import pytest
 from engine import engine_config
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
-from engine.requests.spec import SamplingParams
+from engine.requests.request import SamplingParams
 from engine.weights.model_config import read_config
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.layers.parameters import FULL_PRECISION
+from engine.layers.linear import FULL_PRECISION
 from engine.weights.layer_names import Names
 from engine.weights.model_config import ModelError, read_config
 from engine.weights.quantized_formats import read_quantization

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 from starlette.responses import Response
 
-from engine.requests.spec import MAX_COUNT
+from engine.requests.request import MAX_COUNT
 from engine.server.access import new_id
 from engine.server.api_errors import APIError, of_value
 from engine.server.bodies import Body, Part, json_response, named_event

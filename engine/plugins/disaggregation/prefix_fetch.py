@@ -23,8 +23,7 @@ from engine.interfaces import Runner
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.prefix_buffer import PIECE_BYTES, PrefixBuffer, identity
 from engine.plugins.disaggregation.received_prefix import ReceivedPrefix
-from engine.requests.request import Request
-from engine.requests.spec import RequestSpec, SamplingParams
+from engine.requests.request import Request, RequestSpec, SamplingParams
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
 from hybridcache.geometry.units import counted

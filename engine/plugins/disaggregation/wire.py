@@ -18,7 +18,7 @@ import zmq
 
 from engine.errors import WireError
 from engine.messages import plain
-from engine.requests.spec import RequestSpec
+from engine.requests.request import RequestSpec
 
 IO_THREADS = 2
 """Number of ZeroMQ's threads per engine, to which connections are distributed."""

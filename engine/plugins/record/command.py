@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     import uvicorn
 
     from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
-    from engine.server.request_log import set_up_logging
+    from engine.server.access import set_up_logging
     from engine.server.settings import ServerConfig, bind, local_address
     from engine.text.hugging_face import load_tokenizer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from engine.messages import Abort, EngineFacts, Question
-from engine.requests.spec import RequestSpec
+from engine.requests.request import RequestSpec
 from engine.text.outputs import RequestOutput
 from hybridcache.geometry.units import counted
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest

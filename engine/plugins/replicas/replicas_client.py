@@ -37,7 +37,7 @@ from engine.messages import (
 )
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica_output import Diverged, Order, Progress, ReplicaFacts
-from engine.requests.spec import RequestSpec
+from engine.requests.request import RequestSpec
 from engine.schedule.report import CacheReport
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput

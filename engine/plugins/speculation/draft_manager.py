@@ -22,7 +22,7 @@ from engine.plugins.speculation.suffix import (
     TreeDrafter,
 )
 from engine.requests.request import Request
-from engine.schedule.batch import Draft, DraftPlanner, Segment
+from engine.schedule.scheduler import Draft, DraftPlanner, Segment
 from engine.text.outputs import DraftCounts
 from hybridcache.geometry.units import counted, format_bytes
 

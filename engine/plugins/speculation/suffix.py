@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 
 from engine.requests.request import Request
-from engine.schedule.batch import NO_TOKENS, Newest
+from engine.schedule.scheduler import NO_TOKENS, Newest
 from hybridcache.radix.tree import (
     TOKEN_BYTES,
     Family,

@@ -11,7 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Plugin
 from engine.interfaces import Runner, RunnerLost
-from engine.layers.rank import Group, Rank
+from engine.layers.linear import Group, Rank
 from engine.models import read_model
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
 from engine.plugins.tensor_parallel.rank_messages import Commit, Forward
@@ -20,7 +20,7 @@ from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loaded_model import shared_sizes
 from engine.runner.model_runner import ModelRunner
-from engine.schedule.batch import Batch
+from engine.schedule.scheduler import Batch
 from engine.weights.model_config import read_config
 from hybridcache.scheduling.cache_manager import CacheManager
 from kernels import exchange

@@ -19,7 +19,7 @@ import torch.distributed
 
 from engine.config import num_cores
 from engine.interfaces import RunnerLost
-from engine.layers.rank import Group
+from engine.layers.linear import Group
 from engine.plugins.tensor_parallel.rank_messages import Start
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError

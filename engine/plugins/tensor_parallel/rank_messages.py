@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import EngineConfig
-from engine.schedule.batch import Batch
+from engine.schedule.scheduler import Batch
 
 
 @dataclass(frozen=True, slots=True)

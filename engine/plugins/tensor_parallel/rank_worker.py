@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from engine.interfaces import RunnerLost
-from engine.layers.rank import Rank
+from engine.layers.linear import Rank
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
 from engine.plugins.tensor_parallel.rank_messages import Commit, Forward, RankReport, Start
 from engine.runner.build import load_runner

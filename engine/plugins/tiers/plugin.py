@@ -24,9 +24,9 @@ from engine.plugins.tiers.fingerprint import load_digest, save_digest
 from engine.plugins.tiers.prefixes import RecordPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
-from engine.schedule.batch import KEPT
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
+from engine.schedule.scheduler import KEPT
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue, Transfer
 from hybridcache.allocators.pools import MAX_ROWS

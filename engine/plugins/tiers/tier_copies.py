@@ -23,7 +23,7 @@ import torch
 from engine.plugins.tiers.disk import Disk, FutureRows, Rows
 from engine.runner.device import Device, HostCopy
 from engine.runner.memory import allocate
-from engine.schedule.batch import KEPT, BytesLost
+from engine.schedule.scheduler import KEPT, BytesLost
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices

@@ -16,7 +16,7 @@ from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
 from engine.plugins.replicas.replica_output import Order
 from engine.plugins.replicas.replicas_client import FleetChannel
-from engine.requests.spec import RequestSpec
+from engine.requests.request import RequestSpec
 from hybridcache.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
-from engine.requests.spec import SamplingInput
+from engine.requests.request import SamplingInput
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
 from tests.engine.server.conftest import allowed

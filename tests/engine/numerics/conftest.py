@@ -19,7 +19,7 @@ from engine import engine_config
 from engine.config import EngineConfig
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
-from engine.schedule.batch import Batch, Segment
+from engine.schedule.scheduler import Batch, Segment
 from tests.engine.numerics import families
 
 FAMILIES = families.find()

@@ -15,7 +15,7 @@ from engine.plugins.disaggregation.prefix_buffer import difference, identity
 from engine.plugins.tiers.fingerprint import StoreError
 from engine.runner.backends import override_all
 from engine.runner.build import load_runner
-from engine.schedule.batch import Batch
+from engine.schedule.scheduler import Batch
 from kernels.attention import reference as attention
 from kernels.conv1d import reference as conv1d
 from kernels.gdn import reference as gdn

@@ -11,7 +11,7 @@ import torch
 
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.runner.mtp_head import Predictor
-from engine.schedule.batch import Batch, Newest, Segment
+from engine.schedule.scheduler import Batch, Newest, Segment
 from hybridcache.geometry.sizes import KVSpec
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 from tests.engine.numerics.test_graphs import Recorder

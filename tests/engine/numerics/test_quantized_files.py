@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.layers.linear import Linear, Part
-from engine.layers.parameters import Build, WeightSpec
+from engine.layers.linear import Build, Linear, Part, WeightSpec
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.loading import WeightFiles

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 from engine import engine_config
 from engine.config import EngineConfig
-from engine.layers.parameters import Parameter
-from engine.layers.rank import Group, Rank, RankCut
+from engine.layers.linear import Group, Parameter, Rank, RankCut
 from engine.runner import loading as weights
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner

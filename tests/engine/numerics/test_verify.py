@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.schedule.batch import Batch, Segment
+from engine.schedule.scheduler import Batch, Segment
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 ANSWER = 14

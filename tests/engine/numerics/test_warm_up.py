@@ -16,7 +16,7 @@ from engine import engine_config
 from engine.engine import Engine
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import TreeDrafter
-from engine.requests.spec import SamplingParams
+from engine.requests.request import SamplingParams
 from engine.runner.build import load_runner
 from engine.runner.memory_plan import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from engine.layers.parameters import Build, WeightSpec
+from engine.layers.linear import Build, WeightSpec
 from engine.models import read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device

@@ -21,9 +21,9 @@ import pytest
 
 from engine import Engine, EngineConfig, engine_config
 from engine.plugins.guided.bindings import Mask
-from engine.requests.spec import SamplingInput
-from engine.schedule.batch import Batch
-from engine.server.serve import Server
+from engine.requests.request import SamplingInput
+from engine.schedule.scheduler import Batch
+from engine.server.app import Server
 from engine.server.settings import ServerConfig
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate

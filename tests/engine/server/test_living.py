@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.interfaces import Exactness
-from engine.server import access, serve
+from engine.server import access, app
 from engine.server.settings import ServerConfig
 from tests.waiting import wait_until
 
@@ -69,14 +69,14 @@ def test_client_that_stops_reading_is_disconnected(
 ) -> None:
     """Its request is aborted and its memory freed. A slow reader still gets its answer."""
     monkeypatch.setattr(access, "UNREAD_S", 0.5)
-    accept = serve.ClientConnection.connection_made
+    accept = app.ClientConnection.connection_made
 
-    def with_small_buffers(self: serve.ClientConnection, transport: Any) -> None:
+    def with_small_buffers(self: app.ClientConnection, transport: Any) -> None:
         client = transport.get_extra_info("socket")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
         accept(self, transport)
 
-    monkeypatch.setattr(serve.ClientConnection, "connection_made", with_small_buffers)
+    monkeypatch.setattr(app.ClientConnection, "connection_made", with_small_buffers)
     live = serve_oracle(step_s=0.002)  # The answer must not end in UNREAD_S.
     body = {"prompt": "say much", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     silent = live.send("/v1/completions", body | {"logprobs": 20})
@@ -218,7 +218,7 @@ def test_requests_unfinished_after_a_drain_get_an_error(
     logged = _answer_lines(caplog, 2)
     assert len(logged) == 2 and all(line.endswith(error["message"]) for line in logged)
     messages = [
-        record.getMessage() for record in caplog.records if record.name == "engine.server.serve"
+        record.getMessage() for record in caplog.records if record.name == "engine.server.app"
     ]
     stopping, broken_off = messages
     assert "2 requests" in stopping and broken_off.startswith("2 requests had not ended")
@@ -293,7 +293,7 @@ def _answer_lines(caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
 
     def found() -> list[str]:
         records = [
-            record for record in caplog.records if record.name == "engine.server.request_log"
+            record for record in caplog.records if record.name == "engine.server.access.requests"
         ]
         lines = [record.getMessage() for record in records if record.levelno == logging.INFO]
         return [line for line in lines if line.startswith("POST ")]
@@ -305,7 +305,7 @@ def _answer_lines(caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
 def test_request_log_has_disconnected_requests(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "engine.server.request_log")
+    caplog.set_level(logging.INFO, "engine.server.access.requests")
     live = serve_oracle(ServerConfig(log_requests=True), step_s=0.005)
     connection = live.send("/v1/completions", {"prompt": "x", **ENDLESS, "stream": True})
     connection.recv(4000)
@@ -321,7 +321,7 @@ def test_request_log_has_disconnected_requests(
 def test_request_log_has_499_for_a_stream_that_was_left_while_it_waited(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "engine.server.request_log")
+    caplog.set_level(logging.INFO, "engine.server.access.requests")
     live = serve_oracle(ServerConfig(log_requests=True), step_s=0.005, max_running=1)
     body = {"prompt": "x", **ENDLESS, "stream": True}
     running = live.send("/v1/completions", body)
@@ -339,7 +339,7 @@ def test_requests_on_too_many_connections_are_refused_except_health(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(serve, "WARNING_EVERY_S", 3600)
+    monkeypatch.setattr(app, "WARNING_EVERY_S", 3600)
     live = serve_oracle(ServerConfig(max_connections=1))
     with live.connect(), live.connect():
         wait_until(lambda: live.get("/v1/models").status_code == 503)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from engine import Engine, engine_config, server_config
-from engine.server.serve import check
+from engine.server.app import check
 from engine.server.settings import ServerConfig
 
 from .conftest import Live, serving
