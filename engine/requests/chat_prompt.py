@@ -1,26 +1,43 @@
-"""Conversion of chats to prompts: the text of the template, and the positions at which the next
-prompt will differ.
+"""Conversion of chats to prompts: the text of the template, the tokens that were sampled for
+earlier answers, and the positions at which the next prompt will differ.
 
 A chat template does not only append: it drops the end of the generation header and the reasoning of
 earlier turns. The next prompt of a chat with reasoning thus differs a few tokens before the end of
-this one. A checkpoint at the exact end would never be used again.
+this one. A checkpoint at the exact end would never be used again. The position is found with the
+template: the history is rendered as in the next turn, and the common prefix is taken.
 
-The position is found with the template: the history is rendered as in the next turn, and the common
-prefix is taken.
+When a client sends an answer back, the template writes it again and the tokenizer encodes it again.
+Its JSON may be spaced differently and its words split differently, so the prompt would differ from
+the cached one where the answer begins. If the sampled tokens are known, they are used instead
+(``Replay``), and all text around them stays as the template writes it. A turn is replaced only if
+
+- the template writes the message exactly once, in a separate turn (from the last control token
+  before it to the next end token);
+- the rest of the chat does not depend on the message;
+- the turn begins with the end of the prompt that it was sampled for (``header``), and contains its
+  reasoning if there was any. Templates that drop either from history are followed, unless
+  ``keeps_thinking`` is set.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import re
+import sys
+from array import array
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 from engine.requests.request import RequestSpec
 from engine.text.answers import CLOSE, OPEN
-from engine.text.replay import SampledTurn, control_pattern, find_splices
+from engine.text.bounded_memory import BoundedMemory
+from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import (
+    AS_TEXT,
     PROBE,
     SLICE,
     EncodeOptions,
@@ -36,6 +53,145 @@ from hybridcache.tokens import Tokens, common_prefix_len
 
 MARK_CODES = range(0xE001, 0xF900)
 """Characters that may be inserted into a control token that is text. Private use, as the probe."""
+
+
+KEEPS_THINKING = "preserve_thinking"
+"""Template variable of newer templates; emulated for templates that do not support it."""
+ENTRY_BYTES = 512
+"""Approximate size of an answer without its ids and its reasoning."""
+MAX_ALIKE = 8
+"""Maximum number of answers with the same text and calls. They are distinguished by their place and
+their reasoning."""
+
+
+class Place(NamedTuple):
+    """A place in a chat."""
+
+    tenant: Hashable
+    index: int
+    """Number of messages before it."""
+    chat: bytes | None
+    """Digest of the chat before it. None if a secret identifies the tenant: its answers may then be
+    replaced with their reasoning at any place."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTurn:
+    """Tokens sampled for one assistant message."""
+
+    header: str
+    """End of the prompt, from its last control token on."""
+    token_ids: Sequence[int]
+    """Sampled tokens without the end token."""
+    reasoning: str = ""
+    place: Place | None = None
+    """Place of the message for which they were sampled."""
+
+    @property
+    def num_bytes(self) -> int:
+        return ENTRY_BYTES + 4 * len(self.token_ids) + sys.getsizeof(self.reasoning)
+
+
+class Replay:
+    """Sampled answers of one server in ``limit_bytes``, by tenant and digest of the message.
+    Replayed prompts keep the beginning of earlier ones: sampled tokens replace answers that come
+    back. Thread-safe, except that one thread calls ``keep``."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, limit_bytes: int, *, keeps_thinking: bool = False
+    ) -> None:
+        """``keeps_thinking``: the default of requests without the switch ``KEEPS_THINKING``."""
+        self._tokenizer, self._keeps_thinking = tokenizer, keeps_thinking
+        self._known = BoundedMemory[tuple[Hashable, bytes], tuple[SampledTurn, ...]](limit_bytes)
+        self._control_ids = frozenset(
+            i for text in tokenizer.control_tokens for i in tokenizer.encode(text, AS_TEXT)[:1]
+        )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tenant: Hashable,
+        *,
+        is_known: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> ChatPrompt:
+        """Render a chat with the turns that were sampled for its answers; see ``render_chat``.
+
+        With ``KEEPS_THINKING``, messages get the reasoning that their client dropped. ``is_known``:
+        a secret identifies the ``tenant``.
+        """
+        keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
+        if keeps:
+            variables = {**(variables or {}), KEEPS_THINKING: True}
+        chat = list(messages)
+        sampled: dict[int, SampledTurn] = {}
+        seen = None if is_known else hashlib.blake2b(digest_size=16)
+        _see(seen, tools)
+        for index, message in enumerate(chat):
+            place = Place(tenant, index, None if seen is None else seen.digest())
+            _see(seen, [message.get("role"), *said_by(message)[:2]])
+            turn = self._find(place, message, keeps)
+            if turn is not None:
+                sampled[index] = turn
+                if turn.reasoning and not message.get("reasoning_content"):
+                    chat[index] = {**message, "reasoning_content": turn.reasoning}
+        prompt = render_chat(
+            self._tokenizer,
+            chat,
+            tools=tools,
+            variables=variables,
+            sampled=sampled,
+            keeps_thinking=keeps,
+            **options,
+        )
+        place = Place(tenant, len(chat), None if seen is None else seen.digest())
+        return replace(prompt, place=place)
+
+    def _find(self, place: Place, message: Message, keeps_thinking: bool) -> SampledTurn | None:
+        """Return the turn sampled for the ``message`` at ``place``, or None. O(its size).
+
+        Its reasoning must be equal, or with ``keeps_thinking`` be missing in the same chat. Of
+        several turns, the one at the same index is returned, else the latest.
+        """
+        if message.get("role") != "assistant":
+            return None
+        given = str(message.get("reasoning_content") or "").strip()
+        best: SampledTurn | None = None
+        for turn in self._known.get((place.tenant, _digest(message))) or ():
+            assert turn.place is not None
+            fits = turn.reasoning.strip() == given or (
+                keeps_thinking and not given and turn.place.chat == place.chat
+            )
+            is_here = turn.place.index == place.index
+            if fits and (is_here or best is None or best.place[1] != place.index):
+                best = turn
+        return best
+
+    def keep(self, prompt: ChatPrompt, message: Message, output: RequestOutput) -> None:
+        """Store the tokens of the answer to ``prompt``, sent as ``message``, that a client can send
+        back completely: one ended by the model or by its length limit. O(its size)."""
+        token_ids, place = output.output.tolist(), prompt.place
+        if output.finish_reason == "stop" and token_ids[-1] in self._tokenizer.eos_token_ids:
+            token_ids.pop()
+        elif output.finish_reason != "length":
+            return
+        if place is None or not prompt.header or not self._control_ids.isdisjoint(token_ids):
+            return
+        ids, reasoning = array("i", token_ids), message["reasoning_content"]
+        key = place.tenant, _digest(message)
+        alike = *(self._known.get(key) or ()), SampledTurn(prompt.header, ids, reasoning, place)
+        alike, most = alike[-MAX_ALIKE:], self._known.limit_bytes
+        while len(alike) > 1 and sum(turn.num_bytes for turn in alike) > most:
+            alike = alike[1:]
+        self._known.put(key, alike, sum(turn.num_bytes for turn in alike))
+
+
+def _see(seen: Any, value: Any) -> None:
+    """Add ``value`` to a running digest, if there is one."""
+    if seen is not None:
+        seen.update(json.dumps(value, default=repr).encode())
 
 
 class Cut(NamedTuple):
@@ -63,6 +219,8 @@ class ChatPrompt:
     """True if the prompt ends inside reasoning, which the answer continues."""
     header: str = ""
     """End of the prompt from its last control token on, with which the answer's turn begins."""
+    place: Place | None = None
+    """Place of the answer, if it is to be replayed."""
 
     @property
     def tokens(self) -> Tokens:
@@ -375,3 +533,181 @@ def header_of(tokenizer: Tokenizer, text: str) -> str:
     pattern = control_pattern(tokenizer)
     starts = [found.start() for found in pattern.finditer(text, max(len(text) - 4096, 0))]
     return text[starts[-1] :] if starts else ""
+
+
+def _digest(message: Mapping[str, Any]) -> bytes:
+    """Return the digest of text and calls, without reasoning."""
+    return hashlib.blake2b(json.dumps(said_by(message)[:2]).encode(), digest_size=16).digest()
+
+
+def said_by(message: Mapping[str, Any]) -> list[Any]:
+    """Return text, calls and reasoning of a message in a normal form, which is equal for an answer
+    and its copy from a client."""
+    return [
+        str(message.get("content") or "").strip(),
+        [_call(call) for call in message.get("tool_calls") or ()],
+        str(message.get("reasoning_content") or "").strip(),
+    ]
+
+
+def _call(call: Any) -> list[Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return [repr(call)]
+    return [function.get("name"), _plain(function.get("arguments"))]
+
+
+def _plain(arguments: Any) -> str:
+    """Return arguments in a normal form, independent of the JSON formatting."""
+    try:
+        value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments or {}
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return str(arguments)
+
+
+FIRST, LAST = 0x100000, 0x10FFFD
+"""Private-use characters that stand for a message, and for its turn."""
+_PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A turn in a rendered chat, and the tokens that replace it."""
+
+    start: int
+    end: int
+    turn: SampledTurn
+
+
+class Splices:
+    """Turns of one rendered chat that are replaced by sampled tokens."""
+
+    def __init__(self, text: str, spans: Sequence[Span]) -> None:
+        """``spans`` of ``text``, ascending."""
+        self._text = text
+        self._spans = spans
+
+    def apply(self, text: str) -> str:
+        """Return ``text`` with a character in place of each turn that it shares with the chat.
+
+        ``text`` is a rendering that begins as the chat does. O(turns) comparisons.
+        """
+        pieces, end = [], 0
+        for number, span in enumerate(self._spans):
+            if text[end : span.end + 1] != self._text[end : span.end + 1]:
+                break
+            pieces += [text[end : span.start], chr(FIRST + number)]
+            end = span.end
+        return "".join((*pieces, text[end:]))
+
+    def encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Return the ids of a text that ``apply`` made."""
+        if not self._spans:
+            return encode(text)
+        token_ids: list[int] = []
+        for number, piece in enumerate(_PLACES.split(text)):
+            if number % 2:
+                turn = self._spans[ord(piece) - FIRST].turn
+                token_ids += encode(turn.header)
+                token_ids += turn.token_ids
+            elif piece:
+                token_ids += encode(piece)
+        return token_ids
+
+
+NO_SPLICES = Splices("", ())
+
+
+def find_splices(
+    tokenizer: Tokenizer,
+    render: Callable[[Sequence[Message]], str],
+    messages: Sequence[Message],
+    text: str,
+    turns: Mapping[int, SampledTurn],
+    keeps_thinking: bool,
+) -> Splices:
+    """Return the turns that can be replaced in ``text``, the rendering of ``messages``.
+
+    ``turns`` are given by the index of their message. Takes one render, and O(len(text)) per turn.
+    """
+    if not turns or len(messages) > LAST - FIRST or _PLACES.search(text):
+        return NO_SPLICES
+    ends = _ends(tokenizer)
+    if ends is None:
+        return NO_SPLICES
+    marked = list(messages)
+    for index in turns:  # Templates strip the blanks at the start of a turn.
+        marked[index] = {
+            **messages[index],
+            "content": chr(FIRST + index) + str(messages[index].get("content") or "").lstrip(),
+        }
+    regions = _regions(render(marked), control_pattern(tokenizer), ends)
+    spans = [
+        Span(start, end, turns[index])
+        for index, start, end in _aligned(text, regions, ends)
+        if keeps_thinking
+        or (
+            text.startswith(turns[index].header, start)
+            and turns[index].reasoning.strip() in text[start:end]
+        )
+    ]
+    return Splices(text, spans)
+
+
+class _Region(NamedTuple):
+    """One marked turn."""
+
+    message: int | None
+    """Index of the message, or None for the end of the chat."""
+    before: str
+    """Text between the previous turn and this one."""
+
+
+def _regions(text: str, control: re.Pattern[str], ends: re.Pattern[str]) -> list[_Region]:
+    """Return the turns with a mark that occurs once in ``text``, each in a separate turn."""
+    regions, last = [], 0
+    counts = Counter(_PLACES.findall(text))
+    for place in _PLACES.finditer(text):
+        starts = [found.start() for found in control.finditer(text, last, place.start())]
+        end = ends.search(text, place.end())
+        if starts and end is not None and counts[place.group()] == 1:
+            before = _PLACES.sub("", text[last : starts[-1]])
+            regions.append(_Region(ord(place.group()) - FIRST, before))
+            last = end.start()
+    return [*regions, _Region(None, _PLACES.sub("", text[last:]))]
+
+
+def _aligned(
+    text: str, regions: Sequence[_Region], ends: re.Pattern[str]
+) -> list[tuple[int, int, int]]:
+    """Return (message, start, end) of each turn in ``text``, or [] if the text around the turns
+    differs."""
+    spans: list[tuple[int, int, int]] = []
+    at = 0
+    for index, before in regions:
+        start = at + len(before)
+        end = ends.search(text, start + 1)
+        if text[at:start] != before or (index is not None and end is None):
+            return []
+        if index is None:
+            return spans if start == len(text) else []
+        assert end is not None
+        spans.append((index, start, end.start()))
+        at = end.start()
+    return []
+
+
+def _ends(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    """Return a pattern of the tokens that end an answer, or None if the text cannot be split at
+    them."""
+    walls = set(tokenizer.special_tokens) & set(tokenizer.control_tokens)
+    texts = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.eos_token_ids]
+    known = [text for text in texts if text in walls]
+    return any_of(known) if known else None
+
+
+def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Return a pattern of the tokens that begin and end turns."""
+    walls = set(tokenizer.special_tokens)
+    return any_of(text for text in tokenizer.control_tokens if text in walls)

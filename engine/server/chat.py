@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from engine.async_engine import RequestStream
 from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
-from engine.requests.chat_prompt import ChatPrompt, no_chat, render_chat
+from engine.requests.chat_prompt import ChatPrompt, no_chat
 from engine.requests.grammar import Grammar
 from engine.server.access import choice_id, new_id
 from engine.server.api_errors import APIError, quoted
@@ -46,7 +46,6 @@ from engine.text.answers import (
     joined,
 )
 from engine.text.outputs import RequestOutput, SampledToken
-from engine.text.replay import Place
 from engine.text.tokenizer import TemplateError
 
 
@@ -83,37 +82,31 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
     return body.tools
 
 
-async def render(call: Call, body: ChatRequest) -> tuple[ChatPrompt, Place]:
-    """Render the chat of a ``body``. Returns the prompt and the place of its answer. Raises
-    APIError 400 if the template rejects it."""
+async def render(call: Call, body: ChatRequest) -> ChatPrompt:
+    """Return the prompt of a chat. Raises APIError 400 if the template rejects it."""
     context, tenant = call.context, call.tenant
     template = context.tokenizer.chat_template
     if template is None:
         raise APIError(400, no_chat(context.tokenizer), param="messages")
     has_developer = "developer" in template.source
 
-    def work() -> tuple[ChatPrompt, Place]:
+    def work() -> ChatPrompt:
         messages = [message.as_template_input() for message in body.messages]
         for message in messages:
             if message["role"] == "developer" and not has_developer:
                 message["role"] = "system"
         tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
-        chat = context.history.restore(
-            messages, tools, body.chat_template_kwargs, tenant, is_known=tenant.is_known
-        )
-        prompt = render_chat(
-            context.tokenizer,
-            chat.messages,
+        return context.history.render(
+            messages,
+            tenant,
+            is_known=tenant.is_known,
             tools=tools,
+            variables=body.chat_template_kwargs,
             add_generation_prompt=body.begins_answer,
             continues_last=body.continue_final_message,
-            variables=chat.variables,
             namespace=tenant.namespace,
             cuts=cuts_of(body.messages, body.tools),
-            sampled=chat.sampled,
-            keeps_thinking=chat.keeps_thinking,
         )
-        return prompt, chat.place
 
     try:
         return await context.workers.run(call.size, work)
@@ -188,7 +181,7 @@ async def ask(
     context, form = call.context, call.context.form
     context.check_number(body.n)
     tools = None if context.tokenizer.chat_template is None else callable_tools(body, form)
-    prompt, place = await render(call, body)
+    prompt = await render(call, body)
     context.check_length(len(prompt.tokens), prompt_name)
     limit = context.answer_limit(len(prompt.tokens), body.limit)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
@@ -219,7 +212,7 @@ async def ask(
         )
         for index in range(len(stream.answers))
     ]
-    return ChatSession(call, body, answer_id, prompt, stream, readers, place)
+    return ChatSession(call, body, answer_id, prompt, stream, readers)
 
 
 @dataclass(slots=True)
@@ -232,7 +225,6 @@ class ChatSession:
     prompt: ChatPrompt
     _stream: RequestStream
     _readers: Sequence[AnswerReader]
-    _place: Place
     _first: RequestOutput | None = None
     """Latest output of the first answer."""
 
@@ -263,8 +255,8 @@ class ChatSession:
                     if index == 0:
                         self._first = output
                     if reader.finish is not None and not reader.is_over:
-                        header, message = self.prompt.header, as_message(reader.events)
-                        self.call.context.history.keep(header, self._place, message, output)
+                        message = as_message(reader.events)
+                        self.call.context.history.keep(self.prompt, message, output)
                     elif reader.is_over and reader.finish is None:
                         self._stream.abort("stop", output.request_id)
                     yield reader

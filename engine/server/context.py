@@ -25,6 +25,7 @@ from starlette.responses import Response
 
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
+from engine.requests.chat_prompt import Replay
 from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
 from engine.server.access import RequestRecord, Tenant, Tenants
@@ -41,7 +42,6 @@ from engine.text.outputs import (
     SampledToken,
     Transferred,
 )
-from engine.text.replay import Replay
 from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens

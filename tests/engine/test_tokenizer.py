@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from engine.requests.chat_prompt import Replay
 from engine.text.hugging_face import HFTokenizer
-from engine.text.replay import Replay
 from engine.text.tokenizer import AS_TEXT, ByteTokenizer, ChatTemplate, EncodeOptions, Tokenizer
 
 CORPUS = [

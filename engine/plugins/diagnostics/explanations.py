@@ -15,12 +15,12 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.requests.chat_prompt import said_by
 from engine.server.access import ServerKeys
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import json_response
 from engine.server.context import AnsweredChat, ServingContext
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.replay import said_by
 from engine.text.tokenizer import AS_TEXT, Tokenizer
 from hybridcache.geometry.units import counted
 from hybridcache.tokens import common_prefix_len

@@ -357,7 +357,7 @@ async def messages(call: Call, body: MessagesRequest) -> Response:
 
 async def count_tokens(call: Call, body: CountRequest) -> Response:
     """Return the length of the prompt of a request."""
-    prompt, _ = await render(call, await _chat_of(call, body))
+    prompt = await render(call, await _chat_of(call, body))
     return json_response({"input_tokens": len(prompt.tokens)})
 
 

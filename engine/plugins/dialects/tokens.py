@@ -44,7 +44,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     context = call.context
     answer: dict[str, Any] = {"max_model_len": context.engine.facts.max_model_len}
     if body.messages:
-        prompt, _ = await render(call, body)
+        prompt = await render(call, body)
         tokens, answer["boundaries"] = prompt.tokens, list(prompt.spec.boundaries)
     else:
         how = EncodeOptions(body.add_special_tokens, namespace=call.tenant.namespace)
