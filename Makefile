@@ -130,7 +130,6 @@ out/ray/.installed: Makefile
 
 replicas: install out/ray/.installed  ## test replicas on Ray Serve: failures (two minutes)
 	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet
-	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/lab/test_on_ray.py
 
 
 .venv/.docs: $(INSTALLED)

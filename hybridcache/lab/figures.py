@@ -6,7 +6,6 @@ drawn.
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,9 +41,12 @@ _MARKERS = "osD^vPX"
 PLAN = "best plan with hindsight"
 """Label of the optimum in figures."""
 
-_TRUETYPE = {"pdf.fonttype": 42, "ps.fonttype": 42}
-"""Text in PDF files stays text."""
-_FONTS = {"font.size": 9.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, **_TRUETYPE}
+_FONTS = {"font.size": 9.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "pdf.fonttype": 42}
+"""Sizes of fonts; text in PDF files stays text."""
+TITLE_CHARS, CAPTION_CHARS = 14, 17
+"""Characters in an inch of a title, and of a caption."""
+MOST_TICKS = 6
+"""Sizes that all have a number on their axis."""
 Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 
@@ -148,27 +150,12 @@ class Plot:
 
 
 def _legend_below(ax: Any) -> None:
-    """Draw the legend below the label of the x axis, in one column if two are wider than the
-    axes. A figure without a layout would cut it off: there it is inside."""
-    from matplotlib.transforms import ScaledTranslation
-
+    """Draw the legend below the label of the x axis. A figure without a layout would cut it off:
+    there it is inside."""
     if ax.figure.get_layout_engine() is None:
         ax.legend(framealpha=0.6)
-        return
-
-    # Ticks and their label, then the legend. In points, because a layout may change the axes.
-    below = 3 * ax.xaxis.label.get_size() / 72
-    place = ax.transAxes + ScaledTranslation(0, -below, ax.figure.dpi_scale_trans)
-    for ncols in (2, 1):
-        legend = ax.legend(
-            loc="upper center",
-            bbox_to_anchor=(0.5, 0),
-            bbox_transform=place,
-            ncols=ncols,
-            frameon=False,
-        )
-        if legend.get_window_extent().width <= ax.get_window_extent().width:
-            break
+    else:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
 
 
 def _axes(ax: Axes | None) -> Any:
@@ -228,22 +215,14 @@ def _facts(result: SweepRuns) -> list[str]:
 
 
 def set_titles(figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]]) -> None:
-    """Write the parts that all panels share above the figure, and the others above each panel.
-    The title of a single panel is above it."""
+    """Write the parts that all panels share above the figure, and the others above each panel."""
     shared = [part for part in parts[0] if all(part in others for others in parts)]
-    size = 9
     width = figure.get_size_inches()[0]
-
-    def wrapped(words: Sequence[str], inches: float) -> str:
-        return textwrap.fill(", ".join(words), max(12, int(inches * 72 / (0.55 * size))))
-
-    columns = axes[0].get_subplotspec().get_gridspec().ncols
     for axis, own in zip(axes, parts, strict=True):
-        rest = [part for part in own if part not in shared]
-        if rest:
-            axis.set_title(wrapped(rest, 0.75 * width / columns), fontsize=size)
-    if shared:
-        figure.suptitle(wrapped(shared, width), fontsize=size)
+        rest = ", ".join(part for part in own if part not in shared)
+        inches = axis.get_position().width * width
+        axis.set_title(textwrap.fill(rest, int(TITLE_CHARS * inches)), fontsize=9)
+    figure.suptitle(textwrap.fill(", ".join(shared), int(TITLE_CHARS * width)), fontsize=9)
 
 
 def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
@@ -377,8 +356,8 @@ def draw_limits(axis: Any, result: SweepRuns) -> None:
 
 
 def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
-    """Make the x axis logarithmic, with plain numbers. ``sizes`` are its ticks, with numbers where
-    there is room."""
+    """Make the x axis logarithmic, with plain numbers. ``sizes`` are its ticks; the numbers of more
+    than ``MOST_TICKS`` are round ones."""
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
     width = axis.get_position().width * axis.figure.get_size_inches()[0]
@@ -386,9 +365,9 @@ def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
     axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda size, _: _number(size))
     axis.xaxis.set_minor_formatter(NullFormatter())
+    if 0 < len(sizes) <= MOST_TICKS:
+        axis.xaxis.set_major_locator(FixedLocator(sizes))
     if sizes:
-        points = axis.xaxis.get_ticklabels()[0].get_size()
-        axis.xaxis.set_major_locator(FixedLocator(_with_room(sizes, 0.85 * width, points)))
         axis.xaxis.set_minor_locator(FixedLocator(sizes))
     long = "memory for KV and checkpoints, GiB"
     axis.set_xlabel(label or (long if width > 2.6 else "memory, GiB"))
@@ -412,22 +391,6 @@ def _number(size: float) -> str:
     return f"{size:.3g}" if size < 100 else f"{size:,.0f}"
 
 
-def _with_room(sizes: Sequence[float], inches: float, points: float) -> list[float]:
-    """Return the sizes that have room for a number on a logarithmic axis of that width. The largest
-    and the smallest one come first, then the larger ones."""
-    low, high = math.log(min(sizes)), math.log(max(sizes))
-
-    def end(size: float, sign: int) -> float:
-        at = (math.log(size) - low) / ((high - low) or 1) * inches
-        return at + sign * (len(_number(size)) + 1) * 0.3 * points / 72
-
-    kept: list[float] = []
-    for size in dict.fromkeys((max(sizes), min(sizes), *sorted(sizes, reverse=True))):
-        if all(end(size, 1) <= end(one, -1) or end(size, -1) >= end(one, 1) for one in kept):
-            kept.append(size)
-    return sorted(kept)
-
-
 def panels(
     count: int, columns: int = 3, size: tuple[float, float] = (4.6, 3.5)
 ) -> tuple[Figure, list[Any]]:
@@ -436,17 +399,10 @@ def panels(
     _matplotlib()
     from matplotlib.figure import Figure
 
-    class TrueTypeFigure(Figure):
-        """A figure with TrueType fonts in PDF files, also if it is saved again."""
-
-        def savefig(self, *arguments: Any, **options: Any) -> None:
-            with _matplotlib().rc_context(_TRUETYPE):
-                super().savefig(*arguments, **options)
-
     width, height = size
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure = TrueTypeFigure(figsize=(width * columns, height * rows))
+    figure = Figure(figsize=(width * columns, height * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
     axes = [axis for row in grid for axis in row]
     for spare in axes[count:]:
@@ -471,39 +427,27 @@ def save(
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     width, height = figure.get_size_inches()
-    below = 0.05  # inches
-    text = None
-    if caption:
-        text = figure.text(0.5, 0, caption, ha="center", va="bottom", fontsize=8)
-        per_inch = len(caption) / (text.get_window_extent().width / figure.dpi)
-        text.set_text(textwrap.fill(caption, max(12, int(0.94 * width * per_inch))))
-        below += text.get_window_extent().height / figure.dpi + 0.05
-    legend, added = None, below
-    for columns in range(min(len(entries), 6), 0, -1):
-        legend = figure.legend(
-            entries.values(),
-            entries.keys(),
-            loc="lower center",
-            borderaxespad=0,
-            ncol=columns,
-            fontsize=8,
-            frameon=False,
-        )
-        legend.set_in_layout(False)
-        box = legend.get_window_extent()
-        added = below + box.height / figure.dpi
-        if box.width <= width * figure.dpi:
-            break
-        if columns > 1:
-            legend.remove()
-    height += added
+    longest = max(map(len, entries), default=0)
+    columns = max(1, min(6, int(width / (0.5 + 0.06 * longest))))
+    lines = textwrap.wrap(caption, int(CAPTION_CHARS * width))
+    text_height = 0.14 * len(lines) + 0.05  # inches
+    below = text_height + 0.17 * -(-len(entries) // columns) + 0.1
+    height += below
     figure.set_size_inches(width, height)
-    if text is not None:
-        text.set_y(0.05 / height)
-        text.set_in_layout(False)
-    if legend is not None:
-        legend.set_bbox_to_anchor((0.5, below / height), figure.transFigure)
-    area = (0, added / height, 1, 1 - added / height)
+    text = figure.text(0.5, 0.03 / height, "\n".join(lines), ha="center", va="bottom", fontsize=8)
+    legend = figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="lower center",
+        bbox_to_anchor=(0.5, text_height / height),
+        borderaxespad=0,
+        ncol=columns,
+        fontsize=8,
+        frameon=False,
+    )
+    for one in (text, legend):
+        one.set_in_layout(False)
+    area = (0, below / height, 1, 1 - below / height)
     figure.set_layout_engine("constrained", rect=area)
     if path:
         figure.savefig(figure_path(path), dpi=130)

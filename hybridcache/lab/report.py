@@ -29,12 +29,14 @@ class Metric:
     """One figure of a run, and how to write it."""
 
     title: str
-    value: Callable[[RunResult], float | None]
+    value: Callable[[Any], Any]
     form: str = "{:.1f}"
+    over_seeds: Callable[[Iterable[Any]], Any] = fmean
+    """Combination of the values of runs that differ in their seed."""
 
-    def text(self, run: RunResult) -> str:
-        value = self.value(run)
-        return "-" if value is None else self.form.format(value)
+    def text(self, *runs: RunResult | ClosedLoopRun) -> str:
+        values = [self.value(run) for run in runs]
+        return "-" if None in values else self.form.format(self.over_seeds(values))
 
 
 def _percent(value: float | None) -> float | None:
@@ -147,8 +149,6 @@ def bypass_notes(result: SweepRuns) -> list[str]:
 
 TIE = 0.0005
 """Difference of token hit rates below which competitors have equal hits."""
-SAME_TTFT = 1.05
-"""Ratio of the longest time to first token to the shortest, up to which they do not differ."""
 
 
 def sweep_line(result: SweepRuns) -> str:
@@ -157,16 +157,10 @@ def sweep_line(result: SweepRuns) -> str:
         return f"{result.trace}: no runs"
     best = max(result.runs, key=lambda run: run.token_hit_rate)
     num_sizes = len({run.gib for run in result.runs})
-    at = f" at {best.gib:.4g} GiB"
-    tied = [run for run in result.runs if run.gib == best.gib and ties(run, best)]
-    first = [run.label for run in tied if best.token_hit_rate - run.token_hit_rate < TIE]
-    others = ", ".join(run.label for run in tied if run.label not in first)
-    by_intervals = f", by the intervals not above {others}" if others else ""
     return (
         f"{result.trace}, {result.geometry.name}: {counted(best.requests, 'request')}, "
         f"{counted(len(result.by_label()), 'competitor')}, {counted(num_sizes, 'size')}; "
-        f"best token hit rate {100 * best.token_hit_rate:.1f} %, {', '.join(first)}{at}"
-        f"{by_intervals}"
+        f"best token hit rate {100 * best.token_hit_rate:.1f} %, {best.label} at {best.gib:.4g} GiB"
     )
 
 
@@ -181,89 +175,69 @@ def ties(run: RunResult, best: RunResult) -> bool:
 
 
 def verdict(result: SweepRuns) -> str:
-    """Return one sentence: the policies with the most hits, and the command that serves with them.
+    """Return one sentence: the policy with the highest mean token hit rate over the sizes, and the
+    command that serves with it, at the smallest size of its most hits.
 
-    A policy also counts at a size if its hits do not differ from the best ones there (``ties``).
-    Sizes at which all are equal do not count. Of equal policies the one with the highest mean comes
-    first and is in the command, with the smallest size of its most hits. Rebuilt systems
-    cannot be served with; those with more hits than every policy are named. Empty if fewer than two
-    policies and placements of our own were run.
+    Policies that tie with it at every size (``ties``) and rebuilt systems with a higher mean are
+    named. Empty if fewer than two policies and placements of our own were run.
     """
-    ours = [run for run in result.runs if run.config.baseline is None]
-    labels = dict.fromkeys(run.label for run in ours)
-    if len(labels) < 2:
+    by_label = result.by_label()
+    means = {label: fmean(run.token_hit_rate for run in runs) for label, runs in by_label.items()}
+    ours = [label for label, runs in by_label.items() if runs[0].config.baseline is None]
+    if len(ours) < 2:
         return ""
-    best: dict[float, RunResult] = {}
-    for run in ours:
-        if run.token_hit_rate > best.setdefault(run.gib, run).token_hit_rate:
-            best[run.gib] = run
-    wins, differing = dict.fromkeys(labels, 0), set[float]()
-    differing.update(run.gib for run in ours if not ties(run, best[run.gib]))
-    for run in ours:
-        wins[run.label] += run.gib in differing and ties(run, best[run.gib])
-    more = _systems_with_more(result, best)
-    if not any(run.hits for run in best.values()):
-        return f"no policy has a hit at any of these sizes{more}"
-    most = max(wins.values())
-    means = {
-        label: sum(run.token_hit_rate for run in ours if run.label == label) for label in labels
-    }
-    first = sorted(
-        (label for label, count in wins.items() if count == most), key=lambda one: -means[one]
+    first = max(ours, key=lambda label: means[label])
+    more = "".join(
+        f"; {label} has {100 * (mean - means[first]):.1f} points more in the mean"
+        for label, mean in means.items()
+        if label not in ours and mean > means[first]
     )
-    own = [run for run in ours if run.label == first[0]]
-    enough = max(run.token_hit_rate for run in own) - TIE
-    served = min((run for run in own if run.token_hit_rate > enough), key=lambda run: run.gib)
-    sizes = f"{most} of {counted(len(differing), 'size')}"
-    sizes += " with a difference" * (len(differing) < len(best))
-    sizes = "the only size" if len(best) == 1 else sizes
-    has = "have" if len(first) > 1 else "has"
-    flags, lacking = _serve_flags(served)
+    if not means[first]:
+        return f"no policy has a hit at any of these sizes{more}"
+    best = {run.gib: run for run in by_label[first]}
+    equal = [
+        label
+        for label in ours
+        if label != first and all(ties(run, best.get(run.gib, run)) for run in by_label[label])
+    ]
+    has_most = f"{first} has the most hits in the mean of {counted(len(best), 'size')}"
+    if equal:
+        has_most += f" (by the intervals not different: {', '.join(equal)})"
+    enough = max(run.token_hit_rate for run in best.values()) - TIE
+    served = min(
+        (run for run in best.values() if run.token_hit_rate > enough), key=lambda run: run.gib
+    )
     model = result.geometry.name
     model = model if model == "builtin" else f"ORG/{model}"
-    command = f"engine serve --model {model} {flags}"
-    command += f" (engine serve has no {', '.join(lacking)})" if lacking else ""
-    names_first = ", ".join(first)
-    has_intervals = len(served.by_session) >= FEWEST_UNITS
-    equal = ", or no fewer by the intervals," if has_intervals else ""
-    of_policies = " of the policies" if len(ours) < len(result.runs) else ""
-    most_hits = f"{names_first} {has} the most hits{of_policies}{equal} at {sizes}"
-    if not differing:
-        equal = " by the intervals" if has_intervals else ""
-        sizes = "the only size" if len(best) == 1 else "any size"
-        most_hits = f"{names_first} do not differ in hits{equal} at {sizes}"
-    return f"{most_hits}{more}; to serve: {command}"
+    return f"{has_most}{more}; to serve: engine serve --model {model} {_serve_flags(served)}"
 
 
-def _serve_flags(run: RunResult) -> tuple[str, list[str]]:
-    """Return the settings of ``run`` as flags of ``engine serve``, and those it does not have."""
-    config, lacking = run.config, []
-    flags = {
-        "cache-gib": f"{run.gib:.4g}",
-        "eviction": config.policy,
-        "checkpoints": config.checkpoints,
-    }
-    others = {
-        "grid": (config.grid, GRID),
-        "page-size": (config.page_size, 1),
-        "max-running": (config.max_running, None),
-        "state-dtype": (config.state_dtype, "float32"),
-        "checkpoint-dtype": (config.checkpoint_dtype, "auto"),
-        "host-gib": (config.host_gib, 0.0),
-    }
-    flags |= {name: str(value) for name, (value, usual) in others.items() if value != usual}
-    if config.disk_gib:
-        flags |= {"state-dir": "DIR", "disk-gib": str(config.disk_gib)}
-    if config.state_dtype not in ("float32", "bfloat16"):
-        lacking.append(f"--state-dtype {flags.pop('state-dtype')}")
-    if config.grid % GRID and config.grid not in (16, 32):
-        lacking.append(f"--grid {flags.pop('grid')}")
-    if config.memory != "arena":
-        lacking.append(f"--memory {config.memory}")
+SERVE = {
+    "policy": ("eviction", None),
+    "checkpoints": ("checkpoints", None),
+    "grid": ("grid", GRID),
+    "page_size": ("page-size", 1),
+    "max_running": ("max-running", None),
+    "state_dtype": ("state-dtype", "float32"),
+    "checkpoint_dtype": ("checkpoint-dtype", "auto"),
+    "host_gib": ("host-gib", 0.0),
+    "disk_gib": ("state-dir DIR --disk-gib", 0.0),
+}
+"""Flags of ``engine serve`` and their defaults, by the setting."""
+
+
+def _serve_flags(run: RunResult) -> str:
+    """Return the settings of ``run`` as flags of ``engine serve``, and name those that it does not
+    have."""
+    config = run.config
+    flags = f"--cache-gib {run.gib:.4g}"
+    for name, (flag, usual) in SERVE.items():
+        if (value := getattr(config, name)) != usual:
+            flags += f" --{flag} {shlex.quote(str(value))}"
+    lacking = [f"--memory {config.memory}"] * (config.memory != "arena")
     if config.priority_classes is False and not orders_classes(str(config.policy)):
         lacking.append("--no-priority-classes")
-    words = (f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
-    return " ".join(words), lacking
+    return f"{flags} (engine serve has no {', '.join(lacking)})" if lacking else flags
 
 
 def orders_classes(policy: str) -> bool:
@@ -273,51 +247,21 @@ def orders_classes(policy: str) -> bool:
     return True
 
 
-def _systems_with_more(result: SweepRuns, best: Mapping[float, RunResult]) -> str:
-    """Name the rebuilt systems with more hits than the ``best`` policy of a size; empty if none."""
-    gains: dict[str, list[float]] = {}
-    for run in result.runs:
-        rival = best.get(run.gib)
-        if rival is None or run.config.baseline is None:
-            continue
-        gain = run.token_hit_rate - rival.token_hit_rate
-        if gain > 0 and not ties(rival, run):
-            gains.setdefault(run.label, []).append(100 * gain)
-    parts = [
-        f"{label} has up to {max(points):.1f} points more, at {len(points)} of "
-        f"{counted(len(best), 'size')}"
-        for label, points in gains.items()
-    ]
-    return "".join(f"; {part}" for part in parts)
-
-
-@dataclass(frozen=True, slots=True)
-class LoopMetric:
-    """One figure of runs in closed loop that differ in their seed, and how to write it."""
-
-    title: str
-    value: Callable[[ClosedLoopRun], Any]
-    form: str = "{:.3g}"
-    over_seeds: Callable[[Iterable[Any]], Any] = fmean
-
-    def text(self, runs: Sequence[ClosedLoopRun]) -> str:
-        return self.form.format(self.over_seeds(map(self.value, runs)))
-
-
 LOOP_METRICS = (
-    LoopMetric("hit, %", lambda run: 100 * run.token_hit_rate, "{:.1f}"),
-    LoopMetric("TTFT mean, s", lambda run: run.ttft_mean_s),
-    LoopMetric("p50", lambda run: run.ttft_p50_s),
-    LoopMetric("p99", lambda run: run.ttft_p99_s),
-    LoopMetric("goodput/s", lambda run: run.goodput),
-    LoopMetric("makespan, s", lambda run: run.makespan_s, "{:.4g}"),
-    LoopMetric("oldest wait, s", lambda run: run.oldest_wait_s, over_seeds=max),
-    LoopMetric("live mean", lambda run: run.live_mean, "{:.1f}"),
-    LoopMetric("most", lambda run: run.live_most, "{}", max),
+    Metric("hit, %", lambda run: 100 * run.token_hit_rate),
+    Metric("TTFT mean, s", lambda run: run.ttft_mean_s, "{:.3g}"),
+    Metric("p50", lambda run: run.ttft_p50_s, "{:.3g}"),
+    Metric("p99", lambda run: run.ttft_p99_s, "{:.3g}"),
+    Metric("goodput/s", lambda run: run.goodput, "{:.3g}"),
+    Metric("makespan, s", lambda run: run.makespan_s, "{:.4g}"),
+    Metric("oldest wait, s", lambda run: run.oldest_wait_s, "{:.3g}", max),
+    Metric("live mean", lambda run: run.live_mean),
+    Metric("most", lambda run: run.live_most, "{}", max),
 )
+"""Columns of tables of closed loops."""
 OF_TENANTS = (
-    LoopMetric("Jain", lambda run: run.jain, "{:.3f}"),
-    LoopMetric(
+    Metric("Jain", lambda run: run.jain, "{:.3f}"),
+    Metric(
         "worst tenant, s",
         lambda run: (run.worst_ttft_s, run.worst_tenant),
         "{0[0]:.3g} ({0[1]})",
@@ -338,7 +282,7 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str) -> str:
         metrics = LOOP_METRICS + OF_TENANTS * has_tenants
         for admission, rate in dict.fromkeys((run.admission, run.rate) for run in chosen):
             same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
-            rows.append([f"{admission}, {rate:g}", *(metric.text(same) for metric in metrics)])
+            rows.append([f"{admission}, {rate:g}", *(metric.text(*same) for metric in metrics)])
         requests = counted(first.num_requests, "request")
         title = f"{first.trace}, {gib:.3g} GiB, {label}: {requests} in closed loop"
         notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
@@ -368,24 +312,22 @@ def tier_notes(result: SweepRuns) -> list[str]:
 
 def classes_notes(has_classes: Mapping[str, bool | None]) -> list[str]:
     """Name the policies with and without priority classes; None for a rebuilt system."""
-    by_classes = {
-        classes: [name for name, has in has_classes.items() if has is classes]
+    first, all_items = (
+        ", ".join(name for name, has in has_classes.items() if has is classes)
         for classes in (True, False)
-    }
+    )
     notes = []
-    if by_classes[True] and by_classes[False]:
-        notes.append(
-            "these policies also differ in priority classes, which can cost hits; "
-            "simulate with priority_classes=False (--no-priority-classes) compares them without"
-        )
-    if by_classes[True]:
+    if first:
         notes.append(
             "evicted first: unreachable KV, then superseded checkpoints, then the policy's choice: "
-            f"{', '.join(by_classes[True])}"
+            f"{first}"
         )
-    if by_classes[False]:
+    if all_items:
+        notes.append(f"evicted: the policy's choice among all items: {all_items}")
+    if first and all_items:
         notes.append(
-            f"evicted: the policy's choice among all items: {', '.join(by_classes[False])}"
+            "these policies differ in priority classes, which can cost hits; simulate with "
+            "priority_classes=False (--no-priority-classes) compares them without"
         )
     return notes
 
@@ -394,14 +336,7 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Return the notes under a table or figure of the metrics ``words``."""
     notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
-        notes += [f"prefill times: {result.times}", *floor_notes(result)]
-    models = {
-        run.config.model
-        for run in result.runs
-        if str(run.config.policy).partition(":")[0] == "marconi"
-    }
-    if not all(model.startswith("Qwen3-Next") for model in models):
-        notes.append(MARCONI_NOTE)
+        notes.append(f"prefill times: {result.times}")
     notes += uncharged_notes(result)
     has_states = result.geometry.state_bytes > 0
     notes += dict.fromkeys(filter(None, (no_hit_note(run, has_states) for run in result.runs)))
@@ -441,17 +376,6 @@ def interval_notes(result: SweepRuns) -> list[str]:
     return notes
 
 
-def floor_notes(result: SweepRuns) -> list[str]:
-    """Explain times to the first token that do not differ: they lie at the machine's minimum."""
-    times = [run.ttft_s[rank] for run in result.runs for rank in (5, 99)]
-    if not times or max(times) > SAME_TTFT * min(times):
-        return []
-    return [
-        f"every prefill takes {1e3 * min(times):.1f} ms: it reads the weights once, and these "
-        "prompts are too short to take longer on this machine; for another one give times"
-    ]
-
-
 def no_hit_note(run: RunResult, has_states: bool) -> str:
     """Explain a competitor that cannot hit because its page, or the grid of checkpoints, is longer
     than every prompt; else empty."""
@@ -464,12 +388,6 @@ def no_hit_note(run: RunResult, has_states: bool) -> str:
         f"{run.label}: no hit is possible, because {name} {page:,} tokens and the longest prompt "
         f"has {run.longest_prompt:,}"
     )
-
-
-MARCONI_NOTE = (
-    "marconi: as a word it weighs attention as at Qwen3-Next's sizes, not this model's; "
-    "--baseline marconi uses the paper's model"
-)
 
 
 def _marked(run: RunResult, word: str) -> str:
@@ -502,9 +420,8 @@ def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
     ]
     if "optimum" in words and any(map(above_plan, planned)):
         notes.append(
-            "* above the plan, which is no bound for it: the plan is a greedy's or keeps to a "
-            "coarser grid than this cache, or this "
-            "cache does not count all memory that it uses"
+            "* above the plan, which is no bound for it: it is a greedy's, keeps to a coarser grid "
+            "than this cache, or counts memory that this cache does not count"
         )
     return notes
 
