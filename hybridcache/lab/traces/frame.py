@@ -50,13 +50,13 @@ CUT = (
 )
 _DAMAGE = "the gzip file is damaged: everything from this line on is lost"
 _PER_LINE = ": write one object per line, without an array around them"
-_CHUNK = 1 << 22
+_CHUNK = 1 << 16
 _LONGEST_WORD = 16
 """More characters than a word or an escape of JSON has."""
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 _T = TypeVar("_T")
 Line = int | str
-"""Line of a record; "7, record 3" if others begin on the same line of an array."""
+"""Line of a record; "7, record 3" in an array, in which others may begin on the same line."""
 
 
 class TraceFieldsWarning(UserWarning):
@@ -324,77 +324,53 @@ def _objects(path: str | Path, line: Line, value: Any, bad: BadRecords) -> Itera
         bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}{hint}")
 
 
-def json_array(
-    path: str | Path, bad: BadRecords, first_key: str = "id"
-) -> Iterator[tuple[Line, Record]]:
-    """Yield (line, object) for every record of a JSON array, one at a time.
+def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]]:
+    """Yield (line and number, object) for every record of a JSON array, one at a time.
 
-    If a record is invalid, it is reported, and reading continues at the next that begins with
-    ``{"<first_key>"``. An array without an end is reported too. Holds one record and 4 MiB.
+    A syntax error and a missing end are reported; records after them are lost. Holds one record
+    and ``_CHUNK`` characters.
     """
-    decoder, begins = json.JSONDecoder(), re.compile(rf'\{{\s*"{first_key}"')
-    waiting, place, line, number, blank = "", 0, 1, 0, _OPENING
-    last_line, is_array = 0, False
+    decoder = json.JSONDecoder()
+    waiting, place, line, number, blank, is_array = "", 0, 1, 0, _OPENING, False
     with open_text(path) as file:
         while True:
             start = place + len(blank.match(waiting, place).group())  # type: ignore[union-attr]
             line += waiting.count("\n", place, start)
             is_array |= blank is _OPENING and "[" in waiting[place:start]
-            value, end, problem, following = None, 0, "", None
+            where, value, problem = f"{line}, record {number + 1}", None, ""
             try:
                 value, end = decoder.raw_decode(waiting, start)
-                stop = end
             except (ValueError, RecursionError) as error:
                 problem = f"not JSON ({getattr(error, 'msg', error)})"
-                stop = getattr(error, "pos", 0)
-                following = begins.search(waiting, start + 1)
+                end = getattr(error, "pos", 0)
+            is_end = waiting.startswith("]", start)
             # More text completes a text, or a word or number at the end, and nothing else.
-            is_whole = stop <= len(waiting) - _LONGEST_WORD and "Unterminated" not in problem
-            is_known = isinstance(value, dict) or (is_whole and (not problem or following))
-            if not is_known and not waiting.startswith("]", start):
+            is_whole = end <= len(waiting) - _LONGEST_WORD and "Unterminated" not in problem
+            if not (is_end or is_whole or isinstance(value, dict)):
                 try:
-                    more = _piece(file)
+                    more = file.read(_CHUNK)
                 except DAMAGED as error:
-                    bad.report(path, line, f"{_DAMAGE} ({error})")
+                    bad.report(path, where, f"{_DAMAGE} ({error})")
                     return
                 if more:
                     waiting, place = waiting[start:] + more, 0
                     continue
-            if waiting.startswith("]", start):
+            if is_end:
                 return
             if start == len(waiting):
                 if is_array:
                     bad.report(path, line, f"the array does not end: cut after {number} records")
                 return
-            number += 1
-            where = f"{line}, record {number}" if line == last_line else line
-            last_line = line
             if problem:
-                if following is None:
-                    bad.report(path, where, f"{problem}, and no further record begins in the file")
-                    return
-                bad.report(path, where, problem)
-                end = following.start()
-            elif not _is_utf8(waiting[start:end]):
-                bad.report(path, where, "not UTF-8")
-            else:
+                bad.report(path, where, f"{problem}; the records after it are lost")
+                return
+            number += 1
+            if _is_utf8(waiting[start:end]):
                 yield from _objects(path, where, value, bad)
+            else:
+                bad.report(path, where, "not UTF-8")
             line += waiting.count("\n", start, end)
             place, blank = end, _BLANK
-
-
-def _piece(file: io.TextIOWrapper) -> str:
-    """Return the next 4 MiB of text, or what precedes the damage of a gzip file. Raises one of
-    ``DAMAGED`` at the damage."""
-    parts, size = list[str](), 0
-    try:
-        while size < _CHUNK and (more := file.read(1 << 13)):
-            parts.append(more)
-            size += len(more)
-    except DAMAGED:
-        if not parts:
-            raise
-    return "".join(parts)
 
 
 def looks_like_csv(head: bytes) -> bool:
@@ -406,21 +382,19 @@ def looks_like_csv(head: bytes) -> bool:
 def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
     """Yield (line number, {column: text}) for every row of comma-separated values under a header
     line. Rows of another length, with a quote that is not closed, or not in UTF-8 are reported."""
+    csv.field_size_limit(LONGEST)  # of the whole process: 128 KiB of text are its default
     with open_text(path) as file:
         rows = csv.reader(file, strict=True)
         names: list[str] = []
         while True:
             line, problem, row = rows.line_num + 1, "", None
-            usual = csv.field_size_limit(LONGEST)  # of the whole process: 128 KiB of text
             try:
                 row = next(rows, None)
             except DAMAGED as error:
                 bad.report(path, line, f"{_DAMAGE} ({error})")
                 return
             except csv.Error as error:
-                problem = f"not comma-separated values ({error})"
-            finally:
-                csv.field_size_limit(usual)
+                problem = f"not comma-separated values ({error}), up to line {rows.line_num}"
             if row is None and not problem:
                 return
             if row is not None and not _is_utf8(",".join(row)):
@@ -428,8 +402,6 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
             elif names and row and len(row) != len(names):
                 problem = f"{len(row)} fields under {len(names)} names"
             if problem:
-                if rows.line_num > line:
-                    problem += f"; a quote joins lines {line} to {rows.line_num}, which are lost"
                 bad.report(path, line, problem)
                 if not names:
                     return

@@ -65,11 +65,6 @@ class MessagesReader(FileReader):
         if not first:
             return ""
         try:
-            named = Named(first, self._names)
-            self.check(named)
-            return named.describe(f"{self.word}:{self.path}")
+            return Named(first, self._names).describe(f"{self.word}:{self.path}")
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-
-    def check(self, first: Named) -> None:
-        """Raise ValueError if the values of the first record cannot be those of prompts."""

@@ -80,6 +80,7 @@ class Named:
         if isinstance(inner, dict):
             record = Record(inner | {name: each for name, each in record.items() if name != body})
         self.record = record
+        self._prompt = names.get("prompt") or "prompt"
         self.used: dict[str, str] = {}
         """Name of each field that the record has."""
         for field, known in NAMES.items():
@@ -140,11 +141,15 @@ class Named:
 
         ``spec`` is the file with the reader's name. ValueError if there is no prompt to read.
         """
-        if not self.is_request and "content" not in self.used:
+        is_empty = bool({self._prompt, "messages"} & self.record.keys())
+        if not (self.is_request or is_empty or "content" in self.used):
             raise ValueError(
                 f"there is no column prompt or messages ({', '.join(self.record)}): name it as in "
                 f"{spec}?prompt=COLUMN. {COUNTS_ALONE}"
             )
+        prompt = self.get("prompt")
+        if isinstance(prompt, str) and prompt.strip().isdecimal():
+            raise ValueError(f"the first prompt is the number {prompt}. {COUNTS_ALONE}")
         found = [f"{name}={column}" for name, column in self.used.items()]
         if self.is_message:
             return f"{', '.join(found)} (an answer is a request after all messages of its session)"

@@ -26,7 +26,7 @@ class TauBenchReader(ConversationsReader):
         return "traj" in record
 
     def records(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
-        return json_array(self.path, bad, "task_id")
+        return json_array(self.path, bad)
 
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         name = f"task {record.key('task_id')}, trial {record.key('trial')}"
