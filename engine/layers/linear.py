@@ -33,9 +33,8 @@ class Group(ABC):
     """Collectives among all ranks. All ranks call each of them, in the same order. Sums and joins
     are replayed with recorded steps."""
 
-    def __init__(self, count: int, spin_s: float = 0.0) -> None:
-        """``spin_s``: time that a rank polls for a message before it sleeps."""
-        self.count, self.spin_s = count, spin_s
+    def __init__(self, count: int) -> None:
+        self.count = count
 
     @abstractmethod
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -48,15 +47,6 @@ class Group(ABC):
     def join(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Concatenate every rank's ``x [T, span(C)]`` into ``out [T, C]``."""
         repeated(self._join, x, out)
-
-    def check(self) -> None:
-        """Raise RunnerLost if an exchange failed since the last call, so that the results since
-        then are invalid. Here the exchange itself raises."""
-        return
-
-    @abstractmethod
-    def set_timeout(self, seconds: float) -> None:
-        """Set the timeout of each further exchange."""
 
     def _sum(self, x: torch.Tensor, out: torch.Tensor) -> None:
         first, *others = self.gather(x.contiguous())

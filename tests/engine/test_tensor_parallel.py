@@ -55,7 +55,7 @@ def test_hits_change_no_bit_and_ranks_no_token(engine: Engine) -> None:
 
 
 def test_nccl_reads_a_new_limit_from_its_group(tmp_path: Path) -> None:
-    group = TorchGroup(0, 1, tmp_path / "meeting", Device.resolve("cpu"))
+    group = TorchGroup(0, 1, str(tmp_path / "meeting"), Device.resolve("cpu"))
     group.set_timeout(7.0)
     assert group._group.options._timeout.total_seconds() == 7
 
@@ -70,16 +70,12 @@ while True:
 
 
 @pytest.mark.full
-def test_a_killed_engine_leaves_no_rank_and_no_shared_memory(tmp_path: Path) -> None:
-    """Check that the ranks end, and that their shared memory has no name."""
+def test_a_killed_engine_leaves_no_rank(tmp_path: Path) -> None:
     command, env = [sys.executable, "-c", KILLED], os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         follower = int(process.stdout.readline())
         time.sleep(0.5)  # Steps are under way.
-        maps = Path(f"/proc/{follower}/maps")
-        if maps.exists():
-            assert "/memfd:hybridcache-ranks (deleted)" in maps.read_text()
         process.kill()
     wait_until(lambda: is_gone(follower))
     assert not [*tmp_path.iterdir()]

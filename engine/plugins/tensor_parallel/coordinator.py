@@ -11,9 +11,9 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Plugin
 from engine.interfaces import Runner, RunnerLost
-from engine.layers.linear import Group, Rank
+from engine.layers.linear import Rank
 from engine.models import read_model
-from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
+from engine.plugins.tensor_parallel.group import TIMEOUT_S, TorchGroup
 from engine.plugins.tensor_parallel.rank_messages import Commit, Forward
 from engine.plugins.tensor_parallel.worker_pool import Followers
 from engine.runner.build import load_runner
@@ -23,14 +23,13 @@ from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch
 from engine.weights.model_config import read_config
 from hybridcache.scheduling.cache_manager import CacheManager
-from kernels import exchange
 
 
 class LeadingRunner(ModelRunner):
     """Runner for ``--tp N``, the only one that scheduler and cache use. Every rank allocates, moves
     and saves the same rows and slots for its part of the model."""
 
-    group: Group
+    group: TorchGroup
     _followers: Followers | None = None
     """Set when all ranks have loaded."""
 
@@ -48,13 +47,11 @@ class LeadingRunner(ModelRunner):
         if device.is_cpu:
             num_threads = max(1, num_threads // config.num_ranks)
             torch.set_num_threads(num_threads)
-        shares_memory = device.is_cpu and exchange.is_available()
-        followers = Followers(config, num_threads, shares_memory=shares_memory)
+        followers = Followers(config, num_threads)
         try:
-            group = meet(followers.first, device, followers.lines)
+            group = TorchGroup(0, config.num_ranks, followers.meeting, device)
             runner = load_runner(config, Rank(0, config.num_ranks, group), cls)
             assert isinstance(runner, cls)
-            group.check()
             followers.wait_for("ready")
             group.set_timeout(TIMEOUT_S)
         except RunnerLost as error:
@@ -91,7 +88,6 @@ class LeadingRunner(ModelRunner):
         self._followers.order(order)
         try:
             yield
-            self.group.check()
         except Exception as error:
             raise self._followers.lost(error) from error
         except BaseException as error:

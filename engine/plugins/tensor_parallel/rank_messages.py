@@ -19,9 +19,7 @@ class Start:
     count: int
     config: EngineConfig
     meeting: str
-    """Path of the file through which the ranks connect, unless they share memory."""
-    memory: int | None
-    """Descriptor of the shared memory for exchanges, or None to use ``torch.distributed``."""
+    """Path of the file through which the ranks connect."""
     num_threads: int
     """Number of threads on a CPU."""
 

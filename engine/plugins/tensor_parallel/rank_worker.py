@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import signal
 import sys
-import time
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from engine.interfaces import RunnerLost
 from engine.layers.linear import Rank
-from engine.plugins.tensor_parallel.group import TIMEOUT_S, meet
+from engine.plugins.tensor_parallel.group import TIMEOUT_S, TorchGroup
 from engine.plugins.tensor_parallel.rank_messages import Commit, Forward, RankReport, Start
 from engine.runner.build import load_runner
 from engine.runner.device import Device
@@ -43,21 +45,18 @@ def main(descriptor: int) -> None:
 
 def _run(line: Connection) -> NoReturn:
     start: Start = line.recv()
+    # Left over if rank 0 is killed.
+    atexit.register(shutil.rmtree, Path(start.meeting).parent, ignore_errors=True)
     line.send(RankReport("here"))
     device = Device.resolve(start.config.device).of_rank(start.number)
     if device.is_cpu:
         torch.set_num_threads(start.num_threads)
     device.make_current()
-    group = meet(start, device, [line.fileno()])
+    group = TorchGroup(start.number, start.count, start.meeting, device)
     runner = load_runner(start.config, Rank(start.number, start.count, group))
-    group.check()
     line.send(RankReport("ready"))
     group.set_timeout(TIMEOUT_S)
     while True:
-        # Waking up costs more than a small step.
-        end_s = time.perf_counter() + group.spin_s
-        while time.perf_counter() < end_s and not line.poll():
-            pass
         order: Forward | Commit = line.recv()
         if isinstance(order, Commit):
             runner.commit(order.batch, order.taken)
@@ -66,4 +65,3 @@ def _run(line: Connection) -> NoReturn:
         else:
             place = torch.empty(order.num_drawn, dtype=torch.int64, device=device.torch_device)
             runner.forward(order.batch, group.gather(place)[0])
-        group.check()

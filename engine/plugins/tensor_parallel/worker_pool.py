@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.errors import describe_exit
 from engine.interfaces import RunnerLost
-from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, make_memory
+from engine.plugins.tensor_parallel.group import START_TIMEOUT_S
 from engine.plugins.tensor_parallel.rank_messages import RankEvent, RankReport, Start
 from engine.weights.model_config import ModelError
 
@@ -51,23 +51,17 @@ class Follower:
 class Followers:
     """Ranks 1 to ``count - 1``. They end when this is closed or collected, or this process ends."""
 
-    def __init__(self, config: EngineConfig, num_threads: int, *, shares_memory: bool) -> None:
-        """Start the processes and wait until all run. With ``shares_memory`` they exchange their
-        results through shared memory. Raises RunnerLost if one ends."""
+    def __init__(self, config: EngineConfig, num_threads: int) -> None:
+        """Start the processes and wait until all run. Raises RunnerLost if one ends."""
         self._count, self._sentence = config.num_ranks, ""
-        memory, folder, meeting = None, None, ""
-        if shares_memory:
-            memory = make_memory(self._count)
-        else:
-            folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
-            meeting = str(Path(folder.name) / "meeting")
-        self.first = Start(0, self._count, config, meeting, memory, num_threads)
-        """Start command of this process, rank 0."""
-        self._all = [_start(number, memory) for number in range(1, self._count)]
-        self._end = weakref.finalize(self, _end, self._all, folder, memory)
+        folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
+        self.meeting = str(Path(folder.name) / "meeting")
+        """Path of the file through which the ranks connect."""
+        self._all = [_start(number) for number in range(1, self._count)]
+        self._end = weakref.finalize(self, _end, self._all, folder)
         try:
             for one in self._all:
-                one.line.send(replace(self.first, number=one.number))
+                one.line.send(Start(one.number, self._count, config, self.meeting, num_threads))
             self.wait_for("here")
         except OSError as error:
             raise self.lost(error) from None
@@ -133,11 +127,6 @@ class Followers:
         names = " and ".join(f"rank {one.number}" for one in silent) or "a rank"
         return f"{names} of {self._count} did not answer in time ({error}); start the engine again."
 
-    @property
-    def lines(self) -> list[int]:
-        """Descriptors of sockets that close when a rank ends."""
-        return [one.line.fileno() for one in self._all]
-
     def check(self) -> None:
         """Raise RunnerLost if a rank has ended before ``close``."""
         if self._sentence:
@@ -150,25 +139,21 @@ class Followers:
         self._end()
 
 
-def _start(number: int, memory: int | None) -> Follower:
+def _start(number: int) -> Follower:
     ours, theirs = Pipe()
     with theirs:
         descriptor = theirs.fileno()
         code = CODE.format(paths=[path or os.getcwd() for path in sys.path], fd=descriptor)
         process = subprocess.Popen(
             [sys.executable, "-c", code],
-            pass_fds=[descriptor] if memory is None else [descriptor, memory],
+            pass_fds=[descriptor],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
     return Follower(number, process, ours)
 
 
-def _end(
-    followers: Sequence[Follower],
-    folder: tempfile.TemporaryDirectory[str] | None,
-    memory: int | None,
-) -> None:
+def _end(followers: Sequence[Follower], folder: tempfile.TemporaryDirectory[str]) -> None:
     """End all ranks. A rank that waits for a command ends when its connection closes; one that
     computes is killed."""
     for one in followers:
@@ -179,7 +164,4 @@ def _end(
         except subprocess.TimeoutExpired:
             one.process.kill()
             one.process.wait()
-    if folder is not None:
-        folder.cleanup()
-    if memory is not None:
-        os.close(memory)
+    folder.cleanup()

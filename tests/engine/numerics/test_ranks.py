@@ -49,8 +49,6 @@ class ThreadGroup:
                 self._barrier.wait()
                 return parts
 
-            set_timeout = None
-
         return RankGroup(len(self._parts))
 
     def abort(self) -> None:
