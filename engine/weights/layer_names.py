@@ -11,11 +11,8 @@ from engine.weights.model_config import ModelError
 WRAPPINGS = ("model.language_model.", "language_model.model.")
 """Prefixes of multimodal checkpoints that replace ``model.`` in their text part."""
 
-MODEL_SLIM_FILE = "quant_model_description.json"
-MODEL_OPT_FILE = "hf_quant_config.json"
-"""Files that list the format of each tensor: Ascend's ModelSlim and ModelOpt."""
-INDEX_NAMES = ("model.safetensors.index.json", "quant_model_weights.safetensors.index.json")
-"""Index files of Hugging Face and of ModelSlim."""
+INDEX_NAME = "model.safetensors.index.json"
+"""File that lists the weight files of a model."""
 
 
 def model_name(name: str) -> str:

@@ -1,41 +1,25 @@
-"""Readers of quantisation settings: ``quantization_config`` of a config.json, and ModelSlim's
-file."""
+"""Reader of ``quantization_config`` in a config.json."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from engine.weights.layer_names import MODEL_OPT_FILE, MODEL_SLIM_FILE, Names
+from engine.weights.layer_names import Names
 from engine.weights.model_config import ModelError
 from engine.weights.scheme import Quantization, ScaleGroup, Scheme
 from kernels.linear.reference import Format
 
 REMEDY = (
-    "supported are fp8 in blocks, compressed-tensors with int8 or float8 weights, ModelSlim's "
-    "W8A8_DYNAMIC, and the model in full precision with --quantization int8 or fp8"
+    "supported are fp8 in blocks, compressed-tensors with int8 or float8 weights, and "
+    "the model in full precision with --quantization int8 or fp8"
 )
-REFUSED = {
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "gguf": "GGUF",
-    "bitsandbytes": "bitsandbytes",
-    "modelopt": "ModelOpt (NVFP4, FP8)",
-    "nvfp4": "NVFP4",
-    "mxfp4": "MXFP4",
-}
-"""Names of known formats that are not supported."""
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 """Formats of compressed-tensors with unpacked weights."""
 
 
-def read_quantization(
-    config: Mapping[str, Any], model_dir: Path | None = None
-) -> Quantization | None:
-    """Read the formats of a checkpoint's weights from its ``config.json``, or else from ModelSlim's
-    file in its directory.
+def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """Read the formats of a checkpoint's weights from its ``config.json``.
 
     Returns None if no weight is quantised. Raises ModelError, also for unsupported formats.
     """
@@ -43,11 +27,7 @@ def read_quantization(
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     section = config.get("quantization_config") or nested
     if not section:
-        if model_dir is not None and (model_dir / MODEL_OPT_FILE).is_file():
-            raise ModelError(
-                f"{REFUSED['modelopt']} weights (see {MODEL_OPT_FILE}) are not supported; {REMEDY}."
-            )
-        return _model_slim(model_dir / MODEL_SLIM_FILE) if model_dir is not None else None
+        return None
     if not isinstance(section, Mapping):
         raise ModelError("quantization_config in config.json must be an object.")
     method = str(section.get("quant_method", section.get("quant_algo", ""))).lower()
@@ -62,26 +42,21 @@ def read_quantization(
         raise ModelError(
             f"quantization_config in config.json has a value of the wrong type: {error}."
         ) from None
-    raise ModelError(
-        f"{REFUSED.get(method, method or 'unnamed')} weights are not supported; {REMEDY}."
-    )
+    raise ModelError(f"{method or 'unnamed'} weights are not supported; {REMEDY}.")
 
 
 def _fp8(section: Mapping[str, Any]) -> Quantization:
     """Read the form of DeepSeek and Qwen: e4m3 with a scale for each block. Without a list of
     exceptions everything except the head is in 8 bits, as in Qwen3's dense models."""
-    if section.get("fmt", "e4m3") != "e4m3":
-        raise ModelError(f"fp8 weights in {section['fmt']} are not supported; e4m3 is.")
-    activations = section.get("activation_scheme", "dynamic")
-    if activations != "dynamic":
-        raise ModelError(f"fp8 weights with {activations} activations are not supported; {REMEDY}.")
+    for name, served in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
+        if section.get(name, served) != served:
+            found = section[name]
+            raise ModelError(f"fp8 weights with {name} {found} are not supported; {REMEDY}.")
     size = section.get("weight_block_size")
-    if size is None:
-        raise ModelError(f"fp8 weights without weight_block_size are not supported; {REMEDY}.")
     key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
     scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
     ignored = Names.of(section.get(key) or ("lm_head",), anywhere=True)
-    return Quantization("quant_method fp8", (ScaleGroup(scheme, None),), ignored, key)
+    return Quantization((ScaleGroup(scheme, None),), ignored, key)
 
 
 def _block(size: Any, name: str) -> tuple[int, int]:
@@ -109,7 +84,7 @@ def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
         targets = group.get("targets") or ()
         parsed.append(ScaleGroup(scheme, None if "Linear" in targets else Names.of(targets)))
     ignored = Names.of(section.get("ignore") or ())
-    return Quantization("compressed-tensors", tuple(parsed), ignored, "ignore")
+    return Quantization(tuple(parsed), ignored, "ignore")
 
 
 def _refuse(section: Mapping[str, Any], *keys: str) -> None:
@@ -170,28 +145,3 @@ def _check_activations(name: str, activations: Mapping[str, Any], kind: str) -> 
                 f"{found.get(key)!r}, which is not supported: use dynamic ones of 8 bits with one "
                 "scale per token."
             )
-
-
-def _model_slim(path: Path) -> Quantization | None:
-    """Read Ascend's file with the kind of every tensor: FLOAT, W8A8_DYNAMIC ..."""
-    if not path.is_file():
-        return None
-    try:
-        kinds = json.loads(path.read_text(encoding="utf-8"))
-        listed = {
-            name.removesuffix(".weight"): kind
-            for name, kind in kinds.items()
-            if name.endswith(".weight") and isinstance(kind, str)
-        }
-    except (ValueError, AttributeError):
-        raise ModelError(f"{path.name} is not a valid description of weights.") from None
-    for module, kind in listed.items():
-        if kind not in ("FLOAT", "W8A8_DYNAMIC"):
-            raise ModelError(
-                f"{module} is {kind} in {path.name}, which is not supported; {REMEDY}."
-            )
-    quantized = Names.of(module for module, kind in listed.items() if kind == "W8A8_DYNAMIC")
-    if quantized.is_empty:
-        return None
-    group = ScaleGroup(Scheme("int8", (1, None), "weight_scale"), quantized)
-    return Quantization("ModelSlim", (group,), Names.of(()), MODEL_SLIM_FILE)

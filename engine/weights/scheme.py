@@ -15,8 +15,8 @@ from kernels.linear.reference import STORAGE, Format, quantize
 BAND_ELEMENTS = 2**20
 """Number of weights that are dequantised at a time, so that the float32 copy is small."""
 
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
-"""Supported dtypes of scales in files. Those of one byte are exponents (ue8m0)."""
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Supported dtypes of scales in files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,6 @@ class Scheme:
     def row_scales(self, scale: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
         """Expand the scales of a file to one line per row: float32 ``[num_rows, blocks of
         columns]``. Rows can then be read in any order."""
-        if scale.dtype is torch.uint8:
-            scale = scale.view(torch.float8_e8m0fnu)
         grid = scale.float().reshape(self.scale_shape(num_rows, num_columns))
         rows = self.block[0]
         return grid.repeat_interleave(rows or num_rows, dim=0)[:num_rows]
@@ -126,8 +124,6 @@ class Quantization:
     """Formats of the modules of a checkpoint. Modules are named as in the files or without a
     multimodal prefix; fused products are not supported."""
 
-    label: str
-    """Name of the format: compressed-tensors, ModelSlim ..."""
     groups: tuple[ScaleGroup, ...]
     ignored: Names
     ignore_key: str

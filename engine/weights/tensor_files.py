@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine.weights.layer_names import INDEX_NAMES
+from engine.weights.layer_names import INDEX_NAME
 from engine.weights.model_config import ModelError
 
 MAX_NAMED = 8
@@ -179,8 +179,8 @@ def _tensor(name: str, entry: dict[str, object], path: Path, file: io.FileIO, da
 
 def find_files(model_dir: Path) -> list[Path]:
     """List the safetensors files of a model, single or sharded. Raises WeightsError."""
-    indices = [model_dir / name for name in INDEX_NAMES if (model_dir / name).is_file()]
-    if not indices:
+    index = model_dir / INDEX_NAME
+    if not index.is_file():
         files = sorted(model_dir.glob("*.safetensors"))
         if not files:
             found = "GGUF is not supported, and " if any(model_dir.glob("*.gguf")) else ""
@@ -191,7 +191,6 @@ def find_files(model_dir: Path) -> list[Path]:
                 "to try without weights."
             )
         return files
-    index = indices[0]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):

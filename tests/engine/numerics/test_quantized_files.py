@@ -133,14 +133,14 @@ COMPRESSED = eight_bit.compressed_section(["lm_head"])
 @pytest.mark.parametrize(
     "section, message",
     [
-        ({"quant_method": "gptq", "bits": 4}, "GPTQ weights are not supported; supported are fp8"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq weights are not supported; supported are fp8"),
         *(({"quant_method": name}, name) for name in ("awq", "bitsandbytes", "gguf")),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4, FP8\) weights"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt weights"),
         ({"bits": 3}, "unnamed weights"),
         (5, "quantization_config in config.json must be an object"),
         ({"quant_method": "fp8"}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0]}, "two positive integers"),
-        ({"quant_method": "fp8", "activation_scheme": "static"}, "static activations"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme static"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "e5m2"),
         (eight_bit.compressed_section([], weights={"num_bits": 4}), "group_0 of .* int4 weights"),
         ({**COMPRESSED, "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
