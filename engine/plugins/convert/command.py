@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from engine.hub import resolve_folder
 from hybridcache.geometry.units import counted, format_bytes
 
 if TYPE_CHECKING:
-    from engine.plugins.convert.converter import Conversion, FilePiece
+    from engine.plugins.convert.converter import Conversion
 
 
 def add_flags(convert: argparse.ArgumentParser) -> None:
@@ -53,29 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _conversion_text(done: Conversion) -> str:
     """Return a table with one line for the same matrix in all layers, and one for all experts."""
-    alike: dict[tuple[str, str], list[FilePiece]] = defaultdict(list)
-    for one in done.modules:
-        alike[re.sub(r"\.\d+(?=\.)", ".*", one.module), one.reason].append(one)
+    alike = Counter(
+        (re.sub(r"\.\d+(?=\.)", ".*", one.module), one.reason or "converted")
+        for one in done.modules
+    )
     width = max(len(name) for name, _ in alike)
     return "\n".join(
         [
             f"{done.scheme.describe()}: {format_bytes(done.source_bytes)} were converted to "
             f"{format_bytes(done.written_bytes)} in {counted(done.num_files, 'file')}",
-            f"  {'converted':<{width}} {'matrices':>9}   error, mean and largest",
-            *(_errors(name, ones, width) for (name, why), ones in alike.items() if not why),
-            f"  {'not converted':<{width}} {'matrices':>9}   because",
-            *(
-                f"  {name:<{width}} {len(ones):>9,}   {why}"
-                for (name, why), ones in alike.items()
-                if why
-            ),
+            *(f"  {name:<{width}} {count:>9,}   {why}" for (name, why), count in alike.items()),
         ]
     )
-
-
-def _errors(name: str, ones: list[FilePiece], width: int) -> str:
-    errors = {one.module: one.error for one in ones if one.error is not None}
-    worst = max(errors, key=lambda module: errors[module])
-    mean = sum(errors.values()) / len(errors)
-    line = f"  {name:<{width}} {len(ones):>9,}   {mean:.2%} {errors[worst]:.2%}"
-    return line if len(ones) == 1 else f"{line} ({worst})"

@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from engine.layers.linear import FULL_PRECISION
-from engine.weights.layer_names import Names
+from engine.weights.layer_names import INDEX_NAME, Names
 from engine.weights.model_config import ModelError, read_config
 from engine.weights.quantized_formats import read_quantization
-from engine.weights.scheme import BAND_ELEMENTS, Scheme, quantize_blocks, widen
+from engine.weights.scheme import BAND_ELEMENTS, Scheme, quantize_blocks
 from engine.weights.tensor_files import (
     FULL_DTYPES,
     FileWriter,
@@ -62,8 +62,6 @@ class FilePiece:
     """Index of its first number in the source."""
     reason: str = ""
     """Reason why a matrix is not converted."""
-    error: float | None = None
-    """Root mean square of the rounding divided by that of the weights, once it is converted."""
 
     @property
     def module(self) -> str:
@@ -211,7 +209,7 @@ def convert(
     """Write the checkpoint of ``source`` into ``target`` with linear layers in 8 bits, everything
     else unchanged.
 
-    ``target`` appears when all is written.
+    ``target`` must be empty or absent, and has files once all are written.
 
     Args:
       ignore: additional layers to keep: words of names, or regular expressions after ``re:``.
@@ -219,11 +217,10 @@ def convert(
 
     Takes the memory of the largest matrix, before and after its conversion. Raises ModelError.
     """
-    target = target.resolve()  # "." has no name, and no directory can replace a link.
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists and is not an empty directory: choose a new one.")
     config = read_config(source)
-    quantization = read_quantization(config, source)
+    quantization = read_quantization(config)
     if quantization is not None:
         raise ModelError(
             f"{source} is already {quantization.describe()}: convert the model in full precision."
@@ -233,35 +230,29 @@ def convert(
     tensors = (tensor for file in files for tensor in open_file(file))
     pieces = plan_pieces(tensors, scheme, ignore)
     shards = into_shards(pieces)
-    # An empty directory is filled: it may be a mount point, a link or the working directory.
-    folder = target if target.exists() else target.parent
-    partial = folder / f".{target.name}.{os.getpid()}.partial"
+    partial = target / ".partial"
     try:
         partial.mkdir(parents=True)
-        modules = _write(shards, partial)
+        _write(shards, partial)
         _copy_rest(source, partial)
         section = _section(pieces, scheme)
         text = json.dumps(config | {"quantization_config": section}, indent=2)
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")
         written_bytes = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-        if folder is target:
-            for path in partial.iterdir():
-                os.replace(path, target / path.name)
-        else:
-            os.replace(partial, target)
+        for path in partial.iterdir():
+            os.replace(path, target / path.name)
     except OSError as error:
         raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     source_bytes = sum(path.stat().st_size for path in files)
-    return Conversion(scheme, source_bytes, written_bytes, len(shards), tuple(modules))
+    modules = tuple(piece for piece in pieces if piece.scheme is not None or piece.reason)
+    return Conversion(scheme, source_bytes, written_bytes, len(shards), modules)
 
 
-def _write(shards: Sequence[Sequence[FilePiece]], directory: Path) -> list[FilePiece]:
-    """Write all pieces, in files that are named as Hugging Face names them. Returns the matrices,
-    with their errors."""
+def _write(shards: Sequence[Sequence[FilePiece]], directory: Path) -> None:
+    """Write all pieces, in files that are named as Hugging Face names them."""
     weight_map: dict[str, str] = {}
-    modules: list[FilePiece] = []
     total, count = sum(piece.num_bytes for shard in shards for piece in shard), len(shards)
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     paths = [directory / name for name in (names if count > 1 else ["model.safetensors"])]
@@ -271,39 +262,32 @@ def _write(shards: Sequence[Sequence[FilePiece]], directory: Path) -> list[FileP
             entries = {name: e for piece in shard for name, e in piece.entries().items()}
             with FileWriter(path, entries) as file:
                 for piece in shard:
-                    error = _convert_one(piece, file)
-                    if piece.scheme is not None or piece.reason:
-                        modules.append(replace(piece, error=error))
+                    _convert_one(piece, file)
                     bar.update(piece.num_bytes)
             weight_map |= dict.fromkeys(entries, path.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         text = json.dumps(index, indent=2)
-        (directory / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
-    return modules
+        (directory / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def _convert_one(piece: FilePiece, file: FileWriter) -> float | None:
-    """Write the converted ``piece``. Returns its error, or None if it stays unchanged."""
+def _convert_one(piece: FilePiece, file: FileWriter) -> None:
+    """Write the converted ``piece``, or the tensor itself if it stays unchanged."""
     weight = piece.source.read_part(piece.first, piece.shape)
     if piece.scheme is None:
         file.write(piece.name, weight)
-        return None
-    stored, scale, error = quantize_rows(weight, piece.scheme)
-    if not error < 1:  # also true for NaN
+        return
+    stored, scale = quantize_rows(weight, piece.scheme)
+    if not scale.isfinite().all():
         raise ModelError(f"{piece.name} contains numbers that are not finite.")
     file.write(piece.name, stored)
     file.write(f"{piece.module}.{piece.scheme.scale_name}", scale)
-    return error
 
 
 @torch.inference_mode()
-def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Quantise ``weight`` ``[M, N]`` to ``scheme``, one band of rows at a time.
-
-    Returns the stored weight, the scales as in files, and the root mean square of the rounding
-    divided by that of the weights.
-    """
+def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise ``weight`` ``[M, N]`` to ``scheme``, one band of rows at a time. Returns the stored
+    weight and the scales as in files."""
     num_rows, num_columns = weight.shape
     height, width = (
         size or whole for size, whole in zip(scheme.block, (num_rows, num_columns), strict=True)
@@ -311,19 +295,12 @@ def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, t
     stored = torch.empty(weight.shape, dtype=scheme.dtype)
     scale = torch.empty(scheme.scale_shape(num_rows, num_columns))
     band = max(1, BAND_ELEMENTS // (num_columns * height)) * height
-    squares = torch.zeros(2, dtype=torch.float64)
     for first in range(0, num_rows, band):
         rows = slice(first, first + band)
         blocks = slice(first // height, -(-min(first + band, num_rows) // height))
-        exact = weight[rows].float()
-        stored[rows], scale[blocks] = quantize_blocks(exact, scheme.format, (height, width))
-        rounded = torch.empty_like(exact)
-        row_scales = scale[blocks].repeat_interleave(height, dim=0)[: len(exact)]
-        widen(rounded, stored[rows], row_scales, width)
-        for sums, part in zip(squares, (rounded.sub_(exact), exact), strict=True):
-            sums += part.mul_(part).sum(dtype=torch.float64)
-    error, size = squares.sqrt().tolist()
-    return stored, scale, error / size if size else 0.0
+        part = weight[rows].float()
+        stored[rows], scale[blocks] = quantize_blocks(part, scheme.format, (height, width))
+    return stored, scale
 
 
 def _copy_rest(source: Path, target: Path) -> None:

@@ -47,11 +47,9 @@ def test_int8_files_equal_int8_loading(model, oracles, tmp_path):
     if model == "qwen3_5_moe":
         tensors = eight_bit.stack_experts(load_file(source / "model.safetensors"))
         save_file(tensors, source / "model.safetensors")
-    report = convert(source, tmp_path / "out", "int8")
+    convert(source, tmp_path / "out", "int8")
     expected = Driver(load(source, quantization="int8")).cold(tokens, logits="all")
     assert torch.equal(Driver(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
-    errors = [entry.error for entry in report.modules if entry.error is not None]
-    assert len(errors) > 10 and all(0.001 < error < 0.02 for error in errors)
     assert not any("gate_up_proj" in name for name in load_file(tmp_path / "out/model.safetensors"))
 
 
@@ -66,11 +64,7 @@ def test_convert_command(oracles, tmp_path, capsys):
     assert main(["convert", source, str(out), "--to", "int8"]) == 2
     assert "exists and is not an empty directory" in capsys.readouterr().err
     config = json.loads((out / "config.json").read_text())
-    found = read_quantization(config, out)
-    assert (found.describe(), found.label) == (
-        "int8 with a scale per output channel",
-        "compressed-tensors",
-    )
+    assert read_quantization(config).describe() == "int8 with a scale per output channel"
     assert config["tie_word_embeddings"] and "lm_head" in config["quantization_config"]["ignore"]
     assert main(["convert", str(out), str(tmp_path / "again"), "--to", "fp8"]) == 2
     assert "is already int8 with a scale per output channel" in capsys.readouterr().err
