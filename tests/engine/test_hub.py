@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from engine import EngineConfig, engine_config
+from engine import EngineConfig
 from engine.config import BUILTIN_DIR, HubError
 from engine.hub import display_name, resolve_config, resolve_folder
 
@@ -146,7 +146,6 @@ def test_only_the_needed_files_of_a_model_are_downloaded_once(hub: Hub) -> None:
     assert display_name(folder) == NAME and config.revision is None
     [line] = lines
     assert f"Downloading {NAME} (commit aaaaaaaa)" in line and "in 1 file" in line
-    assert "weights take about" in line and "free on cpu" in line
     num_requests = len(hub.requests)
     assert resolve_config(EngineConfig(model=NAME, revision="v1"), lines.append).model == str(
         folder
@@ -156,18 +155,11 @@ def test_only_the_needed_files_of_a_model_are_downloaded_once(hub: Hub) -> None:
     ]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_model_too_large_is_refused_before_the_download(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    facts = {"device": device, "free_bytes": 10 << 20, "needed_bytes": 25 << 20}
-    monkeypatch.setattr("engine.hub.CHECK", f"print({json.dumps(json.dumps(facts))})")
-    with pytest.raises(HubError, match=f"take 25.0 MiB, and {device} has 10.0 MiB free"):
+def test_an_unsupported_model_is_refused_before_the_download(hub: Hub) -> None:
+    hub.files["config.json"] = b'{"model_type": "whisper"}'
+    with pytest.raises(HubError, match=f"{NAME} is not downloaded: .*'whisper'"):
         resolve_config(EngineConfig(model=NAME), lambda _: None)
     assert hub.sent_bytes == 0
-    if device == "cuda":  # Each rank has its own device.
-        resolve_config(engine_config(model=NAME, tp=3), lambda _: None)
-        assert hub.sent_bytes == len(WEIGHTS)
 
 
 @pytest.mark.full
@@ -175,14 +167,14 @@ def test_cached_models_are_used_without_the_hub(hub: Hub, monkeypatch: pytest.Mo
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match=r"does not have that model, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(HubError, match=r"does not have all files .* \(.*offline mode"):
         resolve_config(EngineConfig(model=NAME))
     assert not hub.requests
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     small = resolve_folder(NAME)
     assert "model.safetensors" not in os.listdir(small)
     hub.refusal = 503, ""
-    with pytest.raises(HubError, match=r"not have all files of that model, and http.* answers 503"):
+    with pytest.raises(HubError, match=r"not have all files of that model, and http.* \(.*503"):
         resolve_config(EngineConfig(model=NAME))
     assert resolve_folder(NAME) == small
     hub.refusal = None
@@ -191,5 +183,5 @@ def test_cached_models_are_used_without_the_hub(hub: Hub, monkeypatch: pytest.Mo
     assert resolve_config(EngineConfig(model=NAME)).model == whole
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert resolve_config(EngineConfig(model=NAME)).model == whole
-    with pytest.raises(HubError, match=r"cannot be reached: check the network, or HF_ENDPOINT"):
+    with pytest.raises(HubError, match=r"cannot be reached .*: check the network, HF_ENDPOINT"):
         resolve_config(EngineConfig(model="other/model"))
