@@ -90,8 +90,6 @@ def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:
     engine = make_engine(path)
     assert engine.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     screen = start_screen(engine, "")
-    short = make_engine(path, max_model_len=64)
-    assert "smallest hit none: a hit of 64 tokens fills the context" in start_screen(short, "")
     assert (
         "sampling     temperature 0.6, top_p 0.95, top_k 20, unless a request sets them" in screen
     )
