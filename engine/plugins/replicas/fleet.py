@@ -1,15 +1,56 @@
 """Membership of the replicas, and routing of requests: the router behind a lock, because Ray Serve
-calls it from its own thread."""
+calls it from its own thread. Also the calls to a replica, and facts about it."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 
-from engine.plugins.replicas.replica_output import Order
+from engine.messages import Abort, EngineFacts, Question
+from engine.requests.request import RequestSpec
 from hybridcache.routing.outbox import EventBatch
-from hybridcache.routing.protocol import Router
+from hybridcache.routing.protocol import ReplicaSpec, Router, RouteRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The only argument of every call to a replica."""
+
+    request_id: str = ""
+    spec: RequestSpec | None = None
+    route: RouteRequest | None = None
+    """Input of the router. None if ``replica`` names the destination."""
+    replica: str | None = None
+    sequence: int = 0
+    """Number of the batch of events that is requested."""
+    message: Question | Abort | None = None
+    """Message to the engine of the replica."""
+    address: str = ""
+    """Address of the server, for the start screen."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerToken:
+    """A constant rate that a replica measured at its start."""
+
+    tokens_per_s: float
+
+    def seconds(self, start: int, end: int) -> float:
+        """Return the seconds to compute the tokens [start, end)."""
+        return max(end - start, 0) / self.tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFacts:
+    """Facts about the engines for the server and its router."""
+
+    engine: EngineFacts
+    spec: ReplicaSpec
+    screen: tuple[tuple[str, str], ...]
+    """Rows of the start screen of one engine; only its speed if the order had no address."""
+
 
 FLEETS: dict[str, Fleet] = {}
 """Fleets by name. Ray Serve creates its request router itself, from a class and plain values; the

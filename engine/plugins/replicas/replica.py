@@ -17,7 +17,7 @@ from engine.engine import Engine
 from engine.errors import RequestError
 from engine.interfaces import StepReport
 from engine.messages import Abort, ResetCache
-from engine.plugins.replicas.replica_output import Order, PerToken, ReplicaFacts
+from engine.plugins.replicas.fleet import Order, PerToken, ReplicaFacts
 from engine.requests.request import SamplingParams
 from engine.text.outputs import RequestOutput
 from engine.worker.screen import screen_rows

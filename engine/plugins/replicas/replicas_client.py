@@ -35,12 +35,12 @@ from engine.messages import (
     TakeChanges,
     ToEngine,
 )
-from engine.plugins.replicas.fleet import Fleet
-from engine.plugins.replicas.replica_output import Diverged, Order, Progress, ReplicaFacts
+from engine.plugins.replicas.fleet import Fleet, Order, ReplicaFacts
 from engine.requests.request import RequestSpec
 from engine.schedule.report import CacheReport
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
+from hybridcache.geometry.units import counted
 from hybridcache.routing.outbox import EventsLost
 from hybridcache.routing.protocol import RouteRequest
 
@@ -98,6 +98,70 @@ MAX_DEATHS = 3
 """Number of replicas that one request may lose: the request itself may be the reason that they
 die."""
 logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """The outputs of one request so far, as its replica sent them.
+
+    A request whose replica died is computed again, with the same seed. The part that was sent
+    already is compared and left out.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        """``request_id`` replaces the id in the outputs."""
+        self.request_id = request_id
+        self._tokens: list[int] = []
+        self._num_chars = 0
+        self._at_token = self._at_char = 0
+        """Tokens and characters that the present replica has sent."""
+        self._last = RequestOutput(request_id)
+
+    @property
+    def has_begun(self) -> bool:
+        """True if the present replica has sent a token."""
+        return self._at_token > 0
+
+    def restart(self) -> None:
+        """Expect the answer from its beginning."""
+        self._at_token = self._at_char = 0
+
+    def add(self, delta: RequestOutput) -> RequestOutput | None:
+        """Return the new part of the next output, with the id of the front end, or None if a
+        repeated token is another one. O(new tokens)."""
+        tokens, text = delta.new_token_ids, delta.new_text
+        repeated = self._tokens[self._at_token : self._at_token + len(tokens)]
+        if repeated != list(tokens[: len(repeated)]):
+            return None
+        num_chars = min(len(text), self._num_chars - self._at_char)
+        self._at_token += len(tokens)
+        self._at_char += len(text)
+        new = tokens[len(repeated) :]
+        self._tokens += new
+        self._num_chars = max(self._num_chars, self._at_char)
+        self._last = structs.replace(
+            delta,
+            request_id=self.request_id,
+            new_token_ids=new,
+            new_text=text[num_chars:],
+            new_logprobs=delta.new_logprobs[len(repeated) :],
+            num_tokens=len(self._tokens),
+            num_chars=self._num_chars,
+        )
+        return self._last
+
+    @property
+    def broken_off(self) -> str:
+        """Message for a client after the replica of its request died."""
+        return (
+            f"the replica that computed it died after {counted(len(self._tokens), 'token')} of the "
+            "answer; send the request again"
+        )
+
+    def aborted(self) -> RequestOutput:
+        """Return the last output of an aborted answer."""
+        return structs.replace(
+            self._last, new_token_ids=(), new_text="", new_logprobs=(), finish_reason="abort"
+        )
 
 
 class FleetChannel(EngineChannel):
@@ -295,6 +359,10 @@ class FleetChannel(EngineChannel):
                         self._waiting.discard(order.request_id)
                         self._fleet.prefilled(order.request_id)
                     whole = progress.add(output)
+                    if whole is None:
+                        outputs.cancel()
+                        self._fail(order, progress, StepFailed(progress.broken_off))
+                        return
                     if output.finish_reason is not None:
                         self._end(order, progress, whole)
                         return
@@ -304,10 +372,6 @@ class FleetChannel(EngineChannel):
             except asyncio.CancelledError:
                 outputs.cancel()
                 raise
-            except Diverged:
-                outputs.cancel()
-                self._fail(order, progress, StepFailed(progress.broken_off))
-                return
             except Exception as error:
                 if not self._is_death(error):
                     self._fail(order, progress, StepFailed(_cause(error)))

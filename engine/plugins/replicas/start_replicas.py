@@ -14,8 +14,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import ConfigError, EngineConfig
 from engine.hub import resolve_config
 from engine.plugins.replicas import ReplicasConfig
-from engine.plugins.replicas.fleet import FLEETS, Fleet
-from engine.plugins.replicas.replica_output import Order
+from engine.plugins.replicas.fleet import FLEETS, Fleet, Order
 from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.server.settings import ServerConfig
 from engine.worker.screen import screen_text

@@ -12,9 +12,8 @@ from engine import EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError
 from engine.messages import AskReport
-from engine.plugins.replicas.fleet import Fleet
+from engine.plugins.replicas.fleet import Fleet, Order
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
-from engine.plugins.replicas.replica_output import Order
 from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.requests.request import RequestSpec
 from hybridcache.routing.registry import find_router

@@ -27,7 +27,7 @@ from engine.errors import (
     StepFailed,
 )
 from engine.plugins.replicas import replica
-from engine.plugins.replicas.replica_output import Order
+from engine.plugins.replicas.fleet import Order
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.settings import ServerConfig
