@@ -14,8 +14,7 @@ from engine.interfaces import Runner, RunnerLost
 from engine.layers.linear import Rank
 from engine.models import read_model
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, TorchGroup
-from engine.plugins.tensor_parallel.rank_messages import Commit, Forward
-from engine.plugins.tensor_parallel.worker_pool import Followers
+from engine.plugins.tensor_parallel.worker_pool import Commit, Followers, Forward
 from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loaded_model import shared_sizes

@@ -17,7 +17,7 @@ import torch
 from engine.interfaces import RunnerLost
 from engine.layers.linear import Rank
 from engine.plugins.tensor_parallel.group import TIMEOUT_S, TorchGroup
-from engine.plugins.tensor_parallel.rank_messages import Commit, Forward, RankReport, Start
+from engine.plugins.tensor_parallel.worker_pool import Commit, Forward, RankReport, Start
 from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError

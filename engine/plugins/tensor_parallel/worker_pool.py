@@ -1,4 +1,5 @@
-"""Processes of all ranks except the first: start, commands and failures."""
+"""Processes of all ranks except the first: start, commands and failures. Messages are pickled by
+``multiprocessing.connection``."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal
 
 from engine.config import EngineConfig
 from engine.errors import describe_exit
 from engine.interfaces import RunnerLost
 from engine.plugins.tensor_parallel.group import START_TIMEOUT_S
-from engine.plugins.tensor_parallel.rank_messages import RankEvent, RankReport, Start
+from engine.schedule.scheduler import Batch
 from engine.weights.model_config import ModelError
 
 LAST_WORDS_S = 5.0
@@ -29,6 +31,57 @@ CODE = (
     "import sys; sys.path[:0] = {paths!r}; "
     "from engine.plugins.tensor_parallel.rank_worker import main; main({fd})"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """First command to a rank."""
+
+    number: int
+    count: int
+    config: EngineConfig
+    meeting: str
+    """Path of the file through which the ranks connect."""
+    num_threads: int
+    """Number of threads on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Compute a batch; see ``Runner.forward``."""
+
+    batch: Batch
+    num_drawn: int | None
+    """Number of tokens drawn by the previous step, which rank 0 distributes, or None if none are
+    needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """See ``Runner.commit``."""
+
+    batch: Batch
+    taken: Sequence[int]
+
+
+RankEvent = Literal["here", "ready", "refused", "lost", "failed"]
+"""``here``: the process runs and can connect to the others; ``ready``: its part of the model is
+loaded. With the others it ends: ``refused``: the model is not supported in this configuration;
+``lost``: another rank did not answer; ``failed``: there was another error."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """Message of a rank to rank 0."""
+
+    event: RankEvent
+    sentence: str = ""
+    """Reason why the process ends."""
+
+    @property
+    def is_last(self) -> bool:
+        """True if the process ends."""
+        return self.event not in ("here", "ready")
 
 
 @dataclass(frozen=True, slots=True)
