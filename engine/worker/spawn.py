@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
@@ -21,8 +20,6 @@ BOOT = (
 )
 """Code of the process. Collections would traverse the objects of torch again and again while it is
 imported; ``main`` enables them."""
-MIN_FILES = 64
-"""Number of open files without which the server is not started. Without clients it needs 24."""
 MAX_FOLDER_BYTES = 80
 """Maximum length of the name of the directory for temporary files. With the names of our folder and
 of a socket, it must fit into the 104 bytes that every system allows."""
@@ -46,12 +43,6 @@ def spawn(
         raise ConfigError(
             f"The name of the directory for temporary files, {gettempdir()}, is too long for "
             "sockets: set TMPDIR to a shorter one, such as /tmp."
-        )
-    num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= num_files < MIN_FILES:  # Without a descriptor for its thread, ZeroMQ aborts.
-        raise ConfigError(
-            f"This process may open only {num_files} files: raise the limit to {MIN_FILES} or more "
-            "(`ulimit -n`)."
         )
     folder = TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True)
     facts = [folder.name, pickle.dumps(config).hex(), address, log_level]
