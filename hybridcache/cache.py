@@ -263,7 +263,7 @@ class HybridRadixCache:
         self.steps = StepQueue()
         """Step plan under construction. Leases register here."""
         self.policy = policy
-        """Eviction policy, for inspection."""
+        """Eviction policy, for inspection: attributes of an own policy are read through it."""
         self.item_bytes = item_bytes
         """Bytes of one token's KV and of one state, as used by policies."""
         self.now = 0

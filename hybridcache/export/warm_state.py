@@ -68,9 +68,12 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
 
 
 def _refuse_bare(placement: object) -> None:
-    """Raise TypeError for a placement outside of a sequence."""
-    if not isinstance(placement, tuple | list):
-        raise TypeError(f"placement must be a tuple of placement policies (got {placement!r}).")
+    """Raise TypeError for a placement that is not a sequence of rules."""
+    is_sequence = isinstance(placement, tuple | list)
+    if not is_sequence or not all(isinstance(rule, PlacementPolicy) for rule in placement):
+        raise TypeError(
+            f"placement must be a tuple of policies, as placement.rules (got {placement!r})."
+        )
 
 
 def _body(
@@ -201,6 +204,8 @@ class Memory:
         self._plain = plain
         self._items: list[tuple[Checkpoint, bool]] = []
         """Checkpoints of the file, each with a flag: superseded in its tier when saved."""
+        self._cache: HybridRadixCache | None = None
+        """Cache that ``recall_tree`` restored."""
         self._memos: dict[int, Any] = {}
         """Memos by serial. A shared tier has those of the levels above it."""
 
@@ -226,6 +231,7 @@ class Memory:
         except UNREADABLE as error:
             raise ValueError(DAMAGED) from error
         cache.install(tree, reversed(nodes), now=now, num_items=num_items)
+        self._cache = cache
 
     def _build(self, cache: HybridRadixCache) -> tuple[RadixTree, list[RadixNode]]:
         plain = self._plain
@@ -267,8 +273,13 @@ class Memory:
 
         Returns the tiers (or ``placement``) with saved state that does not fit. Users' own policies
         start anew, because their state is not saved, and are not named. O(memory).
+
+        Raises:
+            ValueError: ``recall_tree`` did not restore this cache before.
         """
         _refuse_bare(placement)
+        if cache is not self._cache:
+            raise ValueError("call recall_tree with this cache before recall_policies.")
         unfit, recalled = list[str](), set[str]()
         levels = _levels(cache)
         for level in levels:

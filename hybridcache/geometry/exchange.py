@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from math import inf
+from numbers import Integral, Real
 
 from hybridcache.geometry.times import PrefillTimes
 
@@ -36,12 +37,16 @@ class Exchange:
     def __post_init__(self) -> None:
         if not hasattr(self.times, "seconds"):
             raise TypeError(f"times must have a method seconds(start, end) (got {self.times!r}).")
-        for tier, rate in self.bytes_per_s.items():
-            if tier not in LATENCY_S or not isinstance(rate, Real) or not rate > 0:
-                raise ValueError(
-                    f"bytes_per_s must have a number above 0 for each of {', '.join(LATENCY_S)} "
-                    f"(got {rate!r} for {tier!r})."
-                )
+        for name in ("bytes_per_s", "latency_s"):
+            for tier, value in getattr(self, name).items():
+                if tier not in LATENCY_S:
+                    raise ValueError(f"{name} has tiers {', '.join(LATENCY_S)} (got {tier!r}).")
+                is_rate = name == "bytes_per_s"
+                if not isinstance(value, Real) or not (value > 0 if is_rate else 0 <= value < inf):
+                    least = "a number above 0" if is_rate else "a finite number of 0 or more"
+                    raise ValueError(f"{name} must have {least} for {tier} (got {value!r}).")
+        if not isinstance(self.unit, Integral) or self.unit < 1:
+            raise ValueError(f"unit must be an integer of 1 or more (got {self.unit!r}).")
 
     def copy_seconds(self, num_bytes: Mapping[str, int]) -> float:
         """Return the seconds to copy these bytes to the device, one tier after the other.

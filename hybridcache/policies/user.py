@@ -202,6 +202,12 @@ class _Guard:
     def __str__(self) -> str:
         return self._label
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a further attribute of the user's policy, for inspection."""
+        if name.startswith("_"):  # Not set yet, as in a copy under construction.
+            raise AttributeError(name)
+        return getattr(self._policy, name)
+
     def _call(self, name: str, *arguments: object, at_most: int | None = None) -> Any:
         """Call a method. With ``at_most`` it returns several values, perhaps without an end, and
         the first of them are returned as a list."""

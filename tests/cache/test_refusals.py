@@ -19,7 +19,7 @@ from hybridcache.allocators.moves import Drop, StepMemory
 from hybridcache.api import Listener, Resumable
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror
-from hybridcache.export.warm_state import unpack, write_memory
+from hybridcache.export.warm_state import pack, unpack, write_memory
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.registry import make_admission
 from hybridcache.routing.outbox import Outbox
@@ -140,6 +140,11 @@ REFUSED = {
     "words held": ("held_tokens must", lambda cache, rows: cache.check("0", 0)),
     "the miss of another cache": ("another", lambda cache, rows: cache.touch(MISSED_ELSEWHERE)),
     "no tuple of placements": ("tuple", lambda cache, rows: write_memory(cache, PLACEMENT)),
+    "words as placements": ("tuple", lambda cache, rows: write_memory(cache, ["x"])),
+    "policies before the tree": (
+        "recall_tree",
+        lambda cache, rows: unpack(pack(write_memory(cache))).recall_policies(cache),
+    ),
     "no bytes": ("bytes", lambda cache, rows: unpack(None)),
     "no listener": ("EventStream", lambda cache, rows: cache.subscribe(None)),
     "a class as listener": ("EventStream", lambda cache, rows: cache.subscribe(VictimLog)),

@@ -103,8 +103,15 @@ def test_exchange_subtracts_copy_time_from_saved_prefill_time():
     assert exchange.seconds_saved(0, 8, 12, {"host": 100, "disk": 0}) == 1.0
     assert exchange.seconds_saved(4, 8, 12, {"host": 100, "disk": 0}) == 0.0
     assert exchange.seconds_saved(0, 8, 12, {"host": 0, "disk": 20}) == -0.5
-    with pytest.raises(ValueError, match="must have a number above 0"):
-        Exchange(PerToken(), {"host": 0.0})
+    for field, wrong in (
+        ("bytes_per_s", {"host": 0.0}),
+        ("bytes_per_s", {"hosts": 1.0}),
+        ("latency_s", {"host": float("nan")}),
+        ("latency_s", {"host": "1"}),
+        ("unit", 0),
+    ):
+        with pytest.raises(ValueError, match=field):
+            Exchange(PerToken(), **{field: wrong})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"must have a method seconds\(start, end\)"):
         Exchange(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bytes_per_s must have an entry for disk"):

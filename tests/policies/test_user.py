@@ -189,7 +189,9 @@ def test_a_policy_takes_parameters(policy: object) -> None:
     existing = list(Weighted.instances)
     cache = hybrid(100, 2, state_bytes=9, eviction=policy)
     created = cache.policy._policy
-    assert created.weight == 2.5 and created not in existing, "the instance is shared by caches"
+    assert created.weight == 2.5 == cache.policy.weight and created not in existing, (
+        "the instance is shared by caches"
+    )
     runs = simulate("short?head=60", gib=(0.3, 0.5), policy=["lru", policy], bound=False).runs
     by_name = simulate(
         "short?head=60", gib=(0.3, 0.5), policy=f"{__name__}:Weighted(weight=2.5)", bound=False
@@ -264,6 +266,7 @@ def test_policies_see_the_seconds_of_the_simulated_machine(
     orders_classes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SeesSeconds, "orders_classes", orders_classes)
+    assert hybrid(100, 2, state_bytes=9, eviction=SeesSeconds).policy.seen is SeesSeconds.seen
     for run, last_s in (
         (lambda: simulate("chat?head=40", gib=2, policy=SeesSeconds, bound=False), None),
         (lambda: closed_loop("chat?head=40", gib=2, rate=1, seeds=1, policy=SeesSeconds), 5.0),

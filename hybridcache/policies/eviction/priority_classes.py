@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
@@ -30,6 +31,12 @@ class PriorityClasses(EvictionPolicy):
 
     def __str__(self) -> str:
         return str(self._rest)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a further attribute of the policy of the rest, for inspection."""
+        if name.startswith("_"):  # Not set yet, as in a copy under construction.
+            raise AttributeError(name)
+        return getattr(self._rest, name)
 
     @property
     def failure(self) -> PolicyError | None:  # type: ignore[override]
