@@ -210,7 +210,7 @@ class EvictionPolicy(ABC):
 
     def load_state_dict(self, state: dict[str, Any], item_of: Callable[[int], Item | None]) -> None:
         """Replace the learned state by the result of ``state_dict``. ``item_of`` finds items by
-        serial. Raises ValueError or another error, with nothing changed, if it does not fit."""
+        serial. Raises ValueError, with nothing changed, if it is that of another policy."""
         raise ValueError(f"{self} keeps no learned state.")
 
     def memo_state(self, item: Item) -> list[Any] | None:
@@ -366,8 +366,8 @@ class PlacementPolicy(ABC):
         return None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the learned state by the result of ``state_dict``. Raises ValueError or another
-        error, with nothing changed, if it does not fit."""
+        """Replace the learned state by the result of ``state_dict``. Raises ValueError, with
+        nothing changed, if it is that of another policy."""
         raise ValueError(f"{type(self).__name__} keeps no learned state.")
 
     @property

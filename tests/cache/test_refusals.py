@@ -139,13 +139,10 @@ REFUSED = {
     "a word to fetch": ("match.loadable", lambda cache, rows: cache.fetch("x")),
     "words held": ("held_tokens must", lambda cache, rows: cache.check("0", 0)),
     "the miss of another cache": ("another", lambda cache, rows: cache.touch(MISSED_ELSEWHERE)),
-    "no tuple of placements": ("tuple", lambda cache, rows: write_memory(cache, PLACEMENT)),
-    "words as placements": ("tuple", lambda cache, rows: write_memory(cache, ["x"])),
     "policies before the tree": (
         "recall_tree",
         lambda cache, rows: unpack(pack(write_memory(cache))).recall_policies(cache),
     ),
-    "no bytes": ("bytes", lambda cache, rows: unpack(None)),
     "no listener": ("EventStream", lambda cache, rows: cache.subscribe(None)),
     "a class as listener": ("EventStream", lambda cache, rows: cache.subscribe(VictimLog)),
     "a listener of another cache": ("another", lambda cache, rows: cache.subscribe(FOLLOWS)),
@@ -471,7 +468,6 @@ WRONG = (
         for value in (None, 7, (64, 128), "ab", (("a", "b"),), ((64, 5),))
     ),
     (EventStream, {"sink": 5}),
-    (write_memory, {"cache": 5}),
 )
 """Makers with a wrong value of the last parameter."""
 

@@ -15,10 +15,7 @@ from hybridcache.export.warm_state import MAGIC, _read, _written, pack, unpack, 
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
-from hybridcache.policies.eviction.hazards import NUM_BINS
-from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.tiers import path_of
 from tests.cache import twins
 
@@ -139,23 +136,13 @@ def test_a_truncated_or_corrupted_file_is_refused():
     assert unpack(data + b"more of something").recall_tree(make(trace).cache) is None
 
 
-@pytest.mark.full("change0")
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"page_size": 7},
-        {"nodes": {"array": "<i8", "shape": [1, 7], "data": "AA=="}},
-        {"labels": []},
-        {"tokens": {"array": "<i4", "shape": [0], "data": ""}},
-        {"now": "soon"},
-    ],
-)
-def test_malformed_data_is_refused_and_changes_nothing(change):
+@pytest.mark.parametrize("change", [{"page_size": 7}, {"grid": 3}])
+def test_the_state_of_another_layout_is_refused_and_changes_nothing(change):
     trace = TRACES["agent"]
     target, fresh = make(trace), make(trace)
     serve(target, list(trace)[:20])
     body = json.dumps(json.loads(write_memory(target.cache)) | change).encode()
-    with pytest.raises(ValueError, match=r"damaged|version|needs page_size=7; the cache has 1"):
+    with pytest.raises(ValueError, match="the warm state needs"):
         unpack(pack(body)).recall_tree(fresh.cache)
     assert fresh.cache.num_nodes == 0 and fresh.cache.now == 0
     fresh.cache.check(0, 0)
@@ -179,8 +166,6 @@ def test_the_warm_state_stays_within_its_size_limit_and_is_readable(monkeypatch)
         fresh.cache.check(0, 0)
     assert restored == sorted(restored, reverse=True)
     assert restored[1][1] and restored[-1] == (0, False)
-    with pytest.raises(ValueError, match="unpacks to more than 1,000 bytes"):
-        unpack(pack(b" " * 1001))
 
 
 def test_the_state_of_a_policy_survives_a_round_trip_through_json():
@@ -197,32 +182,6 @@ def test_the_state_of_a_policy_survives_a_round_trip_through_json():
     assert fresh.hazards._open == survival.hazards._open
     assert json.dumps(fresh.state_dict(), default=_written) == written
     assert fresh._random.random() == survival._random.random()
-
-
-def test_state_of_another_form_is_refused_and_changes_nothing():
-    other = json.loads(json.dumps(Survival().state_dict(), default=_written), object_hook=_read)
-    own = Survival()
-    own.hazards.row(("one",))
-    before = json.dumps(own.state_dict(), default=_written)
-    for name, value in (
-        ("events", np.zeros((64, 3))),
-        ("index", np.zeros((64, NUM_BINS), np.float32)),
-        ("open", np.zeros(3, np.int64)),
-        ("unused", [0, 0]),
-        ("priors", ["much"]),
-    ):
-        with pytest.raises((ValueError, TypeError)):
-            changed = other | {"hazards": other["hazards"] | {name: value}}
-            own.load_state_dict(changed, lambda _: None)
-        assert json.dumps(own.state_dict(), default=_written) == before
-    with pytest.raises(ValueError, match="another policy or tier"):
-        own.load_state_dict(other | {"hazards": None}, lambda _: None)
-    adaptive = Adaptive()
-    with pytest.raises(ValueError, match="other fields"):
-        adaptive.load_state_dict(adaptive.state_dict() | {"accounts": [["end", {"uses": 1}]]})
-    assert adaptive.state_dict() == Adaptive().state_dict()
-    with pytest.raises(ValueError, match="keeps no learned state"):
-        LRU(True).load_state_dict(other, lambda _: None)
 
 
 def test_a_state_that_had_left_its_tier_can_be_adopted_after_a_restart():

@@ -64,6 +64,12 @@ _ROW_BITS = 24
 _ROW_MASK = (1 << _ROW_BITS) - 1
 """Stages are coded as one number: time of entry or age, shifted by this number of bits, and row."""
 
+SAVED = (
+    *("now", "_parents", "_priors", "_events", "_reached", "_partial", "index", "_unused"),
+    *("_oldest", "_num_opened", "_changes", "_refreshed_at", "_ended", "_used"),
+)
+"""Attributes of ``Hazards`` that are saved as they are."""
+
 
 def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
     """Return the bin of every age. No age exceeds ``oldest``; negative ages count as 0. O(n)."""
@@ -146,57 +152,24 @@ class Hazards:
     def state_dict(self) -> dict[str, Any]:
         """Return all classes, counts and open stages, as plain data and arrays. O(size)."""
         return {
-            "now": self.now,
             "keys": list(self.rows),
-            "parents": list(self._parents),
             "models": list(self._models.items()),
-            "priors": list(self._priors),
-            "events": self._events,
-            "reached": self._reached,
-            "partial": self._partial,
-            "index": self.index,
             "open": np.array(self._open, np.int64),
-            "unused": list(self._unused),
             "places": list(self._places.items()),
-            "counters": [self._oldest, self._num_opened, self._changes, self._refreshed_at],
-            "ended": list(self._ended),
-            "used": list(self._used),
+            **{name: getattr(self, name) for name in SAVED},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace everything by the result of ``state_dict``. O(size).
-
-        Raises ValueError or TypeError, with nothing changed, if tables or lengths do not fit.
-        """
-        rows: dict[Key, int] = {}
+        """Replace everything by the result of ``state_dict``, which is not used elsewhere then.
+        O(size)."""
+        self.rows = {}
         for key in state["keys"]:  # JSON has lists in place of tuples
-            rows[tuple(tuple(fact) if isinstance(fact, list) else fact for fact in key)] = len(rows)
-        parents, priors = list(state["parents"]), list(map(float, state["priors"]))
-        tables = [np.array(state[name]) for name in ("events", "reached", "partial", "index")]
-        codes = np.array(state["open"])
-        oldest, num_opened, changes, refreshed_at = map(int, state["counters"])
-        places, unused = {int(k): int(v) for k, v in state["places"]}, list(state["unused"])
-        if not len(rows) == len(parents) == len(priors) <= len(tables[0]):
-            raise ValueError("The classes have different lengths.")
-        for table in tables:
-            if table.dtype != np.float64 or table.shape != (len(tables[0]), NUM_BINS):
-                raise ValueError("A table of hazards has another layout.")
-        if codes.dtype != np.int64 or codes.shape != (self._max_open,):
-            raise ValueError("The open stages have another layout.")
-        if sorted([*places.values(), *unused]) != list(range(self._max_open)):
-            raise ValueError("A place is lost or used twice.")
-        self._models = {int(row): int(model) for row, model in state["models"]}
-        self._ended, self._used = list(state["ended"]), list(state["used"])
-        self.now, self.rows, self._parents, self._priors = state["now"], rows, parents, priors
-        self._events, self._reached, self._partial, self.index = tables
-        self._open, self._generations = array("q", codes.tolist()), None
-        self._unused, self._places = unused, places
-        self._oldest, self._num_opened, self._changes, self._refreshed_at = (
-            oldest,
-            num_opened,
-            changes,
-            refreshed_at,
-        )
+            facts = tuple(tuple(fact) if isinstance(fact, list) else fact for fact in key)
+            self.rows[facts] = len(self.rows)
+        self._models, self._places = dict(state["models"]), dict(state["places"])
+        self._open, self._generations = array("q", state["open"].tolist()), None
+        for name in SAVED:
+            setattr(self, name, state[name])
 
     def row(self, key: Key, prior: float = 1.0, model: tuple[Key, float] | None = None) -> int:
         """Return the row of class ``key``. Its parent is ``key[:-1]``.

@@ -74,7 +74,7 @@ class _Memo:
 
     @classmethod
     def of(cls, state: list[Any]) -> _Memo:
-        """Return the memo with the fields of ``state``. Raises ValueError for another number."""
+        """Return the memo with the fields of ``state``."""
         memo = cls.__new__(cls)
         for name, value in zip(cls.__slots__, state, strict=True):
             setattr(memo, name, value)
@@ -155,20 +155,18 @@ class Survival(EvictionPolicy):
         def items(serials: list[int]) -> OrderedDict[Item, None]:
             return OrderedDict.fromkeys(item for one in serials if (item := item_of(one)))
 
-        hazards, idle_kv, just_used = state["hazards"], state["idle_kv"], state["just_used"]
+        hazards, idle_kv = state["hazards"], state["idle_kv"]
         if state["policy"] != "survival" or (hazards is not None) != self._owns_hazards:
             raise ValueError("The state is that of another policy or tier.")
         version, numbers, spare = state["random"]
-        generator = random.Random()
-        generator.setstate((version, tuple(numbers), spare))
-        columns = Columns.of(state["checkpoints"], item_of), Columns.of(state["kv"], item_of)
-        dead, stale = items(state["dead"]), items(state["stale"])
-        idle = None if idle_kv is None else items(idle_kv)
+        self._random.setstate((version, tuple(numbers), spare))
         if hazards is not None:
             self.hazards.load_state_dict(hazards)
-        self._random, self._just_used = generator, bool(just_used)
-        self._checkpoints, self._kv = columns
-        self._dead, self._stale, self._idle_kv = dead, stale, idle
+        self._checkpoints = Columns.of(state["checkpoints"], item_of)
+        self._kv = Columns.of(state["kv"], item_of)
+        self._dead, self._stale = items(state["dead"]), items(state["stale"])
+        self._idle_kv = None if idle_kv is None else items(idle_kv)
+        self._just_used = state["just_used"]
 
     def memo_state(self, item: Item) -> list[Any] | None:
         memo = item.memo

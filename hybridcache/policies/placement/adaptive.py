@@ -188,19 +188,15 @@ class Adaptive(PlacementPolicy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the learned state."""
-        accounts: dict[str, _Account] = {}
-        for label, fields in state["accounts"]:
-            account = accounts[str(label)] = _Account(str(label), 0.0, 0, 0.0)
-            if fields.keys() != set(account.__slots__):
-                raise ValueError("The account has other fields.")
-            for name, value in fields.items():
-                setattr(account, name, type(getattr(account, name))(value))
-        learned = {name: type(getattr(self, name))(state[name]) for name in LEARNED}
         if state["policy"] != "adaptive":
             raise ValueError("The state is that of another policy.")
-        self._accounts, self._latest = accounts, None
-        for name, value in learned.items():
-            setattr(self, name, value)
+        self._accounts, self._latest = {}, None
+        for label, fields in state["accounts"]:
+            account = self._accounts[label] = _Account(label, 0.0, 0, 0.0)
+            for name, value in fields.items():
+                setattr(account, name, value)
+        for name in LEARNED:
+            setattr(self, name, state[name])
 
     def num_saved(self) -> dict[str, float]:
         """Return the saved checkpoints counted so far, by label; large counts have faded."""
