@@ -7,7 +7,7 @@ Three groups of names:
 - policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``;
 - the laboratory: ``simulate(open_trace(...))``, ``closed_loop``, ``optimum``.
 
-The laboratory and the policies are imported when they are first used. All other names are imported
+The laboratory and model sizes are imported when they are first used. All other names are imported
 from their modules. A cache is not thread-safe: one thread calls it, or callers share a lock.
 """
 
@@ -18,6 +18,9 @@ from hybridcache.allocators.moves import StepPlan
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.eviction.scored import ScorePolicy
+from hybridcache.policies.protocol import EvictionPolicy, Item, Placed, PlacementPolicy, Prefill
+from hybridcache.policies.registry import parse_placement
 
 if TYPE_CHECKING:
     from hybridcache.geometry.model import ModelGeometry
@@ -25,15 +28,6 @@ if TYPE_CHECKING:
     from hybridcache.lab.simulation.simulate import optimum, simulate
     from hybridcache.lab.trace import Trace, TraceRequest
     from hybridcache.lab.traces import open_trace
-    from hybridcache.policies.eviction.scored import ScorePolicy
-    from hybridcache.policies.protocol import (
-        EvictionPolicy,
-        Item,
-        Placed,
-        PlacementPolicy,
-        Prefill,
-    )
-    from hybridcache.policies.registry import parse_placement
 
 _LAZY = {
     "ModelGeometry": "geometry.model",
@@ -43,13 +37,6 @@ _LAZY = {
     "Trace": "lab.trace",
     "TraceRequest": "lab.trace",
     "open_trace": "lab.traces",
-    "ScorePolicy": "policies.eviction.scored",
-    "EvictionPolicy": "policies.protocol",
-    "Item": "policies.protocol",
-    "Placed": "policies.protocol",
-    "PlacementPolicy": "policies.protocol",
-    "Prefill": "policies.protocol",
-    "parse_placement": "policies.registry",
 }
 """Modules of the public names that are imported at first use."""
 

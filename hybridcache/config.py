@@ -14,7 +14,7 @@ from hybridcache.policies.eviction.priority_classes import PriorityClasses
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.tree import ItemBytes
-from hybridcache.tokens import require_bool, require_index
+from hybridcache.tokens import require_bool, require_count, require_positive
 
 COUNTS = (
     *("num_kv_tokens", "num_slots", "total_bytes", "kv_bytes_per_token", "state_bytes"),
@@ -94,45 +94,32 @@ class CacheConfig:
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None or name not in ("num_slots", "total_bytes"):
-                object.__setattr__(self, name, require_index(value, name))
+                object.__setattr__(self, name, require_count(value, name))
+        for name in ("page_size", "grid"):
+            require_positive(getattr(self, name), name)
         require_bool(self.priority_classes, "priority_classes")
-        if self.prefix_cache not in PREFIX_CACHES:
-            known = ", ".join(PREFIX_CACHES)
-            raise ValueError(f"unknown prefix cache {self.prefix_cache!r}; known: {known}")
-        if self.memory not in MEMORIES:
-            known = ", ".join(MEMORIES)
-            raise ValueError(
-                f"unknown memory {self.memory!r}; known: {known}. For two pools, give "
-                "num_kv_tokens and num_slots without memory"
-            )
-        if self.page_size < 1 or self.grid < 1:
-            raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
+        for name, known in (("prefix_cache", PREFIX_CACHES), ("memory", MEMORIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)} (got {getattr(self, name)!r})."
+                )
         if self.grid % self.page_size and self.page_size % self.grid:
             raise ValueError(
                 f"grid {self.grid} must be a multiple of page_size {self.page_size}, or divide it: "
                 "checkpoints are saved at common multiples, here only at those of "
                 f"{lcm(self.grid, self.page_size)} tokens"
             )
-        for name in COUNTS:
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative (got {getattr(self, name)}).")
-        if self.total_bytes is not None:
-            if self.num_kv_tokens or self.num_slots:
-                raise ValueError(
-                    "give either total_bytes, or num_kv_tokens and num_slots (got both)"
-                )
-        elif self.memory == "arena":
+        has_pools = bool(self.num_kv_tokens or self.num_slots)
+        if has_pools == (self.total_bytes is not None):
+            raise ValueError("give either num_kv_tokens and num_slots, or total_bytes")
+        if has_pools and self.memory == "arena":
             raise ValueError("memory='arena' needs total_bytes instead of pool sizes")
-        elif not self.num_kv_tokens:
-            raise ValueError(
-                "num_kv_tokens is 0: give num_kv_tokens and num_slots for two pools, or total_bytes"
-            )
-        elif self.num_kv_tokens < self.page_size:
+        if has_pools and self.num_kv_tokens < self.page_size:
             raise ValueError(
                 f"num_kv_tokens must be at least one page of {self.page_size} tokens (got "
                 f"{self.num_kv_tokens})"
             )
-        elif self.num_slots is None and self.prefix_cache == "hybrid":
+        if has_pools and self.num_slots is None and self.prefix_cache == "hybrid":
             raise ValueError(
                 "num_slots must be given for a hybrid cache (0 if no state is ever saved); use "
                 "prefix_cache='radix' for a model without states"
@@ -197,7 +184,7 @@ def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
     """Return a new cache with its own allocators; a ``TieredRadixCache`` if there is a host or disk
     tier.
 
-    Raises MemoryError if their tables do not fit in host memory, which needs 4 bytes per row.
+    Their tables take 4 bytes of host memory per row.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=4))
@@ -206,13 +193,7 @@ def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
     """
     if not isinstance(config, CacheConfig):
         raise TypeError(f"config must be a CacheConfig (got {type(config).__name__}).")
-    try:
-        pages, slots = _allocators(config)
-    except MemoryError:
-        size = config.total_bytes or config.num_kv_tokens
-        what = "total_bytes" if config.total_bytes else "num_kv_tokens"
-        raise MemoryError(f"{what} {size:,} needs larger tables than host memory has") from None
-    return build_on(config, pages, slots)
+    return build_on(config, *_allocators(config))
 
 
 def _allocators(config: CacheConfig) -> tuple[PageAllocator, SlotAllocator]:

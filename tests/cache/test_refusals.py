@@ -457,7 +457,6 @@ WRONG = (
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "grid": None}),
     (route, {"tokens": ids("abc")}),
-    (build, {"kv_bytes_per_token": 2, "total_bytes": 10**18}),
     (fetch, {"resumable": None}),
     (build, {"total_bytes": 8000, "kv_bytes_per_token": 0}),
     (CacheConfig, {"kv_bytes_per_token": 8, "total_bytes": 8000}),
