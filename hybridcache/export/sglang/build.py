@@ -36,24 +36,19 @@ def build_backend(ctx: Any) -> Any:
     refusal = why_not(ctx, get_memory(), get_disagg(), get_parallel())
     if refusal is not None:
         raise ValueError(refusal)
-    level = logging.INFO if ctx.server_args.log_requests else logging.DEBUG
     eviction = eviction_name(ctx.params.eviction_policy)
     logger.info("hybridcache: eviction policy %s", eviction)
-    return make_backend(ctx.params, ctx.is_hybrid_ssm, level, eviction)
+    return make_backend(ctx.params, ctx.is_hybrid_ssm, eviction)
 
 
 def make_backend(
-    params: Any,
-    is_hybrid_ssm: bool,
-    log_level: int = logging.DEBUG,
-    eviction: str | None = None,
+    params: Any, is_hybrid_ssm: bool, eviction: str | None = None
 ) -> HybridRadixBackend:
     """Return an empty cache over the pools of ``params`` (``CacheInitParams``).
 
     Args:
         params: SGLang's parameters.
         is_hybrid_ssm: True for models with recurrent layers.
-        log_level: Level of the log line per request.
         eviction: Eviction policy in place of ``params.eviction_policy``.
     """
     token_bytes, state_bytes = sizes_in_bytes(params, is_hybrid_ssm)
@@ -81,7 +76,7 @@ def make_backend(
     def make() -> HybridRadixCache:
         return build_on(config, rows, slots)
 
-    return HybridRadixBackend(params, make, rows, states, grid, log_level)
+    return HybridRadixBackend(params, make, rows, states, grid)
 
 
 def sizes_in_bytes(params: Any, is_hybrid_ssm: bool) -> tuple[int, int]:

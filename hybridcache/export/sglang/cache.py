@@ -60,7 +60,6 @@ class HybridRadixBackend(BasePrefixCache):
         rows: KV rows.
         states: States, or None for a model without recurrent layers.
         grid: Distance of a prefill's states in tokens.
-        log_level: Level of the log line per request.
     """
 
     disable = False
@@ -73,7 +72,6 @@ class HybridRadixBackend(BasePrefixCache):
         rows: RowView,
         states: RequestStates | None,
         grid: int,
-        log_level: int,
     ) -> None:
         self.req_to_token_pool = params.req_to_token_pool
         self.token_to_kv_pool_allocator = params.token_to_kv_pool_allocator
@@ -85,11 +83,10 @@ class HybridRadixBackend(BasePrefixCache):
         self._grid = grid
         self._events = EventRecorder(params)
         self.kv_events = self._events.recorder
-        labels = None
+        self._meter: LossMeter | None = None
         if params.enable_metrics:
             self.init_metrics_collector()
-            labels = self.metrics_collector.labels
-        self._meter = LossMeter(grid, labels, log_level)
+            self._meter = LossMeter(grid, self.metrics_collector.labels)
         self._cache: HybridRadixCache
         self.reset()
 
@@ -166,7 +163,8 @@ class HybridRadixBackend(BasePrefixCache):
         if found is not None:
             req.hybridcache_match = None
             self._cache.touch(found)
-            self._meter.record(req.rid, found)
+            if self._meter is not None:
+                self._meter.record(found)
 
     def _publish_state(self, req: Any, tokens: Tokens, offer: Offer | None) -> bool:
         """Publish tokens up to an offered state. Returns True if the tree took the state."""

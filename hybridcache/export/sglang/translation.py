@@ -1,4 +1,4 @@
-"""Translation between SGLang's settings, keys and logs and those of this project.
+"""Translation between SGLang's settings, keys and metrics and those of this project.
 
 Nothing here imports SGLang: eviction names, unsupported settings, ``RadixKey`` to tokens, the
 position of an exported state, and loss causes as metrics.
@@ -6,7 +6,6 @@ position of an exported state, and loss causes as metrics.
 
 from __future__ import annotations
 
-import logging
 from array import array
 from collections.abc import Hashable
 from typing import Any
@@ -37,9 +36,6 @@ def eviction_name(asked: str) -> str:
     return {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru"}.get(asked, asked)
 
 
-WITHOUT = "or --radix-cache-backend hybridcache"
-
-
 def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
     """Return a message for the first unsupported setting, or None if all are supported.
 
@@ -50,45 +46,25 @@ def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
         parallel: SGLang's parallelism settings.
     """
     params = ctx.params
-    refusals = (
-        (
-            ctx.is_hybrid_swa or params.sliding_window_size is not None,
-            "hybridcache keeps no sliding windows: drop --radix-cache-backend hybridcache for this "
-            "model",
-        ),
-        (
-            ctx.enable_hierarchical_cache,
-            f"hybridcache has no host tier inside SGLang: drop --enable-hierarchical-cache, "
-            f"{WITHOUT}",
-        ),
-        (memory.enable_lmcache, f"hybridcache does not work with LMCache: drop it, {WITHOUT}"),
-        (memory.enable_flexkv, f"hybridcache does not work with FlexKV: drop it, {WITHOUT}"),
-        (
-            memory.enable_unified_memory,
-            "hybridcache needs KV and states in pools of their own: drop --enable-unified-memory, "
-            f"{WITHOUT}",
-        ),
-        (
-            disagg.disaggregation_mode != "null",
-            "hybridcache is not verified with prefill and decode apart: drop "
-            f"--disaggregation-mode, {WITHOUT}",
-        ),
-        (
-            parallel.dcp_enabled,
-            f"hybridcache does not work with decode context parallelism: drop it, {WITHOUT}",
-        ),
-        (
-            params.is_eagle and not ctx.is_hybrid_ssm,
-            "hybridcache keys single tokens, where EAGLE on an attention-only model wants pairs: "
-            f"drop --speculative-algorithm, {WITHOUT}",
-        ),
-        (
-            eviction_name(params.eviction_policy) not in EVICTION_NAMES,
-            f"hybridcache has no eviction {params.eviction_policy!r}: choose "
-            "--radix-eviction-policy survival, plain-lru or lfu",
-        ),
-    )
-    return next((sentence for refused, sentence in refusals if refused), None)
+    has_windows = ctx.is_hybrid_swa or params.sliding_window_size is not None
+    unknown = eviction_name(params.eviction_policy) not in EVICTION_NAMES
+    refused = {
+        "models with sliding windows": has_windows,
+        "--enable-hierarchical-cache": ctx.enable_hierarchical_cache,
+        "LMCache": memory.enable_lmcache,
+        "FlexKV": memory.enable_flexkv,
+        "--enable-unified-memory": memory.enable_unified_memory,
+        "--disaggregation-mode": disagg.disaggregation_mode != "null",
+        "decode context parallelism": parallel.dcp_enabled,
+        "--speculative-algorithm EAGLE on attention-only models": params.is_eagle
+        and not ctx.is_hybrid_ssm,
+        f"--radix-eviction-policy {params.eviction_policy} (only survival, plain-lru, lfu)": unknown,
+    }
+    for what, is_set in refused.items():
+        if is_set:
+            backend = "--radix-cache-backend hybridcache"
+            return f"hybridcache does not support {what}: drop it, or {backend}"
+    return None
 
 
 # --- Keys ---------------------------------------------------------------------------------------
@@ -147,68 +123,34 @@ def branch_position(prompt: Tokens, match: PrefixMatch, grid: int) -> int | None
 
 # --- Metrics ------------------------------------------------------------------------------------
 
-logger = logging.getLogger("hybridcache.sglang")
-
 
 class LossMeter:
-    """Counters and log lines of reused and lost tokens.
+    """Counters of reused and lost tokens.
 
     Args:
         grid: Distance of a prefill's states, counted from its first token.
-        labels: Labels of the counters, or None for log lines only.
-        level: Log level.
+        labels: Labels of the counters.
     """
 
-    def __init__(self, grid: int, labels: dict[str, Any] | None, level: int) -> None:
-        self._grid = grid
-        self._level = level
-        self._cached: Any = None
-        self._lost: dict[str, Any] = {}
-        if labels is not None:
-            from prometheus_client import Counter
+    def __init__(self, grid: int, labels: dict[str, Any]) -> None:
+        from prometheus_client import Counter
 
-            names = list(labels)
-            self._cached = Counter(
-                "hybridcache:cached_tokens", "Prompt tokens reused from the cache.", names
-            ).labels(**labels)
-            lost = Counter(
-                "hybridcache:lost_tokens",
-                "Prompt tokens not reused, by cause.",
-                [*names, "cause"],
-            )
-            self._lost = {cause: lost.labels(**labels, cause=cause) for cause in Losses._fields}
+        self._grid, names = grid, list(labels)
+        self._cached = Counter(
+            "hybridcache:cached_tokens", "Prompt tokens reused from the cache.", names
+        ).labels(**labels)
+        lost = Counter(
+            "hybridcache:lost_tokens", "Prompt tokens not reused, by cause.", [*names, "cause"]
+        )
+        self._lost = {cause: lost.labels(**labels, cause=cause) for cause in Losses._fields}
 
-    def record(self, rid: str, match: PrefixMatch) -> None:
+    def record(self, match: PrefixMatch) -> None:
         """Count a request that was admitted and has computed its first chunk. O(1)."""
-        losses = on_grid(match, self._grid)
-        if self._cached is not None:
-            self._cached.inc(match.cached_len)
-            for cause, tokens in losses._asdict().items():
-                self._lost[cause].inc(tokens)
-        if logger.isEnabledFor(self._level):
-            logger.log(self._level, "%s", describe(rid, match, losses))
-
-
-def on_grid(match: PrefixMatch, grid: int) -> Losses:
-    """Correct ``match.losses`` for states at a distance of ``grid`` (the tree's own grid is 1)."""
-    losses = match.losses
-    below = min(losses.never_checkpointed, match.kv_match_len % grid)
-    return losses._replace(
-        never_checkpointed=losses.never_checkpointed - below, below_grid=losses.below_grid + below
-    )
-
-
-def describe(rid: str, match: PrefixMatch, losses: Losses) -> str:
-    """Describe reused and lost tokens, with causes, in one line.
-
-    >>> losses = Losses(200, 0, 64, 0, 0)
-    >>> describe("a7", PrefixMatch(1264, 1000, 1064, 1064, 5, losses, None, None), losses)
-    'a7: 1000 of 1264 prompt tokens cached; lost: 200 never seen, 64 checkpoint evicted'
-    """
-    lost = [
-        f"{tokens} {cause.replace('_', ' ')}"
-        for cause, tokens in losses._asdict().items()
-        if tokens
-    ]
-    line = f"{rid}: {match.cached_len} of {match.num_tokens} prompt tokens cached"
-    return f"{line}; lost: {', '.join(lost)}" if lost else line
+        lost = match.losses._asdict()
+        # The tree's own grid is 1.
+        below = min(match.losses.never_checkpointed, match.kv_match_len % self._grid)
+        lost["never_checkpointed"] -= below
+        lost["below_grid"] += below
+        self._cached.inc(match.cached_len)
+        for cause, tokens in lost.items():
+            self._lost[cause].inc(tokens)
