@@ -58,7 +58,7 @@ def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
         "decode context parallelism": parallel.dcp_enabled,
         "--speculative-algorithm EAGLE on attention-only models": params.is_eagle
         and not ctx.is_hybrid_ssm,
-        f"--radix-eviction-policy {params.eviction_policy} (only survival, plain-lru, lfu)": unknown,
+        f"eviction policy {params.eviction_policy} (only survival, plain-lru and lfu)": unknown,
     }
     for what, is_set in refused.items():
         if is_set:

@@ -277,7 +277,7 @@ def settings(**changed):
         ({"disaggregation_mode": "decode"}, "--disaggregation-mode"),
         ({"dcp_enabled": True}, "decode context parallelism"),
         ({"is_eagle": True, "is_hybrid_ssm": False}, "--speculative-algorithm"),
-        ({"eviction_policy": "priority"}, "--radix-eviction-policy"),
+        ({"eviction_policy": "priority"}, "eviction policy"),
     ],
 )
 def test_unsupported_settings_give_one_line(changed, message):
