@@ -408,9 +408,8 @@ SCHEDULING = {
 EVENTS = {
     "hybridcache.export.events": (
         *("EventStream", "KVStored", "KVSplit", "KVRemoved", "CheckpointStored"),
-        "CheckpointRemoved",
+        *("CheckpointRemoved", "Mirror", "MirrorMatch", "EventsLost"),
     ),
-    "hybridcache.export.mirror": ("Mirror", "MirrorMatch", "EventsLost"),
     "hybridcache.routing.outbox": ("Outbox", "EventBatch"),
     "hybridcache.routing.protocol": ("Router", "RouteRequest", "Choice", "ReplicaSpec"),
     "hybridcache.routing.registry": ("find_router",),

@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
 from hybridcache.api import Losses
 from hybridcache.cache import HybridRadixCache
-from hybridcache.export.events import EventStream
-from hybridcache.export.mirror import Mirror
+from hybridcache.export.events import EventStream, Mirror
 from hybridcache.lab.figures import COLOURS, LOSSES, panels, save
 
 GRID = 64

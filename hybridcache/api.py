@@ -113,21 +113,13 @@ class PrefixMatch(NamedTuple):
         return max(int(self.missed.position) - self.cached_len - self.losses.refused, 0)
 
     def best_load(self, exchange: FetchRule) -> Resumable | None:
-        """Return the position whose load saves the most time, or None if none saves any.
-
-        Raises TypeError if ``exchange.seconds_saved`` returns no number.
-        """
+        """Return the position whose load saves the most time, or None if none saves any."""
         best, most = None, 0.0
         for one in self.loadable:
             seconds_saved = exchange.seconds_saved(
                 self.cached_len, one.position, self.num_tokens, one.num_bytes
             )
-            try:
-                is_better = seconds_saved > most
-            except TypeError:
-                message = f"seconds_saved must return a number of seconds (got {seconds_saved!r})."
-                raise TypeError(message) from None
-            if is_better:
+            if seconds_saved > most:
                 best, most = one, seconds_saved
         return best
 

@@ -313,7 +313,7 @@ class Prefill(NamedTuple):
         """Round positions down to the grid. Returns the label by position, in the given order.
 
         Positions without a possible checkpoint are omitted. The first of several labels is kept.
-        Raises TypeError if ``wanted`` has other items than pairs of an integer and a string.
+        Raises TypeError if a position is not an integer.
 
         >>> from hybridcache import Placed, Prefill
         >>> prefill = Prefill(200, 64, 64, 64, (), 64)
@@ -321,19 +321,12 @@ class Prefill(NamedTuple):
         {192: 'end'}
         """
         found: dict[int, str] = {}
-        try:
-            for position, label in wanted:
-                if type(position) is not int:
-                    position = require_index(position, "position")
-                if type(label) is not str:
-                    raise TypeError
-                floored = position - position % self.grid
-                if self.cached_len < floored <= self.prompt_len and floored not in found:
-                    found[floored] = label
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"plan must return Placed(position, label) (got {wanted!r})."
-            ) from error
+        for position, label in wanted:
+            if type(position) is not int:
+                position = require_index(position, "each position of a plan")
+            floored = position - position % self.grid
+            if self.cached_len < floored <= self.prompt_len and floored not in found:
+                found[floored] = label
         return found
 
 

@@ -8,9 +8,7 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from hybridcache.cache import HybridRadixCache
-from hybridcache.export.events import Event, EventStream
-from hybridcache.export.mirror import EventsLost
-from hybridcache.tokens import require_index, require_positive
+from hybridcache.export.events import Event, EventsLost, EventStream
 
 __all__ = ["EventBatch", "EventsLost", "Outbox"]
 
@@ -44,9 +42,6 @@ class Outbox:
     """
 
     def __init__(self, cache: HybridRadixCache, kept: int = KEPT) -> None:
-        require_positive(kept, "kept")
-        if not isinstance(cache, HybridRadixCache):
-            raise TypeError(f"cache must be made by build_prefix_cache (got {cache!r}).")
         self._cache = cache
         self._lock = threading.Lock()
         self._batches: deque[EventBatch] = deque(maxlen=kept)
@@ -82,10 +77,8 @@ class Outbox:
     def since(self, sequence: int) -> list[EventBatch] | None:
         """Return the batches from number ``sequence`` on.
 
-        Returns None if that batch is no longer stored or never existed: call ``restart``. Raises
-        TypeError if ``sequence`` is not an integer.
+        Returns None if that batch is no longer stored or never existed: call ``restart``.
         """
-        require_index(sequence, "sequence")
         with self._lock:
             if sequence == self._next_sequence:
                 return []

@@ -9,8 +9,7 @@ from collections.abc import Hashable, Iterable
 from hashlib import blake2b
 from typing import ClassVar
 
-from hybridcache.export.events import CheckpointStored, Event
-from hybridcache.export.mirror import Mirror, MirrorMatch
+from hybridcache.export.events import CheckpointStored, Event, Mirror, MirrorMatch
 from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
 from hybridcache.tokens import common_tuple_len

@@ -13,7 +13,6 @@ from typing import ClassVar, NamedTuple
 from hybridcache.export.events import Event
 from hybridcache.geometry.times import PrefillTimes
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.tokens import require_positive
 
 ReplicaId = int | str
 """Identifier of a replica. Never reused: a replica that returns gets a new id and is empty."""
@@ -39,14 +38,6 @@ class ReplicaSpec:
     """False for attention-only models, which can resume at any position of the grid."""
     placement: PlacementPolicy | None = None
     """Placement policy of the replicas with positions in ids, or None if unknown."""
-
-    def __post_init__(self) -> None:
-        if not hasattr(self.times, "seconds"):
-            raise TypeError(f"times must be PrefillTimes (got {self.times!r}).")
-        if not isinstance(self.placement, PlacementPolicy | None):
-            raise TypeError(f"placement must be made by parse_placement (got {self.placement!r}).")
-        for what in ("unit", "page_size", "grid"):
-            require_positive(getattr(self, what), what)
 
 
 class RouteRequest(NamedTuple):
@@ -194,24 +185,17 @@ class Router:
 
         Raises:
             NoReplica: no replica is up.
-            ValueError: ``choose`` returned no ``Choice``, or a replica that is not up.
-            TypeError: the tokens are not a tuple.
+            ValueError: ``choose`` returned no ``Choice`` of a replica that is up.
         """
-        if not isinstance(request.tokens, tuple):
-            kind = type(request.tokens).__name__
-            raise TypeError(f"tokens must be a tuple of ids (got {kind}): use tuple(ids.tolist())")
         if not self.loads:
             raise NoReplica("No replica is up. Try again when one has joined.")
         choice = self.choose(request, now)
-        if not isinstance(choice, Choice):
+        if not isinstance(choice, Choice) or choice.replica not in self.loads:
             name = type(self).__name__
             raise ValueError(f"{name}.choose must return a Choice of a replica (got {choice!r}).")
-        load = self.loads.get(choice.replica)
-        if load is None:
-            raise ValueError(
-                f"{type(self).__name__} chose replica {choice.replica!r}, which is not up."
-            )
-        load.sent(request.id, self.seconds(choice.expected_len, len(request.tokens)), now)
+        self.loads[choice.replica].sent(
+            request.id, self.seconds(choice.expected_len, len(request.tokens)), now
+        )
         self._where[request.id] = choice.replica
         self.routed(request, choice, now)
         return choice

@@ -19,7 +19,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Indices, require_bool, require_positive
+from hybridcache.tokens import Indices, require_positive
 
 TableRow = Callable[[int, int], Indices]
 """Function of (row, end). Returns the KV indices that a runner was given for positions of a row
@@ -60,13 +60,9 @@ class CacheManager:
             publishing: returns a context in which entries are published.
 
         Raises:
-            TypeError, ValueError: an argument has another type, or ``num_rows`` is less than 1.
+            TypeError, ValueError: ``num_rows`` is not an integer, or less than 1.
         """
-        if not isinstance(placement, PlacementPolicy):
-            raise TypeError(f"placement must be made by parse_placement (got {placement!r}).")
         require_positive(num_rows, "num_rows")
-        for what, flag in (("stateful", stateful), ("exact", exact), ("owns_states", owns_states)):
-            require_bool(flag, what)
         self.cache = cache
         self.placement = placement
         self.stateful = stateful

@@ -216,16 +216,11 @@ class StepPlanner(Generic[R]):
             clock: function that returns seconds.
 
         Raises:
-            TypeError, ValueError: an argument has another type, a number is less than 1, or
+            TypeError, ValueError: ``admission`` is no policy, a number is less than 1, or
                 ``memory`` is not that of the manager's cache.
         """
-        for what, given, kind in (
-            ("manager", manager, CacheManager),
-            ("memory", memory, MemorySizes),
-            ("admission", admission, AdmissionPolicy),
-        ):
-            if not isinstance(given, kind):
-                raise TypeError(f"{what} must be of type {kind.__name__} (got {given!r}).")
+        if not isinstance(admission, AdmissionPolicy):
+            raise TypeError(f"admission must be made by make_admission (got {admission!r}).")
         for what, number in (("max_running", max_running), ("token_budget", token_budget)):
             require_positive(number, what)
         if (memory.page_size, memory.is_stateful) != (manager.cache.page_size, manager.stateful):
@@ -233,8 +228,6 @@ class StepPlanner(Generic[R]):
                 "memory must have the page size of the manager's cache, and states if the manager "
                 f"is stateful (got {memory})."
             )
-        if not callable(clock):
-            raise TypeError(f"clock must be a function that returns seconds (got {clock!r}).")
         self._manager = manager
         self.admission = admission
         """Order of the waiting requests."""
@@ -285,13 +278,10 @@ class StepPlanner(Generic[R]):
         """Add ``request`` to the waiting requests.
 
         Raises:
-            TypeError: it is not a ScheduledRequest.
             ValueError: a waiting or running request has the same ``arrival``, or it is this one; it
                 has ended, or can be longer than ``memory.max_request_len``, so that it would never
                 end.
         """
-        if not isinstance(request, ScheduledRequest):
-            raise TypeError(f"request must be a ScheduledRequest (got {type(request).__name__}).")
         for requests in (self._waiting, self._running):
             place = bisect_left(requests, request.arrival, key=_age)
             if place < len(requests) and requests[place].arrival == request.arrival:

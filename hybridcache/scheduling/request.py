@@ -12,7 +12,6 @@ from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import WaitingRequest
 from hybridcache.tokens import (
     Tokens,
-    require_bool,
     require_index,
     require_int32,
     require_namespace,
@@ -59,10 +58,6 @@ class RequestFields(Protocol):
         ...
 
 
-FIELDS = tuple(name for name, value in vars(RequestFields).items() if isinstance(value, property))
-"""Names of the fields of a request."""
-
-
 class ScheduledRequest(WaitingRequest):
     """Tokens, lengths and claims of one request.
 
@@ -101,15 +96,10 @@ class ScheduledRequest(WaitingRequest):
             max_len: most tokens of prompt and answer together.
 
         Raises:
-            TypeError: ``spec`` lacks a field or a name, or one has another type, or a number is not
-                an integer.
+            TypeError: a number is not an integer.
             ValueError: the prompt is empty or not int32[n], or longer than ``max_len``; the
                 boundaries are negative or not ascending, or the namespace is malformed.
         """
-        lacking = [name for name in FIELDS if not hasattr(spec, name)]
-        if lacking or not isinstance(spec.request_id, str):
-            what = ", ".join(lacking) or "a request_id of type str"
-            raise TypeError(f"spec must have the fields of RequestFields (it lacks {what}).")
         require_int32(prompt, "prompt")
         if not 0 < len(prompt) <= require_index(max_len, "max_len"):
             raise ValueError(
@@ -118,7 +108,6 @@ class ScheduledRequest(WaitingRequest):
             )
         require_index(arrival, "arrival")
         require_namespace(spec.namespace)
-        require_bool(spec.answer_survives, "answer_survives")
         for position in spec.save_at:
             require_index(position, "each of save_at")
         require_positions(spec.boundaries)

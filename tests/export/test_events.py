@@ -8,61 +8,10 @@ import numpy as np
 import pytest
 
 from hybridcache.export.events import (
-    CheckpointRemoved,
-    CheckpointStored,
     EventStream,
-    KVRemoved,
-    KVSplit,
-    KVStored,
+    Mirror,
 )
-from hybridcache.export.mirror import EventsLost, Mirror
 from tests.cache.serving import hybrid, ids, serve
-
-
-def test_lost_event_is_detected():
-    cache, sent = hybrid(), []
-    cache.subscribe(EventStream(sent.append))
-    serve(cache, ids("shared", "one"), [9])
-    serve(cache, ids("shared", "two"), [9])
-    cache.reset()
-    for missing in range(len(sent) - 1):
-        mirror = Mirror(page_size=1)
-        for event in sent[:missing]:
-            mirror.apply(event)
-        with pytest.raises(EventsLost, match=r"was lost before \w+ of segment"):
-            for event in sent[missing + 1 :]:
-                mirror.apply(event)
-
-
-def test_mirror_rejects_impossible_events():
-    stored = KVStored(0, None, None, 0, (1, 2, 3))
-    known = [stored, CheckpointStored(0, 3, ""), KVStored(1, 0, None, 3, (4,))]
-    impossible = [
-        stored,
-        KVStored(2, None, None, 0, (1, 9)),
-        KVStored(2, 0, None, 4, (5,)),
-        KVStored(2, 7, None, 3, (5,)),
-        KVSplit(0, 2, 3),
-        KVSplit(0, 1, 2),
-        KVSplit(7, 2, 2),
-        KVRemoved(0),
-        KVRemoved(7),
-        CheckpointStored(0, 3, ""),
-        CheckpointStored(1, 3, ""),
-        CheckpointRemoved(1, 4),
-        CheckpointRemoved(0, 2),
-    ]
-    for event in impossible:
-        mirror = Mirror(page_size=1)
-        for earlier in known:
-            mirror.apply(earlier)
-        before = mirror.segments()
-        with pytest.raises(EventsLost):
-            mirror.apply(event)
-        assert mirror.segments() == before
-    for tokens in ((), (1, 2, 3)):  # no whole pages
-        with pytest.raises(EventsLost):
-            Mirror(page_size=2).apply_batch(0, [KVStored(1, None, None, 0, tokens)])
 
 
 def test_event_of_a_segment_needs_no_walk_to_the_root():

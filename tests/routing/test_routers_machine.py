@@ -10,8 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.export.events import EventStream
-from hybridcache.export.mirror import EventsLost
+from hybridcache.export.events import EventsLost, EventStream
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.precise import CheckpointSeconds, depth_after
