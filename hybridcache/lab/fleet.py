@@ -10,25 +10,23 @@ later.
 
 from __future__ import annotations
 
-import heapq
 import math
 from array import array
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import count
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hybridcache.export.events import Event, EventStream
+from hybridcache.export.events import EventStream
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline, describe_times
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.result import PERCENTILES
-from hybridcache.lab.simulation.serving import RequestLog
+from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.sizes import sizes_for
-from hybridcache.lab.simulation.target import LeaseTarget, Served, build_target
+from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import find_router
@@ -168,41 +166,12 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
     span = Span.of(trace, geometry)
     times = times_of(fleet, span, geometry, cell.prefill_times(geometry))
     loop = _Fleet(cell, geometry, trace.unit, fleet, times)
-    loop.run(trace.in_order(), span)
+    loop.serve(trace.in_order(), span)
     return loop.summary(geometry, trace.full_name)
 
 
-class _Asked:
-    """One request on its way."""
-
-    __slots__ = ("asked_s", "expected_len", "number", "replica", "request", "served")
-
-    def __init__(self, number: int, request: TraceRequest, asked_s: float) -> None:
-        self.number, self.request, self.asked_s = number, request, asked_s
-        self.expected_len = 0
-        self.replica: _Replica | None = None
-        self.served: Served | None = None
-
-
-class _Replica:
-    """One cache, its queue, and its counters."""
-
-    def __init__(self, id_: int, place: int, target: LeaseTarget) -> None:
-        self.id, self.place, self.target = id_, place, target
-        self.queue: deque[_Asked] = deque()
-        self.prefilling: _Asked | None = None
-        self.decoding: dict[int, _Asked] = {}
-        self.outbox: list[Event] = []
-        self.covered: list[int] = []
-        self.num_batches = 0
-        self.is_up = True
-
-
-_Change = Callable[[float], None]
-
-
-class _Fleet:
-    """The event loop."""
+class _Fleet(EventLoop):
+    """The event loop of several replicas behind a router."""
 
     def __init__(
         self,
@@ -212,15 +181,13 @@ class _Fleet:
         config: FleetConfig,
         times: PrefillTimes,
     ) -> None:
-        self._cell, self._unit, self._config, self._times = cell, unit, config, times
-        self._events: list[tuple[float, int, _Change]] = []
-        self._numbers = {name: count() for name in ("event", "replica", "request")}
-        self._replicas: dict[ReplicaId, _Replica] = {}
-        self._places: list[_Replica | None] = []
+        super().__init__(RequestLog(unit), times, cell.tpot_s)
+        self._cell, self._config = cell, config
+        self._num_replicas = 0
+        self._replicas: dict[ReplicaId, Replica] = {}
+        self._places: list[Replica | None] = [None] * config.replicas
         self._busy_s = [0.0] * config.replicas
-        self._later: dict[Hashable, deque[TraceRequest]] = {}
-        self._homeless: list[_Asked] = []
-        self._log = RequestLog(unit)
+        self._homeless: list[Asked] = []
         self._expected = array("q")
         self._rerouted = self._broken = 0
         self._last_s = self._seconds = 0.0
@@ -238,21 +205,21 @@ class _Fleet:
         )
         self.router = find_router(config.router)(spec)
         for place in range(config.replicas):
-            self._places.append(None)
             self._join(place, 0.0)
 
     def _join(self, place: int, now: float) -> None:
-        target = build_target(self._cell, self._unit)
+        target = build_target(self._cell, self.log.unit)
         assert isinstance(target, LeaseTarget)
-        replica = _Replica(next(self._numbers["replica"]), place, target)
+        replica = Replica(target, id=self._num_replicas, place=place)
+        self._num_replicas += 1
         self._places[place] = replica
         self._replicas[replica.id] = replica
         if self.router.follows_events:
-            replica.target.cache.subscribe(EventStream(replica.outbox.append))
+            target.cache.subscribe(EventStream(replica.outbox.append))
         self.router.joined(replica.id, now)
         homeless, self._homeless = self._homeless, []
         for asked in homeless:
-            self._route(asked, now)
+            self.route(asked, now)
 
     def _plan_failures(self, span: Span) -> None:
         """Plan failures evenly over the trace, one place after the other, from the seed's on."""
@@ -260,32 +227,15 @@ class _Fleet:
         for number in range(num_failures):
             when = span.first_s + span.seconds * (number + 1) / (num_failures + 1)
             place = (number + self._config.seed) % self._config.replicas
-            self._push(when, lambda now, place=place: self._die(place, now))  # type: ignore[misc]
+            self.push(when, partial(self._die, place))
 
-    def _push(self, when: float, change: _Change) -> None:
-        heapq.heappush(self._events, (when, next(self._numbers["event"]), change))
-
-    def run(self, requests: Iterable[TraceRequest], span: Span) -> None:
+    def serve(self, requests: Iterable[TraceRequest], span: Span) -> None:
+        """Serve all of ``requests``, with the failures that are planned."""
         self._plan_failures(span)
-        for request in requests:
-            self._until(request.timestamp_s)
-            if request.session in self._later:
-                self._later[request.session].append(request)
-                continue
-            self._later[request.session] = deque()
-            self._ask(request, request.timestamp_s)
-        self._until(float("inf"))
+        self.run(requests)
         self._seconds = max(self._last_s - span.first_s, 0.0)
 
-    def _until(self, time_s: float) -> None:
-        while self._events and self._events[0][0] <= time_s:
-            now, _, change = heapq.heappop(self._events)
-            change(now)
-
-    def _ask(self, request: TraceRequest, now: float) -> None:
-        self._route(_Asked(next(self._numbers["request"]), request, now), now)
-
-    def _route(self, asked: _Asked, now: float) -> None:
+    def route(self, asked: Asked, now: float) -> None:
         if not self.router.loads:
             self._homeless.append(asked)
             return
@@ -298,64 +248,26 @@ class _Fleet:
         )
         choice = self.router.route(known, now)
         replica = self._replicas[choice.replica]
-        asked.replica, asked.expected_len = replica, choice.expected_len
+        asked.expected_len = choice.expected_len
         replica.queue.append(asked)
-        self._start(replica, now)
+        self.start(replica, now)
 
-    def _start(self, replica: _Replica, now: float) -> None:
-        if replica.prefilling is not None or not replica.queue:
-            return
-        asked = replica.queue[0]
-        served = replica.target.begin(asked.request)
-        if served is None and replica.decoding:
-            return  # memory comes back when one of these finishes
-        replica.queue.popleft()
-        asked.served, replica.prefilling = served, asked
-        cached = 0 if served is None else served.cached_len * self._unit
-        seconds = self._times.seconds(cached, asked.request.num_tokens(self._unit))
-        seconds += 0.0 if served is None else served.copy_s
+    def on_begun(self, replica: Replica, seconds: float, now: float) -> None:
         self._busy_s[replica.place] += seconds
         self._publish(replica, now)
-        self._push(now + seconds, lambda then: self._prefilled(asked, replica, then))
 
-    def _prefilled(self, asked: _Asked, replica: _Replica, now: float) -> None:
-        if not replica.is_up:
-            return
-        if asked.served is not None:
-            asked.served.prefilled()
-        self._log.add(asked.request, asked.served, 0.0)
-        self._log.ttft_s.append(now - asked.asked_s)
-        self._expected.append(asked.expected_len * self._unit)
+    def on_prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
+        self._expected.append(asked.expected_len * self.log.unit)
         self._last_s = now
         self.router.prefilled(asked.number, now)
-        replica.prefilling = None
-        replica.decoding[asked.number] = asked
         replica.covered.append(asked.number)
         self._publish(replica, now)
-        decode_s = len(asked.request.output) * self._unit * self._cell.tpot_s
-        self._push(now + decode_s, lambda then: self._finished(asked, replica, then))
-        self._start(replica, now)
 
-    def _finished(self, asked: _Asked, replica: _Replica, now: float) -> None:
-        if not replica.is_up:
-            return
-        if asked.served is not None:
-            asked.served.finish()
-        del replica.decoding[asked.number]
+    def on_finished(self, asked: Asked, replica: Replica, now: float) -> None:
         self.router.ended(asked.number, now)
         self._publish(replica, now)
-        self._next_turn(asked.request.session, now)
-        self._start(replica, now)
 
-    def _next_turn(self, session: Hashable, now: float) -> None:
-        later = self._later[session]
-        if later:
-            request = later.popleft()
-            self._ask(request, max(request.timestamp_s, now))
-        else:
-            del self._later[session]
-
-    def _publish(self, replica: _Replica, now: float) -> None:
+    def _publish(self, replica: Replica, now: float) -> None:
         if not replica.outbox and not replica.covered:
             return
         sequence = replica.num_batches
@@ -369,7 +281,7 @@ class _Fleet:
                 self.router.on_events(replica.id, sequence, events, covered)
 
         if self._config.delay_s:
-            self._push(now + self._config.delay_s, deliver)
+            self.push(now + self._config.delay_s, deliver)
         else:
             deliver(now)
 
@@ -381,20 +293,19 @@ class _Fleet:
         self._places[place] = None
         del self._replicas[replica.id]
         self.router.left(replica.id, now)
-        waiting = [replica.prefilling] if replica.prefilling is not None else []
-        waiting += replica.queue
+        waiting = [*replica.prefilling.values(), *replica.queue]
         self._rerouted += len(waiting)
         self._broken += len(replica.decoding)
-        self._push(now + self._config.replaced_s, lambda then: self._join(place, then))
+        self.push(now + self._config.replaced_s, partial(self._join, place))
         for asked in waiting:
             asked.served = None
-            self._route(asked, now)
+            self.route(asked, now)
         for asked in replica.decoding.values():
-            self._next_turn(asked.request.session, now)
+            self.next_turn(asked.request.session, now)
 
     def summary(self, geometry: ModelGeometry, trace: str) -> FleetResult:
         """Return the figures of the run. O(requests)."""
-        log, times, cell, fleet = self._log, self._times, self._cell, self._config
+        log, times, cell, fleet = self.log, self.times, self._cell, self._config
         described = describe_times(times)
         if fleet.load is not None and isinstance(times, Roofline):
             described = f"arithmetic at {times.flops_per_s:.4g} FLOP/s"

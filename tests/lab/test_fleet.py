@@ -73,7 +73,7 @@ def test_each_request_is_served_once_despite_failures(
 ) -> None:
     """The counts of router and fleet agree after every event."""
     checked = []
-    push = _Fleet._push
+    push = _Fleet.push
 
     def checking(self: _Fleet, when: float, change) -> None:
         def then(now: float) -> None:
@@ -83,13 +83,13 @@ def test_each_request_is_served_once_despite_failures(
             checked.append(now)
             assert set(self.router.loads) == set(self._replicas)
             waiting = sum(
-                len(each.queue) + (each.prefilling is not None) for each in self._replicas.values()
+                len(each.queue) + len(each.prefilling) for each in self._replicas.values()
             )
             assert sum(load.num_waiting for load in self.router.loads.values()) == waiting
 
         push(self, when, then)
 
-    monkeypatch.setattr(_Fleet, "_push", checking)
+    monkeypatch.setattr(_Fleet, "push", checking)
     result = cell(router, replicas=replicas, failures=5, delay_s=3.0, replaced_s=10.0)
     assert result.requests == 120 and checked == sorted(checked)
     assert result.rerouted > 0

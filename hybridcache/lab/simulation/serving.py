@@ -14,17 +14,19 @@ end of the session's last answer if that was later.
 from __future__ import annotations
 
 import heapq
+import math
 from array import array
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from operator import add
 from time import perf_counter
-from typing import Literal
 
 import numpy as np
 
 from hybridcache.api import Losses
+from hybridcache.export.events import Event
 from hybridcache.geometry.times import PrefillTimes, prefill_seconds
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import Served, Target
@@ -32,7 +34,7 @@ from hybridcache.lab.trace import TraceRequest
 
 
 class RequestLog:
-    """One entry a request, in the order in which they were begun. Tokens and seconds."""
+    """One entry a request, in the order of their first tokens. Tokens and seconds."""
 
     def __init__(self, unit: int, has_causes: bool = True) -> None:
         self.unit = unit
@@ -59,11 +61,11 @@ class RequestLog:
         self.control_s = 0.0
         """Spent in the cache's own code."""
 
-    def add(self, request: TraceRequest, served: Served | None, control_s: float) -> int:
-        """Record that a request has begun, and return its place."""
+    def add(self, request: TraceRequest, served: Served | None, control_s: float) -> None:
+        """Record a request."""
         unit = self.unit
         length = request.num_tokens(unit)
-        place, session = len(self.sessions), self.session_numbers.get(request.session)
+        session = self.session_numbers.get(request.session)
         if session is None:
             session = self.session_numbers[request.session] = len(self._lost)
             self._lost.append([0] * (len(Losses._fields) + 1))
@@ -84,7 +86,6 @@ class RequestLog:
         self.sessions.append(session)
         self.copy_s.append(copy_s)
         self.control_s += control_s
-        return place
 
     @property
     def losses(self) -> Losses:
@@ -115,7 +116,8 @@ def serve(
         _serve_in_turn(target, requests, log)
         log.ttft_s = _queue(log, times, scenario.servers)
     else:
-        _Concurrent(target, unit, times, scenario, log).run(requests)
+        replica = Replica(target, scenario.servers, scenario.max_running)
+        EventLoop(log, times, scenario.tpot_s, replica).run(requests)
     return log
 
 
@@ -146,93 +148,152 @@ def _queue(log: RequestLog, times: PrefillTimes, servers: int) -> array[float]:
     return found
 
 
-_Kind = Literal["prefilled", "finished"]
-
-
 @dataclass(slots=True)
-class _Running:
+class Asked:
+    """One request on its way."""
+
     number: int
     request: TraceRequest
     asked_s: float
-    served: Served | None
-    control_s: float = 0.0
+    """Time from which it waits: its timestamp, or the end of the session's last answer."""
+    served: Served | None = None
+    expected_len: int = 0
+    """Prompt ids that a router expected to be reused."""
 
 
-class _Concurrent:
-    """The event loop of the concurrent mode."""
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One cache with its queue. At most ``servers`` prompts are prefilled at the same time, and at
+    most ``max_running`` requests are served."""
+
+    target: Target
+    servers: int = 1
+    max_running: float = math.inf
+    queue: deque[Asked] = field(default_factory=deque)
+    prefilling: dict[int, Asked] = field(default_factory=dict)
+    decoding: dict[int, Asked] = field(default_factory=dict)
+    is_up: bool = True
+    id: int = 0
+    """Number in a fleet."""
+    place: int = 0
+    """Place in a fleet, which another replica has after this one has failed."""
+    outbox: list[Event] = field(default_factory=list)
+    """Changes of its cache that no router knows yet."""
+    covered: list[int] = field(default_factory=list)
+    """Numbers of the requests that they cover."""
+    num_batches: int = 0
+    """Number of batches of changes so far."""
+
+    @property
+    def can_begin(self) -> bool:
+        """True if a queued request can begin as soon as there is memory."""
+        num_running = len(self.prefilling) + len(self.decoding)
+        is_free = len(self.prefilling) < self.servers and num_running < self.max_running
+        return is_free and bool(self.queue)
+
+
+class EventLoop:
+    """Requests in order of time, on one replica, or on several in a fleet. A request waits for the
+    last answer of its session and is then routed at once."""
 
     def __init__(
-        self, target: Target, unit: int, times: PrefillTimes, scenario: Scenario, log: RequestLog
+        self, log: RequestLog, times: PrefillTimes, tpot_s: float, replica: Replica | None = None
     ) -> None:
-        self._target, self._unit, self._times, self._log = target, unit, times, log
-        self._max_running, self._tpot_s = scenario.max_running or 1, scenario.tpot_s
-        # With when each could be asked.
-        self._waiting: deque[tuple[TraceRequest, float]] = deque()
-        # Sessions with a waiting or running request, and their requests that arrived meanwhile.
+        self.log, self.times, self.tpot_s, self.replica = log, times, tpot_s, replica
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._num_events = self._num_requests = 0
         self._later: dict[Hashable, deque[TraceRequest]] = {}
-        self._events: list[tuple[float, int, _Kind, _Running]] = []
-        self._num_events = 0
-        self._num_running = 0
-        self._free_servers = scenario.servers
+        """Sessions with a waiting or running request, and the requests that arrived meanwhile."""
+
+    def route(self, asked: Asked, now: float) -> None:
+        """Queue a request on a replica, and start that."""
+        assert self.replica is not None
+        self.replica.queue.append(asked)
+        self.start(self.replica, now)
+
+    def on_begun(self, replica: Replica, seconds: float, now: float) -> None:
+        """Called when a prefill of that many seconds has begun."""
+
+    def on_prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
+        """Called at the first token of a request."""
+
+    def on_finished(self, asked: Asked, replica: Replica, now: float) -> None:
+        """Called at the end of an answer."""
 
     def run(self, requests: Iterable[TraceRequest]) -> None:
+        """Serve all of ``requests``."""
         for request in requests:
-            while self._events and self._events[0][0] <= request.timestamp_s:
-                self._next_event()
+            self._until(request.timestamp_s)
             if request.session in self._later:
                 self._later[request.session].append(request)
                 continue
             self._later[request.session] = deque()
-            self._waiting.append((request, request.timestamp_s))
-            self._start(request.timestamp_s)
-        while self._events:
-            self._next_event()
+            self._ask(request, request.timestamp_s)
+        self._until(math.inf)
 
-    def _start(self, now: float) -> None:
-        while self._waiting and self._free_servers and self._num_running < self._max_running:
-            request, asked_s = self._waiting[0]
-            start = perf_counter()
-            served = self._target.begin(request)
-            if served is None and self._num_running:
-                return  # memory comes back when one of the others finishes
-            self._waiting.popleft()
-            place = self._log.add(request, served, perf_counter() - start)
-            self._log.ttft_s.append(0.0)
-            running = _Running(place, request, asked_s, served)
-            self._num_running += 1
-            self._free_servers -= 1
-            cached = self._log.cached_tokens[place]
-            length = self._log.prompt_tokens[place]
-            spent = self._log.copy_s[place] + self._times.seconds(cached, length)
-            self._push(now + spent, "prefilled", running)
+    def _until(self, time_s: float) -> None:
+        while self._events and self._events[0][0] <= time_s:
+            now, _, change = heapq.heappop(self._events)
+            change(now)
 
-    def _next_turn(self, session: Hashable, now: float) -> None:
+    def push(self, when: float, change: Callable[[float], None]) -> None:
+        """Call ``change`` at that time."""
+        self._num_events += 1
+        heapq.heappush(self._events, (when, self._num_events, change))
+
+    def _ask(self, request: TraceRequest, now: float) -> None:
+        self._num_requests += 1
+        self.route(Asked(self._num_requests, request, now), now)
+
+    def next_turn(self, session: Hashable, now: float) -> None:
+        """Ask the next request of a session whose answer is complete, if it has one."""
         later = self._later[session]
         if later:
             request = later.popleft()
-            self._waiting.append((request, max(request.timestamp_s, now)))
+            self._ask(request, max(request.timestamp_s, now))
         else:
             del self._later[session]
 
-    def _push(self, when: float, kind: _Kind, running: _Running) -> None:
-        self._num_events += 1
-        heapq.heappush(self._events, (when, self._num_events, kind, running))
+    def start(self, replica: Replica, now: float) -> None:
+        """Begin the prefills of a replica for which it has servers and memory."""
+        while replica.can_begin:
+            asked = replica.queue[0]
+            began = perf_counter()
+            served = replica.target.begin(asked.request)
+            self.log.control_s += perf_counter() - began
+            if served is None and (replica.prefilling or replica.decoding):
+                return  # memory comes back when one of these finishes
+            replica.queue.popleft()
+            asked.served, replica.prefilling[asked.number] = served, asked
+            cached = 0 if served is None else served.cached_len * self.log.unit
+            seconds = self.times.seconds(cached, asked.request.num_tokens(self.log.unit))
+            seconds += 0.0 if served is None else served.copy_s
+            self.on_begun(replica, seconds, now)
+            self.push(now + seconds, partial(self._prefilled, asked, replica))
 
-    def _next_event(self) -> None:
-        now, _, kind, running = heapq.heappop(self._events)
-        start = perf_counter()
-        served = running.served
-        if kind == "prefilled":
-            if served is not None:
-                served.prefilled()
-            self._log.ttft_s[running.number] = now - running.asked_s
-            self._free_servers += 1
-            decode_s = len(running.request.output) * self._unit * self._tpot_s
-            self._push(now + decode_s, "finished", running)
-        else:
-            if served is not None:
-                served.finish()
-            self._num_running -= 1
-            self._next_turn(running.request.session, now)
-        self._log.control_s += perf_counter() - start
-        self._start(now)
+    def _prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
+        if not replica.is_up:
+            return
+        began = perf_counter()
+        if asked.served is not None:
+            asked.served.prefilled()
+        self.log.add(asked.request, asked.served, perf_counter() - began)
+        self.log.ttft_s.append(now - asked.asked_s)
+        del replica.prefilling[asked.number]
+        replica.decoding[asked.number] = asked
+        self.on_prefilled(asked, replica, now)
+        decode_s = len(asked.request.output) * self.log.unit * self.tpot_s
+        self.push(now + decode_s, partial(self._finished, asked, replica))
+        self.start(replica, now)
+
+    def _finished(self, asked: Asked, replica: Replica, now: float) -> None:
+        if not replica.is_up:
+            return
+        began = perf_counter()
+        if asked.served is not None:
+            asked.served.finish()
+        self.log.control_s += perf_counter() - began
+        del replica.decoding[asked.number]
+        self.on_finished(asked, replica, now)
+        self.next_turn(asked.request.session, now)
+        self.start(replica, now)
