@@ -37,6 +37,7 @@ from hybridcache.command.parser import did_you_mean
 from hybridcache.geometry.units import counted
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
+from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import classes_notes, orders_classes, text_table
 from hybridcache.lab.scenario import Scenario, load_model, named_policies, source_of
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
@@ -468,7 +469,7 @@ def leaderboard(
     seeds: int | None = None,
     only: str = "",
     resume_from: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> Board:
     """Run ``policies`` and the built-in ones on a split.
 
@@ -481,7 +482,7 @@ def leaderboard(
         seeds, only: the first seeds, and the traces with ``only`` in their names, as in
             ``Split.head``; by default all.
         resume_from: JSON lines of finished jobs, read first and appended to.
-        progress: called with (jobs done, all jobs).
+        progress: function of (jobs done, all), or False for none, as in ``simulate``.
 
     Raises:
         ValueError: a policy or a trace is unknown, or there is no policy.
@@ -499,7 +500,7 @@ def leaderboard(
     if not names:
         raise ValueError("nothing to compare: name a policy, or keep the built-in ones")
     jobs = split.jobs(names)
-    scores = run_grid(
+    scores, failures = run_grid(
         Trace("leaderboard", 1, tuple),
         jobs,
         run_job,
@@ -507,6 +508,8 @@ def leaderboard(
         kept=Kept.of(resume_from, Scores),
         progress=progress,
     )
+    if failures:
+        raise ValueError(next(iter(failures.values())))
     failed = {name: words for one in scores for name, words in one.failures.items()}
     done = [name for name in names if name not in failed]
     if not done:

@@ -160,16 +160,16 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     cells = scenario.cells([size / 1024 for size in (20, 40, 80)])
     path = tmp_path / "runs.jsonl"
     kept = Kept(path, RunResult)
-    alone = run_grid(short(), cells, run_cell)
+    alone, _ = run_grid(short(), cells, run_cell)
     done: list[tuple[int, int]] = []
-    first = run_grid(short(), cells[:4], run_cell, kept=kept)
+    first, _ = run_grid(short(), cells[:4], run_cell, kept=kept)
     path.write_bytes(path.read_bytes() + b'{"key": "torn\xff')
     run = partial(run_grid, short(), cells, run_cell, kept=kept)
     with pytest.warns(UserWarning, match="line 5: damaged or cut"):
-        both = run(processes=2, progress=lambda *at: done.append(at))
+        both, _ = run(processes=2, progress=lambda *at: done.append(at))
     assert list(map(comparable, alone)) == list(map(comparable, both))
-    assert both[:4] == first and done == [(600, 720), (720, 720)]
-    assert run() == both
+    assert both[:4] == first and done == [(5, 6), (6, 6)]
+    assert run() == (both, {})
 
 
 def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:

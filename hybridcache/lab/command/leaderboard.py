@@ -46,22 +46,19 @@ def add_leaderboard(commands: Commands) -> None:
 
 def _leaderboard(options: argparse.Namespace) -> int:
     from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
-    from hybridcache.lab.progress import shown_progress
     from hybridcache.policies.registry import split_specs
 
     named = options.built_in
     built_in = BUILT_IN if named is None else tuple(filter(None, split_specs(named)))
-    with shown_progress(None, "runs") as show:
-        board = leaderboard(
-            options.policies,
-            Split.load(options.split),
-            built_in=built_in,
-            seeds=options.seeds,
-            only=options.only,
-            processes=options.processes,
-            resume_from=options.output,
-            progress=show,
-        )
+    board = leaderboard(
+        options.policies,
+        Split.load(options.split),
+        built_in=built_in,
+        seeds=options.seeds,
+        only=options.only,
+        processes=options.processes,
+        resume_from=options.output,
+    )
     if options.json:
         for row in board.rows():
             print(json.dumps(_finite(asdict(row))))

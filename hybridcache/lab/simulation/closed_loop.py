@@ -25,7 +25,7 @@ from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
-from hybridcache.lab.simulation.grid import Kept, RunFailed, run_cells
+from hybridcache.lab.simulation.grid import Kept, RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of, identify
 from hybridcache.lab.simulation.sizes import sizes, sizes_for
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -503,7 +503,7 @@ def closed_loop(
         for rate in sizes(asked.rate, "rate")
         for seed in seeds_of(asked)
     ]
-    runs, failures = run_cells(
+    runs, failures = run_grid(
         opened, cells, run_closed_loop, processes=processes, kept=kept, progress=progress
     )
     said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())

@@ -68,18 +68,16 @@ def run_grid(
     *,
     processes: int = 1,
     kept: Kept | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    failures: dict[int, str] | None = None,
-) -> list[Result]:
-    """Return ``run(trace, job)`` for each of ``jobs``, in their order.
+    progress: Progress = False,
+) -> tuple[list[Result], dict[int, str]]:
+    """Return ``run(trace, job)`` for each of ``jobs``, in their order, and failures.
 
-    A run with a PolicyError or RunFailed is left out, and ``failures`` gets its sentence under the
-    number of the job. The error is raised if ``failures`` is None, or if all runs failed.
+    A run with a PolicyError or RunFailed is left out; failures have its sentence under the number
+    of the job. The error is raised if all runs failed.
 
     Runs that are in the file ``kept`` under a job's key (``job.key(identity of the trace)``) are
     read from it, and new ones are appended as they finish, one JSON line each.
-    ``progress`` is called with (requests done, requests of all runs), the second 0 while it is
-    unknown; with (runs done, all) if results have no ``num_requests``.
+    ``progress`` is called with (runs done, all).
 
     ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
     be pickled for the process that computes it, or if ``kept`` is not a file of results;
@@ -104,44 +102,26 @@ def run_grid(
     if kept:
         with appended(kept.path):
             pass  # Say now that it cannot be written.
-    progressed = _Progressed(progress, len(results), len(jobs))
-    for number, result in _results(trace, due, run, processes, progressed):
-        if isinstance(result, PolicyError | RunFailed):
-            if failures is None or len(failures) + 1 == len(jobs):
-                raise result
-            failures[number] = str(result)
-            progressed.run_done(progressed.num_requests)
-            continue
-        results[number] = result
-        if kept:
-            head = {"key": keys[number], "kind": kept.kind.__name__, "version": version()}
-            record = head | result.as_record()  # type: ignore[attr-defined]
-            with appended(kept.path) as file:
-                file.write(json.dumps(record).encode() + b"\n")
-        progressed.run_done(getattr(result, "num_requests", 1))
-    return [results[number] for number in sorted(results)]
+    failures: dict[int, str] = {}
+    with shown_progress(progress, "runs", trace.name) as show:
+        for number, result in _results(trace, due, run, processes):
+            if isinstance(result, PolicyError | RunFailed):
+                if len(failures) + 1 == len(jobs):
+                    raise result
+                failures[number] = str(result)
+            else:
+                results[number] = result
+                if kept:
+                    head = {"key": keys[number], "kind": kept.kind.__name__, "version": version()}
+                    record = head | result.as_record()  # type: ignore[attr-defined]
+                    with appended(kept.path) as file:
+                        file.write(json.dumps(record).encode() + b"\n")
+            show(len(results) + len(failures), len(jobs))
+    return [results[number] for number in sorted(results)], dict(sorted(failures.items()))
 
 
 class RunFailed(ValueError):
     """A run that its settings made impossible."""
-
-
-def run_cells(
-    trace: Trace,
-    cells: Sequence[Job],
-    run: Run[Job, Result],
-    *,
-    processes: int,
-    kept: Kept | None,
-    progress: Progress,
-) -> tuple[list[Result], dict[int, str]]:
-    """Run the cells of scenarios. Returns the results of ``run_grid``, and its ``failures``."""
-    failures: dict[int, str] = {}
-    with shown_progress(progress, "requests", trace.name) as show:
-        found = run_grid(
-            trace, cells, run, processes=processes, kept=kept, progress=show, failures=failures
-        )
-    return found, dict(sorted(failures.items()))
 
 
 def identity_of(trace: Trace) -> bytes:
@@ -157,50 +137,6 @@ def identity_of(trace: Trace) -> bytes:
         return identity
     with open(path, "rb") as file:
         return identity + hashlib.file_digest(file, "sha256").digest()
-
-
-TICK = 256
-"""Requests between two calls of ``progress`` within a run."""
-
-
-@dataclass(slots=True)
-class _Progressed:
-    """Progress of a grid in requests, as far as their number is known."""
-
-    show: Callable[[int, int], None] | None
-    num_done: int
-    num_runs: int
-    num_requests: int = 0
-    """Requests of one run; 0 before the first is done."""
-
-    def run_done(self, num_requests: int) -> None:
-        """Count a finished run."""
-        self.num_requests, self.num_done = num_requests, self.num_done + 1
-        self.within(0)
-
-    def within(self, num_requests: int) -> None:
-        """Show the requests of the finished runs, and ``num_requests`` of the present one."""
-        if self.show:
-            done = self.num_done * self.num_requests + num_requests
-            self.show(done, self.num_runs * self.num_requests)
-
-    def watched(self, trace: Trace) -> Trace:
-        """Return ``trace``, which shows the progress of each pass."""
-        return trace if self.show is None else replace(trace, source=_Watched(trace, self.within))
-
-
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """Source that tells how many requests were taken."""
-
-    trace: Trace
-    tick: Callable[[int], None]
-
-    def __call__(self) -> Iterator[TraceRequest]:
-        for number, request in enumerate(self.trace):
-            if number % TICK == TICK - 1:
-                self.tick(number)
-            yield request
 
 
 def pickled(name: str, value: object) -> bytes:
@@ -273,18 +209,13 @@ def _results(
     due: Sequence[tuple[int, Job]],
     run: Run[Job, Result],
     processes: int,
-    progressed: _Progressed,
 ) -> Iterator[tuple[int, Result]]:
-    if processes == 1 or len(due) <= 1:
-        if due:
-            trace = _in_memory(trace)
-            if isinstance(trace.source, Held):
-                progressed.num_requests = len(trace.source.requests)
-            trace = progressed.watched(trace)
-        for number, job in due:
-            yield number, _tried(run, trace, job)
-    else:
+    if processes > 1 and len(due) > 1:
         yield from _in_processes(trace, due, run, processes)
+        return
+    trace = _in_memory(trace) if due else trace
+    for number, job in due:
+        yield number, _tried(run, trace, job)
 
 
 def _in_processes(

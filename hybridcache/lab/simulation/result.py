@@ -195,11 +195,6 @@ class RunResult:
         return self.config.gib
 
     @property
-    def num_requests(self) -> int:
-        """Number of requests, as in closed loop."""
-        return self.requests
-
-    @property
     def token_hit_rate(self) -> float:
         """Reused share of the prompt tokens, 0 to 1."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0

@@ -34,7 +34,7 @@ from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
-from hybridcache.lab.simulation.grid import Kept, check_flags, run_cells
+from hybridcache.lab.simulation.grid import Kept, check_flags, run_grid
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import budget_bytes, has_shares, sizes_for, working_set_bytes
@@ -173,8 +173,8 @@ def simulate(
     - ``optimum``: also compute a plan with hindsight at each size, for the device's memory alone.
     - ``processes``: runs at the same time; changes no result.
     - ``resume_from``: file of JSON lines; its runs are read, new ones are appended.
-    - ``progress``: function of (requests done, requests of all runs); False for none. By default a
-      bar in terminals and notebooks.
+    - ``progress``: function of (runs done, all); False for none. By default a bar in terminals and
+      notebooks.
 
     Policies may be names, ``module:Class(alpha=2)``, classes, functions that make a policy, or
     policies. O(requests) per run. Raises ValueError or OSError, each with one sentence, for invalid
@@ -204,9 +204,7 @@ def simulate(
         for size, found in yardsticks.items():
             found["optimum_tokens"] = int(_plan(opened, asked, size).cached_tokens.sum())
     run = partial(run_cell, yardsticks=yardsticks)
-    runs, failures = run_cells(
-        opened, cells, run, processes=processes, kept=kept, progress=progress
-    )
+    runs, failures = run_grid(opened, cells, run, processes=processes, kept=kept, progress=progress)
     # Runs in a file may have been computed without them.
     runs = [replace(one, **yardsticks[one.gib]) for one in runs]
     return SimulationResult(
