@@ -8,25 +8,13 @@ seed, and a line per closed loop and seed.
 
 from __future__ import annotations
 
-import sys
-
-from tqdm import tqdm
-
 from experiments.studies.common import command_line, keep
-from hybridcache.lab.leaderboard import Split, leaderboard
+from hybridcache.lab.leaderboard import leaderboard
 
 
 def main() -> None:
     options = command_line(__doc__).parse_args()
-    split = Split.load().head(options.seeds)
-    pause_s = 0.1 if sys.stderr.isatty() else 30
-    with tqdm(total=len(split.jobs(())), unit=" runs", mininterval=pause_s) as bar:
-        board = leaderboard(
-            (),
-            split,
-            processes=options.processes,
-            progress=lambda done, _: bar.update(done - bar.n) and None,
-        )
+    board = leaderboard(seeds=options.seeds, processes=options.processes)
     keep("leaderboard", [record | {"reference": board.reference} for record in board.records()])
     print(board.table())
 

@@ -75,9 +75,15 @@ def _fixed(value: Any) -> Any:
 
 def _is_positive(number: object) -> bool:
     """Return True for a finite number above 0."""
-    if not isinstance(number, int | float) or isinstance(number, bool):
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return is_number and 0 < number < math.inf  # type: ignore[operator]
+
+
+def _differ(values: object, is_valid: Callable[[Any], bool]) -> bool:
+    """Return True for a list of different values that are all valid, at least one."""
+    if not isinstance(values, list | tuple) or not all(map(is_valid, values)):
         return False
-    return 0 < number < math.inf
+    return 0 < len(set(values)) == len(values)  # Intervals over a repeated seed are too narrow.
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,40 +101,35 @@ class Split:
     def __post_init__(self) -> None:
         """Raise ValueError for values of a wrong type, for no seed, trace or size, for a repeated
         seed or size, and for a trace with a seed of its own."""
-        if not isinstance(self.model, str):
-            raise ValueError(f"model must be a name (got {self.model!r})")
+
+        def check(name: str, value: object, is_valid: bool, expected: str) -> None:
+            if not is_valid:
+                raise ValueError(f"{name} must be {expected} (got {value!r})")
+
+        def is_seed(seed: object) -> bool:
+            return isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
+
+        def is_cell(cell: Any) -> bool:
+            return isinstance(cell, tuple) and len(cell) == 2 and all(map(_is_positive, cell))
+
+        check("model", self.model, isinstance(self.model, str), "a name")
+        check("seeds", self.seeds, _differ(self.seeds, is_seed), "different whole numbers")
         for name, table in (("gib", self.gib), ("closed-loop", self.closed_loop)):
-            if not isinstance(table, Mapping):
-                raise ValueError(f"{name} must be a table of lists by trace (got {table!r})")
-            for trace, values in table.items():
-                if not isinstance(values, list | tuple):
-                    raise ValueError(f"{name} of {trace} must be a list (got {values!r})")
-        for trace, values in self.gib.items():
+            check(name, table, isinstance(table, Mapping), "a table of lists by trace")
+        check("gib", self.gib, bool(self.gib), "a table of at least one trace")
+        for trace, sizes in self.gib.items():
+            is_valid = _differ(sizes, _is_positive)
+            check(f"sizes of {trace}", sizes, is_valid, "different GiB above 0")
             if re.search(r"[?&]seed=", trace):
                 raise ValueError(f"{trace}: the seed of a trace is one of seeds: leave it out")
-            if not all(map(_is_positive, values)):
-                raise ValueError(f"sizes of {trace} must be GiB above 0 (got {values!r})")
-        if not isinstance(self.seeds, list | tuple) or not all(
-            isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
-            for seed in self.seeds
-        ):
-            raise ValueError(f"seeds must be a list of whole numbers (got {self.seeds!r})")
-        lists = {"seeds": self.seeds} | {f"sizes of {trace}": of for trace, of in self.gib.items()}
-        loops = {f"closed loops of {trace}": of for trace, of in self.closed_loop.items()}
-        if not self.gib:
-            raise ValueError("the table gib must have at least one trace")
-        for trace in self.closed_loop.keys() - self.gib:
-            raise ValueError(f"{trace!r} has closed loops and no sizes in the table gib")
-        for name, cells in loops.items():
-            if not all(
-                isinstance(cell, tuple) and len(cell) == 2 and all(map(_is_positive, cell))
-                for cell in cells
-            ):
-                raise ValueError(f"{name} must be pairs of GiB and sessions per second, above 0")
-        for name, values in (lists | loops).items():
-            if not values or len(set(values)) < len(values):
-                # Intervals over a repeated seed would be too narrow.
-                raise ValueError(f"{name} must be different, at least one (got {values})")
+        for trace, cells in self.closed_loop.items():
+            pairs = "different pairs of GiB and sessions per second, for a trace of the table gib"
+            check(
+                f"closed loops of {trace}",
+                cells,
+                trace in self.gib and _differ(cells, is_cell),
+                pairs,
+            )
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Split:
