@@ -428,7 +428,6 @@ RESULTS = {
     "hybridcache.lab.simulation.result": ("RunResult", "SessionResult", "ClosedLoopRun"),
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
     "hybridcache.lab.optimum": ("Optimum",),
-    "hybridcache.lab.figures": ("Plot",),
     "hybridcache.lab.leaderboard": ("leaderboard", "Split", "Board"),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }

@@ -13,7 +13,7 @@ Three workloads replay sessions of published traces. Their files are looked up i
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -28,13 +28,35 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import paired, ratio
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import run_closed_loop
-from hybridcache.lab.simulation.step_times import LinearSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 
 SPLITS_FILE = ROOT / "experiments" / "splits.toml"
 SPLITS = tomllib.loads(SPLITS_FILE.read_text(encoding="utf-8"))["admission"]
 VOCABULARY = 50_000
 UNLIMITED = ("oldest", "cached-first", "sessions")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSteps:
+    """Step times that are linear in the number of tokens."""
+
+    step_s: float = 0.006
+    prefill_token_s: float = 1 / 8000
+    decode_token_s: float = 0.0004
+
+    def describe(self) -> str:
+        """Describe the three coefficients in one line."""
+        return (
+            f"{1e3 * self.step_s:g} ms a step, {1e3 * self.prefill_token_s:g} ms a prompt token, "
+            f"{1e3 * self.decode_token_s:g} ms a decoded one"
+        )
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``."""
+        num_tokens = sum(end - start for start, end in prefills)
+        return self.step_s + num_tokens * self.prefill_token_s + num_decodes * self.decode_token_s
 
 
 @dataclass(frozen=True, slots=True)

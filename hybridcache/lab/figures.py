@@ -1,14 +1,10 @@
-"""Figures of results, and plots on a user's own axes.
-
-Figures have a panel per trace, one legend below and notes. matplotlib is imported when one is
-drawn.
-"""
+"""Figures of results: a panel per trace, one legend below, and notes. matplotlib is imported when
+one is drawn."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -24,12 +20,10 @@ from hybridcache.lab.report import (
     hindsight_percent,
     interval_notes,
     notes_on,
-    size_label,
 )
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from hybridcache.lab.optimum import Optimum
@@ -78,96 +72,6 @@ def _with_fonts(draw: Draw) -> Draw:
     return cast(Draw, drawn)
 
 
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """Plots of one result on the axes of a matplotlib figure of your own. Colours, fonts and grids
-    are those of your style. Without ``ax`` a new figure is made. The axes are returned. With
-    ``layout="constrained"`` the legend is below the axes, otherwise inside."""
-
-    result: SweepRuns
-    """Result to plot."""
-
-    def capacity(
-        self,
-        ax: Axes | None = None,
-        metric: str = "hit",
-        *,
-        limits: bool = True,
-    ) -> Axes:
-        """Plot a metric over the memory size, a line per competitor. Token hit rates have bars of
-        their 95 % intervals.
-
-        ``limits`` adds the infinite cache and the best plan, if the result has them and the metric
-        is the token hit rate.
-        """
-        ax = _axes(ax)
-        found = find_metric(metric)
-        draw_curves(ax, self.result, found)
-        if limits and metric == "hit":
-            draw_limits(ax, self.result)
-        size_axis(ax, sizes=_sizes([self.result]))
-        ax.set_ylabel(found.title)
-        _legend_below(ax)
-        return ax
-
-    def losses(
-        self,
-        ax: Axes | None = None,
-        gib: float | None = None,
-    ) -> Axes:
-        """Plot reused and lost prompt tokens by cause, a bar per competitor.
-
-        ``gib`` is a simulated size (the middle one if None). ValueError if no run has causes, and
-        for a size that was not simulated.
-        """
-        if gib is not None:
-            self.result.best(gib)
-        ax = _axes(ax)
-        shown = {
-            label: run
-            for label, runs in self.result.by_label().items()
-            if (run := _nearest(runs, gib)).losses is not None
-        }
-        if not shown:
-            raise ValueError(NO_CAUSES)
-        parts = {"reused": [run.cached_tokens for run in shown.values()]}
-        for number, cause in enumerate(Losses._fields):
-            parts[_words(cause)] = [(run.losses or ())[number] for run in shown.values()]
-        totals = [run.prompt_tokens for run in shown.values()]
-        left = [0.0] * len(shown)
-        for name, tokens in parts.items():
-            widths = [100 * part / total for part, total in zip(tokens, totals, strict=True)]
-            if max(widths) > 0.05:
-                ax.barh(list(shown), widths, left=left, label=name)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-        ax.invert_yaxis()
-        ax.set_xlim(0, 100)
-        ax.set_xlabel("prompt tokens, %")
-        size = size_label(next(iter(shown.values())))
-        ax.set_title(f"{self.result.trace}, {size} GiB")
-        _legend_below(ax)
-        return ax
-
-
-def _legend_below(ax: Any) -> None:
-    """Draw the legend below the label of the x axis. A figure without a layout would cut it off:
-    there it is inside."""
-    if ax.figure.get_layout_engine() is None:
-        ax.legend(framealpha=0.6)
-    else:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
-
-
-def _axes(ax: Axes | None) -> Any:
-    """Return ``ax``, or the axes of a new figure."""
-    if ax is not None:
-        return ax
-    _matplotlib()
-    from matplotlib import pyplot
-
-    return pyplot.subplots(layout="constrained")[1]
-
-
 def _words(cause: str) -> str:
     return cause.replace("kv_", "KV ").replace("_", " ")
 
@@ -194,7 +98,7 @@ def sweep_figure(
     for number, result in enumerate(results):
         for word, axis in zip(words, axes[number * len(words) :], strict=False):
             metric = find_metric(word)
-            draw_curves(axis, result, metric, COLOURS)
+            draw_curves(axis, result, metric)
             if word == "hit":
                 draw_limits(axis, result)
             size_axis(axis, sizes=_sizes([result]))
@@ -235,12 +139,6 @@ def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
         for note in found
     )
     return [f"{note[:1].upper()}{note[1:]}." for note in plain]
-
-
-def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
-    if gib is None:
-        return sorted(runs, key=lambda run: run.gib)[len(runs) // 2]
-    return min(runs, key=lambda run: abs((run.gib) - gib))
 
 
 LOSSES = dict(
@@ -301,16 +199,16 @@ def dashes(place: int) -> Any:
 
 
 def line_look(place: int, count: int) -> dict[str, Any]:
-    """Return marker, dashes and widths for line ``place`` of ``count``.
+    """Return colour, marker, dashes and widths for line ``place`` of ``count``.
 
     Earlier lines are wider, later ones dashed and on top, and markers are hollow: where lines
     coincide, all of them are visible.
     """
     behind = (count - 1 - place) / max(1, count - 1)
-    scale = _matplotlib().rcParams["lines.linewidth"] / 1.5
     return {
+        "color": COLOURS[place % len(COLOURS)],
         "linestyle": dashes(place),
-        "linewidth": scale * (1.2 + 1.3 * behind),
+        "linewidth": 1.2 + 1.3 * behind,
         "marker": _MARKERS[place % len(_MARKERS)],
         "markersize": 4 + 2 * behind,
         "markerfacecolor": "none",
@@ -318,41 +216,30 @@ def line_look(place: int, count: int) -> dict[str, Any]:
     }
 
 
-def draw_curves(
-    axis: Any,
-    result: SweepRuns,
-    metric: Metric,
-    colours: Sequence[str] = (),
-) -> None:
+def draw_curves(axis: Any, result: SweepRuns, metric: Metric) -> None:
     """Draw a metric over the sizes, a line per competitor with a marker at each simulated size.
-    Token hit rates have bars of their 95 % intervals. Without ``colours`` those of the axes are
-    used."""
+    Token hit rates have bars of their 95 % intervals."""
     by_label = result.by_label()
     for number, (label, runs) in enumerate(by_label.items()):
         values = {run.gib: metric.value(run) for run in runs}
         kept = {gib: value for gib, value in values.items() if value is not None}
         look = line_look(number, len(by_label))
-        if colours:
-            look["color"] = colours[number % len(colours)]
-        [line] = axis.plot(list(kept), list(kept.values()), label=label, **look)
+        axis.plot(list(kept), list(kept.values()), label=label, **look)
         if metric is METRICS["hit"]:
             lows, highs = zip(*(run.interval.scaled(100)[1:] for run in runs), strict=True)
             wide, place = 3 * look["linewidth"], look["zorder"]  # Bars of later lines lie on these.
             bars = {"linewidth": wide, "alpha": 0.35, "zorder": place - 1}
-            axis.vlines(list(values), lows, highs, line.get_color(), **bars)
+            axis.vlines(list(values), lows, highs, look["color"], **bars)
 
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:
     """Draw the limits of token hit rates: the best plan with hindsight and the infinite cache."""
     plans = sorted({(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens})
-    colour = axis.spines["bottom"].get_edgecolor()
     if plans:
-        axis.plot(
-            *zip(*plans, strict=True), ".-", color=colour, linewidth=1.0, markersize=4, label=PLAN
-        )
+        axis.plot(*zip(*plans, strict=True), "k.-", linewidth=1.0, markersize=4, label=PLAN)
     if result.bound_rate is not None:
         bound = 100 * result.bound_rate
-        axis.axhline(bound, color=colour, linewidth=0.8, linestyle=":", label="infinite cache")
+        axis.axhline(bound, color="black", linewidth=0.8, linestyle=":", label="infinite cache")
 
 
 def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:

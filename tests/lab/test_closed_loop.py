@@ -17,6 +17,7 @@ import pytest
 from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
+from experiments.studies.admission import LinearSteps
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
@@ -27,7 +28,6 @@ from hybridcache.lab.simulation.closed_loop import (
     run_closed_loop,
     simulate_closed_loop,
 )
-from hybridcache.lab.simulation.step_times import LinearSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.registry import parse_placement

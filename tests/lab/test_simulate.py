@@ -541,37 +541,20 @@ def test_intervals_of_rates_are_printed_in_percent(small: SimulationResult) -> N
 # --- Plots --------------------------------------------------------------------------------------
 
 
-def test_plots_use_the_axes_and_the_style_of_the_user(small: SimulationResult) -> None:
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    from cycler import cycler
-
-    own = {"axes.prop_cycle": cycler(color=["#112233", "#445566", "#778899"])}
-    with pyplot.rc_context(own | {"axes.edgecolor": "#ffffff", "lines.linewidth": 3}):
-        _, (left, right) = pyplot.subplots(1, 2)
-        assert small.plot.capacity(left) is left and len(left.collections) == 3
-        assert small.plot.losses(right, gib=2) is right
-    lines = {line.get_color(): line for line in left.get_lines() if line.get_marker() != "None"}
-    assert [*lines] == ["#112233", "#445566", "#778899"], "the user's colours must be used"
-    assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 3
-    widths = [line.get_linewidth() for line in lines.values()]
-    assert min(widths) == pytest.approx(2.4) and max(widths) == pytest.approx(5)
-    [bound] = [line for line in left.get_lines() if line.get_label() == "infinite cache"]
-    assert bound.get_color() == (1, 1, 1, 1), "black is invisible in a dark style"
+def test_figures_draw_every_run(small: SimulationResult) -> None:
+    pytest.importorskip("matplotlib")
+    [axis] = small.figure().axes
+    assert len(axis.collections) == 3, "each line has bars of its intervals"
+    lines = [line for line in axis.get_lines() if line.get_marker() != "None"]
+    widths = [line.get_linewidth() for line in lines]
     assert widths == sorted(widths, reverse=True), "a line must not hide the lines under it"
-    for line, runs in zip(lines.values(), small.by_label().values(), strict=True):
+    for line, runs in zip(lines, small.by_label().values(), strict=True):
         assert list(line.get_xdata()) == [1, 2], "each simulated size needs a marker"
         assert list(line.get_ydata()) == [100 * run.token_hit_rate for run in runs]
-    bars = {bar.get_label(): [part.get_width() for part in bar] for bar in right.containers}
-    ours = [run for run in small.runs if run.losses is not None and run.gib == 2]
-    assert bars["reused"] == [pytest.approx(100 * run.token_hit_rate) for run in ours]
-    assert np.sum([*bars.values()], axis=0) == pytest.approx([100] * len(ours), abs=0.2)
     baselines = replace(small, runs=tuple(run for run in small.runs if run.config.baseline))
     with pytest.raises(ValueError, match="rebuilt peers do not record them"):
-        baselines.plot.losses(right)
-    before = pyplot.get_fignums()
-    assert small.plot.capacity(metric="ttft-p50").get_ylabel() == "TTFT P50, ms"
-    assert len(pyplot.get_fignums()) == len(before) + 1
-    pyplot.close("all")
+        baselines.losses_figure()
+    assert small.figure(metric="ttft-p50").axes[0].get_ylabel() == "TTFT P50, ms"
     planned = simulate("short?head=40", gib=(1, 2), policy="lru", optimum=True)
     assert len(planned.figure(metric="hit").axes) == 1
     assert len(planned.figure().axes) == 2
@@ -608,7 +591,6 @@ def test_thirty_curves_differ_and_every_axis_has_a_label(small: SimulationResult
     for figure in (
         replace(small, runs=tuple(many)).figure(),
         small.losses_figure(),
-        small.plot.losses().figure,
         closed_loop("short?head=9", gib=1, rate=(1, 2)).figure(),
         optimum("short?head=9", gib=(1, 2)).figure(),
     ):

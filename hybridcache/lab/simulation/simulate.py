@@ -44,8 +44,6 @@ from hybridcache.lab.trace import Trace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hybridcache.lab.figures import Plot
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class SimulationResult(SweepRuns):
@@ -86,14 +84,6 @@ class SimulationResult(SweepRuns):
         from hybridcache.lab.report import verdict
 
         return verdict(self)
-
-    @property
-    def plot(self) -> Plot:
-        """Plots on your own matplotlib axes, in your own style: ``plot.capacity(ax=None)`` and
-        ``plot.losses(ax=None)``."""
-        from hybridcache.lab.figures import Plot
-
-        return Plot(self)
 
     def figure(
         self,

@@ -43,23 +43,14 @@ def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float
         found = _points(spec.replace("%", "") if name == "gib" and isinstance(spec, str) else spec)
     except (ValueError, TypeError):
         found = ()
-    if len(found) > MOST_POINTS:
-        raise ValueError(f"{name} {shown(spec)}: they are more than {MOST_POINTS}")
-    wrong = next((one for one in found if not 0 < one < TOO_LARGE_GIB), None)
-    if not found or wrong is not None:
-        which = "" if wrong is None or len(found) == 1 else f" ({wrong:g} is not)"
-        if isinstance(spec, str) and re.search(r"\d\s*[kmgt]i?b?\b", spec, re.IGNORECASE):
-            which += " (without a unit)"
-        if isinstance(spec, str) and (points := re.fullmatch(r"[^:]*:[^:]*:\s*(-?\d+)\s*", spec)):
-            which += f" ({points[1]} points)" * (int(points[1]) < 1)
+    if not 0 < len(found) <= MOST_POINTS or not all(0 < one < TOO_LARGE_GIB for one in found):
         unit, others = FORMS[name]
         raise ValueError(
-            f"{name} {shown(spec)}: {unit} above 0, below {TOO_LARGE_GIB:.2g} are needed{which}, "
-            f"as low:high:points (low first), as a,b,c{others}"
+            f"{name} {shown(spec)}: {unit} above 0, below {TOO_LARGE_GIB:.2g}, at most "
+            f"{MOST_POINTS} are needed, as low:high:points (low first), as a,b,c{others}"
         )
     if len(set(found)) < len(found):
-        twice = next(one for one in found if found.count(one) > 1)
-        raise ValueError(f"{name} {shown(spec)}: {twice:g} is given twice: give each once")
+        raise ValueError(f"{name} {shown(spec)}: one is given twice: give each once")
     return found
 
 

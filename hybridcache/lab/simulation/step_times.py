@@ -1,4 +1,4 @@
-"""Times of an engine's steps: linear in the tokens, from a roofline, or from a measured table."""
+"""Times of an engine's steps: from a roofline, or from a measured table."""
 
 from __future__ import annotations
 
@@ -23,29 +23,6 @@ class StepTimes(Protocol):
             context: Total length of these requests, including the new tokens.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class LinearSteps:
-    """Step times that are linear in the number of tokens."""
-
-    step_s: float = 0.006
-    prefill_token_s: float = 1 / 8000
-    decode_token_s: float = 0.0004
-
-    def describe(self) -> str:
-        """Describe the three coefficients in one line."""
-        return (
-            f"{1e3 * self.step_s:g} ms a step, {1e3 * self.prefill_token_s:g} ms a prompt token, "
-            f"{1e3 * self.decode_token_s:g} ms a decoded one"
-        )
-
-    def step_seconds(
-        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
-    ) -> float:
-        """See ``StepTimes``."""
-        num_tokens = sum(end - start for start, end in prefills)
-        return self.step_s + num_tokens * self.prefill_token_s + num_decodes * self.decode_token_s
 
 
 @dataclass(frozen=True, slots=True)
