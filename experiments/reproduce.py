@@ -249,6 +249,8 @@ def compare(parts: Sequence[Part], folder: Path) -> int:
         if part.missing:
             print(f"{part.name}: skipped, {part.missing}")
             continue
+        for name in part.outputs:
+            (folder / name).unlink(missing_ok=True)  # Of an earlier comparison.
         code = part.run(HYBRIDCACHE_RESULTS=str(folder.resolve()))
         lines = differences(part, folder) if not code else [f"exit code {code}"]
         print(f"{part.name}: {'equal results' if not lines else ''}")
@@ -263,8 +265,11 @@ def differences(part: Part, folder: Path, most: int = 20) -> list[str]:
     for name in part.outputs:
         if not name.endswith(".jsonl"):
             continue
-        ours, theirs = (provenance.read_json_lines(path)[1]
-                        for path in (output_path(name), folder / name))  # fmt: skip
+        paths = output_path(name), folder / name
+        if absent := [str(path) for path in paths if not path.exists()]:
+            lines.append(f"{name}: {' and '.join(absent)} not found")
+            continue
+        ours, theirs = (provenance.read_json_lines(path)[1] for path in paths)
         if len(ours) != len(theirs):
             lines.append(f"{name}: {len(ours)} records, now {len(theirs)}")
         for number, (old, new) in enumerate(zip(ours, theirs, strict=False), 1):
@@ -370,19 +375,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.page:
         write_page()
         return 0
-    if options.compare:
-        return compare(parts, ROOT / "out" / "compare")
-    if missing := missing_traces():
+    if not options.compare and (missing := missing_traces()):
         print(
             "reproduce: studies leave out the published traces that data/ does not hold: "
             f"{', '.join(missing)}",
             file=sys.stderr,
         )
     try:
+        if options.compare:
+            return compare(parts, ROOT / "out" / "compare")
         return run(parts, options.again)
     except ValueError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("reproduce: stopped; the results of finished parts are kept.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

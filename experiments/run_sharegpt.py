@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import published, rounded
+from experiments.studies.common import positive, published, rounded
 from hybridcache import Trace, TraceRequest, open_trace, simulate
 from hybridcache.api import Losses
 from hybridcache.geometry.units import format_seconds
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", default=GENERATED, help="a trace: ShareGPT's JSON, its lengths (sharegpt-counts),"
         " sharegpt for the installed package, or a generator (default: %(default)s)")  # fmt: skip
-    add("--requests", type=int, default=60, help="first requests only (default: %(default)s)")
+    add("--requests", type=positive, default=60, help="first requests only (default: %(default)s)")
     add("--simulate", action="store_true", help="run the caches without a model")
     add("--caches", nargs="+", choices=CACHES, default=CACHES)
     add("--gib", default="0.01,0.03", help="sizes, as in simulate (default: %(default)s)")

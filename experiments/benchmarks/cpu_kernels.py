@@ -24,7 +24,7 @@ from tqdm import tqdm
 from experiments import provenance
 from experiments.benchmarks.timing import Call, medians
 from experiments.provenance import write_json_lines
-from experiments.studies.common import show
+from experiments.studies.common import positive, show
 from kernels.linear import native as linear
 from kernels.linear import prepacked, reference
 from kernels.native import has, kernel_choices
@@ -173,8 +173,8 @@ def draw(num_tokens: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
+    parser.add_argument("--turns", type=positive, default=TURNS)
     args = parser.parse_args()
     with torch.inference_mode():
         found = list(tqdm(speeds(args.threads, args.turns), desc="layers", disable=None))

@@ -35,7 +35,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch, Segment
 from experiments.benchmarks import llama_cpp as rival
 from experiments.benchmarks.timing import Call, alternate, ratio_spread
-from experiments.studies.common import keep, show
+from experiments.studies.common import keep, positive, show
 
 NUM_SLOTS = 9
 """Number of state slots that are used, from the first on."""
@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=GEOMETRIES, default=list(GEOMETRIES))
     parser.add_argument("--dtypes", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     args = parser.parse_args()
     modules = rival.load()
     if modules is None:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from engine import Engine, EngineConfig, SamplingParams
 from engine.interfaces import StepReport
 from experiments.provenance import provenance
+from experiments.studies.common import positive
 
 STARTS = (0, 512, 1024, 2048, 8192)
 LENGTHS = (64, 128, 256, 512, 1024, 4096)
@@ -148,8 +149,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", help="model directory (default: the built-in model)")
     parser.add_argument("--device")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--longest", type=int, default=4096, help="longest prompt, in tokens")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--longest", type=positive, default=4096, help="longest prompt, in tokens")
     options = parser.parse_args()
     budget = max(options.longest, 64)
     config = EngineConfig(model=options.model, device=options.device, token_budget=budget)

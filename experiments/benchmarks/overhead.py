@@ -27,7 +27,7 @@ from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.sockets import Sockets
-from experiments.studies.common import keep, show
+from experiments.studies.common import keep, positive, show
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
 from hybridcache.policies.admission.session_gate import SessionGate
@@ -177,7 +177,7 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--waiting", type=int, default=0, help="only order this many requests")
+    parser.add_argument("--waiting", type=positive, default=0, help="only order this many requests")
     arguments = parser.parse_args()
     if arguments.waiting:
         name = "ordering"

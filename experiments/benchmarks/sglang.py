@@ -34,7 +34,7 @@ from tqdm import tqdm
 from experiments.benchmarks.tree_work import Work, Workload
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.sglang.cpu import VERSION, stand_in
-from experiments.studies.common import show
+from experiments.studies.common import positive, show
 
 stand_in()
 
@@ -204,7 +204,7 @@ def _times(replays: list[Replay]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=3, help="replays per cache")
+    parser.add_argument("--runs", type=positive, default=3, help="replays per cache")
     options = parser.parse_args()
     torch.set_num_threads(1)
     records = []

@@ -35,6 +35,7 @@ from engine.text.tokenizer import ByteTokenizer
 from experiments import texts
 from experiments.benchmarks.timing import alternate, ratio_spread
 from experiments.provenance import RESULTS, write_json_lines
+from experiments.studies.common import positive
 
 DRAFTS = ("none", "tree", "mtp", "tree,mtp")
 STREAMS = (1, 8)
@@ -171,7 +172,7 @@ def make_engine(draft: str) -> Engine:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
+    parser.add_argument("--threads", type=positive, default=2, help="threads of PyTorch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     engines = {draft: make_engine(draft) for draft in DRAFTS}

@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.benchmarks.tree_work import VERBS, Work, Workload, fill, new_cache, replay
-from experiments.studies.common import keep
+from experiments.studies.common import keep, positive
 from hybridcache import HybridRadixCache
 
 
@@ -185,7 +185,7 @@ def memory() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="replays per workload")
+    parser.add_argument("--runs", type=positive, default=5, help="replays per workload")
     runs = parser.parse_args().runs
     with tqdm(total=11 * runs) as bar:
         short, long = Workload(64, 2000, 5), Workload(64, 20, 200)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -16,7 +16,7 @@ from experiments import provenance
 from experiments.provenance import ROOT, write_json_lines
 from hybridcache import ModelGeometry, Trace, open_trace, simulate
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.grid import collect_seldom
+from hybridcache.lab.simulation.grid import prepare_worker
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
@@ -134,11 +134,18 @@ def command_line(description: str | None, *traces: str, seeds: int = 10) -> argp
     """Return the flags of a study: number of seeds and of processes, and names of traces if it has
     ``traces``."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seeds", type=positive, default=seeds, help="number of seeds")
+    parser.add_argument("--processes", type=positive, default=2)
     if traces:
         parser.add_argument("--traces", nargs="+", choices=WORKLOADS, default=traces)
     return parser
+
+
+def positive(text: str) -> int:
+    """Return the value of a flag that is a number from 1 on."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"it must be at least 1 (got {number})")
+    return number
 
 
 def cells_of(options: argparse.Namespace) -> list[tuple[str, int]]:
@@ -161,7 +168,7 @@ def measured(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) ->
     if processes == 1:
         return list(map(work, tqdm(jobs, disable=None)))
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=collect_seldom) as pool:
+    with ProcessPoolExecutor(processes, spawn, initializer=prepare_worker) as pool:
         return list(tqdm(pool.map(work, jobs), total=len(jobs), disable=None))
 
 
@@ -196,8 +203,10 @@ def rounded(value: Any) -> Any:
     return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
-def keep(name: str, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a study's records."""
+def keep(name: str, records: Records) -> None:
+    """Write a study's records. Ends the process without any: earlier results are better."""
+    if not records:
+        raise SystemExit(f"{name} is not written: no trace is in {' or '.join(map(str, DATA))}.")
     write_json_lines(provenance.RESULTS / f"{name}.jsonl", records)
 
 

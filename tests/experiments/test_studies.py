@@ -21,14 +21,11 @@ from hybridcache.lab.traces import recognise
 from tests.engine.server.conftest import oracle_engine
 from tests.lab.test_bad_traces import GOOD, written
 
-STUDIES = ("capacity", "grid", "arena")
-
 
 @pytest.mark.full("capacity")
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", ["capacity", "grid", "arena"])
 def test_study_writes_records(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
-    monkeypatch.setattr(provenance, "FIGURES", tmp_path)
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
     monkeypatch.setattr(sys, "argv", [study, "--traces", "short", "--seeds", "5"])
     sys.argv += ["--processes", "1"]
@@ -49,6 +46,16 @@ def test_study_writes_records(study: str, monkeypatch: pytest.MonkeyPatch, tmp_p
             *map(ours.get, ("low", "high", "gain")), strict=True
         ):
             assert 0 <= low <= high <= 1 and least <= gain <= most
+
+
+def test_study_without_records_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    monkeypatch.setattr(lab, "DATA", (tmp_path,))
+    for flags in ("--seeds 0", "--seeds -1", "--processes 0", "--traces mooncake"):
+        monkeypatch.setattr(sys, "argv", ["arena", *flags.split()])
+        with pytest.raises(SystemExit):
+            importlib.import_module("experiments.studies.arena").main()
+    assert not [*tmp_path.iterdir()]
 
 
 FORMATS = {
@@ -80,13 +87,8 @@ def test_named_trace_is_read_by_a_reader_or_generator(
 
 def test_code_of_a_study_is_the_package_and_its_imports() -> None:
     code = provenance.simulation_code("experiments.studies.admission")
-    own = {"admission.py", "common.py"}
-    assert {*code} == {
-        "hybridcache",
-        "experiments/provenance.py",
-        "experiments/splits.toml",
-        *(f"experiments/studies/{name}" for name in own),
-    }
+    own = ("provenance.py", "splits.toml", "studies/admission.py", "studies/common.py")
+    assert {*code} == {"hybridcache", *(f"experiments/{name}" for name in own)}
 
 
 def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:

@@ -300,10 +300,15 @@ _task: tuple[Trace, Run[Any, Any]] | None = None
 
 def _start_worker(task: Path) -> None:
     global _task
+    prepare_worker()
+    _task = pickle.loads(task.read_bytes())
+
+
+def prepare_worker() -> None:
+    """Prepare a process of a pool, which only simulates, and let it end with its parent."""
     # A killed parent cannot end its workers: this thread does.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     collect_seldom()
-    _task = pickle.loads(task.read_bytes())
 
 
 def _end_with_parent() -> None:
