@@ -51,7 +51,6 @@ NumScores = Annotated[int, Meta(ge=0, le=20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 """Values of ``reasoning_effort`` in OpenAI's API."""
 Verbosity = Literal["low", "medium", "high"]
-ServiceTier = Literal["auto", "default", "flex", "scale", "priority"]
 SEEDS = {"minimum": -(2**63), "maximum": 2**64 - 1}
 ALL = (-1, 0)
 """Values of ``top_k`` that clients send for "all tokens"."""
@@ -144,10 +143,10 @@ class OpenAIBody(Body, kw_only=True):
     # These change no answer.
     prompt_cache_options: CacheOptions | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_retention: str | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    service_tier: ServiceTier | None = None
+    service_tier: str | None = None
 
     def __post_init__(self) -> None:
         if self.stream_options is not None and not self.stream:

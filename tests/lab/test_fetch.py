@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,6 +73,9 @@ def test_trace_is_fetched_once_and_opened_by_name(
     assert Handler.num_requests == 1
     first, second = open_trace(f"published:{NAME}")
     assert first.num_tokens(512) == 700 and first.tokens[0] == second.tokens[0]
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # There is no home directory.
+    assert main(["trace", "fetch", NAME]) == 2 and "set XDG_CACHE_HOME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,6 @@ def test_trace_is_fetched_once_and_opened_by_name(
     [
         ("none", "", "404"),
         ("http://127.0.0.1:9/t.jsonl", "", "refused"),
-        ("half", "", "ended after"),
         ("half", hashlib.sha256(CONTENT).hexdigest(), "ended after"),
         ("t.jsonl", "0" * 64, "has the checksum"),
     ],

@@ -245,7 +245,7 @@ class CountRequest(Body, kw_only=True):
     """Later prompts will share all of this one."""
     diagnostics: Any = None
     """Ignored: ``/v1/cache/explanations`` explains misses."""
-    service_tier: Literal["auto", "standard_only"] | None = None
+    service_tier: str | None = None
     """Ignored."""
     speed: Literal["standard"] | None = None
     """Ignored."""

@@ -79,9 +79,13 @@ def find_published(name: str) -> Published:
 
 
 def path_of(name: str) -> Path:
-    """Return the path of a published trace in the user's cache folder, fetched or not."""
+    """Return the path of a published trace in the user's cache folder, fetched or not. Raises
+    OSError without a home directory."""
     published = find_published(name)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError(f"traces need a folder: set XDG_CACHE_HOME ({error})") from None
     return Path(base) / "hybridcache" / "traces" / name / published.file_name
 
 

@@ -216,7 +216,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"thinking": THINKING | {"budget_tokens": 2**31}}, "thinking.budget_tokens"),
         ({"thinking": THINKING, "max_tokens": 8}, "thinking.budget_tokens"),
         ({"output_config": {"effort": "none"}}, "output_config.effort"),
-        *(({name: "claude"}, name) for name in ("model", "service_tier")),
+        ({"model": "claude"}, "model"),
         *(({"messages": one}, "messages") for one in ([], CHAT * 4097)),
     ],
     "/v1/responses": [
@@ -229,7 +229,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"text": {"format": SCHEMA | {"schema": {}, "x": 1}}}, "text.format.x"),
         ({"tools": [{"type": "web_search"}]}, "web_search"),
         ({"tools": [{"type": "function", "name": ""}]}, "tools.0.name"),
-        *(({name: "x"}, name) for name in ("background", "conversation", "prompt_cache_retention")),
+        *(({name: "x"}, name) for name in ("background", "conversation")),
         ({"include": ["message.output_text.logprobs"]}, "include.0"),
         ({"reasoning": {"effort": "bogus"}}, "reasoning.effort"),
         *(({"input": one}, "input") for one in ([], CHAT * 4097)),
