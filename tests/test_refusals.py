@@ -44,7 +44,6 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "draft": ("odd",),
     "stop": ((7,), ("",)),
     "stop_token_ids": (("odd",), (-1,)),
-    "bad_words": ((7,),),
     "cors_origin": (
         *(("foo",), ("https://",), ("https://a/",), ("https://a.b/c",), ("https://me@a.b",)),
         *(("",), ("*.a",)),

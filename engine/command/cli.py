@@ -45,7 +45,7 @@ GROUPS = {
     "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
     "scheduling": "admission token_budget max_queue",
     "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin "
-    "keep_alive_s drain_s max_connections header_timeout_s body_timeout_s",
+    "keep_alive_s drain_s body_timeout_s",
     "limits of one request": "max_body_mib default_max_tokens",
     "memory of chats": "replay_mib preserve_thinking",
     "logs and checks": "log_level check",

@@ -1,7 +1,7 @@
 """Rules that restrict or bias the tokens of one answer before they are sampled.
 
 ``LogitRule`` is the seam. The rules of a request are applied in order, each to the result of the
-ones before it: its grammar (a plugin), allowed tokens, the reasoning budget, bans and biases, then
+ones before it: its grammar (a plugin), the reasoning budget, bans and biases, then
 penalties. The sampler reads the results, one ``Ruling`` for each draw.
 """
 
@@ -117,19 +117,6 @@ class LogitRule:
         return False
 
 
-class AllowedTokens(LogitRule):
-    """Allows only the given tokens, unless a grammar already restricts the draw."""
-
-    def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
-        self._mask = packed(token_ids, vocab_size)
-
-    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
-        return [
-            ruling._replace(mask=self._mask) if ruling.mask is None else ruling
-            for ruling in rulings
-        ]
-
-
 class ReasoningBudget(LogitRule):
     """Ends the reasoning of one answer after a number of tokens, by allowing only its end."""
 
@@ -176,49 +163,29 @@ class ReasoningBudget(LogitRule):
 
 
 class BansAndBiases(LogitRule):
-    """Bans bad words and an early end, and adds biases. A ban never excludes all allowed tokens."""
+    """Bans an early end, and adds biases. A ban never excludes all allowed tokens."""
 
     def __init__(
-        self,
-        bias: tuple[tuple[int, float], ...],
-        ends: tuple[int, ...],
-        min_tokens: int,
-        bad_words: tuple[tuple[int, ...], ...],
+        self, bias: tuple[tuple[int, float], ...], ends: tuple[int, ...], min_tokens: int
     ) -> None:
         """``bias``: (token, number added to its logit). ``ends``: tokens that end an answer, banned
-        before ``min_tokens``. ``bad_words``: runs of tokens that are never completed."""
-        self._bias, self._ends = bias, ends
-        self._min_tokens = min_tokens
-        self._bad_words = [(list(before), last) for *before, last in bad_words]
-
-    def must_see(self, draw: int) -> bool:
-        return bool(self._bad_words)
+        before ``min_tokens``."""
+        self._bias, self._ends, self._min_tokens = bias, ends, min_tokens
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. O(rules + mask)."""
-        places = enumerate(zip(draws.before(), rulings, strict=True), draws.first)
-        return [self._at(draw, answer, ruling) for draw, (answer, ruling) in places]
+        return [self._at(draw, ruling) for draw, ruling in enumerate(rulings, draws.first)]
 
-    def _at(self, draw: int, answer: Tokens, ruling: Ruling) -> Ruling:
-        mask, banned = ruling.mask, self._banned(draw, answer)
+    def _at(self, draw: int, ruling: Ruling) -> Ruling:
+        mask, banned = ruling.mask, self._ends if draw < self._min_tokens else ()
         if mask is not None and banned:
-            mask, banned = _without(mask, banned), []
-        ids = [token for token, _ in self._bias] + banned
+            mask, banned = _without(mask, banned), ()
+        ids = [*(token for token, _ in self._bias), *banned]
         if not ids:
             return ruling._replace(mask=mask)
-        numbers = [value for _, value in self._bias] + [-np.inf] * len(banned)
+        numbers = [*(value for _, value in self._bias), *(-np.inf for _ in banned)]
         added = np.array(ids, np.int64), np.array(numbers, np.float32)
-        if ruling.added is not None:
-            (old_ids, old_numbers), (new_ids, new_numbers) = ruling.added, added
-            added = np.append(old_ids, new_ids), np.append(old_numbers, new_numbers)
         return ruling._replace(mask=mask, added=added)
-
-    def _banned(self, draw: int, answer: Tokens) -> list[int]:
-        banned = list(self._ends) if draw < self._min_tokens else []
-        for before, last in self._bad_words:
-            if not before or answer[-len(before) :].tolist() == before:
-                banned.append(last)
-        return banned
 
 
 class Penalties(LogitRule):

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ from engine.errors import ContextOverflow, InvalidRequest, StepFailed
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.logit_rules import (
     FREE,
-    AllowedTokens,
     BansAndBiases,
     Draws,
     LogitRule,
@@ -45,7 +43,7 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
-from engine.text.tokenizer import AS_TEXT, MAX_CONTEXT, IdTokenizer
+from engine.text.tokenizer import MAX_CONTEXT, IdTokenizer
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
 
@@ -59,7 +57,7 @@ GREEDY_BELOW = 1e-5
 """Temperatures below it would make logits overflow float32, so they select the most likely
 token."""
 MAX_STOPS = 64
-"""Maximum number of stop strings, stop token ids or bad words of one request."""
+"""Maximum number of stop strings or stop token ids of one request."""
 MAX_BIASES = 1024
 """Maximum number of tokens with a bias in one request."""
 MAX_BIAS = 100.0
@@ -141,12 +139,6 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = setting(
         (), "(token id, number from -100 to 100 that is added to its logit). A dict may be passed"
     )
-    allowed_token_ids: tuple[int, ...] | None = setting(
-        None, "the only tokens allowed in the answer; by default all are allowed"
-    )
-    bad_words: tuple[str, ...] = setting(
-        (), "texts that must not occur in the answer, compared by tokens"
-    )
     thinking_token_budget: int | None = setting(
         None,
         "maximum number of tokens between <think> and </think>; by default the model ends "
@@ -163,7 +155,7 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
-        for name in ("stop", "stop_token_ids", "bad_words"):
+        for name in ("stop", "stop_token_ids"):
             given = getattr(self, name)
             if not isinstance(given, Iterable):
                 raise ValueError(f"{name} must be a list (got {given!r}).")
@@ -174,18 +166,9 @@ class SamplingParams:
                     "every token."
                 )
         check_fields(self)
-        for name in ("stop", "bad_words"):
-            if any(not isinstance(text, str) or not text for text in getattr(self, name)):
-                raise ValueError(f"{name} must contain only non-empty strings.")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise ValueError("stop must contain only non-empty strings.")
         _check_ids("stop_token_ids", self.stop_token_ids)
-        allowed = self.allowed_token_ids
-        if allowed is not None:
-            object.__setattr__(self, "allowed_token_ids", allowed := tuple(allowed))
-            _check_ids("allowed_token_ids", allowed)
-            if not allowed:
-                raise ValueError(
-                    "allowed_token_ids must contain at least one token, or be omitted."
-                )
         if len(self.logit_bias) > MAX_BIASES:
             raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
         _check_ids("logit_bias", dict(self.logit_bias))
@@ -606,7 +589,6 @@ class Intake:
         self._vocab_size, self.max_model_len = vocab_size, max_model_len
         self.sampling_defaults = sampling_defaults(config)
         """Defaults of ``SamplingParams`` that the model recommends."""
-        self._bad_words = lru_cache(maxsize=8)(self._encode_bad_words)  # The choices share them.
         self._default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
         self._clock, self.grammar_rule = clock, grammar_rule
         self._arrivals = itertools.count()
@@ -629,10 +611,6 @@ class Intake:
         max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
         if len(tokens) + max_tokens > self.max_model_len:
             raise ContextOverflow(len(tokens), max_tokens, self.max_model_len)
-        if spec.grammar is not None and sampling.allowed_token_ids is not None:
-            raise ValueError(
-                "allowed_token_ids cannot be combined with a grammar: remove one of them."
-            )
         self._check_sampling(sampling)
         return structs.replace(
             spec,
@@ -695,48 +673,30 @@ class Intake:
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         """Raise ValueError for parameters that this model or its tokenizer does not support."""
-        allowed, biased = sampling.allowed_token_ids, dict(sampling.logit_bias)
-        for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
-            if tokens and max(tokens) >= self._vocab_size:
-                raise ValueError(
-                    f"{name} must contain token ids from 0 to {self._vocab_size - 1} "
-                    f"(got {max(tokens)})."
-                )
+        biased = dict(sampling.logit_bias)
+        if biased and max(biased) >= self._vocab_size:
+            raise ValueError(
+                f"logit_bias must contain token ids from 0 to {self._vocab_size - 1} "
+                f"(got {max(biased)})."
+            )
         has_text = self._tokenizer is not None and not isinstance(self._tokenizer, IdTokenizer)
         if sampling.thinking_token_budget is not None and not has_text:
             raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
-        if self._tokenizer is None and (sampling.bad_words or sampling.stop):
-            name = "bad_words" if sampling.bad_words else "stop"
-            raise ValueError(f"{name} requires a tokenizer, and the engine has none.")
+        if self._tokenizer is None and sampling.stop:
+            raise ValueError("stop requires a tokenizer, and the engine has none.")
 
     def _rules(
         self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens
     ) -> list[LogitRule]:
-        allowed, rules = sampling.allowed_token_ids, list[LogitRule]()
-        if allowed is not None:
-            rules.append(AllowedTokens(allowed, self._vocab_size))
+        rules = list[LogitRule]()
         if sampling.thinking_token_budget is not None:
             assert self._tokenizer is not None
             budget = sampling.thinking_token_budget
             rules.append(ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget))
-        bad_words = self._bad_words(sampling.bad_words) if sampling.bad_words else ()
-        if sampling.logit_bias or sampling.min_tokens or bad_words:
+        if sampling.logit_bias or sampling.min_tokens:
             ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
-            rules.append(BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens, bad_words))
+            rules.append(BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens))
         if sampling.has_penalties:
             repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
             rules.append(Penalties(prompt, repetition, presence, sampling.frequency_penalty))
         return rules
-
-    def _encode_bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """Return the token runs of ``words``: each as at the start of a text, and after a space if
-        that gives the same number of tokens with another first one (vLLM's rule)."""
-        assert self._tokenizer is not None
-        runs: list[tuple[int, ...]] = []
-        for word in words:
-            text = word.lstrip() or word
-            plain, spaced = (tuple(self._tokenizer.encode(s + text, AS_TEXT)) for s in ("", " "))
-            runs.append(plain)
-            if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
-                runs.append(spaced)
-        return tuple(run for run in runs if run)

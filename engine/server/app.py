@@ -1,8 +1,7 @@
 """The server: its process (connections, memory, start and stop), and the ASGI application with its
 routes, which imports plugins.
 
-uvicorn limits the size of headers and closes idle connections. Late headers and too many
-connections are refused here.
+uvicorn limits the size of headers and closes idle connections.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import json
 import logging
 import math
-import os
 import signal
 import socket
 import sys
@@ -31,8 +28,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
@@ -61,82 +56,24 @@ from hybridcache.command.extras import version as installed_version
 from hybridcache.geometry.units import counted
 
 logger = logging.getLogger(__name__)
-RESERVED = 64
-"""Number of descriptors reserved for the rest of the process."""
-FEWEST = 8
-"""Minimum number of allowed connections."""
-MOST_DESCRIPTORS = 1 << 16
+KEEP_ALIVE_S = 10
+"""Time after which a connection without a request is closed."""
+MAX_DESCRIPTORS = 1 << 16
 """Upper limit to which the number of descriptors is raised, if the system allows it."""
 GC_THRESHOLDS = (50_000, 20, 1000)
 """Objects of a long body would start full collections, each of which stops all clients. Reference
 counts free nearly everything."""
 
 
-def most_connections() -> int:
-    """Return the number of connections for which descriptors are free, after the limit of
-    descriptors was raised to its hard limit, at most ``MOST_DESCRIPTORS``."""
-    try:
+def allow_many_connections() -> None:
+    """Raise the limit of open descriptors to its hard limit, at most ``MAX_DESCRIPTORS``."""
+    with suppress(ImportError, OSError):  # Not Linux.
         import resource
 
-        unlimited = resource.RLIM_INFINITY
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MOST_DESCRIPTORS if hard == unlimited else min(hard, MOST_DESCRIPTORS)
-        if soft != unlimited and soft < wanted:
-            soft = wanted
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        num_used = len(os.listdir("/proc/self/fd"))
-    except (ImportError, OSError):  # Not Linux.
-        return MOST_DESCRIPTORS
-    limit = MOST_DESCRIPTORS if soft == unlimited else soft
-    return max(limit - num_used - RESERVED, FEWEST)
-
-
-class ClientConnection(H11Protocol):
-    """Connection of a client, closed if the headers of a request do not arrive in time."""
-
-    header_timeout_s = 10.0
-    _deadline: asyncio.TimerHandle | None = None
-    _has_begun = False
-    """True if a part of the next request has arrived."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait_for_headers()
-
-    def data_received(self, data: bytes) -> None:
-        self._has_begun = True
-        super().data_received(data)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._wait_for_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self._deadline is not None:
-            self._deadline.cancel()
-
-    def _wait_for_headers(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._has_begun = False
-        self._deadline = self.loop.call_later(self.header_timeout_s, self._refuse_late_headers)
-
-    def _refuse_late_headers(self) -> None:
-        has_request = self.cycle is not None and not self.cycle.response_complete
-        if has_request or self.transport.is_closing():
-            return
-        if self._has_begun:
-            self.transport.write(LATE_HEADERS)
-        self.transport.close()
-
-
-LATE_HEADERS = (
-    b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
-    + json.dumps(
-        APIError(408, "The headers of the request did not arrive in time: send it again.").body()
-    ).encode()
-)
+        most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 TRIM_S = 30
@@ -155,9 +92,6 @@ async def trim() -> None:
         _malloc_trim(0)
 
 
-WARNING_EVERY_S = 10.0
-"""Minimum interval between two warnings about too many connections."""
-BUSY_HEADERS = {"Retry-After": "1", "Connection": "close"}
 FAREWELL_S = 5
 """Time after the drain in which clients can read that their answer was cut off."""
 
@@ -174,14 +108,12 @@ class Server(uvicorn.Server):
     ) -> None:
         """``must_end`` is called ten times per second; True ends the server."""
         self.app = create_app(engine, config)
-        self._most = min(config.max_connections or MOST_DESCRIPTORS, most_connections())
-        limits = {"header_timeout_s": config.header_timeout_s}
         super().__init__(
             uvicorn.Config(
-                self._serve_one,
+                self.app,
                 interface="asgi3",
-                http=type("LimitedConnection", (ClientConnection,), limits),
-                timeout_keep_alive=math.ceil(config.header_timeout_s),
+                http="h11",
+                timeout_keep_alive=KEEP_ALIVE_S,
                 ws="none",
                 log_config=None,
                 log_level=config.log_level,
@@ -197,21 +129,6 @@ class Server(uvicorn.Server):
         self._must_end = must_end
         self._hurry: Callable[[], object] | None = None
         """Ends the drain; None before it begins."""
-        self._next_warning_s = 0.0
-
-    async def _serve_one(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, with 503 if too many connections are open. ``/health`` is answered
-        anyway, so that a busy server is not restarted."""
-        is_full = len(self.server_state.connections) > self._most
-        if not is_full or scope["type"] != "http" or scope["path"] == "/health":
-            await self.app(scope, receive, send)
-            return
-        message = f"More than {self._most} connections are open (--max-connections)"
-        if time.monotonic() >= self._next_warning_s:
-            self._next_warning_s = time.monotonic() + WARNING_EVERY_S
-            logger.warning("%s: requests on further ones are answered with 503.", message)
-        refusal = APIError(503, f"{message}: send it again later.", headers=BUSY_HEADERS)
-        await refusal.response(scope)(scope, receive, send)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, or end the drain: requests that are left get an error instead of being dropped."""
@@ -292,6 +209,7 @@ def serve(
     sys.setswitchinterval(SWITCH_S)
     # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
     # second per run.
+    allow_many_connections()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -370,7 +288,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
 
 def _model_routes(context: ServingContext) -> list[Route]:
     """Return the routes of models, health and metrics."""
-    state = Health(context.engine)
+    folder: dict[str, str] = {"status": "ok"}
     num_tokens = context.engine.facts.max_model_len
     card = {
         "id": context.model_name,
@@ -395,9 +313,22 @@ def _model_routes(context: ServingContext) -> list[Route]:
         return json_response(card)
 
     async def health(request: Request) -> Response:
-        if not context.engine.is_alive:
+        """Return ``ok``, or ``degraded`` with the problem of the state directory; and the result of
+        the check of exactness. Reports are made between two steps. During a long step the status is
+        that of the last report, so that a probe does not have to wait."""
+        nonlocal folder
+        engine = context.engine
+        if not engine.is_alive:
             raise APIError(503, "The engine has stopped; see the server's log for the reason.")
-        return json_response(await state.check())
+        # ValueError: no replica is up.
+        with suppress(TimeoutError, EngineStopped, ValueError):
+            if engine.config.plugins:
+                async with asyncio.timeout(HEALTH_WAIT_S):
+                    offload = (await engine.report()).offload
+                problem = offload and offload.folder and offload.folder.problem
+                degraded = {"status": "degraded", "state_dir": problem or ""}
+                folder = degraded if problem else {"status": "ok"}
+        return json_response(folder | {"exactness": engine.facts.exactness.sentence})
 
     async def metrics(request: Request) -> Response:
         report = await context.engine.report()
@@ -409,35 +340,6 @@ def _model_routes(context: ServingContext) -> list[Route]:
         Route("/health", health),
         Route("/metrics", metrics),
     ]
-
-
-class Health:
-    """State reported by ``/health`` for a running engine."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-        self._asking: asyncio.Task[None] | None = None
-        self._folder: dict[str, str] = {"status": "ok"}
-
-    async def check(self) -> dict[str, str]:
-        """Return ``ok``, or ``degraded`` with the problem of the state directory; and the result of
-        the check of exactness.
-
-        Reports are made between two steps. During a long step the result is that of the last
-        report, so that a probe does not have to wait.
-        """
-        if self._engine.config.plugins:
-            if self._asking is None or self._asking.done():
-                self._asking = asyncio.create_task(self._ask())
-            await asyncio.wait({self._asking}, timeout=HEALTH_WAIT_S)
-        return self._folder | {"exactness": self._engine.facts.exactness.sentence}
-
-    async def _ask(self) -> None:
-        with suppress(EngineStopped, ValueError):  # ended, or no replica is up
-            offload = (await self._engine.report()).offload
-            problem = offload and offload.folder and offload.folder.problem
-            degraded = {"status": "degraded", "state_dir": problem or ""}
-            self._folder = degraded if problem else {"status": "ok"}
 
 
 def _operator_routes(context: ServingContext, keys: ServerKeys) -> list[Route]:

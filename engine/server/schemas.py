@@ -177,8 +177,6 @@ class Sampling(OpenAIBody, kw_only=True):
     """By token id, which is text in JSON."""
     min_tokens: Count | None = None
     thinking_token_budget: Count | None = None
-    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
-    bad_words: Stops | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     """Ignored: the supported tokenizers insert no spaces."""
@@ -198,12 +196,6 @@ class Sampling(OpenAIBody, kw_only=True):
                     f"'logit_bias.{token[:MAX_ID_CHARS]}' must be a token id with a number from "
                     f"-{MAX_BIAS:g} to {MAX_BIAS:g}."
                 )
-        num_ids = len(self.allowed_token_ids or ()) * self.n
-        if num_ids > MAX_COUNT_OF_IDS:
-            raise ValueError(
-                f"'allowed_token_ids' has {num_ids} token ids in all choices, more than "
-                f"{MAX_COUNT_OF_IDS}: send fewer."
-            )
 
     @property
     def includes_usage(self) -> bool:
@@ -245,11 +237,6 @@ class Sampling(OpenAIBody, kw_only=True):
             return [first.with_seed(seed_of(self.seed, choice)) for choice in range(self.n)]
         except ValueError as error:
             raise of_value(error) from error
-
-
-MAX_COUNT_OF_IDS = 300_000
-"""Maximum number of allowed tokens in all choices of a request, and of tokens of an answer of
-``/tokenize``."""
 
 
 def seed_of(seed: int | None, choice: int) -> int | None:

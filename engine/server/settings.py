@@ -58,18 +58,6 @@ class ServerConfig(Settings):
     body_timeout_s: float = setting(
         60.0, "seconds that a request body may take to arrive", limits=SECONDS
     )
-    header_timeout_s: float = setting(
-        10.0,
-        "seconds that the headers of a request may take to arrive, from the start "
-        "of the connection or the end of the previous answer",
-        limits=SECONDS,
-    )
-    max_connections: int | None = setting(
-        None,
-        "connections that may be open at once; requests on further ones are refused; "
-        "by default as many as the system's limit of open files allows (ulimit -n)",
-        limits=COUNT,
-    )
     default_max_tokens: int | None = setting(
         None,
         "maximum tokens of an answer to a chat without a limit; by default as many as "

@@ -37,8 +37,8 @@ LIMIT_S, LIMIT_LOSS = 0.1, 0.1
 """Limits for the delay of another client's token, and for the loss of its speed."""
 ROUNDS_TO_FAIL = 5
 """Minimum number of rounds before a median over the limit counts as a failure."""
-MAX_CONNECTIONS = 100
-"""Maximum number of connections of the attacked server."""
+NUM_HELD = 100
+"""Number of connections that an attacker opens at a time."""
 ATTACK_S = 10.0
 """Seconds after which an attacker hangs up."""
 
@@ -322,11 +322,11 @@ def _post(port: int, path: str, payload: bytes) -> int:
 
 
 def hold_connections(port: int, reader: Reader) -> Outcome:
-    """Open more connections than allowed, with endless headers. The status is that of the last
+    """Open many connections with endless headers. The status is that of the last
     other request."""
     start_s, status, held = time.perf_counter(), 0, []
     for _ in range(5):
-        for _ in range(MAX_CONNECTIONS):
+        for _ in range(NUM_HELD):
             held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
             with suppress(OSError):
                 held[-1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Half: ")
@@ -346,7 +346,7 @@ def serving() -> Iterator[tuple[int, Reader, int]]:
     """Start a server. Yields its port, a client that reads from it, and its process id."""
     command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.25"]
     # Prefills of other requests slow down every step, so use the smallest token budget.
-    command += ["--token-budget", "64", "--max-connections", str(MAX_CONNECTIONS)]
+    command += ["--token-budget", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             port = server_port(server)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from msgspec import Meta, field
+from msgspec import field
 from starlette.responses import Response
 
 from engine.server.api_errors import APIError
@@ -12,7 +12,6 @@ from engine.server.bodies import Body, json_response, to_json
 from engine.server.chat import render
 from engine.server.context import Call
 from engine.server.schemas import (
-    MAX_COUNT_OF_IDS,
     ChatRequest,
     Messages,
     TokenId,
@@ -36,11 +35,11 @@ class TokenizeRequest(ChatRequest, kw_only=True):
 class DetokenizeRequest(Body, kw_only=True):
     """POST /detokenize."""
 
-    tokens: Annotated[list[TokenId], Meta(max_length=MAX_COUNT_OF_IDS)]
+    tokens: list[TokenId]
 
 
 async def tokenize(call: Call, body: TokenizeRequest) -> Response:
-    """Return the ids of a text or of a chat, at most ``MAX_COUNT_OF_IDS``."""
+    """Return the ids of a text or of a chat."""
     context = call.context
     answer: dict[str, Any] = {"max_model_len": context.engine.facts.max_model_len}
     if body.messages:
@@ -49,10 +48,6 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     else:
         how = EncodeOptions(body.add_special_tokens, namespace=call.tenant.namespace)
         [tokens] = await context.encode([body.prompt or ""], how)
-    if len(tokens) > MAX_COUNT_OF_IDS:
-        message = f"This makes {len(tokens)} tokens, more than {MAX_COUNT_OF_IDS}"
-        param = "messages" if body.messages else "prompt"
-        raise APIError(400, f"{message}: send it in parts.", param=param)
     content = await context.workers.run(
         len(tokens), lambda: to_json(answer | {"count": len(tokens), "tokens": tokens.tolist()})
     )

@@ -91,7 +91,7 @@ SPECS = (
     RequestSpec([*range(200), 7], SamplingParams(max_tokens=9, logprobs=2), namespace="tenant"),
     RequestSpec([5] * 70, SamplingParams(max_tokens=4), prompt_logprobs=1, boundaries=(64,)),
     RequestSpec("text", SamplingParams(max_tokens=60, stop=("x", "\n"), seed=2**63 - 1)),
-    RequestSpec([9] * 90, SamplingParams(max_tokens=5, logit_bias={3: 1.0}, bad_words=("no",))),
+    RequestSpec([9] * 90, SamplingParams(max_tokens=5, logit_bias={3: 1.0})),
 )
 
 

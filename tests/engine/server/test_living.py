@@ -19,9 +19,10 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.interfaces import Exactness
-from engine.server import access, app
+from engine.server import access
 from engine.server.settings import ServerConfig
 from tests.waiting import wait_until
 
@@ -69,14 +70,14 @@ def test_client_that_stops_reading_is_disconnected(
 ) -> None:
     """Its request is aborted and its memory freed. A slow reader still gets its answer."""
     monkeypatch.setattr(access, "UNREAD_S", 0.5)
-    accept = app.ClientConnection.connection_made
+    accept = H11Protocol.connection_made
 
-    def with_small_buffers(self: app.ClientConnection, transport: Any) -> None:
+    def with_small_buffers(self: H11Protocol, transport: Any) -> None:
         client = transport.get_extra_info("socket")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
         accept(self, transport)
 
-    monkeypatch.setattr(app.ClientConnection, "connection_made", with_small_buffers)
+    monkeypatch.setattr(H11Protocol, "connection_made", with_small_buffers)
     live = serve_oracle(step_s=0.002)  # The answer must not end in UNREAD_S.
     body = {"prompt": "say much", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     silent = live.send("/v1/completions", body | {"logprobs": 20})
@@ -332,23 +333,6 @@ def test_request_log_has_499_for_a_stream_that_was_left_while_it_waited(
     [line] = _answer_lines(caplog, 1)
     assert line.startswith("POST /v1/completions 499 ") and line.endswith("not sent completely")
     running.close()
-
-
-def test_requests_on_too_many_connections_are_refused_except_health(
-    serve_oracle: Callable[..., Live],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(app, "WARNING_EVERY_S", 3600)
-    live = serve_oracle(ServerConfig(max_connections=1))
-    with live.connect(), live.connect():
-        wait_until(lambda: live.get("/v1/models").status_code == 503)
-        answer = live.get("/v1/models")
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert "--max-connections" in answer.json()["error"]["message"]
-        assert live.get("/health").status_code == 200
-    lines = [line for line in caplog.messages if "connections" in line]
-    assert len(lines) == 1 and "--max-connections" in lines[0]
 
 
 def test_default_limit_above_the_context_is_reported(

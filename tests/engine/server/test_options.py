@@ -50,15 +50,9 @@ def test_default_limit_of_a_chat_is_that_of_the_server(serve_oracle: Callable[..
         ServerConfig(default_max_tokens=0)
 
 
-def test_allowed_and_forbidden_tokens(live: Live) -> None:
-    plain = ids(complete(live, return_token_ids=True, ignore_eos=True))
+def test_top_k_below_one_keeps_all_tokens(live: Live) -> None:
     options = {"return_token_ids": True, "ignore_eos": True}
-    assert set(ids(complete(live, allowed_token_ids=[65, 66], **options))) <= {65, 66}
-    few = {"allowed_token_ids": [10, 65, 66], "bad_words": ["\n", "B"]}
-    assert set(ids(complete(live, **few, **options))) == {65}
-    assert ids(complete(live, top_k=-1, **options)) == plain
-    ended = complete(live, allowed_token_ids=[65, 256], min_tokens=9, return_token_ids=True)
-    assert 256 not in ids(ended)[:9]
+    assert ids(complete(live, top_k=-1, **options)) == ids(complete(live, **options))
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -103,14 +97,10 @@ def test_stop_strings_and_special_tokens_can_be_kept(live: Live) -> None:
     assert with_stop["choices"][0]["text"] == plain[: at + 1]
     later = complete(live, max_tokens=40, ignore_eos=True, stop=[stop], min_tokens=40)
     assert later["choices"][0]["text"] == plain
-    body = {"allowed_token_ids": [65, 258], "ignore_eos": True, "max_tokens": 8}
+    body = {"ignore_eos": True, "max_tokens": 900}
     with_special = complete(live, skip_special_tokens=False, **body)["choices"][0]["text"]
-    assert with_special.replace("<|im_end|>", "").strip("A") == ""
-    without_special = complete(live, **body)["choices"][0]["text"]
-    assert (
-        without_special == with_special.replace("<|im_end|>", "")
-        and without_special != with_special
-    )
+    assert "<|im_end|>" in with_special
+    assert "<|im_end|>" not in complete(live, **body)["choices"][0]["text"]
 
 
 def test_answer_continues_the_last_message(live: Live) -> None:
