@@ -58,8 +58,6 @@ class Resumable(NamedTuple):
 
     position: int
     """Number of tokens that could be skipped after the load."""
-    rows: tuple[int, ...]
-    """Number of rows to copy to the device, per tier, the nearest tier first."""
     node: RadixNode
     """Node that ends at ``position``, for ``fetch``."""
     num_bytes: Mapping[str, int]

@@ -62,7 +62,6 @@ from hybridcache.tokens import (
     Indices,
     Tokens,
     require_bool,
-    require_count,
     require_index,
     require_int32,
 )
@@ -749,7 +748,7 @@ class HybridRadixCache:
         """
         for what, number in (("num_tokens", num_tokens), ("num_slots", num_slots)):
             if type(number) is not int or number < 0:
-                require_count(number, what)
+                require_index(number, what, 0)
         stats = self.stats
         tokens, slots = stats.evicted_tokens, stats.evicted_slots
         while stats.evicted_tokens - tokens < num_tokens and self._evict_one("kv"):

@@ -14,7 +14,7 @@ from hybridcache.policies.eviction.priority_classes import PriorityClasses
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.tree import ItemBytes
-from hybridcache.tokens import require_bool, require_count, require_positive
+from hybridcache.tokens import require_bool, require_index
 
 COUNTS = (
     *("num_kv_tokens", "num_slots", "total_bytes", "kv_bytes_per_token", "state_bytes"),
@@ -94,9 +94,9 @@ class CacheConfig:
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None or name not in ("num_slots", "total_bytes"):
-                object.__setattr__(self, name, require_count(value, name))
+                object.__setattr__(self, name, require_index(value, name, 0))
         for name in ("page_size", "grid"):
-            require_positive(getattr(self, name), name)
+            require_index(getattr(self, name), name, 1)
         require_bool(self.priority_classes, "priority_classes")
         for name, known in (("prefix_cache", PREFIX_CACHES), ("memory", MEMORIES)):
             if getattr(self, name) not in known:

@@ -37,7 +37,6 @@ from hybridcache.tokens import (
     Indices,
     Tokens,
     require_bool,
-    require_count,
     require_index,
     require_int32,
     require_positions,
@@ -128,7 +127,7 @@ def _refuse_bad_begin(
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
         if number is None:
             continue
-        require_count(number, what)
+        require_index(number, what, 0)
         if (what, number) in cache.steps.numbers:
             raise ValueError(
                 f"{what} {number} is that of a running lease: give each its own, or end the other "
@@ -423,7 +422,7 @@ class Lease:
             TypeError: ``computed_len`` is not an integer.
         """
         if type(computed_len) is not int or computed_len < 0:
-            computed_len = require_count(computed_len, "computed_len")
+            computed_len = require_index(computed_len, "computed_len", 0)
         num_rows, interval = max(self.extended_len - computed_len, 0), self._interval
         return (
             num_rows if interval is None else min(num_rows, interval - 1 - computed_len % interval)
@@ -449,8 +448,7 @@ class Lease:
             to_len = require_index(to_len, "to_len")
         start = self.extended_len
         if to_len <= start and not self._has_ended:
-            if to_len < 0:
-                raise ValueError(f"to_len must not be negative (got {to_len}).")
+            require_index(to_len, "to_len", 0)
             return True
         if self._has_ended:
             raise ValueError(ENDED)
@@ -598,7 +596,7 @@ class Lease:
                 f"(got {start} and {end})"
             )
         if max_slots is not None:
-            require_count(max_slots, "max_slots")
+            require_index(max_slots, "max_slots", 0)
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
         num_taken = 0

@@ -653,8 +653,8 @@ class TieredRadixCache(HybridRadixCache):
     The evicted prefix is on the host, and can be loaded:
 
     >>> match = cache.match(prompt)
-    >>> match.cached_len, [(one.position, one.rows) for one in match.loadable]
-    (0, [(8, (12,))])
+    >>> match.cached_len, [(one.position, one.num_bytes) for one in match.loadable]
+    (0, [(8, {'host': 24})])
     >>> cache.fetch(match.loadable[0]), cache.match(prompt).cached_len
     (True, 8)
 
@@ -717,7 +717,7 @@ class TieredRadixCache(HybridRadixCache):
                 rows[entry.state.tier] += self.offload.state_rows
                 num_bytes = [num * self.offload.row_bytes for num in rows]
                 by_tier = dict(zip(self.offload.names, num_bytes, strict=True))
-                found.append(Resumable(node.end, tuple(rows), node, by_tier))
+                found.append(Resumable(node.end, node, by_tier))
         return tuple(found)
 
     def fetch(self, resumable: Resumable) -> bool:

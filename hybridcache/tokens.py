@@ -43,31 +43,17 @@ def require_int32(array: object, what: str) -> None:
     raise ValueError(f"{what} must be a numpy array int32[n], not {kind}: convert them first")
 
 
-def require_index(number: object, what: str) -> int:
-    """Return ``number`` as an int. Raises TypeError if it is not an integer, or a truth value."""
+def require_index(number: object, what: str, least: int | None = None) -> int:
+    """Return ``number`` as an int. Raises TypeError if it is not an integer, or a truth value, and
+    ValueError if it is less than ``least``."""
     try:
-        if not isinstance(number, bool):
-            return index(number)  # type: ignore[arg-type]
+        found = None if isinstance(number, bool) else index(number)  # type: ignore[arg-type]
     except TypeError:
-        pass
-    raise TypeError(f"{what} must be an integer (got {number!r}).")
-
-
-def require_positive(number: object, what: str) -> int:
-    """Return ``number`` as an int. Raises TypeError if it is not an integer, and ValueError if it
-    is less than 1."""
-    found = require_index(number, what)
-    if found < 1:
-        raise ValueError(f"{what} must be at least 1 (got {number}).")
-    return found
-
-
-def require_count(number: object, what: str) -> int:
-    """Return ``number`` as an int. Raises TypeError if it is not an integer, and ValueError if it
-    is negative."""
-    found = require_index(number, what)
-    if found < 0:
-        raise ValueError(f"{what} must not be negative (got {number}).")
+        found = None
+    if found is None:
+        raise TypeError(f"{what} must be an integer (got {number!r}).")
+    if least is not None and found < least:
+        raise ValueError(f"{what} must be at least {least} (got {number}).")
     return found
 
 

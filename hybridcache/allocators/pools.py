@@ -10,25 +10,13 @@ from hybridcache.tokens import INT32, Indices, require_index, require_int32
 
 
 class ByteBudget:
-    """Counter of free bytes, which the allocators that share it change.
-
-    >>> budget = ByteBudget(100)
-    >>> budget.free_bytes -= 60
-    >>> budget.free_bytes
-    40
-    >>> budget.free_bytes += 60
-    >>> budget.free_bytes
-    100
-    """
+    """Counter of free bytes, which the allocators that share it change."""
 
     __slots__ = ("free_bytes", "total_bytes")
 
     def __init__(self, total_bytes: int) -> None:
         """Raise ValueError if ``total_bytes`` is not positive."""
-        if total_bytes <= 0:
-            raise ValueError(f"total_bytes must be positive, got {total_bytes}")
-        self.total_bytes = total_bytes
-        self.free_bytes = total_bytes
+        self.total_bytes = self.free_bytes = require_index(total_bytes, "total_bytes", 1)
 
 
 class BaseAllocator(ABC):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from hybridcache.api import Listener
 from hybridcache.radix.tree import RadixNode
-from hybridcache.tokens import common_tuple_len, require_namespace, require_positive
+from hybridcache.tokens import common_tuple_len, require_index, require_namespace
 
 
 class KVStored(NamedTuple):
@@ -166,7 +166,7 @@ class Mirror:
             TypeError, ValueError: a number is not an integer, or less than 1.
         """
         for what, number in (("page_size", page_size), ("kv_grid", kv_grid)):
-            require_positive(1 if number is None else number, what)
+            require_index(1 if number is None else number, what, 1)
         self.page_size = page_size
         self._kv_step = None if kv_grid is None else lcm(kv_grid, page_size)
         self._pieces: dict[int, _Piece] = {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
-from math import isfinite
+from math import inf
 from typing import Any, NamedTuple
 
 from hybridcache.policies.admission.base import AdmissionPolicy
@@ -199,20 +199,14 @@ def _maker(
         return make
     if not entry.counts:
         raise ValueError(f"{what} {name!r} takes no number, got {spec!r}")
-    value = _number(entry.counts, number)
-    if value is None:
-        kind = "number of at least 0" if entry.counts == "alpha" else "whole number of at least 1"
-        as_in = f", as in {name}:{entry.example}" if entry.example else ""
-        raise ValueError(f"{what} {name!r} needs a {kind} ({entry.counts}){as_in}, got {spec!r}")
-    return partial(entry.make, value)
-
-
-def _number(counts: str, text: str) -> float | None:
-    """Parse a number. Returns None if it is not a valid count (or alpha)."""
-    if counts != "alpha":
-        return int(text) if text.isdecimal() and int(text) >= 1 else None
+    least = 0 if entry.counts == "alpha" else 1
     try:
-        value = float(text)
+        value = (int if least else float)(number)
     except ValueError:
-        return None
-    return value if isfinite(value) and value >= 0 else None
+        value = -1
+    if not least <= value < inf:
+        raise ValueError(
+            f"{what} {name!r} needs a number of at least {least} ({entry.counts}), as in "
+            f"{name}:{entry.example or least}, got {spec!r}"
+        )
+    return partial(entry.make, value)

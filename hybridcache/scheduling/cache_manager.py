@@ -19,7 +19,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Indices, require_positive
+from hybridcache.tokens import Indices, require_index
 
 TableRow = Callable[[int, int], Indices]
 """Function of (row, end). Returns the KV indices that a runner was given for positions of a row
@@ -62,7 +62,7 @@ class CacheManager:
         Raises:
             TypeError, ValueError: ``num_rows`` is not an integer, or less than 1.
         """
-        require_positive(num_rows, "num_rows")
+        require_index(num_rows, "num_rows", 1)
         self.cache = cache
         self.placement = placement
         self.stateful = stateful

@@ -37,9 +37,7 @@ class MemorySizes:
         if self.memory not in ("arena", "pools"):
             raise ValueError(f"memory must be 'arena' or 'pools' (got {self.memory!r}).")
         for what in ("num_kv_tokens", "num_slots", "row_bytes", "state_bytes", "page_size"):
-            least = int(what in ("row_bytes", "page_size"))
-            if require_index(getattr(self, what), what) < least:
-                raise ValueError(f"{what} must be at least {least} (got {getattr(self, what)}).")
+            require_index(getattr(self, what), what, int(what in ("row_bytes", "page_size")))
 
     @property
     def is_stateful(self) -> bool:

@@ -34,7 +34,7 @@ from hybridcache.policies.admission.sessions import Sessions
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import common_prefix_len, require_positive
+from hybridcache.tokens import common_prefix_len, require_index
 
 TILE = 64
 """Tokens per tile of every kernel, unless the grid is finer. Prefill chunks end at absolute
@@ -222,7 +222,7 @@ class StepPlanner(Generic[R]):
         if not isinstance(admission, AdmissionPolicy):
             raise TypeError(f"admission must be made by make_admission (got {admission!r}).")
         for what, number in (("max_running", max_running), ("token_budget", token_budget)):
-            require_positive(number, what)
+            require_index(number, what, 1)
         if (memory.page_size, memory.is_stateful) != (manager.cache.page_size, manager.stateful):
             raise ValueError(
                 "memory must have the page size of the manager's cache, and states if the manager "

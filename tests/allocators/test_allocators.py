@@ -116,7 +116,7 @@ def test_memory_of_the_stack_depends_on_the_allocated_pages():
 
 @pytest.mark.parametrize("budget", [None, 1000])
 def test_an_invalid_call_changes_nothing(budget):
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="at least 1"):
         ByteBudget(0)
     shared = None if budget is None else ByteBudget(budget)
     pages = PageAllocator(16, 4, TOKEN_BYTES, shared)

@@ -28,7 +28,11 @@ def tiered(**options: object) -> TieredRadixCache:
 
 def loadable(cache: TieredRadixCache, tokens: Tokens) -> list[tuple[int, tuple[int, ...]]]:
     """Return position and rows of each loadable prefix of ``tokens``."""
-    return [(found.position, found.rows) for found in cache.match(tokens).loadable]
+    row_bytes, loadable = cache.offload.row_bytes, cache.match(tokens).loadable
+    return [
+        (one.position, tuple(size // row_bytes for size in one.num_bytes.values()))
+        for one in loadable
+    ]
 
 
 @pytest.mark.parametrize("eviction", ["lru", "lfu", "lhd", "survival"])

@@ -177,7 +177,7 @@ class Staging(Fetcher):
     def _best(self, match: PrefixMatch) -> Resumable | None:
         """Return the best resumable position, or None if nothing of it is on disk."""
         best = match.best_load(self._exchange)
-        return best if best is not None and best.rows[self._tier] else None
+        return best if best is not None and best.num_bytes[DISK] else None
 
 
 def _disk_rows(target: RadixNode, tier: int) -> Indices:

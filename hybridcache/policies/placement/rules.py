@@ -42,8 +42,6 @@ class Backoff(PlacementPolicy):
     """
 
     def __init__(self, count: int = 1) -> None:
-        if count < 1:
-            raise ValueError(f"backoff:K requires K >= 1 (got {count}).")
         self.count = count
 
     def plan(self, prefill: Prefill) -> Iterator[Placed]:
@@ -58,8 +56,6 @@ class Every(PlacementPolicy):
     deepest first."""
 
     def __init__(self, interval: int) -> None:
-        if interval < 1:
-            raise ValueError(f"every:N requires N >= 1 (got {interval}).")
         self.interval = interval
 
     def plan(self, prefill: Prefill) -> Iterator[Placed]:
