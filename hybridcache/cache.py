@@ -40,7 +40,7 @@ from hybridcache.api import (
     Protected,
     Resumable,
 )
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, base_label, raise_failure
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, raise_failure
 from hybridcache.radix.check import check_tree, is_superseded
 from hybridcache.radix.ghosts import GhostList, read_ghosts
 from hybridcache.radix.tree import (
@@ -210,8 +210,8 @@ class HybridRadixCache:
     stored. With ``keeps=False`` nothing is stored: the cache is an allocator of rows and slots.
 
     ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these
-    (ValueError for others). Requests in different namespaces share nothing. A cache is not
-    thread-safe.
+    (ValueError for others). Requests in different namespaces share nothing. Other arguments of a
+    wrong type raise TypeError, and nothing is changed. A cache is not thread-safe.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -478,7 +478,6 @@ class HybridRadixCache:
         is. O(1), plus the nodes between the checkpoint and the ghost that was missed.
 
         Raises:
-            TypeError: ``match`` was not returned by ``match``, or ``resumes`` is not a bool.
             ValueError: its node was evicted, or belongs to another cache.
         """
         if not isinstance(match, PrefixMatch):
@@ -658,7 +657,6 @@ class HybridRadixCache:
 
         Raises:
             ValueError: ``num_tokens`` is negative.
-            TypeError: it is not an integer.
         """
         if type(num_tokens) is not int:
             num_tokens = require_index(num_tokens, "num_tokens")
@@ -726,7 +724,6 @@ class HybridRadixCache:
 
         Raises:
             ValueError: the slot is out of range, free or of the cache.
-            TypeError: it is not an integer.
         """
         if type(slot) is not int:
             slot = require_index(slot, "slot")
@@ -739,7 +736,6 @@ class HybridRadixCache:
 
         Raises:
             ValueError: a number is negative.
-            TypeError: a number is not an integer.
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
@@ -801,7 +797,6 @@ class HybridRadixCache:
         Returns False, because this cache has no offload tiers.
 
         Raises:
-            TypeError: ``resumable`` is none of ``match.loadable``.
             ValueError: it is from another cache with tiers.
         """
         if not isinstance(resumable, Resumable):
@@ -959,8 +954,6 @@ class HybridRadixCache:
                 tree has fewer tokens than ``owned_from``, ``after`` is evicted, not locked or of
                 another cache, checkpoints, labels or the namespace are malformed, or a slot is free
                 or the cache's. Nothing is changed.
-            TypeError: ``owned_from`` is not an integer, ``checkpoints`` are no tuple or list, or
-                ``labels`` are no tuple or list of strings.
         """
         base = self._usable(after)
         self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, base)
@@ -1013,14 +1006,13 @@ class HybridRadixCache:
         Raises:
             ValueError: ``node`` was evicted, or belongs to another cache; or ``stop_reason`` is
                 neither one of ``STOP_REASONS`` nor empty.
-            TypeError: ``stop_reason`` is not a string.
         """
         last = self._usable(node)
         require_stop_reason(stop_reason)
         while stop_reason and last is not None and not isinstance(last.children, dict):
             tip = last.checkpoint
             if tip is not None:
-                label = f"{base_label(tip.label)}/{stop_reason}"
+                label = f"{tip.label.partition('/')[0]}/{stop_reason}"
                 if label != tip.label:
                     tip.label = label
                     self.policy.on_relabelled(tip)
@@ -1282,7 +1274,7 @@ class HybridRadixCache:
         if lower.deeper is not None:
             link(upper, lower.deeper)
             lower.deeper = None
-        cut = position - upper.start
+        cut = len(kv.indices) - (lower.end - position)
         rows, part = kv.indices, kv.indices[:cut].copy()
         upper.kv = Segment(upper, part, kv.created, self.num_items, self.item_bytes)
         self.num_items += 1
@@ -1316,7 +1308,6 @@ class HybridRadixCache:
         """Notify ``listener`` of everything that is cached, and of every later change. O(tree).
 
         Raises:
-            TypeError: it is not an object of a subclass of ``Listener``.
             ValueError: it is already subscribed, to this cache or another.
             Exception: the error of the listener, which is then not subscribed.
         """
@@ -1382,7 +1373,6 @@ class HybridRadixCache:
 
         Raises:
             AssertionError: an invariant fails; the message names the first.
-            TypeError: a ``held_*`` is not an integer.
         """
         for what, number in (("held_tokens", held_tokens), ("held_slots", held_slots)):
             if number is not None:

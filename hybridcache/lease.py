@@ -137,20 +137,15 @@ def _refuse_bad_begin(
         if type(getattr(request, what)) is not bool:
             require_bool(getattr(request, what), what)
     if request.stateful and not cache.item_bytes.state:
-        raise ValueError(RADIX)
+        raise ValueError(NO_STATES)
     if not isinstance(request.boundaries, tuple | list):
         raise TypeError(f"boundaries must be a tuple of positions (got {request.boundaries!r}).")
     require_positions(request.boundaries)
 
 
-RADIX = (
-    "a request with a state cannot resume in a cache made with prefix_cache='radix': pass "
-    "LeaseRequest(stateful=False) for a model without linear layers, or build a hybrid cache"
-)
-NO_SLOTS = (
-    "this cache has no room for a state, so a request with a state can never begin: build it with "
-    "num_slots or more total_bytes, or pass LeaseRequest(stateful=False) for a model without "
-    "linear layers"
+NO_STATES = (
+    "a request with a state needs room for one: build a hybrid cache with num_slots or more "
+    "total_bytes, or pass LeaseRequest(stateful=False) for a model without linear layers"
 )
 OTHER_THREAD = (
     "another thread has running leases of this cache, which is for one thread at a time: use it "
@@ -288,7 +283,6 @@ class Lease:
                 boundaries are negative or not ascending; ``table_row`` or ``own_slot`` is negative
                 or that of a running lease; or the request has a state and the cache is a radix
                 cache or has no slots.
-            TypeError: an argument or a field of ``request`` has another type.
             PolicyError: an own eviction policy has failed. Nothing is held.
             RuntimeError: leases of another thread are running.
         """
@@ -327,7 +321,7 @@ class Lease:
                     receipt = cache.lock(match.node)
                 if slot is None:
                     if not cache.has_slots:
-                        raise ValueError(NO_SLOTS)
+                        raise ValueError(NO_STATES)
                     cache.unlock(receipt)
                     return None
             best = None if exchange is None else match.best_load(exchange)
@@ -419,7 +413,6 @@ class Lease:
 
         Raises:
             ValueError: ``computed_len`` is negative.
-            TypeError: ``computed_len`` is not an integer.
         """
         if type(computed_len) is not int or computed_len < 0:
             computed_len = require_index(computed_len, "computed_len", 0)
@@ -440,7 +433,6 @@ class Lease:
 
         Raises:
             ValueError: ``to_len`` is negative, or the lease has ended.
-            TypeError: ``to_len`` is not an integer.
             PolicyError: an own placement policy, made with ``parse_placement``, has failed. The
                 rows are taken.
         """
@@ -546,7 +538,6 @@ class Lease:
 
         Raises:
             ValueError: the lease has ended.
-            TypeError: ``position`` is not an integer, or ``label`` not a string.
         """
         if self._has_ended:
             raise ValueError(ENDED)
@@ -584,7 +575,6 @@ class Lease:
             ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``), or
                 ``start`` is less than ``published_len`` or more than ``end``, or ``max_slots`` is
                 negative.
-            TypeError: ``start``, ``end`` or ``max_slots`` is not an integer.
         """
         if type(start) is not int or type(end) is not int:
             start, end = require_index(start, "start"), require_index(end, "end")
@@ -647,7 +637,6 @@ class Lease:
         Raises:
             ValueError: the lease has ended, tokens past ``computed_len`` are published, or it has
                 no rows for that many tokens.
-            TypeError: ``computed_len`` is not an integer, or ``unwritten`` not a bool.
         """
         if type(computed_len) is not int:
             computed_len = require_index(computed_len, "computed_len")
@@ -682,7 +671,6 @@ class Lease:
             RuntimeError: the last step plan was taken but not carried out; or no step plan was
                 taken that restores the state from which the request resumes, or that moves what
                 was in its rows and slots.
-            TypeError: ``computed_len`` is not an integer.
         """
         computed_len = self._checked_len(tokens, computed_len)
         cache, first = self.cache, self.published_len
@@ -721,7 +709,6 @@ class Lease:
             ValueError, RuntimeError: as for ``publish``. The lease goes on.
             ValueError: as for ``abort``. The lease has ended.
             ValueError: ``stop_reason`` is another text (``STOP_REASONS``). The lease goes on.
-            TypeError: ``stop_reason`` is not a string, or ``donate`` not a bool. The lease goes on.
         """
         computed_len = self._checked_len(tokens, computed_len)
         if type(donate) is not bool:

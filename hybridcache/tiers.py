@@ -728,7 +728,6 @@ class TieredRadixCache(HybridRadixCache):
         loaded), plus evictions that make room.
 
         Raises:
-            TypeError: ``resumable`` is none of ``match.loadable``.
             ValueError: it is from another cache.
         """
         super().fetch(resumable)

@@ -116,7 +116,6 @@ class PageAllocator(BaseAllocator):
 
         Raises:
             ValueError: ``num_tokens`` is negative.
-            TypeError: it is not an integer.
         """
         num_pages = -(-num_tokens // self.page_size)
         if num_pages > self._height:
@@ -242,7 +241,6 @@ class SlotAllocator(BaseAllocator):
 
         Raises:
             ValueError: the slot is not allocated.
-            TypeError: it is not an integer.
         """
         if type(slot) is not int:
             slot = require_index(slot, "slot")

@@ -96,7 +96,6 @@ class ScheduledRequest(WaitingRequest):
             max_len: most tokens of prompt and answer together.
 
         Raises:
-            TypeError: a number is not an integer.
             ValueError: the prompt is empty or not int32[n], or longer than ``max_len``; the
                 boundaries are negative or not ascending, or the namespace is malformed.
         """
