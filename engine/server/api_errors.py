@@ -13,7 +13,6 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
 from starlette.types import Scope
 
 from engine.errors import (
@@ -118,10 +117,8 @@ async def _refuse_path(request: Request, error: Exception) -> Response:
     message, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404:
         message = f"The path {path} does not exist: {_nearest_path(routes, path)}"
-    elif error.status_code == 405:  # The route that refused lists only its own methods.
+    elif error.status_code == 405:
         message = f"{path} does not support {request.method}: see /openapi.json."
-        methods = (route.methods or () for route in routes if _fits(route, request))
-        headers["Allow"] = ", ".join(sorted(set().union(*methods) - {"HEAD"}))
     return APIError(error.status_code, message, headers=headers).response(request.scope)
 
 
@@ -132,10 +129,6 @@ HANDLERS = {
     Exception: _refuse,
 }
 """Functions that convert each failure of an application to the answer of an ``APIError``."""
-
-
-def _fits(route: Any, request: Request) -> bool:
-    return bool(route.matches(request.scope)[0] is not Match.NONE)
 
 
 def _nearest_path(routes: Sequence[Any], asked: str) -> str:

@@ -86,8 +86,9 @@ class Body(msgspec.Struct, kw_only=True):
     """Base of all bodies. A null is ignored, also for an unknown name, because clients send answers
     back with all the fields that their classes have."""
 
-    NEUTRAL: ClassVar[Mapping[str, Collection[Any]]] = {}
-    """Parameters that are not supported, with the values that have no effect."""
+    NEUTRAL: ClassVar[Mapping[str, Collection[Any] | None]] = {}
+    """Parameters that are not supported, with the values that have no effect; None stands for
+    any."""
     KINDS: ClassVar[Mapping[str, str]] = {}
     """Lists of objects -> type of entries that do not name one."""
 
@@ -123,8 +124,8 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
     fields, values = _fields(kind), dict[str, Any]()
     for name, value in without_nulls(given).items():
         if name in kind.NEUTRAL:
-            if value not in kind.NEUTRAL[name]:
-                allowed = kind.NEUTRAL[name]
+            allowed = kind.NEUTRAL[name]
+            if allowed is not None and value not in allowed:
                 one_of = " or ".join(write_json(one) for one in allowed)
                 words = f"must be {one_of} (got {short(write_json(value))})" if allowed else ""
                 raise APIError(400, f"'{name}' {words or 'is not supported'}: omit it.", param=name)
@@ -207,17 +208,6 @@ def _unknown(name: str, known: Mapping[str, Any]) -> APIError:
     return APIError(400, message, param=name, code="unknown_parameter")
 
 
-WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "an object",
-    "null": "null",
-}
-
-
 def _texts_at(of_type: Any, names: Sequence[str], value: Any) -> list[str]:
     """Return the texts to which the part ``names`` of ``value``, an ``of_type``, is limited; [] if
     it is not limited."""
@@ -248,38 +238,24 @@ def of_validation(error: msgspec.ValidationError, name: str, of_type: Any, value
     one sentence."""
     text, _, path = str(error).partition(" - at `")
     path = "" if path.startswith("key") else path.rstrip("`").replace("[...]", "")
-    param = name + re.sub(r"\[(\d+)\]", r".\1", path)[1:]
-    text = text.rstrip(".")
-    if text.startswith("Object missing required field"):
-        param = f"{param}.{text.split('`')[1]}"
-        return APIError(400, f"{quoted(param)} is missing: add it.", param=param)
-    if text.startswith("Object contains unknown field"):
-        param = f"{param}.{text.split('`')[1]}"
-        message = f"{quoted(param)} is not a parameter: check its spelling or drop it."
-        return APIError(400, message, param=param, code="unknown_parameter")
-    wrong = re.match(r"Invalid (?:enum )?value (.*)|Expected `str.*, got (`.*)", text)
-    if wrong and (texts := _texts_at(of_type, re.findall(r"\w+", path), value)):
-        got = wrong[1] or _in_words(wrong[2])
-        listed = " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
-        message = f"{quoted(param)} must be {listed} (got {short(got)})."
-        return APIError(400, message, param=param)
-    if text.startswith("Expected "):
-        what = _in_words(text.removeprefix("Expected "))
-        return APIError(400, f"{quoted(param)} must be {what}.", param=param)
-    if text.startswith("Invalid "):
-        value = short(text.removeprefix("Invalid ").removeprefix("enum ").removeprefix("value "))
-        return APIError(400, f"{quoted(param)} must not be {value}.", param=param)
-    said = text if f"'{name}" in text else f"{quoted(param)}: {text}"
-    return APIError(400, f"{said}.", param=param)
-
-
-def _in_words(text: str) -> str:
-    """Return a sentence of ``msgspec`` with words in place of the names of types."""
-
-    def words(kinds: re.Match[str]) -> str:
-        return " or ".join(WORDS.get(one, one) for one in kinds[1].split(" | "))
-
-    return re.sub(r"`([^`]*)`", words, text)
+    param, code = name + re.sub(r"\[(\d+)\]", r".\1", path)[1:], None
+    text = text.rstrip(".").replace("`", "")
+    if found := re.fullmatch(r"Object missing required field (.*)", text):
+        param = f"{param}.{found[1]}"
+        said = "is missing: add it"
+    elif found := re.fullmatch(r"Object contains unknown field (.*)", text):
+        param, code = f"{param}.{found[1]}", "unknown_parameter"
+        said = "is not a parameter: check its spelling or drop it"
+    else:
+        wrong = re.match(r"Invalid (?:enum )?value (.*)|Expected str.*, got (.*)", text)
+        texts = _texts_at(of_type, re.findall(r"\w+", path), value) if wrong else ()
+        if wrong and texts:
+            said = f"must be one of {', '.join(texts)} (got {short(wrong[1] or wrong[2])})"
+        else:
+            said = short(text.replace("Expected ", "must be ").replace("Invalid ", "must not be "))
+    if f"'{name}" not in said:
+        said = f"{quoted(param)} {said}"
+    return APIError(400, f"{said}.", param=param, code=code)
 
 
 class ClientGone(APIError):

@@ -96,13 +96,7 @@ class ServingContext:
         self.model_name = config.served_model_name or engine.facts.model_name
         self._fingerprint = engine.facts.exactness.fingerprint
         self.keep_alive_s = config.keep_alive_s
-        self._default_max_tokens, most = config.default_max_tokens, engine.facts.max_model_len
-        if self._default_max_tokens is not None and self._default_max_tokens > most:
-            logger.warning(
-                "--default-max-tokens %d is more than the context length %d, which limits answers.",
-                self._default_max_tokens,
-                most,
-            )
+        self._default_max_tokens = config.default_max_tokens
         self.metrics = Metrics(engine.pid)
         self.created = int(time.time())
 

@@ -7,7 +7,6 @@ by name; one that would not (``user``, ``store``) is ignored.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -22,13 +21,11 @@ from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
 from engine.server.api_errors import APIError, of_value, quoted
-from engine.server.bodies import Body, Part, check_nodes, converted, to_json, without_nulls
+from engine.server.bodies import Body, Part, check_nodes, converted, without_nulls
 from engine.text.json_text import read_json
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""
-MAX_TOOL_BYTES = 512 << 10
-"""Maximum size of all tools of a chat, which a template writes in one piece."""
 MAX_STOP_CHARS = 1024
 MAX_ID_CHARS = 128
 MAX_TEMPERATURE = 2
@@ -46,12 +43,10 @@ TopP = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, le=MAX_COUNT)]
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Bias = Annotated[float, Meta(extra_json_schema={"minimum": -MAX_BIAS, "maximum": MAX_BIAS})]
+Bias = Annotated[float, Meta(ge=-MAX_BIAS, le=MAX_BIAS)]
 NumScores = Annotated[int, Meta(ge=0, le=20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 """Values of ``reasoning_effort`` in OpenAI's API."""
-Verbosity = Literal["low", "medium", "high"]
-SEEDS = {"minimum": -(2**63), "maximum": 2**64 - 1}
 ALL = (-1, 0)
 """Values of ``top_k`` that clients send for "all tokens"."""
 PASSED_ON = {field.name for field in fields(SamplingParams)} - {"max_tokens", "logprobs", "seed"}
@@ -60,7 +55,16 @@ MAX_CUTS = 4
 """Maximum number of ``cache_control`` marks in a chat, as in Anthropic's API."""
 BROKEN = "INVALID_JSON"
 """Name for the arguments of a call that are not a JSON object, as in Anthropic's API."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+IGNORED: dict[str, tuple[Any, ...] | None] = dict.fromkeys(
+    (
+        *("user", "safety_identifier", "service_tier", "prompt_cache_key"),
+        *("prompt_cache_retention", "prompt_cache_options"),
+    )
+)
+"""Parameters of OpenAI's API that change no answer: the cache's policies decide on placement and
+eviction, and ``/v1/cache/explanations`` compares prompts."""
+NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
+    **dict.fromkeys(("store", "verbosity", "spaces_between_special_tokens")),
     "best_of": (1,),
     "priority": (0,),
     "suffix": ("",),
@@ -72,7 +76,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "chat_template": (),
 }
-"""Parameters of OpenAI's API that are not supported, with the values that have no effect."""
+"""Parameters that are not supported, with the values that have no effect; None stands for any."""
 
 
 class NamedSchema(Part, kw_only=True):
@@ -97,13 +101,12 @@ class ResponseFormat(Part, kw_only=True):
 
 
 class StructuredOutputs(Part, kw_only=True):
-    """vLLM's structured outputs without ``structural_tag``. Only one of them may be set."""
+    """vLLM's structured outputs. Only one of them may be set."""
 
     json: dict[str, Any] | bool | str | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
-    json_object: bool | None = None
 
 
 MAKERS: dict[str, Callable[[Any], Grammar]] = {
@@ -122,17 +125,10 @@ class StreamOptions(Part, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class CacheOptions(Part, kw_only=True):
-    """OpenAI's ``prompt_cache_options``, which change no answer: the cache's policies decide on
-    placement and eviction, and ``/v1/cache/explanations`` compares prompts."""
-
-    mode: Literal["implicit"] | None = None
-    ttl: str | None = None
-    comparison_response_id: str | None = None
-
-
 class OpenAIBody(Body, kw_only=True):
     """Parameters that all requests of OpenAI's API share."""
+
+    NEUTRAL = IGNORED
 
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -140,13 +136,6 @@ class OpenAIBody(Body, kw_only=True):
     """Ignored except ``session_end``, which declares that no request of the session follows."""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # These change no answer.
-    prompt_cache_options: CacheOptions | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
 
     def __post_init__(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -165,7 +154,7 @@ class Sampling(OpenAIBody, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
     n: Annotated[int, Meta(ge=1, le=128)] = 1
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    seed: Annotated[int, Meta(extra_json_schema=SEEDS)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | Stops | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
@@ -173,29 +162,16 @@ class Sampling(OpenAIBody, kw_only=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     top_k: TopK | None = None
-    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_BIASES)] | None = None
-    """By token id, which is text in JSON."""
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=MAX_BIASES)] | None = None
     min_tokens: Count | None = None
     thinking_token_budget: Count | None = None
     skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    """Ignored: the supported tokenizers insert no spaces."""
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool = False
-    store: bool | None = None
-    """Ignored."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         says_session_end(self.metadata)
-        if self.seed is not None and not SEEDS["minimum"] <= self.seed <= SEEDS["maximum"]:
-            raise ValueError("'seed' must be from -2**63 to 2**64 - 1.")
-        for token, bias in (self.logit_bias or {}).items():
-            if not re.fullmatch("[0-9]{1,9}", token) or not -MAX_BIAS <= bias <= MAX_BIAS:
-                raise ValueError(
-                    f"'logit_bias.{token[:MAX_ID_CHARS]}' must be a token id with a number from "
-                    f"-{MAX_BIAS:g} to {MAX_BIAS:g}."
-                )
 
     @property
     def includes_usage(self) -> bool:
@@ -217,8 +193,6 @@ class Sampling(OpenAIBody, kw_only=True):
         for name, make in MAKERS.items():
             if (value := getattr(given, name, None)) is not None:
                 forms[f"structured_outputs.{name}"] = partial(make, value)
-        if given is not None and given.json_object:
-            forms["structured_outputs.json_object"] = Grammar.of_object
         return forms
 
     def samplings(
@@ -230,8 +204,6 @@ class Sampling(OpenAIBody, kw_only=True):
         given = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs}
         if self.top_k in ALL:
             given["top_k"] = None
-        if self.logit_bias is not None:
-            given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         try:
             first = SamplingParams(**given)  # Its lists of tokens are checked once.
             return [first.with_seed(seed_of(self.seed, choice)) for choice in range(self.n)]
@@ -352,28 +324,13 @@ WITHOUT_CONTENT = ("function_call", "reasoning_content", "reasoning", "refusal",
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
-    """Raise ValueError if a message says nothing, or a tool's result belongs to no call before it.
-    O(messages and calls)."""
-    called: set[str | None] = set()
+    """Raise ValueError if a message says nothing. O(messages)."""
     for message in messages:
-        extra = message.extra
         # Reasoning may be empty, because clients may drop its text.
-        has_more = any(extra.get(name) not in (None, []) for name in WITHOUT_CONTENT)
+        has_more = any(message.extra.get(name) not in (None, []) for name in WITHOUT_CONTENT)
         may_be_empty = message.role == "assistant" and (message.tool_calls or has_more)
         if message.content is None and not may_be_empty:
             raise ValueError(f"'{message.place}' has no 'content': add its text.")
-        called.update(_id_of(call.get("id")) for call in message.tool_calls or ())
-        answered = _id_of(extra.get("tool_call_id"))
-        is_called = called and (answered is None or called & {answered, None})
-        if message.role == "tool" and not is_called:
-            raise ValueError(
-                f"'{message.place}' is the result of a call that nothing before it makes: send the "
-                "assistant's call first."
-            )
-
-
-def _id_of(value: object) -> str | None:
-    return None if value is None else str(value)
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
@@ -405,9 +362,6 @@ def parsed_arguments(text: str) -> dict[str, Any]:
 
 def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return tools in the form in which the template reads them. Raises ValueError."""
-    num_bytes = len(to_json(given))
-    if num_bytes > MAX_TOOL_BYTES:
-        raise ValueError(f"'tools' has {num_bytes:,} bytes, more than {MAX_TOOL_BYTES:,}.")
     tools = []
     for tool in map(_with_plain_function, given):
         if (kind := tool.get("type", "function")) != "function":
@@ -462,8 +416,6 @@ class ChatRequest(Sampling, kw_only=True):
     max_completion_tokens: AnswerLimit | None = None
     logprobs: bool = False
     top_logprobs: NumScores | None = None
-    verbosity: Verbosity | None = None
-    """Ignored: local models have no such switch."""
     tool_choice: str | NamedTool | None = None
     parallel_tool_calls: bool = True
     """False to end the answer after its first call."""

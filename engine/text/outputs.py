@@ -223,11 +223,6 @@ class RequestOutput(Struct, frozen=True, array_like=True):
         return self.finish_reason is not None
 
 
-WINDOW = 256
-"""Number of characters that are searched for all marks at a time. Without it, a frequent mark would
-repeat the search for a rare one in the whole rest of a text."""
-
-
 class MarkSearch:
     """Finds the first of some marks, such as stop strings, in a text that arrives in pieces. Text
     that may be the beginning of a mark is held back.
@@ -241,29 +236,18 @@ class MarkSearch:
 
     def __init__(self, *marks: str) -> None:
         """``marks``: one or more."""
-        self._marks = tuple(map(_Mark, marks))
+        self._marks = marks
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None, str]:
         """Return (text before the mark or certainly without one, the mark if found, the text after
-        it). O(len(text)) per mark, over an answer."""
-        found: list[tuple[int, int]] = []
-        for at in range(0, len(text), WINDOW):
-            for mark in self._marks:
-                if (start := mark.read(text[at : at + WINDOW])) is not None:
-                    found.append((at + start, len(mark.text)))
-            if found:
-                break
-        num_before = len(self._held)
-        text = self._held + text
+        it). O(len(text) + len(mark)) per mark, except for texts that repeat its beginning."""
+        text, self._held = self._held + text, ""
+        found = [(at, mark) for mark in self._marks if (at := text.find(mark)) >= 0]
         if found:
-            self._held = ""
-            for mark in self._marks:
-                mark.matched = 0
-            start, size = min(found)
-            start += num_before
-            return text[:start], text[start : start + size], text[start + size :]
-        cut = len(text) - max(mark.matched for mark in self._marks)
+            start, mark = min(found, key=lambda one: (one[0], len(one[1])))
+            return text[:start], mark, text[start + len(mark) :]
+        cut = min(_begin(text, mark) for mark in self._marks)
         self._held = text[cut:]
         return text[:cut], None, ""
 
@@ -273,56 +257,13 @@ class MarkSearch:
         return held
 
 
-class _Mark:
-    """Search for one mark in a text that arrives in pieces (Knuth, Morris, Pratt).
-
-    ``borders[i]`` is the length of the longest proper prefix of ``text[: i + 1]`` that is also its
-    suffix: the position at which to continue after a mismatch. It is computed as far as the text
-    was ever matched.
-    """
-
-    __slots__ = ("borders", "matched", "text")
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.borders = [0]
-        self.matched = 0
-        """Length of the longest suffix of the text read so far that is a proper prefix of
-        ``text``."""
-
-    def read(self, new: str) -> int | None:
-        """Return the start of the mark relative to the start of ``new``, or None if it is
-        not complete.
-
-        Negative if it starts in an earlier piece. O(len(new)), amortised.
-        """
-        text = self.text
-        at = 0
-        while at < len(new):
-            if not self.matched:
-                at = new.find(text[0], at)
-                if at < 0:
-                    return None
-            while self.matched and new[at] != text[self.matched]:
-                self.matched = self._border(self.matched)
-            if new[at] == text[self.matched]:
-                self.matched += 1
-            at += 1
-            if self.matched == len(text):
-                return at - len(text)
-        return None
-
-    def _border(self, length: int) -> int:
-        """Return the length of the longest proper prefix of ``text[:length]`` that is also its
-        suffix."""
-        text, borders = self.text, self.borders
-        while len(borders) < length:
-            border = borders[-1]
-            letter = text[len(borders)]
-            while border and text[border] != letter:
-                border = borders[border - 1]
-            borders.append(border + (text[border] == letter))
-        return borders[length - 1]
+def _begin(text: str, mark: str) -> int:
+    """Return the first position from which the rest of ``text`` may begin ``mark``; the end of the
+    text if there is none."""
+    at = text.find(mark[0], max(0, len(text) - len(mark) + 1))
+    while at >= 0 and not mark.startswith(text[at:]):
+        at = text.find(mark[0], at + 1)
+    return at if at >= 0 else len(text)
 
 
 class TextStream:

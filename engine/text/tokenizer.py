@@ -11,7 +11,7 @@ import codecs
 import datetime
 import json
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -143,7 +143,7 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 SLICE = 65_536
-"""Number of bytes or ids processed at a time, so that other threads can run in between."""
+"""Number of characters or ids processed at a time, so that other threads can run in between."""
 
 
 def as_tokens(token_ids: Sequence[int]) -> Tokens:
@@ -353,39 +353,25 @@ class ByteTokenizer:
             BUILTIN_TEMPLATE.read_text(encoding="utf-8"), {"eos_token": "<|im_end|>"}
         )
         self._ids = {text: 256 + rank for rank, text in enumerate(self.special_tokens)}
-        self._special = any_of(self.special_tokens)
-        self._longest = max(map(len, self.special_tokens))
+        # With a group, so that splitting keeps the special tokens.
+        self._special = re.compile(f"({any_of(self.special_tokens).pattern})")
         # As in Qwen's vocabulary, the thinking marks are single tokens and part of the text.
         self._hidden = frozenset({256, 257, 258})
         self.control_tokens = self.special_tokens[:3]
 
     def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
         token_ids: list[int] = []
-        for piece in self._pieces(text):
+        for piece in self._special.split(text):
             special = self._ids.get(piece)
             if special is None:
                 if how.mark is not None:
                     piece = piece.replace(how.mark, "")
                 # A lone surrogate (JSON's "\ud800") has no UTF-8 form, and the user would get the
                 # error of strict encoding.
-                raw = piece.encode("utf-8", "replace")
-                for start in range(0, len(raw), SLICE):
-                    token_ids.extend(raw[start : start + SLICE])
+                token_ids.extend(piece.encode("utf-8", "replace"))
             else:
                 token_ids.append(special)
         return token_ids
-
-    def _pieces(self, text: str) -> Iterator[str]:
-        """Split ``text`` at its special tokens; the search processes one slice at a time."""
-        done = 0
-        for start in range(0, len(text), SLICE):
-            end = start + SLICE
-            for found in self._special.finditer(text, max(start, done), end + self._longest - 1):
-                if found.start() < end:
-                    yield text[done : found.start()]
-                    yield found.group()
-                    done = found.end()
-        yield text[done:]
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         hidden = self._hidden if skip_special_tokens else frozenset()

@@ -24,6 +24,7 @@ from engine.server.bodies import Part, json_response, named_event, to_json
 from engine.server.chat import ChatSession, ChatWriter, ask, settle_system
 from engine.server.context import Call, ServingContext
 from engine.server.schemas import (
+    IGNORED,
     MAX_MESSAGES,
     AnswerLimit,
     ChatRequest,
@@ -36,7 +37,6 @@ from engine.server.schemas import (
     OpenAIBody,
     ResponseFormat,
     Role,
-    Verbosity,
     parsed_arguments,
 )
 from engine.server.settings import ServerConfig
@@ -58,7 +58,7 @@ WORDS: dict[Kind, str] = {
     "function_call": "function_call_arguments",
 }
 """Name of an item's text in its events."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
     "background": (False,),
     "truncation": ("disabled",),
     "conversation": (),
@@ -229,7 +229,8 @@ class TextFormat(Part, kw_only=True, omit_defaults=True):
 
 class TextConfig(Part, kw_only=True):
     format: TextFormat | None = None
-    verbosity: Verbosity | None = None
+    verbosity: str | None = None
+    """Ignored: local models have no such switch."""
 
 
 class ResponsesRequest(OpenAIBody, kw_only=True):

@@ -335,13 +335,6 @@ def test_request_log_has_499_for_a_stream_that_was_left_while_it_waited(
     running.close()
 
 
-def test_default_limit_above_the_context_is_reported(
-    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
-) -> None:
-    serve_oracle(ServerConfig(default_max_tokens=4097))
-    assert "--default-max-tokens 4097 is more than the context length 4096" in caplog.text
-
-
 def test_health_and_answers_say_whether_hits_are_exact() -> None:
     engine = oracle_engine()
     engine.runner.exactness = Exactness("ab" * 16, ("hits",))
