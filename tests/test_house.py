@@ -86,7 +86,7 @@ ORDER = {
     "hybridcache": "tokens allocators radix policies api watch cache tiers config lease scheduling "
     "geometry export routing command lab",
     "engine": "weights layers models config errors text requests schedule interfaces runner "
-    "hub messages core build engine host async_engine server worker command",
+    "hub messages core build engine async_engine server worker command",
 }
 """Modules and folders of a package. Each imports only earlier ones; ``plugins`` has rules below."""
 

@@ -64,7 +64,8 @@ MAX_ALIKE = 8
 their reasoning."""
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Place:
     """A place in a chat."""
 
     tenant: Hashable
@@ -158,16 +159,17 @@ class Replay:
         if message.get("role") != "assistant":
             return None
         given = str(message.get("reasoning_content") or "").strip()
-        best: SampledTurn | None = None
-        for turn in self._known.get((place.tenant, _digest(message))) or ():
+        latest: SampledTurn | None = None
+        for turn in reversed(self._known.get((place.tenant, _digest(message))) or ()):
             assert turn.place is not None
-            fits = turn.reasoning.strip() == given or (
+            if turn.reasoning.strip() != given and not (
                 keeps_thinking and not given and turn.place.chat == place.chat
-            )
-            is_here = turn.place.index == place.index
-            if fits and (is_here or best is None or best.place[1] != place.index):
-                best = turn
-        return best
+            ):
+                continue
+            if turn.place.index == place.index:
+                return turn
+            latest = latest or turn
+        return latest
 
     def keep(self, prompt: ChatPrompt, message: Message, output: RequestOutput) -> None:
         """Store the tokens of the answer to ``prompt``, sent as ``message``, that a client can send

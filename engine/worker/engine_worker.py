@@ -13,8 +13,8 @@ import sys
 import threading
 from typing import NoReturn
 
+from engine.async_engine import EngineHost
 from engine.engine import Engine
-from engine.host import EngineHost
 from engine.interfaces import RunnerLost
 from engine.messages import Ready, Refused, ToEngine
 from engine.server.settings import SWITCH_S
