@@ -1,5 +1,4 @@
-"""Tests of prompts as texts: CSV files, JSON lines of requests, of single messages, and of whole
-conversations.
+"""Tests of prompts as texts: CSV files, JSON lines of requests and of whole conversations.
 
 Tokens are bytes, so the lengths were counted by hand.
 """
@@ -22,7 +21,7 @@ from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise, text
-from hybridcache.lab.traces.frame import TraceFieldsWarning, TraceOrderWarning
+from hybridcache.lab.traces.frame import TraceOrderWarning
 from hybridcache.lab.traces.prompts import Continued
 from tests.lab.records import lines
 
@@ -99,17 +98,6 @@ def test_answer_in_json_is_a_text(tmp_path: Path) -> None:
     assert answer_text(request) == '{"message": "b"}'
 
 
-def test_failed_requests_are_left_out_and_counted(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [{"prompt": "a", "status": each} for each in (200, "OK", 500)]
-    trace = open_trace(f"{lines(tmp_path / 't.jsonl', *rows)}?tokenizer=bytes")
-    with pytest.warns(TraceFieldsWarning, match="1 record of failed requests left out"):
-        assert len(list(trace)) == 2
-    for status in ("failed", True):
-        path = lines(tmp_path / "u.jsonl", *rows[:1], rows[0] | {"status": status})
-        with pytest.raises(BadRecordError, match=f"line 2: status is {status!r}, not a number"):
-            list(open_trace(f"{path}?tokenizer=bytes"))
-
-
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
@@ -134,39 +122,8 @@ def test_wrong_requests_are_bad_records(
 # --- Kinds of files -----------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceOrderWarning")
-@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
-def test_single_messages_are_assembled_to_prompts(name: str, tmp_path: Path) -> None:
-    said = [
-        (0, "a", user("hello")),
-        (1, "b", user("other")),
-        (1, "b", assistant("sure")),
-        (2, "a", assistant("yes")),
-        (5, "a", user("more")),
-        (7, "a", assistant("no")),
-        (8, "b", user("last")),
-    ]
-    path = tmp_path / name
-    if name == "t.csv":
-        rows = (f"{when},{who},{m['role']},{m['content']}\n" for when, who, m in said)
-        path.write_text("time,session,role,content\n" + "".join(rows))
-    else:
-        lines(path, *({"time": when, "session": who} | m for when, who, m in said))
-    trace = open_trace(f"{path}?tokenizer=bytes")
-    assert "an answer is a request after all messages of its session" in trace.columns
-    with pytest.warns(TraceFieldsWarning, match="1 messages without an answer are no requests"):
-        first, _, second = trace
-    assert (first.timestamp_s, first.service_s, answer_text(first)) == (0, 2, "yes")
-    assert (second.timestamp_s, second.session, answer_text(second)) == (5, "a", "no")
-    assert text_of(second).startswith(text_of(first)) and "other" not in text_of(second)
-
-
-def test_roles_are_read_in_any_case_and_all_unanswered_messages_counted(tmp_path: Path) -> None:
+def test_repeated_column_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text("session,role,content\na,USER,b\na,Assistant,c\na,USER,d\na,user,e\n")
-    with pytest.warns(TraceFieldsWarning, match="2 messages without an answer are no requests"):
-        [request] = open_trace(f"{path}?tokenizer=bytes")
-    assert answer_text(request) == "c" and "user" in text_of(request)
     path.write_text("session,session,prompt\na,b,c\n")
     with pytest.raises(ValueError, match="3 columns, and 'session' twice"):
         open_trace(f"{path}?tokenizer=bytes")

@@ -35,14 +35,6 @@ NO_ANSWER = "not a text, a message, or a response with a message, a text or its 
 """End of errors about answers."""
 
 
-def decoded(value: Any) -> Any:
-    """Return ``value``, decoded if it is JSON text; other texts are unchanged."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return value
-
-
 def plain_chat(messages: Iterable[Record], system: Any = None, tools: Any = None) -> Chat:
     """Return a prompt as ``{"role", "content"}`` messages. Raises ValueError or KeyError if it is
     invalid."""

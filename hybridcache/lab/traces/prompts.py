@@ -1,14 +1,8 @@
 """Records of prompts: the names of their fields, and their conversion to requests.
 
-A record is one of two kinds:
-
-- a request: ``prompt`` (the whole text sent to the model) or ``messages`` (OpenAI's or
-  Anthropic's), possibly inside of ``request``, ``request_body`` or ``body``;
-- a single message: ``role``, ``content`` and a session; each answer of an assistant is a request
-  whose prompt is all messages of the session before it.
-
-Times are seconds, or milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601. Failed
-requests (``status`` of 400 or more) are left out and counted.
+A record has ``prompt`` (the whole text sent to the model) or ``messages`` (OpenAI's or
+Anthropic's), possibly inside of ``request``, ``request_body`` or ``body``. Times are seconds, or
+milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601.
 """
 
 from __future__ import annotations
@@ -17,14 +11,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import takewhile
 from typing import Any
 
 from sortedcontainers import SortedDict
 
 from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import FreshIds, TraceRequest
-from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
+from hybridcache.lab.traces.dialects import answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import COUNTS_ALONE, Record, TraceClock, shown
 from hybridcache.lab.traces.text import ChatText
 
@@ -35,8 +28,6 @@ NAMES: dict[str, tuple[str, ...]] = {
     for field, names in {
         "prompt": "prompt",
         "messages": "messages",
-        "role": "role",
-        "content": "content",
         "time": "timestamp ts time seconds arrival_time start_time created created_at",
         "session": "session_id session conversation_id conversation chat_id thread_id",
         "answer": "answer response output completion response_body reply generated_text",
@@ -46,7 +37,6 @@ NAMES: dict[str, tuple[str, ...]] = {
         "system": "system",
         "tools": "tools",
         "tenant": "cache_salt tenant tenant_id namespace",
-        "status": "status_code status",
     }.items()
 }
 """Fields of a record and the names that contain them. The first name with a value counts."""
@@ -59,12 +49,11 @@ PARAMETERS = frozenset(
         *("id", "object", "user", "n", "seed", "stop", "stream", "stream_options", "type", "index"),
         *("custom_id", "method", "url"),  # of OpenAI's batches
         *("temperature", "top_p", "top_k", "logprobs", "metadata", "tool_choice", "request_id"),
+        *("status", "status_code"),
         *("response_format", "presence_penalty", "frequency_penalty"),
     )
 )
 """Names without a meaning for a cache. They are not counted as unread fields."""
-SUCCESSES = frozenset(("ok", "success", "succeeded", "complete", "completed", "incomplete"))
-"""Texts of a ``status`` with an answer. Other texts are bad records, unless they are numbers."""
 FEWEST = 10
 """Requests without any continued prompt from which on a warning is given."""
 WHOLE_TEXT = "a prompt must be the whole text that was sent to the model, earlier turns included"
@@ -92,7 +81,6 @@ class Named:
         if "messages" in self.used:  # One of both is read.
             self.used.pop("messages" if names.get("prompt") else "prompt", None)
         self.is_request = "messages" in self.used or "prompt" in self.used
-        self.is_message = "role" in self.used and not self.is_request
 
     def get(self, field: str, kind: type | None = None) -> Any:
         """Return the value of a field, decoded if it is JSON text of ``kind``; None without it."""
@@ -121,28 +109,13 @@ class Named:
         """True if the time is in ISO 8601. Valid after ``time_s``."""
         return isinstance(self.get("time"), str)
 
-    @property
-    def has_failed(self) -> bool:
-        """True if the status is 400 or more. ValueError if it is neither a number nor a word of
-        success."""
-        status = self.get("status")
-        if status is None or (isinstance(status, str) and status.lower() in SUCCESSES):
-            return False
-        with suppress(ValueError, TypeError):
-            if not isinstance(status, bool):
-                return float(status) >= 400
-        raise ValueError(
-            f"{self.used['status']} is {shown(status)}, not a number such as 200, nor one of "
-            f"{', '.join(sorted(SUCCESSES))}"
-        )
-
     def describe(self, spec: str) -> str:
         """Return the names that are read for each field, and the rules for those without one.
 
         ``spec`` is the file with the reader's name. ValueError if there is no prompt to read.
         """
         is_empty = bool({self._prompt, "messages"} & self.record.keys())
-        if not (self.is_request or is_empty or "content" in self.used):
+        if not (self.is_request or is_empty):
             raise ValueError(
                 f"there is no column prompt or messages ({', '.join(self.record)}): name it as in "
                 f"{spec}?prompt=COLUMN. {COUNTS_ALONE}"
@@ -151,8 +124,6 @@ class Named:
         if isinstance(prompt, str) and prompt.strip().isdecimal():
             raise ValueError(f"the first prompt is the number {prompt}. {COUNTS_ALONE}")
         found = [f"{name}={column}" for name, column in self.used.items()]
-        if self.is_message:
-            return f"{', '.join(found)} (an answer is a request after all messages of its session)"
         missing = ABSENT.keys() - self.used.keys()
         missing -= {"answer"} if "length" in self.used else set()
         found += [f"{name}=none ({rule})" for name, rule in ABSENT.items() if name in missing]
@@ -205,35 +176,25 @@ class Continued:
 
 
 class PromptParser:
-    """Converts records to requests, assembles single messages to prompts, and counts prompts that
-    continue no session and fields without a use."""
+    """Converts records to requests, and counts prompts that continue no session and fields without
+    a use."""
 
     def __init__(self, chat: ChatText, names: dict[str, str]) -> None:
         self._chat, self._names = chat, names
         self._fresh, self._clock, self._continued = FreshIds(), TraceClock(), Continued()
-        self._said: dict[str | int, Chat] = {}
-        self._asked_s: dict[str | int, float] = {}
         self._last: dict[str | int, tuple[int, int]] = {}
         """Length and hash of the last prompt of a named session."""
         self._unread: Counter[str] = Counter()
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
         self._num_whole = 0
         """Prompts without an answer whose last message is an assistant's."""
-        self._num_failed = 0
-        """Records of failed requests, which are left out."""
 
     def parse(self, raw: Record) -> Iterator[TraceRequest]:
-        """Yield the request of a record; none if it failed, or is a message of a user."""
+        """Yield the request of a record."""
         record = Named(raw, self._names)
-        if record.has_failed:
-            self._num_failed += 1
-            return
         names = {name for name, value in record.record.items() if value is not None and name}
         self._unread.update(names - {*record.used.values()} - PARAMETERS)
         session = record.record.key(record.used["session"]) if "session" in record.used else None
-        if record.is_message:
-            yield from self._message(record, session)
-            return
         request, said = self._request(record)
         now, namespace = self._now(record), record.namespace()
         session = self._session(session, namespace, said)
@@ -303,40 +264,9 @@ class PromptParser:
             raise ValueError("the prompt is empty")
         return ids
 
-    def _message(self, record: Named, session: str | int | None) -> Iterator[TraceRequest]:
-        """Add one message to its session; yield a request if it is an answer."""
-        if session is None:
-            raise ValueError("a single message needs a session: name its field with session=")
-        content = _json(record.record["content"], list)
-        [message] = plain_chat([Record(role=record.get("role"), content=content)])
-        now = self._now(record)
-        before = self._said.setdefault(session, [])
-        if message["role"] == "assistant" and before:
-            asked_s = self._asked_s.get(session, now)
-            self._num_requests += 1
-            self._num_answers += 1
-            turn = self._chat.turn(before, message["content"], tools=True)
-            yield turn.request(session)._replace(
-                timestamp_s=asked_s,
-                namespace=record.namespace(),
-                service_s=max(0.0, now - asked_s) if "time" in record.used else None,
-            )
-        self._said[session] = [*before, message]
-        self._asked_s[session] = now
-
     def problems(self, spec: str) -> Iterator[str]:
         """Describe what was left out or not used, with counts. ``spec`` is the file with the
         reader's name."""
-        if self._num_failed:
-            failed = counted(self._num_failed, "record")
-            yield f"{failed} of failed requests left out (status 400 or more)"
-        num_unanswered = sum(
-            1
-            for said in self._said.values()
-            for _ in takewhile(lambda one: one["role"] != "assistant", reversed(said))
-        )
-        if num_unanswered:  # after the last answer of their session
-            yield f"{num_unanswered:,} messages without an answer are no requests"
         if self._num_later > 2 * self._num_continued:
             missed = self._num_later - self._num_continued
             yield (
