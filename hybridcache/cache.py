@@ -42,9 +42,9 @@ from hybridcache.api import (
 )
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, raise_failure
 from hybridcache.radix.check import check_tree, is_superseded
-from hybridcache.radix.ghosts import GhostList, read_ghosts
 from hybridcache.radix.tree import (
     Checkpoint,
+    GhostList,
     ItemBytes,
     Link,
     NodeHandle,
@@ -55,6 +55,7 @@ from hybridcache.radix.tree import (
     last_at,
     link,
     members,
+    read_ghosts,
 )
 from hybridcache.tokens import (
     EMPTY,

@@ -29,9 +29,9 @@ from hybridcache.allocators.pools import PageAllocator, are_distinct
 from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.cache import FOREIGN, HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, raise_failure
-from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.tree import (
     Checkpoint,
+    GhostList,
     ItemBytes,
     Link,
     RadixNode,

@@ -18,8 +18,7 @@ from hybridcache.allocators.moves import Move
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.api import Losses
 from hybridcache.policies.protocol import Kind
-from hybridcache.radix.ghosts import GHOST_NODE_BYTES
-from hybridcache.radix.tree import TOKEN_BYTES
+from hybridcache.radix.tree import GHOST_NODE_BYTES, TOKEN_BYTES
 from hybridcache.tokens import Indices, Tokens
 
 Ids = tuple[int, ...]

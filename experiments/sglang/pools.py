@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybridcache.export.sglang.build import make_backend
+from hybridcache.export.sglang.cache import make_backend
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator

@@ -36,8 +36,7 @@ import numpy as np
 from hybridcache.allocators.moves import DEVICE
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.radix.ghosts import GHOST_NODE_BYTES
-from hybridcache.radix.tree import Checkpoint, RadixNode, RadixTree
+from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, RadixTree
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
 from hybridcache.tokens import EMPTY, read_namespace, write_namespace
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from hybridcache.radix.ghosts import GHOST_NODE_BYTES, GhostList
 from hybridcache.radix.tree import (
+    GHOST_NODE_BYTES,
     TOKEN_BYTES,
     Checkpoint,
+    GhostList,
     RadixNode,
     RadixTree,
     child_key,

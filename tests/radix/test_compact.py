@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from hybridcache.radix.ghosts import GHOST_NODE_BYTES
+from hybridcache.radix.tree import GHOST_NODE_BYTES
 from tests.cache.serving import hybrid, ids, publish
 
 TAIL = 5_000

@@ -27,6 +27,6 @@ def plug_in() -> None:
 
 def _build(ctx: Any) -> Any:
     """Build the backend. Its module is imported lazily, because only schedulers need it."""
-    from hybridcache.export.sglang.build import build_backend
+    from hybridcache.export.sglang.cache import build_backend
 
     return build_backend(ctx)

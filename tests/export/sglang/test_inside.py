@@ -22,7 +22,7 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from hybridcache.export.sglang import build
-from hybridcache.export.sglang.build import sizes_in_bytes
+from hybridcache.export.sglang.cache import sizes_in_bytes
 
 
 def make_request(rid, tokens):
