@@ -274,12 +274,8 @@ def preset_name(name: str) -> str:
         return found[0]
     if found:
         raise ValueError(f"model {name!r} means several: {', '.join(found)}")
-    # A name of the Hugging Face Hub has an owner before it, and often a word behind it.
-    title = plain(name.rpartition("/")[2])
-    near = [each for each in names if title and title.startswith(plain(each))]
-    similar = get_close_matches(title, map(plain, names), n=1)
-    near += [each for each in names if plain(each) in similar and not near]
-    hint = f"; did you mean {max(near, key=len)!r}?" if near else ""
+    near = get_close_matches(name.rpartition("/")[2], names, n=1)  # without an owner on the Hub
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"model {name!r} is none of: {', '.join(names)}{hint}")
 
 

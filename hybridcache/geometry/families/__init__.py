@@ -1,8 +1,8 @@
 """Model families: each module reads the sizes of its models from a Hugging Face ``config.json``.
 
 A module defines ``FORMATS`` (the keys of each ``model_type`` that it reads) and ``sizes(config)``.
-Modules are discovered, not registered. A config with an unknown ``model_type`` that has the key
-``MARK`` of a module is read by that module, any other config by its ``layer_types``.
+Modules are discovered, not registered. A config with an unknown ``model_type`` is read by its
+``layer_types``.
 """
 
 from __future__ import annotations
@@ -61,14 +61,10 @@ def read(text: Fields) -> tuple[ModelSizes, Config | None]:
         SizesError: no model can have these sizes.
         TypeError, ValueError: a value has the wrong type.
     """
-    by_type, by_mark = _modules()
-    module = by_type.get(str(text.get("model_type")))
-    module = module or next((by_mark[mark] for mark in by_mark if text.get(mark)), None)
+    module = _modules().get(model_type := str(text.get("model_type")))
     if module is None:
         return by_layer_types.sizes(text), None
-    formats: Mapping[str, Format] = module.FORMATS
-    format = formats.get(str(text.get("model_type"))) or next(iter(formats.values()))
-    config = format.read(text)
+    config: Config = module.FORMATS[model_type].read(text)
     return module.sizes(config), config
 
 
@@ -79,17 +75,15 @@ def sizes_of(text: Fields) -> ModelSizes:
 
 def format_of(model_type: str) -> Format:
     """Return the keys of a model type. Raises KeyError if no module reads it."""
-    found: Format = _modules()[0][model_type].FORMATS[model_type]
+    found: Format = _modules()[model_type].FORMATS[model_type]
     return found
 
 
 @cache
-def _modules() -> tuple[dict[str, ModuleType], dict[str, ModuleType]]:
-    """Return the modules by ``model_type`` and by ``MARK``."""
-    by_type, by_mark = {}, {}
+def _modules() -> dict[str, ModuleType]:
+    """Return the modules by ``model_type``."""
+    found: dict[str, ModuleType] = {}
     for file in pkgutil.iter_modules(__path__):
         module = import_module(f"{__name__}.{file.name}")
-        by_type.update(dict.fromkeys(getattr(module, "FORMATS", ()), module))
-        if hasattr(module, "MARK"):
-            by_mark[module.MARK] = module
-    return by_type, by_mark
+        found |= dict.fromkeys(getattr(module, "FORMATS", ()), module)
+    return found

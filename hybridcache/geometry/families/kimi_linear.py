@@ -9,7 +9,6 @@ from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import DeltaSizes
 from hybridcache.geometry.sizes import ModelSizes, SizesError
 
-MARK = "linear_attn_config"
 SORTS = "linear_attention", "full_attention"
 LINEAR_KEYS = {
     "head_dim": "linear_head_dim",

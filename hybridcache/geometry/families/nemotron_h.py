@@ -9,7 +9,6 @@ from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
 
-MARK = "mamba_num_heads"
 LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 """Letters of ``hybrid_override_pattern`` and the matching types of ``layers_block_type``."""
 
