@@ -7,8 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from numbers import Integral, Real
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -131,27 +130,24 @@ class MeasuredTimes:
         """Raise ValueError for axes that do not ascend, and for numbers that are no seconds."""
         for name in ("starts", "lengths", "decodes"):
             axis = getattr(self, name)
-            if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in axis):
+            if not all(isinstance(one, int) for one in axis):
                 raise ValueError(f"{name} must be whole numbers (got {axis}).")
             if list(axis) != sorted(set(axis)) or min(axis, default=0) < 0:
                 raise ValueError(f"{name} must ascend, from 0 or more on (got {axis}).")
         widths = {len(row) for row in self.table_s}
         if (
-            not self.starts
-            or len(self.table_s) != len(self.starts)
+            not self.lengths
             or widths != {len(self.lengths)}
+            or len(self.table_s) != len(self.starts)
         ):
             raise ValueError("table_s must have one row per start and one number per length.")
-        if not self.lengths:
-            raise ValueError("lengths must have at least one number.")
         if len(self.decodes) != len(self.decode_s):
             raise ValueError("decode_s must have a number for each of decodes.")
-        rows = [("table_s", row) for row in self.table_s] + [("decode_s", self.decode_s)]
-        for name, row in rows:
-            for one in row:
-                is_number = isinstance(one, Real) and not isinstance(one, bool)
-                if not (is_number and 0 <= one < math.inf):
-                    raise ValueError(f"{name} must be seconds of 0 or more (got {one!r}).")
+        for one in (*chain(*self.table_s), *self.decode_s):
+            if not (isinstance(one, int | float) and 0 <= one < math.inf):
+                raise ValueError(
+                    f"table_s and decode_s must be seconds of 0 or more (got {one!r})."
+                )
         for row in self.table_s:
             for place, (shorter_s, longer_s) in enumerate(pairwise(row), 2):
                 # Measured times may fall a little; the last two are extrapolated.
@@ -186,12 +182,7 @@ class MeasuredTimes:
             )
         except KeyError as error:
             raise ValueError(f"{path}: not a table of prefill times: no {error}") from error
-        except TypeError as error:
-            raise ValueError(
-                f"{path}: not a table of prefill times: starts, lengths and rows of table_s must "
-                "be lists"
-            ) from error
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a table of prefill times: {error}") from error
 
     def seconds(self, start: int, end: int) -> float:
