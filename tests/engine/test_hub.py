@@ -146,20 +146,24 @@ def test_only_the_needed_files_of_a_model_are_downloaded_once(hub: Hub) -> None:
     assert display_name(folder) == NAME and config.revision is None
     [line] = lines
     assert f"Downloading {NAME} (commit aaaaaaaa)" in line and "in 1 file" in line
-    num_requests = len(hub.requests)
-    assert resolve_config(EngineConfig(model=NAME, revision="v1"), lines.append).model == str(
-        folder
-    )
-    assert len(lines) == 1 and not [
-        one for one in hub.requests[num_requests:] if one[0] == "GET" and "/resolve/" in one[1]
-    ]
+    hub.requests.clear()
+    again = resolve_config(EngineConfig(model=NAME, revision="v1"), lines.append)
+    assert (again.model, len(lines), hub.downloads()) == (config.model, 1, set())
 
 
-def test_an_unsupported_model_is_refused_before_the_download(hub: Hub) -> None:
+def test_an_unsupported_model_or_proxy_is_refused_before_the_download(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import close_session
+
     hub.files["config.json"] = b'{"model_type": "whisper"}'
     with pytest.raises(HubError, match=f"{NAME} is not downloaded: .*'whisper'"):
         resolve_config(EngineConfig(model=NAME), lambda _: None)
     assert hub.sent_bytes == 0
+    close_session()
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # Its package is not installed.
+    with pytest.raises(HubError, match="other/model"):
+        resolve_folder("other/model")
 
 
 @pytest.mark.full

@@ -108,10 +108,8 @@ def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
     assert set(mixed) == set(measure_prefill.MIXED), "a step had other prefills or decodes"
     longer = closed_loop.MixedSteps(steps, 0.5)
     assert longer.step_seconds([(0, 64)], 2, 0) == steps.step_seconds([(0, 64)], 2, 0) + 0.5
-    for prefills, num_decodes in (([(0, 64)], 0), ([], 2)):
-        assert longer.step_seconds(prefills, num_decodes, 0) == steps.step_seconds(
-            prefills, num_decodes, 0
-        )
+    for step in (([(0, 64)], 0, 0), ([], 2, 0)):
+        assert longer.step_seconds(*step) == steps.step_seconds(*step)
 
 
 @pytest.mark.full
