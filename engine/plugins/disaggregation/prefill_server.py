@@ -8,7 +8,6 @@ trusted network.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
 import queue
@@ -49,9 +48,6 @@ CLOSE_S = 1.0
 """Time in which all prefixes may end when the server is closed."""
 JOIN_S = 5.0
 """Time for which the thread is waited for beyond that: a device that hangs may hold it up."""
-MAX_PREFIXES = 256
-"""Maximum number of prefixes in progress. A decode engine loads up to
-``prefix_fetch.MAX_FETCHES``."""
 MAX_QUEUED_BYTES = 64 << 20
 """Maximum number of bytes of one prefix that are copied and not confirmed by the decode engine; the
 rest waits in the cache."""
@@ -74,9 +70,6 @@ class Outgoing:
     request: Request | None = None
     """Request that computes it, or None if all of it was cached."""
     began_s: float = field(default_factory=time.monotonic)
-    unconfirmed_s: float | None = None
-    """Time of the last confirmation, or of the first message after it. None if all messages are
-    confirmed. Used by the server's thread."""
     is_cancelled: bool = False
     """Set by the server's thread when the decode engine has gone."""
     has_ended: bool = False
@@ -195,10 +188,8 @@ class PrefillServer(Plugin):
         try:
             self.address = self._listen(self.settings.addresses[0])
         except OSError as error:
-            why = str(error.strerror or error)
-            if error.errno == errno.EADDRNOTAVAIL:
-                why = "this machine does not have that address; use 0.0.0.0 to listen on all"
-            raise ConfigError(f"--transfer-at {self.settings.transfer_at}: {why}.") from error
+            why = f"--transfer-at {self.settings.transfer_at}: {error.strerror or error}"
+            raise ConfigError(f"{why}; 0.0.0.0 listens on all addresses.") from error
         self._bell, self._ear = socket.socketpair()  # wakes the thread up
         self._bell.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="transfers", daemon=True)
@@ -270,9 +261,6 @@ class PrefillServer(Plugin):
                 raise ValueError("a second request")
             case wire.Taken() if session is not None:
                 session.num_taken_bytes = min(message.num_bytes, session.num_queued_bytes)
-                is_all = session.num_taken_bytes == session.num_queued_bytes
-                is_all = is_all and not session.has_ended
-                session.unconfirmed_s = None if is_all else time.monotonic()
                 self._news.set()
             case wire.End():
                 self._drop(peer)
@@ -285,15 +273,8 @@ class PrefillServer(Plugin):
             self._fail(peer, StepFailed(f"it differs in {unlike}"))
             return
         tokens = ask.spec.prompt
-        if not isinstance(tokens, np.ndarray):
-            raise ValueError("the prefix is not token ids")
-        if ask.start >= len(tokens):
+        if not isinstance(tokens, np.ndarray) or ask.start >= len(tokens):
             raise ValueError("nothing is requested")
-        if ask.spec.grammar is not None:  # Compiled in the engine's thread, where it may fail.
-            raise ValueError("a prefix follows no grammar")
-        if len(self._sessions) >= MAX_PREFIXES:
-            self._fail(peer, StepFailed("it sends too many prefixes already"))
-            return
         if not self._is_accepting:
             self._fail(peer, EngineStopped(STOPPING))
             return
@@ -307,15 +288,12 @@ class PrefillServer(Plugin):
         self.wake()
 
     def _check_sessions(self, now: float) -> None:
-        """Tell decode engines that their prefixes are being computed, and drop those that have
-        gone."""
+        """Tell decode engines that their prefixes are being computed. Those that have gone are
+        dropped, because nothing can be sent to them."""
         for peer, session in tuple(self._sessions.items()):
             advanced_s = max(session.began_s, self._advanced_s)
             if not session.has_ended and now - advanced_s > self._timeout_s:
                 self._fail(peer, StepFailed("the engine computes nothing"))
-            elif session.unconfirmed_s and now - session.unconfirmed_s > self._timeout_s:
-                logger.debug("A decode engine confirms nothing.")
-                self._drop(peer)
             else:
                 self._send(peer, wire.Alive())
 
@@ -324,7 +302,6 @@ class PrefillServer(Plugin):
             while True:
                 outgoing, message, copied = self._posted.get_nowait()
                 if self._sessions.get(outgoing.peer) is outgoing:
-                    outgoing.unconfirmed_s = outgoing.unconfirmed_s or time.monotonic()
                     self._send(outgoing.peer, message, copied)
 
     def _send(self, peer: bytes, message: wire.ToDecode, copied: HostCopy | None = None) -> None:

@@ -247,7 +247,6 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
         ask(namespace=[3]),
         ask(boundaries=["x"]),
         ask(boundaries="all"),
-        ask(grammar={"kind": "lark", "text": "("}),
     ):
         with stranger(port) as socket_of:
             socket_of.send(data)
