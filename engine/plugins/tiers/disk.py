@@ -36,7 +36,6 @@ import numpy.typing as npt
 from engine.plugins.tiers.fingerprint import write_atomically
 from engine.plugins.tiers.prefixes import Pointers, Prefixes, RecordPart, Run, State, covering
 from engine.plugins.tiers.records import RecordStore, record_bytes
-from hybridcache.geometry.units import format_bytes
 from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
 
 Result = TypeVar("Result")
@@ -191,7 +190,8 @@ class Disk:
         self._next_id = store.next_id
         for number in unknown:
             self._remove(number)
-        self._shrink()
+        # The limit may have been higher in an earlier process.
+        self._make_room(0, 0)
 
     @property
     def is_writable(self) -> bool:
@@ -569,21 +569,6 @@ class Disk:
             return out
 
         return read
-
-    def _shrink(self) -> None:
-        """Remove records above the limit, which may have been higher in an earlier process."""
-        num_records, num_bytes = len(self._sizes), self.num_bytes
-        self._make_room(0, 0)
-        if self.num_bytes < num_bytes:
-            logger.warning(
-                "%d records with %s were removed from %s, the least recently used first: it had %s "
-                "of records, and --disk-gib or the free disk allow %s now.",
-                num_records - len(self._sizes),
-                format_bytes(num_bytes - self.num_bytes),
-                self._store.folder,
-                format_bytes(num_bytes),
-                format_bytes(self.max_bytes),
-            )
 
     def _pause(self, what: str, error: OSError) -> None:
         """Report a refused change, and stop writing for a while. Called in the disk thread."""

@@ -23,21 +23,6 @@ NAME = "fingerprint.json"
 FORMAT = "engine state 2"
 """Changes with the layout of records and of their meta."""
 DIGEST_BYTES = 32
-MAX_SHOWN = 20
-"""Maximum length of a value in an error. Digests are longer."""
-FLAGS = {
-    "checkpoint grid": "--grid",
-    "page size": "--page-size",
-    "dtype": "--dtype",
-    "state dtype": "--state-dtype",
-    "checkpoint dtype": "--checkpoint-dtype",
-    "quantization": "--quantization",
-    "exact": "--exact",
-    "multi-token head": "--draft mtp",
-}
-"""Flags that set a field."""
-FOLLOWING = ("tile", "computed bits", "row bytes", "state bytes")
-"""Fields that follow from fields with a flag."""
 
 logger = logging.getLogger(__name__)
 
@@ -80,35 +65,13 @@ def check_fingerprint(
         content = {"digest": digest_of(ours).hex(), "fields": ours}
         write_atomically(folder_fd, NAME, json.dumps(content, indent=1).encode())
     elif stored != ours:
-        raise StoreError(_refusal(folder, stored, ours))
-    return digest_of(ours)
-
-
-def _refusal(folder: Path, stored: Mapping[str, str], ours: Mapping[str, str]) -> str:
-    if stored.get("format") != FORMAT:
-        return (
-            f"{folder} was written by another version of the engine (format "
-            f"{stored.get('format')!r}, this version writes {FORMAT!r}): use another folder, or "
-            "delete it with its contents."
+        names = dict.fromkeys((*ours, *stored))
+        differing = ", ".join(name for name in names if ours.get(name) != stored.get(name))
+        raise StoreError(
+            f"{folder} contains the state of an engine that differs in {differing}: configure both "
+            "the same, or use another folder."
         )
-    names = dict.fromkeys((*ours, *stored))
-    differing = [name for name in names if ours.get(name) != stored.get(name)]
-    if not FLAGS.keys().isdisjoint(differing):
-        differing = [name for name in differing if name not in FOLLOWING]
-    named = ", ".join(_difference(name, stored, ours) for name in differing)
-    return (
-        f"{folder} contains the state of another engine, which differs in {named}: use the same, "
-        "or another folder."
-    )
-
-
-def _difference(name: str, stored: Mapping[str, str], ours: Mapping[str, str]) -> str:
-    """Return ``name``, and both values if they are short. Digests are not shown."""
-    values = [stored.get(name), ours.get(name)]
-    if any(value is None or len(value) > MAX_SHOWN for value in values):
-        return name
-    flag = f": {FLAGS[name]}" if name in FLAGS else ""
-    return f"{name} ({values[0]} there, {values[1]} here{flag})"
+    return digest_of(ours)
 
 
 def _read(path: Path) -> dict[str, str] | None:

@@ -110,7 +110,6 @@ class PolicyStateFile:
         self._saved_at, self._took_s = clock(), 0.0
         self.has_changes = False
         """True if something was computed since the last save."""
-        self._has_warned = False
 
     def load_tree(self) -> None:
         """Restore the history of the cache, which must be empty. Entries on disk are adopted
@@ -173,14 +172,12 @@ class PolicyStateFile:
         data = pack(body)
         if len(data) <= self._max_bytes:
             return data
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "The policy state is not written to %s: it would take %s of at most %s bytes.",
-                self._path,
-                f"{len(data):,}",
-                f"{self._max_bytes:,}",
-            )
+        logger.warning(
+            "The policy state is not written to %s: it would take %d of at most %d bytes.",
+            self._path,
+            len(data),
+            self._max_bytes,
+        )
         return None
 
     def remove(self) -> None:

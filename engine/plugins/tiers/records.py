@@ -100,7 +100,6 @@ class RecordStore:
         try:
             if folder.is_file():
                 raise StoreError(f"{folder} is a file: use a folder, or the name of a new one.")
-            self._new_folders = [one for one in (folder, *folder.parents) if not one.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             self.folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -218,13 +217,7 @@ class RecordStore:
         sync_file_system(self.folder_fd)
 
     def close(self) -> None:
-        """Release the folder. No record needs it to be complete. If the start was refused before
-        anything was written, the folders that it made are removed."""
-        if self._new_folders and os.listdir(self.folder_fd) == [LOCK_NAME]:
-            with suppress(OSError):
-                self.remove_file(LOCK_NAME)
-                for made in self._new_folders:
-                    made.rmdir()
+        """Release the folder. No record needs it to be complete."""
         os.close(self.folder_fd)
         os.close(self._lock_fd)
 
