@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import random
-import re
 import resource
 import signal
 import subprocess
@@ -259,9 +258,6 @@ def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> N
     whole = setup.ask("whole", encoded=True).result()
     assert (whole.status_code, whole.headers["content-encoding"]) == (200, "own")
     wait_until(lambda: setup.prompts() == ["client", "upstream"])
-    odd = httpx.MockTransport(lambda _: httpx.Response(600))
-    setup.proxy._client = httpx.AsyncClient(transport=odd)
-    assert httpx.post(setup.url, json=chat("odd")).status_code == 502
     setup.front.stop()
     assert setup.prompts() == ["client", "upstream", "running", "whole"]
     lines = setup.path.read_text().splitlines()[1:]
@@ -291,20 +287,16 @@ def recording(to: str, out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]
         yield process, process.stdout.readline().split()[0]
 
 
-@pytest.mark.parametrize("fault", ["deleted", "full"])
-def test_a_trace_that_cannot_be_written_is_reported(tmp_path: Path, fault: str) -> None:
+def test_a_trace_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     behind, path = ServerThread(Upstream(), lifespan="off"), tmp_path / "trace.jsonl"
     with recording(behind.url, path) as (process, url):
-        if fault == "deleted":
-            path.unlink()
-        else:
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300, 300))
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300, 300))
         httpx.post(f"{url}/chat/completions", json=chat("first"), timeout=120)
         process.send_signal(signal.SIGINT)
         printed = process.stdout.read()
-        assert re.search("not in the trace: 1, since the file (was deleted|cannot be wri)", printed)
-        assert process.wait(120) == (fault == "deleted")
-    assert fault == "deleted" or ("0 requests" in printed and not list(open_trace(str(path))))
+        assert "not in the trace: 1, since the file cannot be written" in printed
+        assert process.wait(120) == 0
+    assert "0 requests" in printed and not list(open_trace(str(path)))
     behind.stop()
 
 

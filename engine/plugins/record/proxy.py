@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 import secrets
 import time
 from collections import Counter, deque
@@ -114,11 +113,6 @@ class TraceWriter:
         for exchange in tuple(self._pending):
             self.end(exchange)
 
-    @property
-    def is_deleted(self) -> bool:
-        """True if the file has no name any more, so that its content is lost when it is closed."""
-        return os.fstat(self._file.fileno()).st_nlink == 0
-
     def _write(self) -> None:
         while self._pending and (line := self._pending[0].line) is not None:
             self._pending.popleft()
@@ -127,10 +121,7 @@ class TraceWriter:
                 try:
                     while line:
                         line = line[self._file.write(line) :]
-                    if self.is_deleted:
-                        self.skip("the file was deleted")
-                    else:
-                        self.num_requests += 1
+                    self.num_requests += 1
                 except OSError as error:
                     with suppress(OSError):
                         self._file.truncate(self._file.seek(end))  # No half of a line.
@@ -346,9 +337,6 @@ class Proxy:
             self._thread.submit(self._writer.skip, "only chat completions are written")
         try:
             answer = await self._client.send(self._request(scope, body), stream=True)
-            if not 200 <= answer.status_code < 600:  # uvicorn has a line for no other
-                await answer.aclose()
-                raise httpx.RemoteProtocolError(f"its status is {answer.status_code}")
         except (httpx.RequestError, asyncio.CancelledError) as error:
             # An error in the form of the API of the path.
             await self._refusal(error).response(scope)(scope, receive, send)
