@@ -19,7 +19,7 @@ from engine.runner.device import Device
 from engine.runner.loading import DTYPES, load_model, resolve_dtype
 from engine.runner.memory_plan import MIN_KV_TOKENS, MemoryPlan, kv_row_bytes, state_slot_bytes
 from engine.weights.model_config import ModelConfig, ModelError, read_config
-from engine.weights.quantized_formats import read_quantization
+from engine.weights.scheme import read_quantization
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.sizes import ModelSizes, SizesError

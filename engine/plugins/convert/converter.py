@@ -22,8 +22,7 @@ from tqdm import tqdm
 from engine.layers.linear import FULL_PRECISION
 from engine.weights.layer_names import INDEX_NAME, Names
 from engine.weights.model_config import ModelError, read_config
-from engine.weights.quantized_formats import read_quantization
-from engine.weights.scheme import BAND_ELEMENTS, Scheme, quantize_blocks
+from engine.weights.scheme import BAND_ELEMENTS, Scheme, quantize_blocks, read_quantization
 from engine.weights.tensor_files import (
     FULL_DTYPES,
     FileWriter,
@@ -42,6 +41,7 @@ LEFT_ALONE = (*(f"re:(.*\\.)?{word}(\\.|$)" for word in FULL_PRECISION), "re:(.*
 linear attention, the head, and the input product of multi-token prediction."""
 OTHER_KINDS = re.compile(r"(.*\.)?(\w*embed\w*|wte|visual\..*|vision_tower\..*|vision_model\..*)")
 """Matrices that are not linear layers, and those of vision towers."""
+IGNORED = "selected by --ignore"
 STACKED = re.compile(
     r"(.*\.experts)\.(gate_up_proj|down_proj)|"
     r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight"
@@ -91,20 +91,22 @@ def plan_pieces(
     Raises ModelError for a pattern of ``ignore`` that matches no linear layer, and if no layer is
     left to quantise.
     """
-    lists = [(text, Names.of([text], anywhere=True)) for text in ignore]
-    unused, defaults = dict(lists), Names.of(LEFT_ALONE)
+    ignored, defaults = Names.of(ignore, anywhere=True), Names.of(LEFT_ALONE)
     pieces: list[FilePiece] = []
+    left: list[str] = []
     for tensor in tensors:
         parts = _parts(tensor)
-        decided = [_decide(part, scheme, defaults, lists, unused) for part in parts]
+        decided = [_decide(part, scheme, defaults, ignored) for part in parts]
+        left += [part.module for part in decided if part.reason == IGNORED]
         if len(parts) > 1 and all(part.scheme is None for part in decided):
             decided = [FilePiece(tensor, tensor.name, tensor.shape, reason=decided[0].reason)]
         pieces += decided
-    if unused:
-        raise ModelError(
-            f"--ignore {next(iter(unused))} matches no linear layer: use words of a name, such as "
-            "mlp.gate, or a regular expression after re:."
-        )
+    for text in ignore:
+        if not any(map(Names.of([text], anywhere=True).has, left)):
+            raise ModelError(
+                f"--ignore {text} matches no linear layer: use words of a name, such as mlp.gate, "
+                "or a regular expression after re:."
+            )
     if all(piece.scheme is None for piece in pieces):
         reasons = " or ".join(sorted({piece.reason for piece in pieces if piece.reason}))
         raise ModelError(f"there is no linear layer to convert: all are {reasons or 'missing'}.")
@@ -135,25 +137,15 @@ def _parts(tensor: Tensor) -> list[FilePiece]:
     ]
 
 
-def _decide(
-    piece: FilePiece,
-    scheme: Scheme,
-    defaults: Names,
-    lists: Sequence[tuple[str, Names]],
-    unused: dict[str, Names],
-) -> FilePiece:
-    """Return ``piece`` with a scheme, or with the reason for keeping it. Removes the patterns that
-    match it from ``unused``."""
+def _decide(piece: FilePiece, scheme: Scheme, defaults: Names, ignored: Names) -> FilePiece:
+    """Return ``piece`` with a scheme, or with the reason for keeping it."""
     is_matrix = len(piece.shape) == 2 and piece.name.endswith(".weight")
     if not is_matrix or OTHER_KINDS.fullmatch(piece.module):
         is_stacked = len(piece.shape) == 3 and piece.shape[1] > 1 and ".visual." not in piece.name
         return replace(piece, reason="stacked under one name") if is_stacked else piece
-    matching = [text for text, names in lists if names.has(piece.module)]
-    for text in matching:
-        unused.pop(text, None)
     reason = ""
-    if matching:
-        reason = "selected by --ignore"
+    if ignored.has(piece.module):
+        reason = IGNORED
     elif defaults.has(piece.module):
         reason = "few numbers with a large effect"
     elif piece.source.dtype not in FULL_DTYPES:

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.command.cli import main
 from engine.plugins.convert.converter import convert
-from engine.weights.quantized_formats import read_quantization
-from engine.weights.scheme import Scheme
+from engine.weights.scheme import Scheme, read_quantization
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 

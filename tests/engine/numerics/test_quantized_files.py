@@ -16,7 +16,7 @@ from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.loading import WeightFiles
 from engine.weights.model_config import ModelError
-from engine.weights.quantized_formats import read_quantization
+from engine.weights.scheme import read_quantization
 from experiments.gpu import interpreter
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
