@@ -18,8 +18,8 @@ from engine.engine import Engine
 from engine.interfaces import RunnerLost
 from engine.messages import Ready, Refused, ToEngine
 from engine.server.settings import SWITCH_S
+from engine.worker.process_channel import Sockets, SocketsClosed
 from engine.worker.screen import start_screen
-from engine.worker.sockets import Sockets, SocketsClosed
 from hybridcache.command.extras import how_to_install
 
 LOST = 3

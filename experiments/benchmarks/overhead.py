@@ -26,7 +26,7 @@ from engine.messages import FromEngine, Outputs
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch
 from engine.text.tokenizer import ByteTokenizer
-from engine.worker.sockets import Sockets
+from engine.worker.process_channel import Sockets
 from experiments.studies.common import keep, positive, show
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
