@@ -161,18 +161,14 @@ class Split:
         except ValueError as error:
             raise ValueError(f"{source.name if path is None else path}: {error}") from None
 
-    def head(self, num_seeds: int | None, only: str = "") -> Split:
-        """Return the split with its first seeds, and the traces with ``only`` in their name."""
-        gib = {trace: sizes for trace, sizes in self.gib.items() if only in trace}
-        if not gib:
-            raise ValueError(f"no trace of the split contains {only!r}: {', '.join(self.gib)}")
+    def head(self, num_seeds: int | None) -> Split:
+        """Return the split with its first seeds."""
         if num_seeds is not None and not 1 <= num_seeds <= len(self.seeds):
             raise ValueError(
                 f"num_seeds must be from 1 to {len(self.seeds)}, the seeds of the split (got "
                 f"{num_seeds})."
             )
-        loops = {trace: cells for trace, cells in self.closed_loop.items() if only in trace}
-        return Split(self.name, self.model, self.seeds[:num_seeds], gib, loops)
+        return replace(self, seeds=self.seeds[:num_seeds])
 
     def jobs(self, policies: tuple[str, ...]) -> list[BoardJob]:
         """Return the jobs of all cells: a replay of all sizes, or one closed loop."""
@@ -468,7 +464,6 @@ def leaderboard(
     built_in: Sequence[str] = BUILT_IN,
     processes: int = 1,
     seeds: int | None = None,
-    only: str = "",
     resume_from: str | Path | None = None,
     progress: Progress = None,
 ) -> Board:
@@ -480,8 +475,7 @@ def leaderboard(
             evaluation split.
         built_in: names of built-in evictions; each uses the default placement.
         processes: runs at the same time; changes no result.
-        seeds, only: the first seeds, and the traces with ``only`` in their names, as in
-            ``Split.head``; by default all.
+        seeds: number of the first seeds to use; None for all.
         resume_from: JSON lines of finished jobs, read first and appended to.
         progress: function of (jobs done, all), or False for none, as in ``simulate``.
 
@@ -492,7 +486,7 @@ def leaderboard(
         split = Split.load(split)
     if not isinstance(split, Split):
         raise ValueError(f"split must be a Split or the path of its file (got {split!r}).")
-    split = split.head(seeds, only)
+    split = split.head(seeds)
     for trace in split.gib:
         if len(split.seeds) > 1 and _seeded(trace, 0) == trace:
             raise ValueError(f"{trace} is a single draw: give one seed, and compare by sessions")

@@ -16,7 +16,7 @@ from hybridcache.config import GRID
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.baselines import UNCHARGED
 from hybridcache.lab.intervals import FEWEST_UNITS
-from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
+from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SimulationResult
 from hybridcache.lab.trace_stats import Summary, TraceStats
 from hybridcache.policies.registry import make_eviction
 
@@ -99,7 +99,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def sweep_table(result: SweepRuns, word: str = "hit") -> str:
+def sweep_table(result: SimulationResult, word: str = "hit") -> str:
     """Return a table with a row per competitor and a column per size.
 
     Token hit rates have half of their 95 % interval over sessions. Their tables also have the plan
@@ -133,7 +133,7 @@ def sweep_table(result: SweepRuns, word: str = "hit") -> str:
     return "\n".join([table, *bypass_notes(result), *notes])
 
 
-def bypass_notes(result: SweepRuns) -> list[str]:
+def bypass_notes(result: SimulationResult) -> list[str]:
     """Name the competitors with requests that were too large for the memory, with their number."""
     labels: dict[str, list[str]] = {}
     for label, runs in result.by_label().items():
@@ -151,7 +151,7 @@ TIE = 0.0005
 """Difference of token hit rates below which competitors have equal hits."""
 
 
-def sweep_line(result: SweepRuns) -> str:
+def sweep_line(result: SimulationResult) -> str:
     """Describe a sweep in one line: trace, competitors, sizes, and the best run."""
     if not result.runs:
         return f"{result.trace}: no runs"
@@ -174,7 +174,7 @@ def ties(run: RunResult, best: RunResult) -> bool:
     return best.above(run).low <= 0
 
 
-def verdict(result: SweepRuns) -> str:
+def verdict(result: SimulationResult) -> str:
     """Return one sentence: the policy with the highest mean token hit rate over the sizes, and the
     command that serves with it, at the smallest size of its most hits.
 
@@ -259,16 +259,6 @@ LOOP_METRICS = (
     Metric("most", lambda run: run.live_most, "{}", max),
 )
 """Columns of tables of closed loops."""
-OF_TENANTS = (
-    Metric("Jain", lambda run: run.jain, "{:.3f}"),
-    Metric(
-        "worst tenant, s",
-        lambda run: (run.worst_ttft_s, run.worst_tenant),
-        "{0[0]:.3g} ({0[1]})",
-        max,
-    ),
-)
-"""Columns of tables with several tenants."""
 
 
 def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str) -> str:
@@ -278,11 +268,11 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str) -> str:
     for label, gib in dict.fromkeys((run.label, run.gib) for run in runs):
         chosen = [run for run in runs if (run.label, run.gib) == (label, gib)]
         first, rows = chosen[0], []
-        has_tenants = any(run.worst_tenant != "-" for run in chosen)
-        metrics = LOOP_METRICS + OF_TENANTS * has_tenants
         for admission, rate in dict.fromkeys((run.admission, run.rate) for run in chosen):
             same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
-            rows.append([f"{admission}, {rate:g}", *(metric.text(*same) for metric in metrics)])
+            rows.append(
+                [f"{admission}, {rate:g}", *(metric.text(*same) for metric in LOOP_METRICS)]
+            )
         requests = counted(first.num_requests, "request")
         title = f"{first.trace}, {gib:.3g} GiB, {label}: {requests} in closed loop"
         notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
@@ -298,12 +288,12 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str) -> str:
         seeds = len({run.seed for run in chosen})
         if seeds > 1:
             notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
-        header = ["admission, sessions/s", *(metric.title for metric in metrics)]
+        header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
         tables.append("\n".join([title, text_table(header, rows), *notes]))
     return "\n\n".join(tables)
 
 
-def tier_notes(result: SweepRuns) -> list[str]:
+def tier_notes(result: SimulationResult) -> list[str]:
     """Name the policies with and without priority classes."""
     return classes_notes(
         {str(run.config.policy): run.config.priority_classes for run in result.runs}
@@ -332,7 +322,7 @@ def classes_notes(has_classes: Mapping[str, bool | None]) -> list[str]:
     return notes
 
 
-def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
+def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
     """Return the notes under a table or figure of the metrics ``words``."""
     notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
@@ -345,7 +335,7 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     return notes
 
 
-def uncharged_notes(result: SweepRuns) -> list[str]:
+def uncharged_notes(result: SimulationResult) -> list[str]:
     """Name the rebuilt systems that use memory in addition to their size."""
     labels: dict[str, dict[str, None]] = {}
     for run in result.runs:
@@ -357,7 +347,7 @@ def uncharged_notes(result: SweepRuns) -> list[str]:
     ]
 
 
-def interval_notes(result: SweepRuns) -> list[str]:
+def interval_notes(result: SimulationResult) -> list[str]:
     """Explain the intervals of token hit rates, and why there are none."""
     counts = dict.fromkeys(len(run.by_session) for run in result.runs)
     if not counts:
@@ -406,7 +396,7 @@ def above_plan(run: RunResult) -> bool:
     return run.share_of_optimum is not None and run.share_of_optimum > 1
 
 
-def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
+def plan_notes(result: SimulationResult, words: Sequence[str]) -> list[str]:
     """Explain the plan with hindsight, and the star."""
     shown = (run for runs in result.by_label().values() for run in runs)
     planned = [run for run in shown if run.optimum_tokens]

@@ -49,7 +49,6 @@ from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.lab.traces.frame import LONGEST
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.registry import (
     ADMISSION_NAMES,
@@ -287,22 +286,14 @@ class Scenario:
             if (given := getattr(self, name)) is not _defaults()[name]:
                 sizes(given, name)
         self._check_several()
-        if self.grid > LONGEST:
-            raise ValueError(
-                f"grid {self.grid}: no prompt is longer than {LONGEST} tokens, so none would have "
-                "a checkpoint"
-            )
         if self.memory not in MEMORIES:
             raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
-        if self.kv_share is None and self.memory == "pools":
-            raise ValueError("memory 'pools' has no share for KV: give kv_share between 0 and 1")
-        if self.kv_share is not None and self.memory != "pools":
+        is_share = self.kv_share is not None and 0 <= self.kv_share <= 1
+        if is_share != (self.memory == "pools") or (self.kv_share is not None and not is_share):
             raise ValueError(
-                f"kv_share {self.kv_share} has no meaning with memory {self.memory!r}: "
-                "use memory 'pools', or leave it out"
+                f"kv_share {self.kv_share} with memory {self.memory!r}: give 0 to 1 with memory "
+                "'pools', and leave it out otherwise"
             )
-        if self.kv_share is not None and not 0 <= self.kv_share <= 1:
-            raise ValueError(f"kv_share {self.kv_share} must lie in 0..1")
         for tier in ("host", "disk"):
             gb_s, size = f"{tier}_gb_s", getattr(self, f"{tier}_gib")
             if getattr(self, gb_s) != _defaults()[gb_s] and not size:
@@ -337,13 +328,6 @@ class Scenario:
         replace its own. TypeError for a setting that does not exist."""
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
-            if name == "skip_bad":
-                raise TypeError(
-                    "skip_bad is no setting: give open_trace(spec, skip_bad=True), or the flag "
-                    "--skip-bad"
-                )
-            if name == "output":
-                raise TypeError("output is no setting: name the file of the runs in resume_from")
             if name not in known:
                 raise TypeError(f"there is no setting {name!r}{did_you_mean(name, known)}")
         if isinstance(given, Scenario):

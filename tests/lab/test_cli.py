@@ -130,7 +130,6 @@ def test_closed_loop_prints_a_row_per_policy_and_rate_and_writes_a_figure(
     assert code == 0 and figure.stat().st_size > 10_000
     lines = [line.split(",")[0] for line in out.splitlines()]
     assert [lines.count(policy) for policy in ("oldest", "live:4", "sessions")] == [2, 2, 2]
-    assert "Jain" not in out and "tenant" not in out, "all requests belong to one tenant"
     assert "40 requests in closed loop" in out and "step times: a roofline" in out
     assert "null" not in out and len(output.read_text().splitlines()) == 3 * 2 * 2
 

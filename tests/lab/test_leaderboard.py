@@ -32,7 +32,7 @@ def test_packaged_split_is_the_evaluation_split_of_the_studies() -> None:
     assert list(ours.seeds) == studies["seeds"] and len(ours.seeds) >= 10
     assert {trace: list(sizes) for trace, sizes in ours.gib.items()} == studies["gib"]
     loops = {trace: [list(cell) for cell in cells] for trace, cells in ours.closed_loop.items()}
-    assert loops == studies["closed-loop"] and ours.head(1, "short").closed_loop.keys() == {"short"}
+    assert loops == studies["closed-loop"] and ours.head(1).seeds == ours.seeds[:1]
     assert len(BUILT_IN) > 10
 
 
@@ -171,7 +171,7 @@ def test_a_policy_that_fails_has_no_row_and_the_others_do(
     )
     monkeypatch.syspath_prepend(tmp_path)
     split = replace(TINY, closed_loop={"short?head=20": ((0.3, 8.0),)})
-    found = leaderboard(["failing:Bad"], split, built_in=["lru"], seeds=1, only="short")
+    found = leaderboard(["failing:Bad"], split, built_in=["lru"], seeds=1)
     assert [row.name for row in found.rows()] == ["lru"] and found.split.seeds == (1,)
     assert "failing:Bad failed: " in found.table() and "ZeroDivisionError" in found.table()
     command = ["simulate", "--trace=short?head=20", "--gib=0.1,9", "--policy=lru,failing:Bad"]

@@ -30,13 +30,6 @@ def add_leaderboard(commands: Commands) -> None:
     )
     add("--built-in", metavar="NAMES", help="built-in evictions, commas between (default: all)")
     add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all ten)")
-    add(
-        "--only",
-        type=str,
-        default="",
-        metavar="TEXT",
-        help="only traces with this text in their names",
-    )
     add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
     share(parser, "--processes")
     add("--output", type=Path, help="JSON lines of finished runs; a repeated command continues")
@@ -55,7 +48,6 @@ def _leaderboard(options: argparse.Namespace) -> int:
         Split.load(options.split),
         built_in=built_in,
         seeds=options.seeds,
-        only=options.only,
         processes=options.processes,
         resume_from=options.output,
     )

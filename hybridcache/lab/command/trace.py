@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,19 +107,15 @@ def _trace_fetch(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _written_whole(path: Path) -> Iterator[TextIO]:
-    """Open a text file that appears at ``path`` when all is written, and not after an error; with
-    the ending ``.gz`` it is compressed. Pipes and devices are written directly."""
-    if path.exists() and not path.is_file():
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-        return
+    """Open a new text file, which is removed after an error; with the ending ``.gz`` it is
+    compressed. Pipes and devices are written directly."""
     place = path.resolve()  # behind a link: the link stays
     place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    writes = gzip.open if place.suffix == ".gz" else open
     try:
-        writes = gzip.open if place.suffix == ".gz" else open
-        with cast("TextIO", writes(beside, "wt", encoding="utf-8")) as file:
+        with cast("TextIO", writes(place, "wt", encoding="utf-8")) as file:
             yield file
-        beside.replace(place)
-    finally:
-        beside.unlink(missing_ok=True)
+    except BaseException:
+        if place.is_file():
+            place.unlink()
+        raise

@@ -108,7 +108,6 @@ class RequestTable:
     def __init__(self) -> None:
         self.session = array("q")
         self.turn = array("i")
-        self.tenant: list[Hashable] = []
         self.asked_s = array("d")
         self.admitted_s = array("d")
         self.first_token_s = array("d")
@@ -338,7 +337,6 @@ class _Run:
         assert losses is not None
         table.session.append(request.place)
         table.turn.append(request.turn)
-        table.tenant.append(request.namespace)
         table.asked_s.append(request.arrival_s)
         table.admitted_s.append(request.scheduled_s)
         table.first_token_s.append(request.first_token_s)
@@ -358,12 +356,6 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     [rate], [seed], limit_s = sizes(cell.rate, "rate"), seeds_of(cell), cell.ttft_limit_s
     asked_s = np.array(table.asked_s)
     ttft_s = np.array(table.first_token_s) - asked_s
-    tenants: dict[Hashable, list[float]] = {}
-    for tenant, seconds in zip(table.tenant, ttft_s.tolist(), strict=True):
-        tenants.setdefault(tenant, []).append(seconds)
-    in_time = [sum(one <= limit_s for one in each) / len(each) for each in tenants.values()]
-    means = {tenant: sum(each) / len(each) for tenant, each in tenants.items()}
-    worst = max(means, key=lambda tenant: means[tenant])
     losses = Losses(*table.lost)
     p50_s, p99_s = np.percentile(ttft_s, (50, 99)).tolist()
     return ClosedLoopRun(
@@ -388,9 +380,6 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         live_mean=table.live_s / table.end_s,
         live_most=table.max_live,
         num_preemptions=sum(table.preemptions),
-        jain=jain_index(in_time),
-        worst_tenant="-" if worst is None or len(means) == 1 else str(worst),
-        worst_ttft_s=means[worst],
         model=cell.geometry().name,
         max_running=max_running_of(cell),
         token_budget=cell.token_budget,
@@ -508,17 +497,6 @@ def closed_loop(
     )
     said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
     return ClosedLoopResult(opened.name, tuple(runs), known.describe(), tuple(said))
-
-
-def jain_index(shares: Sequence[float]) -> float:
-    """Return Jain's fairness index of non-negative ``shares``: 1 if they are equal, 1/n if one has
-    all.
-
-    >>> jain_index([3.0, 3.0]), jain_index([1.0, 0.0]), jain_index([0.0, 0.0])
-    (1.0, 0.5, 1.0)
-    """
-    squares = sum(share * share for share in shares)
-    return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
 
 
 def memory_sizes(cell: Scenario) -> MemorySizes:
