@@ -56,7 +56,7 @@ def message_text(message: Record) -> str:
     calls = list[Any](message.objects("tool_calls")) if message.get("tool_calls") else []
     if message.get("function_call"):
         calls = [{"function": message["function_call"]}]
-    return words + "".join(_call(call["function"]) for call in calls)
+    return _begun(words + "".join(_call(call["function"]) for call in calls))
 
 
 def is_response(value: dict[str, Any]) -> bool:
@@ -86,7 +86,7 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
         kinds = {str(item.get("type")) if isinstance(item, dict) else None for item in response}
         if not response or not kinds <= OUTPUT_ITEMS:
             raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
-        return "".join(map(_output_item, response)), 0, ""
+        return _begun("".join(map(_output_item, response))), 0, ""
     if not isinstance(response, dict):
         raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
     choices = response.get("choices")
@@ -155,6 +155,12 @@ def _part(part: Record) -> str:
 
 def _thought(words: str) -> str:
     return f"<think>\n{words}\n</think>\n\n"
+
+
+def _begun(text: str) -> str:
+    """Return the text of a message without the newline of a call that nothing precedes: after the
+    newline of the header, both would be one token in the next prompt."""
+    return text.removeprefix("\n") if text.startswith("\n<tool_call>") else text
 
 
 def _call(function: Any) -> str:
