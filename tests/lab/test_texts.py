@@ -21,7 +21,7 @@ from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise, text
-from hybridcache.lab.traces.frame import TraceOrderWarning
+from hybridcache.lab.traces.frame import TraceFieldsWarning, TraceOrderWarning
 from hybridcache.lab.traces.prompts import Continued
 from tests.lab.records import lines
 
@@ -34,17 +34,7 @@ def assistant(words: str) -> dict[str, str]:
     return {"role": "assistant", "content": words}
 
 
-CHAT = [user("hello"), assistant("yes"), user("more")]
 QWEN_IDS = [32, 73074, 4757, 11, 220, 19, 17, 13, 248046]
-
-
-def exchange(when: Any, messages: list[Any], answer: str) -> dict[str, Any]:
-    response = {"choices": [{"index": 0, "message": assistant(answer)}]}
-    return {
-        "timestamp": when,
-        "request": {"model": "m", "messages": messages},
-        "response": response,
-    }
 
 
 def text_of(request: TraceRequest) -> str:
@@ -87,15 +77,23 @@ def test_sessions_continue_the_longest_last_prompt(prompts: list[str]) -> None:
     ],
 )
 def test_answers_are_read_in_usual_fields(fields: dict[str, Any], tmp_path: Path) -> None:
-    path = lines(tmp_path / "t.jsonl", {"messages": [user("hello")], "time": 1} | fields)
-    [request] = open_trace(f"{path}?tokenizer=bytes")
-    assert answer_text(request) == "yes"
+    """A text in JSON that is no message remains a text."""
+    path = lines(
+        tmp_path / "t.jsonl",
+        {"prompt": "a", "time": 0, "answer": None},
+        {"messages": [user("hello")], "time": 1} | fields,
+        {"prompt": "a", "time": 2, "answer": '{"message": "b"}'},
+    )
+    trace = open_trace(f"{path}?tokenizer=bytes")
+    assert "answer=answer" in trace.columns
+    assert [*map(answer_text, trace)] == ["", "yes", '{"message": "b"}']
 
 
-def test_answer_in_json_is_a_text(tmp_path: Path) -> None:
-    path = lines(tmp_path / "t.jsonl", {"prompt": "a", "answer": '{"message": "b"}'})
-    [request] = open_trace(f"{path}?tokenizer=bytes")
-    assert answer_text(request) == '{"message": "b"}'
+@pytest.mark.parametrize(("words", "end"), [("a tree", "=said"), ("2026-01-01", r" said \(1\)")])
+def test_unread_text_is_suggested_as_answer(words: str, end: str, tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", {"prompt": "a", "latency": 3, "said": words})
+    with pytest.warns(TraceFieldsWarning, match=f"{end}$"):
+        list(open_trace(f"{path}?tokenizer=bytes"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_answer_in_json_is_a_text(tmp_path: Path) -> None:
         ({"prompt": 123}, "prompt is 123, not a text or a list of ids"),
         ({"time": 1}, r"there is no prompt in it \(time\)"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "role is 'robot', none of system"),
-        ({"prompt": "b", "time": "2026-01-01T00:00:00"}, "it has a date, but the records above"),
+        ({"prompt": "b", "time": "2026-01-01T00:00:00"}, "it has a date without a zone, but the"),
         *(
             ({"prompt": "b", "answer": answer}, "its answer is .*, not a text, a message")
             for answer in (17, ["a"], {"x": 1}, {"choices": []}, True)
@@ -207,15 +205,3 @@ def test_answers_repeated_by_the_next_prompt_are_counted(
     stats = trace_stats(open_trace(f"{path}?tokenizer=bytes"))
     assert stats.repeated_answers == pytest.approx(share)
     assert ("answers found again" in stats_table(stats)) == (share is not None)
-
-
-def test_reasoning_dropped_by_the_template_is_not_hit(tmp_path: Path) -> None:
-    thought = "<think>\nlong\n</think>\n\nyes"
-    path = lines(
-        tmp_path / "log.jsonl",
-        exchange(0, CHAT[:1], thought),
-        exchange(1, [CHAT[0], assistant(thought), CHAT[2]], "no"),
-    )
-    first, _ = open_trace(f"{path}?tokenizer=bytes&template=thinking")
-    stats = trace_stats(open_trace(f"{path}?tokenizer=bytes&template=thinking"))
-    assert stats.ideal_tokens == len(first.tokens) - 2  # without "<think>" and a newline

@@ -244,6 +244,7 @@ def test_tau_bench_trajectories_are_read_as_sessions(tmp_path: Path) -> None:
     assert len(found) == 4 and len({request.session for request in found}) == 2
     assert b"look" in bytes(found[-1].tokens[found[-1].tokens < 256].astype(np.uint8))
     assert all(len(request.boundaries) == 2 for request in found)
+    assert bytes(found[0].output[:11].astype("u1")) == b"<tool_call>", "not a newline"
 
 
 def _with_possible_answer(request: TraceRequest) -> TraceRequest:

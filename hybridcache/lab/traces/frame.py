@@ -200,7 +200,8 @@ def shown(value: object) -> str:
 
 
 class TraceClock:
-    """Times of a file's records: all have a number, all a date, or none has a time."""
+    """Times of a file's records: all have a number, all a date (all with a zone, or none), or none
+    has a time."""
 
     def __init__(self) -> None:
         self._now = -1.0
@@ -210,12 +211,15 @@ class TraceClock:
     def of(self, record: Record, name: str) -> float:
         """Return the time in the field ``name``, as ``at`` does."""
         when_s = record.moment(name) if name in record else None
-        return self.at(when_s, isinstance(record.get(name), str))
+        return self.at(when_s, record.get(name))
 
-    def at(self, when_s: float | None, is_date: bool = False) -> float:
+    def at(self, when_s: float | None, value: Any) -> float:
         """Return ``when_s``, or a second after the record before if no record has a time. Raises
-        ValueError if the kinds differ."""
-        kind = "no time" if when_s is None else "a date" if is_date else "a number as its time"
+        ValueError if the kinds of the ``value``, as the record has it, differ."""
+        kind = "no time" if when_s is None else "a number as its time"
+        if isinstance(value, str):
+            has_zone = datetime.fromisoformat(value).tzinfo is not None
+            kind = "a date with a zone" if has_zone else "a date without a zone"
         if self._kind is None:
             self._kind = kind
         elif self._kind != kind:
@@ -551,18 +555,18 @@ def in_order(
             now_s = request.timestamp_s
             if now_s < given_s:
                 problem = (
-                    f"its time {now_s:g} s is before {given_s:g} s, the time of a request more "
-                    f"than {len(waiting):,} requests above, and no more are read ahead: sort the "
-                    "file by time"
+                    f"its time is {given_s - now_s:g} s before that of a request more than "
+                    f"{len(waiting):,} requests above, and no more are read ahead: sort the file "
+                    "by time"
                 )
                 bad.report(path, line, problem)
                 continue
             if now_s + (request.service_s or 0.0) < newest_s and is_sorted:
                 is_sorted = False
                 message = (
-                    f"{path}: lines are not in order of time (the first is line {line}, whose time "
-                    f"{now_s:g} s is before {newest_s:g} s); requests are sorted, each before at "
-                    f"most {WINDOW:,} others"
+                    f"{path}: lines are not in order of time (the first is line {line}, "
+                    f"{newest_s - now_s:g} s before one above it); requests are sorted, each "
+                    f"before at most {WINDOW:,} others"
                 )
                 warn(message, TraceOrderWarning)
             newest_s = max(newest_s, now_s)

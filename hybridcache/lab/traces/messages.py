@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.frame import ONE_SECOND, FileReader, Record, in_order, warn
 from hybridcache.lab.traces.prompts import Named, PromptParser
 from hybridcache.lab.traces.text import load_chat_text
@@ -48,6 +49,15 @@ class MessagesReader(FileReader):
             warn(f"{self.path}: {problems}")
 
     @property
+    def first(self) -> Record:
+        """Fields of the first hundred records, each with its first value."""
+        merged = Record()
+        for _, record in islice(self.records(BadRecords(skip=True)), 100):
+            missing = (name for name in record if merged.get(name) is None)
+            merged |= {name: record[name] for name in missing}
+        return merged
+
+    @property
     def _names(self) -> dict[str, str]:
         fields = ("prompt", "time", "session", "answer", "length", "tenant")
         return {name: getattr(self, name) for name in fields}
@@ -58,8 +68,8 @@ class MessagesReader(FileReader):
         return "" if has_time else ONE_SECOND
 
     def describe(self) -> str:
-        """Return the names that are read for each field in the first record. ValueError if there is
-        nothing to read."""
+        """Return the names that are read for each field in the first records. ValueError if there
+        is nothing to read."""
         first = self.first
         if not first:
             return ""

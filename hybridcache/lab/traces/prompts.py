@@ -8,6 +8,7 @@ milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -56,6 +57,8 @@ PARAMETERS = frozenset(
 """Names without a meaning for a cache. They are not counted as unread fields."""
 FEWEST = 10
 """Requests without any continued prompt from which on a warning is given."""
+_LETTERS = re.compile(r"[^\W\d_]{2}")
+"""Part of a word; numbers and dates have none."""
 WHOLE_TEXT = "a prompt must be the whole text that was sent to the model, earlier turns included"
 
 
@@ -184,7 +187,8 @@ class PromptParser:
         self._fresh, self._clock, self._continued = FreshIds(), TraceClock(), Continued()
         self._last: dict[str | int, tuple[int, int]] = {}
         """Length and hash of the last prompt of a named session."""
-        self._unread: Counter[str] = Counter()
+        self._unread, self._num_chars = Counter[str](), Counter[str]()
+        """Number of values of each field without a use, and of characters of those with words."""
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
         self._num_whole = 0
         """Prompts without an answer whose last message is an assistant's."""
@@ -192,8 +196,12 @@ class PromptParser:
     def parse(self, raw: Record) -> Iterator[TraceRequest]:
         """Yield the request of a record."""
         record = Named(raw, self._names)
-        names = {name for name, value in record.record.items() if value is not None and name}
-        self._unread.update(names - {*record.used.values()} - PARAMETERS)
+        known = {*record.used.values(), *PARAMETERS, ""}
+        for name, value in record.record.items():
+            if value is not None and name not in known:
+                self._unread[name] += 1
+                is_text = isinstance(value, str) and _LETTERS.search(value)
+                self._num_chars[name] += len(value) if is_text else 0
         session = record.record.key(record.used["session"]) if "session" in record.used else None
         request, said = self._request(record)
         now, namespace = self._now(record), record.namespace()
@@ -217,7 +225,7 @@ class PromptParser:
     def _now(self, record: Named) -> float:
         """Return the time of the next record."""
         when_s = record.time_s()
-        return self._clock.at(when_s, record.has_date)
+        return self._clock.at(when_s, record.get("time"))
 
     def _request(self, record: Named) -> tuple[TraceRequest, str]:
         """Return the request without session and time, and its prompt as one text."""
@@ -287,7 +295,6 @@ class PromptParser:
         if self._unread and not self._num_answers and self._num_requests:
             counts = self._unread.most_common()
             names = ", ".join(f"{name} ({count:,})" for name, count in counts)
-            yield (
-                f"no answer was found, and these fields are not read: {names}; name one as in "
-                f"{spec}?answer={counts[0][0]}"
-            )
+            [(name, has_words)] = self._num_chars.most_common(1)
+            hint = f"; name one as in {spec}?answer={name}" if has_words else ""
+            yield f"no answer was found, and these fields are not read: {names}{hint}"
