@@ -796,12 +796,7 @@ class HybridRadixCache:
         """Load ``resumable`` from offload tiers to the device; see ``TieredRadixCache.fetch``.
 
         Returns False, because this cache has no offload tiers.
-
-        Raises:
-            ValueError: it is from another cache with tiers.
         """
-        if not isinstance(resumable, Resumable):
-            raise TypeError(f"resumable must be one of match.loadable (got {resumable!r}).")
         return False
 
     def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
@@ -1050,7 +1045,8 @@ class HybridRadixCache:
         labels: Sequence[str],
         after: RadixNode | None,
     ) -> None:
-        """Raise ValueError for arguments that are wrong regardless of the tree. O(checkpoints)."""
+        """Raise ValueError or TypeError for arguments that are wrong regardless of the tree.
+        O(checkpoints)."""
         if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
@@ -1063,16 +1059,13 @@ class HybridRadixCache:
                 f"kv_indices must have one index per token (got {len(kv_indices)} for {num_tokens} "
                 "tokens)"
             )
-        for label in labels if isinstance(labels, LISTS) else (None,):
-            if not isinstance(label, str):
-                raise TypeError(f"labels must be a tuple of strings (got {labels!r})")
-        if labels and len(labels) != len(checkpoints):
-            raise ValueError(
-                f"labels must be empty or have one per checkpoint (got {len(labels)} for "
-                f"{len(checkpoints)} checkpoints)"
-            )
         if not isinstance(checkpoints, LISTS):
             raise TypeError(f"checkpoints must be a list of pairs (got {checkpoints!r})")
+        if labels and (len(labels) != len(checkpoints) or {*map(type, labels)} != {str}):
+            raise ValueError(
+                "labels must be empty or a string per checkpoint (got "
+                f"{labels!r} for {len(checkpoints)} checkpoints)"
+            )
         is_cached, is_taken = self._is_cached, self._slots.is_taken
         for one in checkpoints:
             is_pair = isinstance(one, LISTS) and len(one) == 2
@@ -1082,10 +1075,10 @@ class HybridRadixCache:
                     "a checkpoint must be (position: int, slot: int) with 0 <= slot < "
                     f"{len(is_cached)} (got {one!r})"
                 )
-            if is_cached[slot]:
-                raise ValueError(f"slot {slot} is the cache's already: allocate another one")
-            if not is_taken[slot]:
-                raise ValueError(f"slot {slot} is free: take one with allocate_slot")
+            if is_cached[slot] or not is_taken[slot]:
+                raise ValueError(
+                    f"slot {slot} is free or the cache's already: take one with allocate_slot"
+                )
         if len(checkpoints) > 1:
             _, slots = zip(*checkpoints, strict=True)
             if len(set(slots)) < len(slots):

@@ -730,13 +730,8 @@ class TieredRadixCache(HybridRadixCache):
         Raises:
             ValueError: it is from another cache.
         """
-        super().fetch(resumable)
         target, offload = resumable.node, self.offload
-        if (
-            not isinstance(target, RadixNode)
-            or target.offloaded is None
-            or target.offloaded.state is None
-        ):
+        if target.offloaded is None or target.offloaded.state is None:
             return False
         if target.offloaded.state.item_bytes is not self.item_bytes:
             raise ValueError(FOREIGN)
