@@ -150,8 +150,6 @@ class GatherCache:
     pool, or only the newest remains: then they exceed the limit by at most ``ENTRY_ROWS``.
     """
 
-    __slots__ = ("limit_rows", "num_rows", "rows")
-
     def __init__(self, limit_rows: int) -> None:
         self.limit_rows = limit_rows
         """Rows of the pool."""

@@ -319,8 +319,6 @@ class RowIndex:
     dictionary entry.
     """
 
-    __slots__ = ("_free_numbers", "_moved", "_numbered", "_numbers", "new")
-
     def __init__(self, num_rows: int, moved: Callable[[], None]) -> None:
         """``moved`` is called before rows are renamed."""
         self._moved = moved

@@ -253,11 +253,6 @@ class TableRows(Protocol):
 class StepQueue:
     """The next ``StepPlan`` of one cache while it grows. A ``RowHolder`` that records the moves."""
 
-    __slots__ = (
-        *("not_ready", "num_moves", "num_open", "numbers", "open_plan", "restores", "row_writes"),
-        *("thread", "transfers"),
-    )
-
     def __init__(self) -> None:
         self.num_open = self.thread = 0
         """Number of running leases, and the thread that began the last one."""

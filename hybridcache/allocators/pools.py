@@ -12,8 +12,6 @@ from hybridcache.tokens import INT32, Indices, require_index, require_int32
 class ByteBudget:
     """Counter of free bytes, which the allocators that share it change."""
 
-    __slots__ = ("free_bytes", "total_bytes")
-
     def __init__(self, total_bytes: int) -> None:
         """Raise ValueError if ``total_bytes`` is not positive."""
         self.total_bytes = self.free_bytes = require_index(total_bytes, "total_bytes", 1)

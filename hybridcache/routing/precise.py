@@ -294,8 +294,6 @@ class WriteRate:
     (50.0, 16.666666666666668, 0.5)
     """
 
-    __slots__ = ("_bytes", "_capacity", "_log", "_seconds")
-
     def __init__(self, capacity_bytes: int | None, now: float) -> None:
         self._capacity = capacity_bytes
         self._bytes, self._seconds = 0, 0.0

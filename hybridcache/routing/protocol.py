@@ -75,8 +75,6 @@ class ReplicaLoad:
     (0.5, 1, 2)
     """
 
-    __slots__ = ("_decoding", "_head_since_s", "_seconds", "_waiting")
-
     def __init__(self) -> None:
         self._waiting: OrderedDict[Hashable, float] = OrderedDict()
         """Estimated prefill seconds of each request without a first token, the oldest first."""

@@ -65,19 +65,6 @@ class ScheduledRequest(WaitingRequest):
     prefill, from there on one by one. The newest token is never computed before the next step.
     """
 
-    __slots__ = (
-        "_buffer",
-        "fetched_len",
-        "is_counted",
-        "lease",
-        "losses",
-        "num_drawn",
-        "prompt_len",
-        "scheduled_len",
-        "scheduled_s",
-        "spec",
-    )
-
     def __init__(
         self,
         spec: RequestFields,

@@ -8,22 +8,6 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 class Session:
     """One conversation or agent run of one tenant, recognised by the tokens of its prompts."""
 
-    __slots__ = (
-        "anchors",
-        "began_s",
-        "has_ended",
-        "idle_since_s",
-        "known_len",
-        "newest_id",
-        "num_admitted",
-        "num_open",
-        "num_requests",
-        "num_tokens",
-        "number",
-        "shared_len",
-        "tenant",
-    )
-
     def __init__(self, number: int, tenant: Hashable, began_s: float) -> None:
         self.number = number
         """Rank among all sessions, by the arrival of the first request."""
@@ -56,21 +40,6 @@ class Session:
 class WaitingRequest:
     """Part of a request that admission policies read. The scheduler writes it
     (``scheduling.request.ScheduledRequest``)."""
-
-    __slots__ = (
-        "arrival",
-        "arrival_s",
-        "cached_len",
-        "computed_len",
-        "lost_len",
-        "max_len",
-        "num_passes",
-        "num_preemptions",
-        "num_tokens",
-        "prefill_len",
-        "row",
-        "session",
-    )
 
     def __init__(self, *, arrival: int, arrival_s: float, num_tokens: int, max_len: int) -> None:
         self.arrival = arrival

@@ -86,8 +86,6 @@ class _Line:
     at once when the line has doubled.
     """
 
-    __slots__ = ("late", "limit", "queue")
-
     def __init__(self) -> None:
         self.queue: deque[Entry] = deque()
         self.late: list[Entry] = []

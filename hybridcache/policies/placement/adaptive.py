@@ -62,19 +62,6 @@ FEW = 8
 class _Account:
     """Saved checkpoints of one label and the tokens that they earned. Old counts fade."""
 
-    __slots__ = (
-        "due",
-        "earned",
-        "hope_lasts",
-        "hope_tokens",
-        "is_tried",
-        "offered",
-        "placed",
-        "used",
-        "uses",
-        "wait",
-    )
-
     def __init__(self, label: str, mean_prompt: float, offered: int, most: float) -> None:
         hope = HOPE if label in COMMON else SPECULATIVE_HOPE
         self.hope_tokens = self.earned = hope * mean_prompt
@@ -178,10 +165,7 @@ class Adaptive(PlacementPolicy):
         """Latest prefill and its plan, until ``plan`` returns it."""
 
     def state_dict(self) -> dict[str, Any]:
-        accounts = [
-            [label, {name: getattr(account, name) for name in account.__slots__}]
-            for label, account in self._accounts.items()
-        ]
+        accounts = [[label, dict(vars(account))] for label, account in self._accounts.items()]
         return {"policy": "adaptive", "accounts": accounts} | {
             name: getattr(self, name) for name in LEARNED
         }
@@ -193,8 +177,7 @@ class Adaptive(PlacementPolicy):
         self._accounts, self._latest = {}, None
         for label, fields in state["accounts"]:
             account = self._accounts[label] = _Account(label, 0.0, 0, 0.0)
-            for name, value in fields.items():
-                setattr(account, name, value)
+            vars(account).update(fields)
         for name in LEARNED:
             setattr(self, name, state[name])
 
