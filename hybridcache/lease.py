@@ -573,8 +573,7 @@ class Lease:
 
         Raises:
             ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``), or
-                ``start`` is less than ``published_len`` or more than ``end``, or ``max_slots`` is
-                negative.
+                ``start`` is less than ``published_len`` or more than ``end``.
         """
         if type(start) is not int or type(end) is not int:
             start, end = require_index(start, "start"), require_index(end, "end")
@@ -585,8 +584,6 @@ class Lease:
                 f"start must be from {self.published_len}, the number of published tokens, to end "
                 f"(got {start} and {end})"
             )
-        if max_slots is not None:
-            require_index(max_slots, "max_slots", 0)
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
         num_taken = 0

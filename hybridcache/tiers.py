@@ -103,28 +103,14 @@ class OffloadedCheckpoint(Checkpoint):
 
     __slots__ = ("rows", "tier")
 
-    def __init__(
-        self,
-        node: RadixNode,
-        tier: int,
-        rows: Indices,
-        now: int,
-        serial: int,
-        item_bytes: ItemBytes,
-        label: str = "",
-    ) -> None:
-        super().__init__(node, -1, now, serial, item_bytes, label)
+    def __init__(self, was: Checkpoint, tier: int, rows: Indices) -> None:
+        """Make the item for ``was`` in ``tier``, with its uses and age but without its memo."""
+        super().__init__(was.node, -1, was.created, was.serial, was.item_bytes, was.label)
+        self.last_used, self.uses = was.last_used, was.uses
+        self.superseded = is_superseded(was.node)
         self.tier = tier
         self.rows = rows
         """Rows of its tier. Empty until there is room for them."""
-
-    @classmethod
-    def offered(cls, was: Checkpoint, tier: int, rows: Indices) -> OffloadedCheckpoint:
-        """Return the item for ``was`` in ``tier``, with its uses and age but without its memo."""
-        state = cls(was.node, tier, rows, was.created, was.serial, was.item_bytes, was.label)
-        state.last_used, state.uses = was.last_used, was.uses
-        state.superseded = is_superseded(was.node)
-        return state
 
     @property
     def above(self) -> OffloadedCheckpoint | None:
@@ -257,7 +243,7 @@ class OffloadTiers:
                 number += 1
                 continue
             node, tier = was.node, self.tiers[number]
-            state = OffloadedCheckpoint.offered(was, number, EMPTY)
+            state = OffloadedCheckpoint(was, number, EMPTY)
             if tier.is_shared:
                 state.memo = was.memo
             entry = self._entry(node)
@@ -867,12 +853,11 @@ class TieredRadixCache(HybridRadixCache):
         """Return the item for a state that an earlier process stored, with its remembered age and
         uses."""
         was = target.lost_checkpoint
-        if was is not None:
-            was.stored = state = OffloadedCheckpoint.offered(was, number, rows)
-            return state
-        serial = self.num_items
-        self.num_items = serial + 1
-        return OffloadedCheckpoint(target, number, rows, self.now, serial, self.item_bytes)
+        if was is None:
+            was = Checkpoint(target, -1, self.now, self.num_items, self.item_bytes, "")
+            self.num_items += 1
+        was.stored = state = OffloadedCheckpoint(was, number, rows)
+        return state
 
     def drop_lost(self, tier: str, is_lost: Callable[[Indices], bool]) -> None:
         """Remove entries that ``tier`` can no longer read.

@@ -226,7 +226,7 @@ class Memory:
                 item.last_used, item.uses, item.superseded = last_used, uses, bool(superseded & 1)
                 number = tiers[tier] if tier >= 0 else None
                 if number is not None:
-                    item.stored = OffloadedCheckpoint.offered(item, number, EMPTY)
+                    item.stored = OffloadedCheckpoint(item, number, EMPTY)
                     item.stored.superseded = bool(superseded & 2)
                 node.lost_checkpoint = item
                 self._items.append((item, bool(superseded & 2)))

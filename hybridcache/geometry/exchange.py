@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from numbers import Integral, Real
 
 from hybridcache.geometry.times import PrefillTimes
+from hybridcache.tokens import require_index
 
 PCIE_BYTES_PER_S = 50e9
 """One-way bandwidth of PCIe 5.0 x16 from pinned memory: 63 GB/s by its data sheet, less protocol
@@ -39,14 +39,13 @@ class Exchange:
             raise TypeError(f"times must have a method seconds(start, end) (got {self.times!r}).")
         for name in ("bytes_per_s", "latency_s"):
             for tier, value in getattr(self, name).items():
-                if tier not in LATENCY_S:
-                    raise ValueError(f"{name} has tiers {', '.join(LATENCY_S)} (got {tier!r}).")
-                is_rate = name == "bytes_per_s"
-                if not isinstance(value, Real) or not (value > 0 if is_rate else 0 <= value < inf):
-                    least = "a number above 0" if is_rate else "a finite number of 0 or more"
-                    raise ValueError(f"{name} must have {least} for {tier} (got {value!r}).")
-        if not isinstance(self.unit, Integral) or self.unit < 1:
-            raise ValueError(f"unit must be an integer of 1 or more (got {self.unit!r}).")
+                is_number = isinstance(value, int | float) and tier in LATENCY_S
+                if not is_number or not (value > 0 if name == "bytes_per_s" else 0 <= value < inf):
+                    raise ValueError(
+                        f"{name} must have positive numbers for {' and '.join(LATENCY_S)} (got "
+                        f"{value!r} for {tier!r})."
+                    )
+        require_index(self.unit, "unit", 1)
 
     def copy_seconds(self, num_bytes: Mapping[str, int]) -> float:
         """Return the seconds to copy these bytes to the device, one tier after the other.

@@ -167,10 +167,6 @@ class CacheManager:
         """Return the current match of waiting ``request`` in the cache. O(its length)."""
         return self.cache.match(request.tokens, request.namespace)
 
-    def cached_len(self, request: ScheduledRequest) -> int:
-        """Return the length from which waiting ``request`` could resume now. O(its length)."""
-        return self.match(request).cached_len
-
     def can_save(self, request: ScheduledRequest, position: int) -> bool:
         """Return whether the entries needed to resume at ``position`` are planned by ``request``
         but not published yet."""
@@ -180,11 +176,6 @@ class CacheManager:
         return position > request.computed_len and (
             not self.stateful or lease.is_saving_at(position)
         )
-
-    def plan_checkpoint(self, request: ScheduledRequest, position: int) -> None:
-        """Also save a checkpoint at ``position``, where another request will branch off."""
-        lease, _ = request.claims
-        lease.plan_checkpoint(position, "branch")
 
     def publish(self, request: ScheduledRequest) -> None:
         """Publish the computed part of ``request`` in the tree."""

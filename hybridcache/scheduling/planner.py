@@ -525,7 +525,7 @@ class StepPlanner(Generic[R]):
             may_begin = has_turn or self._holding.loads
             if self._is_full or not may_begin or self._manager.must_wait_for_slab:
                 continue
-            if goal and self._manager.cached_len(request) < goal:
+            if goal and self._manager.match(request).cached_len < goal:
                 continue
             if self._holding.holds(request):
                 continue
@@ -545,7 +545,7 @@ class StepPlanner(Generic[R]):
             return True
         rest = request.num_tokens
         if rest > budget.tokens and not request.wants_scores:
-            rest -= self._manager.cached_len(request)
+            rest -= self._manager.match(request).cached_len
         return budget.most(rest, request.wants_scores) == rest
 
     def _start(self, request: R, budget: PrefillBudget) -> bool:
@@ -684,7 +684,8 @@ class Sharing:
             if leader.is_ahead:
                 ahead = [p for p in points if self._manager.can_save(leader.request, p)]
                 if ahead and ahead[-1] > leader.request.scheduled_len:
-                    self._manager.plan_checkpoint(leader.request, ahead[-1])
+                    lease, _ = leader.request.claims
+                    lease.plan_checkpoint(ahead[-1], "branch")
                 goal = max([goal, *ahead])
         return goal
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 
 class Session:
@@ -78,37 +79,28 @@ class WaitingRequest:
         return self.computed_len < self.prefill_len
 
 
+@dataclass(kw_only=True, eq=False)
 class Load:
-    """The state of the server as a policy sees it. Read-only."""
+    """The state of the server as a policy sees it. Read-only: the scheduler changes the collections
+    and ``now_s``."""
 
-    def __init__(
-        self,
-        *,
-        max_running: int,
-        running: Collection[WaitingRequest],
-        open_sessions: Collection[Session],
-        idle_sessions: Collection[Session],
-        cached_len: Callable[[WaitingRequest], int],
-        footprint: Callable[[Session], float],
-    ) -> None:
-        """Make a view for the scheduler, which changes the collections and ``now_s``."""
-        self.now_s = 0.0
-        """Time of the step."""
-        self.max_running = max_running
-        """Most requests that run at a time."""
-        self.running = running
-        """Admitted requests that are not answered yet."""
-        self.open_sessions = open_sessions
-        """Sessions with a waiting or running request."""
-        self.idle_sessions = idle_sessions
-        """Other sessions that are remembered; the one idle for longest first."""
-        self.cached_len = cached_len
-        """Function of a waiting request. Returns its tokens that are cached now, or could be loaded
-        from another tier. Counts as no use of the cache. O(1) while the cache has not changed since
-        the last call, else O(length)."""
-        self.footprint = footprint
-        """Function of a session. Returns the part of the memory, 0 to 1, that its text takes.
-        Includes one checkpoint and excludes text shared with other sessions."""
+    now_s: float = 0.0
+    """Time of the step."""
+    max_running: int
+    """Most requests that run at a time."""
+    running: Collection[WaitingRequest]
+    """Admitted requests that are not answered yet."""
+    open_sessions: Collection[Session]
+    """Sessions with a waiting or running request."""
+    idle_sessions: Collection[Session]
+    """Other sessions that are remembered; the one idle for longest first."""
+    cached_len: Callable[[WaitingRequest], int]
+    """Function of a waiting request. Returns its tokens that are cached now, or could be loaded
+    from another tier. Counts as no use of the cache. O(1) while the cache has not changed since the
+    last call, else O(length)."""
+    footprint: Callable[[Session], float]
+    """Function of a session. Returns the part of the memory, 0 to 1, that its text takes. Includes
+    one checkpoint and excludes text shared with other sessions."""
 
 
 class AdmissionPolicy:
