@@ -29,7 +29,6 @@ from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.schedule.scheduler import KEPT
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue, Transfer
-from hybridcache.allocators.pools import MAX_ROWS
 from hybridcache.api import Listener
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig
@@ -220,7 +219,7 @@ class TierSizes(NamedTuple):
             )
         host = int((tiers.host_gib or 0) * GIB)
         least = (memory.slab_rows + memory.page_size) * memory.row_bytes
-        _check_tier("host_gib", tiers.host_gib, host, least, memory.row_bytes)
+        _check_tier("host_gib", tiers.host_gib, host, least)
         if tiers.state_dir is None:
             return cls(host)
         above = memory.total_bytes + host
@@ -234,7 +233,7 @@ class TierSizes(NamedTuple):
                 f"the disk of {tiers.state_dir} has room for {format_bytes(folder)}, too little "
                 f"for a state with a page of KV ({format_bytes(least)}): name another folder."
             )
-        _check_tier("disk_gib", tiers.disk_gib, disk, least, memory.row_bytes)
+        _check_tier("disk_gib", tiers.disk_gib, disk, least)
         return cls(host, disk, store, remembered)
 
 
@@ -447,20 +446,12 @@ def _copier(disk: Disk | None, *arena: Any) -> Any:
     return TierCopier(rows, memory, device, num_host_rows, disk)
 
 
-def _check_tier(name: str, gib: float | None, size: int, least: int, row_bytes: int) -> None:
-    """Raise ConfigError if a tier of ``size`` bytes is impossible, or too small for a state."""
-    if gib is None:
-        return
-    if size < least:
+def _check_tier(name: str, gib: float | None, size: int, least: int) -> None:
+    """Raise ConfigError if a tier of ``size`` bytes is too small for a state."""
+    if gib is not None and size < least:
         raise ConfigError(
             f"{name} {gib:g} is too small for a single state with a page of KV, which take "
             f"{format_bytes(least)}: use more, or omit it."
-        )
-    if size // row_bytes >= MAX_ROWS:
-        most = MAX_ROWS * row_bytes / GIB
-        raise ConfigError(
-            f"{name} {gib:g} is more memory than row numbers can address with tokens of "
-            f"{format_bytes(row_bytes)}: use at most {most:,.0f}."
         )
 
 
