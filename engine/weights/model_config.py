@@ -135,18 +135,13 @@ def common(
     """
     check_only(config, hidden_act=ACTIVATIONS, is_causal=(True,), per_layer_config=(None, {}))
     check_only(config, transformers_weights=(None,), fusion_config=(None,))
-    for name in CONVOLUTIONS:
-        if name in config and config[name] < 2:
-            raise ModelError(
-                f"convolutions of one tap, which keep no input, are not supported: {name} must be "
-                f"at least 2 in config.json (got {config[name]})."
-            )
+    # Convolutions of one tap would keep no input.
+    taps = [(name, config[name], 2) for name in CONVOLUTIONS if name in config]
     longest = config["max_position_embeddings"]
-    for name, size in (("vocab_size", sizes.vocab), ("max_position_embeddings", longest)):
-        if size < 1:
-            raise ModelError(f"{name} must be at least 1 in config.json (got {size}).")
-    if config[eps] < 0:
-        raise ModelError(f"{eps} must be 0 or more in config.json (got {config[eps]}).")
+    positive = [("vocab_size", sizes.vocab, 1), ("max_position_embeddings", longest, 1)]
+    for name, value, least in (*taps, *positive, (eps, config[eps], 0)):
+        if value < least:
+            raise ModelError(f"{name} must be at least {least} in config.json (got {value}).")
     limits = config.get("time_step_limit", (0.0, math.inf))
     if len(limits) != 2:
         raise ModelError(f"time_step_limit must be two numbers in config.json (got {limits}).")

@@ -183,20 +183,16 @@ def find_files(model_dir: Path) -> list[Path]:
     if not index.is_file():
         files = sorted(model_dir.glob("*.safetensors"))
         if not files:
-            found = "GGUF is not supported, and " if any(model_dir.glob("*.gguf")) else ""
-            if any(model_dir.glob("pytorch_model*.bin")):
-                found = "pytorch_model.bin is not supported: convert it to safetensors; "
             raise WeightsError(
-                f"{found}there are no .safetensors files in {model_dir}; use --load-format dummy "
-                "to try without weights."
+                f"there are no .safetensors files in {model_dir} (.bin and GGUF are not supported);"
+                " use --load-format dummy to try without weights."
             )
         return files
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted({os.fspath(name) for name in found})  # TypeError for anything but text.
     except (ValueError, KeyError, AttributeError, TypeError):
         raise WeightsError(f"{index.name} is not a valid index of safetensors files.") from None
-    if not all(isinstance(name, str) for name in names):
-        raise WeightsError(f"{index.name} is not a valid index of safetensors files.")
     absent = [name for name in names if not (model_dir / name).is_file()]
     if absent:
         raise WeightsError(f"files named in {index.name} are missing: {enumerated(absent)}.")
