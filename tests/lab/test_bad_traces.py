@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hybridcache.lab import traces
 from hybridcache.lab.trace import BadRecordError
 from hybridcache.lab.traces import frame, open_trace
 from hybridcache.lab.traces.frame import TraceFieldsWarning, TraceOrderWarning
@@ -141,6 +142,8 @@ def test_wrong_field_values_are_read_or_reported(reader: str, tmp_path: Path) ->
         (gzip.compress(b'{"tokens": [1]}\n')[:15], "line 1: the gzip file is damaged"),
         (gzip.compress(b'[{"id": "x"}]')[:18], "line 1, record 1: the gzip file is damaged"),
         (b'{"what": 1}', "no format recognises its fields .what.; a file of texts"),
+        (b'{"role": "user", "content": "a"}', "single messages are not read"),
+        (b"role,content\nuser,a\n", "single messages are not read"),
         (b"who,what\n1,2\n", "no format recognises its columns .who, what.*Counts of tokens"),
         (b"time;prompt\n0;hello\n", "separated by semicolons: use commas"),
         (b"time\tprompt\n0\thello, you\n", "its columns are separated by tabs: use commas"),
@@ -215,6 +218,8 @@ def test_arrays_are_read_in_pieces(
     ):
         path.write_text(cut)
         assert problem in refusal(f"sharegpt:{path}?tokenizer=bytes")
+    monkeypatch.setattr(traces, "packaged_file", lambda: path)  # cut as that of the package is
+    assert len(list(open_trace("sharegpt?tokenizer=bytes"))) == 3
 
 
 # --- Order and times ----------------------------------------------------------------------------

@@ -140,8 +140,12 @@ def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
     path = lines(tmp_path / "log.jsonl", {"timestamp": 0, "prompt": "a radix tree is a tree"})
     with pytest.raises(ValueError, match=r"no tokenizer is named .*add \?tokenizer=qwen3\.5"):
         open_trace(str(path))
-    with pytest.raises(ValueError, match="tokenizer 'foo': no such name or file"):
-        list(open_trace(f"{path}?tokenizer=foo"))
+    for options in ("tokenizer=foo", "tokenizer=bytes&template=foo"):
+        with pytest.raises(ValueError, match=r"(tokenizer|template) 'foo': no such name or file"):
+            list(open_trace(f"{path}?{options}"))
+    with pytest.raises(ValueError, match="rename the file"):
+        open_trace(str(path.rename(tmp_path / "log?v=2&x.jsonl")))
+    path = lines(path, {"timestamp": 0, "prompt": "a radix tree is a tree"})
     trace = open_trace(f"{path}?tokenizer=bytes")
     assert trace.counted_by == "bytes" and len(next(iter(trace)).tokens) == 22
     assert "counted by: bytes" in stats_table(trace_stats(trace))

@@ -33,6 +33,7 @@ from hybridcache.lab.traces.fetch import find_published, packaged_file, path_of
 from hybridcache.lab.traces.frame import (
     COUNTS_ALONE,
     DAMAGED,
+    SINGLE_MESSAGES,
     FileReader,
     csv_lines,
     json_array,
@@ -89,6 +90,8 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
     Raises ValueError (unknown word, option or format) and FileNotFoundError.
     """
     rest, _, query = spec.partition("?")
+    if query and any(Path(path).is_file() for path in (spec, spec.partition(":")[2])):
+        raise ValueError(f"{spec}: rename the file: a question mark begins the options of a trace")
     try:
         pairs = parse_qsl(query, strict_parsing=True) if query else []
     except ValueError as error:
@@ -163,7 +166,7 @@ def _number(name: str, value: str, sort: type[int] | type[float] = int) -> Any:
 def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     word, colon, place = rest.partition(":")
     if rest == "sharegpt":
-        path = packaged_file()
+        path, bad = packaged_file(), BadRecords(skip=True)  # The file is cut in its last record.
     elif word == "sample" and colon:
         if place not in SAMPLES:
             raise ValueError(f"there is no sample trace {place!r}{or_known(place, SAMPLES)}")
@@ -238,6 +241,8 @@ def recognise(path: Path) -> str:
             return word
     if not is_csv and {"tokens", "prefix"} & first.keys():
         return OwnReader.word  # its error names the value
+    if "role" in first:
+        raise ValueError(f"{path}: {SINGLE_MESSAGES}")
     kind, form, formats = "field", "messages", f"; formats: {', '.join(READERS)}"
     if is_csv:
         kind, form, formats = "column", "csv", f". {COUNTS_ALONE}"

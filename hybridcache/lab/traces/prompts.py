@@ -19,7 +19,7 @@ from sortedcontainers import SortedDict
 from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import answer_of, is_response, plain_chat
-from hybridcache.lab.traces.frame import COUNTS_ALONE, Record, TraceClock, shown
+from hybridcache.lab.traces.frame import COUNTS_ALONE, SINGLE_MESSAGES, Record, TraceClock, shown
 from hybridcache.lab.traces.text import ChatText
 
 SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
@@ -119,6 +119,8 @@ class Named:
         """
         is_empty = bool({self._prompt, "messages"} & self.record.keys())
         if not (self.is_request or is_empty):
+            if "role" in self.record:
+                raise ValueError(SINGLE_MESSAGES)
             raise ValueError(
                 f"there is no column prompt or messages ({', '.join(self.record)}): name it as in "
                 f"{spec}?prompt=COLUMN. {COUNTS_ALONE}"

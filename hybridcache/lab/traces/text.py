@@ -183,6 +183,9 @@ def load_chat_text(tokenizer: str, template: str = "chatml") -> ChatText:
     """
     if not tokenizer:
         raise ValueError(NO_TOKENIZER)
+    if template not in TEMPLATES and not Path(template).is_file():
+        names = " and ".join(TEMPLATES)
+        raise ValueError(f"template {template!r}: no such name or file; names are {names}")
     source = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
     if tokenizer == "bytes":
         specials = {text: 256 + number for number, text in enumerate(_SPECIALS)}
