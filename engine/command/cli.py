@@ -25,7 +25,7 @@ from engine.plugins import ENGINE, SERVER
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
-from hybridcache.command.signals import end_by_exception
+from hybridcache.command.signals import end_by_exception, open_closed_streams
 from hybridcache.geometry.units import counted, format_seconds
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ SKIPPED = ("seed", "stop", "logit_bias")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
     if arguments is None:
+        open_closed_streams()
         end_by_exception(signal.SIGINT, signal.SIGTERM)
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # Before torch is imported.
@@ -314,8 +315,7 @@ def _generate(arguments: argparse.Namespace) -> int:
                 print(output.new_text, end="", flush=True)
         num_failed += output.error is not None
         if arguments.json:
-            is_utf8 = str(sys.stdout.encoding).lower().startswith("utf")
-            print(json.dumps(_record(text, output), ensure_ascii=not is_utf8))
+            print(json.dumps(_record(text, output)))  # In ASCII, which any output can encode.
         else:
             print(f"\n[{_summary(output)}]", file=sys.stderr)
     engine.close()

@@ -1,1 +1,1 @@
-"""Parts that all commands share: version and extras, parser, signals."""
+"""Parts that all commands share: version and extras, parser, signals and streams."""

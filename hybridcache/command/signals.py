@@ -1,8 +1,9 @@
-"""Signals that end a command."""
+"""Signals that end a command, and its standard streams."""
 
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,15 @@ from types import FrameType
 from typing import NoReturn
 
 RETRY_S = 0.02
+
+
+def open_closed_streams() -> None:
+    """Open standard streams that are closed on the null device, also for child processes."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def end_by_exception(*numbers: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
-from hybridcache.command.signals import end_by_exception
+from hybridcache.command.signals import end_by_exception, open_closed_streams
 from hybridcache.lab.command.leaderboard import add_leaderboard
 from hybridcache.lab.command.optimum import add_optimum
 from hybridcache.lab.command.simulate import add_simulate
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 if it did its work, 1 if some of its runs failed, 2 if the request
     was impossible or all runs failed, and 130 if it was stopped."""
     if arguments is None:
+        open_closed_streams()
         end_by_exception(signal.SIGINT)
     options = argparse.Namespace()
     try:

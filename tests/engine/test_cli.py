@@ -17,6 +17,7 @@ import sys
 import tempfile
 import termios
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -35,13 +36,15 @@ SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
     command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
-    command = ["env", "PYTHONIOENCODING=ascii", *command, "é", *map(str, range(30))]
+    command = ["env", "PYTHONIOENCODING=utf-8:strict", *command, "\udcff", *map(str, range(30))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         said = process.stderr.read().splitlines()
         usual = b"No C++ compiler", b"Compil"  # A compiled library may not be kept.
         assert [line for line in said if not line.startswith(usual)] == []
     assert process.returncode == 141
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *COMMAND, "chat", *SMALL]
+    assert subprocess.run(closed).returncode == 0
 
 
 def run(*arguments: str) -> int:
@@ -131,15 +134,12 @@ def test_generate_prints_cached_and_lost_tokens(capsys: pytest.CaptureFixture[st
 def test_commands_report_a_failed_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = Engine.stream
-    monkeypatch.setattr(
-        Engine,
-        "stream",
-        lambda self, spec: (
-            structs.replace(output, failure=WireError("failed", "not a number"))
-            for output in stream(self, spec)
-        ),
-    )
+    stream, failure = Engine.stream, WireError("failed", "not a number")
+
+    def failed(*request: Any) -> Any:
+        return (structs.replace(output, failure=failure) for output in stream(*request))
+
+    monkeypatch.setattr(Engine, "stream", failed)
     assert run("generate", "abc", "--json", "--max-tokens", "1", *SMALL) == 1
     assert json.loads(capsys.readouterr().out)["error"] == "not a number"
     assert run("generate", "abc", "--max-tokens", "1", *SMALL) == 1
