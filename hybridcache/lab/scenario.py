@@ -57,7 +57,6 @@ from hybridcache.policies.registry import (
     EVICTION,
     EVICTION_NAMES,
     PLACEMENT_NAMES,
-    PLACEMENT_PARTS,
     AdmissionSpec,
     EvictionSpec,
     PlacementSpec,
@@ -169,7 +168,7 @@ class Scenario:
         DEFAULT_PLACEMENT,
         "placements, joined by commas; repeat to compare",
         MOST_USED,
-        names=lambda: [*known_names(PLACEMENT_PARTS), "none", "module:Class"],
+        names=lambda: [*known_names(PLACEMENT_NAMES), "none", "module:Class"],
         action="append",
     )
     baseline: Words = _setting(
@@ -695,7 +694,7 @@ def source_of(spec: str) -> str:
         ValueError: the source cannot be read.
     """
     module_name, colon, rest = spec.strip().partition(":")
-    if not colon or module_name in EVICTION_NAMES | PLACEMENT_PARTS | ADMISSION_NAMES:
+    if not colon or module_name in EVICTION_NAMES | PLACEMENT_NAMES | ADMISSION_NAMES:
         return ""
     try:
         module = import_module(spec, module_name)

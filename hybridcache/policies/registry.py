@@ -103,9 +103,6 @@ ADMISSION_NAMES: dict[str, Entry] = {
 }
 """Names of admission policies."""
 
-PLACEMENT_PARTS = PLACEMENT_NAMES | {"cap": Entry(int, "checkpoints", "2")}
-"""Names of the parts of a placement: rules, and the limit of their checkpoints."""
-
 
 def known_names(table: Mapping[str, Entry]) -> list[str]:
     """Return the names of ``table``, as ``name:N`` if a number is possible."""
@@ -125,8 +122,8 @@ def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
 def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
     """Parse a placement such as ``"branch,boundary,backoff,every:1024"``.
 
-    ``"none"`` (alone) saves nothing. ``cap:N`` limits the checkpoints of a prefill. A user's
-    placement policy can be given as a class, a factory function or an instance.
+    ``"none"`` (alone) saves nothing. A user's placement policy can be given as a class, a factory
+    function or an instance.
 
     Raises:
         ValueError: a name is unknown, or its number is missing, superfluous or wrong.
@@ -136,21 +133,13 @@ def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
         return own
     if spec.strip() == "none":
         return Placement(())
-    rules: list[PlacementPolicy] = []
-    cap, parts = None, split_specs(spec)
+    parts = split_specs(spec)
     if "none" in parts:
         raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
-    for part in parts:
-        make = _maker("checkpoint placement", PLACEMENT_PARTS, part, PlacementPolicy)
-        if part.partition(":")[0] == "cap":
-            cap = make()
-        else:
-            rules.append(make())
-    if cap is not None and not rules:
-        raise ValueError(
-            f"{spec!r} saves nothing: cap limits other rules, as in branch,every:512,cap:2"
-        )
-    return rules[0] if len(rules) == 1 and cap is None else Placement(tuple(rules), cap)
+    rules: list[PlacementPolicy] = [
+        _maker("checkpoint placement", PLACEMENT_NAMES, part, PlacementPolicy)() for part in parts
+    ]
+    return rules[0] if len(rules) == 1 else Placement(tuple(rules))
 
 
 def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
@@ -192,7 +181,7 @@ def _maker(
             return factory_of(load(spec, protocol), protocol)
         near = get_close_matches(name.lower(), table, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ";"
-        known = ", ".join([*known_names(table), *["none"] * (table is PLACEMENT_PARTS)])
+        known = ", ".join([*known_names(table), *["none"] * (table is PLACEMENT_NAMES)])
         raise ValueError(f"unknown {what} {name!r}{hint} known: {known}, or module:Class")
     if not colon and not entry.example:
         make: Callable[[], Any] = entry.make

@@ -44,7 +44,7 @@ ROW_BYTES = 2
 PLACEMENTS = (
     "adaptive",
     "adaptive",
-    "adaptive,every:8,cap:2",
+    "adaptive,every:8",
     "branch,boundary,backoff,end",
     "backoff:2,end",
     "every:8",

@@ -18,11 +18,9 @@ from tests.policies.items import FakeItem
         ("backoff", [960]),
         ("backoff:1", [960]),
         ("backoff:3", [832, 896, 960]),
-        ("backoff:3,cap:2", [896, 960]),
         ("backoff:99", list(range(64, 961, 64))),
         ("every:256", [256, 512, 768]),
-        ("every:512,backoff,cap:1", [512]),
-        ("backoff,backoff,every:512,cap:2", [512, 960]),
+        ("backoff,backoff,every:512", [512, 960]),
     ],
 )
 def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int]) -> None:
@@ -33,7 +31,7 @@ def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int])
 EVERY_RULE = [f"{name}:{rule.example}".rstrip(":") for name, rule in PLACEMENT_NAMES.items()]
 
 
-@pytest.mark.parametrize("spec", [*EVERY_RULE, "adaptive,every:512,cap:3"])
+@pytest.mark.parametrize("spec", [*EVERY_RULE, "adaptive,every:512"])
 def test_planning_does_not_change_a_placement(spec: str) -> None:
     """Routers call ``plan`` for requests that may never arrive. Later plans must not change."""
     rng = random.Random(7)

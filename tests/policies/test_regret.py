@@ -129,7 +129,7 @@ def test_branches_and_boundaries_are_always_placed() -> None:
         ({"boundaries": (30,)}, 1000, "adaptive"),
         ({"boundaries": (300, 310, 450)}, 1000, "adaptive"),
         ({}, 3, "adaptive"),
-        ({"boundaries": (100, 200, 300)}, 1000, "adaptive,cap:2"),
+        ({"boundaries": (100, 200, 300)}, 1000, "adaptive"),
         ({}, 1000, "backoff,every:128,adaptive"),
     ],
 )
@@ -137,7 +137,7 @@ def test_the_placement_counts_only_checkpoints_that_were_saved(
     options: dict[str, object], num_slots: int, spec: str
 ) -> None:
     """Planned checkpoints are not saved if the answer is dropped, below the grid, twice at one
-    position, past the cap, without a slot, and for aborted requests."""
+    position, without a slot, and for aborted requests."""
     config = CacheConfig(num_kv_tokens=100_000, num_slots=num_slots, grid=64, eviction="lru")
     cache, placement = build_prefix_cache(config), parse_placement(spec)
     [learned] = [rule for rule in placement.rules if isinstance(rule, Adaptive)]

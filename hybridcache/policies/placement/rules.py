@@ -84,13 +84,11 @@ STATELESS = (Branch, Boundary, Backoff, Every, End)
 class Placement(PlacementPolicy):
     """Combination of several placement rules, by descending priority. No rules save nothing.
 
-    ``cap`` is the maximum number of checkpoints per prefill, or None for no limit. Every rule is
-    notified of every checkpoint, including those of other rules.
+    Every rule is notified of every checkpoint, including those of other rules.
     """
 
-    def __init__(self, rules: tuple[PlacementPolicy, ...], cap: int | None = None) -> None:
+    def __init__(self, rules: tuple[PlacementPolicy, ...]) -> None:
         self._rules = rules
-        self._cap = cap
         self._learning = [rule for rule in rules if type(rule) not in STATELESS]
         fixed = [rule.decode_interval() for rule in rules if type(rule) in STATELESS]
         self._interval = min((one for one in fixed if one is not None), default=None)
@@ -104,16 +102,7 @@ class Placement(PlacementPolicy):
         placed: list[Placed] = []
         for rule in self._rules:
             placed += rule.plan(prefill)
-        return placed if self._cap is None else list(self._capped(placed, prefill, self._cap))
-
-    def _capped(self, asked: list[Placed], prefill: Prefill, cap: int) -> Iterator[Placed]:
-        taken: set[int] = set()
-        for placed in asked:
-            floored = prefill.floor(placed.position)
-            if floored is not None:
-                taken.add(floored)
-            if len(taken) <= cap:
-                yield placed
+        return placed
 
     def decode_interval(self) -> int | None:
         """Return the shortest interval of any rule. The caller rounds it up to the grid."""
