@@ -26,8 +26,6 @@ class BoundedMemory(Generic[Key, Value]):
         """Value and size by key, the least recently used first."""
         self._lock = threading.Lock()
         self.num_bytes = 0
-        self.has_forgotten = False
-        """True if a value was evicted, or was too large to be stored."""
 
     def __len__(self) -> int:
         return len(self._values)
@@ -46,7 +44,6 @@ class BoundedMemory(Generic[Key, Value]):
         """Store ``value`` of ``num_bytes`` and replace an earlier one of this ``key``. Does nothing
         if it is larger than the limit. O(1) amortised."""
         if num_bytes > self.limit_bytes:
-            self.has_forgotten = True
             return
         with self._lock:
             self._remove(key)
@@ -54,7 +51,6 @@ class BoundedMemory(Generic[Key, Value]):
             self.num_bytes += num_bytes
             while self.num_bytes > self.limit_bytes:
                 self._remove(next(iter(self._values)))
-                self.has_forgotten = True
 
     def delete(self, key: Key) -> bool:
         """Remove the value of ``key``. Returns False if there is none. O(1)."""

@@ -362,22 +362,16 @@ async def explanation(
     keys.check_operator(request)
     if context.engine.config.prefix_cache == "none":
         raise APIError(404, "Nothing to explain: the prefix cache is off (--prefix-cache).")
-    names = [request.path_params["answer_id"]]
-    if (compared_with := request.query_params.get("compared_with")) is not None:
-        names.append(compared_with)
-    told = explanations.look_up(names[0], compared_with)
+    name, compared_with = (
+        request.path_params["answer_id"],
+        request.query_params.get("compared_with"),
+    )
+    told = explanations.look_up(name, compared_with)
     if told is not None:
         return json_response(told)
-    unknown = [name for name in names if explanations.memory.get(name) is None]
-    if not unknown:
-        why = "The two answers have different salts (cache_salt): they share no cache entries."
-    elif unknown[0].startswith("cmpl"):
-        why = "Only chats are explained, not text completions: send the 'id' of a chat's answer."
-    else:
-        why = (
-            f"No chat answer with the id {quoted(unknown[0])} is stored: send the 'id' of an "
-            "answer. The request log also shows it."
-        )
-        if explanations.memory.has_forgotten:
-            why += " Older ones were evicted: raise --explain-mib to store more."
-    raise APIError(404, why)
+    names = " and ".join(quoted(each) for each in (name, compared_with) if each is not None)
+    raise APIError(
+        404,
+        f"No chat with the id {names} of its answer is stored, or not with this cache_salt: "
+        "text completions are not, and older chats were evicted (--explain-mib).",
+    )
