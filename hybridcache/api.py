@@ -126,7 +126,9 @@ NEAREST_FIRST = (2, 3, 4, 1, 0)
 """Indices of the fields of ``Losses``, in the order in which their tokens follow ``cached_len``."""
 
 
-def losses_of(found: PrefixMatch, cached_len: int, loadable_len: int = 0) -> Losses:
+def losses_of(
+    found: PrefixMatch, cached_len: int, loadable_len: int = 0, step: int | None = None
+) -> Losses:
     """Attribute each prompt token that a request computes to exactly one cause.
 
     ``found`` is the match before any memory was taken for the request. ``cached_len`` is the
@@ -135,7 +137,9 @@ def losses_of(found: PrefixMatch, cached_len: int, loadable_len: int = 0) -> Los
     and ``cached_len`` is ``found.num_tokens``. O(1).
 
     Tokens up to ``found.cached_len`` that are not reused count as refused. Those after it up to
-    ``loadable_len`` count as not fetched. All others keep their cause in ``found``.
+    ``loadable_len`` count as not fetched. All others keep their cause in ``found``, with one
+    exception: tiers do not store KV after the deepest checkpoint, so such tokens count as if they
+    had KV. ``step`` is the distance of checkpoint positions in a cache with tiers, else None.
     """
     refused = max(found.cached_len - cached_len, 0)
     reached_len = max(found.cached_len, cached_len)
@@ -146,6 +150,13 @@ def losses_of(found: PrefixMatch, cached_len: int, loadable_len: int = 0) -> Los
         taken = min(explained, counts[cause])
         counts[cause] -= taken
         explained -= taken
+    end = reached_len + not_fetched
+    if step is not None and (found.missed is None or found.missed.position <= end):
+        tail, counts[1] = counts[1], 0
+        grid_len = min(found.seen_len, found.num_tokens - 1) // step * step
+        below = min(found.seen_len - grid_len, tail)
+        counts[3] += tail - below
+        counts[4] += below
     return Losses._make((*counts[:5], refused, not_fetched))
 
 

@@ -334,9 +334,10 @@ class Lease:
             if slot is not None and slot != request.own_slot:
                 cache.free_slot(slot)
             raise
-        if match is not found or match.loadable:
+        step = None if cache.offload is None else lcm(cache.grid, cache.page_size)
+        if match is not found or step is not None:
             loadable_len = match.loadable[-1].position if match.loadable else 0
-            match = match._replace(losses=losses_of(found, match.cached_len, loadable_len))
+            match = match._replace(losses=losses_of(found, match.cached_len, loadable_len, step))
         return cls(cache, placement, request, prompt, match, receipt, slot)
 
     def __enter__(self) -> Lease:

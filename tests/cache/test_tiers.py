@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.api import Losses
 from hybridcache.geometry.exchange import Exchange
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.scored import FIFO
@@ -70,14 +71,13 @@ def test_a_lease_fetches_if_it_saves_time_and_counts_the_rest(
     rate: float | None, cached_len: int, not_fetched: int
 ):
     cache = tiered()
-    serve(cache, ids("abcd"), [2, 4])
-    cache.evict(num_tokens=4, num_slots=2)
-    request = LeaseRequest(ids("abcdX"))
+    serve(cache, ids("abcde"), [2, 4])
+    cache.evict(num_tokens=5, num_slots=2)
+    request = LeaseRequest(ids("abcdeX"))
     rule = None if rate is None else Rate(rate)
     lease = Lease.begin(cache, parse_placement("end"), request, rule)
     assert lease is not None and lease.cached_len == cached_len
-    assert lease.losses.not_fetched == not_fetched
-    assert lease.cached_len + sum(lease.losses) == 5
+    assert lease.losses == Losses(1, 0, 0, 1, 0, not_fetched=not_fetched)
     lease.abort()
     cache.check(held_tokens=0, held_slots=0)
 

@@ -88,6 +88,7 @@ def test_a_restarted_engine_reads_its_folder_or_a_copy(
         outputs = generate_in_turn(again, texts)
         assert_same(expected, outputs)
         assert sum(output.cached_len for output in outputs) == num_cached
+        assert not any(output.losses.kv_evicted for output in outputs), "nothing was evicted"
         again.close()
 
 

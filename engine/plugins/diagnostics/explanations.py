@@ -55,11 +55,16 @@ CHANGED = {
     "messages": "an earlier message differs",
     "answer": "the earlier answer came back other than it was sampled",
     "template": "the template writes the same messages otherwise",
+    "replay": "the earlier answer came back, and its sampled tokens could not be used for it",
 }
 """Causes of a difference between two prompts."""
 _MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
 _TOO_LITTLE_MEMORY = ("refused", "checkpoint_evicted", "kv_evicted", "forgotten")
 _ALONE = "no stored request shares any of it."
+_FROM_OTHER = (
+    "The reused tokens are of a request that is not stored, such as one from before a restart, or "
+    "a text completion."
+)
 ADVICE = {
     "tools": "Send the same tools in the same order with each request.",
     "system": "Put text that changes at the end of the system message or into the last message.",
@@ -67,6 +72,8 @@ ADVICE = {
     "messages": "Only append to a conversation.",
     "answer": "Send answers back as they came, with their reasoning, or use --preserve-thinking.",
     "template": "Start the server with --preserve-thinking if the template drops reasoning.",
+    "replay": "Raise --replay-mib, unless the answer was ended by a stop sequence or contains a "
+    "special token, which its text leaves out.",
     **dict.fromkeys(_TOO_LITTLE_MEMORY, _MORE_MEMORY),
     "forgotten": f"{_MORE_MEMORY} Nothing is to be done if the cache was reset or a step failed.",
     "not_fetched": "Nothing is to be done: computing them was faster than loading.",
@@ -173,8 +180,9 @@ class Explanations:
         shares any.
 
         If that is less than one step of the grid, the latest one with the same messages after the
-        system message is returned, because the beginning of a system message may have changed. Only
-        chats of its namespace are compared; of equal ones the latest is returned.
+        system message is returned, because the beginning of a system message may have changed. If
+        it is less than was reused, None is returned: the reused tokens are of another request.
+        Only chats of its namespace are compared; of equal ones the latest is returned.
         """
         listed = [chat for _, chat in self.memory.listed()]
         at = next((i for i, chat in enumerate(listed) if chat is later), 0)
@@ -188,6 +196,8 @@ class Explanations:
                 best, best_len = other, shared
             if _continues(other, later):
                 continued = other
+        if best_len < later.cached_len:
+            return None
         return continued if continued is not None and best_len < self._grid else best
 
     def explain(
@@ -215,7 +225,8 @@ class Explanations:
             end = start + by_cause[name]
             lost[name] = max(min(end, shared_len) - start, 0)
             start = end
-        cause = NEW if is_new else _cause(lost, parting, known_len)
+        is_other = cached_len > shared_len
+        cause = NEW if is_new else _cause(lost, None if is_other else parting, known_len)
         advice = None if cause is None else ADVICE[cause]
         # Without a position of the grid between the cached and the shared length, no state could be
         # saved there, however much memory there is.
@@ -232,7 +243,7 @@ class Explanations:
             words.append(f"It is a new conversation, or its beginning changed: {known}")
         else:
             if earlier is None:
-                words.append(_ALONE.capitalize())
+                words.append(_FROM_OTHER if cached_len else _ALONE.capitalize())
             if parting is not None:
                 words.append(parting.sentence())
             if lost:
@@ -247,7 +258,7 @@ class Explanations:
     def _part(self, earlier: AnsweredChat, later: AnsweredChat, at: int) -> Parting:
         ends = np.flatnonzero(np.isin(earlier.tokens[: earlier.prompt_len], self._control_ids))
         turn_start = int(ends[-1]) if len(ends) else earlier.prompt_len
-        change, path = _change(earlier, later, is_in_answer=at >= turn_start)
+        change, path = _change(earlier, later, at, is_in_answer=at >= turn_start)
         if later.tenant.namespace is not None:
             return Parting(at, change, path)
         left, right = earlier.tokens, later.tokens[: later.prompt_len]
@@ -257,13 +268,13 @@ class Explanations:
 
 
 def _change(
-    earlier: AnsweredChat, later: AnsweredChat, is_in_answer: bool, with_ids: bool = False
+    earlier: AnsweredChat, later: AnsweredChat, at: int, is_in_answer: bool, with_ids: bool = False
 ) -> tuple[str, str | None]:
     """Return (one of ``CHANGED``, part of the later request) of two chats with different prompts.
 
-    ``is_in_answer``: they differ in the turn of the earlier answer, or behind it. Ids of calls
-    count ``with_ids``, or without another difference before the answer, because few templates write
-    them.
+    They share ``at`` tokens. ``is_in_answer``: they differ in the turn of the earlier answer, or
+    behind it. Ids of calls count ``with_ids``, or without another difference before the answer,
+    because few templates write them.
     """
     was, now = (
         chat.messages if with_ids else [*map(_without_ids, chat.messages)]
@@ -286,14 +297,18 @@ def _change(
             f"chat_template_kwargs.{min(n for n, _ in before.items() ^ after.items())}",
         )
     if not is_in_answer:
-        return ("template", None) if with_ids else _change(earlier, later, is_in_answer, True)
+        return ("template", None) if with_ids else _change(earlier, later, at, is_in_answer, True)
     index = len(earlier.messages)
     path = f"messages[{index}]"
     if index >= len(later.messages):
         return "answer", path
     pairs = zip(SAID_FIELDS, said_by(later.messages[index]), said_by(earlier.message), strict=True)
     differs = [name for name, echo, said in pairs if echo != said]
-    return ("answer", f"{path}.{differs[-1]}") if differs else ("template", path)
+    if differs:
+        return "answer", f"{path}.{differs[-1]}"
+    # A template that drops reasoning differs before it, or where the answer begins with it.
+    is_kept = at >= earlier.prompt_len + bool(earlier.message.get("reasoning_content"))
+    return "replay" if is_kept else "template", path
 
 
 def _without_ids(message: Mapping[str, Any]) -> dict[str, Any]:

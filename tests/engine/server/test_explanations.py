@@ -50,18 +50,13 @@ def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:
     )
 
 
-def test_ids_of_calls_that_no_prompt_has_are_no_difference(live: Live) -> None:
-    def chat(call_id: str, last: str) -> str:
-        call = {"id": call_id, "type": "function", "function": {"name": "f", "arguments": "{}"}}
-        messages = [
-            *body(SYSTEM)["messages"],
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": call_id, "content": "7"},
-            {"role": "user", "content": last},
-        ]
-        name = live.post("/v1/chat/completions", {"messages": messages, "max_tokens": 2}).json()
-        return str(name["id"])
-
-    first, second = chat("call_a", "Thank you."), chat("call_b", "Write a table.")
-    told = live.get(f"/v1/cache/explanations/{second}?compared_with={first}").json()
-    assert told["parted"]["path"] == "messages[4].content"
+def test_reuse_of_a_request_that_is_not_stored_is_no_new_conversation(live: Live) -> None:
+    chat = body("Not stored. " * 30)
+    tokens = live.post("/tokenize", {"messages": chat["messages"]}).json()["tokens"]
+    live.post("/v1/completions", {"prompt": tokens, "max_tokens": 1})
+    ids = [live.post("/v1/chat/completions", one).json()["id"] for one in (body("Else."), chat)]
+    told = live.get(f"/v1/cache/explanations/{ids[1]}").json()
+    assert told["cached_tokens"] > 256 and told["compared_with"] is None, told["text"]
+    assert told["cause"] == "below_grid" and "not stored" in told["text"]
+    told = live.get(f"/v1/cache/explanations/{ids[1]}?compared_with={ids[0]}").json()
+    assert told["cause"] is told["advice"] is None and told["parted"]["change"] == "system"
