@@ -1,7 +1,8 @@
 """The server: its process (connections, memory, start and stop), and the ASGI application with its
 routes, which imports plugins.
 
-uvicorn limits the size of headers and closes idle connections.
+uvicorn limits the size of headers and the number of connections. ``ClientConnection`` limits the
+time of headers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
@@ -56,8 +58,9 @@ from hybridcache.command.extras import version as installed_version
 from hybridcache.geometry.units import counted
 
 logger = logging.getLogger(__name__)
-KEEP_ALIVE_S = 10
-"""Time after which a connection without a request is closed."""
+HEADERS_S = 10.0
+"""Time in which the headers of a request must arrive, from the start of the connection or the end
+of the previous answer on."""
 MAX_DESCRIPTORS = 1 << 16
 """Upper limit to which the number of descriptors is raised, if the system allows it."""
 GC_THRESHOLDS = (50_000, 20, 1000)
@@ -65,15 +68,37 @@ GC_THRESHOLDS = (50_000, 20, 1000)
 counts free nearly everything."""
 
 
-def allow_many_connections() -> None:
-    """Raise the limit of open descriptors to its hard limit, at most ``MAX_DESCRIPTORS``."""
+def most_connections() -> int:
+    """Raise the limit of open descriptors to its hard limit, at most ``MAX_DESCRIPTORS``, and
+    return the number of connections that leaves some for the rest of the process."""
+    most = MAX_DESCRIPTORS
     with suppress(ImportError, OSError):  # Not Linux.
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+        most = min(hard, most) if hard != resource.RLIM_INFINITY else most
         if soft != resource.RLIM_INFINITY and soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(most - 256, most // 2)
+
+
+class ClientConnection(H11Protocol):
+    """Connection of a client, closed if the headers of a request do not arrive in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait_for_headers()
+
+    def _wait_for_headers(self) -> None:
+        self.loop.call_later(HEADERS_S, self._close_if_late, self.cycle)
+
+    def _close_if_late(self, previous: object) -> None:
+        if self.cycle is previous and not self.transport.is_closing():
+            self.transport.close()
 
 
 TRIM_S = 30
@@ -112,8 +137,9 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 self.app,
                 interface="asgi3",
-                http="h11",
-                timeout_keep_alive=KEEP_ALIVE_S,
+                http=ClientConnection,
+                limit_concurrency=most_connections(),
+                timeout_keep_alive=math.ceil(HEADERS_S),
                 ws="none",
                 log_config=None,
                 log_level=config.log_level,
@@ -209,7 +235,6 @@ def serve(
     sys.setswitchinterval(SWITCH_S)
     # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
     # second per run.
-    allow_many_connections()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

@@ -6,8 +6,11 @@ works. ``python -m tests.endurance hostile`` measures times.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,12 +18,51 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.server import app
 from engine.server.settings import ServerConfig
 
 from .conftest import Live
+from .test_living import http_answer
 
 CHAT = [{"role": "user", "content": "hi"}]
 COMPLETIONS = "/v1/completions"
+
+
+HALF_HEADER = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Half: "
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Return all bytes until the server closes the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            found += piece
+    return found
+
+
+def test_unfinished_headers_time_out(
+    serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a new connection, after an answer, and without any byte. A complete request may take
+    longer."""
+    monkeypatch.setattr(app, "HEADERS_S", 1.0)
+    live = serve_oracle(step_s=0.05)
+    slow = live.send("/v1/completions", {"prompt": "x", "max_tokens": 25, "ignore_eos": True})
+    with live.connect() as first, live.connect() as later, live.connect() as silent:
+        first.sendall(HALF_HEADER)
+        later.sendall(HEALTH)
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += later.recv(65536)
+        later.sendall(HALF_HEADER)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(40):
+                first.sendall(b"a")
+                time.sleep(0.05)
+        assert [read_all(connection) for connection in (first, later, silent)] == [b""] * 3
+    assert http_answer(slow).startswith("HTTP/1.1 200")
+    slow.close()
 
 
 def test_request_at_the_limits_is_served(live: Live) -> None:
