@@ -166,8 +166,9 @@ class SamplingParams:
                     "every token."
                 )
         check_fields(self)
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise ValueError("stop must contain only non-empty strings.")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError("stop must contain only non-empty strings.")
         _check_ids("stop_token_ids", self.stop_token_ids)
         if len(self.logit_bias) > MAX_BIASES:
             raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
@@ -229,11 +230,9 @@ class SamplingInput(Struct, frozen=True):
 
 
 def _check_ids(name: str, tokens: Collection[Any]) -> None:
-    kinds = set(map(type, tokens))  # There may be a token per entry of the vocabulary.
-    if any(not issubclass(kind, Integral) or issubclass(kind, bool) for kind in kinds) or (
-        tokens and min(tokens) < 0
-    ):
-        raise ValueError(f"{name} must contain only token ids of 0 or more.")
+    for token in tokens:
+        if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
+            raise ValueError(f"{name} must contain only token ids of 0 or more.")
 
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -611,7 +610,17 @@ class Intake:
         max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
         if len(tokens) + max_tokens > self.max_model_len:
             raise ContextOverflow(len(tokens), max_tokens, self.max_model_len)
-        self._check_sampling(sampling)
+        biased = dict(sampling.logit_bias)
+        if biased and max(biased) >= self._vocab_size:
+            raise ValueError(
+                f"logit_bias must contain token ids from 0 to {self._vocab_size - 1} "
+                f"(got {max(biased)})."
+            )
+        has_text = self._tokenizer is not None and not isinstance(self._tokenizer, IdTokenizer)
+        if sampling.thinking_token_budget is not None and not has_text:
+            raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
+        if self._tokenizer is None and sampling.stop:
+            raise ValueError("stop requires a tokenizer, and the engine has none.")
         return structs.replace(
             spec,
             prompt=tokens,
@@ -670,20 +679,6 @@ class Intake:
     def _not_ids(self, tokens: Iterable[int]) -> str:
         wrong = next(token for token in tokens if not 0 <= token < self._vocab_size)
         return f"prompt must contain token ids from 0 to {self._vocab_size - 1} (got {wrong})."
-
-    def _check_sampling(self, sampling: SamplingParams) -> None:
-        """Raise ValueError for parameters that this model or its tokenizer does not support."""
-        biased = dict(sampling.logit_bias)
-        if biased and max(biased) >= self._vocab_size:
-            raise ValueError(
-                f"logit_bias must contain token ids from 0 to {self._vocab_size - 1} "
-                f"(got {max(biased)})."
-            )
-        has_text = self._tokenizer is not None and not isinstance(self._tokenizer, IdTokenizer)
-        if sampling.thinking_token_budget is not None and not has_text:
-            raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
-        if self._tokenizer is None and sampling.stop:
-            raise ValueError("stop requires a tokenizer, and the engine has none.")
 
     def _rules(
         self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens

@@ -21,7 +21,7 @@ from engine.runner.device import Device
 from engine.runner.graphs import WarmUp
 from engine.runner.loaded_model import LoadedModel
 from engine.runner.loading import DTYPES
-from engine.runner.memory_plan import MemoryPlan, check_sizes, warn_if_promised
+from engine.runner.memory_plan import MemoryPlan, check_sizes
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch, Newest, Segment
 from engine.weights.model_config import ModelError
@@ -34,8 +34,6 @@ def load_runner(
     """Load the model that ``config`` names, and allocate its memory. Raises ModelError."""
     device = Device.resolve(config.device)
     check_sizes(config, device)  # Before anything slow.
-    if not rank.number:
-        warn_if_promised(config, device)
     try:
         return _load(config, rank, kind)
     except torch.OutOfMemoryError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -208,50 +209,28 @@ SYSTEM = Path("/")
 
 def host_free_bytes() -> int:
     """Return the memory that the system, and the limits of this process's container, leave."""
-    free = memory_info().get("MemAvailable")
-    if free is None:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    with suppress(OSError):  # Not Linux.
+        found = re.search(r"MemAvailable: +(\d+) kB", (SYSTEM / "proc/meminfo").read_text())
+        free = free if found is None else int(found[1]) * 1024
     return max(0, min([free, *_group_rooms()]))
 
 
-def memory_info() -> dict[str, int]:
-    """Return the sizes in ``/proc/meminfo``, in bytes. Empty on systems without it."""
-    found = {}
-    with suppress(OSError, ValueError):
-        for line in (SYSTEM / "proc/meminfo").read_text(encoding="ascii").splitlines():
-            name, size, *unit = line.replace(":", " ").split()
-            if unit == ["kB"]:
-                found[name] = int(size) * 1024
-    return found
-
-
 def _group_rooms() -> Iterator[int]:
-    """Yield the bytes that each limit of this process's control groups leaves, those of parent
-    groups included. A container may see its own group as the root of all."""
-    base = SYSTEM / "sys/fs/cgroup"
-    with suppress(OSError, ValueError):
+    """Yield the bytes that each limit of this process's control groups (version 2) leaves, those of
+    parent groups included. A container may see its own group as the root of all."""
+    root = SYSTEM / "sys/fs/cgroup"
+    path = ""
+    with suppress(OSError):
         for line in (SYSTEM / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
-                limits = "memory.max", "memory.high"
-                yield from _rooms(base, path, limits, "memory.current", "inactive_file")
-            elif "memory" in controllers.split(","):  # version 1
-                names = "memory.usage_in_bytes", "total_inactive_file"
-                yield from _rooms(base / "memory", path, ("memory.limit_in_bytes",), *names)
-
-
-def _rooms(root: Path, path: str, limits: tuple[str, ...], used: str, idle: str) -> Iterator[int]:
-    """Yield the bytes left by the ``limits`` of group ``path`` and of its parents up to ``root``.
-
-    ``used`` is the file with the memory in use, ``idle`` the entry of ``memory.stat`` with the
-    part of it that the system can take back."""
-    group = root / path.lstrip("/")
+            path = line.removeprefix("0::/") if line.startswith("0::") else path
+    group = root / path
     for folder in (group, *group.parents):
         if not folder.is_relative_to(root):
             return
-        for name in limits:
+        for name in ("memory.max", "memory.high"):
             with suppress(OSError, ValueError, KeyError):  # "max" is no limit.
                 limit = int((folder / name).read_text())
                 lines = (folder / "memory.stat").read_text().splitlines()
-                stat = dict(line.split() for line in lines)
-                yield limit - int((folder / used).read_text()) + int(stat[idle])
+                idle = int(dict(line.split() for line in lines)["inactive_file"])
+                yield limit - int((folder / "memory.current").read_text()) + idle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 
 from engine.config import ConfigError, EngineConfig
 from engine.layers.linear import Rank
-from engine.runner.device import Device, host_free_bytes, memory_info
+from engine.runner.device import Device, host_free_bytes
 from engine.weights.model_config import ModelError
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
@@ -24,8 +23,6 @@ ACCELERATOR_SHARE = 0.9
 """Share of the memory that remains after weights, graphs and the largest step. The rest is for
 sampling and fragmentation."""
 MIN_KV_TOKENS = 256
-
-logger = logging.getLogger(__name__)
 
 
 class MemoryPlan(MemorySizes):
@@ -101,27 +98,6 @@ def check_sizes(config: EngineConfig, device: Device) -> None:
     per_device = {name: size // config.num_ranks for name, size in own.items()}
     _check_available(per_device, device.unused_bytes(), f"memory of {device.torch_device}")
     _check_available(host, host_free_bytes(), "host memory")
-
-
-def warn_if_promised(config: EngineConfig, device: Device) -> None:
-    """Log a warning if other processes have reserved so much memory of the host that the sizes of
-    ``config`` fit only as long as they do not use it.
-
-    Pages take memory only when they are written, so such memory still counts as available. Many
-    desktops have reserved more than they have, so sizes below a quarter of the memory do not warn.
-    """
-    sizes = (config.cache_bytes if device.is_cpu else {}) | config.host_bytes
-    info, needed = memory_info(), sum(sizes.values())
-    total, promised = info.get("MemTotal", 0) + info.get("SwapTotal", 0), info.get("Committed_AS")
-    if promised is not None and 4 * needed > total and promised + needed > total:
-        logger.warning(
-            "%s may use %s, but processes of this machine have reserved %s of its %s already, used "
-            "or not: use less, or one of them may be killed when memory runs out.",
-            " and ".join(f"--{name.replace('_', '-')}" for name, size in sizes.items() if size),
-            gib_words(needed),
-            gib_words(promised),
-            gib_words(total),
-        )
 
 
 def _check_available(sizes: Mapping[str, int], free_bytes: int, kind: str) -> None:

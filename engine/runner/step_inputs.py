@@ -209,14 +209,15 @@ class StepInputs:
         segments = batch.segments
         num_tokens = batch.num_tokens
         num_rows = -(-num_tokens // self._multiple) * self._multiple
-        decodes = [segment for segment in segments if segment.is_decode and not segment.num_drafts]
-        verified = [segment for segment in segments if segment.num_drafts]
-        prefills = list(segments[len(decodes) + len(verified) :])
+        decodes, verified, prefills = list[Segment](), list[Segment](), list[Segment]()
         token_ids = np.zeros(num_rows, dtype=np.int64)
         positions = np.empty(num_tokens, dtype=np.int64)
         kv_indices = np.empty(num_tokens, dtype=np.int64)
-        offset = 0
+        offset = num_verify = 0
         for segment in segments:
+            kind = verified if segment.num_drafts else decodes if segment.is_decode else prefills
+            kind.append(segment)
+            num_verify += len(segment.token_ids) if segment.num_drafts else 0
             span = slice(offset, offset + len(segment.token_ids))
             token_ids[span] = segment.token_ids
             positions[span] = np.arange(segment.start, segment.end)
@@ -233,7 +234,7 @@ class StepInputs:
             table=self._table.device,
             decode=DecodePart(self._sequences(decodes), self._slots(decodes)) if decodes else None,
             prefill=self._prefill_part(prefills) if prefills else None,
-            num_verify=sum(len(segment.token_ids) for segment in verified),
+            num_verify=num_verify,
             verify=self._verify_part(verified) if verified else None,
         )
         return self._int64(token_ids), step

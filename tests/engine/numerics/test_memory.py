@@ -21,7 +21,6 @@ from engine.runner.memory_plan import (
     check_sizes,
     kv_row_bytes,
     state_slot_bytes,
-    warn_if_promised,
 )
 from engine.weights.model_config import read_config
 from hybridcache.geometry.units import GIB
@@ -116,14 +115,10 @@ def write_meminfo(system, **gib):
     system("proc/meminfo", "\n".join([*lines, "HugePages_Total: 0"]))
 
 
-def write_group(system, folder, limit, used, idle, version=2, **more):
-    names = {
-        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        2: ("memory.max", "memory.current", "inactive_file"),
-    }[version]
-    system(f"{folder}/{names[0]}", limit)
-    system(f"{folder}/{names[1]}", used)
-    system(f"{folder}/memory.stat", f"anon 1\n{names[2]} {idle}")
+def write_group(system, folder, limit, used, idle, **more):
+    system(f"{folder}/memory.max", limit)
+    system(f"{folder}/memory.current", used)
+    system(f"{folder}/memory.stat", f"anon 1\ninactive_file {idle}")
     for name, value in more.items():
         system(f"{folder}/memory.{name}", value)
 
@@ -131,7 +126,7 @@ def write_group(system, folder, limit, used, idle, version=2, **more):
 CGROUP = "sys/fs/cgroup"
 
 
-def test_limits_of_control_groups_of_version_2_count_with_those_of_parents(system):
+def test_limits_of_control_groups_count_with_those_of_parents(system):
     write_meminfo(system, MemAvailable=20)
     system("proc/self/cgroup", "0::/pod/one/task")
     assert host_free_bytes() == 20 * GIB, "there are no files of groups"
@@ -149,19 +144,6 @@ def test_limits_of_control_groups_of_version_2_count_with_those_of_parents(syste
     assert host_free_bytes() == 0
 
 
-@pytest.mark.parametrize("path", ["docker/one", "docker"])
-def test_limits_of_control_groups_of_version_1_count(system, path):
-    """Check a group of the host, and a container that sees its group as the root."""
-    write_meminfo(system, MemAvailable=20)
-    system("proc/self/cgroup", f"9:cpu:/other\n4:memory:/{path}\n0::/")
-    unlimited = 0x7FFFFFFFFFFFF000
-    write_group(system, f"{CGROUP}/memory/docker/one", 6 * GIB, 2 * GIB, GIB, version=1)
-    write_group(system, f"{CGROUP}/memory", unlimited, 9 * GIB, GIB, version=1)
-    assert host_free_bytes() == (5 if path == "docker/one" else 20) * GIB
-    write_group(system, f"{CGROUP}/memory", 4 * GIB, 2 * GIB, GIB, version=1)
-    assert host_free_bytes() == 3 * GIB
-
-
 def test_more_memory_than_a_container_has_is_refused(system):
     write_meminfo(system, MemAvailable=20, MemTotal=20)
     system("proc/self/cgroup", "0::/")
@@ -172,22 +154,6 @@ def test_more_memory_than_a_container_has_is_refused(system):
     check_sizes(engine_config(cache_gib=3, host_gib=0), CPU)  # 0: no host tier
     write_group(system, CGROUP, 5 * GIB, 0, 0)
     check_sizes(config, CPU)
-
-
-def test_a_second_server_on_a_machine_that_is_too_small_for_two_gets_a_warning(system, caplog):
-    """The first one has reserved its arena and written none of it."""
-    config = engine_config(cache_gib=15)
-    write_meminfo(system, MemTotal=20, MemAvailable=19, Committed_AS=2, SwapTotal=0)
-    warn_if_promised(config, CPU)
-    assert not caplog.text
-    write_meminfo(system, MemTotal=20, MemAvailable=18, Committed_AS=17, SwapTotal=0)
-    check_sizes(config, CPU)
-    warn_if_promised(engine_config(), CPU)
-    warn_if_promised(engine_config(cache_gib=4), CPU)
-    assert not caplog.text, "the default follows the memory; many desktops reserve all of it"
-    warn_if_promised(config, CPU)
-    [record] = caplog.records
-    assert "--cache-gib may use 15 GiB" in record.message and "17 GiB of its 20" in record.message
 
 
 def test_host_memory_is_registered_until_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
