@@ -13,7 +13,6 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,14 +201,6 @@ def test_impossible_command_is_refused(arguments: str, capsys: pytest.CaptureFix
     assert len(error.splitlines()) == 1 and "Traceback" not in error
     words = arguments.replace("=", " ").split()
     assert any(word.lstrip("-") in error for word in words), error
-
-
-def test_a_refused_start_leaves_no_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--cache-gib=0.05", f"--state-dir={tmp_path}/new/state", "--disk-gib=1e-6"]
-    assert exit_code(engine, ["generate", "x", *flags]) == 2
-    assert "--disk-gib" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

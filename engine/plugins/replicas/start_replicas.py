@@ -38,22 +38,13 @@ def start_replicas(
     and ValueError for a router or cluster that does not exist, or too few cores or GPUs.
     """
     settings = server.of(ReplicasConfig)
-    flag = f"--replicas {settings.replicas}"
-    if config.uses("disaggregation"):
-        raise ConfigError(
-            f"{flag} and --role cannot be combined: start one server for each role, without "
-            "--replicas."
-        )
-    if config.kept_folder is not None:
-        raise ConfigError(
-            f"{flag} and --state-dir {config.kept_folder} cannot be combined, because a folder "
-            "belongs to one engine: remove one of them."
-        )
-    if config.num_ranks > 1:
-        raise ConfigError(
-            "--replicas are engines of one process each: remove --tp "
-            f"{config.num_ranks}, or serve one engine."
-        )
+    for is_set, flag in (
+        (config.uses("disaggregation"), "--role"),
+        (config.kept_folder is not None, "--state-dir"),
+        (config.num_ranks > 1, "--tp"),
+    ):
+        if is_set:
+            raise ConfigError(f"--replicas and {flag} cannot be combined: remove one of them.")
     config, make_router = resolve_config(config), find_router(settings.router)
     import ray
     from ray import serve

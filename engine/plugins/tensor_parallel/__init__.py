@@ -27,19 +27,12 @@ class TensorParallelConfig(PluginConfig):
         return self.tp
 
     def check(self, config: EngineConfig) -> None:
-        if config.uses("tiers"):
-            raise ConfigError(
-                "--tp does not support host and disk tiers: remove --host-gib and --state-dir."
-            )
-        if config.drafts.head_len:
-            raise ConfigError(
-                "--tp does not support the multi-token head: use draft tree, or none."
-            )
-        if config.graphs in ("decode", "all"):
-            raise ConfigError("--tp does not support graphs: set graphs to auto or off.")
-        if config.uses("disaggregation"):
-            raise ConfigError("--tp does not support roles: remove --role.")
-        if config.device is not None and ":" in config.device:
-            raise ConfigError(
-                f"--tp gives every rank its own device: remove the number of {config.device}."
-            )
+        for is_set, what in (
+            (config.uses("tiers"), "host and disk tiers: remove --host-gib and --state-dir"),
+            (config.drafts.head_len > 0, "the multi-token head: use draft tree, or none"),
+            (config.graphs in ("decode", "all"), "graphs: set graphs to auto or off"),
+            (config.uses("disaggregation"), "roles: remove --role"),
+            (":" in (config.device or ""), "a numbered device: remove the number of --device"),
+        ):
+            if is_set:
+                raise ConfigError(f"--tp does not support {what}.")
