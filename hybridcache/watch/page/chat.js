@@ -79,7 +79,8 @@ class Chat {
     } catch (error) {
       if (error.name !== "AbortError") answer.firstChild.data = error.message;
     }
-    messages.push({ role: "assistant", content });
+    if (content) messages.push({ role: "assistant", content });
+    else messages.pop(); // Refused or not answered: the next message would be refused, too.
     this.stop = null;
     this.button.textContent = "Send";
   }

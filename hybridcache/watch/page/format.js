@@ -43,7 +43,8 @@ function seconds(value) {
   if (value == null) return "–";
   if (value < 0.0995) return `${(1000 * value).toFixed(value < 0.00995 ? 1 : 0)} ms`;
   if (value < 1) return `${(1000 * value).toFixed(0)} ms`;
-  return value < 60 ? `${value.toPrecision(3)} s` : `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+  const rounded = Math.round(value);
+  return value < 60 ? `${value.toPrecision(3)} s` : `${Math.floor(rounded / 60)} min ${rounded % 60} s`;
 }
 
 function percent(part, all) {

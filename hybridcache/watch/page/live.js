@@ -106,7 +106,7 @@ class Live {
   later() {
     if (this.due) return;
     this.due = true;
-    requestAnimationFrame(() => { this.due = false; this.view.update(); this.view.refresh(); this.updated = performance.now(); });
+    requestAnimationFrame(() => { this.due = false; this.view.update(); this.view.refresh(); });
   }
 
   say(state, text) {
@@ -119,7 +119,6 @@ class Live {
     const wait = RETRY_S[Math.min(this.tries, RETRY_S.length - 1)];
     this.tries += 1;
     this.main.classList.add("stale");
-    this.since ??= new Date();
     this.say("broken", `${reason.replace(/\.$/, "")}; trying again${wait >= 2 ? ` in ${wait} s` : ""}`);
     if (!this.view.tree.items.length) this.view.tree.note.replaceChildren(element("strong", {}, "No connection"), element("span", {}, "The page goes on as soon as the server answers."));
     await new Promise((done) => { setTimeout(done, 1000 * wait); addEventListener("online", done, { once: true }); });

@@ -18,7 +18,6 @@ class TreeCanvas {
     this.zoom = null; // {x, width, y, lane}: null fits all
     this.seen = { tree: -1 };
     this.frame = 0;
-    this.drawMs = [];
     this.canvas = element("canvas", { tabindex: 0, role: "application", "aria-roledescription": "tree of cached prefixes" });
     this.tip = element("div.tip", { hidden: true });
     this.note = element("div.note", { hidden: true });
@@ -148,7 +147,6 @@ class TreeCanvas {
 
   paint(now) {
     if (!this.width || !this.colour) return;
-    const began = performance.now();
     const context = this.canvas.getContext("2d");
     context.setTransform(this.scale, 0, 0, this.scale, 0, 0);
     context.clearRect(0, 0, this.width, this.height);
@@ -163,8 +161,6 @@ class TreeCanvas {
       context.restore();
       if (moves) this.draw();
     }
-    this.drawMs.push(performance.now() - began);
-    if (this.drawMs.length > 240) this.drawMs.shift();
   }
 
   axis(context) {
