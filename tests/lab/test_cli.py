@@ -83,7 +83,7 @@ def test_trace_stats_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
     ("record", "times"),
     [
         ({"tokens": [1]}, "one second from each record to the next"),
-        ({"tokens": [1], "time": 4}, ""),
+        ({"tokens": [1], "timestamp": 4}, ""),
         ({"prompt": "x"}, "one second from each record to the next"),
         ({"prompt": "x", "ts": 4}, ""),
         (

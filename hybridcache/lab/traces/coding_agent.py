@@ -30,8 +30,6 @@ class CodingAgentReader(SessionReader):
 
     word: ClassVar[str] = "coding-agent"
     starts: Starts = field(default_factory=lambda: Fixed(1 / 300))
-    duplicates: bool = False
-    """True to include sessions marked ``dup`` (recorded twice)."""
     unit: int = 64
 
     @staticmethod
@@ -48,7 +46,7 @@ class CodingAgentReader(SessionReader):
             return np.concatenate((known.kept(sizes[:1], sizes[0]), known.kept(sizes, sizes[1])))
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
-            if record.get("dup") and not self.duplicates:
+            if record.get("dup"):  # recorded twice
                 return
             found, own_heads = list[TraceRequest](), dict[int, Tokens]()
             rows = [row for row in requests_of(record, str(record.key("id"))) if len(row[-1])]

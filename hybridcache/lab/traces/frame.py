@@ -95,6 +95,14 @@ class Record(dict[str, Any]):
         """Return the first of ``names`` with a value other than null, or None."""
         return next((name for name in names if self.get(name) is not None), None)
 
+    def one_of(self, name: str, known: Iterable[str]) -> str:
+        """Return a text that is one of ``known``, or empty."""
+        value = self.text(name)
+        if value and value not in known:
+            problem = f"{name} is {shown(value)}, not one of {', '.join(sorted(known))}"
+            raise ValueError(problem)
+        return value
+
     def refuse_both(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Raise ValueError if the record has both fields of one of ``pairs``."""
         for one, other in pairs:
@@ -209,11 +217,6 @@ class TraceClock:
         self._now = -1.0
         self._kind: str | None = None
         """Kind of the first record's time; None before it."""
-
-    def of(self, record: Record, name: str) -> float:
-        """Return the time in the field ``name``, as ``at`` does."""
-        when_s = record.moment(name) if name in record else None
-        return self.at(when_s, record.get(name))
 
     def at(self, when_s: float | None, value: Any) -> float:
         """Return ``when_s``, or a second after the record before if no record has a time. Raises

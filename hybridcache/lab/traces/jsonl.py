@@ -22,32 +22,20 @@ from hybridcache.lab.traces.frame import (
     Record,
     TraceClock,
     json_lines,
-    shown,
 )
 from hybridcache.tokens import Tokens
 
-
-def stop_reason_of(record: Record, name: str) -> str:
-    """Return a stop reason, possibly empty. ValueError for an unknown one."""
-    reason = record.text(name)
-    if reason and reason not in STOP_REASONS:
-        known = ", ".join(sorted(STOP_REASONS))
-        raise ValueError(f"{name} is {shown(reason)}, not one of {known}")
-    return reason
-
-
 PLAIN: dict[str, tuple[str, Callable[[Record, str], Any]]] = {
+    "namespace": ("namespace", Record.key),
+    "partial": ("partial_tokens", Record.whole),
     "answer_survives": ("answer_survives", Record.flag),
     "service": ("service_s", Record.seconds),
-    "stop_reason": ("stop_reason", stop_reason_of),
+    "stop_reason": ("stop_reason", lambda record, name: record.one_of(name, STOP_REASONS)),
     "session_end": ("session_end", Record.flag),
 }
 """Fields of a line that are a field of a request, with their types."""
-FIELDS = PLAIN.keys() | {
-    *("timestamp", "time", "session", "namespace", "tokens", "prefix", "output"),
-    *("output_length", "boundaries", "partial"),
-}
-"""Fields of a line that are read."""
+OTHERS = {"timestamp", "session", "tokens", "prefix", "output", "output_length", "boundaries"}
+"""Other fields that are read."""
 TEXTS = {"request", "answer"}
 """Fields that ``engine record`` adds if it keeps the text. They are not read."""
 
@@ -87,7 +75,7 @@ class OwnReader(FileReader):
 
     @property
     def invented_times(self) -> str:
-        return "" if {"time", "timestamp"} & self.first.keys() else ONE_SECOND
+        return "" if "timestamp" in self.first else ONE_SECOND
 
     def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
         return (pair for pair in json_lines(self.path, bad) if "format" not in pair[1])
@@ -96,34 +84,35 @@ class OwnReader(FileReader):
         unit, fresh, clock, numbers = self.unit, FreshIds(), TraceClock(), count()
         notes, last = Notes(self.path), dict[str | int, Tokens]()
         """Last prompt and answer of each session, for ``prefix``."""
-        exclusive = [("tokens", "prefix"), ("timestamp", "time")]
-        exclusive += [("output", "output_length")] * (unit == 1)
+        exclusive = [("tokens", "prefix"), *[("output", "output_length")] * (unit == 1)]
 
         def parse(record: Record) -> Iterator[TraceRequest]:
-            number, known = next(numbers), ", ".join(sorted(FIELDS))
-            if unknown := ", ".join(name for name in record if name not in FIELDS | TEXTS):
-                notes.warn("unused", f"unused fields: {unknown}; fields that are read: {known}")
+            number, known = next(numbers), PLAIN.keys() | OTHERS
+            if unknown := ", ".join(record.keys() - known - TEXTS):
+                read = ", ".join(sorted(known))
+                notes.warn("unused", f"unused fields: {unknown}; fields that are read: {read}")
             record.refuse_both(exclusive)
-            session = record.key("session") if "session" in record else f"line {number}"
+            session = record.optional(record.key, "session", f"line {number}")
             tokens = _prompt(record, last.get(session, np.zeros(0, np.int32)))
-            boundaries = record.optional(record.ids, "boundaries", tokens[:0]).tolist()
-            if boundaries and max(boundaries) > len(tokens):
-                raise ValueError(f"boundaries is outside of the prompt's {len(tokens)} ids")
             output, answer = _answer(record, unit, fresh)
-            request = TraceRequest(
-                0.0,
-                session,
-                record.key("namespace") if record.first(("namespace",)) else None,
-                tokens,
-                output,
-                tuple(sorted(boundaries)),
-                record.whole("partial", 1, unit) if record.first(("partial",)) else None,
-                answer_tokens=answer,
-                **{name: read(record, own) for own, (name, read) in PLAIN.items() if own in record},
-            )
-            now_s = clock.of(record, "time" if "time" in record else "timestamp")
+            boundaries = record.optional(record.ids, "boundaries", tokens[:0]).tolist()
+            plain = {
+                name: read(record, own)
+                for own, (name, read) in PLAIN.items()
+                if record.get(own) is not None
+            }
+            if max(boundaries, default=0) > len(tokens):
+                raise ValueError(f"boundaries is outside of the prompt's {len(tokens)} ids")
+            if not 1 <= plain.get("partial_tokens", 1) <= unit:
+                raise ValueError(f"partial must be 1 to {unit}")
+            when_s = record.optional(record.moment, "timestamp", None)
+            now_s = clock.at(when_s, record.get("timestamp"))
             last[session] = np.concatenate((tokens, output))
-            yield request._replace(timestamp_s=now_s)
+            kept = tuple(sorted(boundaries))
+            yield TraceRequest(
+                now_s, session, tokens=tokens, output=output, boundaries=kept,
+                answer_tokens=answer, **{"namespace": None} | plain,
+            )  # fmt: skip
 
         return parse
 
