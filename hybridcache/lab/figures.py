@@ -260,20 +260,6 @@ def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
     axis.set_xlabel(label or (long if width > 2.6 else "memory, GiB"))
 
 
-def _log_values(axis: Any) -> None:
-    """Make the y axis logarithmic, with plain numbers also if it spans less than a decade."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
-
-    low, high = axis.get_ylim()
-    axis.set_yscale("log")
-    narrow = low > 0 and high < 5 * low
-    axis.yaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(10, (1, 2, 5)))
-    if narrow:
-        axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(lambda value, _: _number(value))
-    axis.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _number(size: float) -> str:
     return f"{size:.3g}" if size < 100 else f"{size:,.0f}"
 
@@ -398,7 +384,7 @@ def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -
             size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
             axis.set_ylabel(name)
             if name.endswith("TTFT, s"):
-                _log_values(axis)
+                axis.set_yscale("log")
             else:
                 axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
             titles.append([cell[0], f"{cell[2]:.3g} GiB", cell[1]])

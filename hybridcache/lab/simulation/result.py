@@ -79,30 +79,29 @@ class RunIdentity:
 
 def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> RunIdentity:
     """Return the identity of a cell over the trace with the recipe ``trace``."""
-    geometry, is_ours = scenario.geometry(), not scenario.baseline
+    geometry = scenario.geometry()
+    settings = {
+        one.name: getattr(scenario, one.name)
+        for one in fields(RunIdentity)
+        if hasattr(scenario, one.name)
+    }
+    settings |= {"policy": str(scenario.policy), "checkpoints": str(scenario.checkpoints)}
+    if scenario.baseline:
+        settings |= dict.fromkeys(("memory", "policy", "checkpoints"))
     return RunIdentity(
-        trace=trace,
-        label=scenario.label,
-        model=geometry.name,
-        state_dtype=geometry.state_dtype,
-        gib=scenario.size_gib,
-        memory=scenario.memory if is_ours else None,
-        kv_share=scenario.kv_share,
-        policy=str(scenario.policy) if is_ours else None,
-        checkpoints=str(scenario.checkpoints) if is_ours else None,
-        priority_classes=priority_classes,
-        baseline=str(scenario.baseline) if scenario.baseline else None,
-        page_size=scenario.page_size,
-        grid=scenario.grid,
-        servers=scenario.servers,
-        max_running=scenario.max_running,
-        tpot_s=scenario.tpot_s,
-        times=describe_times(scenario.prefill_times(geometry)),
-        checkpoint_dtype=geometry.checkpoint_dtype,
-        host_gib=scenario.host_gib,
-        disk_gib=scenario.disk_gib,
-        host_bytes_per_s=scenario.host_gb_s * 1e9 if scenario.host_gib else None,
-        disk_bytes_per_s=scenario.disk_gb_s * 1e9 if scenario.disk_gib else None,
+        **settings
+        | {
+            "trace": trace,
+            "model": geometry.name,
+            "state_dtype": geometry.state_dtype,
+            "checkpoint_dtype": geometry.checkpoint_dtype,
+            "gib": scenario.size_gib,
+            "priority_classes": priority_classes,
+            "baseline": scenario.baseline or None,
+            "times": describe_times(scenario.prefill_times(geometry)),
+            "host_bytes_per_s": scenario.host_gb_s * 1e9 if scenario.host_gib else None,
+            "disk_bytes_per_s": scenario.disk_gb_s * 1e9 if scenario.disk_gib else None,
+        }
     )
 
 

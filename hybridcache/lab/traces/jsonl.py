@@ -108,11 +108,9 @@ class OwnReader(FileReader):
             when_s = record.optional(record.moment, "timestamp", None)
             now_s = clock.at(when_s, record.get("timestamp"))
             last[session] = np.concatenate((tokens, output))
-            kept = tuple(sorted(boundaries))
-            yield TraceRequest(
-                now_s, session, tokens=tokens, output=output, boundaries=kept,
-                answer_tokens=answer, **{"namespace": None} | plain,
-            )  # fmt: skip
+            known_end = tuple(sorted(boundaries))
+            request = TraceRequest(now_s, session, None, tokens, output, known_end)
+            yield request._replace(answer_tokens=answer, **plain)
 
         return parse
 
