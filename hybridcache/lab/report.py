@@ -135,15 +135,14 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
 
 def bypass_notes(result: SimulationResult) -> list[str]:
     """Name the competitors with requests that were too large for the memory, with their number."""
-    labels: dict[str, list[str]] = {}
-    for label, runs in result.by_label().items():
-        counts = (f"{run.bypassed:,} at {size_label(run)} GiB" for run in runs if run.bypassed)
-        labels.setdefault(", ".join(counts), []).append(label)
     return [
-        f"requests computed without the cache, because they do not fit: {counts} "
-        f"({', '.join(names)})"
-        for counts, names in labels.items()
-        if counts
+        f"requests of {label} computed without the cache, because they do not fit: {counts}"
+        for label, runs in result.by_label().items()
+        if (
+            counts := ", ".join(
+                f"{run.bypassed:,} at {size_label(run)} GiB" for run in runs if run.bypassed
+            )
+        )
     ]
 
 

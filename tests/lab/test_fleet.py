@@ -44,12 +44,6 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"delay_s": float("nan")}, "delay_s must be a finite number"),
-        ({"replaced_s": float("inf")}, "replaced_s must be a finite number"),
-        ({"replicas": 2.5}, "replicas must be an integer of at least 1, got 2.5"),
-        ({"failures": True}, "failures must be an integer"),
-        ({"load": "a"}, "load must be a finite number above 0, got 'a'"),
-        ({"load": 0}, "load must be a finite number above 0"),
         ({"router": "tests.lab.test_fleet:NoChoice"}, "must return a Choice of a replica"),
         ({"gib": "1%,2%"}, "one policy, one placement and one size"),
     ],

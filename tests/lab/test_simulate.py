@@ -130,7 +130,7 @@ def test_requests_that_do_not_fit_are_bypassed() -> None:
     [run] = simulate("short?head=20", gib=0.3, memory="pools", kv_share=0.9).runs
     assert run.bypassed == run.requests and run.cached_tokens == 0, "no state fits"
     table = simulate("agent?head=3", gib=[0.05, 8], policy=["lru", "fifo"]).table()
-    assert "computed without the cache, because they do not fit: 3 at 0.05 GiB (lru, fifo)" in table
+    assert "of fifo computed without the cache, because they do not fit: 3 at 0.05 GiB\n" in table
     assert "do not fit" not in simulate("short?head=20", gib=1).table()
 
 

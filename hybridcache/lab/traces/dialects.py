@@ -50,7 +50,7 @@ def plain_chat(messages: Iterable[Record], system: Any = None, tools: Any = None
 
 def message_text(message: Record) -> str:
     """Return the text of a message, including its thoughts and tool calls."""
-    words = _content(message.get("parts", message.get("content")))
+    words = _content(message.get("content"))
     if message.get("reasoning_content"):
         words = _thought(message.text("reasoning_content")) + words
     calls = list[Any](message.objects("tool_calls")) if message.get("tool_calls") else []
@@ -136,13 +136,13 @@ def _content(content: Any) -> str:
 def _part(part: Record) -> str:
     kind = part.get("type")
     if kind in ("text", "input_text", "output_text"):
-        return part.text("text" if "text" in part else "content")
-    if kind in ("thinking", "reasoning"):
-        return _thought(part.text("thinking" if kind == "thinking" else "content"))
-    if kind in ("tool_use", "tool_call"):
-        return _call({"name": part["name"], "arguments": part.get("input", part.get("arguments"))})
-    if kind in ("tool_result", "tool_call_response"):
-        result = part.get("content", part.get("response", part.get("result")))
+        return part.text("text")
+    if kind == "thinking":
+        return _thought(part.text("thinking"))
+    if kind == "tool_use":
+        return _call({"name": part["name"], "arguments": part.get("input")})
+    if kind == "tool_result":
+        result = part.get("content")
         is_parts = isinstance(result, list) and all(
             isinstance(each, dict) and "type" in each for each in result
         )
