@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 from sortedcontainers import SortedDict
 
@@ -28,29 +29,18 @@ HOST_STATES = 512
 """States that fit in host memory."""
 
 
+@dataclass(slots=True, eq=False)
 class _Page:
-    """One hash page (or big page) of the tree."""
+    """One hash page (or big page) of the tree. The end of a big page always has a state."""
 
-    __slots__ = (
-        "big",
-        "children",
-        "has_state",
-        "key",
-        "num_tokens",
-        "parent",
-        "references",
-        "time",
-    )
-
-    def __init__(self, key: bytes, parent: _Page | None, num_tokens: int, big: bool) -> None:
-        self.key = key
-        self.parent = parent
-        self.num_tokens = num_tokens
-        self.big = big
-        self.children: dict[bytes, _Page] = {}
-        self.has_state = big
-        self.references = 0
-        self.time = 0
+    key: bytes
+    parent: _Page | None
+    num_tokens: int
+    big: bool
+    has_state: bool
+    children: dict[bytes, _Page] = field(default_factory=dict)
+    references: int = 0
+    time: int = 0
 
 
 class LightllmCache:
@@ -78,7 +68,7 @@ class LightllmCache:
         self.small_states: SortedDict[int, _Page] = SortedDict()
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> LightllmSession | None:
-        root = self.roots.setdefault(namespace, _Page(b"root", None, 0, False))
+        root = self.roots.setdefault(namespace, _Page(b"root", None, 0, False, False))
         path = self._match(root, tokens)
         session = LightllmSession(self, root, tokens, path)
         for node in path:
@@ -173,7 +163,8 @@ class LightllmCache:
             self._stamp(child)
             return child, False
         self.leaves.pop(self._leaf_key(node), None)
-        child = _Page(key, node, size, big=size == self.big_page)
+        is_big = size == self.big_page
+        child = _Page(key, node, size, is_big, has_state=is_big)
         node.children[key] = child
         self.clock += 1
         child.time = self.clock

@@ -360,24 +360,16 @@ class MarconiCache:
             self._tuner = None
 
 
+@dataclass(slots=True, eq=False)
 class MarconiSession:
     """One running request. It holds no memory."""
 
-    num_chunks = 1
-
-    def __init__(
-        self,
-        cache: MarconiCache,
-        root: PrefixNode,
-        tokens: Tokens,
-        cached_len: int,
-        namespace: Hashable,
-    ) -> None:
-        self.cache = cache
-        self.root = root
-        self.tokens = tokens
-        self.cached_len = cached_len
-        self.namespace = namespace
+    cache: MarconiCache
+    root: PrefixNode
+    tokens: Tokens
+    cached_len: int
+    namespace: Hashable
+    num_chunks: int = 1
 
     def finish(self, output: Tokens) -> None:
         """Insert the prompt and its answer. Call once."""

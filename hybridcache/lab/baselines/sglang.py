@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -226,22 +227,23 @@ class SglangCache:
                 path.remove(node)
 
 
+@dataclass(slots=True, eq=False)
 class SglangSession:
     """One request: a locked node, one live slot, and the KV rows that it holds in addition to the
     tree's."""
 
-    def __init__(
-        self, cache: SglangCache, root: PrefixNode, tokens: Tokens, node: PrefixNode
-    ) -> None:
-        self.cache = cache
-        self.root = root
-        self.tokens = tokens
-        self.node = node
-        self.cached_len = node.depth
-        self.held = 0
-        self.num_slots = 0
-        self.num_chunks = 0
-        cache.lock(node, 1)
+    cache: SglangCache
+    root: PrefixNode
+    tokens: Tokens
+    node: PrefixNode
+    held: int = 0
+    num_slots: int = 0
+    num_chunks: int = 0
+    cached_len: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cached_len = self.node.depth
+        self.cache.lock(self.node, 1)
 
     def prefill(self, kv_len: int) -> bool:
         """Take memory and compute the prompt, publishing after each extend. Returns False if memory
