@@ -41,30 +41,22 @@ from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCa
 from hybridcache.tokens import EMPTY, read_namespace, write_namespace
 
 MAGIC = b"HCMEMRY2"
-MAX_BYTES = 1 << 28
-"""Upper bound of the uncompressed body, for writing and for reading."""
 NOTHING = (-1, 0, 0, 0, 0, -1)
 
 
 def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
     """Serialize the remembered state of ``cache`` and of the ``placement`` rules. O(tree).
 
-    The most recently used nodes are written, within the cache's limit for ghosts and ``MAX_BYTES``.
-    The state of users' own policies is not.
+    The most recently used nodes are written, within the cache's limit for ghosts. The state of
+    users' own policies is not.
     """
-    nodes = _latest(cache)
-    body = _body(cache, nodes, placement)
-    while len(body) > MAX_BYTES and nodes:
-        nodes = nodes[: len(nodes) // 2]  # Parents come before children, so no node is cut off.
-        body = _body(cache, nodes, placement)
-    return body if len(body) <= MAX_BYTES else _body(cache, [], (), with_policies=False)
+    return _body(cache, _latest(cache), placement)
 
 
 def _body(
     cache: HybridRadixCache,
     nodes: list[RadixNode],
     placement: Sequence[PlacementPolicy],
-    with_policies: bool = True,
 ) -> bytes:
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
@@ -83,7 +75,7 @@ def _body(
         tokens.append(node.tokens)
     policies, memos, levels = {}, {}, _levels(cache)
     for level in levels:
-        state = level.policy.state_dict() if with_policies else None
+        state = level.policy.state_dict()
         if state is not None:
             policies[level.name] = state
             memos[level.name] = [
@@ -336,13 +328,7 @@ def _latest(cache: HybridRadixCache) -> list[RadixNode]:
 
     O(n log n).
     """
-    nodes, is_written = list(cache.iter_nodes()), dict[RadixNode, bool]()
-    for node in nodes:
-        parent = node.parent
-        assert parent is not None
-        if parent not in is_written:  # A root: other parents come before their children.
-            is_written[parent] = _is_writable(parent)
-        is_written[node] = is_written[parent]
+    nodes = list(cache.iter_nodes())
     used: dict[RadixNode, int] = {}
     for node in reversed(nodes):
         item = _item_at(node)
@@ -359,17 +345,8 @@ def _latest(cache: HybridRadixCache) -> list[RadixNode]:
         room -= len(node.edge) + GHOST_NODE_BYTES
         if room < 0:
             break
-        if is_written[node]:
-            found.append(node)
+        found.append(node)
     return found
-
-
-def _is_writable(root: RadixNode) -> bool:
-    try:
-        write_namespace(root.key)
-    except ValueError:
-        return False
-    return True
 
 
 def _item_at(node: RadixNode) -> Checkpoint | None:

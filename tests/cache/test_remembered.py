@@ -148,26 +148,6 @@ def test_the_state_of_another_layout_is_refused_and_changes_nothing(change):
     fresh.cache.check(0, 0)
 
 
-def test_the_warm_state_stays_within_its_size_limit_and_is_readable(monkeypatch):
-    """Past the limit the oldest nodes are left out, and finally the policies' state too."""
-    trace = TRACES["chat"]
-    target = make(trace)
-    serve(target, list(trace))
-    whole = len(write_memory(target.cache, target.placement.rules))
-    restored = []
-    for limit in (whole, whole // 2, whole // 20, 1000):
-        monkeypatch.setattr("hybridcache.export.warm_state.MAX_BYTES", limit)
-        body = write_memory(target.cache, target.placement.rules)
-        assert len(body) <= limit
-        fresh = make(trace)
-        unpack(pack(body)).recall_tree(fresh.cache)
-        last = list(trace)[-1]
-        restored.append((fresh.cache.num_nodes, fresh.cache.match(last.tokens).seen_len > 0))
-        fresh.cache.check(0, 0)
-    assert restored == sorted(restored, reverse=True)
-    assert restored[1][1] and restored[-1] == (0, False)
-
-
 def test_the_state_of_a_policy_survives_a_round_trip_through_json():
     survival = Survival(seed=5)
     for turn in range(9):

@@ -419,10 +419,7 @@ class Disk:
         source: tuple[int, ReadRows],
     ) -> None:
         """Write the KV of ``tokens`` from ``start`` on, in records of a bounded size."""
-        try:
-            text = write_namespace(namespace).encode()
-        except ValueError:
-            return
+        text = write_namespace(namespace).encode()
         first, read = source
         while start < len(tokens):
             end = min(start + self._run_tokens, len(tokens))
