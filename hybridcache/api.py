@@ -198,7 +198,7 @@ MAX_NAMESPACES = 1024
 counted in ``CacheStats.others``."""
 
 
-@dataclass(slots=True, repr=False)
+@dataclass(slots=True)
 class Usage:
     """Counters of the requests of one namespace, in tokens except for ``requests``, ``hits`` and
     ``missed``.
@@ -246,14 +246,6 @@ class Usage:
     def as_dict(self) -> dict[str, int]:
         """Return all counters by name."""
         return {name: getattr(self, name) for name in sorted(self.__slots__)}
-
-    def __repr__(self) -> str:
-        return f"Usage({_shown(self.as_dict())})"
-
-
-def _shown(counters: dict[str, int]) -> str:
-    """Return the counters that are not 0, as in the ``repr`` of a dataclass."""
-    return ", ".join(f"{name}={value}" for name, value in counters.items() if value)
 
 
 class CacheStats:
@@ -346,7 +338,8 @@ class CacheStats:
         }
 
     def __repr__(self) -> str:
-        return f"CacheStats({_shown(self.as_dict())})"
+        counters = (f"{name}={value}" for name, value in self.as_dict().items() if value)
+        return f"CacheStats({', '.join(counters)})"
 
 
 class Listener:

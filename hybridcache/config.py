@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import lcm
+from typing import Any
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
 from hybridcache.allocators.moves import DISK, HOST
@@ -212,22 +213,26 @@ def _allocators(config: CacheConfig) -> tuple[PageAllocator, SlotAllocator]:
 
 def build_on(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> HybridRadixCache:
     """Return a new cache with the given allocators of rows and slots."""
-    make = HybridRadixCache
-    if config.tier_bytes:
-        from hybridcache.tiers import TieredRadixCache  # loaded only where it is needed
+    policy = build_policy(config)
+    options: dict[str, Any] = {
+        "grid": config.grid,
+        "item_bytes": config.item_bytes,
+        "ghost_bytes": config.ghost_bytes,
+        "keeps": config.prefix_cache != "none",
+    }
+    if not config.tier_bytes:
+        return HybridRadixCache(pages, slots, policy, **options)
+    from hybridcache.tiers import Tier, TieredRadixCache  # loaded only where it is needed
 
-        make = TieredRadixCache
-    cache = make(
-        pages,
-        slots,
-        build_policy(config),
-        grid=config.grid,
-        item_bytes=config.item_bytes,
-        ghost_bytes=config.ghost_bytes,
-        keeps=config.prefix_cache != "none",
-    )
-    if config.tier_bytes:
-        _attach_tiers(cache, config)
+    cache, tiers = TieredRadixCache(pages, slots, policy, **options), []
+    row_bytes, page_size = config.kv_bytes_per_token, config.page_size
+    for name, num_bytes in config.tier_bytes.items():
+        num_rows = num_bytes // row_bytes
+        rows = PageAllocator(num_rows - num_rows % page_size, page_size, row_bytes)
+        shared = policy.for_tier()
+        policy = build_policy(config) if shared is None else shared
+        tiers.append(Tier(name, rows, policy, shared is not None))
+    cache.attach(tuple(tiers), slab_rows(config.state_bytes, row_bytes, page_size))
     return cache
 
 
@@ -252,21 +257,6 @@ def build_policy(config: CacheConfig) -> EvictionPolicy:
     if policy.orders_classes or not config.priority_classes:
         return policy
     return PriorityClasses(policy, make(), make())
-
-
-def _attach_tiers(cache: HybridRadixCache, config: CacheConfig) -> None:
-    from hybridcache.tiers import Tier, TieredRadixCache
-
-    assert isinstance(cache, TieredRadixCache)
-    row_bytes, page_size = config.kv_bytes_per_token, config.page_size
-    tiers, policy = [], cache.policy
-    for name, num_bytes in config.tier_bytes.items():
-        num_rows = num_bytes // row_bytes
-        pages = PageAllocator(num_rows - num_rows % page_size, page_size, row_bytes)
-        shared = policy.for_tier()
-        policy = build_policy(config) if shared is None else shared
-        tiers.append(Tier(name, pages, policy, shared is not None))
-    cache.attach(tuple(tiers), slab_rows(config.state_bytes, row_bytes, page_size))
 
 
 MEMORIES = ("arena", "budget")
