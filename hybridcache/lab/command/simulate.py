@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridcache.lab.command.shared import (
     TRACE_HELP,
@@ -21,7 +21,6 @@ from hybridcache.lab.command.shared import (
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
     from hybridcache.lab.scenario import Scenario
-    from hybridcache.lab.simulation.simulate import SimulationResult
 
 
 def add_simulate(commands: Commands) -> None:
@@ -94,47 +93,40 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
     return [Scenario.of(replace(base, trace=spec) if base else spec, given) for spec in specs]
 
 
-def _simulate_closed_loop(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
-    """Serve every trace at every rate with every admission policy, and print their tables."""
-    from hybridcache.lab.figures import closed_loop_figure
-    from hybridcache.lab.simulation.closed_loop import closed_loop
-    from hybridcache.lab.simulation.result import ClosedLoopRun
-
-    for flag in _given_flags(options, ALONE):
-        raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
-    check_figure(options)
-    runs: list[ClosedLoopRun] = []
-    has_failed = False
-    traces = [opened(str(scenario.trace), options) for scenario in scenarios]
-    for scenario, trace in zip(scenarios, traces, strict=True):
-        result = closed_loop(
-            replace(scenario, trace=trace),
-            processes=options.processes,
-            resume_from=options.output,
-        )
-        runs += result.runs
-        has_failed |= bool(result.failures)
-        if options.figure:
-            closed_loop_figure(runs, options.figure)
-        print(result.table(), end="\n\n")
-    if options.figure:
-        print(f"figure: {options.figure}")
-    return 1 if has_failed else 0
-
-
 def _simulate(options: argparse.Namespace) -> int:
+    """Replay every trace, or serve it in closed loop, and print tables."""
     scenarios = _scenarios(options)
     if not options.closed_loop:
         for scenario in scenarios:
             scenario.refuse_load()
     if options.write_scenario:
         return _write_scenario(options, scenarios)
-    if options.closed_loop:
-        return _simulate_closed_loop(options, scenarios)
-    from hybridcache.lab.report import find_metric, losses_table
-    from hybridcache.lab.simulation.simulate import simulate
-
     metrics = options.metric.split(",")
+    if options.closed_loop:
+        for flag in _given_flags(options, ALONE):
+            raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
+    else:
+        _check_metrics(metrics, options)
+    check_figure(options)
+    results: list[Any] = []
+    drawn: list[Path] = []
+    traces = [opened(str(scenario.trace), options) for scenario in scenarios]
+    for scenario, trace in zip(scenarios, traces, strict=True):
+        result, texts = _run(replace(scenario, trace=trace), options, metrics)
+        results.append(result)
+        if options.figure:  # before anything is printed: a pipe that reads it may close early
+            drawn = _draw(results, options, metrics)
+        for text in filter(None, texts):
+            print(text, end="\n\n")
+    for path in drawn:
+        print(f"figure: {path}")
+    return 1 if any(result.failures for result in results) else 0
+
+
+def _check_metrics(metrics: Sequence[str], options: argparse.Namespace) -> None:
+    """Raise ValueError for a metric that does not exist or is not computed."""
+    from hybridcache.lab.report import find_metric
+
     for word in metrics:
         find_metric(word)
     known = options.optimum or (options.output and options.output.exists())
@@ -142,30 +134,23 @@ def _simulate(options: argparse.Namespace) -> int:
         raise ValueError("--metric optimum needs a plan: add --optimum")
     if "bound" in metrics and not options.bound:
         raise ValueError("--metric bound needs the infinite cache: leave --no-bound out")
-    check_figure(options)
-    results: list[SimulationResult] = []
-    drawn: list[Path] = []
-    traces = [opened(str(scenario.trace), options) for scenario in scenarios]
-    for scenario, trace in zip(scenarios, traces, strict=True):
-        result = simulate(
-            replace(scenario, trace=trace),
-            bound=options.bound,
-            optimum=options.optimum,
-            processes=options.processes,
-            resume_from=options.output,
-        )
-        results.append(result)
-        if options.figure:  # before anything is printed: a pipe that reads it may close early
-            drawn = _draw(results, options, metrics)
-        for word in metrics:
-            print(result.table(word), end="\n\n")
-        if options.losses:
-            print(losses_table(result.runs), end="\n\n")
-        if verdict := result.verdict():
-            print(verdict, end="\n\n")
-    for path in drawn:
-        print(f"figure: {path}")
-    return 1 if any(result.failures for result in results) else 0
+
+
+def _run(
+    scenario: Scenario, options: argparse.Namespace, metrics: Sequence[str]
+) -> tuple[Any, list[str]]:
+    """Return the result of one trace, and its texts."""
+    from hybridcache.lab.report import losses_table
+    from hybridcache.lab.simulation.closed_loop import closed_loop
+    from hybridcache.lab.simulation.simulate import simulate
+
+    place = {"processes": options.processes, "resume_from": options.output}
+    if options.closed_loop:
+        served = closed_loop(scenario, **place)
+        return served, [served.table()]
+    result = simulate(scenario, bound=options.bound, optimum=options.optimum, **place)
+    losses = losses_table(result.runs) if options.losses else ""
+    return result, [*map(result.table, metrics), losses, result.verdict()]
 
 
 def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
@@ -200,15 +185,18 @@ def _given_flags(options: argparse.Namespace, names: Sequence[str]) -> list[str]
 
 
 def _draw(
-    results: Sequence[SimulationResult], options: argparse.Namespace, metrics: Sequence[str]
+    results: Sequence[Any], options: argparse.Namespace, metrics: Sequence[str]
 ) -> list[Path]:
     """Draw the figures that were asked for, of the traces so far."""
-    from hybridcache.lab.figures import losses_figure, sweep_figure
+    from hybridcache.lab.figures import closed_loop_figure, losses_figure, sweep_figure
 
-    drawn: list[Path] = [options.figure]
-    sweep_figure(results, options.figure, metrics)
-    if options.losses:
-        path: Path = options.figure
-        drawn.append(path.with_name(f"{path.stem}-losses{path.suffix}"))
-        losses_figure(results, drawn[-1])
-    return drawn
+    path: Path = options.figure
+    if options.closed_loop:
+        closed_loop_figure([run for result in results for run in result.runs], path)
+        return [path]
+    sweep_figure(results, path, metrics)
+    if not options.losses:
+        return [path]
+    losses_path = path.with_name(f"{path.stem}-losses{path.suffix}")
+    losses_figure(results, losses_path)
+    return [path, losses_path]
