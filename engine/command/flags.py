@@ -21,18 +21,16 @@ def add_flags(
     config: type,
     title: str,
     skip: Iterable[str] = (),
-    *,
-    only_given: bool = False,
 ) -> argparse._ArgumentGroup:
     """Add one flag for each field of the dataclass ``config``, except for ``skip``, in a new group.
 
-    Returns the group. With ``only_given``, absent flags add nothing to the parsed arguments.
+    Returns the group. Absent flags add nothing to the parsed arguments.
     """
     group = parser.add_argument_group(title)
     skipped = frozenset(skip)
     for field in flags_of(config):
         if field.name not in skipped:
-            _add_flag(group, config, field, only_given=only_given)
+            _add_flag(group, config, field, argparse.SUPPRESS)
     return group
 
 
@@ -45,14 +43,13 @@ def _add_flag(
     group: argparse._ArgumentGroup,
     config: type,
     field: dataclasses.Field[Any],
-    *,
-    only_given: bool = False,
+    default: Any,
 ) -> None:
     name = field.name
     group.add_argument(
         "--" + name.replace("_", "-"),
         dest=name,
-        default=argparse.SUPPRESS if only_given else field.default,
+        default=default,
         help=_help(field),
         **_kind(_type_hints(config)[name], field.default),
     )
@@ -87,7 +84,7 @@ def add_grouped_flags(
     for title, flags in filled.items():
         group = parser.add_argument_group(title)
         for config, field in flags:
-            _add_flag(group, config, field)
+            _add_flag(group, config, field, field.default)
 
 
 def read_config(
