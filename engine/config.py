@@ -416,16 +416,11 @@ class EngineConfig(Settings):
         if isinstance(places, str):
             places = tuple(places.split(","))
         object.__setattr__(self, "checkpoints", tuple(places))
-        if self.prefix_cache == "none":
-            self._check_without_cache()
-        self._keep_used()
-
-    def _check_without_cache(self) -> None:
-        """Raise ConfigError for a setting of the cache, which has no effect without one."""
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(self) if self.prefix_cache == "none" else ():
             if field.name in OF_CACHE and getattr(self, field.name) != field.default:
                 flag = "--" + field.name.replace("_", "-")
                 raise ConfigError(f"{flag} requires --prefix-cache hybrid.")
+        self._keep_used()
 
 
 def num_load_workers() -> int:

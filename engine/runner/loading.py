@@ -244,8 +244,7 @@ def check_numbers(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> None:
-    """Raise WeightsError if a scale of the weight ``name`` is not a positive number. A scale of
-    zero is allowed if all its weights are zero."""
+    """Raise WeightsError if a scale of the weight ``name`` is NaN, infinite or negative."""
     own = scale_name(name, scheme)
     if scale.dtype not in SCALE_DTYPES:
         dtype = str(scale.dtype).removeprefix("torch.")
@@ -256,13 +255,6 @@ def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Sc
             f"{own} contains scales that are NaN, infinite or negative: the file is damaged, or "
             "its writer failed; download it again."
         )
-    for row, block in (rows == 0).nonzero().tolist():
-        columns = scheme.block[1] or stored.shape[1]
-        if stored[row, block * columns : (block + 1) * columns].float().count_nonzero():
-            raise WeightsError(
-                f"{own} contains a scale of zero for weights that are not zero: the file is "
-                "damaged, or its writer failed; download it again."
-            )
 
 
 def _read(source: Tensor, target: torch.Tensor, first: int) -> int:

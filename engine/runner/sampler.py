@@ -114,7 +114,8 @@ class Sampler:
             elif width is None:
                 found = _draw(picked, chosen)
             else:
-                found = _draw_filtered(picked, chosen, width)
+                ids, probabilities = _filter(picked, chosen, width)
+                found = ids.gather(1, _look_up(probabilities, chosen)[:, None])[:, 0]
             tokens[upload(rows, torch.int64, logits.device)] = found
         return tokens
 
@@ -189,14 +190,6 @@ def _draw(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tens
     least = _column([request.params.min_p for request in requests], scores)
     floor = probabilities.amax(dim=-1, keepdim=True) * least
     return _look_up(probabilities.masked_fill_(probabilities < floor, 0.0), requests)
-
-
-def _draw_filtered(
-    scores: torch.Tensor, requests: Sequence[SamplingInput], width: int
-) -> torch.Tensor:
-    """Draw from the tokens that pass ``_filter``, most likely first."""
-    ids, probabilities = _filter(scores, requests, width)
-    return ids.gather(1, _look_up(probabilities, requests)[:, None])[:, 0]
 
 
 def _filter(

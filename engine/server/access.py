@@ -247,17 +247,19 @@ class RequestRecord:
 
     def log(self, scope: Scope) -> None:
         """Write the line of the request of ``scope``."""
+        path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")  # No control characters.
         sent = "" if self.is_sent else "not sent completely"
-        notes = (self.answer_id, sent, scope["state"].get("error"))
+        notes = filter(None, (self.answer_id, sent, scope["state"].get("error")))
+        said = "".join(f"  {note}" for note in notes)
         request_log.log(
             logging.DEBUG if scope["path"] in PROBES else logging.INFO,
             "%s %s %d%s  %.0f ms%s",
             scope["method"],
-            _safe_path(scope),
+            path if len(path) <= MAX_PATH else path[:MAX_PATH] + "...",
             self.status or 499,
             self._counts(),
             1000 * (time.perf_counter() - self.began_s),
-            "".join(f"  {_safe(note)}" for note in notes if note),
+            "".join(letter if letter.isprintable() else "?" for letter in said),
         )
 
     def _counts(self) -> str:
@@ -269,17 +271,6 @@ class RequestRecord:
         cached = sum(output.cached_len for output in firsts)
         answer = sum(len(output.output) for output in self.outputs.values())
         return f"  prompt {prompt:,}  cached {cached:,}  answer {answer:,}"
-
-
-def _safe_path(scope: Scope) -> str:
-    """Return the path as it was sent, without control characters for terminals."""
-    path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")
-    return path if len(path) <= MAX_PATH else path[:MAX_PATH] + "..."
-
-
-def _safe(text: str) -> str:
-    """Return ``text`` with control characters replaced."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def set_up_logging(level: str) -> None:

@@ -181,18 +181,15 @@ def of_failure(error: Exception, param: str | None = None) -> APIError:
     if error.kind not in REFUSALS:
         return APIError(500, f"The engine failed on this request: {str(error).rstrip('.')}.")
     status, code = REFUSALS[error.kind]
-    retry_after_s = RETRY_AFTER_S.get(error.kind)
+    retry_after_s, for_anthropic = RETRY_AFTER_S.get(error.kind), None
+    if isinstance(error, ContextOverflow):  # The sentence that Anthropic's clients recognise.
+        room = error.max_model_len - min(error.max_tokens, 1)
+        for_anthropic = f"prompt is too long: {error.prompt_len} tokens > {room} maximum"
     return APIError(
         status,
         str(error),
         param=param,
         code=code,
         headers=None if retry_after_s is None else {"Retry-After": str(retry_after_s)},
-        for_anthropic=_too_long(error) if isinstance(error, ContextOverflow) else None,
+        for_anthropic=for_anthropic,
     )
-
-
-def _too_long(error: ContextOverflow) -> str:
-    """Return the sentence that Anthropic's clients recognise."""
-    room = error.max_model_len - min(error.max_tokens, 1)
-    return f"prompt is too long: {error.prompt_len} tokens > {room} maximum"

@@ -15,7 +15,6 @@ import math
 import signal
 import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -179,18 +178,14 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         """Stop serving other engines at once, and all requests after ``drain_s``, or at a second
         signal."""
-        if self._engine.failure is not None:
-            logger.warning("Stopping: the engine has ended.")  # The command prints the reason.
-        elif num_left := len(self.server_state.tasks):
+        if self._engine.failure is None:  # Else the command prints the reason.
             logger.warning(
                 "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
                 "until a second signal.",
-                counted(num_left, "request"),
+                counted(len(self.server_state.tasks), "request"),
                 self._drain_s,
             )
-        else:
-            logger.warning("Stopping: no request is running.")
-        began_s, loop = time.monotonic(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s) as drain:
 
@@ -203,12 +198,7 @@ class Server(uvicorn.Server):
                     await self._engine.stop_accepting()
                 await asyncio.Event().wait()
         if num_left := len(self.server_state.tasks):
-            logger.warning(
-                "%s had not ended after %.1f s and %s broken off.",
-                counted(num_left, "request"),
-                time.monotonic() - began_s,
-                "was" if num_left == 1 else "were",
-            )
+            logger.warning("%s not ended: broken off.", counted(num_left, "request"))
         await asyncio.to_thread(self._engine.stop)
 
 

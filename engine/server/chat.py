@@ -102,7 +102,8 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
             is_known=tenant.is_known,
             tools=tools,
             variables=body.chat_template_kwargs,
-            add_generation_prompt=body.begins_answer,
+            add_generation_prompt=body.add_generation_prompt is not False
+            and not body.continue_final_message,
             continues_last=body.continue_final_message,
             namespace=tenant.namespace,
             cuts=cuts_of(body.messages, body.tools),

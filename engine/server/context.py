@@ -36,7 +36,6 @@ from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
 from engine.text.answers import CLOSE, AnswerForm
 from engine.text.outputs import (
-    DraftCounts,
     FinishReason,
     RequestOutput,
     SampledToken,
@@ -329,6 +328,11 @@ def usage(outputs: Collection[RequestOutput], firsts: Collection[RequestOutput])
     losses = [output.losses for output in firsts if output.losses is not None]
     drafts = [output.drafts for output in outputs if output.drafts is not None]
     transferred = [output.transferred for output in firsts if output.transferred is not None]
+    num_accepted = sum(counts.accepted.total() for counts in drafts)
+    drafted = {
+        "accepted_prediction_tokens": num_accepted,
+        "rejected_prediction_tokens": sum(one.drafted.total() for one in drafts) - num_accepted,
+    }
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
@@ -338,22 +342,12 @@ def usage(outputs: Collection[RequestOutput], firsts: Collection[RequestOutput])
             "lost_tokens": _sums(losses, Losses),
             **({"transferred": _sums(transferred, Transferred)} if transferred else {}),
         },
-    } | ({"completion_tokens_details": _drafted(drafts)} if drafts else {})
+    } | ({"completion_tokens_details": drafted} if drafts else {})
 
 
 def _sums(counts: Sequence[Any], kind: Any) -> dict[str, int]:
     """Return the sum of each field of ``counts``, which are of a ``kind`` of NamedTuple."""
     return {name: sum(getattr(one, name) for one in counts) for name in kind._fields}
-
-
-def _drafted(drafts: Sequence[DraftCounts]) -> dict[str, int]:
-    """Return the numbers of accepted and rejected draft tokens."""
-    num_accepted = sum(counts.accepted.total() for counts in drafts)
-    num_drafted = sum(counts.drafted.total() for counts in drafts)
-    return {
-        "accepted_prediction_tokens": num_accepted,
-        "rejected_prediction_tokens": num_drafted - num_accepted,
-    }
 
 
 LEAST = -9999.0

@@ -206,17 +206,13 @@ class Sampling(OpenAIBody, kw_only=True):
             given["top_k"] = None
         try:
             first = SamplingParams(**given)  # Its lists of tokens are checked once.
-            return [first.with_seed(seed_of(self.seed, choice)) for choice in range(self.n)]
+            if self.seed is None:
+                return [first] * self.n
+            # The choices must differ, and be reproducible. Seeds are wrapped to 64 bits.
+            seeds = ((self.seed + at + 2**63) % 2**64 - 2**63 for at in range(self.n))
+            return [first.with_seed(seed) for seed in seeds]
         except ValueError as error:
             raise of_value(error) from error
-
-
-def seed_of(seed: int | None, choice: int) -> int | None:
-    """Return the seed of one of a request's choices.
-
-    Choices must differ, and be reproducible. The seed is wrapped to 64 bits.
-    """
-    return None if seed is None else (seed + choice + 2**63) % 2**64 - 2**63
 
 
 def says_session_end(metadata: object) -> bool:
@@ -456,11 +452,6 @@ class ChatRequest(Sampling, kw_only=True):
                 "'continue_final_message' continues an answer: the last message must be the "
                 "assistant's."
             )
-
-    @property
-    def begins_answer(self) -> bool:
-        """True if the prompt ends with the beginning of an answer."""
-        return self.add_generation_prompt is not False and not self.continue_final_message
 
     @property
     def limit(self) -> int | None:

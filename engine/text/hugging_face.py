@@ -63,7 +63,8 @@ class HFTokenizer:
             for token_id, token in added.items()
             if token.special and token.content not in MARKS
         )
-        self.eos_token_ids = self._find_eos(model_dir, settings)
+        own_eos = self._backend.token_to_id(_content(settings.get("eos_token")) or "")
+        self.eos_token_ids = named_eos(model_dir) | (set() if own_eos is None else {own_eos})
         self.chat_template = _find_template(model_dir, settings)
         described = json.loads(self._backend.to_str())
         self._is_byte_level = (described["decoder"] or {}).get("type") == "ByteLevel"
@@ -77,12 +78,6 @@ class HFTokenizer:
         self.control_tokens = tuple(text for text in hidden if len(text) > 1)
         self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)
         """Token ids of text pieces, by namespace."""
-
-    def _find_eos(self, model_dir: Path, settings: dict[str, Any]) -> frozenset[int]:
-        """Return the end tokens that the model names, and the tokenizer's end token."""
-        found = named_eos(model_dir)
-        own = self._backend.token_to_id(_content(settings.get("eos_token")) or "")
-        return found if own is None else found | {own}
 
     def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
         """Return the ids of ``text``; see ``Tokenizer``. The pieces of a chat are cached, so its

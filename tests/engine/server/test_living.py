@@ -222,7 +222,7 @@ def test_requests_unfinished_after_a_drain_get_an_error(
         record.getMessage() for record in caplog.records if record.name == "engine.server.app"
     ]
     stopping, broken_off = messages
-    assert "2 requests" in stopping and broken_off.startswith("2 requests had not ended")
+    assert "2 requests" in stopping and broken_off.startswith("2 requests not ended")
     live.engine.check()
 
 
