@@ -133,19 +133,6 @@ class DecodeGraphs:
         """
         count = len(segments)
         size = bucket_for(count, self._sizes)
-        bound = bucket_for(max(segment.end for segment in segments), self._bounds)
-        if size is None or bound is None:
-            return None
-        if (size, bound) not in self._replays:
-            self.capture((size, bound))
-        self._inputs[:, :count].copy_(self._columns(segments))
-        if count < size:
-            self._inputs[:, count:size].copy_(self._padding[:, count:size])
-        patch(self._inputs[0])
-        self._replays[size, bound]()
-        return self._logits[:count].clone()
-
-    def _columns(self, segments: Sequence[Segment]) -> torch.Tensor:
         host = self._table.host
         columns = [
             (
@@ -160,7 +147,17 @@ class DecodeGraphs:
             for segment in segments
         ]
         values = np.array(columns, dtype=np.int64).T.copy()
-        return upload(values, torch.int64, self._table.device.device)
+        bound = bucket_for(int(values[4].max()), self._bounds)
+        if size is None or bound is None:
+            return None
+        if (size, bound) not in self._replays:
+            self.capture((size, bound))
+        self._inputs[:, :count].copy_(upload(values, torch.int64, self._table.device.device))
+        if count < size:
+            self._inputs[:, count:size].copy_(self._padding[:, count:size])
+        patch(self._inputs[0])
+        self._replays[size, bound]()
+        return self._logits[:count].clone()
 
     def capture(self, bucket: tuple[int, int]) -> None:
         """Capture the graph of one of the ``buckets``, computed on padding."""

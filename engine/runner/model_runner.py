@@ -277,9 +277,10 @@ class ModelRunner:
 
         rows = logit_rows(batch.segments)
         decodes, prefills = self.graphs
-        if all(segment.is_decode for segment in batch.segments):
+        last = batch.segments[-1]  # After segments without drafts, and decodes.
+        if last.is_decode:
             logits: torch.Tensor | None = None
-            if any(segment.num_drafts for segment in batch.segments):
+            if last.num_drafts:
                 if self.verify_graphs is not None and not batch.late_tokens:
                     logits = self.verify_graphs.run(batch.segments)
             elif decodes is not None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.requests.logit_rules import FREE, Ruling
+from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput, SamplingParams
 from engine.runner.device import HostCopy
 from engine.text.outputs import NO_TOKEN, SampledToken
@@ -98,7 +98,7 @@ class Sampler:
         return Drawn(index, _are_numbers(logits), wanted, _score(logits, index, num_top))
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-        scores = _ruled(logits, [request.ruling for request in requests])
+        scores = _ruled(logits, requests)
         if all(request.params.is_greedy for request in requests):
             return scores.argmax(dim=-1)
         tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
@@ -150,11 +150,12 @@ def _width(params: SamplingParams, vocab_size: int) -> int | None:
     return vocab_size if params.top_p < 1 else None
 
 
-def _ruled(logits: torch.Tensor, rulings: Sequence[Ruling]) -> torch.Tensor:
+def _ruled(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
     """Return ``logits`` changed as the ruling of each row says: float32 if any adds or penalises.
     O(1) uploads."""
-    if all(ruling is FREE for ruling in rulings):
+    if all(request.ruling is FREE for request in requests):
         return logits
+    rulings = [request.ruling for request in requests]
     added = [(row, one.added) for row, one in enumerate(rulings) if one.added is not None]
     repeats = [(row, one.repeats) for row, one in enumerate(rulings) if one.repeats is not None]
     masks = [(row, one.mask) for row, one in enumerate(rulings) if one.mask is not None]
