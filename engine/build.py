@@ -87,7 +87,8 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
     if config.model and not names_tokenizer(config):
         return IdTokenizer(vocab_size, named_eos(Path(config.model)))
     named = config.tokenizer or config.model
-    return load_tokenizer(None if named == str(BUILTIN_DIR) else named)
+    max_ids = None if config.tokenizer is None else vocab_size
+    return load_tokenizer(None if named == str(BUILTIN_DIR) else named, max_ids)
 
 
 def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Grammar], LogitRule]:

@@ -91,7 +91,7 @@ class CacheReport:
     request_hit_rate: float
     usage: dict[str, int]
     """Counters since the start: requests, hits, prompt and cached tokens, tokens lost by cause, and
-    insertions and evictions."""
+    insertions and evictions. Requests with scores of their prompt use no cache and do not count."""
     admission: str
     """Policy that orders waiting requests."""
     queue: AdmissionReport

@@ -25,7 +25,10 @@ from hybridcache.command.extras import version
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SLOW_S = (*FAST_S, 120, 300, 600)
-LIVE = "Sessions with an open request, or idle for 300 s at most."
+LIVE = "Sessions with an open request, or idle for 300 s at most; one that moved, per replica."
+PROMPTS = (
+    "Prompt tokens of scheduled requests. /v1/cache omits requests with scores of their prompt."
+)
 EVICTED = "Checkpoints evicted from the cache."
 REFUSALS = "Failed allocations with nothing left to evict."
 WRITTEN = "1 if --state-dir is written, 0 if it has a problem (see /health)."
@@ -73,7 +76,7 @@ class Metrics(Collector):
         self.rejected = counter(
             "rejected_requests", "Requests refused with 429 because the queue was full."
         )
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of scheduled requests.")
+        self.prompt_tokens = counter("prompt_tokens", PROMPTS)
         self.cached_tokens = counter("cached_tokens", "Prompt tokens found in the cache.")
         self.lost_tokens = counter("lost_tokens", "Prompt tokens computed, by loss cause.", "cause")
         self.generated_tokens = counter("generated_tokens", "Tokens generated.")

@@ -132,7 +132,7 @@ class OpenAIBody(Body, kw_only=True):
 
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    metadata: Any = None
+    metadata: dict[str, Any] | None = None
     """Ignored except ``session_end``, which declares that no request of the session follows."""
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -215,14 +215,14 @@ class Sampling(OpenAIBody, kw_only=True):
             raise of_value(error) from error
 
 
-def says_session_end(metadata: object) -> bool:
+def says_session_end(metadata: Mapping[str, Any] | None) -> bool:
     """Return ``session_end`` of ``metadata``, a boolean or its text; False without it. Raises
     ValueError for another value.
 
     >>> says_session_end({"session_end": "true"}), says_session_end({"session_end": False})
     (True, False)
     """
-    value = metadata.get("session_end") if isinstance(metadata, dict) else None
+    value = (metadata or {}).get("session_end")
     said = str(value).lower() if isinstance(value, str | bool) else value
     if said not in (None, "true", "false"):
         raise ValueError("'metadata.session_end' must be true or false.")

@@ -47,11 +47,18 @@ class HFTokenizer:
     ``tokenizer.json``, to convert its files.
     """
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, max_ids: int | None = None) -> None:
         self._backend = _load_backend(model_dir)
         settings = _read_json(model_dir / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        plain = self._backend.get_vocab(with_added_tokens=False)
+        # The model's table may be padded, and a few added tokens past its end are never used.
+        if max_ids is not None and (num_ids := max(plain.values(), default=-1) + 1) > max_ids:
+            raise ValueError(
+                f"the tokenizer of {model_dir} has {num_ids:,} token ids, and the model has "
+                f"{max_ids:,}: use the tokenizer that belongs to the model."
+            )
         self.special_tokens = tuple(
             token.content
             for token in added.values()
@@ -155,12 +162,13 @@ class HFTokenizer:
         return described
 
 
-def load_tokenizer(model_dir: str | Path | None) -> Tokenizer:
+def load_tokenizer(model_dir: str | Path | None, max_ids: int | None = None) -> Tokenizer:
     """Load the tokenizer of a Hugging Face directory, or of the built-in model for None.
 
-    Raises FileNotFoundError if the directory has no tokenizer.
+    ``max_ids`` is the number of ids of the model. Raises FileNotFoundError if the directory has no
+    tokenizer, and ValueError if it has more ids.
     """
-    return ByteTokenizer() if model_dir is None else HFTokenizer(Path(model_dir))
+    return ByteTokenizer() if model_dir is None else HFTokenizer(Path(model_dir), max_ids)
 
 
 def named_eos(model_dir: Path) -> frozenset[int]:

@@ -128,7 +128,8 @@ class AdmissionReport:
     """State of the queue and of the policy that orders it."""
 
     live_sessions: int
-    """Sessions with an open request, or idle for a short time (``Sessions.num_live``)."""
+    """Sessions with an open request, or idle for a short time (``Sessions.num_live``). Replicas are
+    summed, so a session that moved counts at each of them."""
     waiting_sessions: int
     """Sessions with a waiting request."""
     oldest_wait_s: float

@@ -112,7 +112,9 @@ def test_tokens_outside_the_byte_alphabet_decode_to_themselves(tmp_path: Path) -
     described = json.loads(_train("byte-level").to_str())
     described["model"]["vocab"]["<pad 0>"] = pad = 1 + max(described["model"]["vocab"].values())
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
-    tokenizer = HFTokenizer(tmp_path)
+    with pytest.raises(ValueError, match="belongs to the model"):
+        HFTokenizer(tmp_path, max_ids=pad)
+    tokenizer = HFTokenizer(tmp_path, max_ids=pad + 1)
     token_ids = [*tokenizer.encode("naïve"), pad, *tokenizer.encode("x")]
     whole = tokenizer._backend.decode(token_ids)
     assert "".join(_pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids) == whole

@@ -251,7 +251,7 @@ class CountRequest(Body, kw_only=True):
     """Ignored."""
     context_management: Any = None
     """Ignored: the answer says that no edit was applied."""
-    metadata: Any = None
+    metadata: dict[str, Any] | None = None
     """Ignored except ``session_end``, which declares that no request of the session follows."""
     thread: Any = None
     """Refused with a code, at which Anthropic's client sends the whole chat without it."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import GIB_SIZE, ConfigError, PluginConfig, check_fields, setting
+from engine.config import GIB_SIZE, ConfigError, Limits, PluginConfig, check_fields, setting
 from hybridcache.geometry.units import GIB
 
 
@@ -21,7 +21,7 @@ class TierConfig(PluginConfig):
         None,
         "host memory for entries that are evicted from the device, GiB; by default they are lost, "
         "or stay on disk (--state-dir); 0: none",
-        limits=GIB_SIZE,
+        limits=Limits("a number of GiB of 0 or more, at most 1,048,576", 0, 2**20),
     )
     state_dir: str | None = setting(
         None,

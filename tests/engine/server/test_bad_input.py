@@ -151,9 +151,9 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "/v1/chat/completions": [
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
-        *(({"messages": [CHAT[0] | {"role": one}]}, "role") for one in ("a\nb\rc", None)),
-        *(({"messages": [CHAT[0] | {"role": one}]}, ", user (got ") for one in ("function", 5)),
+        *(({"messages": [CHAT[0] | {"role": one}]}, "role") for one in ("a\nb\rc", None, 5)),
         ({"metadata": {"session_end": "yes"}}, "must be true or false"),
+        ({"metadata": 5}, "'metadata' must be"),
         ({"cache_salt": ""}, "must not be empty"),
         ({"messages": None}, "'messages' is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
