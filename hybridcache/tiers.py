@@ -902,15 +902,31 @@ def check_offload(offload: OffloadTiers, nodes: list[RadixNode], roots: list[Rad
     Raises:
         AssertionError: an invariant fails; the message names the first.
     """
-    num_tiers = len(offload.tiers)
     for node in (*roots, *nodes):
-        _check_counts(node, num_tiers)
-    for node in nodes:
-        _check_node(node)
+        places = [_place(child) for child in members(node.ghosts)]
+        counts = [places.count(number) for number in range(len(offload.tiers))]
+        entry = node.offloaded
+        if entry is None:
+            assert not any(counts), f"{node} does not know of {counts} children below"
+        else:
+            assert entry.num_children == counts, f"{node} counts {entry.num_children}, not {counts}"
+            assert not entry.is_empty, f"{node} has an empty lower part"
+    entries = [(node, node.offloaded) for node in nodes if node.offloaded is not None]
+    for node, entry in entries:
+        _check_entry(node, entry)
     for number, tier in enumerate(offload.tiers):
-        states = [node.offloaded.state for node in nodes if node.offloaded is not None]
-        held = [state for state in states if state is not None and state.tier == number]
-        _check_rows(tier, number, nodes, held, offload.state_rows)
+        states = [entry.state for _, entry in entries if entry.state is not None]
+        held = [state for state in states if state.tier == number]
+        parts = [e.kv for _, e in entries if e.kv is not None and e.kv_tier == number]
+        for state in held:
+            assert len(state.rows) == offload.state_rows, f"{state} has {len(state.rows)} rows"
+        pages = tier.pages
+        pages.check()
+        both = np.concatenate([*parts, *(state.rows for state in held), pages.free_rows()])
+        assert are_distinct(both), f"a row of {tier.name} is stored twice, or and free"
+        assert len(both) == pages.capacity, (
+            f"{len(both)} rows of {tier.name} are stored or free, not {pages.capacity}"
+        )
         listed = tier.policy.candidates()
         if listed is not None:
             known = list(listed)
@@ -922,34 +938,17 @@ def _place(node: RadixNode) -> int | None:
     """Return the number of the tier that holds the KV of ``node``, or None."""
     if node.kv is not None or node.parent is None:
         return ON_DEVICE
-    return (
-        node.offloaded.kv_tier
-        if node.offloaded is not None and node.offloaded.kv is not None
-        else None
-    )
+    entry: OffloadedEntry | None = node.offloaded
+    return entry.kv_tier if entry is not None and entry.kv is not None else None
 
 
-def _check_counts(node: RadixNode, num_tiers: int) -> None:
-    places = [_place(child) for child in members(node.ghosts)]
-    counts = [places.count(number) for number in range(num_tiers)]
-    entry = node.offloaded
-    if entry is None:
-        assert not any(counts), f"{node} does not know of {counts} children below"
-    else:
-        assert entry.num_children == counts, f"{node} counts {entry.num_children}, not {counts}"
-        assert not entry.is_empty, f"{node} has an empty lower part"
-
-
-def _check_node(node: RadixNode) -> None:
-    entry, parent = node.offloaded, node.parent
-    assert parent is not None
-    if entry is None:
-        return
-    place, above = _place(node), _place(parent)
+def _check_entry(node: RadixNode, entry: OffloadedEntry) -> None:
+    assert node.parent is not None
+    place, above = _place(node), _place(node.parent)
     if entry.kv is not None:
         assert node.kv is None, f"the KV of {node} is on the device and below"
         assert len(entry.kv) == node.end - node.start, f"{node} has {len(entry.kv)} rows below"
-        assert above is not None and above <= entry.kv_tier, f"{parent} lies further than {node}"
+        assert above is not None and above <= entry.kv_tier, f"{node.parent} lies further than it"
         nearest = entry.nearest
         assert nearest is not None, f"nothing needs the KV of {node} below"
         assert nearest <= entry.kv_tier, f"nothing needs the KV of {node} as near as it is"
@@ -958,29 +957,3 @@ def _check_node(node: RadixNode) -> None:
         assert node.checkpoint is None, f"the state of {node} is on the device and below"
         assert state.node is node, f"{state} belongs elsewhere"
         assert place is not None and place <= state.tier, f"{state} lies nearer than its KV"
-
-
-def _check_rows(
-    tier: Tier,
-    number: int,
-    nodes: list[RadixNode],
-    held: list[OffloadedCheckpoint],
-    state_rows: int,
-) -> None:
-    pages = tier.pages
-    pages.check()
-    parts = [
-        node.offloaded.kv
-        for node in nodes
-        if node.offloaded is not None
-        and node.offloaded.kv is not None
-        and node.offloaded.kv_tier == number
-    ]
-    for state in held:
-        assert len(state.rows) == state_rows, f"{state} has {len(state.rows)} rows"
-        parts.append(state.rows)
-    both = np.concatenate([*parts, pages.free_rows()])
-    assert are_distinct(both), f"a row of {tier.name} is stored twice, or and free"
-    assert len(both) == pages.capacity, (
-        f"{len(both)} rows of {tier.name} are stored or free, not {pages.capacity}"
-    )

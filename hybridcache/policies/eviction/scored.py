@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 from math import inf
-from pathlib import Path
 from typing import Any, cast
 
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
@@ -202,11 +201,9 @@ def _checked(policy: ScorePolicy | SampledPolicy, item: Item) -> Score:
             return cast(Score, score)
     except (TypeError, ValueError):
         pass  # not a number
-    code = getattr(type(policy).score, "__code__", None)  # None if it is not a plain function
-    where = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
     raise PolicyError(
         f"{type(policy).__name__}.score returned {score!r} for a {item.kind} item: "
-        f"a number or a tuple of numbers is required{where}"
+        "a number or a tuple of numbers is required"
     )
 
 
