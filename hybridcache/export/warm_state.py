@@ -35,12 +35,14 @@ import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
 from hybridcache.cache import HybridRadixCache
+from hybridcache.policies.eviction.survival import Survival
+from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, RadixTree
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
 from hybridcache.tokens import EMPTY, read_namespace, write_namespace
 
-MAGIC = b"HCMEMRY2"
+MAGIC = b"HCMEMRY3"
 NOTHING = (-1, 0, 0, 0, 0, -1)
 
 
@@ -75,13 +77,13 @@ def _body(
         tokens.append(node.tokens)
     policies, memos, levels = {}, {}, _levels(cache)
     for level in levels:
-        state = level.policy.state_dict()
-        if state is not None:
-            policies[level.name] = state
+        policy = level.policy
+        if isinstance(policy, Survival):
+            policies[level.name] = policy.state_dict()
             memos[level.name] = [
                 [item.serial, memo]
                 for item in _items_of(level, nodes)
-                if (memo := level.policy.memo_state(item)) is not None
+                if (memo := policy.memo_state(item)) is not None
             ]
     body = {
         "page_size": cache.page_size,
@@ -94,7 +96,7 @@ def _body(
         "labels": labels,
         "tokens": np.concatenate(tokens),
     }
-    states = [state for rule in placement if (state := rule.state_dict()) is not None]
+    states = [rule.state_dict() for rule in placement if isinstance(rule, Adaptive)]
     body |= {"policies": policies, "memos": memos, "placement": states}
     return json.dumps(body, separators=(",", ":"), default=_written).encode()
 
@@ -242,26 +244,25 @@ class Memory:
         for level in levels:
             must_follow = level.is_shared and DEVICE not in recalled
             if level.name in self._plain["policies"] and not must_follow:
-                try:
-                    self._recall_policy(cache, level)
+                if isinstance(level.policy, Survival):
+                    self._recall_policy(cache, level, level.policy)
                     recalled.add(level.name)
-                except ValueError:
+                else:
                     unfit.append(level.name)
             if level.is_shared and not must_follow and level.name not in recalled:
                 _share_anew(cache, level, levels[level.number].policy)
-        rules = [rule for rule in placement if rule.state_dict() is not None]
+        rules = [rule for rule in placement if isinstance(rule, Adaptive)]
         written = self._plain["placement"]
-        try:
+        if len(rules) == len(written):
             for rule, state in zip(rules, written, strict=True):
                 rule.load_state_dict(state)
-        except ValueError:
+        else:
             unfit.append("placement")
         cache.ghosts.trim()
         return unfit
 
-    def _recall_policy(self, cache: HybridRadixCache, level: _Level) -> None:
-        name, policy = level.name, level.policy
-        states = _states(cache, level)
+    def _recall_policy(self, cache: HybridRadixCache, level: _Level, policy: Survival) -> None:
+        name, states = level.name, _states(cache, level)
         if not level.is_shared:
             self._memos = {}
         memos: dict[int, Any] = {}
@@ -277,9 +278,8 @@ class Memory:
                 item.stored.memo = memos.get(item.serial)
             if item.serial in memos and item.serial in states:
                 states[item.serial].superseded = superseded
-        listed = policy.candidates()
         # A state may have been in no tier when this was written, although its bytes were kept.
-        known = memos.keys() if listed is None else {item.serial for item in listed}
+        known = {item.serial for item in policy.candidates()}
         for serial, state in states.items():
             state.memo = memos.get(serial) if serial in known else None
             if serial not in known:
@@ -309,9 +309,8 @@ def _levels(cache: HybridRadixCache) -> list[_Level]:
 def _share_anew(cache: HybridRadixCache, level: _Level, above: EvictionPolicy) -> None:
     """Start the policy of ``level`` from the present state of the level above it. O(tree)."""
     fresh = above.for_tier()
-    learned = None if fresh is None else fresh.state_dict()
-    if learned is not None:
-        level.policy.load_state_dict(learned, lambda _: None)
+    if isinstance(fresh, Survival) and isinstance(level.policy, Survival):
+        level.policy.load_state_dict(fresh.state_dict(), lambda _: None)
     for state in _states(cache, level).values():
         state.memo = None
         level.policy.add(state)

@@ -199,28 +199,6 @@ class EvictionPolicy(ABC):
         resumed, the deepest first. Each of them would have sufficed to resume deeper.
         """
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Return the learned state as plain data and arrays, or None if nothing is learned.
-
-        Items are named by their serial. ``memo_state`` has the part of each item. This method and
-        the next three are called for built-in policies only: no file keeps the state of a user's
-        policy.
-        """
-        return None
-
-    def load_state_dict(self, state: dict[str, Any], item_of: Callable[[int], Item | None]) -> None:
-        """Replace the learned state by the result of ``state_dict``. ``item_of`` finds items by
-        serial. Raises ValueError, with nothing changed, if it is that of another policy."""
-        raise ValueError(f"{self} keeps no learned state.")
-
-    def memo_state(self, item: Item) -> list[Any] | None:
-        """Return the learned part of ``item.memo`` as plain data, or None."""
-        return None
-
-    def memo_of(self, state: list[Any]) -> object:
-        """Return the memo that ``memo_state`` described."""
-        raise ValueError(f"{self} keeps no learned state.")
-
     def for_tier(self) -> EvictionPolicy | None:
         """Return a policy for the next lower tier that shares the learned state, or None.
 
@@ -349,19 +327,6 @@ class PlacementPolicy(ABC):
         The caller takes at most ``prompt_len`` of them, rounds them down to the grid and drops
         repeats (``Prefill.on_grid``).
         """
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """Return the learned state as plain data, or None if nothing is learned.
-
-        This method and the next one are called for built-in policies only: no file keeps the state
-        of a user's policy.
-        """
-        return None
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the learned state by the result of ``state_dict``. Raises ValueError, with
-        nothing changed, if it is that of another policy."""
-        raise ValueError(f"{type(self).__name__} keeps no learned state.")
 
     @property
     def rules(self) -> tuple[PlacementPolicy, ...]:

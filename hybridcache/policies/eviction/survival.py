@@ -135,10 +135,10 @@ class Survival(EvictionPolicy):
         return chain(self._checkpoints.items, self._kv.items, self._dead, self._idle_kv or ())
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the learned state as plain data and arrays. Items are named by their serial."""
         version, numbers, spare = self._random.getstate()
         idle_kv = self._idle_kv
         return {
-            "policy": "survival",
             "hazards": self.hazards.state_dict() if self._owns_hazards else None,
             "random": [version, list(numbers), spare],
             "checkpoints": self._checkpoints.rows(),
@@ -150,14 +150,13 @@ class Survival(EvictionPolicy):
         }
 
     def load_state_dict(self, state: dict[str, Any], item_of: Callable[[int], Item | None]) -> None:
-        """Replace the learned state. Items that no longer exist are left out."""
+        """Replace the learned state by the result of ``state_dict``. ``item_of`` finds items by
+        serial; those that no longer exist are left out."""
 
         def items(serials: list[int]) -> OrderedDict[Item, None]:
             return OrderedDict.fromkeys(item for one in serials if (item := item_of(one)))
 
         hazards, idle_kv = state["hazards"], state["idle_kv"]
-        if state["policy"] != "survival" or (hazards is not None) != self._owns_hazards:
-            raise ValueError("The state is that of another policy or tier.")
         version, numbers, spare = state["random"]
         self._random.setstate((version, tuple(numbers), spare))
         if hazards is not None:
@@ -169,10 +168,12 @@ class Survival(EvictionPolicy):
         self._just_used = state["just_used"]
 
     def memo_state(self, item: Item) -> list[Any] | None:
+        """Return the memo of ``item`` as plain data, or None if it has none."""
         memo = item.memo
         return memo.state() if isinstance(memo, _Memo) else None
 
     def memo_of(self, state: list[Any]) -> _Memo:
+        """Return the memo that ``memo_state`` described."""
         return _Memo.of(state)
 
     def add(self, item: Item) -> None:

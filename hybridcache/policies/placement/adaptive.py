@@ -165,15 +165,12 @@ class Adaptive(PlacementPolicy):
         """Latest prefill and its plan, until ``plan`` returns it."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the learned state as plain data."""
         accounts = [[label, dict(vars(account))] for label, account in self._accounts.items()]
-        return {"policy": "adaptive", "accounts": accounts} | {
-            name: getattr(self, name) for name in LEARNED
-        }
+        return {"accounts": accounts} | {name: getattr(self, name) for name in LEARNED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the learned state."""
-        if state["policy"] != "adaptive":
-            raise ValueError("The state is that of another policy.")
+        """Replace the learned state by the result of ``state_dict``."""
         self._accounts, self._latest = {}, None
         for label, fields in state["accounts"]:
             account = self._accounts[label] = _Account(label, 0.0, 0, 0.0)
