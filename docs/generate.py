@@ -424,13 +424,8 @@ RESTART = {
 
 RESULTS = {
     "hybridcache.lab.scenario": ("Scenario",),
-    "hybridcache.lab.simulation.simulate": ("OptimumResult",),
-    "hybridcache.lab.simulation.result": (
-        "SimulationResult",
-        "RunResult",
-        "SessionResult",
-        "ClosedLoopRun",
-    ),
+    "hybridcache.lab.simulation.simulate": ("SimulationResult", "OptimumResult"),
+    "hybridcache.lab.simulation.result": ("RunResult", "SessionResult", "ClosedLoopRun"),
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
     "hybridcache.lab.optimum": ("Optimum",),
     "hybridcache.lab.leaderboard": ("leaderboard", "Split", "Board"),

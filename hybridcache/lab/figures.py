@@ -21,7 +21,7 @@ from hybridcache.lab.report import (
     interval_notes,
     notes_on,
 )
-from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SimulationResult
+from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ def _words(cause: str) -> str:
 
 @_with_fonts
 def sweep_figure(
-    results: Sequence[SimulationResult],
+    results: Sequence[SweepRuns],
     path: str | Path | None,
     words: str | Sequence[str] | None = None,
 ) -> Figure:
@@ -108,11 +108,11 @@ def sweep_figure(
     return save(figure, axes, path, " ".join(_notes(results, words)))
 
 
-def _sizes(results: Sequence[SimulationResult]) -> list[float]:
+def _sizes(results: Sequence[SweepRuns]) -> list[float]:
     return sorted({run.gib for result in results for run in result.runs})
 
 
-def _facts(result: SimulationResult) -> list[str]:
+def _facts(result: SweepRuns) -> list[str]:
     """Return the parts of a title: trace, number of requests, and model."""
     num_requests = counted(result.runs[0].requests, "request") if result.runs else "no requests"
     return [result.trace, num_requests, result.geometry.name]
@@ -129,7 +129,7 @@ def set_titles(figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]])
     figure.suptitle(textwrap.fill(", ".join(shared), int(TITLE_CHARS * width)), fontsize=9)
 
 
-def _notes(results: Sequence[SimulationResult], words: Sequence[str]) -> list[str]:
+def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
     """Return the notes on the numbers that are drawn, each once."""
     found = {note: None for result in results for note in notes_on(result, words)}
     if "hit" in words:
@@ -153,7 +153,7 @@ NO_CAUSES = "none of these runs has loss causes: rebuilt peers do not record the
 
 
 @_with_fonts
-def losses_figure(results: Sequence[SimulationResult], path: str | Path | None) -> Figure:
+def losses_figure(results: Sequence[SweepRuns], path: str | Path | None) -> Figure:
     """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
     was reused. ValueError if no run has causes."""
     shown = [
@@ -216,7 +216,7 @@ def line_look(place: int, count: int) -> dict[str, Any]:
     }
 
 
-def draw_curves(axis: Any, result: SimulationResult, metric: Metric) -> None:
+def draw_curves(axis: Any, result: SweepRuns, metric: Metric) -> None:
     """Draw a metric over the sizes, a line per competitor with a marker at each simulated size.
     Token hit rates have bars of their 95 % intervals."""
     by_label = result.by_label()
@@ -232,7 +232,7 @@ def draw_curves(axis: Any, result: SimulationResult, metric: Metric) -> None:
             axis.vlines(list(values), lows, highs, look["color"], **bars)
 
 
-def draw_limits(axis: Any, result: SimulationResult) -> None:
+def draw_limits(axis: Any, result: SweepRuns) -> None:
     """Draw the limits of token hit rates: the best plan with hindsight and the infinite cache."""
     plans = sorted({(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens})
     if plans:

@@ -16,7 +16,7 @@ from hybridcache.config import GRID
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.baselines import UNCHARGED
 from hybridcache.lab.intervals import FEWEST_UNITS
-from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SimulationResult
+from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
 from hybridcache.policies.registry import make_eviction
 
@@ -99,7 +99,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def sweep_table(result: SimulationResult, word: str = "hit") -> str:
+def sweep_table(result: SweepRuns, word: str = "hit") -> str:
     """Return a table with a row per competitor and a column per size.
 
     Token hit rates have half of their 95 % interval over sessions. Their tables also have the plan
@@ -133,7 +133,7 @@ def sweep_table(result: SimulationResult, word: str = "hit") -> str:
     return "\n".join([table, *bypass_notes(result), *notes])
 
 
-def bypass_notes(result: SimulationResult) -> list[str]:
+def bypass_notes(result: SweepRuns) -> list[str]:
     """Name the competitors with requests that were too large for the memory, with their number."""
     return [
         f"requests of {label} computed without the cache, because they do not fit: {counts}"
@@ -150,7 +150,7 @@ TIE = 0.0005
 """Difference of token hit rates below which competitors have equal hits."""
 
 
-def sweep_line(result: SimulationResult) -> str:
+def sweep_line(result: SweepRuns) -> str:
     """Describe a sweep in one line: trace, competitors, sizes, and the best run."""
     if not result.runs:
         return f"{result.trace}: no runs"
@@ -173,7 +173,7 @@ def ties(run: RunResult, best: RunResult) -> bool:
     return best.above(run).low <= 0
 
 
-def verdict(result: SimulationResult) -> str:
+def verdict(result: SweepRuns) -> str:
     """Return one sentence: the policy with the highest mean token hit rate over the sizes, and the
     command that serves with it, at the smallest size of its most hits.
 
@@ -292,7 +292,7 @@ def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str) -> str:
     return "\n\n".join(tables)
 
 
-def tier_notes(result: SimulationResult) -> list[str]:
+def tier_notes(result: SweepRuns) -> list[str]:
     """Name the policies with and without priority classes."""
     return classes_notes(
         {str(run.config.policy): run.config.priority_classes for run in result.runs}
@@ -321,7 +321,7 @@ def classes_notes(has_classes: Mapping[str, bool | None]) -> list[str]:
     return notes
 
 
-def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
+def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Return the notes under a table or figure of the metrics ``words``."""
     notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
@@ -334,7 +334,7 @@ def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
     return notes
 
 
-def uncharged_notes(result: SimulationResult) -> list[str]:
+def uncharged_notes(result: SweepRuns) -> list[str]:
     """Name the rebuilt systems that use memory in addition to their size."""
     labels: dict[str, dict[str, None]] = {}
     for run in result.runs:
@@ -346,7 +346,7 @@ def uncharged_notes(result: SimulationResult) -> list[str]:
     ]
 
 
-def interval_notes(result: SimulationResult) -> list[str]:
+def interval_notes(result: SweepRuns) -> list[str]:
     """Explain the intervals of token hit rates, and why there are none."""
     counts = dict.fromkeys(len(run.by_session) for run in result.runs)
     if not counts:
@@ -395,7 +395,7 @@ def above_plan(run: RunResult) -> bool:
     return run.share_of_optimum is not None and run.share_of_optimum > 1
 
 
-def plan_notes(result: SimulationResult, words: Sequence[str]) -> list[str]:
+def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Explain the plan with hindsight, and the star."""
     shown = (run for runs in result.by_label().values() for run in runs)
     planned = [run for run in shown if run.optimum_tokens]

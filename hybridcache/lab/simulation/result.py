@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import describe_times, prefill_seconds
-from hybridcache.geometry.units import counted
 from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -472,8 +465,8 @@ def failure_of(cell: Scenario, words: str) -> str:
     return f"{cell.label} at {cell.size_gib:.4g} GiB failed: {words}"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class SimulationResult:
+@dataclass(frozen=True, slots=True)
+class SweepRuns:
     """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt
     peers."""
 
@@ -516,57 +509,3 @@ class SimulationResult:
         return max(
             (run for run in self.runs if run.gib == nearest), key=lambda run: run.token_hit_rate
         )
-
-    def __repr__(self) -> str:
-        """Return one line: trace, number of runs, and the best of them."""
-        from hybridcache.lab.report import sweep_line
-
-        return f"{type(self).__name__}({sweep_line(self)})"
-
-    def _repr_html_(self) -> str:
-        """Return the table of token hit rates for a notebook."""
-        return f"<pre>{escape(self.table())}</pre>"
-
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """Return a flat dictionary per run: its settings, rates, times and lost tokens by cause.
-
-        Loss causes are ``lost_`` and the cause; None where a rebuilt peer does not tell. Warns if
-        runs failed, because they have no dictionary. O(runs).
-        """
-        if self.failures:
-            failed = counted(len(self.failures), "run")
-            warnings.warn(f"{failed} failed, see failures: {self.failures[0]}", stacklevel=2)
-        return [run.as_row() for run in self.runs]
-
-    def table(self, metric: str = "hit") -> str:
-        """Return a table of one of ``hybridcache.lab.report.METRICS``: a row per competitor, a
-        column per size."""
-        from hybridcache.lab.report import sweep_table
-
-        return "\n".join([sweep_table(self, metric), *self.failures])
-
-    def verdict(self) -> str:
-        """Return one sentence: the policies with the most hits, and the command that serves with
-        them. Rebuilt systems with more hits are named. Empty if there is nothing to choose
-        from."""
-        from hybridcache.lab.report import verdict
-
-        return verdict(self)
-
-    def figure(
-        self,
-        path: str | Path | None = None,
-        metric: str | Sequence[str] | None = None,
-    ) -> Figure:
-        """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
-        of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
-        SVG or PDF), if there is one."""
-        from hybridcache.lab.figures import sweep_figure
-
-        return sweep_figure([self], path, metric)
-
-    def losses_figure(self, path: str | Path | None = None) -> Figure:
-        """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
-        from hybridcache.lab.figures import losses_figure
-
-        return losses_figure([self], path)

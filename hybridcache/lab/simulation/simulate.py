@@ -19,20 +19,23 @@ True
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
+from hybridcache.geometry.units import counted
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.solve import Optimum, best_plan
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.grid import Kept, check_flags, run_grid
-from hybridcache.lab.simulation.result import RunResult, SimulationResult, failure_of, summarise
+from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import budget_bytes, has_shares, sizes_for, working_set_bytes
 from hybridcache.lab.simulation.target import build_target
@@ -40,6 +43,65 @@ from hybridcache.lab.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SimulationResult(SweepRuns):
+    """All runs of one sweep over one trace, with their tables and figures."""
+
+    def __repr__(self) -> str:
+        """Return one line: trace, number of runs, and the best of them."""
+        from hybridcache.lab.report import sweep_line
+
+        return f"{type(self).__name__}({sweep_line(self)})"
+
+    def _repr_html_(self) -> str:
+        """Return the table of token hit rates for a notebook."""
+        return f"<pre>{escape(self.table())}</pre>"
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a flat dictionary per run: its settings, rates, times and lost tokens by cause.
+
+        Loss causes are ``lost_`` and the cause; None where a rebuilt peer does not tell. Warns if
+        runs failed, because they have no dictionary. O(runs).
+        """
+        if self.failures:
+            failed = counted(len(self.failures), "run")
+            warnings.warn(f"{failed} failed, see failures: {self.failures[0]}", stacklevel=2)
+        return [run.as_row() for run in self.runs]
+
+    def table(self, metric: str = "hit") -> str:
+        """Return a table of one of ``hybridcache.lab.report.METRICS``: a row per competitor, a
+        column per size."""
+        from hybridcache.lab.report import sweep_table
+
+        return "\n".join([sweep_table(self, metric), *self.failures])
+
+    def verdict(self) -> str:
+        """Return one sentence: the policies with the most hits, and the command that serves with
+        them. Rebuilt systems with more hits are named. Empty if there is nothing to choose
+        from."""
+        from hybridcache.lab.report import verdict
+
+        return verdict(self)
+
+    def figure(
+        self,
+        path: str | Path | None = None,
+        metric: str | Sequence[str] | None = None,
+    ) -> Figure:
+        """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
+        of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
+        SVG or PDF), if there is one."""
+        from hybridcache.lab.figures import sweep_figure
+
+        return sweep_figure([self], path, metric)
+
+    def losses_figure(self, path: str | Path | None = None) -> Figure:
+        """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
+        from hybridcache.lab.figures import losses_figure
+
+        return losses_figure([self], path)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
