@@ -76,7 +76,6 @@ class RowHolder(Protocol):
 
         Must not call the arena.
         """
-        ...
 
 
 DEVICE, HOST, DISK = "device", "host", "disk"
@@ -247,7 +246,6 @@ class TableRows(Protocol):
     @property
     def kv_indices(self) -> Indices:
         """KV row of each position so far."""
-        ...
 
 
 class StepQueue:

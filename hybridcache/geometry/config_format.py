@@ -135,24 +135,19 @@ class Format:
         return Config(values, stated, defaults, frozenset(given), tuple(unknown), missing)
 
 
+@dataclass(eq=False)
 class Config(Mapping[str, Any]):
     """Values of one model, including all fields. Records the names that were looked up."""
 
-    def __init__(
-        self,
-        values: Values,
-        stated: Values,
-        defaults: Mapping[str, Any],
-        given: frozenset[str],
-        unknown: tuple[str, ...],
-        missing: tuple[str, ...],
-    ) -> None:
-        self._values, self._stated, self._defaults = values, stated, defaults
-        self._missing, self._read = missing, set[str]()
-        self.given = given
-        """Names of fields and extras in the file, after resolving aliases."""
-        self.unknown = unknown
-        """Keys of the file that neither this project nor transformers uses."""
+    _values: Values
+    _stated: Values
+    _defaults: Mapping[str, Any]
+    given: frozenset[str]
+    """Names of fields and extras in the file, after resolving aliases."""
+    unknown: tuple[str, ...]
+    """Keys of the file that neither this project nor transformers uses."""
+    _missing: tuple[str, ...]
+    _read: set[str] = field(default_factory=set)
 
     def __getitem__(self, name: str) -> Any:
         self._read.add(name)

@@ -25,7 +25,6 @@ class PrefillTimes(Protocol):
     def seconds(self, start: int, end: int) -> float:
         """Return the seconds to compute tokens [start, end) after ``start`` reused tokens; 0.0
         if empty."""
-        ...
 
 
 def describe_times(times: PrefillTimes) -> str:

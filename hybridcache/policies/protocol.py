@@ -36,7 +36,6 @@ class Item(Protocol):
     @property
     def kind(self) -> Kind:
         """Kind of the freed memory: KV rows, or a checkpoint's slot."""
-        ...
 
     @property
     def size_bytes(self) -> int:
@@ -47,12 +46,10 @@ class Item(Protocol):
         - Checkpoint: its state, and for a leaf the same tail.
         - Attention-only cache: the rows of the segment.
         """
-        ...
 
     @property
     def position(self) -> int:
         """Number of tokens from the root to its end."""
-        ...
 
     @property
     def span(self) -> int:
@@ -63,28 +60,23 @@ class Item(Protocol):
         An attention-only cache evicts whole segments and can resume anywhere: there it is the
         length of the segment.
         """
-        ...
 
     @property
     def serial(self) -> int:
         """Creation number among all items of the cache. Breaks ties, so that runs are
         reproducible."""
-        ...
 
     @property
     def created(self) -> int:
         """Logical time of creation (one tick per request)."""
-        ...
 
     @property
     def last_used(self) -> int:
         """Logical time of the last use."""
-        ...
 
     @property
     def uses(self) -> int:
         """Number of requests that resumed from it (checkpoint) or through it (KV)."""
-        ...
 
     @property
     def dead(self) -> bool:
@@ -92,23 +84,19 @@ class Item(Protocol):
 
         Always False in an attention-only cache.
         """
-        ...
 
     @property
     def superseded(self) -> bool:
         """True if a deeper checkpoint exists on the same unforked path, or is about to: a running
         request has taken its slot."""
-        ...
 
     @property
     def above(self) -> Item | None:
         """Nearest checkpoint above on its path, or None for the root."""
-        ...
 
     @property
     def predecessor(self) -> Item | None:
         """As ``above``, but it may have been evicted. Links items by lineage."""
-        ...
 
     @property
     def label(self) -> str:
@@ -117,7 +105,6 @@ class Item(Protocol):
         The deepest checkpoint of a finished request carries its stop reason, if that is known:
         decode/tool_use.
         """
-        ...
 
 
 class EvictionPolicy(ABC):
@@ -225,7 +212,6 @@ class FetchRule(Protocol):
         Compares the prefill of ``prompt_len`` tokens from ``cached_len`` at once with the prefill
         from ``position`` after copying ``num_bytes`` from each tier.
         """
-        ...
 
 
 class Placed(NamedTuple):

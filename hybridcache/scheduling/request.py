@@ -25,37 +25,30 @@ class RequestFields(Protocol):
     @property
     def request_id(self) -> str | None:
         """Name."""
-        ...
 
     @property
     def namespace(self) -> Hashable:
         """Requests of different namespaces share nothing."""
-        ...
 
     @property
     def boundaries(self) -> Sequence[int]:
         """Positions that later prompts keep, ascending."""
-        ...
 
     @property
     def answer_survives(self) -> bool:
         """False if later prompts do not contain the answer."""
-        ...
 
     @property
     def ends_session(self) -> bool:
         """True if no request of its session follows."""
-        ...
 
     @property
     def choice_of(self) -> str | None:
         """Name of the first request, if this is another choice of the same answer."""
-        ...
 
     @property
     def save_at(self) -> Sequence[int]:
         """Further positions of checkpoints."""
-        ...
 
 
 class ScheduledRequest(WaitingRequest):
