@@ -23,9 +23,8 @@ import msgspec
 import numpy as np
 from msgspec import structs
 
-from engine.build import watch
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, watch
 from engine.errors import (
     FAILED,
     STOPPED,

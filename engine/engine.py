@@ -1,23 +1,31 @@
-"""The engine, made from its settings."""
+"""The engine, made from its settings: the composition root of its parts, which imports plugins."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from engine.build import assemble, engine_plugins, grammar_rules, load
-from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.config import BUILTIN_DIR, EngineConfig
+from engine.core import EngineCore, Plugin
 from engine.hub import resolve_config
 from engine.interfaces import Runner, TokenSampler
+from engine.requests.grammar import Grammar
+from engine.requests.logit_rules import LogitRule
 from engine.requests.request import Intake
-from engine.schedule.fetching import Fetcher
-from engine.schedule.scheduler import DraftPlanner
-from hybridcache.policies.registry import parse_placement
+from engine.schedule.fetching import Fetcher, Fetching
+from engine.schedule.report import cache_kind
+from engine.schedule.scheduler import DraftPlanner, Scheduler
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.policies.registry import make_admission, parse_placement
+from hybridcache.scheduling.cache_manager import CacheManager
 
 if TYPE_CHECKING:
+    from engine.plugins.speculation.draft_manager import SpeculationPlugin
+    from engine.plugins.tiers.plugin import TierPlugin
     from engine.text.tokenizer import Tokenizer
 
 
@@ -85,3 +93,163 @@ class Engine(EngineCore):
         )
         for plugin in plugins.values():
             plugin.attach(self, scheduler.manager)
+
+
+def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
+    """Return the plugins with settings in ``config`` by name, in the order in which they are
+    called."""
+    plugins: list[Plugin] = []
+    if config.uses("tensor_parallel"):
+        from engine.plugins.tensor_parallel.coordinator import TensorParallelPlugin
+
+        plugins.append(TensorParallelPlugin(config))
+    if config.uses("speculation"):
+        from engine.plugins.speculation.draft_manager import SpeculationPlugin
+
+        plugins.append(SpeculationPlugin(config))
+    if config.uses("tiers"):
+        from engine.plugins.tiers.plugin import TierPlugin
+
+        plugins.append(TierPlugin(config))
+    if config.uses("disaggregation"):
+        from engine.plugins.disaggregation import DisaggregationConfig
+
+        if config.of(DisaggregationConfig).role == "prefill":
+            from engine.plugins.disaggregation.prefill_server import PrefillServer
+
+            plugins.append(PrefillServer(config))
+        else:
+            from engine.plugins.disaggregation.prefix_fetch import DecodePlugin
+
+            plugins.append(DecodePlugin(config))
+    return {plugin.name: plugin for plugin in plugins}
+
+
+def watch(engine: EngineCore) -> Any:
+    """Open a view of the cache of ``engine``, for a page. Raises ValueError if the tree is too
+    large for one."""
+    from engine.plugins.observe.cache_watch import Watch
+
+    return Watch(engine)
+
+
+def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
+    """Load the model, the sampler and the tokenizer named by ``config``. Imports torch."""
+    from engine.runner.build import load_runner
+    from engine.runner.sampler import Sampler
+
+    runner: Runner
+    if config.uses("tensor_parallel"):
+        from engine.plugins.tensor_parallel.coordinator import LeadingRunner
+
+        runner = LeadingRunner.start(config)
+    else:
+        runner = load_runner(config)
+    return runner, Sampler(runner.vocab_size), load_tokenizer_of(config, runner.vocab_size)
+
+
+def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
+    """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one. Does
+    not import torch itself."""
+    from engine.text.hugging_face import load_tokenizer, named_eos
+    from engine.text.tokenizer import IdTokenizer
+
+    if config.model and not names_tokenizer(config):
+        return IdTokenizer(vocab_size, named_eos(Path(config.model)))
+    named = config.tokenizer or config.model
+    max_ids = None if config.tokenizer is None else vocab_size
+    return load_tokenizer(None if named == str(BUILTIN_DIR) else named, max_ids)
+
+
+def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Grammar], LogitRule]:
+    """Return the function that compiles a grammar, unless it is remembered, and makes the rule of
+    an answer. It raises GrammarError, and may be called from any thread."""
+    lock, made = threading.Lock(), list[Any]()
+
+    def rule(grammar: Grammar) -> LogitRule:
+        with lock:
+            if not made:
+                from engine.plugins.guided.guides import Guides
+
+                made.append(Guides(tokenizer, vocab_size))
+        found: LogitRule = made[0].rule(grammar)
+        return found
+
+    return rule
+
+
+def names_tokenizer(config: EngineConfig) -> bool:
+    """Return True if ``config`` names a tokenizer. Otherwise prompts are token ids."""
+    from engine.text.hugging_face import has_tokenizer
+
+    named = config.tokenizer is not None or config.model is None
+    return named or has_tokenizer(Path(str(config.model)))
+
+
+def assemble(
+    config: EngineConfig,
+    runner: Runner,
+    tokenizer: Tokenizer | None,
+    plugins: Mapping[str, Plugin],
+    *,
+    drafting: DraftPlanner | None,
+    fetcher: Fetcher | None,
+    clock: Callable[[], float],
+) -> Scheduler:
+    """Make the scheduler, with the cache and its manager.
+
+    ``drafting`` and ``fetcher`` replace those of ``plugins``. Raises ConfigError.
+    """
+    settings = cache_config(config, runner)
+    options: Mapping[str, Any] = {}
+    tiers = cast("TierPlugin | None", plugins.get("tiers"))
+    if tiers is not None:
+        settings = tiers.size_cache(settings, runner)
+    cache = build_prefix_cache(settings)
+    if tiers is not None:
+        options = tiers.open_cache(cache, runner, tokenizer)
+    caches = config.prefix_cache != "none"
+    manager = CacheManager(
+        cache,
+        parse_placement(",".join(config.checkpoints) if caches else "none"),
+        num_rows=config.max_running,
+        stateful=runner.memory.is_stateful,
+        exact=config.exact,
+        owns_states=runner.memory.owns_states,
+        **options,
+    )
+    for plugin in plugins.values():
+        found = plugin.open_manager(manager, runner)
+        fetcher = found if fetcher is None else fetcher
+    fetching = None if fetcher is None else Fetching(manager, fetcher)
+    speculation = cast("SpeculationPlugin | None", plugins.get("speculation"))
+    if drafting is None and speculation is not None:
+        drafting = speculation.draft_planner(runner, shares=caches)
+    return Scheduler(
+        manager,
+        max_running=config.max_running,
+        token_budget=config.token_budget,
+        memory=runner.memory,
+        admission=make_admission(config.admission),
+        shares=caches,
+        drafting=drafting,
+        fetching=fetching,
+        clock=clock,
+    )
+
+
+def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
+    """Return the config of the cache for the runner's pools."""
+    memory = runner.memory
+    return CacheConfig(
+        prefix_cache=cache_kind(config, memory),
+        memory="arena" if memory.slab_rows else "budget",
+        total_bytes=memory.total_bytes if memory.slab_rows else None,
+        num_kv_tokens=0 if memory.slab_rows else memory.num_kv_tokens,
+        num_slots=0 if memory.slab_rows else memory.num_slots,
+        page_size=config.page_size,
+        grid=config.grid,
+        eviction=config.eviction,
+        kv_bytes_per_token=memory.row_bytes,
+        state_bytes=max(memory.state_bytes, 1),
+    )

@@ -86,7 +86,7 @@ ORDER = {
     "hybridcache": "tokens allocators radix policies api watch cache tiers config lease scheduling "
     "geometry export routing command lab",
     "engine": "weights layers models config errors text requests schedule interfaces runner "
-    "hub messages core build engine async_engine server worker command",
+    "hub messages core engine async_engine server worker command",
 }
 """Modules and folders of a package. Each imports only earlier ones; ``plugins`` has rules below."""
 
@@ -133,7 +133,7 @@ def plugins_named_in(path: Path) -> set[str]:
     return {parts[2] for parts in names if parts[:2] == ["engine", "plugins"] and len(parts) > 2}
 
 
-ROOTS = ("engine/build.py", "engine/command/cli.py", "engine/server/app.py")
+ROOTS = ("engine/engine.py", "engine/command/cli.py", "engine/server/app.py")
 """Composition roots: the only files of the core that import plugins."""
 
 

@@ -1,6 +1,6 @@
 """Settings of the engine's optional capabilities.
 
-Every plugin imports the core. The composition roots (``engine/build.py`` for an engine,
+Every plugin imports the core. The composition roots (``engine/engine.py`` for an engine,
 ``engine/server/app.py`` for a server, ``engine/command/cli.py`` for commands) import a plugin when
 it is first needed. A plugin's ``__init__`` has its settings and imports no other module of it.
 """

@@ -23,8 +23,8 @@ import msgspec
 import zmq
 
 from engine.async_engine import AsyncEngine, EngineChannel
-from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
+from engine.engine import load_tokenizer_of, names_tokenizer
 from engine.errors import FAILED, describe_exit
 from engine.messages import (
     EndEngine,

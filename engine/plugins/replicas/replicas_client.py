@@ -16,8 +16,8 @@ import numpy as np
 from msgspec import structs
 
 from engine.async_engine import AsyncEngine, EngineChannel
-from engine.build import grammar_rules, load_tokenizer_of
 from engine.config import EngineConfig
+from engine.engine import grammar_rules, load_tokenizer_of
 from engine.errors import STOPPED, EngineStopped, RequestError, StepFailed
 from engine.messages import (
     Abort,
