@@ -120,13 +120,14 @@ def _rate(text: str) -> float:
 
 def interleave(
     sessions: Iterable[Sequence[TraceRequest]],
-    starts: Starts,
+    starts: Starts | None,
     pauses: Pauses | None = None,
     *,
     unit: int = 1,
     seed: int = 0,
 ) -> Iterator[TraceRequest]:
     """Merge sessions by time: session k starts at the k-th start, its turns follow after pauses.
+    Without ``starts`` each session starts at its first timestamp, and they are in that order.
 
     Without ``pauses`` each request keeps the distance to its session's first that its timestamp
     says. Ties go to the session that started first. O(log(open sessions)) a request; only open
@@ -144,7 +145,9 @@ def interleave(
             else:
                 heapq.heappop(heap)
 
-    for number, (start, session) in enumerate(zip(starts.times(rng), sessions, strict=False)):
+    drawn = starts.times(rng) if starts else None
+    for number, session in enumerate(sessions):
+        start = next(drawn) if drawn else session[0].timestamp_s if session else 0.0
         if not session:
             continue
         times = _times(session, start, pauses, rng, unit)

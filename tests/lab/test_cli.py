@@ -90,6 +90,7 @@ def test_trace_stats_prints_text_and_json(capsys: pytest.CaptureFixture[str]) ->
             {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")]},
             "starts of sessions (starts=poisson:1), and pauses (pause=60)",
         ),
+        ({"messages": [{"role": one, "content": "x", "ts": 1} for one in ("user", "model")]}, ""),
         (agent_session("a", 0, 0, [agent_request(0, 64, 1)]), "starts of sessions (starts=fixed"),
     ],
 )

@@ -34,6 +34,7 @@ def assistant(words: str) -> dict[str, str]:
     return {"role": "assistant", "content": words}
 
 
+TIMES = [(13, 14, 15, 15.5), (10, 11, 100, 101), (14, 15, 19, 20)]
 QWEN_IDS = [32, 73074, 4757, 11, 220, 19, 17, 13, 248046]
 
 
@@ -118,6 +119,22 @@ def test_wrong_requests_are_bad_records(
 
 
 # --- Kinds of files -----------------------------------------------------------------------------
+
+
+def test_times_of_all_messages_are_those_of_the_requests(tmp_path: Path) -> None:
+    said = [user("a"), assistant("b"), user("c"), assistant("d")]
+    rows = ([m | {"ts": t} for m, t in zip(said, times, strict=True)] for times in TIMES)
+    path = lines(tmp_path / "t.jsonl", *({"messages": messages} for messages in rows))
+    with pytest.warns(TraceOrderWarning):
+        found = list(open_trace(f"{path}?tokenizer=bytes"))
+    assert [one.timestamp_s for one in found] == [0, 3, 4, 5, 9, 90]
+    assert [one.session for one in found] == [2, 1, 3, 1, 3, 2]
+    assert {one.service_s for one in found} == {1, 0.5}
+    with pytest.warns(TraceFieldsWarning, match="ts is not read"):
+        assert {one.service_s for one in open_trace(f"{path}?tokenizer=bytes&pause=9")} == {None}
+    lines(path, {"messages": [m | {"ts": 9 - t} for t, m in enumerate(said)]})
+    with pytest.raises(BadRecordError, match="line 1: its messages are not in order of time"):
+        list(open_trace(f"{path}?tokenizer=bytes"))
 
 
 def test_repeated_column_is_refused(tmp_path: Path) -> None:

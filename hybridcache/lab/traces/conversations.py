@@ -4,6 +4,7 @@ for fine-tuning."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import ClassVar
@@ -11,9 +12,9 @@ from typing import ClassVar
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.dialects import plain_chat
-from hybridcache.lab.traces.frame import Notes, Record, SessionReader
-from hybridcache.lab.traces.prompts import NAMES
-from hybridcache.lab.traces.text import load_chat_text
+from hybridcache.lab.traces.frame import Notes, Record, SessionReader, TraceClock
+from hybridcache.lab.traces.prompts import NAMES, Named
+from hybridcache.lab.traces.text import SYSTEM_ROLES, load_chat_text
 
 ANSWERS = ("assistant", "model")
 """Roles of answers."""
@@ -21,7 +22,8 @@ ANSWERS = ("assistant", "model")
 
 @dataclass(frozen=True, slots=True)
 class ConversationsReader(SessionReader):
-    """Conversations of a fine-tuning file; turns follow after ``pauses``."""
+    """Conversations of a fine-tuning file; turns follow after ``pauses``, unless all messages have
+    times: a request arrives with the message before its answer."""
 
     word: ClassVar[str] = "conversations"
     tokenizer: str = ""
@@ -37,12 +39,13 @@ class ConversationsReader(SessionReader):
 
     def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         chat = load_chat_text(self.tokenizer, self.template)
-        numbers, notes = count(1), Notes(self.path)
+        numbers, notes, clock = count(1), Notes(self.path), TraceClock()
+        has_times = self.has_times
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
-            number, found = next(numbers), []
+            number, found = next(numbers), list[TraceRequest]()
             name, messages = self.conversation(record, number)
-            for problem in self.unread(record, messages):
+            for problem in self.unread(record, messages, has_times):
                 notes.warn(problem, f"{problem} (first in conversation {number})")
             said = plain_chat(messages, None, record.get("tools"))
             num_added = len(said) - len(messages)  # a system message with the tools
@@ -51,18 +54,41 @@ class ConversationsReader(SessionReader):
                     turn = chat.turn(said[:place], message["content"], tools=True)
                     calls = messages[place - num_added].get("tool_calls")
                     reason = "tool_use" if calls else "end_turn"
-                    found.append(turn.request(name)._replace(stop_reason=reason))
+                    request = turn.request(name)._replace(stop_reason=reason)
+                    if has_times:
+                        asked_s, answered_s = (
+                            clock.at(one.time_s(), one.get("time"))
+                            for one in (Named(messages[place - num_added - k], {}) for k in (1, 0))
+                        )
+                        if found and asked_s < found[-1].timestamp_s:
+                            raise ValueError("its messages are not in order of time")
+                        service_s = max(0.0, answered_s - asked_s)
+                        request = request._replace(timestamp_s=asked_s, service_s=service_s)
+                    found.append(request)
             yield found
 
         return parse
+
+    @property
+    def has_times(self) -> bool:
+        """True if all messages of the first conversation but its system message have a time, and no
+        other times are set."""
+        usual, messages = type(self)(self.path), list[Record]()
+        with suppress(KeyError, ValueError):
+            messages = self.conversation(self.first, 1)[1]
+        messages = [one for one in messages if one.get("role") not in SYSTEM_ROLES]
+        is_usual = (self.starts, self.pauses) == (usual.starts, usual.pauses)
+        return is_usual and bool(messages) and all(one.first(NAMES["time"]) for one in messages)
 
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         """Return (session, messages) of the ``number``-th record."""
         return number, record.objects("messages")
 
-    def unread(self, record: Record, messages: list[Record]) -> Iterator[str]:
+    def unread(self, record: Record, messages: list[Record], has_times: bool) -> Iterator[str]:
         """Yield sentences about contents that no request shows."""
         if messages and str(messages[-1].get("role")).lower() not in ANSWERS:
             yield "messages after the last answer are left out"
-        if time := record.first(NAMES["time"]):
-            yield f"{time} of whole conversations is not read: starts= and pause= set the times"
+        times = filter(None, (one.first(NAMES["time"]) for one in (record, *messages)))
+        if not has_times and (time := next(times, None)):
+            rule = "starts= and pause= set the times unless all messages have one"
+            yield f"{time} is not read: {rule}"

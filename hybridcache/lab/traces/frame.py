@@ -17,11 +17,12 @@ import sys
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BufferedReader
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -491,10 +492,15 @@ class FileReader:
 
 @dataclass(frozen=True, slots=True)
 class SessionReader(FileReader):
-    """Reader of sessions without arrival times: ``starts`` sets them."""
+    """Reader of sessions without arrival times, which ``starts`` sets, unless they have them."""
 
     starts: Starts = field(default_factory=lambda: Poisson(1.0))
     seed: int = 0
+
+    @property
+    def has_times(self) -> bool:
+        """True if the sessions have the file's times."""
+        return False
 
     @property
     def pauses(self) -> Pauses | None:
@@ -503,13 +509,34 @@ class SessionReader(FileReader):
 
     @property
     def invented_times(self) -> str:
+        if self.has_times:
+            return ""
         pauses = "" if self.pauses is None else f", and pauses (pause={self.pauses.median_s:g})"
         return f"starts of sessions (starts={self.starts}){pauses}"
 
     def __call__(self) -> Iterator[TraceRequest]:
-        sessions = parsed(self.path, self.records(self.bad), self.parser(), self.bad)
-        turns = (session for _, session in sessions)
-        return interleave(turns, self.starts, self.pauses, unit=self.unit, seed=self.seed)
+        parse, records = self.parser(), self.records(self.bad)
+        if not self.has_times:
+            turns = (session for _, session in parsed(self.path, records, parse, self.bad))
+            return interleave(turns, self.starts, self.pauses, unit=self.unit, seed=self.seed)
+        sessions, numbers = dict[Hashable, list[TraceRequest]](), count()
+
+        def first(record: Record) -> Iterator[TraceRequest]:
+            for session in filter(None, parse(record)):
+                number = next(numbers)
+                sessions[number] = session
+                yield session[0]._replace(session=number)
+
+        by_start = in_order(self.path, records, first, self.bad)
+        return from_first(interleave((sessions.pop(one.session) for one in by_start), None))
+
+
+def from_first(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
+    """Yield requests with times that count from the first."""
+    began_s: float | None = None
+    for request in requests:
+        began_s = request.timestamp_s if began_s is None else began_s
+        yield request._replace(timestamp_s=request.timestamp_s - began_s)
 
 
 def parsed(

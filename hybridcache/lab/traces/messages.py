@@ -13,7 +13,7 @@ from itertools import islice
 from typing import ClassVar
 
 from hybridcache.lab.trace import BadRecords, TraceRequest
-from hybridcache.lab.traces.frame import ONE_SECOND, FileReader, Record, in_order, warn
+from hybridcache.lab.traces.frame import ONE_SECOND, FileReader, Record, from_first, in_order, warn
 from hybridcache.lab.traces.prompts import Named, PromptParser
 from hybridcache.lab.traces.text import load_chat_text
 
@@ -41,10 +41,7 @@ class MessagesReader(FileReader):
 
     def __call__(self) -> Iterator[TraceRequest]:
         parser = PromptParser(load_chat_text(self.tokenizer, self.template), self._names)
-        began_s: float | None = None
-        for request in in_order(self.path, self.records(self.bad), parser.parse, self.bad):
-            began_s = request.timestamp_s if began_s is None else began_s
-            yield request._replace(timestamp_s=request.timestamp_s - began_s)
+        yield from from_first(in_order(self.path, self.records(self.bad), parser.parse, self.bad))
         if problems := "; ".join(parser.problems(f"{self.word}:{self.path}")):
             warn(f"{self.path}: {problems}")
 

@@ -32,5 +32,5 @@ class TauBenchReader(ConversationsReader):
         name = f"task {record.key('task_id')}, trial {record.key('trial')}"
         return name, record.objects("traj")
 
-    def unread(self, record: Record, messages: list[Record]) -> Iterator[str]:
+    def unread(self, record: Record, messages: list[Record], has_times: bool) -> Iterator[str]:
         return iter(())  # A customer has the last word.
