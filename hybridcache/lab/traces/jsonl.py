@@ -88,11 +88,11 @@ class OwnReader(FileReader):
 
         def parse(record: Record) -> Iterator[TraceRequest]:
             number, known = next(numbers), PLAIN.keys() | OTHERS
-            if unknown := ", ".join(record.keys() - known - TEXTS):
+            if unknown := ", ".join(name for name in record if name not in known | TEXTS):
                 read = ", ".join(sorted(known))
                 notes.warn("unused", f"unused fields: {unknown}; fields that are read: {read}")
             record.refuse_both(exclusive)
-            session = record.optional(record.key, "session", f"line {number}")
+            session = record.key("session") if "session" in record else f"line {number}"
             tokens = _prompt(record, last.get(session, np.zeros(0, np.int32)))
             output, answer = _answer(record, unit, fresh)
             boundaries = record.optional(record.ids, "boundaries", tokens[:0]).tolist()
