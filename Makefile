@@ -128,8 +128,8 @@ out/ray/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/ray 'ray[serve]>=2.60,<3' -c constraints.txt
 	@touch $@
 
-replicas: install out/ray/.installed  ## test replicas on Ray Serve: failures (two minutes)
-	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet
+replicas: install out/ray/.installed  ## test replicas on Ray Serve: failures, simulations on a cluster (two minutes)
+	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet tests/lab/test_on_ray.py
 
 
 .venv/.docs: $(INSTALLED)

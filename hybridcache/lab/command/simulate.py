@@ -43,6 +43,7 @@ def add_simulate(commands: Commands) -> None:
         "--write-scenario", type=Path, help="new TOML file to write the settings to; nothing is run"
     )
     share(group, "--processes")
+    add("--ray", help="address of a Ray cluster for the runs (auto: this machine's)")
     group = parser.add_argument_group("results")
     add = group.add_argument
     add_settings(group, *settings_of("results"))
@@ -144,7 +145,7 @@ def _run(
     from hybridcache.lab.simulation.closed_loop import closed_loop
     from hybridcache.lab.simulation.simulate import simulate
 
-    place = {"processes": options.processes, "resume_from": options.output}
+    place = {"processes": options.processes, "ray": options.ray, "resume_from": options.output}
     if options.closed_loop:
         served = closed_loop(scenario, **place)
         return served, [served.table()]

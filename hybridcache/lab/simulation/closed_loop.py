@@ -449,6 +449,7 @@ def closed_loop(
     scenario: Scenario | str | Trace,
     *,
     processes: int = 1,
+    ray: str | None = None,
     resume_from: str | Path | None = None,
     progress: Progress = None,
     **settings: Any,
@@ -493,7 +494,7 @@ def closed_loop(
         for seed in seeds_of(asked)
     ]
     runs, failures = run_grid(
-        opened, cells, run_closed_loop, processes=processes, kept=kept, progress=progress
+        opened, cells, run_closed_loop, processes=processes, ray=ray, kept=kept, progress=progress
     )
     said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
     return ClosedLoopResult(opened.name, tuple(runs), known.describe(), tuple(said))

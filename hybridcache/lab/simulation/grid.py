@@ -1,5 +1,5 @@
-"""A grid of runs over one trace, in one process or several; resumable, with the same results in the
-same order."""
+"""A grid of runs over one trace, in one process or several, or on a Ray cluster; resumable, with
+the same results in the same order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from hybridcache.command.extras import version
+from hybridcache.command.extras import explain_missing, version
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import BadRecords, Held, Trace, TraceRequest
 from hybridcache.lab.traces.frame import warn
@@ -67,6 +67,7 @@ def run_grid(
     run: Run[Job, Result],
     *,
     processes: int = 1,
+    ray: str | None = None,
     kept: Kept | None = None,
     progress: Progress = False,
 ) -> tuple[list[Result], dict[int, str]]:
@@ -77,17 +78,20 @@ def run_grid(
 
     Runs that are in the file ``kept`` under a job's key (``job.key(identity of the trace)``) are
     read from it, and new ones are appended as they finish, one JSON line each.
-    ``progress`` is called with (runs done, all).
+    ``progress`` is called with (runs done, all). ``ray`` is the address of a cluster on which each
+    run is a task of one core.
 
     ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
-    be pickled for the process that computes it, or if ``kept`` is not a file of results;
-    ChildProcessError if a process ends.
+    be pickled for the process that computes it, if ``kept`` is not a file of results, or if no
+    cluster answers at ``ray``; ChildProcessError if a process ends.
     """
     if not isinstance(processes, int) or processes < 1:
         raise ValueError(f"processes must be a whole number of at least 1 (got {processes!r}).")
+    if ray is not None and (processes > 1 or not isinstance(ray, str)):
+        raise ValueError(f"ray must be a cluster's address, without processes (got {ray!r}).")
     if kept:
         _check_results_file(kept, trace)
-    if processes > 1:
+    if processes > 1 or ray is not None:
         pickled(f"trace {trace.name!r}", trace)
         for job in jobs:
             pickled(str(getattr(job, "label", job)), job)
@@ -104,7 +108,7 @@ def run_grid(
             pass  # Say now that it cannot be written.
     failures: dict[int, str] = {}
     with shown_progress(progress, "runs", trace.name) as show:
-        for number, result in _results(trace, due, run, processes):
+        for number, result in _results(trace, due, run, processes, ray):
             if isinstance(result, PolicyError | RunFailed):
                 if len(failures) + 1 == len(jobs):
                     raise result
@@ -209,7 +213,11 @@ def _results(
     due: Sequence[tuple[int, Job]],
     run: Run[Job, Result],
     processes: int,
+    ray: str | None,
 ) -> Iterator[tuple[int, Result]]:
+    if ray is not None and due:
+        yield from _on_ray(trace, due, run, ray)
+        return
     if processes > 1 and len(due) > 1:
         yield from _in_processes(trace, due, run, processes)
         return
@@ -242,10 +250,7 @@ def _in_processes(
                 finally:
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 for future in as_completed(futures):
-                    numbered, caught = future.result()
-                    for message in caught:
-                        warnings.warn(message, stacklevel=2)
-                    yield numbered
+                    yield _warned(*future.result())
             except KeyboardInterrupt:  # do not wait for running jobs
                 for child in multiprocessing.active_children():
                     if child not in others:
@@ -260,6 +265,53 @@ def _in_processes(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _on_ray(
+    trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], address: str
+) -> Iterator[tuple[int, Result]]:
+    """Run the jobs as Ray tasks. Ray restarts a task if its machine fails."""
+    with explain_missing():
+        import ray
+
+    is_ours = not ray.is_initialized()
+    try:
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+    except ConnectionError as error:
+        raise ValueError(
+            f"ray {address}: no cluster answers there ({error}): start one with "
+            "`ray start --head`, or name another address"
+        ) from error
+    try:
+        here = ray.put(trace)
+        task = ray.remote(num_cpus=1)(_run_far)
+        running = [task.remote(here, run, numbered) for numbered in due]
+        while running:
+            done, running = ray.wait(running)
+            for result in ray.get(done):
+                yield _warned(*result)
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+Warnings = list[Warning | str]
+
+
+def _run_far(
+    trace: Trace, run: Run[Job, Result], numbered: tuple[int, Job]
+) -> tuple[tuple[int, Result], Warnings]:
+    """Return the number and the result of a job, and the warnings of its run."""
+    number, job = numbered
+    with warnings.catch_warnings(record=True) as caught:
+        return (number, _tried(run, trace, job)), [one.message for one in caught]
+
+
+def _warned(numbered: tuple[int, Result], caught: Warnings) -> tuple[int, Result]:
+    """Return ``numbered``, and give here the warnings of the process that computed it."""
+    for message in caught:
+        warnings.warn(message, stacklevel=2)
+    return numbered
 
 
 def _tried(run: Run[Job, Result], trace: Trace, job: Job) -> Any:
@@ -324,10 +376,6 @@ def _trace_of_worker() -> Trace:
     return _in_memory(_task[0])
 
 
-def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], list[Warning | str]]:
-    """Return the number and the result of a job, and the warnings of its run."""
+def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], Warnings]:
     assert _task is not None
-    number, job = numbered
-    with warnings.catch_warnings(record=True) as caught:
-        result = _tried(_task[1], _trace_of_worker(), job)
-    return (number, result), [one.message for one in caught]
+    return _run_far(_trace_of_worker(), _task[1], numbered)

@@ -150,6 +150,7 @@ def simulate(
     bound: bool = True,
     optimum: bool = False,
     processes: int = 1,
+    ray: str | None = None,
     resume_from: str | Path | None = None,
     progress: Progress = None,
     **settings: Any,
@@ -161,7 +162,8 @@ def simulate(
       ``policy``, ``checkpoints``, ``baseline`` and others.
     - ``bound``: also compute the reuse of an infinite token-granular cache.
     - ``optimum``: also compute a plan with hindsight at each size, for the device's memory alone.
-    - ``processes``: runs at the same time; changes no result.
+    - ``processes``, ``ray``: runs at the same time, or the address of a Ray cluster for them;
+      changes no result.
     - ``resume_from``: file of JSON lines; its runs are read, new ones are appended.
     - ``progress``: function of (runs done, all); False for none. By default a bar in terminals and
       notebooks.
@@ -194,7 +196,9 @@ def simulate(
         for size, found in yardsticks.items():
             found["optimum_tokens"] = int(_plan(opened, asked, size).cached_tokens.sum())
     run = partial(run_cell, yardsticks=yardsticks)
-    runs, failures = run_grid(opened, cells, run, processes=processes, kept=kept, progress=progress)
+    runs, failures = run_grid(
+        opened, cells, run, processes=processes, ray=ray, kept=kept, progress=progress
+    )
     # Runs in a file may have been computed without them.
     runs = [replace(one, **yardsticks[one.gib]) for one in runs]
     return SimulationResult(
