@@ -142,7 +142,7 @@ def test_wrong_field_values_are_read_or_reported(reader: str, tmp_path: Path) ->
         (gzip.compress(b'{"tokens": [1]}\n')[:15], "line 1: the gzip file is damaged"),
         (gzip.compress(b'[{"id": "x"}]')[:18], "line 1, record 1: the gzip file is damaged"),
         (b'{"what": 1}', "no format recognises its fields .what.; a file of texts"),
-        (b'{"role": "user", "content": "a"}', "single messages are not read"),
+        (b"session,session,prompt\na,b,c\n", "3 columns, and 'session' twice"),
         (b"role,content\nuser,a\n", "single messages are not read"),
         (b"who,what\n1,2\n", "no format recognises its columns .who, what.*Counts of tokens"),
         (b"time;prompt\n0;hello\n", "separated by semicolons: use commas"),

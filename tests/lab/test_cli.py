@@ -21,8 +21,6 @@ from tests.lab.records import agent_request, agent_session, lines
 from tests.test_refusals import exit_code
 from tests.waiting import wait_until
 
-SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
-
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = main(arguments)
@@ -72,13 +70,6 @@ def test_wrong_flag_or_name_gives_one_line_with_a_suggestion(
     assert message in line
 
 
-def test_trace_stats_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "trace", "stats", SAMPLE)
-    assert code == 0 and "ideal token hit rate 26.57 %" in out and "seen before, %" in out
-    _, out, _ = run(capsys, "trace", "stats", SAMPLE, "--json")
-    assert json.loads(out)["num_requests"] == 400
-
-
 @pytest.mark.parametrize(
     ("record", "times"),
     [
@@ -103,7 +94,7 @@ def test_trace_stats_announces_invented_times(
     _, out, _ = run(capsys, "trace", "stats", spec)
     assert (f"times that the file does not have: {times}" in out) == bool(times), out
     _, out, _ = run(capsys, "trace", "stats", spec, "--json")
-    assert json.loads(out)["invented_times"].startswith(times)
+    assert json.loads(out)["invented_times"].startswith(times) and '"num_requests": 2' in out
 
 
 def test_simulate_prints_a_table_and_writes_a_figure(

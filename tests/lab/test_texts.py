@@ -137,13 +137,6 @@ def test_times_of_all_messages_are_those_of_the_requests(tmp_path: Path) -> None
         list(open_trace(f"{path}?tokenizer=bytes"))
 
 
-def test_repeated_column_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text("session,session,prompt\na,b,c\n")
-    with pytest.raises(ValueError, match="3 columns, and 'session' twice"):
-        open_trace(f"{path}?tokenizer=bytes")
-
-
 def test_tokens_of_recent_texts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "KEPT_CHARS", 5)
     asked = list[str]()
