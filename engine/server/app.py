@@ -28,7 +28,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
@@ -95,8 +95,10 @@ class ClientConnection(H11Protocol):
     def _wait_for_headers(self) -> None:
         self.loop.call_later(HEADERS_S, self._close_if_late, self.cycle)
 
-    def _close_if_late(self, previous: object) -> None:
-        if self.cycle is previous and not self.transport.is_closing():
+    def _close_if_late(self, previous: RequestResponseCycle | None) -> None:
+        # The next request may have arrived before the end of the previous answer.
+        is_answering = previous is not None and not previous.response_complete
+        if self.cycle is previous and not is_answering and not self.transport.is_closing():
             self.transport.close()
 
 
@@ -178,11 +180,12 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         """Stop serving other engines at once, and all requests after ``drain_s``, or at a second
         signal."""
-        if self._engine.failure is None:  # Else the command prints the reason.
+        num_left = len(self.server_state.tasks)
+        if num_left and self._engine.failure is None:  # Else the command prints the reason.
             logger.warning(
                 "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
                 "until a second signal.",
-                counted(len(self.server_state.tasks), "request"),
+                counted(num_left, "request"),
                 self._drain_s,
             )
         loop = asyncio.get_running_loop()
