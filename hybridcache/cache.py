@@ -103,22 +103,17 @@ class LockHandle:
     Eviction(num_tokens=10, num_slots=0)
     """
 
-    __slots__ = ("cache", "is_returned", "node", "superseded")
+    __slots__ = ("cache", "node", "superseded")
 
     def __init__(self, node: RadixNode | None, cache: HybridRadixCache) -> None:
         self.node = node
         """Locked node. None if nothing was cached, or after ``unlock``."""
         self.cache = cache
         """Cache in which the lock was taken."""
-        self.is_returned = False
-        """True after ``unlock``."""
         self.superseded: Checkpoint | None = None
         """Checkpoint that counts as superseded until the lock is returned, or None."""
 
     def __enter__(self) -> LockHandle:
-        """Raise ValueError if the lock was returned, because it protects nothing."""
-        if self.is_returned:
-            raise ValueError("this lock was returned: take a new one with cache.lock")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -580,11 +575,10 @@ class HybridRadixCache:
             raise _wrong_lock(handle)
         node = handle.node
         if node is None:
-            handle.is_returned = True
             return
         if not node.locks:
             raise ValueError("this node is not locked in this cache")
-        handle.node, handle.is_returned = None, True
+        handle.node = None
         old = handle.superseded
         if old is not None:
             handle.superseded = None
