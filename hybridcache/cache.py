@@ -996,7 +996,8 @@ class HybridRadixCache:
                 neither one of ``STOP_REASONS`` nor empty.
         """
         last = self._usable(node)
-        require_stop_reason(stop_reason)
+        if stop_reason and stop_reason not in STOP_REASONS:
+            require_stop_reason(stop_reason)
         while stop_reason and last is not None and not isinstance(last.children, dict):
             tip = last.checkpoint
             if tip is not None:

@@ -28,7 +28,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
-from hybridcache.cache import HybridRadixCache, LockHandle, require_stop_reason
+from hybridcache.cache import STOP_REASONS, HybridRadixCache, LockHandle, require_stop_reason
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import (
@@ -140,7 +140,8 @@ def _refuse_bad_begin(
         raise ValueError(NO_STATES)
     if not isinstance(request.boundaries, tuple | list):
         raise TypeError(f"boundaries must be a tuple of positions (got {request.boundaries!r}).")
-    require_positions(request.boundaries)
+    if request.boundaries:
+        require_positions(request.boundaries)
 
 
 NO_STATES = (
@@ -711,7 +712,7 @@ class Lease:
         computed_len = self._checked_len(tokens, computed_len)
         if type(donate) is not bool:
             require_bool(donate, "donate")
-        if type(stop_reason) is not str or stop_reason:
+        if stop_reason and stop_reason not in STOP_REASONS:
             require_stop_reason(stop_reason)
         if computed_len > self.prompt_len:
             donate &= self._interval is not None
