@@ -60,12 +60,6 @@ METRICS: dict[str, Metric] = {
     "ttft-p50": Metric("TTFT P50, ms", lambda run: 1e3 * run.ttft_s[50]),
     "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95]),
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
-    "missed_tokens": Metric(
-        "missed tokens, % of prompt tokens",
-        lambda run: (
-            None if run.missed_tokens is None else 100 * run.missed_tokens / run.prompt_tokens
-        ),
-    ),
     "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
     "reuse": Metric(
         "resumes per checkpoint made",

@@ -102,7 +102,7 @@ def test_simulate_prints_a_table_and_writes_a_figure(
 ) -> None:
     figure, output = tmp_path / "new" / "f.png", tmp_path / "other" / "runs.jsonl"
     arguments = ["simulate", "--trace", "short", "--gib", "1:4:3", "--baseline", "vllm"]
-    arguments += ["--metric", "hit,missed_tokens", "--losses"]
+    arguments += ["--metric", "hit,checkpoints", "--losses"]
     arguments += ["--figure", str(figure), "--output", str(output)]
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and "(infinite cache)" in out and "85.9" in out and "never seen" in out

@@ -143,11 +143,9 @@ class RunResult:
     """Percentiles of the time to first token, waiting included."""
     ttft_mean_s: float
     """Mean time to first token, waiting included."""
-    missed_tokens: int | None
-    """Further tokens that evicted checkpoints would have saved; None, here and below, where the
-    target does not say (rebuilt peers), which is not 0."""
     checkpoints_made: int | None
-    """Checkpoints that entered the cache."""
+    """Checkpoints that entered the cache; None, here and below, where the target does not say
+    (rebuilt peers), which is not 0."""
     checkpoint_copies: int | None
     """States written by prefills and decodes; donated ones cost no copy."""
     copied_bytes: int | None
@@ -398,7 +396,6 @@ def summarise(
         seconds_saved=cold - spent,
         ttft_s=_percentiles(ttft),
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
-        missed_tokens=log.missed_tokens if log.has_causes else None,
         checkpoints_made=made,
         checkpoint_copies=copies,
         copied_bytes=None if copies is None else (copies + resumed) * geometry.state_bytes,

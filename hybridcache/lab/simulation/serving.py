@@ -39,13 +39,10 @@ class RequestLog:
     def __init__(self, unit: int, has_causes: bool = True) -> None:
         self.unit = unit
         self.has_causes = has_causes
-        """False for rebuilt peers: they report neither losses nor missed tokens, also where no
-        request fits."""
+        """False for rebuilt peers: they report no losses, also where no request fits."""
         self.arrival_s = array("d")
         self.prompt_tokens = array("q")
         self.cached_tokens = array("q")
-        self.missed_tokens = 0
-        """Further tokens of all requests that a checkpoint which was evicted would have saved."""
         self.sessions = array("i")
         """Number of the request's session, in the order of their first requests."""
         self.session_numbers: dict[Hashable, int] = {}
@@ -75,9 +72,6 @@ class RequestLog:
             lost[-1] += length
         else:
             cached, copy_s = served.cached_len * unit, served.copy_s
-            missed_len = served.missed_len
-            if missed_len is not None and missed_len > served.cached_len:
-                self.missed_tokens += missed_len * unit - cached
             if served.losses is not None:
                 lost[:-1] = map(add, lost, served.losses)
         self.arrival_s.append(request.timestamp_s)

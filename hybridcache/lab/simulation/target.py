@@ -27,9 +27,6 @@ class Served(Protocol):
     """Prompt ids reused."""
     losses: Losses | None
     """Why not more; None where the target does not say."""
-    missed_len: int | None
-    """Prompt ids that could have been reused, had a checkpoint not been evicted; 0 where there was
-    none, None where the target does not say."""
     copy_s: float
     """Seconds of copies from lower tiers that this request waited for."""
 
@@ -161,14 +158,12 @@ class LeasedRequest:
         "cached_len",
         "copy_s",
         "losses",
-        "missed_len",
     )
 
     def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
         self._target, self._lease, self._request = target, lease, request
         self.cached_len = self._end = lease.cached_len
         self.losses: Losses | None = lease.losses
-        self.missed_len: int | None = lease.cached_len + lease.match.missed_tokens
         self.copy_s = 0.0
 
     def claim(self, start: int) -> bool:
@@ -245,13 +240,12 @@ class BaselineTarget:
 class PeerRequest:
     """One request of a peer, as a ``Served``."""
 
-    __slots__ = ("_request", "_session", "cached_len", "copy_s", "losses", "missed_len")
+    __slots__ = ("_request", "_session", "cached_len", "copy_s", "losses")
 
     def __init__(self, session: PeerSession, request: TraceRequest) -> None:
         self._session, self._request = session, request
         self.cached_len = session.cached_len
         self.losses: Losses | None = None
-        self.missed_len: int | None = None
         self.copy_s = 0.0
 
     def prefilled(self) -> None:
