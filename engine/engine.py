@@ -150,14 +150,14 @@ def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
 
 def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
     """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one. Does
-    not import torch itself."""
+    not import torch itself. ``vocab_size`` may be 0, not known yet, if ``config`` names one."""
     from engine.text.hugging_face import load_tokenizer, named_eos
     from engine.text.tokenizer import IdTokenizer
 
     if config.model and not names_tokenizer(config):
         return IdTokenizer(vocab_size, named_eos(Path(config.model)))
     named = config.tokenizer or config.model
-    max_ids = None if config.tokenizer is None else vocab_size
+    max_ids = vocab_size or None if config.tokenizer else None
     return load_tokenizer(None if named == str(BUILTIN_DIR) else named, max_ids)
 
 

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from engine import engine_config
+from engine.engine import load_tokenizer_of
 from engine.requests.chat_prompt import Replay
 from engine.text.hugging_face import HFTokenizer
 from engine.text.tokenizer import AS_TEXT, ByteTokenizer, ChatTemplate, EncodeOptions, Tokenizer
@@ -112,9 +114,11 @@ def test_tokens_outside_the_byte_alphabet_decode_to_themselves(tmp_path: Path) -
     described = json.loads(_train("byte-level").to_str())
     described["model"]["vocab"]["<pad 0>"] = pad = 1 + max(described["model"]["vocab"].values())
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    config = engine_config(tokenizer=str(tmp_path))
     with pytest.raises(ValueError, match="belongs to the model"):
-        HFTokenizer(tmp_path, max_ids=pad)
-    tokenizer = HFTokenizer(tmp_path, max_ids=pad + 1)
+        load_tokenizer_of(config, pad)
+    for vocab_size in (0, pad + 1):
+        tokenizer = load_tokenizer_of(config, vocab_size)
     token_ids = [*tokenizer.encode("naïve"), pad, *tokenizer.encode("x")]
     whole = tokenizer._backend.decode(token_ids)
     assert "".join(_pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids) == whole
