@@ -156,7 +156,6 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"messages": None}, "'messages' is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "image_url"),
-        ({"messages": [*CHAT, {"role": "user"}]}, "messages.1"),
         ({"messages": [*CHAT, {"role": "user", "content": None}]}, "messages.1"),
         ({"messages": [*CHAT, CALLED | {"tool_calls": []}, *CHAT]}, "messages.1"),
         ({"top_logprobs": 3}, "top_logprobs"),
