@@ -150,8 +150,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     "/v1/chat/completions": [
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
         *(({"messages": [CHAT[0] | {"role": one}]}, "role") for one in ("a\nb\rc", None, 5)),
-        ({"metadata": {"session_end": "yes"}}, "must be true or false"),
-        ({"metadata": 5}, "'metadata' must be"),
+        *(({"metadata": one}, "must be") for one in ({"session_end": "yes"}, 5)),
         ({"cache_salt": ""}, "must not be empty"),
         ({"messages": None}, "'messages' is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
