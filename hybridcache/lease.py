@@ -442,7 +442,8 @@ class Lease:
             to_len = require_index(to_len, "to_len")
         start = self.extended_len
         if to_len <= start and not self._has_ended:
-            require_index(to_len, "to_len", 0)
+            if to_len < 0:
+                require_index(to_len, "to_len", 0)
             return True
         if self._has_ended:
             raise ValueError(ENDED)
