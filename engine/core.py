@@ -3,10 +3,12 @@ used by one thread; see ``AsyncEngine`` for asyncio."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,10 +167,11 @@ class EngineCore:
     def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
         """End a request at once with ``reason``; its memory is free when this returns. Returns its
         last output, or None if it had ended already."""
-        request = self._requests.pop(request_id, None)
+        request = self._requests.get(request_id)
         if request is None:
             return None
         self._scheduler.abort(request, reason)
+        del self._requests[request_id]
         self.recent.add(request, self.clock())
         output = request.report()
         self._deliver([output])
@@ -368,23 +371,25 @@ class EngineCore:
         with tqdm(total=len(prompts), disable=not show_progress, unit="request") as bar:
             try:
                 while queue or unfinished:
-                    while queue and self.has_room:
-                        prompt, params = queue.popleft()
-                        order.append(self.submit(prompt, params, **options))
-                        self._mailboxes[order[-1]] = deque(maxlen=1)  # The last output suffices.
-                        unfinished.add(order[-1])
-                    self.step()
-                    for request_id in tuple(unfinished):
-                        box = self._mailboxes[request_id]
-                        if box and box[0].is_finished:
-                            finals[request_id] = box[0]
-                            unfinished.remove(request_id)
-                            del self._mailboxes[request_id]
-                            bar.update()
+                    with signals_delayed():
+                        while queue and self.has_room:
+                            prompt, params = queue.popleft()
+                            order.append(self.submit(prompt, params, **options))
+                            self._mailboxes[order[-1]] = deque(maxlen=1)  # The last suffices.
+                            unfinished.add(order[-1])
+                        self.step()
+                        for request_id in tuple(unfinished):
+                            box = self._mailboxes[request_id]
+                            if box and box[0].is_finished:
+                                finals[request_id] = box[0]
+                                unfinished.remove(request_id)
+                                del self._mailboxes[request_id]
+                                bar.update()
             finally:
-                for request_id in unfinished:
-                    self.abort(request_id)
-                    del self._mailboxes[request_id]
+                with signals_delayed():
+                    for request_id in unfinished:
+                        self.abort(request_id)
+                        del self._mailboxes[request_id]
         return [finals[request_id] for request_id in order]
 
     def stream(
@@ -407,14 +412,16 @@ class EngineCore:
             yield None
             while True:
                 while not mailbox:
-                    self.step()
+                    with signals_delayed():
+                        self.step()
                 output = mailbox.popleft()
                 yield output
                 if output.is_finished:
                     return
         finally:
-            del self._mailboxes[request_id]
-            self.abort(request_id)
+            with signals_delayed():
+                del self._mailboxes[request_id]
+                self.abort(request_id)
 
     def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
         if self._mailboxes:
@@ -464,8 +471,9 @@ class EngineCore:
         if self._is_closed:
             return
         self._is_closed = True
-        for request_id in tuple(self._requests):
+        for request_id, request in tuple(self._requests.items()):
             self.abort(request_id)
+            self._scheduler.remove(request)  # An interrupt may have cut an earlier abort.
         self.disconnect(at_once=True)
         while self.has_work():
             self.step()
@@ -480,6 +488,27 @@ class EngineCore:
         """
         self._scheduler.check()
         self._manager.check(self.runner.table_row)
+
+
+@contextmanager
+def signals_delayed() -> Iterator[None]:
+    """Handle SIGINT and SIGTERM at the end of the block, where no exception of a handler leaves
+    memory claimed. Does nothing outside of the main thread and for handlers that are not Python's.
+    """
+    received: list[int] = []
+    handlers: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if callable(handler := signal.getsignal(number)):
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, _: received.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            handlers[number](number, None)
 
 
 def _token(before: Batch | None, row: int) -> int:

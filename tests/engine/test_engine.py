@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -83,6 +84,25 @@ def test_a_stream_yields_the_whole_answer_and_ends_when_closed() -> None:
     next(stream)
     stream.close()
     assert not engine.has_work()
+
+
+def test_an_interrupt_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    cache = engine._manager.cache
+
+    def interrupted(num_tokens: int) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return type(cache).allocate_kv(cache, num_tokens)
+
+    for run in (
+        lambda: engine.generate([ids(100), ids(90, 7)], GREEDY),
+        lambda: list(engine.stream(ids(100), GREEDY)),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(cache, "allocate_kv", interrupted)
+            run()
+        assert not engine.has_work()
+        assert len(engine.generate([ids(100)], GREEDY)[0].token_ids) == 8
 
 
 def test_namespaces_share_nothing() -> None:
