@@ -242,14 +242,23 @@ class MarkSearch:
     def push(self, text: str) -> tuple[str, str | None, str]:
         """Return (text before the mark or certainly without one, the mark if found, the text after
         it). O(len(text) + len(mark)) per mark, except for texts that repeat its beginning."""
-        text, self._held = self._held + text, ""
-        found = [(at, mark) for mark in self._marks if (at := text.find(mark)) >= 0]
+        if self._held:
+            text, self._held = self._held + text, ""
+        found: list[tuple[int, int, str]] = []
+        cut = len(text)
+        for mark in self._marks:
+            if mark[0] not in text:
+                continue
+            if (at := text.find(mark)) >= 0:
+                found.append((at, len(mark), mark))
+            elif (at := _begin(text, mark)) < cut:
+                cut = at
         if found:
-            start, mark = min(found, key=lambda one: (one[0], len(one[1])))
-            return text[:start], mark, text[start + len(mark) :]
-        cut = min(_begin(text, mark) for mark in self._marks)
-        self._held = text[cut:]
-        return text[:cut], None, ""
+            start, size, mark = min(found)
+            return text[:start], mark, text[start + size :]
+        if cut < len(text):
+            text, self._held = text[:cut], text[cut:]
+        return text, None, ""
 
     def flush(self) -> str:
         """Return the text held back, after the end of the text."""
