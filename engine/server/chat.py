@@ -22,7 +22,7 @@ from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_ca
 from engine.requests.chat_prompt import ChatPrompt, no_chat
 from engine.requests.grammar import Grammar
 from engine.server.access import choice_id, new_id
-from engine.server.api_errors import APIError, quoted
+from engine.server.api_errors import APIError
 from engine.server.bodies import DONE, PAUSE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     AnsweredChat,
@@ -72,13 +72,6 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
             "'tool_choice' 'none' and read them in the text.",
             param="tools",
         )
-    choice = body.tool_choice
-    if isinstance(choice, NamedTool):
-        name = choice.function.name
-        if all(tool["function"]["name"] != name for tool in body.tools):
-            raise APIError(
-                400, f"There is no tool {quoted(name)} among 'tools'.", param="tool_choice"
-            )
     return body.tools
 
 
