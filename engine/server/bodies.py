@@ -237,7 +237,10 @@ def of_validation(error: msgspec.ValidationError, name: str, of_type: Any, value
     """Describe an ``error`` of ``msgspec`` in ``value``, that of ``name`` and no ``of_type``, in
     one sentence."""
     text, _, path = str(error).partition(" - at `")
-    path = "" if path.startswith("key") else path.rstrip("`").replace("[...]", "")
+    place = "A value of " if path.endswith("[...]`") else ""
+    if path.startswith("key"):
+        place, path = "A name in ", ""
+    path = path.rstrip("`").replace("[...]", "")
     param, code = name + re.sub(r"\[(\d+)\]", r".\1", path)[1:], None
     text = text.rstrip(".").replace("`", "")
     if found := re.fullmatch(r"Object missing required field (.*)", text):
@@ -254,7 +257,7 @@ def of_validation(error: msgspec.ValidationError, name: str, of_type: Any, value
         else:
             said = short(text.replace("Expected ", "must be ").replace("Invalid ", "must not be "))
     if f"'{name}" not in said:
-        said = f"{quoted(param)} {said}"
+        said = f"{place}{quoted(param)} {said}"
     return APIError(400, f"{said}.", param=param, code=code)
 
 
