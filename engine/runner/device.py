@@ -216,21 +216,37 @@ def host_free_bytes() -> int:
     return max(0, min([free, *_group_rooms()]))
 
 
+GROUP_FILES = {
+    "": ("", ("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    "memory": (
+        "memory",
+        ("memory.limit_in_bytes",),
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
+"""By controller in ``/proc/self/cgroup`` (none in version 2 of control groups, its name in version
+1): folder of the groups, files of limits and of memory in use, and the entry of ``memory.stat``
+with the part of it that the system can take back."""
+
+
 def _group_rooms() -> Iterator[int]:
-    """Yield the bytes that each limit of this process's control groups (version 2) leaves, those of
-    parent groups included. A container may see its own group as the root of all."""
-    root = SYSTEM / "sys/fs/cgroup"
-    path = ""
+    """Yield the bytes that each limit of this process's control groups leaves, those of parent
+    groups included. A container may see its own group as the root of all."""
+    lines = []
     with suppress(OSError):
-        for line in (SYSTEM / "proc/self/cgroup").read_text().splitlines():
-            path = line.removeprefix("0::/") if line.startswith("0::") else path
-    group = root / path
-    for folder in (group, *group.parents):
-        if not folder.is_relative_to(root):
-            return
-        for name in ("memory.max", "memory.high"):
-            with suppress(OSError, ValueError, KeyError):  # "max" is no limit.
-                limit = int((folder / name).read_text())
-                lines = (folder / "memory.stat").read_text().splitlines()
-                idle = int(dict(line.split() for line in lines)["inactive_file"])
-                yield limit - int((folder / "memory.current").read_text()) + idle
+        lines = (SYSTEM / "proc/self/cgroup").read_text().splitlines()
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        for controller in GROUP_FILES.keys() & controllers.split(","):
+            place, limits, used, idle = GROUP_FILES[controller]
+            root = SYSTEM / "sys/fs/cgroup" / place
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if not folder.is_relative_to(root):
+                    break
+                for name in limits:
+                    with suppress(OSError, ValueError, KeyError):  # "max" is no limit.
+                        limit = int((folder / name).read_text())
+                        stat = (folder / "memory.stat").read_text().splitlines()
+                        free = int(dict(line.split() for line in stat)[idle])
+                        yield limit - int((folder / used).read_text()) + free
