@@ -122,8 +122,7 @@ class LockHandle:
     def __del__(self) -> None:
         if self.node is not None:
             warnings.warn(
-                "a lock, perhaps of a lease, was dropped: call cache.unlock, and end each lease, "
-                "or its path is never evicted",
+                "a lock was dropped: pass it to cache.unlock, or its path is never evicted",
                 ResourceWarning,
                 source=self,
                 stacklevel=2,

@@ -18,6 +18,8 @@ carried out, or TypeError for a wrong type. Nothing is changed.
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Hashable
 from contextlib import suppress
 from math import lcm
@@ -161,6 +163,20 @@ NOT_READY = (
 ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
 
 
+class _HeldRows:
+    """Holder of the rows of one lease in an arena. It does not keep the lease alive, so a dropped
+    lease gives its warning."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = weakref.ref(lease)
+        self.dropped = EMPTY
+        """Rows that the lease held when it was dropped. They stay taken."""
+
+    def rows_moved(self, move: Move) -> int:
+        lease = self._lease()
+        return len(move.rename(self.dropped)) if lease is None else lease.rows_moved(move)
+
+
 class Lease:
     """Claim of one request on a cache.
 
@@ -212,6 +228,7 @@ class Lease:
         self._receipt = receipt
         self._step = lcm(cache.grid, cache.page_size)
         self._has_ended = False
+        self._held_rows = _HeldRows(self)
         self.match = match
         """Match from which the request resumes, with its final losses."""
         self.prompt_len = len(request.tokens)
@@ -251,7 +268,7 @@ class Lease:
         steps.thread = get_ident()
         steps.numbers |= self._numbers
         if cache.arena is not None:
-            cache.arena.holders[self] = None
+            cache.arena.holders[self._held_rows] = None
         if cached_len:
             self._note_changed(0, cached_len)
         if match.checkpoint is not None and state_slot is not None:
@@ -347,6 +364,20 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
+
+    def __del__(self) -> None:
+        if getattr(self, "_has_ended", True):
+            return
+        self._receipt.node = None  # One warning is enough.
+        self._held_rows.dropped = self._rows[self.published_len : self.extended_len]
+        self.cache.steps.close(self, self._numbers)
+        warnings.warn(
+            f"{self!r} was dropped: call finish, preempt or abort, or its rows, slot and lock stay "
+            "taken",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
 
     def __repr__(self) -> str:
         if self._has_ended:
@@ -795,7 +826,7 @@ class Lease:
             self.extended_len = self.published_len = self._unread_len = 0
             cache.steps.close(self, self._numbers)
             if cache.arena is not None:
-                del cache.arena.holders[self]
+                del cache.arena.holders[self._held_rows]
             cache.unlock(self._receipt)
             try:
                 if own_slot is not None:
