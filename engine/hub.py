@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
-from engine.weights.layer_names import INDEX_NAME
+from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE
 from hybridcache.geometry.units import counted, format_bytes
 
 SMALL_FILES = [
@@ -32,7 +32,8 @@ SMALL_FILES = [
     "merges.txt",
     "*.tiktoken",
     "chat_template*",
-    INDEX_NAME,
+    MODEL_SLIM_FILE,
+    *INDEX_NAMES,
 ]
 """Files besides the weights that the engine reads, all in the top folder of a repository."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -164,10 +165,11 @@ def _weight_files(folder: Path) -> list[str]:
 
     A repository may hold the same weights twice, as ``consolidated.safetensors`` for example.
     """
-    # Loading reports the error, except for an absent index.
-    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        return sorted({*index["weight_map"].values()})
+    for name in INDEX_NAMES:
+        # Loading reports the error, except for an absent index.
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+            index = json.loads((folder / name).read_text(encoding="utf-8"))
+            return sorted({*index["weight_map"].values()})
     return ["*.safetensors"]
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.layers.linear import Composite, Layer, RMSNorm
-from engine.weights.model_config import Rope, YarnScaling
+from engine.weights.model_config import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed, running_sum
@@ -182,7 +182,7 @@ class RotaryTable:
         frequencies, factor = torch.empty(0), 1.0
         if rope is not None:
             frequencies = scaled_frequencies(rope)
-            if rope.scaling is not None:
+            if isinstance(rope.scaling, YarnScaling):
                 factor = rope.scaling.attention_factor
         angles = torch.arange(max_model_len, dtype=torch.float)[:, None] * frequencies
         angles = torch.cat([angles, angles], dim=-1)
@@ -198,9 +198,16 @@ def scaled_frequencies(rope: Rope) -> torch.Tensor:
     """Return the radians per position of each pair of dimensions: float32 ``[rope.dim / 2]``."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float) / rope.dim
     frequencies, scaling = 1.0 / rope.theta**exponents, rope.scaling
-    if scaling is None:
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
+    if isinstance(scaling, Llama3Scaling):
+        rotations = scaling.original_len * frequencies / (2 * math.pi)
+        kept = (rotations - scaling.low) / (scaling.high - scaling.low)
+    elif isinstance(scaling, YarnScaling):
+        kept = 1.0 - _yarn_ramp(rope, scaling)
+    else:
         return frequencies
-    kept = (1.0 - _yarn_ramp(rope, scaling)).clamp(0.0, 1.0)
+    kept = kept.clamp(0.0, 1.0)
     return frequencies * kept + frequencies / scaling.factor * (1.0 - kept)
 
 

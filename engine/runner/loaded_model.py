@@ -179,7 +179,7 @@ def _weight_spec(
         for format, columns in kernels["linear"].PRODUCTS
         if device.supports(format)
     }
-    files = read_quantization(raw)
+    files = read_quantization(raw, config.model_dir)
     spec = WeightSpec(*place, files, frozenset(products), config.fp8_activations)
     if spec.fp8_activations and not spec.has_fp8_products:
         raise ModelError(

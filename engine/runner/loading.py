@@ -124,7 +124,8 @@ class WeightFiles:
                 wanted[scale_name(name, scheme)] = scale_shapes(scheme, *shape)
             _check_whole_blocks(name, parameter)
         self._check_dtypes(schemes)
-        unexpected = sorted(set(self.tensors) - set(wanted))
+        offsets = {offset_name(name) for name, scheme in schemes.items() if scheme is not None}
+        unexpected = sorted(set(self.tensors) - set(wanted) - offsets)
         if tied and TIED_HEAD in unexpected:
             unexpected.remove(TIED_HEAD)
         missing = sorted(set(wanted) - set(self.tensors))
@@ -206,6 +207,11 @@ class WeightFiles:
         if parameter.scheme is not None:
             scale = self.tensors[scale_name(name, parameter.scheme)].read()
             check_scale(name, tensor, scale, parameter.scheme)
+            offset = self.tensors.get(offset_name(name))
+            if offset is not None and offset.read().count_nonzero():
+                raise WeightsError(
+                    f"{offset.name} is not zero: only symmetric weights are supported."
+                )
         parameter.fill(tensor, scale)
         return tensor.nbytes + (0 if scale is None else scale.nbytes)
 
@@ -313,6 +319,12 @@ def _check_whole_blocks(name: str, parameter: Parameter) -> None:
 def scale_name(name: str, scheme: Scheme) -> str:
     """Return the name of the scales of the weight ``name``."""
     return f"{name.removesuffix('.weight')}.{scheme.scale_name}"
+
+
+def offset_name(name: str) -> str:
+    """Return the name of the zero points of the weight ``name``, which ModelSlim also writes if all
+    are 0."""
+    return f"{name.removesuffix('.weight')}.weight_offset"
 
 
 def scale_shapes(scheme: Scheme, num_rows: int, num_columns: int) -> tuple[tuple[int, ...], ...]:

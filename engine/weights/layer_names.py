@@ -11,8 +11,11 @@ from engine.weights.model_config import ModelError
 WRAPPINGS = ("model.language_model.", "language_model.model.")
 """Prefixes of multimodal checkpoints that replace ``model.`` in their text part."""
 
+MODEL_SLIM_FILE = "quant_model_description.json"
+"""File of Ascend's ModelSlim that lists the format of each tensor."""
 INDEX_NAME = "model.safetensors.index.json"
-"""File that lists the weight files of a model."""
+INDEX_NAMES = (INDEX_NAME, "quant_model_weights.safetensors.index.json")
+"""Files that list the weight files of a model, of Hugging Face and of ModelSlim."""
 
 
 def model_name(name: str) -> str:

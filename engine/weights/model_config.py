@@ -37,9 +37,27 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Every frequency is divided by ``factor``."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Low frequencies are divided by ``factor``, high ones kept, those in between interpolated."""
+
+    factor: float
+    low: float
+    """Number of rotations within ``original_len`` below which a frequency is low."""
+    high: float
+    original_len: float
+
+
+@dataclass(frozen=True, slots=True)
 class YarnScaling:
-    """Low frequencies are divided by ``factor``, high ones kept, those in between interpolated over
-    their indices. cos and sin are scaled too."""
+    """Like ``Llama3Scaling``, but interpolated over the indices of frequencies. cos and sin are
+    scaled too."""
 
     factor: float
     slow: float
@@ -52,6 +70,9 @@ class YarnScaling:
     """Factor of cos and sin."""
 
 
+Scaling = LinearScaling | Llama3Scaling | YarnScaling
+
+
 @dataclass(frozen=True, slots=True)
 class Rope:
     """A rotary position embedding."""
@@ -59,13 +80,17 @@ class Rope:
     theta: float
     dim: int
     """Number of leading dimensions of a head that are rotated."""
-    scaling: YarnScaling | None = None
+    scaling: Scaling | None = None
     """Change of the frequencies for contexts longer than those of the first training."""
 
     @property
     def extended_len(self) -> int:
-        """Length to which YaRN extends the context, or 0 without YaRN."""
-        return int(self.scaling.factor * self.scaling.original_len) if self.scaling else 0
+        """Length to which YaRN extends the context.
+
+        0 for other scalings, for which ``max_position_embeddings`` is the extended length.
+        """
+        scaling = self.scaling
+        return int(scaling.factor * scaling.original_len) if isinstance(scaling, YarnScaling) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,23 +252,42 @@ def read_rope(
 
 def _scaling(
     kind: object, base: float, found: Mapping[str, Any], section: str, config: Config
-) -> YarnScaling | None:
-    """Return the scaling of https://arxiv.org/abs/2309.00071, or None for ``kind`` default."""
+) -> Scaling | None:
     if kind == "default":
         return None
-    if kind != "yarn":
-        raise ModelError(
-            f"rotary embeddings of type {kind!r} ({section}) are not supported; default and yarn "
-            "are."
+    if kind == "linear":
+        return LinearScaling(_positive("factor", found.get("factor")))
+    longest = config["max_position_embeddings"]
+    original = longest
+    if kind in ("llama3", "yarn"):  # Both values must be valid; the one outside is used.
+        for part in (found, config):
+            original = part.get("original_max_position_embeddings", original)
+            original = _positive("original_max_position_embeddings", original)
+    if kind == "llama3":
+        low, high = (
+            _positive(name, found.get(name)) for name in ("low_freq_factor", "high_freq_factor")
         )
-    if base == 1:
+        if low >= high:
+            raise ModelError(
+                f"high_freq_factor of rotary embeddings must be greater than low_freq_factor in "
+                f"config.json (got {high} and {low})."
+            )
+        factor = _positive("factor", found.get("factor"))
+        return Llama3Scaling(factor, low, high, original)
+    if kind == "yarn" and base == 1:
         raise ModelError("rope_theta 1.0 in config.json is not supported with type 'yarn'.")
+    if kind == "yarn":
+        return _yarn(found, longest, original)
+    raise ModelError(
+        f"rotary embeddings of type {kind!r} ({section}) are not supported; default, linear, "
+        "llama3 and yarn are."
+    )
+
+
+def _yarn(found: Mapping[str, Any], longest: int, original: float) -> YarnScaling:
+    """Return the scaling of https://arxiv.org/abs/2309.00071."""
     if "factor" not in found:
         raise ModelError("factor is missing in the rope_parameters of type 'yarn' in config.json.")
-    longest = original = config["max_position_embeddings"]
-    for part in (found, config):  # Both values must be valid; the one outside is used.
-        original = part.get("original_max_position_embeddings", original)
-        original = _positive("original_max_position_embeddings", original)
     factor = longest / original if found["factor"] is None else found["factor"]
     factor = _positive("factor", factor)
     attention_factor = found.get("attention_factor")

@@ -1,24 +1,26 @@
-"""Layout of 8-bit weights in files, and the modules of a checkpoint that have one by
-``quantization_config`` in its config.json."""
+"""Layout of 8-bit weights in files, and the modules of a checkpoint that have one: by
+``quantization_config`` in its config.json, or by ModelSlim's file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from engine.weights.layer_names import Names
+from engine.weights.layer_names import MODEL_SLIM_FILE, Names
 from engine.weights.model_config import ModelError
 from kernels.linear.reference import STORAGE, Format, quantize
 
 BAND_ELEMENTS = 2**20
 """Number of weights that are dequantised at a time, so that the float32 copy is small."""
 
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Supported dtypes of scales in files."""
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
+"""Supported dtypes of scales in files. Those of one byte are exponents (ue8m0)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class Scheme:
     def row_scales(self, scale: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
         """Expand the scales of a file to one line per row: float32 ``[num_rows, blocks of
         columns]``. Rows can then be read in any order."""
+        if scale.dtype is torch.uint8:
+            scale = scale.view(torch.float8_e8m0fnu)
         grid = scale.float().reshape(self.scale_shape(num_rows, num_columns))
         rows = self.block[0]
         return grid.repeat_interleave(rows or num_rows, dim=0)[:num_rows]
@@ -159,15 +163,18 @@ class Quantization:
 
 
 REMEDY = (
-    "supported are fp8 in blocks, compressed-tensors with int8 or float8 weights, and "
-    "the model in full precision with --quantization int8 or fp8"
+    "supported are fp8 in blocks, compressed-tensors with int8 or float8 weights, ModelSlim's "
+    "W8A8_DYNAMIC, and the model in full precision with --quantization int8 or fp8"
 )
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 """Formats of compressed-tensors with unpacked weights."""
 
 
-def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
-    """Read the formats of a checkpoint's weights from its ``config.json``.
+def read_quantization(
+    config: Mapping[str, Any], model_dir: Path | None = None
+) -> Quantization | None:
+    """Read the formats of a checkpoint's weights from its ``config.json``, or else from ModelSlim's
+    file in its directory.
 
     Returns None if no weight is quantised. Raises ModelError, also for unsupported formats.
     """
@@ -175,7 +182,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     section = config.get("quantization_config") or nested
     if not section:
-        return None
+        return _model_slim(model_dir / MODEL_SLIM_FILE) if model_dir is not None else None
     if not isinstance(section, Mapping):
         raise ModelError("quantization_config in config.json must be an object.")
     method = str(section.get("quant_method", section.get("quant_algo", ""))).lower()
@@ -293,3 +300,28 @@ def _check_activations(name: str, activations: Mapping[str, Any], kind: str) -> 
                 f"{found.get(key)!r}, which is not supported: use dynamic ones of 8 bits with one "
                 "scale per token."
             )
+
+
+def _model_slim(path: Path) -> Quantization | None:
+    """Read Ascend's file with the kind of every tensor: FLOAT, W8A8_DYNAMIC ..."""
+    if not path.is_file():
+        return None
+    try:
+        kinds = json.loads(path.read_text(encoding="utf-8"))
+        listed = {
+            name.removesuffix(".weight"): kind
+            for name, kind in kinds.items()
+            if name.endswith(".weight") and isinstance(kind, str)
+        }
+    except (ValueError, AttributeError):
+        raise ModelError(f"{path.name} is not a valid description of weights.") from None
+    for module, kind in listed.items():
+        if kind not in ("FLOAT", "W8A8_DYNAMIC"):
+            raise ModelError(
+                f"{module} is {kind} in {path.name}, which is not supported; {REMEDY}."
+            )
+    quantized = Names.of(module for module, kind in listed.items() if kind == "W8A8_DYNAMIC")
+    if quantized.is_empty:
+        return None
+    group = ScaleGroup(Scheme("int8", (1, None), "weight_scale"), quantized)
+    return Quantization((group,), Names.of(()), MODEL_SLIM_FILE)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine.weights.layer_names import INDEX_NAME
+from engine.weights.layer_names import INDEX_NAMES
 from engine.weights.model_config import ModelError
 
 MAX_NAMED = 8
@@ -179,8 +179,8 @@ def _tensor(name: str, entry: dict[str, object], path: Path, file: io.FileIO, da
 
 def find_files(model_dir: Path) -> list[Path]:
     """List the safetensors files of a model, single or sharded. Raises WeightsError."""
-    index = model_dir / INDEX_NAME
-    if not index.is_file():
+    indices = [model_dir / name for name in INDEX_NAMES if (model_dir / name).is_file()]
+    if not indices:
         files = sorted(model_dir.glob("*.safetensors"))
         if not files:
             raise WeightsError(
@@ -188,6 +188,7 @@ def find_files(model_dir: Path) -> list[Path]:
                 " use --load-format dummy to try without weights."
             )
         return files
+    index = indices[0]
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         names = sorted({os.fspath(name) for name in found})  # TypeError for anything but text.

@@ -50,6 +50,13 @@ SCALINGS = {
         "mscale_all_dim": 0.7,
         "truncate": False,
     },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "linear": {"factor": 2.5},
 }
 ROTARY: dict[str, dict[str, float]] = {
     "falcon_h1": {"key_multiplier": 20.0},

@@ -77,6 +77,23 @@ def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint):
     expected, _ = Driver(load(plain)).cold_and_mixed(tokens)
     assert (cold - expected).norm() < 0.05 * expected.norm()
     assert torch.equal(hit[1:], cold[64:])
+    as_model_slim(path)
+    assert torch.equal(Driver(load(path)).cold_and_mixed(tokens)[0], cold)
+
+
+def as_model_slim(path):
+    """Describe an int8 checkpoint by ModelSlim's file, with its zero points."""
+    tensors = load_file(path / "model.safetensors")
+    scales = {name: scale for name, scale in tensors.items() if name.endswith(".weight_scale")}
+    offsets = {name.replace("_scale", "_offset"): torch.zeros_like(s) for name, s in scales.items()}
+    kinds = dict.fromkeys(tensors, "FLOAT") | {
+        name.removesuffix("_scale"): "W8A8_DYNAMIC" for name in scales
+    }
+    save_file(tensors | offsets, path / "model.safetensors")
+    (path / "quant_model_description.json").write_text(json.dumps(kinds))
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
