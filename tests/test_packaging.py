@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,27 +142,23 @@ def test_wheel_with_kernels_serves_without_a_compiler(tmp_path: Path) -> None:
         **{"PYTHONPATH": str(site), "PATH": str(home), "HOME": str(home)},
     }
     question = "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?"
-    command = [sys.executable, "-m", "engine", "chat", "--max-tokens", "20"]
+    command = [sys.executable, "-m", "engine", "generate", "--chat", "--json", "--max-tokens", "20"]
     command += ["--temperature", "0", "--cache-gib", "0.05", "--exact"]
-    command += ["--state-dir", str(tmp_path / "state")]
+    command += ["--state-dir", str(tmp_path / "state"), question, question]
 
-    def ask(*flags: str, refused: bool = False) -> tuple[str, str]:
-        """Return the answer, and the number of tokens of its prompt that were reused."""
+    def answers(*flags: str, refused: bool = False) -> list[dict[str, Any]]:
         done = subprocess.run(
-            [*command, *flags],
-            cwd=home,
-            env=environment,
-            input=question,
-            capture_output=True,
-            text=True,
+            [*command, *flags], cwd=home, env=environment, capture_output=True, text=True
         )
         assert (done.returncode != 0) == refused, done.stderr
         assert "ompil" not in done.stderr, "nothing is compiled, and nothing warns"
-        return done.stdout, "".join(re.findall(r"([0-9,]+) reused", done.stderr))
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
-    (first, _), (restarted, reused) = ask(), ask()
-    assert "5 + 3 = 8" in first and restarted == first and reused not in ("", "0")
-    ask("--kernels", "gdn=reference", refused=True)
+    first, again = answers()
+    assert "5 + 3 = 8" in first["text"] and again["text"] == first["text"]
+    restarted, _ = answers()
+    assert restarted["text"] == first["text"] and restarted["cached_tokens"] > 0
+    answers("--kernels", "gdn=reference", refused=True)
     script = "from kernels.native import kernel_choices; print(kernel_choices()['build'])"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=home, env=environment, capture_output=True, text=True

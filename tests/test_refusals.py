@@ -126,6 +126,7 @@ def test_a_truth_value_is_no_count() -> None:
 
 FLAGS = {
     "serve": (EngineConfig, ServerConfig, *ENGINE, *SERVER),
+    "generate": (EngineConfig, SamplingParams, *ENGINE),
     "chat": (EngineConfig, SamplingParams, *ENGINE),
 }
 
@@ -137,7 +138,7 @@ def test_wrong_flag_of_the_engine_is_refused(verb: str, capsys: pytest.CaptureFi
     known = capsys.readouterr().out
     tried = [pair for config in FLAGS[verb] for pair in wrong_values(config)]
     tried += [(name, "odd") for name in ("admission", "checkpoints", "kernels")]
-    first = ["--port", "0"] if verb == "serve" else []
+    first = ["--port", "0"] if verb == "serve" else ["x"] if verb == "generate" else []
     for name, value in dict(tried).items():
         flag = "--" + name.replace("_", "-")
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -180,16 +181,17 @@ def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[s
             "serve --port 0 --kv-gib x",
         ),
         *("serve --port 0 --disk-gib 1", "serve --port 0 --router text", "serve --salt-by-key"),
-        *("serve --host no.such.host.invalid", "chat --cache-gib 0.0001"),
-        *("chat --cache-gib 100000", "chat --cache-gib 0.1 --max-running 100000000"),
-        *("serve --port 0 --model /no/such/model", "chat --device banana"),
-        *("chat --kernels attention=banana", "serve --port 0 --replicas 2 --state-dir x"),
+        *("serve --host no.such.host.invalid", "generate x --cache-gib 0.0001"),
+        "generate x --max-tokens 10000000",
+        *("generate x --cache-gib 100000", "generate x --cache-gib 0.1 --max-running 100000000"),
+        *("serve --port 0 --model /no/such/model", "generate x --device banana"),
+        *("generate x --kernels attention=banana", "serve --port 0 --replicas 2 --state-dir x"),
         *(
-            "chat --prefix-cache none --exact",
-            "chat --prefix-cache none --eviction lru",
+            "generate x --prefix-cache none --exact",
+            "generate x --prefix-cache none --eviction lru",
         ),
-        "chat --prefix-cache none --checkpoints end",
-        "chat --prefix-cache none --checkpoint-dtype int8",
+        "generate x --prefix-cache none --checkpoints end",
+        "generate x --prefix-cache none --checkpoint-dtype int8",
     ],
 )
 def test_impossible_command_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import json
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
 from hybridcache.command.signals import end_by_exception, open_closed_streams
+from hybridcache.geometry.units import counted, format_seconds
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
@@ -56,8 +58,8 @@ SERVE_EXAMPLES = """examples:
 SPIN_COUNT = "1000"
 """Rounds that a waiting thread spins before it sleeps. The 300,000 of OpenMP take longer than a
 time slice, so on a busy machine waiting threads would delay those that compute."""
-SKIPPED = ("seed", "stop", "logit_bias", "max_tokens", "logprobs")
-"""Sampling parameters that are not flags of ``chat``, or are defined separately."""
+SKIPPED = ("seed", "stop", "logit_bias")
+"""Sampling parameters that are not flags of ``generate``, or are defined separately."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the flush at exit.
         return 141
     except (ValueError, OSError) as error:
-        print(f"engine {parsed.verb}: {with_flags(str(error), vars(parsed))}", file=sys.stderr)
+        flags = vars(parsed).keys() - {"prompt"}  # An argument without a flag.
+        print(f"engine {parsed.verb}: {with_flags(str(error), flags)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"engine {parsed.verb}: {how_to_install(error, 'engine')}", file=sys.stderr)
@@ -129,6 +132,13 @@ def _parser(arguments: Sequence[str]) -> Parser:
 
     add("serve", _serve, "[options]", "answer OpenAI clients over HTTP", _add_serve)
     add(
+        "generate",
+        _generate,
+        "[options] [PROMPT ...]",
+        "continue prompts and print how many tokens were reused",
+        _add_generate,
+    )
+    add(
         "chat",
         _chat,
         "[options]",
@@ -170,11 +180,37 @@ def _add_serve(serve: Parser) -> None:
     add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS, kinds)
 
 
+def _add_generate(generate: Parser) -> None:
+    from engine.requests.request import SamplingParams
+
+    generate.add_argument(
+        "prompt", nargs="*", help="texts to continue; by default one text from standard input"
+    )
+    generate.add_argument(
+        "--chat", action="store_true", help="send each prompt as a message of the user"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    sampling = add_flags(generate, SamplingParams, "sampling", skip=SKIPPED, only_given=True)
+    sampling.add_argument(
+        "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
+    )
+    sampling.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated",
+    )
+    add_grouped_flags(generate, (EngineConfig,), GROUPS, ENGINE)
+
+
 def _add_chat(chat: Parser) -> None:
     from engine.requests.request import SamplingParams
 
     chat.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    sampling = add_flags(chat, SamplingParams, "sampling", skip=SKIPPED)
+    sampling = add_flags(
+        chat, SamplingParams, "sampling", skip=(*SKIPPED, "max_tokens", "logprobs"), only_given=True
+    )
     sampling.add_argument(
         "--max-tokens",
         type=int,
@@ -251,6 +287,41 @@ def _with_key(screen: str, server_config: ServerConfig) -> str:
     return screen.replace(" -H 'Content-Type", " -H 'Authorization: Bearer KEY' -H 'Content-Type")
 
 
+def _generate(arguments: argparse.Namespace) -> int:
+    from msgspec import structs
+
+    from engine.requests.request import RequestSpec, SamplingParams
+
+    engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
+    asked = {"seed": arguments.sampling_seed, "stop": tuple(arguments.stop)}
+    read_config(
+        SamplingParams, arguments, **asked
+    )  # Before slow work, because it may raise ValueError.
+    texts = arguments.prompt or [sys.stdin.read()]
+    from engine.engine import Engine
+    from engine.requests.chat_prompt import render_chat
+
+    engine = Engine(engine_config)
+    sampling = read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)
+    assert engine.tokenizer is not None, "an engine that loads a model loads its tokenizer"
+    num_failed = 0
+    for text in texts:
+        spec = RequestSpec(text, sampling)
+        if arguments.chat:
+            chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
+            spec = structs.replace(chat.spec, sampling=sampling)
+        for output in engine.stream(spec):
+            if not arguments.json:
+                print(output.new_text, end="", flush=True)
+        num_failed += output.error is not None
+        if arguments.json:
+            print(json.dumps(_record(text, output)))  # In ASCII, which any output can encode.
+        else:
+            print(f"\n[{_summary(output)}]", file=sys.stderr)
+    engine.close()
+    return 1 if num_failed else 0
+
+
 def _chat(arguments: argparse.Namespace) -> int:
     from engine.requests.request import SamplingParams
 
@@ -283,7 +354,7 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
     tokenizer = engine.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
         raise ValueError(
-            f"{engine.model_name} has no chat template: use another --model, or `engine serve`."
+            f"{engine.model_name} has no chat template: use `engine generate`, or another --model."
         )
     messages = [] if system is None else [{"role": "system", "content": system}]
     try:
@@ -339,3 +410,33 @@ def _messages_of_user() -> Iterator[str]:
             return
         if line:
             yield line
+
+
+def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
+    scores = [
+        {"token_id": one.token_id, "logprob": one.logprob, "top_logprobs": one.top_logprobs}
+        for one in output.logprobs or ()
+    ]
+    return {
+        "prompt": prompt,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        **({} if output.error is None else {"error": output.error}),
+        **({"logprobs": scores} if scores else {}),
+        "prompt_tokens": len(output.prompt_token_ids),
+        "cached_tokens": output.cached_len,
+        "lost_tokens": None if output.losses is None else output.losses._asdict(),
+        "timings_s": output.timings._asdict(),
+    }
+
+
+def _summary(output: RequestOutput) -> str:
+    parts = [
+        f"{counted(len(output.prompt_token_ids), 'prompt token')}, {output.cached_len:,} from the "
+        "cache",
+        f"{len(output.output):,} generated, {output.error or output.finish_reason}",
+    ]
+    if output.timings.ttft_s is not None:
+        parts.append(f"TTFT {format_seconds(output.timings.ttft_s)}")
+    return "; ".join(parts)

@@ -21,16 +21,18 @@ def add_flags(
     config: type,
     title: str,
     skip: Iterable[str] = (),
+    *,
+    only_given: bool = False,
 ) -> argparse._ArgumentGroup:
     """Add one flag for each field of the dataclass ``config``, except for ``skip``, in a new group.
 
-    Returns the group. Absent flags add nothing to the parsed arguments.
+    Returns the group. With ``only_given``, absent flags add nothing to the parsed arguments.
     """
     group = parser.add_argument_group(title)
     skipped = frozenset(skip)
     for field in flags_of(config):
         if field.name not in skipped:
-            _add_flag(group, config, field, argparse.SUPPRESS)
+            _add_flag(group, config, field, only_given=only_given)
     return group
 
 
@@ -43,13 +45,14 @@ def _add_flag(
     group: argparse._ArgumentGroup,
     config: type,
     field: dataclasses.Field[Any],
-    default: Any,
+    *,
+    only_given: bool = False,
 ) -> None:
     name = field.name
     group.add_argument(
         "--" + name.replace("_", "-"),
         dest=name,
-        default=default,
+        default=argparse.SUPPRESS if only_given else field.default,
         help=_help(field),
         **_kind(_type_hints(config)[name], field.default),
     )
@@ -84,7 +87,7 @@ def add_grouped_flags(
     for title, flags in filled.items():
         group = parser.add_argument_group(title)
         for config, field in flags:
-            _add_flag(group, config, field, field.default)
+            _add_flag(group, config, field)
 
 
 def read_config(

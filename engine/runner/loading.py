@@ -250,7 +250,8 @@ def check_numbers(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> None:
-    """Raise WeightsError if a scale of the weight ``name`` is NaN, infinite or negative."""
+    """Raise WeightsError if a scale of the weight ``name`` is not a positive number. A scale of
+    zero is allowed if all its weights are zero."""
     own = scale_name(name, scheme)
     if scale.dtype not in SCALE_DTYPES:
         dtype = str(scale.dtype).removeprefix("torch.")
@@ -261,6 +262,13 @@ def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Sc
             f"{own} contains scales that are NaN, infinite or negative: the file is damaged, or "
             "its writer failed; download it again."
         )
+    for row, block in (rows == 0).nonzero().tolist():
+        columns = scheme.block[1] or stored.shape[1]
+        if stored[row, block * columns : (block + 1) * columns].float().count_nonzero():
+            raise WeightsError(
+                f"{own} contains a scale of zero for weights that are not zero: the file is "
+                "damaged, or its writer failed; download it again."
+            )
 
 
 def _read(source: Tensor, target: torch.Tensor, first: int) -> int:

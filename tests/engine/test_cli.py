@@ -17,16 +17,16 @@ import sys
 import tempfile
 import termios
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from msgspec import structs
 
-from engine import Engine, SamplingParams, engine_config
+from engine import Engine
 from engine.command.cli import main
 from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
-from engine.requests.chat_prompt import render_chat
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
 from tests.test_refusals import exit_code
 
@@ -35,12 +35,10 @@ SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
 def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
-    command = [*COMMAND, "chat", *SMALL, "--device", "cpu", "--max-tokens", "1"]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, **pipes) as process:
+    command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
+    command = ["env", "PYTHONIOENCODING=utf-8:strict", *command, "\udcff", *map(str, range(30))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
-        process.stdin.write(b"1\n")
-        process.stdin.close()
         said = process.stderr.read().splitlines()
         usual = b"No C++ compiler", b"Compil"  # A compiled library may not be kept.
         assert [line for line in said if not line.startswith(usual)] == []
@@ -85,7 +83,7 @@ def test_broken_model_directories_are_refused_in_one_sentence(
         (tmp_path / "config.json").write_text(config)
     if weights is not None:
         (tmp_path / "model.safetensors").write_bytes(weights)
-    assert run("chat", "--model", str(tmp_path)) == 2
+    assert run("generate", "x", "--model", str(tmp_path)) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1, error
 
@@ -109,33 +107,43 @@ def test_errors_of_the_system_are_reported_in_one_sentence(
     assert "set TMPDIR to a shorter one" in capsys.readouterr().err
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(sys, "stdout", Mock(write=Mock(side_effect=OSError(28, "is full"))))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("x"))
-    assert run("chat", *SMALL) == 2
+    assert run("generate", "x", *SMALL) == 2
     assert capsys.readouterr().err.endswith("is full\n")
 
 
-def test_the_builtin_model_solves_the_prompts_of_the_start_screen() -> None:
-    engine = Engine(engine_config(cache_gib=0.05, max_model_len=2048, device="cpu"))
-    for sampling in (SamplingParams(0, max_tokens=60), SamplingParams(1, seed=5, max_tokens=60)):
-        chats = [[{"role": "user", "content": text}] for text in BUILTIN_PROMPTS]
-        specs = [render_chat(engine.tokenizer, chat).spec for chat in chats]
-        outputs = engine.generate([structs.replace(spec, sampling=sampling) for spec in specs])
-        answers = [output.text.split("####")[1].strip() for output in outputs]
-        assert answers == ["8", "18", "12"]
+def test_the_builtin_model_solves_the_prompts_of_the_start_screen(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = (*SMALL, "--device", "cpu", "--chat", "--json", "--max-tokens", "60")
+    for sampling in (("--temperature", "0"), ("--temperature", "1", "--sampling-seed", "5")):
+        assert run("generate", *flags, *sampling, *BUILTIN_PROMPTS) == 0
+        answers = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+        assert [answer.split("####")[1].strip() for answer in answers] == ["8", "18", "12"]
 
 
-def test_chat_reports_a_failed_answer(
+def test_generate_prints_cached_and_lost_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "Twice told tales. " * 20
+    flags = ("--json", "--max-tokens", "4", "--temperature", "0", "--ignore-eos", *SMALL)
+    assert run("generate", prompt, prompt, *flags) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["text"] == second["text"] and first["token_ids"] == second["token_ids"]
+    assert (first["cached_tokens"], second["cached_tokens"]) == (0, (len(prompt) - 1) // 64 * 64)
+    assert second["cached_tokens"] + sum(second["lost_tokens"].values()) == len(prompt)
+
+
+def test_commands_report_a_failed_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = Engine.stream
-    monkeypatch.setattr(
-        Engine,
-        "stream",
-        lambda self, spec: (
-            structs.replace(output, failure=WireError("failed", "not a number"))
-            for output in stream(self, spec)
-        ),
-    )
+    stream, failure = Engine.stream, WireError("failed", "not a number")
+
+    def failed(*request: Any) -> Any:
+        return (structs.replace(output, failure=failure) for output in stream(*request))
+
+    monkeypatch.setattr(Engine, "stream", failed)
+    assert run("generate", "abc", "--json", "--max-tokens", "1", *SMALL) == 1
+    assert json.loads(capsys.readouterr().out)["error"] == "not a number"
+    assert run("generate", "abc", "--max-tokens", "1", *SMALL) == 1
+    assert "not a number" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
     assert run("chat", *SMALL) == 0
     assert "[not a number]" in capsys.readouterr().err
@@ -272,7 +280,7 @@ def test_commands_without_their_extras_name_the_missing_extra() -> None:
     """Check that one sentence names the extra to install, for each missing package."""
     works = ["--help", "--version", "record --help"]
     works += ["serve --help"]
-    fails = ["serve --port 0", "chat", "convert a b --to int8"]
+    fails = ["serve --port 0", "generate x", "chat", "convert a b --to int8"]
     fails += ["record --to http://127.0.0.1:9 --out never.jsonl"]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_EXTRAS],

@@ -189,6 +189,11 @@ UP = "model.layers.1.mlp.up_proj.weight"
             "1 missing: .*up_proj.weight_scale_inv",
         ),
         (
+            lambda tensors, _: tensors[f"{UP}_scale_inv"].fill_(float("nan")),
+            "up_proj.weight_scale_inv contains scales that are NaN",
+        ),
+        (lambda tensors, _: tensors[f"{UP}_scale_inv"].zero_(), "contains a scale of zero"),
+        (
             lambda tensors, _: tensors.update({UP: tensors[UP].float()}),
             r"but their type differs \(model\.layers\.1\.mlp\.up_proj\.weight is F32\)",
         ),
