@@ -6,8 +6,9 @@ which the dialect writes in its own form.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +23,11 @@ from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_ca
 from engine.requests.chat_prompt import ChatPrompt, no_chat
 from engine.requests.grammar import Grammar
 from engine.server.access import choice_id, new_id
-from engine.server.api_errors import APIError
+from engine.server.api_errors import APIError, of_value
 from engine.server.bodies import DONE, PAUSE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     AnsweredChat,
     Call,
-    ServingContext,
     cache_headers,
     chat_scores,
     prompt_id_fields,
@@ -111,17 +111,22 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
         raise APIError(400, str(error), param="messages") from error
 
 
-def settle_system(context: ServingContext, body: ChatRequest) -> ChatRequest:
-    """Change late system messages into user messages if the template supports none there.
+async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest:
+    """Return the chat that the body of another dialect means. Raises APIError 400 if one of its
+    fields is not supported.
 
-    They keep their places, because a prompt that changes at its beginning is not in the cache.
+    Late system messages become messages of the user if the template supports none there. They keep
+    their places, because a prompt that changes at its beginning is not in the cache.
     """
-    template = context.tokenizer.chat_template
+    try:
+        body = await call.context.workers.run(call.size, convert)
+    except ValueError as error:
+        raise of_value(error) from error
+    template = call.context.tokenizer.chat_template
     if template is None or template.takes_late_system:
         return body
-    roles = [message.role for message in body.messages]
-    first = next((at for at, role in enumerate(roles) if role != "system"), len(roles))
-    for message in body.messages[max(first, 1) :]:
+    late = itertools.dropwhile(lambda message: message.role == "system", body.messages)
+    for message in itertools.islice(late, 1, None):
         if message.role == "system":
             message.role = "user"
     return body
@@ -218,13 +223,9 @@ class ChatSession:
     answer_id: str
     prompt: ChatPrompt
     _stream: RequestStream
-    _readers: Sequence[AnswerReader]
+    readers: Sequence[AnswerReader]
     _first: RequestOutput | None = None
     """Latest output of the first answer."""
-
-    @property
-    def num_answers(self) -> int:
-        return len(self._readers)
 
     def written(self, output: RequestOutput) -> dict[str, int]:
         """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
@@ -244,7 +245,7 @@ class ChatSession:
             found = self.call.context.outputs(self._stream, self.call.record)
             async with aclosing(found) as outputs:
                 async for index, output in outputs:
-                    reader = self._readers[index]
+                    reader = self.readers[index]
                     reader.read(output)
                     if index == 0:
                         self._first = output
@@ -271,17 +272,16 @@ class ChatSession:
                 len(output.prompt_token_ids),
                 output.cached_len,
                 output.losses,
-                as_message(self._readers[0].events),
+                as_message(self.readers[0].events),
             )
             self.call.context.remember(answered)
 
-    async def answers(self) -> Sequence[AnswerReader]:
-        """Wait for all answers, and return their readers in order."""
+    async def finish(self) -> None:
+        """Wait for all answers."""
         async for _ in self.news():
             pass
-        for reader in self._readers:
+        for reader in self.readers:
             reader.events = joined(reader.events)
-        return self._readers
 
 
 class ChatWriter(ABC):
@@ -294,12 +294,26 @@ class ChatWriter(ABC):
         self._session, self._context = session, session.call.context
 
     @abstractmethod
-    def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
 
     @abstractmethod
-    def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield the events of a stream. Text that was sent is never retracted."""
+    def write(self, news: AnswerReader, is_first: bool) -> Iterator[bytes]:
+        """Yield the events of the latest output of an answer. The first one of all has the cached
+        length."""
+
+    @abstractmethod
+    def end(self) -> Iterator[bytes]:
+        """Yield the events after all answers."""
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Yield the stream, one piece per output. Text that was sent is never retracted."""
+        is_first = True
+        async for news in self._session.news():
+            if written := b"".join(self.write(news, is_first)):
+                yield written
+            is_first = False
+        yield b"".join(self.end())
 
     def failed(self, failure: APIError) -> bytes:
         """Return the event of a failure in the middle of a stream."""
@@ -312,9 +326,52 @@ class ChatWriter(ABC):
             keep_alive_s = self._context.keep_alive_s
             return EventStream(self.events(), headers, self.failed, keep_alive_s, self.PAUSE)
         receive = self._session.call.request.receive
-        answers = await unless_gone(receive, self._session.answers())
-        outputs = [answer.output for answer in answers]
-        return await self._context.answer(outputs, lambda: self.whole(answers), headers=headers())
+        await unless_gone(receive, self._session.finish())
+        outputs = [answer.output for answer in self._session.readers]
+        return await self._context.answer(outputs, self.whole, headers=headers())
+
+
+class PartWriter(ChatWriter):
+    """Writes one answer as a sequence of parts (reasoning, texts and calls). One part is open at a
+    time."""
+
+    def __init__(self, session: ChatSession) -> None:
+        super().__init__(session)
+        [self._answer] = session.readers
+        self._kind: type[Event] | None = None
+        """Kind of the open part, or None."""
+        self._place = 0
+        """Number of completed parts, which is the index of the open one."""
+
+    def parts(self, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
+        """Yield the next parts of the answer."""
+        for one in events:
+            if self._kind is not type(one):
+                yield from self.close()
+                self._kind = type(one)
+                yield from self.open(one)
+            yield from self.extend(one)
+            if isinstance(one, ToolCall):
+                yield from self.close()
+
+    def close(self, is_cut: bool = False) -> Iterator[dict[str, Any]]:
+        """End the open part, if there is one. ``is_cut``: a limit ended the answer inside it."""
+        if self._kind is not None:
+            yield from self.complete(is_cut)
+            self._kind = None
+            self._place += 1
+
+    @abstractmethod
+    def open(self, one: Event) -> Iterator[dict[str, Any]]:
+        """Yield the beginning of a part."""
+
+    @abstractmethod
+    def extend(self, one: Event) -> Iterator[dict[str, Any]]:
+        """Yield the next piece of the open part."""
+
+    @abstractmethod
+    def complete(self, is_cut: bool) -> Iterator[dict[str, Any]]:
+        """Yield the end of the open part."""
 
 
 async def chat(call: Call, body: ChatRequest) -> Response:
@@ -333,58 +390,51 @@ class _ChatWriter(ChatWriter):
         self._body = body
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._head = self._context.head(session.answer_id, kind)
+        self._deltas = [_Deltas() for _ in session.readers]
 
-    def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         choices = [
             {
-                "index": index,
+                "index": answer.index,
                 "message": _message(answer.events),
                 "logprobs": self._scores(answer.output.logprobs),
                 "finish_reason": answer.finish,
-                **_warning(answer.warning),
+                **answer.warned,
                 **token_id_fields(self._body, answer.output.token_ids),
             }
-            for index, answer in enumerate(answers)
+            for answer in self._session.readers
         ]
-        outputs = [answer.output for answer in answers]
         return {
             **self._head,
             "choices": choices,
-            "usage": self._usage(outputs),
-            **prompt_id_fields(self._body, outputs[0]),
+            "usage": self._usage(),
+            **prompt_id_fields(self._body, self._session.readers[0].output),
         }
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield the role of each choice, then one event per output."""
-        session = self._session
-        last: dict[int, RequestOutput] = {}
-        deltas = [_Deltas() for _ in range(session.num_answers)]
-        async for news in session.news():
-            is_first = not last
-            if is_first:
-                for index in range(session.num_answers):
-                    yield self._event([_choice(index, {"role": "assistant", "content": ""})])
-            last[news.index] = news.output
-            more = prompt_id_fields(self._body, news.output) if is_first else {}
-            choice = self._delta(deltas[news.index], news)
-            if more or choice != _choice(news.index, {}):
-                yield self._event([choice], **more)
-        outputs = [last[index] for index in range(session.num_answers)]
+    def write(self, news: AnswerReader, is_first: bool) -> Iterator[bytes]:
+        """Yield one event, after the roles of all choices if it is the first."""
+        more: dict[str, Any] = {}
+        if is_first:
+            more = prompt_id_fields(self._body, news.output)
+            for index in range(len(self._deltas)):
+                yield self._event([_choice(index, {"role": "assistant", "content": ""})])
+        delta, scores = self._deltas[news.index].write(news.new), news.output.new_logprobs
+        choice = _choice(news.index, delta, self._scores(scores), news.finish)
+        choice |= news.warned | token_id_fields(self._body, news.output.new_token_ids)
+        if more or choice != _choice(news.index, {}):
+            yield self._event([choice], **more)
+
+    def end(self) -> Iterator[bytes]:
         if self._body.includes_usage:
-            yield self._event([], usage=self._usage(outputs))
+            yield self._event([], usage=self._usage())
         yield DONE
 
-    def _usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """Return the token counts of all answers so far, which have one prompt."""
+    def _usage(self) -> dict[str, Any]:
+        """Return the token counts of all answers, which have one prompt."""
+        outputs = [answer.output for answer in self._session.readers]
         counts = usage(outputs, outputs[:1])
         counts["prompt_tokens_details"] |= self._session.written(outputs[0])
         return counts
-
-    def _delta(self, deltas: _Deltas, news: AnswerReader) -> dict[str, Any]:
-        scores = self._scores(news.output.new_logprobs)
-        choice = _choice(news.index, deltas.write(news.new), scores, news.finish)
-        choice |= _warning(news.warning)
-        return choice | token_id_fields(self._body, news.output.new_token_ids)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return event({**self._head, "choices": choices, **more})
@@ -393,10 +443,6 @@ class _ChatWriter(ChatWriter):
         if not self._body.logprobs:
             return None
         return chat_scores(self._context.tokenizer, scores or (), self._body.top_logprobs or 0)
-
-
-def _warning(warning: str | None) -> dict[str, Any]:
-    return {} if warning is None else {"warning": warning}
 
 
 def _choice(

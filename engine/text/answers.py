@@ -169,10 +169,11 @@ class AnswerReader:
         return self._reasoning is not None and self._reasoning.is_inside
 
     @property
-    def warning(self) -> str | None:
-        """Warning about a part of the text that looks like a call and cannot be made, or None.
-        Known at the end of the answer."""
-        return None if self.finish is None else self._warning
+    def warned(self) -> dict[str, str]:
+        """Field ``warning`` of an answer with a part that looks like a call and cannot be made; {}
+        without one, and before the end of the answer."""
+        is_over = self.finish is not None and self._warning is not None
+        return {"warning": f"{BROKEN}{self._warning}."} if is_over else {}
 
     def read(self, output: RequestOutput) -> None:
         """Read the new part of the answer in ``output``."""
@@ -203,7 +204,7 @@ class AnswerReader:
             events = [*events, *rest]
         for one in events:
             if isinstance(one, BrokenCall) and self._warning is None:
-                self._warning = f"{BROKEN}{one.why}."
+                self._warning = one.why
         events = joined(one for one in events if not isinstance(one, BrokenCall))
         if self._is_single:
             ends = (at for at, one in enumerate(events, 1) if isinstance(one, ToolCall))

@@ -7,7 +7,7 @@ assistant's ``reasoning_content``, and a tool use is one of its calls.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
@@ -15,9 +15,9 @@ from starlette.responses import Response
 
 from engine.requests.request import MAX_COUNT
 from engine.server.access import new_id
-from engine.server.api_errors import APIError, of_value
+from engine.server.api_errors import APIError
 from engine.server.bodies import Body, Part, json_response, named_event
-from engine.server.chat import ChatSession, ChatWriter, ask, render, settle_system
+from engine.server.chat import ChatSession, PartWriter, ask, chat_of, render
 from engine.server.context import Call
 from engine.server.schemas import (
     MAX_MESSAGES,
@@ -45,7 +45,6 @@ from engine.text.answers import (
     ToolCall,
 )
 from engine.text.json_text import read_json
-from engine.text.outputs import RequestOutput
 
 PING = named_event({"type": "ping"})
 REASONS: dict[Finish | None, str] = {
@@ -286,7 +285,7 @@ class CountRequest(Body, kw_only=True):
             yield from turn.as_messages(f"messages.{index}")
 
     def as_chat(self, **sampling: Any) -> ChatRequest:
-        """Return the chat request, with the fields ``sampling``. Raises APIError 400 if a field is
+        """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
         not supported. O(blocks)."""
         choice, config = self.tool_choice, self.output_config or OutputConfig()
         switches: dict[str, Any] = {}
@@ -298,19 +297,16 @@ class CountRequest(Body, kw_only=True):
         if config.format is not None:
             named = NamedSchema(schema=config.format.schema)
             form = ResponseFormat(type="json_schema", json_schema=named)
-        try:
-            return ChatRequest(
-                messages=list(self._chat_messages()),
-                tools=None if self.tools is None else [tool.as_tool() for tool in self.tools],
-                tool_choice=None if choice is None else choice.as_choice(),
-                parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
-                chat_template_kwargs=switches or None,
-                response_format=form,
-                metadata=self.metadata,
-                **sampling,
-            )
-        except ValueError as error:
-            raise of_value(error) from error
+        return ChatRequest(
+            messages=list(self._chat_messages()),
+            tools=None if self.tools is None else [tool.as_tool() for tool in self.tools],
+            tool_choice=None if choice is None else choice.as_choice(),
+            parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
+            chat_template_kwargs=switches or None,
+            response_format=form,
+            metadata=self.metadata,
+            **sampling,
+        )
 
 
 class MessagesRequest(CountRequest, kw_only=True):
@@ -350,23 +346,18 @@ async def messages(call: Call, body: MessagesRequest) -> Response:
     ``max_tokens`` may be more than the context. It is required, so clients send that of Anthropic's
     models: Claude Code 32,000, pydantic-ai 16,384.
     """
-    chat = await _chat_of(call, body)
+    chat = await chat_of(call, body.as_chat)
     session = await ask(call, chat, new_id("msg", "_"), format_name="output_config.format")
     return await _MessagesWriter(body, session).respond(body.stream)
 
 
 async def count_tokens(call: Call, body: CountRequest) -> Response:
     """Return the length of the prompt of a request."""
-    prompt = await render(call, await _chat_of(call, body))
+    prompt = await render(call, await chat_of(call, body.as_chat))
     return json_response({"input_tokens": len(prompt.tokens)})
 
 
-async def _chat_of(call: Call, body: CountRequest) -> ChatRequest:
-    chat = await call.context.workers.run(call.size, body.as_chat)
-    return settle_system(call.context, chat)
-
-
-class _MessagesWriter(ChatWriter):
+class _MessagesWriter(PartWriter):
     """Writes one message."""
 
     PAUSE = PING
@@ -379,39 +370,38 @@ class _MessagesWriter(ChatWriter):
         self._told: dict[str, Any] = {"context_management": {"applied_edits": []}} if asked else {}
         thinking = body.thinking
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
+        self._thoughts = hashlib.sha256()
+        """Digest of the reasoning of the open block."""
 
     def failed(self, failure: APIError) -> bytes:
         return named_event(failure.body(self._session.call.request.scope))
 
-    def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
-        [answer] = answers
-        ending = self._ending(answer)
-        content = _content(answer.events, self._omits_thinking)
-        return self._message(content, ending, self._usage(answer.output)) | self._told
+    def whole(self) -> dict[str, Any]:
+        """Return the message, whose content is put together from the blocks of its stream."""
+        content = list[dict[str, Any]]()
+        for one in (*self.parts(self._answer.events), *self.close()):
+            match one:
+                case {"content_block": block}:
+                    content.append(block)
+                case {"delta": {"partial_json": text}}:
+                    content[-1]["input"] = read_json(text)
+                case {"delta": dict(delta)}:
+                    content[-1] |= {name: part for name, part in delta.items() if name != "type"}
+        return self._message(content, self._ending()) | self._told
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield ``message_start`` with the first output, which has the cached length, then one
-        block at a time, and ``ping`` in pauses."""
-        blocks = _Blocks(self._omits_thinking)
-        has_begun = False
-        async for news in self._session.news():
-            if not has_begun:
-                has_begun = True
-                message = self._message([], _NO_ENDING, self._usage(news.output))
-                yield named_event({"type": "message_start", "message": message})
-                yield PING
-            said = b"".join(map(named_event, blocks.write(news.new)))
-            if said:
-                yield said
-            if news.finish is not None:
-                last: dict[str, Any] = {"type": "message_delta", "delta": self._ending(news)}
-                last |= {"usage": self._usage(news.output)} | self._told
-                closing = [*blocks.close(), last, {"type": "message_stop"}]
-                yield b"".join(map(named_event, closing))
+    def write(self, news: AnswerReader, is_first: bool) -> Iterator[bytes]:
+        """Yield the events of one block at a time, at first after ``message_start``."""
+        if is_first:
+            message = self._message([], {"stop_reason": None, "stop_sequence": None})
+            yield named_event({"type": "message_start", "message": message})
+            yield PING
+        yield from map(named_event, self.parts(news.new))
 
-    def _message(
-        self, content: list[dict[str, Any]], ending: dict[str, Any], usage: dict[str, Any]
-    ) -> dict[str, Any]:
+    def end(self) -> Iterator[bytes]:
+        last = {"type": "message_delta", "delta": self._ending(), "usage": self._usage()}
+        yield from map(named_event, [*self.close(), last | self._told, {"type": "message_stop"}])
+
+    def _message(self, content: list[dict[str, Any]], ending: dict[str, Any]) -> dict[str, Any]:
         return {
             "id": self._session.answer_id,
             "type": "message",
@@ -419,35 +409,31 @@ class _MessagesWriter(ChatWriter):
             "model": self._context.model_name,
             "content": content,
             **ending,
-            "usage": usage,
+            "usage": self._usage(),
         }
 
-    def _ending(self, answer: AnswerReader) -> dict[str, Any]:
-        """Return the reason of the end, and a warning if there is one."""
-        finish, output = answer.finish, answer.output
+    def _ending(self) -> dict[str, Any]:
+        """Return the reason of the end, and a warning if there is one. The stop sequence that ended
+        the answer follows its text. O(tokens)."""
+        finish, output = self._answer.finish, self._answer.output
         reason, stop = REASONS.get(finish, "end_turn"), None
         if finish == "length" and len(output.output) < self._body.max_tokens:
             reason = "model_context_window_exceeded"
-        elif finish == "stop" and self._body.stop_sequences:
-            stop = self._stop_of(output, self._body.stop_sequences)
+        elif finish == "stop" and (stops := self._body.stop_sequences):
+            text = self._context.tokenizer.decode(output.token_ids)
+            met = [one for one in stops if text.startswith(one, len(output.text))]
+            stop = min(met, key=len, default=None)
             reason = reason if stop is None else "stop_sequence"
-        ending = {"stop_reason": reason, "stop_sequence": stop}
-        return ending if answer.warning is None else ending | {"warning": answer.warning}
+        return {"stop_reason": reason, "stop_sequence": stop} | self._answer.warned
 
-    def _stop_of(self, output: RequestOutput, stops: Sequence[str]) -> str | None:
-        """Return the stop sequence that ended an answer, which follows its text, or None.
-        O(tokens)."""
-        text = self._context.tokenizer.decode(output.token_ids)
-        met = [stop for stop in stops if text.startswith(stop, len(output.text))]
-        return min(met, key=len, default=None)
-
-    def _usage(self, output: RequestOutput) -> dict[str, Any]:
+    def _usage(self) -> dict[str, Any]:
         """Return the token counts; the three counts of input sum to the prompt.
 
         ``cache_creation_input_tokens`` counts the tokens computed up to the last mark of
         ``cache_control``.
         """
-        prompt, num_cached = self._session.prompt, output.cached_len
+        prompt, output = self._session.prompt, self._answer.output
+        num_cached = output.cached_len
         marked = [*prompt.cuts, *(prompt.spec.boundaries[-1:] if self._body.marks_end else ())]
         num_created = max(0, max(marked, default=0) - num_cached)
         return {
@@ -457,70 +443,32 @@ class _MessagesWriter(ChatWriter):
             "output_tokens": len(output.output),
         }
 
+    def open(self, one: Event) -> Iterator[dict[str, Any]]:
+        block: dict[str, Any] = {"type": "text", "text": ""}
+        if isinstance(one, ReasoningDelta):
+            block = {"type": "thinking", "thinking": "", "signature": ""}
+            self._thoughts = hashlib.sha256()
+        elif isinstance(one, ToolCall):
+            block = {"type": "tool_use", "id": new_id("toolu", "_"), "name": one.name, "input": {}}
+        yield {"type": "content_block_start", "index": self._place, "content_block": block}
 
-_NO_ENDING = {"stop_reason": None, "stop_sequence": None}
-
-
-def _content(events: Sequence[Event], omits_thinking: bool) -> list[dict[str, Any]]:
-    """Return a whole answer as the blocks of its stream."""
-    blocks, content = _Blocks(omits_thinking), list[dict[str, Any]]()
-    for one in (*blocks.write(events), *blocks.close()):
+    def extend(self, one: Event) -> Iterator[dict[str, Any]]:
         match one:
-            case {"content_block": block}:
-                content.append(block)
-            case {"delta": {"partial_json": text}}:
-                content[-1]["input"] = read_json(text)
-            case {"delta": dict(delta)}:
-                content[-1] |= {name: part for name, part in delta.items() if name != "type"}
-    return content
-
-
-class _Blocks:
-    """Writes events as blocks, of which one is open at a time."""
-
-    def __init__(self, omits_thinking: bool) -> None:
-        self._omits_thinking = omits_thinking
-        self._index = -1
-        self._open: type[Event] | None = None
-        self._thoughts = hashlib.sha256()
-
-    def write(self, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
-        for one in events:
-            match one:
-                case ReasoningDelta(text):
-                    empty = {"type": "thinking", "thinking": "", "signature": ""}
-                    yield from self._turn_to(ReasoningDelta, empty)
-                    self._thoughts.update(text.encode())
-                    if self._omits_thinking:
-                        continue
+            case ReasoningDelta(text):
+                self._thoughts.update(text.encode())
+                if not self._omits_thinking:
                     yield self._delta({"type": "thinking_delta", "thinking": text})
-                case TextDelta(text):
-                    yield from self._turn_to(TextDelta, {"type": "text", "text": ""})
-                    yield self._delta({"type": "text_delta", "text": text})
-                case ToolCall(name, arguments):
-                    block = {"type": "tool_use", "id": new_id("toolu", "_"), "name": name}
-                    yield from self._turn_to(ToolCall, {**block, "input": {}})
-                    yield self._delta({"type": "input_json_delta", "partial_json": arguments})
-                    yield from self.close()
+            case TextDelta(text):
+                yield self._delta({"type": "text_delta", "text": text})
+            case ToolCall(_, arguments):
+                yield self._delta({"type": "input_json_delta", "partial_json": arguments})
 
-    def close(self) -> Iterator[dict[str, Any]]:
-        """End the open block, if there is one."""
-        if self._open is ReasoningDelta:
+    def complete(self, is_cut: bool) -> Iterator[dict[str, Any]]:
+        if self._kind is ReasoningDelta:
             # Clients drop thinking without a signature; it proves nothing.
             sign = self._thoughts.hexdigest()
             yield self._delta({"type": "signature_delta", "signature": sign})
-        if self._open is not None:
-            self._open = None
-            yield {"type": "content_block_stop", "index": self._index}
-
-    def _turn_to(self, kind: type[Event], block: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        if self._open is kind:
-            return
-        yield from self.close()
-        self._open = kind
-        self._index += 1
-        self._thoughts = hashlib.sha256()
-        yield {"type": "content_block_start", "index": self._index, "content_block": block}
+        yield {"type": "content_block_stop", "index": self._place}
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+        return {"type": "content_block_delta", "index": self._place, "delta": delta}

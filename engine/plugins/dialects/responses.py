@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,9 +19,9 @@ from starlette.responses import Response
 
 from engine.plugins.dialects import DialectsConfig
 from engine.server.access import Tenant, new_id
-from engine.server.api_errors import APIError, of_value, quoted
+from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import Part, json_response, named_event, to_json
-from engine.server.chat import ChatSession, ChatWriter, ask, settle_system
+from engine.server.chat import ChatSession, PartWriter, ask, chat_of
 from engine.server.context import Call, ServingContext
 from engine.server.schemas import (
     IGNORED,
@@ -40,14 +40,7 @@ from engine.server.schemas import (
     parsed_arguments,
 )
 from engine.server.settings import ServerConfig
-from engine.text.answers import (
-    AnswerReader,
-    Event,
-    Finish,
-    ReasoningDelta,
-    TextDelta,
-    ToolCall,
-)
+from engine.text.answers import AnswerReader, Event, ReasoningDelta, TextDelta, ToolCall
 from engine.text.bounded_memory import BoundedMemory
 
 Kind = Literal["reasoning", "message", "function_call"]
@@ -276,8 +269,8 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
         return {_joined(*pair): pair for pair in pairs}
 
     def as_chat(self, before: Sequence[AnyItem]) -> ChatRequest:
-        """Return the chat request, after the items of earlier responses. Raises APIError 400 if a
-        field is not supported. O(all items)."""
+        """Return the chat request, after the items of earlier responses. Raises APIError 400 or
+        ValueError if a field is not supported. O(all items)."""
         try:
             messages = _messages(self.instructions, before, self.items)
         except ValueError as error:
@@ -288,21 +281,18 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
         if isinstance(choice, NamedFunction):
             choice = NamedTool(type="function", function=FunctionName(name=choice.name))
         asked = None if self.text is None else self.text.format
-        try:
-            return ChatRequest(
-                messages=messages,
-                tools=list(self._functions()) or None,
-                tool_choice=choice,
-                parallel_tool_calls=self.parallel_tool_calls,
-                max_completion_tokens=self.max_output_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
-                response_format=None if asked is None else asked.of_chat(),
-                metadata=self.metadata,
-            )
-        except ValueError as error:
-            raise of_value(error) from error
+        return ChatRequest(
+            messages=messages,
+            tools=list(self._functions()) or None,
+            tool_choice=choice,
+            parallel_tool_calls=self.parallel_tool_calls,
+            max_completion_tokens=self.max_output_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
+            response_format=None if asked is None else asked.of_chat(),
+            metadata=self.metadata,
+        )
 
 
 def _messages(
@@ -360,88 +350,6 @@ def _assistant(messages: list[Message], is_open: Callable[[Message], Any]) -> Me
     return messages[-1]
 
 
-class ResponseItems:
-    """Writes events; one item is open at a time."""
-
-    def __init__(self, namespaces: Mapping[str, tuple[str, str]]) -> None:
-        """``namespaces``: name in a call of the model -> (namespace, name) for the client."""
-        self._namespaces = namespaces
-        self.output: list[dict[str, Any]] = []
-        """Completed items."""
-        self._item: dict[str, Any] = {}
-        self._kind: Kind | None = None
-        self._pieces: list[str] = []
-
-    def write(self, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
-        for one in events:
-            match one:
-                case ReasoningDelta(text):
-                    yield from self._turn_to("reasoning", {"summary": [], "content": []})
-                    yield self._delta(text)
-                case TextDelta(text):
-                    yield from self._turn_to("message", {"role": "assistant", "content": []})
-                    yield self._delta(text)
-                case ToolCall(name, arguments):
-                    yield from self.close("completed")
-                    call = {"call_id": new_id("call", "_"), "name": name, "arguments": ""}
-                    if name in self._namespaces:
-                        call["namespace"], call["name"] = self._namespaces[name]
-                    yield from self._turn_to("function_call", call)
-                    yield self._delta(arguments)
-
-    def close(self, status: Literal["completed", "incomplete"]) -> Iterator[dict[str, Any]]:
-        """End the open item, if there is one."""
-        if self._kind is None:
-            return
-        kind, text = self._kind, "".join(self._pieces)
-        done = {"type": f"response.{WORDS[kind]}.done", **self._place()}
-        if kind == "function_call":
-            yield {**done, "name": self._item["name"], "arguments": text}
-            content: dict[str, Any] = {"arguments": text}
-        else:
-            part = self._part(text)
-            yield {**done, "text": text} | ({"logprobs": []} if kind == "message" else {})
-            yield {"type": "response.content_part.done", **self._place(), "part": part}
-            content = {"content": [part]}
-        item = self._item | content | {"status": status}
-        yield {
-            "type": "response.output_item.done",
-            "output_index": len(self.output),
-            "item": item,
-        }
-        self.output.append(item)
-        self._kind = None
-        self._pieces = []
-
-    def _turn_to(self, kind: Kind, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        if self._kind == kind:
-            return
-        yield from self.close("completed")
-        self._kind = kind
-        head = {"id": new_id(PREFIXES[kind], "_"), "type": kind, "status": "in_progress"}
-        self._item = head | fields
-        index = len(self.output)
-        yield {"type": "response.output_item.added", "output_index": index, "item": self._item}
-        if kind != "function_call":
-            part = self._part("")
-            yield {"type": "response.content_part.added", **self._place(), "part": part}
-
-    def _delta(self, text: str) -> dict[str, Any]:
-        assert self._kind is not None, "arguments of no call"
-        self._pieces.append(text)
-        delta = {"type": f"response.{WORDS[self._kind]}.delta", **self._place(), "delta": text}
-        return delta | ({"logprobs": []} if self._kind == "message" else {})
-
-    def _place(self) -> dict[str, Any]:
-        place = {"item_id": self._item["id"], "output_index": len(self.output)}
-        return place if self._kind == "function_call" else place | {"content_index": 0}
-
-    def _part(self, text: str) -> dict[str, Any]:
-        if self._kind == "reasoning":
-            return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
     """One response with the conversation that it ends."""
@@ -484,8 +392,7 @@ class Responses:
                 )
             call = replace(call, size=call.size + before.items_bytes)
         earlier = () if before is None else before.items
-        chat = await context.workers.run(call.size, lambda: body.as_chat(earlier))
-        chat = settle_system(context, chat)
+        chat = await chat_of(call, lambda: body.as_chat(earlier))
         session = await ask(call, chat, new_id("resp", "_"), "input", "text.format")
 
         def keep(response: dict[str, Any]) -> None:
@@ -525,7 +432,7 @@ class Responses:
         )
 
 
-class _ResponsesWriter(ChatWriter):
+class _ResponsesWriter(PartWriter):
     """Writes one response."""
 
     def __init__(
@@ -536,9 +443,14 @@ class _ResponsesWriter(ChatWriter):
     ) -> None:
         """``keep`` stores the whole response."""
         super().__init__(session)
-        self._keep = keep
-        self.items = ResponseItems(body.namespaces)
+        self._keep, self._namespaces = keep, body.namespaces
         self._num_events = 0
+        self._output: list[dict[str, Any]] = []
+        """Completed items."""
+        self._item: dict[str, Any] = {}
+        """Open item."""
+        self._pieces: list[str] = []
+        """Its text."""
         choice = body.tool_choice
         asked = (body.text and body.text.format) or TextFormat(type="text")
         self._head = {
@@ -559,64 +471,47 @@ class _ResponsesWriter(ChatWriter):
             "truncation": "disabled",
         }
 
-    def whole(self, answers: Sequence[AnswerReader]) -> dict[str, Any]:
-        [answer] = answers
-        for _ in self.items.write(answer.events):
+    def whole(self) -> dict[str, Any]:
+        for _ in self.parts(self._answer.events):
             pass
-        return self._ended(answer)
+        return self._ended()[-1]
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield ``response.created`` with the first output, which has the cached length, then the
-        items, and the whole response at the end."""
-        has_begun = False
-        async for news in self._session.news():
-            if not has_begun:
-                has_begun = True
-                yield self._started()
-            said = b"".join(map(self._event, self.items.write(news.new)))
-            if said:
-                yield said
-            if news.finish is not None:
-                closing = self._close(news.finish)
-                response = self._ended(news)
-                last = {"type": f"response.{response['status']}", "response": response}
-                yield b"".join(map(self._event, [*closing, last]))
+    def write(self, news: AnswerReader, is_first: bool) -> Iterator[bytes]:
+        """Yield the events of the items, at first after ``response.created``."""
+        if is_first:
+            response = self._response("in_progress", None)
+            for name in ("created", "in_progress"):
+                yield self._event({"type": f"response.{name}", "response": response})
+        yield from map(self._event, self.parts(news.new))
+
+    def end(self) -> Iterator[bytes]:
+        *closing, response = self._ended()
+        last = {"type": f"response.{response['status']}", "response": response}
+        yield from map(self._event, [*closing, last])
 
     def failed(self, failure: APIError) -> bytes:
         """Return the event of a failure in the middle of a stream."""
         error = {"code": failure.code or "server_error", "message": str(failure)}
-        response = self._response("failed", self.items.output, None) | {"error": error}
+        response = self._response("failed", None) | {"error": error}
         return self._event({"type": "response.failed", "response": response})
 
-    def _started(self) -> bytes:
-        response = self._response("in_progress", [], None)
-        names = ("created", "in_progress")
-        events = ({"type": f"response.{name}", "response": response} for name in names)
-        return b"".join(map(self._event, events))
-
-    def _ended(self, last: AnswerReader) -> dict[str, Any]:
-        """Return, and keep, the response with everything written so far."""
-        self._close(last.finish)
-        status = "incomplete" if last.finish == "length" else "completed"
-        response = self._response(status, self.items.output, self._usage(last))
-        if last.warning is not None:
-            response["warning"] = last.warning
+    def _ended(self) -> list[dict[str, Any]]:
+        """Return the last events of the items, then the whole response, which is kept."""
+        is_cut = self._answer.finish == "length"
+        closing = list(self.close(is_cut))
+        status = "incomplete" if is_cut else "completed"
+        response = self._response(status, self._usage()) | self._answer.warned
         self._keep(response)
-        return response
+        return [*closing, response]
 
-    def _close(self, finish: Finish | None) -> list[dict[str, Any]]:
-        return list(self.items.close("incomplete" if finish == "length" else "completed"))
-
-    def _response(
-        self, status: str, output: Sequence[dict[str, Any]], usage: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _response(self, status: str, usage: dict[str, Any] | None) -> dict[str, Any]:
         is_cut = status == "incomplete"
         return {
             **self._head,
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": list(output),
+            "output": list(self._output),
             "usage": usage,
         }
 
@@ -625,9 +520,9 @@ class _ResponsesWriter(ChatWriter):
         self._num_events += 1
         return named_event({**data, "sequence_number": number})
 
-    def _usage(self, answer: AnswerReader) -> dict[str, Any]:
+    def _usage(self) -> dict[str, Any]:
         """Return the token counts."""
-        output = answer.output
+        output = self._answer.output
         num_prompt, num_new = len(output.prompt_token_ids), len(output.output)
         return {
             "input_tokens": num_prompt,
@@ -636,6 +531,58 @@ class _ResponsesWriter(ChatWriter):
                 **self._session.written(output),
             },
             "output_tokens": num_new,
-            "output_tokens_details": {"reasoning_tokens": answer.num_reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": self._answer.num_reasoning_tokens},
             "total_tokens": num_prompt + num_new,
         }
+
+    def open(self, one: Event) -> Iterator[dict[str, Any]]:
+        fields: dict[str, Any] = {"role": "assistant", "content": []}
+        kind: Kind = "message"
+        if isinstance(one, ReasoningDelta):
+            kind, fields = "reasoning", {"summary": [], "content": []}
+        elif isinstance(one, ToolCall):
+            kind = "function_call"
+            fields = {"call_id": new_id("call", "_"), "name": one.name, "arguments": ""}
+            if one.name in self._namespaces:
+                fields["namespace"], fields["name"] = self._namespaces[one.name]
+        head = {"id": new_id(PREFIXES[kind], "_"), "type": kind, "status": "in_progress"}
+        self._item, self._pieces = head | fields, []
+        added = {"output_index": self._place, "item": self._item}
+        yield {"type": "response.output_item.added", **added}
+        if kind != "function_call":
+            yield self._of_item("content_part.added", part=self._part(""))
+
+    def extend(self, one: Event) -> Iterator[dict[str, Any]]:
+        match one:
+            case ReasoningDelta(text) | TextDelta(text) | ToolCall(_, text):
+                self._pieces.append(text)
+                yield self._of_item(f"{WORDS[self._item['type']]}.delta", delta=text)
+
+    def complete(self, is_cut: bool) -> Iterator[dict[str, Any]]:
+        kind, text = self._item["type"], "".join(self._pieces)
+        if kind == "function_call":
+            content: dict[str, Any] = {"arguments": text}
+            yield self._of_item(f"{WORDS[kind]}.done", name=self._item["name"], arguments=text)
+        else:
+            part = self._part(text)
+            content = {"content": [part]}
+            yield self._of_item(f"{WORDS[kind]}.done", text=text)
+            yield self._of_item("content_part.done", part=part)
+        item = self._item | content | {"status": "incomplete" if is_cut else "completed"}
+        done = {"output_index": self._place, "item": item}
+        yield {"type": "response.output_item.done", **done}
+        self._output.append(item)
+
+    def _of_item(self, event: str, **more: Any) -> dict[str, Any]:
+        """Return an event of the open item."""
+        place = {"item_id": self._item["id"], "output_index": self._place}
+        if self._item["type"] != "function_call":
+            place["content_index"] = 0
+        if self._item["type"] == "message" and "part" not in more:
+            more["logprobs"] = []
+        return {"type": f"response.{event}", **place, **more}
+
+    def _part(self, text: str) -> dict[str, Any]:
+        if self._item["type"] == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
