@@ -338,7 +338,7 @@ def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]
     """Yield (line and number, object) for every record of a JSON array, one at a time.
 
     A syntax error and a missing end are reported; records after them are lost. Holds one record
-    and ``_CHUNK`` characters.
+    and as many characters again, at least ``_CHUNK``. O(characters).
     """
     decoder = json.JSONDecoder()
     waiting, place, line, number, blank, is_array = "", 0, 1, 0, _OPENING, False
@@ -358,7 +358,7 @@ def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]
             is_whole = end <= len(waiting) - _LONGEST_WORD and "Unterminated" not in problem
             if not (is_end or is_whole or isinstance(value, dict)):
                 try:
-                    more = file.read(_CHUNK)
+                    more = file.read(max(_CHUNK, len(waiting)))  # A long record is tried seldom.
                 except DAMAGED as error:
                     bad.report(path, where, f"{_DAMAGE} ({error})")
                     return
