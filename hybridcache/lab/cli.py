@@ -1,21 +1,34 @@
-"""``hybridcache``: traces, simulations and the optimum on the command line."""
+"""``hybridcache``: traces, simulations, the optimum and the leaderboard on the command line.
+
+The modules of the laboratory are imported by the command that needs them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
+import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
 from hybridcache.command.signals import end_by_exception, open_closed_streams
-from hybridcache.lab.command.leaderboard import add_leaderboard
-from hybridcache.lab.command.optimum import add_optimum
-from hybridcache.lab.command.simulate import add_simulate
-from hybridcache.lab.command.trace import add_trace
+from hybridcache.geometry.units import counted
+
+if TYPE_CHECKING:
+    from hybridcache.lab.scenario import Scenario
+    from hybridcache.lab.trace import Trace
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -96,6 +109,490 @@ def _parser() -> argparse.ArgumentParser:
     for add in (add_trace, add_simulate, add_optimum, add_leaderboard):
         add(commands)
     return parser
+
+
+# --- Options of several commands ------------------------------------------------------------------
+
+
+TRACE_HELP = (
+    "[word:]file[?option=value&...], or a generator: chat, few-shot, agent, branch, resend, short, "
+    "conversations, sharegpt-like ..."
+)
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "--processes": {"type": int, "default": 1, "help": "runs at the same time; changes no result"},
+    "--skip-bad": {"action": "store_true", "help": "skip and count records that cannot be read"},
+}
+"""Options of more than one command that are no settings of a scenario."""
+
+
+class Once(argparse.Action):
+    """Action of a flag that may be given once: a second one is an error."""
+
+    _last: argparse.Namespace | None = None
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self._last is namespace:
+            hint = "" if self.type or self.choices else ": join values with commas"
+            parser.error(f"{option_string} is given twice{hint}")
+        self._last = namespace
+        setattr(namespace, self.dest, values)
+
+
+def share(parser: argparse._ActionsContainer, *flags: str) -> None:
+    """Add some of the ``SHARED`` options to ``parser``."""
+    for flag in flags:
+        parser.add_argument(flag, **SHARED[flag])
+
+
+def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Add flags for fields of ``Scenario``. Flags that are not given leave no trace in the
+    options."""
+    from hybridcache.lab.scenario import Scenario
+
+    known = {one.name: one for one in fields(Scenario)}
+    for name in names:
+        facts = known[name].metadata
+        help = facts["help"]
+        if facts["names"] is not None:
+            help += f": {', '.join(facts['names']())}"
+        default = known[name].default
+        usual = ",".join(default) if isinstance(default, tuple) else default
+        if not (usual in (None, "", 0.0) or usual is True or "default" in help):
+            help += f" (default {usual:g})" if isinstance(usual, float) else f" (default {usual})"
+        flag = {"action": Once} | facts["flag"]
+        if isinstance(default, bool):
+            flag["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            help=help.replace("%", "%%"),
+            **flag,
+        )
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of a scenario that were given as flags."""
+    from hybridcache.lab.scenario import Scenario
+
+    given = vars(options)
+    names = [one.name for one in fields(Scenario) if one.name != "trace" and one.name in given]
+    return {name: given[name] for name in names}
+
+
+def opened(spec: str, options: argparse.Namespace) -> Trace:
+    """Open the trace. With ``--skip-bad`` it is read once more, to report how many records are
+    bad. ValueError if all are."""
+    from hybridcache.lab.traces import open_trace
+
+    trace = open_trace(spec, skip_bad=options.skip_bad)
+    if options.skip_bad:
+        num_requests = sum(1 for _ in trace)
+        if not num_requests:
+            raise ValueError(f"{spec}: {trace.is_empty_because}")
+        found = counted(num_requests, "request")
+        print(f"{spec}: {found}, {trace.bad.left_out()}", file=sys.stderr)
+    return trace
+
+
+def check_figure(options: argparse.Namespace) -> None:
+    """Make the folder of ``--figure``. ValueError or OSError if no figure can be written there."""
+    from hybridcache.lab.figures import figure_path
+
+    if options.figure is not None:
+        figure_path(options.figure)
+
+
+# --- Traces ---------------------------------------------------------------------------------------
+
+
+FORMS = {
+    "jsonl": "this project's own form, complete (default)",
+    "mooncake": "hashes of prompts, no ids of answers, for benchmarks that replay by the clock",
+}
+
+
+def add_trace(commands: Commands) -> None:
+    """Add the command's parser."""
+    trace = commands.add_parser("trace", help="look at a trace, rewrite it, or download one")
+    verbs = trace.add_subparsers(title="verbs", required=True)
+    stats = verbs.add_parser(
+        "stats", help="requests, lengths, ideal hit rate, reuse, sharing by depth"
+    )
+    stats.add_argument("trace", help=TRACE_HELP)
+    share(stats, "--skip-bad")
+    stats.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    stats.set_defaults(run=_trace_stats)
+    convert = verbs.add_parser("convert", help="write any trace in another form")
+    convert.add_argument("trace", help=TRACE_HELP)
+    convert.add_argument("target", type=Path, metavar="output", help="new file to write")
+    convert.register("action", None, Once)
+    add = convert.add_argument
+    add(
+        "--to",
+        choices=FORMS,
+        default="jsonl",
+        help=", ".join(f"{w}: {h}" for w, h in FORMS.items()),
+    )
+    add("--block", type=int, default=512, help="tokens of a hashed block, for mooncake")
+    share(convert, "--skip-bad")
+    convert.set_defaults(run=_trace_convert)
+    fetch = verbs.add_parser("fetch", help="download a published trace into the cache folder")
+    fetch.add_argument("name", nargs="?", help="name of the trace; without it, all are listed")
+    fetch.set_defaults(run=_trace_fetch)
+
+
+def _trace_stats(options: argparse.Namespace) -> int:
+    from hybridcache.lab.progress import shown_progress
+    from hybridcache.lab.report import stats_table
+    from hybridcache.lab.trace_stats import trace_stats
+    from hybridcache.lab.traces import open_trace
+
+    trace = open_trace(options.trace, skip_bad=options.skip_bad)
+    with shown_progress(None, "requests") as show:
+        stats = trace_stats(trace, progress=lambda done: show(done, 0))
+    if trace.bad.count:
+        print(f"{options.trace}: {trace.bad.left_out()}", file=sys.stderr)
+    print(json.dumps(stats.as_record()) if options.json else stats_table(stats))
+    return 0
+
+
+def _trace_convert(options: argparse.Namespace) -> int:
+    from hybridcache.lab.traces import open_trace
+    from hybridcache.lab.traces.write import write_mooncake, write_own
+
+    trace = open_trace(options.trace, skip_bad=options.skip_bad)
+    target = options.target
+    if target.is_file():
+        raise ValueError(f"{target}: the file exists: remove it, or name another")
+    with _written_whole(target) as file:
+        if options.to == "jsonl":
+            num_requests = write_own(trace, file)
+        else:
+            num_requests = write_mooncake(trace, file, options.block)
+        if not num_requests:
+            raise ValueError(f"{options.trace}: {trace.is_empty_because}")
+    if trace.bad.count:
+        print(f"{options.trace}: {trace.bad.left_out()}", file=sys.stderr)
+    found, left_out = counted(num_requests, "request"), counted(trace.bad.count, "bad record")
+    print(f"{found} to {target}, {left_out} left out")
+    return 0
+
+
+def _trace_fetch(options: argparse.Namespace) -> int:
+    from hybridcache.lab.report import text_table
+    from hybridcache.lab.traces.fetch import PUBLISHED, fetch, find_published
+
+    if options.name is None:
+        rows = [[name, one.licence, one.content] for name, one in PUBLISHED.items()]
+        print(text_table(["name", "licence", "content"], rows))
+        return 0
+    path, published = fetch(options.name), find_published(options.name)
+    print(f"{path}\nlicence {published.licence}, from {published.address}")
+    print(f"hybridcache trace stats published:{options.name}")
+    return 0
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[TextIO]:
+    """Open a new text file, which is removed after an error; with the ending ``.gz`` it is
+    compressed. Pipes and devices are written directly."""
+    place = path.resolve()  # behind a link: the link stays
+    place.parent.mkdir(parents=True, exist_ok=True)
+    writes = gzip.open if place.suffix == ".gz" else open
+    try:
+        with cast("TextIO", writes(place, "wt", encoding="utf-8")) as file:
+            yield file
+    except BaseException:
+        if place.is_file():
+            place.unlink()
+        raise
+
+
+# --- Simulations ----------------------------------------------------------------------------------
+
+
+def add_simulate(commands: Commands) -> None:
+    """Add the command's parser. Its settings are the fields of ``Scenario``."""
+    from hybridcache.lab.report import METRICS
+    from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS, settings_of
+
+    parser = commands.add_parser(
+        "simulate", help="replay a trace through caches of many sizes", input_flag="--trace"
+    )
+    parser.register("action", None, Once)
+    group = parser.add_argument_group(MOST_USED)
+    add = group.add_argument
+    add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
+    add_settings(group, *settings_of(MOST_USED))
+    add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses get a file next to it")
+    add("--output", type=Path, help="JSON lines, one per run; a repeated command continues")
+    add("--scenario", type=Path, help="TOML file of settings; flags replace those of the file")
+    add(
+        "--write-scenario", type=Path, help="new TOML file to write the settings to; nothing is run"
+    )
+    share(group, "--processes")
+    add("--ray", help="address of a Ray cluster for the runs (auto: this machine's)")
+    group = parser.add_argument_group("results")
+    add = group.add_argument
+    add_settings(group, *settings_of("results"))
+    add(
+        "--bound",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also simulate an infinite cache",
+    )
+    add(
+        "--optimum",
+        action="store_true",
+        help="also compute a plan with hindsight at each size",
+    )
+    known = ", ".join(METRICS)
+    add("--metric", default="hit", help=f"metrics of tables and figure, joined by commas: {known}")
+    add("--losses", action="store_true", help="also print the tokens by loss cause")
+    share(group, "--skip-bad")
+    add_settings(parser.add_argument_group(MEMORY), *settings_of(MEMORY))
+    add_settings(parser.add_argument_group(TIERS), *settings_of(TIERS))
+    group = parser.add_argument_group(LOAD)
+    group.add_argument(
+        "--closed-loop",
+        action="store_true",
+        help="sessions arrive at a rate, and each request follows the answer and the pause before "
+        "it; requests are scheduled as in the engine",
+    )
+    add_settings(group, *settings_of(LOAD))
+    parser.set_defaults(run=_simulate, goes_on=True, parser=parser)
+
+
+ALONE = ("optimum", "losses", "metric", "bound")
+"""Options of replays alone that are no settings."""
+
+
+def _scenarios(options: argparse.Namespace) -> list[Scenario]:
+    """Return a scenario per trace, from the file and the flags."""
+    from hybridcache.lab.scenario import Scenario
+
+    given = given_settings(options)
+    base = Scenario.load(options.scenario) if options.scenario else None
+    specs = options.trace or ([] if base is None else [base.trace])
+    if not specs:
+        options.parser.error("the following arguments are required: --trace")
+    for spec in specs:
+        if specs.count(spec) > 1:
+            raise ValueError(f"--trace {spec} is given twice: give each once")
+    return [Scenario.of(replace(base, trace=spec) if base else spec, given) for spec in specs]
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    """Replay every trace, or serve it in closed loop, and print tables."""
+    scenarios = _scenarios(options)
+    if not options.closed_loop:
+        for scenario in scenarios:
+            scenario.refuse_load()
+    if options.write_scenario:
+        return _write_scenario(options, scenarios)
+    metrics = options.metric.split(",")
+    if options.closed_loop:
+        for flag in _given_flags(options, ALONE):
+            raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
+    else:
+        _check_metrics(metrics, options)
+    check_figure(options)
+    results: list[Any] = []
+    drawn: list[Path] = []
+    traces = [opened(str(scenario.trace), options) for scenario in scenarios]
+    for scenario, trace in zip(scenarios, traces, strict=True):
+        result, texts = _run(replace(scenario, trace=trace), options, metrics)
+        results.append(result)
+        if options.figure:  # before anything is printed: a pipe that reads it may close early
+            drawn = _draw(results, options, metrics)
+        for text in filter(None, texts):
+            print(text, end="\n\n")
+    for path in drawn:
+        print(f"figure: {path}")
+    return 1 if any(result.failures for result in results) else 0
+
+
+def _check_metrics(metrics: Sequence[str], options: argparse.Namespace) -> None:
+    """Raise ValueError for a metric that does not exist or is not computed."""
+    from hybridcache.lab.report import find_metric
+
+    for word in metrics:
+        find_metric(word)
+    known = options.optimum or (options.output and options.output.exists())
+    if "optimum" in metrics and not known:
+        raise ValueError("--metric optimum needs a plan: add --optimum")
+    if "bound" in metrics and not options.bound:
+        raise ValueError("--metric bound needs the infinite cache: leave --no-bound out")
+
+
+def _run(
+    scenario: Scenario, options: argparse.Namespace, metrics: Sequence[str]
+) -> tuple[Any, list[str]]:
+    """Return the result of one trace, and its texts."""
+    from hybridcache.lab.report import losses_table
+    from hybridcache.lab.simulation.closed_loop import closed_loop
+    from hybridcache.lab.simulation.simulate import simulate
+
+    place = {"processes": options.processes, "ray": options.ray, "resume_from": options.output}
+    if options.closed_loop:
+        served = closed_loop(scenario, **place)
+        return served, [served.table()]
+    result = simulate(scenario, bound=options.bound, optimum=options.optimum, **place)
+    losses = losses_table(result.runs) if options.losses else ""
+    return result, [*map(result.table, metrics), losses, result.verdict()]
+
+
+def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
+    """Write the settings to a new file, and name the flags that are not part of it."""
+    from hybridcache.lab.scenario import Scenario
+
+    path: Path = options.write_scenario
+    if len(scenarios) > 1:
+        raise ValueError("--write-scenario writes the settings of one trace: name one")
+    if path.exists():
+        raise ValueError(f"--write-scenario {path}: the file exists: remove it, or name another")
+    text = scenarios[0].to_toml()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"scenario: {path}")
+    known = {one.name for one in fields(Scenario)} | {"scenario", "write_scenario"}
+    others = _given_flags(options, [name for name in vars(options) if name not in known])
+    if others:
+        print(f"not part of a scenario, so give them with it: {' '.join(others)}")
+    return 0
+
+
+def _given_flags(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Return the flags of the options ``names`` that have another value than their default."""
+    return [
+        "--no-bound" if name == "bound" else f"--{name.replace('_', '-')}"
+        for name in names
+        if getattr(options, name) != options.parser.get_default(name)
+    ]
+
+
+def _draw(
+    results: Sequence[Any], options: argparse.Namespace, metrics: Sequence[str]
+) -> list[Path]:
+    """Draw the figures that were asked for, of the traces so far."""
+    from hybridcache.lab.figures import closed_loop_figure, losses_figure, sweep_figure
+
+    path: Path = options.figure
+    if options.closed_loop:
+        closed_loop_figure([run for result in results for run in result.runs], path)
+        return [path]
+    sweep_figure(results, path, metrics)
+    if not options.losses:
+        return [path]
+    losses_path = path.with_name(f"{path.stem}-losses{path.suffix}")
+    losses_figure(results, losses_path)
+    return [path, losses_path]
+
+
+# --- Optimum --------------------------------------------------------------------------------------
+
+
+def add_optimum(commands: Commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "optimum", help="a plan that knows all requests, and the bound of an infinite cache"
+    )
+    parser.register("action", None, Once)
+    add = parser.add_argument
+    add("--trace", type=str, required=True, help=TRACE_HELP)
+    share(parser, "--skip-bad")
+    add_settings(parser, "model", "gib", "state_dtype", "grid")
+    add(
+        "--counts-running",
+        action="store_true",
+        help="KV and state of the running request take memory too, as in every cache",
+    )
+    add("--json", action="store_true", help="JSON lines, one per size, instead of a table")
+    add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound")
+    parser.set_defaults(run=_optimum)
+
+
+def _optimum(options: argparse.Namespace) -> int:
+    from hybridcache.lab.figures import optimum_figure
+    from hybridcache.lab.scenario import Scenario
+    from hybridcache.lab.simulation.simulate import optimum
+
+    check_figure(options)
+    scenario = Scenario(opened(options.trace, options), **given_settings(options))
+    found = optimum(scenario, counts_running=options.counts_running)
+    if options.figure:
+        optimum_figure(found.plans, options.figure)
+    if options.json:
+        print("\n".join(json.dumps(plan) for plan in found.to_dicts()))
+    else:
+        print(found.table() + f"\nfigure: {options.figure}" * bool(options.figure))
+    return 0
+
+
+# --- Leaderboard ----------------------------------------------------------------------------------
+
+
+def add_leaderboard(commands: Commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "leaderboard", help="your policy against every built-in one on the evaluation split"
+    )
+    parser.register("action", None, Once)
+    add = parser.add_argument
+    add(
+        "policies",
+        nargs="*",
+        metavar="POLICY",
+        help="module:Class of an eviction policy, or eviction@placement",
+    )
+    add("--built-in", metavar="NAMES", help="built-in evictions, commas between (default: all)")
+    add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all ten)")
+    add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
+    share(parser, "--processes")
+    add("--output", type=Path, help="JSON lines of finished runs; a repeated command continues")
+    add("--json", action="store_true", help="JSON lines, one per policy, instead of a table")
+    parser.set_defaults(run=_leaderboard, goes_on=True)
+
+
+def _leaderboard(options: argparse.Namespace) -> int:
+    from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
+    from hybridcache.policies.registry import split_specs
+
+    named = options.built_in
+    built_in = BUILT_IN if named is None else tuple(filter(None, split_specs(named)))
+    board = leaderboard(
+        options.policies,
+        Split.load(options.split),
+        built_in=built_in,
+        seeds=options.seeds,
+        processes=options.processes,
+        resume_from=options.output,
+    )
+    if options.json:
+        for row in board.rows():
+            print(json.dumps(_finite(asdict(row))))
+        for name, words in board.failures.items():
+            print(json.dumps({"name": name, "failed": words}))
+    else:
+        print(board.table())
+    return 1 if board.failures else 0
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

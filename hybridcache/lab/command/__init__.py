@@ -1,1 +1,0 @@
-"""Commands of ``hybridcache``: one file per command, with its options and its work."""

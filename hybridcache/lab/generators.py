@@ -1,0 +1,503 @@
+"""Seeded workloads by name: published benchmarks, and families that differ in prompt overlap. One
+id is one token, and requests arrive one second apart if a workload says nothing else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial, wraps
+from itertools import islice
+from typing import Any, ParamSpec
+
+import numpy as np
+
+from hybridcache.lab.arrivals import Fixed, interleave
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.tokens import Tokens
+
+_VOCAB = 150_000
+Requests = Iterator[TraceRequest]
+Options = ParamSpec("Options")
+
+
+def generator(draw: Callable[Options, Requests]) -> Callable[Options, Trace]:
+    """Return the function that makes the trace of the requests that ``draw`` yields, under the name
+    of ``draw``. It refuses wrong arguments, which ``draw`` would find when the trace is read."""
+    signature = inspect.signature(draw)
+
+    @wraps(draw)
+    def make(*args: Options.args, **options: Options.kwargs) -> Trace:
+        try:
+            bound = signature.bind(*args, **options)
+        except TypeError as error:
+            raise TypeError(f"{draw.__name__}: {error}") from None
+        bound.apply_defaults()  # All ways to write the same options are one trace (identity_of).
+        source = partial(_drawn, make, *bound.args, **bound.kwargs)
+        return Trace(draw.__name__.replace("_", "-"), 1, source)
+
+    shown: Any = make
+    shown.__signature__ = signature.replace(return_annotation="Trace")
+    return make
+
+
+def _drawn(make: Any, *args: Any, **options: Any) -> Requests:
+    """Yield the requests of a trace. ``make`` can be pickled; the function in it cannot."""
+    requests: Requests = make.__wrapped__(*args, **options)
+    return requests
+
+
+class Writer:
+    """Draws texts and lengths, and numbers requests, which arrive one second apart."""
+
+    def __init__(self, seed: int | tuple[int, ...], boundaries: bool = True) -> None:
+        self.rng = np.random.default_rng(seed)
+        self._boundaries = boundaries
+        self._num_requests = 0
+
+    def text(self, num_tokens: int) -> Tokens:
+        return self.rng.integers(0, _VOCAB, num_tokens, dtype=np.int32)
+
+    def spread(self, mean: int, low: float = 0.3) -> int:
+        """Draw an integer uniformly from ``low`` to ``2 - low`` times the mean; at least 1."""
+        return max(1, int(mean * self.rng.uniform(low, 2 - low)))
+
+    def between(self, low: int, high: int) -> int:
+        """Draw an integer uniformly from ``low`` to ``high``, both included."""
+        return int(self.rng.integers(low, high + 1))
+
+    def request(self, session: int, prompt: Tokens, answer: Tokens, *shared: int) -> TraceRequest:
+        """Return the next request. ``shared`` are ends of parts that other sessions share."""
+        known: tuple[int, ...] = ()
+        if self._boundaries:  # those that a chat server sends if the next turn continues the prompt
+            known = chat_boundaries(len(prompt), shared, (len(prompt),)).positions
+        second = float(self._num_requests)
+        self._num_requests += 1
+        return TraceRequest(second, session, None, prompt, answer, known)
+
+
+# --- Workloads of published measurements ----------------------------------------------------------
+#
+# Each is exactly as stated there. In the descriptions, "about n" means U(.3, 1.7) around the mean:
+# ``int(n * uniform(.3, 1.7))``. With ``boundaries`` (the default) a prompt has the boundaries that
+# a chat server sends: the end of the system prompt, document or examples, and of the prompt.
+
+
+@generator
+def chat(seed: int = 0, boundaries: bool = True) -> Requests:
+    """Generate 40 conversations of 8 turns over 4 system prompts of 1,500 tokens. A turn adds about
+    300 tokens, its answer about 250.
+
+    Each round visits the conversations in a new random order. Ideal token hit rate .918.
+    """
+    writer = Writer(seed, boundaries)
+    systems = [writer.text(1500) for _ in range(4)]
+    histories = [systems[conversation % 4] for conversation in range(40)]
+    for _ in range(8):
+        for conversation in writer.rng.permutation(40).tolist():
+            question = writer.text(writer.spread(300))
+            prompt = np.concatenate((histories[conversation], question))
+            answer = writer.text(writer.spread(250))
+            histories[conversation] = np.concatenate((prompt, answer))
+            yield writer.request(conversation, prompt, answer, 1500)
+
+
+@generator
+def few_shot(seed: int = 0, boundaries: bool = True) -> Requests:
+    """Generate 320 requests: one of 8 prefixes of 1,500 tokens at random, then 700 unique tokens;
+    answers of 32. Ideal token hit rate .665."""
+    writer = Writer(seed, boundaries)
+    prefixes = [writer.text(1500) for _ in range(8)]
+    for request in range(320):
+        prefix = prefixes[int(writer.rng.integers(8))]
+        prompt = np.concatenate((prefix, writer.text(700)))
+        yield writer.request(request, prompt, writer.text(32), 1500)
+
+
+@generator
+def agent(seed: int = 0, boundaries: bool = True) -> Requests:
+    """Generate 10 agents with unique beginnings of 4,000 tokens, in round-robin order. Each of 32
+    turns adds U{50..600} tokens; answers have U{40..200}. Ideal token hit rate .960."""
+    writer = Writer(seed, boundaries)
+    histories = [writer.text(4000) for _ in range(10)]
+    for _ in range(32):
+        for number in range(10):
+            observation = writer.text(writer.between(50, 600))
+            prompt = np.concatenate((histories[number], observation))
+            answer = writer.text(writer.between(40, 200))
+            histories[number] = np.concatenate((prompt, answer))
+            yield writer.request(number, prompt, answer, 4000)
+
+
+@generator
+def branch(seed: int = 0, boundaries: bool = True) -> Requests:
+    """Generate 10 documents of 6,000 tokens, 4 questions of 120 on each, and 4 samples of 40 on
+    each question. Depth first, answers of 60. Ideal token hit rate .928."""
+    writer = Writer(seed, boundaries)
+    for number in range(10):
+        document = writer.text(6000)
+        for _ in range(4):
+            stem = np.concatenate((document, writer.text(120)))
+            for _ in range(4):
+                prompt = np.concatenate((stem, writer.text(40)))
+                yield writer.request(number, prompt, writer.text(60), 6000)
+
+
+@generator
+def resend(seed: int = 0, boundaries: bool = True) -> Requests:
+    """Generate 40 prompts of U{400..6,000} tokens, the whole list three times, answers of 16. Ideal
+    token hit rate .666."""
+    writer = Writer(seed, boundaries)
+    prompts = [writer.text(writer.between(400, 6000)) for _ in range(40)]
+    for _ in range(3):
+        for number, prompt in enumerate(prompts):
+            yield writer.request(number, prompt, writer.text(16))
+
+
+@generator
+def short(seed: int = 0, boundaries: bool = True) -> Requests:
+    """Generate 40 conversations of 3 turns over 4 system prompts of 320 tokens. Turns and answers
+    have 60 tokens; each round has a new order. Ideal token hit rate .859."""
+    writer = Writer(seed, boundaries)
+    systems = [writer.text(320) for _ in range(4)]
+    histories = [systems[conversation % 4] for conversation in range(40)]
+    for _ in range(3):
+        for conversation in writer.rng.permutation(40).tolist():
+            prompt = np.concatenate((histories[conversation], writer.text(60)))
+            answer = writer.text(60)
+            histories[conversation] = np.concatenate((prompt, answer))
+            yield writer.request(conversation, prompt, answer, 320)
+
+
+def conversations(
+    live: int = 64,
+    num_conversations: int = 2000,
+    turns: int = 5,
+    seed: int = 0,
+    boundaries: bool = True,
+) -> Trace:
+    """Generate the tree-cost workload: 16 system prompts of 500 tokens. A turn adds n =
+    U{200..1,000} tokens, floor(2n/3) of them the user's.
+
+    ``live`` conversations are open. The next request comes from a random one, and a finished one is
+    replaced. The defaults give 10,000 requests of about 2,100 tokens; 20 conversations of 200 turns
+    are the long variant (mean prompt 61,000).
+    """
+    name = f"conversations-{live}" if turns == 5 else f"conversations-{live}x{turns}"
+    return replace(_conversations(live, num_conversations, turns, seed, boundaries), name=name)
+
+
+@generator
+def _conversations(
+    live: int, num_conversations: int, turns: int, seed: int, boundaries: bool
+) -> Requests:
+    writer = Writer(seed, boundaries)
+    systems = [writer.text(500) for _ in range(16)]
+    opened = min(live, num_conversations)
+
+    def begin(number: int) -> tuple[int, int, Tokens]:
+        """Open a conversation: (number, turns left, history)."""
+        return number, turns, systems[int(writer.rng.integers(16))]
+
+    table = [begin(number) for number in range(opened)]
+    while table:
+        place = int(writer.rng.integers(len(table)))
+        number, left, history = table[place]
+        added = writer.between(200, 1000)
+        prompt = np.concatenate((history, writer.text(added * 2 // 3)))
+        answer = writer.text(added - added * 2 // 3)
+        yield writer.request(number, prompt, answer, 500)
+        if left > 1:
+            table[place] = (number, left - 1, np.concatenate((prompt, answer)))
+        elif opened < num_conversations:
+            table[place] = begin(opened)
+            opened += 1
+        else:
+            table[place] = table[-1]
+            table.pop()
+
+
+# --- Families that differ only in how prompts overlap ---------------------------------------------
+#
+# The first five are those of "Sparse Prefix Caching" (arXiv 2605.05219), to separate placement
+# policies. They differ in the position at which the next prompt diverges from a cached one. The
+# paper uses one prefix or document of some hundred tokens; these workloads have several, of
+# thousands of tokens. Diffuse cuts are normally distributed here, and uniform over the last five
+# sixths in the paper.
+
+_ANSWER = 32
+
+
+@generator
+def exact_hot_prefix(
+    seed: int = 0, requests: int = 500, prefixes: int = 4, length: int = 4096, suffix: int = 256
+) -> Requests:
+    """Generate prompts of one of a few hot prefixes, whole, plus a unique suffix. There is one good
+    position per prefix."""
+    writer = Writer(seed)
+    hot = [writer.text(length) for _ in range(prefixes)]
+    for number in range(requests):
+        prompt = np.concatenate((hot[int(writer.rng.integers(prefixes))], writer.text(suffix)))
+        yield writer.request(number, prompt, writer.text(_ANSWER), length)
+
+
+@generator
+def append_only_chat(
+    seed: int = 0, sessions: int = 25, turns: int = 20, added: int = 400
+) -> Requests:
+    """Generate sessions in round-robin order. Each prompt is the last prompt, its answer and
+    ``added`` new tokens, so the end of the prompt is the best position."""
+    writer = Writer(seed)
+    histories = [writer.text(0) for _ in range(sessions)]
+    for _ in range(turns):
+        for session in range(sessions):
+            prompt = np.concatenate((histories[session], writer.text(added)))
+            answer = writer.text(_ANSWER)
+            histories[session] = np.concatenate((prompt, answer))
+            yield writer.request(session, prompt, answer)
+
+
+@generator
+def diffuse_cut_points(
+    seed: int = 0, requests: int = 500, documents: int = 4, length: int = 8192, suffix: int = 256
+) -> Requests:
+    """Generate prompts that leave a long document at a normally distributed point (mean 1/2 of its
+    length, standard deviation 1/8). No single position is right."""
+    return _cut_documents(seed, requests, documents, length, suffix, False)
+
+
+@generator
+def uniform_adversary(
+    seed: int = 0, requests: int = 500, documents: int = 4, length: int = 8192, suffix: int = 256
+) -> Requests:
+    """Generate prompts that leave a long document at a uniformly distributed point. In this worst
+    case, balanced checkpoints are optimal."""
+    return _cut_documents(seed, requests, documents, length, suffix, True)
+
+
+def _cut_documents(
+    seed: int, requests: int, documents: int, length: int, suffix: int, uniform: bool
+) -> Requests:
+    writer = Writer(seed, boundaries=False)
+    rng = writer.rng
+    texts = [writer.text(length) for _ in range(documents)]
+    for number in range(requests):
+        drawn = rng.uniform(1, length) if uniform else rng.normal(length / 2, length / 8)
+        cut = min(max(int(drawn), 1), length)
+        prompt = np.concatenate((texts[int(rng.integers(documents))][:cut], writer.text(suffix)))
+        yield writer.request(number, prompt, writer.text(_ANSWER))
+
+
+@generator
+def agent_tree(
+    seed: int = 0,
+    tasks: int = 10,
+    depth: int = 6,
+    width: int = 2,
+    root: int = 3000,
+    step: int = 400,
+) -> Requests:
+    """Generate trees of agent steps, one per task, explored breadth first. Every step is continued
+    ``width`` times."""
+    writer = Writer(seed)
+    for task in range(tasks):
+        level = [writer.text(root)]
+        for _ in range(depth):
+            following = []
+            for history in level:
+                for _ in range(width):
+                    prompt = np.concatenate((history, writer.text(step)))
+                    answer = writer.text(_ANSWER)
+                    yield writer.request(task, prompt, answer, root)
+                    following.append(np.concatenate((prompt, answer)))
+            # Continue from a subset of the steps, so that the steps per level stay bounded.
+            level = following[:: max(1, len(following) // 8)]
+
+
+@generator
+def tree_of_thoughts(
+    seed: int = 0,
+    problems: int = 12,
+    depth: int = 3,
+    beam: int = 5,
+    proposals: int = 8,
+    samples: int = 3,
+) -> Requests:
+    """Generate problems solved by a breadth-first search over thoughts: short prompts that branch.
+
+    At each of ``depth`` steps, one prompt per kept path requests ``proposals`` next thoughts. Each
+    thought is then judged ``samples`` times in a separate prompt, and ``beam`` paths are kept. Both
+    prompts consist of instructions (U{200..280} tokens, the same for all problems), a problem of
+    U{30..50} and thoughts of U{20..40}: about 330 tokens on average.
+
+    Source: Tree of Thoughts (arXiv 2305.10601), section 4.1. The defaults are its breadth, depth
+    and number of samples.
+    """
+    writer = Writer(seed)
+    propose, judge = (writer.text(writer.between(200, 280)) for _ in range(2))
+    for problem in range(problems):
+        kept = [writer.text(writer.between(30, 50))]
+        for _ in range(depth):
+            found = []
+            for path in kept:
+                thoughts = [writer.text(writer.between(20, 40)) for _ in range(proposals)]
+                prompt, answer = np.concatenate((propose, path)), np.concatenate(thoughts)
+                yield writer.request(problem, prompt, answer, len(propose))
+                found += [np.concatenate((path, thought)) for thought in thoughts]
+            for path in found:
+                prompt = np.concatenate((judge, path))
+                for _ in range(samples):
+                    yield writer.request(problem, prompt, writer.text(8), len(judge))
+            chosen = writer.rng.choice(len(found), min(beam, len(found)), False)
+            kept = [found[place] for place in chosen]
+
+
+# --- Agents that search a tree of actions depth first ---------------------------------------------
+
+_QUERY, _NOTE = 60, 80
+"""Tokens of a task's query, and of the note that requests an action not tried yet."""
+
+
+@generator
+def tree_search(
+    seed: int = 0,
+    tasks: int = 40,
+    toolsets: int = 12,
+    root: int = 2500,
+    depth: int = 8,
+    width: int = 2,
+    steps: int = 24,
+    dead_end: float = 0.3,
+    step: int = 350,
+    parallel: int = 1,
+    boundaries: bool = True,
+) -> Requests:
+    """Generate a ToolBench-like workload of depth-first searches.
+
+    A task's prompt begins with one of ``toolsets`` shared system prompts with tools, of around
+    ``root`` tokens. Actions and their results, around ``step`` tokens together, follow along one
+    path.
+
+    An action is tried, and then others below it down to ``depth``. It is a dead end with
+    probability ``dead_end``. In that case the search returns to the nearest ancestor with fewer
+    than ``width`` actions and requests another one. The note at the end of that prompt is not
+    repeated in later prompts.
+
+    A task ends after ``steps`` requests or when the tree is exhausted; ``parallel`` tasks take
+    turns. With ``boundaries``, each prompt states the end of its tools and
+    its own.
+    """
+    writer = Writer(seed)
+    systems = [writer.text(writer.spread(root, 0.4)) for _ in range(toolsets)]
+
+    def search(task: int, system: Tokens) -> Requests:
+        """Yield the requests of one task."""
+        writer = Writer((seed, task), boundaries)
+        path = [np.concatenate((system, writer.text(_QUERY)))]
+        tried = [0]
+        for _ in range(steps):
+            while tried and tried[-1] == width:
+                path.pop()
+                tried.pop()
+            if not tried:
+                return
+            note = writer.text(_NOTE if tried[-1] else 0)
+            action = writer.text(writer.spread(step // 4, 0.4))
+            yield writer.request(task, np.concatenate((path[-1], note)), action, len(system))
+            tried[-1] += 1
+            if len(path) < depth and writer.rng.random() >= dead_end:
+                returned = writer.text(writer.spread(step - step // 4, 0.4))
+                path.append(np.concatenate((path[-1], action, returned)))
+                tried.append(0)
+
+    waiting = iter(range(tasks))
+    running: list[Requests] = []
+    second = 0.0
+    while True:
+        while len(running) < parallel and (task := next(waiting, None)) is not None:
+            running.append(search(task, systems[int(writer.rng.integers(toolsets))]))
+        if not running:
+            return
+        for one in list(running):
+            request = next(one, None)
+            if request is None:
+                running.remove(one)
+            else:
+                yield request._replace(timestamp_s=second)
+                second += 1.0
+
+
+# --- Long chats of ShareGPT -----------------------------------------------------------------------
+#
+# Sessions of ten turns or more, as Marconi's evaluation selects them. The workload follows the
+# published statistics: about 1,500 requests in 100 sessions, mean prompt 3,500 tokens, ideal token
+# hit rate 97.6 %. Session k starts at k / (sessions per second). The pause before a question is the
+# time to type it at 90 words per minute.
+
+_TOKENS_PER_S_TYPED = 90 / 60 * 1.3  # 90 words a minute, 1.3 tokens a word
+
+
+@generator
+def sharegpt_like(
+    seed: int = 0,
+    requests: int = 600,
+    sessions: int = 100,
+    sessions_per_s: float = 0.25,
+    user: int = 70,
+    answer: int = 245,
+    systems: int = 0,
+) -> Requests:
+    """Generate the first ``requests`` of ``sessions`` chats. Questions and answers have log-normal
+    lengths with medians ``user`` and ``answer``.
+
+    If ``systems`` is positive, each session starts with one of ``systems`` shared prompts of 2,000
+    tokens.
+    """
+    writer = Writer(seed)
+    shared = [writer.text(2000) for _ in range(systems)] or [writer.text(0)]
+    openings = [shared[int(writer.rng.integers(len(shared)))] for _ in range(sessions)]
+    drawn = (
+        _session(seed, number, user, answer, opening) for number, opening in enumerate(openings)
+    )
+    return islice(interleave(drawn, Fixed(sessions_per_s)), requests)
+
+
+def _session(seed: int, number: int, user: int, answer: int, opening: Tokens) -> list[TraceRequest]:
+    writer = Writer((seed, number))
+    turns = 10 + int(writer.rng.geometric(1 / 6)) - 1
+    requests = []
+    history = opening
+    when = 0.0
+    for _ in range(turns):
+        question = writer.text(_length(writer.rng, user))
+        prompt = np.concatenate((history, question))
+        reply = writer.text(_length(writer.rng, answer))
+        when += len(question) / _TOKENS_PER_S_TYPED
+        request = writer.request(number, prompt, reply, len(opening))
+        requests.append(request._replace(timestamp_s=when))
+        history = np.concatenate((prompt, reply))
+    return requests
+
+
+def _length(rng: np.random.Generator, median: int) -> int:
+    return max(1, min(int(rng.lognormal(np.log(median), 0.8)), 4000))
+
+
+GENERATORS: dict[str, Callable[..., Trace]] = {
+    "chat": chat,
+    "few-shot": few_shot,
+    "agent": agent,
+    "branch": branch,
+    "resend": resend,
+    "short": short,
+    "conversations": conversations,
+    "sharegpt-like": sharegpt_like,
+    "exact-hot-prefix": exact_hot_prefix,
+    "append-only-chat": append_only_chat,
+    "diffuse-cut-points": diffuse_cut_points,
+    "agent-tree": agent_tree,
+    "tree-of-thoughts": tree_of_thoughts,
+    "uniform-adversary": uniform_adversary,
+    "tree-search": tree_search,
+}
