@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
 from hybridcache.geometry.units import counted
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.optimum.solve import Optimum, best_plan
+from hybridcache.lab.optimum import Optimum, best_plan
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.grid import Kept, check_flags, run_grid

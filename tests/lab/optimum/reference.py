@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from hybridcache.lab.optimum.plan import MemoryBudget
+from hybridcache.lab.optimum import MemoryBudget
 
 Path = tuple[int, ...]
 Cache = frozenset[tuple[str, Path]]

@@ -9,9 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.lab.optimum import MemoryBudget, best_plan
-from hybridcache.lab.optimum.greedy import clairvoyant_greedy
-from hybridcache.lab.optimum.trie import build_trie
+from hybridcache.lab.optimum import MemoryBudget, best_plan, build_trie, clairvoyant_greedy
 from hybridcache.lab.trace import Trace, TraceRequest
 from tests.lab.optimum.reference import brute_force
 
