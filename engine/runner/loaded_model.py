@@ -14,9 +14,9 @@ from engine.layers.prediction import PredictionHead
 from engine.models import read_model
 from engine.models.decoder import Decoder
 from engine.runner.backends import Kernels
-from engine.runner.checkpoints import STAGING_BYTES
 from engine.runner.device import Device
 from engine.runner.loading import DTYPES, load_model, resolve_dtype
+from engine.runner.memory import STAGING_BYTES
 from engine.runner.memory_plan import MIN_KV_TOKENS, MemoryPlan, kv_row_bytes, state_slot_bytes
 from engine.weights.model_config import ModelConfig, ModelError, read_config
 from engine.weights.scheme import read_quantization

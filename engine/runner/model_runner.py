@@ -3,7 +3,7 @@ step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -26,9 +26,10 @@ from engine.runner.loaded_model import LoadedModel
 from engine.runner.memory import Memory
 from engine.runner.memory_plan import MemoryPlan
 from engine.runner.mtp_head import Predictor
-from engine.runner.step_inputs import Copies, RequestTable, RunningStates, StepInputs
+from engine.runner.step_inputs import RequestTable, RunningStates, StepInputs
 from engine.schedule.scheduler import Batch, Newest, logit_rows, pieces
 from engine.weights.model_config import ModelError
+from hybridcache.allocators.moves import Move, Transfer
 from hybridcache.tokens import Indices, Tokens
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
@@ -81,7 +82,12 @@ class ModelRunner:
             num_staged=loaded.num_staged,
         )
         self.running = RunningStates(self.tensors.step_slots)
-        self._copies = Copies(self.tensors, self.kernels, self.device)
+        self._cache_write, self._state_copy = (
+            self.kernels["cache_write"],
+            self.kernels["state_copy"],
+        )
+        self._transfer: Callable[[Transfer], None] | None = None
+        """Executes a transfer between tiers; None if there is only the device."""
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
         )
@@ -110,7 +116,7 @@ class ModelRunner:
         """Move displaced states to the slots of their requests, except for a step that is not
         committed yet."""
         self.device.make_current()  # The calling thread may be a new one, as in ``forward``.
-        self._copies.return_states(self.running)
+        self._return_states()
 
     @property
     def is_asynchronous(self) -> bool:
@@ -225,16 +231,52 @@ class ModelRunner:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _forward_piece(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
-        self._copies.move(batch.moves)
+        self._move(batch.moves)
         self.table.write(batch.row_writes)
-        self._copies.restore(batch.restores)
+        if self.tensors.checkpoints is None:
+            self._copy_states(batch.restores)
+        else:
+            self.tensors.checkpoints.restore(batch.restores, self._state_copy)
         logits = self._logits(batch, drawn)
         saved = batch.saved_by_decodes
         if self.tensors.checkpoints is not None:
             exports = [slot for s in batch.segments if not s.is_decode for _, slot in s.exports]
             saved += zip(self.tensors.checkpoints.staging, exports, strict=False)
-        self._copies.save(saved)
+        self._save(saved)
         return logits
+
+    def _move(self, transfers: Sequence[Transfer]) -> None:
+        """Execute ``transfers`` one after the other, because one may read rows that another
+        wrote."""
+        for transfer in transfers:
+            if not isinstance(transfer, Move):
+                assert self._transfer is not None, "there is no tier outside the device"
+                self._transfer(transfer)
+                continue
+            pairs = np.stack([transfer.src, transfer.dst])
+            sources, targets = upload(pairs, torch.int32, self.device.torch_device)
+            self._cache_write.move_rows(self.tensors.rows, sources, targets)
+
+    def _save(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy states to checkpoints: (slot of a state, checkpoint slot)."""
+        if self.tensors.checkpoints is None:
+            self._copy_states(copies)
+        else:
+            self.tensors.checkpoints.save(copies, self._state_copy)
+
+    def _return_states(self, but: Collection[int] = ()) -> None:
+        """Copy displaced states back to their own slots, except those of the own slots ``but``."""
+        if displaced := self.running.displaced(but):
+            self._copy_states(displaced)
+            self.running.mark_returned(displaced)
+
+    def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy states: (slot of a state, target slot)."""
+        if not copies or not self.tensors.states:
+            return
+        pairs = np.array(copies, dtype=np.int32).T.copy()
+        sources, targets = upload(pairs, torch.int32, self.device.torch_device)
+        self._state_copy.copy_states(self.tensors.states, sources, targets)
 
     def _place(self, batch: Batch) -> None:
         """Assign slots to the states of a verification. States that ``batch`` moves, copies or does
@@ -246,7 +288,7 @@ class ModelRunner:
             for segment in batch.segments
             if segment.num_drafts and segment.slot is not None
         ]
-        self._copies.return_states(self.running, () if moves else dict(verified))
+        self._return_states(() if moves else dict(verified))
         self.running.verify(verified)
 
     @torch.inference_mode()
@@ -264,7 +306,7 @@ class ModelRunner:
                 if segment.start < position <= segment.start + count
             ]
         self.running.take(taken)
-        self._copies.save(saved)
+        self._save(saved)
 
     def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         if not batch.segments:
@@ -309,7 +351,7 @@ class ModelRunner:
     def attach_tiers(self, copier: Callable[..., Any], num_host_rows: int) -> float | None:
         """See ``Runner.attach_tiers``."""
         made = copier(self.tensors.rows, self.memory, self.device, num_host_rows)
-        self._copies.transfer = made.make
+        self._transfer = made.make
         return cast("float | None", made.host_bytes_per_s)
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:

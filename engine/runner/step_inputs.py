@@ -1,9 +1,8 @@
-"""Inputs of a step: the KV rows and states of running requests, their copies before and after each
-step, and the tensors of a batch."""
+"""Inputs of a step: the KV rows and states of running requests, and the tensors of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,9 @@ from engine.layers.blocks import (
     VerifyPart,
     tokens_before,
 )
-from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.memory import Memory, allocate
 from engine.schedule.scheduler import Batch, Segment
-from hybridcache.allocators.moves import Move, Transfer
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
 from kernels.upload import upload
@@ -113,56 +110,6 @@ class RunningStates:
         held = [*self._free, *self._displaced.values(), *given]
         assert len(held) == len(self._step_slots) and set(held) == self._step_slots
         assert not self._step_slots & set(self._displaced), "a step slot is used as an own slot"
-
-
-class Copies:
-    """Executes copies of rows and states, in the order of the device's operations."""
-
-    def __init__(self, tensors: Memory, kernels: Kernels, device: Device) -> None:
-        self.transfer: Callable[[Transfer], None] | None = None
-        """Executes a transfer between tiers; None if there is only the device."""
-        self._tensors, self._device = tensors, device.torch_device
-        self._cache_write, self._state_copy = kernels["cache_write"], kernels["state_copy"]
-
-    def move(self, transfers: Sequence[Transfer]) -> None:
-        """Execute ``transfers`` one after the other, because one may read rows that another
-        wrote."""
-        for transfer in transfers:
-            if not isinstance(transfer, Move):
-                assert self.transfer is not None, "there is no tier outside the device"
-                self.transfer(transfer)
-                continue
-            pairs = np.stack([transfer.src, transfer.dst])
-            sources, targets = upload(pairs, torch.int32, self._device)
-            self._cache_write.move_rows(self._tensors.rows, sources, targets)
-
-    def restore(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy checkpoints to running states: (checkpoint slot, own slot)."""
-        if self._tensors.checkpoints is None:
-            self.copy_states(copies)
-        else:
-            self._tensors.checkpoints.restore(copies, self._state_copy)
-
-    def save(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy states to checkpoints: (slot of a state, checkpoint slot)."""
-        if self._tensors.checkpoints is None:
-            self.copy_states(copies)
-        else:
-            self._tensors.checkpoints.save(copies, self._state_copy)
-
-    def return_states(self, running: RunningStates, but: Collection[int] = ()) -> None:
-        """Copy displaced states back to their own slots, except those of the own slots ``but``."""
-        if displaced := running.displaced(but):
-            self.copy_states(displaced)
-            running.mark_returned(displaced)
-
-    def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy states: (slot of a state, target slot)."""
-        if not copies or not self._tensors.states:
-            return
-        pairs = np.array(copies, dtype=np.int32).T.copy()
-        sources, targets = upload(pairs, torch.int32, self._device)
-        self._state_copy.copy_states(self._tensors.states, sources, targets)
 
 
 class RequestTable:

@@ -20,11 +20,11 @@ One insertion gives three records:
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 from hybridcache.allocators.arena import ArenaAllocator
-from hybridcache.api import Listener, Losses
+from hybridcache.api import Listener
 from hybridcache.radix.tree import NodeHandle, RadixNode
 
 Record = list[Any]
@@ -37,13 +37,9 @@ MAX_LETTERS = 80
 
 
 class Recorder(Listener):
-    """Collects changes until ``take``. O(1) per change, plus a checksum per new segment.
+    """Collects changes until ``take``. O(1) per change, plus a checksum per new segment."""
 
-    ``scale`` is the number of tokens per id of the cache.
-    """
-
-    def __init__(self, scale: int = 1) -> None:
-        self._scale = scale
+    def __init__(self) -> None:
         self._records: list[Record] = []
         self._names: dict[int, str | None] = {}
         self.nodes: dict[int, RadixNode] = {}
@@ -54,23 +50,19 @@ class Recorder(Listener):
         records, self._records = self._records, []
         return records
 
-    def __len__(self) -> int:
-        return len(self._records)
-
     def kv_stored(self, node: RadixNode) -> None:
         parent, kv = node.parent, node.kv
         assert parent is not None and kv is not None
         above = node_id(parent)
         name = show_namespace(parent.key) if above is None else self._names[above]
         self._names[kv.serial], self.nodes[kv.serial] = name, node
-        start, end = node.start * self._scale, node.end * self._scale
-        record = ["kv", kv.serial, above, name, start, end, _key(node), kv.uses, kv.last_used]
-        self._records.append(record)
+        place = [kv.serial, above, name, node.start, node.end]
+        self._records.append(["kv", *place, _key(node), kv.uses, kv.last_used])
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
         id_, new = _id(lower), _id(upper)
         self._names[new], self.nodes[new] = self._names[id_], upper
-        self._records.append(["split", id_, new, upper.end * self._scale, _key(lower)])
+        self._records.append(["split", id_, new, upper.end, _key(lower)])
 
     def kv_removed(self, node: RadixNode) -> None:
         id_ = _id(node)
@@ -109,37 +101,6 @@ def _key(node: RadixNode) -> int:
     The page uses it to recognise ghosts that return.
     """
     return crc32(repr(node.key).encode())
-
-
-class RequestShown(NamedTuple):
-    """State of one request. Lengths are in tokens.
-
-    Times are in seconds of the records' clock, or None if not reached.
-    """
-
-    id: str
-    conversation: int | str
-    namespace: Hashable
-    state: str
-    """``waiting``, ``prefill``, ``decode``, or the reason of its end."""
-    prompt: int
-    computed: int
-    answer: int
-    cached: int
-    losses: Losses | None
-    node: int | None
-    """Id of the node it has reached, or would resume from."""
-    preemptions: int
-    arrived_s: float
-    scheduled_s: float | None
-    first_token_s: float | None
-    finished_s: float | None
-
-    def record(self) -> Record:
-        shown = self._asdict()
-        shown["namespace"] = show_namespace(self.namespace)
-        shown["losses"] = None if self.losses is None else self.losses._asdict()
-        return ["request", shown]
 
 
 def slabs_record(arena: ArenaAllocator) -> Record:

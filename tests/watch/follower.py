@@ -37,7 +37,7 @@ def follow(nodes: dict[int, dict[str, Any]], records: list[list[Any]]) -> None:
                 assert kind in ("time", "memory", "slabs", "request")
 
 
-def truth(cache: Any, scale: int = 1) -> dict[int, dict[str, Any]]:
+def truth(cache: Any) -> dict[int, dict[str, Any]]:
     """Return the resident nodes of ``cache`` by id."""
     found = {}
     waiting: list[RadixNode] = [
@@ -53,8 +53,8 @@ def truth(cache: Any, scale: int = 1) -> dict[int, dict[str, Any]]:
         found[node.kv.serial] = {
             "parent": None if node.parent.kv is None else node.parent.kv.serial,
             "namespace": None if root.key is None else str(root.key)[:80],
-            "start": node.start * scale,
-            "end": node.end * scale,
+            "start": node.start,
+            "end": node.end,
             "slot": None if node.checkpoint is None else node.checkpoint.slot,
         }
     return found

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from hybridcache.watch.recorder import Recorder
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.watch.follower import follow, truth
 
 
-@pytest.mark.full("1")
-@pytest.mark.parametrize("scale", [1, 64])
-def test_records_reproduce_the_tree(scale: int) -> None:
+def test_records_reproduce_the_tree() -> None:
     cache = hybrid(num_kv_tokens=500)
-    recorder = Recorder(scale)
+    recorder = Recorder()
     cache.subscribe(recorder)
     nodes: dict[int, dict[str, Any]] = {}
     for number, tokens in enumerate(traffic(3, 160)):
@@ -24,10 +20,10 @@ def test_records_reproduce_the_tree(scale: int) -> None:
         serve(cache, tokens, sorted({n, n // 2} - {0}), namespace=namespace)
         if number % 20 == 19:
             follow(nodes, recorder.take())
-            assert nodes == truth(cache, scale)
+            assert nodes == truth(cache)
     assert cache.stats.evicted_tokens and cache.stats.evicted_slots
-    assert recorder.nodes.keys() == nodes.keys() and not len(recorder)
-    late = Recorder(scale)
+    assert recorder.nodes.keys() == nodes.keys() and not recorder.take()
+    late = Recorder()
     cache.subscribe(late)
     whole: dict[int, dict[str, Any]] = {}
     follow(whole, late.take())

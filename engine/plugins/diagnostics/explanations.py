@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,47 +86,7 @@ ADVICE = {
 """Advice by the cause of an explanation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Parting:
-    """Place at which two prompts differ."""
-
-    at: int
-    """Number of tokens that both share."""
-    change: str
-    """One of ``CHANGED``."""
-    path: str | None
-    """Part of the request, such as ``messages[3].content``, or None if not known."""
-    before: str | None = None
-    """Last tokens that both share, as text. None in a namespace, where no text is shown."""
-    was: str | None = None
-    now: str | None = None
-    """Next tokens of the earlier and of the later request, as text."""
-
-    def sentence(self) -> str:
-        where = "" if self.path is None else f" ({self.path})"
-        shown = "" if self.was is None else f", {self.was!r} became {self.now!r}"
-        at = f"It differs from the earlier request after {counted(self.at, 'token')}"
-        return f"{at}: {CHANGED[self.change]}{where}{shown}."
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Reasons why a chat computed its tokens, compared with an earlier one.
-    docs/engine/capabilities.md describes the fields."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    earlier_tokens: int
-    shared_tokens: int
-    new_tokens: int
-    parted: Parting | None
-    lost: dict[str, int]
-    cause: str | None
-    advice: str | None
-    text: str
-
-
-def _cause(lost: dict[str, int], parting: Parting | None, known_len: int) -> str | None:
+def _cause(lost: dict[str, int], parting: dict[str, Any] | None, known_len: int) -> str | None:
     """Return the cause that cost the most tokens, or None if all shared tokens were read.
 
     A missing state at the difference, and positions off the grid, are normal. These two causes
@@ -134,7 +94,7 @@ def _cause(lost: dict[str, int], parting: Parting | None, known_len: int) -> str
     """
     costs = {name: number for name, number in lost.items() if name not in USUAL}
     if parting is not None:
-        costs[parting.change] = max(known_len - parting.at, 1)
+        costs[parting["change"]] = max(known_len - parting["at"], 1)
     for some in (costs, {name: lost[name] for name in USUAL}):
         worst = max(some, key=lambda name: some[name])
         if some[worst]:
@@ -171,8 +131,8 @@ class Explanations:
             earlier = self.memory.get(earlier_name, is_use=False)
             if earlier is None or earlier.tenant.namespace != later.tenant.namespace:
                 return None
-        told = asdict(self.explain(earlier, later, may_be_new=earlier_name is None))
         compared_with = None if earlier is None else earlier.answer_id
+        told = self.explain(earlier, later, may_be_new=earlier_name is None)
         return {"id": later.answer_id, "compared_with": compared_with, **told}
 
     def nearest(self, later: AnsweredChat) -> AnsweredChat | None:
@@ -202,9 +162,10 @@ class Explanations:
 
     def explain(
         self, earlier: AnsweredChat | None, later: AnsweredChat, *, may_be_new: bool = False
-    ) -> Explanation:
+    ) -> dict[str, Any]:
         """Explain why ``later`` was computed although ``earlier`` had been, if it is not None.
-        O(tokens and messages). ``may_be_new``: ``earlier`` may belong to another conversation."""
+        O(tokens and messages). ``may_be_new``: ``earlier`` may belong to another conversation.
+        docs/engine/capabilities.md describes the fields."""
         limit, losses, cached_len = later.prompt_len, later.losses, later.cached_len
         parting, earlier_len, known_len = None, 0, 0
         if earlier is None:  # Tokens may be cached from completions or from before a restart.
@@ -245,26 +206,46 @@ class Explanations:
             if earlier is None:
                 words.append(_FROM_OTHER if cached_len else _ALONE.capitalize())
             if parting is not None:
-                words.append(parting.sentence())
+                where = "" if parting["path"] is None else f" ({parting['path']})"
+                shown = (
+                    ""
+                    if parting["was"] is None
+                    else f", {parting['was']!r} became {parting['now']!r}"
+                )
+                words.append(
+                    f"It differs from the earlier request after {counted(parting['at'], 'token')}: "
+                    f"{CHANGED[parting['change']]}{where}{shown}."
+                )
             if lost:
                 sharing = "that both share" if earlier_len else "that the cache knew"
                 parts = ", ".join(f"{number:,} {LOST[name]}" for name, number in lost.items())
                 words.append(f"Of the {shared} {sharing}: {parts}.")
-        text = " ".join([*words, *filter(None, [advice])])
-        new_len = limit - shared_len
-        figures = limit, cached_len, earlier_len, shared_len, new_len
-        return Explanation(*figures, parting, lost, cause, advice, text)
+        return {
+            "prompt_tokens": limit,
+            "cached_tokens": cached_len,
+            "earlier_tokens": earlier_len,
+            "shared_tokens": shared_len,
+            "new_tokens": limit - shared_len,
+            "parted": parting,
+            "lost": lost,
+            "cause": cause,
+            "advice": advice,
+            "text": " ".join([*words, *filter(None, [advice])]),
+        }
 
-    def _part(self, earlier: AnsweredChat, later: AnsweredChat, at: int) -> Parting:
+    def _part(self, earlier: AnsweredChat, later: AnsweredChat, at: int) -> dict[str, Any]:
+        """Describe the place ``at`` which two prompts differ. In a namespace, no text is shown."""
         ends = np.flatnonzero(np.isin(earlier.tokens[: earlier.prompt_len], self._control_ids))
         turn_start = int(ends[-1]) if len(ends) else earlier.prompt_len
         change, path = _change(earlier, later, at, is_in_answer=at >= turn_start)
-        if later.tenant.namespace is not None:
-            return Parting(at, change, path)
         left, right = earlier.tokens, later.tokens[: later.prompt_len]
         spans = right[max(at - SHOWN, 0) : at], left[at : at + SHOWN], right[at : at + SHOWN]
-        texts = (self._tokenizer.decode(span.tolist(), skip_special_tokens=False) for span in spans)
-        return Parting(at, change, path, *texts)
+        texts: list[str | None] = [None] * 3
+        if later.tenant.namespace is None:
+            decode = partial(self._tokenizer.decode, skip_special_tokens=False)
+            texts = [decode(span.tolist()) for span in spans]
+        names = ("before", "was", "now")
+        return {"at": at, "change": change, "path": path, **dict(zip(names, texts, strict=True))}
 
 
 def _change(

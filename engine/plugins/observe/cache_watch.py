@@ -13,7 +13,7 @@ from engine.core import EngineCore
 from engine.requests.request import Request
 from hybridcache.command.extras import version
 from hybridcache.watch.page import FORM
-from hybridcache.watch.recorder import Record, Recorder, RequestShown, node_id, slabs_record
+from hybridcache.watch.recorder import Record, Recorder, node_id, show_namespace, slabs_record
 
 POOLS_EVERY_S = 0.25
 """Seconds between two looks at the memory and its slabs."""
@@ -35,10 +35,11 @@ class Watch:
         self._pools = [_memory_record(engine)]
         """Latest records of the memory and, with an arena, of its slabs."""
         self._pools_s = 0.0
-        if _num_nodes(engine) > MAX_NODES:
+        num_nodes = getattr(engine.cache, "num_nodes", 0)  # The cache may be off.
+        if num_nodes > MAX_NODES:
             raise ValueError(
-                f"The tree has {_num_nodes(engine):,} nodes, and a page shows {MAX_NODES:,} at "
-                "most: /v1/cache has an outline."
+                f"The tree has {num_nodes:,} nodes, and a page shows {MAX_NODES:,} at most: "
+                "/v1/cache has an outline."
             )
         self._recent = [self._of_ended(ended) for ended in engine.recent]
         engine.cache.subscribe(self._recorder)
@@ -55,7 +56,7 @@ class Watch:
         now = Recorder()
         self._engine.cache.subscribe(now)
         self._engine.cache.unsubscribe(now)
-        running = [self._of_request(request) for request in self._engine.requests]
+        running = [_request_record(one, _progress(one)) for one in self._engine.requests]
         records = [self._time(), *now.take(), *self._recent, *running, *self._pools]
         return {"form": FORM, "meta": self._meta(), "records": records}
 
@@ -73,7 +74,7 @@ class Watch:
             state = _progress(request)
             going[request.request_id] = state
             if self._shown.get(request.request_id) != state:
-                records.append(self._of_request(request))
+                records.append(_request_record(request, state))
         self._shown = going
         records += self._pool_changes()
         return [self._time(), *records] if records else []
@@ -135,9 +136,6 @@ class Watch:
         progress = reason, num_tokens, num_tokens - ended.prompt_len, node
         return _request_record(ended, progress, ended.finished_s)
 
-    def _of_request(self, request: Request) -> Record:
-        return _request_record(request, _progress(request), None)
-
     def _pool_changes(self) -> list[Record]:
         engine, now_s = self._engine, self._engine.clock()
         if now_s - self._pools_s < POOLS_EVERY_S:
@@ -150,29 +148,28 @@ class Watch:
 
 
 def _request_record(
-    one: Request,
-    progress: tuple[str, int, int, int | None],
-    finished_s: float | None,
+    one: Request, progress: tuple[str, int, int, int | None], finished_s: float | None = None
 ) -> Record:
     """Return the record of a request; ``progress`` as returned by ``_progress``."""
     state, computed_len, answer_len, node = progress
-    return RequestShown(
-        id=one.request_id,
-        conversation=one.session.number,
-        namespace=one.namespace,
-        state=state,
-        prompt=one.prompt_len,
-        computed=computed_len,
-        answer=answer_len,
-        cached=one.cached_len,
-        losses=one.losses,
-        node=node,
-        preemptions=one.num_preemptions,
-        arrived_s=one.arrival_s,
-        scheduled_s=one.scheduled_s,
-        first_token_s=one.first_token_s,
-        finished_s=finished_s,
-    ).record()
+    shown = {
+        "id": one.request_id,
+        "conversation": one.session.number,
+        "namespace": show_namespace(one.namespace),
+        "state": state,
+        "prompt": one.prompt_len,
+        "computed": computed_len,
+        "answer": answer_len,
+        "cached": one.cached_len,
+        "losses": None if one.losses is None else one.losses._asdict(),
+        "node": node,
+        "preemptions": one.num_preemptions,
+        "arrived_s": one.arrival_s,
+        "scheduled_s": one.scheduled_s,
+        "first_token_s": one.first_token_s,
+        "finished_s": finished_s,
+    }
+    return ["request", shown]
 
 
 def _memory_record(engine: EngineCore) -> Record:
@@ -203,11 +200,6 @@ def _admission_text(policy: str, figures: Mapping[str, float | str]) -> str:
     reason = figures.get("reason", "")
     numbers = [f"{name} {value:g}" for name, value in figures.items() if not isinstance(value, str)]
     return "; ".join(filter(None, [policy, str(reason), ", ".join(numbers)]))
-
-
-def _num_nodes(engine: EngineCore) -> int:
-    """Return the number of nodes of the tree; 0 if the cache is off."""
-    return getattr(engine.cache, "num_nodes", 0)
 
 
 def _progress(request: Request) -> tuple[str, int, int, int | None]:
