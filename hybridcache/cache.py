@@ -202,9 +202,10 @@ class HybridRadixCache:
     prompt then resumes from KV alone, at any multiple of grid and page, and no checkpoint is
     stored. With ``keeps=False`` nothing is stored: the cache is an allocator of rows and slots.
 
-    ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these
-    (ValueError for others). Requests in different namespaces share nothing. Other arguments of a
-    wrong type raise TypeError, and nothing is changed. A cache is not thread-safe.
+    ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these.
+    Requests in different namespaces share nothing. Every method raises ValueError for others, and
+    for a node that was evicted or belongs to another cache. Other arguments of a wrong type raise
+    TypeError. In each case nothing is changed. A cache is not thread-safe.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -309,9 +310,6 @@ class HybridRadixCache:
         """Look up how much of ``tokens`` is cached, and the causes of the losses. Changes nothing:
         no split, no recency. O(n).
 
-        Raises:
-            ValueError: ``tokens`` is not int32[n], or the namespace is malformed.
-
         >>> import numpy as np
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
@@ -385,9 +383,6 @@ class HybridRadixCache:
 
         O(position). The latest results are kept, because a request and its next turn need the same
         rows again.
-
-        Raises:
-            ValueError: ``node`` was evicted, or belongs to another cache.
         """
         last = self._usable(node)
         if last is None:
@@ -469,9 +464,6 @@ class HybridRadixCache:
 
         A request that ``resumes`` after a preemption was counted before, so ``stats`` stays as it
         is. O(1), plus the nodes between the checkpoint and the ghost that was missed.
-
-        Raises:
-            ValueError: its node was evicted, or belongs to another cache.
         """
         if not isinstance(match, PrefixMatch):
             raise TypeError(f"match must be the result of match (got {match!r}).")
@@ -499,11 +491,7 @@ class HybridRadixCache:
                 above = above.parent
 
     def refresh(self, node: NodeHandle | None) -> None:
-        """Count a use of ``node`` without a request: its recency changes, no statistics. O(1).
-
-        Raises:
-            ValueError: ``node`` was evicted, or belongs to another cache.
-        """
+        """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
         last = self._usable(node)
         if last is None:
             return
@@ -530,9 +518,6 @@ class HybridRadixCache:
         match, because ``match`` never returns the last token of its argument:
         ``lock(match(np.append(prompt, np.int32(0))).node)``. In an attention-only cache this splits
         an edge if the hit ends inside it. O(1).
-
-        Raises:
-            ValueError: ``node`` was evicted, or belongs to another cache.
         """
         last = self._usable(node)
         if last is not None:
@@ -553,9 +538,6 @@ class HybridRadixCache:
         Splits an edge if ``tokens`` end or differ inside it. Only a checkpoint exactly at that node
         is protected, those above it are not: to keep a resumable prefix, use ``lock``. This is not
         a use: no recency changes. O(n).
-
-        Raises:
-            ValueError: ``tokens`` is not int32[n], or the namespace is malformed.
         """
         require_int32(tokens, "tokens")
         root = self._tree.root(namespace)
@@ -597,17 +579,6 @@ class HybridRadixCache:
                     self._withheld.discard(item)
                     self.policy.add(item)
 
-    def _supersede(self, handle: LockHandle) -> None:
-        """Mark the checkpoint that a deeper one below the node of ``handle`` will replace."""
-        node = handle.node
-        if node is None or node.children:
-            return
-        before = last_at(node)
-        if isinstance(before, Checkpoint):
-            handle.superseded = before
-            before.num_successors += 1
-            self._set_superseded(before, True)
-
     def _usable(self, node: NodeHandle | None) -> RadixNode | None:
         """Return the node in which ``node`` ends, or None for None.
 
@@ -615,7 +586,13 @@ class HybridRadixCache:
         """
         if node is None:
             return None
-        last = node if isinstance(node, RadixNode) else _node_of(node)
+        if isinstance(node, RadixNode):
+            last = node
+        elif isinstance(node, PathPart):
+            last = node.last()
+        else:
+            kind = type(node).__name__
+            raise ValueError(f"expected a node that this cache returned, got {kind}")
         if last.kv is None:
             raise ValueError(EVICTED)
         if last.kv.item_bytes is not self.item_bytes:  # each cache has its own object
@@ -680,8 +657,13 @@ class HybridRadixCache:
         if replaces is not None:
             if not isinstance(replaces, LockHandle) or replaces.cache is not self:
                 raise _wrong_lock(replaces)
-            if replaces.superseded is None:
-                self._supersede(replaces)
+            node = replaces.node
+            if replaces.superseded is None and node is not None and not node.children:
+                before = last_at(node)
+                if isinstance(before, Checkpoint):
+                    replaces.superseded = before
+                    before.num_successors += 1
+                    self._set_superseded(before, True)
         slots, budget = self._slots, self._slots.budget
         slot = slots.allocate()
         if slot is None:
@@ -937,10 +919,9 @@ class HybridRadixCache:
         these tokens and this namespace. ``check`` finds rows and slots with two owners.
 
         Raises:
-            ValueError: arrays are not int32[n], the first or last held row is out of range, the
-                tree has fewer tokens than ``owned_from``, ``after`` is evicted, not locked or of
-                another cache, checkpoints, labels or the namespace are malformed, or a slot is free
-                or the cache's. Nothing is changed.
+            ValueError: ``kv_indices`` is not int32[n], the first or last held row is out of range,
+                the tree has fewer tokens than ``owned_from``, ``after`` is not locked, checkpoints
+                or labels are malformed, or a slot is free or the cache's.
         """
         base = self._usable(after)
         self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, base)
@@ -991,8 +972,7 @@ class HybridRadixCache:
         O(nodes between).
 
         Raises:
-            ValueError: ``node`` was evicted, or belongs to another cache; or ``stop_reason`` is
-                neither one of ``STOP_REASONS`` nor empty.
+            ValueError: ``stop_reason`` is neither one of ``STOP_REASONS`` nor empty.
         """
         last = self._usable(node)
         if stop_reason and stop_reason not in STOP_REASONS:
@@ -1457,16 +1437,6 @@ class HybridRadixCache:
         assert len(cached) == self.num_checkpoints, f"{self.num_checkpoints} checkpoints counted"
         both = cached + slots.free_slots()
         assert len(set(both)) == len(both), "a slot is cached twice, or cached and free"
-
-
-def _node_of(node: NodeHandle) -> RadixNode:
-    """Return the tree's node in which ``node`` ends. Raises ValueError for another object."""
-    if isinstance(node, RadixNode):
-        return node
-    if not isinstance(node, PathPart):
-        kind = type(node).__name__
-        raise ValueError(f"expected a node that this cache returned, got {kind}")
-    return node.last()
 
 
 def _wrong_lock(handle: object) -> ValueError:

@@ -126,11 +126,16 @@ class CacheConfig:
                 "prefix_cache='radix' for a model without states"
             )
         make_eviction(self.eviction)
-        self._refuse_unknown_bytes()
-        self._refuse_bad_tiers()
-
-    def _refuse_bad_tiers(self) -> None:
-        """Raise ValueError for tiers that are too small to hold anything."""
+        sizes = {"total_bytes": self.total_bytes, **self.tier_bytes}
+        given = [name if "_" in name else f"{name}_bytes" for name, size in sizes.items() if size]
+        # They cannot both be 1: a state never weighs as little as a token.
+        are_known = self.kv_bytes_per_token > 0 < self.state_bytes and self.unit_bytes != (1, 1)
+        if self.prefix_cache != "radix" and given and not are_known:
+            raise ValueError(
+                f"kv_bytes_per_token and state_bytes must be given with {' and '.join(given)}, "
+                "because rows and states are counted in bytes there. hybridcache.ModelGeometry "
+                "computes both for a model"
+            )
         for name, num_bytes in self.tier_bytes.items():
             if self.prefix_cache != "hybrid":
                 raise ValueError(
@@ -167,19 +172,6 @@ class CacheConfig:
         """Bytes of one token's KV and of one state, or 1 for each that is not known."""
         return ItemBytes(max(self.kv_bytes_per_token, 1), max(self.state_bytes, 1))
 
-    def _refuse_unknown_bytes(self) -> None:
-        """Raise ValueError if a memory is given in bytes, but a size is missing, or both are 1: a
-        state never weighs as little as a token."""
-        sizes = {"total_bytes": self.total_bytes, **self.tier_bytes}
-        given = [name if "_" in name else f"{name}_bytes" for name, size in sizes.items() if size]
-        are_known = self.kv_bytes_per_token > 0 < self.state_bytes and self.unit_bytes != (1, 1)
-        if self.prefix_cache != "radix" and given and not are_known:
-            raise ValueError(
-                f"kv_bytes_per_token and state_bytes must be given with {' and '.join(given)}, "
-                "because rows and states are counted in bytes there. hybridcache.ModelGeometry "
-                "computes both for a model"
-            )
-
 
 def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
     """Return a new cache with its own allocators; a ``TieredRadixCache`` if there is a host or disk
@@ -200,15 +192,20 @@ def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
 def _allocators(config: CacheConfig) -> tuple[PageAllocator, SlotAllocator]:
     """Return the allocators of rows and slots that ``config`` describes."""
     total_bytes, (row_bytes, state_bytes) = config.total_bytes, config.unit_bytes
-    if total_bytes is None:
-        return _pools(config, config.num_kv_tokens, config.num_slots or 0, None)
-    if config.prefix_cache == "radix":
-        state_bytes = 0
-    if config.memory == "arena":
-        arena = ArenaAllocator(total_bytes, row_bytes, state_bytes, config.page_size)
+    num_tokens, num_slots, budget = config.num_kv_tokens, config.num_slots or 0, None
+    has_states = config.prefix_cache != "radix"
+    if config.memory == "arena" and total_bytes is not None:
+        arena = ArenaAllocator(
+            total_bytes, row_bytes, state_bytes if has_states else 0, config.page_size
+        )
         return arena.pages, arena.slots
-    num_slots = total_bytes // state_bytes if state_bytes else 0
-    return _pools(config, total_bytes // row_bytes, num_slots, ByteBudget(total_bytes))
+    if total_bytes is not None:
+        num_tokens = total_bytes // row_bytes
+        num_slots = total_bytes // state_bytes if has_states else 0
+        budget = ByteBudget(total_bytes)
+    num_tokens -= num_tokens % config.page_size
+    pages = PageAllocator(num_tokens, config.page_size, row_bytes, budget)
+    return pages, SlotAllocator(num_slots, state_bytes, budget)
 
 
 def build_on(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> HybridRadixCache:
@@ -234,15 +231,6 @@ def build_on(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) ->
         tiers.append(Tier(name, rows, policy, shared is not None))
     cache.attach(tuple(tiers), slab_rows(config.state_bytes, row_bytes, page_size))
     return cache
-
-
-def _pools(
-    config: CacheConfig, num_tokens: int, num_slots: int, budget: ByteBudget | None
-) -> tuple[PageAllocator, SlotAllocator]:
-    num_tokens -= num_tokens % config.page_size
-    row_bytes, state_bytes = config.unit_bytes
-    pages = PageAllocator(num_tokens, config.page_size, row_bytes, budget)
-    return pages, SlotAllocator(num_slots, state_bytes, budget)
 
 
 def build_policy(config: CacheConfig) -> EvictionPolicy:

@@ -94,6 +94,17 @@ def _only_child(node: RadixNode) -> RadixNode | None:
     )
 
 
+def _next_state(node: RadixNode) -> RadixNode | None:
+    """Return the nearest node above ``node`` with a state, on the device or offloaded.
+    O(nodes between)."""
+    above = node.parent
+    while above is not None and above.checkpoint is None:
+        if above.offloaded is not None and above.offloaded.state is not None:
+            break
+        above = above.parent
+    return above
+
+
 class OffloadedCheckpoint(Checkpoint):
     """State in an offload tier. It has no slot.
 
@@ -123,19 +134,12 @@ class OffloadedCheckpoint(Checkpoint):
             above = above.parent
         return None
 
-    @property
-    def predecessor(self) -> OffloadedCheckpoint | None:
-        """As ``above``."""
-        return self.above
+    predecessor = above
 
     @property
     def span(self) -> int:
         """Number of tokens back to the nearest state above, in any tier. O(nodes between)."""
-        above = self.node.parent
-        while above is not None and above.checkpoint is None:
-            if above.offloaded is not None and above.offloaded.state is not None:
-                break
-            above = above.parent
+        above = _next_state(self.node)
         return self.node.end - (0 if above is None else above.end)
 
     @property
@@ -259,7 +263,9 @@ class OffloadTiers:
                 assert rows is not None
                 state.rows = rows
                 self._copy("checkpoint", src_tier, src, tier.name, rows, node)
-                self._supersede_above(node)
+                above = _next_state(node)  # superseded now, unless the path forks
+                if above is not None and above.checkpoint is None:
+                    self._review(above.offloaded.state)
                 return True
             tier.policy.discard(state, evicted=True)
             entry.state = None
@@ -314,19 +320,6 @@ class OffloadTiers:
         policy.add(state)
         return True
 
-    def _supersede_above(self, node: RadixNode) -> None:
-        """Mark the state above ``node``, which got a state, as superseded unless the path forks
-        between them.
-
-        O(nodes between).
-        """
-        above = node.parent
-        while above is not None and above.checkpoint is None:
-            if above.offloaded is not None and above.offloaded.state is not None:
-                self._review(above.offloaded.state)
-                return
-            above = above.parent
-
     def _evict(self, item: OffloadedCheckpoint) -> None:
         """Move ``item``, the victim of its tier, one tier down, or drop it. KV needed by it alone
         follows."""
@@ -373,9 +366,7 @@ class OffloadTiers:
             if entry.state is not None:
                 self.drop_state(one)
             if one is not node and entry.kv is not None:
-                number, rows = entry.kv_tier, entry.kv
-                self._let_go_of_kv(one)
-                self._release(number, rows)
+                self.drop_kv(one)
                 self._forget(one)
             self._tidy(one)
 
@@ -846,18 +837,13 @@ class TieredRadixCache(HybridRadixCache):
                 node, number, kv_rows[node.parent.end - start : node.end - start].copy()
             )
             node = node.parent
-        offload.hold_state(self._known(target, number, state_rows))
-        return start, kv_rows, state_rows
-
-    def _known(self, target: RadixNode, number: int, rows: Indices) -> OffloadedCheckpoint:
-        """Return the item for a state that an earlier process stored, with its remembered age and
-        uses."""
-        was = target.lost_checkpoint
+        was = target.lost_checkpoint  # with the age and uses that a file remembers
         if was is None:
             was = Checkpoint(target, -1, self.now, self.num_items, self.item_bytes, "")
             self.num_items += 1
-        was.stored = state = OffloadedCheckpoint(was, number, rows)
-        return state
+        was.stored = OffloadedCheckpoint(was, number, state_rows)
+        offload.hold_state(was.stored)
+        return start, kv_rows, state_rows
 
     def drop_lost(self, tier: str, is_lost: Callable[[Indices], bool]) -> None:
         """Remove entries that ``tier`` can no longer read.

@@ -52,14 +52,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     The most recently used nodes are written, within the cache's limit for ghosts. The state of
     users' own policies is not.
     """
-    return _body(cache, _latest(cache), placement)
-
-
-def _body(
-    cache: HybridRadixCache,
-    nodes: list[RadixNode],
-    placement: Sequence[PlacementPolicy],
-) -> bytes:
+    nodes = _latest(cache)
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
     rows, labels, tokens = [], [], [np.empty(0, np.int32)]

@@ -193,8 +193,8 @@ class CachedItem:
 
     @property
     def above(self) -> Checkpoint | None:
-        """Nearest checkpoint above. O(1) for a checkpoint with another above it on its run, else
-        O(nodes between)."""
+        """See ``Item.above``. O(1) for a checkpoint with another above it on its run, else O(nodes
+        between)."""
         before = self.shallower
         if isinstance(before, Checkpoint):
             return before
@@ -205,8 +205,7 @@ class CachedItem:
 
     @property
     def predecessor(self) -> Checkpoint | None:
-        """Nearest checkpoint above, resident or evicted. For KV, one at its own end counts too.
-        O(nodes between)."""
+        """See ``Item.predecessor``. For KV, one at its own end counts. O(nodes between)."""
         node: RadixNode | None = self.node
         while node is not None:
             found = node.checkpoint or node.lost_checkpoint
@@ -217,8 +216,7 @@ class CachedItem:
 
     @property
     def span(self) -> int:
-        """Number of tokens back to the nearest checkpoint above, or the length of the segment in a
-        cache without states. Costs as ``above``."""
+        """See ``Item.span``. Costs as ``above``."""
         if not self.item_bytes.state:
             return self.position - self.node.start
         above = self.above
@@ -226,11 +224,7 @@ class CachedItem:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the state, and for a leaf also those of its tail: its rows, and those of the
-        stateless, unlocked, unforked nodes above.
-
-        Nothing could be resumed from the tail any more, so it is evicted too. O(nodes in the tail).
-        """
+        """See ``Item.size_bytes``. O(nodes in the tail)."""
         node, (kv_token, state) = self.node, self.item_bytes
         if self.kind == "checkpoint" and node.children is not None:
             return state
@@ -268,7 +262,7 @@ class Segment(CachedItem):
 
     @property
     def dead(self) -> bool:
-        """True for a leaf without a checkpoint, which nothing can be resumed from. O(1)."""
+        """See ``Item.dead``. O(1)."""
         node = self.node
         return node.checkpoint is None and not node.children and self.item_bytes.state > 0
 

@@ -68,13 +68,6 @@ class PrefillBudget:
     scored: int = MAX_SCORED
     """Positions for which logits may still be computed."""
 
-    @classmethod
-    def of(cls, tokens: int, *, is_shared: bool) -> PrefillBudget:
-        """Return the budget of a step with ``tokens`` for prefills, at least one tile.
-        ``is_shared`` is False if there is only one prefill."""
-        num_for_short = min(tokens // SHORT_SHARE, tokens - TILE) if is_shared else 0
-        return cls(tokens, num_for_short, TILES * tokens // TILE)
-
     @property
     def is_spent(self) -> bool:
         return self.tokens <= 0 or self.tiles <= 0
@@ -443,7 +436,8 @@ class StepPlanner(Generic[R]):
         num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
         tokens = max(self._token_budget - num_decodes, TILE)
         is_alone = len(self._running) - num_decodes + len(self._waiting) <= 1
-        return PrefillBudget.of(tokens, is_shared=not is_alone)
+        num_for_short = 0 if is_alone else min(tokens // SHORT_SHARE, tokens - TILE)
+        return PrefillBudget(tokens, num_for_short, TILES * tokens // TILE)
 
     def _end(self, request: R, start: int, budget: PrefillBudget) -> int:
         """Return the end position of ``request``, which has its tokens up to ``start``, in this
@@ -615,20 +609,13 @@ class Leader(NamedTuple):
         return self.request.lease is self.lease and self.request.is_prefilling
 
 
-class Following(NamedTuple):
-    """Work of one leader that a waiting request could reuse."""
-
-    leader: Leader
-    resume_points: tuple[int, ...]
-    """Ascending positions from which the request could resume if the leader saved its state
-    there."""
-
-
 @dataclass(slots=True)
 class Follower:
     """A waiting request that was compared with leaders."""
 
-    followings: list[Following] = field(default_factory=list)
+    leaders: list[tuple[Leader, list[int]]] = field(default_factory=list)
+    """Leaders with work that it could reuse, each with the positions from which it could resume if
+    the leader saved its state there, ascending."""
     num_leaders_seen: int = 0
     """Number of admitted requests, counted from the first, with which it was compared."""
 
@@ -658,7 +645,7 @@ class Sharing:
         """Return whether waiting ``request`` shares a prefix with a request admitted before.
         O(1)."""
         follower = self._followers.get(request)
-        return follower is not None and bool(follower.followings)
+        return follower is not None and bool(follower.leaders)
 
     def forget(self, request: ScheduledRequest) -> None:
         """Remove ``request``, which no longer waits."""
@@ -690,30 +677,25 @@ class Sharing:
                 goal = max([goal, *ahead])
         return goal
 
-    def _look_around(self, request: ScheduledRequest) -> list[Following]:
+    def _look_around(self, request: ScheduledRequest) -> list[tuple[Leader, list[int]]]:
         """Compare ``request`` with the leaders that are new to it, and return all that it could
-        follow."""
+        follow (``Follower.leaders``)."""
+        grid = self._manager.checkpoint_grid
         follower = self._followers.setdefault(request, Follower())
         for leader in reversed(self._leaders):
             if leader.rank < follower.num_leaders_seen:
                 break
             if leader.is_ahead and _goes_on_as(leader.request, request):
-                points = self._resume_points(request, leader.request)
-                if points:
-                    follower.followings.append(Following(leader, points))
+                known = leader.request.tokens[: leader.request.prefill_len]
+                shared = common_prefix_len(request.tokens, known)
+                usable = min(shared, request.num_tokens - 1) // grid * grid
+                if usable > leader.request.computed_len:
+                    positions = self._manager.checkpoint_positions(request, shared)
+                    points = sorted(position for position in positions if position <= usable)
+                    if points:
+                        follower.leaders.append((leader, points))
         follower.num_leaders_seen = self._num_let_in
-        return follower.followings
-
-    def _resume_points(
-        self, request: ScheduledRequest, leader: ScheduledRequest
-    ) -> tuple[int, ...]:
-        grid = self._manager.checkpoint_grid
-        shared = common_prefix_len(request.tokens, leader.tokens[: leader.prefill_len])
-        usable = min(shared, request.num_tokens - 1) // grid * grid
-        if usable <= leader.computed_len:
-            return ()
-        positions = self._manager.checkpoint_positions(request, shared)
-        return tuple(sorted(position for position in positions if position <= usable))
+        return follower.leaders
 
 
 def _goes_on_as(leader: ScheduledRequest, request: ScheduledRequest) -> bool:

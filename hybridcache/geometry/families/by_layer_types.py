@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.families.fields import Fields
-from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes, SizesError
+from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
 
 
 def attention(text: Fields) -> MixerSizes:
@@ -23,31 +23,13 @@ READERS: dict[str, Callable[[Fields], MixerSizes]] = {
 
 
 def sizes(text: Fields) -> ModelSizes:
-    """Compute the sizes. Raises SizesError for an unknown layer type."""
+    """Compute the sizes. If ``layer_types`` is missing, every ``full_attention_interval``-th layer
+    is full attention. Raises SizesError for an unknown layer type."""
     attention(text)
-    types = layer_types(text)
+    if text.get("layer_types"):
+        types = fields.sorts(text, READERS)
+    else:
+        types = fields.every_nth_attends(text, int(text.get("full_attention_interval") or 1))
     mlp = fields.experts(text) or fields.dense(text)
     mixers = {sort: READERS[sort](text) for sort in set(types)}
     return fields.model(text, tuple(LayerSizes((mixers[sort],), mlp) for sort in types))
-
-
-def layer_types(text: Fields) -> list[str]:
-    """Return one type per layer.
-
-    If ``layer_types`` is missing, every ``full_attention_interval``-th layer is full attention.
-
-    Raises:
-        SizesError: a type is unknown, or their number is not the number of layers.
-    """
-    count, words = fields.num_layers(text), text.get("layer_types")
-    if not words:
-        interval = int(text.get("full_attention_interval") or 1)
-        return [
-            ("full_attention", "linear_attention")[(n + 1) % interval > 0] for n in range(count)
-        ]
-    unknown = set(words) - set(READERS)
-    if unknown:
-        raise SizesError(f"layer_types has unknown types: {', '.join(sorted(unknown))}.")
-    if len(words) != count:
-        raise SizesError(f"layer_types in config.json must name {count} layers (got {len(words)}).")
-    return list(words)

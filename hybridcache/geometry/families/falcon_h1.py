@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes
@@ -26,18 +24,10 @@ FORMATS = {
             num_key_value_heads=Field(int | None, 8),
             rms_norm_eps=1e-5,
             max_position_embeddings=8192,
+            **fields.MAMBA2,
             mamba_d_ssm=Field(int | None, 1024),
-            mamba_n_heads=128,
-            mamba_d_head=Field(int | str, "auto"),
-            mamba_n_groups=1,
-            mamba_d_state=256,
-            mamba_d_conv=4,
-            mamba_expand=2,
-            mamba_conv_bias=True,
-            mamba_proj_bias=False,
             mamba_norm_before_gate=True,
             mamba_rms_norm=False,
-            time_step_limit=Field(list[float], [0.0, math.inf]),
             projectors_bias=False,
             lm_head_multiplier=1.0,
             embedding_multiplier=1.0,

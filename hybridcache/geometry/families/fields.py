@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from math import inf
 from typing import Any
 
 from hybridcache.geometry.config_format import Config, Field, table
@@ -34,6 +35,19 @@ DECODER: Mapping[str, Any] = {
     "tie_word_embeddings": False,
 }
 """Fields of most families, with their usual defaults."""
+
+MAMBA2: Mapping[str, Any] = {
+    "mamba_n_heads": 128,
+    "mamba_d_head": Field(int | str, "auto"),
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "time_step_limit": Field(list[float], [0.0, inf]),
+}
+"""Fields of Bamba's Mamba-2, which Granite and Falcon share (``mamba2``)."""
 
 EXPERT_KEYS = (
     "decoder_sparse_step",
@@ -120,7 +134,7 @@ def sorts(text: Fields, known: Collection[str], name: str = "layer_types") -> li
         SizesError: a type is not in ``known``, or their number is not the number of layers.
     """
     given = text[name] or ()
-    words = [LEGACY_LAYER_TYPES.get(word, word) for word in given]
+    words = [word if word in known else LEGACY_LAYER_TYPES.get(word, word) for word in given]
     unknown = {spelled for spelled, word in zip(given, words, strict=True) if word not in known}
     if unknown:
         raise SizesError(f"{name} has unknown types: {', '.join(sorted(unknown))}.")
@@ -162,14 +176,10 @@ def fill_mamba_head_dim(values: dict[str, Any], inner: int | None, name: str) ->
         )
 
 
-def every_nth_attends(values: dict[str, Any]) -> None:
-    """Fill in ``layer_types``: one full-attention layer per ``full_attention_interval``."""
-    interval = check_size("full_attention_interval", values.pop("full_attention_interval", 4))
-    if values["layer_types"] is None:
-        words = "full_attention", "linear_attention"
-        values["layer_types"] = [
-            words[(layer + 1) % interval > 0] for layer in range(num_layers(values))
-        ]
+def every_nth_attends(text: Fields, interval: int) -> list[str]:
+    """Return one type per layer: each ``interval``-th is full attention, the others linear."""
+    words = "full_attention", "linear_attention"
+    return [words[layer % interval > 0] for layer in range(1, num_layers(text) + 1)]
 
 
 def attention(text: Fields, *, gated: bool = False) -> AttentionSizes:
@@ -211,7 +221,7 @@ def gated_delta_net(text: Fields) -> DeltaSizes:
 
 
 def mamba2(text: Fields) -> MambaSizes:
-    """Read Mamba-2 with the key names of Bamba, which Granite and Falcon share."""
+    """Read Mamba-2 with the key names of Bamba."""
     heads, groups = size_of(text, "mamba_n_heads"), size_of(text, "mamba_n_groups")
     check_multiple("mamba_n_heads", heads, "mamba_n_groups", groups)
     if text.get("mamba_d_head", "auto") == "auto":

@@ -3,7 +3,6 @@ parallel."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
@@ -35,15 +34,7 @@ FORMATS = {
             shared_intermediate_size=1024,
             position_embedding_type=Field(str | None),
             layer_types=Field(list[str] | None),
-            mamba_n_heads=128,
-            mamba_n_groups=1,
-            mamba_d_state=256,
-            mamba_d_head=Field(int | str, "auto"),
-            mamba_d_conv=4,
-            mamba_expand=2,
-            mamba_conv_bias=True,
-            mamba_proj_bias=False,
-            time_step_limit=Field(list[float], [0.0, math.inf]),
+            **fields.MAMBA2,
         ),
         aliases={"layers_block_type": "layer_types"},
         extras={**ROPE_KEYS, "head_dim": int},

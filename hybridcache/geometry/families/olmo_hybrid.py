@@ -6,8 +6,6 @@ from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format,
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import ModelSizes
 
-SORTS = "linear_attention", "full_attention"
-
 
 def complete(values: Values) -> None:
     """Fill in the sizes of the linear layers.
@@ -16,10 +14,9 @@ def complete(values: Values) -> None:
     and values are twice as wide as keys.
     """
     fields.fill_kv_heads(values)
-    count = fields.num_layers(values)
+    interval = min(fields.num_layers(values), 4)  # there is one layer of attention at least
     if values["layer_types"] is None:
-        words = [SORTS[layer % 4 == 3] for layer in range(count)]
-        values["layer_types"] = words if SORTS[1] in words else [*words[:-1], SORTS[1]]
+        values["layer_types"] = fields.every_nth_attends(values, interval)
     for name in ("linear_num_key_heads", "linear_num_value_heads"):
         if values[name] is None:
             values[name] = values["num_attention_heads"]

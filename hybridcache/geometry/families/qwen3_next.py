@@ -38,7 +38,10 @@ UNUSED = keys(
 
 
 def complete(values: Values) -> None:
-    fields.every_nth_attends(values)
+    interval = values.pop("full_attention_interval", 4)
+    fields.check_size("full_attention_interval", interval)
+    if values["layer_types"] is None:
+        values["layer_types"] = fields.every_nth_attends(values, interval)
     if values.get("mlp_only_layers", ()) is None:
         values["mlp_only_layers"] = []
 

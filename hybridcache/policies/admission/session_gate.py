@@ -136,12 +136,6 @@ class SessionGate(AdmissionPolicy):
         """Return the seconds of repeated work that are not repaid at ``now_s``."""
         return max(-self._credit_s, self._debt_s - self._pace * (now_s - self._debt_at_s))
 
-    def _demand(self, now_s: float) -> float:
-        """Return the share of the time that the last prompts would take if nothing were cached."""
-        span_s = now_s - self._asked[0][0]
-        num_tokens = sum(count for _, count in self._asked)
-        return num_tokens * self._token_s / span_s if span_s > 0 else 0.0
-
     @property
     def _worth(self) -> float:
         """Number of requests that are answered if sessions are kept in memory, relative to the
@@ -175,7 +169,12 @@ class SessionGate(AdmissionPolicy):
         if any(request.is_prefilling for request in running):
             self._reason = ENTERING
             return resident
-        first = max(entering, key=lambda request: _weighted_wait_s(request, load.now_s))
+
+        def weighted_wait_s(request: WaitingRequest) -> float:
+            weight = BEGUN_WEIGHT if request.session.num_requests > 1 else 1.0
+            return weight * (load.now_s - request.arrival_s)
+
+        first = max(entering, key=weighted_wait_s)
         begun = (request for request in entering if request.session.num_requests > 1)
         longest = min(begun, key=lambda request: request.arrival_s, default=None)
         late_at_s = longest.arrival_s + MOST_WAIT_S if longest is not None else inf
@@ -268,7 +267,11 @@ class SessionGate(AdmissionPolicy):
         own = request.num_tokens - session.shared_len
         self._prompt_tokens = _averaged(self._prompt_tokens, own)
         self._debt_s, self._debt_at_s = debt_s, now_s
-        self._pace = max(self._floor, 1 - self._demand(now_s))
+        span_s = now_s - self._asked[0][0]
+        num_tokens = sum(count for _, count in self._asked)
+        # Share of the time that the last prompts would take if nothing were cached.
+        demand = num_tokens * self._token_s / span_s if span_s > 0 else 0.0
+        self._pace = max(self._floor, 1 - demand)
         if is_new or _is_most(lost_len, session):
             self._entered[request] = None
             self._num_turns = 0
@@ -302,11 +305,6 @@ class SessionGate(AdmissionPolicy):
             "withheld_requests": self._num_withheld,
             "reason": self._reason,
         }
-
-
-def _weighted_wait_s(request: WaitingRequest, now_s: float) -> float:
-    weight = BEGUN_WEIGHT if request.session.num_requests > 1 else 1.0
-    return weight * (now_s - request.arrival_s)
 
 
 def _averaged(average: float, value: float) -> float:

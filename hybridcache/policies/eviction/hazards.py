@@ -28,13 +28,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-def _bin_edges() -> Ints:
-    edges = {0, 1, 2, 3}
-    edges.update(round(2 ** (half / 2)) for half in range(4, 45))
-    return np.array(sorted(edges), dtype=np.int64)
-
-
-EDGES = _bin_edges()
+EDGES = np.array([*range(4), *(round(2 ** (half / 2)) for half in range(4, 45))], np.int64)
 """Left edges of the age bins, in requests. The last bin has no right edge."""
 NUM_BINS = len(EDGES)
 _EDGE_LIST: list[int] = EDGES.tolist()
