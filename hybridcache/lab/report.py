@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hybridcache.api import Losses
 from hybridcache.command.parser import or_known
@@ -19,9 +19,6 @@ from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
 from hybridcache.policies.registry import make_eviction
-
-if TYPE_CHECKING:
-    from hybridcache.lab.optimum import Optimum
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,68 +90,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def sweep_table(result: SweepRuns, word: str = "hit") -> str:
-    """Return a table with a row per competitor and a column per size.
-
-    Token hit rates have half of their 95 % interval over sessions. Their tables also have the plan
-    with hindsight and the infinite cache, if they were computed.
-    """
-    metric = find_metric(word)
-    by_label = result.by_label()
-    by_size: dict[float, RunResult] = {}
-    for run in sorted(result.runs, key=lambda run: run.gib):
-        by_size.setdefault(run.gib, run)
-    first = list(by_size.values())
-    header = [f"{metric.title}, at GiB", *(size_label(run) for run in first)]
-    rows = []
-    for label, runs in by_label.items():
-        cells = {run.gib: _marked(run, word) for run in runs}
-        rows.append([label, *(cells.get(size, "-") for size in by_size)])
-    if word == "hit" and any(run.optimum_tokens for run in first):
-        rows.append(["(with hindsight)", *(f"{hindsight_percent(run):.1f}" for run in first)])
-    if word == "hit" and result.bound_rate is not None:
-        rows.append(["(infinite cache)", *[f"{100 * result.bound_rate:.1f}"] * len(first)])
-    title = f"{result.trace}, {result.geometry.name}"
-    if first:
-        title += f": {counted(first[0].requests, 'request')}, "
-        title += counted(first[0].prompt_tokens, "prompt token")
-    if whole := result.working_set_bytes:
-        shares = (f"{100 * run.gib * GIB / whole:.3g}" for run in first)
-        rows.append(["(% of working set)", *shares])
-    table = f"{title}\n{text_table(header, rows)}"
-    intervals = interval_notes(result) if word == "hit" else []
-    notes = [*intervals, *notes_on(result, [word]), *tier_notes(result)]
-    return "\n".join([table, *bypass_notes(result), *notes])
-
-
-def bypass_notes(result: SweepRuns) -> list[str]:
-    """Name the competitors with requests that were too large for the memory, with their number."""
-    return [
-        f"requests of {label} computed without the cache, because they do not fit: {counts}"
-        for label, runs in result.by_label().items()
-        if (
-            counts := ", ".join(
-                f"{run.bypassed:,} at {size_label(run)} GiB" for run in runs if run.bypassed
-            )
-        )
-    ]
-
-
 TIE = 0.0005
 """Difference of token hit rates below which competitors have equal hits."""
-
-
-def sweep_line(result: SweepRuns) -> str:
-    """Describe a sweep in one line: trace, competitors, sizes, and the best run."""
-    if not result.runs:
-        return f"{result.trace}: no runs"
-    best = max(result.runs, key=lambda run: run.token_hit_rate)
-    num_sizes = len({run.gib for run in result.runs})
-    return (
-        f"{result.trace}, {result.geometry.name}: {counted(best.requests, 'request')}, "
-        f"{counted(len(result.by_label()), 'competitor')}, {counted(num_sizes, 'size')}; "
-        f"best token hit rate {100 * best.token_hit_rate:.1f} %, {best.label} at {best.gib:.4g} GiB"
-    )
 
 
 def ties(run: RunResult, best: RunResult) -> bool:
@@ -165,44 +102,6 @@ def ties(run: RunResult, best: RunResult) -> bool:
     if [one[:3] for one in run.by_session] != [one[:3] for one in best.by_session]:
         return False
     return best.above(run).low <= 0
-
-
-def verdict(result: SweepRuns) -> str:
-    """Return one sentence: the policy with the highest mean token hit rate over the sizes, and the
-    command that serves with it, at the smallest size of its most hits.
-
-    Policies that tie with it at every size (``ties``) and rebuilt systems with a higher mean are
-    named. Empty if fewer than two policies and placements of our own were run.
-    """
-    by_label = result.by_label()
-    means = {label: fmean(run.token_hit_rate for run in runs) for label, runs in by_label.items()}
-    ours = [label for label, runs in by_label.items() if runs[0].config.baseline is None]
-    if len(ours) < 2:
-        return ""
-    first = max(ours, key=lambda label: means[label])
-    more = "".join(
-        f"; {label} has {100 * (mean - means[first]):.1f} points more in the mean"
-        for label, mean in means.items()
-        if label not in ours and mean > means[first]
-    )
-    if not means[first]:
-        return f"no policy has a hit at any of these sizes{more}"
-    best = {run.gib: run for run in by_label[first]}
-    equal = [
-        label
-        for label in ours
-        if label != first and all(ties(run, best.get(run.gib, run)) for run in by_label[label])
-    ]
-    has_most = f"{first} has the most hits in the mean of {counted(len(best), 'size')}"
-    if equal:
-        has_most += f" (by the intervals not different: {', '.join(equal)})"
-    enough = max(run.token_hit_rate for run in best.values()) - TIE
-    served = min(
-        (run for run in best.values() if run.token_hit_rate > enough), key=lambda run: run.gib
-    )
-    model = result.geometry.name
-    model = model if model == "builtin" else f"ORG/{model}"
-    return f"{has_most}{more}; to serve: engine serve --model {model} {_serve_flags(served)}"
 
 
 SERVE = {
@@ -219,7 +118,7 @@ SERVE = {
 """Flags of ``engine serve`` and their defaults, by the setting."""
 
 
-def _serve_flags(run: RunResult) -> str:
+def serve_flags(run: RunResult) -> str:
     """Return the settings of ``run`` as flags of ``engine serve``, and name those that it does not
     have."""
     config = run.config
@@ -252,45 +151,6 @@ LOOP_METRICS = (
     Metric("most", lambda run: run.live_most, "{}", max),
 )
 """Columns of tables of closed loops."""
-
-
-def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str) -> str:
-    """Return a table for each cache: a row for each admission policy and rate, averaged over
-    seeds."""
-    tables = []
-    for label, gib in dict.fromkeys((run.label, run.gib) for run in runs):
-        chosen = [run for run in runs if (run.label, run.gib) == (label, gib)]
-        first, rows = chosen[0], []
-        for admission, rate in dict.fromkeys((run.admission, run.rate) for run in chosen):
-            same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
-            rows.append(
-                [f"{admission}, {rate:g}", *(metric.text(*same) for metric in LOOP_METRICS)]
-            )
-        requests = counted(first.num_requests, "request")
-        title = f"{first.trace}, {gib:.3g} GiB, {label}: {requests} in closed loop"
-        notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
-        if first.num_sessions == first.num_requests:
-            notes.append(
-                "no session has a second request: requests wait for no answer, so this is an open "
-                "loop at that many requests a second"
-            )
-        refused = max(run.num_refused for run in chosen)
-        if refused:
-            notes.append(f"left out: {counted(refused, 'request')} longer than the memory")
-        notes.append(f"step times: {times}")
-        seeds = len({run.seed for run in chosen})
-        if seeds > 1:
-            notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
-        header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
-        tables.append("\n".join([title, text_table(header, rows), *notes]))
-    return "\n\n".join(tables)
-
-
-def tier_notes(result: SweepRuns) -> list[str]:
-    """Name the policies with and without priority classes."""
-    return classes_notes(
-        {str(run.config.policy): run.config.priority_classes for run in result.runs}
-    )
 
 
 def classes_notes(has_classes: Mapping[str, bool | None]) -> list[str]:
@@ -373,7 +233,7 @@ def no_hit_note(run: RunResult, has_states: bool) -> str:
     )
 
 
-def _marked(run: RunResult, word: str) -> str:
+def marked(run: RunResult, word: str) -> str:
     """Return the text of a cell: with half of its interval (both limits if one is cut), or a star
     if the run is above the best plan."""
     text, percent = METRICS[word].text(run), run.interval.scaled(100)
@@ -496,19 +356,3 @@ def stats_table(stats: TraceStats) -> str:
     ]
     lines += ["", text_table(["depth, tokens", "prompt tokens", "seen before, %"], rows)]
     return "\n".join(lines)
-
-
-def optimum_table(found: Sequence[Optimum]) -> str:
-    """Return a table with a row per size: hit rate of the plan, bound and gap."""
-    rows = [
-        [
-            f"{best.gib:.3g}",
-            f"{100 * best.reached:.2f}",
-            f"{100 * best.bound:.2f}",
-            f"{100 * best.gap:.2f}",
-            f"{best.wall_s:.1f}",
-        ]
-        for best in found
-    ]
-    title = f"{found[0].trace}: {counted(found[0].num_requests, 'request')}\n" if found else ""
-    return title + text_table(["GiB", "reached, %", "bound, %", "gap, %", "seconds"], rows)

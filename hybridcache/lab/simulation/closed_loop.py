@@ -23,7 +23,10 @@ import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
+from hybridcache.geometry.units import counted
+from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.progress import Progress
+from hybridcache.lab.report import LOOP_METRICS, text_table
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import Kept, RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of, identify
@@ -419,15 +422,37 @@ class ClosedLoopResult:
     def table(self) -> str:
         """Return a table per cache with a row per admission policy and rate, averaged over
         seeds."""
-        from hybridcache.lab.report import closed_loop_table
-
-        return "\n".join([closed_loop_table(self.runs, self.times), *self.failures])
+        tables = []
+        for label, gib in dict.fromkeys((run.label, run.gib) for run in self.runs):
+            chosen = [run for run in self.runs if (run.label, run.gib) == (label, gib)]
+            first, rows = chosen[0], []
+            for admission, rate in dict.fromkeys((run.admission, run.rate) for run in chosen):
+                same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
+                rows.append(
+                    [f"{admission}, {rate:g}", *(metric.text(*same) for metric in LOOP_METRICS)]
+                )
+            requests = counted(first.num_requests, "request")
+            title = f"{first.trace}, {gib:.3g} GiB, {label}: {requests} in closed loop"
+            notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
+            if first.num_sessions == first.num_requests:
+                notes.append(
+                    "no session has a second request: requests wait for no answer, so this is an "
+                    "open loop at that many requests a second"
+                )
+            refused = max(run.num_refused for run in chosen)
+            if refused:
+                notes.append(f"left out: {counted(refused, 'request')} longer than the memory")
+            notes.append(f"step times: {self.times}")
+            seeds = len({run.seed for run in chosen})
+            if seeds > 1:
+                notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
+            header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
+            tables.append("\n".join([title, text_table(header, rows), *notes]))
+        return "\n".join(["\n\n".join(tables), *self.failures])
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
         The figure is also written to ``path`` (PNG, SVG or PDF), if there is one."""
-        from hybridcache.lab.figures import closed_loop_figure
-
         return closed_loop_figure(self.runs, path)
 
 

@@ -25,14 +25,29 @@ from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
-from hybridcache.geometry.units import counted
+from hybridcache.geometry.units import GIB, counted
+from hybridcache.lab.figures import losses_figure, optimum_figure, sweep_figure
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum import Optimum, best_plan
 from hybridcache.lab.progress import Progress, shown_progress
+from hybridcache.lab.report import (
+    TIE,
+    classes_notes,
+    find_metric,
+    hindsight_percent,
+    interval_notes,
+    marked,
+    notes_on,
+    serve_flags,
+    size_label,
+    text_table,
+    ties,
+)
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.grid import Kept, check_flags, run_grid
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
@@ -50,10 +65,18 @@ class SimulationResult(SweepRuns):
     """All runs of one sweep over one trace, with their tables and figures."""
 
     def __repr__(self) -> str:
-        """Return one line: trace, number of runs, and the best of them."""
-        from hybridcache.lab.report import sweep_line
-
-        return f"{type(self).__name__}({sweep_line(self)})"
+        """Return one line: trace, competitors, sizes, and the best run."""
+        if not self.runs:
+            return f"SimulationResult({self.trace}: no runs)"
+        best = max(self.runs, key=lambda run: run.token_hit_rate)
+        num_sizes = len({run.gib for run in self.runs})
+        competitors = counted(len(self.by_label()), "competitor")
+        return (
+            f"SimulationResult({self.trace}, {self.geometry.name}: "
+            f"{counted(best.requests, 'request')}, {competitors}, {counted(num_sizes, 'size')}; "
+            f"best token hit rate {100 * best.token_hit_rate:.1f} %, {best.label} at "
+            f"{best.gib:.4g} GiB)"
+        )
 
     def _repr_html_(self) -> str:
         """Return the table of token hit rates for a notebook."""
@@ -72,18 +95,85 @@ class SimulationResult(SweepRuns):
 
     def table(self, metric: str = "hit") -> str:
         """Return a table of one of ``hybridcache.lab.report.METRICS``: a row per competitor, a
-        column per size."""
-        from hybridcache.lab.report import sweep_table
+        column per size.
 
-        return "\n".join([sweep_table(self, metric), *self.failures])
+        Token hit rates have half of their 95 % interval over sessions. Their tables also have the
+        plan with hindsight and the infinite cache, if they were computed.
+        """
+        found = find_metric(metric)
+        by_label = self.by_label()
+        by_size: dict[float, RunResult] = {}
+        for run in sorted(self.runs, key=lambda run: run.gib):
+            by_size.setdefault(run.gib, run)
+        first = list(by_size.values())
+        header = [f"{found.title}, at GiB", *(size_label(run) for run in first)]
+        rows, too_large = [], []
+        for label, runs in by_label.items():
+            cells = {run.gib: marked(run, metric) for run in runs}
+            rows.append([label, *(cells.get(size, "-") for size in by_size)])
+            if any(run.bypassed for run in runs):
+                counts = (
+                    f"{run.bypassed:,} at {size_label(run)} GiB" for run in runs if run.bypassed
+                )
+                too_large.append(
+                    f"requests of {label} computed without the cache, because they do not fit: "
+                    + ", ".join(counts)
+                )
+        if metric == "hit" and any(run.optimum_tokens for run in first):
+            rows.append(["(with hindsight)", *(f"{hindsight_percent(run):.1f}" for run in first)])
+        if metric == "hit" and self.bound_rate is not None:
+            rows.append(["(infinite cache)", *[f"{100 * self.bound_rate:.1f}"] * len(first)])
+        title = f"{self.trace}, {self.geometry.name}"
+        if first:
+            title += f": {counted(first[0].requests, 'request')}, "
+            title += counted(first[0].prompt_tokens, "prompt token")
+        if whole := self.working_set_bytes:
+            shares = (f"{100 * run.gib * GIB / whole:.3g}" for run in first)
+            rows.append(["(% of working set)", *shares])
+        has_classes = {str(run.config.policy): run.config.priority_classes for run in self.runs}
+        lines = [title, text_table(header, rows), *too_large]
+        lines += interval_notes(self) if metric == "hit" else []
+        lines += [*notes_on(self, [metric]), *classes_notes(has_classes), *self.failures]
+        return "\n".join(lines)
 
     def verdict(self) -> str:
-        """Return one sentence: the policies with the most hits, and the command that serves with
-        them. Rebuilt systems with more hits are named. Empty if there is nothing to choose
-        from."""
-        from hybridcache.lab.report import verdict
+        """Return one sentence: the policy with the highest mean token hit rate over the sizes, and
+        the command that serves with it, at the smallest size of its most hits.
 
-        return verdict(self)
+        Policies that tie with it at every size (``report.ties``) and rebuilt systems with a higher
+        mean are named. Empty if fewer than two policies and placements of our own were run.
+        """
+        by_label = self.by_label()
+        means = {
+            label: fmean(run.token_hit_rate for run in runs) for label, runs in by_label.items()
+        }
+        ours = [label for label, runs in by_label.items() if runs[0].config.baseline is None]
+        if len(ours) < 2:
+            return ""
+        first = max(ours, key=lambda label: means[label])
+        more = "".join(
+            f"; {label} has {100 * (mean - means[first]):.1f} points more in the mean"
+            for label, mean in means.items()
+            if label not in ours and mean > means[first]
+        )
+        if not means[first]:
+            return f"no policy has a hit at any of these sizes{more}"
+        best = {run.gib: run for run in by_label[first]}
+        equal = [
+            label
+            for label in ours
+            if label != first and all(ties(run, best.get(run.gib, run)) for run in by_label[label])
+        ]
+        has_most = f"{first} has the most hits in the mean of {counted(len(best), 'size')}"
+        if equal:
+            has_most += f" (by the intervals not different: {', '.join(equal)})"
+        enough = max(run.token_hit_rate for run in best.values()) - TIE
+        served = min(
+            (run for run in best.values() if run.token_hit_rate > enough), key=lambda run: run.gib
+        )
+        model = self.geometry.name
+        model = model if model == "builtin" else f"ORG/{model}"
+        return f"{has_most}{more}; to serve: engine serve --model {model} {serve_flags(served)}"
 
     def figure(
         self,
@@ -93,14 +183,10 @@ class SimulationResult(SweepRuns):
         """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
         of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
         SVG or PDF), if there is one."""
-        from hybridcache.lab.figures import sweep_figure
-
         return sweep_figure([self], path, metric)
 
     def losses_figure(self, path: str | Path | None = None) -> Figure:
         """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
-        from hybridcache.lab.figures import losses_figure
-
         return losses_figure([self], path)
 
 
@@ -131,16 +217,24 @@ class OptimumResult(Sequence[Optimum]):
         return [plan.record() for plan in self.plans]
 
     def table(self) -> str:
-        """Return a table: plan, bound and gap, a row per size."""
-        from hybridcache.lab.report import optimum_table
-
-        return optimum_table(self.plans)
+        """Return a table with a row per size: hit rate of the plan, bound and gap."""
+        rows = [
+            [
+                f"{best.gib:.3g}",
+                f"{100 * best.reached:.2f}",
+                f"{100 * best.bound:.2f}",
+                f"{100 * best.gap:.2f}",
+                f"{best.wall_s:.1f}",
+            ]
+            for best in self.plans
+        ]
+        requests = counted(self.plans[0].num_requests, "request")
+        table = text_table(["GiB", "reached, %", "bound, %", "gap, %", "seconds"], rows)
+        return f"{self.plans[0].trace}: {requests}\n{table}"
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw plan and bound over the sizes. The figure is also written to ``path`` (PNG, SVG or
         PDF), if there is one."""
-        from hybridcache.lab.figures import optimum_figure
-
         return optimum_figure(self.plans, path)
 
 
