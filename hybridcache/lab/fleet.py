@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ from hybridcache.lab.simulation.result import PERCENTILES
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.sizes import sizes_for
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.trace import Trace
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import find_router
 
@@ -50,43 +49,6 @@ class FleetConfig:
     """Until the one that replaces it is up."""
     seed: int = 0
     """Number of the replica that fails first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Total work of a trace."""
-
-    first_s: float
-    seconds: float
-    """Seconds from its first request to its last."""
-    cold_flops: int
-    """FLOPs of computing every prompt from its first token."""
-
-    @classmethod
-    def of(cls, trace: Trace, geometry: ModelGeometry) -> Span:
-        """Add up the work of ``trace``. O(requests). ValueError if there is none."""
-        work = [(one.timestamp_s, geometry.flops(0, one.num_tokens(trace.unit))) for one in trace]
-        if not work:
-            raise ValueError(f"{trace.name}: {trace.is_empty_because}")
-        first_s = work[0][0]
-        return cls(first_s, work[-1][0] - first_s, sum(flops for _, flops in work))
-
-
-def times_of(
-    config: FleetConfig, span: Span, geometry: ModelGeometry, times: PrefillTimes
-) -> PrefillTimes:
-    """Return ``times``, or with a load the times that keep the replicas that busy: proportional to
-    FLOPs, as on a server with large batches, which share the reads of the weights. ValueError for a
-    load of a trace that takes no time."""
-    if config.load is None:
-        return times
-    if span.seconds <= 0:
-        raise ValueError(
-            "load is a share of the trace's time, and all its requests come at once: name starts "
-            "(starts=poisson:2), or leave the load out"
-        )
-    flops_per_s = span.cold_flops / (config.load * config.replicas * span.seconds)
-    return Roofline(geometry, flops_per_s=flops_per_s, bytes_per_s=math.inf, overhead_s=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +96,8 @@ class FleetResult:
 def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:
     """Run a fleet over a trace, which is best held in memory (``Trace.kept``). Every replica has
     the cache, the memory and the machine of ``scenario``. O(events log events). ValueError for a
-    router that does not exist or chooses no replica, for a rebuilt peer and for a scenario of
-    several policies or sizes."""
+    router that does not exist or chooses no replica, for a rebuilt peer, for a scenario of several
+    policies or sizes, and for a load of a trace that takes no time."""
     if scenario.baseline:
         raise ValueError(
             f"baseline {scenario.baseline}: rebuilt peers publish no events for routers: leave "
@@ -149,11 +111,28 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
             "each"
         )
     cell = cells[0]
-    span = Span.of(trace, geometry)
-    times = times_of(fleet, span, geometry, cell.prefill_times(geometry))
+    work = [(one.timestamp_s, geometry.flops(0, one.num_tokens(trace.unit))) for one in trace]
+    if not work:
+        raise ValueError(f"{trace.name}: {trace.is_empty_because}")
+    first_s, seconds = work[0][0], work[-1][0] - work[0][0]
+    times = cell.prefill_times(geometry)
+    if fleet.load is not None:
+        if seconds <= 0:
+            raise ValueError(
+                "load is a share of the trace's time, and all its requests come at once: name "
+                "starts (starts=poisson:2), or leave the load out"
+            )
+        # As on a server with large batches, which share the reads of the weights.
+        cold_flops = sum(flops for _, flops in work)
+        flops_per_s = cold_flops / (fleet.load * fleet.replicas * seconds)
+        times = Roofline(geometry, flops_per_s=flops_per_s, bytes_per_s=math.inf, overhead_s=0.0)
     loop = _Fleet(cell, geometry, trace.unit, fleet, times)
-    loop.serve(trace.in_order(), span)
-    return loop.summary(geometry, trace.full_name)
+    # Failures are even over the trace, one place after the other, from the seed's on.
+    for number in range(fleet.failures):
+        when = first_s + seconds * (number + 1) / (fleet.failures + 1)
+        loop.push(when, partial(loop.fail, (number + fleet.seed) % fleet.replicas))
+    loop.run(trace.in_order())
+    return loop.summary(geometry, trace.full_name, max(loop.last_s - first_s, 0.0))
 
 
 class _Fleet(EventLoop):
@@ -176,7 +155,8 @@ class _Fleet(EventLoop):
         self._homeless: list[Asked] = []
         self._expected = array("q")
         self._rerouted = self._broken = 0
-        self._last_s = self._seconds = 0.0
+        self.last_s = 0.0
+        """Time of the last first token."""
         cache, stateful = cell.cache_config(geometry, unit), bool(geometry.num_linear_layers)
         spec = ReplicaSpec(
             times,
@@ -207,20 +187,6 @@ class _Fleet(EventLoop):
         for asked in homeless:
             self.route(asked, now)
 
-    def _plan_failures(self, span: Span) -> None:
-        """Plan failures evenly over the trace, one place after the other, from the seed's on."""
-        num_failures = self._config.failures
-        for number in range(num_failures):
-            when = span.first_s + span.seconds * (number + 1) / (num_failures + 1)
-            place = (number + self._config.seed) % self._config.replicas
-            self.push(when, partial(self._die, place))
-
-    def serve(self, requests: Iterable[TraceRequest], span: Span) -> None:
-        """Serve all of ``requests``, with the failures that are planned."""
-        self._plan_failures(span)
-        self.run(requests)
-        self._seconds = max(self._last_s - span.first_s, 0.0)
-
     def route(self, asked: Asked, now: float) -> None:
         if not self.router.loads:
             self._homeless.append(asked)
@@ -244,7 +210,7 @@ class _Fleet(EventLoop):
 
     def on_prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
         self._expected.append(asked.expected_len * self.log.unit)
-        self._last_s = now
+        self.last_s = now
         self.router.prefilled(asked.number, now)
         replica.covered.append(asked.number)
         self._publish(replica, now)
@@ -271,7 +237,8 @@ class _Fleet(EventLoop):
         else:
             deliver(now)
 
-    def _die(self, place: int, now: float) -> None:
+    def fail(self, place: int, now: float) -> None:
+        """End the replica at ``place``, if there is one."""
         replica = self._places[place]
         if replica is None:
             return
@@ -289,8 +256,8 @@ class _Fleet(EventLoop):
         for asked in replica.decoding.values():
             self.next_turn(asked.request.session, now)
 
-    def summary(self, geometry: ModelGeometry, trace: str) -> FleetResult:
-        """Return the figures of the run. O(requests)."""
+    def summary(self, geometry: ModelGeometry, trace: str, seconds: float) -> FleetResult:
+        """Return the figures of the run, which took ``seconds``. O(requests)."""
         log, times, cell, fleet = self.log, self.times, self._cell, self._config
         described = describe_times(times)
         if fleet.load is not None and isinstance(times, Roofline):
@@ -300,7 +267,7 @@ class _Fleet(EventLoop):
         expected = np.frombuffer(self._expected, np.int64)
         ttft = np.frombuffer(log.ttft_s, np.float64)
         cold = [times.seconds(0, length) for length in lengths.tolist()]
-        busy, seconds = np.array(self._busy_s), self._seconds
+        busy = np.array(self._busy_s)
         return FleetResult(
             trace=trace,
             model=geometry.name,
