@@ -623,7 +623,7 @@ class Lease:
         num_taken = 0
         for position, label in tuple(self._planned.items()):
             if start < position <= end:
-                if num_taken == max_slots:
+                if max_slots is not None and num_taken >= max_slots:
                     return None
                 slot = self.cache.allocate_slot()
                 if slot is None:
@@ -645,7 +645,7 @@ class Lease:
         if interval is None or (position := end // interval * interval) <= start:
             return ()
         rolling = self._rolling
-        if rolling is None and max_slots == 0:
+        if rolling is None and max_slots is not None and max_slots <= 0:
             return None
         slot = self.cache.allocate_slot(self._receipt) if rolling is None else rolling[1]
         if slot is None:

@@ -195,7 +195,7 @@ def _maker(
         value = -1
     if not least <= value < inf:
         raise ValueError(
-            f"{what} {name!r} needs a number of at least {least} ({entry.counts}), as in "
-            f"{name}:{entry.example or least}, got {spec!r}"
+            f"{what} {name!r} needs a {'whole ' * least}number of at least {least} "
+            f"({entry.counts}), as in {name}:{entry.example or least}, got {spec!r}"
         )
     return partial(entry.make, value)

@@ -291,7 +291,8 @@ class GuardedEviction(_Guard, EvictionPolicy):
                 victim: Item | None = self._call("victim", kind)
                 # Without a victim memory would never be freed, and requests would wait for ever.
                 has_one = self._held if kind is None else self._num_held[kind]
-                is_one = victim in self._held and kind in (None, getattr(victim, "kind", None))
+                of_kind = getattr(victim, "kind", "")  # Other results may not be hashable.
+                is_one = of_kind and victim in self._held and kind in (None, of_kind)
                 if is_one or (victim is None and not has_one):
                     return victim
                 raise self._error(
@@ -322,7 +323,8 @@ class GuardedAdmission(_Guard, AdmissionPolicy):
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
         ordered: list[WaitingRequest] = self._call("order", waiting, load, at_most=len(waiting) + 1)
-        if len(set(ordered)) < len(ordered) or not set(ordered) <= set(waiting):
+        found = set(map(id, ordered))  # Wrong results may not be hashable.
+        if len(found) < len(ordered) or not found <= set(map(id, waiting)):
             raise self._error(
                 "order",
                 f"must return waiting requests, each at most once (got {len(ordered)} for "

@@ -361,7 +361,7 @@ def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the
     cache, _ = small()
     with begun(cache, parse_placement("every:8"), prompt := ids(range(32))) as lease:
         cache.steps.transfers.append(Drop("disk", prompt))
-        assert lease.take_checkpoint_slots(0, 32, 3) is None
+        assert [lease.take_checkpoint_slots(0, 32, most) for most in (-1, 3)] == [None, None]
         assert len(lease.take_checkpoint_slots(0, 32)) == 3  # no other slot is left
         with pytest.raises(RuntimeError, match="or moved the entries"):
             lease.publish(prompt, 32)

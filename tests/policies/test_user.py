@@ -50,9 +50,9 @@ class Foreign(Inherits):
         return self.item
 
 
-class NoVictim(Inherits):
+class ListOfVictims(Inherits):
     def victim(self, kind):
-        pass
+        return [kind]
 
 
 class Pair(NamedTuple):
@@ -126,13 +126,10 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("Arguments", r"it cannot be created .*'weight'.*give them defaults"),
         ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
         ("Foreign", "victim.* returned .* which is not a candidate of that kind"),
-        ("NoVictim", r"victim returned None for .* .user_policies.py, line \d+"),
+        ("ListOfVictims", r"victim returned \['\w+'\] for .* .user_policies.py, line \d+"),
         ("Missing", "user_policies has no class 'Missing'"),
         ("Bare", r"plan returned \d+; return Placed\(position, label\)"),
-        (
-            "Half",
-            r"plan returned Placed\(position=\d+\.\d, .* an integer from 0 to \d+ and a string",
-        ),
+        ("Half", r"plan returned Placed\(position=\d+\.\d, .* an integer from 0 to \d+ and"),
         ("Beyond", r"plan returned .* with an integer from 0 to \d+ and"),
         ("NoPlan", r"plan returned None; return a list .user_policies.py, line \d+"),
         ("Lost", r"plan raised IndexError: .* .user_policies.py, line \d+"),
@@ -154,6 +151,8 @@ def test_an_error_in_a_custom_policy_is_one_line(
 def test_an_object_that_is_no_policy_is_named() -> None:
     with pytest.raises(ValueError, match="it does not implement PlacementPolicy: give a name"):
         parse_placement(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'every' needs a whole number of at least 1"):
+        parse_placement("every:1.5")
 
 
 def test_an_endless_plan_ends_with_the_prompt() -> None:
