@@ -347,10 +347,7 @@ class EngineConfig(Settings):
     def settled(self, *, on_cpu: bool) -> EngineConfig:
         """Return the settings with defaults for those that depend on the device and the machine."""
         budget = CPU_BUDGET if on_cpu else DEVICE_BUDGET
-        return dataclasses.replace(
-            self,
-            token_budget=self.token_budget or budget,
-        )
+        return dataclasses.replace(self, token_budget=self.token_budget or budget)
 
     @property
     def model_dir(self) -> Path:
@@ -429,14 +426,11 @@ def num_load_workers() -> int:
     Packing also needs the cores: on two, 16 threads took 1.2 to 1.7 times as long as one, and 1.7
     times the processor time.
     """
-    return min(max(num_cores() // 2, 1), 16)
-
-
-def num_cores() -> int:
-    """Return the number of processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Only on Linux.
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        num_cores = len(os.sched_getaffinity(0))
+    else:
+        num_cores = os.cpu_count() or 1
+    return min(max(num_cores // 2, 1), 16)
 
 
 def check_no_foreign_kernels() -> None:

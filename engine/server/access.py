@@ -1,5 +1,5 @@
-"""Access of clients: API keys, the operator, CORS, request ids and the log of requests, and the
-tenants that own requests."""
+"""Access of clients: their connections, API keys, the operator, CORS, request ids and the log of
+requests, and the tenants that own requests."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from engine.server.api_errors import ANTHROPIC, APIError
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
@@ -184,6 +186,32 @@ def _sendable(lines: list[bytes], source: str) -> list[bytes]:
     return keys
 
 
+HEADERS_S = 10.0
+"""Time in which the headers of a request must arrive, from the start of the connection or the end
+of the previous answer on."""
+
+
+class ClientConnection(H11Protocol):
+    """Connection of a client, closed if the headers of a request do not arrive in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait_for_headers()
+
+    def _wait_for_headers(self) -> None:
+        self.loop.call_later(HEADERS_S, self._close_if_late, self.cycle)
+
+    def _close_if_late(self, previous: RequestResponseCycle | None) -> None:
+        # The next request may have arrived before the end of the previous answer.
+        is_answering = previous is not None and not previous.response_complete
+        if self.cycle is previous and not is_answering and not self.transport.is_closing():
+            self.transport.close()
+
+
 def install(app: Starlette, config: ServerConfig, keys: ServerKeys) -> None:
     """Add the middleware to ``app``, the last one outermost."""
     if keys.accepted:
@@ -238,12 +266,6 @@ class RequestRecord:
         """Ids of generations that are further choices of an earlier one's prompt."""
         self.answer_id = ""
         """Id of the answer. Empty if there is none."""
-
-    @staticmethod
-    def of(scope: Scope) -> RequestRecord:
-        """Return the record of the request of ``scope``, which ``Requests`` made."""
-        found: RequestRecord = scope["state"]["record"]
-        return found
 
     def log(self, scope: Scope) -> None:
         """Write the line of the request of ``scope``."""
@@ -399,24 +421,13 @@ class Tenants:
         name = SALT_HEADER.encode()
         values = (value for header, value in scope["headers"] if header == name)
         given = {value.decode(errors="replace") for value in values}
-        if salt is not None:
-            given.add(salt)
-        if len(given) > 1:
+        given |= set() if salt is None else {salt}
+        # Invalid characters are decoded as U+FFFD, which would make different salts equal.
+        if len(given) > 1 or any(not one or REPLACEMENT in one for one in given):
             raise APIError(
                 400,
-                f"This request names different salts: send one, as 'cache_salt' or {SALT_HEADER}.",
-                param="cache_salt",
-            )
-        if "" in given:
-            raise APIError(
-                400, "A salt must not be empty: omit it, or send text.", param="cache_salt"
-            )
-        if any(REPLACEMENT in one for one in given):
-            # Invalid characters are decoded as this one, which would make different salts equal.
-            raise APIError(
-                400,
-                "A salt must not contain U+FFFD, the replacement of invalid characters: "
-                "choose another text.",
+                f"A request has one salt, as 'cache_salt' or {SALT_HEADER}: a text that is not "
+                "empty and does not contain U+FFFD, the replacement of invalid characters.",
                 param="cache_salt",
             )
         place: int | None = scope.get("state", {}).get("api_key")

@@ -42,18 +42,17 @@ ANTHROPIC_KINDS = {
     502: "api_error",
     503: "overloaded_error",
 }
-REFUSALS: dict[str, tuple[int, str | None]] = {
-    ContextOverflow.kind: (400, "context_length_exceeded"),
-    DuplicateId.kind: (409, "duplicate_request_id"),
-    QueueFull.kind: (429, "queue_full"),
-    EngineStopped.kind: (503, "stopped"),
+REFUSALS: dict[str, tuple[int, str | None, dict[str, str] | None]] = {
+    ContextOverflow.kind: (400, "context_length_exceeded", None),
+    DuplicateId.kind: (409, "duplicate_request_id", None),
+    QueueFull.kind: (429, "queue_full", {"Retry-After": "1"}),
+    EngineStopped.kind: (503, "stopped", {"Retry-After": "10"}),
 }
-"""Status and code of each kind of ``RequestError`` other than ``InvalidRequest``; any further kind
-is a failure of the engine."""
+"""Status, code and headers of each kind of ``RequestError`` other than ``InvalidRequest``; any
+further kind is a failure of the engine."""
 ENGINE_FIELDS = {*RequestSpec.__struct_fields__, *(one.name for one in fields(SamplingParams))}
 """Names with which messages of the engine about a value begin, without quotation marks, because
 they are for callers in Python too."""
-RETRY_AFTER_S = {QueueFull.kind: 1, EngineStopped.kind: 10}
 SERVER_FAILED = "The server failed on this request; see its log for the reason."
 KINDS = {404: "not_found_error", 429: "rate_limit_error"} | dict.fromkeys(
     (500, 502, 503), "server_error"
@@ -180,16 +179,10 @@ def of_failure(error: Exception, param: str | None = None) -> APIError:
         return of_value(ValueError(str(error)), param)
     if error.kind not in REFUSALS:
         return APIError(500, f"The engine failed on this request: {str(error).rstrip('.')}.")
-    status, code = REFUSALS[error.kind]
-    retry_after_s, for_anthropic = RETRY_AFTER_S.get(error.kind), None
+    (status, code, headers), for_anthropic = REFUSALS[error.kind], None
     if isinstance(error, ContextOverflow):  # The sentence that Anthropic's clients recognise.
         room = error.max_model_len - min(error.max_tokens, 1)
         for_anthropic = f"prompt is too long: {error.prompt_len} tokens > {room} maximum"
     return APIError(
-        status,
-        str(error),
-        param=param,
-        code=code,
-        headers=None if retry_after_s is None else {"Retry-After": str(retry_after_s)},
-        for_anthropic=for_anthropic,
+        status, str(error), param=param, code=code, headers=headers, for_anthropic=for_anthropic
     )

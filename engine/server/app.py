@@ -1,8 +1,8 @@
 """The server: its process (connections, memory, start and stop), and the ASGI application with its
 routes, which imports plugins.
 
-uvicorn limits the size of headers and the number of connections. ``ClientConnection`` limits the
-time of headers.
+uvicorn limits the size of headers and the number of connections. ``access.ClientConnection``
+limits the time of headers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -28,7 +28,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
@@ -45,21 +44,18 @@ from engine.plugins.dialects.tokens import (
 from engine.plugins.observe.server import Page
 from engine.plugins.replicas import ReplicasConfig
 from engine.server import access
-from engine.server.access import ServerKeys, Tenants
+from engine.server.access import HEADERS_S, ClientConnection, ServerKeys, Tenants
 from engine.server.api_errors import HANDLERS, APIError
-from engine.server.bodies import Body, BodyReader, Workers, json_response
+from engine.server.bodies import Body, Workers, json_response
 from engine.server.chat import chat
 from engine.server.completions import CompletionRequest, complete
-from engine.server.context import Call, ServingContext
+from engine.server.context import Answer, ServingContext
 from engine.server.schemas import ChatRequest
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
 from hybridcache.command.extras import version as installed_version
 from hybridcache.geometry.units import counted
 
 logger = logging.getLogger(__name__)
-HEADERS_S = 10.0
-"""Time in which the headers of a request must arrive, from the start of the connection or the end
-of the previous answer on."""
 MAX_DESCRIPTORS = 1 << 16
 """Upper limit to which the number of descriptors is raised, if the system allows it."""
 GC_THRESHOLDS = (50_000, 20, 1000)
@@ -79,27 +75,6 @@ def most_connections() -> int:
         if soft != resource.RLIM_INFINITY and soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return max(most - 256, most // 2)
-
-
-class ClientConnection(H11Protocol):
-    """Connection of a client, closed if the headers of a request do not arrive in time."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait_for_headers()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._wait_for_headers()
-
-    def _wait_for_headers(self) -> None:
-        self.loop.call_later(HEADERS_S, self._close_if_late, self.cycle)
-
-    def _close_if_late(self, previous: RequestResponseCycle | None) -> None:
-        # The next request may have arrived before the end of the previous answer.
-        is_answering = previous is not None and not previous.response_complete
-        if self.cycle is previous and not is_answering and not self.transport.is_closing():
-            self.transport.close()
 
 
 TRIM_S = 30
@@ -236,8 +211,6 @@ def serve(
 
 HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
-Answer = Callable[[Call, Any], Awaitable[Response]]
-"""Answers a request with its body."""
 
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
@@ -260,16 +233,6 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
         "/tokenize": (TokenizeRequest, tokenize),
         "/detokenize": (DetokenizeRequest, detokenize),
     }
-    reader = BodyReader(int(config.max_body_mib * 2**20), config.body_timeout_s, workers)
-
-    def body_route(path: str, kind: type[Body], answer: Answer) -> Route:
-        async def operation(request: Request) -> Response:
-            body, size = await reader.read(request, kind)
-            context.check_model(body.model)
-            tenant = tenants.of(request.scope, body.cache_salt)
-            return await answer(Call(context, request, size, tenant), body)
-
-        return Route(path, operation, methods=["POST"])
 
     async def openapi(request: Request) -> Response:
         return json_response(_described(routes, {path: kind for path, (kind, _) in bodies.items()}))
@@ -278,7 +241,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
         return json_response({"version": installed_version()})
 
     routes = [
-        *(body_route(path, *of_path) for path, of_path in bodies.items()),
+        *(context.body_route(path, *of_path) for path, of_path in bodies.items()),
         *_model_routes(context),
         *_operator_routes(context, keys),
         *page.routes(),

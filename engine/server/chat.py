@@ -29,9 +29,10 @@ from engine.server.context import (
     AnsweredChat,
     Call,
     cache_headers,
-    chat_scores,
+    finite,
     prompt_id_fields,
     token_id_fields,
+    token_text,
     usage,
 )
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
@@ -440,9 +441,23 @@ class _ChatWriter(ChatWriter):
         return event({**self._head, "choices": choices, **more})
 
     def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:
+        """Return one object per token, with its best alternatives, if they are requested."""
         if not self._body.logprobs:
             return None
-        return chat_scores(self._context.tokenizer, scores or (), self._body.top_logprobs or 0)
+        tokenizer, num_top = self._context.tokenizer, self._body.top_logprobs or 0
+
+        def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+            return {
+                "token": token_text(tokenizer, token_id),
+                "logprob": finite(logprob),
+                "bytes": list(tokenizer.token_bytes(token_id)),
+            }
+
+        content = []
+        for score in scores or ():
+            rivals = [entry(*pair) for pair in score.top_logprobs[:num_top]]
+            content.append({**entry(score.token_id, score.logprob), "top_logprobs": rivals})
+        return {"content": content}
 
 
 def _choice(

@@ -15,16 +15,17 @@ from engine.server.access import RequestRecord, choice_id, new_id
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     Call,
-    CompletionScores,
     ServingContext,
     cache_headers,
+    finite,
     prompt_id_fields,
     token_id_fields,
+    token_text,
     usage,
 )
 from engine.server.schemas import Count, NumScores, Sampling, TokenId
 from engine.text.outputs import RequestOutput, SampledToken
-from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions
+from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions, StreamDecoder
 
 
 class CompletionRequest(Sampling, kw_only=True):
@@ -178,7 +179,9 @@ class _Choice:
         self._body = body
         self._index = index
         self._skips_special = body.skip_special_tokens is not False
-        self._scores: CompletionScores | None = None
+        self._decoder: StreamDecoder | None = None
+        """Decoder that gives the offsets of tokens in the text."""
+        self._offset = 0
         self.is_first = True
         """True until the first part is written."""
 
@@ -196,8 +199,7 @@ class _Choice:
             told |= prompt_id_fields(self._body, output)
             if self._body.logprobs is not None:
                 before = () if self._body.echo else output.prompt_token_ids[-MAX_CONTEXT:].tolist()
-                decoder = self._tokenizer.stream_decoder(self._skips_special, before)
-                self._scores = CompletionScores(self._tokenizer, self._body.logprobs, decoder)
+                self._decoder = self._tokenizer.stream_decoder(self._skips_special, before)
             if self._body.echo:
                 prompt = output.prompt_token_ids.tolist()
                 text = self._tokenizer.decode(prompt, self._skips_special) + text
@@ -207,7 +209,29 @@ class _Choice:
         return {
             "index": self._index,
             "text": text,
-            "logprobs": None if self._scores is None else self._scores.write(token_ids, scores),
+            "logprobs": self._scores(token_ids, scores),
             "finish_reason": output.finish_reason,
             **told,
         }
+
+    def _scores(
+        self, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
+    ) -> dict[str, list[Any]] | None:
+        """Return the lists of scores for the next tokens, or None if they are not requested. A
+        score is None if the token was not predicted (the first of a prompt)."""
+        if self._decoder is None:
+            return None
+        written: dict[str, list[Any]] = {
+            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        for token_id, score in zip(token_ids, scores, strict=False):
+            top = None
+            if score is not None:
+                best = score.top_logprobs[: self._body.logprobs]
+                top = {token_text(self._tokenizer, one): finite(number) for one, number in best}
+            written["tokens"].append(token_text(self._tokenizer, token_id))
+            written["token_logprobs"].append(None if score is None else finite(score.logprob))
+            written["top_logprobs"].append(top)
+            written["text_offset"].append(self._offset)
+            self._offset += len(self._decoder.push(token_id))
+        return written

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import (
     AsyncGenerator,
+    Awaitable,
     Callable,
     Collection,
     Iterable,
@@ -22,6 +23,7 @@ import numpy as np
 from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
@@ -30,7 +32,7 @@ from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
 from engine.server.access import RequestRecord, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
-from engine.server.bodies import Workers, to_json
+from engine.server.bodies import Body, BodyReader, Workers, to_json
 from engine.server.metrics import Metrics
 from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
@@ -38,10 +40,9 @@ from engine.text.answers import CLOSE, AnswerForm
 from engine.text.outputs import (
     FinishReason,
     RequestOutput,
-    SampledToken,
     Transferred,
 )
-from engine.text.tokenizer import EncodeOptions, StreamDecoder, Tokenizer, as_tokens
+from engine.text.tokenizer import EncodeOptions, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
@@ -96,6 +97,7 @@ class ServingContext:
         self._fingerprint = engine.facts.exactness.fingerprint
         self.keep_alive_s = config.keep_alive_s
         self._default_max_tokens = config.default_max_tokens
+        self._reader = BodyReader(int(config.max_body_mib * 2**20), config.body_timeout_s, workers)
         self.metrics = Metrics(engine.pid)
         self.created = int(time.time())
 
@@ -109,6 +111,17 @@ class ServingContext:
         """Form of the model's answers to chats."""
         template = self.tokenizer.chat_template
         return AnswerForm.of("" if template is None else template.source)
+
+    def body_route(self, path: str, kind: type[Body], answer: Answer) -> Route:
+        """Return the route of requests with a body of this ``kind``."""
+
+        async def operation(request: Request) -> Response:
+            body, size = await self._reader.read(request, kind)
+            self.check_model(body.model)
+            tenant = self.tenants.of(request.scope, body.cache_salt)
+            return await answer(Call(self, request, size, tenant), body)
+
+        return Route(path, operation, methods=["POST"])
 
     def head(self, answer_id: str, kind: str) -> dict[str, Any]:
         """Return the first fields of an answer of OpenAI's completions, which is a ``kind``."""
@@ -313,7 +326,13 @@ class Call:
 
     @property
     def record(self) -> RequestRecord:
-        return RequestRecord.of(self.request.scope)
+        """Facts for the log, which the middleware ``Requests`` collects."""
+        found: RequestRecord = self.request.scope["state"]["record"]
+        return found
+
+
+Answer = Callable[[Call, Any], Awaitable[Response]]
+"""Answers a request with its body."""
 
 
 def usage(outputs: Collection[RequestOutput], firsts: Collection[RequestOutput]) -> dict[str, Any]:
@@ -367,61 +386,6 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
         return raw.decode("utf-8") if raw else f"token:{token_id}"
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-class CompletionScores:
-    """Writes the score lists of one choice, as a whole or piece by piece, with offsets into its
-    text."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, num_top: int, decoder: StreamDecoder | None = None
-    ) -> None:
-        """``decoder``: converts the tokens to the text of the offsets."""
-        self._tokenizer = tokenizer
-        self._num_top = num_top
-        self._decoder = decoder or tokenizer.stream_decoder()
-        self._offset = 0
-
-    def write(
-        self, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
-    ) -> dict[str, list[Any]]:
-        """Return the lists for the next tokens. A score is None if the token was not predicted (the
-        first of a prompt)."""
-        written: dict[str, list[Any]] = {
-            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        }
-        for token_id, score in zip(token_ids, scores, strict=False):
-            written["tokens"].append(token_text(self._tokenizer, token_id))
-            written["token_logprobs"].append(None if score is None else finite(score.logprob))
-            written["top_logprobs"].append(None if score is None else self._top(score))
-            written["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.push(token_id))
-        return written
-
-    def _top(self, score: SampledToken) -> dict[str, float | None]:
-        return {
-            token_text(self._tokenizer, token_id): finite(logprob)
-            for token_id, logprob in score.top_logprobs[: self._num_top]
-        }
-
-
-def chat_scores(
-    tokenizer: Tokenizer, scores: Iterable[SampledToken], num_top: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Return one object per token, with its ``num_top`` best alternatives."""
-
-    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
-        return {
-            "token": token_text(tokenizer, token_id),
-            "logprob": finite(logprob),
-            "bytes": list(tokenizer.token_bytes(token_id)),
-        }
-
-    content = []
-    for score in scores:
-        rivals = [entry(*pair) for pair in score.top_logprobs[:num_top]]
-        content.append({**entry(score.token_id, score.logprob), "top_logprobs": rivals})
-    return {"content": content}
 
 
 def prompt_id_fields(body: Sampling, output: RequestOutput) -> dict[str, Any]:

@@ -118,7 +118,9 @@ class AnswerForm:
     def of(cls, template: str) -> AnswerForm:
         """Return the form for the source of a chat template. O(len(template)) for a new one."""
         offers_tools = "tools" in template
-        calls = call_form(template) if offers_tools else None
+        readers = (QwenXMLReader, HermesReader) if offers_tools else ()
+        # The last mark of the first form is in no template of the second.
+        calls = next((reader for reader in readers if reader.MARKS[-1] in template), None)
         return cls(CLOSE in template, offers_tools, calls)
 
 
@@ -581,13 +583,15 @@ class QwenXMLReader(CallReader):
         name, at, arguments = head[1].strip(), head.end(), list[str]()
         if name not in self._functions:
             return Call(name, "{}", at)
-        types = _types_of(self._functions[name])
+        schema = self._functions[name].get("parameters")
+        named = schema.get("properties") if isinstance(schema, Mapping) else None
+        schemas = named if isinstance(named, Mapping) else {}
         while found := _PARAMETER.match(text, at):
             if found["end"] is None:
                 return None
             value = found["value"].removeprefix("\n").removesuffix("\n")
             key = found["name"].strip()
-            written = _as_json(value, types.get(key, _STRING))
+            written = _as_json(value, json_types(schemas.get(key)))
             arguments.append(f"{json.dumps(key, ensure_ascii=False)}: {written}")
             at = found.end("end") if found["end"] == END_PARAMETER else found.start("end")
         end = _END.match(text, at)
@@ -613,23 +617,6 @@ _PARAMETER = re.compile(
 )
 _PARAMETER_BEGIN = re.compile(rf"\s*{PARAMETER}[^<>\n]{{0,{MAX_NAME}}}")
 _END = re.compile(rf"\s*(?P<tag>{END_FUNCTION}|{CALL_CLOSE}|{CALL_OPEN}|{FUNCTION})?")
-
-
-def call_form(template: str) -> type[CallReader] | None:
-    """Return the reader of the calls in the source of a chat template, or None without calls in a
-    supported form. O(len(template))."""
-    if FUNCTION in template:
-        return QwenXMLReader
-    return HermesReader if CALL_OPEN in template else None
-
-
-def _types_of(function: Mapping[str, Any]) -> dict[str, frozenset[str]]:
-    """Return the JSON types that the schema of a function allows for each parameter."""
-    schema = function.get("parameters")
-    named = schema.get("properties") if isinstance(schema, Mapping) else None
-    if not isinstance(named, Mapping):
-        return {}
-    return {str(key): json_types(entry) for key, entry in named.items()}
 
 
 def json_types(schema: Any) -> frozenset[str]:

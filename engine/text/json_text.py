@@ -34,7 +34,7 @@ def read_json(text: str) -> Any:
         try:
             value = msgspec.json.decode(text)
         except (msgspec.DecodeError, UnicodeEncodeError):
-            value = msgspec.json.decode(with_whole_escapes(whole_text(text)))
+            value = msgspec.json.decode(_ESCAPE.sub(_whole_escape, whole_text(text)))
     except msgspec.DecodeError as error:
         raise ValueError(str(error)) from None
     except RecursionError:
@@ -44,14 +44,9 @@ def read_json(text: str) -> Any:
     return value
 
 
-def with_whole_escapes(text: str) -> str:
-    """Return JSON ``text`` with U+FFFD in place of escaped lone surrogates. O(len(text))."""
-
-    def whole(escape: re.Match[str]) -> str:
-        is_half = len(escape[0]) == 6 and escape[0][1] == "u"
-        return r"\ufffd" if is_half else escape[0]
-
-    return _ESCAPE.sub(whole, text)
+def _whole_escape(escape: re.Match[str]) -> str:
+    """Return an escape, or that of U+FFFD if it is a lone surrogate."""
+    return r"\ufffd" if len(escape[0]) == 6 and escape[0][1] == "u" else escape[0]
 
 
 def _depth(value: Any) -> int:

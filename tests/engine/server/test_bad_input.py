@@ -153,7 +153,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"messages": [{"content": "x"}]}, "messages.0.role"),
         *(({"messages": [CHAT[0] | {"role": one}]}, "role") for one in ("a\nb\rc", None, 5)),
         *(({"metadata": one}, "must be") for one in ({"session_end": "yes"}, 5)),
-        ({"cache_salt": ""}, "must not be empty"),
+        ({"cache_salt": ""}, "that is not empty"),
         ({"messages": None}, "'messages' is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "image_url"),
