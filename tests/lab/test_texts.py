@@ -1,10 +1,12 @@
-"""Tests of prompts as texts: CSV files, JSON lines of requests and of whole conversations.
+"""Tests of prompts as texts: CSV files, JSON lines of requests, of single messages, and of whole
+conversations.
 
 Tokens are bytes, so the lengths were counted by hand.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -104,6 +106,7 @@ def test_unread_text_is_suggested_as_answer(words: str, end: str, tmp_path: Path
         ({"time": 1}, r"there is no prompt in it \(time\)"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "role is 'robot', none of system"),
         ({"prompt": "b", "time": "2026-01-01T00:00:00"}, "it has a date without a zone, but the"),
+        ({"role": "user", "content": "a"}, "field 'session' is missing"),
         *(
             ({"prompt": "b", "answer": answer}, "its answer is .*, not a text, a message")
             for answer in (17, ["a"], {"x": 1}, {"choices": []}, True)
@@ -121,6 +124,41 @@ def test_wrong_requests_are_bad_records(
 # --- Kinds of files -----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceOrderWarning")
+@pytest.mark.parametrize("has_times", [False, True])
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_single_messages_are_assembled_to_prompts(
+    form: str, has_times: bool, tmp_path: Path
+) -> None:
+    call = {"role": "Assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    result = {"role": "tool", "content": '[{"type": "x"}]', "tool_call_id": "1"}
+    said = [user("hello"), call, result, assistant("yes")]
+    rows = [{"session": "a"} | one for one in said]
+    rows[1:1] = [{"session": "b"} | one for one in (user("other"), assistant("sure"), user("?"))]
+    rows = [({"time": when} if has_times else {}) | row for when, row in enumerate(rows)]
+    rows.append(rows[-1] | {"status": 500})
+    path = lines(tmp_path / "t", *rows)
+    if form == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+            writer.writeheader()
+            calls = ({"tool_calls": json.dumps(row.get("tool_calls"))} for row in rows)
+            writer.writerows(row | one for row, one in zip(rows, calls, strict=True))
+    trace = open_trace(f"{path}?tokenizer=bytes")
+    assert "an answer is a request after all messages of its session" in trace.columns
+    with pytest.warns(TraceFieldsWarning, match=r"1 record of failed .*; 1 message without an"):
+        found = sorted(trace, key=lambda one: str(one.session))
+    when = [(0, 4), (5, 1), (1, 1)] if has_times else [(4, None), (6, None), (2, None)]
+    began_s = 0 if has_times else 2
+    assert [(one.timestamp_s + began_s, one.service_s) for one in found] == when
+    assert answer_text(found[2]) == "sure" and found[0].stop_reason == "tool_use"
+    lines(path, {"messages": said})
+    whole = open_trace(f"conversations:{path}?tokenizer=bytes")
+    assert [(text_of(one), answer_text(one)) for one in found[:2]] == [
+        (text_of(one), answer_text(one)) for one in whole
+    ]
+
+
 def test_times_of_all_messages_are_those_of_the_requests(tmp_path: Path) -> None:
     said = [user("a"), assistant("b"), user("c"), assistant("d")]
     rows = ([m | {"ts": t} for m, t in zip(said, times, strict=True)] for times in TIMES)
@@ -132,6 +170,9 @@ def test_times_of_all_messages_are_those_of_the_requests(tmp_path: Path) -> None
     assert {one.service_s for one in found} == {1, 0.5}
     with pytest.warns(TraceFieldsWarning, match="ts is not read"):
         assert {one.service_s for one in open_trace(f"{path}?tokenizer=bytes&pause=9")} == {None}
+    lines(path, {"messages": said, "started_at": 5})
+    with pytest.warns(TraceFieldsWarning, match="started_at is not read"):
+        list(open_trace(f"{path}?tokenizer=bytes"))
     lines(path, {"messages": [m | {"ts": 9 - t} for t, m in enumerate(said)]})
     with pytest.raises(BadRecordError, match="line 1: its messages are not in order of time"):
         list(open_trace(f"{path}?tokenizer=bytes"))

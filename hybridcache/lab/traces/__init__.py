@@ -33,13 +33,13 @@ from hybridcache.lab.traces.fetch import find_published, packaged_file, path_of
 from hybridcache.lab.traces.frame import (
     COUNTS_ALONE,
     DAMAGED,
-    SINGLE_MESSAGES,
     FileReader,
     csv_lines,
     json_array,
     json_lines,
     looks_like_csv,
     open_bytes,
+    warn,
 )
 from hybridcache.lab.traces.jsonl import OwnReader
 from hybridcache.lab.traces.messages import MessagesReader
@@ -166,7 +166,8 @@ def _number(name: str, value: str, sort: type[int] | type[float] = int) -> Any:
 def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     word, colon, place = rest.partition(":")
     if rest == "sharegpt":
-        path, bad = packaged_file(), BadRecords(skip=True)  # The file is cut in its last record.
+        path, bad = packaged_file(), BadRecords(skip=True)
+        warn(f"{rest}: the package's file is cut in its last record, which is left out")
     elif word == "sample" and colon:
         if place not in SAMPLES:
             raise ValueError(f"there is no sample trace {place!r}{or_known(place, SAMPLES)}")
@@ -241,12 +242,11 @@ def recognise(path: Path) -> str:
             return word
     if not is_csv and {"tokens", "prefix"} & first.keys():
         return OwnReader.word  # its error names the value
-    if "role" in first:
-        raise ValueError(f"{path}: {SINGLE_MESSAGES}")
     kind, form, formats = "field", "messages", f"; formats: {', '.join(READERS)}"
     if is_csv:
         kind, form, formats = "column", "csv", f". {COUNTS_ALONE}"
     raise ValueError(
         f"{path}: no format recognises its {kind}s ({', '.join(first) or 'none'}); a file of texts "
-        f"has a {kind} prompt or messages, or is named {form}:{path}?prompt={kind.upper()}{formats}"
+        f"has a {kind} prompt or messages, or {kind}s role, content and session, or is named "
+        f"{form}:{path}?prompt={kind.upper()}{formats}"
     )

@@ -13,7 +13,7 @@ from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.dialects import plain_chat
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, TraceClock
-from hybridcache.lab.traces.prompts import NAMES, Named
+from hybridcache.lab.traces.prompts import NAMES, Conversation, Named
 from hybridcache.lab.traces.text import SYSTEM_ROLES, load_chat_text
 
 ANSWERS = ("assistant", "model")
@@ -49,22 +49,14 @@ class ConversationsReader(SessionReader):
                 notes.warn(problem, f"{problem} (first in conversation {number})")
             said = plain_chat(messages, None, record.get("tools"))
             num_added = len(said) - len(messages)  # a system message with the tools
-            for place, message in enumerate(said):
-                if place > num_added and message["role"] == "assistant":
-                    turn = chat.turn(said[:place], message["content"], tools=True)
-                    calls = messages[place - num_added].get("tool_calls")
-                    reason = "tool_use" if calls else "end_turn"
-                    request = turn.request(name)._replace(stop_reason=reason)
-                    if has_times:
-                        asked_s, answered_s = (
-                            clock.at(one.time_s(), one.get("time"))
-                            for one in (Named(messages[place - num_added - k], {}) for k in (1, 0))
-                        )
-                        if found and asked_s < found[-1].timestamp_s:
-                            raise ValueError("its messages are not in order of time")
-                        service_s = max(0.0, answered_s - asked_s)
-                        request = request._replace(timestamp_s=asked_s, service_s=service_s)
-                    found.append(request)
+            conversation = Conversation(chat, name)
+            conversation.said += said[:num_added]
+            for message, one in zip(said[num_added:], messages, strict=True):
+                named, now_s = Named(one, {}), None
+                if has_times and message["role"] != "system":
+                    now_s = clock.at(named.time_s(), named.get("time"))
+                request = conversation.add(message, one, now_s)
+                found += [] if request is None else [request]
             yield found
 
         return parse

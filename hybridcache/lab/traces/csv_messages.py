@@ -13,7 +13,7 @@ from hybridcache.lab.traces.messages import MessagesReader
 
 @dataclass(frozen=True, slots=True)
 class CsvReader(MessagesReader):
-    """Comma-separated values, a request per row."""
+    """Comma-separated values, a request or a message per row."""
 
     word: ClassVar[str] = "csv"
     is_csv: ClassVar[bool] = True

@@ -44,8 +44,6 @@ COUNTS_ALONE = (
     "into a trace"
 )
 """End of errors about files that hold counts instead of texts or ids."""
-SINGLE_MESSAGES = 'single messages are not read: write {"messages": [...]} per conversation'
-"""Error about files with a message per record."""
 ONE_SECOND = "one second from each record to the next"
 """Times of records without one."""
 CUT = (

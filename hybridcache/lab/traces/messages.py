@@ -20,7 +20,7 @@ from hybridcache.lab.traces.text import load_chat_text
 
 @dataclass(frozen=True, slots=True)
 class MessagesReader(FileReader):
-    """JSON lines of requests."""
+    """JSON lines of requests, or of single messages."""
 
     word: ClassVar[str] = "messages"
     tokenizer: str = ""
@@ -36,8 +36,9 @@ class MessagesReader(FileReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """Return whether the record has messages or a prompt."""
-        return Named(record, {}).is_request
+        """Return whether the record has messages, a prompt, or a role with a content."""
+        named = Named(record, {})
+        return named.is_request or (named.is_message and "content" in named.record)
 
     def __call__(self) -> Iterator[TraceRequest]:
         parser = PromptParser(load_chat_text(self.tokenizer, self.template), self._names)

@@ -1,13 +1,20 @@
 """Records of prompts: the names of their fields, and their conversion to requests.
 
-A record has ``prompt`` (the whole text sent to the model) or ``messages`` (OpenAI's or
-Anthropic's), possibly inside of ``request``, ``request_body`` or ``body``. Times are seconds, or
-milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601.
+A record is one of two kinds:
+
+- a request: ``prompt`` (the whole text sent to the model) or ``messages`` (OpenAI's or
+  Anthropic's), possibly inside of ``request``, ``request_body`` or ``body``;
+- a single message: ``role``, ``content`` or ``tool_calls``, and a session. Each answer of an
+  assistant is a request whose prompt is all messages of its session before it.
+
+Times are seconds, or milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601. Failed
+requests are left out and counted.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,8 +25,8 @@ from sortedcontainers import SortedDict
 
 from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import FreshIds, TraceRequest
-from hybridcache.lab.traces.dialects import answer_of, is_response, plain_chat
-from hybridcache.lab.traces.frame import COUNTS_ALONE, SINGLE_MESSAGES, Record, TraceClock, shown
+from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
+from hybridcache.lab.traces.frame import COUNTS_ALONE, Record, TraceClock, shown
 from hybridcache.lab.traces.text import ChatText
 
 SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
@@ -29,7 +36,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     for field, names in {
         "prompt": "prompt",
         "messages": "messages",
-        "time": "timestamp ts time seconds arrival_time start_time created created_at",
+        "time": "timestamp ts time seconds arrival_time start_time created created_at started_at",
         "session": "session_id session conversation_id conversation chat_id thread_id",
         "answer": "answer response output completion response_body reply generated_text",
         "length": "output_tokens completion_tokens answer_tokens output_length "
@@ -38,9 +45,14 @@ NAMES: dict[str, tuple[str, ...]] = {
         "system": "system",
         "tools": "tools",
         "tenant": "cache_salt tenant tenant_id namespace",
+        "status": "status_code status",
     }.items()
 }
 """Fields of a record and the names that contain them. The first name with a value counts."""
+OF_MESSAGES = ("session", "time", "system", "tools", "model", "tenant", "status")
+"""Fields that a record of a single message may have."""
+PARTS = {"content": list, "tool_calls": list, "function_call": dict}
+"""Fields of a single message that may be JSON text, as in a CSV file."""
 ABSENT = {"session": "prompts that continue another", "answer": "unknown"}
 """Rules for fields that are absent."""
 BODIES = ("request", "request_body", "body")
@@ -50,7 +62,6 @@ PARAMETERS = frozenset(
         *("id", "object", "user", "n", "seed", "stop", "stream", "stream_options", "type", "index"),
         *("custom_id", "method", "url"),  # of OpenAI's batches
         *("temperature", "top_p", "top_k", "logprobs", "metadata", "tool_choice", "request_id"),
-        *("status", "status_code"),
         *("response_format", "presence_penalty", "frequency_penalty"),
     )
 )
@@ -84,6 +95,7 @@ class Named:
         if "messages" in self.used:  # One of both is read.
             self.used.pop("messages" if names.get("prompt") else "prompt", None)
         self.is_request = "messages" in self.used or "prompt" in self.used
+        self.is_message = "role" in record and not {self._prompt, "messages"} & record.keys()
 
     def get(self, field: str, kind: type | None = None) -> Any:
         """Return the value of a field, decoded if it is JSON text of ``kind``; None without it."""
@@ -112,15 +124,44 @@ class Named:
         """True if the time is in ISO 8601. Valid after ``time_s``."""
         return isinstance(self.get("time"), str)
 
+    @property
+    def has_failed(self) -> bool:
+        """True if the status is 400 or more, ``error`` or ``failed``."""
+        status = self.get("status")
+        with suppress(ValueError, TypeError):
+            return float(status) >= 400
+        return str(status).lower() in ("error", "failed")
+
+    def message(self) -> Record:
+        """Return a single message. Lists of parts and calls that are JSON text are decoded."""
+        message = Record(self.record)
+        is_result = str(message["role"]).lower() in ("tool", "function")
+        for name, kind in PARTS.items():
+            if isinstance(message.get(name), str):
+                value = _json(message[name], kind)
+                if name != "content":
+                    message[name] = None if value == "null" else value
+                # A list of other objects is a text, and so is every result of a tool.
+                elif value and all("type" in part for part in value) and not is_result:
+                    message[name] = value
+        return message
+
     def describe(self, spec: str) -> str:
         """Return the names that are read for each field, and the rules for those without one.
 
         ``spec`` is the file with the reader's name. ValueError if there is no prompt to read.
         """
+        if self.is_message:
+            if "session" not in self.used:
+                raise ValueError(
+                    f"a single message needs a session ({', '.join(self.record)}): name it as in "
+                    f"{spec}?session=COLUMN"
+                )
+            found = [f"{name}={name}" for name in ("role", *PARTS) if name in self.record]
+            found += [f"{name}={self.used[name]}" for name in OF_MESSAGES if name in self.used]
+            return f"{', '.join(found)} (an answer is a request after all messages of its session)"
         is_empty = bool({self._prompt, "messages"} & self.record.keys())
         if not (self.is_request or is_empty):
-            if "role" in self.record:
-                raise ValueError(SINGLE_MESSAGES)
             raise ValueError(
                 f"there is no column prompt or messages ({', '.join(self.record)}): name it as in "
                 f"{spec}?prompt=COLUMN. {COUNTS_ALONE}"
@@ -180,9 +221,42 @@ class Continued:
         return self.count, False
 
 
+class Conversation:
+    """Messages of a session so far. Each answer is a request whose prompt is all of them."""
+
+    def __init__(self, chat: ChatText, session: str | int) -> None:
+        self._chat, self._session = chat, session
+        self.said: Chat = []
+        self.num_unanswered = 0
+        """Number of messages after the last answer."""
+        self._before_s: float | None = None
+        self._asked_s = -math.inf
+
+    def add(
+        self, message: dict[str, str], record: Record, now_s: float | None
+    ) -> TraceRequest | None:
+        """Add a message at ``now_s``, if it has a time. Return its request if it is an answer, at
+        the time of the message before it. ValueError if that is before the last request's."""
+        request = None
+        if message["role"] == "assistant" and self.said:
+            turn = self._chat.turn(self.said, message["content"], tools=True)
+            reason = "tool_use" if record.get("tool_calls") else "end_turn"
+            request = turn.request(self._session)._replace(stop_reason=reason)
+            if now_s is not None:
+                asked_s = now_s if self._before_s is None else self._before_s
+                if asked_s < self._asked_s:
+                    raise ValueError("its messages are not in order of time")
+                self._asked_s, service_s = asked_s, max(0.0, now_s - asked_s)
+                request = request._replace(timestamp_s=asked_s, service_s=service_s)
+        self.num_unanswered = 0 if message["role"] == "assistant" else self.num_unanswered + 1
+        self.said.append(message)
+        self._before_s = now_s
+        return request
+
+
 class PromptParser:
-    """Converts records to requests, and counts prompts that continue no session and fields without
-    a use."""
+    """Converts records to requests, assembles single messages to prompts, and counts prompts that
+    continue no session and fields without a use."""
 
     def __init__(self, chat: ChatText, names: dict[str, str]) -> None:
         self._chat, self._names = chat, names
@@ -194,10 +268,18 @@ class PromptParser:
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
         self._num_whole = 0
         """Prompts without an answer whose last message is an assistant's."""
+        self._num_failed = 0
+        self._conversations = dict[str | int, Conversation]()
 
     def parse(self, raw: Record) -> Iterator[TraceRequest]:
-        """Yield the request of a record."""
+        """Yield the request of a record; none if it failed, or is a message without an answer."""
         record = Named(raw, self._names)
+        if record.has_failed:
+            self._num_failed += 1
+            return
+        if record.is_message:
+            yield from self._message(record)
+            return
         known = {*record.used.values(), *PARAMETERS, ""}
         for name, value in record.record.items():
             if value is not None and name not in known:
@@ -274,9 +356,32 @@ class PromptParser:
             raise ValueError("the prompt is empty")
         return ids
 
+    def _message(self, record: Named) -> Iterator[TraceRequest]:
+        """Add a message to the conversation of its session; yield a request if it is an answer."""
+        session, message = record.record.key(record.used["session"]), record.message()
+        conversation = self._conversations.get(session) or Conversation(self._chat, session)
+        is_first = not conversation.said
+        leading = (record.get("system"), record.get("tools", list)) if is_first else ()
+        *system, said = plain_chat([message], *leading)
+        now_s, namespace = self._now(record), record.namespace()
+        conversation.said += system
+        request = conversation.add(said, message, now_s if "time" in record.used else None)
+        self._conversations[session] = conversation
+        if request is not None:
+            self._num_requests += 1
+            self._num_answers += 1
+            when_s = request.timestamp_s if "time" in record.used else now_s
+            yield request._replace(timestamp_s=when_s, namespace=namespace)
+
     def problems(self, spec: str) -> Iterator[str]:
         """Describe what was left out or not used, with counts. ``spec`` is the file with the
         reader's name."""
+        if self._num_failed:
+            failed = counted(self._num_failed, "record")
+            yield f"{failed} of failed requests left out (status 400 or more, error or failed)"
+        num_unanswered = sum(one.num_unanswered for one in self._conversations.values())
+        if num_unanswered:
+            yield f"{counted(num_unanswered, 'message')} without an answer left out"
         if self._num_later > 2 * self._num_continued:
             missed = self._num_later - self._num_continued
             yield (
