@@ -38,9 +38,9 @@ from experiments.provenance import RESULTS
 from experiments.studies.common import WORKLOADS, keep
 from hybridcache import Trace, TraceRequest
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.baselines import Baseline, BaselineConfig
 from hybridcache.lab.baselines.lightllm import LightllmCache
 from hybridcache.lab.baselines.marconi import MarconiCache
+from hybridcache.lab.baselines.protocol import Baseline, BaselineConfig
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.baselines.vllm import VllmCache
 from hybridcache.lab.generators import GENERATORS

@@ -21,8 +21,8 @@ import numpy as np
 from hybridcache.export.events import EventStream
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline, describe_times
+from hybridcache.lab.intervals import percentiles
 from hybridcache.lab.scenario import GIB_SPEC, Scenario
-from hybridcache.lab.simulation.result import PERCENTILES
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.sizes import sizes_for
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
@@ -281,7 +281,7 @@ class _Fleet(EventLoop):
             cached_tokens=int(cached.sum()),
             overpromised_tokens=int(np.maximum(expected - cached, 0).sum()),
             underpromised_tokens=int(np.maximum(cached - expected, 0).sum()),
-            ttft_s={rank: float(np.percentile(ttft, rank)) for rank in PERCENTILES},
+            ttft_s=percentiles(ttft),
             ttft_mean_s=float(ttft.mean()),
             cold_mean_s=float(np.mean(cold)),
             busy_share=float(busy.sum() / (fleet.replicas * seconds)) if seconds else 0.0,

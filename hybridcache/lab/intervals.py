@@ -32,6 +32,7 @@ import numpy as np
 LEVEL = 0.95
 RESAMPLES = 4000
 FEWEST_UNITS = 5
+PERCENTILES = (5, 50, 95, 99)
 
 
 class Interval(NamedTuple):
@@ -171,3 +172,9 @@ def student_quantile(probability: float, degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if above_half(middle) < probability - 0.5 else (low, middle)
     return high
+
+
+def percentiles(values: np.ndarray) -> dict[int, float]:
+    """Return ``PERCENTILES`` of float64[n]; all 0 if there are no values. O(n)."""
+    found = np.percentile(values, PERCENTILES).tolist() if len(values) else [0.0] * len(PERCENTILES)
+    return dict(zip(PERCENTILES, found, strict=True))

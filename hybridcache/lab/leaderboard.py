@@ -39,7 +39,7 @@ from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import classes_notes, orders_classes, text_table
-from hybridcache.lab.scenario import Scenario, load_model, named_policies, source_of
+from hybridcache.lab.scenario import Scenario, load_model, named_policies, source_of, written_policy
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import Kept, identity_of, run_grid
 from hybridcache.lab.simulation.result import known_fields
@@ -435,19 +435,6 @@ class Board:
         return [scores.as_record() for scores in self.scores]
 
 
-def _names(policies: EvictionSpec | Sequence[EvictionSpec]) -> list[str]:
-    """Return policies as names. ValueError for one without a name, which no record could tell."""
-    found = []
-    for policy in named_policies(policies, split=True):
-        if not isinstance(policy, str):
-            raise ValueError(
-                f"{policy}: the board names policies: write its class in a file, and name it as in "
-                "'mine:Policy(weight=2)'"
-            )
-        found.append(policy)
-    return found
-
-
 def _shares(rates: np.ndarray, plan: np.ndarray) -> np.ndarray:
     """Return the mean share of each seed over the cells where a plan reuses anything; else NaN."""
     shares = np.divide(rates, plan, out=np.zeros(rates.shape), where=plan > 0)
@@ -480,7 +467,7 @@ def leaderboard(
         progress: function of (jobs done, all), or False for none, as in ``simulate``.
 
     Raises:
-        ValueError: a policy or a trace is unknown, or there is no policy.
+        ValueError: a policy or a trace is unknown, or there is no policy or one without a name.
     """
     if split is None or isinstance(split, str | Path):
         split = Split.load(split)
@@ -490,8 +477,8 @@ def leaderboard(
     for trace in split.gib:
         if len(split.seeds) > 1 and _seeded(trace, 0) == trace:
             raise ValueError(f"{trace} is a single draw: give one seed, and compare by sessions")
-    named = (*_names(policies), *_names(built_in))
-    names = tuple(dict.fromkeys(named))
+    named = (one for given in (policies, built_in) for one in named_policies(given, split=True))
+    names = tuple(dict.fromkeys(map(written_policy, named)))
     if not names:
         raise ValueError("nothing to compare: name a policy, or keep the built-in ones")
     jobs = split.jobs(names)

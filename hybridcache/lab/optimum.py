@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.prefix_tree import PrefixNode, grow, new_root, split, walk
+from hybridcache.lab.prefix_tree import InfiniteCache, PrefixNode, grow, new_root, split, walk
 from hybridcache.lab.trace import Trace, TraceRequest
 
 # --- Trie -----------------------------------------------------------------------------------------

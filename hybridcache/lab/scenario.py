@@ -44,7 +44,8 @@ from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Ex
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
 from hybridcache.geometry.units import GIB, format_bytes
-from hybridcache.lab.baselines import BASELINES, BaselineConfig
+from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.baselines.protocol import BaselineConfig
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
@@ -392,9 +393,7 @@ class Scenario:
         which has no name in a file, and for times whose ``repr`` is not their values.
         """
         policies = (*_each(self.policy), *_each(self.checkpoints), *_each(self.admission))
-        own = "".join(
-            "".join(map(source_of, split_specs(_written_policy(one)))) for one in policies
-        )
+        own = "".join("".join(map(source_of, split_specs(written_policy(one)))) for one in policies)
         geometry = self.geometry()
         times = self.prefill_times(geometry)
         kind: Any = type(times)
@@ -609,7 +608,7 @@ def _written(name: str, value: Any) -> str:
     if isinstance(value, Trace) and value.recipe:
         value = value.recipe
     elif name in ("policy", "checkpoints", "admission"):
-        words = [_written_policy(one) for one in _each(value)]
+        words = [written_policy(one) for one in _each(value)]
         value = words if isinstance(value, tuple | list) else words[0]
     if isinstance(value, float):
         return float.__repr__(value)  # "inf", which JSON writes as "Infinity"
@@ -626,7 +625,8 @@ def _each(given: Any) -> Sequence[Any]:
     return given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
 
 
-def _written_policy(policy: Any) -> str:
+def written_policy(policy: Any) -> str:
+    """Return the name of a policy in files. ValueError for one without."""
     if spec := policy if isinstance(policy, str) else _spec_of(policy):
         return spec
     raise ValueError(

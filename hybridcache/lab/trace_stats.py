@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.intervals import percentiles
+from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.trace import FreshIds, Trace, TraceRequest
 from hybridcache.tokens import common_prefix_len
 
-_PERCENTILES = (5, 50, 95, 99)
 _PAGES = (16, 64, 512)
 
 
@@ -27,13 +27,8 @@ class Summary:
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
         """Summarise ``values``; all 0 if there are none. O(n log n)."""
-        if not values:
-            return cls(0.0, dict.fromkeys(_PERCENTILES, 0.0), 0.0)
-        array = np.asarray(values, dtype=np.float64)
-        found = np.percentile(array, _PERCENTILES).tolist()
-        return cls(
-            float(array.mean()), dict(zip(_PERCENTILES, found, strict=True)), float(array.max())
-        )
+        array = np.asarray(values or [0.0], dtype=np.float64)
+        return cls(float(array.mean()), percentiles(array), float(array.max()))
 
 
 @dataclass(frozen=True, slots=True)

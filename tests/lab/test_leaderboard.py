@@ -156,7 +156,7 @@ def test_policies_may_be_classes_and_a_split_its_path(tmp_path: Path) -> None:
     found = leaderboard(Newest, str(path), built_in="lru")
     assert {row.name for row in found.rows()} == {"tests.lab.test_leaderboard:Newest", "lru"}
     assert leaderboard("lru", Split.load(str(path)), built_in=()).reference == "lru"
-    with pytest.raises(ValueError, match="the board names policies"):
+    with pytest.raises(ValueError, match="no written form"):
         leaderboard([lambda: LRU()], path)
     with pytest.raises(ValueError, match="split must be a Split"):
         leaderboard("lru", 3)  # type: ignore[arg-type]

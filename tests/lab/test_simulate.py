@@ -26,8 +26,8 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.figures import COLOURS, line_look
 from hybridcache.lab.generators import short
-from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.intervals import ratio
+from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.report import METRICS, losses_table
 from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop

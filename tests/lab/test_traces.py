@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache.lab.cli import main
-from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import SAMPLES as PACKAGED

@@ -6,13 +6,7 @@ from functools import partial
 
 from hybridcache.lab.baselines.lightllm import LightllmCache
 from hybridcache.lab.baselines.marconi import MarconiCache
-from hybridcache.lab.baselines.protocol import (
-    Baseline,
-    BaselineConfig,
-    BaselineFactory,
-    PeerSession,
-    replay,
-)
+from hybridcache.lab.baselines.protocol import BaselineFactory
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.baselines.vllm import VllmCache
 
@@ -39,13 +33,3 @@ UNCHARGED = {
     **dict.fromkeys(("marconi", "marconi-static", "marconi-artifact", "sglang-plus"), _RUNNING),
 }
 """Memory that baselines use in addition to the simulated size, by name."""
-
-
-__all__ = [
-    "BASELINES",
-    "UNCHARGED",
-    "Baseline",
-    "BaselineConfig",
-    "PeerSession",
-    "replay",
-]

@@ -12,7 +12,7 @@ import numpy as np
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import describe_times, prefill_seconds
-from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio
+from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, percentiles
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
@@ -23,7 +23,6 @@ def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
     return {one.name: record[one.name] for one in fields(kind) if one.name in record}
 
 
-PERCENTILES = (5, 50, 95, 99)
 SAME_SIZE = 1e-3
 """Relative difference up to which two sizes are the same: tables show four digits."""
 
@@ -394,7 +393,7 @@ def summarise(
         flops_saved=flops_saved,
         seconds=spent,
         seconds_saved=cold - spent,
-        ttft_s=_percentiles(ttft),
+        ttft_s=percentiles(ttft),
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
         checkpoints_made=made,
         checkpoint_copies=copies,
@@ -449,12 +448,6 @@ def _flops(geometry: ModelGeometry, ends: Any) -> int:
     parts = (ends[first : first + (1 << 14)] for first in range(0, len(ends), 1 << 14))
     pairs = sum((int(part @ part) + int(part.sum())) // 2 for part in parts)
     return tokens * geometry.flops_per_token + pairs * geometry.attention_flops_per_pair
-
-
-def _percentiles(values: Any) -> dict[int, float]:
-    if not len(values):
-        return dict.fromkeys(PERCENTILES, 0.0)
-    return dict(zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist(), strict=True))
 
 
 def failure_of(cell: Scenario, words: str) -> str:

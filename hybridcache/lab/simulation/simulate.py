@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.figures import losses_figure, optimum_figure, sweep_figure
-from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum import Optimum, best_plan
+from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.report import (
     TIE,

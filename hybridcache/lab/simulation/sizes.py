@@ -10,7 +10,7 @@ import numpy as np
 
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB, format_bytes
-from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.frame import shown
 

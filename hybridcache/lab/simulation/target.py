@@ -12,7 +12,8 @@ from hybridcache.api import Losses
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.exchange import Exchange
-from hybridcache.lab.baselines import BASELINES, BaselineConfig, PeerSession
+from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest

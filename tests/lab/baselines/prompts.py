@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridcache.lab.baselines import Baseline, BaselineConfig, replay
+from hybridcache.lab.baselines.protocol import Baseline, BaselineConfig, replay
 from hybridcache.tokens import Tokens
 
 GIB = 1 << 30

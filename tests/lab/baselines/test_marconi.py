@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache.lab.baselines import BaselineConfig, replay
 from hybridcache.lab.baselines.marconi import LayerFlops, MarconiCache, Reading
+from hybridcache.lab.baselines.protocol import BaselineConfig, replay
 from hybridcache.lab.generators import short
 from hybridcache.lab.prefix_tree import nodes
 from hybridcache.tokens import Tokens

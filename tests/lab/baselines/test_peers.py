@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.lab.baselines import BASELINES, BaselineConfig, replay
+from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.baselines.lightllm import LightllmCache
+from hybridcache.lab.baselines.protocol import BaselineConfig, replay
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.generators import conversations
 from hybridcache.lab.prefix_tree import new_root
