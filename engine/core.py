@@ -505,10 +505,10 @@ def signals_delayed() -> Iterator[None]:
                     signal.signal(number, lambda number, _: received.append(number))
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in received:
-            handlers[number](number, None)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        for each in received:
+            handlers[each](each, None)
 
 
 def _token(before: Batch | None, row: int) -> int:
