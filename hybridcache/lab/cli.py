@@ -168,6 +168,8 @@ def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
         if not (usual in (None, "", 0.0) or usual is True or "default" in help):
             help += f" (default {usual:g})" if isinstance(usual, float) else f" (default {usual})"
         flag = {"action": Once} | facts["flag"]
+        if kind := {"int": int, "float": float}.get(str(known[name].type).removesuffix(" | None")):
+            flag["type"] = kind
         if isinstance(default, bool):
             flag["action"] = argparse.BooleanOptionalAction if default else "store_true"
         parser.add_argument(

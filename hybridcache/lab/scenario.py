@@ -192,7 +192,7 @@ class Scenario:
         choices=MEMORIES,
     )
     kv_share: float | None = _setting(
-        None, "with memory pools: share of the memory for KV, 0 to 1", MEMORY, type=float
+        None, "with memory pools: share of the memory for KV, 0 to 1", MEMORY
     )
     state_dtype: str | None = _setting(
         None, f"precision of states: {', '.join(DTYPE_BYTES)} (default: the model's own)", MEMORY
@@ -204,47 +204,38 @@ class Scenario:
         "auto: the precision of states",
         MEMORY,
     )
-    page_size: int = _setting(1, "tokens of a KV page", MEMORY, least=1, type=int)
+    page_size: int = _setting(1, "tokens of a KV page", MEMORY, least=1)
     grid: int = _setting(
-        GRID,
-        "checkpoint positions are multiples of this number of tokens",
-        MEMORY,
-        least=1,
-        type=int,
+        GRID, "checkpoint positions are multiples of this number of tokens", MEMORY, least=1
     )
-    servers: int = _setting(1, "concurrent prefills, for the TTFT", MEMORY, least=1, type=int)
+    servers: int = _setting(1, "concurrent prefills, for the TTFT", MEMORY, least=1)
     max_running: int | None = _setting(
         None,
         "requests served at the same time (default: one by one; 16 in closed loop)",
         MEMORY,
         least=1,
-        type=int,
     )
     times: str | PrefillTimes | StepTimes | None = _setting(
         None, "file of measured prefill times; default: a roofline of H100s", MEMORY
     )
-    tpot_s: float = _setting(
-        0.02, "seconds of an answer token, with max_running", MEMORY, least=0, type=float
-    )
+    tpot_s: float = _setting(0.02, "seconds of an answer token, with max_running", MEMORY, least=0)
     host_gib: float = _setting(
-        0.0, "host memory for entries evicted from the device, GiB; 0: none", TIERS, type=float
+        0.0, "host memory for entries evicted from the device, GiB; 0: none", TIERS
     )
     host_gb_s: float = _setting(
         PCIE_BYTES_PER_S / 1e9,
         "bandwidth from host to a device, GB/s; decides which entries are loaded",
         TIERS,
         above=0,
-        type=float,
     )
     disk_gib: float = _setting(
-        0.0, "disk memory for entries evicted from the device, GiB; 0: none", TIERS, type=float
+        0.0, "disk memory for entries evicted from the device, GiB; 0: none", TIERS
     )
     disk_gb_s: float = _setting(
         DISK_BYTES_PER_S / 1e9,
         "bandwidth from disk to a device, GB/s; decides which entries are loaded",
         TIERS,
         above=0,
-        type=float,
     )
     rate: Sizes = _setting(
         "0.5:4:5", "sessions a second, low:high:points (log-spaced) or a,b,c", LOAD
@@ -255,13 +246,9 @@ class Scenario:
         LOAD,
         names=lambda: [*known_names(ADMISSION_NAMES), "module:Class"],
     )
-    token_budget: int = _setting(8192, "tokens computed in a step", LOAD, least=64, type=int)
+    token_budget: int = _setting(8192, "tokens computed in a step", LOAD, least=64)
     ttft_limit_s: float = _setting(
-        2.0,
-        "seconds to the first token up to which an answer counts as goodput",
-        LOAD,
-        above=0,
-        type=float,
+        2.0, "seconds to the first token up to which an answer counts as goodput", LOAD, above=0
     )
     seeds: int | Sequence[int] = _setting(
         1, "runs with other arrivals, averaged: their number, or seeds as a,b,c", LOAD, type=_seeds

@@ -165,9 +165,17 @@ class Trace:
         recipe = f"{name}{'&' if '?' in name else '?'}head={num_requests}"
         return replace(self, source=_Head(source, num_requests), recipe=recipe)
 
-    def kept(self) -> Trace:
-        """Return the same trace with all requests held in memory, for many replays."""
-        return replace(self, source=Held(tuple(self)))
+    def kept(self, most_bytes: float = math.inf) -> Trace:
+        """Return the same trace with all requests held in memory, for many replays; unchanged if
+        their ids take more than ``most_bytes``."""
+        held: list[TraceRequest] = []
+        num_bytes = 0
+        for request in self:
+            held.append(request)
+            num_bytes += request.tokens.nbytes + request.output.nbytes
+            if num_bytes > most_bytes:
+                return self
+        return replace(self, source=Held(tuple(held)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from hybridcache.command.extras import explain_missing, version
 from hybridcache.lab.progress import Progress, shown_progress
-from hybridcache.lab.trace import BadRecords, Held, Trace, TraceRequest
+from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.frame import warn
 from hybridcache.policies.protocol import PolicyError
 
@@ -221,7 +221,7 @@ def _results(
     if processes > 1 and len(due) > 1:
         yield from _in_processes(trace, due, run, processes)
         return
-    trace = _in_memory(trace) if due else trace
+    trace = trace.kept(_KEEP_BYTES) if due else trace
     for number, job in due:
         yield number, _tried(run, trace, job)
 
@@ -333,19 +333,6 @@ def collect_seldom() -> None:
     gc.freeze()
 
 
-def _in_memory(trace: Trace) -> Trace:
-    """Return ``trace`` with its requests in memory, or unchanged if they are too large."""
-    kept: list[TraceRequest] = []
-    num_bytes = 0
-    for request in trace:
-        kept.append(request)
-        num_bytes += request.tokens.nbytes + request.output.nbytes
-        if num_bytes > _KEEP_BYTES:
-            return trace
-    # The number of skipped records stays with the trace that was read.
-    return replace(trace, source=Held(tuple(kept)), bad=BadRecords(skip=False))
-
-
 _task: tuple[Trace, Run[Any, Any]] | None = None
 """Trace and function of this process, if it is one of a pool. The first job reads the trace."""
 
@@ -373,7 +360,7 @@ def _end_with_parent() -> None:
 @cache
 def _trace_of_worker() -> Trace:
     assert _task is not None
-    return _in_memory(_task[0])
+    return _task[0].kept(_KEEP_BYTES)
 
 
 def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], Warnings]:

@@ -223,19 +223,15 @@ class BaselineTarget:
 
     def __init__(self, word: str, config: BaselineConfig) -> None:
         self.baseline = BASELINES[word](config)
-        self.num_chunks = 0
 
     def begin(self, request: TraceRequest) -> PeerRequest | None:
         session = self.baseline.begin(request.tokens, request.namespace)
-        if session is None:
-            return None
-        self.num_chunks += session.num_chunks
-        return PeerRequest(session, request)
+        return None if session is None else PeerRequest(session, request)
 
     def counters(self) -> dict[str, int]:
         # Peers without pages reuse single tokens.
         page_tokens = getattr(self.baseline, "page_tokens", 1)
-        return {"prefill_chunks": self.num_chunks, "page_tokens": page_tokens}
+        return {"page_tokens": page_tokens}
 
 
 class PeerRequest:
