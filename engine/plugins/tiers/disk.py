@@ -303,7 +303,7 @@ class Disk:
         found = {part.id: None for part in self._pointers.parts(rows) if part.id}
         for number in found:
             if number not in self._staged and number not in self._pending:
-                self._staged[number] = self._thread.submit(self._reader(number), URGENT)
+                self._staged[number] = self._read(number)
         return tuple(found)
 
     def is_staged(self, record_ids: Iterable[int]) -> bool:
@@ -333,7 +333,7 @@ class Disk:
             self._forget(number)
         while self._unwanted:
             self._remove(self._unwanted.popleft())
-        self._run_later("sync the folder", self._store.sync)
+        self._run("sync the folder", self._store.sync, pauses=False)
 
     def unbind_all(self) -> None:
         """Unbind all rows; records stay."""
@@ -364,11 +364,11 @@ class Disk:
             if (data := content()) is not None:
                 write_atomically(self._store.folder_fd, name, data)
 
-        self._run_later(f"write {name}", write, self._pause)
+        self._run(f"write {name}", write)
 
     def remove_file(self, name: str) -> None:
         """Remove a file from the folder, in the background."""
-        self._run_later(f"remove {name}", lambda: self._store.remove_file(name))
+        self._run(f"remove {name}", lambda: self._store.remove_file(name), pauses=False)
 
     def flush(self, deadline_s: float | None = None) -> bool:
         """Wait until all queued work is done. Returns False if the file system hangs."""
@@ -378,7 +378,7 @@ class Disk:
 
     def close(self) -> None:
         """Write pending records, so that they survive a power loss too, and release the folder."""
-        self._run_later("sync the folder", self._store.sync)
+        self._run("sync the folder", self._store.sync, pauses=False)
         if self.flush(CLOSE_DEADLINE_S) and self._thread.end(CLOSE_DEADLINE_S):
             self._store.close()
         else:
@@ -394,21 +394,47 @@ class Disk:
         assert set(self._sizes) == set(self.prefixes.used) | set(self._unwanted)
         assert not (self._is_packed and any(map(self._is_unused, self.prefixes.used)))
 
-    def _run_later(
+    def _run(
         self,
         what: str,
-        work: Callable[[], object],
-        report: Callable[[str, OSError], None] | None = None,
-    ) -> None:
-        """Run ``work`` in the disk thread. ``what`` names it in the report of an OSError."""
+        work: Callable[[], Any],
+        on_failure: Callable[[], object] | None = None,
+        *,
+        pauses: bool = True,
+        priority: int = NORMAL,
+    ) -> Future[Any]:
+        """Run ``work`` in the disk thread. If it fails, ``on_failure`` is called there.
 
-        def attempt() -> None:
+        ``what`` names the work in the report of an OSError, after which, with ``pauses``, nothing
+        is written for a while; the result is None then.
+        """
+
+        def attempt() -> Any:
+            is_done = False
             try:
-                work()
+                result = work()
+                is_done = True
+                return result
             except OSError as error:
-                (report or self._report)(what, error)
+                reason = error.strerror or str(error)
+                if pauses:
+                    self._failure = f"it was not possible to {what} ({reason})"
+                    self._retry_at = self._clock() + RETRY_S
+                self.num_errors += 1
+                if error.errno not in self._reported:
+                    self._reported.add(error.errno)
+                    logger.warning(
+                        "It was not possible to %s in %s: %s. Later errors with this reason are "
+                        "only counted.",
+                        what,
+                        self._store.folder,
+                        reason,
+                    )
+            finally:
+                if on_failure is not None and not is_done:
+                    on_failure()
 
-        self._thread.submit(attempt)
+        return self._thread.submit(attempt, priority)
 
     def _write_run(
         self,
@@ -460,24 +486,16 @@ class Disk:
         payload = read()
         self._pending[number] = payload
         self._queued_bytes += num_bytes
-        self._thread.submit(lambda: self._write_record(number, kind, meta, payload, num_bytes))
-        return number
 
-    def _write_record(
-        self, number: int, kind: int, meta: bytes, payload: FutureRows, num_bytes: int
-    ) -> None:
-        """Write a record, in the disk thread."""
-        is_written = False
-        try:
-            self._store.write(number, kind, meta, payload().data.cast("B"))
-            is_written = True
-        except OSError as error:
-            self._pause("write a record", error)
-        finally:
-            if not is_written:
-                self._failed.append(number)
-            del self._pending[number]
-            self._done_bytes += num_bytes
+        def write() -> None:
+            try:
+                self._store.write(number, kind, meta, payload().data.cast("B"))
+            finally:
+                del self._pending[number]
+                self._done_bytes += num_bytes
+
+        self._run("write a record", write, partial(self._failed.append, number))
+        return number
 
     def _make_room(self, size: int, new: int) -> bool:
         """Remove records without rows, the least recently used first, until ``size`` bytes fit.
@@ -508,18 +526,11 @@ class Disk:
         self._remove(number)
 
     def _remove(self, number: int) -> None:
-        """Queue the removal of a record's file."""
+        """Queue the removal of a record's file, which may never have been written."""
         size = self._sizes.pop(number)
         self.num_bytes -= size
-        self._thread.submit(lambda: self._remove_record(number, size))
-
-    def _remove_record(self, number: int, size: int) -> None:
-        """Remove a record's file, in the disk thread; it may never have been written."""
-        try:
-            self._store.remove(number)
-        except OSError as error:
-            self._pause("remove a record", error)
-            self._undeleted.append((number, size))
+        on_failure = partial(self._undeleted.append, (number, size))
+        self._run("remove a record", partial(self._store.remove, number), on_failure)
 
     def _payload(self, number: int) -> Rows | None:
         """Return the rows of a record, or None if it cannot be read."""
@@ -530,7 +541,7 @@ class Disk:
             return pending()
         staged = self._staged.get(number)
         if staged is None:
-            staged = self._thread.submit(self._reader(number), URGENT)
+            staged = self._read(number)
         payload: Rows | None = self._result(staged)
         self.settle()
         return payload
@@ -544,47 +555,25 @@ class Disk:
             wait([done], POLL_S)
         return done.result()
 
-    def _reader(self, number: int) -> Callable[[], Rows | None]:
+    def _read(self, number: int) -> Future[Rows | None]:
+        """Read a record in the disk thread. The result is None if it cannot be read."""
         item = self.prefixes.used[number]
         num_rows = len(item.tokens) if isinstance(item, Run) else self.state_rows
 
         def read() -> Rows | None:
             out = np.empty((num_rows, self.row_bytes), np.uint8)
             start = time.perf_counter()
-            try:
-                if not self._store.read(number, out.data.cast("B")):
-                    logger.warning("Record %x on disk is damaged: it is computed again.", number)
-                    self.num_errors += 1
-                    self._failed.append(number)
-                    return None
-            except OSError as error:
-                self._report("read a record", error)
+            if not self._store.read(number, out.data.cast("B")):
+                logger.warning("Record %x on disk is damaged: it is computed again.", number)
+                self.num_errors += 1
                 self._failed.append(number)
                 return None
             self._read_s = FADING * self._read_s + time.perf_counter() - start
             self._read_bytes = FADING * self._read_bytes + out.nbytes
             return out
 
-        return read
-
-    def _pause(self, what: str, error: OSError) -> None:
-        """Report a refused change, and stop writing for a while. Called in the disk thread."""
-        self._failure = f"it was not possible to {what} ({error.strerror or error})"
-        self._retry_at = self._clock() + RETRY_S
-        self._report(what, error)
-
-    def _report(self, what: str, error: OSError) -> None:
-        """Count an error, and log the first with its number. Called in the disk thread."""
-        self.num_errors += 1
-        if error.errno not in self._reported:
-            self._reported.add(error.errno)
-            logger.warning(
-                "It was not possible to %s in %s: %s. Later errors with this reason are only "
-                "counted.",
-                what,
-                self._store.folder,
-                error.strerror or error,
-            )
+        lose = partial(self._failed.append, number)
+        return self._run("read a record", read, lose, pauses=False, priority=URGENT)
 
     def _count(self, number: int, size: int) -> None:
         self._sizes[number] = size

@@ -51,15 +51,8 @@ logger = logging.getLogger(__name__)
 
 
 class Record(NamedTuple):
-    """A record without its payload."""
+    """Head of a record, and its meta if that was read."""
 
-    id: int
-    kind: int
-    meta: bytes
-    payload_bytes: int
-
-
-class _Head(NamedTuple):
     magic: bytes
     digest: bytes
     id: int
@@ -68,19 +61,16 @@ class _Head(NamedTuple):
     payload_bytes: int
     meta_crc: int
     payload_crc: int
+    meta: bytes = b""
 
     @classmethod
-    def parse(cls, data: bytes) -> _Head | None:
+    def parse(cls, data: bytes) -> Record | None:
         """Return the head at the start of ``data``, or None if it is damaged."""
         raw = data[: HEAD.size]
         if len(data) < HEAD_BYTES or CRC.pack(zlib.crc32(raw)) != data[HEAD.size : HEAD_BYTES]:
             return None
         head = cls(*HEAD.unpack(raw))
         return head if head.magic == MAGIC else None
-
-    @property
-    def file_bytes(self) -> int:
-        return HEAD_BYTES + self.meta_bytes + self.payload_bytes
 
 
 class RecordStore:
@@ -186,7 +176,7 @@ class RecordStore:
         """
         file = os.open(_name(record_id), os.O_RDONLY, dir_fd=self.folder_fd)
         try:
-            head = _Head.parse(os.pread(file, HEAD_BYTES, 0))
+            head = Record.parse(os.pread(file, HEAD_BYTES, 0))
             if (
                 head is None
                 or (head.digest, head.id) != (self._digest, record_id)
@@ -213,8 +203,16 @@ class RecordStore:
             os.unlink(name, dir_fd=self.folder_fd)
 
     def sync(self) -> None:
-        """Wait until everything written or removed so far survives a power loss. Raises OSError."""
-        sync_file_system(self.folder_fd)
+        """Wait until everything written or removed so far survives a power loss. Raises OSError.
+
+        Syncs the whole file system, which for many files costs much less than a sync of each.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(libc, "syncfs"):  # systems other than Linux
+            os.sync()
+        elif libc.syncfs(self.folder_fd):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
     def close(self) -> None:
         """Release the folder. No record needs it to be complete."""
@@ -250,17 +248,17 @@ class RecordStore:
             return None
         file = os.open(name, os.O_RDONLY, dir_fd=self.folder_fd)
         try:
-            head = _Head.parse(os.pread(file, HEAD_BYTES, 0))
+            head = Record.parse(os.pread(file, HEAD_BYTES, 0))
             if head is None or head.digest != self._digest or head.id != _id_of(name):
                 return None
-            if os.fstat(file).st_size != head.file_bytes:
+            if os.fstat(file).st_size != HEAD_BYTES + head.meta_bytes + head.payload_bytes:
                 return None
             meta = os.pread(file, head.meta_bytes, HEAD_BYTES)
         finally:
             os.close(file)
         if len(meta) != head.meta_bytes or zlib.crc32(meta) != head.meta_crc:
             return None
-        return Record(head.id, head.kind, meta, head.payload_bytes)
+        return head._replace(meta=meta)
 
     def _write_file(self, name: str, parts: list[Bytes]) -> None:
         """Write ``parts``, in one call if the system takes all of them. Between two calls a thread
@@ -290,17 +288,6 @@ def record_bytes(meta_bytes: int, payload_bytes: int) -> int:
     """Return the disk space that a record counts."""
     num_blocks = -(-(HEAD_BYTES + meta_bytes + payload_bytes) // BLOCK_BYTES)
     return num_blocks * BLOCK_BYTES + ENTRY_BYTES
-
-
-def sync_file_system(file: int) -> None:
-    """Sync the file system of descriptor ``file``, which for many files costs much less than a sync
-    of each. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "syncfs"):  # systems other than Linux
-        os.sync()
-    elif libc.syncfs(file):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def _name(record_id: int) -> str:
