@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,19 +33,21 @@ SPENT_STATES = "lexer error: too many states"
 """Message of a matcher with copies that have together reached the limit of states."""
 
 
-class StepTime:
-    """Processor time of the engine's thread that grammars may still use.
+class Shared:
+    """Sizes that the guides of one engine share, and the processor time of the engine's thread that
+    grammars may still use.
 
-    >>> left = StepTime(now_s=0.0)
+    >>> left = Shared(1, EMPTY, now_s=0.0)
     >>> left.spend(0.02, now_s=0.0)
     True
     >>> left.spend(0.0, now_s=0.5)
     False
     """
 
-    __slots__ = ("_at_s", "_seconds")
-
-    def __init__(self, now_s: float) -> None:
+    def __init__(self, num_mask_bytes: int, ends: Tokens, now_s: float) -> None:
+        self.num_mask_bytes = num_mask_bytes
+        self.ends = ends
+        """Tokens that end an answer."""
         self._seconds, self._at_s = BURST_S, now_s
 
     def spend(self, seconds: float, now_s: float) -> bool:
@@ -77,16 +78,6 @@ class Compiled:
                 raise TooComplex(SPENT_STATES)
             self.matcher = self._make()
         return self.matcher.deep_copy(), self.matcher
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """Values that the guides of one engine share."""
-
-    num_mask_bytes: int
-    ends: Tokens
-    """Tokens that end an answer."""
-    step_time: StepTime
 
 
 class GrammarRule(LogitRule):
@@ -176,7 +167,7 @@ class Guide(GrammarRule):
     def _charge(self, seconds: float, num_tokens: int) -> None:
         seconds = min(seconds, CALL_S)
         self._spent_s += seconds
-        is_over = self._shared.step_time.spend(seconds, time.perf_counter())
+        is_over = self._shared.spend(seconds, time.perf_counter())
         if is_over and self._spent_s > REQUEST_S + TOKEN_S * num_tokens:
             raise TooComplex(
                 f"it took {1e3 * self._spent_s:.0f} ms for {num_tokens} tokens, and grammars may "

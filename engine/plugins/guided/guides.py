@@ -24,7 +24,7 @@ from engine.plugins.guided.bindings import (
     make_matcher,
     make_vocabulary,
 )
-from engine.plugins.guided.guide import Compiled, GrammarRule, Guide, Shared, StepTime
+from engine.plugins.guided.guide import Compiled, GrammarRule, Guide, Shared
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.logit_rules import Mask
 from engine.text.answers import CLOSE, OPEN
@@ -244,9 +244,7 @@ class Guides:
         self._vocab_size = vocab_size
         ends = frozenset() if tokenizer is None else tokenizer.eos_token_ids
         self.shared = Shared(
-            num_mask_bytes=-(-vocab_size // 8),
-            ends=np.array(sorted(ends), np.int32),
-            step_time=StepTime(time.perf_counter()),
+            -(-vocab_size // 8), np.array(sorted(ends), np.int32), time.perf_counter()
         )
         self._lock = threading.Lock()
         self._vocabulary: Any = None
@@ -266,7 +264,11 @@ class Guides:
         if not grammar.marks:
             return make[b""]()
         assert self._tokenizer is not None
-        overshoots = self._overshoots_of(grammar)
+        marks = tuple(make)
+        overshoots = self._overshoots.get(marks)
+        if overshoots is None:
+            overshoots = Overshoots(marks, self._tokenizer, self._vocab_size)
+            self._overshoots[marks] = overshoots
         thinks = grammar.end_of_reasoning is not None
         free = FreeText(overshoots.marks, thinks=thinks, may_think=grammar.may_think)
         return MarkGuide(free, make, overshoots, self._tokenizer.token_bytes)
@@ -277,37 +279,19 @@ class Guides:
             if known is not None:
                 self._compiled.move_to_end(grammar)
                 return known
+        library = load_library()
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = make_vocabulary(library, self._tokenizer, self._vocab_size)
         # Outside the lock: it may take a tenth of a second, and other threads compile too.
-        compiled = self._compile(grammar)
+        compiled = Compiled(partial(make_matcher, library, self._vocabulary, grammar))
+        check_beginning(compiled.matcher, self.shared.ends)
         with self._lock:
             self._compiled[grammar] = compiled
             self._compiled.move_to_end(grammar)
             while len(self._compiled) > NUM_REMEMBERED:
                 self._compiled.popitem(last=False)
         return compiled
-
-    def _compile(self, grammar: Grammar) -> Compiled:
-        library, vocabulary = self._load()
-        compiled = Compiled(partial(make_matcher, library, vocabulary, grammar))
-        check_beginning(compiled.matcher, self.shared.ends)
-        return compiled
-
-    def _overshoots_of(self, grammar: Grammar) -> Overshoots:
-        self._load()
-        assert self._tokenizer is not None
-        marks = tuple(mark for mark, _ in _parts(grammar))
-        found = self._overshoots.get(marks)
-        if found is None:
-            found = Overshoots(marks, self._tokenizer, self._vocab_size)
-            self._overshoots[marks] = found
-        return found
-
-    def _load(self) -> tuple[Any, Any]:
-        library = load_library()
-        with self._lock:
-            if self._vocabulary is None:
-                self._vocabulary = make_vocabulary(library, self._tokenizer, self._vocab_size)
-            return library, self._vocabulary
 
 
 def _parts(grammar: Grammar) -> Iterator[tuple[bytes, Grammar]]:
