@@ -145,7 +145,7 @@ def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
         runner = LeadingRunner.start(config)
     else:
         runner = load_runner(config)
-    return runner, Sampler(runner.vocab_size), load_tokenizer_of(config, runner.vocab_size)
+    return runner, Sampler(), load_tokenizer_of(config, runner.vocab_size)
 
 
 def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:

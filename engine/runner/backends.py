@@ -1,5 +1,5 @@
 """Selection of kernel implementations: PyTorch (``reference``), Triton (``fused``), or C++
-(``native``), and the identity of a runner that computes with them.
+(``native``), and properties of weights and machine that identify a runner.
 
 ``native`` requires a CPU and the library of ``kernels.library``. ``Kernels`` is chosen once, at
 start, and passed to the layers. A kernel is loaded when the first layer uses it.
@@ -22,11 +22,10 @@ from typing import Literal
 
 import torch
 
-from engine.config import EngineConfig, check_no_foreign_kernels, num_load_workers
+from engine.config import check_no_foreign_kernels
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import find_files
-from hybridcache.geometry.checkpoints import CheckpointFormat
 from kernels import library, native
 
 Backend = Literal["reference", "fused", "native"]
@@ -140,51 +139,28 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def weights_digest(model_dir: Path, num_workers: int) -> str:
+def digest_of_weights(model_dir: Path, num_workers: int) -> str:
     """Return a digest of all bytes of the model's weight files, without their names.
 
     O(bytes), at reading speed. Raises WeightsError and OSError.
     """
+
+    def digest_at(chunk: tuple[Path, int]) -> str:
+        with open(chunk[0], "rb") as file:
+            file.seek(chunk[1])
+            return digest_of(file.read(CHUNK_BYTES))
+
     chunks = [
         (file, first)
         for file in find_files(model_dir)
         for first in range(0, file.stat().st_size, CHUNK_BYTES)
     ]
     with ThreadPoolExecutor(num_workers) as pool:
-        return digest_of("".join(pool.map(_chunk_digest, chunks)).encode())
+        return digest_of("".join(pool.map(digest_at, chunks)).encode())
 
 
-def identity_of(
-    config: EngineConfig,
-    kernels: Kernels,
-    dtype: torch.dtype,
-    device: torch.device,
-    weights_digest: str | None = None,
-) -> dict[str, str]:
-    """Describe a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of the
-    weights), unless their digest is given."""
-    checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
-    return {
-        "weights": _weights(config, weights_digest),
-        "config": digest_of((config.model_dir / "config.json").read_bytes()),
-        "dtype": str(dtype).removeprefix("torch."),
-        "state dtype": config.state_dtype,
-        "checkpoint dtype": "auto" if checkpoints is None else checkpoints.spec,
-        "quantization": (config.quantization or "none")
-        + (", fp8 activations" if config.fp8_activations else ""),
-        "multi-token head": str(config.drafts.head_len > 0),
-        "tile": str(config.tile_size),
-        "kernels": ",".join(f"{name}={word}" for name, word in sorted(kernels.words().items())),
-        **machine_words(device),
-    }
-
-
-def _weights(config: EngineConfig, known: str | None) -> str:
-    if config.load_format == "dummy":
-        return f"dummy, seed {config.seed}"
-    return known or weights_digest(config.model_dir, num_load_workers())
-
-
+VECTOR_SETS = ("avx", "amx", "fma", "sve", "asimd", "bf16")
+"""Beginnings of the names of vector and matrix instruction sets."""
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 """Environment variables that restrict the instructions of PyTorch's libraries."""
 
@@ -203,19 +179,8 @@ def machine_words(device: torch.device) -> dict[str, str]:
     methods = native.kernel_choices() if native.shared_library() is not None else {}
     return words | {
         "device": ", ".join(("cpu", torch.backends.cpu.get_cpu_capability(), *limits)),
-        "instructions": ",".join(sorted(instructions())),
+        "instructions": ",".join(
+            sorted(name for name in library.instructions() if name.startswith(VECTOR_SETS))
+        ),
         "native methods": ",".join(f"{name}={word}" for name, word in sorted(methods.items())),
     }
-
-
-def instructions() -> frozenset[str]:
-    """Return the processor's vector and matrix instruction sets; empty if the system names none."""
-    words = ("avx", "amx", "fma", "sve", "asimd", "bf16")
-    return frozenset(name for name in library.instructions() if name.startswith(words))
-
-
-def _chunk_digest(chunk: tuple[Path, int]) -> str:
-    path, first = chunk
-    with open(path, "rb") as file:
-        file.seek(first)
-        return digest_of(file.read(CHUNK_BYTES))

@@ -111,7 +111,7 @@ def check_exactness(loaded: LoadedModel) -> Exactness:
     """
     loaded.device.make_current()
     digest, different = hashlib.blake2b(digest_size=16), []
-    for name, cold, others in _Runs(loaded.excerpt(NUM_REQUESTS)).compare():
+    for name, cold, others in _results(loaded.excerpt(NUM_REQUESTS)):
         digest.update(cold.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         if not torch.equal(cold, others) and name not in different:
             different.append(name)
@@ -121,72 +121,51 @@ def check_exactness(loaded: LoadedModel) -> Exactness:
     return Exactness(digest.hexdigest(), tuple(different), rounded_to)
 
 
-class _Runs:
-    """Steps of an excerpt of a model, on memory that only they use."""
+def _results(excerpt: LoadedModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield names of results, the rows of a cold run, and rows that must be equal to them.
 
-    def __init__(self, excerpt: LoadedModel) -> None:
-        plan = excerpt.plan(NUM_REQUESTS * LENGTH, NUM_REQUESTS)
-        self._runner = ModelRunner(excerpt, plan, max_model_len=LENGTH)
-        self._is_stateful = plan.is_stateful
-        ids = np.arange(LENGTH + OTHER_LENGTH) * 7919 % excerpt.config.vocab_size
-        self._prompt, self._other = np.split(ids.astype(np.int32), [LENGTH])
-        rows = np.arange(NUM_REQUESTS * LENGTH, dtype=np.int32).reshape(-1, LENGTH)
-        rows += NUM_REQUESTS * plan.slab_rows  # after the states
-        rows[[1, 4], :RESUMED_AT] = rows[0, :RESUMED_AT]
-        self._runner.table.write([(request, 0, own) for request, own in enumerate(rows)])
+    Requests 0 and 3 run alone. Requests 1 and 4 continue from the checkpoint of 0: 1 in steps with
+    2, and 4, which ends earlier, alone.
+    """
+    plan = excerpt.plan(NUM_REQUESTS * LENGTH, NUM_REQUESTS)
+    runner = ModelRunner(excerpt, plan, max_model_len=LENGTH)
+    ids = np.arange(LENGTH + OTHER_LENGTH) * 7919 % excerpt.config.vocab_size
+    prompt, other = np.split(ids.astype(np.int32), [LENGTH])
+    rows = np.arange(NUM_REQUESTS * LENGTH, dtype=np.int32).reshape(-1, LENGTH)
+    rows += NUM_REQUESTS * plan.slab_rows  # after the states
+    rows[[1, 4], :RESUMED_AT] = rows[0, :RESUMED_AT]
+    runner.table.write([(request, 0, own) for request, own in enumerate(rows)])
 
-    def compare(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Yield names of results, the rows of a cold run, and rows that must be equal to them.
-
-        Requests 0 and 3 run alone. Requests 1 and 4 continue from the checkpoint of 0: 1 in steps
-        with 2, and 4, which ends earlier, alone.
-        """
-        exports = ((RESUMED_AT, 1),) if self._is_stateful else ()
-        cold = self._step(self._prefill(0, self._prompt, 0, exports))
-        for states in self._runner.tensors.states:
-            states[:, 4] = states[:, 1]
-        short = self._step(self._prefill(4, self._prompt[RESUMED_AT:SHORT_LENGTH], RESUMED_AT))
-        middle, end = LENGTH - 2 - RESUMED_AT, len(self._other) - 1
-        first = self._step(
-            self._prefill(1, self._prompt[RESUMED_AT:-2], RESUMED_AT),
-            self._prefill(2, self._other[:end], 0),
-        )
-        second = self._step(self._decode(2, end), self._prefill(1, self._prompt[-2:], LENGTH - 2))
-        alone = self._step(self._prefill(3, self._other[:end], 0))
-        token = self._step(self._decode(3, end))
-        yield "hits", cold[RESUMED_AT:], torch.cat([first[:middle], second[1:]])
-        yield "hits", cold[RESUMED_AT:SHORT_LENGTH], short
-        yield "batches", torch.cat([alone, token]), torch.cat([first[middle:], second[:1]])
-        for states in self._runner.tensors.states:
-            yield "states", states[:, 0], states[:, 1]
-            yield "states", states[:, 3], states[:, 2]
-        logits = self._logits(cold[: HEAD_ROWS[-1]])
-        for count in HEAD_ROWS:
-            yield "logits", logits[:count], self._logits(cold[:count])
-
-    def _prefill(
-        self,
-        request: int,
-        tokens: npt.NDArray[np.int32],
-        start: int,
-        exports: tuple[tuple[int, int], ...] = (),
+    def part(
+        request: int, tokens: npt.NDArray[np.int32], start: int, is_decode: bool = False
     ) -> Segment:
-        return Segment(request, self._slot(request), tokens, start, False, exports)
+        slot = request if plan.is_stateful else None
+        exports = ((RESUMED_AT, 1),) if request == 0 and plan.is_stateful else ()
+        return Segment(request, slot, tokens, start, is_decode, exports)
 
-    def _decode(self, request: int, start: int) -> Segment:
-        return Segment(request, self._slot(request), self._other[start:], start, True)
-
-    def _slot(self, request: int) -> int | None:
-        return request if self._is_stateful else None
-
-    def _step(self, *segments: Segment) -> torch.Tensor:
+    def step(*segments: Segment) -> torch.Tensor:
         """Return the hidden states of all tokens."""
-        token_ids, step = self._runner.step_inputs.of(Batch(segments))
-        hidden = self._runner.model.forward(token_ids, step, self._runner.tensors.pools)
-        return hidden[: step.num_tokens]
+        token_ids, inputs = runner.step_inputs.of(Batch(segments))
+        return runner.model.forward(token_ids, inputs, runner.tensors.pools)[: inputs.num_tokens]
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._runner.model.head(hidden)
+    cold = step(part(0, prompt, 0))
+    for states in runner.tensors.states:
+        states[:, 4] = states[:, 1]
+    short = step(part(4, prompt[RESUMED_AT:SHORT_LENGTH], RESUMED_AT))
+    middle, end = LENGTH - 2 - RESUMED_AT, len(other) - 1
+    first = step(part(1, prompt[RESUMED_AT:-2], RESUMED_AT), part(2, other[:end], 0))
+    second = step(part(2, other[end:], end, True), part(1, prompt[-2:], LENGTH - 2))
+    alone = step(part(3, other[:end], 0))
+    token = step(part(3, other[end:], end, True))
+    yield "hits", cold[RESUMED_AT:], torch.cat([first[:middle], second[1:]])
+    yield "hits", cold[RESUMED_AT:SHORT_LENGTH], short
+    yield "batches", torch.cat([alone, token]), torch.cat([first[middle:], second[:1]])
+    for states in runner.tensors.states:
+        yield "states", states[:, 0], states[:, 1]
+        yield "states", states[:, 3], states[:, 2]
+    logits = runner.model.head(cold[: HEAD_ROWS[-1]])
+    for count in HEAD_ROWS:
+        yield "logits", logits[:count], runner.model.head(cold[:count])
 
 
 @torch.inference_mode()

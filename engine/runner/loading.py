@@ -424,14 +424,14 @@ def load_model(
 def _counted(plan: Decoder, with_head: bool) -> str:
     """Describe the number of weights in all tensors, including embeddings and the parts of all
     ranks."""
-    said = f"{format_count(_num_weights(plan))} parameters"
-    if not with_head:
-        return said
-    return f"{said} and {format_count(_num_weights(_head(plan)))} of its multi-token head"
-
-
-def _num_weights(plan: Decoder | PredictionHead) -> int:
-    return sum(math.prod(parameter.shape) for _, parameter in plan.parameters())
+    parts = [plan, _head(plan)] if with_head else [plan]
+    numbers = [
+        format_count(sum(math.prod(parameter.shape) for _, parameter in part.parameters()))
+        for part in parts
+    ]
+    return f"{numbers[0]} parameters" + "".join(
+        f" and {number} of its multi-token head" for number in numbers[1:]
+    )
 
 
 def _head(model: Decoder, fill: Fill | None = None) -> PredictionHead:

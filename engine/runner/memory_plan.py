@@ -62,10 +62,14 @@ class MemoryPlan(MemorySizes):
         most 4 GiB, and on other devices 90 % of it. Raises ModelError with the number of bytes that
         are needed.
         """
-        if cache_bytes is None:
-            cache_bytes = default_cache_bytes(device, reserved_bytes, num_ranks)
-        else:
+        if cache_bytes is not None:
             cache_bytes //= num_ranks
+        elif device.is_cpu:  # Its ranks share it.
+            free_bytes = device.free_bytes() - reserved_bytes
+            cache_bytes = min(int(free_bytes * CPU_SHARE), CPU_MAX_BYTES) // num_ranks
+        else:
+            free_bytes = device.unused_bytes() - reserved_bytes
+            cache_bytes = max(0, int(free_bytes * ACCELERATOR_SHARE))
         num_rows = cache_bytes // self.row_bytes // self.page_size * self.page_size
         if num_rows < self.num_kv_tokens:
             states = f" and {SLOTS_OF_ONE} states" if self.is_stateful else ""
@@ -128,15 +132,6 @@ def state_slot_bytes(
     if checkpoints is not None:
         return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
     return aligned(num_conv * dtype.itemsize) + aligned(num_recurrent * state_dtype.itemsize)
-
-
-def default_cache_bytes(device: Device, reserved_bytes: int = 0, num_ranks: int = 1) -> int:
-    """Return the default size of the memory for KV and states. Ranks share a CPU; other devices
-    belong to one rank."""
-    if device.is_cpu:
-        free_bytes = device.free_bytes() - reserved_bytes
-        return min(int(free_bytes * CPU_SHARE), CPU_MAX_BYTES) // num_ranks
-    return max(0, int((device.unused_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
 
 
 def gib_words(num_bytes: int) -> str:

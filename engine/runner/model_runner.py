@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.config import num_load_workers
 from engine.interfaces import Exactness
 from engine.layers.blocks import LayerInputs, Pools, RotaryTable
 from engine.models.decoder import Decoder
-from engine.runner.backends import identity_of
+from engine.runner.backends import digest_of, digest_of_weights, machine_words
 from engine.runner.graphs import (
     DecodeGraphs,
     PrefillGraphs,
@@ -30,6 +31,7 @@ from engine.runner.step_inputs import RequestTable, RunningStates, StepInputs
 from engine.schedule.scheduler import Batch, Newest, logit_rows, pieces
 from engine.weights.model_config import ModelError
 from hybridcache.allocators.moves import Move, Transfer
+from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.tokens import Indices, Tokens
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
@@ -356,9 +358,25 @@ class ModelRunner:
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """See ``Runner.identity``. O(bytes of the weights), unless their digest is given."""
-        device = self.device.torch_device
-        words = identity_of(self._config, self.kernels, self.dtype, device, weights_digest)
-        return words | {"computed bits": self.exactness.digest}
+        config, weights = self._config, f"dummy, seed {self._config.seed}"
+        if config.load_format != "dummy":
+            weights = weights_digest or digest_of_weights(config.model_dir, num_load_workers())
+        checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
+        kernels = sorted(self.kernels.words().items())
+        quantization = config.quantization or "none"
+        return {
+            "weights": weights,
+            "config": digest_of((config.model_dir / "config.json").read_bytes()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "state dtype": config.state_dtype,
+            "checkpoint dtype": "auto" if checkpoints is None else checkpoints.spec,
+            "quantization": quantization + ", fp8 activations" * config.fp8_activations,
+            "multi-token head": str(config.drafts.head_len > 0),
+            "tile": str(config.tile_size),
+            "kernels": ",".join(f"{name}={word}" for name, word in kernels),
+            **machine_words(self.device.torch_device),
+            "computed bits": self.exactness.digest,
+        }
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return upload(values, torch.int64, self.device.torch_device)

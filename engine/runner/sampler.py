@@ -70,9 +70,6 @@ class Drawn:
 class Sampler:
     """Draws the next token for each row of logits. Stateless."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
     @torch.inference_mode()
     def launch(
         self, logits: torch.Tensor, requests: Sequence[SamplingInput], rows: Sequence[int]

@@ -75,7 +75,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -
     engine = Engine(
         EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
         runner=IdleRunner(),
-        sampler=Sampler(IdleRunner.vocab_size),
+        sampler=Sampler(),
         tokenizer=ByteTokenizer(),
     )
     engine.observers.append(reports.append)

@@ -166,7 +166,7 @@ def compare(engines: dict[str, Engine], workload: str, streams: int) -> Iterator
 def make_engine(draft: str) -> Engine:
     config = engine_config(device="cpu", cache_gib=0.25, max_running=8, draft=draft)
     runner = load_runner(config)
-    sampler = Sampler(runner.vocab_size)
+    sampler = Sampler()
     return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
 
 

@@ -237,7 +237,7 @@ def same_answers(path: str, dry: bool, talk: Talk) -> dict[str, Any]:
         dtype = "float32" if dry else "bfloat16"
         runner = make_runner(path, dry, dtype, load_format="dummy", prefix_cache=cache)
         config = EngineConfig(model=path, prefix_cache=cache, exact=cache != "none")
-        engine = Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+        engine = Engine(config, runner=runner, sampler=Sampler())
         turns = converse(engine, talk, seed=3)
         answers[cache] = [[output.token_ids for output in turn] for turn in turns]
         cached[cache] = sum(output.cached_len for turn in turns for output in turn)

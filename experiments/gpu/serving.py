@@ -139,7 +139,7 @@ class Bench:
         self.engine = Engine(
             self.config,
             runner=self.runner,
-            sampler=Sampler(self.runner.vocab_size),
+            sampler=Sampler(),
         )
         self.engine.observers.append(self.steps.append)
         self._draw = np.random.default_rng(0)
@@ -299,9 +299,7 @@ def price(runner: ModelRunner, config: EngineConfig, scale: Scale) -> dict[str, 
     runs: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for repeat in range(scale.num_talks):
         for exact in (False, True) if repeat % 2 else (True, False):
-            engine = Engine(
-                replace(config, exact=exact), runner=runner, sampler=Sampler(runner.vocab_size)
-            )
+            engine = Engine(replace(config, exact=exact), runner=runner, sampler=Sampler())
             begin = time.perf_counter()
             turns = converse(engine, scale.talk, seed=repeat)
             seconds = time.perf_counter() - begin

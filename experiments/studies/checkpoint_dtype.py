@@ -95,7 +95,7 @@ class Resumer:
 
     def greedy_answers(self, prompts: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
         """Return the continuation of each text, resumed from a checkpoint near its end."""
-        sampler = Sampler(self._runner.vocab_size)
+        sampler = Sampler()
         engine = Engine(self.config, runner=load_runner(self.config), sampler=sampler)
         answer = SamplingParams(temperature=0.0, max_tokens=len(prompts[0]) // 16, ignore_eos=True)
         engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))

@@ -42,7 +42,7 @@ def make_engine(tmp_path: Path) -> MakeEngine:
         config = engine_config(**settings, cache_gib=cache_bytes / GIB, check=True)
         runner = load_runner(config)
         runner.tensors.rows.fill_(255)
-        return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+        return Engine(config, runner=runner, sampler=Sampler())
 
     return make
 

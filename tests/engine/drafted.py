@@ -105,7 +105,7 @@ def drafting_engine(
     return Engine(
         config,
         runner=runner,
-        sampler=Sampler(runner.vocab_size),
+        sampler=Sampler(),
         tokenizer=ByteTokenizer(),
         drafting=drafting,
     )

@@ -97,7 +97,7 @@ def test_drafts_do_not_change_the_sampled_distribution() -> None:
     """
     torch = pytest.importorskip("torch")
     first, second = torch.tensor([1.0, 0.0, -1.0, 0.5]), torch.tensor([0.0, 2.0, 0.3, -0.5])
-    params, sampler, drafted_token = SamplingParams(temperature=0.8), Sampler(4), 0
+    params, sampler, drafted_token = SamplingParams(temperature=0.8), Sampler(), 0
     likely = torch.outer((first / 0.8).softmax(0), (second / 0.8).softmax(0)).numpy()
     count = 4000
     inputs = [SamplingInput(params, seed, draw) for seed in range(count) for draw in (0, 1)]

@@ -31,7 +31,7 @@ def request(seed=0, prompt=NONE, output=NONE, **params):
 
 def sample(logits, requests):
     """Return a token for each row."""
-    return Sampler(VOCAB).launch(logits, requests, range(len(requests))).wait()
+    return Sampler().launch(logits, requests, range(len(requests))).wait()
 
 
 def drawn(logits, *requests):
@@ -68,11 +68,11 @@ def test_nan_and_infinite_logits_give_no_token(bad):
     else:
         logits[1::2, 7] = bad
     both = [one for one in requests for _ in range(2)]
-    drawn = Sampler(VOCAB).launch(logits, both, range(len(both)))
+    drawn = Sampler().launch(logits, both, range(len(both)))
     assert [token.token_id for token in drawn.wait()[1::2]] == [NO_TOKEN] * len(requests)
     assert drawn.wait()[::2] == sound
     assert ((drawn.tokens >= 0) & (drawn.tokens < VOCAB)).all()
-    scored = Sampler(VOCAB).score(logits[:2], [3, 4], 2).wait()
+    scored = Sampler().score(logits[:2], [3, 4], 2).wait()
     assert [token.token_id for token in scored] == [3, NO_TOKEN]
 
 
@@ -144,7 +144,7 @@ def test_logprobs_are_those_before_filters_and_temperature():
     assert plain.logprob is None and plain.top_logprobs == ()
     assert scored.logprob == pytest.approx(float(expected[1, scored.token_id]), abs=1e-6)
     assert [i for i, _ in scored.top_logprobs] == expected[1].topk(4).indices.tolist()
-    given = Sampler(VOCAB).score(logits, [7, 9], 0).wait()
+    given = Sampler().score(logits, [7, 9], 0).wait()
     assert [s.token_id for s in given] == [7, 9]
     assert given[1].logprob == pytest.approx(float(expected[1, 9]), abs=1e-6)
 

@@ -4,7 +4,7 @@ multi-token head."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -13,7 +13,6 @@ from engine.requests.request import Request
 from engine.schedule.scheduler import NO_TOKENS, Newest
 from hybridcache.radix.tree import (
     TOKEN_BYTES,
-    Family,
     NodeHandle,
     RadixNode,
     edge_tokens,
@@ -121,20 +120,14 @@ def _next(node: RadixNode, page_size: int, tokens: Tokens) -> RadixNode | None:
     alike = [
         child
         for family in families
-        for child in _newest_children(family)
+        for child in (
+            islice(reversed(family.values()), MAX_BRANCHES)
+            if isinstance(family, dict)
+            else members(family)
+        )
         if child.edge[: len(start)] == start
     ]
-    return max(alike, key=_last_used, default=None)
-
-
-def _newest_children(family: Family) -> Iterable[RadixNode]:
-    if isinstance(family, dict):
-        return islice(reversed(family.values()), MAX_BRANCHES)
-    return members(family)
-
-
-def _last_used(node: RadixNode) -> int:
-    return -1 if node.kv is None else node.kv.last_used
+    return max(alike, key=lambda one: -1 if one.kv is None else one.kv.last_used, default=None)
 
 
 class SuffixDrafter(Drafter):
@@ -198,15 +191,13 @@ class HeadDrafter(Drafter):
         self._guess = guess
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
-        if not wanted:
-            return []
-        return self._guess([_newest(request) for request, _ in wanted], [n for _, n in wanted])
-
-
-def _newest(request: Request) -> Newest:
-    lease, row = request.claims
-    assert lease.state_slot is not None, "a head keeps a state"
-    return Newest(row, lease.state_slot, int(request.tokens[-1]), request.num_tokens - 1)
+        newest = []
+        for request, _ in wanted:
+            lease, row = request.claims
+            assert lease.state_slot is not None, "a head keeps a state"
+            last = int(request.tokens[-1])
+            newest.append(Newest(row, lease.state_slot, last, request.num_tokens - 1))
+        return self._guess(newest, [n for _, n in wanted]) if newest else []
 
 
 SIZES = (6, 3)

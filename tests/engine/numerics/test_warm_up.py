@@ -49,7 +49,7 @@ def make_engine(tmp_path, shape: str = "tiny", **settings) -> Engine:
     settings = {"token_budget": 200, "max_running": 7, "max_model_len": 600} | settings
     config = engine_config(model=path, load_format="dummy", **settings)
     runner = load_runner(config)
-    return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+    return Engine(config, runner=runner, sampler=Sampler())
 
 
 def serve(engine: Engine, seed: int, num_requests: int = 40) -> None:

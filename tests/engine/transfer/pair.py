@@ -32,7 +32,7 @@ def decode_engine(port: int, **settings: object) -> Engine:
     config = engine_config(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
     runner = load_runner(config)
     runner.tensors.rows.fill_(255)
-    return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+    return Engine(config, runner=runner, sampler=Sampler())
 
 
 def prefix(prompt: bytes) -> RequestSpec:
