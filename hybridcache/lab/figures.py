@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hybridcache.api import Losses
@@ -70,10 +71,6 @@ def _with_fonts(draw: Draw) -> Draw:
             return draw(*arguments, **options)
 
     return cast(Draw, drawn)
-
-
-def _words(cause: str) -> str:
-    return cause.replace("kv_", "KV ").replace("_", " ")
 
 
 @_with_fonts
@@ -183,7 +180,7 @@ def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
         sizes, runs = [sizes[0] / 1.1, sizes[0] * 1.1], [*runs, *runs]
     top = [100.0] * len(runs)
     for cause, colour in LOSSES.items():
-        words = _words(cause)
+        words = cause.replace("kv_", "KV ").replace("_", " ")
         lost = [100 * getattr(run.losses, cause, 0) / run.prompt_tokens for run in runs]
         floor = [high - part for high, part in zip(top, lost, strict=True)]
         if max(lost) > 0.05:
@@ -365,14 +362,19 @@ def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -
         for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
             axis = axes[row * len(CLOSED_LOOP_PANELS) + column]
             for place, admission in enumerate(admissions):
-                points = _over_rates([run for run in here if run.admission == admission], value)
-                if not points:
+                by_rate: dict[float, list[float]] = {}
+                for run in sorted(here, key=lambda run: run.rate):
+                    if run.admission == admission:
+                        by_rate.setdefault(run.rate, []).append(value(run))
+                if not by_rate:
                     continue
-                rates, means, lows, highs = zip(*points, strict=True)
+                means = [fmean(values) for values in by_rate.values()]
+                limits = zip(means, by_rate.values(), strict=True)
+                bars = [(mean - min(values), max(values) - mean) for mean, values in limits]
                 axis.errorbar(
-                    rates,
+                    list(by_rate),
                     means,
-                    yerr=(lows, highs),
+                    yerr=[*zip(*bars, strict=True)],
                     color=COLOURS[place % len(COLOURS)],
                     linestyle=dashes(place),
                     marker="o",
@@ -391,15 +393,3 @@ def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -
     set_titles(figure, axes, titles)
     has_bars = len({run.seed for run in runs}) > 1
     return save(figure, axes, path, "Bars: the smallest to the largest of all seeds." * has_bars)
-
-
-def _over_rates(
-    runs: Sequence[ClosedLoopRun], value: Callable[[ClosedLoopRun], float]
-) -> list[tuple[float, float, float, float]]:
-    """Return (rate, mean over seeds, mean - smallest, largest - mean) by rate."""
-    points = []
-    for rate in sorted({run.rate for run in runs}):
-        values = [value(run) for run in runs if run.rate == rate]
-        mean = sum(values) / len(values)
-        points.append((rate, mean, mean - min(values), max(values) - mean))
-    return points

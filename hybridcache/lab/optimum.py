@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.geometry.units import GIB
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.prefix_tree import InfiniteCache, PrefixNode, grow, new_root, split, walk
+from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.trace import Trace, TraceRequest
 
 # --- Trie -----------------------------------------------------------------------------------------
@@ -492,10 +493,9 @@ class Optimum:
 
 def best_plan(
     trace: Trace,
+    geometry: ModelGeometry,
+    gib: float,
     *,
-    capacity_bytes: int,
-    kv_bytes_per_token: int,
-    state_bytes: int,
     grid: int = 1,
     counts_running: bool = False,
 ) -> Optimum:
@@ -504,18 +504,14 @@ def best_plan(
     ``grid`` is in tokens. ``counts_running``: the running request's KV and state take memory too,
     as in every cache of this project. A request that the memory cannot hold counts nothing.
 
-    Raises ValueError for a budget or a grid that is not positive and for a trace without a request.
+    Raises ValueError for a grid that does not fit the trace's unit and for a trace without a
+    request.
 
     >>> from hybridcache.lab.generators import resend
-    >>> best = best_plan(resend().head(60), capacity_bytes=2 << 30, kv_bytes_per_token=24576,
-    ...                  state_bytes=77_266_944)
+    >>> best = best_plan(resend().head(60), ModelGeometry.preset("qwen3-next"), 2.0)
     >>> 0 < best.reached <= best.bound < 1
     True
     """
-    if capacity_bytes <= 0 or kv_bytes_per_token <= 0 or grid < 1:
-        raise ValueError(
-            "the optimum needs a positive capacity, positive bytes per token and a positive grid"
-        )
     if grid % trace.unit and trace.unit % grid:
         raise ValueError(
             f"the grid ({grid}) must divide or be divided by the trace's unit ({trace.unit})"
@@ -525,9 +521,13 @@ def best_plan(
     if not requests:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
     trie = build_trie(requests, grid=max(1, grid // trace.unit))
-    kv_bytes = kv_bytes_per_token * trace.unit
-    running = _running_bytes(requests, capacity_bytes, kv_bytes, state_bytes)
-    running_bytes = running if counts_running else None
+    capacity_bytes = budget_bytes(gib)
+    kv_bytes, state_bytes = geometry.kv_bytes_per_token * trace.unit, geometry.state_bytes
+    running_bytes = None
+    if counts_running:
+        lens = [len(request.tokens) + len(request.output) for request in requests]
+        running_bytes = np.asarray(lens, dtype=np.int64) * kv_bytes + state_bytes
+        running_bytes[running_bytes > capacity_bytes] = 0
     budget = MemoryBudget(capacity_bytes, kv_bytes, state_bytes, running_bytes)
     plan = clairvoyant_greedy(trie, budget)
     plan.verify(trie, budget)
@@ -538,7 +538,7 @@ def best_plan(
     return Optimum(
         trace=trace.name,
         capacity_bytes=capacity_bytes,
-        gib=capacity_bytes / GIB,
+        gib=gib,
         num_requests=len(requests),
         prompt_tokens=prompt_tokens,
         reached=float(cached.sum()) / prompt_tokens,
@@ -547,13 +547,3 @@ def best_plan(
         wall_s=time.perf_counter() - began,
         recipe=trace.full_name,
     )
-
-
-def _running_bytes(
-    requests: Sequence[TraceRequest], capacity_bytes: int, kv_bytes: int, state_bytes: int
-) -> npt.NDArray[np.int64]:
-    """Return the bytes of each request while it runs; 0 for one that is larger than the memory."""
-    tokens = [len(request.tokens) + len(request.output) for request in requests]
-    found = np.asarray(tokens, dtype=np.int64) * kv_bytes + state_bytes
-    found[found > capacity_bytes] = 0
-    return found

@@ -48,6 +48,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -178,8 +179,13 @@ class MarconiCache:
         self.num_evictions = 0
         self.roots: dict[Hashable, PrefixNode] = {}
         self.candidates: dict[PrefixNode, None] = {}
-        wait = window + 1 if reading == "paper" else window
-        self._tuner = _Tuner(wait) if alpha is None and not leaf_lru else None
+        self._wait = window + 1 if reading == "paper" else window
+        is_tuned = alpha is None and not leaf_lru
+        self._recorded: list[tuple[Tokens, Tokens, Hashable]] | None = [] if is_tuned else None
+        """Requests from the start, because alpha has no effect before the first eviction; None if
+        alpha is fixed."""
+        self._tuned_at: int | None = None
+        """Number of recorded requests at which alpha is tuned; None before the first eviction."""
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession:
         """Match ``tokens`` and start a request. O(prompt)."""
@@ -204,10 +210,6 @@ class MarconiCache:
         else:
             self._learn(tokens, output, namespace)
             self._evict_then_insert(root, np.concatenate([tokens, output]))
-
-    def twin(self, alpha: float) -> MarconiCache:
-        """Return an empty cache with the same settings and a fixed alpha."""
-        return MarconiCache(self.config, self.reading, alpha, flops=self.flops)
 
     def check(self) -> None:
         """Raise AssertionError unless the byte count and the candidates match the tree. O(tree)."""
@@ -281,8 +283,8 @@ class MarconiCache:
     def _evict(self, missing: int, spared: set[PrefixNode]) -> None:
         if missing <= 0:
             return
-        if self._tuner is not None:
-            self._tuner.first_eviction()
+        if self._recorded is not None and self._tuned_at is None:
+            self._tuned_at = self._wait * max(1, len(self._recorded))
         if self.reading != "paper":
             self.clock += 1
         while missing > 0:
@@ -351,13 +353,21 @@ class MarconiCache:
         return saved / (kv_tokens * self.kv_bytes + self.config.state_bytes)
 
     def _learn(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
-        """Record a request, and tune alpha if enough are recorded."""
-        if self._tuner is None:
+        """Record a request, and tune alpha by replays if enough are recorded."""
+        if self._recorded is None:
             return
-        self._tuner.record(tokens, output, namespace)
-        if self._tuner.ready:
-            self.alpha = self._tuner.best_alpha(self)
-            self._tuner = None
+        self._recorded.append((tokens, output, namespace))
+        if self._tuned_at is not None and len(self._recorded) >= self._tuned_at:
+            # max returns the first of equal ones, which is the smallest alpha.
+            self.alpha = max(ALPHAS, key=partial(self._saved, self._recorded))
+            self._recorded = None
+
+    def _saved(self, requests: list[tuple[Tokens, Tokens, Hashable]], alpha: float) -> float:
+        """Return the tokens or FLOPs that an empty cache with a fixed ``alpha`` saves."""
+        twin = MarconiCache(self.config, self.reading, alpha, flops=self.flops)
+        for tokens, output, namespace in requests:
+            replay(twin, tokens, output, namespace)
+        return twin.hit_tokens if self.reading == "paper" else twin.flops_saved
 
 
 @dataclass(slots=True, eq=False)
@@ -374,43 +384,6 @@ class MarconiSession:
     def finish(self, output: Tokens) -> None:
         """Insert the prompt and its answer. Call once."""
         self.cache.finished(self.root, self.tokens, output, self.namespace)
-
-
-class _Tuner:
-    """Tuning of alpha by replay.
-
-    Requests are recorded from the start, because alpha has no effect before the first eviction.
-    They are replayed when there are ``wait`` times as many as at the first eviction.
-    """
-
-    def __init__(self, wait: int) -> None:
-        self._wait = wait
-        self._requests: list[tuple[Tokens, Tokens, Hashable]] = []
-        self._until: int | None = None
-
-    def first_eviction(self) -> None:
-        """Determine the number of requests to wait for, at the first call."""
-        if self._until is None:
-            self._until = self._wait * max(1, len(self._requests))
-
-    def record(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
-        """Store a request for the replays."""
-        self._requests.append((tokens, output, namespace))
-
-    @property
-    def ready(self) -> bool:
-        """True if enough requests are recorded."""
-        return self._until is not None and len(self._requests) >= self._until
-
-    def best_alpha(self, cache: MarconiCache) -> float:
-        """Return the alpha that saves most in the recorded requests; the smallest of equal ones."""
-        saved: dict[float, float] = {}
-        for alpha in ALPHAS:
-            twin = cache.twin(alpha)
-            for tokens, output, namespace in self._requests:
-                replay(twin, tokens, output, namespace)
-            saved[alpha] = twin.hit_tokens if cache.reading == "paper" else twin.flops_saved
-        return max(ALPHAS, key=lambda alpha: (saved[alpha], -alpha))
 
 
 def _normalised(

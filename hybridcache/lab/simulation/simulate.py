@@ -52,7 +52,7 @@ from hybridcache.lab.scenario import GIB_SPEC, Scenario
 from hybridcache.lab.simulation.grid import Kept, check_flags, run_grid
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.sizes import budget_bytes, has_shares, sizes_for, working_set_bytes
+from hybridcache.lab.simulation.sizes import has_shares, sizes_for, working_set_bytes
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
 
@@ -288,7 +288,8 @@ def simulate(
         yardsticks = {size: {"bound_tokens": tokens} for size in points}
     if optimum:
         for size, found in yardsticks.items():
-            found["optimum_tokens"] = int(_plan(opened, asked, size).cached_tokens.sum())
+            plan = best_plan(opened, geometry, size, grid=asked.grid)
+            found["optimum_tokens"] = int(plan.cached_tokens.sum())
     run = partial(run_cell, yardsticks=yardsticks)
     runs, failures = run_grid(
         opened, cells, run, processes=processes, ray=ray, kept=kept, progress=progress
@@ -343,25 +344,14 @@ def optimum(
     asked.refuse(settings.keys() - OF_PLANS, "has no effect on the optimum: leave it out")
     opened = asked.opened().kept()
     spec = GIB_SPEC if asked.gib is None else asked.gib
-    points = sizes_for(spec, opened, asked.geometry(), opened.unit)
+    geometry = asked.geometry()
+    points = sizes_for(spec, opened, geometry, opened.unit)
     plans = []
     with shown_progress(progress, "sizes", opened.name) as show:
         for done, size in enumerate(points):
             show(done, len(points))
-            plans.append(_plan(opened, asked, size, counts_running))
+            plans.append(
+                best_plan(opened, geometry, size, grid=asked.grid, counts_running=counts_running)
+            )
         show(len(points), len(points))
     return OptimumResult(tuple(plans))
-
-
-def _plan(trace: Trace, asked: Scenario, size: float, counts_running: bool = False) -> Optimum:
-    """Return the best plan for a memory of ``size`` GiB."""
-    geometry = asked.geometry()
-    found = best_plan(
-        trace,
-        capacity_bytes=budget_bytes(size),
-        kv_bytes_per_token=geometry.kv_bytes_per_token,
-        state_bytes=geometry.state_bytes,
-        grid=asked.grid,
-        counts_running=counts_running,
-    )
-    return replace(found, gib=size)

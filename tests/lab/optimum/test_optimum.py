@@ -4,15 +4,19 @@ verifier."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.optimum import MemoryBudget, best_plan, build_trie, clairvoyant_greedy
 from hybridcache.lab.trace import Trace, TraceRequest
 from tests.lab.optimum.reference import brute_force
 
+GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
@@ -38,13 +42,8 @@ def test_optimum_lies_between_plan_and_bound(
     pairs: list[Pair], capacity: int, state: int, grid: int
 ) -> None:
     best = brute_force(pairs, MemoryBudget(capacity, 1, state), grid)
-    found = best_plan(
-        trace_of(pairs),
-        capacity_bytes=capacity,
-        kv_bytes_per_token=1,
-        state_bytes=state,
-        grid=grid,
-    )
+    geometry = replace(GEOMETRY, kv_bytes_per_token=1, recurrent_elements=0, conv_bytes=state)
+    found = best_plan(trace_of(pairs), geometry, capacity / GIB, grid=grid)
     assert found.cached_tokens.sum() <= best <= round(found.bound * found.prompt_tokens)
     if grid == 1 and capacity >= 12 * (1 + state):
         assert found.cached_tokens.sum() == best
