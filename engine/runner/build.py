@@ -21,7 +21,7 @@ from engine.runner.device import Device
 from engine.runner.graphs import WarmUp
 from engine.runner.loaded_model import LoadedModel
 from engine.runner.loading import DTYPES
-from engine.runner.memory_plan import MemoryPlan, check_sizes
+from engine.runner.memory import MemoryPlan, check_sizes
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch, Newest, Segment
 from engine.weights.model_config import ModelError

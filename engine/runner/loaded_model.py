@@ -16,8 +16,13 @@ from engine.models.decoder import Decoder
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.loading import DTYPES, load_model, resolve_dtype
-from engine.runner.memory import STAGING_BYTES
-from engine.runner.memory_plan import MIN_KV_TOKENS, MemoryPlan, kv_row_bytes, state_slot_bytes
+from engine.runner.memory import (
+    MIN_KV_TOKENS,
+    STAGING_BYTES,
+    MemoryPlan,
+    kv_row_bytes,
+    state_slot_bytes,
+)
 from engine.weights.model_config import ModelConfig, ModelError, read_config
 from engine.weights.scheme import read_quantization
 from hybridcache.geometry.checkpoints import CheckpointFormat

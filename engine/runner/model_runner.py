@@ -24,8 +24,7 @@ from engine.runner.graphs import (
     verify_buckets,
 )
 from engine.runner.loaded_model import LoadedModel
-from engine.runner.memory import Memory
-from engine.runner.memory_plan import MemoryPlan
+from engine.runner.memory import Memory, MemoryPlan
 from engine.runner.mtp_head import Predictor
 from engine.runner.step_inputs import RequestTable, RunningStates, StepInputs
 from engine.schedule.scheduler import Batch, Newest, logit_rows, pieces

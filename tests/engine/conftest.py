@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import Engine, engine_config
-from engine.plugins.guided import guide
+from engine.plugins.guided import guides
 from engine.plugins.tiers.staging import MeasuredExchange
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
@@ -19,7 +19,7 @@ from tests.engine.test_hits_change_nothing import HYBRID, MakeEngine
 @pytest.fixture(autouse=True)
 def patient_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give grammars more time than any machine needs."""
-    monkeypatch.setattr(guide, "REQUEST_S", 600.0)
+    monkeypatch.setattr(guides, "REQUEST_S", 600.0)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
-from engine.plugins.disaggregation.received_prefix import ReceivedPrefix
+from engine.plugins.disaggregation.prefix_fetch import ReceivedPrefix
 from engine.requests.request import Request
 from hybridcache.api import PrefixMatch
 from hybridcache.tokens import common_prefix_len

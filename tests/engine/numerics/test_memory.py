@@ -14,9 +14,9 @@ from engine.models import read_model
 from engine.plugins import engine_config
 from engine.runner import device as device_module
 from engine.runner.device import GROUP_FILES, Device, host_free_bytes
-from engine.runner.memory import Memory
-from engine.runner.memory_plan import (
+from engine.runner.memory import (
     MIN_KV_TOKENS,
+    Memory,
     MemoryPlan,
     check_sizes,
     kv_row_bytes,

@@ -18,7 +18,7 @@ from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import TreeDrafter
 from engine.requests.request import SamplingParams
 from engine.runner.build import load_runner
-from engine.runner.memory_plan import ACCELERATOR_SHARE
+from engine.runner.memory import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine.plugins.observe import feed
+from engine.plugins.observe import server
 from tests.waiting import wait_until
 from tests.watch.follower import follow, truth
 
@@ -128,7 +128,7 @@ def test_slow_reader_gets_the_whole_state(
     serve_oracle: Callable[..., Live], read: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The queue of a slow reader is bounded: here each change alone is over the limit."""
-    monkeypatch.setattr(feed, "MAX_QUEUED_BYTES", 0)
+    monkeypatch.setattr(server, "MAX_QUEUED_BYTES", 0)
     live = serve_oracle()
     reader = read(live)
     reader.wait(lambda reader: bool(reader.events))
