@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -18,18 +19,20 @@ from hybridcache.lab.trace import TraceRequest
 
 @dataclass(frozen=True, slots=True)
 class Poisson:
-    """Independent arrivals, ``per_s`` sessions a second on average."""
+    """Independent arrivals, ``per_s`` sessions a second on average; ``size`` of them at once."""
 
     per_s: float
+    size: int = 1
 
     def __str__(self) -> str:
-        return f"poisson:{self.per_s:g}"
+        is_single = self.size == 1
+        return f"poisson:{self.per_s:g}" if is_single else f"bursts:{self.per_s:g}:{self.size}"
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
         now = 0.0
         while True:
-            now += float(rng.exponential(1 / self.per_s))
-            yield now
+            now += float(rng.exponential(self.size / self.per_s))
+            yield from [now] * self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +49,6 @@ class Fixed:
         while True:
             yield number / self.per_s
             number += 1
-
-
-@dataclass(frozen=True, slots=True)
-class Bursts:
-    """``size`` sessions at once, bursts a Poisson process with ``per_s`` sessions a second on
-    average."""
-
-    per_s: float
-    size: int = 16
-
-    def __str__(self) -> str:
-        return f"bursts:{self.per_s:g}:{self.size}"
-
-    def times(self, rng: np.random.Generator) -> Iterator[float]:
-        now = 0.0
-        while True:
-            now += float(rng.exponential(self.size / self.per_s))
-            yield from [now] * self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +71,14 @@ class Pauses:
         return thinking + num_answer_tokens / self.answer_tokens_per_s
 
 
-Starts = Poisson | Fixed | Bursts
+Starts = Poisson | Fixed
 """An arrival process. ``times`` yields ascending start times of sessions in seconds, without
 end."""
-STARTS: dict[str, type[Starts]] = {"poisson": Poisson, "fixed": Fixed, "bursts": Bursts}
+STARTS: dict[str, Callable[[float], Starts]] = {
+    "poisson": Poisson,
+    "fixed": Fixed,
+    "bursts": partial(Poisson, size=16),
+}
 
 
 def parse_starts(text: str) -> Starts:
@@ -101,7 +90,7 @@ def parse_starts(text: str) -> Starts:
             size = int(numbers[1])
             if size < 1:
                 raise ValueError
-            return Bursts(_rate(numbers[0]), size)
+            return Poisson(_rate(numbers[0]), size)
         [number] = numbers
         return STARTS[word](_rate(number))
     except (ValueError, KeyError):

@@ -110,7 +110,10 @@ def ratio(parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndar
         return Interval(mean, math.nan, math.nan)
     drawn = np.random.default_rng(0).integers(len(parts), size=(RESAMPLES, len(parts)))
     rates = parts[drawn].sum(axis=1) / wholes[drawn].sum(axis=1)
-    tail = expanded_tail(len(parts))
+    # The bootstrap underestimates the spread by ``sqrt((n - 1) / n)`` and uses the normal quantile
+    # in place of Student's: the tail is smaller than ``(1 - LEVEL) / 2``.
+    quantile = student_quantile((1 + LEVEL) / 2, len(parts) - 1)
+    tail = NormalDist().cdf(-math.sqrt(len(parts) / (len(parts) - 1)) * quantile)
     low, high = np.quantile(rates, (tail, 1 - tail))
     return Interval(mean, float(low), float(high))
 
@@ -133,16 +136,6 @@ def linear_ratio(
     variance = num_units / (num_units - 1) * float(residuals @ residuals)
     half = student_quantile((1 + LEVEL) / 2, num_units - 1) * math.sqrt(variance) / float(total)
     return Interval(mean, mean - half, mean + half)
-
-
-def expanded_tail(num_units: int) -> float:
-    """Return the tail of the percentile interval, smaller than ``(1 - LEVEL) / 2``.
-
-    The bootstrap underestimates the spread by ``sqrt((n - 1) / n)`` and uses the normal quantile
-    in place of Student's; both are corrected.
-    """
-    quantile = student_quantile((1 + LEVEL) / 2, num_units - 1)
-    return NormalDist().cdf(-math.sqrt(num_units / (num_units - 1)) * quantile)
 
 
 @cache

@@ -393,16 +393,26 @@ class Board:
 
     def table(self) -> str:
         """Return the board as text."""
-        rows = [row.cells() for row in self.rows()]
-        failed = [f"{name} failed: {words}" for name, words in self.failures.items()]
-        return f"{self.summary()}, {self.split.model}. {self._explanation()}\n\n" + "\n".join(
-            [text_table(self.heads(), rows), *failed, *self._classes_notes()]
-        )
-
-    def _classes_notes(self) -> list[str]:
-        """Name the policies with and without priority classes."""
-        policies = (name.partition("@")[0] for name in self._names())
-        return classes_notes({name: not orders_classes(name) for name in policies})
+        num_cells = sum(map(len, self.split.gib.values()))
+        num_loops = sum(map(len, self.split.closed_loop.values()))
+        loops = f"{counted(num_loops, 'closed loop')} and " if num_loops else ""
+        cells, traces = counted(num_cells, "replayed cell"), counted(len(self.split.gib), "trace")
+        num_seeds = len(self.split.seeds)
+        explained = "Mean over cells [95 % interval over seeds]."
+        if num_seeds < FEWEST_UNITS:
+            explained = (
+                f"Mean over cells. No intervals: they need at least {FEWEST_UNITS} seeds (got "
+                f"{num_seeds}), so differences can be chance."
+            )
+        evictions = (name.partition("@")[0] for name in self._names())
+        lines = [
+            f"{loops}{cells} of {traces}, {counted(num_seeds, 'seed')} each, {self.split.model}. "
+            f"{explained}\n",
+            text_table(self.heads(), [row.cells() for row in self.rows()]),
+            *(f"{name} failed: {words}" for name, words in self.failures.items()),
+            *classes_notes({name: not orders_classes(name) for name in evictions}),
+        ]
+        return "\n".join(lines)
 
     def heads(self) -> list[str]:
         """Return the heads of the table's columns."""
@@ -411,24 +421,6 @@ class Board:
         served += ["replay: hits, %", f"replay: {less}"]
         first = served if self.split.closed_loop else ["token hit rate, %", less]
         return ["policy", *first, "% of plan", "% of plan next to running requests"]
-
-    def summary(self) -> str:
-        """Return the number of cells, traces and seeds."""
-        num_cells = sum(map(len, self.split.gib.values()))
-        num_loops = sum(map(len, self.split.closed_loop.values()))
-        loops = f"{counted(num_loops, 'closed loop')} and " if num_loops else ""
-        cells, traces = counted(num_cells, "replayed cell"), counted(len(self.split.gib), "trace")
-        return f"{loops}{cells} of {traces}, {counted(len(self.split.seeds), 'seed')} each"
-
-    def _explanation(self) -> str:
-        """Explain the figures of the table."""
-        num_seeds = len(self.split.seeds)
-        if num_seeds >= FEWEST_UNITS:
-            return "Mean over cells [95 % interval over seeds]."
-        return (
-            f"Mean over cells. No intervals: they need at least {FEWEST_UNITS} seeds (got "
-            f"{num_seeds}), so differences can be chance."
-        )
 
     def records(self) -> list[dict[str, Any]]:
         """Return the scores as dictionaries for JSON lines."""

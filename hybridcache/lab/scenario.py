@@ -272,24 +272,6 @@ class Scenario:
         for name in ("gib", "rate"):
             if (given := getattr(self, name)) is not _defaults()[name]:
                 sizes(given, name)
-        self._check_several()
-        if self.memory not in MEMORIES:
-            raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
-        is_share = self.kv_share is not None and 0 <= self.kv_share <= 1
-        if is_share != (self.memory == "pools") or (self.kv_share is not None and not is_share):
-            raise ValueError(
-                f"kv_share {self.kv_share} with memory {self.memory!r}: give 0 to 1 with memory "
-                "'pools', and leave it out otherwise"
-            )
-        for tier in ("host", "disk"):
-            gb_s, size = f"{tier}_gb_s", getattr(self, f"{tier}_gib")
-            if getattr(self, gb_s) != _defaults()[gb_s] and not size:
-                raise ValueError(f"{gb_s} is the speed of a tier: give its size with {tier}_gib")
-            tier_bytes(tier, size)
-
-    def _check_several(self) -> None:
-        """Raise ValueError for names of caches, seeds or times of a wrong type, and for a seed or
-        an admission policy that is given twice."""
         if not all(isinstance(name, str) for name in _each(self.baseline)):
             raise ValueError(f"baseline must be a name, or several (got {self.baseline!r}).")
         is_times = any(hasattr(self.times, name) for name in ("seconds", "step_seconds"))
@@ -308,6 +290,19 @@ class Scenario:
             for value in values:
                 if values.count(value) > 1:
                     raise ValueError(f"{name} has {value} twice: give each once.")
+        if self.memory not in MEMORIES:
+            raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
+        is_share = self.kv_share is not None and 0 <= self.kv_share <= 1
+        if is_share != (self.memory == "pools") or (self.kv_share is not None and not is_share):
+            raise ValueError(
+                f"kv_share {self.kv_share} with memory {self.memory!r}: give 0 to 1 with memory "
+                "'pools', and leave it out otherwise"
+            )
+        for tier in ("host", "disk"):
+            gb_s, size = f"{tier}_gb_s", getattr(self, f"{tier}_gib")
+            if getattr(self, gb_s) != _defaults()[gb_s] and not size:
+                raise ValueError(f"{gb_s} is the speed of a tier: give its size with {tier}_gib")
+            tier_bytes(tier, size)
 
     @classmethod
     def of(cls, given: Scenario | str | Trace, settings: dict[str, Any]) -> Scenario:

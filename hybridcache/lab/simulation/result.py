@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Self
 
@@ -272,7 +272,10 @@ class RunResult:
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
         if record["losses"] is not None:
             values["losses"] = Losses(**record["losses"])
-        values["by_session"] = tuple(map(_session, record["by_session"]))
+        values["by_session"] = tuple(
+            SessionResult(*figures, None if lost is None else Losses(*lost))
+            for *figures, lost in record["by_session"]
+        )
         return cls(**values)
 
 
@@ -405,19 +408,14 @@ def summarise(
         moved_slabs=counters.get("moved_slabs"),
         moved_kv_bytes=None if moved is None else moved * log.unit * geometry.kv_bytes_per_token,
         copy_seconds=copied,
-        tier_bytes=_tier_bytes(counters) if scenario.host_gib or scenario.disk_gib else None,
+        tier_bytes={name: size for name, size in counters.items() if name.endswith("_bytes")}
+        if scenario.host_gib or scenario.disk_gib
+        else None,
         by_session=_sessions(log, lengths, cached),
         control_us=log.control_s / max(len(lengths), 1) * 1e6,
         longest_prompt=int(lengths.max(initial=0)),
         page_tokens=counters.get("page_tokens"),
     )
-
-
-def _session(row: Sequence[Any]) -> SessionResult:
-    """Restore a session from JSON."""
-    name, requests, prompt_tokens, cached_tokens, lost = row
-    losses = None if lost is None else Losses(*lost)
-    return SessionResult(name, requests, prompt_tokens, cached_tokens, losses)
 
 
 def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult, ...]:
@@ -435,10 +433,6 @@ def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult
         losses = map(log.losses_of, range(size), computed)
         found = [one._replace(losses=lost) for one, lost in zip(found, losses, strict=True)]
     return tuple(found)
-
-
-def _tier_bytes(counters: dict[str, int]) -> dict[str, int]:
-    return {name: size for name, size in counters.items() if name.endswith("_bytes")}
 
 
 def _flops(geometry: ModelGeometry, ends: Any) -> int:
