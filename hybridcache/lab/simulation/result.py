@@ -273,7 +273,7 @@ class RunResult:
         if record["losses"] is not None:
             values["losses"] = Losses(**record["losses"])
         values["by_session"] = tuple(
-            SessionResult(*figures, None if lost is None else Losses(*lost))
+            SessionResult._make((*figures, None if lost is None else Losses(*lost)))
             for *figures, lost in record["by_session"]
         )
         return cls(**values)
