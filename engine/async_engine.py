@@ -40,12 +40,11 @@ from engine.messages import (
     Abort,
     AskCacheView,
     AskReport,
-    CloseView,
+    AskView,
     Compile,
     EndEngine,
     EndSession,
     EngineFacts,
-    FindNode,
     FromEngine,
     OpenView,
     Outputs,
@@ -53,7 +52,6 @@ from engine.messages import (
     Reply,
     ResetCache,
     StopAccepting,
-    TakeChanges,
     ToEngine,
 )
 from engine.requests.grammar import Grammar
@@ -207,13 +205,13 @@ class EngineHost:
                 number = next(self._numbers)
                 views[number] = watch(engine)
                 return number
-            case TakeChanges():
-                changes = views[question.view].take()
-                return (changes, views[question.view].whole()) if question.whole else changes
-            case FindNode():
-                return views[question.view].node(question.node)
-            case CloseView():
-                views.pop(question.view).close()
+            case AskView(view, "close"):
+                views.pop(view).close()
+            case AskView(view, "node", node):
+                return views[view].node(node)
+            case AskView(view, topic):
+                changes = views[view].take()
+                return (changes, views[view].whole()) if topic == "whole" else changes
         return None
 
     def _reply(self, question: Question, work: Callable[[], Any]) -> None:
@@ -266,16 +264,13 @@ class EngineHost:
                 "A step failed, and the requests that ran with it; the engine goes on."
             )
             self._deliver(self.engine.take_outputs())
-            self._fail(self.engine.interrupted)
+            error, lost = StepFailed("the step that computed it failed"), self.engine.interrupted
+            for request_id in lost:
+                self.engine.abort(request_id)
+            self._deliver([RequestOutput.failed(each, error) for each in lost])
         else:
             self._last_step_failed = False
             self._deliver(outputs)
-
-    def _fail(self, request_ids: Sequence[str]) -> None:
-        error = StepFailed("the step that computed it failed")
-        for request_id in request_ids:
-            self.engine.abort(request_id)
-        self._deliver([RequestOutput.failed(each, error) for each in request_ids])
 
     def _run_commands(self) -> bool:
         """Run all queued commands, and wait for one if there is nothing to compute. Returns False
@@ -491,20 +486,22 @@ class View:
 
     async def take(self) -> list[Record]:
         """Return the changes that were not taken yet."""
-        return cast("list[Record]", await self._front.ask(TakeChanges(self._number, False)))
+        return cast("list[Record]", await self._front.ask(AskView(self._number, "changes")))
 
     async def whole(self) -> tuple[list[Record], dict[str, Any]]:
         """Return (changes not yet taken, the state with them)."""
-        changes, state = await self._front.ask(TakeChanges(self._number, True))
+        changes, state = await self._front.ask(AskView(self._number, "whole"))
         return changes, state
 
     async def node(self, id_: int) -> dict[str, Any] | None:
         """Return details of one node, or None if it is gone."""
-        return cast("dict[str, Any] | None", await self._front.ask(FindNode(self._number, id_)))
+        return cast(
+            "dict[str, Any] | None", await self._front.ask(AskView(self._number, "node", id_))
+        )
 
     async def close(self) -> None:
         """Close the view."""
-        await self._front.ask(CloseView(self._number))
+        await self._front.ask(AskView(self._number, "close"))
 
 
 class AsyncEngine:
@@ -696,14 +693,6 @@ class AsyncEngine:
     async def reset_prefix_cache(self) -> None:
         """See ``Engine.reset_prefix_cache``."""
         await self.ask(ResetCache())
-
-    async def end_session(self, request_id: str) -> None:
-        """See ``Engine.end_session``."""
-        await self.ask(EndSession(request_id))
-
-    async def stop_accepting(self) -> None:
-        """See ``Engine.disconnect``: work in progress is finished."""
-        await self.ask(StopAccepting())
 
     async def watch(self, replica: int = 1) -> View:
         """Return a view of the cache and its requests, or those of one replica, counted from 1.

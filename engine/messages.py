@@ -3,7 +3,7 @@ ones."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -75,25 +75,13 @@ class OpenView(Question, frozen=True):
     """Number of the replica, from 1. One engine ignores it."""
 
 
-class TakeChanges(Question, frozen=True):
-    """Return the changes since the last question to a view, with ``whole`` also the state that they
-    lead to."""
+class AskView(Question, frozen=True):
+    """Ask a view for the changes since the last question, these with the ``whole`` state that they
+    lead to, or details of a ``node``; or close it."""
 
     view: int
-    whole: bool
-
-
-class FindNode(Question, frozen=True):
-    """Return details of a node of a view."""
-
-    view: int
-    node: int
-
-
-class CloseView(Question, frozen=True):
-    """Close a view."""
-
-    view: int
+    topic: Literal["changes", "whole", "node", "close"]
+    node: int = 0
 
 
 ToEngine = (
@@ -107,9 +95,7 @@ ToEngine = (
     | EndSession
     | StopAccepting
     | OpenView
-    | TakeChanges
-    | FindNode
-    | CloseView
+    | AskView
 )
 
 

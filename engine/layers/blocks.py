@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from engine.layers.linear import Composite, Layer, RMSNorm
+from engine.layers.linear import Build, Composite, Layer, Linear, Part, RMSNorm, shared
 from engine.weights.model_config import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
@@ -272,6 +272,49 @@ class FeedForward(Layer, Protocol):
     def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Convert ``[num_rows, H]`` to the same shape; ``rows`` are those that are tokens."""
         ...
+
+
+class MLP(Composite):
+    """SwiGLU, ``down(silu(gate(x)) * up(x))``, in which gate and up are one product; or without
+    gate ``down(relu(up(x))^2)``."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        intermediate_size: int,
+        build: Build,
+        *,
+        inputs: Sequence[str] = ("gate_proj", "up_proj"),
+        output: str = "down_proj",
+        bias: bool = False,
+        gated: bool = True,
+        gate_multiplier: float = 1.0,
+        sums: bool = True,
+    ) -> None:
+        """``inputs``, ``output``: names of gate and up, which may be one matrix, and of down.
+        ``gated``: False if there is no gate. ``gate_multiplier``: factor before silu. ``sums``: see
+        ``Linear``."""
+        num_parts = 1 + gated
+        rows = num_parts * intermediate_size // len(inputs)
+        parts = [Part(f"{name}.{word}", rows) for word in inputs]
+        parts = shared(parts, [(intermediate_size, 1)] * num_parts, build.rank)
+        self.gate_up = Linear(hidden_size, parts, build, bias=bias)
+        outputs = [Part(f"{name}.{output}", hidden_size)]
+        self.down = Linear(
+            intermediate_size, outputs, build, bias=bias, shares_inputs=True, sums=sums
+        )
+        self.layers = self.gate_up, self.down
+        self._gate_multiplier = gate_multiplier
+        activation = build.kernels["activation"]
+        self._activate = activation.silu_and_mul if gated else activation.relu_squared
+
+    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        gate_up = self.gate_up(x)
+        if self._gate_multiplier != 1.0:
+            gate, up = gate_up.chunk(2, dim=-1)
+            gate_up = torch.cat([gate * self._gate_multiplier, up], dim=-1)
+        return self.down(self._activate(gate_up))
 
 
 class Residual(Composite, Generic[B]):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from engine.layers.attention import Attention
 from engine.layers.blocks import (
+    MLP,
     FeedForward,
     FeedForwardStep,
     LayerInputs,
@@ -26,7 +27,6 @@ from engine.layers.blocks import (
     Rows,
 )
 from engine.layers.linear import Build, Layer, Linear, Parameter, Part, RankCut, RMSNorm
-from engine.layers.mlp import MLP
 from engine.layers.prediction import PredictionHead
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.weights.tensor_files import Tensor

@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from engine.layers.blocks import FeedForwardStep, Mixer, MixerStep, Parallel, Scaled
-from engine.layers.mlp import MLP
+from engine.layers.blocks import MLP, FeedForwardStep, Mixer, MixerStep, Parallel, Scaled
 from engine.layers.recurrent import GatedNorm, Mamba2
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ModelConfig, ModelError

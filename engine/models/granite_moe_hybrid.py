@@ -5,8 +5,8 @@ Most models have experts in addition to the MLP.
 
 from __future__ import annotations
 
-from engine.layers.blocks import FeedForward, Mixer
-from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SoftmaxRouter
+from engine.layers.blocks import MLP, FeedForward, Mixer
+from engine.layers.experts import Beside, ExpertNames, RoutedExperts, SoftmaxRouter
 from engine.layers.recurrent import GatedNorm, Mamba2
 from engine.models.decoder import Decoder
 from engine.weights.model_config import (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.layers.blocks import FeedForward, Mixer
-from engine.layers.mlp import MLP, ExpertNames, RoutedExperts, SoftmaxRouter
+from engine.layers.blocks import MLP, FeedForward, Mixer
+from engine.layers.experts import ExpertNames, RoutedExperts, SoftmaxRouter
 from engine.layers.recurrent import Mamba1
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, common

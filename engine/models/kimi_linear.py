@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 
 from engine.layers.attention import LatentAttention
-from engine.layers.blocks import FeedForward, Mixer
+from engine.layers.blocks import MLP, FeedForward, Mixer
+from engine.layers.experts import Beside, ExpertNames, RoutedExperts, SigmoidRouter
 from engine.layers.linear import RMSNorm
-from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SigmoidRouter
 from engine.layers.recurrent import KimiDeltaAttention
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, check_only, common

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.layers.blocks import FeedForward, Mixer
-from engine.layers.mlp import MLP, ExpertNames, RoutedExperts, SigmoidRouter
+from engine.layers.blocks import MLP, FeedForward, Mixer
+from engine.layers.experts import ExpertNames, RoutedExperts, SigmoidRouter
 from engine.layers.recurrent import ShortConv
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope

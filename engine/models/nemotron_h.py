@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.layers.blocks import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.layers.experts import Beside, ExpertNames, RoutedExperts, SigmoidRouter
 from engine.layers.linear import Part
-from engine.layers.mlp import MLP, Beside, ExpertNames, RoutedExperts, SigmoidRouter
 from engine.layers.recurrent import GatedNorm, Mamba2
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ACTIVATIONS, ModelConfig, check_only, common

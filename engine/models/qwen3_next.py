@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from engine.layers.blocks import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.layers.experts import ExpertsMLP
 from engine.layers.linear import Part
-from engine.layers.mlp import ExpertsMLP
 from engine.layers.prediction import PredictionHead
 from engine.layers.recurrent import GatedDeltaNet
 from engine.models.decoder import Decoder

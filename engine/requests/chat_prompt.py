@@ -229,12 +229,6 @@ class ChatPrompt:
         """The prompt, int32[n]."""
         return cast("Tokens", self.spec.prompt)
 
-    @property
-    def token_ids(self) -> list[int]:
-        """The prompt as a list."""
-        token_ids: list[int] = self.tokens.tolist()
-        return token_ids
-
 
 def no_chat(tokenizer: Tokenizer) -> str:
     """Return the error of a chat with a model that has no chat template."""

@@ -183,11 +183,6 @@ class SamplingParams:
         """True if every token is the most likely one."""
         return self.temperature < GREEDY_BELOW
 
-    @property
-    def has_penalties(self) -> bool:
-        """True if a penalty makes sampling depend on earlier tokens."""
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
-
     def with_seed(self, seed: int | None) -> SamplingParams:
         """Return the same parameters with another seed; lists of tokens are not checked again."""
         changed = copy(self)
@@ -641,6 +636,19 @@ class Intake:
             before = () if spec.answer_starts_text else prompt[-MAX_CONTEXT:].tolist()
             decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens, before)
             text_stream = TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)
+        rules = list[LogitRule]()
+        if spec.grammar is not None:
+            rules.append(self.grammar_rule(spec.grammar))
+        if sampling.thinking_token_budget is not None:
+            assert self._tokenizer is not None
+            budget = sampling.thinking_token_budget
+            rules.append(ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget))
+        if sampling.logit_bias or sampling.min_tokens:
+            ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
+            rules.append(BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens))
+        repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
+        if repetition != 1 or presence or sampling.frequency_penalty:
+            rules.append(Penalties(prompt, repetition, presence, sampling.frequency_penalty))
         return Request(
             structs.replace(spec, request_id=name),
             arrival=arrival,
@@ -649,10 +657,7 @@ class Intake:
             seed=sampling.seed if sampling.seed is not None else self._config.seed + arrival,
             end_token_ids=end_token_ids,
             text_stream=text_stream,
-            rules=[
-                *([] if spec.grammar is None else [self.grammar_rule(spec.grammar)]),
-                *self._rules(sampling, end_token_ids, prompt),
-            ],
+            rules=rules,
         )
 
     def _tokens(self, prompt: Prompt) -> Tokens:
@@ -679,19 +684,3 @@ class Intake:
     def _not_ids(self, tokens: Iterable[int]) -> str:
         wrong = next(token for token in tokens if not 0 <= token < self._vocab_size)
         return f"prompt must contain token ids from 0 to {self._vocab_size - 1} (got {wrong})."
-
-    def _rules(
-        self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens
-    ) -> list[LogitRule]:
-        rules = list[LogitRule]()
-        if sampling.thinking_token_budget is not None:
-            assert self._tokenizer is not None
-            budget = sampling.thinking_token_budget
-            rules.append(ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget))
-        if sampling.logit_bias or sampling.min_tokens:
-            ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
-            rules.append(BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens))
-        if sampling.has_penalties:
-            repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
-            rules.append(Penalties(prompt, repetition, presence, sampling.frequency_penalty))
-        return rules

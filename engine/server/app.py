@@ -31,6 +31,7 @@ from starlette.routing import Route
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
+from engine.messages import StopAccepting
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.explanations import Explanations, explanation
 from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, count_tokens, messages
@@ -173,7 +174,7 @@ class Server(uvicorn.Server):
 
                 self._hurry = partial(loop.call_soon_threadsafe, end_drain)
                 with suppress(EngineStopped):
-                    await self._engine.stop_accepting()
+                    await self._engine.ask(StopAccepting())
                 await asyncio.Event().wait()
         if num_left := len(self.server_state.tasks):
             logger.warning("%s not ended: broken off.", counted(num_left, "request"))

@@ -28,7 +28,6 @@ from engine.server.bodies import DONE, PAUSE, EventStream, as_event, event, unle
 from engine.server.context import (
     AnsweredChat,
     Call,
-    cache_headers,
     finite,
     prompt_id_fields,
     token_id_fields,
@@ -225,8 +224,6 @@ class ChatSession:
     prompt: ChatPrompt
     _stream: RequestStream
     readers: Sequence[AnswerReader]
-    _first: RequestOutput | None = None
-    """Latest output of the first answer."""
 
     def written(self, output: RequestOutput) -> dict[str, int]:
         """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
@@ -234,10 +231,6 @@ class ChatSession:
         is_off = self.call.context.engine.config.prefix_cache == "none"
         shared = 0 if is_off else max(self.prompt.spec.boundaries, default=0)
         return {"cache_write_tokens": max(0, shared - output.cached_len)}
-
-    def headers(self) -> dict[str, str]:
-        """Return the cache headers, or {} before the first output."""
-        return {} if self._first is None else cache_headers(self._first)
 
     async def news(self) -> AsyncIterator[AnswerReader]:
         """Yield the reader of an answer after each output, until all have ended, or the client has
@@ -248,8 +241,6 @@ class ChatSession:
                 async for index, output in outputs:
                     reader = self.readers[index]
                     reader.read(output)
-                    if index == 0:
-                        self._first = output
                     if reader.finish is not None and not reader.is_over:
                         message = as_message(reader.events)
                         self.call.context.history.keep(self.prompt, message, output)
@@ -257,25 +248,22 @@ class ChatSession:
                         self._stream.abort("stop", output.request_id)
                     yield reader
         finally:
-            if self._first is not None:
-                self._remember(self._first)
-
-    def _remember(self, output: RequestOutput) -> None:
-        if output.losses is not None:
-            answered = AnsweredChat(
-                self.answer_id,
-                self.call.tenant,
-                self._body.messages,
-                self._body.tools,
-                self._body.chat_template_kwargs,
-                self.call.size,
-                np.concatenate((output.prompt_token_ids, output.output)),
-                len(output.prompt_token_ids),
-                output.cached_len,
-                output.losses,
-                as_message(self.readers[0].events),
-            )
-            self.call.context.remember(answered)
+            first = self.call.first
+            if first is not None and first.losses is not None:
+                answered = AnsweredChat(
+                    self.answer_id,
+                    self.call.tenant,
+                    self._body.messages,
+                    self._body.tools,
+                    self._body.chat_template_kwargs,
+                    self.call.size,
+                    np.concatenate((first.prompt_token_ids, first.output)),
+                    len(first.prompt_token_ids),
+                    first.cached_len,
+                    first.losses,
+                    as_message(self.readers[0].events),
+                )
+                self.call.context.remember(answered)
 
     async def finish(self) -> None:
         """Wait for all answers."""
@@ -322,14 +310,15 @@ class ChatWriter(ABC):
 
     async def respond(self, is_stream: bool) -> Response:
         """Return the response with all answers."""
-        headers = self._session.headers
+        call = self._session.call
         if is_stream:
             keep_alive_s = self._context.keep_alive_s
-            return EventStream(self.events(), headers, self.failed, keep_alive_s, self.PAUSE)
-        receive = self._session.call.request.receive
-        await unless_gone(receive, self._session.finish())
+            return EventStream(
+                self.events(), call.cache_headers, self.failed, keep_alive_s, self.PAUSE
+            )
+        await unless_gone(call.request.receive, self._session.finish())
         outputs = [answer.output for answer in self._session.readers]
-        return await self._context.answer(outputs, self.whole, headers=headers())
+        return await self._context.answer(outputs, self.whole, headers=call.cache_headers())
 
 
 class PartWriter(ChatWriter):

@@ -16,7 +16,6 @@ from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     Call,
     ServingContext,
-    cache_headers,
     finite,
     prompt_id_fields,
     token_id_fields,
@@ -69,14 +68,14 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
     answer = _Answer(context, body, answer_id)
     if body.stream:
         return EventStream(
-            answer.events(stream, call.record), answer.headers, as_event, context.keep_alive_s
+            answer.events(stream, call.record), call.cache_headers, as_event, context.keep_alive_s
         )
     outputs = await unless_gone(call.request.receive, context.finals(stream, call.record))
     return await context.answer(
         outputs,
         lambda: answer.whole(outputs),
         echoes=body.shows_prompt,
-        headers=cache_headers(outputs[0]),
+        headers=call.cache_headers(),
     )
 
 
@@ -122,7 +121,6 @@ class _Answer:
     def __init__(self, context: ServingContext, body: CompletionRequest, answer_id: str) -> None:
         self._context = context
         self._body = body
-        self._first: RequestOutput | None = None
         self._head = context.head(answer_id, "text_completion")
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -138,11 +136,6 @@ class _Answer:
             "usage": usage(outputs, outputs[:: self._body.n]),
         }
 
-    def headers(self) -> dict[str, str]:
-        """Return response headers about the first prompt's cache hit, or {} before the first
-        output."""
-        return {} if self._first is None else cache_headers(self._first)
-
     async def events(
         self, stream: RequestStream, record: RequestRecord
     ) -> AsyncGenerator[bytes, None]:
@@ -152,7 +145,6 @@ class _Answer:
         ]
         last: dict[int, RequestOutput] = {}
         async for index, output in self._context.outputs(stream, record):
-            self._first = self._first or output
             last[index] = output
             yield await self._event(choices[index], output)
         outputs = [last[index] for index in range(len(stream.answers))]

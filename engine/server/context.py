@@ -330,6 +330,27 @@ class Call:
         found: RequestRecord = self.request.scope["state"]["record"]
         return found
 
+    @property
+    def first(self) -> RequestOutput | None:
+        """Latest output of the first generation, or None before it."""
+        return self.record.outputs.get(self.record.answer_id)
+
+    def cache_headers(self) -> dict[str, str]:
+        """Return the cache headers of an answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``,
+        and ``x-cache-lost`` with its causes; {} before the first output."""
+        output = self.first
+        if output is None:
+            return {}
+        headers = {
+            "x-cache-prompt-tokens": str(len(output.prompt_token_ids)),
+            "x-cache-hit-tokens": str(output.cached_len),
+        }
+        if output.losses is not None:
+            causes = output.losses._asdict().items()
+            lost = ", ".join(f"{cause}={number}" for cause, number in causes if number)
+            headers["x-cache-lost"] = lost or "none"
+        return headers
+
 
 Answer = Callable[[Call, Any], Awaitable[Response]]
 """Answers a request with its body."""
@@ -396,16 +417,3 @@ def prompt_id_fields(body: Sampling, output: RequestOutput) -> dict[str, Any]:
 def token_id_fields(body: Sampling, token_ids: Sequence[int]) -> dict[str, Any]:
     """Return the ids of new tokens in vLLM's form, if they are requested."""
     return {"token_ids": [int(token) for token in token_ids]} if body.return_token_ids else {}
-
-
-def cache_headers(output: RequestOutput) -> dict[str, str]:
-    """Return the cache headers of an answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``, and
-    ``x-cache-lost`` with its causes."""
-    headers = {
-        "x-cache-prompt-tokens": str(len(output.prompt_token_ids)),
-        "x-cache-hit-tokens": str(output.cached_len),
-    }
-    if output.losses is not None:
-        lost = [f"{name}={number}" for name, number in output.losses._asdict().items() if number]
-        headers["x-cache-lost"] = ", ".join(lost) or "none"
-    return headers

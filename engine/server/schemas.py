@@ -385,6 +385,18 @@ class NamedTool(Part, kw_only=True):
     type: Literal["function"]
     function: FunctionName
 
+    @classmethod
+    def of(cls, name: str) -> NamedTool:
+        return cls(type="function", function=FunctionName(name=name))
+
+
+def as_tool(
+    name: str, description: str | None, parameters: Any, strict: bool | None
+) -> dict[str, Any]:
+    """Return a function of another dialect as a tool of a chat."""
+    function = {"name": name, "description": description, "strict": strict}
+    return {"type": "function", "function": function | {"parameters": parameters}}
+
 
 if TYPE_CHECKING:
     Messages = list[Message]

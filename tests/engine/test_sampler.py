@@ -23,8 +23,8 @@ NONE = np.empty(0, dtype=np.int32)
 
 def request(seed=0, prompt=NONE, output=NONE, **params):
     sampling, rulings = SamplingParams(**params), [FREE]
-    if sampling.has_penalties:
-        costs = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    costs = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    if costs != (1, 0, 0):
         rulings = Penalties(prompt, *costs).apply(Draws(len(output), output, NONE), rulings)
     return SamplingInput(sampling, seed, len(output), *rulings)
 

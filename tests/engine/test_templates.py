@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,16 +61,16 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     tools = [{"function": {"name": extra, "description": [extra]}}]
     variables = {"extra": extra}
     prompt = render_chat(tokenizer, chat, tools=tools, variables=variables)
-    assert prompt.token_ids.count(257) == len(chat) + 1
-    assert prompt.token_ids.count(258) == len(chat)
+    assert prompt.tokens.tolist().count(257) == len(chat) + 1
+    assert prompt.tokens.tolist().count(258) == len(chat)
     assert tokenizer.chat_template is not None
     text = tokenizer.chat_template.render(
         chat, tools=tools, variables=variables, add_generation_prompt=True
     )
-    assert tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == text
+    assert tokenizer.decode(prompt.tokens.tolist(), skip_special_tokens=False) == text
     turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
     later = render_chat(tokenizer, [*chat, *turn], tools=tools, variables=variables)
-    ids = (np.array(one.token_ids, np.int32) for one in (prompt, later))
+    ids = (one.tokens for one in (prompt, later))
     assert common_prefix_len(*ids) in prompt.spec.boundaries
 
 

@@ -24,7 +24,6 @@ from engine.server.schemas import (
     AnswerLimit,
     CacheControl,
     ChatRequest,
-    FunctionName,
     Message,
     Name,
     NamedSchema,
@@ -35,6 +34,7 @@ from engine.server.schemas import (
     TextPart,
     TopK,
     TopP,
+    as_tool,
 )
 from engine.text.answers import (
     AnswerReader,
@@ -181,19 +181,13 @@ class Tool(Part, kw_only=True):
     allowed_callers: list[Literal["direct"]] | None = None
 
     def as_tool(self) -> dict[str, Any]:
-        function = {
-            "name": self.name,
-            "description": self.description,
-            "strict": self.strict,
-            "parameters": self.input_schema,
-        }
         mark = {} if self.cache_control is None else {"cache_control": {"type": "ephemeral"}}
-        return {"type": "function", "function": function, **mark}
+        return as_tool(self.name, self.description, self.input_schema, self.strict) | mark
 
 
 class ToolChoice(Part, kw_only=True):
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: Name | None = None
     disable_parallel_tool_use: bool = False
 
     def __post_init__(self) -> None:
@@ -201,11 +195,6 @@ class ToolChoice(Part, kw_only=True):
             raise ValueError(
                 "A 'tool_choice' must have a 'name' if its type is 'tool', and only then"
             )
-
-    def as_choice(self) -> str | NamedTool:
-        if self.name is not None:
-            return NamedTool(type="function", function=FunctionName(name=self.name))
-        return CHOICES[self.type]
 
 
 class ThinkingConfig(Part, kw_only=True):
@@ -287,7 +276,8 @@ class CountRequest(Body, kw_only=True):
     def as_chat(self, **sampling: Any) -> ChatRequest:
         """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
         not supported. O(blocks)."""
-        choice, config = self.tool_choice, self.output_config or OutputConfig()
+        choice = self.tool_choice or ToolChoice(type="auto")
+        config = self.output_config or OutputConfig()
         switches: dict[str, Any] = {}
         if config.effort is not None:
             switches["reasoning_effort"] = config.effort
@@ -300,8 +290,8 @@ class CountRequest(Body, kw_only=True):
         return ChatRequest(
             messages=list(self._chat_messages()),
             tools=None if self.tools is None else [tool.as_tool() for tool in self.tools],
-            tool_choice=None if choice is None else choice.as_choice(),
-            parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
+            tool_choice=NamedTool.of(choice.name) if choice.name else CHOICES[choice.type],
+            parallel_tool_calls=not choice.disable_parallel_tool_use,
             chat_template_kwargs=switches or None,
             response_format=form,
             metadata=self.metadata,

@@ -17,6 +17,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.messages import EndSession
 from engine.plugins.dialects import DialectsConfig
 from engine.server.access import Tenant, new_id
 from engine.server.api_errors import APIError, quoted
@@ -29,7 +30,6 @@ from engine.server.schemas import (
     AnswerLimit,
     ChatRequest,
     Effort,
-    FunctionName,
     Message,
     Name,
     NamedSchema,
@@ -37,6 +37,7 @@ from engine.server.schemas import (
     OpenAIBody,
     ResponseFormat,
     Role,
+    as_tool,
     parsed_arguments,
 )
 from engine.server.settings import ServerConfig
@@ -44,13 +45,12 @@ from engine.text.answers import AnswerReader, Event, ReasoningDelta, TextDelta, 
 from engine.text.bounded_memory import BoundedMemory
 
 Kind = Literal["reasoning", "message", "function_call"]
-PREFIXES: dict[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
-WORDS: dict[Kind, str] = {
-    "reasoning": "reasoning_text",
-    "message": "output_text",
-    "function_call": "function_call_arguments",
+KINDS: dict[Kind, tuple[str, str]] = {
+    "reasoning": ("rs", "reasoning_text"),
+    "message": ("msg", "output_text"),
+    "function_call": ("fc", "function_call_arguments"),
 }
-"""Name of an item's text in its events."""
+"""Kind of an item -> (prefix of its id, name of its text in events)."""
 NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
     "background": (False,),
     "truncation": ("disabled",),
@@ -158,13 +158,8 @@ class FunctionTool(Part, kw_only=True, tag_field="type", tag="function"):
 
     def as_tool(self, namespace: str | None = None, description: str | None = None) -> Any:
         said = "\n".join(text for text in (description, self.description) if text)
-        function = {
-            "name": _joined(namespace, self.name),
-            "description": said or None,
-            "strict": self.strict,
-            "parameters": self.parameters,
-        }
-        return {"type": "function", "function": function}
+        name = _joined(namespace, self.name)
+        return as_tool(name, said or None, self.parameters, self.strict)
 
 
 class NamespaceTool(Part, kw_only=True, tag_field="type", tag="namespace"):
@@ -279,7 +274,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
             raise APIError(400, "'input' is empty. Send at least one item.", param="input")
         choice: Any = self.tool_choice
         if isinstance(choice, NamedFunction):
-            choice = NamedTool(type="function", function=FunctionName(name=choice.name))
+            choice = NamedTool.of(choice.name)
         asked = None if self.text is None else self.text.format
         return ChatRequest(
             messages=messages,
@@ -421,7 +416,7 @@ class Responses:
         response_id = request.path_params["response_id"]
         if not self._store.delete((self._context.tenants.of(request.scope), response_id)):
             raise self._unknown(response_id)
-        await self._context.engine.end_session(response_id)
+        await self._context.engine.ask(EndSession(response_id))
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     def _unknown(self, response_id: str) -> APIError:
@@ -545,7 +540,7 @@ class _ResponsesWriter(PartWriter):
             fields = {"call_id": new_id("call", "_"), "name": one.name, "arguments": ""}
             if one.name in self._namespaces:
                 fields["namespace"], fields["name"] = self._namespaces[one.name]
-        head = {"id": new_id(PREFIXES[kind], "_"), "type": kind, "status": "in_progress"}
+        head = {"id": new_id(KINDS[kind][0], "_"), "type": kind, "status": "in_progress"}
         self._item, self._pieces = head | fields, []
         added = {"output_index": self._place, "item": self._item}
         yield {"type": "response.output_item.added", **added}
@@ -556,17 +551,17 @@ class _ResponsesWriter(PartWriter):
         match one:
             case ReasoningDelta(text) | TextDelta(text) | ToolCall(_, text):
                 self._pieces.append(text)
-                yield self._of_item(f"{WORDS[self._item['type']]}.delta", delta=text)
+                yield self._of_item(f"{KINDS[self._item['type']][1]}.delta", delta=text)
 
     def complete(self, is_cut: bool) -> Iterator[dict[str, Any]]:
         kind, text = self._item["type"], "".join(self._pieces)
         if kind == "function_call":
             content: dict[str, Any] = {"arguments": text}
-            yield self._of_item(f"{WORDS[kind]}.done", name=self._item["name"], arguments=text)
+            yield self._of_item(f"{KINDS[kind][1]}.done", name=self._item["name"], arguments=text)
         else:
             part = self._part(text)
             content = {"content": [part]}
-            yield self._of_item(f"{WORDS[kind]}.done", text=text)
+            yield self._of_item(f"{KINDS[kind][1]}.done", text=text)
             yield self._of_item("content_part.done", part=part)
         item = self._item | content | {"status": "incomplete" if is_cut else "completed"}
         done = {"output_index": self._place, "item": item}

@@ -165,7 +165,7 @@ class TraceWriter:
         """Return (ids, known boundaries) of the prompt of ``body``, which has ``messages``."""
         chat = self._rendered(body, messages)
         if chat is not None:
-            return chat.token_ids, list(chat.spec.boundaries)
+            return chat.tokens.tolist(), list(chat.spec.boundaries)
         tools = json.dumps(body["tools"]) if body.get("tools") else ""
         texts = [tools, *(text for message in messages for text in _texts(message))]
         return self._ids([*texts, f"{HEADER}assistant\n"]), []
@@ -180,7 +180,7 @@ class TraceWriter:
     ) -> list[int]:
         """Return the ids of ``answer`` behind the prompt ``ids``, as the next prompt has them."""
         chat = self._rendered(body, [*messages, answer], add_generation_prompt=False)
-        output = [] if chat is None else chat.token_ids
+        output = [] if chat is None else chat.tokens.tolist()
         if self._tokenizer is None or output[: len(ids)] != ids or len(output) == len(ids):
             # A model draws the first token of END; the template adds the rest to the next prompt.
             return self._ids(_texts(answer)[1:2]) + self._ids([END])[:has_end]

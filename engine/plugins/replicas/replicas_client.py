@@ -23,16 +23,14 @@ from engine.messages import (
     Abort,
     AskCacheView,
     AskReport,
-    CloseView,
+    AskView,
     Compile,
     EndEngine,
-    FindNode,
     OpenView,
     Outputs,
     Question,
     Reply,
     ResetCache,
-    TakeChanges,
     ToEngine,
 )
 from engine.plugins.replicas.fleet import Fleet, Order, ReplicaFacts
@@ -451,7 +449,7 @@ class FleetChannel(EngineChannel):
                 await self._each(question)
             case OpenView():
                 return await self._open_view(question)
-            case TakeChanges() | FindNode() | CloseView():
+            case AskView():
                 return await self._ask_view(question)
         return None
 
@@ -465,13 +463,13 @@ class FleetChannel(EngineChannel):
         self._views[number] = replica, await self._ask(replica, question)
         return number
 
-    async def _ask_view(self, question: TakeChanges | FindNode | CloseView) -> Any:
+    async def _ask_view(self, question: AskView) -> Any:
         """Pass a question about a view on to its replica."""
         replica, view = self._views[question.view]
-        if isinstance(question, CloseView):
+        if question.topic == "close":
             del self._views[question.view]
         found = await self._ask(replica, structs.replace(question, view=view))
-        if isinstance(question, TakeChanges) and question.whole:
+        if question.topic == "whole":
             members = self._fleet.members
             place = members.index(replica) + 1 if replica in members else 0
             found[1]["meta"] |= {"replica": place, "num_replicas": len(members)}

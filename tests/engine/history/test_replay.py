@@ -47,7 +47,7 @@ def render(
 
 
 def text_of(tokenizer: Any, prompt: ChatPrompt) -> str:
-    text: str = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    text: str = tokenizer.decode(prompt.tokens.tolist(), skip_special_tokens=False)
     return text
 
 
@@ -62,9 +62,9 @@ def test_sampled_tokens_replace_the_text_of_an_answer(tokenizer: HFTokenizer) ->
         render(tokenizer, CHAT, SampledTurn(HEADER, ids, "So.")),
         render(tokenizer, CHAT),
     )
-    assert contains(prompt.token_ids, ids) and not contains(plain.token_ids, ids)
+    assert contains(prompt.tokens.tolist(), ids) and not contains(plain.tokens.tolist(), ids)
     assert text_of(tokenizer, prompt) == text_of(tokenizer, plain).replace("[1, 2]", "[1,2]")
-    ends = [len(one.token_ids) - one.spec.boundaries[-1] for one in (prompt, plain)]
+    ends = [len(one.tokens.tolist()) - one.spec.boundaries[-1] for one in (prompt, plain)]
     assert ends[0] == ends[1], "the next turn forks at the same place"
 
 
@@ -74,7 +74,7 @@ def test_user_text_cannot_forge_a_turn_of_the_assistant(tokenizer: HFTokenizer, 
     chat = [CHAT[0], {"role": "user", "content": text}, *CHAT[2:]]
     prompt = render(tokenizer, chat, turn)
     assert text in text_of(tokenizer, prompt)
-    num_ends = prompt.token_ids.count(tokenizer.encode("<|im_end|>")[0])
+    num_ends = prompt.tokens.tolist().count(tokenizer.encode("<|im_end|>")[0])
     assert num_ends == 4
 
 
