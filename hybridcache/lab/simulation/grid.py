@@ -133,13 +133,9 @@ def identity_of(trace: Trace) -> bytes:
     O(bytes of the file)."""
     name = repr((trace.name, trace.unit)).encode()
     identity = name + pickled(f"trace {trace.name!r}", trace.source)
-    reader: Any = trace.source
-    while hasattr(reader, "source"):  # the head of another
-        reader = reader.source
-    path = getattr(reader, "path", None)
-    if path is None:
+    if trace.path is None:
         return identity
-    with open(path, "rb") as file:
+    with open(trace.path, "rb") as file:
         return identity + hashlib.file_digest(file, "sha256").digest()
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from itertools import count
-from typing import Protocol
 
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
-from hybridcache.api import Losses
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.exchange import Exchange
@@ -19,42 +17,6 @@ from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.protocol import PlacementPolicy, raise_failure
-
-
-class Served(Protocol):
-    """One request that the cache serves, from its match to its release."""
-
-    cached_len: int
-    """Prompt ids reused."""
-    losses: Losses | None
-    """Why not more; None where the target does not say."""
-    copy_s: float
-    """Seconds of copies from lower tiers that this request waited for."""
-
-    def prefilled(self) -> None:
-        """Publish the prompt, which is computed."""
-        ...
-
-    def finish(self) -> None:
-        """Publish the answer, which is decoded, and release all memory."""
-        ...
-
-
-class Target(Protocol):
-    """A cache that requests are served with."""
-
-    priority_classes: bool | None
-    """True if unreachable KV and superseded checkpoints are evicted before all other items; None
-    for a peer."""
-
-    def begin(self, request: TraceRequest) -> Served | None:
-        """Match, and take memory for the prompt and its checkpoints. Returns None, and holds
-        nothing, if running requests leave too little memory."""
-        ...
-
-    def counters(self) -> dict[str, int]:
-        """Return the counters of the cache, in ids and slots."""
-        ...
 
 
 def build_target(scenario: Scenario, unit: int) -> Target:
@@ -96,9 +58,12 @@ class LeaseTarget:
         self.now_s = 0.0
         """Timestamp of the present request: the clock of policies in replays."""
         cache.policy.set_clock(lambda: self.now_s)
-        self.priority_classes: bool | None = has_priority_classes(cache.policy)
+        self.priority_classes = has_priority_classes(cache.policy)
+        """True if unreachable KV and superseded checkpoints are evicted before all other items."""
 
-    def begin(self, request: TraceRequest) -> Served | None:
+    def begin(self, request: TraceRequest) -> LeasedRequest | None:
+        """Match, and take memory for the prompt and its checkpoints. Returns None, and holds
+        nothing, if running requests leave too little memory."""
         self.now_s = request.timestamp_s
         if self._stateful and self._own_slots is None and not self.cache.has_slots:
             return None  # a pool of states that is smaller than one
@@ -133,7 +98,8 @@ class LeaseTarget:
         return {word: rows.get((word, DEVICE), 0) * lower.row_bytes for word in lower.names}
 
     def counters(self) -> dict[str, int]:
-        """See ``Target``. Raises the failure of a user's policy in the last request."""
+        """Return the counters of the cache, in ids and slots. Raises the failure of a user's policy
+        in the last request."""
         raise_failure(self.cache.policy.failure)
         lower, copied = self.cache.offload, {}
         if lower is not None:
@@ -164,8 +130,11 @@ class LeasedRequest:
     def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
         self._target, self._lease, self._request = target, lease, request
         self.cached_len = self._end = lease.cached_len
-        self.losses: Losses | None = lease.losses
+        """Prompt ids reused."""
+        self.losses = lease.losses
+        """Reasons why not more."""
         self.copy_s = 0.0
+        """Seconds of copies from lower tiers that this request waited for."""
 
     def claim(self, start: int) -> bool:
         """Take memory for the piece of the prompt that begins at ``start``. Returns False if it is
@@ -183,12 +152,14 @@ class LeasedRequest:
         return len(self._request.tokens)
 
     def prefilled(self) -> None:
+        """Publish the prompt, which is computed."""
         tokens = self._request.tokens
         self._lease.publish(tokens, self._end)
         while self._end < len(tokens) and self.claim(self._end):
             self._lease.publish(tokens, self._end)
 
     def finish(self) -> None:
+        """Publish the answer, which is decoded, and release all memory."""
         lease, target = self._lease, self._target
         tokens, output = self._request.tokens, self._request.output
         num_ids = len(tokens)
@@ -217,9 +188,9 @@ class LeasedRequest:
 
 
 class BaselineTarget:
-    """A rebuilt peer."""
+    """A rebuilt peer. Its losses are not known."""
 
-    priority_classes: bool | None = None
+    priority_classes = None
 
     def __init__(self, word: str, config: BaselineConfig) -> None:
         self.baseline = BASELINES[word](config)
@@ -235,14 +206,14 @@ class BaselineTarget:
 
 
 class PeerRequest:
-    """One request of a peer, as a ``Served``."""
+    """One request of a peer, with the methods of a ``LeasedRequest``."""
 
     __slots__ = ("_request", "_session", "cached_len", "copy_s", "losses")
 
     def __init__(self, session: PeerSession, request: TraceRequest) -> None:
         self._session, self._request = session, request
         self.cached_len = session.cached_len
-        self.losses: Losses | None = None
+        self.losses = None
         self.copy_s = 0.0
 
     def prefilled(self) -> None:
@@ -250,3 +221,9 @@ class PeerRequest:
 
     def finish(self) -> None:
         self._session.finish(self._request.output)
+
+
+Target = LeaseTarget | BaselineTarget
+"""Cache that requests are served with."""
+Served = LeasedRequest | PeerRequest
+"""Request that the cache serves, from its match to its release."""
