@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -83,107 +83,11 @@ def _is_kept(transfer: Transfer) -> bool:
 
 
 NAME = "memory"
+"""File of the policy state in a folder."""
 IDLE_EVERY_S, BUSY_EVERY_S = 1.0, 30.0
+"""Minimum seconds between two saves of the policy state, while the engine is idle and busy."""
 SHARE = 0.005
 """Maximum share of the engine's time spent on saving."""
-
-
-class PolicyStateFile:
-    """Policy state in the file ``memory`` of one folder. Called in the engine's thread; the disk
-    thread writes."""
-
-    def __init__(
-        self,
-        cache: TieredRadixCache,
-        disk: Disk,
-        folder: Path,
-        max_bytes: int,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """``max_bytes``: limit of the file, of which there may be two for a moment."""
-        self._cache, self._disk, self._path = cache, disk, folder / NAME
-        self._max_bytes = max_bytes
-        self._clock = clock
-        self._placement: Sequence[PlacementPolicy] = ()
-        self._memory: Memory | None = None
-        self._saved_at, self._took_s = clock(), 0.0
-        self.has_changes = False
-        """True if something was computed since the last save."""
-
-    def load_tree(self) -> None:
-        """Restore the history of the cache, which must be empty. Entries on disk are adopted
-        afterwards. O(file)."""
-        try:
-            memory = unpack(self._path.read_bytes())
-            memory.recall_tree(self._cache)
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as error:
-            self._disk.num_errors += 1
-            logger.warning(
-                "%s is ignored (%s): the policies start without history.", self._path, error
-            )
-            return
-        self._memory = memory
-
-    def load_policies(self, placement: Sequence[PlacementPolicy]) -> None:
-        """Restore the state of the cache's policies and of the rules of ``placement``. O(file)."""
-        self._placement = placement
-        memory, self._memory = self._memory, None
-        if memory is None:
-            return
-        unfit = memory.recall_policies(self._cache, placement)
-        if unfit:
-            logger.warning(
-                "The state of other policies (%s) in %s is ignored: eviction and placement start "
-                "without history.",
-                ", ".join(unfit),
-                self._path,
-            )
-
-    def rest(self, *, is_idle: bool) -> float | None:
-        """Save if there are changes and a save is due; called between two steps. O(1), or O(tree).
-
-        Returns the seconds until the next save, or None if there are no changes.
-        """
-        if not (self.has_changes and self._disk.is_writable):
-            return None
-        every = max(IDLE_EVERY_S if is_idle else BUSY_EVERY_S, self._took_s / SHARE)
-        left = self._saved_at + every - self._clock()
-        if left > 0:
-            return left
-        self.save()
-        return None
-
-    def save(self) -> None:
-        """Write the changes. O(tree)."""
-        if not (self.has_changes and self._disk.is_writable):
-            return
-        start = self._clock()
-        body = write_memory(self._cache, self._placement)
-        self.has_changes, self._saved_at = False, self._clock()
-        self._took_s = self._saved_at - start
-        self._disk.write_file(NAME, lambda: self._packed(body))
-
-    def _packed(self, body: bytes) -> bytes | None:
-        """Return the content of the file, or None if it would be too large. Called in the disk
-        thread."""
-        data = pack(body)
-        if len(data) <= self._max_bytes:
-            return data
-        logger.warning(
-            "The policy state is not written to %s: it would take %d of at most %d bytes.",
-            self._path,
-            len(data),
-            self._max_bytes,
-        )
-        return None
-
-    def remove(self) -> None:
-        """Remove the file: the cache was emptied on request."""
-        self._disk.remove_file(NAME)
-
-
 USUAL_DISK = 2.5
 """Default size of the folder, relative to device and host memory. It holds all entries of these,
 and as much again for the disk tier."""
@@ -254,7 +158,12 @@ class TierPlugin(Plugin):
         state_dir = config.of(TierConfig).state_dir
         self._store = None if state_dir is None else RecordStore(Path(state_dir))
         self.disk: Disk | None = None
-        self.policy_state: PolicyStateFile | None = None
+        self._saved_state: Memory | None = None
+        """Policy state in the folder, until all of it is restored."""
+        self._placement: Sequence[PlacementPolicy] = ()
+        self._has_changes = False
+        """True if something was computed since the policy state was saved."""
+        self._saved_at, self._took_s = time.perf_counter(), 0.0
 
     def size_cache(self, cache: CacheConfig, runner: Runner) -> CacheConfig:
         self._sizes = sizes = TierSizes.of(self.config, runner.memory)
@@ -296,16 +205,33 @@ class TierPlugin(Plugin):
             num_rows=num_rows,
         )
         self._store = None
-        self.policy_state = PolicyStateFile(self._cache, disk, folder, self._sizes.memory)
-        self.policy_state.load_tree()
+        try:
+            state = unpack((folder / NAME).read_bytes())
+            state.recall_tree(self._cache)
+            self._saved_state = state
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            disk.num_errors += 1
+            logger.warning(
+                "%s is ignored (%s): the policies start without history.", folder / NAME, error
+            )
         self.adopt()
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
         """See ``Plugin``. The fetcher reads from disk for waiting requests."""
         self._manager = manager
-        if self.disk is None or self.policy_state is None:
+        if self.disk is None:
             return None
-        self.policy_state.load_policies(manager.placement.rules)
+        self._placement = manager.placement.rules
+        state, self._saved_state = self._saved_state, None
+        if state is not None and (unfit := state.recall_policies(self._cache, self._placement)):
+            logger.warning(
+                "The state of other policies (%s) in %s is ignored: eviction and placement start "
+                "without history.",
+                ", ".join(unfit),
+                self.config.of(TierConfig).state_dir,
+            )
         return Staging(manager, self.disk, self.exchange)
 
     def _bytes_per_s(self) -> Mapping[str, float | None]:
@@ -323,17 +249,46 @@ class TierPlugin(Plugin):
     def _learn(self, report: StepReport) -> None:
         """Record a step that was computed."""
         self.exchange.learn(report)
-        if self.policy_state is not None and (report.prefilled or report.num_decode_tokens):
-            self.policy_state.has_changes = True
+        self._has_changes |= bool(report.prefilled or report.num_decode_tokens)
 
     def before_step(self) -> None:
         self._follow_disk()
-        if self.policy_state is not None:
-            self.policy_state.rest(is_idle=False)
+        self._save_if_due(BUSY_EVERY_S)
 
     def on_idle(self) -> float | None:
         self._follow_disk()
-        return None if self.policy_state is None else self.policy_state.rest(is_idle=True)
+        return self._save_if_due(IDLE_EVERY_S)
+
+    def _save_if_due(self, every_s: float) -> float | None:
+        """Save the policy state if it changed and a save is due. O(1), or O(tree).
+
+        Returns the seconds until the next save, or None if there are no changes.
+        """
+        disk = self.disk
+        if disk is None or not (self._has_changes and disk.is_writable):
+            return None
+        start = time.perf_counter()
+        left = self._saved_at + max(every_s, self._took_s / SHARE) - start
+        if left > 0:
+            return left
+        body = write_memory(self._cache, self._placement)
+        self._has_changes, self._saved_at = False, time.perf_counter()
+        self._took_s = self._saved_at - start
+
+        def packed() -> bytes | None:
+            data = pack(body)
+            if len(data) <= self._sizes.memory:
+                return data
+            logger.warning(
+                "The policy state is not written to %s: it would take %d of at most %d bytes.",
+                self.config.of(TierConfig).state_dir,
+                len(data),
+                self._sizes.memory,
+            )
+            return None
+
+        disk.write_file(NAME, packed)
+        return None
 
     def _follow_disk(self) -> None:
         """Update the cache's disk tier to the state of the disk.
@@ -404,19 +359,19 @@ class TierPlugin(Plugin):
                 disk.settle()
                 disk.unbind_all()
                 logger.warning("The cache restarts with %d states from disk.", self.adopt())
-        elif disk is not None and self.policy_state is not None:
+        elif disk is not None:
             transfers = steps.take_transfers()
             steps.transfers += [one for one in transfers if not _is_kept(one)]
             disk.clear()
-            self.policy_state.remove()
+            disk.remove_file(NAME)
 
     def close(self) -> None:
         """See ``StepHooks``. Writes all pending entries and releases the folder."""
         if self._store is not None:  # The engine was not built.
             self._store.close()
-        if self.policy_state is not None:
-            self.policy_state.save()
         if self.disk is not None:
+            self._took_s = 0.0  # The last save is due, however long others took.
+            self._save_if_due(0.0)
             self.disk.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
