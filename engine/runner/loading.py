@@ -424,7 +424,7 @@ def load_model(
 def _counted(plan: Decoder, with_head: bool) -> str:
     """Describe the number of weights in all tensors, including embeddings and the parts of all
     ranks."""
-    parts = [plan, _head(plan)] if with_head else [plan]
+    parts: list[Decoder | PredictionHead] = [plan, _head(plan)] if with_head else [plan]
     numbers = [
         format_count(sum(math.prod(parameter.shape) for _, parameter in part.parameters()))
         for part in parts

@@ -43,9 +43,7 @@ class Predictor:
     def record(self, record: Record) -> None:
         """Record the passes of the head. Without a recording (NotRecordableError), they are
         computed directly."""
-        passes = Passes(self, record)
-        passes.capture()
-        self._passes = passes
+        self._passes = Passes(self, record)
 
     def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
         """Write the head's rows of a step that the model has computed with the result
@@ -127,8 +125,7 @@ class Passes:
         self._before = pools[-1].new_zeros(num_requests, pools[-1].shape[1])
         self._host_before = [x.view(torch.uint8).numpy() for x in (self._before, pools[-1])]
 
-    def capture(self) -> None:
-        """Record the graph for one request, computed on rows for drafts."""
+        # The graph for one request, computed on rows for drafts.
         self._columns[1], self._columns[2] = 1, self._first_row
         self._rows[0, 0] = self._first_row
         self._replays[1] = self._record(self._work(1))

@@ -14,7 +14,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -36,7 +36,6 @@ from engine.plugins.disaggregation.prefix_buffer import (
 )
 from engine.requests.request import Request
 from engine.runner.device import HostCopy
-from hybridcache.cache import HybridRadixCache
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
 
@@ -58,10 +57,9 @@ STOPPING = "the prefill engine is stopping"
 class Outgoing:
     """A prefix that is being sent. Its fields belong to the engine's thread, except where noted."""
 
+    server: PrefillServer = field(repr=False)
     peer: bytes
     """Connection to the decode engine."""
-    post: Callable[[Outgoing, wire.ToDecode, HostCopy | None], None] = field(repr=False)
-    """Queues a message for the decode engine."""
     ask: wire.Ask
     tokens: Tokens
     """The prefix and one more token, so that its last position can be resumed from."""
@@ -73,8 +71,6 @@ class Outgoing:
     is_cancelled: bool = False
     """Set by the server's thread when the decode engine has gone."""
     has_ended: bool = False
-    is_whole: bool = False
-    """True if all of it is queued."""
     num_queued_bytes: int = 0
     num_taken_bytes: int = 0
     """Number of queued bytes that the decode engine has confirmed; set by the server's thread."""
@@ -85,38 +81,40 @@ class Outgoing:
     def end(self) -> int:
         return len(self.tokens) - 1
 
-    def _finish(self, message: wire.ToDecode) -> None:
-        self.has_ended = True
-        self.post(self, message, None)
-
     def fail(self, error: RequestError) -> None:
         """Queue ``error`` as the last message."""
-        self._finish(wire.Failed(error.to_wire()))
+        self.has_ended = True
+        self.server.counts.failed += 1
+        self.server.post(self, wire.Failed(error.to_wire()))
 
-    def advance(self, unit: PrefixBuffer, cache: HybridRadixCache) -> None:
+    def advance(self) -> None:
         """Send the rows that the steps so far have written, and the state once the prefix is
         complete. Called between two steps."""
-        request = self.request
+        request, cache, unit = self.request, self.server.cache, self.server.unit
         if request is not None and request.finish_reason is None:
             if request.lease is not None:
-                self._send_rows(unit, request.lease.kv_indices, request.scheduled_len)
+                self._send_rows(request.lease.kv_indices, request.scheduled_len)
             return
-        if (self._receipt is None and not self._settle(cache)) or not self._has_room:
+        if (self._receipt is None and not self._settle()) or not self._has_room:
             return
         match = cache.match(self.tokens, self.ask.spec.namespace)
-        self._send_rows(unit, cache.gather(match.node), self.end)
+        self._send_rows(cache.gather(match.node), self.end)
         if self._sent < self.end:
             return
         if match.checkpoint is not None:
             self._put(wire.State(), unit.read_state(match.checkpoint))
         cache.unlock(self._receipt)
         self._receipt = None
-        self.is_whole = True
-        self._finish(wire.Done())
+        self.has_ended = True
+        self.server.post(self, wire.Done())
+        counts, num_tokens = self.server.counts, self.end - self.ask.start
+        counts.prefixes += 1
+        counts.tokens += num_tokens
+        counts.needed_bytes += num_tokens * unit.row_bytes + unit.state_bytes
 
-    def _settle(self, cache: HybridRadixCache) -> bool:
+    def _settle(self) -> bool:
         """Lock the prefix, which is computed. Returns False if it was not kept."""
-        request = self.request
+        request, cache = self.request, self.server.cache
         match = cache.match(self.tokens, self.ask.spec.namespace)
         if match.cached_len < self.end:
             why = "it was aborted" if request is None else request.error or "memory is short"
@@ -125,17 +123,18 @@ class Outgoing:
         self._receipt = cache.lock(match.node)
         return True
 
-    def give_up(self, why: str, engine: EngineCore, cache: HybridRadixCache) -> None:
+    def give_up(self, why: str) -> None:
         """End without sending the rest."""
         if self._receipt is not None:
-            cache.unlock(self._receipt)
+            self.server.cache.unlock(self._receipt)
             self._receipt = None
         if self.request is not None and self.request.finish_reason is None:
-            engine.abort(self.request.request_id)
+            self.server.engine.abort(self.request.request_id)
         self.fail(StepFailed(why))
 
-    def _send_rows(self, unit: PrefixBuffer, rows: Indices, known: int) -> None:
-        until, step = min(known, self.end), max(1, PIECE_BYTES // unit.row_bytes)
+    def _send_rows(self, rows: Indices, known: int) -> None:
+        unit, until = self.server.unit, min(known, self.end)
+        step = max(1, PIECE_BYTES // unit.row_bytes)
         while (start := self._sent) < until and self._has_room:
             self._sent = end = min(start + step, until)
             self._put(wire.Rows(start, end), unit.read_rows(rows[start:end]))
@@ -146,16 +145,16 @@ class Outgoing:
 
     def _put(self, message: wire.ToDecode, copied: HostCopy) -> None:
         self.num_queued_bytes += copied.num_bytes
-        self.post(self, message, copied)
+        self.server.post(self, message, copied)
 
 
 class PrefillServer(Plugin):
     """Computes prefixes for other engines (setting ``role`` prefill)."""
 
     name = "disaggregation"
-    _engine: EngineCore
+    engine: EngineCore
     _manager: CacheManager
-    _unit: PrefixBuffer
+    unit: PrefixBuffer
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
@@ -181,8 +180,8 @@ class PrefillServer(Plugin):
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
         """Start listening. Raises ConfigError if the address is not available."""
-        self._engine, self._manager = engine, manager
-        self._unit = PrefixBuffer(engine.runner)
+        self.engine, self._manager, self.cache = engine, manager, manager.cache
+        self.unit = PrefixBuffer(engine.runner)
         self._own = identity(self.config, engine.runner)
         self._context: zmq.Context[Any] = zmq.Context(wire.IO_THREADS)
         try:
@@ -279,11 +278,11 @@ class PrefillServer(Plugin):
             self._fail(peer, EngineStopped(STOPPING))
             return
         try:
-            ask = structs.replace(ask, spec=self._engine.validate(ask.spec))
+            ask = structs.replace(ask, spec=self.engine.validate(ask.spec))
         except ValueError as error:
             self._fail(peer, RequestError.of(error))
             return
-        self._sessions[peer] = Outgoing(peer, self._post, ask, tokens, ask.start)
+        self._sessions[peer] = Outgoing(self, peer, ask, tokens, ask.start)
         self._asked.put(self._sessions[peer])
         self.wake()
 
@@ -331,7 +330,10 @@ class PrefillServer(Plugin):
             self._news.set()
             self.wake()
 
-    def _post(self, outgoing: Outgoing, message: wire.ToDecode, copied: HostCopy | None) -> None:
+    def post(
+        self, outgoing: Outgoing, message: wire.ToDecode, copied: HostCopy | None = None
+    ) -> None:
+        """Queue a message for a decode engine."""
         self._posted.put((outgoing, message, copied))
         self._ring()
 
@@ -355,31 +357,18 @@ class PrefillServer(Plugin):
             self._take_in(self._asked.get_nowait())
         for outgoing in self._active:
             if outgoing.is_cancelled and not outgoing.has_ended:
-                why = "the decode engine has gone"
-                outgoing.give_up(why, self._engine, self._manager.cache)
+                outgoing.give_up("the decode engine has gone")
             elif not self._manager.has_moves:
-                outgoing.advance(self._unit, self._manager.cache)
-        self._forget_ended()
+                outgoing.advance()
+        self._active = [outgoing for outgoing in self._active if not outgoing.has_ended]
 
     def _take_in(self, outgoing: Outgoing) -> None:
         spec = outgoing.ask.spec
-        if self._manager.cache.match(outgoing.tokens, spec.namespace).cached_len < outgoing.end:
+        if self.cache.match(outgoing.tokens, spec.namespace).cached_len < outgoing.end:
             request_id = f"transfer-{next(self._numbers)}"
-            outgoing.request = self._engine.make(structs.replace(spec, request_id=request_id))
-            self._engine.enqueue(outgoing.request)
+            outgoing.request = self.engine.make(structs.replace(spec, request_id=request_id))
+            self.engine.enqueue(outgoing.request)
         self._active.append(outgoing)
-
-    def _forget_ended(self) -> None:
-        for outgoing in filter(lambda one: one.has_ended, self._active):
-            if outgoing.is_whole:
-                num_tokens = outgoing.end - outgoing.ask.start
-                num_bytes = num_tokens * self._unit.row_bytes + self._unit.state_bytes
-                self.counts.prefixes += 1
-                self.counts.tokens += num_tokens
-                self.counts.needed_bytes += num_bytes
-            else:
-                self.counts.failed += 1
-        self._active = [outgoing for outgoing in self._active if not outgoing.has_ended]
 
     def wait(self) -> None:
         if self.has_work:
@@ -392,8 +381,8 @@ class PrefillServer(Plugin):
     def _end_all(self, why: str) -> None:
         """End every prefix in progress without sending the rest."""
         for outgoing in self._active:
-            outgoing.give_up(why, self._engine, self._manager.cache)
-        self._forget_ended()
+            outgoing.give_up(why)
+        self._active = []
 
     def disconnect(self, *, at_once: bool) -> None:
         """See ``StepHooks``. Decode engines get an error for new prefixes; they compute the prompt

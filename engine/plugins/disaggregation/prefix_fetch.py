@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ LABEL = "arrived"
 """Label of a copied checkpoint, in place of the placement rule's label."""
 
 
+@dataclass(eq=False, slots=True)
 class ReceivedPrefix:
     """Reservation for a prefix that is copied into the cache from another engine.
 
@@ -55,27 +56,21 @@ class ReceivedPrefix:
     it does. Create with ``begin``; unusable after ``publish`` or ``abort``.
     """
 
-    __slots__ = ("_cache", "_namespace", "_node", "_receipt", "_tokens", "rows", "slot", "start")
+    _cache: HybridRadixCache
+    _tokens: Tokens
+    _namespace: Hashable
+    _receipt: LockHandle
+    """Lock on the path up to ``start``."""
+    start: int
+    """First position without KV in the cache."""
+    slot: int | None = None
+    """Slot for the state at the end, or None for an attention-only model."""
+    rows: Indices = field(default_factory=lambda: EMPTY)
+    """KV row of each position in [start, end): int32. An arena can move them."""
 
-    def __init__(
-        self,
-        cache: HybridRadixCache,
-        tokens: Tokens,
-        namespace: Hashable,
-        receipt: LockHandle,
-        start: int,
-    ) -> None:
-        """Take over ``receipt``, a lock on the path ``tokens[:start]``. See ``begin``."""
-        self._cache, self._tokens, self._namespace = cache, tokens, namespace
-        self._receipt = receipt
-        self.start = start
-        """First position without KV in the cache."""
-        self.slot: int | None = None
-        """Slot for the state at the end, or None for an attention-only model."""
-        self.rows: Indices = EMPTY
-        """KV row of each position in [start, end): int32. An arena can move them."""
-        if cache.arena is not None:
-            cache.arena.holders[self] = None
+    def __post_init__(self) -> None:
+        if self._cache.arena is not None:
+            self._cache.arena.holders[self] = None
 
     @classmethod
     def begin(

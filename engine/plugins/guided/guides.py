@@ -227,17 +227,14 @@ class Overshoots:
         lasts = {mark[-1:] for mark in marks}
         for token in range(min(vocab_size, tokenizer.vocab_size)):
             text = tokenizer.token_bytes(token)
-            if len(text) > 1 and any(last in text for last in lasts):
-                self._look_at(token, text)
-
-    def _look_at(self, token: int, text: bytes) -> None:
-        for end in range(1, len(text)):
-            head = text[:end]
-            for mark in self.marks:
-                if mark.endswith(head):
-                    self._behind.setdefault(head, []).append(token)
-                if head.endswith(mark):
-                    self._always.append(token)
+            if len(text) < 2 or not any(last in text for last in lasts):
+                continue
+            for head in (text[:end] for end in range(1, len(text))):
+                for mark in self.marks:
+                    if mark.endswith(head):
+                        self._behind.setdefault(head, []).append(token)
+                    if head.endswith(mark):
+                        self._always.append(token)
 
     def mask(self, text: bytes) -> Mask | None:
         """Return the mask after ``text``, the end of the free part of an answer, or None if every

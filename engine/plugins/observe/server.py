@@ -108,10 +108,7 @@ class Feed:
 
     async def node(self, id_: int) -> dict[str, Any] | None:
         """Return details of one node, or None if there is no reader or the node is gone."""
-        watch = self._watch
-        if watch is None:
-            return None
-        return await watch.node(id_)
+        return None if self._watch is None else await self._watch.node(id_)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         reader = _Reader()

@@ -182,10 +182,14 @@ class TierPlugin(Plugin):
             self._store.open(fields)
             self._open_disk(self._store, fields, runner.memory, rows[DISK])
         copier = partial(_copier, self.disk)
-        self._host_bytes_per_s = runner.attach_tiers(copier, rows.get(HOST, 0))
-        self.exchange = cost = MeasuredExchange(runner.geometry, self._bytes_per_s)
-        options: dict[str, Any] = {"exchange": cost, "after_reading": cost.after_reading}
-        if self.disk is not None:
+        host = {HOST: runner.attach_tiers(copier, rows.get(HOST, 0))}
+        disk, geometry = self.disk, runner.geometry
+        self.exchange = cost = MeasuredExchange(
+            geometry, lambda: host | ({} if disk is None else {DISK: disk.bytes_per_s})
+        )
+        after_reading = MeasuredExchange(geometry, lambda: host, cost.sums)
+        options: dict[str, Any] = {"exchange": cost, "after_reading": after_reading}
+        if disk is not None:
             write_through = WriteThrough(cache.steps)
             cache.subscribe(write_through)
             options["publishing"] = write_through.publishing
@@ -233,10 +237,6 @@ class TierPlugin(Plugin):
                 self.config.of(TierConfig).state_dir,
             )
         return Staging(manager, self.disk, self.exchange)
-
-    def _bytes_per_s(self) -> Mapping[str, float | None]:
-        disk = self.disk
-        return {HOST: self._host_bytes_per_s, DISK: None if disk is None else disk.bytes_per_s}
 
     @property
     def has_work(self) -> bool:

@@ -122,27 +122,25 @@ class RecordStore:
         All other ``.record`` and ``.part`` files are removed. O(records); no payload is
         read. Raises StoreError if the folder cannot be listed.
         """
-        num_damaged = 0
         try:
             names = self._names()
         except OSError as error:
             raise StoreError(f"{self.folder} cannot be read: {error.strerror}.") from error
+        num_damaged = 0
         for name in names:
             try:
                 record = self._check_file(name)
+                if record is None:
+                    num_damaged += name.endswith(SUFFIX)
+                    self.remove_file(name)
             except OSError as error:
-                logger.warning("%s cannot be read: %s.", self.folder / name, error.strerror)
+                path = self.folder / name
+                logger.warning("%s cannot be read or removed: %s.", path, error.strerror)
                 self.num_unusable += 1
                 continue
             if record is not None:
                 self.next_id = max(self.next_id, record.id + 1)
                 yield record
-            else:
-                num_damaged += name.endswith(SUFFIX)
-                try:
-                    self.remove_file(name)
-                except OSError as error:
-                    logger.warning("%s cannot be removed: %s.", self.folder / name, error.strerror)
         self.num_unusable += num_damaged
         if num_damaged:
             logger.warning(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import starmap
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.interfaces import StepReport
 from engine.plugins.tiers.disk import Disk
@@ -38,21 +39,22 @@ class MeasuredExchange:
     """
 
     def __init__(
-        self, geometry: ModelGeometry, bytes_per_s: Callable[[], Mapping[str, float | None]]
+        self,
+        geometry: ModelGeometry,
+        bytes_per_s: Callable[[], Mapping[str, float | None]],
+        sums: npt.NDArray[np.float64] | None = None,
     ) -> None:
-        """``bytes_per_s``: measured bandwidth from each tier to the device."""
+        """``bytes_per_s``: measured bandwidth from each tier to the device; loads from other tiers
+        are free. ``sums``: those of another rule, which learns for both."""
         self._geometry = geometry
         self._bytes_per_s = bytes_per_s
-        self._sums = np.zeros(5)
+        self.sums = np.zeros(5) if sums is None else sums
         """Sums over steps of 1, x, y, xx, xy: operations x, in units of ``UNIT``, and seconds y."""
-        self.after_reading = AfterReading(self)
-        """Rule for a request with records that were read while it waited, so that reads are
-        free."""
 
     @property
     def seconds_per_operation(self) -> float | None:
         """Seconds per operation, or None before the first prefill."""
-        count, x, y, xx, xy = self._sums.tolist()
+        count, x, y, xx, xy = self.sums.tolist()
         if not x:
             return None
         variance = xx / count - (x / count) ** 2
@@ -67,7 +69,8 @@ class MeasuredExchange:
         if not report.prefilled or report.num_decode_tokens:
             return
         x, seconds = sum(starmap(self._geometry.flops, report.prefilled)) / UNIT, report.computed_s
-        self._sums = FADING * self._sums + (1, x, seconds, x * x, x * seconds)
+        self.sums *= FADING
+        self.sums += (1, x, seconds, x * x, x * seconds)
 
     def seconds_saved(
         self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
@@ -82,20 +85,6 @@ class MeasuredExchange:
             rate = rates.get(tier)
             copy_s += size / rate if size and rate else 0.0
         return each_s * self._geometry.flops(cached_len, position) - copy_s
-
-
-class AfterReading:
-    """``FetchRule`` in which reads from disk are free."""
-
-    def __init__(self, exchange: MeasuredExchange) -> None:
-        self._exchange = exchange
-
-    def seconds_saved(
-        self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
-    ) -> float:
-        """See ``policies.protocol.FetchRule``."""
-        rest = {tier: size for tier, size in num_bytes.items() if tier != DISK}
-        return self._exchange.seconds_saved(cached_len, position, prompt_len, rest)
 
 
 MAX_READS = 4
