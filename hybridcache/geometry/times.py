@@ -27,11 +27,11 @@ class PrefillTimes(Protocol):
         if empty."""
 
 
-def describe_times(times: PrefillTimes) -> str:
-    """Describe the source of the times in one line: assumed machine, measured file or class."""
-    if isinstance(times, Roofline | MeasuredTimes):
-        return times.describe()
-    return type(times).__qualname__
+def describe_times(times: object) -> str:
+    """Describe the source of times of prefills or steps in one line: assumed machine, measured file
+    or class."""
+    describe = getattr(times, "describe", None)
+    return str(describe()) if callable(describe) else type(times).__qualname__
 
 
 def prefill_seconds(times: PrefillTimes, starts: Lengths, ends: Lengths) -> Iterator[float]:

@@ -374,6 +374,11 @@ def test_session_limits_keep_hits_that_oldest_first_loses(pause_s: float, rate: 
 
 def test_sessions_count_as_live_while_the_machine_is_idle() -> None:
     """Two sessions come at once, and each pauses 1,000 s with nothing to compute."""
+
+    class OwnSteps:
+        def step_seconds(self, prefills: Any, num_decodes: int, context: int) -> float:
+            return 0.001
+
     answer = np.zeros(1, np.int32)
     requests = [
         TraceRequest(when_s, session, None, np.full(100, session, np.int32), answer)
@@ -381,7 +386,10 @@ def test_sessions_count_as_live_while_the_machine_is_idle() -> None:
         for session in (0, 1)
     ]
     trace = Trace("pauses", 1, lambda: requests)
-    [run] = closed_loop(trace, gib=1, rate=10, policy="lru", admission="oldest").runs
+    settings = {"policy": "lru", "admission": "oldest", "times": OwnSteps()}
+    result = closed_loop(trace, gib=1, rate=10, **settings)
+    [run] = result.runs
+    assert "OwnSteps" in run.config.times and "OwnSteps" in result.table()
     assert run.live_most == 2 and run.makespan_s > 1000
     assert run.live_mean == pytest.approx(2, abs=0.01)
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
+from hybridcache.geometry.times import describe_times
 from hybridcache.geometry.units import counted
 from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.progress import Progress
@@ -391,7 +392,7 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         config=replace(
             identify(cell, trace.full_name, table.priority_classes),
             max_running=max_running_of(cell),
-            times=cell.step_times(cell.geometry()).describe(),
+            times=describe_times(cell.step_times(cell.geometry())),
             tpot_s=None,
         ),
     )
@@ -522,7 +523,7 @@ def closed_loop(
         opened, cells, run_closed_loop, processes=processes, ray=ray, kept=kept, progress=progress
     )
     said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
-    return ClosedLoopResult(opened.name, tuple(runs), known.describe(), tuple(said))
+    return ClosedLoopResult(opened.name, tuple(runs), describe_times(known), tuple(said))
 
 
 def memory_sizes(cell: Scenario) -> MemorySizes:
