@@ -115,6 +115,7 @@ def test_configs_of_mamba_models_agree_with_their_presets(name: str) -> None:
     [
         QWEN3_NEXT | {"layer_types": ["full_attention", "wormhole"]},
         PUBLISHED["Granite-4.0-H-Tiny"] | {"layer_types": ["mamba", "wormhole"]},
+        PUBLISHED["Jamba-1.5-Mini"] | {"model_type": "wormhole"},  # not an attention-only model
         {
             "model_type": "nemotron_h",
             "hidden_size": 64,
@@ -128,7 +129,7 @@ def test_configs_of_mamba_models_agree_with_their_presets(name: str) -> None:
             "layers_block_type": ["mamba", "wormhole"],
         },
     ],
-    ids=["qwen3_next", "granitemoehybrid", "nemotron_h"],
+    ids=["qwen3_next", "granitemoehybrid", "unknown", "nemotron_h"],
 )
 def test_unknown_layer_type_is_named_in_the_error(config) -> None:
     with pytest.raises(ValueError, match="wormhole"):

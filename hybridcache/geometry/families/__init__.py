@@ -16,7 +16,7 @@ from typing import Any
 
 from hybridcache.geometry.config_format import Config, Format
 from hybridcache.geometry.families import by_layer_types
-from hybridcache.geometry.sizes import ModelSizes
+from hybridcache.geometry.sizes import ModelSizes, SizesError
 
 Fields = Mapping[str, Any]
 
@@ -63,6 +63,13 @@ def read(text: Fields) -> tuple[ModelSizes, Config | None]:
     """
     module = _modules().get(model_type := str(text.get("model_type")))
     if module is None:
+        linear = [name for name in text if name.startswith(("linear_", "mamba_"))]
+        if linear and not (text.get("layer_types") or text.get("full_attention_interval")):
+            raise SizesError(
+                f"model_type {model_type!r} is unknown, and {linear[0]} tells of linear layers, "
+                "which no layer_types list: add these, or set the model_type of a known family "
+                "with the same keys."
+            )
         return by_layer_types.sizes(text), None
     config: Config = module.FORMATS[model_type].read(text)
     return module.sizes(config), config
