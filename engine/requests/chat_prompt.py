@@ -651,27 +651,23 @@ def find_splices(
     return Splices(text, spans)
 
 
-class _Region(NamedTuple):
-    """One marked turn."""
-
-    message: int | None
-    """Index of the message, or None for the end of the chat."""
-    before: str
-    """Text between the previous turn and this one."""
+_Region = tuple[int | None, str]
+"""Index of the message of a marked turn, or None for the end of the chat; and the text between the
+previous turn and this one."""
 
 
 def _regions(text: str, control: re.Pattern[str], ends: re.Pattern[str]) -> list[_Region]:
     """Return the turns with a mark that occurs once in ``text``, each in a separate turn."""
-    regions, last = [], 0
+    regions, last = list[_Region](), 0
     counts = Counter(_PLACES.findall(text))
     for place in _PLACES.finditer(text):
         starts = [found.start() for found in control.finditer(text, last, place.start())]
         end = ends.search(text, place.end())
         if starts and end is not None and counts[place.group()] == 1:
             before = _PLACES.sub("", text[last : starts[-1]])
-            regions.append(_Region(ord(place.group()) - FIRST, before))
+            regions.append((ord(place.group()) - FIRST, before))
             last = end.start()
-    return [*regions, _Region(None, _PLACES.sub("", text[last:]))]
+    return [*regions, (None, _PLACES.sub("", text[last:]))]
 
 
 def _aligned(

@@ -39,8 +39,6 @@ from engine.text.answers import (
     AnswerForm,
     AnswerReader,
     Event,
-    ReasoningDelta,
-    TextDelta,
     ToolCall,
     as_message,
     joined,
@@ -477,18 +475,11 @@ class _Deltas:
 
     def write(self, events: Sequence[Event]) -> dict[str, Any]:
         """Write all of ``events`` as one delta. O(their length)."""
-        texts: dict[str, list[str]] = {}
-        calls: list[dict[str, Any]] = []
-        for one in events:
-            match one:
-                case ReasoningDelta(text):
-                    texts.setdefault("reasoning_content", []).append(text)
-                case TextDelta(text):
-                    texts.setdefault("content", []).append(text)
-                case ToolCall(name, arguments):
-                    function = {"name": name, "arguments": arguments}
-                    head = {"index": self._num_calls, "id": new_id("call", "_")}
-                    calls.append({**head, "type": "function", "function": function})
-                    self._num_calls += 1
-        delta: dict[str, Any] = {name: "".join(pieces) for name, pieces in texts.items()}
+        said = as_message(events)
+        names = ("reasoning_content", "content")
+        delta: dict[str, Any] = {name: said[name] for name in names if said[name]}
+        calls = []
+        for call in said["tool_calls"]:
+            calls.append({"index": self._num_calls, "id": new_id("call", "_"), **call})
+            self._num_calls += 1
         return delta | ({"tool_calls": calls} if calls else {})

@@ -3,7 +3,8 @@ scores."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -11,7 +12,7 @@ from starlette.responses import Response
 
 from engine.async_engine import RequestStream
 from engine.requests.request import RequestSpec
-from engine.server.access import RequestRecord, choice_id, new_id
+from engine.server.access import choice_id, new_id
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
     Call,
@@ -65,18 +66,35 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
     context.check_number(len(body.prompts) * body.n)
     context.check_limit(body.max_tokens, "max_tokens")
     stream = await _submit(call, body, answer_id)
-    answer = _Answer(context, body, answer_id)
+    num_answers, head = len(stream.answers), context.head(answer_id, "text_completion")
+    choices = [_Choice(context, body, index) for index in range(num_answers)]
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        """Yield one event per output. Text that was sent is never retracted."""
+        last: dict[int, RequestOutput] = {}
+        async for index, output in context.outputs(stream, call.record):
+            last[index] = output
+            work = partial(choices[index].write_new, output, head)
+            is_long = choices[index].is_first and body.shows_prompt
+            yield await context.workers.run(len(output.prompt_token_ids) if is_long else 0, work)
+        if body.includes_usage:
+            outputs = [last[index] for index in range(num_answers)]
+            yield event({**head, "choices": [], "usage": usage(outputs, outputs[:: body.n])})
+        yield DONE
+
     if body.stream:
-        return EventStream(
-            answer.events(stream, call.record), call.cache_headers, as_event, context.keep_alive_s
-        )
+        return EventStream(events(), call.cache_headers, as_event, context.keep_alive_s)
     outputs = await unless_gone(call.request.receive, context.finals(stream, call.record))
-    return await context.answer(
-        outputs,
-        lambda: answer.whole(outputs),
-        echoes=body.shows_prompt,
-        headers=call.cache_headers(),
-    )
+
+    def whole() -> dict[str, Any]:
+        written = [
+            choice.write(output, output.text, output.token_ids, output.logprobs or ())
+            for choice, output in zip(choices, outputs, strict=True)
+        ]
+        return {**head, "choices": written, "usage": usage(outputs, outputs[:: body.n])}
+
+    headers = call.cache_headers()
+    return await context.answer(outputs, whole, echoes=body.shows_prompt, headers=headers)
 
 
 async def _submit(call: Call, body: CompletionRequest, answer_id: str) -> RequestStream:
@@ -115,54 +133,6 @@ async def _submit(call: Call, body: CompletionRequest, answer_id: str) -> Reques
     return await context.submit(specs, answer_id, call.record)
 
 
-class _Answer:
-    """Writes one completion's answer, as a whole or as events."""
-
-    def __init__(self, context: ServingContext, body: CompletionRequest, answer_id: str) -> None:
-        self._context = context
-        self._body = body
-        self._head = context.head(answer_id, "text_completion")
-
-    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        choices = [
-            _Choice(self._context, self._body, index).write(
-                output, output.text, output.token_ids, output.logprobs or ()
-            )
-            for index, output in enumerate(outputs)
-        ]
-        return {
-            **self._head,
-            "choices": choices,
-            "usage": usage(outputs, outputs[:: self._body.n]),
-        }
-
-    async def events(
-        self, stream: RequestStream, record: RequestRecord
-    ) -> AsyncGenerator[bytes, None]:
-        """Yield one event per output. Text that was sent is never retracted."""
-        choices = [
-            _Choice(self._context, self._body, index) for index in range(len(stream.answers))
-        ]
-        last: dict[int, RequestOutput] = {}
-        async for index, output in self._context.outputs(stream, record):
-            last[index] = output
-            yield await self._event(choices[index], output)
-        outputs = [last[index] for index in range(len(stream.answers))]
-        if self._body.includes_usage:
-            counts = usage(outputs, outputs[:: self._body.n])
-            yield event({**self._head, "choices": [], "usage": counts})
-        yield DONE
-
-    async def _event(self, choice: _Choice, output: RequestOutput) -> bytes:
-        def work() -> bytes:
-            piece = choice.write(output, output.new_text, output.new_token_ids, output.new_logprobs)
-            return event({**self._head, "choices": [piece]})
-
-        shows_prompt = choice.is_first and self._body.shows_prompt
-        num_shown = len(output.prompt_token_ids) if shows_prompt else 0
-        return await self._context.workers.run(num_shown, work)
-
-
 class _Choice:
     """Writes one choice, as a whole or piece by piece."""
 
@@ -176,6 +146,11 @@ class _Choice:
         self._offset = 0
         self.is_first = True
         """True until the first part is written."""
+
+    def write_new(self, output: RequestOutput, head: Mapping[str, Any]) -> bytes:
+        """Write the event of the latest output, in an answer that begins with ``head``."""
+        piece = self.write(output, output.new_text, output.new_token_ids, output.new_logprobs)
+        return event({**head, "choices": [piece]})
 
     def write(
         self,

@@ -19,7 +19,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.schedule.report import CacheReport, TierReport
+from engine.schedule.report import CacheReport
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.command.extras import version
 
@@ -29,12 +29,14 @@ LIVE = "Sessions with an open request, or idle for 300 s at most; one that moved
 PROMPTS = (
     "Prompt tokens of scheduled requests. /v1/cache omits requests with scores of their prompt."
 )
+OLDEST = "Age of the oldest waiting request."
 EVICTED = "Checkpoints evicted from the cache."
 REFUSALS = "Failed allocations with nothing left to evict."
 WRITTEN = "1 if --state-dir is written, 0 if it has a problem (see /health)."
 ERRORS = "File system errors and damaged records in --state-dir."
 SKIPPED = "Entries not written to --state-dir, for lack of room or time or after an error."
 STATE = "Always 1; the labels give the policy and the reason of its last limit change."
+HELD = "Bytes of a tier outside the device."
 MOVED = "Bytes offloaded to a tier (in) and loaded from it to the device (fetched)."
 TRANSFERS = (
     ("transferred_prefixes", "prefixes", "Prefixes sent to or received from other engines."),
@@ -43,8 +45,13 @@ TRANSFERS = (
     ("transfer_needed_bytes", "needed_bytes", "Bytes of KV and states that were transferred."),
     ("transfer_wire_bytes", "wire_bytes", "All bytes sent to or received from other engines."),
 )
-Number = tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, float]
-"""(kind, name, help, value) of a metric without labels."""
+Kind = type[GaugeMetricFamily | CounterMetricFamily]
+GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
+OF_TIERS: tuple[tuple[Kind, str, str, str, tuple[tuple[str, str], ...]], ...] = (
+    (GAUGE, "tier_bytes", HELD, "owner", (("free", "free"), ("cached", "cached"))),
+    (COUNTER, "tier_moved_bytes", MOVED, "way", (("in", "taken_in"), ("fetched", "fetched"))),
+)
+"""(kind, name, help, label, (its value, field of a report) for each) of the metrics of tiers."""
 
 
 class Metrics(Collector):
@@ -144,8 +151,30 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the latest report."""
         report = self._report
-        for kind, name, help, value in _numbers(report):
-            yield kind(f"engine_{name}", help, value)
+        queue, usage, figures = report.queue, report.usage, report.queue.figures
+        numbers: list[tuple[Kind, str, str, float]] = [
+            (GAUGE, "running_requests", "Requests being computed.", report.num_running),
+            (GAUGE, "waiting_requests", "Requests in the queue.", report.num_waiting),
+            (GAUGE, "live_sessions", LIVE, queue.live_sessions),
+            (GAUGE, "waiting_sessions", "Sessions with a waiting request.", queue.waiting_sessions),
+            (GAUGE, "oldest_wait_seconds", OLDEST, queue.oldest_wait_s),
+            (COUNTER, "evicted_tokens", "KV rows evicted from the cache.", usage["evicted_tokens"]),
+            (COUNTER, "evicted_checkpoints", EVICTED, usage["evicted_slots"]),
+            (COUNTER, "allocation_refusals", REFUSALS, usage["refusals"]),
+        ]
+        if report.transfers is not None:
+            for name, key, help in TRANSFERS:
+                numbers.append((COUNTER, name, help, report.transfers[key]))
+        folder = None if report.offload is None else report.offload.folder
+        if folder is not None:
+            numbers += (
+                (GAUGE, "state_dir_bytes", "Bytes in --state-dir, as last written.", folder.kept),
+                (GAUGE, "state_dir_written", WRITTEN, int(folder.problem is None)),
+                (COUNTER, "state_dir_skipped", SKIPPED, folder.skipped),
+                (COUNTER, "state_dir_errors", ERRORS, folder.errors),
+            )
+        for kind, name, help, value in numbers:
+            yield _labelled(kind, name, help, (), [((), value)])
         for name, help, pool in (
             ("kv_tokens", "KV rows, by owner.", report.kv),
             ("state_slots", "State slots, by owner.", report.slots),
@@ -153,16 +182,20 @@ class Metrics(Collector):
         ):
             owners = [((owner,), getattr(pool, owner)) for owner in ("free", "cached", "held")]
             yield _labelled(GAUGE, name, help, ("owner",), owners)
-        yield from _admission_metrics(report)
-        if report.offload is not None:
-            yield from _tier_metrics(report.offload.tiers)
-
-
-GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
+        # Text values of the admission policy are labels of one gauge.
+        words = {"policy": report.admission, "reason": ""}
+        words |= {name: value for name, value in figures.items() if isinstance(value, str)}
+        shown = [((n,), value) for n, value in figures.items() if not isinstance(value, str)]
+        yield _labelled(GAUGE, "admission", "Numbers of the admission policy.", ("figure",), shown)
+        yield _labelled(GAUGE, "admission_state", STATE, [*words], [([*words.values()], 1)])
+        tiers = () if report.offload is None else report.offload.tiers
+        for kind, name, help, label, ways in OF_TIERS if tiers else ():
+            moved = [((t.tier, way), getattr(t, field)) for t in tiers for way, field in ways]
+            yield _labelled(kind, name, help, ("tier", label), moved)
 
 
 def _labelled(
-    kind: type[GaugeMetricFamily | CounterMetricFamily],
+    kind: Kind,
     name: str,
     help: str,
     labels: Sequence[str],
@@ -173,48 +206,3 @@ def _labelled(
     for words, value in values:
         family.add_metric(words, value)
     return family
-
-
-def _numbers(report: CacheReport) -> Iterator[Number]:
-    """Yield the metrics without labels."""
-    queue, usage = report.queue, report.usage
-    yield from (
-        (GAUGE, "running_requests", "Requests being computed.", report.num_running),
-        (GAUGE, "waiting_requests", "Requests in the queue.", report.num_waiting),
-        (GAUGE, "live_sessions", LIVE, queue.live_sessions),
-        (GAUGE, "waiting_sessions", "Sessions with a waiting request.", queue.waiting_sessions),
-        (GAUGE, "oldest_wait_seconds", "Age of the oldest waiting request.", queue.oldest_wait_s),
-        (COUNTER, "evicted_tokens", "KV rows evicted from the cache.", usage["evicted_tokens"]),
-        (COUNTER, "evicted_checkpoints", EVICTED, usage["evicted_slots"]),
-        (COUNTER, "allocation_refusals", REFUSALS, usage["refusals"]),
-    )
-    if report.transfers is not None:
-        for name, key, help in TRANSFERS:
-            yield COUNTER, name, help, report.transfers[key]
-    folder = None if report.offload is None else report.offload.folder
-    if folder is not None:
-        yield from (
-            (GAUGE, "state_dir_bytes", "Bytes in --state-dir, as last written.", folder.kept),
-            (GAUGE, "state_dir_written", WRITTEN, int(folder.problem is None)),
-            (COUNTER, "state_dir_skipped", SKIPPED, folder.skipped),
-            (COUNTER, "state_dir_errors", ERRORS, folder.errors),
-        )
-
-
-def _admission_metrics(report: CacheReport) -> Iterator[Metric]:
-    """Yield metrics of the admission policy. Its text values are labels of one gauge."""
-    figures = report.queue.figures
-    words = {"policy": report.admission, "reason": ""}
-    words |= {name: value for name, value in figures.items() if isinstance(value, str)}
-    numbers = [((n,), value) for n, value in figures.items() if not isinstance(value, str)]
-    yield _labelled(GAUGE, "admission", "Numbers of the admission policy.", ("figure",), numbers)
-    yield _labelled(GAUGE, "admission_state", STATE, [*words], [([*words.values()], 1)])
-
-
-def _tier_metrics(tiers: Sequence[TierReport]) -> Iterator[Metric]:
-    held = [((t.tier, owner), getattr(t, owner)) for t in tiers for owner in ("free", "cached")]
-    ways = (("in", "taken_in"), ("fetched", "fetched"))
-    moved = [((t.tier, way), getattr(t, name)) for t in tiers for way, name in ways]
-    help = "Bytes of a tier outside the device."
-    yield _labelled(GAUGE, "tier_bytes", help, ("tier", "owner"), held)
-    yield _labelled(COUNTER, "tier_moved_bytes", MOVED, ("tier", "way"), moved)

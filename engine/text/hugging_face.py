@@ -77,7 +77,10 @@ class HFTokenizer:
         self._is_byte_level = (described["decoder"] or {}).get("type") == "ByteLevel"
         # Texts on either side of a special token are encoded independently, except by a tokenizer
         # that treats the first word of a text differently.
-        has_walls = self._is_byte_level and not _adds_prefix_space(described["pre_tokenizer"])
+        splitter = described["pre_tokenizer"] or {}
+        parts = splitter.get("pretokenizers", [splitter])
+        adds_space = any(part.get("add_prefix_space", False) for part in parts)
+        has_walls = self._is_byte_level and not adds_space
         # With a group, so that splitting keeps the special tokens.
         walls = f"({any_of(self.special_tokens).pattern})"
         self._walls = re.compile(walls) if has_walls and self.special_tokens else None
@@ -101,18 +104,16 @@ class HFTokenizer:
         token_ids: list[int] = []
         for piece in self._walls.split(clean):
             for part in piece.split(how.mark) if how.mark is not None else (piece,):
-                if part:
-                    token_ids.extend(self._encode_piece(part, how.namespace))
+                if not part:
+                    continue
+                known = self._pieces.get((how.namespace, part))
+                if known is None:
+                    known = array("i", self._encode_alone(part, add_special_tokens=False))
+                    size = sys.getsizeof(part) + sys.getsizeof(known) + ENTRY_BYTES
+                    if size <= self._pieces.limit_bytes // 4:
+                        self._pieces.put((how.namespace, part), known, size)
+                token_ids.extend(known)
         return token_ids
-
-    def _encode_piece(self, piece: str, namespace: Hashable) -> array[int]:
-        known = self._pieces.get((namespace, piece))
-        if known is None:
-            known = array("i", self._encode_alone(piece, add_special_tokens=False))
-            size = sys.getsizeof(piece) + sys.getsizeof(known) + ENTRY_BYTES
-            if size <= self._pieces.limit_bytes // 4:
-                self._pieces.put((namespace, piece), known, size)
-        return known
 
     def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int]:
         """Encode one text. A long text is encoded as a batch of one, because the library then lets
@@ -242,13 +243,6 @@ def _find_template(model_dir: Path, settings: dict[str, Any]) -> ChatTemplate | 
 def _content(token: str | dict[str, Any] | None) -> str | None:
     """Return the text of a special token, which settings write as a string or as an object."""
     return token["content"] if isinstance(token, dict) else token
-
-
-def _adds_prefix_space(pre_tokenizer: dict[str, Any] | None) -> bool:
-    if pre_tokenizer is None:
-        return False
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    return any(part.get("add_prefix_space", False) for part in parts)
 
 
 def _letters_of_bytes() -> dict[str, int]:

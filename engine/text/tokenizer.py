@@ -24,6 +24,7 @@ import jinja2.parser
 import jinja2.sandbox
 import numpy as np
 
+from engine.text.json_text import REPLACEMENT
 from hybridcache.tokens import EMPTY, Tokens
 
 Message = Mapping[str, Any]
@@ -210,9 +211,6 @@ class Tokenizer(Protocol):
     def as_json(self) -> str | None:
         """Return the contents of a ``tokenizer.json``, or None if the tokens are bytes."""
         ...
-
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class StreamDecoder(Protocol):
