@@ -609,6 +609,80 @@ def test_star_and_its_footnote_come_together(small: SimulationResult) -> None:
         assert "*" not in note and ("above the plan" in note.replace("\n", " ")) == (share == 2)
 
 
+def test_shares_of_the_working_set_are_shown_and_never_above_it() -> None:
+    result = simulate("short?head=20", gib="1%:100%:3", policy="lru", baseline="vllm")
+    assert max(run.gib for run in result.runs) * 2**30 <= result.working_set_bytes
+    assert re.search(r"\(% of working set\) +1 +10 +100\n", result.table())
+    assert all(run.losses is run.checkpoints_made is None for run in result.runs[3:])
+    lines = losses_table(result.runs).splitlines()
+    assert lines[-1] == "-: no causes are known for vllm (rebuilt)"
+    rows = [line.split() for line in lines if line.startswith("vllm")]
+    assert len(rows) == 3 and all(row[-7:] == ["-"] * 7 for row in rows)
+
+
+# --- Time and tiers -------------------------------------------------------------------------------
+
+
+class Seconds:
+    """Compute time of 10 s for any tokens."""
+
+    def seconds(self, start: int, end: int) -> float:
+        return 10.0
+
+
+def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
+    tokens = np.arange(70, dtype=np.int32)
+    answer = tokens[:50]
+    requests = [
+        TraceRequest(when, session, None, tokens, answer)
+        for when, session in ((0.0, "a"), (1.0, "a"), (2.0, "b"), (100.0, "a"))
+    ]
+    cell = one_cell(1 << 30, GEOMETRY, times=Seconds())
+    log = served(cell, requests, max_running=3, tpot_s=0.5)
+    # Starts: first of a at 0, b at 10, second of a at 35 (the first is answered), last at 100.
+    assert list(log.arrival_s) == [0.0, 2.0, 1.0, 100.0]
+    assert list(log.ttft_s) == [10.0, 18.0, 10.0, 10.0]
+
+
+def test_queueing_times_match_hand_computed_ones() -> None:
+    tokens = np.arange(5, dtype=np.int32)
+    requests = [
+        TraceRequest(when, when, None, tokens + 9 * int(when), tokens) for when in (0.0, 1.0, 2.0)
+    ]
+
+    def ttft(servers: int) -> list[float]:
+        cell = one_cell(1 << 30, GEOMETRY, times=Seconds())
+        return list(served(cell, requests, servers=servers).ttft_s)
+
+    assert ttft(1) == [10.0, 19.0, 28.0]
+    assert ttft(2) == [10.0, 10.0, 18.0]
+
+
+def on_tiers(**options: Any) -> RunResult:
+    """Return one run with LRU and fixed checkpoint positions, so that entries are evicted to the
+    tiers."""
+    times = Roofline(ModelGeometry.preset("qwen3-next"), 4, bytes_per_s=1e30, overhead_s=0.0)
+    common = {"gib": 2, "times": times, "bound": False, "policy": "lru"}
+    static = {"checkpoints": "branch,boundary,backoff,end"}
+    [found] = simulate("agent?head=70", **(common | static | options)).runs
+    return found
+
+
+def test_loads_slower_than_computing_are_skipped_and_counted() -> None:
+    alone, slow = on_tiers(), on_tiers(host_gib=8, host_gb_s=1e-4)
+    assert slow.cached_tokens == alone.cached_tokens and slow.copy_seconds == 0
+    assert slow.losses is not None and slow.losses.not_fetched > 0
+    assert alone.losses is not None and alone.losses.not_fetched == 0
+
+
+def test_record_contains_the_tiers_of_each_run() -> None:
+    result = simulate("agent?head=70", gib=2, host_gib=8, baseline="marconi", bound=False)
+    ours, peer = result.runs
+    assert (ours.config.host_gib, peer.config.host_gib) == (8, 0)
+    assert ours.label == "survival + 8 GiB host" and peer.tier_bytes is None
+    assert RunResult.from_record(ours.as_record()) == ours
+
+
 if __name__ == "__main__":
     # One line per competitor, so that the diff of a change is easy to read.
     for memory, path in GOLDEN_FILES.items():
@@ -622,14 +696,3 @@ if __name__ == "__main__":
             for trace in GOLDEN_TRACES
         ]
         path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-
-
-def test_shares_of_the_working_set_are_shown_and_never_above_it() -> None:
-    result = simulate("short?head=20", gib="1%:100%:3", policy="lru", baseline="vllm")
-    assert max(run.gib for run in result.runs) * 2**30 <= result.working_set_bytes
-    assert re.search(r"\(% of working set\) +1 +10 +100\n", result.table())
-    assert all(run.losses is run.checkpoints_made is None for run in result.runs[3:])
-    lines = losses_table(result.runs).splitlines()
-    assert lines[-1] == "-: no causes are known for vllm (rebuilt)"
-    rows = [line.split() for line in lines if line.startswith("vllm")]
-    assert len(rows) == 3 and all(row[-7:] == ["-"] * 7 for row in rows)

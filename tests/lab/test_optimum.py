@@ -3,8 +3,9 @@ verifier."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 from hypothesis import given, settings
@@ -14,7 +15,6 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.optimum import MemoryBudget, best_plan, build_trie, clairvoyant_greedy
 from hybridcache.lab.trace import Trace, TraceRequest
-from tests.lab.optimum.reference import brute_force
 
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -29,6 +29,70 @@ def trace_of(pairs: Sequence[Pair], unit: int = 1) -> Trace:
     ]
     return Trace("test", unit, lambda: requests)
 
+
+# --- Reference: exhaustive search over the possible cache contents after each request ----------
+
+Text = tuple[int, ...]
+Cache = frozenset[tuple[str, Text]]
+"""Items of a cache. ("kv", path) is the KV of the last token of ``path``, and ("state", path) a
+checkpoint after it."""
+
+
+def brute_force(
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]], budget: MemoryBudget, grid: int = 1
+) -> int:
+    """Return the largest possible number of cached tokens over requests (prompt, output).
+
+    Exponential: use at most a dozen tokens.
+    """
+    best: dict[Cache, int] = {frozenset(): 0}
+    for prompt, output in requests:
+        sequence = (*prompt, *output)
+        prefixes = [tuple(sequence[: n + 1]) for n in range(len(sequence))]
+        following: dict[Cache, int] = {}
+        for cache, saved in best.items():
+            for hit in usable_hits(cache, prefixes, len(prompt)):
+                available = set(cache)
+                available |= {("kv", prefix) for prefix in prefixes}
+                available |= {
+                    ("state", prefix)
+                    for prefix in prefixes
+                    if len(prefix) > hit and len(prefix) % grid == 0
+                }
+                for kept in caches_of(available, budget):
+                    following[kept] = max(following.get(kept, 0), saved + hit)
+        best = following
+    return max(best.values(), default=0)
+
+
+def usable_hits(cache: Cache, prefixes: list[Text], prompt_len: int) -> Iterator[int]:
+    """Yield the lengths from which the prompt can be resumed, 0 included."""
+    yield 0
+    for depth in range(1, prompt_len):
+        if ("kv", prefixes[depth - 1]) not in cache:
+            return
+        if ("state", prefixes[depth - 1]) in cache:
+            yield depth
+
+
+def caches_of(available: set[tuple[str, Text]], budget: MemoryBudget) -> Iterator[Cache]:
+    """Yield every subset that fits, is closed under ancestors, and has KV at each checkpoint."""
+    items = sorted(available)
+    price = {"kv": budget.kv_bytes_per_token, "state": budget.state_bytes}
+    for count in range(len(items) + 1):
+        for chosen in combinations(items, count):
+            if sum(price[kind] for kind, _ in chosen) > budget.capacity_bytes:
+                continue
+            kept = frozenset(chosen)
+            if all(
+                (kind == "kv" or ("kv", path) in kept)
+                and (len(path) == 1 or ("kv", path[:-1]) in kept)
+                for kind, path in kept
+            ):
+                yield kept
+
+
+# --- Tests --------------------------------------------------------------------------------------
 
 tokens = st.lists(st.integers(0, 1), min_size=1, max_size=3)
 pairs = st.lists(st.tuples(tokens, st.lists(st.integers(0, 1), max_size=1)), min_size=1, max_size=4)
