@@ -113,8 +113,8 @@ rivals:  ## install flash-linear-attention's kernels for the kernel benchmark
 	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/rivals 'fla-core>=0.6,<0.7' einops
 
 # SGLang and the packages that it needs. Installed outside .venv, because it requires another version of torch.
-SGLANG := sglang==0.5.23 apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill einops msgspec orjson psutil pyzmq \
-	setproctitle uvloop xgrammar==0.2.7 xxhash
+SGLANG := sglang==0.5.23 annotated-doc apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill einops fastapi msgspec orjson \
+	psutil pyzmq setproctitle uvloop xgrammar==0.2.7 xxhash
 
 out/sglang/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --upgrade --target out/sglang $(SGLANG)

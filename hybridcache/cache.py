@@ -203,9 +203,9 @@ class HybridRadixCache:
     stored. With ``keeps=False`` nothing is stored: the cache is an allocator of rows and slots.
 
     ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these.
-    Requests in different namespaces share nothing. Every method raises ValueError for others, and
-    for a node that was evicted or belongs to another cache. Other arguments of a wrong type raise
-    TypeError. In each case nothing is changed. A cache is not thread-safe.
+    Requests in different namespaces share nothing. All methods raise ValueError for other tokens
+    and namespaces, and for a node that was evicted or belongs to another cache. Other arguments of
+    a wrong type raise TypeError. Nothing is changed then. A cache is not thread-safe.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -331,31 +331,28 @@ class HybridRadixCache:
             seen_len, missed, forks = read_ghosts(self._tree, node, tokens)
         reachable = min(kv_match_len, num_tokens - 1)
         grid_len = reachable - reachable % self._step
+        checkpoint: Checkpoint | None = None
+        last: NodeHandle | None = None
         if not self._has_states:
-            cached_len = max(grid_len, 0)
-            losses = Losses(
-                num_tokens - seen_len, seen_len - kv_match_len, 0, 0, kv_match_len - cached_len
-            )
-            part = None
+            cached_len = saved_len = grid_len = max(grid_len, 0)
             if cached_len:
                 deepest = PathPart(node if inside is None else inside, cached_len).last()
-                part = PathPart(deepest, cached_len)
-            return PrefixMatch(
-                num_tokens, cached_len, kv_match_len, seen_len, None, losses, part, namespace
-            )
-        lost_len = 0
-        while node is not root:
-            assert node is not None
-            if node.end < num_tokens:
-                if node.checkpoint is not None:
-                    break
-                if not lost_len and node.lost_checkpoint is not None:
-                    lost_len = node.end
-                    missed = missed or node.lost_checkpoint
-            node = node.parent
-        cached_len = 0 if node is root else node.end
-        saved_len = max(cached_len, lost_len)
-        grid_len = max(saved_len, grid_len)
+                last = PathPart(deepest, cached_len)
+        else:
+            lost_len = 0
+            while node is not root:
+                assert node is not None
+                if node.end < num_tokens:
+                    if node.checkpoint is not None:
+                        last, checkpoint = node, node.checkpoint
+                        break
+                    if not lost_len and node.lost_checkpoint is not None:
+                        lost_len = node.end
+                        missed = missed or node.lost_checkpoint
+                node = node.parent
+            cached_len = 0 if checkpoint is None else checkpoint.position
+            saved_len = max(cached_len, lost_len)
+            grid_len = max(saved_len, grid_len)
         losses = Losses(
             num_tokens - seen_len,
             seen_len - kv_match_len,
@@ -363,7 +360,6 @@ class HybridRadixCache:
             grid_len - saved_len,
             kv_match_len - grid_len,
         )
-        checkpoint = node.checkpoint  # none: the node is the root
         return PrefixMatch(
             num_tokens,
             cached_len,
@@ -371,7 +367,7 @@ class HybridRadixCache:
             seen_len,
             None if checkpoint is None else checkpoint.slot,
             losses,
-            None if checkpoint is None else node,
+            last,
             namespace,
             missed,
             checkpoint,
@@ -1354,7 +1350,8 @@ class HybridRadixCache:
             assert checkpoint.superseded == expected, f"{checkpoint} superseded: {not expected}"
         self._check_locks()
         self._check_candidates()
-        self.steps.check()
+        plan = self.steps.open_plan
+        assert plan is None or plan.is_done, "the last step plan was taken but not carried out"
         serials = [item.serial for node in resident for item in (node.kv, node.checkpoint) if item]
         assert len(set(serials)) == len(serials), "two items share a serial"
         assert all(serial < self.num_items for serial in serials), "a serial from the future"

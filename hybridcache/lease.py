@@ -113,39 +113,6 @@ class LeaseRequest(NamedTuple):
     learn from it as from any other."""
 
 
-FLAGS = "stateful", "reuse", "exact", "answer_survives", "resumes"
-
-
-def _refuse_bad_begin(
-    cache: HybridRadixCache, placement: PlacementPolicy, request: LeaseRequest
-) -> None:
-    """Raise TypeError or ValueError for arguments of ``begin`` that would fail later, in another
-    call. O(boundaries)."""
-    if not isinstance(placement, PlacementPolicy):
-        hint = " Build it once, for all requests, with parse_placement."
-        raise TypeError(f"placement must be a PlacementPolicy (got {placement!r}).{hint}")
-    if not isinstance(request, LeaseRequest):
-        raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
-    for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
-        if number is None:
-            continue
-        require_index(number, what, 0)
-        if (what, number) in cache.steps.numbers:
-            raise ValueError(
-                f"{what} {number} is that of a running lease: give each its own, or end the other "
-                "lease first."
-            )
-    for what in FLAGS:
-        if type(getattr(request, what)) is not bool:
-            require_bool(getattr(request, what), what)
-    if request.stateful and not cache.item_bytes.state:
-        raise ValueError(NO_STATES)
-    if not isinstance(request.boundaries, tuple | list):
-        raise TypeError(f"boundaries must be a tuple of positions (got {request.boundaries!r}).")
-    if request.boundaries:
-        require_positions(request.boundaries)
-
-
 NO_STATES = (
     "a request with a state needs room for one: build a hybrid cache with num_slots or more "
     "total_bytes, or pass LeaseRequest(stateful=False) for a model without linear layers"
@@ -304,7 +271,31 @@ class Lease:
             PolicyError: an own eviction policy has failed. Nothing is held.
             RuntimeError: leases of another thread are running.
         """
-        _refuse_bad_begin(cache, placement, request)
+        if not isinstance(placement, PlacementPolicy):
+            hint = " Build it once, for all requests, with parse_placement."
+            raise TypeError(f"placement must be a PlacementPolicy (got {placement!r}).{hint}")
+        if not isinstance(request, LeaseRequest):
+            raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
+        for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
+            if number is None:
+                continue
+            require_index(number, what, 0)
+            if (what, number) in cache.steps.numbers:
+                raise ValueError(
+                    f"{what} {number} is that of a running lease: give each its own, or end the "
+                    "other lease first."
+                )
+        for what in ("stateful", "reuse", "exact", "answer_survives", "resumes"):
+            if type(getattr(request, what)) is not bool:
+                require_bool(getattr(request, what), what)
+        if request.stateful and not cache.item_bytes.state:
+            raise ValueError(NO_STATES)
+        if not isinstance(request.boundaries, tuple | list):
+            raise TypeError(
+                f"boundaries must be a tuple of positions (got {request.boundaries!r})."
+            )
+        if request.boundaries:
+            require_positions(request.boundaries)
         if cache.steps.num_open and cache.steps.thread != get_ident():
             raise RuntimeError(OTHER_THREAD)
         # The caller may change its array before the tokens are published.
@@ -569,9 +560,6 @@ class Lease:
 
         For a position at which another request continues differently. Does nothing if
         the checkpoint is already planned, has a slot or is out of range.
-
-        Raises:
-            ValueError: the lease has ended.
         """
         if self._has_ended:
             raise ValueError(ENDED)

@@ -257,15 +257,9 @@ class ArenaPages(PageAllocator):
             self.arena.fill(missing)
         return super().allocate(num_tokens)
 
-    def free_rows(self) -> Indices:
-        """Return all rows that are neither KV nor part of a state, unordered. O(capacity)."""
-        return self.rows_of(self.arena.free_pages())
-
-    def rows_of(self, pages: Indices) -> Indices:
-        """Return the rows of ``pages``: int32[n * page_size]."""
-        if self.page_size == 1:
-            return pages
-        return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
+    def _free_pages(self) -> Indices:
+        """See ``ArenaAllocator.free_pages``."""
+        return self.arena.free_pages()
 
     def lift(self, num_pages: int) -> Indices:
         """Reserve space for ``num_pages`` at the bottom of the stack, to be filled by the

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -240,16 +240,11 @@ class StepPlan:
         self.is_done = True
 
 
-class TableRows(Protocol):
-    """Owner of a row of the request table: a lease. Hashable by identity."""
-
-    @property
-    def kv_indices(self) -> Indices:
-        """KV row of each position so far."""
-
-
 class StepQueue:
-    """The next ``StepPlan`` of one cache while it grows. A ``RowHolder`` that records the moves."""
+    """The next ``StepPlan`` of one cache while it grows. A ``RowHolder`` that records the moves.
+
+    Its entries have leases (``hybridcache.lease.Lease``) as keys.
+    """
 
     def __init__(self) -> None:
         self.num_open = self.thread = 0
@@ -261,12 +256,12 @@ class StepQueue:
         adding requests to the step when it is 1."""
         self.transfers: list[Transfer] = []
         """Transfers that no plan contains yet."""
-        self.restores: dict[TableRows, tuple[int, int]] = {}
+        self.restores: dict[Any, tuple[int, int]] = {}
         """(checkpoint slot, own slot) of each lease with a restore that no plan contains yet."""
-        self.not_ready: dict[TableRows, int] = {}
+        self.not_ready: dict[Any, int] = {}
         """First position of each lease that cannot be computed yet: no plan contains its restore,
         or the transfers that were due when its rows or slots were taken."""
-        self.row_writes: dict[TableRows, tuple[int, int, int]] = {}
+        self.row_writes: dict[Any, tuple[int, int, int]] = {}
         """(table row, start, end) of the changed rows of each lease that no plan contains yet."""
         self.open_plan: StepPlan | None = None
         """Plan that was taken last, or None if nothing was due."""
@@ -277,7 +272,7 @@ class StepQueue:
         self.num_moves += 1
         return 0
 
-    def note_taken(self, lease: TableRows, start: int) -> None:
+    def note_taken(self, lease: Any, start: int) -> None:
         """Note that ``lease`` took rows or slots to compute from ``start`` on. O(1)."""
         if self.transfers:
             self.not_ready[lease] = min(start, self.not_ready.get(lease, start))
@@ -289,7 +284,7 @@ class StepQueue:
             for lease, (table_row, start, end) in self.row_writes.items()
         )
 
-    def close(self, lease: TableRows, numbers: set[tuple[str, int | None]]) -> None:
+    def close(self, lease: Any, numbers: set[tuple[str, int | None]]) -> None:
         """Forget ``lease``, which has ended, with its restore, row write and ``numbers``. O(1)."""
         self.num_open -= 1
         self.numbers -= numbers
@@ -321,8 +316,3 @@ class StepQueue:
         transfers, self.transfers, self.num_moves = tuple(self.transfers), [], 0
         self.not_ready.clear()
         return transfers
-
-    def check(self) -> None:
-        """AssertionError if the last plan was not carried out. O(1)."""
-        is_done = self.open_plan is None or self.open_plan.is_done
-        assert is_done, "the last step plan was taken but not carried out"

@@ -133,8 +133,12 @@ class PageAllocator(BaseAllocator):
             self.budget.free_bytes -= num_rows * self.unit_bytes
         self.num_taken += num_rows
         self._height = top - num_pages
+        return pages.copy() if self.page_size == 1 else self.rows_of(pages)
+
+    def rows_of(self, pages: Indices) -> Indices:
+        """Return the rows of ``pages``: int32[n * page_size]."""
         if self.page_size == 1:
-            return pages.copy()
+            return pages
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
     def _free_pages(self) -> Indices:
@@ -183,8 +187,7 @@ class PageAllocator(BaseAllocator):
 
     def free_rows(self) -> Indices:
         """Return all unused rows, unordered: int32[num_unused]. O(capacity)."""
-        pages = self._free_pages()
-        return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
+        return self.rows_of(self._free_pages())
 
     def check(self) -> None:
         assert 0 <= self._num_implied <= self._height, f"{self._num_implied} entries are implied"

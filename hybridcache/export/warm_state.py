@@ -243,7 +243,13 @@ class Memory:
                 else:
                     unfit.append(level.name)
             if level.is_shared and not must_follow and level.name not in recalled:
-                _share_anew(cache, level, levels[level.number].policy)
+                # Starts from the present state of the level above.
+                fresh = levels[level.number].policy.for_tier()
+                if isinstance(fresh, Survival) and isinstance(level.policy, Survival):
+                    level.policy.load_state_dict(fresh.state_dict(), lambda _: None)
+                for state in _states(cache, level).values():
+                    state.memo = None
+                    level.policy.add(state)
         rules = [rule for rule in placement if isinstance(rule, Adaptive)]
         written = self._plain["placement"]
         if len(rules) == len(written):
@@ -297,16 +303,6 @@ def _levels(cache: HybridRadixCache) -> list[_Level]:
         _Level(DEVICE, -1, cache.policy, False),
         *(_Level(tier.name, n, tier.policy, tier.is_shared) for n, tier in enumerate(tiers)),
     ]
-
-
-def _share_anew(cache: HybridRadixCache, level: _Level, above: EvictionPolicy) -> None:
-    """Start the policy of ``level`` from the present state of the level above it. O(tree)."""
-    fresh = above.for_tier()
-    if isinstance(fresh, Survival) and isinstance(level.policy, Survival):
-        level.policy.load_state_dict(fresh.state_dict(), lambda _: None)
-    for state in _states(cache, level).values():
-        state.memo = None
-        level.policy.add(state)
 
 
 def _states(cache: HybridRadixCache, level: _Level) -> dict[int, OffloadedCheckpoint]:

@@ -126,32 +126,27 @@ def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
             return own.make
 
     def make() -> Any:
-        policy = _made(own, protocol)
-        return policy if _is_built_in(type(policy)) else GUARDS[protocol](own.label, policy)
+        try:
+            policy = own.make()
+        except Exception as error:  # a user's class can raise anything
+            hint = ": it is created without arguments: give them defaults, or write Class(alpha=2)"
+            raise ValueError(
+                f"{own.label!r}: it cannot be created ({type(error).__name__}: {error})"
+                f"{hint if isinstance(own.make, type) else ''}"
+            ) from error
+        kind = type(policy)
+        _refuse_unfit(own.label, kind, protocol)
+        if isinstance(policy, ScorePolicy | SampledPolicy) and not hasattr(policy, "now"):
+            raise ValueError(
+                f"{own.label!r}: the __init__ of {kind.__name__} must call super().__init__()"
+            )
+        return policy if _is_built_in(kind) else GUARDS[protocol](own.label, policy)
 
     return make
 
 
 def _is_built_in(kind: type[Any]) -> bool:
     return kind.__module__.startswith("hybridcache.policies.")
-
-
-def _made(own: OwnPolicy, protocol: type[Any]) -> Any:
-    try:
-        policy = own.make()
-    except Exception as error:  # a user's class can raise anything
-        hint = ": it is created without arguments: give them defaults, or write Class(alpha=2)"
-        raise ValueError(
-            f"{own.label!r}: it cannot be created ({type(error).__name__}: {error})"
-            f"{hint if isinstance(own.make, type) else ''}"
-        ) from error
-    kind = type(policy)
-    _refuse_unfit(own.label, kind, protocol)
-    if isinstance(policy, ScorePolicy | SampledPolicy) and not hasattr(policy, "now"):
-        raise ValueError(
-            f"{own.label!r}: the __init__ of {kind.__name__} must call super().__init__()"
-        )
-    return policy
 
 
 def _refuse_unfit(label: str, found: type[Any], protocol: type[Any]) -> None:

@@ -102,27 +102,27 @@ class CheckpointSeconds(Router):
         """Match a prompt in the mirror of ``replica``."""
         return self.mirrors[replica].match(request.tokens, request.namespace)
 
-    def num_held(self, replica: ReplicaId) -> int:
-        """Return the number of ids with KV on ``replica``. O(1)."""
-        return self.mirrors[replica].num_tokens
-
     def choose(self, request: RouteRequest, now: float) -> Choice:
         num_ids = len(request.tokens)
         depths: dict[ReplicaId, int] = {}
         cost: dict[ReplicaId, float] = {}
         per_id = self.seconds(0, num_ids) / max(num_ids, 1)
+        capacity = self.spec.capacity_bytes
         pressures, delays = self.pressures(now), 1.0 / (1.0 - self.utilisation(now))
         for replica, load in self.loads.items():
             found = self.find(replica, request)
             depth = max(found.cached_len, depth_after(self.in_flight[replica], request))
             depths[replica] = depth
             new_bytes = self.new_bytes(request, depth, found.kv_match_len)
-            lost = pressures[replica] * self.displaced(replica, new_bytes)
-            work = self.seconds(depth, num_ids) + per_id * lost
+            num_held = self.mirrors[replica].num_tokens
+            displaced = new_bytes * num_held / capacity if capacity else 0.0
+            work = self.seconds(depth, num_ids) + per_id * (pressures[replica] * displaced)
             cost[replica] = load.wait_s(now) + delays * work
         least = min(cost.values())
         equal = [replica for replica, seconds in cost.items() if seconds <= least]
-        chosen = rendezvous(self._branch(request, max(depths.values())), equal)
+        deepest = max(depths.values())
+        branch = request.tokens[deepest : deepest + self.spec.grid]
+        chosen = rendezvous(repr((request.namespace, deepest, branch)).encode(), equal)
         return Choice(chosen, depths[chosen])
 
     def new_bytes(self, request: RouteRequest, depth: int, kv_match_len: int) -> int:
@@ -131,11 +131,6 @@ class CheckpointSeconds(Router):
         num_states = len(self.forecast(request, depth, kv_match_len))
         num_ids = len(request.tokens) - max(kv_match_len, depth)
         return num_ids * self.spec.kv_bytes + num_states * self.spec.state_bytes
-
-    def displaced(self, replica: ReplicaId, new_bytes: int) -> float:
-        """Return the number of ids evicted on ``replica`` if ``new_bytes`` are stored. O(1)."""
-        capacity = self.spec.capacity_bytes
-        return new_bytes * self.num_held(replica) / capacity if capacity else 0.0
 
     def pressures(self, now: float) -> dict[ReplicaId, float]:
         """Return the relative value of memory on each replica: 1 at the mean overwrite rate.
@@ -157,12 +152,6 @@ class CheckpointSeconds(Router):
         work_s = sum(own.work_s for own in self.write_rates.values())
         seconds = sum(now - own.since_s for own in self.write_rates.values())
         return min(work_s / seconds, MOST_BUSY) if seconds > 0 else 0.0
-
-    def _branch(self, request: RouteRequest, depth: int) -> bytes:
-        """Return a key for the branch after ``depth``: the next grid step of tokens and the
-        namespace."""
-        end = depth + self.spec.grid
-        return repr((request.namespace, depth, request.tokens[depth:end])).encode()
 
     def routed(self, request: RouteRequest, choice: Choice, now: float) -> None:
         found = self.find(choice.replica, request)

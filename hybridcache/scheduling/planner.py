@@ -336,7 +336,12 @@ class StepPlanner(Generic[R]):
         passed = self._admit(self._candidates(), ends, budget) if self._waiting else []
         if budget.num_for_short and budget.tokens:
             budget.num_for_short = 0
-            self._grow(ends, budget)
+            for request in self._running:  # The rest goes to their prefills, oldest first.
+                start = ends.get(request, request.scheduled_len)
+                if start < request.prefill_len:
+                    end = self._end(request, start, budget)
+                    if end > start and self._manager.extend(request, end):
+                        self._take(ends, request, end, budget)
             self._admit(passed, ends, budget)
         if self._waiting and not self._running and self.wakes_at_s is None:
             self._admit(self._waiting[:1], ends, budget)
@@ -453,15 +458,6 @@ class StepPlanner(Generic[R]):
             start = ends.get(request, request.scheduled_len)
             budget.spend(end - start, request.wants_scores)
         ends[request] = end
-
-    def _grow(self, ends: dict[R, int], budget: PrefillBudget) -> None:
-        """Give the remaining budget to running prefills, oldest first, as far as memory allows."""
-        for request in self._running:
-            start = ends.get(request, request.scheduled_len)
-            if start < request.prefill_len:
-                end = self._end(request, start, budget)
-                if end > start and self._manager.extend(request, end):
-                    self._take(ends, request, end, budget)
 
     def _claim(self, request: R, end: int) -> bool:
         """Allocate KV rows up to ``end``, if necessary by preempting younger requests. Returns

@@ -463,7 +463,7 @@ class LeaseMachine(RuleBasedStateMachine):
         for batch in self.outbox.since(self.num_batches):
             self.router.on_events(0, *batch)
             self.num_batches += 1
-        assert self.router.num_held(0) == self.cache.cached_tokens
+        assert self.router.mirrors[0].num_tokens == self.cache.cached_tokens
         assert self.router.mirrors[0].num_checkpoints == self.cache.num_checkpoints
         self.router.check()
 

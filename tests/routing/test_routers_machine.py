@@ -139,7 +139,7 @@ class RoutersMachine(RuleBasedStateMachine):
             return
         for name, replica in self.replicas.items():
             if not replica.batches:
-                assert self.router.num_held(name) == replica.cache.cached_tokens
+                assert self.router.mirrors[name].num_tokens == replica.cache.cached_tokens
                 assert self.router.mirrors[name].num_checkpoints == replica.cache.num_checkpoints
 
     def teardown(self):
@@ -244,7 +244,7 @@ def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
     all_events = []
     replica.cache.subscribe(EventStream(all_events.append))
     router.on_events(0, 0, all_events)
-    assert router.num_held(0) == replica.cache.cached_tokens
+    assert router.mirrors[0].num_tokens == replica.cache.cached_tokens
     router.check()
 
 

@@ -103,20 +103,12 @@ class RequestStates:
 
         None if there is no state, or no slot to continue with.
         """
-        if not self.extra_buffer:
-            return self._copy(cache, req, num_tokens)
-        position = req.kv.mamba_last_track_seqlen
-        if position is None:
-            return None
-        fresh = self.take_slot(cache)
-        if fresh is None:
-            return None
-        return Offer(position, self._pool.donate_mamba_ping_pong_slot(req, fresh))
-
-    def _copy(self, cache: HybridRadixCache, req: Any, num_tokens: int) -> Offer | None:
-        slot = self.take_slot(cache)
+        position = req.kv.mamba_last_track_seqlen if self.extra_buffer else num_tokens
+        slot = None if position is None else self.take_slot(cache)
         if slot is None:
             return None
+        if self.extra_buffer:
+            return Offer(position, self._pool.donate_mamba_ping_pong_slot(req, slot))
         translate = self._pool.translate_mamba_indices
         live = req.kv.mamba_pool_idx.unsqueeze(0)
         self._pool.mamba_pool.copy_from(translate(live), translate(slot))

@@ -68,10 +68,8 @@ class LHD(SampledPolicy):
 
     def _event(self) -> None:
         self._events += 1
-        if self._events % RECOMPUTE_EVERY == 0:
-            self._recompute()
-
-    def _recompute(self) -> None:
+        if self._events % RECOMPUTE_EVERY:
+            return
         widths = np.exp2(np.arange(NUM_AGES))
         ended = self._hits + self._evictions
         hits_from = np.cumsum(self._hits[:, ::-1], axis=1)[:, ::-1]

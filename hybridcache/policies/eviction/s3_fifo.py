@@ -30,39 +30,23 @@ class S3FifoQueues(QueuePolicy):
         record.mark = min(record.mark + 1, 3)
 
     def choose(self) -> Item | None:
-        """Return an item from ``small`` if it has its share or more, else from ``main``."""
+        """Return an item from ``small`` if it has its share or more, else from ``main``.
+
+        It is the oldest one. If it was used, in ``small`` more than once, it is moved to ``main``
+        instead: lazy promotion and reinsertion.
+        """
         while True:
             total = self.small.num_bytes + self.main.num_bytes
             is_full = self.small.num_bytes >= SHARE * total
-            if len(self.small) and (is_full or not len(self.main)):
-                item = self._lazily_promoted()
-            else:
-                item = self._reinserted()
-            if item is not None or not (len(self.small) or len(self.main)):
+            from_small = len(self.small) > 0 and (is_full or not len(self.main))
+            oldest = (self.small if from_small else self.main).oldest()
+            if oldest is None:
+                return None
+            item, record = oldest[1], oldest[1].memo
+            if record.mark <= (1 if from_small else 0):
                 return item
-
-    def _lazily_promoted(self) -> Item | None:
-        """Return the oldest item of ``small``, or move it to ``main`` if used more than once."""
-        oldest = self.small.oldest()
-        assert oldest is not None
-        record: Record = oldest[1].memo
-        if record.mark <= 1:
-            return oldest[1]
-        record.mark = 0
-        self.move(oldest[1], self.main)
-        return None
-
-    def _reinserted(self) -> Item | None:
-        """Return the oldest item of ``main``, or reinsert it and decrement its counter."""
-        oldest = self.main.oldest()
-        if oldest is None:
-            return None
-        record: Record = oldest[1].memo
-        if not record.mark:
-            return oldest[1]
-        record.mark -= 1
-        self.move(oldest[1], self.main)
-        return None
+            record.mark = 0 if from_small else record.mark - 1
+            self.move(item, self.main)
 
 
 class S3Fifo(BothKinds):

@@ -21,7 +21,7 @@ from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, 
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from hybridcache.export.sglang import build
+from hybridcache.export.sglang import cache as backend
 from hybridcache.export.sglang.cache import sizes_in_bytes
 
 
@@ -162,8 +162,8 @@ def test_pipeline_stages_use_the_same_sizes(monkeypatch):
 
 
 def test_disabled_radix_cache_uses_sglangs_own(monkeypatch):
-    monkeypatch.setattr(build, "default_radix_cache_factory", lambda ctx: "default")
-    assert build.build_backend(SimpleNamespace(disable_radix_cache=True)) == "default"
+    monkeypatch.setattr(backend, "default_radix_cache_factory", lambda ctx: "default")
+    assert backend.build_backend(SimpleNamespace(disable_radix_cache=True)) == "default"
 
 
 def test_reset_sends_an_event_to_the_router():
