@@ -14,6 +14,7 @@ import math
 from array import array
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -148,9 +149,8 @@ class _Fleet(EventLoop):
     ) -> None:
         super().__init__(RequestLog(unit), times, cell.tpot_s)
         self._cell, self._config = cell, config
-        self._num_replicas = 0
+        self._ids = count()
         self._replicas: dict[ReplicaId, Replica] = {}
-        self._places: list[Replica | None] = [None] * config.replicas
         self._busy_s = [0.0] * config.replicas
         self._homeless: list[Asked] = []
         self._expected = array("q")
@@ -176,9 +176,7 @@ class _Fleet(EventLoop):
     def _join(self, place: int, now: float) -> None:
         target = build_target(self._cell, self.log.unit)
         assert isinstance(target, LeaseTarget)
-        replica = Replica(target, id=self._num_replicas, place=place)
-        self._num_replicas += 1
-        self._places[place] = replica
+        replica = Replica(target, id=next(self._ids), place=place)
         self._replicas[replica.id] = replica
         if self.router.follows_events:
             target.cache.subscribe(EventStream(replica.outbox.append))
@@ -239,11 +237,10 @@ class _Fleet(EventLoop):
 
     def fail(self, place: int, now: float) -> None:
         """End the replica at ``place``, if there is one."""
-        replica = self._places[place]
+        replica = next((one for one in self._replicas.values() if one.place == place), None)
         if replica is None:
             return
         replica.is_up = False
-        self._places[place] = None
         del self._replicas[replica.id]
         self.router.left(replica.id, now)
         waiting = [*replica.prefilling.values(), *replica.queue]

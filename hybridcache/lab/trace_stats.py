@@ -110,7 +110,6 @@ class _Gathered:
     def __init__(self, unit: int) -> None:
         self.unit = unit
         self.cache = InfiniteCache()
-        self.sessions: set[Any] = set()
         self.namespaces: set[Any] = set()
         self.requests: list[tuple[float, int, int, int, int]] = []
         """Time, tokens of prompt and answer, ideal tokens, and ids in the cache after each request.
@@ -118,6 +117,7 @@ class _Gathered:
         self.reuse: list[tuple[int, float, int]] = []
         """Requests, seconds and new tokens since the last use of a shared prefix."""
         self.last: dict[Hashable, TraceRequest] = {}
+        """Last request of each session."""
         self.num_answered = self.num_repeated = 0
         """Ids of answers that a prompt of their session follows, and of those it repeats."""
         self.has_answer_ids = False
@@ -127,7 +127,6 @@ class _Gathered:
         unit = self.unit
         held_before = self.cache.num_ids
         seen = self.cache.serve(request)
-        self.sessions.add(request.session)
         self.namespaces.add(request.namespace)
         self._compare_answers(request)
         now_s, num_tokens = request.timestamp_s, request.num_tokens(unit)
@@ -162,7 +161,7 @@ class _Gathered:
             name=trace.name,
             unit=self.unit,
             num_requests=len(times),
-            num_sessions=len(self.sessions),
+            num_sessions=len(self.last),
             num_namespaces=len(self.namespaces),
             num_bad=trace.bad.count,
             duration_s=times[-1] - times[0],

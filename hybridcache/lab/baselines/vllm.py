@@ -114,11 +114,6 @@ class VllmCache:
         num_blocks = config.budget_bytes // self.block_bytes
         self.pool = BlockPool(max(0, num_blocks - 1))
 
-    @property
-    def partial(self) -> bool:
-        """True if a hit may end inside a block."""
-        return self.unit < self.block_size
-
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> VllmSession | None:
         """Match ``tokens`` and compute the prompt. Returns None if its blocks do not fit next to
         those of running requests. O(prompt)."""
@@ -236,7 +231,7 @@ class VllmSession:
             end = end // size * size
         last_block = (length - 1) // size * size
         stops = [last_block]
-        if self.cache.partial:
+        if unit < size:  # a hit may end inside a block
             stops.append(max(last_block, (length - 1) // unit * unit))
             if start % size:
                 stops.append((start // size + 1) * size)

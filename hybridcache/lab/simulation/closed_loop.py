@@ -320,11 +320,8 @@ class _Run:
 
     def _idle(self) -> None:
         """Move the clock to the next event, because nothing can be computed."""
-        wake_s = self.planner.wakes_at_s
-        times = [
-            time_s for time_s in (wake_s, self.events[0][0] if self.events else None) if time_s
-        ]
-        later = [time_s for time_s in times if time_s > self.now_s]
+        times = (self.planner.wakes_at_s, self.events[0][0] if self.events else None)
+        later = [time_s for time_s in times if time_s and time_s > self.now_s]
         if later:
             self._pass(min(later) - self.now_s)
 

@@ -75,11 +75,6 @@ class MeasuredSteps:
         """Describe the source in one line."""
         return self.table.describe()
 
-    @property
-    def fixed_s(self) -> float:
-        """Seconds of a step that do not depend on its tokens."""
-        return max(0.0, self._decode_s(0))
-
     def _decode_s(self, num_decodes: int) -> float:
         index, part = locate(self.table.decodes, num_decodes)
         line = self.table.decode_s
@@ -91,7 +86,7 @@ class MeasuredSteps:
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
     ) -> float:
         """See ``StepTimes``. Decode steps were measured at one ``context``, so it has no effect."""
-        fixed_s = self.fixed_s
+        fixed_s = max(0.0, self._decode_s(0))
         seconds = sum(self.table.seconds(start, end) - fixed_s for start, end in prefills)
         if num_decodes:
             seconds += self._decode_s(num_decodes) - fixed_s
