@@ -512,9 +512,9 @@ class AsyncEngine:
 
     def __init__(self, served: Engine | EngineChannel) -> None:
         """Serve an engine in a thread of this process, or connect to the one behind a channel."""
-        self._channel = ThreadChannel(served) if isinstance(served, Engine) else served
-        self.config, self.tokenizer = self._channel.config, self._channel.tokenizer
-        self.facts = facts = self._channel.facts
+        self.channel = ThreadChannel(served) if isinstance(served, Engine) else served
+        self.config, self.tokenizer = self.channel.config, self.channel.tokenizer
+        self.facts = facts = self.channel.facts
         self._intake = Intake(
             self.config,
             self.tokenizer,
@@ -528,26 +528,21 @@ class AsyncEngine:
         self._numbers = itertools.count()
         self._is_open = True
         self._end: str | None = None
-        self._channel.connect(self)
+        self.channel.connect(self)
 
     @property
     def is_alive(self) -> bool:
         """True from ``start`` until the engine ends or fails."""
-        return self._channel.is_alive
+        return self.channel.is_alive
 
     @property
     def failure(self) -> str | None:
         """Reason of an unexpected end of the engine, or None."""
-        return self._channel.failure
-
-    @property
-    def pid(self) -> int | None:
-        """See ``EngineChannel.pid``."""
-        return self._channel.pid
+        return self.channel.failure
 
     def start(self) -> None:
         """Begin to serve. Called once, in the event loop."""
-        self._channel.start()
+        self.channel.start()
 
     def submit(
         self,
@@ -576,13 +571,13 @@ class AsyncEngine:
         request_id = spec.request_id or f"request-{next(self._numbers)}"
         if request_id in self._streams:
             raise DuplicateId(request_id)
-        if self._channel.num_queued >= self.config.max_queue:
+        if self.channel.num_queued >= self.config.max_queue:
             raise QueueFull(self.config.max_queue)
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
         stream = self._streams[request_id] = stream or self.stream()
         stream.open(request_id, tokens)
         try:
-            self._channel.send(
+            self.channel.send(
                 structs.replace(
                     spec, prompt=tokens, request_id=request_id, arrival_s=time.perf_counter()
                 )
@@ -600,7 +595,7 @@ class AsyncEngine:
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request before the next step. Does nothing if it has ended."""
         if request_id in self._streams:
-            self._channel.send(Abort(request_id, reason))
+            self.channel.send(Abort(request_id, reason))
 
     async def generate(
         self,
@@ -666,7 +661,7 @@ class AsyncEngine:
         try:
             if self._end is not None:  # Read last: ``closed`` in another thread answers the rest.
                 raise EngineStopped(self._end)
-            self._channel.send(cast("ToEngine", structs.replace(question, number=number)))
+            self.channel.send(cast("ToEngine", structs.replace(question, number=number)))
         except BaseException:
             self._replies.pop(number, None)
             raise
@@ -704,8 +699,8 @@ class AsyncEngine:
     async def call(self, function: Callable[[Engine], Result]) -> Result:
         """Return ``function(engine)`` for an engine of this process, called in its thread between
         two steps. Raises EngineStopped if it has ended."""
-        assert isinstance(self._channel, ThreadChannel), "the engine is in another process"
-        host, answer = self._channel.host, Future[Result]()
+        assert isinstance(self.channel, ThreadChannel), "the engine is in another process"
+        host, answer = self.channel.host, Future[Result]()
 
         def run() -> None:
             if not answer.set_running_or_notify_cancel():
@@ -725,13 +720,13 @@ class AsyncEngine:
     async def drain(self) -> None:
         """Accept no more requests, finish those in progress, and end the engine."""
         self._is_open = False
-        await self._channel.drain()
+        await self.channel.drain()
 
     def stop(self) -> None:
         """Accept no more requests and end the engine after its step. Unfinished requests fail with
         EngineStopped. Safe to call from any thread."""
         self._is_open = False
-        self._channel.stop()
+        self.channel.stop()
 
 
 def _put(outputs: Sequence[tuple[RequestStream, RequestOutput]]) -> None:

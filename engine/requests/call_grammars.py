@@ -51,7 +51,8 @@ def grammar_of_calls(
     call. With ``text``, arguments are any object unless the tool is ``strict``. Raises GrammarError
     if no tool has this name, or the schema of one cannot be used.
     """
-    functions = _functions(tools) if text is None else _only_strict(tools)
+    every = [tool["function"] for tool in tools]
+    functions = every if text is None else _only_strict(tools)
     wanted = [f for f in functions if choice in ("required", f["name"])]
     if not wanted:
         names = [function["name"] for function in functions]
@@ -88,15 +89,8 @@ def _only_strict(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the functions of ``tools``; those that are not strict take any object."""
     return [
         f if f.get("strict") is True else {"name": f["name"], "parameters": ANY_OBJECT}
-        for f in _functions(tools)
+        for f in (tool["function"] for tool in tools)
     ]
-
-
-def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    functions = [tool.get("function", {}) for tool in tools]
-    if not all(isinstance(f.get("name"), str) and f["name"] for f in functions):
-        raise GrammarError("each tool must have a function with a name.")
-    return functions
 
 
 def _calls(functions: Sequence[Mapping[str, Any]], form: Form) -> list[str]:
@@ -123,10 +117,7 @@ def _calls(functions: Sequence[Mapping[str, Any]], form: Form) -> list[str]:
 
 def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the schema of the arguments. A tool without parameters takes none."""
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    if not isinstance(parameters, Mapping):
-        raise GrammarError("the parameters of a tool must be a JSON schema.")
-    return parameters
+    return function.get("parameters") or {"type": "object", "properties": {}}
 
 
 def _lifted(parameters: Mapping[str, Any]) -> dict[str, Any]:

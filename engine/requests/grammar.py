@@ -7,7 +7,7 @@ first.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import prod
@@ -81,11 +81,6 @@ class Grammar:
         return cls("lark", f"start: {json_rule(schema, {'whitespace_pattern': WHITESPACE})}")
 
     @classmethod
-    def of_object(cls) -> Grammar:
-        """Return the grammar of any JSON object."""
-        return cls.of_schema({"type": "object"})
-
-    @classmethod
     def of_regex(cls, regex: str) -> Grammar:
         """Return the grammar of text that matches a regular expression as a whole. Raises
         GrammarError if the expression is too long."""
@@ -130,34 +125,28 @@ def json_rule(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> s
 def _check(schema: Mapping[str, Any]) -> None:
     """Raise GrammarError if the schema is nested too deep, or has ``multipleOf`` values that are
     invalid or would take long to compile."""
-    multiples: set[int] = set()
-    for value in _multiples(schema):
-        if isinstance(value, bool | Mapping):  # Schema of a property of this name.
+    multiples, left = set[int](), list[tuple[Any, int]]([(schema, 0)])
+    while left:
+        value, depth = left.pop()
+        if depth > 2 * MAX_DEPTH:
+            raise GrammarError(f"a schema may be nested at most {MAX_DEPTH} levels deep.")
+        if isinstance(value, list):
+            left += [(part, depth + 1) for part in value]
+        if not isinstance(value, Mapping):
             continue
-        if not isinstance(value, int | float) or not value > 0:
+        left += [(part, depth + 1) for part in value.values()]
+        number = value.get("multipleOf", 1)
+        if isinstance(number, bool | Mapping):  # Schema of a property of this name.
+            continue
+        if not isinstance(number, int | float) or not number > 0:
             raise GrammarError("multipleOf must be a number above 0.")
-        digits = Decimal(str(value)).normalize().as_tuple().digits
+        digits = Decimal(str(number)).normalize().as_tuple().digits
         multiples.add(int("".join(map(str, digits))))
     if prod(multiples) > MAX_MULTIPLE:
         raise GrammarError(
             f"the product of the multipleOf values of a schema must be at most {MAX_MULTIPLE}, "
             "not counting factors of ten: remove some."
         )
-
-
-def _multiples(schema: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield every ``multipleOf`` at any depth."""
-    left: list[tuple[Any, int]] = [(schema, 0)]
-    while left:
-        value, depth = left.pop()
-        if depth > 2 * MAX_DEPTH:
-            raise GrammarError(f"a schema may be nested at most {MAX_DEPTH} levels deep.")
-        if isinstance(value, Mapping):
-            if "multipleOf" in value:
-                yield value["multipleOf"]
-            left += [(part, depth + 1) for part in value.values()]
-        elif isinstance(value, list):
-            left += [(part, depth + 1) for part in value]
 
 
 def bounded(what: str, text: str, most: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -115,7 +115,11 @@ async def _refuse_path(request: Request, error: Exception) -> Response:
     path, routes = request.url.path, request.app.routes
     message, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404:
-        message = f"The path {path} does not exist: {_nearest_path(routes, path)}"
+        known, asked = [route.path for route in routes if "{" not in route.path], path[:MAX_MESSAGE]
+        near = [one for one in (f"/v1{asked}", asked.removesuffix("/")) if one in known]
+        near = near or get_close_matches(asked, known, n=1, cutoff=0.8)
+        remedy = f"did you mean {near[0]}?" if near else "see /openapi.json for all paths."
+        message = f"The path {path} does not exist: {remedy}"
     elif error.status_code == 405:
         message = f"{path} does not support {request.method}: see /openapi.json."
     return APIError(error.status_code, message, headers=headers).response(request.scope)
@@ -128,15 +132,6 @@ HANDLERS = {
     Exception: _refuse,
 }
 """Functions that convert each failure of an application to the answer of an ``APIError``."""
-
-
-def _nearest_path(routes: Sequence[Any], asked: str) -> str:
-    """Return a question with the path that resembles ``asked``, or else the place of the list of
-    paths."""
-    known, asked = [route.path for route in routes if "{" not in route.path], asked[:MAX_MESSAGE]
-    near = [path for path in (f"/v1{asked}", asked.removesuffix("/")) if path in known]
-    near = near or get_close_matches(asked, known, n=1, cutoff=0.8)
-    return f"did you mean {near[0]}?" if near else "see /openapi.json for all paths."
 
 
 def quoted(text: str) -> str:

@@ -130,7 +130,10 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
                 words = f"must be {one_of} (got {short(write_json(value))})" if allowed else ""
                 raise APIError(400, f"'{name}' {words or 'is not supported'}: omit it.", param=name)
         elif name not in fields:
-            raise _unknown(name, fields)
+            near = get_close_matches(name[:MAX_QUOTED], fields, n=1, cutoff=0.75)
+            remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
+            message = f"{quoted(name)} is not a parameter of this endpoint: {remedy}"
+            raise APIError(400, message, param=name, code="unknown_parameter")
         else:
             if name in kind.KINDS and isinstance(value, list):
                 usual = {"type": kind.KINDS[name]}
@@ -199,13 +202,6 @@ def _settled(value: Any) -> Any:
         return [_settled(entry) for entry in value]
     is_whole = isinstance(value, float) and abs(value) <= 2**53 and value.is_integer()
     return int(value) if is_whole else value
-
-
-def _unknown(name: str, known: Mapping[str, Any]) -> APIError:
-    near = get_close_matches(name[:MAX_QUOTED], known, n=1, cutoff=0.75)
-    remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
-    message = f"{quoted(name)} is not a parameter of this endpoint: {remedy}"
-    return APIError(400, message, param=name, code="unknown_parameter")
 
 
 def _texts_at(of_type: Any, names: Sequence[str], value: Any) -> list[str]:

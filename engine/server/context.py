@@ -98,7 +98,7 @@ class ServingContext:
         self.keep_alive_s = config.keep_alive_s
         self._default_max_tokens = config.default_max_tokens
         self._reader = BodyReader(int(config.max_body_mib * 2**20), config.body_timeout_s, workers)
-        self.metrics = Metrics(engine.pid)
+        self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
 
     @property

@@ -94,7 +94,7 @@ class ResponseFormat(Part, kw_only=True):
     def grammar(self) -> Grammar:
         """Return the grammar of a type other than text. Raises GrammarError."""
         if self.type == "json_object":
-            return Grammar.of_object()
+            return Grammar.of_schema({"type": "object"})
         if self.json_schema is None or self.json_schema.schema is None:
             raise GrammarError("type json_schema requires 'json_schema.schema'.")
         return Grammar.of_schema(self.json_schema.schema)
@@ -319,16 +319,6 @@ WITHOUT_CONTENT = ("function_call", "reasoning_content", "reasoning", "refusal",
 """Fields with which a message of the assistant may have no content."""
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
-    """Raise ValueError if a message says nothing. O(messages)."""
-    for message in messages:
-        # Reasoning may be empty, because clients may drop its text.
-        has_more = any(message.extra.get(name) not in (None, []) for name in WITHOUT_CONTENT)
-        may_be_empty = message.role == "assistant" and (message.tool_calls or has_more)
-        if message.content is None and not may_be_empty:
-            raise ValueError(f"'{message.place}' has no 'content': add its text.")
-
-
 def _call(call: dict[str, Any]) -> dict[str, Any]:
     call = _with_plain_function(call)
     function = call.get("function")
@@ -434,7 +424,12 @@ class ChatRequest(Sampling, kw_only=True):
             Message.read(one, index) if isinstance(one, dict) else one
             for index, one in enumerate(self.messages)
         ]
-        _check_messages(self.messages)
+        for message in self.messages:
+            # Reasoning may be empty, because clients may drop its text.
+            has_more = any(message.extra.get(name) not in (None, []) for name in WITHOUT_CONTENT)
+            may_be_empty = message.role == "assistant" and (message.tool_calls or has_more)
+            if message.content is None and not may_be_empty:
+                raise ValueError(f"'{message.place}' has no 'content': add its text.")
         if self.tools is not None:
             self.tools = _read_tools(self.tools)
         if (effort := self.reasoning_effort) is not None:

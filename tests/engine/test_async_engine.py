@@ -109,7 +109,7 @@ def test_one_stream_has_the_outputs_of_several_requests() -> None:
 def test_an_idle_engine_drains() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         await read(engine.submit([1], ONE))
-        while engine._channel.host.engine.has_work():
+        while engine.channel.host.engine.has_work():
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.02)
         engine._numbers = (engine.closed(None) or 0 for _ in range(1))  # Ends during the call.

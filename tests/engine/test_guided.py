@@ -214,7 +214,7 @@ def test_only_the_answer_after_the_reasoning_is_guided() -> None:
     encode, guides = ByteTokenizer().encode, Guides(ByteTokenizer(), 320)
     for grammar, answer in (
         (Grammar.of_regex("a/[b-d]"), "a/c"),
-        (Grammar.of_object(), '{"a": 1}'),
+        (Grammar.of_schema({"type": "object"}), '{"a": 1}'),
         (Grammar.of_text('root ::= "yes"'), "yes"),
     ):
         guide = guides.rule(grammar.behind("</think>"))

@@ -133,7 +133,7 @@ async def wait_until(is_true) -> None:
 
 async def check_views(engine: AsyncEngine, handle: Handle) -> None:
     """Check that each replica can be viewed, with the nodes of its own tree."""
-    for number, name in enumerate(engine._channel._fleet.members, 1):
+    for number, name in enumerate(engine.channel._fleet.members, 1):
         view = await engine.watch(number)
         _, state = await view.whole()
         meta = state["meta"]
@@ -144,7 +144,7 @@ async def check_views(engine: AsyncEngine, handle: Handle) -> None:
         for id_ in nodes:
             assert (await view.node(id_))["id"] == id_
         await view.close()
-    assert not engine._channel._views
+    assert not engine.channel._views
     for number in (0, 3):
         with pytest.raises(RequestError, match=f"Replica {number} is not up: there are 2"):
             await engine.watch(number)
@@ -160,7 +160,7 @@ def test_two_replicas_share_load_and_survive_a_death(caplog: pytest.LogCaptureFi
     async def live() -> None:
         handle = Handle()
         engine = await serve(handle, 2)
-        router = engine._channel._fleet._router
+        router = engine.channel._fleet._router
         first = (await answer(engine, make_spec(1, 2)))[-1]
         assert (first.cached_len, first.finish_reason, len(first.output)) == (0, "length", 3)
         assert first.prompt_token_ids.tolist() == [*PROMPT, 1, 2]
@@ -187,12 +187,12 @@ def test_two_replicas_share_load_and_survive_a_death(caplog: pytest.LogCaptureFi
         assert tokens == whole[-1].output.tolist() and len(tokens) == 400
         assert "".join(output.new_text for output in whole) == whole[-1].text
         assert handle.chosen[-1] != home
-        assert engine._channel._fleet.members == tuple({"r0", "r1"} - {home})
+        assert engine.channel._fleet.members == tuple({"r0", "r1"} - {home})
         late = (await answer(engine, make_spec(1, 2)))[-1]
         assert late.output.tolist() == first.output.tolist()
         handle.add("r2")
-        engine._channel._fleet.set_members(each for each in handle.replicas if each != home)
-        await wait_until(lambda: "r2" in engine._channel._followers)
+        engine.channel._fleet.set_members(each for each in handle.replicas if each != home)
+        await wait_until(lambda: "r2" in engine.channel._followers)
         changes = [line for line in caplog.messages if line.startswith("A replica")]
         assert ["ended" in line for line in changes] == [True, False], changes
         await check_views(engine, handle)
@@ -202,7 +202,7 @@ def test_two_replicas_share_load_and_survive_a_death(caplog: pytest.LogCaptureFi
         with pytest.raises(ReplicaGone):
             await handle.replicas["r2"].tell(Order(replica=home, message=AskReport()))
         await engine.drain()
-        assert not engine.is_alive and not engine._channel._followers
+        assert not engine.is_alive and not engine.channel._followers
         with pytest.raises(EngineStopped):
             engine.submit(make_spec())
 
@@ -219,9 +219,9 @@ def test_a_death_before_the_first_token_moves_the_request() -> None:
         kill(handle, handle.chosen[0])
         outputs = [output async for output in stream]
         assert outputs[-1].finish_reason == "length" and len(handle.chosen) == 2
-        await wait_until(lambda: not engine._channel._orders)
-        assert handle.chosen[0] != handle.chosen[1] and engine._channel._fleet._placed == {}
-        engine._channel._fleet._router.check()
+        await wait_until(lambda: not engine.channel._orders)
+        assert handle.chosen[0] != handle.chosen[1] and engine.channel._fleet._placed == {}
+        engine.channel._fleet._router.check()
         await engine.drain()
 
     asyncio.run(live())
@@ -234,7 +234,7 @@ def test_aborts_limits_and_the_end_of_a_fleet() -> None:
         stream = engine.submit(make_spec(max_tokens=600))
         await anext(stream)
         stream.abort()
-        await wait_until(lambda: not engine._channel._orders)
+        await wait_until(lambda: not engine.channel._orders)
         [replica] = handle.replicas.values()
         async with asyncio.timeout(120):
             while (await replica.tell(Order(message=AskReport()))).num_running:
@@ -242,7 +242,7 @@ def test_aborts_limits_and_the_end_of_a_fleet() -> None:
         with pytest.raises(ValueError, match="maximum context length"):
             engine.submit(make_spec(max_tokens=100_000))
         waiting = [engine.submit(make_spec(max_tokens=700)) for _ in range(2)]
-        engine._channel._waiting.update(map(str, range(CONFIG.max_queue)))
+        engine.channel._waiting.update(map(str, range(CONFIG.max_queue)))
         with pytest.raises(QueueFull):
             engine.submit(make_spec())
         engine.stop()

@@ -75,7 +75,7 @@ def run(
     asyncio.run(main())
     assert not engine.is_alive
     with pytest.raises(ProcessLookupError):
-        os.kill(engine._channel.pid, 0)
+        os.kill(engine.channel.pid, 0)
     return engine
 
 
@@ -159,7 +159,7 @@ def test_a_killed_process_fails_all_waiting_callers() -> None:
         await anext(stream)
         report = asyncio.ensure_future(engine.report())
         await asyncio.sleep(0)
-        os.kill(engine._channel.pid, signal.SIGKILL)
+        os.kill(engine.channel.pid, signal.SIGKILL)
         with pytest.raises(EngineStopped, match=reason):
             await read(stream)
         await asyncio.gather(report, return_exceptions=True)

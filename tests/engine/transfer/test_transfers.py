@@ -158,7 +158,7 @@ def test_a_drain_finishes_the_prefix_in_progress_and_refuses_new_ones(
         draining = pool.submit(asyncio.run, prefilling.drain())
         plugin = engine.plugins["disaggregation"]
         # The step in progress waits for a permit, and the drain for the step.
-        wait_until(lambda: not prefilling._channel.host._is_open)
+        wait_until(lambda: not prefilling.channel.host._is_open)
         permits.release()
         wait_until(lambda: not plugin._is_accepting)
         [own] = late.generate(prompts[1], GREEDY)
