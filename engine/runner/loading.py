@@ -182,7 +182,14 @@ class WeightFiles:
         """Yield reads that may run in parallel; each returns its number of bytes. If the format
         matches, the file is read directly into the target, one chunk at a time."""
         source, target = self.tensors[name], parameter.target
-        runs = parameter.runs() if is_place_for(source, parameter) else []
+        is_place = (  # The bytes can be read into it, possibly with reordered rows.
+            parameter.scheme is None
+            and target.dtype is source.torch_dtype
+            and target.device.type == "cpu"
+            and target.is_contiguous()
+            and target.numel() > 0
+        )
+        runs = parameter.runs() if is_place else []
         if not runs or target.nbytes < LEAST_READ_BYTES * len(runs):
             if parameter.cut is None or parameter.scheme is not None:
                 yield partial(self._convert, name, parameter)
@@ -296,18 +303,6 @@ def _read_columns(source: Tensor, cut: RankCut, target: torch.Tensor, rows: rang
     check_numbers(source.name, found)
     target[rows.start : rows.stop].copy_(cut.of(found))
     return found.nbytes
-
-
-def is_place_for(source: Tensor, parameter: Parameter) -> bool:
-    """Return True if the file's bytes can be read into the target, possibly with reordered rows."""
-    target = parameter.target
-    return (
-        parameter.scheme is None
-        and target.dtype is source.torch_dtype
-        and target.device.type == "cpu"
-        and target.is_contiguous()
-        and target.numel() > 0
-    )
 
 
 def _check_whole_blocks(name: str, parameter: Parameter) -> None:

@@ -108,23 +108,22 @@ def check_sizes(config: EngineConfig, device: Device) -> None:
     Called before the weights are read, and again when they have taken their part.
     """
     own, host = config.cache_bytes, config.host_bytes
-    if device.is_cpu:
-        _check_available(own | host, host_free_bytes(), "memory")
-        return
-    per_device = {name: size // config.num_ranks for name, size in own.items()}
-    _check_available(per_device, device.unused_bytes(), f"memory of {device.torch_device}")
-    _check_available(host, host_free_bytes(), "host memory")
-
-
-def _check_available(sizes: Mapping[str, int], free_bytes: int, kind: str) -> None:
-    needed = sum(sizes.values())
-    if needed > free_bytes:
-        names = " and ".join(name for name, size in sizes.items() if size)
-        verb = "takes" if len(sizes) == 1 else "take"
-        raise ConfigError(
-            f"{names} {verb} {gib_words(needed)}, but {gib_words(free_bytes)} of {kind} are "
-            "available: use less."
-        )
+    checks = [(own | host, host_free_bytes(), "memory")]
+    if not device.is_cpu:
+        per_device = {name: size // config.num_ranks for name, size in own.items()}
+        checks = [
+            (per_device, device.unused_bytes(), f"memory of {device.torch_device}"),
+            (host, host_free_bytes(), "host memory"),
+        ]
+    for sizes, free_bytes, kind in checks:
+        needed = sum(sizes.values())
+        if needed > free_bytes:
+            names = " and ".join(name for name, size in sizes.items() if size)
+            verb = "takes" if len(sizes) == 1 else "take"
+            raise ConfigError(
+                f"{names} {verb} {gib_words(needed)}, but {gib_words(free_bytes)} of {kind} are "
+                "available: use less."
+            )
 
 
 def kv_row_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from engine import Engine
 from engine.plugins.tiers.disk import RETRY_S
-from engine.plugins.tiers.fingerprint import StoreError
+from engine.plugins.tiers.records import StoreError
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.units import GIB
 from tests.engine.store.test_disk import FailingSystem

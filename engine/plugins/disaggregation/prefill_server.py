@@ -28,12 +28,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.errors import EngineStopped, RequestError, StepFailed
 from engine.plugins.disaggregation import DisaggregationConfig, wire
-from engine.plugins.disaggregation.prefix_buffer import (
-    PIECE_BYTES,
-    PrefixBuffer,
-    difference,
-    identity,
-)
+from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, difference, identity
 from engine.requests.request import Request
 from engine.runner.device import HostCopy
 from hybridcache.scheduling.cache_manager import CacheManager

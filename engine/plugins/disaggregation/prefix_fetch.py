@@ -22,7 +22,7 @@ from engine.core import Plugin
 from engine.errors import InvalidRequest, RequestError
 from engine.interfaces import Runner
 from engine.plugins.disaggregation import DisaggregationConfig, wire
-from engine.plugins.disaggregation.prefix_buffer import PIECE_BYTES, PrefixBuffer, identity
+from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request, RequestSpec, SamplingParams
 from engine.text.outputs import Transferred
 from hybridcache.allocators.moves import Move

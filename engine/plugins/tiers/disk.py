@@ -33,9 +33,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from engine.plugins.tiers.fingerprint import write_atomically
 from engine.plugins.tiers.prefixes import Pointers, Prefixes, RecordPart, Run, State, covering
-from engine.plugins.tiers.records import RecordStore, record_bytes
+from engine.plugins.tiers.records import RecordStore, record_bytes, write_atomically
 from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
 
 Result = TypeVar("Result")

@@ -20,9 +20,8 @@ from engine.core import EngineCore, Plugin
 from engine.interfaces import Runner, StepReport
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
-from engine.plugins.tiers.fingerprint import load_digest, save_digest
 from engine.plugins.tiers.prefixes import RecordPart, covering
-from engine.plugins.tiers.records import RecordStore
+from engine.plugins.tiers.records import RecordStore, load_digest, save_digest
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport

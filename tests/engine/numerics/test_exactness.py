@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams, engine_config
-from engine.plugins.disaggregation.prefix_buffer import difference, identity
-from engine.plugins.tiers.fingerprint import StoreError
+from engine.plugins.disaggregation.wire import difference, identity
+from engine.plugins.tiers.records import StoreError
 from engine.runner.backends import override_all
 from engine.runner.build import load_runner
 from engine.schedule.scheduler import Batch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
+from engine.plugins.disaggregation.wire import PrefixBuffer
 from engine.runner.mtp_head import Predictor
 from engine.schedule.scheduler import Batch, Newest, Segment
 from hybridcache.geometry.sizes import KVSpec

@@ -18,8 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine import Engine, EngineConfig
 from engine.plugins import engine_config
-from engine.plugins.tiers.fingerprint import NAME, StoreError, check_fingerprint
-from engine.plugins.tiers.records import RecordStore
+from engine.plugins.tiers.records import NAME, RecordStore, StoreError, check_fingerprint
 from engine.weights.model_config import ModelError
 
 OURS, THEIRS = {"weights": "ours"}, {"weights": "theirs"}

@@ -12,9 +12,8 @@ from dataclasses import asdict
 import pytest
 
 from engine import Engine
-from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.plugins.disaggregation.prefix_fetch import PeerFetch
-from engine.plugins.disaggregation.wire import Rows, State
+from engine.plugins.disaggregation.wire import PrefixBuffer, Rows, State
 from tests.engine.transfer.pair import (
     GREEDY,
     assert_same,

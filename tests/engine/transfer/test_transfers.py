@@ -22,15 +22,16 @@ from engine import AsyncEngine, Engine, SamplingParams
 from engine.errors import WireError
 from engine.messages import plain as bytes_of
 from engine.plugins.disaggregation import prefill_server
-from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
 from engine.plugins.disaggregation.wire import (
     Alive,
     Connection,
     Done,
     Failed,
+    PrefixBuffer,
     Rows,
     State,
     ToDecode,
+    identity,
 )
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.engine.transfer.pair import (
