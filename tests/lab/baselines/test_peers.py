@@ -1,9 +1,14 @@
-"""Tests of rebuilt baselines: known behaviour on prompts small enough to count by hand, and
-invariants."""
+"""Tests of rebuilt baselines: known behaviour on prompts small enough to count by hand, hits of
+each request recorded with vLLM 0.33, and invariants."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +17,35 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.baselines.lightllm import LightllmCache
-from hybridcache.lab.baselines.protocol import BaselineConfig, replay
+from hybridcache.lab.baselines.protocol import Baseline, BaselineConfig, replay
 from hybridcache.lab.baselines.sglang import SglangCache
-from hybridcache.lab.generators import conversations
+from hybridcache.lab.baselines.vllm import VllmCache
+from hybridcache.lab.generators import GENERATORS, conversations
 from hybridcache.lab.prefix_tree import new_root
 from hybridcache.tokens import Tokens
-from tests.lab.baselines.prompts import QWEN3_NEXT, repeated_hits, text
 
+GIB = 1 << 30
+QWEN3_NEXT = BaselineConfig(
+    budget_bytes=40 * GIB, kv_bytes_per_token=24_576, state_bytes=36 * (49_152 + 2_097_152)
+)
 SMALL = BaselineConfig(
     budget_bytes=40_000, kv_bytes_per_token=12, state_bytes=640, num_full_layers=1,
     num_linear_layers=3, grid=8,
 )  # fmt: skip
+
+
+def text(seed: int, length: int) -> Tokens:
+    """Return random tokens."""
+    return np.random.default_rng(seed).integers(0, 150_000, length, dtype=np.int32)
+
+
+def repeated_hits(peer: Baseline, prefix: Tokens, count: int = 6) -> list[int]:
+    """Return the tokens reused by each of ``count`` prompts: a shared prefix and 700 random
+    tokens."""
+    return [
+        replay(peer, np.concatenate((prefix, text(100 + n, 700))), text(200 + n, 8))
+        for n in range(count)
+    ]
 
 
 def test_lightllm_has_one_state_at_the_last_whole_page() -> None:
@@ -66,6 +89,51 @@ def test_sglang_cap_drops_the_shallowest_states_of_a_path() -> None:
         history = np.concatenate((history, text(10 + turn, 20), text(20 + turn, 80)))
     assert len(peer.states) == 2
     peer.check()
+
+
+RECORD: dict[str, dict[str, dict[str, Any]]] = json.loads(
+    (Path(__file__).parent / "vllm_hits.json").read_text()
+)
+"""Written by record_vllm.py of commit efe20553, with vLLM's own ``KVCacheManager`` and chunk split,
+one request at a time."""
+VARIANTS: dict[str, tuple[int, int | None, int | None]] = {
+    "block 1056": (1056, None, 0),
+    "match unit 32": (1056, 32, 0),
+    "retention None": (1056, None, None),
+    "match unit 32, retention None": (1056, 32, None),
+    "retention 2112": (1056, None, 2112),
+    "block 544": (544, None, 0),
+    "block 544, match unit 32": (544, 32, 0),
+}
+"""Block, match unit and retention in tokens, by name. Qwen3-Next's block is 1,056 with float32
+states, 544 with bfloat16 ones."""
+BF16 = replace(QWEN3_NEXT, state_bytes=36 * (49_152 + 1_048_576))
+
+
+@pytest.mark.full("few-shot", "branch", "resend", "short")
+@pytest.mark.parametrize("workload", RECORD)
+def test_each_request_reuses_as_many_tokens_as_in_vllm(workload: str) -> None:
+    trace = list(GENERATORS[workload](seed=0))
+    for cell, expected in RECORD[workload].items():
+        name, _, size = cell.rpartition(", ")
+        block, unit, retention = VARIANTS[name]
+        config = QWEN3_NEXT if block == 1056 else BF16
+        config = replace(config, budget_bytes=int(size.split()[0]) * GIB)
+        peer = VllmCache(config, unit, retention)
+        assert peer.block_tokens == block
+        served = []
+        for request in trace:
+            session = peer.begin(request.tokens)
+            assert session is not None
+            served.append((session.cached_len, session.num_chunks))
+            session.finish(request.output)
+        peer.check()
+        lines = "\n".join(f"{reused} {chunks}" for reused, chunks in served)
+        assert expected == {
+            "reused": sum(reused for reused, _ in served),
+            "chunks": sum(chunks for _, chunks in served),
+            "digest": hashlib.blake2b(lines.encode(), digest_size=8).hexdigest(),
+        }, cell
 
 
 @pytest.mark.parametrize("baseline", sorted(BASELINES))
