@@ -182,8 +182,8 @@ class PrefillServer(Plugin):
         try:
             self.address = self._listen(self.settings.addresses[0])
         except OSError as error:
-            why = f"--transfer-at {self.settings.transfer_at}: {error.strerror or error}"
-            raise ConfigError(f"{why}; 0.0.0.0 listens on all addresses.") from error
+            why = error.strerror or error
+            raise ConfigError(f"--transfer-at {self.settings.transfer_at}: {why}.") from error
         self._bell, self._ear = socket.socketpair()  # wakes the thread up
         self._bell.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="transfers", daemon=True)
