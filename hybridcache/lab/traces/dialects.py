@@ -50,7 +50,8 @@ def plain_chat(messages: Iterable[Record], system: Any = None, tools: Any = None
 
 def message_text(message: Record) -> str:
     """Return the text of a message, including its thoughts and tool calls."""
-    words = _content(message.get("content"))
+    others = message.keys() & {"reasoning_content", "tool_calls", "function_call"}
+    words = _content(message.get("content") if others else message["content"])
     if message.get("reasoning_content"):
         words = _thought(message.text("reasoning_content")) + words
     calls = list[Any](message.objects("tool_calls")) if message.get("tool_calls") else []
