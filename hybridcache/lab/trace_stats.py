@@ -98,95 +98,70 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
     """Read ``trace`` once and return its statistics. ``progress`` is called with the number of
     requests so far. O(tokens); holds the distinct ids in memory. ValueError if there is no
     request."""
-    gathered = _Gathered(trace.unit)
-    for done, request in enumerate(trace.in_order(), 1):
-        gathered.add(request)
-        if progress:
-            progress(done)
-    return gathered.stats(trace)
-
-
-class _Gathered:
-    def __init__(self, unit: int) -> None:
-        self.unit = unit
-        self.cache = InfiniteCache()
-        self.namespaces: set[Any] = set()
-        self.requests: list[tuple[float, int, int, int, int]] = []
-        """Time, tokens of prompt and answer, ideal tokens, and ids in the cache after each request.
-        The difference of two of the last is the number added between them."""
-        self.reuse: list[tuple[int, float, int]] = []
-        """Requests, seconds and new tokens since the last use of a shared prefix."""
-        self.last: dict[Hashable, TraceRequest] = {}
-        """Last request of each session."""
-        self.num_answered = self.num_repeated = 0
-        """Ids of answers that a prompt of their session follows, and of those it repeats."""
-        self.has_answer_ids = False
-        """Whether any answer is more than a length."""
-
-    def add(self, request: TraceRequest) -> None:
-        unit = self.unit
-        held_before = self.cache.num_ids
-        seen = self.cache.serve(request)
-        self.namespaces.add(request.namespace)
-        self._compare_answers(request)
+    unit, cache = trace.unit, InfiniteCache()
+    namespaces: set[Hashable] = set()
+    last: dict[Hashable, TraceRequest] = {}  # of each session
+    # Time, tokens of prompt and answer, ideal tokens, and ids in the cache after each request. The
+    # difference of two of the last is the number added between them.
+    visits: list[tuple[float, int, int, int, int]] = []
+    # Requests, seconds and new tokens since the last use of a shared prefix.
+    reuse: list[tuple[int, float, int]] = []
+    # Ids of answers that a prompt of their session follows, and of those it repeats.
+    num_answered = num_repeated = 0
+    has_answer_ids = False  # True if any answer is more than a length.
+    for request in trace.in_order():
+        held_before = cache.num_ids
+        seen = cache.serve(request)
+        namespaces.add(request.namespace)
+        before = last.get(request.session)
+        last[request.session] = request
+        if before is not None:
+            num_answered += len(before.output)
+            if common_prefix_len(before.tokens, request.tokens) == len(before.tokens):
+                follows = request.tokens[len(before.tokens) :]
+                num_repeated += common_prefix_len(before.output, follows)
+            if not has_answer_ids and len(before.output):
+                is_known = before.output.min() < FreshIds.FLOOR
+                has_answer_ids = bool(is_known or num_repeated)
         now_s, num_tokens = request.timestamp_s, request.num_tokens(unit)
         if seen.length and seen.last_visit is not None:
             visit = seen.last_visit - 1
-            then_s, *_, held_then = self.requests[visit]
-            new_tokens = (held_before - held_then) * unit
-            self.reuse.append((len(self.requests) - visit, now_s - then_s, new_tokens))
-        ideal = min(seen.length * unit, num_tokens - 1)
-        answer = request.num_answer_tokens(unit)
-        self.requests.append((now_s, num_tokens, answer, ideal, self.cache.num_ids))
-
-    def _compare_answers(self, request: TraceRequest) -> None:
-        before = self.last.get(request.session)
-        self.last[request.session] = request
-        if before is None:
-            return
-        self.num_answered += len(before.output)
-        if common_prefix_len(before.tokens, request.tokens) == len(before.tokens):
-            follows = request.tokens[len(before.tokens) :]
-            self.num_repeated += common_prefix_len(before.output, follows)
-        if not self.has_answer_ids and len(before.output):
-            is_known = before.output.min() < FreshIds.FLOOR
-            self.has_answer_ids = bool(is_known or self.num_repeated)
-
-    def stats(self, trace: Trace) -> TraceStats:
-        if not self.requests:
-            raise ValueError(f"{trace.full_name}: {trace.is_empty_because}")
-        times, prompts, outputs, ideal, _ = zip(*self.requests, strict=True)
-        reuse = [*zip(*self.reuse, strict=True)] or [(), (), ()]
-        return TraceStats(
-            name=trace.name,
-            unit=self.unit,
-            num_requests=len(times),
-            num_sessions=len(self.last),
-            num_namespaces=len(self.namespaces),
-            num_bad=trace.bad.count,
-            duration_s=times[-1] - times[0],
-            prompt=Summary.of(prompts),
-            output=Summary.of(outputs),
-            prompt_tokens=sum(prompts),
-            ideal_tokens=sum(ideal),
-            ideal_by_page={
-                page: sum(one // page * page for one in ideal)
-                for page in _PAGES
-                if page % self.unit == 0
-            },
-            ideal_requests=sum(map(bool, ideal)),
-            distinct_tokens=self.cache.num_ids * self.unit,
-            reuse_requests=Summary.of(reuse[0]),
-            reuse_s=Summary.of(reuse[1]),
-            reuse_new_tokens=Summary.of(reuse[2]),
-            sharing=_sharing(prompts, ideal, self.unit),
-            counted_by=trace.counted_by,
-            repeated_answers=(
-                self.num_repeated / self.num_answered if self.has_answer_ids else None
-            ),
-            columns=trace.columns,
-            invented_times=trace.invented_times,
-        )
+            then_s, *_, held_then = visits[visit]
+            reuse.append((len(visits) - visit, now_s - then_s, (held_before - held_then) * unit))
+        answer, ideal = request.num_answer_tokens(unit), min(seen.length * unit, num_tokens - 1)
+        visits.append((now_s, num_tokens, answer, ideal, cache.num_ids))
+        if progress:
+            progress(len(visits))
+    if not visits:
+        raise ValueError(f"{trace.full_name}: {trace.is_empty_because}")
+    times, prompts, outputs, ideals, _ = zip(*visits, strict=True)
+    since = [*zip(*reuse, strict=True)] or [(), (), ()]
+    return TraceStats(
+        name=trace.name,
+        unit=unit,
+        num_requests=len(times),
+        num_sessions=len(last),
+        num_namespaces=len(namespaces),
+        num_bad=trace.bad.count,
+        duration_s=times[-1] - times[0],
+        prompt=Summary.of(prompts),
+        output=Summary.of(outputs),
+        prompt_tokens=sum(prompts),
+        ideal_tokens=sum(ideals),
+        ideal_by_page={
+            page: sum(one // page * page for one in ideals) for page in _PAGES if page % unit == 0
+        },
+        ideal_requests=sum(map(bool, ideals)),
+        distinct_tokens=cache.num_ids * unit,
+        reuse_requests=Summary.of(since[0]),
+        reuse_s=Summary.of(since[1]),
+        reuse_new_tokens=Summary.of(since[2]),
+        sharing=_sharing(prompts, ideals, unit),
+        counted_by=trace.counted_by,
+        repeated_answers=num_repeated / num_answered if has_answer_ids else None,
+        columns=trace.columns,
+        invented_times=trace.invented_times,
+    )
 
 
 def _sharing(prompts: Sequence[int], ideal: Sequence[int], unit: int) -> tuple[DepthBin, ...]:
