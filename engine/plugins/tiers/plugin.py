@@ -21,7 +21,7 @@ from engine.interfaces import Runner, StepReport
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.prefixes import RecordPart, covering
-from engine.plugins.tiers.records import RecordStore, load_digest, save_digest
+from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
@@ -177,7 +177,7 @@ class TierPlugin(Plugin):
         self._cache = cache
         rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
         if self._store is not None:
-            fields = fingerprint_of(self.config, runner, tokenizer)
+            fields = self._fingerprint(self._store, runner, tokenizer)
             self._store.open(fields)
             self._open_disk(self._store, fields, runner.memory, rows[DISK])
         copier = partial(_copier, self.disk)
@@ -194,12 +194,30 @@ class TierPlugin(Plugin):
             options["publishing"] = write_through.publishing
         return options
 
+    def _fingerprint(
+        self, store: RecordStore, runner: Runner, tokenizer: Tokenizer | None
+    ) -> dict[str, str]:
+        """Return the properties that the bytes of KV and states, and the tokens that name them,
+        depend on."""
+        config, template = self.config, None if tokenizer is None else tokenizer.chat_template
+        is_dummy = config.load_format == "dummy"
+        return {
+            **runner.identity(None if is_dummy else store.load_digest(config.model_dir)),
+            "row bytes": str(runner.memory.row_bytes),
+            "state bytes": str(runner.memory.state_bytes),
+            "page size": str(config.page_size),
+            "checkpoint grid": str(config.grid),
+            "exact": str(config.exact),
+            "tokenizer": _digest(None if tokenizer is None else tokenizer.as_json()),
+            "chat template": _digest(None if template is None else template.source),
+        }
+
     def _open_disk(
         self, store: RecordStore, fields: Mapping[str, str], memory: MemorySizes, num_rows: int
     ) -> None:
         folder, config = store.folder, self.config
         if config.load_format != "dummy" and "weights" in fields:
-            save_digest(folder, store.folder_fd, config.model_dir, fields["weights"])
+            store.save_digest(config.model_dir, fields["weights"])
         self.disk = disk = Disk(
             store,
             max_bytes=self._sizes.store,
@@ -425,28 +443,6 @@ def _folder_bytes(folder: Path, gib: float | None, usual: int) -> int:
         return int(gib * GIB)
     used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return min(usual, int(disk.free * FREE_SHARE) + used)
-
-
-def fingerprint_of(
-    config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None
-) -> dict[str, str]:
-    """Return the properties that the bytes of KV and states, and the tokens that name them, depend
-    on."""
-    template = None if tokenizer is None else tokenizer.chat_template
-    digest = None
-    state_dir = config.of(TierConfig).state_dir
-    if config.load_format != "dummy" and state_dir is not None:
-        digest = load_digest(Path(state_dir), config.model_dir)
-    return {
-        **runner.identity(digest),
-        "row bytes": str(runner.memory.row_bytes),
-        "state bytes": str(runner.memory.state_bytes),
-        "page size": str(config.page_size),
-        "checkpoint grid": str(config.grid),
-        "exact": str(config.exact),
-        "tokenizer": _digest(None if tokenizer is None else tokenizer.as_json()),
-        "chat template": _digest(None if template is None else template.source),
-    }
 
 
 def _digest(text: str | None) -> str:

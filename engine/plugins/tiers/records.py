@@ -47,6 +47,12 @@ NAME = "fingerprint.json"
 FORMAT = "engine state 2"
 """Changes with the layout of records and of their meta."""
 DIGEST_BYTES = 32
+WEIGHTS_NAME, PATTERN = "weights.json", "*.safetensors"
+"""File with the saved digest of the weights, valid as long as no file changes: ``{"digest": text,
+"files": [[path, bytes, mtime, ctime, inode], ...]}``, with times in nanoseconds."""
+STARTED_NS = time.time_ns()
+CLOCK_NS = 2_000_000_000
+"""Maximum delay of a file system's clock."""
 MAGIC = b"HCRECRD2"
 HEAD = struct.Struct(f"<8s{DIGEST_BYTES}sQIQQII")
 CRC = struct.Struct("<I")
@@ -55,6 +61,7 @@ SUFFIX, PART, LOCK_NAME = ".record", ".part", "lock"
 BLOCK_BYTES, ENTRY_BYTES = 1 << 12, 1 << 6
 """Allocation unit of a file, and size of its entry in the folder."""
 
+Files = list[list[str | int]]
 Bytes = bytes | bytearray | memoryview
 
 logger = logging.getLogger(__name__)
@@ -70,43 +77,6 @@ def digest_of(fields: Mapping[str, str]) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
-def check_fingerprint(
-    folder: Path, folder_fd: int, fields: Mapping[str, str], *, has_records: bool
-) -> bytes:
-    """Check that ``folder`` belongs to ``fields``, and write its fingerprint if it has none.
-
-    Args:
-        folder_fd: descriptor of the folder.
-        has_records: True if there are records in the folder, so that it has a fingerprint.
-
-    Returns:
-        The digest of the fingerprint, for the records.
-
-    Raises:
-        StoreError: the folder belongs to another fingerprint; it is unchanged.
-        OSError: ``fingerprint.json`` cannot be read or written.
-    """
-    ours = {"format": FORMAT, **fields}
-    path = folder / NAME
-    stored = _read(path)
-    if stored is None:
-        if has_records:
-            raise StoreError(
-                f"{path} is missing or damaged, so the records next to it cannot be used: use "
-                f"another folder, or delete {folder} with its contents."
-            )
-        content = {"digest": digest_of(ours).hex(), "fields": ours}
-        write_atomically(folder_fd, NAME, json.dumps(content, indent=1).encode())
-    elif stored != ours:
-        names = dict.fromkeys((*ours, *stored))
-        differing = ", ".join(name for name in names if ours.get(name) != stored.get(name))
-        raise StoreError(
-            f"{folder} contains the state of an engine that differs in {differing}: configure both "
-            "the same, or use another folder."
-        )
-    return digest_of(ours)
-
-
 def _read(path: Path) -> dict[str, str] | None:
     """Return the fields in ``fingerprint.json``, or None if it is missing or damaged."""
     try:
@@ -120,50 +90,6 @@ def _read(path: Path) -> dict[str, str] | None:
     except (ValueError, TypeError, LookupError):
         return None
     return fields if is_sound else None
-
-
-WEIGHTS_NAME, PATTERN = "weights.json", "*.safetensors"
-"""File with the saved digest of the weights, valid as long as no file changes: ``{"digest": text,
-"files": [[path, bytes, mtime, ctime, inode], ...]}``, with times in nanoseconds."""
-STARTED_NS = time.time_ns()
-CLOCK_NS = 2_000_000_000
-"""Maximum delay of a file system's clock."""
-
-Files = list[list[str | int]]
-
-
-def load_digest(folder: Path, files_dir: Path) -> str | None:
-    """Load the digest that was saved for the files in ``files_dir``.
-
-    None if there is none, or if a file may have changed since then. O(files).
-    """
-    try:
-        known = json.loads((folder / WEIGHTS_NAME).read_text(encoding="utf-8"))
-        digest = known["digest"] if known["files"] == _files(files_dir) else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return digest if isinstance(digest, str) else None
-
-
-def save_digest(folder: Path, folder_fd: int, files_dir: Path, digest: str) -> None:
-    """Save ``digest``, which this process computed from the files in ``files_dir``.
-
-    Does nothing if it is saved already, or if a file changed while this process ran. Logs a warning
-    if it cannot be written; the next start then computes it again.
-    """
-    try:
-        files = _files(files_dir)
-        is_old = all(int(when) < STARTED_NS - CLOCK_NS for file in files for when in file[2:4])
-        if is_old and load_digest(folder, files_dir) != digest:
-            content = json.dumps({"digest": digest, "files": files}).encode()
-            write_atomically(folder_fd, WEIGHTS_NAME, content)
-    except OSError as error:
-        logger.warning(
-            "The digest of the weights is not saved in %s (%s): the next start reads the weights "
-            "twice.",
-            folder,
-            error.strerror,
-        )
 
 
 def _files(files_dir: Path) -> Files:
@@ -257,13 +183,28 @@ class RecordStore:
         StoreError if the folder belongs to another fingerprint or format, or cannot be written.
         Nothing in it was changed then.
         """
+        ours, path = {"format": FORMAT, **fields}, self.folder / NAME
         try:
-            has_records = any(name.endswith(SUFFIX) for name in self._names())
-            self._digest = check_fingerprint(
-                self.folder, self.folder_fd, fields, has_records=has_records
-            )
+            stored = _read(path)
+            if stored is None and not any(name.endswith(SUFFIX) for name in self._names()):
+                content = {"digest": digest_of(ours).hex(), "fields": ours}
+                write_atomically(self.folder_fd, NAME, json.dumps(content, indent=1).encode())
+                stored = ours
         except OSError as error:
             raise _unusable(self.folder, error) from error
+        if stored is None:
+            raise StoreError(
+                f"{path} is missing or damaged, so the records next to it cannot be used: use "
+                f"another folder, or delete {self.folder} with its contents."
+            )
+        if stored != ours:
+            names = dict.fromkeys((*ours, *stored))
+            differing = ", ".join(name for name in names if ours.get(name) != stored.get(name))
+            raise StoreError(
+                f"{self.folder} contains the state of an engine that differs in {differing}: "
+                "configure both the same, or use another folder."
+            )
+        self._digest = digest_of(ours)
         return self
 
     def scan(self) -> Iterator[Record]:
@@ -297,6 +238,38 @@ class RecordStore:
                 "Damaged records ignored in %s: %d. Their contents are computed again.",
                 self.folder,
                 num_damaged,
+            )
+
+    def load_digest(self, files_dir: Path) -> str | None:
+        """Load the digest that was saved for the files in ``files_dir``.
+
+        None if there is none, or if a file may have changed since then. O(files).
+        """
+        try:
+            known = json.loads((self.folder / WEIGHTS_NAME).read_text(encoding="utf-8"))
+            digest = known["digest"] if known["files"] == _files(files_dir) else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return digest if isinstance(digest, str) else None
+
+    def save_digest(self, files_dir: Path, digest: str) -> None:
+        """Save ``digest``, which this process computed from the files in ``files_dir``.
+
+        Does nothing if it is saved already, or if a file changed while this process ran. Logs a
+        warning if it cannot be written; the next start then computes it again.
+        """
+        try:
+            files = _files(files_dir)
+            is_old = all(int(when) < STARTED_NS - CLOCK_NS for file in files for when in file[2:4])
+            if is_old and self.load_digest(files_dir) != digest:
+                content = json.dumps({"digest": digest, "files": files}).encode()
+                write_atomically(self.folder_fd, WEIGHTS_NAME, content)
+        except OSError as error:
+            logger.warning(
+                "The digest of the weights is not saved in %s (%s): the next start reads the "
+                "weights twice.",
+                self.folder,
+                error.strerror,
             )
 
     def write(self, record_id: int, kind: int, meta: bytes, payload: Bytes) -> None:

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine import Engine, EngineConfig
 from engine.plugins import engine_config
-from engine.plugins.tiers.records import NAME, RecordStore, StoreError, check_fingerprint
+from engine.plugins.tiers.records import NAME, RecordStore, StoreError
 from engine.weights.model_config import ModelError
 
 OURS, THEIRS = {"weights": "ours"}, {"weights": "theirs"}
@@ -201,14 +201,6 @@ def test_a_folder_that_is_not_writable_is_refused(
 FIELDS = {"weights": "a" * 32, "checkpoint grid": "64", "exact": "False"}
 
 
-def check(folder: Path, fields: dict[str, str]) -> bytes:
-    folder_fd = os.open(folder, os.O_RDONLY)
-    try:
-        return check_fingerprint(folder, folder_fd, fields, has_records=False)
-    finally:
-        os.close(folder_fd)
-
-
 def test_a_new_fingerprint_is_synced_before_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +219,7 @@ def test_a_new_fingerprint_is_synced_before_use(
 
     for name in ("fsync", "rename"):
         monkeypatch.setattr(os, name, recorded(name))
-    check(tmp_path, FIELDS)
+    RecordStore(tmp_path).open(FIELDS).close()
     assert calls == ["fsync", "rename", "fsync folder"]
 
 
