@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import zmq
 
+from engine.config import EngineConfig
 from engine.core import Plugin
 from engine.errors import InvalidRequest, RequestError
 from engine.interfaces import Runner
@@ -248,16 +249,16 @@ class PeerFetcher:
     def __init__(
         self,
         manager: CacheManager,
-        unit: PrefixBuffer,
-        settings: DisaggregationConfig,
-        own: Mapping[str, str],
+        runner: Runner,
+        config: EngineConfig,
         counts: wire.TransferCounts,
     ) -> None:
-        """``own``: the engine's identity."""
-        self._manager, self.unit, self._own, self.counts = manager, unit, dict(own), counts
+        settings = config.of(DisaggregationConfig)
+        self._manager, self.unit, self.counts = manager, PrefixBuffer(runner), counts
+        self._own = identity(config, runner)
         self._peers = [Peer(address) for address in settings.addresses]
         self._fetch_above, self._timeout_s = settings.fetch_above, settings.transfer_timeout_s
-        self._max_bytes = max(PIECE_BYTES, unit.state_bytes, unit.row_bytes)
+        self._max_bytes = max(PIECE_BYTES, self.unit.state_bytes, self.unit.row_bytes)
         self._active: list[PeerFetch] = []
         # That of the process: closed connections end in the background.
         self._context: zmq.Context[Any] = zmq.Context.instance(wire.IO_THREADS)
@@ -386,15 +387,15 @@ class DecodePlugin(Plugin):
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> PeerFetcher:
         """See ``Plugin``."""
-        self.settings, self.counts = self.config.of(DisaggregationConfig), wire.TransferCounts()
-        buffer, own = PrefixBuffer(runner), identity(self.config, runner)
-        return PeerFetcher(manager, buffer, self.settings, own, self.counts)
+        self.counts = wire.TransferCounts()
+        return PeerFetcher(manager, runner, self.config, self.counts)
 
     def report(self) -> Mapping[str, Any]:
         return {"transfers": asdict(self.counts)}
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        return [("role", f"decode, with prefill at {', '.join(self.settings.prefill)}")]
+        addresses = ", ".join(self.config.of(DisaggregationConfig).prefill)
+        return [("role", f"decode, with prefill at {addresses}")]
 
 
 def _tensor(data: memoryview) -> torch.Tensor:

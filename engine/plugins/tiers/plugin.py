@@ -19,7 +19,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.interfaces import Runner, StepReport
 from engine.plugins.tiers import TierConfig
-from engine.plugins.tiers.disk import Disk
+from engine.plugins.tiers.disk import Disk, Kind
 from engine.plugins.tiers.prefixes import RecordPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
@@ -38,7 +38,7 @@ from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tiers import TieredRadixCache, path_of
-from hybridcache.tokens import EMPTY
+from hybridcache.tokens import EMPTY, Indices
 
 
 class WriteThrough(Listener):
@@ -63,17 +63,15 @@ class WriteThrough(Listener):
 
     def kv_stored(self, node: RadixNode) -> None:
         if self._is_publishing and node.kv is not None:
-            rows = node.kv.indices.copy()
-            self._steps.transfers.append(
-                Copy("kv", DEVICE, rows, KEPT, EMPTY, node.end, path_of(node))
-            )
+            self._queue("kv", node, node.kv.indices.copy())
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         if self._is_publishing and node.checkpoint is not None:
-            slot = np.array([node.checkpoint.slot], np.int32)
-            self._steps.transfers.append(
-                Copy("checkpoint", DEVICE, slot, KEPT, EMPTY, node.end, path_of(node))
-            )
+            self._queue("checkpoint", node, np.array([node.checkpoint.slot], np.int32))
+
+    def _queue(self, kind: Kind, node: RadixNode, rows: Indices) -> None:
+        copy = Copy(kind, DEVICE, rows, KEPT, EMPTY, node.end, path_of(node))
+        self._steps.transfers.append(copy)
 
 
 def _is_kept(transfer: Transfer) -> bool:
