@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from numbers import Integral
@@ -169,10 +169,13 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError("stop must contain only non-empty strings.")
-        _check_ids("stop_token_ids", self.stop_token_ids)
         if len(self.logit_bias) > MAX_BIASES:
             raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
-        _check_ids("logit_bias", dict(self.logit_bias))
+        biased = [token for token, _ in self.logit_bias]
+        for name, tokens in (("stop_token_ids", self.stop_token_ids), ("logit_bias", biased)):
+            for token in tokens:
+                if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
+                    raise ValueError(f"{name} must contain only token ids of 0 or more.")
         for token, value in self.logit_bias:
             BIAS.check(f"logit_bias of token {token}", value)
         if self.max_tokens is not None and self.min_tokens > max(self.max_tokens, 0):
@@ -222,12 +225,6 @@ class SamplingInput(Struct, frozen=True):
     """Number of the draw: the number of tokens generated before."""
     ruling: Ruling = FREE
     """Result of the request's rules."""
-
-
-def _check_ids(name: str, tokens: Collection[Any]) -> None:
-    for token in tokens:
-        if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
-            raise ValueError(f"{name} must contain only token ids of 0 or more.")
 
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -495,7 +492,7 @@ class Request(ScheduledRequest):
         scores = None
         if first == 0 and self.spec.prompt_logprobs is not None:
             answer.prompt_logprobs = scores = (None, *self.scores)
-        failure = None
+        ends, failure = (self.scheduled_s, self.first_token_s, self.finished_s), None
         if self.error is not None:
             failure = (InvalidRequest if self.is_refused else StepFailed)(self.error).to_wire()
         return RequestOutput(
@@ -510,20 +507,12 @@ class Request(ScheduledRequest):
             losses=self.losses,
             finish_reason=self.finish_reason,
             failure=failure,
-            timings=Timings(
-                _seconds(self.arrival_s, self.scheduled_s),
-                _seconds(self.arrival_s, self.first_token_s),
-                _seconds(self.arrival_s, self.finished_s),
-            ),
+            timings=Timings(*(None if end is None else end - self.arrival_s for end in ends)),
             num_preemptions=self.num_preemptions,
             drafts=None if self.drafts is None else self.drafts.copy(),
             transferred=self.transferred,
             answer=answer,
         )
-
-
-def _seconds(start_s: float, end_s: float | None) -> float | None:
-    return None if end_s is None else end_s - start_s
 
 
 MAX_RECENT = 256

@@ -19,9 +19,8 @@ from msgspec import structs
 from starlette.responses import Response
 
 from engine.async_engine import RequestStream
-from engine.requests.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.requests.chat_prompt import ChatPrompt, no_chat
-from engine.requests.grammar import Grammar
+from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls
 from engine.server.access import choice_id, new_id
 from engine.server.api_errors import APIError, of_value
 from engine.server.bodies import DONE, PAUSE, EventStream, as_event, event, unless_gone
