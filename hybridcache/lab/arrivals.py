@@ -139,24 +139,13 @@ def interleave(
         start = next(drawn) if drawn else session[0].timestamp_s if session else 0.0
         if not session:
             continue
-        times = _times(session, start, pauses, rng, unit)
+        times, now = [], start
+        for request in session:
+            if pauses is None:
+                now = start + (request.timestamp_s - session[0].timestamp_s)
+            times.append(now)
+            if pauses is not None:
+                now += pauses.next(rng, len(request.output) * unit)
         yield from due(start)
         heapq.heappush(heap, (times[0], number, 0, session, times))
     yield from due(math.inf)
-
-
-def _times(
-    session: Sequence[TraceRequest],
-    start: float,
-    pauses: Pauses | None,
-    rng: np.random.Generator,
-    unit: int,
-) -> list[float]:
-    if pauses is None:
-        first = session[0].timestamp_s
-        return [start + (request.timestamp_s - first) for request in session]
-    times, now = [], start
-    for request in session:
-        times.append(now)
-        now += pauses.next(rng, len(request.output) * unit)
-    return times

@@ -40,10 +40,6 @@ class Position:
     is_candidate: bool
     """True if a checkpoint may be saved here: its depth is on the grid."""
 
-    @property
-    def num_intervals(self) -> int:
-        return len(self.visits) - 1
-
 
 @dataclass(frozen=True, slots=True)
 class VisitedTrie:
@@ -309,7 +305,7 @@ class _Growing:
             ordinal = self.ordinal_of[request][above]
             if (
                 position.depth > self.hit_depth[request]
-                and ordinal < position.num_intervals
+                and ordinal < len(position.visits) - 1
                 and self.checkpoints[above][ordinal]
             ):
                 needed |= self._state_since(above, ordinal - 1)
@@ -348,12 +344,6 @@ class _Growing:
             elif len(states) == 1:
                 break  # kept KV has all KV above it
         return added
-
-    def cost(self, added: list[tuple[int, int, npt.NDArray[np.intp]]]) -> float:
-        """Return bytes times steps."""
-        return float(
-            sum(size * int(self.lengths[index][which].sum()) for index, size, which in added)
-        )
 
     def running_with(self, request: int, tokens: int) -> npt.NDArray[np.int64] | None:
         """Return ``running`` once ``request`` reuses that many more tokens."""
@@ -434,7 +424,8 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
         states = growing.needs(request, index)
         added = growing.missing(states)
         gain = trie.positions[index].depth - int(growing.hit_depth[request])
-        cost = growing.cost(added)
+        lengths = growing.lengths  # of intervals, in steps
+        cost = float(sum(size * int(lengths[at][which].sum()) for at, size, which in added))
         now = gain / cost if cost else float("inf")
         if heap and now < -heap[0][0] * (1 - 1e-9):
             heapq.heappush(heap, (-now, request, index))

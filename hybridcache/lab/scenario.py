@@ -26,7 +26,7 @@ import json
 import sys
 import tomllib
 from ast import literal_eval
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
@@ -635,15 +635,13 @@ def load_model(name: str, **dtypes: str) -> ModelGeometry:
 
 def _in_units(spec: str, unit: int) -> str:
     """Convert the lengths in the placement ``spec`` from tokens to units of ``unit`` tokens."""
-
-    def convert() -> Iterator[str]:
-        for text in split_specs(spec):
-            name, _, number = text.partition(":")
-            entry = PLACEMENT_NAMES.get(name)
-            is_length = entry is not None and entry.counts == "tokens" and number.isdecimal()
-            yield f"{name}:{max(1, int(number) // unit)}" if is_length else text
-
-    return ",".join(convert())
+    found = []
+    for text in split_specs(spec):
+        name, _, number = text.partition(":")
+        entry = PLACEMENT_NAMES.get(name)
+        is_length = entry is not None and entry.counts == "tokens" and number.isdecimal()
+        found.append(f"{name}:{max(1, int(number) // unit)}" if is_length else text)
+    return ",".join(found)
 
 
 def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy, ...]:

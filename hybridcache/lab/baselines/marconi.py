@@ -195,10 +195,6 @@ class MarconiCache:
         self.flops_saved += self.flops.total(node.depth * self.config.unit)
         return MarconiSession(self, root, tokens, node.depth, namespace)
 
-    def _excess(self) -> int:
-        """Return the bytes above the budget; negative if there is free memory."""
-        return self.used_bytes - self.config.budget_bytes
-
     def finished(
         self, root: PrefixNode, tokens: Tokens, output: Tokens, namespace: Hashable
     ) -> None:
@@ -248,7 +244,7 @@ class MarconiCache:
             self._save(node)
         for node in tail.path():
             self._list(node)
-        self._evict(self._excess(), fresh)
+        self._evict(self.used_bytes - self.config.budget_bytes, fresh)
 
     def _evict_then_insert(self, root: PrefixNode, whole: Tokens) -> None:
         """Evict for the whole text and at most two states, then insert.
@@ -260,7 +256,7 @@ class MarconiCache:
         _, matched = walk(root, whole)
         num_states = 1 + (matched > reusable.depth)
         needed = num_states * self.config.state_bytes + (len(whole) - matched) * self.kv_bytes
-        self._evict(self._excess() + needed, set())
+        self._evict(self.used_bytes + needed - self.config.budget_bytes, set())
         tail, new, fork = grow(*walk(root, whole), whole)
         self.used_bytes += new * self.kv_bytes
         for node in (tail, fork):

@@ -107,23 +107,18 @@ def serve(
     log = RequestLog(unit, has_causes=not scenario.baseline)
     times = scenario.prefill_times(scenario.geometry())
     if scenario.max_running is None:
-        _serve_in_turn(target, requests, log)
+        for request in requests:
+            start = perf_counter()
+            served = target.begin(request)
+            if served is not None:
+                served.prefilled()
+                served.finish()
+            log.add(request, served, perf_counter() - start)
         log.ttft_s = _queue(log, times, scenario.servers)
     else:
         replica = Replica(target, scenario.servers, scenario.max_running)
         EventLoop(log, times, scenario.tpot_s, replica).run(requests)
     return log
-
-
-def _serve_in_turn(target: Target, requests: Iterable[TraceRequest], log: RequestLog) -> None:
-    begin, add = target.begin, log.add
-    for request in requests:
-        start = perf_counter()
-        served = begin(request)
-        if served is not None:
-            served.prefilled()
-            served.finish()
-        add(request, served, perf_counter() - start)
 
 
 def _queue(log: RequestLog, times: PrefillTimes, servers: int) -> array[float]:
