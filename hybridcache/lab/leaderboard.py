@@ -141,7 +141,7 @@ class Split:
         packaged = resources.files(__package__) / "leaderboard.toml"
         source = packaged if path is None else Path(path)
         try:
-            read = tomllib.loads(source.read_text(encoding="utf-8"))
+            read = _fixed(tomllib.loads(source.read_text(encoding="utf-8")))
             known = {"model", "seeds", "gib", "closed-loop"}
             for name in read:
                 if name not in known:
@@ -151,13 +151,8 @@ class Split:
                 if name not in read:
                     raise ValueError(f"the split has no {name!r}; {SPLIT_FORM}")
             name = "evaluation" if path is None else source.name
-            return cls(
-                name,
-                read["model"],
-                _fixed(read["seeds"]),
-                _fixed(read["gib"]),
-                _fixed(read.get("closed-loop", {})),
-            )
+            loops = read.get("closed-loop", {})
+            return cls(name, read["model"], read["seeds"], read["gib"], loops)
         except ValueError as error:
             raise ValueError(f"{source.name if path is None else path}: {error}") from None
 

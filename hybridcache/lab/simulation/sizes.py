@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -70,7 +69,18 @@ def sizes_for(
     >>> [round(size / whole, 4) for size in sizes_for("1%:100%:3", trace, geometry)]
     [0.01, 0.1, 1.0]
     """
-    found = _shares(spec, trace, geometry) if has_shares(spec) else sizes(spec)
+    found = sizes(spec)
+    if isinstance(spec, str) and has_shares(spec):
+        parts = re.split("[:,]", spec)
+        shares = parts[:2] if ":" in spec else parts
+        if not all(part.strip().endswith("%") for part in shares):
+            raise ValueError(f"gib {shown(spec)}: give all sizes in GiB, or all with %")
+        whole = working_set_bytes(trace, geometry) / GIB
+        if not whole:
+            raise ValueError(f"{trace.name}: {trace.is_empty_because}")
+        # Rounded, but never above the working set.
+        rounded = ((point, float(f"{whole * point / 100:.6g}")) for point in found)
+        found = tuple(min(size, whole) if point <= 100 else size for point, size in rounded)
     page_bytes = page_tokens * geometry.kv_bytes_per_token
     if budget_bytes(min(found)) < page_bytes:
         raise ValueError(
@@ -78,23 +88,6 @@ def sizes_for(
             ": give more"
         )
     return found
-
-
-def _shares(spec: Any, trace: Trace, geometry: ModelGeometry) -> tuple[float, ...]:
-    parts = re.split("[:,]", spec)
-    shares = parts[:2] if ":" in spec else parts
-    if not all(part.strip().endswith("%") for part in shares):
-        raise ValueError(f"gib {shown(spec)}: give all sizes in GiB, or all with %")
-    points = sizes(spec)
-    whole = working_set_bytes(trace, geometry) / GIB
-    if not whole:
-        raise ValueError(f"{trace.name}: {trace.is_empty_because}")
-    # Rounded, but never above the working set.
-    found = (float(f"{whole * point / 100:.6g}") for point in points)
-    return tuple(
-        min(size, whole) if point <= 100 else size
-        for point, size in zip(points, found, strict=True)
-    )
 
 
 def has_shares(spec: object) -> bool:
