@@ -727,26 +727,20 @@ class TieredRadixCache(HybridRadixCache):
                 offload.put_back(taken)
                 self.ghosts.trim()
                 return False
-            self._revive(taken.nodes, rows)
+            if taken.nodes:
+                self._expect_child(base)
+            start = 0
+            for node in taken.nodes:
+                end = start + node.end - node.start
+                self._tree.revive(node)
+                self._store_rows(node, rows[start:end].copy())
+                start = end
             offload.give(taken, rows, slot)
             state = taken.state
             self._store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
             if taken.nodes and target.children is None and target.kv is not None:
                 self.policy.add(target.kv)
         return True
-
-    def _revive(self, nodes: tuple[RadixNode, ...], rows: Indices) -> None:
-        """Make ``nodes``, a path of ghosts that are in no list, resident."""
-        start = 0
-        for node in nodes:
-            parent = node.parent
-            assert parent is not None
-            if not start:
-                self._expect_child(parent)
-            end = start + node.end - node.start
-            self._tree.revive(node)
-            self._store_rows(node, rows[start:end].copy())
-            start = end
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
         """Offer the checkpoint, which leaves the device, to the tiers."""

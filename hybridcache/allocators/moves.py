@@ -14,10 +14,6 @@ again. The bytes follow later: the owner of the tensors takes one ``StepPlan`` b
 
 Then the step computes, and writes the KV rows and checkpoint slots that it was given.
 
-``StepPlan.carry_out`` does this with the owner's methods, in this order, once. An owner that works
-through the plan by itself calls ``StepPlan.done`` afterwards. ``cache.check`` raises AssertionError
-while a plan that was taken is not carried out, and the next ``take_step`` RuntimeError.
-
 The order is safe:
 
 - All writes to slots (3 and the step) follow the transfers (1), because a slot is allocated after

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.geometry.checkpoints import CheckpointFormat
-from hybridcache.geometry.families import sizes_of, text_part
+from hybridcache.geometry.families import read, text_part
 from hybridcache.geometry.mixers import (
     AttentionSizes,
     DeltaSizes,
@@ -91,7 +91,13 @@ class ModelGeometry:
         full_name = preset_name(name)
         preset = presets()[full_name]
         dtypes = {"state_dtype": preset.get("state_dtype", "float32")} | dtypes
-        geometry = cls.from_sizes(full_name, _sizes_of(preset), **dtypes)
+        layers: list[LayerSizes] = []  # Their order has no meaning, only their sums do.
+        for count, kind, sizes in preset["layers"]:
+            made = KINDS[kind](**sizes)
+            is_mlp = isinstance(made, MLPSizes | ExpertsSizes)
+            layers += [LayerSizes(mlp=made) if is_mlp else LayerSizes((made,))] * count
+        model = ModelSizes(preset["hidden"], preset["vocab"], tuple(layers))
+        geometry = cls.from_sizes(full_name, model, **dtypes)
         # Published figures, where a preset has them, replace the sums over its layers.
         stated = {key: preset[key] for key in ("active_params", "total_params") if key in preset}
         return replace(geometry, **stated)
@@ -114,7 +120,7 @@ class ModelGeometry:
         """
         text = text_part(config)
         try:
-            sizes = sizes_of(text)
+            sizes, _ = read(text)
         except KeyError as error:
             raise ValueError(f"a model without field {error} is not supported") from error
         except SizesError:
@@ -277,13 +283,3 @@ def preset_name(name: str) -> str:
     near = get_close_matches(name.rpartition("/")[2], names, n=1)  # without an owner on the Hub
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"model {name!r} is none of: {', '.join(names)}{hint}")
-
-
-def _sizes_of(preset: Mapping[str, Any]) -> ModelSizes:
-    """Build the layers of a preset. Their order has no meaning, only their sums do."""
-    layers: list[LayerSizes] = []
-    for count, kind, sizes in preset["layers"]:
-        made = KINDS[kind](**sizes)
-        is_mlp = isinstance(made, MLPSizes | ExpertsSizes)
-        layers += [LayerSizes(mlp=made) if is_mlp else LayerSizes((made,))] * count
-    return ModelSizes(preset["hidden"], preset["vocab"], tuple(layers))

@@ -49,7 +49,7 @@ from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.api import Listener
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_on
-from hybridcache.export.sglang.states import Offer, RequestStates
+from hybridcache.export.sglang.states import Offer, RequestStates, RowView, SlotView, to_host
 from hybridcache.export.sglang.translation import (
     LossMeter,
     branch_position,
@@ -59,7 +59,6 @@ from hybridcache.export.sglang.translation import (
     tokens_of,
     why_not,
 )
-from hybridcache.export.sglang.views import RowView, SlotView, to_host
 from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.tokens import Indices, Tokens
 

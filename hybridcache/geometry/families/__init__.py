@@ -75,11 +75,6 @@ def read(text: Fields) -> tuple[ModelSizes, Config | None]:
     return module.sizes(config), config
 
 
-def sizes_of(text: Fields) -> ModelSizes:
-    """Return the sizes of a model's text part. Raises the errors of ``read``."""
-    return read(text)[0]
-
-
 def format_of(model_type: str) -> Format:
     """Return the keys of a model type. Raises KeyError if no module reads it."""
     found: Format = _modules()[model_type].FORMATS[model_type]

@@ -58,8 +58,8 @@ class Columns:
             place = self.places[item] = len(self.items)
             self.items.append(item)
             if place == len(self.cells):
-                self.cells, self.times = _doubled(self.cells), _doubled(self.times)
-                self.worths = np.concatenate((self.worths, np.zeros_like(self.worths)))
+                self.cells, self.times = doubled(self.cells), doubled(self.times)
+                self.worths = doubled(self.worths)
         self.cells[place], self.times[place], self.worths[place] = cell, time, worth
 
     def remove(self, item: Item) -> None:
@@ -73,5 +73,6 @@ class Columns:
                 column[place] = column[end]
 
 
-def _doubled(column: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.concatenate((column, np.zeros_like(column)))
+def doubled(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return ``table`` with as many rows of zeros after its own."""
+    return np.concatenate((table, np.zeros_like(table)))

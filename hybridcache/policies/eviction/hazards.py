@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.policies.eviction.columns import doubled
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -190,8 +192,8 @@ class Hazards:
         self._priors.append(prior)
         self._generations = None
         if row == len(self.index):
-            self._events, self._reached = _doubled(self._events), _doubled(self._reached)
-            self._partial, self.index = _doubled(self._partial), _doubled(self.index)
+            self._events, self._reached = doubled(self._events), doubled(self._reached)
+            self._partial, self.index = doubled(self._partial), doubled(self.index)
         first = 1 / _PRIOR_AGES if begins_as is None else self.index[begins_as]
         self.index[row] = prior * first
         return row
@@ -244,7 +246,9 @@ class Hazards:
         num_bins = bisect_right(_EDGE_LIST, latest)
         hazard = self._hazards(now, min(num_bins + AHEAD, NUM_BINS))
         self.index[: len(hazard), :num_bins] = index_of(hazard, num_bins)
-        self._forget()
+        heavy = self._events.sum(axis=1) > MEMORY
+        for counts in (self._events, self._reached, self._partial):
+            counts[heavy] *= 0.5
         return True
 
     def _hazards(self, now: int, num_bins: int = NUM_BINS) -> Floats:
@@ -330,12 +334,6 @@ class Hazards:
         for counts in (self._events, self._reached, self._partial):
             assert not counts[len(self._parents) :].any(), "something was counted in no class"
 
-    def _forget(self) -> None:
-        heavy = self._events.sum(axis=1) > MEMORY
-        self._events[heavy] *= 0.5
-        self._reached[heavy] *= 0.5
-        self._partial[heavy] *= 0.5
-
 
 def _sorted_by_parent(
     keys: Iterable[Key], parents: list[int | None], models: Mapping[int, int]
@@ -406,7 +404,3 @@ def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
         np.divide(used[start:], time[start:], out=used[start:])
         np.maximum.reduce(used[start:], axis=0, out=best[start])
     return np.where(survive[:num_bins] < 1e-280, hazard.T[:num_bins], best).T
-
-
-def _doubled(table: Floats) -> Floats:
-    return np.concatenate((table, np.zeros_like(table)))

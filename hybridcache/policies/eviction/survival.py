@@ -68,18 +68,6 @@ class _Memo:
         self.demand: int | None = None
         """Row of the class of the evicted tip that the item stands in for, or None."""
 
-    def state(self) -> list[Any]:
-        """Return all fields as plain data."""
-        return [getattr(self, name) for name in self.__slots__]
-
-    @classmethod
-    def of(cls, state: list[Any]) -> _Memo:
-        """Return the memo with the fields of ``state``."""
-        memo = cls.__new__(cls)
-        for name, value in zip(cls.__slots__, state, strict=True):
-            setattr(memo, name, value)
-        return memo
-
 
 class Survival(EvictionPolicy):
     """Evict the item with the least (index of its class and age) * (tokens lost) / (bytes freed).
@@ -170,11 +158,16 @@ class Survival(EvictionPolicy):
     def memo_state(self, item: Item) -> list[Any] | None:
         """Return the memo of ``item`` as plain data, or None if it has none."""
         memo = item.memo
-        return memo.state() if isinstance(memo, _Memo) else None
+        if not isinstance(memo, _Memo):
+            return None
+        return [getattr(memo, name) for name in _Memo.__slots__]
 
     def memo_of(self, state: list[Any]) -> _Memo:
         """Return the memo that ``memo_state`` described."""
-        return _Memo.of(state)
+        memo = _Memo.__new__(_Memo)
+        for name, value in zip(_Memo.__slots__, state, strict=True):
+            setattr(memo, name, value)
+        return memo
 
     def add(self, item: Item) -> None:
         hazards = self.hazards

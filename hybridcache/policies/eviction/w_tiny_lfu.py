@@ -51,8 +51,12 @@ class TinyLfuQueues(QueuePolicy):
             oldest = self.protected.oldest()
             assert oldest is not None
             self.move(oldest[1], self.probation)
-        if self._uses > AGE_AFTER * (len(self.window) + len(self.probation) + len(self.protected)):
-            self._age()
+        queues = self.window, self.probation, self.protected
+        if self._uses > AGE_AFTER * sum(map(len, queues)):
+            self._uses = 0
+            for queue in queues:
+                for _, held in queue:
+                    held.memo.mark //= 2
 
     def choose(self) -> Item | None:
         """Move the window's overflow to main while there is room, then compare it with main's
@@ -92,12 +96,6 @@ class TinyLfuQueues(QueuePolicy):
     def _main_oldest(self) -> Item | None:
         oldest = self.probation.oldest() or self.protected.oldest()
         return oldest[1] if oldest else None
-
-    def _age(self) -> None:
-        self._uses = 0
-        for queue in (self.window, self.probation, self.protected):
-            for _, item in queue:
-                item.memo.mark //= 2
 
 
 class WTinyLFU(BothKinds):

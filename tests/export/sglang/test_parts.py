@@ -12,7 +12,7 @@ import torch
 
 from hybridcache import CacheConfig
 from hybridcache.config import build_on
-from hybridcache.export.sglang.states import RequestStates
+from hybridcache.export.sglang.states import RequestStates, RowView, SlotView
 from hybridcache.export.sglang.translation import (
     NO_TOKEN,
     branch_position,
@@ -20,7 +20,6 @@ from hybridcache.export.sglang.translation import (
     prompt_of,
     why_not,
 )
-from hybridcache.export.sglang.views import RowView, SlotView
 from tests.cache import serving
 from tests.cache.serving import ids
 
