@@ -620,11 +620,8 @@ class Lease:
                 self._pending.append((position, slot, label))
                 self.cache.steps.note_taken(self, start)
                 num_taken += 1
-        saves = []
-        for position, slot, _ in self._pending:
-            if start < position <= end:
-                saves.append((position, slot))
-        return tuple(sorted(saves))
+        due = [(position, slot) for position, slot, _ in self._pending if start < position <= end]
+        return tuple(sorted(due))
 
     def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
         """Move the rolling checkpoint to the last position in (start, end] at which decode saves a
@@ -829,10 +826,8 @@ class Lease:
         """Insert and return (node that ends at the new ``published_len``, number of duplicate
         rows, slots of ``saved`` that the tree has not taken). These rows and slots are freed."""
         cache, first = self.cache, self.published_len
-        checkpoints, labels = [], []
-        for position, slot, label in saved:
-            checkpoints.append((position, slot))
-            labels.append(label)
+        checkpoints = [(position, slot) for position, slot, _ in saved]
+        labels = [label for _, _, label in saved]
         self.published_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
             self._rows[:computed_len],

@@ -26,6 +26,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from math import inf
+from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar, cast
 
 from hybridcache.lease import Lease
@@ -51,6 +52,8 @@ TILES = 2
 """Most tiles begun in a step, as a multiple of the tiles that its tokens fill. A few tokens cost
 nearly half as much as a whole tile, so a hundred short chunks would make a step several times
 longer."""
+
+_age = attrgetter("arrival")
 
 R = TypeVar("R", bound=ScheduledRequest)
 Q = TypeVar("Q", bound=ScheduledRequest)
@@ -583,10 +586,6 @@ class StepPlanner(Generic[R]):
         assert self._num_in_flight in (0, 1)
         assert self._sharing is None or self._sharing.followers <= set(self._waiting)
         assert self._holding.requests <= set(self._waiting)
-
-
-def _age(request: ScheduledRequest) -> int:
-    return request.arrival
 
 
 # --- Prefix sharing -------------------------------------------------------------------------------
