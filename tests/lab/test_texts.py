@@ -97,6 +97,10 @@ def test_unread_text_is_suggested_as_answer(words: str, end: str, tmp_path: Path
     path = lines(tmp_path / "t.jsonl", {"prompt": "a", "latency": 3, "said": words})
     with pytest.warns(TraceFieldsWarning, match=f"{end}$"):
         list(open_trace(f"{path}?tokenizer=bytes"))
+    call = assistant("") | {"calls": words}
+    for row in ({"messages": [user("a"), call, user("b")], "answer": "c"}, call | {"session": 1}):
+        with pytest.warns(TraceFieldsWarning, match=r"are not read: calls \(1\)"):
+            list(open_trace(f"{lines(path, row)}?tokenizer=bytes"))
 
 
 @pytest.mark.parametrize(
@@ -131,19 +135,19 @@ def test_wrong_requests_are_bad_records(
 def test_single_messages_are_assembled_to_prompts(
     form: str, has_times: bool, tmp_path: Path
 ) -> None:
-    call = {"role": "Assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    call = {"role": "Assistant", "content": None, "toolCalls": [{"function": {"name": "f"}}]}
     result = {"role": "tool", "content": '[{"type": "x"}]', "tool_call_id": "1"}
     said = [user("hello"), call, result, assistant("yes")]
     rows = [{"session": "a"} | one for one in said]
     rows[1:1] = [{"session": "b"} | one for one in (user("other"), assistant("sure"), user("?"))]
     rows = [({"time": when} if has_times else {}) | row for when, row in enumerate(rows)]
-    rows.append(rows[-1] | {"status": 500})
+    rows.append(rows[-1] | {"status": "500 Internal Server Error"})
     path = lines(tmp_path / "t", *rows)
     if form == "csv":
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
             writer.writeheader()
-            calls = ({"tool_calls": json.dumps(row.get("tool_calls"))} for row in rows)
+            calls = ({"toolCalls": json.dumps(row.get("toolCalls"))} for row in rows)
             writer.writerows(row | one for row, one in zip(rows, calls, strict=True))
     trace = open_trace(f"{path}?tokenizer=bytes")
     assert "an answer is a request after all messages of its session" in trace.columns
@@ -222,13 +226,13 @@ print(load_chat_text("qwen3.5").encode("A radix tree, 42.<|im_end|>").tolist())
 def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
     path.write_text(
-        "time,conversation,prompt,max_tokens,answer\n"
+        "Time,ConversationID,prompt,Max-Tokens,answer\n"
         '1.5,a,"be brief, please. who?",9,\n'
-        '0,b,"be brief, please. what?",,a tree\n'
+        '0,b,"be brief, please. what?",,a tree\n0.5,a,be brief,,\n'
     )
     assert recognise(path) == "csv"
     with pytest.warns(TraceOrderWarning):
-        first, second = open_trace(f"{path}?tokenizer=bytes")
+        first, _, second = open_trace(f"{path}?tokenizer=bytes")
     assert (first.session, first.timestamp_s, answer_text(first)) == ("b", 0, "a tree")
     assert (second.session, second.timestamp_s, len(second.output)) == ("a", 1.5, 9)
     assert text_of(second) == "be brief, please. who?"
@@ -245,7 +249,7 @@ SINCE_1970 = [(1.7e9 * unit, 1.7e9 * unit + 2 * unit) for unit in (1, 1e3, 1e6, 
 
 @pytest.mark.parametrize("times", [(5, 7), ("5", "7.0"), *SINCE_1970])
 def test_times_are_seconds_or_parts_of_a_second_since_1970(times: Any, tmp_path: Path) -> None:
-    rows = ({"prompt": "a", "created": when} for when in (*times, times[0])[:2])
+    rows = ({"prompt": "a", "createdAt": when} for when in (*times, times[0])[:2])
     found = open_trace(f"{lines(tmp_path / 't.jsonl', *rows)}?tokenizer=bytes")
     assert [request.timestamp_s for request in found] == [0, 2]
 

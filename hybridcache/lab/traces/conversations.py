@@ -13,7 +13,7 @@ from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.dialects import plain_chat
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, TraceClock
-from hybridcache.lab.traces.prompts import NAMES, Conversation, Named
+from hybridcache.lab.traces.prompts import NAMES, Conversation, Named, spelled
 from hybridcache.lab.traces.text import SYSTEM_ROLES, load_chat_text
 
 ANSWERS = ("assistant", "model")
@@ -74,7 +74,7 @@ class ConversationsReader(SessionReader):
 
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         """Return (session, messages) of the ``number``-th record."""
-        return number, record.objects("messages")
+        return number, [spelled(message) for message in record.objects("messages")]
 
     def unread(self, record: Record, messages: list[Record], has_times: bool) -> Iterator[str]:
         """Yield sentences about contents that no request shows."""

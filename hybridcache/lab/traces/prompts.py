@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +25,7 @@ from sortedcontainers import SortedDict
 
 from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import FreshIds, TraceRequest
-from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
+from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import COUNTS_ALONE, Record, TraceClock, shown
 from hybridcache.lab.traces.text import ChatText
 
@@ -53,10 +53,17 @@ OF_MESSAGES = ("session", "time", "system", "tools", "model", "tenant", "status"
 """Fields that a record of a single message may have."""
 PARTS = {"content": list, "tool_calls": list, "function_call": dict}
 """Fields of a single message that may be JSON text, as in a CSV file."""
+CONTENTS = (*PARTS, "reasoning_content")
+"""Fields of a message that hold its text."""
 ABSENT = {"session": "prompts that continue another", "answer": "unknown"}
 """Rules for fields that are absent."""
 BODIES = ("request", "request_body", "body")
 """Names of an object that holds the fields of a request."""
+SPELLINGS = {
+    name.replace("_", ""): name
+    for name in ("role", *CONTENTS, *BODIES, *(each for names in NAMES.values() for each in names))
+}
+"""Names of fields by their letters."""
 PARAMETERS = frozenset(
     (
         *("id", "object", "user", "n", "seed", "stop", "stream", "stream_options", "type", "index"),
@@ -73,15 +80,28 @@ _LETTERS = re.compile(r"[^\W\d_]{2}")
 WHOLE_TEXT = "a prompt must be the whole text that was sent to the model, earlier turns included"
 
 
+def spelled(record: Record, kept: Collection[str] = ()) -> Record:
+    """Return ``record`` with the names of ``SPELLINGS`` for those that differ from them in case,
+    underscores, hyphens or spaces only. Names in ``kept``, and a second one for a field, stay."""
+    names = dict[str, str]()
+    for name in record:
+        usual = SPELLINGS.get(re.sub(r"[\s_-]", "", name).lower(), name)
+        is_free = name not in kept and usual not in record and usual not in names
+        names[usual if is_free else name] = name
+    return Record((usual, record[name]) for usual, name in names.items())
+
+
 class Named:
     """A record whose fields are found by ``NAMES``, or by the names that the user gave."""
 
     def __init__(self, record: Record, names: dict[str, str]) -> None:
         """Raises ValueError if a name that the user gave is missing."""
+        record = spelled(record, names.values())
         body = None if {"messages", "prompt"} & record.keys() else record.first(BODIES)
         inner = _json(record[body], dict) if body else None
         if isinstance(inner, dict):
-            record = Record(inner | {name: each for name, each in record.items() if name != body})
+            outer = {name: each for name, each in record.items() if name != body}
+            record = Record(spelled(Record(inner), names.values()) | outer)
         self.record = record
         self._prompt = names.get("prompt") or "prompt"
         self.used: dict[str, str] = {}
@@ -127,10 +147,9 @@ class Named:
     @property
     def has_failed(self) -> bool:
         """True if the status is 400 or more, ``error`` or ``failed``."""
-        status = self.get("status")
-        with suppress(ValueError, TypeError):
-            return float(status) >= 400
-        return str(status).lower() in ("error", "failed")
+        status = str(self.get("status"))
+        number = re.match(r"\s*(\d{1,9})", status)  # "429 Too Many Requests" is 429
+        return int(number[1]) >= 400 if number else status.lower() in ("error", "failed")
 
     def message(self) -> Record:
         """Return a single message. Lists of parts and calls that are JSON text are decoded."""
@@ -261,13 +280,16 @@ class PromptParser:
     def __init__(self, chat: ChatText, names: dict[str, str]) -> None:
         self._chat, self._names = chat, names
         self._fresh, self._clock, self._continued = FreshIds(), TraceClock(), Continued()
-        self._last: dict[str | int, tuple[int, int]] = {}
-        """Length and hash of the last prompt of a named session."""
+        self._last: dict[str | int, tuple[int, int, float]] = {}
+        """Length, hash and time of the last prompt of a named session."""
+        self._newest_s, self._is_sorted = -math.inf, True
         self._unread, self._num_chars = Counter[str](), Counter[str]()
         """Number of values of each field without a use, and of characters of those with words."""
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
         self._num_whole = 0
         """Prompts without an answer whose last message is an assistant's."""
+        self._of_empty = Counter[str]()
+        """Number of values that are not read in an assistant's messages without contents."""
         self._num_failed = 0
         self._conversations = dict[str | int, Conversation]()
 
@@ -289,21 +311,26 @@ class PromptParser:
         session = record.record.key(record.used["session"]) if "session" in record.used else None
         request, said = self._request(record)
         now, namespace = self._now(record), record.namespace()
-        session = self._session(session, namespace, said)
+        session = self._session(session, namespace, said, now)
         yield request._replace(timestamp_s=now, session=session, namespace=namespace)
 
-    def _session(self, name: str | int | None, namespace: str | None, said: str) -> str | int:
+    def _session(
+        self, name: str | int | None, namespace: str | None, said: str, now_s: float
+    ) -> str | int:
         """Return the session of the next prompt: ``name``, or by its text if that is None."""
         self._num_requests += 1
+        self._is_sorted &= now_s >= self._newest_s
+        self._newest_s = max(self._newest_s, now_s)
         if name is None:
             number, continues = self._continued.session(f"{namespace}\0{said}")
             self._num_continued += continues
             return number
-        size, digest = self._last.get(name, (0, 0))
-        if size:
+        size, digest, before_s = self._last.get(name, (0, 0, -math.inf))
+        if size and now_s >= before_s:
             self._num_later += 1
             self._num_continued += hash(said[:size]) == digest
-        self._last[name] = len(said), hash(said)
+        if now_s >= before_s:
+            self._last[name] = len(said), hash(said), now_s
         return name
 
     def _now(self, record: Named) -> float:
@@ -322,6 +349,9 @@ class PromptParser:
             length = record.record.whole(record.number("length"))
         if "messages" in record.used:
             messages = Record(messages=record.get("messages", list)).objects("messages")
+            messages = [spelled(message) for message in messages]
+            for message in messages:
+                self._note_empty(message)
             said = plain_chat(messages, record.get("system"), record.get("tools", list))
             is_whole = answer is None and said and said[-1]["role"] == "assistant"
             self._num_whole += bool(is_whole)
@@ -356,10 +386,18 @@ class PromptParser:
             raise ValueError("the prompt is empty")
         return ids
 
+    def _note_empty(self, message: Record, known: Collection[str] = ()) -> None:
+        """Count an assistant's message without contents, and its fields that are not read."""
+        is_answer = ROLES.get(str(message.get("role")).lower()) == "assistant"
+        if is_answer and not any(message.get(name) for name in CONTENTS):
+            others = message.keys() - PARAMETERS - {"role", "name", "", *known}
+            self._of_empty.update(name for name in others if message[name])
+
     def _message(self, record: Named) -> Iterator[TraceRequest]:
         """Add a message to the conversation of its session; yield a request if it is an answer."""
         session, message = record.record.key(record.used["session"]), record.message()
         conversation = self._conversations.get(session) or Conversation(self._chat, session)
+        self._note_empty(message, record.used.values())
         is_first = not conversation.said
         leading = (record.get("system"), record.get("tools", list)) if is_first else ()
         *system, said = plain_chat([message], *leading)
@@ -389,15 +427,22 @@ class PromptParser:
                 f"the prompt before: {WHOLE_TEXT}"
             )
         elif self._continued.count >= FEWEST and not self._num_continued:
+            by_time = "sort the lines by time, because sessions are found in their order"
             yield (
                 f"no prompt begins with an earlier one, so {self._num_requests:,} requests are "
-                f"{self._continued.count:,} sessions: {WHOLE_TEXT}"
+                f"{self._continued.count:,} sessions: {WHOLE_TEXT if self._is_sorted else by_time}"
             )
         if self._num_whole:
             yield (
                 f"{counted(self._num_whole, 'prompt')} without an answer end with an assistant's "
                 "message: if each is a whole conversation, and its assistant's messages are the "
                 f"answers, read the file as conversations:{spec.partition(':')[2]}"
+            )
+        if self._of_empty:
+            names = ", ".join(f"{name} ({n:,})" for name, n in sorted(self._of_empty.items()))
+            yield (
+                f"messages of an assistant have no {', '.join(CONTENTS)}, and these fields of them "
+                f"are not read: {names}"
             )
         if self._unread and not self._num_answers and self._num_requests:
             counts = self._unread.most_common()
