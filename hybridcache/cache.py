@@ -433,6 +433,11 @@ class HybridRadixCache:
         return render_text(self._tree, max_nodes)
 
     @property
+    def num_kv_tokens(self) -> int:
+        """Number of KV rows, free or not, those of an arena's states included. O(1)."""
+        return self._pages.capacity
+
+    @property
     def free_tokens(self) -> int:
         """Number of KV rows available without eviction. O(1)."""
         return self._pages.num_free

@@ -211,6 +211,8 @@ class Mirror:
                 is_stored = isinstance(event, CheckpointStored)
                 self._pieces[event.id].checkpoint = is_stored
                 self.num_checkpoints += 1 if is_stored else -1
+            case _:
+                raise TypeError(f"event must be made by an EventStream (got {event!r}).")
 
     def _siblings(self, piece: _Piece) -> dict[tuple[int, ...], int]:
         if piece.parent is None:

@@ -50,8 +50,10 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     """Serialize the remembered state of ``cache`` and of the ``placement`` rules. O(tree).
 
     The most recently used nodes are written, within the cache's limit for ghosts. The state of
-    users' own policies is not.
+    users' own policies is not. Raises TypeError for a placement that is not a sequence of rules.
     """
+    if isinstance(placement, PlacementPolicy):
+        raise TypeError(f"placement must be the rules, as placement.rules (got {placement!r}).")
     nodes = _latest(cache)
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
@@ -228,10 +230,13 @@ class Memory:
         start anew, because their state is not saved, and are not named. O(memory).
 
         Raises:
-            ValueError: ``recall_tree`` did not restore this cache before.
+            ValueError: ``recall_tree`` did not restore this cache before, or it has served requests
+                since.
         """
         if cache is not self._cache:
             raise ValueError("call recall_tree with this cache before recall_policies.")
+        if any(node.kv or node.checkpoint for node in cache.iter_nodes()):
+            raise ValueError("call recall_policies before the first request is published.")
         unfit, recalled = list[str](), set[str]()
         levels = _levels(cache)
         for level in levels:

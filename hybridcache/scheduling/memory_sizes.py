@@ -76,4 +76,5 @@ class MemorySizes:
         """Longest request, in tokens, that can always be served to its end, if need be alone."""
         if self.is_stateful and not self.num_slots:
             return 0
-        return self.num_kv_tokens - SLOTS_OF_ONE * self.slab_rows
+        whole = self.num_kv_tokens // self.page_size * self.page_size
+        return whole - SLOTS_OF_ONE * self.slab_rows

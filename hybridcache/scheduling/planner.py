@@ -184,8 +184,9 @@ class StepPlanner(Generic[R]):
     the accepted tokens, call ``advance(one, good_len)``, ``manager.roll_back(one)``, and append the
     newest token.
 
-    ``remove(request)`` aborts one. If ``choose`` returns nothing, call it again when a request
-    arrives or leaves, or at ``wakes_at_s``.
+    The last token is never computed: ``leave`` as soon as ``num_tokens == max_len``, because
+    ``choose`` does not return the request again. ``remove(request)`` aborts one. If ``choose``
+    returns nothing, call it again when a request arrives or leaves, or at ``wakes_at_s``.
     """
 
     def __init__(
@@ -224,6 +225,11 @@ class StepPlanner(Generic[R]):
             raise ValueError(
                 "memory must have the page size of the manager's cache, and states if the manager "
                 f"is stateful (got {memory})."
+            )
+        if memory.max_request_len > manager.cache.num_kv_tokens:
+            raise ValueError(
+                f"memory must be that of the manager's cache, which has "
+                f"{manager.cache.num_kv_tokens} KV rows (got {memory})."
             )
         self._manager = manager
         self.admission = admission
@@ -365,7 +371,14 @@ class StepPlanner(Generic[R]):
 
     def advance(self, request: R, end: int, publishes: bool = True) -> None:
         """Record that ``request`` has computed its tokens below ``end``; publish those of a
-        prefill. An engine that works one step ahead sets ``scheduled_len`` when it plans a step."""
+        prefill. An engine that works one step ahead sets ``scheduled_len`` when it plans a step.
+        Raises ValueError if ``end`` is below the computed tokens or above those with rows."""
+        lease, _ = request.claims
+        if not request.computed_len <= end <= lease.extended_len:
+            raise ValueError(
+                f"end must be from {request.computed_len} to {lease.extended_len}, the tokens that "
+                f"are computed and those with rows (got {end})."
+            )
         is_decode = request.computed_len >= request.prefill_len
         request.computed_len = end
         request.scheduled_len = max(request.scheduled_len, end)

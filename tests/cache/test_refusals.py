@@ -74,6 +74,13 @@ publish(OTHER, ids("abcde"), [5])
 FOUND_ELSEWHERE = OTHER.match(ids("abcdef"))
 
 
+def recall_late(cache, rows):
+    fresh, memory = hybrid(), unpack(pack(write_memory(hybrid())))
+    memory.recall_tree(fresh)
+    publish(fresh, ids("abcde"))
+    memory.recall_policies(fresh)
+
+
 def insert(*checkpoints, **options):
     """Return a call that inserts five tokens. The caller holds their rows and slots 1 and 2."""
     return lambda cache, rows: cache.insert(ids("abcde"), rows, list(checkpoints), **options)
@@ -132,6 +139,9 @@ REFUSED = {
         "recall_tree",
         lambda cache, rows: unpack(pack(write_memory(cache))).recall_policies(cache),
     ),
+    "policies after a request": ("before the first", recall_late),
+    "a bare placement": ("placement.rules", lambda cache, rows: write_memory(cache, PLACEMENT)),
+    "no event": ("EventStream", lambda cache, rows: Mirror(1).apply({"id": 1})),
     "no listener": ("EventStream", lambda cache, rows: cache.subscribe(None)),
     "a class as listener": ("EventStream", lambda cache, rows: cache.subscribe(VictimLog)),
     "a listener of another cache": ("another", lambda cache, rows: cache.subscribe(FOLLOWS)),
@@ -423,6 +433,7 @@ WRONG = (
     (asking, {"namespace": 1.5}),
     (planner, {"memory": sizes(page_size=4)}),
     (planner, {"memory": sizes(state_bytes=0)}),
+    (planner, {"memory": sizes(num_kv_tokens=1001)}),
     *((Mirror, {"page_size": value}) for value in (0, "a")),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "grid": None}),

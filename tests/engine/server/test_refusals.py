@@ -58,7 +58,7 @@ ANTHROPIC |= {500: "api_error", 503: "overloaded_error"}
 def make_engine(config: EngineConfig, **options: Any) -> Engine:
     """Return an engine on the oracle that raises the error named in a prompt, with steps slow
     enough to fill its queue."""
-    runner = SlowRunner(8192, 16, max_model_len=1024)
+    runner = SlowRunner(65536, 16, max_model_len=20_000)
     runner.step_s = 0.01
     engine = Engine(
         config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer(), **options
@@ -225,7 +225,7 @@ async def check_duplicate_id_is_refused(
         assert len([output async for output in reused][-1].output) == 9
 
 
-ENDLESS = SamplingParams(max_tokens=900, ignore_eos=True)
+ENDLESS = SamplingParams(max_tokens=15_000, ignore_eos=True)
 SCENARIOS = (
     check_status_and_body_of_refusals,
     check_queue_filled_behind_the_server,
