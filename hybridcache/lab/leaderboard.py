@@ -123,13 +123,10 @@ class Split:
             if re.search(r"[?&]seed=", trace):
                 raise ValueError(f"{trace}: the seed of a trace is one of seeds: leave it out")
         for trace, cells in self.closed_loop.items():
-            pairs = "different pairs of GiB and sessions per second, for a trace of the table gib"
-            check(
-                f"closed loops of {trace}",
-                cells,
-                trace in self.gib and _differ(cells, is_cell),
-                pairs,
-            )
+            check("a trace of [closed-loop]", trace, trace in self.gib, "one of the table [gib]")
+            is_valid = _differ(cells, is_cell)
+            pairs = "different pairs of GiB and sessions per second"
+            check(f"closed loops of {trace}", cells, is_valid, pairs)
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Split:

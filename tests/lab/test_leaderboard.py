@@ -132,6 +132,7 @@ def test_changed_trace_file_is_scored_again(tmp_path: Path) -> None:
         ('gib = {short = "3"}', "sizes of short must be different GiB above 0 (got '3')"),
         ('gib = {short = ["a"]}', "sizes of short must be different GiB above 0"),
         ('gib = {"short?seed=4" = [1]}', "short?seed=4: the seed of a trace is one of seeds"),
+        ("closed-loop = {chat = []}", "a trace of [closed-loop] must be one of the table [gib]"),
         ("closed-loop = {short = [1]}", "closed loops of short must be different pairs"),
         ("x", "Expected"),
     ],
