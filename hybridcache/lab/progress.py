@@ -6,6 +6,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+# Here and not in a call, in which it would make Python repeat the warnings given so far.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # in notebooks without ipywidgets there is no bar
+    from tqdm.auto import tqdm
+
 Progress = Callable[[int, int], None] | bool | None
 """Argument of functions that take long: a function of (done, all); False for no progress; None for
 a bar if the output is a terminal or a notebook."""
@@ -27,10 +32,6 @@ def shown_progress(
         return
     if not isinstance(progress, bool | None):
         raise ValueError(f"progress must be a function, False or None (got {progress!r}).")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in notebooks without ipywidgets there is no bar
-        from tqdm.auto import tqdm
-
     with tqdm(unit=f" {unit}", desc=name, disable=None, delay=0.5) as bar:
 
         def show(done: int, total: int) -> None:
