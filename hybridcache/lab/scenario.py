@@ -50,6 +50,7 @@ from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
+from hybridcache.policies.admission.simple import KEPT_S
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.registry import (
     ADMISSION_NAMES,
@@ -253,7 +254,12 @@ class Scenario:
     seeds: int | Sequence[int] = _setting(
         1, "runs with other arrivals, averaged: their number, or seeds as a,b,c", LOAD, type=_seeds
     )
-    tells_ends: bool = _setting(False, "clients say when a session has ended", LOAD)
+    tells_ends: bool = _setting(
+        False,
+        "clients say when a session has ended; otherwise an idle one keeps its place under the "
+        f"admission live:N for {KEPT_S:g} s",
+        LOAD,
+    )
 
     def __post_init__(self) -> None:
         for one in fields(self):
