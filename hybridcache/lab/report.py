@@ -118,6 +118,11 @@ SERVE = {
 """Flags of ``engine serve`` and their defaults, by the setting."""
 
 
+def can_serve(run: RunResult) -> bool:
+    """Return whether the kernels of ``engine serve`` end at the grid positions of ``run``."""
+    return run.config.grid in (16, 32) or run.config.grid % 64 == 0
+
+
 def serve_flags(run: RunResult) -> str:
     """Return the settings of ``run`` as flags of ``engine serve``, and name those that it does not
     have."""

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -168,7 +169,8 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
         both, _ = run(processes=2, progress=lambda *at: done.append(at))
     assert list(map(comparable, alone)) == list(map(comparable, both))
     assert both[:4] == first and done == [(5, 6), (6, 6)]
-    assert run() == (both, {})
+    with warnings.catch_warnings(action="error"):
+        assert run() == (both, {})
 
 
 def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:
@@ -465,6 +467,8 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     found = simulate("short?head=30", gib=1, policy=["lru", "fifo"]).verdict()
     equal = r"lru has the most hits in the mean of 1 size \(by the intervals not different: fifo\);"
     assert re.match(f"{equal} to serve:", found)
+    odd = simulate("short?head=30", gib=1, policy=["lru", "fifo"], grid=100).verdict()
+    assert "to serve" not in odd
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,7 @@ print(load_chat_text("qwen3.5").encode("A radix tree, 42.<|im_end|>").tolist())
     assert json.loads(done.stdout) == QWEN_IDS
 
 
+@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceFieldsWarning")
 def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
     path.write_text(

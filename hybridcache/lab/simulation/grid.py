@@ -100,7 +100,7 @@ def run_grid(
     if kept:
         identity = identity_of(trace)
         keys = [job.key(identity) for job in jobs]  # type: ignore[attr-defined]
-        known = dict(_read(kept, set(keys)))
+        known = _read(kept, set(keys))
         results = {number: known[key] for number, key in enumerate(keys) if key in known}
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
     if kept:
@@ -174,19 +174,23 @@ def _check_results_file(kept: Kept, trace: Trace) -> None:
         )
 
 
-def _read(kept: Kept, wanted: set[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (key, result) of the ``wanted`` keys. A damaged line, or one cut by the end of a
-    process, is skipped with a warning."""
+def _read(kept: Kept, wanted: set[str]) -> dict[str, Any]:
+    """Return the results of the ``wanted`` keys. A damaged line, or one cut by the end of a
+    process, is skipped, with a warning if not all are found."""
+    found, damaged = dict[str, Any](), list[str]()
     if not kept.path.exists():
-        return
+        return found
     with kept.path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
                 if record.get("key") in wanted:
-                    yield record["key"], kept.kind.from_record(record)
+                    found[record["key"]] = kept.kind.from_record(record)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                warn(f"{kept.path}, line {number}: damaged or cut, so it is run again ({error!r})")
+                damaged.append(f"line {number}: damaged or cut, so it is run again ({error!r})")
+    for problem in damaged if wanted - found.keys() else ():
+        warn(f"{kept.path}, {problem}")
+    return found
 
 
 @contextmanager

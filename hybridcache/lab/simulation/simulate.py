@@ -37,6 +37,7 @@ from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.report import (
     TIE,
+    can_serve,
     classes_notes,
     find_metric,
     hindsight_percent,
@@ -171,6 +172,8 @@ class SimulationResult(SweepRuns):
         served = min(
             (run for run in best.values() if run.token_hit_rate > enough), key=lambda run: run.gib
         )
+        if not can_serve(served):
+            return has_most + more
         model = self.geometry.name
         model = model if model == "builtin" else f"ORG/{model}"
         return f"{has_most}{more}; to serve: engine serve --model {model} {serve_flags(served)}"
