@@ -101,6 +101,8 @@ def test_unread_text_is_suggested_as_answer(words: str, end: str, tmp_path: Path
     for row in ({"messages": [user("a"), call, user("b")], "answer": "c"}, call | {"session": 1}):
         with pytest.warns(TraceFieldsWarning, match=r"are not read: calls \(1\)"):
             list(open_trace(f"{lines(path, row)}?tokenizer=bytes"))
+    with pytest.warns(TraceFieldsWarning, match="are not read: calls"):
+        list(open_trace(f"{lines(path, {'messages': [user('a'), call]})}?tokenizer=bytes"))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_times_of_all_messages_are_those_of_the_requests(tmp_path: Path) -> None
     assert {one.service_s for one in found} == {1, 0.5}
     with pytest.warns(TraceFieldsWarning, match="ts is not read"):
         assert {one.service_s for one in open_trace(f"{path}?tokenizer=bytes&pause=9")} == {None}
-    lines(path, {"messages": said, "started_at": 5})
+    lines(path, {"Messages": said, "startedAt": 5})
     with pytest.warns(TraceFieldsWarning, match="started_at is not read"):
         list(open_trace(f"{path}?tokenizer=bytes"))
     lines(path, {"messages": [m | {"ts": 9 - t} for t, m in enumerate(said)]})

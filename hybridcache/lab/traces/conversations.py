@@ -13,7 +13,14 @@ from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.dialects import plain_chat
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, TraceClock
-from hybridcache.lab.traces.prompts import NAMES, Conversation, Named, spelled
+from hybridcache.lab.traces.prompts import (
+    EMPTY,
+    NAMES,
+    Conversation,
+    Named,
+    spelled,
+    unread_of_empty,
+)
 from hybridcache.lab.traces.text import SYSTEM_ROLES, load_chat_text
 
 ANSWERS = ("assistant", "model")
@@ -32,6 +39,7 @@ class ConversationsReader(SessionReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
+        record = spelled(record)
         said = record.get("messages")
         last = said[-1] if isinstance(said, list) and said else None
         is_whole = isinstance(last, dict) and str(last.get("role")).lower() in ANSWERS
@@ -43,7 +51,7 @@ class ConversationsReader(SessionReader):
         has_times = self.has_times
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
-            number, found = next(numbers), list[TraceRequest]()
+            number, found, record = next(numbers), list[TraceRequest](), spelled(record)
             name, messages = self.conversation(record, number)
             for problem in self.unread(record, messages, has_times):
                 notes.warn(problem, f"{problem} (first in conversation {number})")
@@ -67,7 +75,7 @@ class ConversationsReader(SessionReader):
         other times are set."""
         usual, messages = type(self)(self.path), list[Record]()
         with suppress(KeyError, ValueError):
-            messages = self.conversation(self.first, 1)[1]
+            messages = self.conversation(spelled(self.first), 1)[1]
         messages = [one for one in messages if one.get("role") not in SYSTEM_ROLES]
         is_usual = (self.starts, self.pauses) == (usual.starts, usual.pauses)
         return is_usual and bool(messages) and all(one.first(NAMES["time"]) for one in messages)
@@ -80,6 +88,9 @@ class ConversationsReader(SessionReader):
         """Yield sentences about contents that no request shows."""
         if messages and str(messages[-1].get("role")).lower() not in ANSWERS:
             yield "messages after the last answer are left out"
+        empty = {name for one in messages for name in unread_of_empty(one, NAMES["time"])}
+        if empty:
+            yield f"{EMPTY}: {', '.join(sorted(empty))}"
         times = filter(None, (one.first(NAMES["time"]) for one in (record, *messages)))
         if not has_times and (time := next(times, None)):
             rule = "starts= and pause= set the times unless all messages have one"

@@ -55,6 +55,9 @@ PARTS = {"content": list, "tool_calls": list, "function_call": dict}
 """Fields of a single message that may be JSON text, as in a CSV file."""
 CONTENTS = (*PARTS, "reasoning_content")
 """Fields of a message that hold its text."""
+EMPTY = (
+    f"messages of an assistant have no {', '.join(CONTENTS)}, and these fields of them are not read"
+)
 ABSENT = {"session": "prompts that continue another", "answer": "unknown"}
 """Rules for fields that are absent."""
 BODIES = ("request", "request_body", "body")
@@ -89,6 +92,16 @@ def spelled(record: Record, kept: Collection[str] = ()) -> Record:
         is_free = name not in kept and usual not in record and usual not in names
         names[usual if is_free else name] = name
     return Record((usual, record[name]) for usual, name in names.items())
+
+
+def unread_of_empty(message: Record, known: Collection[str] = ()) -> set[str]:
+    """Return the names of fields, other than ``known``, that are not read in an assistant's message
+    without contents; empty for another message."""
+    is_answer = ROLES.get(str(message.get("role")).lower()) == "assistant"
+    if not is_answer or any(message.get(name) for name in CONTENTS):
+        return set()
+    others = message.keys() - PARAMETERS - {"role", "name", "", *known}
+    return {name for name in others if message[name]}
 
 
 class Named:
@@ -351,7 +364,7 @@ class PromptParser:
             messages = Record(messages=record.get("messages", list)).objects("messages")
             messages = [spelled(message) for message in messages]
             for message in messages:
-                self._note_empty(message)
+                self._of_empty.update(unread_of_empty(message))
             said = plain_chat(messages, record.get("system"), record.get("tools", list))
             is_whole = answer is None and said and said[-1]["role"] == "assistant"
             self._num_whole += bool(is_whole)
@@ -386,18 +399,11 @@ class PromptParser:
             raise ValueError("the prompt is empty")
         return ids
 
-    def _note_empty(self, message: Record, known: Collection[str] = ()) -> None:
-        """Count an assistant's message without contents, and its fields that are not read."""
-        is_answer = ROLES.get(str(message.get("role")).lower()) == "assistant"
-        if is_answer and not any(message.get(name) for name in CONTENTS):
-            others = message.keys() - PARAMETERS - {"role", "name", "", *known}
-            self._of_empty.update(name for name in others if message[name])
-
     def _message(self, record: Named) -> Iterator[TraceRequest]:
         """Add a message to the conversation of its session; yield a request if it is an answer."""
         session, message = record.record.key(record.used["session"]), record.message()
         conversation = self._conversations.get(session) or Conversation(self._chat, session)
-        self._note_empty(message, record.used.values())
+        self._of_empty.update(unread_of_empty(message, record.used.values()))
         is_first = not conversation.said
         leading = (record.get("system"), record.get("tools", list)) if is_first else ()
         *system, said = plain_chat([message], *leading)
@@ -440,10 +446,7 @@ class PromptParser:
             )
         if self._of_empty:
             names = ", ".join(f"{name} ({n:,})" for name, n in sorted(self._of_empty.items()))
-            yield (
-                f"messages of an assistant have no {', '.join(CONTENTS)}, and these fields of them "
-                f"are not read: {names}"
-            )
+            yield f"{EMPTY}: {names}"
         if self._unread and not self._num_answers and self._num_requests:
             counts = self._unread.most_common()
             names = ", ".join(f"{name} ({count:,})" for name, count in counts)
