@@ -251,7 +251,7 @@ class ChatSession:
                     self.answer_id,
                     self.call.tenant,
                     self._body.messages,
-                    self._body.tools,
+                    [_plain(tool) for tool in self._body.tools or ()],
                     self._body.chat_template_kwargs,
                     self.call.size,
                     np.concatenate((first.prompt_token_ids, first.output)),

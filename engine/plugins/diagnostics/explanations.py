@@ -21,7 +21,7 @@ from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import json_response
 from engine.server.context import AnsweredChat, ServingContext
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.tokenizer import AS_TEXT, Tokenizer
+from engine.text.tokenizer import AS_TEXT, ChatTemplate, TemplateError, Tokenizer
 from hybridcache.geometry.units import counted
 from hybridcache.tokens import common_prefix_len
 
@@ -202,6 +202,8 @@ class Explanations:
             known = f"no earlier request shares more than its first {shared}, {step}"
             known = known if earlier_len else _ALONE
             words.append(f"It is a new conversation, or its beginning changed: {known}")
+            if parting is not None and parting["change"] == "tools":
+                words.append(f"{CHANGED['tools'].capitalize()} ({parting['path']}).")
         else:
             if earlier is None:
                 words.append(_FROM_OTHER if cached_len else _ALONE.capitalize())
@@ -237,7 +239,9 @@ class Explanations:
         """Describe the place ``at`` which two prompts differ. In a namespace, no text is shown."""
         ends = np.flatnonzero(np.isin(earlier.tokens[: earlier.prompt_len], self._control_ids))
         turn_start = int(ends[-1]) if len(ends) else earlier.prompt_len
-        change, path = _change(earlier, later, at, is_in_answer=at >= turn_start)
+        change, path = _change(
+            self._tokenizer.chat_template, earlier, later, at, is_in_answer=at >= turn_start
+        )
         left, right = earlier.tokens, later.tokens[: later.prompt_len]
         spans = right[max(at - SHOWN, 0) : at], left[at : at + SHOWN], right[at : at + SHOWN]
         texts: list[str | None] = [None] * 3
@@ -249,36 +253,56 @@ class Explanations:
 
 
 def _change(
-    earlier: AnsweredChat, later: AnsweredChat, at: int, is_in_answer: bool, with_ids: bool = False
+    template: ChatTemplate | None,
+    earlier: AnsweredChat,
+    later: AnsweredChat,
+    at: int,
+    is_in_answer: bool,
+    with_ids: bool = False,
 ) -> tuple[str, str | None]:
     """Return (one of ``CHANGED``, part of the later request) of two chats with different prompts.
 
     They share ``at`` tokens. ``is_in_answer``: they differ in the turn of the earlier answer, or
     behind it. Ids of calls count ``with_ids``, or without another difference before the answer,
-    because few templates write them.
+    because few templates write them. Of several fields that differ, the one whose change is first
+    in the text of ``template`` is returned; fields that it does not write do not count.
     """
     was, now = (
         chat.messages if with_ids else [*map(_without_ids, chat.messages)]
         for chat in (earlier, later)
     )
     first, skipped = _system_len(earlier), _system_len(later)
-    for name, old, new in (
-        ("tools", earlier.tools or (), later.tools or ()),
-        ("system", was[:first], now[:skipped]),
-    ):
-        if _differ(old, new):
-            return name, _path("messages" if name == "system" else name, old, new)
     old, new = was[first:], now[skipped:]
+    kept, replaced = earlier.messages[first:], later.messages[skipped:][: len(old)]
+    sent: dict[str, Any] = {
+        "messages": earlier.messages,
+        "tools": earlier.tools,
+        "variables": earlier.variables,
+    }
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    """Each field that differs: its name, its part that differs, and its later value."""
+    if _differ(earlier.tools or (), later.tools or ()):
+        path = _path("tools", earlier.tools or (), later.tools or ())
+        found.append(("tools", path, {"tools": later.tools}))
+    if _differ(was[:first], now[:skipped]):
+        path = _path("messages", was[:first], now[:skipped])
+        found.append(("system", path, {"messages": later.messages[:skipped] + kept}))
     if _differ(old, new[: len(old)]):
-        return "messages", _path("messages", old, new, skipped)
+        path = _path("messages", old, new, skipped)
+        found.append(("messages", path, {"messages": earlier.messages[:first] + replaced}))
     before, after = _fields(earlier.variables or {}), _fields(later.variables or {})
     if before != after:
-        return (
-            "variables",
-            f"chat_template_kwargs.{min(n for n, _ in before.items() ^ after.items())}",
-        )
+        name = min(n for n, _ in before.items() ^ after.items())
+        found.append(("variables", f"chat_template_kwargs.{name}", {"variables": later.variables}))
+    written = _written(template, sent) if found else None
+    places = [_parting(written, _written(template, sent | field)) for _, _, field in found]
+    seen = [place for place in places if place is not None]
+    if seen:
+        return found[places.index(min(seen))][:2]
     if not is_in_answer:
-        return ("template", None) if with_ids else _change(earlier, later, at, is_in_answer, True)
+        if with_ids:
+            return "template", None
+        return _change(template, earlier, later, at, is_in_answer, True)
     index = len(earlier.messages)
     path = f"messages[{index}]"
     if index >= len(later.messages):
@@ -290,6 +314,23 @@ def _change(
     # A template that drops reasoning differs before it, or where the answer begins with it.
     is_kept = at >= earlier.prompt_len + bool(earlier.message.get("reasoning_content"))
     return "replay" if is_kept else "template", path
+
+
+def _written(template: ChatTemplate | None, chat: Mapping[str, Any]) -> str | None:
+    """Return the text of a chat, or None if the template rejects it."""
+    try:
+        return None if template is None else template.render(**chat, add_generation_prompt=True)
+    except TemplateError:
+        return None
+
+
+def _parting(was: str | None, now: str | None) -> int | None:
+    """Return the position at which two texts differ, 0 if one is not known, or None if they are
+    equal."""
+    if was is None or now is None:
+        return 0
+    texts = (text.encode("utf-32-le", "surrogatepass") for text in (was, now))
+    return None if was == now else common_prefix_len(*(np.frombuffer(t, np.int32) for t in texts))
 
 
 def _without_ids(message: Mapping[str, Any]) -> dict[str, Any]:

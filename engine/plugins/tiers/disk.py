@@ -563,7 +563,10 @@ class Disk:
             out = np.empty((num_rows, self.row_bytes), np.uint8)
             start = time.perf_counter()
             if not self._store.read(number, out.data.cast("B")):
-                logger.warning("Record %x on disk is damaged: it is computed again.", number)
+                logger.warning(
+                    "Record %x on disk is damaged: it is computed again, with its continuations.",
+                    number,
+                )
                 self.num_errors += 1
                 self._failed.append(number)
                 return None

@@ -42,6 +42,7 @@ THINKING = """\
 """Template like Qwen3.5's: tools before the system message, reasoning kept since the last
 question."""
 COUNTING = "{{ messages|length }} messages\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+FUNCTIONS = THINKING.replace("t|tojson", "t.function|tojson")
 
 Chat = dict[str, Any]
 
@@ -180,6 +181,8 @@ PAIRS = [
     Pair("system removed", lambda chat: chat["messages"].pop(0), "system", "messages[0]"),
     Pair("system added", lambda chat: chat["messages"].insert(0, say("system", "Hello.")), "system", "messages[0]", base={**BASE, "messages": BASE["messages"][1:]}),
     Pair("system and tools", both(message(0, content="x"), lambda chat: chat["tools"].pop(0)), "tools", "tools[0]"),
+    Pair("tools the same in the prompt, and the question edited", both(message(1, content="And c?"), lambda chat: chat["tools"][0].update(unwritten=1)), "messages", "messages[1].content", template=FUNCTIONS),
+    Pair("tools behind the system message, which differs too", both(message(0, content="x"), lambda chat: chat["tools"].pop(0)), "system", "messages[0].content", template=None),
     tools("added at the end", "tools[3]", lambda t: t.append(tool("grep"))),
     tools("added in front", "tools[0]", lambda t: t.insert(0, tool("grep"))),
     tools("removed at the end", "tools[2]", lambda t: t.pop()),
