@@ -432,6 +432,13 @@ class ChatRequest(Sampling, kw_only=True):
                 raise ValueError(f"'{message.place}' has no 'content': add its text.")
         if self.tools is not None:
             self.tools = _read_tools(self.tools)
+        if taken := {"messages", "tools", "add_generation_prompt"}.intersection(
+            self.chat_template_kwargs or ()
+        ):
+            raise ValueError(
+                f"'chat_template_kwargs' contains '{min(taken)}', which is a field of the request: "
+                "set it there."
+            )
         if (effort := self.reasoning_effort) is not None:
             switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
             self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})

@@ -34,8 +34,9 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     note = "" if dtype == of_files else f" (the model's is {of_files})"
     warm_up = "none needed on a CPU" if runner.device.is_cpu else "none, because of --no-warm-up"
     arena = "one arena for KV and states" if memory.slab_rows else "one arena"
-    total, free, cached, held = map(
-        format_bytes, (memory.total_bytes, sizes.free, sizes.cached, sizes.held)
+    total, free, cached, held = (
+        format_bytes(size * config.num_ranks)
+        for size in (memory.total_bytes, sizes.free, sizes.cached, sizes.held)
     )
     rows = [
         (

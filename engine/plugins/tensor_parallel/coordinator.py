@@ -131,5 +131,5 @@ class TensorParallelPlugin(Plugin):
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         number = self.config.num_ranks
-        words = f"{number}, each with its part of every layer; memory is what one of them has"
+        words = f"{number}, each with its part of every layer; memory is for all of them"
         return [("ranks", words)]

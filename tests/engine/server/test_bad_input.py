@@ -178,6 +178,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "form"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue"),
         ({"continue_final_message": True}, "assistant"),
+        ({"chat_template_kwargs": {"messages": []}}, "a field of the request"),
         ({"structured_outputs": {"json": "no JSON"}}, "structured_outputs.json"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"regex": "a{1000000000}"}}, "structured_outputs.regex"),
