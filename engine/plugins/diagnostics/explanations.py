@@ -329,8 +329,12 @@ def _parting(was: str | None, now: str | None) -> int | None:
     equal."""
     if was is None or now is None:
         return 0
-    texts = (text.encode("utf-32-le", "surrogatepass") for text in (was, now))
-    return None if was == now else common_prefix_len(*(np.frombuffer(t, np.int32) for t in texts))
+    if was == now:
+        return None
+    left, right = (
+        np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.int32) for text in (was, now)
+    )
+    return common_prefix_len(left, right)
 
 
 def _without_ids(message: Mapping[str, Any]) -> dict[str, Any]:
