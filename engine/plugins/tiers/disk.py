@@ -189,8 +189,7 @@ class Disk:
         self._next_id = store.next_id
         for number in unknown:
             self._remove(number)
-        # The limit may have been higher in an earlier process.
-        self._make_room(0, 0)
+        self._shrink()
 
     @property
     def is_writable(self) -> bool:
@@ -495,6 +494,23 @@ class Disk:
 
         self._run("write a record", write, partial(self._failed.append, number))
         return number
+
+    def _shrink(self) -> None:
+        """Remove records until the others fit, because the limit may have been higher in an earlier
+        process.
+
+        KV without a state behind it cannot be used after a start, so it is removed first, then the
+        least recently used states, each with the KV that only it needs. O(records).
+        """
+        for kinds in (Run, (Run, State)):
+            for number in list(self.prefixes.used):
+                while (
+                    self.num_bytes > self.max_bytes
+                    and isinstance(item := self.prefixes.used.get(number), kinds)
+                    and self.prefixes.is_leaf(number)
+                ):
+                    self._forget(number)
+                    number = item.parent
 
     def _make_room(self, size: int, new: int) -> bool:
         """Remove records without rows, the least recently used first, until ``size`` bytes fit.

@@ -273,6 +273,22 @@ def test_a_smaller_folder_removes_the_oldest_records(tmp_path: Path) -> None:
     disk.close()
 
 
+def test_a_smaller_folder_keeps_states_with_their_kv(tmp_path: Path) -> None:
+    disk = open_disk(tmp_path)
+    paths = [prompt(number) for number in range(8)]
+    write(disk, *paths)
+    for path in paths:
+        read = reader(path, STATE_ROWS, "checkpoint")
+        disk.write_through("checkpoint", path, STATE_ROWS, read)
+    write(disk, *(prompt(number, 60) for number in range(8)))
+    limit = settled(disk).num_bytes // 4 + 1
+    disk.close()
+    disk = open_disk(tmp_path, max_bytes=limit)
+    assert readable(settled(disk), *paths) == [False] * 5 + [True] * 3
+    assert len(disk.prefixes.states) == 3
+    disk.close()
+
+
 def test_a_folder_full_of_used_records_is_searched_once_until_one_is_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
