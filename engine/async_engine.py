@@ -155,11 +155,11 @@ class EngineHost:
         request_id = request.request_id
 
         def arrive() -> None:
-            with self._wake:
+            with self._wake:  # The other thread counts each request once at any time.
                 self._arriving.remove(request_id)
+                self._request_ids.add(request_id)
+                self.engine.enqueue(request)
             self._num_received += 1
-            self._request_ids.add(request_id)
-            self.engine.enqueue(request)
 
         with self._wake:
             if not self._is_open:
