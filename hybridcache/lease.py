@@ -130,6 +130,44 @@ NOT_READY = (
 ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
 
 
+def _refuse_bad_begin(
+    cache: HybridRadixCache, placement: PlacementPolicy, request: LeaseRequest
+) -> None:
+    """Raise the errors of ``begin`` for wrong arguments, which would fail later in another call.
+
+    O(boundaries).
+    """
+    if not isinstance(placement, PlacementPolicy):
+        hint = " Build it once, for all requests, with parse_placement."
+        raise TypeError(f"placement must be a PlacementPolicy (got {placement!r}).{hint}")
+    if not isinstance(request, LeaseRequest):
+        raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
+    for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
+        if number is None:
+            continue
+        require_index(number, what, 0)
+        if (what, number) in cache.steps.numbers:
+            raise ValueError(
+                f"{what} {number} is that of a running lease: give each its own, or end the "
+                "other lease first."
+            )
+    for what in ("stateful", "reuse", "exact", "answer_survives", "resumes"):
+        if type(getattr(request, what)) is not bool:
+            require_bool(getattr(request, what), what)
+    if request.stateful and not cache.item_bytes.state:
+        raise ValueError(NO_STATES)
+    if not isinstance(request.boundaries, tuple | list):
+        raise TypeError(f"boundaries must be a tuple of positions (got {request.boundaries!r}).")
+    if request.boundaries:
+        require_positions(request.boundaries)
+    if cache.steps.num_open and cache.steps.thread != get_ident():
+        raise RuntimeError(OTHER_THREAD)
+    if getattr(request.tokens, "dtype", None) is not INT32 or request.tokens.ndim != 1:
+        require_int32(request.tokens, "tokens")
+    if not len(request.tokens):
+        raise ValueError("a request needs at least one token (got no tokens)")
+
+
 class _HeldRows:
     """Holder of the rows of one lease in an arena. It does not keep the lease alive, so a dropped
     lease gives its warning."""
@@ -271,38 +309,8 @@ class Lease:
             PolicyError: an own eviction policy has failed. Nothing is held.
             RuntimeError: leases of another thread are running.
         """
-        if not isinstance(placement, PlacementPolicy):
-            hint = " Build it once, for all requests, with parse_placement."
-            raise TypeError(f"placement must be a PlacementPolicy (got {placement!r}).{hint}")
-        if not isinstance(request, LeaseRequest):
-            raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
-        for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
-            if number is None:
-                continue
-            require_index(number, what, 0)
-            if (what, number) in cache.steps.numbers:
-                raise ValueError(
-                    f"{what} {number} is that of a running lease: give each its own, or end the "
-                    "other lease first."
-                )
-        for what in ("stateful", "reuse", "exact", "answer_survives", "resumes"):
-            if type(getattr(request, what)) is not bool:
-                require_bool(getattr(request, what), what)
-        if request.stateful and not cache.item_bytes.state:
-            raise ValueError(NO_STATES)
-        if not isinstance(request.boundaries, tuple | list):
-            raise TypeError(
-                f"boundaries must be a tuple of positions (got {request.boundaries!r})."
-            )
-        if request.boundaries:
-            require_positions(request.boundaries)
-        if cache.steps.num_open and cache.steps.thread != get_ident():
-            raise RuntimeError(OTHER_THREAD)
+        _refuse_bad_begin(cache, placement, request)
         # The caller may change its array before the tokens are published.
-        if getattr(request.tokens, "dtype", None) is not INT32 or request.tokens.ndim != 1:
-            require_int32(request.tokens, "tokens")
-        if not len(request.tokens):
-            raise ValueError("a request needs at least one token (got no tokens)")
         prompt = request.tokens.tobytes()
         tokens, namespace = np.frombuffer(prompt, np.int32), request.namespace
         match = found = cache.match(tokens, namespace)

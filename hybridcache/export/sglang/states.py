@@ -21,13 +21,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybridcache.allocators.pools import PageAllocator, SlotAllocator
+from hybridcache.allocators.pools import BaseAllocator, PageAllocator, SlotAllocator
 from hybridcache.api import PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache
 from hybridcache.tokens import Indices, Tokens
 
 
-class RowView(PageAllocator):
+class Counts(BaseAllocator):
+    """Counts of an allocator of SGLang."""
+
+    _theirs: Any
+    _num_owed = 0
+    """Number of units that are collected, and count as free."""
+
+    @property
+    def num_unused(self) -> int:
+        return int(self._theirs.available_size()) + self._num_owed
+
+    @property
+    def num_free(self) -> int:
+        """Number of units available without evicting, including collected ones. O(1)."""
+        return self.num_unused
+
+    @property
+    def num_taken(self) -> int:  # type: ignore[override]
+        """Number of cached or held units. O(1)."""
+        return int(self._theirs.size) - self.num_unused
+
+
+class RowView(Counts, PageAllocator):
     """KV rows of a ``BaseTokenToKVPoolAllocator``: 0 (padding) to ``size``.
 
     Call ``give_back`` after any operation that can evict. Collected rows count as free until then.
@@ -42,20 +64,6 @@ class RowView(PageAllocator):
         self.unit_bytes = token_bytes
         self.budget = None
         self._is_on_host = torch.device(theirs.device).type == "cpu"
-
-    @property
-    def num_unused(self) -> int:
-        return int(self._theirs.available_size()) + self._num_owed
-
-    @property
-    def num_free(self) -> int:
-        """Number of rows available without evicting, including collected ones. O(1)."""
-        return self.num_unused
-
-    @property
-    def num_taken(self) -> int:  # type: ignore[override]
-        """Number of cached or held rows. O(1)."""
-        return int(self._theirs.size) - self.num_unused
 
     def allocate(self, num_tokens: int) -> Indices | None:
         """Allocate whole pages for ``num_tokens`` tokens. None if too few are free. O(n)."""
@@ -102,7 +110,7 @@ class RowView(PageAllocator):
         )
 
 
-class SlotView(SlotAllocator):
+class SlotView(Counts, SlotAllocator):
     """State slots 1 to ``size`` of a ``MambaSlotAllocator``. Slot 0 is padding."""
 
     def __init__(self, theirs: Any, state_bytes: int) -> None:
@@ -112,20 +120,6 @@ class SlotView(SlotAllocator):
         self.budget = None
         self.is_taken = bytearray([1]) * self.capacity  # SGLang has the list of its free slots
         self._tensors = torch.arange(self.capacity, dtype=torch.int64, device=theirs.device)
-
-    @property
-    def num_unused(self) -> int:
-        return int(self._theirs.available_size())
-
-    @property
-    def num_free(self) -> int:
-        """Number of slots available without evicting. O(1)."""
-        return self.num_unused
-
-    @property
-    def num_taken(self) -> int:  # type: ignore[override]
-        """Number of cached or held slots. O(1)."""
-        return int(self._theirs.size) - self.num_unused
 
     def allocate(self) -> int | None:
         """Allocate a slot. None if no slot is free."""
