@@ -146,8 +146,9 @@ class EngineHost:
             if not isinstance(error, ValueError | RequestError):
                 logger.exception("The request %s could not be submitted.", spec.request_id)
             failed = RequestOutput.failed(spec.request_id, RequestError.of(error))
-            self._num_received += 1
-            self._send(Outputs(self._num_received, self.engine.num_waiting, (failed,)))
+            with self._wake:
+                self._num_received += 1
+                self._send(Outputs(self._num_received, self.engine.num_waiting, (failed,)))
 
     def _enqueue(self, request: Request) -> None:
         """Queue a request before the next step. Raises QueueFull, EngineStopped or
@@ -159,7 +160,7 @@ class EngineHost:
                 self._arriving.remove(request_id)
                 self._request_ids.add(request_id)
                 self.engine.enqueue(request)
-            self._num_received += 1
+                self._num_received += 1
 
         with self._wake:
             if not self._is_open:
@@ -298,10 +299,11 @@ class EngineHost:
         """Send the outputs of a step, except of requests that have ended for the front end."""
         news = tuple(each for each in outputs if each.request_id in self._request_ids)
         self._request_ids.difference_update(each.request_id for each in news if each.is_finished)
-        counts = self._num_received, self.engine.num_waiting
-        if news or counts != self._last_counts:
-            self._last_counts = counts
-            self._send(Outputs(*counts, news))
+        with self._wake:  # Counts are sent in the order in which they were true.
+            counts = self._num_received, self.engine.num_waiting
+            if news or counts != self._last_counts:
+                self._last_counts = counts
+                self._send(Outputs(*counts, news))
 
     def close(self) -> None:
         """End the host after ``run``, or in place of it: requests of the front end fail when it

@@ -976,7 +976,7 @@ class HybridRadixCache:
             ValueError: ``stop_reason`` is neither one of ``STOP_REASONS`` nor empty.
         """
         last = self._usable(node)
-        if stop_reason and stop_reason not in STOP_REASONS:
+        if stop_reason != "":
             require_stop_reason(stop_reason)
         while stop_reason and last is not None and not isinstance(last.children, dict):
             tip = last.checkpoint

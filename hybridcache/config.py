@@ -95,9 +95,8 @@ class CacheConfig:
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None or name not in ("num_slots", "total_bytes"):
-                object.__setattr__(self, name, require_index(value, name, 0))
-        for name in ("page_size", "grid"):
-            require_index(getattr(self, name), name, 1)
+                least = int(name in ("page_size", "grid"))
+                object.__setattr__(self, name, require_index(value, name, least))
         require_bool(self.priority_classes, "priority_classes")
         for name, known in (("prefix_cache", PREFIX_CACHES), ("memory", MEMORIES)):
             if getattr(self, name) not in known:
@@ -177,7 +176,7 @@ def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
     """Return a new cache with its own allocators; a ``TieredRadixCache`` if there is a host or disk
     tier.
 
-    Their tables take 4 bytes of host memory per row.
+    The tables of the allocators take 4 bytes of host memory per row.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=4))

@@ -30,7 +30,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
-from hybridcache.cache import STOP_REASONS, HybridRadixCache, LockHandle, require_stop_reason
+from hybridcache.cache import HybridRadixCache, LockHandle, require_stop_reason
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import (
@@ -737,7 +737,7 @@ class Lease:
         computed_len = self._checked_len(tokens, computed_len)
         if type(donate) is not bool:
             require_bool(donate, "donate")
-        if stop_reason and stop_reason not in STOP_REASONS:
+        if stop_reason != "":
             require_stop_reason(stop_reason)
         if computed_len > self.prompt_len:
             donate &= self._interval is not None

@@ -383,7 +383,7 @@ class OffloadTiers:
         self._tidy(node)
 
     def drop_kv(self, node: RadixNode) -> None:
-        """Free the offloaded KV of ``node``, which was computed again on the device."""
+        """Free the offloaded KV of ``node``."""
         entry = node.offloaded
         if entry is None or entry.kv is None:
             return
@@ -928,7 +928,9 @@ def _check_entry(node: RadixNode, entry: OffloadedEntry) -> None:
     if entry.kv is not None:
         assert node.kv is None, f"the KV of {node} is on the device and below"
         assert len(entry.kv) == node.end - node.start, f"{node} has {len(entry.kv)} rows below"
-        assert above is not None and above <= entry.kv_tier, f"{node.parent} lies further than it"
+        assert above is not None and above <= entry.kv_tier, (
+            f"{node.parent} lies further than {node}"
+        )
         nearest = entry.nearest
         assert nearest is not None, f"nothing needs the KV of {node} below"
         assert nearest <= entry.kv_tier, f"nothing needs the KV of {node} as near as it is"

@@ -235,8 +235,8 @@ def _group_rooms() -> Iterator[int]:
     groups included. A container may see its own group as the root of all."""
     lines = []
     with suppress(OSError):
-        lines = (SYSTEM / "proc/self/cgroup").read_text().splitlines()
-    for _, controllers, path in (line.split(":", 2) for line in lines):
+        lines = (SYSTEM / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1):
         for controller in GROUP_FILES.keys() & controllers.split(","):
             place, limits, used, idle = GROUP_FILES[controller]
             root = SYSTEM / "sys/fs/cgroup" / place

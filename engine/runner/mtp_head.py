@@ -125,7 +125,7 @@ class Passes:
         self._before = pools[-1].new_zeros(num_requests, pools[-1].shape[1])
         self._host_before = [x.view(torch.uint8).numpy() for x in (self._before, pools[-1])]
 
-        # The graph for one request, computed on rows for drafts.
+        # Record the graph for one request, on rows for drafts.
         self._columns[1], self._columns[2] = 1, self._first_row
         self._rows[0, 0] = self._first_row
         self._replays[1] = self._record(self._work(1))

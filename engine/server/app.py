@@ -271,6 +271,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
 def _model_routes(context: ServingContext) -> list[Route]:
     """Return the routes of models, health and metrics."""
     folder: dict[str, str] = {"status": "ok"}
+    asking: asyncio.Task[None] | None = None
     num_tokens = context.engine.facts.max_model_len
     card = {
         "id": context.model_name,
@@ -294,22 +295,26 @@ def _model_routes(context: ServingContext) -> list[Route]:
         context.check_model(request.path_params["name"])
         return json_response(card)
 
+    async def ask() -> None:
+        nonlocal folder
+        with suppress(EngineStopped, ValueError):  # ended, or no replica is up
+            offload = (await context.engine.report()).offload
+            problem = offload and offload.folder and offload.folder.problem
+            degraded = {"status": "degraded", "state_dir": problem or ""}
+            folder = degraded if problem else {"status": "ok"}
+
     async def health(request: Request) -> Response:
         """Return ``ok``, or ``degraded`` with the problem of the state directory; and the result of
         the check of exactness. Reports are made between two steps. During a long step the status is
         that of the last report, so that a probe does not have to wait."""
-        nonlocal folder
+        nonlocal asking
         engine = context.engine
         if not engine.is_alive:
             raise APIError(503, "The engine has stopped; see the server's log for the reason.")
-        # ValueError: no replica is up.
-        with suppress(TimeoutError, EngineStopped, ValueError):
-            if engine.config.plugins:
-                async with asyncio.timeout(HEALTH_WAIT_S):
-                    offload = (await engine.report()).offload
-                problem = offload and offload.folder and offload.folder.problem
-                degraded = {"status": "degraded", "state_dir": problem or ""}
-                folder = degraded if problem else {"status": "ok"}
+        if engine.config.plugins:
+            if asking is None or asking.done():
+                asking = asyncio.create_task(ask())
+            await asyncio.wait({asking}, timeout=HEALTH_WAIT_S)
         return json_response(folder | {"exactness": engine.facts.exactness.sentence})
 
     async def metrics(request: Request) -> Response:

@@ -27,7 +27,6 @@ from engine.text.json_text import read_json
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""
 MAX_STOP_CHARS = 1024
-MAX_ID_CHARS = 128
 MAX_TEMPERATURE = 2
 """Maximum temperature, as in OpenAI's API."""
 Name = Annotated[str, Meta(min_length=1)]

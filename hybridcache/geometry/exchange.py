@@ -42,8 +42,8 @@ class Exchange:
                 is_number = isinstance(value, int | float) and tier in LATENCY_S
                 if not is_number or not (value > 0 if name == "bytes_per_s" else 0 <= value < inf):
                     raise ValueError(
-                        f"{name} must have positive numbers for {' and '.join(LATENCY_S)} (got "
-                        f"{value!r} for {tier!r})."
+                        f"{name} must have positive numbers (a latency may be 0) for "
+                        f"{' and '.join(LATENCY_S)} (got {value!r} for {tier!r})."
                     )
         require_index(self.unit, "unit", 1)
 

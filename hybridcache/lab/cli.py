@@ -1,6 +1,6 @@
 """``hybridcache``: traces, simulations, the optimum and the leaderboard on the command line.
 
-The modules of the laboratory are imported by the command that needs them.
+Simulator, optimum and leaderboard are imported by the command that needs them.
 """
 
 from __future__ import annotations

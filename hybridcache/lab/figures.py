@@ -98,15 +98,15 @@ def sweep_figure(
             draw_curves(axis, result, metric)
             if word == "hit":
                 draw_limits(axis, result)
-            size_axis(axis, sizes=_sizes([result]))
+            size_axis(axis, sizes=_sizes(result))
             axis.set_ylabel(metric.title)
             titles.append(_facts(result))
     set_titles(figure, axes, titles)
     return save(figure, axes, path, " ".join(_notes(results, words)))
 
 
-def _sizes(results: Sequence[SweepRuns]) -> list[float]:
-    return sorted({run.gib for result in results for run in result.runs})
+def _sizes(result: SweepRuns) -> list[float]:
+    return sorted({run.gib for run in result.runs})
 
 
 def _facts(result: SweepRuns) -> list[str]:
@@ -165,7 +165,7 @@ def losses_figure(results: Sequence[SweepRuns], path: str | Path | None) -> Figu
     for axis, (result, _, runs) in zip(axes, shown, strict=True):
         stack_losses(axis, runs)
         draw_limits(axis, result)
-        size_axis(axis, sizes=_sizes([result]))
+        size_axis(axis, sizes=_sizes(result))
         axis.set_ylim(0, 100)
         axis.set_ylabel("prompt tokens, %")
     titles = [[*_facts(result), label] for result, label, _ in shown]
@@ -262,7 +262,7 @@ def _number(size: float) -> str:
 
 
 def panels(
-    count: int, columns: int = 3, size: tuple[float, float] = (4.6, 3.5)
+    count: int, columns: int, size: tuple[float, float] = (4.6, 3.5)
 ) -> tuple[Figure, list[Any]]:
     """Return a figure of ``count`` panels of ``size`` (inches), at most ``columns`` in a row, and
     their axes. The figure belongs to no window and no notebook, so their backend is not changed."""

@@ -1,5 +1,5 @@
-"""Compressed radix tree of the infinite cache, the plan with hindsight, and SGLang's and Marconi's
-rebuilt caches, and the infinite cache. It shares no code with the cache that it measures."""
+"""The infinite cache, and the compressed radix tree that it shares with the plan with hindsight and
+the rebuilt caches of SGLang and Marconi. They share no code with the cache that they measure."""
 
 from __future__ import annotations
 

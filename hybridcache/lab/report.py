@@ -1,4 +1,4 @@
-"""Results for people: metrics, tables, JSON lines. Figures are in ``figures.py``."""
+"""Results for people: metrics, tables and notes. Figures are in ``figures.py``."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import copy
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -286,8 +286,8 @@ class GuardedEviction(_Guard, EvictionPolicy):
                 victim: Item | None = self._call("victim", kind)
                 # Without a victim memory would never be freed, and requests would wait for ever.
                 has_one = self._held if kind is None else self._num_held[kind]
-                of_kind = getattr(victim, "kind", "")  # Other results may not be hashable.
-                is_one = of_kind and victim in self._held and kind in (None, of_kind)
+                is_item = isinstance(victim, Hashable) and victim in self._held
+                is_one = is_item and kind in (None, getattr(victim, "kind", None))
                 if is_one or (victim is None and not has_one):
                     return victim
                 raise self._error(

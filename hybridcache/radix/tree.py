@@ -1,4 +1,4 @@
-"""Radix tree over token ids: nodes, their items, walks and splits.
+"""Radix tree over token ids: nodes, their items, walks and splits; and a bounded list of ghosts.
 
 ``RadixTree`` has one root per namespace. ``RadixNode`` is the structure; its evictable items are
 the ``Segment`` (KV rows of its edge) and the ``Checkpoint`` (state at its end). They have the
@@ -11,7 +11,8 @@ An edge is stored as the bytes of its int32 ids (4 per token), so that an edge i
 ``memcmp``. A split copies both parts, so that no node keeps the memory of an evicted one. The key
 of a child is the first page of its edge: an int if pages have one token, else bytes.
 
-The tree has no policy and no memory: the cache decides when a node changes.
+``RadixTree`` has no policy and no memory: the cache decides when a node changes. ``GhostList``
+discards the oldest ghosts beyond its limit of bytes.
 """
 
 from __future__ import annotations

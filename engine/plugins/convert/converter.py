@@ -212,7 +212,7 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists and is not an empty directory: choose a new one.")
     config = read_config(source)
-    quantization = read_quantization(config)
+    quantization = read_quantization(config, source)
     if quantization is not None:
         raise ModelError(
             f"{source} is already {quantization.describe()}: convert the model in full precision."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import time
@@ -23,6 +22,7 @@ from engine.plugins.tiers.disk import Disk, Kind
 from engine.plugins.tiers.prefixes import RecordPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
+from engine.runner.backends import digest_of
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.schedule.scheduler import KEPT
@@ -444,4 +444,4 @@ def _folder_bytes(folder: Path, gib: float | None, usual: int) -> int:
 
 
 def _digest(text: str | None) -> str:
-    return "none" if text is None else hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return "none" if text is None else digest_of(text.encode())

@@ -63,7 +63,8 @@ def read(text: Fields) -> tuple[ModelSizes, Config | None]:
     """
     module = _modules().get(model_type := str(text.get("model_type")))
     if module is None:
-        linear = [name for name in text if name.startswith(("linear_", "mamba_"))]
+        marks = "linear_attn", "linear_num_", "mamba_"
+        linear = [name for name, value in text.items() if name.startswith(marks) and value]
         if linear and not (text.get("layer_types") or text.get("full_attention_interval")):
             raise SizesError(
                 f"model_type {model_type!r} is unknown, and {linear[0]} tells of linear layers, "

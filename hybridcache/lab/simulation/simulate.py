@@ -290,8 +290,9 @@ def simulate(
         tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
         yardsticks = {size: {"bound_tokens": tokens} for size in points}
     if optimum:
+        held = opened.kept()
         for size, found in yardsticks.items():
-            plan = best_plan(opened, geometry, size, grid=asked.grid)
+            plan = best_plan(held, geometry, size, grid=asked.grid)
             found["optimum_tokens"] = int(plan.cached_tokens.sum())
     run = partial(run_cell, yardsticks=yardsticks)
     runs, failures = run_grid(

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.lab.traces.dialects import plain_chat
+from hybridcache.lab.traces.dialects import plain_chat, role_of
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, TraceClock
 from hybridcache.lab.traces.prompts import (
     EMPTY,
@@ -21,10 +21,7 @@ from hybridcache.lab.traces.prompts import (
     spelled,
     unread_of_empty,
 )
-from hybridcache.lab.traces.text import SYSTEM_ROLES, load_chat_text
-
-ANSWERS = ("assistant", "model")
-"""Roles of answers."""
+from hybridcache.lab.traces.text import load_chat_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ class ConversationsReader(SessionReader):
         record = spelled(record)
         said = record.get("messages")
         last = said[-1] if isinstance(said, list) and said else None
-        is_whole = isinstance(last, dict) and str(last.get("role")).lower() in ANSWERS
+        is_whole = isinstance(last, dict) and role_of(spelled(Record(last))) == "assistant"
         return is_whole and record.first(NAMES["answer"]) is None
 
     def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
@@ -60,8 +57,9 @@ class ConversationsReader(SessionReader):
             conversation = Conversation(chat, name)
             conversation.said += said[:num_added]
             for message, one in zip(said[num_added:], messages, strict=True):
-                named, now_s = Named(one, {}), None
+                now_s = None
                 if has_times and message["role"] != "system":
+                    named = Named(one, {})
                     now_s = clock.at(named.time_s(), named.get("time"))
                 request = conversation.add(message, one, now_s)
                 found += [] if request is None else [request]
@@ -76,7 +74,7 @@ class ConversationsReader(SessionReader):
         usual, messages = type(self)(self.path), list[Record]()
         with suppress(KeyError, ValueError):
             messages = self.conversation(spelled(self.first), 1)[1]
-        messages = [one for one in messages if one.get("role") not in SYSTEM_ROLES]
+        messages = [one for one in messages if role_of(one) != "system"]
         is_usual = (self.starts, self.pauses) == (usual.starts, usual.pauses)
         return is_usual and bool(messages) and all(one.first(NAMES["time"]) for one in messages)
 
@@ -86,7 +84,7 @@ class ConversationsReader(SessionReader):
 
     def unread(self, record: Record, messages: list[Record], has_times: bool) -> Iterator[str]:
         """Yield sentences about contents that no request shows."""
-        if messages and str(messages[-1].get("role")).lower() not in ANSWERS:
+        if messages and role_of(messages[-1]) != "assistant":
             yield "messages after the last answer are left out"
         empty = {name for one in messages for name in unread_of_empty(one, NAMES["time"])}
         if empty:

@@ -19,13 +19,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from sortedcontainers import SortedDict
 
 from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import FreshIds, TraceRequest
-from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
+from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat, role_of
 from hybridcache.lab.traces.frame import COUNTS_ALONE, Record, TraceClock, shown
 from hybridcache.lab.traces.text import ChatText
 
@@ -88,17 +89,21 @@ def spelled(record: Record, kept: Collection[str] = ()) -> Record:
     underscores, hyphens or spaces only. Names in ``kept``, and a second one for a field, stay."""
     names = dict[str, str]()
     for name in record:
-        usual = SPELLINGS.get(re.sub(r"[\s_-]", "", name).lower(), name)
+        usual = _usual(name)
         is_free = name not in kept and usual not in record and usual not in names
         names[usual if is_free else name] = name
     return Record((usual, record[name]) for usual, name in names.items())
 
 
+@cache
+def _usual(name: str) -> str:
+    return SPELLINGS.get(re.sub(r"[\s_-]", "", name).lower(), name)
+
+
 def unread_of_empty(message: Record, known: Collection[str] = ()) -> set[str]:
     """Return the names of fields, other than ``known``, that are not read in an assistant's message
     without contents; empty for another message."""
-    is_answer = ROLES.get(str(message.get("role")).lower()) == "assistant"
-    if not is_answer or any(message.get(name) for name in CONTENTS):
+    if role_of(message) != "assistant" or any(message.get(name) for name in CONTENTS):
         return set()
     others = message.keys() - PARAMETERS - {"role", "name", "", *known}
     return {name for name in others if message[name]}

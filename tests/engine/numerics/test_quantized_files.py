@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.layers.linear import Build, Linear, Part, WeightSpec
+from engine.plugins.convert.converter import convert
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.loading import WeightFiles
@@ -79,6 +80,8 @@ def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint):
     assert torch.equal(hit[1:], cold[64:])
     as_model_slim(path)
     assert torch.equal(Driver(load(path)).cold_and_mixed(tokens)[0], cold)
+    with pytest.raises(ModelError, match="is already int8"):
+        convert(path, path.with_name("again"), "int8")
 
 
 def as_model_slim(path):
