@@ -376,7 +376,7 @@ def api() -> str:
             known = ", ".join(f"`{key}`" for key in thing) if isinstance(thing, Mapping) else ""
             text = f"### {name}\n\n{known or _cell(str(thing))}"
         parts.setdefault(title, []).append(text)
-    parts["Statistics, step plans, loads"] = _listed(STEPS)
+    parts["Boundaries, statistics, step plans, loads"] = _listed(STEPS)
     parts["Scheduling"] = _listed(SCHEDULING)
     parts["Events and routing"] = _listed(EVENTS)
     parts["Restart"] = _listed(RESTART)
@@ -389,11 +389,12 @@ STEPS = {
     "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
     "hybridcache.api": ("CacheStats", "Losses", "Listener"),
     "hybridcache.tiers": ("path_of",),
+    "hybridcache.policies.boundaries": ("PromptBoundaries",),
     "hybridcache.policies.protocol": ("FetchRule", "PolicyError"),
     "hybridcache.geometry.exchange": ("Exchange",),
     "hybridcache.geometry.times": ("PrefillTimes",),
 }
-"""Names of results, and for an engine with an arena or tiers."""
+"""Names of boundaries and results, and for an engine with an arena or tiers."""
 
 SCHEDULING = {
     "hybridcache.scheduling.planner": ("StepPlanner", "Holding", "AdmissionReport"),

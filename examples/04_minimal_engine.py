@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
+from hybridcache.policies.boundaries import PromptBoundaries
 
 GRID = 8  # checkpoints are at multiples of it
 PIECE = 8  # tokens of one prefill step
@@ -104,7 +105,8 @@ class MinimalEngine:
             if self.reserves and self.running and not self.fits(one):
                 return
             resumes = one.lease is not None and one.lease.is_counted  # it was preempted
-            request = LeaseRequest(one.ids, boundaries=(one.boundary,), resumes=resumes)
+            boundaries = PromptBoundaries((one.boundary,))
+            request = LeaseRequest(one.ids, boundaries=boundaries, resumes=resumes)
             lease = Lease.begin(self.cache, self.placement, request, AlwaysLoad())
             if lease is None:
                 return

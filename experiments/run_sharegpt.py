@@ -38,6 +38,7 @@ from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import BUILTIN, Scenario
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.traces import recognise
+from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 
 CACHES = ("none", "radix", "hybrid")
@@ -167,8 +168,7 @@ def answer(engine: Engine, request: TraceRequest) -> RequestOutput:
     engine.submit(
         request.tokens % engine.runner.vocab_size,
         SamplingParams(max_tokens=1, temperature=0, ignore_eos=True),
-        boundaries=request.boundaries,
-        answer_survives=request.answer_survives,
+        boundaries=PromptBoundaries(request.boundaries, request.answer_survives),
     )
     while True:
         for output in engine.step():

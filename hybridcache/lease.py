@@ -31,6 +31,7 @@ import numpy as np
 from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle, require_stop_reason
+from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import (
@@ -41,7 +42,6 @@ from hybridcache.tokens import (
     require_bool,
     require_index,
     require_int32,
-    require_positions,
 )
 
 SPARE_ROWS = 512
@@ -82,9 +82,8 @@ class LeaseRequest(NamedTuple):
     namespace: Hashable = None
     """Requests in different namespaces share nothing: None, a str, bytes, an int or a tuple of
     these."""
-    boundaries: tuple[int, ...] = ()
-    """Positions that later prompts are known to keep, ascending. Those past the tokens have no
-    effect."""
+    boundaries: PromptBoundaries = PromptBoundaries()
+    """Positions that later prompts are known to keep, and whether they keep the answer."""
     reuse: bool = True
     """Whether to read cached entries. Set it to False to get the logits of every position; the
     result is published nevertheless. ``cache.stats`` does not count such a request."""
@@ -93,10 +92,6 @@ class LeaseRequest(NamedTuple):
     prefills."""
     stateful: bool = True
     """Whether the model has linear layers. If not, no slot is taken and no checkpoint planned."""
-    answer_survives: bool = True
-    """Whether later prompts contain the answer. Some chat templates drop the reasoning. Then decode
-    saves no state: it would never be used, and would make the checkpoint at the boundary look
-    superseded."""
     table_row: int | None = None
     """Row of this request in the caller's request table, or None. With it, ``cache.take_step()``
     lists every position with a new or changed KV row (``RowWrite``). No two running requests have
@@ -151,15 +146,12 @@ def _refuse_bad_begin(
                 f"{what} {number} is that of a running lease: give each its own, or end the "
                 "other lease first."
             )
-    for what in ("stateful", "reuse", "exact", "answer_survives", "resumes"):
+    for what in ("stateful", "reuse", "exact", "resumes"):
         if type(getattr(request, what)) is not bool:
             require_bool(getattr(request, what), what)
     if request.stateful and not cache.item_bytes.state:
         raise ValueError(NO_STATES)
-    if not isinstance(request.boundaries, tuple | list):
-        raise TypeError(f"boundaries must be a tuple of positions (got {request.boundaries!r}).")
-    if request.boundaries:
-        require_positions(request.boundaries)
+    require_boundaries(request.boundaries)
     if cache.steps.num_open and cache.steps.thread != get_ident():
         raise RuntimeError(OTHER_THREAD)
     if getattr(request.tokens, "dtype", None) is not INT32 or request.tokens.ndim != 1:
@@ -538,12 +530,12 @@ class Lease:
             match.cached_len,
             match.kv_match_len,
             match.seen_len,
-            request.boundaries,
+            request.boundaries.positions,
             self._step,
             match.resumed,
             match.missed,
             match.forks,
-            request.answer_survives and not request.exact,
+            request.boundaries.answer_survives and not request.exact,
             self.cache.free_slots,
             self.cache.num_checkpoints,
             self.cache.shares_memory,

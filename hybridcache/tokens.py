@@ -8,7 +8,7 @@ equal namespaces share their tokens.
 from __future__ import annotations
 
 import ast
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from operator import index
 
 import numpy as np
@@ -55,20 +55,6 @@ def require_index(number: object, what: str, least: int | None = None) -> int:
     if least is not None and found < least:
         raise ValueError(f"{what} must be at least {least} (got {number}).")
     return found
-
-
-def require_positions(boundaries: Sequence[int]) -> None:
-    """Raise TypeError unless the ``boundaries`` of a prompt are integers, and ValueError unless
-    they ascend from 0 on. O(boundaries)."""
-    before = 0
-    for position in boundaries:
-        if type(position) is not int:
-            require_index(position, "each of boundaries")
-        if position < before:
-            raise ValueError(
-                f"boundaries must be positions from 0 on, ascending (got {boundaries!r})"
-            )
-        before = position
 
 
 def require_bool(value: object, what: str) -> None:

@@ -315,12 +315,10 @@ def render_chat(
     if keeps_thinking and add_generation_prompt:
         kept.add(len(tokens))
     header = header_of(tokenizer, text) if add_generation_prompt else ""
-    boundaries, survives = chat_boundaries(len(tokens), {*shared(other), *cut_at}, kept)
     spec = RequestSpec(
         tokens,
         namespace=namespace,
-        boundaries=boundaries,
-        answer_survives=survives,
+        boundaries=chat_boundaries(len(tokens), {*shared(other), *cut_at}, kept),
         answer_starts_text=not continues_last,
     )
     return ChatPrompt(spec, tuple(cut_at), is_thinking, header)

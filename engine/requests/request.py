@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -44,6 +45,7 @@ from engine.text.outputs import (
     Transferred,
 )
 from engine.text.tokenizer import MAX_CONTEXT, IdTokenizer
+from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
 
@@ -246,12 +248,9 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     namespace: Namespace = None
     """Requests of different namespaces share no cache entries. None, a str, bytes, an int, or a
     tuple of these."""
-    boundaries: Sequence[int] = ()
-    """Positions at which later prompts are known to continue; positions outside the prompt are
-    ignored."""
-    answer_survives: bool = True
-    """False if later prompts are known to differ from this one before its end. No state is saved
-    past that point."""
+    boundaries: PromptBoundaries = PromptBoundaries()
+    """Positions at which later prompts are known to continue, and whether they contain the answer.
+    Positions outside the prompt are ignored."""
     ends_session: bool = False
     """True if the client declared that no request of this session follows."""
     answer_starts_text: bool = False
@@ -605,12 +604,11 @@ class Intake:
             raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
         if self._tokenizer is None and sampling.stop:
             raise ValueError("stop requires a tokenizer, and the engine has none.")
-        return structs.replace(
-            spec,
-            prompt=tokens,
-            sampling=sampling,
-            boundaries=tuple(sorted(b for b in spec.boundaries if 0 < b <= len(tokens))),
-        )
+        require_boundaries(spec.boundaries)
+        positions = spec.boundaries.positions
+        positions = positions[bisect(positions, 0) : bisect(positions, len(tokens))]
+        boundaries = spec.boundaries._replace(positions=positions)
+        return structs.replace(spec, prompt=tokens, sampling=sampling, boundaries=boundaries)
 
     def make(self, spec: RequestSpec) -> Request:
         """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""

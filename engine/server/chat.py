@@ -226,7 +226,7 @@ class ChatSession:
         """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
         later prompts are known to share. ``output`` is one of the first answer."""
         is_off = self.call.context.engine.config.prefix_cache == "none"
-        shared = 0 if is_off else max(self.prompt.spec.boundaries, default=0)
+        shared = 0 if is_off else max(self.prompt.spec.boundaries.positions, default=0)
         return {"cache_write_tokens": max(0, shared - output.cached_len)}
 
     async def news(self) -> AsyncIterator[AnswerReader]:

@@ -52,6 +52,7 @@ from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometr
 from experiments.gpu.parity import Talk, converse
 from experiments.provenance import code_hash, resumed, write_json_lines
 from hybridcache.geometry.units import GIB
+from hybridcache.policies.boundaries import PromptBoundaries
 
 MAX_RUNNING = 64
 MAX_DRAFTED = 4
@@ -173,7 +174,7 @@ class Bench:
     ) -> list[RequestOutput]:
         """Serve all prompts at once, until their end."""
         sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
-        boundaries = () if boundary is None else (boundary,)
+        boundaries = PromptBoundaries(() if boundary is None else (boundary,))
         for prompt in prompts:
             self.engine.submit(prompt, sampling, boundaries=boundaries)
         self.steps.clear()

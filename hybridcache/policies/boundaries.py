@@ -17,14 +17,40 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from hybridcache.tokens import require_bool, require_index
+
 
 class PromptBoundaries(NamedTuple):
-    """Boundaries of one prompt, as ``LeaseRequest`` takes them."""
+    """Boundaries of one prompt, from its template to ``LeaseRequest``."""
 
-    positions: tuple[int, ...]
-    """Positions up to which later prompts are known to be equal, ascending."""
-    answer_survives: bool
-    """True if a later prompt may continue from the end of this one."""
+    positions: tuple[int, ...] = ()
+    """Positions up to which later prompts are known to be equal, ascending. Those past the prompt
+    have no effect."""
+    answer_survives: bool = True
+    """Whether later prompts contain the answer. Some chat templates drop the reasoning. Then decode
+    saves no state: it would never be used, and would make the checkpoint at the boundary look
+    superseded."""
+
+
+def require_boundaries(boundaries: object) -> None:
+    """Raise TypeError unless ``boundaries`` is a ``PromptBoundaries`` with integers and a bool, and
+    ValueError unless its positions ascend from 0 on. O(positions)."""
+    if not isinstance(boundaries, PromptBoundaries):
+        raise TypeError(f"boundaries must be PromptBoundaries(...) (got {boundaries!r})")
+    positions, answer_survives = boundaries
+    if type(answer_survives) is not bool:
+        require_bool(answer_survives, "answer_survives of boundaries")
+    if not isinstance(positions, tuple | list):
+        raise TypeError(f"positions of boundaries must be a tuple (got {positions!r})")
+    before = 0
+    for position in positions:
+        if type(position) is not int:
+            require_index(position, "each of boundaries")
+        if position < before:
+            raise ValueError(
+                f"boundaries must be positions from 0 on, ascending (got {positions!r})"
+            )
+        before = position
 
 
 def chat_boundaries(

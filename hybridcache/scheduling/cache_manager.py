@@ -92,11 +92,10 @@ class CacheManager:
         asked = LeaseRequest(
             tokens=request.tokens[:prefill_len],
             namespace=request.namespace,
-            boundaries=tuple(request.spec.boundaries),
+            boundaries=request.spec.boundaries,
             reuse=not request.wants_scores,
             exact=self._exact,
             stateful=self.stateful,
-            answer_survives=request.spec.answer_survives,
             table_row=self._free_rows[-1],
             own_slot=self._free_rows[-1] if self._owns_states else None,
             resumes=request.is_counted,
@@ -251,7 +250,7 @@ class CacheManager:
             cached_len=0,
             kv_match_len=seen_len,
             seen_len=seen_len,
-            boundaries=tuple(request.spec.boundaries),
+            boundaries=request.spec.boundaries.positions,
             grid=self.checkpoint_grid,
         )
         return tuple(prefill.on_grid(self.placement.plan(prefill)))

@@ -142,6 +142,7 @@ class StepPlanner(Generic[R]):
     >>> from types import SimpleNamespace
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
+    >>> from hybridcache.policies.boundaries import PromptBoundaries
     >>> from hybridcache.policies.registry import make_admission
     >>> from hybridcache.scheduling.cache_manager import CacheManager
     >>> from hybridcache.scheduling.memory_sizes import MemorySizes
@@ -159,7 +160,7 @@ class StepPlanner(Generic[R]):
     >>> prompt, reused = np.arange(300, dtype=np.int32), []
     >>> for number in range(2):
     ...     spec = SimpleNamespace(
-    ...         request_id=str(number), namespace=None, boundaries=(), answer_survives=True,
+    ...         request_id=str(number), namespace=None, boundaries=PromptBoundaries(),
     ...         ends_session=False, choice_of=None, save_at=(),
     ...     )
     ...     planner.add(ScheduledRequest(spec, prompt, arrival=number, arrival_s=0.0, max_len=303))
@@ -305,7 +306,7 @@ class StepPlanner(Generic[R]):
             request.tokens[: request.prompt_len],
             self._load.now_s,
             tenant=request.namespace,
-            boundaries=tuple(request.spec.boundaries),
+            boundaries=request.spec.boundaries.positions,
             choice_of=request.spec.choice_of,
         )
         insort(self._waiting, request, key=_age)

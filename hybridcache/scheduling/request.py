@@ -10,12 +10,12 @@ import numpy as np
 from hybridcache.api import Losses
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import WaitingRequest
+from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
 from hybridcache.tokens import (
     Tokens,
     require_index,
     require_int32,
     require_namespace,
-    require_positions,
 )
 
 
@@ -31,12 +31,8 @@ class RequestFields(Protocol):
         """Requests of different namespaces share nothing."""
 
     @property
-    def boundaries(self) -> Sequence[int]:
-        """Positions that later prompts keep, ascending."""
-
-    @property
-    def answer_survives(self) -> bool:
-        """False if later prompts do not contain the answer."""
+    def boundaries(self) -> PromptBoundaries:
+        """Positions that later prompts keep, and whether they keep the answer."""
 
     @property
     def ends_session(self) -> bool:
@@ -89,7 +85,7 @@ class ScheduledRequest(WaitingRequest):
         require_namespace(spec.namespace)
         for position in spec.save_at:
             require_index(position, "each of save_at")
-        require_positions(spec.boundaries)
+        require_boundaries(spec.boundaries)
         super().__init__(
             arrival=arrival, arrival_s=arrival_s, num_tokens=len(prompt), max_len=max_len
         )

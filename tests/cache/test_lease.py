@@ -13,6 +13,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.warm_state import write_memory
 from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease
@@ -188,7 +189,11 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
     ]
     wrong: dict[str, tuple[Any, ...]] = {
         "reuse": ("no",),
-        "boundaries": ((4, 2), (-1,), [3, 2], 5, {1}, (2.5,), "ab"),
+        "boundaries": (
+            (),
+            *map(PromptBoundaries, ((4, 2), (-1,), [3, 2], 5, {1}, (2.5,), "ab")),
+            PromptBoundaries((), 1),
+        ),
         "table_row": ("a", -1),
         "own_slot": ("a", -1),
     }
@@ -205,7 +210,8 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
     with pytest.raises(ValueError, match="needs room for one"):
         Lease.begin(radix, placement, request)
     for right in ((), (0, 4, 4, 9), [np.int64(3)], (12,)):
-        lease = begin(make_cache(grid=np.int64(3)), tokens(9), "boundary", boundaries=right)
+        boundaries = PromptBoundaries(right)
+        lease = begin(make_cache(grid=np.int64(3)), tokens(9), "boundary", boundaries=boundaries)
         prefill(lease, tokens(9), 6)
         lease.abort()
         check(lease.cache)

@@ -28,6 +28,7 @@ from hybridcache import lease as lease_module
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
@@ -249,11 +250,10 @@ class LeaseMachine(RuleBasedStateMachine):
         lease_request = LeaseRequest(
             tokens[:prompt_len],
             namespace,
-            boundaries,
+            PromptBoundaries(boundaries, rng.random() < 0.8),
             reuse=rng.random() < 0.9,
             exact=rng.random() < 0.1,
             stateful=self.is_hybrid,
-            answer_survives=rng.random() < 0.8,
             own_slot=None if self.own_slots is None else self.own_slots + self.num_requests,
             table_row=rng.choice([None, self.num_requests]),
         )

@@ -19,6 +19,7 @@ from hybridcache.allocators.moves import Drop, StepMemory
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream, Mirror
 from hybridcache.export.warm_state import pack, unpack, write_memory
+from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -378,7 +379,7 @@ def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the
 
 
 def spec(**changes):
-    fields = {"request_id": "one", "namespace": None, "boundaries": (), "answer_survives": True}
+    fields = {"request_id": "one", "namespace": None, "boundaries": PromptBoundaries()}
     fields |= {"ends_session": False, "choice_of": None, "save_at": ()}
     return SimpleNamespace(**fields | changes)
 
@@ -429,7 +430,8 @@ WRONG = (
     *((scheduled, {"max_len": value}) for value in (4, "a")),
     (scheduled, {"arrival": None}),
     *((asking, {"save_at": value}) for value in ((4.0,), ("a",))),
-    *((asking, {"boundaries": value}) for value in ((9, 3), (-3,), (1.5,))),
+    *((asking, {"boundaries": PromptBoundaries(value)}) for value in ((9, 3), (-3,), (1.5,))),
+    (asking, {"boundaries": ()}),
     (asking, {"namespace": 1.5}),
     (planner, {"memory": sizes(page_size=4)}),
     (planner, {"memory": sizes(state_bytes=0)}),

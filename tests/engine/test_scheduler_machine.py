@@ -23,6 +23,7 @@ from engine.schedule.scheduler import Batch, Newest
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
+from hybridcache.policies.boundaries import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
 
@@ -237,8 +238,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         copies: int,
         namespace: str | None,
     ) -> None:
+        known = PromptBoundaries((boundary,))
         for _ in range(copies):
-            self.submit(prompt, params, boundaries=(boundary,), namespace=namespace)
+            self.submit(prompt, params, boundaries=known, namespace=namespace)
 
     @precondition(lambda self: self.histories)
     @rule(

@@ -11,6 +11,7 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lab.generators import chat
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import Prefill
@@ -124,12 +125,12 @@ def test_branches_and_boundaries_are_always_placed() -> None:
 @pytest.mark.parametrize(
     ("options", "num_slots", "spec"),
     [
-        ({"answer_survives": False}, 1000, "adaptive"),
+        ({"boundaries": PromptBoundaries((), False)}, 1000, "adaptive"),
         ({"exact": True}, 1000, "adaptive"),
-        ({"boundaries": (30,)}, 1000, "adaptive"),
-        ({"boundaries": (300, 310, 450)}, 1000, "adaptive"),
+        ({"boundaries": PromptBoundaries((30,))}, 1000, "adaptive"),
+        ({"boundaries": PromptBoundaries((300, 310, 450))}, 1000, "adaptive"),
         ({}, 3, "adaptive"),
-        ({"boundaries": (100, 200, 300)}, 1000, "adaptive"),
+        ({"boundaries": PromptBoundaries((100, 200, 300))}, 1000, "adaptive"),
         ({}, 1000, "backoff,every:128,adaptive"),
     ],
 )

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hybridcache.export.events import EventsLost, EventStream
 from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.precise import CheckpointSeconds, depth_after
 from hybridcache.routing.protocol import Choice, NoReplica, ReplicaSpec, Router, RouteRequest
@@ -40,7 +41,9 @@ class Replica:
     def compute(self, request):
         """Prefill a prompt, end the request and record a batch of events."""
         tokens = np.array(request.tokens, np.int32)
-        lease_request = LeaseRequest(tokens, request.namespace, request.boundaries)
+        lease_request = LeaseRequest(
+            tokens, request.namespace, PromptBoundaries(request.boundaries)
+        )
         lease = Lease.begin(self.cache, self.placement, lease_request)
         if lease is not None and lease.extend(len(tokens)):
             lease.take_checkpoint_slots(lease.cached_len, len(tokens))

@@ -424,7 +424,8 @@ class _MessagesWriter(PartWriter):
         """
         prompt, output = self._session.prompt, self._answer.output
         num_cached = output.cached_len
-        marked = [*prompt.cuts, *(prompt.spec.boundaries[-1:] if self._body.marks_end else ())]
+        known = prompt.spec.boundaries.positions
+        marked = [*prompt.cuts, *(known[-1:] if self._body.marks_end else ())]
         num_created = max(0, max(marked, default=0) - num_cached)
         return {
             "input_tokens": len(output.prompt_token_ids) - num_cached - num_created,

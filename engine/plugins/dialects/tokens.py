@@ -44,7 +44,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     answer: dict[str, Any] = {"max_model_len": context.engine.facts.max_model_len}
     if body.messages:
         prompt = await render(call, body)
-        tokens, answer["boundaries"] = prompt.tokens, list(prompt.spec.boundaries)
+        tokens, answer["boundaries"] = prompt.tokens, list(prompt.spec.boundaries.positions)
     else:
         how = EncodeOptions(body.add_special_tokens, namespace=call.tenant.namespace)
         [tokens] = await context.encode([body.prompt or ""], how)

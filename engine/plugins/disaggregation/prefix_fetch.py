@@ -293,8 +293,7 @@ class PeerFetcher:
             request.tokens[: end + 1].copy(),
             SamplingParams(max_tokens=1, temperature=0),
             namespace=namespace,
-            boundaries=request.spec.boundaries,
-            answer_survives=False,
+            boundaries=request.spec.boundaries._replace(answer_survives=False),
             save_at=(end,),
         )
         ask = wire.Ask(self._own, arrival.start, spec)

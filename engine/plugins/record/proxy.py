@@ -165,7 +165,7 @@ class TraceWriter:
         """Return (ids, known boundaries) of the prompt of ``body``, which has ``messages``."""
         chat = self._rendered(body, messages)
         if chat is not None:
-            return chat.tokens.tolist(), list(chat.spec.boundaries)
+            return chat.tokens.tolist(), list(chat.spec.boundaries.positions)
         tools = json.dumps(body["tools"]) if body.get("tools") else ""
         texts = [tools, *(text for message in messages for text in _texts(message))]
         return self._ids([*texts, f"{HEADER}assistant\n"]), []

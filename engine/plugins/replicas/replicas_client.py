@@ -304,7 +304,7 @@ class FleetChannel(EngineChannel):
             arrival_s=None,
         )
         tokens = tuple(np.asarray(spec.prompt).tolist())
-        route = RouteRequest(unique_id, tokens, spec.namespace, boundaries=tuple(spec.boundaries))
+        route = RouteRequest(unique_id, tokens, spec.namespace, spec.boundaries.positions)
         order = Order(unique_id, spec, route)
         if asked.choice_of is None:
             num_bytes = sys.getsizeof(request_id) + sys.getsizeof(unique_id)

@@ -34,6 +34,7 @@ from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of, identif
 from hybridcache.lab.simulation.sizes import sizes, sizes_for
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy
+from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -60,8 +61,7 @@ class Turn:
     pause_s: float
     """From the end of the previous answer until this request; 0 for the first."""
     namespace: Hashable
-    boundaries: tuple[int, ...]
-    answer_survives: bool
+    boundaries: PromptBoundaries
     stop_reason: str
     """Reason why the answer ends, if the trace names one."""
     request_id: str
@@ -161,8 +161,9 @@ def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterato
             prompt_len,
             max(0.0, request.timestamp_s - free_s),
             request.namespace,
-            tuple(position * unit for position in request.boundaries),
-            request.answer_survives,
+            PromptBoundaries(
+                tuple(position * unit for position in request.boundaries), request.answer_survives
+            ),
             request.stop_reason,
             f"request-{session}",
         )

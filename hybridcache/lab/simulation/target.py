@@ -15,6 +15,7 @@ from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.protocol import PlacementPolicy, raise_failure
 
@@ -70,9 +71,8 @@ class LeaseTarget:
         asked = LeaseRequest(
             request.tokens,
             request.namespace,
-            request.boundaries,
+            PromptBoundaries(request.boundaries, request.answer_survives),
             stateful=self._stateful,
-            answer_survives=request.answer_survives,
             own_slot=None if self._own_slots is None else next(self._own_slots),
         )
         before = {} if self.exchange is None else self._fetched_bytes()

@@ -65,6 +65,5 @@ class ScriptedEngine:
         """Serve one request with the given ``answer``. Returns its last output."""
         sampling = SamplingParams(max_tokens=len(answer), seed=self.sampler.add(answer))
         options = {name: getattr(spec, name) for name in ("namespace", "boundaries")}
-        options["answer_survives"] = spec.answer_survives
         [output] = self.engine.generate([spec.prompt], sampling, **options)
         return output

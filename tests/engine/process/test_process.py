@@ -18,6 +18,7 @@ from engine.errors import EngineStopped, StepFailed
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
+from hybridcache.policies.boundaries import PromptBoundaries
 from tests.engine.test_async_engine import read
 from tests.oracle import OracleRunner, OracleSampler
 
@@ -86,10 +87,11 @@ async def assert_nothing_held(engine: AsyncEngine) -> None:
         assert pool.free + pool.cached + pool.held == pool.total
 
 
+KNOWN = PromptBoundaries((64,), False)
 SPECS = (
     RequestSpec([*range(200)], LONG),
     RequestSpec([*range(200), 7], SamplingParams(max_tokens=9, logprobs=2), namespace="tenant"),
-    RequestSpec([5] * 70, SamplingParams(max_tokens=4), prompt_logprobs=1, boundaries=(64,)),
+    RequestSpec([5] * 70, SamplingParams(max_tokens=4), prompt_logprobs=1, boundaries=KNOWN),
     RequestSpec("text", SamplingParams(max_tokens=60, stop=("x", "\n"), seed=2**63 - 1)),
     RequestSpec([9] * 90, SamplingParams(max_tokens=5, logit_bias={3: 1.0})),
 )

@@ -17,6 +17,7 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.boundaries import PromptBoundaries
 from tests.engine.server.conftest import ScriptedSampler, serving
 from tests.lab.engine_steps import stepped_target
 from tests.oracle import OracleRunner
@@ -28,8 +29,7 @@ class Asked(NamedTuple):
     """One lease, as policies see it."""
 
     tokens: list[int]
-    boundaries: tuple[int, ...]
-    answer_survives: bool
+    boundaries: PromptBoundaries
     namespace: int
     """Number of the namespace, in order of their first requests."""
     cached_len: int
@@ -55,7 +55,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Asked]]:
         one = Asked(
             request.tokens.tolist(),
             request.boundaries,
-            request.answer_survives,
             number,
             lease.cached_len,
             [],
@@ -151,7 +150,7 @@ def test_server_and_simulation_of_its_log_have_the_same_leases(
         assert reason == given
         assert thinks or published == expected
     assert sum(one.cached_len for one in served) > 500
-    assert all(len(one.boundaries) == 2 for one in served)
-    assert all(one.answer_survives is not thinks for one in served)
+    assert all(len(one.boundaries.positions) == 2 for one in served)
+    assert all(one.boundaries.answer_survives is not thinks for one in served)
     assert {label for one in served for _, label in one.planned} >= {"boundary", "back:1"}
     assert {reason for one in served for _, reason in one.ended} == {*ENDED}

@@ -13,6 +13,7 @@ import numpy as np
 from engine import AsyncEngine, Engine, EngineConfig, RequestSpec, SamplingParams, engine_config
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
+from hybridcache.policies.boundaries import PromptBoundaries
 from tests.engine import test_hits_change_nothing as hits
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +39,8 @@ def decode_engine(port: int, **settings: object) -> Engine:
 def prefix(prompt: bytes) -> RequestSpec:
     """Return the request that a decode engine sends for a prefix."""
     sampling = SamplingParams(max_tokens=1, temperature=0)
-    return RequestSpec(prompt, sampling, answer_survives=False)  # type: ignore[arg-type]
+    known = PromptBoundaries(answer_survives=False)
+    return RequestSpec(prompt, sampling, boundaries=known)  # type: ignore[arg-type]
 
 
 def prefill_config(**settings: object) -> EngineConfig:
