@@ -858,7 +858,7 @@ class HybridRadixCache:
                 self._notify("kv_removed", leaf)
             rows = kv.indices
             num_rows = len(rows)
-            self._pages.release(rows)
+            self._pages.free(rows, is_trusted=True)
             self.cached_tokens -= num_rows
             self.stats.evicted_tokens += num_rows
             above = parent.kv

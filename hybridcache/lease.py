@@ -225,7 +225,6 @@ class Lease:
         self._receipt = receipt
         self._step = lcm(cache.grid, cache.page_size)
         self._has_ended = False
-        self._held_rows = _HeldRows(self)
         self.match = match
         """Match from which the request resumes, with its final losses."""
         self.prompt_len = len(request.tokens)
@@ -264,10 +263,13 @@ class Lease:
         steps.num_open += 1
         steps.thread = get_ident()
         steps.numbers |= self._numbers
+        self._held_rows: _HeldRows | None = None
+        """Holder of its rows in an arena, or None if rows never move."""
         if cache.arena is not None:
+            self._held_rows = _HeldRows(self)
             cache.arena.holders[self._held_rows] = None
-        if cached_len:
-            self._note_changed(0, cached_len)
+        if cached_len and request.table_row is not None:
+            self._note_changed(request.table_row, 0, cached_len)
         if match.checkpoint is not None and state_slot is not None:
             steps.restores[self] = match.checkpoint, state_slot
             steps.not_ready[self] = cached_len
@@ -360,7 +362,8 @@ class Lease:
         if getattr(self, "_has_ended", True):
             return
         self._receipt.node = None  # One warning is enough.
-        self._held_rows.dropped = self._rows[self.published_len : self.extended_len]
+        if self._held_rows is not None:
+            self._held_rows.dropped = self._rows[self.published_len : self.extended_len]
         self.cache.steps.close(self, self._numbers)
         warnings.warn(
             f"{self!r} was dropped: call finish, preempt or abort, or its rows, slot and lock stay "
@@ -480,19 +483,20 @@ class Lease:
             self._rows = larger
         self._rows[start:end] = new
         self.extended_len = end
-        self._note_changed(start, end)
-        self.cache.steps.note_taken(self, start)
+        table_row = self._request.table_row
+        if table_row is not None:
+            self._note_changed(table_row, start, end)
+        if self.cache.steps.transfers:
+            self.cache.steps.note_taken(self, start)
         if start == self.cached_len:
             self._count()
         return True
 
-    def _note_changed(self, start: int, end: int) -> None:
+    def _note_changed(self, table_row: int, start: int, end: int) -> None:
         """Put the rows of positions [start, end) into the next step plan."""
-        table_row = self._request.table_row
-        if table_row is not None:
-            writes = self.cache.steps.row_writes
-            _, first, last = writes.get(self, (table_row, start, end))
-            writes[self] = table_row, min(start, first), max(end, last)
+        writes = self.cache.steps.row_writes
+        _, first, last = writes.get(self, (table_row, start, end))
+        writes[self] = table_row, min(start, first), max(end, last)
 
     def rows_moved(self, move: Move) -> int:
         """Rename the rows of an emptied slab (``RowHolder``), and return how many of them are held.
@@ -508,8 +512,9 @@ class Lease:
         self._slabs.discard(move.slab)
         self._slabs.update(np.bincount(move.dst // slab_rows).nonzero()[0].tolist())
         moved = move.rename(self._rows[start : self.extended_len]) + start
-        if len(moved):
-            self._note_changed(int(moved[0]), int(moved[-1]) + 1)
+        table_row = self._request.table_row
+        if len(moved) and table_row is not None:
+            self._note_changed(table_row, int(moved[0]), int(moved[-1]) + 1)
         return len(moved) - int(moved.searchsorted(self.published_len))
 
     def _count(self) -> None:
@@ -618,7 +623,8 @@ class Lease:
                     break
                 del self._planned[position]
                 self._pending.append((position, slot, label))
-                self.cache.steps.note_taken(self, start)
+                if self.cache.steps.transfers:
+                    self.cache.steps.note_taken(self, start)
                 num_taken += 1
         due = [(position, slot) for position, slot, _ in self._pending if start < position <= end]
         return tuple(sorted(due))
@@ -635,7 +641,7 @@ class Lease:
         slot = self.cache.allocate_slot(self._receipt) if rolling is None else rolling[1]
         if slot is None:
             return ()
-        if rolling is None:
+        if rolling is None and self.cache.steps.transfers:
             self.cache.steps.note_taken(self, start)
         if rolling is None or rolling[0] != position:
             self._overwritten, self._rolling = rolling, (position, slot)
@@ -689,22 +695,12 @@ class Lease:
                 was in its rows and slots.
         """
         computed_len = self._checked_len(tokens, computed_len)
-        cache, first = self.cache, self.published_len
+        first = self.published_len
         if self._request.exact:
             computed_len = min(computed_len, self.prompt_len)
-        if computed_len - computed_len % cache.page_size <= first:
+        if computed_len - computed_len % self.cache.page_size <= first:
             return None
-        done: list[tuple[int, int, str]] = []
-        later: list[tuple[int, int, str]] = []
-        for one in self._pending:
-            (done if one[0] <= computed_len else later).append(one)
-        node, num_duplicates, rejected_slots = self._insert(tokens, computed_len, done)
-        self._pending = later
-        receipt, before = cache.lock(node), self._receipt
-        receipt.superseded, before.superseded = before.superseded, None
-        cache.unlock(before)
-        self._receipt = receipt
-        self._note_saved(done, rejected_slots)  # An own policy may raise.
+        num_duplicates = self._insert(tokens, computed_len)
         return (first, first + num_duplicates) if num_duplicates else None
 
     def finish(
@@ -774,7 +770,7 @@ class Lease:
             published_len = min(computed_len, self.prompt_len)
         if self._request.own_slot is not None:
             own_slot = None  # It is not the cache's, and stays with the caller.
-        pending, planned, saved = self._pending, self._planned, []
+        pending, planned = self._pending, self._planned
         if self._rolling is not None:
             pending.append((*self._rolling, "decode"))
         is_possible = donate and self.cached_len < computed_len == published_len
@@ -784,22 +780,20 @@ class Lease:
                 label = planned.pop(computed_len, "preempt")
             pending.append((computed_len, own_slot, label))
             own_slot = None
-        self._pending, self._planned, self._rolling = [], {}, None
+        self._planned, self._rolling = {}, None
+        num_dropped = 0
         try:
-            for one in pending:
-                if one[0] <= published_len:
-                    saved.append(one)
-                else:
-                    cache.free_slot(one[1])
-                    placement.on_dropped(one[0], one[2])
+            for position, slot, label in pending:
+                if position > published_len:
+                    cache.free_slot(slot)
+                    placement.on_dropped(position, label)
+                    num_dropped += 1
             for position, label in planned.items():
                 placement.on_dropped(position, label)
-            tip: NodeHandle | None = self._receipt.node
-            if saved or published_len > self.published_len:
-                tip, _, rejected_slots = self._insert(tokens, published_len, saved)
-                self._note_saved(saved, rejected_slots)
+            if num_dropped < len(pending) or published_len > self.published_len:
+                self._insert(tokens, published_len)
             if stop_reason:
-                cache.label_tip(tip, stop_reason)
+                cache.label_tip(self._receipt.node, stop_reason)
         except BaseException:  # The caller has freed one of the slots, or a policy has failed.
             for _, slot, _ in pending:
                 with suppress(ValueError):  # It is free or the cache's by now.
@@ -807,10 +801,10 @@ class Lease:
             raise
         finally:
             held = self._rows[self.published_len : self.extended_len]
-            self.state_slot, self._has_ended = None, True
+            self.state_slot, self._has_ended, self._pending = None, True, []
             self.extended_len = self.published_len = self._unread_len = 0
             cache.steps.close(self, self._numbers)
-            if cache.arena is not None:
+            if cache.arena is not None and self._held_rows is not None:
                 del cache.arena.holders[self._held_rows]
             cache.unlock(self._receipt)
             try:
@@ -820,42 +814,46 @@ class Lease:
                 if len(held):
                     cache.free_kv(held)
 
-    def _insert(
-        self, tokens: Tokens, computed_len: int, saved: list[tuple[int, int, str]]
-    ) -> tuple[NodeHandle | None, int, tuple[int, ...]]:
-        """Insert and return (node that ends at the new ``published_len``, number of duplicate
-        rows, slots of ``saved`` that the tree has not taken). These rows and slots are freed."""
-        cache, first = self.cache, self.published_len
-        checkpoints = [(position, slot) for position, slot, _ in saved]
-        labels = [label for _, _, label in saved]
+    def _insert(self, tokens: Tokens, computed_len: int) -> int:
+        """Publish up to ``computed_len`` with the pending checkpoints there, move the lock to the
+        new end, and notify the placement policy.
+
+        Returns the number of duplicate rows. These, and the slots that the tree has not taken, are
+        freed.
+        """
+        cache, first, before = self.cache, self.published_len, self._receipt
+        saved: list[tuple[int, int, str]] = []
+        later: list[tuple[int, int, str]] = []
+        for one in self._pending:
+            (saved if one[0] <= computed_len else later).append(one)
         self.published_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
             self._rows[:computed_len],
-            checkpoints,
+            [(position, slot) for position, slot, _ in saved],
             self._request.namespace,
             first,
-            labels,
-            self._receipt.node,
+            [label for _, _, label in saved],
+            before.node,
         )
         num_duplicates = len(duplicates)
         if num_duplicates:
             cache.free_kv(duplicates)
             self._unread_len = first + num_duplicates
-            self._note_changed(0, self._unread_len)
+            if self._request.table_row is not None:
+                self._note_changed(self._request.table_row, 0, self._unread_len)
         for _, slot, _ in saved:
             if slot in rejected_slots:
                 cache.free_slot(slot)
-        return node, num_duplicates, rejected_slots
-
-    def _note_saved(
-        self, saved: list[tuple[int, int, str]], rejected_slots: tuple[int, ...]
-    ) -> None:
-        """Notify the placement policy of checkpoints that were inserted."""
-        for position, slot, label in saved:
+        self._pending = later
+        self._receipt = receipt = cache.lock(node)
+        receipt.superseded, before.superseded = before.superseded, None
+        cache.unlock(before)
+        for position, slot, label in saved:  # An own policy may raise.
             if slot in rejected_slots:
                 self._placement.on_dropped(position, label)
             else:
                 self._placement.on_saved(position, label)
+        return num_duplicates
 
     def _checked_len(self, tokens: Tokens, computed_len: int) -> int:
         """Return ``computed_len``. Raise ValueError unless that many ``tokens`` can be published,

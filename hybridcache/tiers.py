@@ -545,7 +545,7 @@ class OffloadTiers:
 
     def _release(self, number: int, rows: Indices) -> None:
         tier = self.tiers[number]
-        tier.pages.release(rows)
+        tier.pages.free(rows, is_trusted=True)
         if tier.name == DISK:
             self._steps.transfers.append(Drop(DISK, rows))
 

@@ -146,35 +146,35 @@ class PageAllocator(BaseAllocator):
         implied = np.arange(self._num_implied, dtype=np.int32)
         return np.concatenate([implied, self._stack[self._num_implied : self._height]])
 
-    def free(self, rows: Indices) -> None:
+    def free(self, rows: Indices, is_trusted: bool = False) -> None:
         """Return ``rows``, which were allocated, to the pool: whole pages in row order. O(n).
 
         A page that is free already is found here only if it is the last of ``rows`` and was freed
-        last. ``check`` finds the others, because it takes a search.
+        last. ``check`` finds the others, because it takes a search. Rows that the cache itself kept
+        are trusted: nothing is checked.
 
         Raises:
             ValueError: rows that are not int32[n], partial pages, a row out of range, more rows
                 than are allocated, or that page is free. Nothing is freed.
         """
-        if getattr(rows, "dtype", None) is not INT32 or rows.ndim != 1:
-            require_int32(rows, "rows")
-        if not len(rows):
-            return
-        first, last = rows.item(0), rows.item(-1)
-        if rows.view(np.uint32).max() >= self.capacity:  # Negative ones are large.
-            raise ValueError(f"rows {first}..{last} are not of this pool of {self.capacity}")
-        if len(rows) % self.page_size or first % self.page_size or (last + 1) % self.page_size:
-            raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
-        if len(rows) > self.num_taken:
-            raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are allocated")
-        top = self._height - 1
-        freed_last = self._stack.item(top) if top >= self._num_implied else top
-        if last // self.page_size == freed_last:
-            raise ValueError(f"rows {first}..{last} given back, of which the last is free already")
-        self.release(rows)
-
-    def release(self, rows: Indices) -> None:
-        """Free ``rows`` without checks, for rows that the cache itself kept. O(n)."""
+        if not is_trusted:
+            if getattr(rows, "dtype", None) is not INT32 or rows.ndim != 1:
+                require_int32(rows, "rows")
+            if not len(rows):
+                return
+            first, last = rows.item(0), rows.item(-1)
+            if rows.view(np.uint32).max() >= self.capacity:  # Negative ones are large.
+                raise ValueError(f"rows {first}..{last} are not of this pool of {self.capacity}")
+            if len(rows) % self.page_size or first % self.page_size or (last + 1) % self.page_size:
+                raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
+            if len(rows) > self.num_taken:
+                raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are allocated")
+            top = self._height - 1
+            freed_last = self._stack.item(top) if top >= self._num_implied else top
+            if last // self.page_size == freed_last:
+                raise ValueError(
+                    f"rows {first}..{last} given back, of which the last is free already"
+                )
         if self.budget is not None:
             self.budget.free_bytes += len(rows) * self.unit_bytes
         self.num_taken -= len(rows)
