@@ -19,7 +19,7 @@ hold its bytes. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -233,20 +233,15 @@ class OffloadTiers:
         change = self._closed.discard if is_writable else self._closed.add
         change(self.names.index(name))
 
-    def add_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Offer ``checkpoint``, which leaves the device, to the tiers, the nearest first."""
-        src = np.array([checkpoint.slot], np.int32)
-        self._offer_state(checkpoint, 0, DEVICE, src)
-        entry = checkpoint.node.offloaded
-        checkpoint.stored = None if entry is None else entry.state
-
-    def _offer_state(self, was: Checkpoint, number: int, src_tier: str, src: Indices) -> bool:
-        """Store ``was`` in tier ``number`` or a lower one. Returns False if none stores it."""
+    def add_state(self, was: Checkpoint, number: int, src_tier: str, src: Indices) -> None:
+        """Store the state of ``was``, which is leaving ``src_tier``, in tier ``number`` or a lower
+        one, unless none takes it."""
+        node = was.node
         while number < len(self.tiers):
             if number in self._closed:
                 number += 1
                 continue
-            node, tier = was.node, self.tiers[number]
+            tier = self.tiers[number]
             state = OffloadedCheckpoint(was, number, EMPTY)
             if tier.is_shared:
                 state.memo = was.memo
@@ -266,12 +261,11 @@ class OffloadTiers:
                 above = _next_state(node)  # superseded now, unless the path forks
                 if above is not None and above.checkpoint is None:
                     self._review(above.offloaded.state)
-                return True
+                return
             tier.policy.discard(state, evicted=True)
             entry.state = None
             self._tidy(node)
             number += 1
-        return False
 
     def add_kv(self, node: RadixNode, src: Indices, first: int = 0, src_tier: str = DEVICE) -> bool:
         """Store the KV of ``node``, which is leaving ``src_tier``, in the tier that needs it,
@@ -328,7 +322,7 @@ class OffloadTiers:
         assert entry is not None and entry.state is item
         tier.policy.discard(item, evicted=True)
         entry.state = None
-        self._offer_state(item, number + 1, tier.name, item.rows)
+        self.add_state(item, number + 1, tier.name, item.rows)
         self._release(number, item.rows)
         self._sink(node, number)
 
@@ -365,8 +359,7 @@ class OffloadTiers:
                 continue
             if entry.state is not None:
                 self.drop_state(one)
-            if one is not node and entry.kv is not None:
-                self.drop_kv(one)
+            if one is not node and self.drop_kv(one):
                 self._forget(one)
             self._tidy(one)
 
@@ -382,15 +375,16 @@ class OffloadTiers:
         self._release(state.tier, state.rows)
         self._tidy(node)
 
-    def drop_kv(self, node: RadixNode) -> None:
-        """Free the offloaded KV of ``node``."""
+    def drop_kv(self, node: RadixNode) -> bool:
+        """Free the offloaded KV of ``node``. Returns False if it has none."""
         entry = node.offloaded
         if entry is None or entry.kv is None:
-            return
+            return False
         number, rows = entry.kv_tier, entry.kv
         self._let_go_of_kv(node)
         self._release(number, rows)
         self._tidy(node)
+        return True
 
     def split(self, upper: RadixNode, lower: RadixNode) -> bool:
         """Divide the offloaded KV of a ghost that was split. Returns False if it has none.
@@ -462,24 +456,15 @@ class OffloadTiers:
         self._release(state.tier, state.rows)
         self._tidy(state.node)
 
-    def on_ghost_hit(self, checkpoint: Checkpoint) -> None:
-        """Notify the policy of the tier that dropped ``checkpoint``, unless it shares the
-        device's."""
-        state = checkpoint.stored
-        if state is None or self.tiers[state.tier].is_shared:
-            return
-        entry = state.node.offloaded
-        if entry is None or entry.state is not state:
-            self.tiers[state.tier].policy.on_ghost_hit(state)
+    def drop_lost(self, name: str, is_lost: Callable[[Indices], bool]) -> None:
+        """Remove entries that the tier ``name`` can no longer read.
 
-    def lose(
-        self, nodes: Iterable[RadixNode], number: int, is_lost: Callable[[Indices], bool]
-    ) -> None:
-        """Free lost states and KV of tier ``number``, and everything that depends on them.
-
-        ``nodes`` are listed parents first. O(nodes).
+        ``is_lost`` is called with the rows of one state, or of the KV of one node. Entries that
+        depend on them are freed too, in this tier and in those after it. Call it only if no
+        transfers are pending, because rows that a transfer is about to fill are not lost. O(tree).
         """
-        for node in nodes:
+        number = self.names.index(name)
+        for node in list(self._ghosts.tree.nodes()):  # parents first
             entry = node.offloaded
             if entry is None:
                 continue
@@ -494,6 +479,7 @@ class OffloadTiers:
             elif state is not None and state.tier == number and is_lost(state.rows):
                 self.drop_state(node)
                 self._sink(node, number)
+        self._ghosts.trim()
 
     def clear(self) -> None:
         """Free everything. O(stored)."""
@@ -503,10 +489,6 @@ class OffloadTiers:
                 self.drop_state(node)
                 self._prune(node)
                 self._sink(node, number)
-
-    def is_stored(self, node: RadixNode) -> bool:
-        """Return whether the KV of ``node``, a ghost, is offloaded. O(1)."""
-        return node.offloaded is not None and node.offloaded.kv is not None
 
     def _entry(self, node: RadixNode) -> OffloadedEntry:
         entry: OffloadedEntry | None = node.offloaded
@@ -566,6 +548,79 @@ class OffloadTiers:
             Copy(kind, src_tier, src.copy(), dst_tier, dst.copy(), node.end, path)
         )
 
+    def check(self) -> None:
+        """Recompute the invariants of the tiers from scratch. O(tree + pools).
+
+        Raises:
+            AssertionError: an invariant fails; the message names the first.
+        """
+        tree = self._ghosts.tree
+        nodes = list(tree.nodes())
+        for node in (*tree.roots.values(), *nodes):
+            places = [_place(child) for child in members(node.ghosts)]
+            counts = [places.count(number) for number in range(len(self.tiers))]
+            entry = node.offloaded
+            if entry is None:
+                assert not any(counts), f"{node} does not know of {counts} children below"
+            else:
+                num_children = entry.num_children
+                assert num_children == counts, f"{node} counts {num_children}, not {counts}"
+                assert not entry.is_empty, f"{node} has an empty lower part"
+        entries = [(node, node.offloaded) for node in nodes if node.offloaded is not None]
+        for node, entry in entries:
+            _check_entry(node, entry)
+        for number, tier in enumerate(self.tiers):
+            states = [entry.state for _, entry in entries if entry.state is not None]
+            held = [state for state in states if state.tier == number]
+            parts = [e.kv for _, e in entries if e.kv is not None and e.kv_tier == number]
+            for state in held:
+                assert len(state.rows) == self.state_rows, f"{state} has {len(state.rows)} rows"
+            pages = tier.pages
+            pages.check()
+            both = np.concatenate([*parts, *(state.rows for state in held), pages.free_rows()])
+            assert are_distinct(both), f"a row of {tier.name} is stored twice, or and free"
+            assert len(both) == pages.capacity, (
+                f"{len(both)} rows of {tier.name} are stored or free, not {pages.capacity}"
+            )
+            listed = tier.policy.candidates()
+            if listed is not None:
+                known = list(listed)
+                assert len(known) == len(held), (
+                    f"{tier.name} orders {len(known)} of {len(held)} states"
+                )
+                assert set(known) == set(held), f"{tier.name} orders other states than it holds"
+
+
+ON_DEVICE = -1
+"""Number of the device; tiers are numbered from the nearest, 0."""
+
+
+def _place(node: RadixNode) -> int | None:
+    """Return the number of the tier that holds the KV of ``node``, or None."""
+    if node.kv is not None or node.parent is None:
+        return ON_DEVICE
+    entry: OffloadedEntry | None = node.offloaded
+    return entry.kv_tier if entry is not None and entry.kv is not None else None
+
+
+def _check_entry(node: RadixNode, entry: OffloadedEntry) -> None:
+    assert node.parent is not None
+    place, above = _place(node), _place(node.parent)
+    if entry.kv is not None:
+        assert node.kv is None, f"the KV of {node} is on the device and below"
+        assert len(entry.kv) == node.end - node.start, f"{node} has {len(entry.kv)} rows below"
+        assert above is not None and above <= entry.kv_tier, (
+            f"{node.parent} lies further than {node}"
+        )
+        nearest = entry.nearest
+        assert nearest is not None, f"nothing needs the KV of {node} below"
+        assert nearest <= entry.kv_tier, f"nothing needs the KV of {node} as near as it is"
+    if entry.state is not None:
+        state = entry.state
+        assert node.checkpoint is None, f"the state of {node} is on the device and below"
+        assert state.node is node, f"{state} belongs elsewhere"
+        assert place is not None and place <= state.tier, f"{state} lies nearer than its KV"
+
 
 def path_of(node: RadixNode) -> tuple[Hashable, Tokens]:
     """Return (namespace, tokens from the root to the end of ``node``). O(position)."""
@@ -587,15 +642,12 @@ class TieredGhosts(GhostList):
     def add(self, ghost: RadixNode, rows: Indices = EMPTY) -> None:
         """Offer ``rows``, of which the KV is still there, to the tiers; list ``ghost`` if they do
         not take it."""
-        wanted = len(rows) and ghost.offloaded is not None and self.offload is not None
-        if not (wanted and self.offload is not None and self.offload.add_kv(ghost, rows)):
+        if self.offload is None or not len(rows) or not self.offload.add_kv(ghost, rows):
             super().add(ghost)
 
     def discard(self, ghost: RadixNode) -> None:
         """Free the offloaded KV of ``ghost``, or remove it from the list."""
-        if self.offload is not None and self.offload.is_stored(ghost):
-            self.offload.drop_kv(ghost)
-        else:
+        if self.offload is None or not self.offload.drop_kv(ghost):
             super().discard(ghost)
 
     def split(self, upper: RadixNode, lower: RadixNode) -> None:
@@ -743,10 +795,12 @@ class TieredRadixCache(HybridRadixCache):
         return True
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
-        """Offer the checkpoint, which leaves the device, to the tiers."""
+        """Offer the checkpoint, which leaves the device, to the tiers, the nearest first."""
         super()._drop_checkpoint(node)
-        if self.ghosts.offload is not None and node.lost_checkpoint is not None:
-            self.offload.add_checkpoint(node.lost_checkpoint)
+        lost = node.lost_checkpoint
+        if self.ghosts.offload is not None and lost is not None:
+            self.offload.add_state(lost, 0, DEVICE, np.array([lost.slot], np.int32))
+            lost.stored = None if node.offloaded is None else node.offloaded.state
 
     def _store_checkpoint(
         self,
@@ -791,12 +845,12 @@ class TieredRadixCache(HybridRadixCache):
         if inside is None:
             node, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
         known = node
-        while known.parent is not None and known.kv is None and not offload.is_stored(known):
+        while _place(known) is None:
+            assert known.parent is not None
             known = known.parent
         start = known.end
         if inside is not None and known is node:
-            is_there = inside.kv is not None or offload.is_stored(inside)
-            start, known = (length, inside) if is_there else (start, known)
+            start, known = (start, known) if _place(inside) is None else (length, inside)
         # A resident node may have an entry for its children. Its ``kv_tier`` is undefined.
         entry = known.offloaded
         too_low = entry is not None and entry.kv is not None and entry.kv_tier > number
@@ -839,23 +893,15 @@ class TieredRadixCache(HybridRadixCache):
         offload.hold_state(was.stored)
         return start, kv_rows, state_rows
 
-    def drop_lost(self, tier: str, is_lost: Callable[[Indices], bool]) -> None:
-        """Remove entries that ``tier`` can no longer read.
-
-        ``is_lost`` is called with the rows of one state, or of the KV of one node. Entries that
-        depend on them are freed too, in this tier and in those after it. Call it only if no
-        transfers are pending, because rows that a transfer is about to fill are not lost. O(tree).
-        """
-        nodes = list(self._tree.nodes())
-        self.offload.lose(nodes, self.offload.names.index(tier), is_lost)
-        self.ghosts.trim()
-
     def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
         """Record a use as in ``HybridRadixCache.touch``, and notify the tier that dropped the
-        missed entry."""
+        missed entry, unless its policy shares the learned state of the device's."""
         super().touch(match, resumes)
-        if isinstance(match.missed, Checkpoint):
-            self.offload.on_ghost_hit(match.missed)
+        state = match.missed.stored if isinstance(match.missed, Checkpoint) else None
+        if state is not None and not self.offload.tiers[state.tier].is_shared:
+            entry = state.node.offloaded
+            if entry is None or entry.state is not state:
+                self.offload.tiers[state.tier].policy.on_ghost_hit(state)
 
     def reset(self) -> None:
         """Remove everything that is not locked, in all tiers. O(tree)."""
@@ -869,73 +915,4 @@ class TieredRadixCache(HybridRadixCache):
         """Recompute every invariant, those of the tiers included; see ``HybridRadixCache.check``.
         O(tree + pools + tiers)."""
         super().check(held_tokens, held_slots)
-        check_offload(self.offload, list(self._tree.nodes()), [*self._tree.roots.values()])
-
-
-ON_DEVICE = -1
-"""Number of the device; tiers are numbered from the nearest, 0."""
-
-
-def check_offload(offload: OffloadTiers, nodes: list[RadixNode], roots: list[RadixNode]) -> None:
-    """Recompute the invariants of the tiers from scratch. O(tree + pools).
-
-    Raises:
-        AssertionError: an invariant fails; the message names the first.
-    """
-    for node in (*roots, *nodes):
-        places = [_place(child) for child in members(node.ghosts)]
-        counts = [places.count(number) for number in range(len(offload.tiers))]
-        entry = node.offloaded
-        if entry is None:
-            assert not any(counts), f"{node} does not know of {counts} children below"
-        else:
-            assert entry.num_children == counts, f"{node} counts {entry.num_children}, not {counts}"
-            assert not entry.is_empty, f"{node} has an empty lower part"
-    entries = [(node, node.offloaded) for node in nodes if node.offloaded is not None]
-    for node, entry in entries:
-        _check_entry(node, entry)
-    for number, tier in enumerate(offload.tiers):
-        states = [entry.state for _, entry in entries if entry.state is not None]
-        held = [state for state in states if state.tier == number]
-        parts = [e.kv for _, e in entries if e.kv is not None and e.kv_tier == number]
-        for state in held:
-            assert len(state.rows) == offload.state_rows, f"{state} has {len(state.rows)} rows"
-        pages = tier.pages
-        pages.check()
-        both = np.concatenate([*parts, *(state.rows for state in held), pages.free_rows()])
-        assert are_distinct(both), f"a row of {tier.name} is stored twice, or and free"
-        assert len(both) == pages.capacity, (
-            f"{len(both)} rows of {tier.name} are stored or free, not {pages.capacity}"
-        )
-        listed = tier.policy.candidates()
-        if listed is not None:
-            known = list(listed)
-            assert len(known) == len(held), f"{tier.name} orders {len(known)} of {len(held)} states"
-            assert set(known) == set(held), f"{tier.name} orders other states than it holds"
-
-
-def _place(node: RadixNode) -> int | None:
-    """Return the number of the tier that holds the KV of ``node``, or None."""
-    if node.kv is not None or node.parent is None:
-        return ON_DEVICE
-    entry: OffloadedEntry | None = node.offloaded
-    return entry.kv_tier if entry is not None and entry.kv is not None else None
-
-
-def _check_entry(node: RadixNode, entry: OffloadedEntry) -> None:
-    assert node.parent is not None
-    place, above = _place(node), _place(node.parent)
-    if entry.kv is not None:
-        assert node.kv is None, f"the KV of {node} is on the device and below"
-        assert len(entry.kv) == node.end - node.start, f"{node} has {len(entry.kv)} rows below"
-        assert above is not None and above <= entry.kv_tier, (
-            f"{node.parent} lies further than {node}"
-        )
-        nearest = entry.nearest
-        assert nearest is not None, f"nothing needs the KV of {node} below"
-        assert nearest <= entry.kv_tier, f"nothing needs the KV of {node} as near as it is"
-    if entry.state is not None:
-        state = entry.state
-        assert node.checkpoint is None, f"the state of {node} is on the device and below"
-        assert state.node is node, f"{state} belongs elsewhere"
-        assert place is not None and place <= state.tier, f"{state} lies nearer than its KV"
+        self.offload.check()

@@ -173,7 +173,7 @@ def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
     cache.evict(100, 100)
     carried_out(cache)
     for _ in range(3):
-        cache.drop_lost("host", lambda rows: True)
+        cache.offload.drop_lost("host", lambda rows: True)
         assert cache.adopt(tokens, None, "host") is not None
         cache.check(0, 0)
     cache.match(tokens)  # raises the failure of a policy

@@ -183,7 +183,7 @@ class TieredMemory:
             return found
 
         before = stored()
-        self.cache.drop_lost(tier, is_lost)
+        self.cache.offload.drop_lost(tier, is_lost)
         after = stored()
         intact = {node for node, rows in before.items() if not any(map(is_lost, rows))}
         has_one_tier = len(self.cache.offload.names) == 1

@@ -319,7 +319,7 @@ class TierPlugin(Plugin):
         if not all(map(_is_kept, self._cache.steps.transfers)):
             return  # rows that a transfer is about to fill are not lost
         if disk.has_lost_rows:
-            self._cache.drop_lost(DISK, disk.is_lost)
+            offload.drop_lost(DISK, disk.is_lost)
             disk.has_lost_rows = False
 
     def usage(self) -> OffloadReport:
