@@ -246,7 +246,7 @@ class HybridRadixCache:
         self.page_size: int = pages.page_size
         """Tokens of one KV page."""
         self.grid: int = grid
-        """Checkpoints are at multiples of it, in whole pages."""
+        """Grid as configured, in tokens. See ``checkpoint_grid``."""
         self.stats: CacheStats = CacheStats()
         """Counters since the construction."""
         self.arena = arena_of(pages)
@@ -269,7 +269,8 @@ class HybridRadixCache:
         """Number of state slots that the cache owns."""
         self.shares_memory = pages.budget is not None
         """True if KV can take the memory of a free slot (arena), False with two pools."""
-        self._step = lcm(grid, pages.page_size)
+        self.checkpoint_grid: int = lcm(grid, pages.page_size)
+        """Distance of possible checkpoints: ``grid`` in whole pages."""
         self._keeps = keeps
         self._has_states = item_bytes.state > 0
         self._pages = pages
@@ -330,7 +331,7 @@ class HybridRadixCache:
         if inside is None and node.ghosts:
             seen_len, missed, forks = read_ghosts(self._tree, node, tokens)
         reachable = min(kv_match_len, num_tokens - 1)
-        grid_len = reachable - reachable % self._step
+        grid_len = reachable - reachable % self.checkpoint_grid
         checkpoint: Checkpoint | None = None
         last: NodeHandle | None = None
         if not self._has_states:
@@ -1108,7 +1109,7 @@ class HybridRadixCache:
         if len(checkpoints) > 1 or (checkpoints and checkpoints[0][0] < first + num_tokens):
             for position, _ in sorted(checkpoints):
                 end = position - first
-                if position % self._step == 0 and start < end < num_tokens:
+                if position % self.checkpoint_grid == 0 and start < end < num_tokens:
                     node = tree.grow(node, tokens[start:end])
                     self._store_rows(node, rows[start:end].copy())
                     start = end
@@ -1147,7 +1148,7 @@ class HybridRadixCache:
         The policy already holds nodes that end at or before ``offered_to``. O(path).
         """
         rejected: list[int] = []
-        node, end, step = leaf, leaf.end, self._step
+        node, end, step = leaf, leaf.end, self.checkpoint_grid
         before: Link | None = None
         order: Sequence[int] = (0,)
         if len(checkpoints) > 1:
@@ -1350,7 +1351,7 @@ class HybridRadixCache:
         self._check_rows(resident)
         self._check_slots(checkpoints)
         for checkpoint in checkpoints:
-            assert checkpoint.position % self._step == 0, f"{checkpoint} is off the grid"
+            assert checkpoint.position % self.checkpoint_grid == 0, f"{checkpoint} is off the grid"
             expected = checkpoint.num_successors > 0 or is_superseded(checkpoint)
             assert checkpoint.superseded == expected, f"{checkpoint} superseded: {not expected}"
         self._check_locks()

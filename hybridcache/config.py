@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import lcm
-from typing import Any
+from typing import Any, TypeVar
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
 from hybridcache.allocators.moves import DISK, HOST
@@ -22,8 +22,14 @@ COUNTS = (
     *("page_size", "grid", "ghost_bytes", "host_bytes", "disk_bytes"),
 )
 """Fields that are integers."""
+T = TypeVar("T")
 GRID = 64
 """Default checkpoint grid, tokens: the chunk length of the kernels."""
+
+
+def _field(default: T, help: str) -> T:
+    """Return a field with its help for the command line, typed as its default."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,58 +44,37 @@ class CacheConfig:
     'survival'
     """
 
-    prefix_cache: str = field(
-        default="hybrid", metadata={"help": "hybrid, radix (attention-only models) or none"}
+    prefix_cache: str = _field("hybrid", "hybrid, radix (attention-only models) or none")
+    num_kv_tokens: int = _field(0, "KV rows in all, tokens")
+    num_slots: int | None = _field(None, "state slots in all; a hybrid cache must be given them")
+    total_bytes: int | None = _field(
+        None, "one budget for KV and states, bytes; instead of the two pool sizes"
     )
-    num_kv_tokens: int = field(default=0, metadata={"help": "KV rows in all, tokens"})
-    num_slots: int | None = field(
-        default=None, metadata={"help": "state slots in all; a hybrid cache must be given them"}
+    memory: str = _field(
+        "budget",
+        "division of total_bytes: arena (rows and slots are views of the same bytes; rows may "
+        "move) or budget (only bytes are counted, for simulations: tensors for all row and slot "
+        "numbers would take twice as many)",
     )
-    total_bytes: int | None = field(
-        default=None,
-        metadata={"help": "one budget for KV and states, bytes; instead of the two pool sizes"},
+    kv_bytes_per_token: int = _field(0, "bytes of one token's KV; 0: not known")
+    state_bytes: int = _field(0, "bytes of one state; 0: not known")
+    page_size: int = _field(1, "tokens of one KV page")
+    grid: int = _field(
+        GRID,
+        "checkpoints are at multiples of it and of page_size, tokens; one of the two must divide "
+        "the other",
     )
-    memory: str = field(
-        default="budget",
-        metadata={
-            "help": "division of total_bytes: arena (rows and slots are views of the same "
-            "bytes; rows may move) or budget (only bytes are counted, for simulations: tensors for "
-            "all row and slot numbers would take twice as many)"
-        },
+    eviction: EvictionSpec = _field(
+        DEFAULT_EVICTION, "eviction policy: a name, or a policy of your own"
     )
-    kv_bytes_per_token: int = field(
-        default=0, metadata={"help": "bytes of one token's KV; 0: not known"}
+    priority_classes: bool = _field(
+        True,
+        "evict KV that nothing can resume from, and checkpoints with a deeper one on their "
+        "unforked path, before others",
     )
-    state_bytes: int = field(default=0, metadata={"help": "bytes of one state; 0: not known"})
-    page_size: int = field(default=1, metadata={"help": "tokens of one KV page"})
-    grid: int = field(
-        default=GRID,
-        metadata={
-            "help": "checkpoints are at multiples of it and of page_size, tokens; one of the two "
-            "must divide the other"
-        },
-    )
-    eviction: EvictionSpec = field(
-        default=DEFAULT_EVICTION,
-        metadata={"help": "eviction policy: a name, or a policy of your own"},
-    )
-    priority_classes: bool = field(
-        default=True,
-        metadata={
-            "help": "evict KV that nothing can resume from, and checkpoints with a deeper one on "
-            "their unforked path, before others"
-        },
-    )
-    host_bytes: int = field(
-        default=0,
-        metadata={"help": "host memory for entries evicted from the device, bytes; 0: none"},
-    )
-    disk_bytes: int = field(
-        default=0, metadata={"help": "disk for entries evicted from the tier above, bytes; 0: none"}
-    )
-    ghost_bytes: int = field(
-        default=16 << 20, metadata={"help": "host memory for the tokens of ghosts, bytes"}
-    )
+    host_bytes: int = _field(0, "host memory for entries evicted from the device, bytes; 0: none")
+    disk_bytes: int = _field(0, "disk for entries evicted from the tier above, bytes; 0: none")
+    ghost_bytes: int = _field(16 << 20, "host memory for the tokens of ghosts, bytes")
 
     def __post_init__(self) -> None:
         for name in COUNTS:

@@ -22,7 +22,6 @@ import warnings
 import weakref
 from collections.abc import Hashable
 from contextlib import suppress
-from math import lcm
 from threading import get_ident
 from typing import NamedTuple, overload
 
@@ -223,7 +222,7 @@ class Lease:
         self._request = request
         self._prompt = prompt
         self._receipt = receipt
-        self._step = lcm(cache.grid, cache.page_size)
+        self._step = cache.checkpoint_grid
         self._has_ended = False
         self.match = match
         """Match from which the request resumes, with its final losses."""
@@ -345,7 +344,7 @@ class Lease:
             if slot is not None and slot != request.own_slot:
                 cache.free_slot(slot)
             raise
-        step = None if cache.offload is None else lcm(cache.grid, cache.page_size)
+        step = None if cache.offload is None else cache.checkpoint_grid
         if match is not found or step is not None:
             loadable_len = match.loadable[-1].position if match.loadable else 0
             match = match._replace(losses=losses_of(found, match.cached_len, loadable_len, step))
@@ -880,12 +879,13 @@ class Lease:
             if steps.not_ready and computed_len > steps.not_ready.get(self, computed_len):
                 raise RuntimeError(NOT_READY.format(computed_len))
         end = min(computed_len, self.prompt_len)
-        new = np.ascontiguousarray(tokens[first:end])
-        if first < end and not self._prompt.startswith(new.data, first * new.itemsize):
-            raise ValueError(
-                f"tokens {first} to {end} are not those of the LeaseRequest, as they were at "
-                "begin: pass its tokens, followed by those generated so far"
-            )
+        if first < end:
+            new = np.ascontiguousarray(tokens[first:end])
+            if not self._prompt.startswith(new.data, first * new.itemsize):
+                raise ValueError(
+                    f"tokens {first} to {end} are not those of the LeaseRequest, as they were at "
+                    "begin: pass its tokens, followed by those generated so far"
+                )
         return computed_len
 
     def _misuse(self, length: int) -> ValueError:

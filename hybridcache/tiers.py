@@ -833,9 +833,9 @@ class TieredRadixCache(HybridRadixCache):
         require_int32(tokens, "tokens")
         if tier not in self.offload.names:
             raise ValueError(f"tier must be one of {', '.join(self.offload.names)} (got {tier!r})")
-        if not len(tokens) or len(tokens) % self._step:
+        if not len(tokens) or len(tokens) % self.checkpoint_grid:
             raise ValueError(
-                f"the number of tokens must be a positive multiple of {self._step}, the grid in "
+                f"the number of tokens must be a positive multiple of {self.checkpoint_grid}, the grid in "
                 f"whole pages (got {len(tokens)})"
             )
         tree, offload = self._tree, self.offload

@@ -132,18 +132,14 @@ class MirrorMatch(NamedTuple):
 class _Piece:
     """One mirrored segment."""
 
-    __slots__ = ("checkpoint", "children", "key", "namespace", "parent", "start", "tokens")
+    __slots__ = ("checkpoint", "children", "namespace", "parent", "start", "tokens")
 
-    def __init__(self, stored: KVStored, key: tuple[int, ...]) -> None:
+    def __init__(self, stored: KVStored) -> None:
         self.namespace, self.parent = stored.namespace, stored.parent
         self.start, self.tokens = stored.start, stored.tokens
-        self.key = key
         self.checkpoint = False
         self.children: dict[tuple[int, ...], int] = {}
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
+        """Ids of the children, by their first page."""
 
 
 class Mirror:
@@ -195,16 +191,15 @@ class Mirror:
         """Apply one event, which follows the preceding ones. O(tokens of the segment)."""
         match event:
             case KVStored():
-                piece = _Piece(event, event.tokens[: self.page_size])
-                self._pieces[event.id] = piece
-                self._siblings(piece)[piece.key] = event.id
+                piece = self._pieces[event.id] = _Piece(event)
+                self._siblings(piece)[event.tokens[: self.page_size]] = event.id
                 self.num_tokens += len(event.tokens)
             case KVSplit():
                 self._split(event)
             case KVRemoved():
                 piece = self._pieces.pop(event.id)
                 self.num_tokens -= len(piece.tokens)
-                del self._siblings(piece)[piece.key]
+                del self._siblings(piece)[piece.tokens[: self.page_size]]
                 if piece.parent is None and not self._roots[piece.namespace]:
                     del self._roots[piece.namespace]
             case CheckpointStored() | CheckpointRemoved():
@@ -224,11 +219,10 @@ class Mirror:
         cut = event.position - lower.start
         head, tail = lower.tokens[:cut], lower.tokens[cut:]
         stored = KVStored(event.upper, lower.parent, lower.namespace, lower.start, head)
-        upper = self._pieces[event.upper] = _Piece(stored, lower.key)
-        self._siblings(upper)[upper.key] = event.upper
+        upper = self._pieces[event.upper] = _Piece(stored)
+        self._siblings(upper)[head[: self.page_size]] = event.upper
         lower.parent, lower.start, lower.tokens = event.upper, event.position, tail
-        lower.key = tail[: self.page_size]
-        upper.children[lower.key] = event.id
+        upper.children[tail[: self.page_size]] = event.id
 
     def match(self, tokens: Sequence[int], namespace: Hashable = None) -> MirrorMatch:
         """Match ``tokens``. O(len(tokens)), or O(matched tokens) if it is a tuple."""

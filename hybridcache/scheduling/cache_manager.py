@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from math import lcm
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ class CacheManager:
         self._exchange = exchange
         self._after_reading = after_reading
         self.publishing = publishing
-        self.checkpoint_grid = lcm(cache.grid, cache.page_size)
+        self.checkpoint_grid = cache.checkpoint_grid
         """Checkpoints are saved at multiples of it."""
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._num_rows = num_rows

@@ -14,7 +14,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from hybridcache.geometry.config_format import Config, Format
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.families import by_layer_types
 from hybridcache.geometry.sizes import ModelSizes, SizesError
 
@@ -61,7 +61,7 @@ def read(text: Fields) -> tuple[ModelSizes, Config | None]:
         SizesError: no model can have these sizes.
         TypeError, ValueError: a value has the wrong type.
     """
-    module = _modules().get(model_type := str(text.get("model_type")))
+    module = modules().get(model_type := str(text.get("model_type")))
     if module is None:
         marks = "linear_attn", "linear_num_", "mamba_"
         linear = [name for name, value in text.items() if name.startswith(marks) and value]
@@ -76,14 +76,8 @@ def read(text: Fields) -> tuple[ModelSizes, Config | None]:
     return module.sizes(config), config
 
 
-def format_of(model_type: str) -> Format:
-    """Return the keys of a model type. Raises KeyError if no module reads it."""
-    found: Format = _modules()[model_type].FORMATS[model_type]
-    return found
-
-
 @cache
-def _modules() -> dict[str, ModuleType]:
+def modules() -> dict[str, ModuleType]:
     """Return the modules by ``model_type``."""
     found: dict[str, ModuleType] = {}
     for file in pkgutil.iter_modules(__path__):
