@@ -64,7 +64,7 @@ class CacheConfig:
         "checkpoints are at multiples of it and of page_size, tokens; one of the two must divide "
         "the other",
     )
-    eviction: EvictionSpec = _field(
+    eviction: EvictionSpec = _field(  # noqa: RUF009
         DEFAULT_EVICTION, "eviction policy: a name, or a policy of your own"
     )
     priority_classes: bool = _field(

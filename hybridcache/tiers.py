@@ -835,8 +835,8 @@ class TieredRadixCache(HybridRadixCache):
             raise ValueError(f"tier must be one of {', '.join(self.offload.names)} (got {tier!r})")
         if not len(tokens) or len(tokens) % self.checkpoint_grid:
             raise ValueError(
-                f"the number of tokens must be a positive multiple of {self.checkpoint_grid}, the grid in "
-                f"whole pages (got {len(tokens)})"
+                "the number of tokens must be a positive multiple of the grid in whole pages, "
+                f"{self.checkpoint_grid} (got {len(tokens)})"
             )
         tree, offload = self._tree, self.offload
         number = offload.names.index(tier)

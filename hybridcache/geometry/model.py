@@ -19,9 +19,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.families import read, text_part
 from hybridcache.geometry.mixers import (
@@ -41,8 +38,6 @@ from hybridcache.geometry.sizes import (
     SizesError,
     StateSpec,
 )
-
-Lengths = npt.NDArray[np.int64]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 

@@ -339,8 +339,8 @@ def rendezvous(key: bytes, replicas: Iterable[ReplicaId]) -> ReplicaId:
     >>> rendezvous(b"a", (0, 1, 2)) == rendezvous(b"a", (2, 1, 0))
     True
     """
-    return max(replicas, key=lambda replica: _rank(key, replica))
 
+    def rank(replica: ReplicaId) -> bytes:
+        return blake2b(key, digest_size=8, key=repr(replica).encode()[:64]).digest()
 
-def _rank(key: bytes, replica: ReplicaId) -> bytes:
-    return blake2b(key, digest_size=8, key=repr(replica).encode()[:64]).digest()
+    return max(replicas, key=rank)
