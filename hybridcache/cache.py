@@ -72,6 +72,7 @@ EVICTED = (
     "eviction"
 )
 FOREIGN = "this node or match belongs to another cache: match the tokens in this one"
+WRONG_LOCK = "expected the result of lock of this cache, not of another (got {!r})"
 
 STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", "session_end"})
 """Reasons why an answer ended, as ``Lease.finish`` and ``label_tip`` take them."""
@@ -88,9 +89,8 @@ def require_stop_reason(reason: object) -> None:
 
 
 class LockHandle:
-    """Lock on one node and its path.
-
-    Return it with ``cache.unlock(handle)``, or use it in a ``with`` statement.
+    """Lock on one node and its path, to be returned with ``cache.unlock(handle)``, or used in a
+    ``with`` statement.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -153,11 +153,8 @@ class GatherCache:
         """Weight of all results, in rows."""
 
     def join(self, segment: Segment) -> Indices:
-        """Concatenate the rows from the root to the end of ``segment``, and keep the result.
-        O(rows).
-
-        The result is read-only.
-        """
+        """Concatenate the rows from the root to the end of ``segment``, and keep the read-only
+        result. O(rows)."""
         kept, parts, extends = self.rows, [segment.indices], None
         above = segment.node.parent
         while above is not None and above.kv is not None:
@@ -377,10 +374,7 @@ class HybridRadixCache:
 
     def gather(self, node: NodeHandle | None) -> Indices:
         """Return the KV indices from the root to the end of ``node``: int32[position], read-only.
-
-        O(position). The latest results are kept, because a request and its next turn need the same
-        rows again.
-        """
+        O(position), or O(1) for the latest results, which a request and its next turn share."""
         last = self._usable(node)
         if last is None:
             return EMPTY
@@ -480,13 +474,12 @@ class HybridRadixCache:
             self.stats.record(match)
         if last is not None:
             self.refresh(last)
-        if match.missed is not None:
+        if missed is not None:
             policy = self.policy
-            # Most policies ignore ghost hits, or all but the first: then no path is searched.
-            if type(policy).on_ghost_hit is not EvictionPolicy.on_ghost_hit:
-                policy.on_ghost_hit(match.missed)
+            policy.on_ghost_hit(missed)
+            # Most policies ignore all but the first ghost hit: then no path is searched.
             is_asked = type(policy).on_ghost_hit_above is not EvictionPolicy.on_ghost_hit_above
-            above = missed.node.parent if is_asked and missed is not None else None
+            above = missed.node.parent if is_asked else None
             while above is not None and above.checkpoint is None:
                 if above.lost_checkpoint is not None:
                     policy.on_ghost_hit_above(above.lost_checkpoint)
@@ -555,7 +548,7 @@ class HybridRadixCache:
             ValueError: another cache returned it, or it is not a handle.
         """
         if not isinstance(handle, LockHandle) or handle.cache is not self:
-            raise _wrong_lock(handle)
+            raise ValueError(WRONG_LOCK.format(handle))
         node = handle.node
         if node is None:
             return
@@ -658,7 +651,7 @@ class HybridRadixCache:
         """
         if replaces is not None:
             if not isinstance(replaces, LockHandle) or replaces.cache is not self:
-                raise _wrong_lock(replaces)
+                raise ValueError(WRONG_LOCK.format(replaces))
             node = replaces.node
             if replaces.superseded is None and node is not None and not node.children:
                 before = last_at(node)
@@ -768,10 +761,7 @@ class HybridRadixCache:
         return self.steps.take()
 
     def fetch(self, resumable: Resumable) -> bool:
-        """Load ``resumable`` from offload tiers to the device; see ``TieredRadixCache.fetch``.
-
-        Returns False, because this cache has no offload tiers.
-        """
+        """Return False, because this cache has no offload tiers; see ``TieredRadixCache.fetch``."""
         return False
 
     def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
@@ -790,10 +780,8 @@ class HybridRadixCache:
         return short_tokens <= self.cached_tokens - self.protected().num_tokens
 
     def _evict_one(self, kind: Kind | None) -> bool:
-        """Evict the policy's victim. Returns False if nothing evictable remains.
-
-        Amortised O(log n) per freed item.
-        """
+        """Evict the policy's victim. Returns False if nothing evictable remains. Amortised O(log n)
+        per freed item."""
         while True:
             item = self.policy.victim(kind)
             if item is None:
@@ -815,10 +803,7 @@ class HybridRadixCache:
         return True
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
-        """Free the checkpoint of an unlocked node.
-
-        The node keeps the evicted item as a tombstone.
-        """
+        """Free the checkpoint of an unlocked node, which keeps the evicted item as a tombstone."""
         checkpoint = node.checkpoint
         assert checkpoint is not None
         if self._listeners:
@@ -1440,13 +1425,6 @@ class HybridRadixCache:
         assert len(cached) == self.num_checkpoints, f"{self.num_checkpoints} checkpoints counted"
         both = cached + slots.free_slots()
         assert len(set(both)) == len(both), "a slot is cached twice, or cached and free"
-
-
-def _wrong_lock(handle: object) -> ValueError:
-    """Return the error for an object that is not a lock of the called cache."""
-    if isinstance(handle, LockHandle):
-        return ValueError("this lock belongs to another cache: use it there")
-    return ValueError(f"expected the result of lock (got {handle!r})")
 
 
 def _path_rows(node: RadixNode) -> Indices:

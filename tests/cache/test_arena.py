@@ -85,7 +85,7 @@ def config_of(
 def serve_twins(twins: Twins, rng: random.Random, num_operations: int) -> None:
     """Run random operations: begin, publish and end requests, hold rows and slots, and free
     them."""
-    unit, step = max(twins.config.page_size, twins.config.grid), twins.cache._step
+    unit, step = max(twins.config.page_size, twins.config.grid), twins.cache.checkpoint_grid
     for _ in range(num_operations):
         dice = rng.random()
         request = rng.choice(twins.requests) if twins.requests else None

@@ -94,7 +94,7 @@ class CacheMachine(RuleBasedStateMachine):
         request = self.twins.begin(self.draw_prompt(data), namespace)
         if request is not None:
             n = len(request.tokens)
-            grid = self.twins.cache._step
+            grid = self.twins.cache.checkpoint_grid
             wanted = {n // grid * grid, (n - 1) // grid * grid, request.match.seen_len} - {0}
             self.twins.publish(request, n, sorted(wanted) * saves, data.draw(st.booleans()))
             self.twins.end(request)
@@ -104,7 +104,7 @@ class CacheMachine(RuleBasedStateMachine):
     def publish(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(self.twins.requests))
         length = data.draw(st.integers(request.published_len, len(request.tokens)))
-        step = self.twins.cache._step
+        step = self.twins.cache.checkpoint_grid
         on_grid = st.integers(0, length // step).map(lambda k: k * step)
         positions = data.draw(
             st.lists(on_grid | st.integers(0, length + 1), max_size=3, unique=True)

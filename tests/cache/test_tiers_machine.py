@@ -58,7 +58,7 @@ class TieredMachine(RuleBasedStateMachine):
     def make(self, data: st.DataObject) -> None:
         config = data.draw(configs())
         self.memory = TieredMemory(config)
-        self.step = self.memory.cache._step
+        self.step = self.memory.cache.checkpoint_grid
         self.seen = [np.empty(0, np.int32)]
         self.locks: list[LockHandle] = []
 

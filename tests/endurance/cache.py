@@ -26,7 +26,7 @@ STEPS = 300
 def serve_tiers(memory: TieredMemory, rng: random.Random) -> None:
     """Serve prompts that share blocks, with loads. A single tier loses rows: of two, KV that moves
     to the second may take the room of other states."""
-    step, cache = memory.cache._step, memory.cache
+    step, cache = memory.cache.checkpoint_grid, memory.cache
     for _ in range(STEPS):
         blocks = [rng.randrange(3) for _ in range(rng.randint(1, 6))]
         prompt = np.repeat(np.array(blocks, np.int32), step)
