@@ -40,6 +40,7 @@ from hybridcache.allocators.pools import (
     PageAllocator,
     SlotAllocator,
     are_distinct,
+    require_int32_count,
 )
 from hybridcache.tokens import Indices
 
@@ -74,6 +75,7 @@ class ArenaAllocator:
                 f"total_bytes must hold at least one page: {page_size} rows of {row_bytes} bytes "
                 f"(got {total_bytes})."
             )
+        require_int32_count(capacity, "KV rows")
         budget = self.budget = ByteBudget(capacity * row_bytes)
         self.capacity = capacity
         """Total number of rows."""

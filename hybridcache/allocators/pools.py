@@ -60,6 +60,14 @@ class BaseAllocator(ABC):
 
 
 MAX_ROWS = 1 << 31
+
+
+def require_int32_count(count: int, what: str) -> None:
+    """Raise ValueError if an int32 cannot number ``count`` items."""
+    if count > MAX_ROWS:
+        raise ValueError(f"{count} {what} are more than the {MAX_ROWS} that int32 can number")
+
+
 BLOCK = 1 << 16
 """Minimum number of pages that are written to the stack together."""
 
@@ -96,12 +104,9 @@ class PageAllocator(BaseAllocator):
         budget: ByteBudget | None = None,
     ) -> None:
         """``num_tokens`` are whole pages. Raise ValueError for more than int32 can number."""
+        require_int32_count(num_tokens, "KV rows")
         super().__init__(num_tokens, token_bytes, budget)
         self.page_size = page_size
-        if num_tokens > MAX_ROWS:
-            raise ValueError(
-                f"{num_tokens} KV rows are more than the {MAX_ROWS} that int32 can number"
-            )
         num_pages = num_tokens // page_size
         self._stack = np.empty(num_pages, dtype=np.int32)
         self._height = self._num_implied = num_pages
@@ -214,6 +219,7 @@ class SlotAllocator(BaseAllocator):
     def __init__(
         self, num_slots: int, slot_bytes: int = 0, budget: ByteBudget | None = None
     ) -> None:
+        require_int32_count(num_slots, "slots")
         super().__init__(num_slots, slot_bytes, budget)
         self._stack = list(range(num_slots - 1, -1, -1))
         self.is_taken = bytearray(num_slots)

@@ -106,8 +106,9 @@ class ModelGeometry:
         Args:
             config: The parsed file.
             name: Name of the result.
-            dtypes: ``kv_dtype`` (default bfloat16), ``state_dtype`` (float32), ``conv_dtype``
-                (bfloat16) and ``checkpoint_dtype`` (auto: same as the states).
+            dtypes: ``kv_dtype`` and ``conv_dtype`` (default: the ``dtype`` of the file, bfloat16 if
+                it has none), ``state_dtype`` (float32) and ``checkpoint_dtype`` (auto: same as the
+                states).
 
         Raises:
             ValueError: the config does not describe a language model, or it has a layer type that
@@ -124,11 +125,15 @@ class ModelGeometry:
             raise ValueError(f"a field has a value of the wrong type: {error}") from error
         if not sizes.row_size:
             raise ValueError("a model without a single attention layer is not supported")
+        found = (part.get(key) for part in (text, config) for key in ("dtype", "torch_dtype"))
+        stated = next((dtype.removeprefix("torch.") for dtype in found if dtype), None)
+        if stated in DTYPE_BYTES:
+            dtypes = {"kv_dtype": stated, "conv_dtype": stated} | dtypes
         return cls.from_sizes(name, sizes, **dtypes)
 
     @classmethod
     def load(cls, name: str, **dtypes: str) -> ModelGeometry:
-        """Resolve the value of ``--model``: a preset name, a ``config.json``, or its directory.
+        """Read a preset by its name, a ``config.json``, or the directory of one.
 
         The result is named after the file, or after the directory if the file is ``config.json``.
 

@@ -59,9 +59,15 @@ class CacheManager:
             publishing: returns a context in which entries are published.
 
         Raises:
-            TypeError, ValueError: ``num_rows`` is not an integer, or less than 1.
+            TypeError, ValueError: ``num_rows`` is not an integer, or less than 1; ``placement`` or
+                a rule lacks its method.
         """
         require_index(num_rows, "num_rows", 1)
+        if not callable(getattr(placement, "plan", None)):
+            raise TypeError(f"placement must be made by parse_placement (got {placement!r}).")
+        for what, rule in (("exchange", exchange), ("after_reading", after_reading)):
+            if rule is not None and not callable(getattr(rule, "seconds_saved", None)):
+                raise TypeError(f"{what} must have the method seconds_saved (got {rule!r}).")
         self.cache = cache
         self.placement = placement
         self.stateful = stateful
@@ -175,11 +181,11 @@ class CacheManager:
             not self.stateful or lease.is_saving_at(position)
         )
 
-    def publish(self, request: ScheduledRequest) -> None:
-        """Publish the computed part of ``request`` in the tree."""
+    def publish(self, request: ScheduledRequest, end: int) -> None:
+        """Publish the tokens of ``request`` below ``end``, which are computed, in the tree."""
         lease, _ = request.claims
         with self.publishing():
-            lease.publish(request.tokens, request.computed_len)
+            lease.publish(request.tokens, end)
 
     def finish(self, request: ScheduledRequest) -> None:
         """End the lease of a finished request and publish everything computed. The state is not

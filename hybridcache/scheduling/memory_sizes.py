@@ -77,4 +77,4 @@ class MemorySizes:
         if self.is_stateful and not self.num_slots:
             return 0
         whole = self.num_kv_tokens // self.page_size * self.page_size
-        return whole - SLOTS_OF_ONE * self.slab_rows
+        return max(0, whole - SLOTS_OF_ONE * self.slab_rows)

@@ -227,10 +227,13 @@ class StepPlanner(Generic[R]):
                 "memory must have the page size of the manager's cache, and states if the manager "
                 f"is stateful (got {memory})."
             )
-        if memory.max_request_len > manager.cache.num_kv_tokens:
+        arena = manager.cache.arena
+        slab_rows = 0 if arena is None or not manager.stateful else arena.slab_rows
+        if memory.num_kv_tokens > manager.cache.num_kv_tokens or memory.slab_rows < slab_rows:
             raise ValueError(
                 f"memory must be that of the manager's cache, which has "
-                f"{manager.cache.num_kv_tokens} KV rows (got {memory})."
+                f"{manager.cache.num_kv_tokens} KV rows and {slab_rows} rows per slab of an arena "
+                f"(got {memory})."
             )
         self._manager = manager
         self.admission = admission
@@ -283,8 +286,8 @@ class StepPlanner(Generic[R]):
 
         Raises:
             ValueError: a waiting or running request has the same ``arrival``, or it is this one; it
-                has ended, or can be longer than ``memory.max_request_len``, so that it would never
-                end.
+                has ``max_len`` tokens, or can be longer than ``memory.max_request_len``, so that it
+                would never end.
         """
         for requests in (self._waiting, self._running):
             place = bisect_left(requests, request.arrival, key=_age)
@@ -375,16 +378,17 @@ class StepPlanner(Generic[R]):
         prefill. An engine that works one step ahead sets ``scheduled_len`` when it plans a step.
         Raises ValueError if ``end`` is below the computed tokens or above those with rows."""
         lease, _ = request.claims
+        if type(end) is not int:
+            end = require_index(end, "end")
         if not request.computed_len <= end <= lease.extended_len:
             raise ValueError(
                 f"end must be from {request.computed_len} to {lease.extended_len}, the tokens that "
                 f"are computed and those with rows (got {end})."
             )
-        is_decode = request.computed_len >= request.prefill_len
+        if publishes and request.computed_len < request.prefill_len:
+            self._manager.publish(request, end)
         request.computed_len = end
         request.scheduled_len = max(request.scheduled_len, end)
-        if publishes and not is_decode:
-            self._manager.publish(request)
 
     def leave(self, request: R, publishes: bool = True) -> None:
         """Finish running ``request`` after its last token: publish everything and free its claims.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -72,24 +73,31 @@ class ScheduledRequest(WaitingRequest):
             max_len: most tokens of prompt and answer together.
 
         Raises:
-            ValueError: the prompt is empty or not int32[n], or longer than ``max_len``; the
-                boundaries are negative or not ascending, or the namespace is malformed.
+            TypeError, ValueError: the prompt is empty or not int32[n], or longer than ``max_len``;
+                positions of the spec are negative or not ascending, its namespace is malformed, or
+                it has no name; ``arrival`` is not an integer, or ``arrival_s`` not a number.
         """
         require_int32(prompt, "prompt")
+        if not isinstance(spec.request_id, str):
+            raise TypeError(f"request_id must be a string (got {spec.request_id!r}).")
         if not 0 < len(prompt) <= require_index(max_len, "max_len"):
             raise ValueError(
                 f"a prompt must have from 1 to max_len tokens (got {len(prompt)}, and max_len is "
                 f"{max_len})"
             )
         require_index(arrival, "arrival")
+        if not isinstance(arrival_s, Real):
+            raise TypeError(f"arrival_s must be a number of seconds (got {arrival_s!r}).")
         require_namespace(spec.namespace)
         for position in spec.save_at:
-            require_index(position, "each of save_at")
+            require_index(position, "each of save_at", 0)
         require_boundaries(spec.boundaries)
         super().__init__(
             arrival=arrival, arrival_s=arrival_s, num_tokens=len(prompt), max_len=max_len
         )
         self.spec = spec
+        self.request_id = spec.request_id
+        """Name of the request."""
         self._buffer = prompt.copy()
         self.prompt_len = len(prompt)
         self.scheduled_len = 0
@@ -108,12 +116,6 @@ class ScheduledRequest(WaitingRequest):
         """True if an earlier lease of this request is counted in the cache's statistics."""
 
     @property
-    def request_id(self) -> str:
-        """Name of the request."""
-        assert self.spec.request_id is not None, "requests are named before they are scheduled"
-        return self.spec.request_id
-
-    @property
     def namespace(self) -> Hashable:
         """Requests of different namespaces share nothing."""
         return self.spec.namespace
@@ -124,9 +126,18 @@ class ScheduledRequest(WaitingRequest):
         return self._buffer[: self.num_tokens]
 
     def append(self, token_id: int) -> None:
-        """Add the newest token of the answer. O(1) amortised."""
+        """Add the newest token of the answer. O(1) amortised. Raises TypeError if it is not an
+        integer, and ValueError if the request has ``max_len`` tokens already."""
+        if type(token_id) is not int:
+            token_id = require_index(token_id, "token_id")
         if self.num_tokens == len(self._buffer):
-            self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
+            if self.num_tokens == self.max_len:
+                raise ValueError(
+                    f"request {self.request_id} has its max_len of {self.max_len} tokens: end it"
+                )
+            longer = np.empty(min(2 * self.num_tokens, self.max_len), np.int32)
+            longer[: self.num_tokens] = self._buffer
+            self._buffer = longer
         self._buffer[self.num_tokens] = token_id
         self.num_tokens += 1
 

@@ -16,6 +16,7 @@ import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
 from hybridcache.allocators.moves import Drop, StepMemory
+from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream, Mirror
 from hybridcache.export.warm_state import pack, unpack, write_memory
@@ -396,7 +397,12 @@ def asking(**fields):
 
 def manager(**changes):
     arguments = {"placement": parse_placement("end"), "num_rows": 2, "stateful": True}
-    return CacheManager(hybrid(), **arguments | changes)
+    return CacheManager(**{"cache": hybrid()} | arguments | changes)
+
+
+def arena_manager():
+    sizes = {"kv_bytes_per_token": 1, "state_bytes": 64, "grid": 4}
+    return manager(cache=build_prefix_cache(CacheConfig(memory="arena", total_bytes=1000, **sizes)))
 
 
 def sizes(memory="pools", **changes):
@@ -436,6 +442,11 @@ WRONG = (
     (planner, {"memory": sizes(page_size=4)}),
     (planner, {"memory": sizes(state_bytes=0)}),
     (planner, {"memory": sizes(num_kv_tokens=1001)}),
+    (planner, {"manager": arena_manager(), "memory": sizes(num_kv_tokens=100)}),
+    *((manager, {name: 5}) for name in ("placement", "exchange", "after_reading")),
+    *((scheduled, {"arrival_s": value}) for value in (None, "x")),
+    (asking, {"request_id": None}),
+    (asking, {"save_at": (-4,)}),
     *((Mirror, {"page_size": value}) for value in (0, "a")),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "grid": None}),
@@ -454,6 +465,13 @@ def test_wrong_arguments_of_constructors_are_refused_by_name(make, wrong):
     with pytest.raises((ValueError, TypeError, MemoryError), match=[*wrong][-1]) as caught:
         make(**wrong)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_more_items_than_int32_can_number_are_refused_before_they_are_listed():
+    config = CacheConfig(memory="arena", total_bytes=10**11, kv_bytes_per_token=1, state_bytes=64)
+    for make in (lambda: build_prefix_cache(config), lambda: SlotAllocator(5 * 10**9)):
+        with pytest.raises(ValueError, match="are more than the 2147483648 that int32 can number"):
+            make()
 
 
 def test_a_request_is_added_once_and_its_removal_can_be_repeated():
@@ -476,6 +494,15 @@ def test_a_request_is_added_once_and_its_removal_can_be_repeated():
     [(running, end)] = owner.choose().items()
     owner.advance(running, end)
     assert running is request and request.scheduled_len == end == 5
+    with pytest.raises(TypeError, match="end must be an integer"):
+        owner.advance(running, 5.0)
+    with pytest.raises(TypeError, match="token_id must be an integer"):
+        running.append(1.9)
+    for _ in range(4):
+        running.append(1)
+    with pytest.raises(ValueError, match="has its max_len of 9 tokens"):
+        running.append(1)
+    assert (running.computed_len, running.num_tokens) == (5, 9)
     with pytest.raises(ValueError, match="arrival 0"):
         owner.add(request)
     with pytest.raises(ValueError, match="does not run in this planner"):

@@ -131,11 +131,11 @@ def test_outputs_finished_by_a_failed_commit_are_returned(
     engine = make_engine(tokenizer=ByteTokenizer(), overlap=overlap)
     publish, remaining = engine._manager.publish, [1]
 
-    def failing(request: Request) -> None:
+    def failing(request: Request, end: int) -> None:
         if request.prompt_len == 9 and remaining:
             remaining.pop()
             raise MemoryError("no room to publish")
-        publish(request)
+        publish(request, end)
 
     monkeypatch.setattr(engine._manager, "publish", failing)
     submitted = [engine.submit(ids(length, 50), one_token) for length in (8, 9, 10)]

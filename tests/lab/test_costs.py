@@ -101,7 +101,12 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_configs_of_mamba_models_agree_with_their_presets(name: str) -> None:
-    geometry, preset = ModelGeometry.from_config(PUBLISHED[name]), ModelGeometry.preset(name)
+    config = {key: value for key, value in PUBLISHED[name].items() if "dtype" not in key}
+    geometry, preset = ModelGeometry.from_config(config), ModelGeometry.preset(name)
+    wide = ModelGeometry.from_config(config | {"dtype": "torch.float32"})
+    assert wide.kv_bytes_per_token == 2 * geometry.kv_bytes_per_token
+    assert wide.conv_bytes == 2 * geometry.conv_bytes
+    assert wide.recurrent_bytes == geometry.recurrent_bytes
     assert geometry.kv_bytes_per_token == preset.kv_bytes_per_token
     assert geometry.recurrent_bytes == preset.recurrent_bytes
     assert geometry.conv_bytes == preset.conv_bytes
