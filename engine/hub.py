@@ -197,7 +197,9 @@ def _in_sentences(name: str, revision: str | None) -> Iterator[None]:
             f"all files of that model, and {where} cannot be reached ({cause}): check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE."
         )
-    except (errors.HTTPError, OSError, ImportError) as error:  # type: ignore[attr-defined]
+    except ImportError as error:  # Of a package for a proxy, for example.
+        why = f"{name} cannot be downloaded ({error})."
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         said = str(error).split("\n")[0].rstrip(".") or type(error).__name__
         why = (
             f"The download of {name} broke off ({said}). Run the same command again: complete "

@@ -216,7 +216,7 @@ def test_impossible_command_is_refused(arguments: str, capsys: pytest.CaptureFix
         ([1] * 5000, {}, "context length"),
         ([1] * 4090, {"sampling": SamplingParams(max_tokens=7)}, "context length"),
         ([1], {"sampling": SamplingParams(max_tokens=0)}, "max_tokens"),
-        ([1], {"prompt_logprobs": -1}, "prompt_logprobs"),
+        *(([1], {"prompt_logprobs": one}, "prompt_logprobs") for one in (-1, 2.0, True)),
         ([1], {"namespace": True}, "namespace"),
         ([1], {"namespace": [1]}, "namespace"),
     ],

@@ -132,8 +132,10 @@ class Replay:
         _see(seen, tools)
         for index, message in enumerate(chat):
             place = Place(tenant, index, None if seen is None else seen.digest())
-            _see(seen, [message.get("role"), *said_by(message)[:2]])
-            turn = self._find(place, message, keeps)
+            said = said_by(message)
+            _see(seen, [message.get("role"), *said[:2]])
+            is_answer = message.get("role") == "assistant"
+            turn = self._find(place, said, keeps) if is_answer else None
             if turn is not None:
                 sampled[index] = turn
                 if turn.reasoning and not message.get("reasoning_content"):
@@ -150,17 +152,16 @@ class Replay:
         place = Place(tenant, len(chat), None if seen is None else seen.digest())
         return replace(prompt, place=place)
 
-    def _find(self, place: Place, message: Message, keeps_thinking: bool) -> SampledTurn | None:
-        """Return the turn sampled for the ``message`` at ``place``, or None. O(its size).
+    def _find(self, place: Place, said: list[Any], keeps_thinking: bool) -> SampledTurn | None:
+        """Return the turn sampled for the answer at ``place``, or None. ``said``: as of
+        ``said_by``. O(its size).
 
         Its reasoning must be equal, or with ``keeps_thinking`` be missing in the same chat. Of
         several turns, the one at the same index is returned, else the latest.
         """
-        if message.get("role") != "assistant":
-            return None
-        given = str(message.get("reasoning_content") or "").strip()
+        given = said[2]
         latest: SampledTurn | None = None
-        for turn in reversed(self._known.get((place.tenant, _digest(message))) or ()):
+        for turn in reversed(self._known.get((place.tenant, _digest(said))) or ()):
             assert turn.place is not None
             if turn.reasoning.strip() != given and not (
                 keeps_thinking and not given and turn.place.chat == place.chat
@@ -182,7 +183,7 @@ class Replay:
         if place is None or not prompt.header or not self._control_ids.isdisjoint(token_ids):
             return
         ids, reasoning = array("i", token_ids), message["reasoning_content"]
-        key = place.tenant, _digest(message)
+        key = place.tenant, _digest(said_by(message))
         alike = *(self._known.get(key) or ()), SampledTurn(prompt.header, ids, reasoning, place)
         alike, most = alike[-MAX_ALIKE:], self._known.limit_bytes
         while len(alike) > 1 and sum(turn.num_bytes for turn in alike) > most:
@@ -529,9 +530,9 @@ def header_of(tokenizer: Tokenizer, text: str) -> str:
     return text[starts[-1] :] if starts else ""
 
 
-def _digest(message: Mapping[str, Any]) -> bytes:
-    """Return the digest of text and calls, without reasoning."""
-    return hashlib.blake2b(json.dumps(said_by(message)[:2]).encode(), digest_size=16).digest()
+def _digest(said: list[Any]) -> bytes:
+    """Return the digest of text and calls, without reasoning; ``said`` as of ``said_by``."""
+    return hashlib.blake2b(json.dumps(said[:2]).encode(), digest_size=16).digest()
 
 
 def said_by(message: Mapping[str, Any]) -> list[Any]:

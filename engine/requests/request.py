@@ -58,6 +58,8 @@ RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 GREEDY_BELOW = 1e-5
 """Temperatures below it would make logits overflow float32, so they select the most likely
 token."""
+SCORES = Limits("an integer from 0 to 50", 0, 50, is_whole=True)
+"""Number of alternatives to report with a token."""
 MAX_STOPS = 64
 """Maximum number of stop strings or stop token ids of one request."""
 MAX_BIASES = 1024
@@ -120,7 +122,7 @@ class SamplingParams:
         None,
         "number of alternatives to report with each token's log-probability; by default "
         "none are reported",
-        limits=Limits("an integer from 0 to 50", 0, 50, is_whole=True),
+        limits=SCORES,
     )
     repetition_penalty: float = setting(
         1.0,
@@ -543,9 +545,6 @@ class RecentRequests:
             listener(request)
 
 
-MAX_LOGPROBS = 50
-
-
 def no_grammars(grammar: Grammar) -> LogitRule:
     """Raise an error: this front end only validates."""
     raise RuntimeError("grammars are compiled by the engine")
@@ -583,10 +582,8 @@ class Intake:
         """
         tokens = self._tokens(spec.prompt)
         sampling, num_scores = spec.sampling or self._default_sampling, spec.prompt_logprobs
-        if num_scores is not None and num_scores not in range(MAX_LOGPROBS + 1):
-            raise ValueError(
-                f"prompt_logprobs must be between 0 and {MAX_LOGPROBS} (got {num_scores})."
-            )
+        if num_scores is not None:
+            SCORES.check("prompt_logprobs", num_scores)
         require_namespace(spec.namespace)
         if sampling.max_tokens == 0 and num_scores is None:
             raise ValueError("max_tokens must be at least 1; 0 requires prompt_logprobs.")

@@ -33,7 +33,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from engine.server.api_errors import ANTHROPIC, APIError
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.json_text import REPLACEMENT
-from engine.text.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger(f"{__name__}.requests")
@@ -46,6 +45,9 @@ OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
 KEY = re.compile(rb"[\x21-\x7e]+")
 NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 """Pattern of the ids that clients may send in ``X-Request-Id``."""
+
+
+# --- Keys -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,8 @@ def _sendable(lines: list[bytes], source: str) -> list[bytes]:
     return keys
 
 
+# --- Connections ----------------------------------------------------------------------------------
+
 HEADERS_S = 10.0
 """Time in which the headers of a request must arrive, from the start of the connection or the end
 of the previous answer on."""
@@ -210,6 +214,9 @@ class ClientConnection(H11Protocol):
         is_answering = previous is not None and not previous.response_complete
         if self.cycle is previous and not is_answering and not self.transport.is_closing():
             self.transport.close()
+
+
+# --- Middleware and the log -----------------------------------------------------------------------
 
 
 def install(app: Starlette, config: ServerConfig, keys: ServerKeys) -> None:
@@ -252,7 +259,8 @@ MAX_PATH = 200
 
 
 class RequestRecord:
-    """Facts about one HTTP request for its line. A prompt with several answers counts once."""
+    """Facts about one HTTP request for its line in the log. A prompt with several answers counts
+    once."""
 
     def __init__(self) -> None:
         self.began_s = time.perf_counter()
@@ -260,10 +268,8 @@ class RequestRecord:
         """Status of the answer. 0 if the client left before the answer began."""
         self.is_sent = False
         """True if the client got the whole answer."""
-        self.outputs: dict[str, RequestOutput] = {}
-        """Latest output of each generation, by its id."""
-        self.repeated: set[str | None] = set()
-        """Ids of generations that are further choices of an earlier one's prompt."""
+        self.num_prompt = self.num_cached = self.num_answer = 0
+        """Numbers of tokens; 0 if nothing was generated."""
         self.answer_id = ""
         """Id of the answer. Empty if there is none."""
 
@@ -273,26 +279,18 @@ class RequestRecord:
         sent = "" if self.is_sent else "not sent completely"
         notes = filter(None, (self.answer_id, sent, scope["state"].get("error")))
         said = "".join(f"  {note}" for note in notes)
+        counts = self.num_prompt, self.num_cached, self.num_answer
+        tokens = "  prompt {:,}  cached {:,}  answer {:,}".format(*counts) if any(counts) else ""
         request_log.log(
             logging.DEBUG if scope["path"] in PROBES else logging.INFO,
             "%s %s %d%s  %.0f ms%s",
             scope["method"],
             path if len(path) <= MAX_PATH else path[:MAX_PATH] + "...",
             self.status or 499,
-            self._counts(),
+            tokens,
             1000 * (time.perf_counter() - self.began_s),
             "".join(letter if letter.isprintable() else "?" for letter in said),
         )
-
-    def _counts(self) -> str:
-        """Return the token counts, or "" if nothing was generated."""
-        if not self.outputs:
-            return ""
-        firsts = [output for name, output in self.outputs.items() if name not in self.repeated]
-        prompt = sum(len(output.prompt_token_ids) for output in firsts)
-        cached = sum(output.cached_len for output in firsts)
-        answer = sum(len(output.output) for output in self.outputs.values())
-        return f"  prompt {prompt:,}  cached {cached:,}  answer {answer:,}"
 
 
 def set_up_logging(level: str) -> None:
@@ -352,6 +350,8 @@ class Requests:
             if self._is_logged:
                 record.log(scope)
 
+
+# --- Tenants --------------------------------------------------------------------------------------
 
 SALT_HEADER = "x-cache-salt"
 """Header for the salt of a request, as an alternative to ``cache_salt`` in the body, on every
@@ -437,13 +437,3 @@ class Tenants:
             return Tenant(place)
         parts = json.dumps([by_key, *given]).encode()
         return Tenant(place, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
-
-
-def choice_id(answer_id: str, choice: int) -> str:
-    """Return the engine's id for one of an answer's choices."""
-    return f"{answer_id}-{choice}" if choice else answer_id
-
-
-def new_id(kind: str, joint: str = "-") -> str:
-    """Return a random id for an answer or a part of one."""
-    return f"{kind}{joint}{uuid.uuid4().hex}"

@@ -57,6 +57,9 @@ from hybridcache.command.extras import version as installed_version
 from hybridcache.geometry.units import counted
 
 logger = logging.getLogger(__name__)
+
+# --- Process --------------------------------------------------------------------------------------
+
 MAX_DESCRIPTORS = 1 << 16
 """Upper limit to which the number of descriptors is raised, if the system allows it."""
 GC_THRESHOLDS = (50_000, 20, 1000)
@@ -210,6 +213,8 @@ def serve(
     Server(engine, config, lambda: bool(told) or must_end()).run(sockets=[listener])
 
 
+# --- Application ----------------------------------------------------------------------------------
+
 HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
 
@@ -246,8 +251,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
         *_model_routes(context),
         *_operator_routes(context, keys),
         *page.routes(),
-        Route("/v1/responses/{response_id}", responses.retrieve),
-        Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
+        Route("/v1/responses/{response_id}", responses.stored, methods=["GET", "DELETE"]),
         Route(
             "/v1/cache/explanations/{answer_id}", partial(explanation, context, explanations, keys)
         ),

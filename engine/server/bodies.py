@@ -345,11 +345,6 @@ def named_event(data: Mapping[str, Any]) -> bytes:
     return event(data, data["type"])
 
 
-def as_event(failure: APIError) -> bytes:
-    """Return a failure in the middle of a stream in the form of OpenAI's clients."""
-    return event(failure.body())
-
-
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
     """Return the result of ``work``. If the client disconnects, cancel it and raise ClientGone."""
     working = asyncio.ensure_future(work)

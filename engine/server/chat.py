@@ -1,16 +1,16 @@
 """One chat in any dialect, and POST /v1/chat/completions, OpenAI's dialect.
 
-A chat is rendered and submitted (``ask``), and its answers are read as events (``ChatSession``),
-which the dialect writes in its own form.
+``ChatWriter`` renders and submits a chat, and reads its answers as events, which each dialect
+writes in its own form.
 """
 
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,17 @@ import numpy as np
 from msgspec import structs
 from starlette.responses import Response
 
-from engine.async_engine import RequestStream
 from engine.requests.chat_prompt import ChatPrompt, no_chat
 from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls
-from engine.server.access import choice_id, new_id
 from engine.server.api_errors import APIError, of_value
-from engine.server.bodies import DONE, PAUSE, EventStream, as_event, event, unless_gone
+from engine.server.bodies import DONE, event
 from engine.server.context import (
     AnsweredChat,
     Call,
+    Writer,
+    choice_id,
     finite,
+    new_id,
     prompt_id_fields,
     token_id_fields,
     token_text,
@@ -40,7 +41,6 @@ from engine.text.answers import (
     Event,
     ToolCall,
     as_message,
-    joined,
 )
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import TemplateError
@@ -162,173 +162,109 @@ def _forms(
     return forms
 
 
-async def ask(
-    call: Call,
-    body: ChatRequest,
-    answer_id: str,
-    prompt_name: str = "messages",
-    format_name: str = "response_format",
-) -> ChatSession:
-    """Submit a chat. An answer ends at the latest with the context.
+class ChatWriter(Writer):
+    """Generates the answers to one chat, and writes them in the form of a dialect."""
 
-    ``prompt_name`` and ``format_name`` are the dialect's names of the prompt and of the answer's
-    format. Raises APIError or RequestError if the chat is refused.
-    """
-    context, form = call.context, call.context.form
-    context.check_number(body.n)
-    tools = None if context.tokenizer.chat_template is None else callable_tools(body, form)
-    prompt = await render(call, body)
-    context.check_length(len(prompt.tokens), prompt_name)
-    limit = context.answer_limit(len(prompt.tokens), body.limit)
-    num_top = (body.top_logprobs or 0) if body.logprobs else None
-    samplings = body.samplings(limit, num_top, context.engine.sampling_defaults)
-    grammar = await context.grammar_of(_forms(body, form, format_name), prompt.is_thinking)
-    specs = (
-        structs.replace(
-            prompt.spec,
-            sampling=sampling,
-            ends_session=body.ends_session,
-            call_marks=form.calls.MARKS if form.calls is not None and tools else (),
-            request_id=choice_id(answer_id, choice),
-            choice_of=answer_id if choice else None,
-            grammar=grammar,
-        )
-        for choice, sampling in enumerate(samplings)
-    )
-    stream = await context.submit(specs, answer_id, call.record)
-    readers = [
-        AnswerReader(
-            form,
-            tools=tools,
-            is_thinking=prompt.is_thinking,
-            starts_text=prompt.spec.answer_starts_text,
-            is_single=not body.parallel_tool_calls,
-            index=index,
-            end_token_ids=context.tokenizer.eos_token_ids,
-        )
-        for index in range(len(stream.answers))
-    ]
-    return ChatSession(call, body, answer_id, prompt, stream, readers)
-
-
-@dataclass(slots=True)
-class ChatSession:
-    """A chat in progress."""
-
-    call: Call
+    FORMAT = "response_format"
+    """The dialect's name of the answer's format."""
     _body: ChatRequest
-    answer_id: str
-    prompt: ChatPrompt
-    _stream: RequestStream
-    readers: Sequence[AnswerReader]
 
-    def written(self, output: RequestOutput) -> dict[str, int]:
+    async def answer(self, is_stream: bool) -> Response:
+        """Submit the chat and return the response. An answer ends at the latest with the context.
+        Raises APIError if the chat is refused."""
+        call, context, body = self._call, self._context, self._body
+        form = context.form
+        context.check_number(body.n)
+        tools = None if context.tokenizer.chat_template is None else callable_tools(body, form)
+        prompt = self._prompt = await render(call, body)
+        limit = context.answer_limit(len(prompt.tokens), body.limit)
+        num_top = (body.top_logprobs or 0) if body.logprobs else None
+        samplings = body.samplings(limit, num_top, context.engine.sampling_defaults)
+        grammar = await context.grammar_of(_forms(body, form, self.FORMAT), prompt.is_thinking)
+        self.readers = [
+            AnswerReader(
+                form,
+                tools=tools,
+                is_thinking=prompt.is_thinking,
+                starts_text=prompt.spec.answer_starts_text,
+                is_single=not body.parallel_tool_calls,
+                index=index,
+                end_token_ids=context.tokenizer.eos_token_ids,
+            )
+            for index in range(body.n)
+        ]
+        await self.submit(
+            structs.replace(
+                prompt.spec,
+                sampling=sampling,
+                ends_session=body.ends_session,
+                call_marks=form.calls.MARKS if form.calls is not None and tools else (),
+                request_id=choice_id(self.answer_id, choice),
+                choice_of=self.answer_id if choice else None,
+                grammar=grammar,
+            )
+            for choice, sampling in enumerate(samplings)
+        )
+        return await self.respond(is_stream)
+
+    def written(self) -> dict[str, int]:
         """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
-        later prompts are known to share. ``output`` is one of the first answer."""
-        is_off = self.call.context.engine.config.prefix_cache == "none"
-        shared = 0 if is_off else max(self.prompt.spec.boundaries.positions, default=0)
-        return {"cache_write_tokens": max(0, shared - output.cached_len)}
+        later prompts are known to share."""
+        is_off = self._context.engine.config.prefix_cache == "none"
+        shared = 0 if is_off else max(self._prompt.spec.boundaries.positions, default=0)
+        return {"cache_write_tokens": max(0, shared - self.outputs[0].cached_len)}
 
-    async def news(self) -> AsyncIterator[AnswerReader]:
-        """Yield the reader of an answer after each output, until all have ended, or the client has
-        left."""
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """Output of each answer as far as it was read."""
+        return [reader.output for reader in self.readers]
+
+    async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
+        """Read each output before it is announced."""
+        call, context = self._call, self._context
         try:
-            found = self.call.context.outputs(self._stream, self.call.record)
-            async with aclosing(found) as outputs:
-                async for index, output in outputs:
-                    reader = self.readers[index]
+            async with aclosing(super().news()) as news:
+                async for index, is_first in news:
+                    reader, output = self.readers[index], self._latest[index]
                     reader.read(output)
                     if reader.finish is not None and not reader.is_over:
-                        message = as_message(reader.events)
-                        self.call.context.history.keep(self.prompt, message, output)
+                        context.history.keep(self._prompt, as_message(reader.events), output)
                     elif reader.is_over and reader.finish is None:
                         self._stream.abort("stop", output.request_id)
-                    yield reader
+                    yield index, is_first
         finally:
-            first = self.call.first
+            first = self._latest.get(0)
             if first is not None and first.losses is not None:
                 answered = AnsweredChat(
                     self.answer_id,
-                    self.call.tenant,
+                    call.tenant,
                     self._body.messages,
                     [_plain(tool) for tool in self._body.tools or ()],
                     self._body.chat_template_kwargs,
-                    self.call.size,
+                    call.size,
                     np.concatenate((first.prompt_token_ids, first.output)),
                     len(first.prompt_token_ids),
                     first.cached_len,
                     first.losses,
                     as_message(self.readers[0].events),
                 )
-                self.call.context.remember(answered)
-
-    async def finish(self) -> None:
-        """Wait for all answers."""
-        async for _ in self.news():
-            pass
-        for reader in self.readers:
-            reader.events = joined(reader.events)
-
-
-class ChatWriter(ABC):
-    """Writes the answers of one chat in the form of a dialect."""
-
-    PAUSE = PAUSE
-    """Event that fills silence."""
-
-    def __init__(self, session: ChatSession) -> None:
-        self._session, self._context = session, session.call.context
-
-    @abstractmethod
-    def whole(self) -> dict[str, Any]:
-        """Return the body of a response that is not streamed."""
-
-    @abstractmethod
-    def write(self, news: AnswerReader, is_first: bool) -> Iterator[bytes]:
-        """Yield the events of the latest output of an answer. The first one of all has the cached
-        length."""
-
-    @abstractmethod
-    def end(self) -> Iterator[bytes]:
-        """Yield the events after all answers."""
-
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Yield the stream, one piece per output. Text that was sent is never retracted."""
-        is_first = True
-        async for news in self._session.news():
-            if written := b"".join(self.write(news, is_first)):
-                yield written
-            is_first = False
-        yield b"".join(self.end())
-
-    def failed(self, failure: APIError) -> bytes:
-        """Return the event of a failure in the middle of a stream."""
-        return as_event(failure)
-
-    async def respond(self, is_stream: bool) -> Response:
-        """Return the response with all answers."""
-        call = self._session.call
-        if is_stream:
-            keep_alive_s = self._context.keep_alive_s
-            return EventStream(
-                self.events(), call.cache_headers, self.failed, keep_alive_s, self.PAUSE
-            )
-        await unless_gone(call.request.receive, self._session.finish())
-        outputs = [answer.output for answer in self._session.readers]
-        return await self._context.answer(outputs, self.whole, headers=call.cache_headers())
+                context.remember(answered)
 
 
 class PartWriter(ChatWriter):
     """Writes one answer as a sequence of parts (reasoning, texts and calls). One part is open at a
     time."""
 
-    def __init__(self, session: ChatSession) -> None:
-        super().__init__(session)
-        [self._answer] = session.readers
+    def __init__(self, call: Call, chat: ChatRequest, answer_id: str) -> None:
+        super().__init__(call, chat, answer_id)
         self._kind: type[Event] | None = None
         """Kind of the open part, or None."""
         self._place = 0
         """Number of completed parts, which is the index of the open one."""
+
+    @property
+    def _answer(self) -> AnswerReader:
+        return self.readers[0]
 
     def parts(self, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
         """Yield the next parts of the answer."""
@@ -365,19 +301,18 @@ async def chat(call: Call, body: ChatRequest) -> Response:
     """Answer one chat request."""
     call.context.check_limit(body.max_tokens, "max_tokens")
     call.context.check_limit(body.max_completion_tokens, "max_completion_tokens")
-    session = await ask(call, body, new_id("chatcmpl"))
-    return await _ChatWriter(body, session).respond(body.stream)
+    return await _ChatWriter(call, body, new_id("chatcmpl")).answer(body.stream)
 
 
 class _ChatWriter(ChatWriter):
     """Writes OpenAI's chat completions."""
 
-    def __init__(self, body: ChatRequest, session: ChatSession) -> None:
-        super().__init__(session)
-        self._body = body
+    def __init__(self, call: Call, body: ChatRequest, answer_id: str) -> None:
+        super().__init__(call, body, answer_id)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        self._head = self._context.head(session.answer_id, kind)
-        self._deltas = [_Deltas() for _ in session.readers]
+        self._head = self._context.head(answer_id, kind)
+        self._num_calls = Counter[int]()
+        """Number of calls of each answer that were written."""
 
     def whole(self) -> dict[str, Any]:
         choices = [
@@ -389,26 +324,26 @@ class _ChatWriter(ChatWriter):
                 **answer.warned,
                 **token_id_fields(self._body, answer.output.token_ids),
             }
-            for answer in self._session.readers
+            for answer in self.readers
         ]
         return {
             **self._head,
             "choices": choices,
             "usage": self._usage(),
-            **prompt_id_fields(self._body, self._session.readers[0].output),
+            **prompt_id_fields(self._body, self.outputs[0]),
         }
 
-    def write(self, news: AnswerReader, is_first: bool) -> Iterator[bytes]:
-        """Yield one event, after the roles of all choices if it is the first."""
-        more: dict[str, Any] = {}
+    def write(self, index: int, is_first: bool) -> Iterator[bytes]:
+        """Yield one event, after the role of the choice if it is its first."""
+        news, more = self.readers[index], dict[str, Any]()
         if is_first:
-            more = prompt_id_fields(self._body, news.output)
-            for index in range(len(self._deltas)):
-                yield self._event([_choice(index, {"role": "assistant", "content": ""})])
-        delta, scores = self._deltas[news.index].write(news.new), news.output.new_logprobs
-        choice = _choice(news.index, delta, self._scores(scores), news.finish)
+            more = prompt_id_fields(self._body, news.output) if len(self._latest) == 1 else {}
+            yield self._event([_choice(index, {"role": "assistant", "content": ""})])
+        delta, scores = _delta(news.new, self._num_calls[index]), news.output.new_logprobs
+        self._num_calls[index] += len(delta.get("tool_calls", ()))
+        choice = _choice(index, delta, self._scores(scores), news.finish)
         choice |= news.warned | token_id_fields(self._body, news.output.new_token_ids)
-        if more or choice != _choice(news.index, {}):
+        if more or choice != _choice(index, {}):
             yield self._event([choice], **more)
 
     def end(self) -> Iterator[bytes]:
@@ -418,9 +353,8 @@ class _ChatWriter(ChatWriter):
 
     def _usage(self) -> dict[str, Any]:
         """Return the token counts of all answers, which have one prompt."""
-        outputs = [answer.output for answer in self._session.readers]
-        counts = usage(outputs, outputs[:1])
-        counts["prompt_tokens_details"] |= self._session.written(outputs[0])
+        counts = usage(self.outputs, self._body.n)
+        counts["prompt_tokens_details"] |= self.written()
         return counts
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -457,7 +391,7 @@ def _choice(
 
 def _message(events: Sequence[Event]) -> dict[str, Any]:
     """Return an answer as a message that clients can send back unchanged."""
-    delta = _Deltas().write(events)
+    delta = _delta(events)
     message = {"role": "assistant", "content": delta.pop("content", ""), "refusal": None, **delta}
     for call in message.get("tool_calls", ()):
         del call["index"]
@@ -466,19 +400,13 @@ def _message(events: Sequence[Event]) -> dict[str, Any]:
     return message
 
 
-class _Deltas:
-    """Writes the events of one answer as deltas of its message. Calls are numbered."""
-
-    def __init__(self) -> None:
-        self._num_calls = 0
-
-    def write(self, events: Sequence[Event]) -> dict[str, Any]:
-        """Write all of ``events`` as one delta. O(their length)."""
-        said = as_message(events)
-        names = ("reasoning_content", "content")
-        delta: dict[str, Any] = {name: said[name] for name in names if said[name]}
-        calls = []
-        for call in said["tool_calls"]:
-            calls.append({"index": self._num_calls, "id": new_id("call", "_"), **call})
-            self._num_calls += 1
-        return delta | ({"tool_calls": calls} if calls else {})
+def _delta(events: Sequence[Event], num_calls: int = 0) -> dict[str, Any]:
+    """Return ``events`` as one delta of a message that has ``num_calls`` already. O(length)."""
+    said = as_message(events)
+    delta = {name: said[name] for name in ("reasoning_content", "content") if said[name]}
+    if calls := [
+        {"index": number, "id": new_id("call", "_"), **call}
+        for number, call in enumerate(said["tool_calls"], num_calls)
+    ]:
+        delta["tool_calls"] = calls
+    return delta

@@ -3,28 +3,28 @@ scores."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from msgspec import Meta
 from starlette.responses import Response
 
-from engine.async_engine import RequestStream
 from engine.requests.request import RequestSpec
-from engine.server.access import choice_id, new_id
-from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
+from engine.server.bodies import DONE, event
 from engine.server.context import (
     Call,
-    ServingContext,
+    Writer,
+    choice_id,
     finite,
+    new_id,
     prompt_id_fields,
     token_id_fields,
     token_text,
     usage,
 )
 from engine.server.schemas import Count, NumScores, Sampling, TokenId
-from engine.text.outputs import RequestOutput, SampledToken
+from engine.text.outputs import SampledToken
 from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions, StreamDecoder
 
 
@@ -56,55 +56,16 @@ class CompletionRequest(Sampling, kw_only=True):
 
     @property
     def shows_prompt(self) -> bool:
-        """True if the answer contains the prompt."""
         return self.echo or self.return_token_ids
 
 
 async def complete(call: Call, body: CompletionRequest) -> Response:
     """Answer one completion request."""
-    context, answer_id = call.context, new_id("cmpl")
+    context, namespace = call.context, call.tenant.namespace
     context.check_number(len(body.prompts) * body.n)
     context.check_limit(body.max_tokens, "max_tokens")
-    stream = await _submit(call, body, answer_id)
-    num_answers, head = len(stream.answers), context.head(answer_id, "text_completion")
-    choices = [_Choice(context, body, index) for index in range(num_answers)]
-
-    async def events() -> AsyncGenerator[bytes, None]:
-        """Yield one event per output. Text that was sent is never retracted."""
-        last: dict[int, RequestOutput] = {}
-        async for index, output in context.outputs(stream, call.record):
-            last[index] = output
-            work = partial(choices[index].write_new, output, head)
-            is_long = choices[index].is_first and body.shows_prompt
-            yield await context.workers.run(len(output.prompt_token_ids) if is_long else 0, work)
-        if body.includes_usage:
-            outputs = [last[index] for index in range(num_answers)]
-            yield event({**head, "choices": [], "usage": usage(outputs, outputs[:: body.n])})
-        yield DONE
-
-    if body.stream:
-        return EventStream(events(), call.cache_headers, as_event, context.keep_alive_s)
-    outputs = await unless_gone(call.request.receive, context.finals(stream, call.record))
-
-    def whole() -> dict[str, Any]:
-        written = [
-            choice.write(output, output.text, output.token_ids, output.logprobs or ())
-            for choice, output in zip(choices, outputs, strict=True)
-        ]
-        return {**head, "choices": written, "usage": usage(outputs, outputs[:: body.n])}
-
-    headers = call.cache_headers()
-    return await context.answer(outputs, whole, echoes=body.shows_prompt, headers=headers)
-
-
-async def _submit(call: Call, body: CompletionRequest, answer_id: str) -> RequestStream:
-    """Submit all prompts and choices of ``body``. Raises APIError or RequestError if one is
-    refused."""
-    context, namespace = call.context, call.tenant.namespace
     how = EncodeOptions(body.add_special_tokens, namespace=namespace)
     prompts = await context.encode(body.prompts, how)
-    for prompt in prompts:
-        context.check_length(len(prompt), "prompt", min(body.max_tokens, 1))
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
     limits = [context.answer_limit(len(prompt), body.max_tokens) for prompt in prompts]
     samplings = {
@@ -117,7 +78,9 @@ async def _submit(call: Call, body: CompletionRequest, answer_id: str) -> Reques
         for prompt, limit in zip(prompts, limits, strict=True)
         for sampling in samplings[limit]
     )
-    specs = (
+    answer_id = new_id("cmpl")
+    writer = _CompletionWriter(call, body, answer_id)
+    await writer.submit(
         RequestSpec(
             prompt,
             sampling,
@@ -130,64 +93,82 @@ async def _submit(call: Call, body: CompletionRequest, answer_id: str) -> Reques
         )
         for number, (prompt, sampling) in enumerate(choices)
     )
-    return await context.submit(specs, answer_id, call.record)
+    return await writer.respond(body.stream)
 
 
-class _Choice:
-    """Writes one choice, as a whole or piece by piece."""
+class _CompletionWriter(Writer):
+    """Writes completions. The first part of each choice has the echoed prompt."""
 
-    def __init__(self, context: ServingContext, body: CompletionRequest, index: int) -> None:
-        self._tokenizer = context.tokenizer
-        self._body = body
-        self._index = index
+    PROMPT = "prompt"
+    _body: CompletionRequest
+
+    def __init__(self, call: Call, body: CompletionRequest, answer_id: str) -> None:
+        super().__init__(call, body, answer_id)
+        self._head = self._context.head(answer_id, "text_completion")
         self._skips_special = body.skip_special_tokens is not False
-        self._decoder: StreamDecoder | None = None
-        """Decoder that gives the offsets of tokens in the text."""
-        self._offset = 0
-        self.is_first = True
-        """True until the first part is written."""
+        self._decoders: dict[int, StreamDecoder] = {}
+        """Decoder of each choice, which gives the offsets of tokens in the text."""
+        self._offsets = Counter[int]()
+        """Length of the text of each choice, as decoded so far."""
 
-    def write_new(self, output: RequestOutput, head: Mapping[str, Any]) -> bytes:
-        """Write the event of the latest output, in an answer that begins with ``head``."""
-        piece = self.write(output, output.new_text, output.new_token_ids, output.new_logprobs)
-        return event({**head, "choices": [piece]})
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            self._choice(index, True, output.text, output.token_ids, output.logprobs or ())
+            for index, output in enumerate(self.outputs)
+        ]
+        return {**self._head, "choices": choices, "usage": self._usage()}
 
-    def write(
+    def write(self, index: int, is_first: bool) -> Iterator[bytes]:
+        output = self._latest[index]
+        news = output.new_text, output.new_token_ids, output.new_logprobs
+        yield event({**self._head, "choices": [self._choice(index, is_first, *news)]})
+
+    def end(self) -> Iterator[bytes]:
+        if self._body.includes_usage:
+            yield event({**self._head, "choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self.outputs, self._body.n)
+
+    def _choice(
         self,
-        output: RequestOutput,
+        index: int,
+        is_first: bool,
         text: str,
         token_ids: Sequence[int],
         scores: Sequence[SampledToken | None],
     ) -> dict[str, Any]:
-        """Write the next part of an answer, or all of it. The first part has the echoed prompt."""
-        told = token_id_fields(self._body, token_ids)
-        if self.is_first:
-            self.is_first = False
-            told |= prompt_id_fields(self._body, output)
-            if self._body.logprobs is not None:
-                before = () if self._body.echo else output.prompt_token_ids[-MAX_CONTEXT:].tolist()
-                self._decoder = self._tokenizer.stream_decoder(self._skips_special, before)
-            if self._body.echo:
+        """Return the next part of a choice, or all of it."""
+        output, body, tokenizer = self._latest[index], self._body, self._context.tokenizer
+        told = token_id_fields(body, token_ids)
+        if is_first:
+            told |= prompt_id_fields(body, output)
+            if body.logprobs is not None:
+                before = () if body.echo else output.prompt_token_ids[-MAX_CONTEXT:].tolist()
+                self._decoders[index] = tokenizer.stream_decoder(self._skips_special, before)
+            if body.echo:
                 prompt = output.prompt_token_ids.tolist()
-                text = self._tokenizer.decode(prompt, self._skips_special) + text
+                text = tokenizer.decode(prompt, self._skips_special) + text
                 if output.prompt_logprobs is not None:
                     token_ids = (*prompt, *token_ids)
                     scores = (*output.prompt_logprobs, *scores)
         return {
-            "index": self._index,
+            "index": index,
             "text": text,
-            "logprobs": self._scores(token_ids, scores),
+            "logprobs": self._scores(index, token_ids, scores),
             "finish_reason": output.finish_reason,
             **told,
         }
 
     def _scores(
-        self, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
+        self, index: int, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
     ) -> dict[str, list[Any]] | None:
         """Return the lists of scores for the next tokens, or None if they are not requested. A
         score is None if the token was not predicted (the first of a prompt)."""
-        if self._decoder is None:
+        if self._body.logprobs is None:
             return None
+        tokenizer = self._context.tokenizer
         written: dict[str, list[Any]] = {
             name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
@@ -195,10 +176,10 @@ class _Choice:
             top = None
             if score is not None:
                 best = score.top_logprobs[: self._body.logprobs]
-                top = {token_text(self._tokenizer, one): finite(number) for one, number in best}
-            written["tokens"].append(token_text(self._tokenizer, token_id))
+                top = {token_text(tokenizer, one): finite(number) for one, number in best}
+            written["tokens"].append(token_text(tokenizer, token_id))
             written["token_logprobs"].append(None if score is None else finite(score.logprob))
             written["top_logprobs"].append(top)
-            written["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.push(token_id))
+            written["text_offset"].append(self._offsets[index])
+            self._offsets[index] += len(self._decoders[index].push(token_id))
         return written

@@ -6,17 +6,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
+from abc import ABC, abstractmethod
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
     Callable,
-    Collection,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
+from contextlib import aclosing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,16 @@ from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
 from engine.server.access import RequestRecord, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
-from engine.server.bodies import Body, BodyReader, Workers, to_json
+from engine.server.bodies import (
+    PAUSE,
+    Body,
+    BodyReader,
+    EventStream,
+    Workers,
+    event,
+    to_json,
+    unless_gone,
+)
 from engine.server.metrics import Metrics
 from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
@@ -199,13 +211,6 @@ class ServingContext:
         except ValueError as error:
             raise APIError(400, f"'{param}': {error}", param=param) from error
 
-    def check_length(self, num_tokens: int, param: str, min_answer: int = 1) -> None:
-        """Raise APIError 400 unless a prompt of ``num_tokens`` leaves room for an answer of
-        ``min_answer`` tokens. ``param`` names the prompt in the body."""
-        limit = self.engine.facts.max_model_len
-        if num_tokens + min_answer > limit:
-            raise of_failure(ContextOverflow(num_tokens, min_answer, limit), param=param)
-
     def check_limit(self, limit: int | None, param: str) -> None:
         """Raise APIError 400 if the context is shorter than an answer of ``limit`` tokens.
 
@@ -229,90 +234,6 @@ class ServingContext:
         fits = limit is not None and num_tokens + limit <= self.engine.facts.max_model_len
         return limit if fits else None
 
-    async def submit(
-        self, specs: Iterable[RequestSpec], answer_id: str, record: RequestRecord
-    ) -> RequestStream:
-        """Submit ``specs`` in order and return their outputs; all are submitted or none. Raises
-        RequestError if the engine refuses one."""
-        stream, valid = self.engine.stream(), list[RequestSpec]()
-        record.answer_id = answer_id
-        try:
-            for spec in specs:
-                valid.append(self.engine.validate(spec))
-                await asyncio.sleep(0)  # Let the event loop run between two choices.
-            for spec in valid:
-                if spec.choice_of is not None:
-                    record.repeated.add(spec.request_id)
-                self.engine.submit_valid(spec, stream)
-                await asyncio.sleep(0)
-        except BaseException as error:
-            stream.abort()
-            if not isinstance(error, Exception):
-                raise
-            if not isinstance(error, ValueError | RequestError):
-                logger.exception("A request could not be submitted.")
-            if not self._count_refusal(error):
-                self.metrics.count_unanswered("error", 1)
-            raise RequestError.of(error) from error
-        return stream
-
-    def _count_refusal(self, error: Exception) -> bool:
-        """Count a request that was refused before it was queued. Returns True if it was."""
-        is_full = isinstance(error, QueueFull)
-        self.metrics.rejected.inc(is_full)
-        return is_full or isinstance(error, ValueError)
-
-    async def outputs(
-        self, stream: RequestStream, record: RequestRecord
-    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Yield (index of the answer, output) until all have ended, and count each ended request.
-
-        If the iterator is closed early, the remaining requests end, and count as aborted with the
-        tokens of their last outputs. Raises RequestError if a request ended without an answer; an
-        engine in another process refuses requests this way. If the request failed, the remaining
-        ones count as errors.
-        """
-        index_of = {request_id: index for index, request_id in enumerate(stream.answers)}
-        num_left, last = len(index_of), dict[int, RequestOutput]()
-        reason: FinishReason = "abort"
-        try:
-            async for output in stream:
-                index = index_of[output.request_id]
-                record.outputs[output.request_id] = output
-                last[index] = output
-                if output.is_finished:
-                    self.metrics.observe(last.pop(index))
-                    num_left -= 1
-                yield index, output
-        except RequestError as error:
-            num_left -= self._count_refusal(error)
-            reason = "error"
-            raise
-        finally:
-            for output in last.values():
-                self.metrics.observe(structs.replace(output, finish_reason=reason))
-            self.metrics.count_unanswered(reason, max(0, num_left - len(last)))
-            stream.abort()
-
-    async def finals(self, stream: RequestStream, record: RequestRecord) -> list[RequestOutput]:
-        """Return the last output of each answer, in order."""
-        finals = {index: output async for index, output in self.outputs(stream, record)}
-        return [finals[index] for index in range(len(stream.answers))]
-
-    async def answer(
-        self,
-        outputs: Sequence[RequestOutput],
-        whole: Callable[[], dict[str, object]],
-        echoes: bool = False,
-        headers: Mapping[str, str] | None = None,
-    ) -> Response:
-        """Return the result of ``whole`` as a response. A long one is written in a thread."""
-        size = sum(len(output.output) * (1 + (output.logprobs is not None)) for output in outputs)
-        if echoes:
-            size += sum(len(output.prompt_token_ids) for output in outputs)
-        content = await self.workers.run(size, lambda: to_json(whole()))
-        return Response(content, media_type="application/json", headers=headers)
-
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -324,21 +245,119 @@ class Call:
     """Bytes of the body."""
     tenant: Tenant
 
-    @property
-    def record(self) -> RequestRecord:
-        """Facts for the log, which the middleware ``Requests`` collects."""
-        found: RequestRecord = self.request.scope["state"]["record"]
-        return found
+
+Answer = Callable[[Call, Any], Awaitable[Response]]
+"""Answers a request with its body."""
+
+
+class Writer(ABC):
+    """Generates the answers to one request, and writes them in the form of an endpoint."""
+
+    PAUSE = PAUSE
+    """Event that fills silence."""
+    PROMPT = "messages"
+    """Name of the prompt in the body."""
+
+    def __init__(self, call: Call, body: Sampling, answer_id: str) -> None:
+        self._call, self._context, self._body = call, call.context, body
+        self.answer_id = answer_id
+        self._record: RequestRecord = call.request.scope["state"]["record"]
+        self._stream: RequestStream
+        self._latest: dict[int, RequestOutput] = {}
+        """Latest output of each answer, by its index."""
 
     @property
-    def first(self) -> RequestOutput | None:
-        """Latest output of the first generation, or None before it."""
-        return self.record.outputs.get(self.record.answer_id)
+    def outputs(self) -> list[RequestOutput]:
+        """Latest output of each answer that has one, in order."""
+        return [self._latest[index] for index in sorted(self._latest)]
 
-    def cache_headers(self) -> dict[str, str]:
+    @abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """Return the body of a response that is not streamed."""
+
+    @abstractmethod
+    def write(self, index: int, is_first: bool) -> Iterator[bytes]:
+        """Yield the events of the latest output of an answer. Text that was sent is never
+        retracted. ``is_first``: it is the first output of this answer."""
+
+    @abstractmethod
+    def end(self) -> Iterator[bytes]:
+        """Yield the events after all answers."""
+
+    def failed(self, failure: APIError) -> bytes:
+        """Return the event of a failure in the middle of a stream."""
+        return event(failure.body())
+
+    async def submit(self, specs: Iterable[RequestSpec]) -> None:
+        """Submit ``specs`` in order; all are submitted or none. Raises APIError if the engine
+        refuses one."""
+        engine, valid = self._context.engine, list[RequestSpec]()
+        self._stream, self._record.answer_id = engine.stream(), self.answer_id
+        try:
+            for spec in specs:
+                valid.append(engine.validate(spec))
+                await asyncio.sleep(0)  # Let the event loop run between two choices.
+            for spec in valid:
+                engine.submit_valid(spec, self._stream)
+                await asyncio.sleep(0)
+        except BaseException as error:
+            self._stream.abort()
+            if not isinstance(error, Exception):
+                raise
+            if not isinstance(error, ValueError | RequestError):
+                logger.exception("A request could not be submitted.")
+            if not self._count_refusal(error):
+                self._context.metrics.count_unanswered("error", 1)
+            param = self.PROMPT if isinstance(error, ContextOverflow) else None
+            raise of_failure(RequestError.of(error), param) from error
+
+    def _count_refusal(self, error: Exception) -> bool:
+        """Count a request that was refused before it was queued. Returns True if it was."""
+        is_full = isinstance(error, QueueFull)
+        self._context.metrics.rejected.inc(is_full)
+        return is_full or isinstance(error, ValueError)
+
+    async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
+        """Yield (index of the answer, whether it is its first output) after each output, until all
+        have ended, and count each ended request.
+
+        If the iterator is closed early, the remaining requests end, and count as aborted with the
+        tokens of their last outputs. Raises RequestError if a request ended without an answer; an
+        engine in another process refuses requests this way. If the request failed, the remaining
+        ones count as errors.
+        """
+        index_of = {request_id: index for index, request_id in enumerate(self._stream.answers)}
+        num_left, latest, metrics = len(index_of), self._latest, self._context.metrics
+        reason: FinishReason = "abort"
+        try:
+            async for output in self._stream:
+                index = index_of[output.request_id]
+                is_first = index not in latest
+                latest[index] = output
+                if output.is_finished:
+                    metrics.observe(output)
+                    num_left -= 1
+                yield index, is_first
+        except RequestError as error:
+            num_left -= self._count_refusal(error)
+            reason = "error"
+            raise
+        finally:
+            cut = [output for output in latest.values() if not output.is_finished]
+            for output in cut:
+                metrics.observe(structs.replace(output, finish_reason=reason))
+            metrics.count_unanswered(reason, max(0, num_left - len(cut)))
+            self._stream.abort()
+            if latest:
+                firsts = [output for at, output in latest.items() if at % self._body.n == 0]
+                self._record.num_prompt = sum(len(one.prompt_token_ids) for one in firsts)
+                self._record.num_cached = sum(one.cached_len for one in firsts)
+                self._record.num_answer = sum(len(one.output) for one in latest.values())
+
+    def _cache_headers(self) -> dict[str, str]:
         """Return the cache headers of an answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``,
         and ``x-cache-lost`` with its causes; {} before the first output."""
-        output = self.first
+        output = self._latest.get(0)
         if output is None:
             return {}
         headers = {
@@ -351,18 +370,56 @@ class Call:
             headers["x-cache-lost"] = lost or "none"
         return headers
 
+    async def respond(self, is_stream: bool) -> Response:
+        """Return the response with all answers. Long texts are written in a thread."""
+        context = self._context
+        if is_stream:
+            return EventStream(
+                self._events(), self._cache_headers, self.failed, context.keep_alive_s, self.PAUSE
+            )
+        await unless_gone(self._call.request.receive, self._finish())
+        size = 0
+        for output in self.outputs:
+            size += len(output.output) * (1 + (output.logprobs is not None))
+            size += len(output.prompt_token_ids) * self._body.shows_prompt
+        content = await context.workers.run(size, lambda: to_json(self.whole()))
+        return Response(content, media_type="application/json", headers=self._cache_headers())
 
-Answer = Callable[[Call, Any], Awaitable[Response]]
-"""Answers a request with its body."""
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        """Yield the stream, one piece per output."""
+        async with aclosing(self.news()) as news:
+            async for index, is_first in news:
+                is_long = is_first and self._body.shows_prompt
+                size = len(self._latest[index].prompt_token_ids) if is_long else 0
+                work = partial(b"".join, self.write(index, is_first))
+                if written := await self._context.workers.run(size, work):
+                    yield written
+        yield b"".join(self.end())
+
+    async def _finish(self) -> None:
+        """Wait for all answers."""
+        async for _ in self.news():
+            pass
 
 
-def usage(outputs: Collection[RequestOutput], firsts: Collection[RequestOutput]) -> dict[str, Any]:
-    """Return the token counts of an answer. ``firsts`` has one of the ``outputs`` for each prompt.
+def choice_id(answer_id: str, choice: int) -> str:
+    """Return the engine's id for one of an answer's choices."""
+    return f"{answer_id}-{choice}" if choice else answer_id
 
-    A prompt counts once, with the cache hit of that choice. Not part of OpenAI's API are
+
+def new_id(kind: str, joint: str = "-") -> str:
+    """Return a random id for an answer or a part of one."""
+    return f"{kind}{joint}{uuid.uuid4().hex}"
+
+
+def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, Any]:
+    """Return the token counts of an answer with ``num_choices`` for each prompt.
+
+    A prompt counts once, with the cache hit of its first choice. Not part of OpenAI's API are
     ``lost_tokens``, the reasons why the other tokens were computed, and ``transferred``, the
     transfers between engines. ``completion_tokens_details`` is present with speculation.
     """
+    firsts = outputs[::num_choices]
     num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
     num_new = sum(len(output.token_ids) for output in outputs)
     losses = [output.losses for output in firsts if output.losses is not None]

@@ -173,6 +173,11 @@ class Sampling(OpenAIBody, kw_only=True):
         says_session_end(self.metadata)
 
     @property
+    def shows_prompt(self) -> bool:
+        """True if the answer contains the prompt."""
+        return self.return_token_ids
+
+    @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -258,8 +263,6 @@ class Message(msgspec.Struct, kw_only=True):
     tool_calls: list[dict[str, Any]] | None = None
     cache_control: CacheControl | None = None
     extra: dict[str, Any] = {}
-    place: str = ""
-    """Path of the message in the body, for errors."""
 
     @classmethod
     def read(cls, given: dict[str, Any], index: int) -> Message:
@@ -272,7 +275,7 @@ class Message(msgspec.Struct, kw_only=True):
                 message = f"This model supports text only: remove the {quoted(str(kind))} part."
                 raise APIError(400, message, param=f"{place}.content")
         read = converted(known, cls, place)
-        read.extra, read.place = extra, place
+        read.extra = extra
         return read
 
     def as_template_input(self) -> dict[str, Any]:
@@ -423,12 +426,12 @@ class ChatRequest(Sampling, kw_only=True):
             Message.read(one, index) if isinstance(one, dict) else one
             for index, one in enumerate(self.messages)
         ]
-        for message in self.messages:
+        for index, message in enumerate(self.messages):
             # Reasoning may be empty, because clients may drop its text.
             has_more = any(message.extra.get(name) not in (None, []) for name in WITHOUT_CONTENT)
             may_be_empty = message.role == "assistant" and (message.tool_calls or has_more)
             if message.content is None and not may_be_empty:
-                raise ValueError(f"'{message.place}' has no 'content': add its text.")
+                raise ValueError(f"'messages.{index}' has no 'content': add its text.")
         if self.tools is not None:
             self.tools = _read_tools(self.tools)
         if taken := {"messages", "tools", "add_generation_prompt"}.intersection(

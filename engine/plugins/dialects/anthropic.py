@@ -14,11 +14,10 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from engine.requests.request import MAX_COUNT
-from engine.server.access import new_id
 from engine.server.api_errors import APIError
 from engine.server.bodies import Body, Part, json_response, named_event
-from engine.server.chat import ChatSession, PartWriter, ask, chat_of, render
-from engine.server.context import Call
+from engine.server.chat import PartWriter, chat_of, render
+from engine.server.context import Call, new_id
 from engine.server.schemas import (
     MAX_MESSAGES,
     AnswerLimit,
@@ -37,12 +36,12 @@ from engine.server.schemas import (
     as_tool,
 )
 from engine.text.answers import (
-    AnswerReader,
     Event,
     Finish,
     ReasoningDelta,
     TextDelta,
     ToolCall,
+    joined,
 )
 from engine.text.json_text import read_json
 
@@ -86,9 +85,9 @@ class ToolResult(Part, kw_only=True, tag_field="type", tag="tool_result"):
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
-    def as_message(self, place: str) -> Message:
-        """Return the tool message of the turn at ``place``. Templates do not support failed tools,
-        so the failure is added to the text."""
+    def as_message(self) -> Message:
+        """Return the tool message. Templates do not support failed tools, so the failure is added
+        to the text."""
         parts = self.content if isinstance(self.content, list) else []
         text = "\n".join(part.text for part in parts) if parts else str(self.content or "")
         if self.is_error and not text.lower().startswith("error"):
@@ -99,7 +98,6 @@ class ToolResult(Part, kw_only=True, tag_field="type", tag="tool_result"):
             content=text,
             cache_control=marks[0] if marks else None,
             extra={"tool_call_id": self.tool_use_id},
-            place=place,
         )
 
 
@@ -111,15 +109,14 @@ class Turn(Part, kw_only=True):
         str | Annotated[list[Text | Thinking | ToolUse | ToolResult], Meta(max_length=MAX_MESSAGES)]
     )
 
-    def as_messages(self, place: str) -> Iterator[Message]:
-        """Yield the chat messages of this message, in the order of its blocks. ``place`` is its
-        path in the body."""
+    def as_messages(self) -> Iterator[Message]:
+        """Yield the chat messages of this message, in the order of its blocks."""
         if isinstance(self.content, str):
             yield Message(role=self.role, content=self.content)
         elif self.role == "assistant":
             yield self._of_assistant()
         else:
-            yield from self._of_user(place)
+            yield from self._of_user()
 
     def _of_assistant(self) -> Message:
         parts: list[TextPart] = []
@@ -149,7 +146,7 @@ class Turn(Part, kw_only=True):
             message.extra = {"reasoning_content": "\n".join(thoughts)}
         return message
 
-    def _of_user(self, place: str) -> Iterator[Message]:
+    def _of_user(self) -> Iterator[Message]:
         parts: list[TextPart] = []
         for block in self.content:
             if isinstance(block, Text):
@@ -158,7 +155,7 @@ class Turn(Part, kw_only=True):
                 if parts:
                     yield Message(role=self.role, content=parts)
                     parts = []
-                yield block.as_message(place)
+                yield block.as_message()
             else:
                 kind = "thinking" if isinstance(block, Thinking) else "tool_use"
                 raise ValueError(f"A '{kind}' must be in a message of the assistant.")
@@ -270,8 +267,8 @@ class CountRequest(Body, kw_only=True):
             parts += (part for part in self.system if not part.text.startswith(BILLING))
             if parts:
                 yield Message(role="system", content=parts)
-        for index, turn in enumerate(self.messages):
-            yield from turn.as_messages(f"messages.{index}")
+        for turn in self.messages:
+            yield from turn.as_messages()
 
     def as_chat(self, **sampling: Any) -> ChatRequest:
         """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
@@ -337,8 +334,7 @@ async def messages(call: Call, body: MessagesRequest) -> Response:
     models: Claude Code 32,000, pydantic-ai 16,384.
     """
     chat = await chat_of(call, body.as_chat)
-    session = await ask(call, chat, new_id("msg", "_"), format_name="output_config.format")
-    return await _MessagesWriter(body, session).respond(body.stream)
+    return await _MessagesWriter(call, chat, body).answer(body.stream)
 
 
 async def count_tokens(call: Call, body: CountRequest) -> Response:
@@ -350,11 +346,11 @@ async def count_tokens(call: Call, body: CountRequest) -> Response:
 class _MessagesWriter(PartWriter):
     """Writes one message."""
 
-    PAUSE = PING
+    PAUSE, FORMAT = PING, "output_config.format"
 
-    def __init__(self, body: MessagesRequest, session: ChatSession) -> None:
-        super().__init__(session)
-        self._body = body
+    def __init__(self, call: Call, chat: ChatRequest, body: MessagesRequest) -> None:
+        super().__init__(call, chat, new_id("msg", "_"))
+        self._given = body
         # The answer says that no edit was applied.
         asked = body.context_management is not None
         self._told: dict[str, Any] = {"context_management": {"applied_edits": []}} if asked else {}
@@ -364,12 +360,12 @@ class _MessagesWriter(PartWriter):
         """Digest of the reasoning of the open block."""
 
     def failed(self, failure: APIError) -> bytes:
-        return named_event(failure.body(self._session.call.request.scope))
+        return named_event(failure.body(self._call.request.scope))
 
     def whole(self) -> dict[str, Any]:
         """Return the message, whose content is put together from the blocks of its stream."""
         content = list[dict[str, Any]]()
-        for one in (*self.parts(self._answer.events), *self.close()):
+        for one in (*self.parts(joined(self._answer.events)), *self.close()):
             match one:
                 case {"content_block": block}:
                     content.append(block)
@@ -379,13 +375,13 @@ class _MessagesWriter(PartWriter):
                     content[-1] |= {name: part for name, part in delta.items() if name != "type"}
         return self._message(content, self._ending()) | self._told
 
-    def write(self, news: AnswerReader, is_first: bool) -> Iterator[bytes]:
+    def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield the events of one block at a time, at first after ``message_start``."""
         if is_first:
             message = self._message([], {"stop_reason": None, "stop_sequence": None})
             yield named_event({"type": "message_start", "message": message})
             yield PING
-        yield from map(named_event, self.parts(news.new))
+        yield from map(named_event, self.parts(self._answer.new))
 
     def end(self) -> Iterator[bytes]:
         last = {"type": "message_delta", "delta": self._ending(), "usage": self._usage()}
@@ -393,7 +389,7 @@ class _MessagesWriter(PartWriter):
 
     def _message(self, content: list[dict[str, Any]], ending: dict[str, Any]) -> dict[str, Any]:
         return {
-            "id": self._session.answer_id,
+            "id": self.answer_id,
             "type": "message",
             "role": "assistant",
             "model": self._context.model_name,
@@ -407,9 +403,9 @@ class _MessagesWriter(PartWriter):
         the answer follows its text. O(tokens)."""
         finish, output = self._answer.finish, self._answer.output
         reason, stop = REASONS.get(finish, "end_turn"), None
-        if finish == "length" and len(output.output) < self._body.max_tokens:
+        if finish == "length" and len(output.output) < self._given.max_tokens:
             reason = "model_context_window_exceeded"
-        elif finish == "stop" and (stops := self._body.stop_sequences):
+        elif finish == "stop" and (stops := self._given.stop_sequences):
             text = self._context.tokenizer.decode(output.token_ids)
             met = [one for one in stops if text.startswith(one, len(output.text))]
             stop = min(met, key=len, default=None)
@@ -422,10 +418,10 @@ class _MessagesWriter(PartWriter):
         ``cache_creation_input_tokens`` counts the tokens computed up to the last mark of
         ``cache_control``.
         """
-        prompt, output = self._session.prompt, self._answer.output
+        prompt, output = self._prompt, self._answer.output
         num_cached = output.cached_len
         known = prompt.spec.boundaries.positions
-        marked = [*prompt.cuts, *(known[-1:] if self._body.marks_end else ())]
+        marked = [*prompt.cuts, *(known[-1:] if self._given.marks_end else ())]
         num_created = max(0, max(marked, default=0) - num_cached)
         return {
             "input_tokens": len(output.prompt_token_ids) - num_cached - num_created,

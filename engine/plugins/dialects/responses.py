@@ -19,11 +19,11 @@ from starlette.responses import Response
 
 from engine.messages import EndSession
 from engine.plugins.dialects import DialectsConfig
-from engine.server.access import Tenant, new_id
+from engine.server.access import Tenant
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import Part, json_response, named_event, to_json
-from engine.server.chat import ChatSession, PartWriter, ask, chat_of
-from engine.server.context import Call, ServingContext
+from engine.server.chat import PartWriter, chat_of
+from engine.server.context import Call, ServingContext, new_id
 from engine.server.schemas import (
     IGNORED,
     MAX_MESSAGES,
@@ -41,7 +41,7 @@ from engine.server.schemas import (
     parsed_arguments,
 )
 from engine.server.settings import ServerConfig
-from engine.text.answers import AnswerReader, Event, ReasoningDelta, TextDelta, ToolCall
+from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded_memory import BoundedMemory
 
 Kind = Literal["reasoning", "message", "function_call"]
@@ -301,7 +301,7 @@ def _messages(
     texts = [] if instructions is None else [instructions]
     texts.extend(_text(item.content) for item in beginning if isinstance(item, MessageItem))
     messages = [Message(role="system", content="\n\n".join(texts))] if texts else []
-    for index, item in enumerate(items[len(beginning) :], len(beginning) - len(before)):
+    for item in items[len(beginning) :]:
         match item:
             case MessageItem(role="assistant"):
                 last = _assistant(messages, lambda last: last.content is None or last.tool_calls)
@@ -321,8 +321,7 @@ def _messages(
                 last.tool_calls = [*(last.tool_calls or ()), call]
             case ResultItem():
                 result = {"tool_call_id": item.call_id}
-                place, text = f"input.{index}", _text(item.output)
-                messages.append(Message(role="tool", content=text, extra=result, place=place))
+                messages.append(Message(role="tool", content=_text(item.output), extra=result))
     return messages
 
 
@@ -388,7 +387,6 @@ class Responses:
             call = replace(call, size=call.size + before.items_bytes)
         earlier = () if before is None else before.items
         chat = await chat_of(call, lambda: body.as_chat(earlier))
-        session = await ask(call, chat, new_id("resp", "_"), "input", "text.format")
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
@@ -398,46 +396,43 @@ class Responses:
                 num_bytes = ITEM_FACTOR * stored.items_bytes + len(content)
                 self._store.put((tenant, response["id"]), stored, num_bytes)
 
-        return await _ResponsesWriter(body, session, keep).respond(body.stream)
+        return await _ResponsesWriter(call, chat, body, keep).answer(body.stream)
 
-    async def retrieve(self, request: Request) -> Response:
-        """Return a stored response. Raises APIError 404 if the tenant has none with this id."""
+    async def stored(self, request: Request) -> Response:
+        """Return a stored response, or remove it; the newest one of a chain ends its session.
+        Raises APIError 404 if the tenant has none with this id."""
         response_id = request.path_params["response_id"]
         if request.query_params.get("stream", "false").lower() == "true":
             raise APIError(400, "'stream' is not supported: omit it.", param="stream")
-        stored = self._store.get((self._context.tenants.of(request.scope), response_id))
+        key = self._context.tenants.of(request.scope), response_id
+        stored = self._store.get(key)
         if stored is None:
-            raise self._unknown(response_id)
-        return Response(stored.content, media_type="application/json")
-
-    async def delete(self, request: Request) -> Response:
-        """Remove a stored response; the newest one of a chain ends its session. Raises APIError as
-        ``retrieve``."""
-        response_id = request.path_params["response_id"]
-        if not self._store.delete((self._context.tenants.of(request.scope), response_id)):
-            raise self._unknown(response_id)
+            raise APIError(
+                404,
+                f"Response with id {quoted(response_id)} not found: it was not stored, or was "
+                "evicted to make room.",
+            )
+        if request.method != "DELETE":
+            return Response(stored.content, media_type="application/json")
+        self._store.delete(key)
         await self._context.engine.ask(EndSession(response_id))
         return json_response({"id": response_id, "object": "response", "deleted": True})
-
-    def _unknown(self, response_id: str) -> APIError:
-        return APIError(
-            404,
-            f"Response with id {quoted(response_id)} not found: it was not stored, or was evicted "
-            "to make room.",
-        )
 
 
 class _ResponsesWriter(PartWriter):
     """Writes one response."""
 
+    PROMPT, FORMAT = "input", "text.format"
+
     def __init__(
         self,
+        call: Call,
+        chat: ChatRequest,
         body: ResponsesRequest,
-        session: ChatSession,
         keep: Callable[[dict[str, Any]], None],
     ) -> None:
         """``keep`` stores the whole response."""
-        super().__init__(session)
+        super().__init__(call, chat, new_id("resp", "_"))
         self._keep, self._namespaces = keep, body.namespaces
         self._num_events = 0
         self._output: list[dict[str, Any]] = []
@@ -449,7 +444,7 @@ class _ResponsesWriter(PartWriter):
         choice = body.tool_choice
         asked = (body.text and body.text.format) or TextFormat(type="text")
         self._head = {
-            "id": session.answer_id,
+            "id": self.answer_id,
             "object": "response",
             "created_at": int(time.time()),
             "background": False,
@@ -467,17 +462,17 @@ class _ResponsesWriter(PartWriter):
         }
 
     def whole(self) -> dict[str, Any]:
-        for _ in self.parts(self._answer.events):
+        for _ in self.parts(joined(self._answer.events)):
             pass
         return self._ended()[-1]
 
-    def write(self, news: AnswerReader, is_first: bool) -> Iterator[bytes]:
+    def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield the events of the items, at first after ``response.created``."""
         if is_first:
             response = self._response("in_progress", None)
             for name in ("created", "in_progress"):
                 yield self._event({"type": f"response.{name}", "response": response})
-        yield from map(self._event, self.parts(news.new))
+        yield from map(self._event, self.parts(self._answer.new))
 
     def end(self) -> Iterator[bytes]:
         *closing, response = self._ended()
@@ -523,7 +518,7 @@ class _ResponsesWriter(PartWriter):
             "input_tokens": num_prompt,
             "input_tokens_details": {
                 "cached_tokens": output.cached_len,
-                **self._session.written(output),
+                **self.written(),
             },
             "output_tokens": num_new,
             "output_tokens_details": {"reasoning_tokens": self._answer.num_reasoning_tokens},
