@@ -590,12 +590,13 @@ class Intake:
         max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
         if len(tokens) + max_tokens > self.max_model_len:
             raise ContextOverflow(len(tokens), max_tokens, self.max_model_len)
-        biased = dict(sampling.logit_bias)
-        if biased and max(biased) >= self._vocab_size:
-            raise ValueError(
-                f"logit_bias must contain token ids from 0 to {self._vocab_size - 1} "
-                f"(got {max(biased)})."
-            )
+        named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": dict(sampling.logit_bias)}
+        for name, ids in named.items():
+            if ids and max(ids) >= self._vocab_size:
+                raise ValueError(
+                    f"{name} must contain token ids from 0 to {self._vocab_size - 1} "
+                    f"(got {max(ids)})."
+                )
         has_text = self._tokenizer is not None and not isinstance(self._tokenizer, IdTokenizer)
         if sampling.thinking_token_budget is not None and not has_text:
             raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")

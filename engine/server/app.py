@@ -160,13 +160,12 @@ class Server(uvicorn.Server):
         """Stop serving other engines at once, and all requests after ``drain_s``, or at a second
         signal."""
         num_left = len(self.server_state.tasks)
-        if num_left and self._engine.failure is None:  # Else the command prints the reason.
-            logger.warning(
-                "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
-                "until a second signal.",
-                counted(num_left, "request"),
-                self._drain_s,
-            )
+        if self._engine.failure is None:  # Else the command prints the reason.
+            rest = "no request is running"
+            if num_left:
+                rest = f"{counted(num_left, 'request')} may run for {self._drain_s:g} s more "
+                rest += "(--drain-s), or until a second signal"
+            logger.warning("Stopping: new requests are refused; %s.", rest)
         loop = asyncio.get_running_loop()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s) as drain:

@@ -93,8 +93,9 @@ class Parser(argparse.ArgumentParser):
         flag = arguments[0].partition("=")[0]
         if flag[2:] in {action.dest for action in self._actions if not action.option_strings}:
             return f"there is no flag {flag}; give the {flag[2:]} without one"
-        near = difflib.get_close_matches(flag, {*self._option_string_actions} - {"--help"}, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
+        names = {known.lstrip("-") for known in self._option_string_actions} - {"help"}
+        near = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
+        hint = f", did you mean --{near[0]}?" if near else ""
         if self._input_flag and not flag.startswith("-"):
             hint = f": write {self._input_flag} {flag}"
             if any(arg.partition("=")[0] == self._input_flag for arg in self._given):

@@ -144,14 +144,16 @@ class ServersToStop:
         else:
             os.kill(server.pid, number)
 
-    def expect_end(self, server: subprocess.Popen[str], *codes: int) -> None:
-        """Check that the server ends with one of ``codes`` and without a traceback.
+    def expect_end(self, server: subprocess.Popen[str], *codes: int) -> str:
+        """Check that the server ends with one of ``codes`` and without a traceback. Returns its
+        log.
 
         Its other processes have its standard error open, so they have ended too.
         """
         _, log = server.communicate(timeout=120)
         assert "Traceback" not in log
         assert server.returncode in codes, log
+        return log
 
     def close(self) -> None:
         for server in self.servers:
@@ -215,7 +217,8 @@ def test_a_stopped_server_leaves_no_process_and_no_file(
             _wait_until_ready(url)
         servers.stop(server, number)
     # The server installs its signal handlers late. Before, a signal ends it like any command.
-    servers.expect_end(server, 0, *([128 + number] if phase == "screen" else []))
+    log = servers.expect_end(server, 0, *([128 + number] if phase == "screen" else []))
+    assert phase != "idle" or "Stopping: new requests are refused; no request is running." in log
 
 
 @pytest.mark.full

@@ -146,6 +146,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"model": "gpt-5"}, "gpt-5"),
         *(({"stop": one}, "stop") for one in (["y"] * 65, ["y" * 1025])),
         ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
+        ({"stop_token_ids": [320]}, "must contain token ids from 0 to 319"),
         ({f"name{n}": 1 for n in range(100)}, "name0"),
         ({"metadata": [[]] * 100_000}, "100,000 names"),
     ],
