@@ -128,9 +128,7 @@ def _refuse_bad_begin(
     cache: HybridRadixCache, placement: PlacementPolicy, request: LeaseRequest
 ) -> None:
     """Raise the errors of ``begin`` for wrong arguments, which would fail later in another call.
-
-    O(boundaries).
-    """
+    O(boundaries)."""
     if not isinstance(placement, PlacementPolicy):
         hint = " Build it once, for all requests, with parse_placement."
         raise TypeError(f"placement must be a PlacementPolicy (got {placement!r}).{hint}")
@@ -499,9 +497,7 @@ class Lease:
 
     def rows_moved(self, move: Move) -> int:
         """Rename the rows of an emptied slab (``RowHolder``), and return how many of them are held.
-
-        O(rows added since the last move), and O(``extended_len``) if rows are in that slab.
-        """
+        O(rows added since the last move), and O(``extended_len``) if rows are in that slab."""
         slab_rows, start = len(move.new_rows), self._unread_len
         added = self._rows[max(start, self._indexed_len) : self.extended_len]
         self._slabs.update(np.bincount(added // slab_rows).nonzero()[0].tolist())

@@ -70,9 +70,7 @@ class OffloadedEntry:
 
 def is_superseded(node: RadixNode) -> bool:
     """Return whether a state, on the device or offloaded, is on the unforked path below ``node``.
-
-    O(nodes to it).
-    """
+    O(nodes to it)."""
     while (child := _only_child(node)) is not None:
         if child.checkpoint is not None or (child.offloaded is not None and child.offloaded.state):
             return True
@@ -439,10 +437,7 @@ class OffloadTiers:
 
     def give(self, taken: Taken, rows: Indices, slot: int) -> None:
         """Copy the detached entry to the device: its KV to ``rows``, in order of the nodes, its
-        state to ``slot``.
-
-        O(rows).
-        """
+        state to ``slot``. O(rows)."""
         start = 0
         for node, (number, src) in zip(taken.nodes, taken.pieces, strict=True):
             end = start + len(src)
@@ -728,10 +723,8 @@ class TieredRadixCache(HybridRadixCache):
     def _resumable(
         self, node: RadixNode, cached_len: int, num_tokens: int
     ) -> tuple[Resumable, ...]:
-        """Return the loadable states past ``cached_len`` on the path of ``node``.
-
-        O(nodes of the path).
-        """
+        """Return the loadable states past ``cached_len`` on the path of ``node``. O(nodes of the
+        path)."""
         path = []
         while node.parent is not None and node.end > cached_len:
             path.append(node)

@@ -342,9 +342,7 @@ class RowIndex:
 
     def rows_moved(self, move: Move) -> int:
         """Rename the rows of ``move`` in their arrays, and return how many of them are cached.
-
-        O(rows of those arrays + rows added since the last move).
-        """
+        O(rows of those arrays + rows added since the last move)."""
         self._moved()
         self._number_new()
         numbers = self._numbers.take(move.src)

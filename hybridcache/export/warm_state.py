@@ -317,10 +317,8 @@ def _states(cache: HybridRadixCache, level: _Level) -> dict[int, OffloadedCheckp
 
 
 def _latest(cache: HybridRadixCache) -> list[RadixNode]:
-    """Return the most recently used nodes, parents before children, within the ghost limit.
-
-    O(n log n).
-    """
+    """Return the most recently used nodes, parents before children, within the ghost limit. O(n log
+    n)."""
     nodes = list(cache.iter_nodes())
     used: dict[RadixNode, int] = {}
     for node in reversed(nodes):

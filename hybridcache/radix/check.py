@@ -101,10 +101,7 @@ def _check_node(node: RadixNode, page_size: int) -> None:
 
 def is_superseded(checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint is superseded, by definition: a deeper one is on its unforked
-    path.
-
-    O(path).
-    """
+    path. O(path)."""
     node: RadixNode = checkpoint.node
     while len(children := list(members(node.children))) == 1:
         node = children[0]

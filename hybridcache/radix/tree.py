@@ -363,10 +363,7 @@ Link = RadixNode | Checkpoint
 
 def last_at(node: RadixNode) -> Link:
     """Return the checkpoint of ``node``, else the nearest one above on its run, else the top of the
-    run.
-
-    O(nodes between).
-    """
+    run. O(nodes between)."""
     while node.checkpoint is None:
         above = node.parent
         assert above is not None
@@ -530,9 +527,7 @@ class RadixTree:
 
     def nodes(self, start: RadixNode | None = None) -> Iterator[RadixNode]:
         """Iterate over all nodes below ``start`` (default: all roots), parents before children.
-
-        O(tree), without recursion.
-        """
+        O(tree), without recursion."""
         stack = [start] if start is not None else list(self.roots.values())
         while stack:
             node = stack.pop()

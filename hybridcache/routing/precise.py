@@ -166,9 +166,7 @@ class CheckpointSeconds(Router):
 
     def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
         """Return the positions at which computing a prompt from ``cached_len`` saves checkpoints.
-
-        O(positions).
-        """
+        O(positions)."""
         if self.spec.placement is None or not self.spec.stateful:
             return [len(request.tokens)]
         planned = self._plan(request, cached_len, kv_match_len)

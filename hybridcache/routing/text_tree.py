@@ -110,10 +110,8 @@ class TextTree:
         return upper
 
     def _evict(self, replica: ReplicaId) -> None:
-        """Reduce the record of ``replica`` to ``KEPT`` of the limit.
-
-        O(tree log tree), once per tenth of the limit inserted.
-        """
+        """Reduce the record of ``replica`` to ``KEPT`` of the limit. O(tree log tree), once per
+        tenth of the limit inserted."""
         wanted = int(KEPT * self.max_tokens)
         nodes = [node for node in self._leaves_first() if replica in node.last_use]
         # A parent is used whenever its child is: a stable sort keeps leaves before their parents.

@@ -104,10 +104,8 @@ def _key(node: RadixNode) -> int:
 
 
 def slabs_record(arena: ArenaAllocator) -> Record:
-    """Return the percentage of rows with KV of each slab, and the slabs with a state.
-
-    O(slabs + holes).
-    """
+    """Return the percentage of rows with KV of each slab, and the slabs with a state. O(slabs +
+    holes)."""
     percent = (100 * arena.occupancy()[:MAX_SLABS] / arena.slab_rows).round()
     states = sorted(slot for slot in arena.slots.taken if slot < MAX_SLABS)
     return ["slabs", percent.astype(int).tolist(), states]

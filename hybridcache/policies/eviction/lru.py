@@ -96,10 +96,8 @@ class _Line:
         return chain(self.queue, self.late)
 
     def oldest(self) -> Item | None:
-        """Return the least recently used item, removing stale entries before it.
-
-        O(log n) amortised.
-        """
+        """Return the least recently used item, removing stale entries before it. O(log n)
+        amortised."""
         queue, late = self.queue, self.late
         first: Entry | None = None
         while queue:
