@@ -33,8 +33,7 @@ class ArcQueues(QueuePolicy):
         held = self.recent.num_bytes
         over = held > self.target_bytes or (self._frequent_asked and held == self.target_bytes)
         first, second = (self.recent, self.frequent) if over else (self.frequent, self.recent)
-        oldest = first.oldest() or second.oldest()
-        self._chosen = oldest[1] if oldest else None
+        self._chosen = first.oldest() or second.oldest()
         return self._chosen
 
     def gone(self, item: Item, record: Record, evicted: bool) -> None:

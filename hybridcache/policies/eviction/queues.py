@@ -23,39 +23,39 @@ class Queue:
 
     def __init__(self) -> None:
         self._tickets: list[int] = []
-        self._items: dict[int, Item] = {}
+        self._items: dict[int, tuple[Item, int]] = {}
+        """Item of each ticket, with its size when it entered."""
         self.num_bytes = 0
-        """Sum of the candidates' sizes when they entered."""
-        self._sizes: dict[int, int] = {}
+        """Sum of these sizes."""
 
     def __len__(self) -> int:
         return len(self._tickets)
 
-    def __iter__(self) -> Iterator[tuple[int, Item]]:
-        return ((ticket, self._items[ticket]) for ticket in self._tickets)
+    def __iter__(self) -> Iterator[Item]:
+        """Iterate over the items, unordered."""
+        return (item for item, _ in self._items.values())
 
     def put(self, ticket: int, item: Item) -> None:
         """Add ``item`` at the place of ``ticket``, new or old."""
         insort(self._tickets, ticket)
-        self._items[ticket] = item
-        self._sizes[ticket] = num_bytes = item.size_bytes
+        num_bytes = item.size_bytes
+        self._items[ticket] = item, num_bytes
         self.num_bytes += num_bytes
 
     def remove(self, ticket: int) -> None:
         """Remove the item of ``ticket``. Raises KeyError if there is none."""
+        _, num_bytes = self._items.pop(ticket)
         del self._tickets[bisect_left(self._tickets, ticket)]
-        del self._items[ticket]
-        self.num_bytes -= self._sizes.pop(ticket)
+        self.num_bytes -= num_bytes
 
-    def oldest(self) -> tuple[int, Item] | None:
-        """Return (ticket, item) at the old end, or None if empty. O(1)."""
-        return (self._tickets[0], self._items[self._tickets[0]]) if self._tickets else None
+    def oldest(self) -> Item | None:
+        """Return the item at the old end, or None if empty. O(1)."""
+        return self._items[self._tickets[0]][0] if self._tickets else None
 
-    def after(self, ticket: int) -> tuple[int, Item]:
-        """Return the first entry at or after ``ticket``, cyclically. Requires a non-empty queue."""
+    def after(self, ticket: int) -> Item:
+        """Return the first item at or after ``ticket``, cyclically. Requires a non-empty queue."""
         place = bisect_left(self._tickets, ticket)
-        found = self._tickets[place if place < len(self._tickets) else 0]
-        return found, self._items[found]
+        return self._items[self._tickets[place if place < len(self._tickets) else 0]][0]
 
 
 class Record:
@@ -219,13 +219,10 @@ class ClockQueue(QueuePolicy):
 
     def choose(self) -> Item | None:
         """Return the first item without its bit. The hand clears the bits that it passes."""
-        while (oldest := self.ring.oldest()) is not None:
-            record: Record = oldest[1].memo
-            if not record.mark:
-                return oldest[1]
-            record.mark = 0
-            self.move(oldest[1], self.ring)
-        return None
+        while (oldest := self.ring.oldest()) is not None and oldest.memo.mark:
+            oldest.memo.mark = 0
+            self.move(oldest, self.ring)
+        return oldest
 
 
 class Clock(BothKinds):
@@ -262,20 +259,20 @@ class SieveQueue(QueuePolicy):
         if not len(self.queue):
             return None
         while True:
-            ticket, item = self.queue.after(self.hand)
+            item = self.queue.after(self.hand)
             record: Record = item.memo
             if not record.mark:
-                self.hand = ticket
+                self.hand = record.ticket
                 self._chosen = item
                 return item
             record.mark = 0
-            self.hand = ticket + 1
+            self.hand = record.ticket + 1
 
     def gone(self, item: Item, record: Record, evicted: bool) -> None:
         """Advance the hand to the next younger item. After the youngest it starts again."""
         if item is self._chosen:
             self._chosen = None
-            self.hand = self.queue.after(record.ticket)[0] if len(self.queue) else 0
+            self.hand = self.queue.after(record.ticket).memo.ticket if len(self.queue) else 0
 
 
 class Sieve(BothKinds):

@@ -39,12 +39,10 @@ class S3FifoQueues(QueuePolicy):
             total = self.small.num_bytes + self.main.num_bytes
             is_full = self.small.num_bytes >= SHARE * total
             from_small = len(self.small) > 0 and (is_full or not len(self.main))
-            oldest = (self.small if from_small else self.main).oldest()
-            if oldest is None:
-                return None
-            item, record = oldest[1], oldest[1].memo
-            if record.mark <= (1 if from_small else 0):
+            item = (self.small if from_small else self.main).oldest()
+            if item is None or item.memo.mark <= (1 if from_small else 0):
                 return item
+            record = item.memo
             record.mark = 0 if from_small else record.mark - 1
             self.move(item, self.main)
 

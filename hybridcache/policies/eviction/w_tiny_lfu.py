@@ -50,12 +50,12 @@ class TinyLfuQueues(QueuePolicy):
         while self.protected.num_bytes > share and len(self.protected) > 1:
             oldest = self.protected.oldest()
             assert oldest is not None
-            self.move(oldest[1], self.probation)
+            self.move(oldest, self.probation)
         queues = self.window, self.probation, self.protected
         if self._uses > AGE_AFTER * sum(map(len, queues)):
             self._uses = 0
             for queue in queues:
-                for _, held in queue:
+                for held in queue:
                     held.memo.mark //= 2
 
     def choose(self) -> Item | None:
@@ -65,8 +65,7 @@ class TinyLfuQueues(QueuePolicy):
         full = total if self._full_bytes is None else self._full_bytes
         self._full_bytes = total
         room = (1 - WINDOW) * full
-        while (overflow := self.window.oldest()) is not None:
-            newcomer = overflow[1]
+        while (newcomer := self.window.oldest()) is not None:
             # The victim makes room for an item that enters the window: count one more of this size.
             if self.window.num_bytes + newcomer.size_bytes <= WINDOW * total:
                 break
@@ -78,7 +77,7 @@ class TinyLfuQueues(QueuePolicy):
                 return newcomer
             self._duel = (incumbent, newcomer)
             return incumbent
-        return self._main_oldest() or (overflow[1] if overflow else None)
+        return self._main_oldest() or newcomer
 
     def gone(self, item: Item, record: Record, evicted: bool) -> None:
         """Move a newcomer that won its comparison to the place of the evicted item."""
@@ -94,8 +93,7 @@ class TinyLfuQueues(QueuePolicy):
         return self.probation.num_bytes + self.protected.num_bytes
 
     def _main_oldest(self) -> Item | None:
-        oldest = self.probation.oldest() or self.protected.oldest()
-        return oldest[1] if oldest else None
+        return self.probation.oldest() or self.protected.oldest()
 
 
 class WTinyLFU(BothKinds):
