@@ -565,7 +565,22 @@ class OffloadTiers:
                 assert not entry.is_empty, f"{node} has an empty lower part"
         entries = [(node, node.offloaded) for node in nodes if node.offloaded is not None]
         for node, entry in entries:
-            _check_entry(node, entry)
+            assert node.parent is not None
+            place, above = _place(node), _place(node.parent)
+            if entry.kv is not None:
+                assert node.kv is None, f"the KV of {node} is on the device and below"
+                assert len(entry.kv) == node.end - node.start, f"{node} has {len(entry.kv)} rows"
+                assert above is not None and above <= entry.kv_tier, (
+                    f"{node.parent} lies further than {node}"
+                )
+                nearest = entry.nearest
+                assert nearest is not None, f"nothing needs the KV of {node} below"
+                assert nearest <= entry.kv_tier, f"nothing needs the KV of {node} as near as it is"
+            if entry.state is not None:
+                state = entry.state
+                assert node.checkpoint is None, f"the state of {node} is on the device and below"
+                assert state.node is node, f"{state} belongs elsewhere"
+                assert place is not None and place <= state.tier, f"{state} is nearer than its KV"
         for number, tier in enumerate(self.tiers):
             states = [entry.state for _, entry in entries if entry.state is not None]
             held = [state for state in states if state.tier == number]
@@ -598,25 +613,6 @@ def _place(node: RadixNode) -> int | None:
         return ON_DEVICE
     entry: OffloadedEntry | None = node.offloaded
     return entry.kv_tier if entry is not None and entry.kv is not None else None
-
-
-def _check_entry(node: RadixNode, entry: OffloadedEntry) -> None:
-    assert node.parent is not None
-    place, above = _place(node), _place(node.parent)
-    if entry.kv is not None:
-        assert node.kv is None, f"the KV of {node} is on the device and below"
-        assert len(entry.kv) == node.end - node.start, f"{node} has {len(entry.kv)} rows below"
-        assert above is not None and above <= entry.kv_tier, (
-            f"{node.parent} lies further than {node}"
-        )
-        nearest = entry.nearest
-        assert nearest is not None, f"nothing needs the KV of {node} below"
-        assert nearest <= entry.kv_tier, f"nothing needs the KV of {node} as near as it is"
-    if entry.state is not None:
-        state = entry.state
-        assert node.checkpoint is None, f"the state of {node} is on the device and below"
-        assert state.node is node, f"{state} belongs elsewhere"
-        assert place is not None and place <= state.tier, f"{state} lies nearer than its KV"
 
 
 def path_of(node: RadixNode) -> tuple[Hashable, Tokens]:

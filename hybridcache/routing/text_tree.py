@@ -91,13 +91,11 @@ class TextTree:
             end += len(child.tokens)
             node = child
         if self.num_tokens.get(replica, 0) > self.max_tokens:
-            self._evict(replica)
+            self._evict(replica, int(KEPT * self.max_tokens))
 
     def forget(self, replica: ReplicaId) -> None:
-        """Remove all records of ``replica``. O(tree)."""
-        for node in list(self._leaves_first()):
-            self._discard(node, replica)
-        self._prune()
+        """Remove all records of ``replica``. O(tree log tree)."""
+        self._evict(replica, 0)
 
     def _split(self, lower: _TextNode, at: int) -> _TextNode:
         """Split ``lower`` after ``at`` tokens. Returns the new parent with the first part."""
@@ -109,32 +107,23 @@ class TextTree:
         upper.children[lower.tokens[0]] = lower
         return upper
 
-    def _evict(self, replica: ReplicaId) -> None:
-        """Reduce the record of ``replica`` to ``KEPT`` of the limit. O(tree log tree), once per
-        tenth of the limit inserted."""
-        wanted = int(KEPT * self.max_tokens)
+    def _evict(self, replica: ReplicaId, wanted: int) -> None:
+        """Reduce the record of ``replica`` to ``wanted`` tokens. O(tree log tree), once per tenth
+        of the limit inserted."""
         nodes = [node for node in self._leaves_first() if replica in node.last_use]
         # A parent is used whenever its child is: a stable sort keeps leaves before their parents.
         nodes.sort(key=lambda node: node.last_use[replica])
         for node in nodes:
             if self.num_tokens.get(replica, 0) <= wanted:
                 break
-            self._discard(node, replica)
-        self._prune()
-
-    def _prune(self) -> None:
-        """Remove namespaces without prompts."""
+            del node.last_use[replica]
+            self.num_tokens[replica] -= len(node.tokens)
+            if not node.last_use:
+                assert node.parent is not None and not node.children
+                del node.parent.children[node.tokens[0]]
+        if not self.num_tokens.get(replica):
+            self.num_tokens.pop(replica, None)
         self._roots = {name: root for name, root in self._roots.items() if root.children}
-
-    def _discard(self, node: _TextNode, replica: ReplicaId) -> None:
-        if node.last_use.pop(replica, None) is None:
-            return
-        self.num_tokens[replica] -= len(node.tokens)
-        if not self.num_tokens[replica]:
-            del self.num_tokens[replica]
-        if not node.last_use:
-            assert node.parent is not None and not node.children
-            del node.parent.children[node.tokens[0]]
 
     def _leaves_first(self) -> Iterator[_TextNode]:
         stack = [child for root in self._roots.values() for child in root.children.values()]

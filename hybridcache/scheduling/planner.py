@@ -698,25 +698,17 @@ class Sharing:
         for leader in reversed(self._leaders):
             if leader.rank < follower.num_leaders_seen:
                 break
-            if leader.is_ahead and _goes_on_as(leader.request, request):
-                known = leader.request.tokens[: leader.request.prefill_len]
-                shared = common_prefix_len(request.tokens, known)
+            if not leader.is_ahead or leader.request.namespace != request.namespace:
+                continue
+            theirs, at = leader.request.tokens, leader.request.computed_len
+            # If the next token that the leader computes differs, no later part is shared.
+            if at < request.num_tokens and theirs[at] == request.tokens[at]:
+                shared = common_prefix_len(request.tokens, theirs[: leader.request.prefill_len])
                 usable = min(shared, request.num_tokens - 1) // grid * grid
-                if usable > leader.request.computed_len:
+                if usable > at:
                     positions = self._manager.checkpoint_positions(request, shared)
                     points = sorted(position for position in positions if position <= usable)
                     if points:
                         follower.leaders.append((leader, points))
         follower.num_leaders_seen = self._num_let_in
         return follower.leaders
-
-
-def _goes_on_as(leader: ScheduledRequest, request: ScheduledRequest) -> bool:
-    """Return whether the next token that ``leader`` computes is also in ``request``. If not, no
-    later part is shared. O(1)."""
-    at = leader.computed_len
-    return (
-        at < request.num_tokens
-        and leader.namespace == request.namespace
-        and bool(leader.tokens[at] == request.tokens[at])
-    )
