@@ -35,7 +35,7 @@ from engine.layers.blocks import (
     pad_rows,
 )
 from engine.layers.linear import Build, Composite, Linear, Part, RMSNorm
-from hybridcache.geometry.sizes import Spec, StateSpec
+from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
 from kernels.packed import running_sum
 from kernels.upload import upload
@@ -64,7 +64,7 @@ class PredictionHead(Composite):
         self.layers = self._fc, *norms, attention, mlp
         self.keeps: tuple[Spec, ...] = (
             *attention.block.keeps,
-            StateSpec("hidden", (hidden_size,), "conv"),
+            Spec("hidden", (hidden_size,), "conv"),
         )
         """Keys, values, and h of a sequence's last position."""
 

@@ -69,7 +69,7 @@ class LoadedModel:
         if not sizes.row_size:
             raise ModelError("a model without a single attention layer is not supported.")
         dtype = resolve_dtype(config.dtype, model_config, device)
-        has_sums = sizes.state_size("recurrent") > 0
+        has_sums = sizes.size_of("recurrent") > 0
         model, head, note = load_model(
             config.model_dir,
             family,

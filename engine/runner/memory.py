@@ -23,7 +23,7 @@ from engine.runner.device import Device, host_free_bytes
 from engine.weights.model_config import ModelError
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
-from hybridcache.geometry.sizes import KVSpec, ModelSizes, Spec
+from hybridcache.geometry.sizes import ModelSizes, Spec
 from hybridcache.geometry.units import GIB
 from hybridcache.scheduling.memory_sizes import SLOTS_OF_ONE, MemorySizes
 from kernels.state_copy.reference import Form
@@ -139,7 +139,7 @@ def state_slot_bytes(
 ) -> int:
     """Return the bytes of one sequence's conv and recurrent states in all layers, or of a
     checkpoint in the format ``checkpoints``. 0 for an attention-only model."""
-    num_conv, num_recurrent = sizes.state_size("conv"), sizes.state_size("recurrent")
+    num_conv, num_recurrent = sizes.size_of("conv"), sizes.size_of("recurrent")
     if checkpoints is not None:
         return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
     return aligned(num_conv * dtype.itemsize) + aligned(num_recurrent * state_dtype.itemsize)
@@ -279,7 +279,7 @@ class Memory:
         step slots, the padding row and the scratch rows. In a slot, all conv states come first.
         """
         mixers = [
-            [_Kept(spec, state_dtype if _kind(spec) == "recurrent" else dtype) for spec in specs]
+            [_Kept(spec, state_dtype if spec.kind == "recurrent" else dtype) for spec in specs]
             for specs in keeps
         ]
         slab = plan.slab_rows
@@ -303,7 +303,7 @@ class Memory:
         first = num_own_states + 1
         steps = range(first, first + num_step_states)
         staging = range(steps.stop, steps.stop + num_staged)
-        states = tuple((tensor, _kind(kept.spec) == "recurrent") for kept, tensor in own.items())
+        states = tuple((tensor, kept.spec.kind == "recurrent") for kept, tensor in own.items())
         saved = Checkpoints(slots, states, checkpoints, staging)
         return Memory(pools, padding_row, num_own_states, steps, tuple(own.values()), rows, saved)
 
@@ -321,16 +321,12 @@ class _Kept:
         return self.spec.size * self.dtype.itemsize
 
 
-def _kind(spec: Spec) -> str:
-    return "kv" if isinstance(spec, KVSpec) else spec.dtype
-
-
 def _own_states(
     mixers: Sequence[Sequence[_Kept]], num_slots: int, device: Device
 ) -> dict[_Kept, torch.Tensor]:
     """Allocate states outside the arena, ``[L, num_slots, ...]``. Those of one name, shape and
     dtype are one tensor, so that few tensors hold all states."""
-    groups = Counter(kept for mixer in mixers for kept in mixer if _kind(kept.spec) != "kv")
+    groups = Counter(kept for mixer in mixers for kept in mixer if kept.spec.kind != "kv")
     return {
         kept: allocate((count, num_slots, *kept.spec.shape), kept.dtype, device)
         for kept, count in groups.items()
@@ -346,13 +342,13 @@ def _pools(
 ) -> tuple[Pools, ...]:
     """Return the pools of each mixer: layers of ``own``, and views of an arena."""
     layers = {kept: iter(tensor) for kept, tensor in own.items()}
-    num_conv = sum(k.num_bytes for mixer in mixers for k in mixer if _kind(k.spec) == "conv")
+    num_conv = sum(k.num_bytes for mixer in mixers for k in mixer if k.spec.kind == "conv")
     place = {"kv": 0, "conv": 0, "recurrent": aligned(num_conv)}
 
     def pool(kept: _Kept) -> torch.Tensor:
         if kept in layers:
             return next(layers[kept])
-        kind = _kind(kept.spec)
+        kind = kept.spec.kind
         first = place[kind]
         place[kind] += kept.num_bytes
         unit, count = (plan.row_bytes, len(rows)) if kind == "kv" else (plan.slot_bytes, num_slots)

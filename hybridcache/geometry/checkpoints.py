@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hybridcache.geometry.sizes import ModelSizes, StateSpec
+from hybridcache.geometry.sizes import ModelSizes
 
 CODE_BYTES = {"bfloat16": 2, "int8": 1, "fp8": 1}
 SCALE_BYTES = 4
@@ -82,9 +82,9 @@ class CheckpointFormat:
 
     def recurrent_bytes(self, sizes: ModelSizes) -> int:
         """Size of codes and scales of one sequence's recurrent states."""
-        specs = [s for s in sizes.specs() if isinstance(s, StateSpec) and s.dtype == "recurrent"]
-        codes = sum(spec.size for spec in specs) * CODE_BYTES[self.dtype]
-        scales = sum(self.num_scales(spec.shape) for spec in specs) * SCALE_BYTES
+        shapes = [spec.shape for spec in sizes.specs() if spec.kind == "recurrent"]
+        codes = sizes.size_of("recurrent") * CODE_BYTES[self.dtype]
+        scales = sum(map(self.num_scales, shapes)) * SCALE_BYTES
         return aligned(codes) + aligned(scales)
 
 

@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from hybridcache.geometry.sizes import (
-    KVSpec,
-    MixerSizes,
-    SizesError,
-    Spec,
-    StateSpec,
-    part,
-    part_or_copy,
-)
+from hybridcache.geometry.sizes import MixerSizes, SizesError, Spec, part, part_or_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +21,7 @@ class AttentionSizes(MixerSizes):
     @property
     def keeps(self) -> tuple[Spec, ...]:
         shape = self.num_kv_heads, self.head_dim
-        return KVSpec("key", shape), KVSpec("value", shape)
+        return Spec("key", shape, "kv"), Spec("value", shape, "kv")
 
     @property
     def pair_flops(self) -> int:
@@ -64,7 +56,7 @@ class LatentAttentionSizes(MixerSizes):
 
     @property
     def keeps(self) -> tuple[Spec, ...]:
-        return (KVSpec("latent", (self.rank + self.rope_dim,)),)
+        return (Spec("latent", (self.rank + self.rope_dim,), "kv"),)
 
     @property
     def pair_flops(self) -> int:
@@ -191,7 +183,7 @@ class StatedSizes(MixerSizes):
 
     @property
     def keeps(self) -> tuple[Spec, ...]:
-        return StateSpec("conv", (self.conv_size,), "conv"), recurrent((self.state_size,))
+        return Spec("conv", (self.conv_size,), "conv"), recurrent((self.state_size,))
 
     def num_params(self, hidden: int) -> int:
         return 0
@@ -200,11 +192,11 @@ class StatedSizes(MixerSizes):
         raise SizesError("Layers of which only the state sizes are known cannot be divided")
 
 
-def conv_window(channels: int, width: int) -> tuple[StateSpec, ...]:
+def conv_window(channels: int, width: int) -> tuple[Spec, ...]:
     """Return the spec of a causal convolution's last inputs, or nothing for fewer than 2 taps."""
-    return (StateSpec("conv", (channels, width - 1), "conv"),) if width > 1 else ()
+    return (Spec("conv", (channels, width - 1), "conv"),) if width > 1 else ()
 
 
-def recurrent(shape: tuple[int, ...]) -> StateSpec:
+def recurrent(shape: tuple[int, ...]) -> Spec:
     """Return the spec of a recurrent state."""
-    return StateSpec("recurrent", shape, "recurrent")
+    return Spec("recurrent", shape, "recurrent")

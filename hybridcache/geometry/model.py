@@ -31,12 +31,10 @@ from hybridcache.geometry.mixers import (
 )
 from hybridcache.geometry.sizes import (
     ExpertsSizes,
-    KVSpec,
     LayerSizes,
     MLPSizes,
     ModelSizes,
     SizesError,
-    StateSpec,
 )
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
@@ -170,13 +168,14 @@ class ModelGeometry:
         """Sum the costs that all layers declare."""
         _refuse_unknown(kv_dtype=kv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype)
         active, total = sizes.num_params()
-        num_recurrent = sizes.state_size("recurrent")
-        conv_bytes = sizes.state_size("conv") * DTYPE_BYTES[conv_dtype]
+        kept = [{spec.kind for spec in mixer.keeps} for mixer in sizes.mixers]
+        num_recurrent = sizes.size_of("recurrent")
+        conv_bytes = sizes.size_of("conv") * DTYPE_BYTES[conv_dtype]
         format = CheckpointFormat.parse(checkpoint_dtype) if num_recurrent else None
         return cls(
             name=name,
-            num_full_layers=_how_many(sizes, KVSpec),
-            num_linear_layers=_how_many(sizes, StateSpec),
+            num_full_layers=sum("kv" in kinds for kinds in kept),
+            num_linear_layers=sum(bool(kinds - {"kv"}) for kinds in kept),
             kv_bytes_per_token=sizes.row_size * DTYPE_BYTES[kv_dtype],
             recurrent_elements=num_recurrent,
             conv_bytes=conv_bytes,
@@ -224,11 +223,6 @@ class ModelGeometry:
         """Return the forward FLOPs of a prefill of tokens [start, end) after ``start`` reused."""
         num_pairs = (end * (end + 1) - start * (start + 1)) // 2
         return (end - start) * self.flops_per_token + num_pairs * self.attention_flops_per_pair
-
-
-def _how_many(sizes: ModelSizes, kind: type[KVSpec | StateSpec]) -> int:
-    """Count the mixers that store something of this kind."""
-    return sum(any(isinstance(spec, kind) for spec in mixer.keeps) for mixer in sizes.mixers)
 
 
 def _refuse_unknown(**dtypes: str) -> None:

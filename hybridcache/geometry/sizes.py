@@ -1,6 +1,6 @@
 """Sizes of the layers of a model, as plain numbers: sufficient for every byte and FLOP count.
 
-A mixer *declares* its stored tensors: `KVSpec` per token, `StateSpec` per sequence. Byte counts,
+A mixer *declares* the tensors that it stores per token and per sequence (`Spec`). Byte counts,
 the engine's pools and the size of a checkpoint are sums over these declarations.
 """
 
@@ -19,39 +19,25 @@ class SizesError(ValueError):
     """Sizes that no model can have. The message is one sentence with the reason."""
 
 
+Kind = Literal["kv", "conv", "recurrent"]
+
+
 @dataclass(frozen=True, slots=True)
-class KVSpec:
-    """One tensor that a layer stores for each token, in the KV dtype."""
+class Spec:
+    """One tensor that a layer stores. A checkpoint copies all tensors of a sequence at a chunk
+    boundary."""
 
     name: str
     shape: tuple[int, ...]
+    """For one token (``kv``) or one sequence (the others)."""
+    kind: Kind
+    """``kv``: keys and values, in the KV dtype. ``conv``: unmodified inputs of the layer, in the
+    model's dtype. ``recurrent``: sums, in the dtype of states."""
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class StateSpec:
-    """One tensor that a layer stores for each sequence.
-
-    A checkpoint is a copy of all of them at a chunk boundary.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: Literal["conv", "recurrent"]
-    """``conv``: unmodified inputs of the layer, in the model's dtype. ``recurrent``: sums, in the
-    dtype of states."""
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-
-Spec = KVSpec | StateSpec
 
 
 class MixerSizes(ABC):
@@ -186,16 +172,12 @@ class ModelSizes:
     @property
     def row_size(self) -> int:
         """Number of KV elements of one token, in and outside the layers."""
-        return sum(spec.size for spec in self.specs() if isinstance(spec, KVSpec))
+        return self.size_of("kv")
 
-    def state_size(self, dtype: Literal["conv", "recurrent"]) -> int:
-        """Return the number of elements of one sequence's states of one kind, in and outside the
-        layers."""
-        return sum(
-            spec.size
-            for spec in self.specs()
-            if isinstance(spec, StateSpec) and spec.dtype == dtype
-        )
+    def size_of(self, kind: Kind) -> int:
+        """Return the number of elements of one kind, in and outside the layers, for one token or
+        sequence."""
+        return sum(spec.size for spec in self.specs() if spec.kind == kind)
 
     def num_params(self) -> tuple[int, int]:
         """Return (weights used per token, total weights), embeddings excluded."""

@@ -12,7 +12,6 @@ import torch
 from engine.plugins.disaggregation.wire import PrefixBuffer
 from engine.runner.mtp_head import Predictor
 from engine.schedule.scheduler import Batch, Newest, Segment
-from hybridcache.geometry.sizes import KVSpec
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 from tests.engine.numerics.test_graphs import Recorder
 
@@ -84,7 +83,7 @@ class Head:
             False: memory.num_slots + 1 + runner.num_step_states,
         }
         self.pools = tuple(
-            torch.full((counts[isinstance(spec, KVSpec)], *spec.shape), torch.nan)
+            torch.full((counts[spec.kind == "kv"], *spec.shape), torch.nan)
             for spec in self.head.keeps
         )
         forward = model.forward
