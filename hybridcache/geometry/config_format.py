@@ -130,6 +130,8 @@ class Format:
             elif key not in WITHOUT_EFFECT and key not in self.unused:
                 unknown.append(key)
         stated = values.copy()
+        if values.get("num_key_value_heads", 0) is None:
+            values["num_key_value_heads"] = values["num_attention_heads"]
         self.complete(values)
         missing = tuple(n for n, kind in self.extras.items() if kind is int and n not in given)
         return Config(values, stated, defaults, frozenset(given), tuple(unknown), missing)

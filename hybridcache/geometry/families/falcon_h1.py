@@ -8,7 +8,6 @@ from hybridcache.geometry.sizes import LayerSizes, ModelSizes
 
 
 def complete(values: Values) -> None:
-    fields.fill_kv_heads(values)
     inner = values.pop("mamba_d_ssm")
     fields.fill_mamba_head_dim(values, inner, "mamba_d_ssm")
     for name, count in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):

@@ -146,12 +146,6 @@ def sorts(text: Fields, known: Collection[str], name: str = "layer_types") -> li
     return words
 
 
-def fill_kv_heads(values: dict[str, Any]) -> None:
-    """Use as many key heads as query heads if the config has no ``num_key_value_heads``."""
-    if values["num_key_value_heads"] is None:
-        values["num_key_value_heads"] = values["num_attention_heads"]
-
-
 def fill_mamba_head_dim(values: dict[str, Any], inner: int | None, name: str) -> None:
     """Compute ``mamba_d_head`` if it is ``auto``.
 

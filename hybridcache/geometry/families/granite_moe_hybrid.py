@@ -11,7 +11,6 @@ from hybridcache.geometry.sizes import MLPSizes, ModelSizes
 
 
 def complete(values: Values) -> None:
-    fields.fill_kv_heads(values)
     fields.fill_mamba_head_dim(values, None, "mamba_expand * hidden_size")
     if values["layer_types"] is None:
         values["layer_types"] = ["linear_attention"] * fields.num_layers(values)

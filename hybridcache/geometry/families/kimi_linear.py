@@ -24,7 +24,6 @@ def complete(values: Values) -> None:
 
     Unknown keys remain in ``linear_attn_config``.
     """
-    fields.fill_kv_heads(values)
     count, linear = fields.num_layers(values), dict(values.get("linear_attn_config", {}))
     for key, name in LINEAR_KEYS.items():
         if key in linear:

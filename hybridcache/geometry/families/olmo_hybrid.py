@@ -13,7 +13,6 @@ def complete(values: Values) -> None:
     They have as many heads as the attention layers. Keys have three quarters of the model's width,
     and values are twice as wide as keys.
     """
-    fields.fill_kv_heads(values)
     interval = min(fields.num_layers(values), 4)  # there is one layer of attention at least
     if values["layer_types"] is None:
         values["layer_types"] = fields.every_nth_attends(values, interval)

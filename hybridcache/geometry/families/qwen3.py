@@ -9,7 +9,6 @@ from hybridcache.geometry.sizes import ModelSizes
 
 def complete(values: Values) -> None:
     """Build ``layer_types``: the last layers use a window if ``use_sliding_window`` is set."""
-    fields.fill_kv_heads(values)
     window, first = values.pop("sliding_window"), values.pop("max_window_layers")
     has_windows = values.pop("use_sliding_window") and window is not None
     if values["layer_types"] is None:
