@@ -172,6 +172,11 @@ def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
     return x if len(x) == num_rows else F.pad(x, (0, 0, 0, num_rows - len(x)))
 
 
+def multiplied(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return ``x * factor``, or ``x`` itself for a factor of 1."""
+    return x if factor == 1.0 else x * factor
+
+
 class RotaryTable:
     """cos and sin ``[max_model_len, R]`` in the model's dtype, with equal halves. A table, so that
     a position always has the same bits. R is 0 for a model without rotation."""
@@ -350,7 +355,7 @@ class Residual(Composite, Generic[B]):
         """Return the block's output in the form that is added to the stream."""
         if self._after is not None:
             hidden = self._after(hidden)
-        return hidden if self._multiplier == 1.0 else hidden * self._multiplier
+        return multiplied(hidden, self._multiplier)
 
 
 class MixerStep(Residual[Mixer]):
@@ -382,15 +387,20 @@ class FeedForwardStep(Residual[FeedForward]):
 class Parallel(Composite):
     """Mixers in parallel on one input, with summed outputs."""
 
-    def __init__(self, mixers: Sequence[Mixer]) -> None:
+    def __init__(self, mixers: Sequence[Mixer], factors: Sequence[tuple[float, float]]) -> None:
+        """``factors``: multipliers of the input and the output of each mixer."""
         self.layers = self.mixers = mixers
+        self._factors = factors
         self.keeps = tuple(spec for mixer in mixers for spec in mixer.keeps)
         self._inputs = [mixer.projected_size for mixer in mixers]
         self._outputs = [torch.Size(mixer.mixed_shape).numel() for mixer in mixers]
         self.projected_size, self.mixed_shape = sum(self._inputs), (sum(self._outputs),)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat([mixer.project(hidden) for mixer in self.mixers], dim=-1)
+        pairs = zip(self.mixers, self._factors, strict=True)
+        return torch.cat(
+            [mixer.project(multiplied(hidden, factor)) for mixer, (factor, _) in pairs], dim=-1
+        )
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         mixed, first = [], 0
@@ -405,29 +415,11 @@ class Parallel(Composite):
             self.mixers,
             mixed.split(self._outputs, dim=-1),
             projected.split(self._inputs, dim=-1),
+            self._factors,
             strict=True,
         )
         outs = [
-            mixer.finish(own.unflatten(-1, mixer.mixed_shape), part) for mixer, own, part in parts
+            multiplied(mixer.finish(own.unflatten(-1, mixer.mixed_shape), part), factor)
+            for mixer, own, part, (_, factor) in parts
         ]
         return sum(outs[1:], outs[0])
-
-
-class Scaled(Composite):
-    """``output * mixer(input * x)``."""
-
-    def __init__(self, mixer: Mixer, *, input: float, output: float) -> None:
-        self._mixer, self._input, self._output = mixer, input, output
-        self.layers = (mixer,)
-        self.keeps, self.mixed_shape = mixer.keeps, mixer.mixed_shape
-        self.projected_size = mixer.projected_size
-
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._mixer.project(hidden if self._input == 1.0 else hidden * self._input)
-
-    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        return self._mixer.mix(projected, inputs, pools)
-
-    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        out = self._mixer.finish(mixed, projected)
-        return out if self._output == 1.0 else out * self._output

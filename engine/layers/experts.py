@@ -34,6 +34,11 @@ class ExpertNames:
     """Gate and up, or one name of both; or only up, for experts without gates."""
     output: str
 
+    @classmethod
+    def of(cls, stem: str, inputs: Sequence[str], output: str) -> ExpertNames:
+        """Return the names of the weights ``inputs`` and ``output`` of the module ``stem``."""
+        return cls(tuple(f"{stem}.{word}.weight" for word in inputs), f"{stem}.{output}.weight")
+
 
 class Experts:
     """All experts of a layer: SwiGLU, or squared ReLU if ``sizes.matrices`` is 2. All have the same
@@ -168,17 +173,11 @@ class ExpertsMLP(Composite):
         ``stacked_names``: True if all experts are one tensor in the files."""
         self._k, self._renormalises = sizes.experts_per_token, renormalises
         self._num_experts, stem = sizes.num_experts, f"{name}.experts"
-        one = f"{stem}.{{}}"
-        names = ExpertNames(
-            (f"{one}.gate_proj.weight", f"{one}.up_proj.weight"), f"{one}.down_proj.weight"
-        )
+        words, shared_name = (("gate_proj", "up_proj"), "down_proj"), f"{name}.shared_expert"
+        names = ExpertNames.of(f"{stem}.{{}}", *words)
         if stacked_names:
             names = ExpertNames((f"{stem}.gate_up_proj",), f"{stem}.down_proj")
-        shared_name = f"{name}.shared_expert"
-        shared_names = ExpertNames(
-            (f"{shared_name}.gate_proj.weight", f"{shared_name}.up_proj.weight"),
-            f"{shared_name}.down_proj.weight",
-        )
+        shared_names = ExpertNames.of(shared_name, *words)
         self._experts = Experts(stem, hidden_size, sizes, names, build, shared=shared_names)
         # Router and shared gate have the same input, so they are one product.
         gates = [
@@ -250,7 +249,7 @@ class SigmoidRouter(Composite):
         bias: str | None,
         renormalises: bool,
         scale: float,
-        eps: float = 1e-20,
+        eps: float,
     ) -> None:
         """``bias``: name of its tensor, or None. ``renormalises``: True if the selected sigmoids
         are divided by their sum plus ``eps``. ``scale``: factor applied afterwards."""

@@ -25,10 +25,19 @@ from engine.layers.blocks import (
     MixerStep,
     Pools,
     Rows,
+    multiplied,
 )
+from engine.layers.experts import SigmoidRouter
 from engine.layers.linear import Build, Layer, Linear, Parameter, Part, RankCut, RMSNorm
 from engine.layers.prediction import PredictionHead
-from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
+from engine.weights.model_config import (
+    ModelConfig,
+    Served,
+    check_only,
+    mixer_of,
+    read_rope,
+    read_settings,
+)
 from engine.weights.tensor_files import Tensor
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes
@@ -50,6 +59,12 @@ class Decoder(ABC):
     """Supported ``model_type`` values of a config.json."""
     own_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of a config.json that only the layers of this family use, as ``config.own``."""
+    served: ClassVar[Served] = {}
+    """Supported values of further keys, for which the layers have no settings."""
+    eps_key: ClassVar[str] = "rms_norm_eps"
+    """Key of the epsilon of norms."""
+    rope_defaults: ClassVar[Mapping[str, Any] | None] = {}
+    """Arguments of ``read_rope``, or None for a family without rotation."""
     centred_norms: ClassVar[bool] = False
     """True if the norms of the residual stream are stored around zero."""
     step_norms: ClassVar[tuple[str, str]] = "input_layernorm", "post_attention_layernorm"
@@ -102,9 +117,12 @@ class Decoder(ABC):
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
         """Read the config of a model of this family. Raises ModelError."""
-        attention = mixer_of(sizes, AttentionSizes)
-        rope = read_rope(config, attention.head_dim)
-        return ModelConfig(**common(config, sizes, cls.own_keys), rope=rope)
+        check_only(config, cls.served)
+        rope = None
+        if cls.rope_defaults is not None:
+            head_dim = mixer_of(sizes, AttentionSizes).head_dim
+            rope = read_rope(config, head_dim, **cls.rope_defaults)
+        return read_settings(config, sizes, rope, cls.own_keys, eps=cls.eps_key)
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,6 +160,21 @@ class Decoder(ABC):
         """Return the norms over each head of queries and keys."""
         size = sizes.head_dim
         return self.norm_of(f"{name}.q_norm", size), self.norm_of(f"{name}.k_norm", size)
+
+    def sigmoid_router(
+        self, name: str, sizes: ExpertsSizes, bias: str | None, *, eps: float = 1e-20
+    ) -> SigmoidRouter:
+        """Return the router ``gate`` of the block ``name``, which reads ``bias`` there."""
+        return SigmoidRouter(
+            f"{name}.gate",
+            self.config.hidden_size,
+            sizes,
+            self.build,
+            bias=None if bias is None else f"{name}.{bias}",
+            renormalises=self.config.own["norm_topk_prob"],
+            scale=self.config.own["routed_scaling_factor"],
+            eps=eps,
+        )
 
     def norm_of(self, name: str, size: int | None = None) -> RMSNorm:
         """Return a norm over the hidden size, or over ``size``."""
@@ -243,7 +276,7 @@ class Embedding:
             hidden = self.weight.new_empty(len(token_ids), self.weight.shape[1])
             repeated(self._look_up, token_ids, hidden)
             hidden = self._rank.sum(hidden)
-        return hidden if self._multiplier == 1.0 else hidden * self._multiplier
+        return multiplied(hidden, self._multiplier)
 
     def _look_up(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Write the rows of this rank's tokens, and zeros for other tokens."""
@@ -275,7 +308,7 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._rank.join(self._linear(hidden), self._vocab_size)
-        return logits if self._multiplier == 1.0 else logits * self._multiplier
+        return multiplied(logits, self._multiplier)
 
 
 class Sealing:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from engine.layers.blocks import MLP, FeedForwardStep, Mixer, MixerStep, Parallel, Scaled
+from engine.layers.blocks import MLP, FeedForwardStep, Mixer, MixerStep, Parallel
 from engine.layers.recurrent import GatedNorm, Mamba2
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ModelConfig, ModelError
@@ -41,18 +41,21 @@ class FalconH1(Decoder):
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
         assert sizes.mlp is not None
-        gate, down = self.config.own["mlp_multipliers"]
+        own = self.config.own
+        gate, down = own["mlp_multipliers"]
         mlp = MLP(
             f"{name}.feed_forward",
             self.config.hidden_size,
             sizes.mlp.intermediate,
             self.build,
-            bias=self.config.own["mlp_bias"],
+            bias=own["mlp_bias"],
             gate_multiplier=gate,
         )
+        kinds = ["attention" if isinstance(m, AttentionSizes) else "ssm" for m in sizes.mixers]
+        factors = [(own[f"{k}_in_multiplier"], own[f"{k}_out_multiplier"]) for k in kinds]
         return [
             MixerStep(
-                Parallel([self.mixer(name, mixer) for mixer in sizes.mixers]),
+                Parallel([self.mixer(name, mixer) for mixer in sizes.mixers], factors),
                 before=self.norm_of(f"{name}.input_layernorm"),
             ),
             FeedForwardStep(mlp, before=self.norm_of(f"{name}.pre_ff_layernorm"), multiplier=down),
@@ -60,15 +63,12 @@ class FalconH1(Decoder):
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         config, own = self.config, self.config.own
-        made: Mixer
         if isinstance(sizes, AttentionSizes):
             scale = own["key_multiplier"] * sizes.head_dim**-0.5
-            made = self.attention(f"{name}.self_attn", sizes, scale=scale)
-            first, last = own["attention_in_multiplier"], own["attention_out_multiplier"]
-            return Scaled(made, input=first, output=last)
+            return self.attention(f"{name}.self_attn", sizes, scale=scale)
         assert isinstance(sizes, MambaSizes)
         norm = GatedNorm(config.norm_eps, gate_first=not own["mamba_norm_before_gate"])
-        made = Mamba2(
+        return Mamba2(
             f"{name}.mamba",
             config.hidden_size,
             sizes,
@@ -80,5 +80,3 @@ class FalconH1(Decoder):
             conv_bias=own["mamba_conv_bias"],
             multipliers=tuple(own["ssm_multipliers"]),
         )
-        first, last = own["ssm_in_multiplier"], own["ssm_out_multiplier"]
-        return Scaled(made, input=first, output=last)

@@ -5,6 +5,8 @@ Most models have experts in addition to the MLP.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.layers.blocks import MLP, FeedForward, Mixer
 from engine.layers.experts import Beside, ExpertNames, RoutedExperts, SoftmaxRouter
 from engine.layers.recurrent import GatedNorm, Mamba2
@@ -12,9 +14,9 @@ from engine.models.decoder import Decoder
 from engine.weights.model_config import (
     ModelConfig,
     ModelError,
-    common,
     mixer_of,
     read_rope,
+    read_settings,
 )
 from hybridcache.geometry.config_format import ROPE_KEYS, Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
@@ -45,9 +47,8 @@ class GraniteMoeHybrid(Decoder):
         if config["position_embedding_type"] == "rope":
             rope = read_rope(config, mixer_of(sizes, AttentionSizes).head_dim)
         config.ignore(*ROPE_KEYS, "intermediate_size", "num_experts_per_tok")
-        return ModelConfig(
-            **common(config, sizes, cls.own_keys),
-            rope=rope,
+        return replace(
+            read_settings(config, sizes, rope, cls.own_keys, eps=cls.eps_key),
             embedding_multiplier=config["embedding_multiplier"],
             logit_multiplier=1.0 / config["logits_scaling"],
         )
@@ -75,7 +76,7 @@ class GraniteMoeHybrid(Decoder):
         hidden, stem = self.config.hidden_size, f"{name}.block_sparse_moe"
         router = SoftmaxRouter(f"{stem}.router.layer", hidden, sizes, self.build, renormalises=True)
         each = stem if self.stacked_experts else f"{stem}.experts.{{}}"
-        names = ExpertNames((f"{each}.input_linear.weight",), f"{each}.output_linear.weight")
+        names = ExpertNames.of(each, ("input_linear",), "output_linear")
         experts = RoutedExperts(stem, hidden, sizes, router, names, self.build)
         return Beside([experts, self.shared(name, sizes.shared_intermediate)])
 

@@ -6,7 +6,7 @@ from engine.layers.blocks import MLP, FeedForward, Mixer
 from engine.layers.experts import ExpertNames, RoutedExperts, SoftmaxRouter
 from engine.layers.recurrent import Mamba1
 from engine.models.decoder import Decoder
-from engine.weights.model_config import ModelConfig, ModelError, common
+from engine.weights.model_config import ModelConfig, ModelError
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
@@ -17,6 +17,7 @@ class Jamba(Decoder):
 
     model_types = ("jamba",)
     own_keys = "mamba_proj_bias", "mamba_conv_bias", "mamba_dt_rank"
+    rope_defaults = None
     step_norms = "input_layernorm", "pre_ff_layernorm"
     norm_name = "model.final_layernorm"
 
@@ -28,7 +29,7 @@ class Jamba(Decoder):
             raise ModelError(
                 f"mamba_dt_rank must be auto or 1 or more in config.json (got {rank})."
             )
-        return ModelConfig(**common(config, sizes, cls.own_keys), rope=None)
+        return super().read(config, sizes)
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         own, hidden = self.config.own, self.config.hidden_size
@@ -51,7 +52,5 @@ class Jamba(Decoder):
         if isinstance(sizes, MLPSizes):
             return MLP(name, hidden, sizes.intermediate, self.build)
         router = SoftmaxRouter(f"{name}.router", hidden, sizes, self.build, renormalises=False)
-        stem = f"{name}.experts.{{}}"
-        inputs = f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"
-        names = ExpertNames(inputs, f"{stem}.down_proj.weight")
+        names = ExpertNames.of(f"{name}.experts.{{}}", ("gate_proj", "up_proj"), "down_proj")
         return RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)

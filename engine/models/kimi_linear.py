@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
 from engine.layers.attention import LatentAttention
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import Beside, ExpertNames, RoutedExperts, SigmoidRouter
+from engine.layers.experts import Beside, ExpertNames, RoutedExperts
 from engine.layers.linear import RMSNorm
 from engine.layers.recurrent import KimiDeltaAttention
 from engine.models.decoder import Decoder
-from engine.weights.model_config import ModelConfig, ModelError, check_only, common
+from engine.weights.model_config import ModelConfig, ModelError, Served
 from engine.weights.tensor_files import Tensor
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes
@@ -32,13 +33,19 @@ class KimiLinear(Decoder):
 
     model_types = ("kimi_linear",)
     own_keys = "norm_topk_prob", "routed_scaling_factor"
+    served: ClassVar[Served] = {
+        "moe_router_activation_func": ("sigmoid",),
+        "moe_layer_freq": (1,),
+        "q_lora_rank": (None,),
+        "mla_use_nope": (True,),
+        "topk_group": (1,),
+    }
+    rope_defaults = None
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
         """Read the config. Raises ModelError for settings that no published model of the family
         has."""
-        check_only(config, moe_router_activation_func=("sigmoid",), moe_layer_freq=(1,))
-        check_only(config, q_lora_rank=(None,), mla_use_nope=(True,), topk_group=(1,))
         if config["linear_attn_config"]:
             raise ModelError(
                 f"linear_attn_config in config.json has keys that are not supported: "
@@ -54,7 +61,7 @@ class KimiLinear(Decoder):
                 "num_key_value_heads must be num_attention_heads in config.json: latent attention "
                 "has no groups of heads."
             )
-        return ModelConfig(**common(config, sizes, cls.own_keys), rope=None)
+        return super().read(config, sizes)
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,18 +82,9 @@ class KimiLinear(Decoder):
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
         if isinstance(sizes, MLPSizes):
             return super().mlp(name, sizes)
-        own, hidden, name = self.config.own, self.config.hidden_size, f"{name}.block_sparse_moe"
-        router = SigmoidRouter(
-            f"{name}.gate",
-            hidden,
-            sizes,
-            self.build,
-            bias=f"{name}.gate.e_score_correction_bias",
-            renormalises=own["norm_topk_prob"],
-            scale=own["routed_scaling_factor"],
-        )
-        stem = f"{name}.experts.{{}}"
-        names = ExpertNames((f"{stem}.w1.weight", f"{stem}.w3.weight"), f"{stem}.w2.weight")
+        hidden, name = self.config.hidden_size, f"{name}.block_sparse_moe"
+        router = self.sigmoid_router(name, sizes, "gate.e_score_correction_bias")
+        names = ExpertNames.of(f"{name}.experts.{{}}", ("w1", "w3"), "w2")
         experts = RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)
         if not sizes.shared_intermediate:
             return experts

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import ExpertNames, RoutedExperts, SigmoidRouter
+from engine.layers.experts import ExpertNames, RoutedExperts
 from engine.layers.recurrent import ShortConv
 from engine.models.decoder import Decoder
-from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
-from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, ShortConvSizes
-from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
-
-ROPE_THETA = 1e6
+from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
 
 
 class Lfm2(Decoder):
@@ -20,14 +19,10 @@ class Lfm2(Decoder):
 
     model_types = ("lfm2", "lfm2_moe")
     own_keys = "conv_bias", "use_expert_bias", "norm_topk_prob", "routed_scaling_factor"
+    eps_key = "norm_eps"
+    rope_defaults: ClassVar[Mapping[str, Any]] = {"theta": 1e6}
     step_norms = "operator_norm", "ffn_norm"
     norm_name = "model.embedding_norm"
-
-    @classmethod
-    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        head_dim = mixer_of(sizes, AttentionSizes).head_dim
-        rope = read_rope(config, head_dim, theta=ROPE_THETA)
-        return ModelConfig(**common(config, sizes, cls.own_keys, eps="norm_eps"), rope=rope)
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         if isinstance(sizes, ShortConvSizes):
@@ -43,16 +38,7 @@ class Lfm2(Decoder):
         if isinstance(sizes, MLPSizes):
             inputs, output = ("w1", "w3"), "w2"
             return MLP(name, hidden, sizes.intermediate, self.build, inputs=inputs, output=output)
-        router = SigmoidRouter(
-            f"{name}.gate",
-            hidden,
-            sizes,
-            self.build,
-            bias=f"{name}.expert_bias" if own["use_expert_bias"] else None,
-            renormalises=own["norm_topk_prob"],
-            scale=own["routed_scaling_factor"],
-            eps=1e-6,
-        )
-        stem = f"{name}.experts.{{}}"
-        names = ExpertNames((f"{stem}.w1.weight", f"{stem}.w3.weight"), f"{stem}.w2.weight")
+        bias = "expert_bias" if own["use_expert_bias"] else None
+        router = self.sigmoid_router(name, sizes, bias, eps=1e-6)
+        names = ExpertNames.of(f"{name}.experts.{{}}", ("w1", "w3"), "w2")
         return RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.experts import Beside, ExpertNames, RoutedExperts, SigmoidRouter
+from engine.layers.experts import Beside, ExpertNames, RoutedExperts
 from engine.layers.linear import Part
 from engine.layers.recurrent import GatedNorm, Mamba2
 from engine.models.decoder import Decoder, Step
-from engine.weights.model_config import ACTIVATIONS, ModelConfig, check_only, common
-from hybridcache.geometry.config_format import Config
+from engine.weights.model_config import ACTIVATIONS, Served
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
 
 
 class NemotronH(Decoder):
@@ -23,18 +23,17 @@ class NemotronH(Decoder):
         *("use_bias", "use_conv_bias", "mlp_bias", "time_step_limit"),
         *("norm_topk_prob", "routed_scaling_factor"),
     )
+    served: ClassVar[Served] = {
+        "mlp_hidden_act": ("relu2",),
+        "mamba_hidden_act": ACTIVATIONS,
+        "sliding_window": (None,),
+        "n_group": (1,),
+        "topk_group": (1,),
+    }
+    eps_key, rope_defaults = "layer_norm_epsilon", None
     embedding_name = "backbone.embeddings"
     layers_name = "backbone.layers"
     norm_name = "backbone.norm_f"
-
-    @classmethod
-    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Read the config. Raises ModelError for settings that no published model of the family
-        has."""
-        check_only(config, mlp_hidden_act=("relu2",), mamba_hidden_act=ACTIVATIONS)
-        check_only(config, sliding_window=(None,), n_group=(1,), topk_group=(1,))
-        shared = common(config, sizes, cls.own_keys, eps="layer_norm_epsilon")
-        return ModelConfig(**shared, rope=None)
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
         before, block = self.norm_of(f"{name}.norm"), f"{name}.mixer"
@@ -64,22 +63,12 @@ class NemotronH(Decoder):
         if isinstance(sizes, MLPSizes):
             return self.squared_relu(name, sizes.intermediate)
         own, hidden = self.config.own, self.config.hidden_size
-        router = SigmoidRouter(
-            f"{name}.gate",
-            hidden,
-            sizes,
-            self.build,
-            bias=f"{name}.gate.e_score_correction_bias",
-            renormalises=own["norm_topk_prob"],
-            scale=own["routed_scaling_factor"],
-        )
-        stem = f"{name}.experts"
         experts = RoutedExperts(
-            stem,
+            f"{name}.experts",
             hidden,
             sizes,
-            router,
-            ExpertNames((f"{stem}.{{}}.up_proj.weight",), f"{stem}.{{}}.down_proj.weight"),
+            self.sigmoid_router(name, sizes, "gate.e_score_correction_bias"),
+            ExpertNames.of(f"{name}.experts.{{}}", ("up_proj",), "down_proj"),
             self.build,
             narrow=Part(f"{name}.fc1_latent_proj", sizes.width) if sizes.width else None,
             widen=Part(f"{name}.fc2_latent_proj", hidden) if sizes.width else None,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any, ClassVar
 
 from engine.layers.blocks import FeedForwardStep, Mixer, MixerStep
 from engine.layers.linear import Part
 from engine.layers.recurrent import GatedDeltaNet
 from engine.models.decoder import Decoder, Step
-from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.weights.tensor_files import Joined, Tensor
-from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
-from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
+from hybridcache.geometry.sizes import LayerSizes, MixerSizes
 
 OUTPUT_EPS = 1e-5
 """Epsilon of the norm after the scan, independent of the config."""
@@ -28,12 +27,7 @@ class OlmoHybrid(Decoder):
 
     model_types = ("olmo_hybrid",)
     own_keys = ("linear_allow_neg_eigval",)
-
-    @classmethod
-    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        head_dim = mixer_of(sizes, AttentionSizes).head_dim
-        rope = read_rope(config, head_dim, is_optional=True)
-        return ModelConfig(**common(config, sizes, cls.own_keys), rope=rope)
+    rope_defaults: ClassVar[Mapping[str, Any]] = {"is_optional": True}
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,13 +4,12 @@ linear ones."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from engine.layers.linear import Part
 from engine.models.qwen3_next import Qwen3Next
-from engine.weights.model_config import ModelConfig, check_only
-from hybridcache.geometry.config_format import Config
+from engine.weights.model_config import Served
 from hybridcache.geometry.mixers import DeltaSizes
-from hybridcache.geometry.sizes import ModelSizes
 
 
 class Qwen3_5(Qwen3Next):
@@ -18,11 +17,7 @@ class Qwen3_5(Qwen3Next):
     down, and their weights always sum to one."""
 
     model_types = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
-
-    @classmethod
-    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        check_only(config, mlp_only_layers=([], None))
-        return super().read(config, sizes)
+    served: ClassVar[Served] = {**Qwen3Next.served, "mlp_only_layers": ([], None)}
 
     def inputs(self, name: str, sizes: DeltaSizes) -> Sequence[Part]:
         heads = sizes.num_value_heads

@@ -3,8 +3,8 @@ shared one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,10 +14,9 @@ from engine.layers.linear import Part
 from engine.layers.prediction import PredictionHead
 from engine.layers.recurrent import GatedDeltaNet
 from engine.models.decoder import Decoder
-from engine.weights.model_config import ModelConfig, check_only, common, mixer_of, read_rope
-from hybridcache.geometry.config_format import Config
+from engine.weights.model_config import Served, mixer_of
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
 
 
 class Qwen3Next(Decoder):
@@ -26,14 +25,9 @@ class Qwen3Next(Decoder):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_next",)
     own_keys = ("norm_topk_prob",)
+    served: ClassVar[Served] = {"attn_output_gate": (True,)}
+    rope_defaults: ClassVar[Mapping[str, Any]] = {"fraction": 0.25}
     centred_norms = True
-
-    @classmethod
-    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        check_only(config, attn_output_gate=(True,))
-        attention = mixer_of(sizes, AttentionSizes)
-        rope = read_rope(config, attention.head_dim, fraction=0.25)
-        return ModelConfig(**common(config, sizes, cls.own_keys), rope=rope)
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         if isinstance(sizes, AttentionSizes):

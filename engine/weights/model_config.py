@@ -11,14 +11,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.sizes import MixerSizes, ModelSizes
 
 M = TypeVar("M", bound=MixerSizes)
+Served = Mapping[str, tuple[object, ...]]
+"""Supported values of keys of a config.json. Errors name the first one."""
 ACTIVATIONS = ("silu", "swish")
 """Names of the supported activation."""
+SERVED: Served = {
+    "hidden_act": ACTIVATIONS,
+    "is_causal": (True,),
+    "per_layer_config": (None, {}),
+    "transformers_weights": (None,),
+    "fusion_config": (None,),
+}
+"""Those of all families."""
 LAYER_SORTS = (
     "layer_types",
     "layers_block_type",
@@ -137,29 +147,14 @@ class ModelConfig:
         return max(self.max_position, 0 if self.rope is None else self.rope.extended_len)
 
 
-class Common(TypedDict):
-    """Arguments of ``ModelConfig`` with the same keys in all families."""
-
-    sizes: ModelSizes
-    norm_eps: float
-    tie_embeddings: bool
-    max_position: int
-    dtype: str
-    attention_bias: bool
-    own: Mapping[str, Any]
-    described_sizes: str
-    unknown_keys: tuple[str, ...]
-
-
-def common(
-    config: Config, sizes: ModelSizes, own: Sequence[str] = (), *, eps: str = "rms_norm_eps"
-) -> Common:
+def read_settings(
+    config: Config, sizes: ModelSizes, rope: Rope | None, own: Sequence[str], *, eps: str
+) -> ModelConfig:
     """Read the settings that all families share, and those of the keys ``own``.
 
     ``eps`` is the key of the norms' epsilon. Raises ModelError.
     """
-    check_only(config, hidden_act=ACTIVATIONS, is_causal=(True,), per_layer_config=(None, {}))
-    check_only(config, transformers_weights=(None,), fusion_config=(None,))
+    check_only(config, SERVED)
     # Convolutions of one tap would keep no input.
     taps = [(name, config[name], 2) for name in CONVOLUTIONS if name in config]
     longest = config["max_position_embeddings"]
@@ -171,17 +166,18 @@ def common(
     if len(limits) != 2:
         raise ModelError(f"time_step_limit must be two numbers in config.json (got {limits}).")
     dtype, older = config.get("dtype"), config.get("torch_dtype")
-    return {
-        "sizes": sizes,
-        "norm_eps": config[eps],
-        "tie_embeddings": bool(config.get("tie_word_embeddings")),
-        "max_position": longest,
-        "dtype": (dtype or older or "float32").removeprefix("torch."),
-        "attention_bias": bool(config.get("attention_bias")),
-        "own": {key: config[key] for key in own if key in config},
-        "described_sizes": config.describe_sizes(),
-        "unknown_keys": config.unknown,
-    }
+    return ModelConfig(
+        sizes=sizes,
+        norm_eps=config[eps],
+        rope=rope,
+        tie_embeddings=bool(config.get("tie_word_embeddings")),
+        max_position=longest,
+        dtype=(dtype or older or "float32").removeprefix("torch."),
+        attention_bias=bool(config.get("attention_bias")),
+        own={key: config[key] for key in own if key in config},
+        described_sizes=config.describe_sizes(),
+        unknown_keys=config.unknown,
+    )
 
 
 def check_attends(config: Config, sizes: ModelSizes) -> None:
@@ -331,9 +327,8 @@ def _positive(name: str, value: object) -> float:
     return number
 
 
-def check_only(config: Config, **served: tuple[object, ...]) -> None:
-    """Raise ModelError if a key has a value that is not ``served``. The error names the first
-    supported value. Missing keys are accepted."""
+def check_only(config: Config, served: Served) -> None:
+    """Raise ModelError if a key has a value that is not ``served``. Missing keys are accepted."""
     for name, values in served.items():
         if name in config and config[name] not in values:
             raise ModelError(f"{name} {config[name]!r} is not supported; {values[0]!r} is.")
