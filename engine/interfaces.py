@@ -142,8 +142,9 @@ class Runner(Protocol):
         ...
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
-        """Describe everything that the computed bits depend on. ``weights_digest`` is a saved
-        digest of the weights; if it is None, the weights are read."""
+        """Describe everything that the bits of KV and states depend on, and their layout: engines
+        that share these can exchange them. ``weights_digest`` is a saved digest of the weights; if
+        it is None, the weights are read."""
         ...
 
     def table_row(self, row: int, end: int) -> Indices:

@@ -171,7 +171,7 @@ def machine_words(device: torch.device) -> dict[str, str]:
     On a CPU: the instruction sets that PyTorch and its libraries may use, and the method of each
     native operation.
     """
-    words = {"torch": torch.__version__}
+    words = {"torch": str(torch.__version__)}
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name(device)
         return words | {"device": f"{device.type}, {name}"}

@@ -160,7 +160,7 @@ class Fetching(StepHooks, Holding[Request]):
 
         ``kv_match_len`` is the cached length.
         """
-        least = kv_match_len + self._manager.checkpoint_grid
+        least = kv_match_len + self._manager.cache.checkpoint_grid
         for other, fetch in self._pending.items():
             if (
                 other.namespace == request.namespace

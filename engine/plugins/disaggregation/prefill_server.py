@@ -177,7 +177,7 @@ class PrefillServer(Plugin):
         """Start listening. Raises ConfigError if the address is not available."""
         self.engine, self._manager, self.cache = engine, manager, manager.cache
         self.unit = PrefixBuffer(engine.runner)
-        self._own = identity(self.config, engine.runner)
+        self._own = identity(engine.runner)
         self._context: zmq.Context[Any] = zmq.Context(wire.IO_THREADS)
         try:
             self.address = self._listen(self.settings.addresses[0])

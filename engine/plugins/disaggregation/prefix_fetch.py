@@ -255,7 +255,7 @@ class PeerFetcher:
     ) -> None:
         settings = config.of(DisaggregationConfig)
         self._manager, self.unit, self.counts = manager, PrefixBuffer(runner), counts
-        self._own = identity(config, runner)
+        self._own = identity(runner)
         self._peers = [Peer(address) for address in settings.addresses]
         self._fetch_above, self._timeout_s = settings.fetch_above, settings.transfer_timeout_s
         self._max_bytes = max(PIECE_BYTES, self.unit.state_bytes, self.unit.row_bytes)
@@ -312,7 +312,7 @@ class PeerFetcher:
 
     def _end(self, request: Request) -> int:
         """Return the last grid position below the end of ``request``."""
-        grid = self._manager.checkpoint_grid
+        grid = self._manager.cache.checkpoint_grid
         return (request.num_tokens - 1) // grid * grid
 
     def _choose(self) -> Peer | None:

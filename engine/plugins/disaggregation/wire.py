@@ -20,12 +20,11 @@ import numpy as np
 import torch
 import zmq
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import ConfigError
 from engine.errors import WireError
 from engine.interfaces import Runner
 from engine.messages import plain
 from engine.requests.request import RequestSpec
-from engine.runner.backends import digest_of
 from engine.runner.device import HostCopy
 from engine.runner.model_runner import ModelRunner
 from hybridcache.tokens import Indices
@@ -227,16 +226,9 @@ PIECE_BYTES = 4 << 20
 """Maximum size of one message, except for a state and the KV of a single token."""
 
 
-def identity(config: EngineConfig, runner: Runner) -> dict[str, str]:
+def identity(runner: Runner) -> dict[str, str]:
     """Describe all properties that two engines must share. O(bytes of the weights)."""
-    return {
-        "transfer protocol": PROTOCOL,
-        **{name: str(value) for name, value in runner.identity().items()},
-        "layout of memory": digest_of(PrefixBuffer(runner).layout.encode()),
-        "page size": str(config.page_size),
-        "checkpoint grid": str(config.grid),
-        "exact": str(config.exact),
-    }
+    return {"transfer protocol": PROTOCOL, **runner.identity()}
 
 
 def difference(own: Mapping[str, str], other: Mapping[str, str]) -> str | None:
@@ -264,12 +256,6 @@ class PrefixBuffer:
             self._slots = memory.states[0][0] if saved is None else saved.slots
         self.row_bytes = memory.rows.shape[1]
         self.state_bytes = 0 if self._slots is None else self._slots.shape[1]
-        layout = ["" if memory.checkpoints is None else str(memory.checkpoints.format)]
-        for pools, specs in zip(memory.pools, runner.pool_specs, strict=True):
-            both = zip(pools, specs, strict=True)
-            layout += [f"{spec.name}{spec.shape}{pool.dtype}" for pool, spec in both]
-        self.layout = " ".join(layout)
-        """Layout as text. Two memories with the same layout can exchange prefixes."""
 
     @torch.inference_mode()
     def read_rows(self, rows: Indices) -> HostCopy:

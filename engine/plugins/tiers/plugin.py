@@ -22,6 +22,7 @@ from engine.plugins.tiers.disk import Disk, Kind
 from engine.plugins.tiers.prefixes import RecordPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
+from engine.plugins.tiers.tier_copies import TierCopier
 from engine.runner.backends import digest_of
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
@@ -178,7 +179,7 @@ class TierPlugin(Plugin):
             fields = self._fingerprint(self._store, runner, tokenizer)
             self._store.open(fields)
             self._open_disk(self._store, fields, runner.memory, rows[DISK])
-        copier = partial(_copier, self.disk)
+        copier = partial(TierCopier, disk=self.disk)
         host = {HOST: runner.attach_tiers(copier, rows.get(HOST, 0))}
         disk, geometry = self.disk, runner.geometry
         self.exchange = cost = MeasuredExchange(
@@ -201,11 +202,6 @@ class TierPlugin(Plugin):
         is_dummy = config.load_format == "dummy"
         return {
             **runner.identity(None if is_dummy else store.load_digest(config.model_dir)),
-            "row bytes": str(runner.memory.row_bytes),
-            "state bytes": str(runner.memory.state_bytes),
-            "page size": str(config.page_size),
-            "checkpoint grid": str(config.grid),
-            "exact": str(config.exact),
             "tokenizer": _digest(None if tokenizer is None else tokenizer.as_json()),
             "chat template": _digest(None if template is None else template.source),
         }
@@ -406,14 +402,6 @@ class TierPlugin(Plugin):
 
     def report(self) -> Mapping[str, Any]:
         return {"offload": self.usage()}
-
-
-def _copier(disk: Disk | None, *arena: Any) -> Any:
-    """Make the copier of ``Runner.attach_tiers``. Imports torch."""
-    from engine.plugins.tiers.tier_copies import TierCopier
-
-    rows, memory, device, num_host_rows = arena
-    return TierCopier(rows, memory, device, num_host_rows, disk)
 
 
 def _check_tier(name: str, gib: float | None, size: int, least: int) -> None:

@@ -221,11 +221,11 @@ class TestCheckAtTheStart:
         instructions names."""
         settings = {"kernels": override_all("reference"), "state_dir": str(tmp_path / "state")}
         own = load_small(kernels=override_all("reference"))
-        words = identity(engine_config(device="cpu"), own)
+        words = identity(own)
         Engine(small_config(**settings)).close()
         Engine(small_config(**settings)).close()
         break_linear(monkeypatch, lambda weight, rows: True)
-        other = identity(engine_config(device="cpu"), load_small(kernels=override_all("reference")))
+        other = identity(load_small(kernels=override_all("reference")))
         assert {name for name in words if words[name] != other[name]} == {"computed bits"}
         assert difference(words, other) == "computed bits: configure both the same"
         with pytest.raises(StoreError, match="differs in computed bits: configure"):

@@ -223,7 +223,7 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
     for data in raw:
         silent.append(socket.create_connection(("127.0.0.1", port), 5))
         silent[-1].sendall(data)
-    own = identity(prefill.config, prefill.runner)
+    own = identity(prefill.runner)
 
     def ask(identity: object = own, start: object = 0, **changes: object) -> bytes:
         spec = prefix(b"\1\0\0\0" * 100)
