@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.layers.linear import Build, Composite, Layer, Linear, Part, RMSNorm, shared
-from engine.weights.model_config import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from engine.weights.model_config import Rope, Scaling
 from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed, running_sum
@@ -187,7 +187,7 @@ class RotaryTable:
         frequencies, factor = torch.empty(0), 1.0
         if rope is not None:
             frequencies = scaled_frequencies(rope)
-            if isinstance(rope.scaling, YarnScaling):
+            if rope.scaling is not None:
                 factor = rope.scaling.attention_factor
         angles = torch.arange(max_model_len, dtype=torch.float)[:, None] * frequencies
         angles = torch.cat([angles, angles], dim=-1)
@@ -203,25 +203,25 @@ def scaled_frequencies(rope: Rope) -> torch.Tensor:
     """Return the radians per position of each pair of dimensions: float32 ``[rope.dim / 2]``."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float) / rope.dim
     frequencies, scaling = 1.0 / rope.theta**exponents, rope.scaling
-    if isinstance(scaling, LinearScaling):
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
         return frequencies / scaling.factor
-    if isinstance(scaling, Llama3Scaling):
+    if scaling.kind == "llama3":
         rotations = scaling.original_len * frequencies / (2 * math.pi)
         kept = (rotations - scaling.low) / (scaling.high - scaling.low)
-    elif isinstance(scaling, YarnScaling):
-        kept = 1.0 - _yarn_ramp(rope, scaling)
     else:
-        return frequencies
+        kept = 1.0 - _yarn_ramp(rope, scaling)
     kept = kept.clamp(0.0, 1.0)
     return frequencies * kept + frequencies / scaling.factor * (1.0 - kept)
 
 
-def _yarn_ramp(rope: Rope, scaling: YarnScaling) -> torch.Tensor:
+def _yarn_ramp(rope: Rope, scaling: Scaling) -> torch.Tensor:
     """Return a ramp from 0 at the last index that is kept to 1 at the first that is divided, and
     linear beyond."""
     first, last = (
         _index_of(rotations, rope, scaling.original_len)
-        for rotations in (scaling.fast, scaling.slow)
+        for rotations in (scaling.high, scaling.low)
     )
     if scaling.truncates:
         first, last = math.floor(first), math.ceil(last)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.sizes import MixerSizes, ModelSizes
@@ -47,40 +47,23 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class LinearScaling:
-    """Every frequency is divided by ``factor``."""
+class Scaling:
+    """Change of the frequencies for contexts longer than those of the first training.
 
+    ``linear`` divides every frequency by ``factor``. ``llama3`` and ``yarn`` divide low ones, keep
+    high ones, and interpolate in between: by rotations, or by the indices of the frequencies.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """Low frequencies are divided by ``factor``, high ones kept, those in between interpolated."""
-
-    factor: float
-    low: float
+    low: float = 0.0
     """Number of rotations within ``original_len`` below which a frequency is low."""
-    high: float
-    original_len: float
-
-
-@dataclass(frozen=True, slots=True)
-class YarnScaling:
-    """Like ``Llama3Scaling``, but interpolated over the indices of frequencies. cos and sin are
-    scaled too."""
-
-    factor: float
-    slow: float
-    """Number of rotations within ``original_len`` below which a frequency is low."""
-    fast: float
-    original_len: float
-    truncates: bool
-    """True if the interpolation begins and ends at whole indices."""
-    attention_factor: float
+    high: float = 0.0
+    original_len: float = 0.0
+    truncates: bool = True
+    """True if the interpolation of yarn begins and ends at whole indices."""
+    attention_factor: float = 1.0
     """Factor of cos and sin."""
-
-
-Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +74,6 @@ class Rope:
     dim: int
     """Number of leading dimensions of a head that are rotated."""
     scaling: Scaling | None = None
-    """Change of the frequencies for contexts longer than those of the first training."""
 
     @property
     def extended_len(self) -> int:
@@ -100,7 +82,8 @@ class Rope:
         0 for other scalings, for which ``max_position_embeddings`` is the extended length.
         """
         scaling = self.scaling
-        return int(scaling.factor * scaling.original_len) if isinstance(scaling, YarnScaling) else 0
+        is_yarn = scaling is not None and scaling.kind == "yarn"
+        return int(scaling.factor * scaling.original_len) if is_yarn else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +235,7 @@ def _scaling(
     if kind == "default":
         return None
     if kind == "linear":
-        return LinearScaling(_positive("factor", found.get("factor")))
+        return Scaling("linear", _positive("factor", found.get("factor")))
     longest = config["max_position_embeddings"]
     original = longest
     if kind in ("llama3", "yarn"):  # Both values must be valid; the one outside is used.
@@ -269,7 +252,7 @@ def _scaling(
                 f"config.json (got {high} and {low})."
             )
         factor = _positive("factor", found.get("factor"))
-        return Llama3Scaling(factor, low, high, original)
+        return Scaling("llama3", factor, low, high, original)
     if kind == "yarn" and base == 1:
         raise ModelError("rope_theta 1.0 in config.json is not supported with type 'yarn'.")
     if kind == "yarn":
@@ -280,7 +263,7 @@ def _scaling(
     )
 
 
-def _yarn(found: Mapping[str, Any], longest: int, original: float) -> YarnScaling:
+def _yarn(found: Mapping[str, Any], longest: int, original: float) -> Scaling:
     """Return the scaling of https://arxiv.org/abs/2309.00071."""
     if "factor" not in found:
         raise ModelError("factor is missing in the rope_parameters of type 'yarn' in config.json.")
@@ -293,10 +276,11 @@ def _yarn(found: Mapping[str, Any], longest: int, original: float) -> YarnScalin
         if over and under:
             over, under = _number("mscale", over), _number("mscale_all_dim", under)
             attention_factor = _yarn_scale(factor, over) / _yarn_scale(factor, under)
-    return YarnScaling(
+    return Scaling(
+        "yarn",
         factor,
-        slow=_positive("beta_slow", found.get("beta_slow") or 1),
-        fast=_positive("beta_fast", found.get("beta_fast") or 32),
+        low=_positive("beta_slow", found.get("beta_slow") or 1),
+        high=_positive("beta_fast", found.get("beta_fast") or 32),
         original_len=original,
         truncates=bool(found.get("truncate", True)),
         attention_factor=_number("attention_factor", attention_factor),

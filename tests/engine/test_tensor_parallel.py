@@ -35,7 +35,7 @@ def make_engine(tp: int, **settings: object) -> Engine:
 def engine() -> Iterator[Engine]:
     made = make_engine(2, overlap="on")  # so that tokens go from rank to rank
     yield made
-    made.runner.close()
+    made.runner.followers.close()
 
 
 def test_hits_change_no_bit_and_ranks_no_token(engine: Engine) -> None:
@@ -63,7 +63,7 @@ def test_nccl_reads_a_new_limit_from_its_group(tmp_path: Path) -> None:
 KILLED = """
 from engine import Engine, SamplingParams, engine_config
 engine = Engine(engine_config(device="cpu", cache_gib=0.02, tp=2))
-print(engine.runner._followers._all[0].process.pid, flush=True)
+print(engine.runner.followers._all[0].process.pid, flush=True)
 while True:
     engine.generate(["again"], SamplingParams(max_tokens=64, temperature=0, ignore_eos=True))
 """
@@ -92,7 +92,7 @@ def test_drafts_change_no_token_and_a_stopped_rank_is_named(
     (drafted,) = engine.generate([BEGINNING], params)
     assert drafted.drafts is not None and drafted.drafts.accepted.total() > 0
     assert drafted.token_ids == make_engine(1).generate([BEGINNING], params)[0].token_ids
-    process = runner._followers._all[0].process.pid
+    process = runner.followers._all[0].process.pid
     os.kill(process, signal.SIGSTOP)
     runner.group.set_timeout(1.0)
     monkeypatch.setattr(worker_pool, "LAST_WORDS_S", 0.5)

@@ -281,14 +281,11 @@ def _change(
     }
     found: list[tuple[str, str, dict[str, Any]]] = []
     """Each field that differs: its name, its part that differs, and its later value."""
-    if _differ(earlier.tools or (), later.tools or ()):
-        path = _path("tools", earlier.tools or (), later.tools or ())
+    if path := _path("tools", earlier.tools or (), later.tools or ()):
         found.append(("tools", path, {"tools": later.tools}))
-    if _differ(was[:first], now[:skipped]):
-        path = _path("messages", was[:first], now[:skipped])
+    if path := _path("messages", was[:first], now[:skipped]):
         found.append(("system", path, {"messages": later.messages[:skipped] + kept}))
-    if _differ(old, new[: len(old)]):
-        path = _path("messages", old, new, skipped)
+    if path := _path("messages", old, new[: len(old)], skipped):
         found.append(("messages", path, {"messages": earlier.messages[:first] + replaced}))
     before, after = _fields(earlier.variables or {}), _fields(later.variables or {})
     if before != after:
@@ -304,16 +301,16 @@ def _change(
             return "template", None
         return _change(template, earlier, later, at, is_in_answer, True)
     index = len(earlier.messages)
-    path = f"messages[{index}]"
+    answer = f"messages[{index}]"
     if index >= len(later.messages):
-        return "answer", path
+        return "answer", answer
     pairs = zip(SAID_FIELDS, said_by(later.messages[index]), said_by(earlier.message), strict=True)
     differs = [name for name, echo, said in pairs if echo != said]
     if differs:
-        return "answer", f"{path}.{differs[-1]}"
+        return "answer", f"{answer}.{differs[-1]}"
     # A template that drops reasoning differs before it, or where the answer begins with it.
     is_kept = at >= earlier.prompt_len + bool(earlier.message.get("reasoning_content"))
-    return "replay" if is_kept else "template", path
+    return "replay" if is_kept else "template", answer
 
 
 def _written(template: ChatTemplate | None, chat: Mapping[str, Any]) -> str | None:
@@ -358,10 +355,6 @@ def _continues(earlier: AnsweredChat, later: AnsweredChat) -> bool:
     return num_common > 1 or len(new) > num_common == len(old) == 1
 
 
-def _differ(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> bool:
-    return _common_len(old, new) < max(len(old), len(new))
-
-
 def _common_len(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> int:
     """Return the number of equal messages or tools at the beginning of both."""
     pairs = enumerate(zip(old, new, strict=False))
@@ -370,9 +363,12 @@ def _common_len(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any
 
 def _path(
     name: str, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], skipped: int = 0
-) -> str:
-    """Return the first entry that differs; of a message that both have, also its field."""
+) -> str | None:
+    """Return the first entry that differs, or None if all are equal; of a message that both have,
+    also its field."""
     index = _common_len(old, new)
+    if index == max(len(old), len(new)):
+        return None
     path = f"{name}[{index + skipped}]"
     if name == "tools" or index >= min(len(old), len(new)):
         return path

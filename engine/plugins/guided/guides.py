@@ -165,21 +165,17 @@ class Guide(GrammarRule):
     def _found(self, answer: Tokens, find: Callable[[], Any]) -> Any:
         """Return the result of ``find`` at the end of ``answer``. Raises TooComplex."""
         started_s = time.thread_time()
-        self._go_to(answer)
-        found = find()
-        if self._matcher.is_error():
-            # Other answers may have used up the states that all copies share.
-            message = self._matcher.get_error()
-            self._matcher = None
-            if not message.startswith(SPENT_STATES):
-                raise TooComplex(reason(message))
-            self._matcher, self._source = self._compiled.copy(self._source)
-            self._num_taken = 0
+        for is_repeated in (False, True):
             self._go_to(answer)
             found = find()
-            if self._matcher.is_error():
-                message, self._matcher = self._matcher.get_error(), None
+            if not self._matcher.is_error():
+                break
+            message, self._matcher = self._matcher.get_error(), None
+            if is_repeated or not message.startswith(SPENT_STATES):
                 raise TooComplex(reason(message))
+            # Other answers may have used up the states that all copies share.
+            self._matcher, self._source = self._compiled.copy(self._source)
+            self._num_taken = 0
         self._charge(time.thread_time() - started_s, len(answer))
         return found
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from engine.messages import Abort, EngineFacts, Question
 from engine.requests.request import RequestSpec
 from hybridcache.routing.outbox import EventBatch
@@ -20,9 +22,9 @@ class Order:
 
     request_id: str = ""
     spec: RequestSpec | None = None
-    route: RouteRequest | None = None
-    """Input of the router. None if ``replica`` names the destination."""
+    """Request to place and compute, with its prompt as token ids."""
     replica: str | None = None
+    """Destination, or None to send the order to the replica of the request."""
     sequence: int = 0
     """Number of the batch of events that is requested."""
     message: Question | Abort | None = None
@@ -119,13 +121,18 @@ class Fleet:
         with self._lock:
             if order.replica is not None:
                 return order.replica if order.replica in found else next(iter(found), None)
-            is_routed = order.route is not None and order.request_id in self._expected
-            if not is_routed or self._router is None:
-                return next((each for each in self._members if each in found), None)
-            where = self._placed.get(order.request_id)
-            if where is None and self._router.loads:
-                assert order.route is not None
-                choice = self._router.route(order.route, time.monotonic())
+            where, spec = self._placed.get(order.request_id), order.spec
+            if where is None:
+                is_routed = spec is not None and order.request_id in self._expected
+                if not is_routed or self._router is None:
+                    return next((each for each in self._members if each in found), None)
+                if not self._router.loads:
+                    return None
+                assert spec is not None
+                tokens = tuple(np.asarray(spec.prompt).tolist())
+                known = spec.boundaries.positions
+                route = RouteRequest(order.request_id, tokens, spec.namespace, known)
+                choice = self._router.route(route, time.monotonic())
                 where = self._placed[order.request_id] = str(choice.replica)
             return where if where in found else None
 

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, cast
 
-import numpy as np
 from msgspec import structs
 
 from engine.async_engine import AsyncEngine, EngineChannel
@@ -40,7 +39,6 @@ from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
 from hybridcache.geometry.units import counted
 from hybridcache.routing.outbox import EventsLost
-from hybridcache.routing.protocol import RouteRequest
 
 
 def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:
@@ -303,9 +301,7 @@ class FleetChannel(EngineChannel):
             choice_of=self._first_choice(asked),
             arrival_s=None,
         )
-        tokens = tuple(np.asarray(spec.prompt).tolist())
-        route = RouteRequest(unique_id, tokens, spec.namespace, spec.boundaries.positions)
-        order = Order(unique_id, spec, route)
+        order = Order(unique_id, spec)
         if asked.choice_of is None:
             num_bytes = sys.getsizeof(request_id) + sys.getsizeof(unique_id)
             self._first_choices.put(request_id, unique_id, num_bytes)
@@ -332,9 +328,8 @@ class FleetChannel(EngineChannel):
         if message.reason == "abort":
             task.cancel()
             return
-        # Its route leads to the replica that has the request.
         early = Abort(order.request_id, message.reason)
-        ending = self._run(self._tell(replace(order, spec=None, message=early)))
+        ending = self._run(self._tell(Order(order.request_id, message=early)))
         ending.add_done_callback(
             lambda ending: task.cancel() if ending.cancelled() or ending.exception() else None
         )

@@ -29,8 +29,8 @@ class LeadingRunner(ModelRunner):
     and saves the same rows and slots for its part of the model."""
 
     group: TorchGroup
-    _followers: Followers | None = None
-    """Set when all ranks have loaded."""
+    followers: Followers | None = None
+    """The other ranks, set when all have loaded."""
 
     @classmethod
     def start(cls, config: EngineConfig) -> LeadingRunner:
@@ -58,7 +58,7 @@ class LeadingRunner(ModelRunner):
         except BaseException:
             followers.close()
             raise
-        runner.group, runner._followers = group, followers
+        runner.group, runner.followers = group, followers
         return runner
 
     @torch.inference_mode()
@@ -81,27 +81,17 @@ class LeadingRunner(ModelRunner):
     def _together(self, order: Forward | Commit) -> Iterator[None]:
         """Make all ranks execute the operation inside the context. Does nothing during the load,
         when each rank acts by itself."""
-        if self._followers is None:
+        if self.followers is None:
             yield
             return
-        self._followers.order(order)
+        self.followers.order(order)
         try:
             yield
         except Exception as error:
-            raise self._followers.lost(error) from error
+            raise self.followers.lost(error) from error
         except BaseException as error:
-            self._followers.lost(error)
+            self.followers.lost(error)
             raise
-
-    def check_ranks(self) -> None:
-        """Raise RunnerLost if a rank has ended before ``close``."""
-        if self._followers is not None:
-            self._followers.check()
-
-    def close(self) -> None:
-        """End the other processes."""
-        if self._followers is not None:
-            self._followers.close()
 
 
 CHECK_S = 1.0
@@ -113,21 +103,21 @@ class TensorParallelPlugin(Plugin):
     ``tp``)."""
 
     name = "tensor_parallel"
-    _runner: LeadingRunner | None = None
+    _followers: Followers | None = None
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> None:
-        self._runner = runner if isinstance(runner, LeadingRunner) else None
+        self._followers = runner.followers if isinstance(runner, LeadingRunner) else None
 
     def on_idle(self) -> float | None:
         """See ``StepHooks``. Raises RunnerLost if a rank has ended."""
-        if self._runner is None:
+        if self._followers is None:
             return None
-        self._runner.check_ranks()
+        self._followers.check()
         return CHECK_S
 
     def close(self) -> None:
-        if self._runner is not None:
-            self._runner.close()
+        if self._followers is not None:
+            self._followers.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         number = self.config.num_ranks

@@ -55,7 +55,7 @@ class Handle:
 
     def _place(self, order: Order) -> str:
         name = self.fleet.place(order, [n for n in self.replicas if not self.dead[n].is_set()])
-        if order.route is not None:
+        if order.spec is not None:
             self.chosen.append(name)
         return name
 
