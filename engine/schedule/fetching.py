@@ -12,6 +12,8 @@ not there, and running requests do not wait.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Protocol
 
 from engine.requests.request import Request
@@ -27,34 +29,22 @@ IDLE_S = 0.01
 steps."""
 
 
-class Fetch(Protocol):
-    """Load of one prefix."""
+@dataclass(eq=False)
+class Fetch(ABC):
+    """Load of one prefix. Only ``Fetcher.advance`` and ``cancel`` change it."""
 
-    @property
-    def has_ended(self) -> bool:
-        """True if the load is complete or was given up. Only ``Fetcher.advance`` changes it."""
-        ...
+    end: int
+    """Length of the prefix that is loaded."""
+    has_ended: bool = False
+    """True if the load is complete or was given up."""
+    num_fetched: int = 0
+    """Number of tokens of KV that were loaded into the cache; 0 if the load was given up."""
+    transferred: Transferred | None = None
+    """Statistics of the transfer after the end, or None if no other engine is involved."""
 
-    @property
-    def end(self) -> int:
-        """Length of the prefix that is loaded."""
-        ...
-
-    @property
-    def num_fetched(self) -> int:
-        """Number of tokens of KV that were loaded into the cache. 0 before the end, or if the load
-        was given up."""
-        ...
-
-    @property
-    def transferred(self) -> Transferred | None:
-        """Statistics of the transfer between engines after the end, or None if no other engine is
-        involved."""
-        ...
-
+    @abstractmethod
     def cancel(self) -> None:
         """End the load, because no request waits for it. Its memory is free when this returns."""
-        ...
 
 
 class Fetcher(Protocol):

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.plugins.disaggregation.prefix_fetch import ReceivedPrefix
 from engine.requests.request import Request
+from engine.schedule.fetching import Fetch
 from hybridcache.api import PrefixMatch
 from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
@@ -19,13 +20,12 @@ from tests.oracle import OracleRunner, OracleSampler, OracleState, fingerprint
 GREEDY = SamplingParams(max_tokens=5)
 
 
-class SlowFetch:
+class SlowFetch(Fetch):
     """Load that arrives after some steps, or never."""
 
     def __init__(self, fetcher: SlowFetcher, arrival: ReceivedPrefix, request: Request) -> None:
         self.fetcher, self.arrival, self.request = fetcher, arrival, request
-        self.end, self.num_fetched = arrival.end, 0
-        self.has_ended, self.transferred = False, None
+        super().__init__(arrival.end)
         self.steps_left = fetcher.delay
 
     def settle(self, is_whole: bool) -> None:

@@ -25,6 +25,7 @@ from engine.interfaces import Runner
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request, RequestSpec, SamplingParams
+from engine.schedule.fetching import Fetch
 from engine.text.outputs import Transferred
 from hybridcache.allocators.moves import Move
 from hybridcache.api import PrefixMatch
@@ -172,27 +173,20 @@ class Peer:
     """Time by ``time.monotonic`` before which it is not used."""
 
 
-class PeerFetch:
-    """Load of one prefix."""
+class PeerFetch(Fetch):
+    """Load of one prefix from another engine."""
 
     def __init__(self, fetcher: PeerFetcher, peer: Peer, arrival: ReceivedPrefix) -> None:
+        super().__init__(arrival.end)
         self._fetcher, self._unit, self.peer, self.arrival = fetcher, fetcher.unit, peer, arrival
-        self.start, self.end = arrival.start, arrival.end
+        self.start = arrival.start
         self.connection: wire.Connection | None = None
-        self.has_ended = False
-        self.num_fetched = self.wire_bytes = 0
         state_bytes = 0 if arrival.slot is None else self._unit.state_bytes
         self.needed_bytes = (self.end - self.start) * self._unit.row_bytes + state_bytes
         """Bytes of the KV and the state to receive."""
         self._num_bytes = 0
         self._next = self.start
         """First position that has not arrived."""
-
-    @property
-    def transferred(self) -> Transferred:
-        """See ``Fetch``."""
-        needed_bytes = self.needed_bytes if self.num_fetched else 0
-        return Transferred(self.num_fetched, needed_bytes, self.wire_bytes)
 
     def receive(self, max_bytes: int) -> tuple[int, bool]:
         """Copy arrived rows and states until they have ``max_bytes`` or more.
@@ -353,21 +347,23 @@ class PeerFetcher:
         """Publish a complete prefix, or release its memory."""
         self._active.remove(fetch)
         del self._manager.other_holders[fetch.arrival]
+        wire_bytes = needed_bytes = 0
         if fetch.connection is not None:
             fetch.connection.close()
-            fetch.wire_bytes = fetch.connection.num_bytes
-            self.counts.wire_bytes += fetch.wire_bytes
+            wire_bytes = fetch.connection.num_bytes
+            self.counts.wire_bytes += wire_bytes
         fetch.has_ended = True
         if is_whole:
             with self._manager.publishing():
                 fetch.arrival.publish()
-            fetch.num_fetched = fetch.end - fetch.start
+            fetch.num_fetched, needed_bytes = fetch.end - fetch.start, fetch.needed_bytes
             self.counts.prefixes += 1
             self.counts.tokens += fetch.num_fetched
-            self.counts.needed_bytes += fetch.needed_bytes
+            self.counts.needed_bytes += needed_bytes
         else:
             fetch.arrival.abort()
             self.counts.failed += 1
+        fetch.transferred = Transferred(fetch.num_fetched, needed_bytes, wire_bytes)
 
     def wait(self, timeout_s: float) -> None:
         """See ``Fetcher``."""

@@ -4,7 +4,6 @@ step waits for a disk."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import starmap
 
 import numpy as np
@@ -91,30 +90,28 @@ MAX_READS = 4
 """Maximum number of requests with reads in progress."""
 
 
-@dataclass(eq=False, slots=True)
-class Read:
-    """The records of one request; see ``Fetch``."""
+class Read(Fetch):
+    """The records of one request."""
 
-    request: Request
-    end: int
-    num_tokens: int
-    records: tuple[int, ...]
-    has_ended: bool = False
-    is_wanted: bool = True
-    transferred: None = None
+    def __init__(
+        self, request: Request, end: int, num_tokens: int, records: tuple[int, ...]
+    ) -> None:
+        super().__init__(end)
+        self._request, self._num_tokens, self._is_wanted = request, num_tokens, True
+        self.records = records
 
-    @property
-    def num_fetched(self) -> int:
-        return self.num_tokens if self.has_ended else 0
+    def finish(self) -> None:
+        """Note that the records have been read."""
+        self.has_ended, self.num_fetched = True, self._num_tokens
 
     @property
     def is_needed(self) -> bool:
         """True if the records were not used yet, and will be."""
-        is_waiting = self.request.lease is None and self.request.finish_reason is None
-        return self.is_wanted and is_waiting
+        is_waiting = self._request.lease is None and self._request.finish_reason is None
+        return self._is_wanted and is_waiting
 
     def cancel(self) -> None:
-        self.is_wanted = False
+        self._is_wanted = False
 
 
 class Staging(Fetcher):
@@ -141,7 +138,8 @@ class Staging(Fetcher):
 
     def advance(self) -> None:
         for read in self._reads:
-            read.has_ended = read.has_ended or self._disk.is_staged(read.records)
+            if not read.has_ended and self._disk.is_staged(read.records):
+                read.finish()
         left = [read for read in self._reads if read.is_needed]
         if len(left) < len(self._reads):
             kept = {number for read in left for number in read.records}
