@@ -15,8 +15,7 @@ from hybridcache.geometry.mixers import AttentionSizes, LatentAttentionSizes
 
 
 class Attention(Composite):
-    """Attention in which gate, queries, keys and values are one product ``[gate | query | key |
-    value]``."""
+    """Attention with one product ``[gate | query | key | value]``."""
 
     def __init__(
         self,
@@ -72,8 +71,7 @@ class Attention(Composite):
         return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Attend to this step's and all earlier tokens, and write this step's KV. Returns ``[T, HQ
-        * D]``."""
+        """Write this step's KV, and attend to all tokens so far. Returns ``[T, HQ * D]``."""
         key_pool, value_pool = pools
         query = self.write(projected, inputs, pools)
         where = {"table": inputs.table, "scale": self._scale}
@@ -141,8 +139,7 @@ class LatentAttention(Composite):
         *,
         bias: bool,
     ) -> None:
-        """``norm``: norm of the latent. ``bias``: True if the products of latent and output have
-        one."""
+        """``norm``: that of the latent. ``bias``: True if latent and output products have one."""
         rank, beside = build.rank, sizes.rope_dim
         by_head = sizes.num_heads, sizes.nope_dim + beside
         expanded = sizes.num_heads, sizes.nope_dim + sizes.value_dim
@@ -182,8 +179,7 @@ class LatentAttention(Composite):
         return torch.cat([self._query(hidden), self._latent(hidden)], dim=-1)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Attend to this step's and all earlier tokens, and write this step's rows. Returns ``[T, H
-        * V]``."""
+        """Write this step's rows, and attend to all tokens so far. Returns ``[T, H * V]``."""
         (pool,) = pools
         query, latent, shared = projected[: inputs.num_tokens].split(self._widths, dim=-1)
         rows = torch.cat([self._norm(latent.contiguous()), shared], dim=-1)

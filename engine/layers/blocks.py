@@ -64,8 +64,7 @@ class DecodePart:
 
 @dataclass(frozen=True, slots=True)
 class VerifyPart:
-    """The next V tokens, packed: the next token and the drafts of each decoding sequence with
-    drafts."""
+    """The next V tokens, packed: the next token and the drafts of each sequence with drafts."""
 
     packed: Packed
     sequences: Sequences
@@ -232,8 +231,7 @@ def _yarn_ramp(rope: Rope, scaling: Scaling) -> torch.Tensor:
 
 
 def _index_of(rotations: float, rope: Rope, length: float) -> float:
-    """Return the (fractional) index of the frequency with the given number of rotations within
-    ``length``."""
+    """Return the (fractional) index of the frequency with ``rotations`` within ``length``."""
     return rope.dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
@@ -323,8 +321,7 @@ class MLP(Composite):
 
 
 class Residual(Composite, Generic[B]):
-    """A block with its norms, before it (pre-norm), after it (post-norm) or both, and the
-    multiplier of its output."""
+    """A block with its norms, before or after it or both, and the multiplier of its output."""
 
     def __init__(
         self,

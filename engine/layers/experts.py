@@ -236,8 +236,7 @@ class SoftmaxRouter(Composite):
 
 
 class SigmoidRouter(Composite):
-    """Selects the experts with the highest sigmoids plus a bias that affects only the selection; in
-    float32."""
+    """Selects experts by their sigmoids, plus a bias for the selection only; in float32."""
 
     def __init__(
         self,

@@ -103,8 +103,7 @@ class Rank:
     """Collectives, or None for a single rank."""
 
     def cut(self, *kinds: tuple[int, int], dim: int = 0) -> RankCut | None:
-        """Return this rank's part of a tensor with a dimension ``dim`` made of ``kinds``, or None
-        for all of it."""
+        """Return this rank's part of a dimension ``dim`` made of ``kinds``, or None for all."""
         (made,) = self.cuts([sum(units * width for units, width in kinds)], kinds, dim=dim)
         return made
 
@@ -188,13 +187,11 @@ class Parameter:
     """View to fill; without a cut it has the shape of the file's tensor."""
     role: Role = "matrix"
     rows: torch.Tensor | None = None
-    """Order in which the file's rows are read: ``target = tensor[rows]``. None to keep the
-    order."""
+    """Order of the file's rows: ``target = tensor[rows]``. None to keep it."""
     scheme: Scheme | None = None
     """Format of the file's tensor, or None if it is not quantised."""
     scale: torch.Tensor | None = None
-    """Target of the row scales if the weight stays quantised: float32 ``[M, blocks of
-    columns]``."""
+    """Row scales of a weight that stays quantised: float32 ``[M, blocks of columns]``."""
     cut: RankCut | None = None
     """Part of ``tensor[rows]`` to copy, or None to copy all."""
 
@@ -210,8 +207,7 @@ class Parameter:
         return math.prod(self.target.shape[1 if self.cut is None else self.cut.dim + 1 :])
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """List (first row of the target, first row in the file, number of rows) of all contiguous
-        runs."""
+        """List (first row of the target, first row in the file, number of rows) of all runs."""
         cut = self.cut
         if cut is not None and cut.dim and cut.span is not None:
             count, first = len(cut), cut.span.start
@@ -279,8 +275,7 @@ class Layer(Protocol):
         ...
 
     def seal(self) -> None:
-        """Convert the weights to the form for computation. Called once, after all weights are
-        loaded."""
+        """Convert the weights for computation. Called once, after all are loaded."""
         ...
 
 
@@ -349,8 +344,7 @@ class WeightSpec:
         return {"fp8_rows": True} if self.fp8_activations and precision == "fp8" else {}
 
     def precision(self, name: str) -> Precision | None:
-        """Return the precision of the module ``name`` (full, without ``.weight``), or None for full
-        precision."""
+        """Return the precision of the module ``name``, or None for full precision."""
         if any(part in FULL_PRECISION for part in name.split(".")):
             return None
         return self.quantization
@@ -556,8 +550,7 @@ def as_kernels_take(scale: torch.Tensor) -> torch.Tensor:
 
 
 class RMSNorm(Composite):
-    """``x / rms(x) * weight``. With ``centred`` the weight is stored around zero: ``* (1 +
-    weight)``."""
+    """``x / rms(x) * weight``, or ``* (1 + weight)`` with ``centred``."""
 
     def __init__(
         self, name: str, size: int, build: Build, *, eps: float, centred: bool = False

@@ -48,8 +48,7 @@ class CausalConv:
 
 
 class Recurrent(Composite):
-    """Mixer that convolves and scans, starting from each sequence's state and updating it in its
-    slot."""
+    """Mixer that convolves and scans, from each sequence's state, which it updates in its slot."""
 
     keeps: tuple[Any, ...]
     projected_size: int

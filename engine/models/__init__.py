@@ -15,8 +15,7 @@ from hybridcache.geometry.sizes import SizesError
 
 
 def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
-    """Return the class that supports a ``config.json``, and the config that it reads. Raises
-    ModelError."""
+    """Return the class for a ``config.json``, and the config it reads. Raises ModelError."""
     try:
         text = text_part(raw)
     except ValueError as error:

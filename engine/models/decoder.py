@@ -52,8 +52,7 @@ Fill = Callable[[Layer], None]
 
 
 class Decoder(ABC):
-    """One model with its weights. A subclass is a family: it reads its config and defines how
-    layers are built and named."""
+    """One model with its weights. A subclass is a family: it defines and names the layers."""
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """Supported ``model_type`` values of a config.json."""
@@ -150,8 +149,7 @@ class Decoder(ABC):
         return MLP(f"{name}.mlp", self.config.hidden_size, sizes.intermediate, self.build)
 
     def attention(self, name: str, sizes: AttentionSizes, **options: Any) -> Attention:
-        """Return attention with the config's biases and rotation. ``options`` are those of
-        ``Attention``."""
+        """Return attention with the config's biases and rotation, and further ``options``."""
         config = self.config
         own = {"bias": config.attention_bias, "rotates": config.rope is not None}
         return Attention(name, config.hidden_size, sizes, self.build, **(own | options))
@@ -188,8 +186,7 @@ class Decoder(ABC):
         )
 
     def prediction_head(self) -> PredictionHead | None:
-        """Return the multi-token head of the family's checkpoints without weights, or None if the
-        family has none that is supported."""
+        """Return the multi-token head without weights, or None if there is none for the family."""
         return None
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -209,8 +206,7 @@ class Decoder(ABC):
         return out
 
     def start(self, token_ids: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the layers up to the first mixer. Returns (its input product, the residual
-        stream)."""
+        """Compute up to the first mixer. Returns (its input product, the residual stream)."""
         return self._advance(0, self.embedding(token_ids), None, rows)
 
     def resume(

@@ -44,8 +44,7 @@ class KimiLinear(Decoder):
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Read the config. Raises ModelError for settings that no published model of the family
-        has."""
+        """Read the config. Raises ModelError for settings of no published model."""
         if config["linear_attn_config"]:
             raise ModelError(
                 f"linear_attn_config in config.json has keys that are not supported: "

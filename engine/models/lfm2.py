@@ -14,8 +14,7 @@ from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
 
 
 class Lfm2(Decoder):
-    """Decoder with a mixer and an MLP in every layer, each after a norm. The last norm is named
-    after the embedding."""
+    """Decoder with the last norm named after the embedding."""
 
     model_types = ("lfm2", "lfm2_moe")
     own_keys = "conv_bias", "use_expert_bias", "norm_topk_prob", "routed_scaling_factor"

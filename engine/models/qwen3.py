@@ -11,8 +11,7 @@ from hybridcache.geometry.sizes import MixerSizes, ModelSizes
 
 
 class Qwen3(Decoder):
-    """Decoder with attention without a gate, rotary embedding over the whole head, and plain
-    norms."""
+    """Decoder with rotation of whole heads, plain norms and no gates."""
 
     model_types = ("qwen3",)
 

@@ -20,8 +20,7 @@ from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLP
 
 
 class Qwen3Next(Decoder):
-    """Decoder with input projections interleaved by key head in the linear layers, and separate
-    experts."""
+    """Decoder with linear inputs interleaved by key head, and separate experts."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_next",)
     own_keys = ("norm_topk_prob",)
@@ -65,8 +64,7 @@ class Qwen3Next(Decoder):
         )
 
     def prediction_head(self) -> PredictionHead:
-        """Return the head under ``mtp`` without weights: a layer of attention, with experts if the
-        model has any."""
+        """Return the head ``mtp``: a layer of attention, with experts if the model has any."""
         sizes = self.config.sizes
         mlps = [layer.mlp for layer in sizes.layers]
         mlp = next((mlp for mlp in mlps if isinstance(mlp, ExpertsSizes)), mlps[-1])

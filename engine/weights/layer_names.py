@@ -28,8 +28,7 @@ def model_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """A list of modules: full names, and regular expressions after ``re:`` that match the start of
-    a name."""
+    """Full names of modules, and regular expressions (``re:``) for the start of a name."""
 
     names: frozenset[str]
     """Names without the prefix of a multimodal model."""

@@ -288,8 +288,7 @@ def _yarn(found: Mapping[str, Any], longest: int, original: float) -> Scaling:
 
 
 def _yarn_scale(factor: float, weight: float) -> float:
-    """Return the factor by which attention is sharpened in a context that is ``factor`` times
-    longer."""
+    """Return the factor that sharpens attention in a context ``factor`` times longer."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 

@@ -25,8 +25,7 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0f
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Layout of one 8-bit weight ``[M, N]``: ``weight ~ stored * scale``, with one scale per
-    block."""
+    """Layout of one 8-bit weight ``[M, N]``: ``stored * scale``, with one scale per block."""
 
     format: Format
     block: tuple[int | None, int | None]
@@ -59,8 +58,7 @@ class Scheme:
         return f"{said}, weights only" if self.is_weight_only else said
 
     def scale_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
-        """Return the shape of the scales of a weight ``[num_rows, num_columns]``. Partial blocks
-        count."""
+        """Return the shape of the scales of a weight; partial blocks count."""
         rows, columns = self.block
         return (
             1 if rows is None else -(-num_rows // rows),
@@ -225,8 +223,7 @@ def _block(size: Any, name: str) -> tuple[int, int]:
 
 
 def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
-    """Read compressed-tensors. Raises ModelError for every unsupported part of the format that
-    changes numbers."""
+    """Read compressed-tensors. Raises ModelError for unsupported parts that change numbers."""
     _refuse(section, "transform_config", "sparsity_config", "kv_cache_scheme")
     groups = section.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:

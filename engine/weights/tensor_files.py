@@ -78,8 +78,7 @@ class Tensor:
         return self.read_part(0, self.shape)
 
     def read_part(self, first: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """Read numbers from index ``first`` on, in the order of the file, as a tensor of ``shape``.
-        Raises WeightsError."""
+        """Read numbers from index ``first`` on as a tensor of ``shape``. Raises WeightsError."""
         dtype = self.torch_dtype
         if dtype is None:
             raise WeightsError(f"{self.name} has the unsupported type {self.dtype}.")
@@ -207,8 +206,7 @@ def enumerated(names: list[str], most: int = MAX_NAMED) -> str:
 
 
 class FileWriter:
-    """A new file for tensors of known dtype and shape, written one at a time in any order, so that
-    at most one must be in memory."""
+    """A new file for tensors of known dtype and shape, written one at a time in any order."""
 
     def __init__(
         self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -156,8 +156,7 @@ def _decide(piece: FilePiece, scheme: Scheme, defaults: Names, ignored: Names) -
 
 
 def into_shards(pieces: Iterable[FilePiece]) -> list[list[FilePiece]]:
-    """Divide ``pieces``, in order, into shards of at most ``SHARD_BYTES`` each, unless one piece is
-    larger."""
+    """Divide ``pieces``, in order, into shards of at most ``SHARD_BYTES`` or one piece."""
     shards: list[list[FilePiece]] = [[]]
     filled = 0
     for piece in pieces:
@@ -296,8 +295,7 @@ def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, t
 
 
 def _copy_rest(source: Path, target: Path) -> None:
-    """Copy the tokenizer, templates, generation_config.json and all other files except the
-    weights."""
+    """Copy all files except weights and config.json: tokenizer, templates and others."""
     for path in sorted(source.iterdir()):
         is_copied = path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES)
         if path.is_file() and is_copied:

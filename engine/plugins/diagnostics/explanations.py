@@ -322,8 +322,7 @@ def _written(template: ChatTemplate | None, chat: Mapping[str, Any]) -> str | No
 
 
 def _parting(was: str | None, now: str | None) -> int | None:
-    """Return the position at which two texts differ, 0 if one is not known, or None if they are
-    equal."""
+    """Return where two texts differ, 0 if one is not known, or None if they are equal."""
     if was is None or now is None:
         return 0
     if was == now:

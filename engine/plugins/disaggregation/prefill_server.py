@@ -166,8 +166,7 @@ class PrefillServer(Plugin):
         self._closes_s: float | None = None
         """Time by ``time.monotonic`` at which the thread ends, or None before ``disconnect``."""
         self._sessions: dict[bytes, Outgoing] = {}
-        """Accepted prefixes without an ``End`` of the decode engine, by connection. Changed by the
-        server's thread."""
+        """Accepted prefixes without an ``End``, by connection. Changed by the server's thread."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[wire.ToPrefill] = msgspec.msgpack.Decoder(
             wire.ToPrefill
@@ -260,8 +259,7 @@ class PrefillServer(Plugin):
                 self._drop(peer)
 
     def _receive_ask(self, peer: bytes, ask: wire.Ask) -> None:
-        """Pass a prefix to the engine's thread, or refuse it. Raises ValueError if it is
-        malformed."""
+        """Pass a prefix to the engine's thread, or refuse it. Raises ValueError if malformed."""
         unlike = difference(self._own, ask.identity)
         if unlike is not None:
             self._fail(peer, StepFailed(f"it differs in {unlike}"))
@@ -299,8 +297,7 @@ class PrefillServer(Plugin):
                     self._send(outgoing.peer, message, copied)
 
     def _send(self, peer: bytes, message: wire.ToDecode, copied: HostCopy | None = None) -> None:
-        """Send a message. ZeroMQ keeps the memory of ``copied``, which nothing else changes, until
-        it is sent."""
+        """Send a message. ZeroMQ keeps the memory of ``copied``, which nothing else changes."""
         frames: list[Any] = [peer, self._encoder.encode(message)]
         try:
             if copied is not None:

@@ -263,8 +263,7 @@ class PeerFetcher:
         return len(self._active) < MAX_FETCHES
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
-        """See ``Fetcher``. Prefixes in a namespace that is not text are not loaded, because it
-        cannot be sent."""
+        """See ``Fetcher``. A namespace that is not text cannot be sent."""
         is_worth_it = self._end(request) - match.cached_len >= self._fetch_above
         can_be_sent = isinstance(request.namespace, str | None)
         return is_worth_it and can_be_sent and self._choose() is not None

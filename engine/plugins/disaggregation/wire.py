@@ -232,19 +232,16 @@ def identity(runner: Runner) -> dict[str, str]:
 
 
 def difference(own: Mapping[str, str], other: Mapping[str, str]) -> str | None:
-    """Return the differing properties and the remedy as the end of a sentence, or None if there are
-    none."""
+    """Return the end of a sentence on properties that differ, or None if none do."""
     names = ", ".join(name for name in own if own[name] != other.get(name))
     return f"{names}: configure both the same" if names else None
 
 
 class PrefixBuffer:
-    """Reads and writes the memory of one runner. For the thread that computes, between two
-    steps."""
+    """Reads and writes a runner's memory. For the thread that computes, between two steps."""
 
     def __init__(self, runner: Runner) -> None:
-        """Raises ConfigError for a runner without memory that can be read and written between two
-        steps."""
+        """Raises ConfigError for a runner with memory that cannot be read between two steps."""
         if not isinstance(runner, ModelRunner):
             raise ConfigError("a role requires a ModelRunner, because its memory is read.")
         memory, self._settle = runner.tensors, runner.return_states

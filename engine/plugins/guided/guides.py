@@ -125,8 +125,7 @@ class Guide(GrammarRule):
     """Follows one answer."""
 
     def __init__(self, compiled: Compiled, shared: Shared) -> None:
-        """Prepare the guide. The matcher is copied for the first token, so queued requests do not
-        allocate one."""
+        """Copy the matcher for the first token only, so queued requests do not have one."""
         self._compiled = compiled
         self._shared = shared
         self._matcher: Any = None
@@ -258,8 +257,7 @@ class FreeText:
     __slots__ = ("_longest", "_marks", "_may_think", "_thinks", "text")
 
     def __init__(self, marks: Sequence[bytes], *, thinks: bool, may_think: bool) -> None:
-        """``thinks``: the answer begins inside reasoning; ``may_think``: it may begin with
-        reasoning."""
+        """``thinks``: the answer begins inside reasoning; ``may_think``: possibly with it."""
         self._marks = marks
         self._longest = max(len(text) for text in (*marks, THINK, END_THINK))
         self._thinks = thinks
@@ -362,8 +360,7 @@ class MarkGuide(GrammarRule):
         return drafts
 
     def is_done(self, answer: Tokens) -> bool:
-        """Return False, because a free answer may always continue. Raises TooComplex as
-        ``Guide.is_done``."""
+        """Return False: a free answer may always continue. Raises as ``Guide.is_done``."""
         self._read(answer)
         return False
 

@@ -35,8 +35,7 @@ class ReplicaGone(RuntimeError):
 
 
 class EngineReplica:
-    """Computes answers and reports its cache events to the router. The only argument of each method
-    is an ``Order``."""
+    """Computes answers and reports cache events. The argument of each method is an ``Order``."""
 
     def __init__(self, config: EngineConfig, replica: str | None = None) -> None:
         """``replica`` is its id. If None, Ray Serve provides the id, and a core."""

@@ -227,8 +227,7 @@ class FleetChannel(EngineChannel):
             self._loop.call_soon_threadsafe(self._follow_members)
 
     def _follow_members(self) -> None:
-        """Follow the events of each replica while it is up, and stop following those that are
-        not."""
+        """Follow the events of each replica while it is up."""
         members = self._fleet.members
         if not self._is_open:
             members = ()
@@ -312,8 +311,7 @@ class FleetChannel(EngineChannel):
         task.add_done_callback(lambda task: self._settle(task, order, progress))
 
     def _first_choice(self, asked: RequestSpec) -> str | None:
-        """Return the id at the replicas of the first choice of an answer, or None if ``asked`` is
-        the first one."""
+        """Return the replicas' id of the first choice, or None if ``asked`` is the first one."""
         if asked.choice_of is None:
             return None
         return self._first_choices.get(asked.choice_of) or asked.choice_of

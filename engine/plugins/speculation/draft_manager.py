@@ -128,8 +128,7 @@ class DraftLength:
         return 1 if self.is_trying else self._length
 
     def learn(self, step: int, num_drafted: int, num_accepted: int) -> None:
-        """Record the result of the draft of ``step``. ``num_drafted`` 0 means that the drafter
-        found nothing."""
+        """Record the result of the draft of ``step``; ``num_drafted`` is 0 if none was found."""
         if not num_drafted:
             self.wakes, self._idle = step + self._idle, min(2 * self._idle, MAX_IDLE)
             return
@@ -244,8 +243,7 @@ class Drafting(DraftPlanner):
         return self._as_fits(self._ask(wanted)) if wanted else {}
 
     def _ask(self, wanted: Mapping[Request, Sequence[int]]) -> dict[Request, Draft]:
-        """Return drafts for the ``wanted`` requests, with the given maximum length for each
-        source."""
+        """Return drafts for requests, with the maximum length of each source."""
         share = max(1, self._max_verified // len(wanted) - 1)
         drafts: dict[Request, Draft] = {}
         for rank, (drafter, _) in enumerate(self._sources):

@@ -34,8 +34,7 @@ class LeadingRunner(ModelRunner):
 
     @classmethod
     def start(cls, config: EngineConfig) -> LeadingRunner:
-        """Start the other processes and load all parts. Raises ModelError, or RunnerLost if a
-        process ended."""
+        """Start the other ranks and load all parts. Raises ModelError or RunnerLost."""
         _, model = read_model(read_config(config.model_dir))
         shared_sizes(model, config.num_ranks)  # Raises before any process starts.
         places = [
@@ -63,8 +62,7 @@ class LeadingRunner(ModelRunner):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
-        """See ``Runner.forward``. Raises RunnerLost if a rank has gone; nothing can be computed any
-        more."""
+        """See ``Runner.forward``. Raises RunnerLost if a rank has gone."""
         num_drawn = None if drawn is None else len(drawn)
         with self._together(Forward(batch, num_drawn)):
             if drawn is not None:
@@ -99,8 +97,7 @@ CHECK_S = 1.0
 
 
 class TensorParallelPlugin(Plugin):
-    """Ends an idle engine too when a rank has gone, and the ranks with the engine (setting
-    ``tp``)."""
+    """Ends an idle engine if a rank has gone, and the ranks with the engine (setting ``tp``)."""
 
     name = "tensor_parallel"
     _followers: Followers | None = None

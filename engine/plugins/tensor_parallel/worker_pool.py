@@ -52,8 +52,7 @@ class Forward:
 
     batch: Batch
     num_drawn: int | None
-    """Number of tokens drawn by the previous step, which rank 0 distributes, or None if none are
-    needed."""
+    """Number of tokens drawn by the previous step, which rank 0 distributes, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +119,7 @@ class Followers:
             raise self.lost(error) from None
 
     def wait_for(self, event: RankEvent) -> None:
-        """Wait until all ranks report ``event``. Raises RunnerLost or ModelError for anything
-        else."""
+        """Wait until all report ``event``. Raises RunnerLost or ModelError for anything else."""
         for one in self._all:
             try:
                 answer = one.receive(START_TIMEOUT_S)

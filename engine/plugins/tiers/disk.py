@@ -212,8 +212,7 @@ class Disk:
 
     @property
     def problem(self) -> str | None:
-        """Reason why the folder currently cannot be used, or None if it can, in the mode in which
-        it was opened."""
+        """Reason why the folder currently cannot be used, or None if it can."""
         if self.is_off:
             return (
                 f"its file system has not responded for {DEADLINE_S:.0f} s; start again to use it"
@@ -598,8 +597,7 @@ class Disk:
         self.num_bytes += size
 
     def _parse(self, kind: int, meta: bytes, payload_bytes: int) -> Run | State | None:
-        """Return the run or state of a record, or None if this version does not write such
-        records."""
+        """Return the run or state of a record, or None for a record of another version."""
         try:
             if kind == STATE:
                 is_whole = payload_bytes == self.state_rows * self.row_bytes

@@ -111,8 +111,7 @@ class TierSizes(NamedTuple):
 
     @classmethod
     def of(cls, config: EngineConfig, memory: MemorySizes) -> TierSizes:
-        """Return the sizes that ``config`` selects next to ``memory``. Raises ConfigError if tiers
-        are not possible."""
+        """Return the sizes that ``config`` selects. Raises ConfigError if it allows no tiers."""
         tiers = config.of(TierConfig)
         if not memory.slab_rows or config.prefix_cache != "hybrid":
             raise ConfigError(
@@ -140,8 +139,7 @@ class TierSizes(NamedTuple):
 
 
 class TierPlugin(Plugin):
-    """The tiers of one engine, with their disk, policy state and transfers (settings ``host_gib``
-    and ``state_dir``)."""
+    """Tiers of one engine and its policy state (settings ``host_gib`` and ``state_dir``)."""
 
     name = "tiers"
     _cache: TieredRadixCache
@@ -149,8 +147,7 @@ class TierPlugin(Plugin):
     exchange: MeasuredExchange
 
     def __init__(self, config: EngineConfig) -> None:
-        """Raise StoreError if the folder cannot be used: before the model is loaded, which takes
-        minutes."""
+        """Raise StoreError if the folder cannot be used: before the model is loaded."""
         super().__init__(config)
         self._sizes = TierSizes()
         state_dir = config.of(TierConfig).state_dir
@@ -170,8 +167,7 @@ class TierPlugin(Plugin):
     def open_cache(
         self, cache: HybridRadixCache, runner: Runner, tokenizer: Tokenizer | None
     ) -> Mapping[str, Any]:
-        """See ``Plugin``. Raises StoreError if the folder has another fingerprint, or cannot be
-        used."""
+        """See ``Plugin``. Raises StoreError for another fingerprint or an unusable folder."""
         assert isinstance(cache, TieredRadixCache), "the cache was made with tiers"
         self._cache = cache
         rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
@@ -196,8 +192,7 @@ class TierPlugin(Plugin):
     def _fingerprint(
         self, store: RecordStore, runner: Runner, tokenizer: Tokenizer | None
     ) -> dict[str, str]:
-        """Return the properties that the bytes of KV and states, and the tokens that name them,
-        depend on."""
+        """Return the properties that bytes of KV and states, and their tokens, depend on."""
         config, template = self.config, None if tokenizer is None else tokenizer.chat_template
         is_dummy = config.load_format == "dummy"
         return {
@@ -340,8 +335,7 @@ class TierPlugin(Plugin):
         return OffloadReport(tuple(tiers), folder)
 
     def adopt(self) -> int:
-        """Add the states on disk to the cache, newest first, as many as fit into its tier. Returns
-        their number. O(records)."""
+        """Add the newest states on disk that fit to the cache. Returns their number. O(records)."""
         disk, cache = self.disk, self._cache
         if disk is None or disk.is_off:
             return 0

@@ -81,8 +81,7 @@ class Pointers:
         ]
 
     def lose(self, records: Iterable[int]) -> bool:
-        """Unbind all rows from ``records``. Returns False if there were none. O(rows of the
-        tier)."""
+        """Unbind all rows from ``records``. Returns False if there were none. O(rows)."""
         found = [record for record in records if self._counts.pop(record, None) is not None]
         if found:
             self._records[np.isin(self._records, found)] = 0
@@ -94,8 +93,7 @@ class Pointers:
         self._counts.clear()
 
     def check(self) -> None:
-        """Raise AssertionError unless the counts of rows per record are right. O(rows of the
-        tier)."""
+        """Raise AssertionError unless the counts of rows per record are right. O(rows)."""
         records, counts = np.unique(self._records[self._records != 0], return_counts=True)
         found = dict(zip(records.tolist(), counts.tolist(), strict=True))
         assert found == self._counts, f"rows point into {found}, counted {self._counts}"
@@ -144,8 +142,7 @@ class Prefixes:
         return number in self.used
 
     def add(self, number: int, item: Run | State) -> bool:
-        """Add an item as the last used. Returns False if its parent does not exist, or an item has
-        its place already."""
+        """Add an item as the last used. Returns False without a parent, or if it exists."""
         if not self._fits(item):
             return False
         if isinstance(item, Run):
@@ -190,8 +187,7 @@ class Prefixes:
         return not self._num_children[number]
 
     def descendants(self, numbers: Iterable[int]) -> list[int]:
-        """Return the items, as far as they exist, and all their descendants, parents first. O(all
-        items)."""
+        """Return existing items and all descendants, parents first. O(all items)."""
         found = {number for number in numbers if number in self.used}
         for other in sorted(self.used):
             if self.used[other].parent in found:
@@ -199,8 +195,7 @@ class Prefixes:
         return sorted(found)
 
     def find(self, namespace: Hashable, tokens: Tokens) -> list[RecordPart]:
-        """Return the pieces of runs that make up the longest stored prefix of ``tokens``, in order.
-        O(len(tokens))."""
+        """Return the runs of the longest stored prefix of ``tokens``. O(len(tokens))."""
         pieces: list[RecordPart] = []
         above: Hashable = ("", namespace)
         at = 0

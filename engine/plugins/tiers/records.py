@@ -341,8 +341,7 @@ class RecordStore:
         os.close(self._lock_fd)
 
     def _lock(self) -> int:
-        """Lock the folder for this process. Raises StoreError if another process has it, and
-        OSError if it is not writable."""
+        """Lock the folder. Raises StoreError if another process has it, else OSError."""
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         file = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600, dir_fd=self.folder_fd)
@@ -363,8 +362,7 @@ class RecordStore:
         return sorted(name for name in names if _id_of(name) is not None)
 
     def _check_file(self, name: str) -> Record | None:
-        """Return the record in file ``name``, or None if it is not a complete one of this
-        fingerprint. Raises OSError."""
+        """Return the record in ``name`` if it is complete and of this fingerprint, else None."""
         if not name.endswith(SUFFIX):
             return None
         file = os.open(name, os.O_RDONLY, dir_fd=self.folder_fd)

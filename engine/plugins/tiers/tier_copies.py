@@ -177,8 +177,7 @@ class TierCopier:
             self._rows[self._index(dst)] = upload(data, torch.uint8, self._rows.device)
 
     def _aside(self) -> Any:
-        """Select the other stream for further work, after all work submitted to this stream so
-        far."""
+        """Select the other stream, after all work submitted to this stream so far."""
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(self._device.module.current_stream())
