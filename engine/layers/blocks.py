@@ -218,8 +218,10 @@ def scaled_frequencies(rope: Rope) -> torch.Tensor:
 def _yarn_ramp(rope: Rope, scaling: Scaling) -> torch.Tensor:
     """Return a ramp from 0 at the last index that is kept to 1 at the first that is divided, and
     linear beyond."""
-    first, last = (
-        _index_of(rotations, rope, scaling.original_len)
+    first, last = (  # Indices of the frequencies with these numbers of rotations.
+        rope.dim
+        * math.log(scaling.original_len / (rotations * 2 * math.pi))
+        / (2 * math.log(rope.theta))
         for rotations in (scaling.high, scaling.low)
     )
     if scaling.truncates:
@@ -228,11 +230,6 @@ def _yarn_ramp(rope: Rope, scaling: Scaling) -> torch.Tensor:
     if first == last:
         last += 0.001
     return (torch.arange(rope.dim // 2, dtype=torch.float) - first) / (last - first)
-
-
-def _index_of(rotations: float, rope: Rope, length: float) -> float:
-    """Return the (fractional) index of the frequency with ``rotations`` within ``length``."""
-    return rope.dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
 B = TypeVar("B", bound=Layer)

@@ -64,7 +64,10 @@ class Experts:
         self._storage, self._moe = self._stored_as(name), build.kernels["moe"]
         self._shared = None
         if shared is not None and sizes.shared_intermediate == sizes.intermediate:
-            self._shared = shared if self._joins(shared) else None
+            names_of_it = *shared.inputs, shared.output
+            stored = {self._weights.storage(one.removesuffix(".weight")) for one in names_of_it}
+            is_joined = bool(self._moe.JOINS_SHARED) and stored == {self._storage}
+            self._shared = shared if is_joined else None
         self._w13, self._w13_scale = self._allocate(self._inner, width)
         self._w2, self._w2_scale = self._allocate(width, own)
 
@@ -99,11 +102,6 @@ class Experts:
                 scheme = self._weights.scheme(own.removesuffix(".weight"))
                 factor = None if scale is None else scale[expert]
                 yield own, Parameter(weight[expert], scheme=scheme, scale=factor, cut=cut)
-
-    def _joins(self, shared: ExpertNames) -> bool:
-        names = *shared.inputs, shared.output
-        stored = {self._weights.storage(name.removesuffix(".weight")) for name in names}
-        return bool(self._moe.JOINS_SHARED) and stored == {self._storage}
 
     def _stored_as(self, name: str) -> Storage:
         weights, names = self._weights, (*self._names.inputs, self._names.output)

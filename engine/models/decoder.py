@@ -242,14 +242,6 @@ class Decoder(ABC):
         return part
 
 
-def vocabulary_cut(config: ModelConfig, build: Build) -> RankCut | None:
-    """Return the tokens for which this rank has rows of embedding and head, or None for all."""
-    if build.rank.count == 1:
-        return None
-    span = build.rank.span(config.vocab_size)
-    return RankCut(config.vocab_size, torch.arange(span.start, span.stop))
-
-
 class Embedding:
     """Maps token ids to hidden states."""
 
@@ -257,7 +249,11 @@ class Embedding:
         self.name, self._multiplier = name, config.embedding_multiplier
         self._rank, self._ids = build.rank, build.rank.span(config.vocab_size)
         self.weight = build.weights.empty(len(self._ids), config.hidden_size)
-        self.cut = vocabulary_cut(config, build)
+        self.cut: RankCut | None = None
+        """Tokens for which this rank has rows of embedding and head, or None for all."""
+        if build.rank.count > 1:
+            own = torch.arange(self._ids.start, self._ids.stop)
+            self.cut = RankCut(config.vocab_size, own)
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield f"{self.name}.weight", Parameter(self.weight, cut=self.cut)

@@ -82,8 +82,9 @@ class Rope:
         0 for other scalings, for which ``max_position_embeddings`` is the extended length.
         """
         scaling = self.scaling
-        is_yarn = scaling is not None and scaling.kind == "yarn"
-        return int(scaling.factor * scaling.original_len) if is_yarn else 0
+        if scaling is None or scaling.kind != "yarn":
+            return 0
+        return int(scaling.factor * scaling.original_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -194,8 +194,6 @@ def convert(
     target: Path,
     to: Format,
     ignore: Sequence[str] = (),
-    *,
-    scheme: Scheme | None = None,
 ) -> Conversion:
     """Write the checkpoint of ``source`` into ``target`` with linear layers in 8 bits, everything
     else unchanged.
@@ -204,7 +202,6 @@ def convert(
 
     Args:
       ignore: additional layers to keep: words of names, or regular expressions after ``re:``.
-      scheme: replaces the scheme of ``to``.
 
     Takes the memory of the largest matrix, before and after its conversion. Raises ModelError.
     """
@@ -217,7 +214,7 @@ def convert(
             f"{source} is already {quantization.describe()}: convert the model in full precision."
         )
     files = find_files(source)
-    scheme = scheme or SCHEMES[to]
+    scheme = SCHEMES[to]
     tensors = (tensor for file in files for tensor in open_file(file))
     pieces = plan_pieces(tensors, scheme, ignore)
     shards = into_shards(pieces)

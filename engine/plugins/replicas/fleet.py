@@ -51,7 +51,7 @@ class ReplicaFacts:
     engine: EngineFacts
     spec: ReplicaSpec
     screen: tuple[tuple[str, str], ...]
-    """Rows of the start screen of one engine; only its speed if the order had no address."""
+    """Rows of the start screen of one engine."""
 
 
 FLEETS: dict[str, Fleet] = {}

@@ -98,7 +98,7 @@ class EngineReplica:
             stateful=memory.is_stateful,
             placement=parse_placement(",".join(rules)) if memory.is_stateful else None,
         )
-        rows = screen_rows(self._engine, order.address) if order.address else []
+        rows = screen_rows(self._engine, order.address)
         rows[1:1] = [("prefill", f"{self._tokens_per_s:,.0f} tokens/s, measured")]
         return ReplicaFacts(self._async.facts, spec, tuple(rows))
 
@@ -115,7 +115,8 @@ class EngineReplica:
             async for output in stream:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
-                    await self._cover(order.request_id)
+                    self._outbox.cover(order.request_id)
+                    await self._flush()
                 yield structs.replace(output, answer=None)
         except Exception as error:
             if not isinstance(error, ValueError | RequestError):
@@ -124,10 +125,6 @@ class EngineReplica:
         finally:
             if stream is not None:
                 stream.abort()
-
-    async def _cover(self, request_id: str) -> None:
-        self._outbox.cover(request_id)
-        await self._flush()
 
     async def _flush(self) -> None:
         if await self._async.call(lambda _: self._outbox.flush()):

@@ -293,11 +293,14 @@ class FleetChannel(EngineChannel):
         unique_id = f"{request_id}#{number}"
         if sampling.seed is None:
             sampling = sampling.with_seed(self.config.seed + number)
+        first_choice = asked.choice_of
+        if first_choice is not None:
+            first_choice = self._first_choices.get(first_choice) or first_choice
         spec = structs.replace(
             asked,
             sampling=sampling,
             request_id=unique_id,
-            choice_of=self._first_choice(asked),
+            choice_of=first_choice,
             arrival_s=None,
         )
         order = Order(unique_id, spec)
@@ -309,12 +312,6 @@ class FleetChannel(EngineChannel):
         task = asyncio.ensure_future(self._follow_answer(order, progress))
         self._orders[request_id] = order, task
         task.add_done_callback(lambda task: self._settle(task, order, progress))
-
-    def _first_choice(self, asked: RequestSpec) -> str | None:
-        """Return the replicas' id of the first choice, or None if ``asked`` is the first one."""
-        if asked.choice_of is None:
-            return None
-        return self._first_choices.get(asked.choice_of) or asked.choice_of
 
     def _abort(self, message: Abort) -> None:
         """End a request. Unless the client left, its replica ends it, so that both count the same

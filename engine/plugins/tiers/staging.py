@@ -131,7 +131,8 @@ class Staging(Fetcher):
     def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
         best = self._best(match)
         assert best is not None, "a load is begun only if it is wanted"
-        records = self._disk.stage(_disk_rows(best.node, self._tier))
+        tier = self._manager.cache.offload.names.index(DISK)
+        records = self._disk.stage(_disk_rows(best.node, tier))
         read = Read(request, best.position, best.position - match.cached_len, records)
         self._reads.append(read)
         return read
@@ -155,11 +156,6 @@ class Staging(Fetcher):
 
     def close(self) -> None:
         pass
-
-    @property
-    def _tier(self) -> int:
-        number: int = self._manager.cache.offload.names.index(DISK)
-        return number
 
     def _best(self, match: PrefixMatch) -> Resumable | None:
         """Return the best resumable position, or None if nothing of it is on disk."""

@@ -95,7 +95,7 @@ async def serve(handle: Handle, count: int, router: str = "checkpoint") -> Async
     """Return a started engine with ``count`` replicas behind ``handle``."""
     for number in range(count):
         handle.add(f"r{number}")
-    facts = await handle.replicas["r0"].facts(Order())
+    facts = await handle.replicas["r0"].facts(Order(address="127.0.0.1"))
     fleet = handle.fleet = Fleet()
     fleet.set_members(handle.replicas)
     fleet.begin(find_router(router)(facts.spec))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.command.cli import main
-from engine.plugins.convert.converter import convert
+from engine.plugins.convert.converter import SCHEMES, convert
 from engine.weights.scheme import Scheme, read_quantization
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
@@ -71,12 +71,13 @@ def test_convert_command(oracles, tmp_path, capsys):
     assert "no linear layer to convert: all are " in capsys.readouterr().err
 
 
-def test_transformers_reads_fp8_files(oracles, tmp_path):
+def test_transformers_reads_fp8_files(oracles, tmp_path, monkeypatch):
     """It widens the weights without a GPU."""
     pytest.importorskip("accelerate", reason="transformers needs accelerate to read fp8")
     from transformers import Qwen3_5ForCausalLM
 
-    convert(oracles("qwen3_5").path, tmp_path / "out", "fp8", scheme=BLOCKS)
+    monkeypatch.setitem(SCHEMES, "fp8", BLOCKS)
+    convert(oracles("qwen3_5").path, tmp_path / "out", "fp8")
     theirs = Qwen3_5ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     state = theirs.state_dict()
     for name, weight in dequantise(tmp_path / "out").items():
