@@ -76,8 +76,6 @@ class CacheManager:
         self._exchange = exchange
         self._after_reading = after_reading
         self.publishing = publishing
-        self.checkpoint_grid = cache.checkpoint_grid
-        """Checkpoints are saved at multiples of it."""
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
@@ -249,14 +247,14 @@ class CacheManager:
         """Return the positions where ``request`` would save its state if only the KV of its first
         ``seen_len`` tokens were cached, without a checkpoint."""
         if not self.stateful:
-            return (seen_len - seen_len % self.checkpoint_grid,)
+            return (seen_len - seen_len % self.cache.checkpoint_grid,)
         prefill = Prefill(
             prompt_len=request.num_tokens,
             cached_len=0,
             kv_match_len=seen_len,
             seen_len=seen_len,
             boundaries=request.spec.boundaries.positions,
-            grid=self.checkpoint_grid,
+            grid=self.cache.checkpoint_grid,
         )
         return tuple(prefill.on_grid(self.placement.plan(prefill)))
 

@@ -693,7 +693,7 @@ class Sharing:
     def _look_around(self, request: ScheduledRequest) -> list[tuple[Leader, list[int]]]:
         """Compare ``request`` with the leaders that are new to it, and return all that it could
         follow (``Follower.leaders``)."""
-        grid = self._manager.checkpoint_grid
+        grid = self._manager.cache.checkpoint_grid
         follower = self._followers.setdefault(request, Follower())
         for leader in reversed(self._leaders):
             if leader.rank < follower.num_leaders_seen:
