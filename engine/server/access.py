@@ -258,39 +258,24 @@ MAX_PATH = 200
 """Maximum length of a path in a line."""
 
 
-class RequestRecord:
-    """Facts about one HTTP request for its line in the log. A prompt with several answers counts
-    once."""
-
-    def __init__(self) -> None:
-        self.began_s = time.perf_counter()
-        self.status = 0
-        """Status of the answer. 0 if the client left before the answer began."""
-        self.is_sent = False
-        """True if the client got the whole answer."""
-        self.num_prompt = self.num_cached = self.num_answer = 0
-        """Numbers of tokens; 0 if nothing was generated."""
-        self.answer_id = ""
-        """Id of the answer. Empty if there is none."""
-
-    def log(self, scope: Scope) -> None:
-        """Write the line of the request of ``scope``."""
-        path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")  # No control characters.
-        sent = "" if self.is_sent else "not sent completely"
-        notes = filter(None, (self.answer_id, sent, scope["state"].get("error")))
-        said = "".join(f"  {note}" for note in notes)
-        counts = self.num_prompt, self.num_cached, self.num_answer
-        tokens = "  prompt {:,}  cached {:,}  answer {:,}".format(*counts) if any(counts) else ""
-        request_log.log(
-            logging.DEBUG if scope["path"] in PROBES else logging.INFO,
-            "%s %s %d%s  %.0f ms%s",
-            scope["method"],
-            path if len(path) <= MAX_PATH else path[:MAX_PATH] + "...",
-            self.status or 499,
-            tokens,
-            1000 * (time.perf_counter() - self.began_s),
-            "".join(letter if letter.isprintable() else "?" for letter in said),
-        )
+def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> None:
+    """Write the line of a request. ``status`` is 0 if the client left before the answer began;
+    ``is_sent``: it got the whole answer."""
+    path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")  # No control characters.
+    state, sent = scope["state"], "" if is_sent else "not sent completely"
+    notes = filter(None, (state.get("answer_id"), sent, state.get("error")))
+    said = "".join(f"  {note}" for note in notes)
+    counts = state.get("num_tokens")
+    request_log.log(
+        logging.DEBUG if scope["path"] in PROBES else logging.INFO,
+        "%s %s %d%s  %.0f ms%s",
+        scope["method"],
+        path if len(path) <= MAX_PATH else path[:MAX_PATH] + "...",
+        status or 499,
+        "  prompt {:,}  cached {:,}  answer {:,}".format(*counts) if counts else "",
+        1000 * (time.perf_counter() - began_s),
+        "".join(letter if letter.isprintable() else "?" for letter in said),
+    )
 
 
 def set_up_logging(level: str) -> None:
@@ -314,7 +299,9 @@ then the rest of it is computed and kept in memory."""
 class Requests:
     """ASGI middleware that adds an ``X-Request-Id`` to every answer: the one of the request, or a
     new one. Anthropic's clients read it as ``request-id``. An answer that its client does not read
-    is broken off. The log gets a line when an answer was sent or its client has disconnected."""
+    is broken off. The log gets a line when an answer was sent or its client has disconnected. Facts
+    for the line are in the state of the ASGI scope: ``answer_id``, ``error``, and ``num_tokens`` of
+    prompt, cache and answer."""
 
     def __init__(self, app: ASGIApp, is_logged: bool) -> None:
         self._app, self._is_logged = app, is_logged
@@ -325,30 +312,29 @@ class Requests:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
-        record = RequestRecord()
-        scope.setdefault("state", {}).update(record=record, request_id=name.decode("ascii"))
+        scope.setdefault("state", {})["request_id"] = name.decode("ascii")
         headers = [(b"x-request-id", name)]
         if scope["path"].startswith(ANTHROPIC):
             headers.append((b"request-id", name))
+        began_s, status, is_sent = time.perf_counter(), 0, False
 
         async def watched(message: Message) -> None:
+            nonlocal status, is_sent
             if message["type"] == "http.response.start":
-                record.status = message["status"]
+                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *headers]
             async with asyncio.timeout(UNREAD_S):
                 await send(message)
-            record.is_sent = message["type"] == "http.response.body" and not message.get(
-                "more_body"
-            )
+            is_sent = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             await self._app(scope, receive, watched)
         except Exception:
-            record.status = record.status or 500
+            status = status or 500
             raise
         finally:
             if self._is_logged:
-                record.log(scope)
+                _log_request(scope, status, is_sent, began_s)
 
 
 # --- Tenants --------------------------------------------------------------------------------------

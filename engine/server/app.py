@@ -227,7 +227,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
     tenants = Tenants(keys, engine.config.kept_folder)
     context = ServingContext(engine, config, workers, tenants, explanations.remember)
-    responses = Responses(context, config)
+    responses = Responses(context)
     page = Page(context, keys, config.of(ReplicasConfig).replicas)
     bodies: dict[str, tuple[type[Body], Answer]] = {
         "/v1/completions": (CompletionRequest, complete),

@@ -15,7 +15,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -23,9 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache, partial
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
+from msgspec import inspect
+from msgspec.inspect import ListType, LiteralType, StructType, UnionType
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -39,6 +40,7 @@ from engine.server.api_errors import (
     quoted,
     short,
 )
+from engine.server.settings import ServerConfig
 from engine.text.json_text import read_json, write_json
 
 LONG = 4096
@@ -171,27 +173,25 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
 def converted(value: Any, of_type: type[Result], name: str) -> Result:
     """Return the JSON ``value`` of the field ``name`` as ``of_type``. Nulls count as absent, and
     3.0 is an integer. Raises APIError 400."""
-    try:
+
+    def convert(value: Any) -> Result:
         return msgspec.convert(value, of_type, str_keys=True)
-    except msgspec.ValidationError:
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            # Nulls stay in the entries that need no change, because they may be arguments.
-            kind = _entry_type(of_type)
-            value = [converted(entry, kind, f"{name}.{at}") for at, entry in enumerate(value)]
-        else:
-            value = _settled(value)
+
+    def settled(entry: Any) -> Any:
+        # An entry that needs no change keeps its nulls, because they may be arguments.
+        with suppress(msgspec.ValidationError):
+            convert([entry])
+            return entry
+        return _settled(entry)
+
+    with suppress(msgspec.ValidationError):
+        return convert(value)
+    is_of_objects = isinstance(value, list) and value and isinstance(value[0], dict)
+    value = [settled(entry) for entry in value] if is_of_objects else _settled(value)
     try:
-        return msgspec.convert(value, of_type, str_keys=True)
+        return convert(value)
     except msgspec.ValidationError as error:
         raise of_validation(error, name, of_type, value) from None
-
-
-def _entry_type(of_type: Any) -> Any:
-    """Return the type of the entries of a list that fits ``of_type``; Any if no list does."""
-    if get_origin(of_type) is list:
-        return get_args(of_type)[0]
-    found = (_entry_type(one) for one in get_args(of_type))
-    return next((one for one in found if one is not Any), Any)
 
 
 def _settled(value: Any) -> Any:
@@ -207,26 +207,24 @@ def _settled(value: Any) -> Any:
 def _texts_at(of_type: Any, names: Sequence[str], value: Any) -> list[str]:
     """Return the texts to which the part ``names`` of ``value``, an ``of_type``, is limited; [] if
     it is not limited."""
-    (whole,), shapes = msgspec.json.schema_components([of_type], ref_template="{name}")
 
-    def kinds(schema: Any) -> Iterator[dict[str, Any]]:
-        schema = shapes.get(schema.get("$ref"), schema)
-        if "anyOf" not in schema:
-            yield schema
-        for one in schema.get("anyOf", ()):
-            yield from kinds(one)
+    def flat(kinds: Sequence[inspect.Type]) -> list[inspect.Type]:
+        return [k for one in kinds for k in (one.types if isinstance(one, UnionType) else (one,))]
 
-    found = [*kinds(whole)]
+    found = flat([inspect.type_info(of_type)])
     for name in names:
-        if isinstance(value, dict):
-            kinds_of = [one.get("properties", {}).get("type", {}).get("enum", ()) for one in found]
-            same = [one for one, of in zip(found, kinds_of, strict=True) if value.get("type") in of]
-            found, value = same or found, value.get(name)
-        elif isinstance(value, list) and name.isdigit():
+        structs = [kind for kind in found if isinstance(kind, StructType)]
+        if isinstance(value, list):
             value = value[int(name)]
-        parts = (one.get("items", one.get("properties", {}).get(name)) for one in found)
-        found = [kind for part in parts if part for kind in kinds(part)]
-    return [str(text) for one in found for text in one.get("enum", ())]
+            found = flat([kind.item_type for kind in found if isinstance(kind, ListType)])
+        elif name == "type" and any(kind.tag for kind in structs):
+            return [str(kind.tag) for kind in structs]
+        else:
+            same = [kind for kind in structs if kind.tag in (None, value.get("type"))]
+            value = value.get(name)
+            fields = [field for kind in same for field in kind.fields if field.encode_name == name]
+            found = flat([field.type for field in fields])
+    return [str(text) for one in found if isinstance(one, LiteralType) for text in one.values]
 
 
 def of_validation(error: msgspec.ValidationError, name: str, of_type: Any, value: Any) -> APIError:
@@ -264,54 +262,50 @@ class ClientGone(APIError):
         super().__init__(499, "The client has disconnected.")
 
 
-class BodyReader:
-    """Reads the bodies of one server, within its limits."""
+async def read_body(
+    request: Request, kind: type[Kind], config: ServerConfig, workers: Workers
+) -> tuple[Kind, int]:
+    """Return the body of ``request`` as ``kind``, and its size in bytes.
 
-    def __init__(self, max_bytes: int, timeout_s: float, workers: Workers) -> None:
-        self._max_bytes, self._timeout_s, self._workers = max_bytes, timeout_s, workers
+    Raises APIError 400 for an invalid body, 408 if it does not arrive in time, and 413 if it is too
+    large.
+    """
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            raw = await _receive(request, config.max_body_mib)
+    except TimeoutError:
+        raise APIError(408, "The body did not arrive in time: send it again.") from None
+    except ClientDisconnect:
+        raise ClientGone from None
+    if not raw:
+        raise APIError(400, "The body is empty. Send one JSON object.")
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if not re.fullmatch(r"application/(.*\+)?json", content_type):
+        # Foreign web pages cannot set this header without permission, so they cannot post to a
+        # server on localhost.
+        raise APIError(
+            400,
+            "The body needs the header Content-Type: application/json. "
+            "With curl, add -H 'Content-Type: application/json'.",
+        )
+    return await workers.run(len(raw), partial(decode, kind, raw)), len(raw)
 
-    async def read(self, request: Request, kind: type[Kind]) -> tuple[Kind, int]:
-        """Return the body of ``request`` as ``kind``, and its size in bytes.
 
-        Raises APIError 400 for an invalid body, 408 if it does not arrive in time, and 413 if it is
-        too large.
-        """
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                raw = await self._receive(request)
-        except TimeoutError:
-            raise APIError(408, "The body did not arrive in time: send it again.") from None
-        except ClientDisconnect:
-            raise ClientGone from None
-        if not raw:
-            raise APIError(400, "The body is empty. Send one JSON object.")
-        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if not re.fullmatch(r"application/(.*\+)?json", content_type):
-            # Foreign web pages cannot set this header without permission, so they cannot post to a
-            # server on localhost.
-            raise APIError(
-                400,
-                "The body needs the header Content-Type: application/json. "
-                "With curl, add -H 'Content-Type: application/json'.",
-            )
-        return await self._workers.run(len(raw), partial(decode, kind, raw)), len(raw)
-
-    async def _receive(self, request: Request) -> bytes:
-        pieces, num_bytes = list[bytes](), int(request.headers.get("content-length", 0))
-        if num_bytes <= self._max_bytes:
-            num_bytes = 0
-            async for piece in request.stream():
-                pieces.append(piece)
-                num_bytes += len(piece)
-                if num_bytes > self._max_bytes:
-                    break
-        if num_bytes > self._max_bytes:
-            limit = self._max_bytes / 2**20
-            words = f"{limit:.3g}" if limit < 1 else f"{limit:g}"
-            raise APIError(
-                413, f"The body is larger than {words} MiB: send less, or raise --max-body-mib."
-            )
-        return b"".join(pieces)
+async def _receive(request: Request, max_mib: float) -> bytes:
+    pieces, max_bytes = list[bytes](), int(max_mib * 2**20)
+    num_left = max_bytes - int(request.headers.get("content-length", 0))
+    if num_left >= 0:
+        num_left = max_bytes
+        async for piece in request.stream():
+            pieces.append(piece)
+            num_left -= len(piece)
+            if num_left < 0:
+                break
+    if num_left < 0:
+        raise APIError(
+            413, f"The body is larger than {max_mib:g} MiB: send less, or raise --max-body-mib."
+        )
+    return b"".join(pieces)
 
 
 def to_json(value: Any) -> bytes:
@@ -322,9 +316,9 @@ def to_json(value: Any) -> bytes:
         return write_json(value, compact=True).encode()
 
 
-def json_response(value: Any, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(value: Any) -> Response:
     """Return ``value`` as a response."""
-    return Response(to_json(value), media_type="application/json", headers=headers)
+    return Response(to_json(value), media_type="application/json")
 
 
 DONE = b"data: [DONE]\n\n"
@@ -338,6 +332,11 @@ def event(data: Any, name: str | None = None) -> bytes:
     """Return one server-sent event. O(its size)."""
     head = b"" if name is None else f"event: {name}\n".encode()
     return head + b"data: " + to_json(data) + b"\n\n"
+
+
+def failed_event(failure: APIError) -> bytes:
+    """Return the event of a failure in the middle of a stream, in OpenAI's form."""
+    return event(failure.body())
 
 
 def named_event(data: Mapping[str, Any]) -> bytes:
@@ -377,14 +376,14 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        late_headers: Callable[[], Mapping[str, str]] | None = None,
-        on_error: Callable[[APIError], bytes] | None = None,
+        late_headers: Callable[[], Mapping[str, str]] = dict,
+        on_error: Callable[[APIError], bytes] = failed_event,
         keep_alive_s: float | None = None,
         pause: bytes = PAUSE,
     ) -> None:
-        """Prepare a response. With ``on_error`` it starts with the first event, or after
-        ``keep_alive_s`` with a comment. ``pause`` is sent in each silence of ``QUIET_S``, or
-        ``keep_alive_s``, between two events.
+        """Prepare a response. It starts with the first event, or after ``keep_alive_s`` with a
+        comment. ``pause`` is sent in each silence of ``QUIET_S``, or ``keep_alive_s``, between two
+        events.
 
         An earlier error is raised and gets its own status; a later one is written by ``on_error``
         as the last event. ``late_headers`` is called when the first event is available.
@@ -406,16 +405,14 @@ class EventStream(Response):
             await self._events.aclose()
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
-        if self._on_error is None:
-            await self._send(send, b"")
         try:
             async for event in self._events:
-                if self._late_headers is not None and not self._has_begun:
+                if not self._has_begun:
                     self.headers.update(self._late_headers())
                 self._has_event = True
                 await self._send(send, event)
         except Exception as error:
-            if self._on_error is None or not self._has_begun or isinstance(error, OSError):
+            if not self._has_begun or isinstance(error, OSError):
                 raise
             failure = of_failure(error)
             note_error(scope, failure)
@@ -441,7 +438,6 @@ class EventStream(Response):
             self._has_begun = True
             headers = self.raw_headers
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-        if piece:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await asyncio.sleep(0)
         self._is_sending, self._sent_s = False, time.monotonic()

@@ -33,15 +33,15 @@ from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.requests.chat_prompt import Replay
 from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
-from engine.server.access import RequestRecord, Tenant, Tenants
+from engine.server.access import Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
 from engine.server.bodies import (
     PAUSE,
     Body,
-    BodyReader,
     EventStream,
     Workers,
-    event,
+    failed_event,
+    read_body,
     to_json,
     unless_gone,
 )
@@ -98,8 +98,8 @@ class ServingContext:
         remember: Callable[[AnsweredChat], None],
     ) -> None:
         """``remember`` stores a chat that was answered, for explanations."""
-        self.engine, self.workers, self.tenants = engine, workers, tenants
-        self.remember = remember
+        self.engine, self.config, self.workers = engine, config, workers
+        self.tenants, self.remember = tenants, remember
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),
@@ -107,9 +107,6 @@ class ServingContext:
         )
         self.model_name = config.served_model_name or engine.facts.model_name
         self._fingerprint = engine.facts.exactness.fingerprint
-        self.keep_alive_s = config.keep_alive_s
-        self._default_max_tokens = config.default_max_tokens
-        self._reader = BodyReader(int(config.max_body_mib * 2**20), config.body_timeout_s, workers)
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
 
@@ -128,7 +125,7 @@ class ServingContext:
         """Return the route of requests with a body of this ``kind``."""
 
         async def operation(request: Request) -> Response:
-            body, size = await self._reader.read(request, kind)
+            body, size = await read_body(request, kind, self.config, self.workers)
             self.check_model(body.model)
             tenant = self.tenants.of(request.scope, body.cache_salt)
             return await answer(Call(self, request, size, tenant), body)
@@ -230,7 +227,7 @@ class ServingContext:
         """Return the maximum length of the answer to a prompt of ``num_tokens``: ``limit``, or
         ``--default-max-tokens`` if the request names none, or None if only the context limits
         it."""
-        limit = self._default_max_tokens if limit is None else limit
+        limit = self.config.default_max_tokens if limit is None else limit
         fits = limit is not None and num_tokens + limit <= self.engine.facts.max_model_len
         return limit if fits else None
 
@@ -261,7 +258,6 @@ class Writer(ABC):
     def __init__(self, call: Call, body: Sampling, answer_id: str) -> None:
         self._call, self._context, self._body = call, call.context, body
         self.answer_id = answer_id
-        self._record: RequestRecord = call.request.scope["state"]["record"]
         self._stream: RequestStream
         self._latest: dict[int, RequestOutput] = {}
         """Latest output of each answer, by its index."""
@@ -286,13 +282,14 @@ class Writer(ABC):
 
     def failed(self, failure: APIError) -> bytes:
         """Return the event of a failure in the middle of a stream."""
-        return event(failure.body())
+        return failed_event(failure)
 
     async def submit(self, specs: Iterable[RequestSpec]) -> None:
         """Submit ``specs`` in order; all are submitted or none. Raises APIError if the engine
         refuses one."""
         engine, valid = self._context.engine, list[RequestSpec]()
-        self._stream, self._record.answer_id = engine.stream(), self.answer_id
+        self._stream = engine.stream()
+        self._call.request.state.answer_id = self.answer_id
         try:
             for spec in specs:
                 valid.append(engine.validate(spec))
@@ -350,9 +347,11 @@ class Writer(ABC):
             self._stream.abort()
             if latest:
                 firsts = [output for at, output in latest.items() if at % self._body.n == 0]
-                self._record.num_prompt = sum(len(one.prompt_token_ids) for one in firsts)
-                self._record.num_cached = sum(one.cached_len for one in firsts)
-                self._record.num_answer = sum(len(one.output) for one in latest.values())
+                self._call.request.state.num_tokens = (
+                    sum(len(one.prompt_token_ids) for one in firsts),
+                    sum(one.cached_len for one in firsts),
+                    sum(len(one.output) for one in latest.values()),
+                )
 
     def _cache_headers(self) -> dict[str, str]:
         """Return the cache headers of an answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``,
@@ -374,9 +373,8 @@ class Writer(ABC):
         """Return the response with all answers. Long texts are written in a thread."""
         context = self._context
         if is_stream:
-            return EventStream(
-                self._events(), self._cache_headers, self.failed, context.keep_alive_s, self.PAUSE
-            )
+            keep_alive_s, headers = context.config.keep_alive_s, self._cache_headers
+            return EventStream(self._events(), headers, self.failed, keep_alive_s, self.PAUSE)
         await unless_gone(self._call.request.receive, self._finish())
         size = 0
         for output in self.outputs:

@@ -40,7 +40,6 @@ from engine.server.schemas import (
     as_tool,
     parsed_arguments,
 )
-from engine.server.settings import ServerConfig
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded_memory import BoundedMemory
 
@@ -364,9 +363,9 @@ class Responses:
     """Answers requests, and stores the responses that they may continue, separately for each
     tenant."""
 
-    def __init__(self, context: ServingContext, config: ServerConfig) -> None:
+    def __init__(self, context: ServingContext) -> None:
         self._context = context
-        limit_bytes = int(config.of(DialectsConfig).responses_mib * 2**20)
+        limit_bytes = int(context.config.of(DialectsConfig).responses_mib * 2**20)
         self._store = BoundedMemory[tuple[Tenant, str], StoredResponse](limit_bytes)
 
     async def create(self, call: Call, body: ResponsesRequest) -> Response:
