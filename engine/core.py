@@ -171,18 +171,14 @@ class EngineCore:
         if request is None:
             return None
         self._scheduler.abort(request, reason)
-        del self._requests[request_id]
-        self.recent.add(request, self.clock())
-        output = request.report()
-        self._deliver([output])
-        return output
+        return self._report([request])[0]
 
     def has_work(self) -> bool:
         """Return True if ``step`` has something to compute or outputs to return."""
         return (
             self._scheduler.has_work()
             or self._in_flight is not None
-            or self._scheduler.has_progressed
+            or bool(self._scheduler.progressed)
             or any(hooks.has_work for hooks in self._hooks)
         )
 
@@ -219,10 +215,7 @@ class EngineCore:
             if not self._scheduler.must_commit:
                 for hooks in self._hooks:
                     hooks.before_step()
-            step = self._schedule()
-            logits = self._forward(step)
-            self._sample(step, logits)
-            due = step
+            step = due = self._launch()
             if self._overlaps:  # The device has probably finished the previous step.
                 due, self._in_flight = self._in_flight or EMPTY, step if step.segments else None
             return self._commit(due)
@@ -248,7 +241,8 @@ class EngineCore:
             self._forget(was_lost=True)
         return interrupted
 
-    def _schedule(self) -> Batch:
+    def _launch(self) -> Batch:
+        """Schedule the next step and start its computation; wait briefly if there is none."""
         self._laps = [self.clock()]
         step = self._scheduler.schedule()
         if step is EMPTY and self._in_flight is None:
@@ -257,9 +251,6 @@ class EngineCore:
             if self._scheduler.withholds_all:
                 time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
-        return step
-
-    def _forward(self, step: Batch) -> Any:
         before = self._in_flight.drawn if self._in_flight is not None else None
         logits = None
         if step.late_tokens and before is not None:
@@ -269,7 +260,9 @@ class EngineCore:
         if step is not EMPTY:
             self._manager.step_done()
         self._laps.append(self.clock())
-        return logits
+        self._sample(step, logits)
+        self._laps.append(self.clock())
+        return step
 
     def _sample(self, step: Batch, logits: Any) -> None:
         """Start drawing the step's tokens, and scoring prompts if requested.
@@ -294,11 +287,10 @@ class EngineCore:
                     else None
                 )
                 inputs += request.sampling_inputs(segment.drafts, drawn)
-                rows += range(num_rows - 1 - len(segment.drafts), num_rows)
+                rows += range(num_rows - 1 - segment.num_drafts, num_rows)
         if inputs:
             step.drawn = self._sampler.launch(logits, inputs, rows)
         step.scores = scores
-        self._laps.append(self.clock())
 
     def _commit(self, step: Batch) -> list[RequestOutput]:
         tokens = step.drawn.wait() if step.drawn is not None else ()
@@ -320,13 +312,22 @@ class EngineCore:
 
     def take_outputs(self) -> list[RequestOutput]:
         """Return committed outputs that were not returned yet, for example after a failed step."""
-        outputs = [request.report() for request in self._scheduler.take_progressed()]
-        for output in outputs:
-            if output.finish_reason is not None:
-                request = self._requests.pop(output.request_id, None)
-                if request is not None:
-                    self.recent.add(request, self.clock())
-        self._deliver(outputs)
+        progressed, self._scheduler.progressed = self._scheduler.progressed, []
+        return self._report(progressed)
+
+    def _report(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """Return the new output of each request, for which it may have a mailbox too, and forget
+        those that have ended."""
+        outputs: list[RequestOutput] = []
+        for request in requests:
+            output = request.report()
+            outputs.append(output)
+            if output.is_finished and output.request_id in self._requests:
+                del self._requests[output.request_id]
+                self.recent.add(request)
+            box = self._mailboxes.get(output.request_id)
+            if box is not None:
+                box.append(output)
         return outputs
 
     def _tell_observers(self, step: Batch) -> None:
@@ -364,9 +365,8 @@ class EngineCore:
             raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
         from tqdm import tqdm  # Here, because a server does not need it.
 
-        finals: dict[str, RequestOutput] = {}
-        unfinished: set[str] = set()
-        order: list[str] = []
+        boxes: list[deque[RequestOutput]] = []
+        unfinished: dict[str, deque[RequestOutput]] = {}
         queue = deque(zip(prompts, each, strict=True))
         with tqdm(total=len(prompts), disable=not show_progress, unit="request") as bar:
             try:
@@ -374,23 +374,20 @@ class EngineCore:
                     with signals_delayed():
                         while queue and self.has_room:
                             prompt, params = queue.popleft()
-                            order.append(self.submit(prompt, params, **options))
-                            self._mailboxes[order[-1]] = deque(maxlen=1)  # The last suffices.
-                            unfinished.add(order[-1])
+                            request_id = self.submit(prompt, params, **options)
+                            boxes.append(deque(maxlen=1))  # The last output suffices.
+                            self._mailboxes[request_id] = unfinished[request_id] = boxes[-1]
                         self.step()
-                        for request_id in tuple(unfinished):
-                            box = self._mailboxes[request_id]
+                        for request_id, box in tuple(unfinished.items()):
                             if box and box[0].is_finished:
-                                finals[request_id] = box[0]
-                                unfinished.remove(request_id)
-                                del self._mailboxes[request_id]
+                                del unfinished[request_id], self._mailboxes[request_id]
                                 bar.update()
             finally:
                 with signals_delayed():
                     for request_id in unfinished:
                         self.abort(request_id)
                         del self._mailboxes[request_id]
-        return [finals[request_id] for request_id in order]
+        return [box[0] for box in boxes]
 
     def stream(
         self,
@@ -422,13 +419,6 @@ class EngineCore:
             with signals_delayed():
                 del self._mailboxes[request_id]
                 self.abort(request_id)
-
-    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        if self._mailboxes:
-            for output in outputs:
-                box = self._mailboxes.get(output.request_id)
-                if box is not None:
-                    box.append(output)
 
     def end_session(self, request_id: str) -> None:
         """End the session of ``request_id``, its newest request: no request will follow it. Does

@@ -10,7 +10,7 @@ import torch
 
 
 def upload(
-    values: Sequence[float] | Sequence[Sequence[int]] | npt.NDArray[Any] | torch.Tensor,
+    values: Sequence[float] | Sequence[Sequence[float]] | npt.NDArray[Any] | torch.Tensor,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> torch.Tensor:

@@ -132,7 +132,7 @@ class OracleRunner:
             for i, segment in enumerate(batch.segments)
         ]
         self.num_steps += 1
-        self.num_tokens_computed += batch.num_tokens
+        self.num_tokens_computed += sum(len(one.token_ids) for one in batch.segments)
         return np.array([one for rows in logits for one in rows], np.int64)
 
     def _forget_verified(self) -> None:

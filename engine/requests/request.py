@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +69,7 @@ MAX_COUNT = 2**31 - 1
 BIAS = Limits(f"a finite number from -{MAX_BIAS:g} to {MAX_BIAS:g}", -MAX_BIAS, MAX_BIAS)
 PENALTY = Limits("a finite number from -2 to 2", -2, 2)
 COUNT = Limits(f"an integer from 0 to {MAX_COUNT}", 0, MAX_COUNT, is_whole=True)
+TOKEN_IDS = Limits("token ids of 0 or more", 0, is_whole=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +175,10 @@ class SamplingParams:
                 raise ValueError("stop must contain only non-empty strings.")
         if len(self.logit_bias) > MAX_BIASES:
             raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
-        biased = [token for token, _ in self.logit_bias]
-        for name, tokens in (("stop_token_ids", self.stop_token_ids), ("logit_bias", biased)):
-            for token in tokens:
-                if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
-                    raise ValueError(f"{name} must contain only token ids of 0 or more.")
+        for token in self.stop_token_ids:
+            TOKEN_IDS.check("stop_token_ids", token)
         for token, value in self.logit_bias:
+            TOKEN_IDS.check("logit_bias keys", token)
             BIAS.check(f"logit_bias of token {token}", value)
         if self.max_tokens is not None and self.min_tokens > max(self.max_tokens, 0):
             raise ValueError("min_tokens must not be above max_tokens.")
@@ -190,11 +188,11 @@ class SamplingParams:
         """True if every token is the most likely one."""
         return self.temperature < GREEDY_BELOW
 
-    def with_seed(self, seed: int | None) -> SamplingParams:
-        """Return the same parameters with another seed; lists of tokens are not checked again."""
+    def with_seed(self, seed: int) -> SamplingParams:
+        """Return the same parameters with another seed, wrapped to 64 bits. Nothing is checked
+        again."""
         changed = copy(self)
-        object.__setattr__(changed, "seed", seed)
-        check_fields(changed)
+        object.__setattr__(changed, "seed", (seed + 2**63) % 2**64 - 2**63)
         return changed
 
 
@@ -402,23 +400,21 @@ class Request(ScheduledRequest):
         token of that draw is accepted.
         """
         draw = self.known_len - 1 - self.prompt_len
-        if not self._rules:
-            draws = range(draw, draw + 1 + len(drafts))
-            return [SamplingInput(self.params, self.seed, place) for place in draws]
-        answer, token = self.output, None
-        if drawn is not None and any(rule.needs_newest for rule in self._rules):
-            token = drawn()
-            answer = np.append(answer, np.int32(token))
         rulings: Sequence[Ruling] = [FREE] * (1 + len(drafts))
-        # With NO_TOKEN, the request ends when this step is committed.
-        if token != NO_TOKEN:
-            rulings = ruled(self._rules, Draws(draw, answer, drafts))
-        faults = ((place, one.fault) for place, one in enumerate(rulings, draw) if one.fault)
-        if self._fault is None or self._fault[0] >= draw:
-            self._fault = next(faults, None)
+        if self._rules:
+            answer, token = self.output, None
+            if drawn is not None and any(rule.needs_newest for rule in self._rules):
+                token = drawn()
+                answer = np.append(answer, np.int32(token))
+            # With NO_TOKEN, the request ends when this step is committed.
+            if token != NO_TOKEN:
+                rulings = ruled(self._rules, Draws(draw, answer, drafts))
+            faults = ((place, one.fault) for place, one in enumerate(rulings, draw) if one.fault)
+            if self._fault is None or self._fault[0] >= draw:
+                self._fault = next(faults, None)
         return [
-            SamplingInput(self.params, self.seed, draw + place, ruling)
-            for place, ruling in enumerate(rulings)
+            SamplingInput(self.params, self.seed, place, ruling)
+            for place, ruling in enumerate(rulings, draw)
         ]
 
     def accept_before_no_logits(self, run: Sequence[SampledToken], now_s: float) -> None:
@@ -452,7 +448,7 @@ class Request(ScheduledRequest):
                 self._new_text += text
             if self._met_stop_string:
                 self.finish("stop", now_s, flush=False)
-            elif is_end or any(rule.is_done(self.output) for rule in self._rules):
+            elif is_end or (self._rules and any(r.is_done(self.output) for r in self._rules)):
                 self.finish("stop", now_s)
             elif self.num_tokens >= self.max_len:
                 self.finish("length", now_s)
@@ -466,19 +462,14 @@ class Request(ScheduledRequest):
         self.finish("error", now_s, flush=False)
 
     def finish(self, reason: FinishReason, now_s: float, flush: bool = True) -> None:
+        """End the request, and drop everything that only the next token needs."""
         if flush and self.text_stream is not None:
             text, stopped = self.text_stream.flush()
             self._new_text += text
             self._met_stop_string = stopped
             reason = "stop" if stopped else reason
-        self.finish_reason = reason
-        self.finished_s = now_s
-
-    def release(self, now_s: float) -> None:
-        """Drop everything that only the next token needs. It has ended, by ``now_s``."""
+        self.finish_reason, self.finished_s = reason, now_s
         self._rules, self.text_stream = (), None
-        self.finish_reason = self.finish_reason or "abort"
-        self.finished_s = now_s if self.finished_s is None else self.finished_s
 
     def report(self) -> RequestOutput:
         """Return the output with the tokens since the last report. O(new tokens), amortised."""
@@ -493,7 +484,7 @@ class Request(ScheduledRequest):
         scores = None
         if first == 0 and self.spec.prompt_logprobs is not None:
             answer.prompt_logprobs = scores = (None, *self.scores)
-        ends, failure = (self.scheduled_s, self.first_token_s, self.finished_s), None
+        start_s, failure = self.arrival_s, None
         if self.error is not None:
             failure = (InvalidRequest if self.is_refused else StepFailed)(self.error).to_wire()
         return RequestOutput(
@@ -508,7 +499,11 @@ class Request(ScheduledRequest):
             losses=self.losses,
             finish_reason=self.finish_reason,
             failure=failure,
-            timings=Timings(*(None if end is None else end - self.arrival_s for end in ends)),
+            timings=Timings(
+                queue_s=None if self.scheduled_s is None else self.scheduled_s - start_s,
+                ttft_s=None if self.first_token_s is None else self.first_token_s - start_s,
+                e2e_s=None if self.finished_s is None else self.finished_s - start_s,
+            ),
             num_preemptions=self.num_preemptions,
             drafts=None if self.drafts is None else self.drafts.copy(),
             transferred=self.transferred,
@@ -533,9 +528,8 @@ class RecentRequests:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._ended)
 
-    def add(self, request: Request, now_s: float) -> None:
+    def add(self, request: Request) -> None:
         """Append ``request``, which has ended, and notify the listeners."""
-        request.release(now_s)
         self.num_ended += 1
         self._ended.append(request)
         self._num_tokens += len(request.tokens)

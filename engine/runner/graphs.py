@@ -133,8 +133,7 @@ class DecodeGraphs:
         """
         count = len(segments)
         size = bucket_for(count, self._sizes)
-        bound = bucket_for(max(segment.end for segment in segments), self._bounds)
-        if size is None or bound is None:
+        if size is None:
             return None
         host = self._table.host
         columns = [
@@ -150,6 +149,8 @@ class DecodeGraphs:
             for segment in segments
         ]
         values = np.array(columns, dtype=np.int64).T.copy()
+        bound = bucket_for(int(values[4].max()), self._bounds)
+        assert bound is not None, "a sequence is longer than its row of the table"
         if (size, bound) not in self._replays:
             self.capture((size, bound))
         self._inputs[:, :count].copy_(upload(values, torch.int64, self._table.device.device))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from engine.config import num_load_workers
@@ -232,31 +231,33 @@ class ModelRunner:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _forward_piece(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
-        self._move(batch.moves)
+        # One after the other, because a move may read rows that another wrote.
+        for transfer in batch.moves:
+            if isinstance(transfer, Move):
+                pairs = np.stack([transfer.src, transfer.dst])
+                sources, targets = upload(pairs, torch.int32, self.device.torch_device)
+                self._cache_write.move_rows(self.tensors.rows, sources, targets)
+            else:
+                assert self._transfer is not None, "there is no tier outside the device"
+                self._transfer(transfer)
         self.table.write(batch.row_writes)
         if self.tensors.checkpoints is None:
             self._copy_states(batch.restores)
         else:
             self.tensors.checkpoints.restore(batch.restores, self._state_copy)
         logits = self._logits(batch, drawn)
-        saved = batch.saved_by_decodes
+        saved = [
+            (segment.slot, slot)
+            for segment in batch.segments
+            if segment.is_decode and not segment.num_drafts and segment.slot is not None
+            for position, slot in segment.exports
+            if position == segment.end
+        ]
         if self.tensors.checkpoints is not None:
             exports = [slot for s in batch.segments if not s.is_decode for _, slot in s.exports]
             saved += zip(self.tensors.checkpoints.staging, exports, strict=False)
         self._save(saved)
         return logits
-
-    def _move(self, transfers: Sequence[Transfer]) -> None:
-        """Execute ``transfers`` one after the other, because one may read rows that another
-        wrote."""
-        for transfer in transfers:
-            if not isinstance(transfer, Move):
-                assert self._transfer is not None, "there is no tier outside the device"
-                self._transfer(transfer)
-                continue
-            pairs = np.stack([transfer.src, transfer.dst])
-            sources, targets = upload(pairs, torch.int32, self.device.torch_device)
-            self._cache_write.move_rows(self.tensors.rows, sources, targets)
 
     def _save(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy states to checkpoints: (slot of a state, checkpoint slot)."""
@@ -315,9 +316,11 @@ class ModelRunner:
 
         def patch(token_ids: torch.Tensor) -> None:
             if batch.late_tokens and drawn is not None:
-                places, rows = self._int64(np.array(batch.late_tokens, dtype=np.int64).T.copy())
-                token_ids[places] = drawn[rows]
+                pairs = np.array(batch.late_tokens, dtype=np.int64).T.copy()
+                places, sources = upload(pairs, torch.int64, device)
+                token_ids[places] = drawn[sources]
 
+        device = self.device.torch_device
         rows = logit_rows(batch.segments)
         decodes, prefills = self.graphs
         last = batch.segments[-1]  # After segments without drafts, and decodes.
@@ -329,7 +332,9 @@ class ModelRunner:
             elif decodes is not None:
                 logits = decodes.run(batch.segments, patch)
             if logits is not None:
-                return logits if len(rows) == len(logits) else logits[self._int64(rows)]
+                if len(rows) == len(logits):
+                    return logits
+                return logits[upload(rows, torch.int64, device)]
         token_ids, step = self.step_inputs.of(batch)
         patch(token_ids)
         hidden: torch.Tensor | None = None
@@ -339,7 +344,7 @@ class ModelRunner:
             hidden = self._forward(token_ids, step)
         elif self._predictor is not None:
             self._predictor.follow(token_ids, hidden, step)
-        return self.model.head(hidden[self._int64(rows)])
+        return self.model.head(hidden[upload(rows, torch.int64, device)])
 
     @torch.inference_mode()
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
@@ -385,6 +390,3 @@ class ModelRunner:
             **machine_words(self.device.torch_device),
             "computed bits": self.exactness.digest,
         }
-
-    def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
-        return upload(values, torch.int64, self.device.torch_device)

@@ -21,8 +21,9 @@ from kernels.upload import upload
 
 MASK = 2**64 - 1
 ONE = 2**52
-"""Probability 1 in the integers that are summed. Integer sums are exact in any order, while a
-device chooses its order of floating-point sums by the number of rows."""
+"""Probability 1 as an integer. Probabilities are multiplied by it and rounded down before they are
+summed. Integer sums are exact in any order, while a device chooses its order of floating-point sums
+by the number of rows."""
 TOP_WIDTHS = (64, 1024)
 """Numbers of columns kept for a top_k; the first that is large enough is used. Few, to have few
 groups."""
@@ -52,12 +53,12 @@ class Drawn:
 
     def wait(self) -> list[SampledToken]:
         """Wait for one token per row. It is ``NO_TOKEN`` for a row without valid logits."""
-        tokens, *scores = (copy.tolist() for copy in self._copies.wait())
+        tokens, *scores = self._copies.wait()
         if not scores:
-            return [SampledToken(token, None) for token in tokens]
-        scored = zip(*scores, strict=True)
+            return [SampledToken(token, None) for token in tokens.tolist()]
+        scored = zip(*(copy.tolist() for copy in scores), strict=True)
         sampled = []
-        for token, num_top in zip(tokens, self._wanted, strict=True):
+        for token, num_top in zip(tokens.tolist(), self._wanted, strict=True):
             if num_top is None:
                 sampled.append(SampledToken(token, None))
             else:
@@ -79,9 +80,9 @@ class Sampler:
         logits = _pick(logits, rows)
         tokens, sound = self._choose(logits, requests), _are_numbers(logits)
         wanted = [request.params.logprobs for request in requests]
-        told = [row for row, num_top in enumerate(wanted) if num_top is not None]
-        if not told:
+        if wanted.count(None) == len(wanted):
             return Drawn(tokens, sound, wanted)
+        told = [row for row, num_top in enumerate(wanted) if num_top is not None]
         most = max(num_top or 0 for num_top in wanted)
         scores = _score(_pick(logits, told), _pick(tokens, told), most)
         return Drawn(tokens, sound, wanted, scores)
@@ -184,8 +185,12 @@ def _ruled(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Ten
 
 def _draw(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
     """Draw from all tokens, or those that pass ``min_p``, in the order of their ids."""
-    probabilities = _tempered(scores, requests).softmax(dim=-1)
-    least = _column([request.params.min_p for request in requests], scores)
+    temperatures, least = upload(
+        [(request.params.temperature, request.params.min_p) for request in requests],
+        scores.dtype,
+        scores.device,
+    ).T[:, :, None]
+    probabilities = (scores / temperatures).softmax(dim=-1)
     floor = probabilities.amax(dim=-1, keepdim=True) * least
     return _look_up(probabilities.masked_fill_(probabilities < floor, 0.0), requests)
 
@@ -199,12 +204,12 @@ def _filter(
     excluded tokens. No row's top_k is greater than ``width``.
     """
     ids = _most_likely(scores, width)
-    tempered = _tempered(scores.gather(1, ids), requests)
     params = [request.params for request in requests]
+    tempered = scores.gather(1, ids) / _column([p.temperature for p in params], scores)
     ranks = torch.arange(width, device=scores.device)
     beyond = ranks >= _column([float(p.top_k or width) for p in params], scores)
     probabilities = tempered.masked_fill_(beyond, -torch.inf).softmax(dim=-1)
-    parts = _in_integers(probabilities)
+    parts = (probabilities * ONE).long()
     before = parts.cumsum(dim=-1) - parts
     # Rounded probabilities may add up to more than 1; a top_p of 1 must keep the last column.
     out = before >= _column([int(p.top_p * ONE) if p.top_p < 1 else 2 * ONE for p in params], parts)
@@ -232,21 +237,12 @@ def _most_likely(scores: torch.Tensor, width: int) -> torch.Tensor:
 def _look_up(probabilities: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
     """Return the column at which each row's cumulative sum passes its random number:
     int64[rows]."""
-    sums = _in_integers(probabilities).cumsum(dim=-1)
+    sums = (probabilities * ONE).long().cumsum(dim=-1)
     numbers = [uniform(q.seed, q.draw) for q in requests]
     total = sums[:, -1:]
     points = upload(numbers, torch.float64, sums.device)[:, None] * total.double()
     points = points.long().minimum(total - 1)
     return torch.searchsorted(sums, points, right=True)[:, 0].clamp_(max=sums.shape[-1] - 1)
-
-
-def _in_integers(probabilities: torch.Tensor) -> torch.Tensor:
-    """Return float32 probabilities as multiples of ``1 / ONE``, rounded down: int64."""
-    return (probabilities * ONE).long()
-
-
-def _tempered(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    return scores / _column([request.params.temperature for request in requests], scores)
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from engine.layers.blocks import (
 from engine.runner.device import Device
 from engine.runner.memory import Memory, allocate
 from engine.schedule.scheduler import Batch, Segment
+from hybridcache.tokens import Indices, Tokens
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
 from kernels.upload import upload
@@ -153,51 +154,50 @@ class StepInputs:
 
     def of(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
         """Return token ids ``[num_rows]`` and all other inputs of the layers."""
-        segments = batch.segments
-        num_tokens = batch.num_tokens
-        num_rows = -(-num_tokens // self._multiple) * self._multiple
         decodes, verified, prefills = list[Segment](), list[Segment](), list[Segment]()
-        token_ids = np.zeros(num_rows, dtype=np.int64)
-        positions = np.empty(num_tokens, dtype=np.int64)
-        kv_indices = np.empty(num_tokens, dtype=np.int64)
-        offset = num_verify = 0
-        for segment in segments:
+        tokens, positions, indices = list[Tokens](), list[Tokens](), list[Indices]()
+        num_verify = 0
+        for segment in batch.segments:
             kind = verified if segment.num_drafts else decodes if segment.is_decode else prefills
             kind.append(segment)
             num_verify += len(segment.token_ids) if segment.num_drafts else 0
-            span = slice(offset, offset + len(segment.token_ids))
-            token_ids[span] = segment.token_ids
-            positions[span] = np.arange(segment.start, segment.end)
-            kv_indices[span] = self._table.host[segment.row, segment.start : segment.end]
-            offset = span.stop
-        cos, sin = self._rotary(self._int64(positions))
+            tokens.append(segment.token_ids)
+            positions.append(np.arange(segment.start, segment.end, dtype=np.int32))
+            indices.append(self._table.host[segment.row, segment.start : segment.end])
+        known = np.concatenate(tokens)
+        num_tokens, device = len(known), self._device
+        num_rows = -(-num_tokens // self._multiple) * self._multiple
+        token_ids = np.zeros(num_rows, np.int64)
+        token_ids[:num_tokens] = known
+        cos, sin = self._rotary(upload(np.concatenate(positions), torch.int64, device))
         step = LayerInputs(
             num_tokens=num_tokens,
             num_decode=len(decodes),
             num_rows=num_rows,
             cos=cos,
             sin=sin,
-            kv_indices=self._int64(kv_indices),
+            kv_indices=upload(np.concatenate(indices), torch.int64, device),
             table=self._table.device,
-            decode=DecodePart(self._sequences(decodes), self._slots(decodes)) if decodes else None,
+            decode=DecodePart(*self._sequences(decodes)) if decodes else None,
             prefill=self._prefill_part(prefills) if prefills else None,
             num_verify=num_verify,
             verify=self._verify_part(verified) if verified else None,
         )
-        return self._int64(token_ids), step
+        return upload(token_ids, torch.int64, device), step
 
     def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
         lengths = [len(segment.token_ids) for segment in segments]
         rows = [segment.row for segment in segments for _ in segment.token_ids]
         kv_lens = [end for s in segments for end in range(s.start + 1, s.end + 1)]
         steps = [slot for slots in self._running.step_slots for slot in slots]
+        sequences, slots = self._sequences(segments)
         return VerifyPart(
             packed=Packed.from_lengths(lengths, self._device),
-            sequences=self._sequences(segments),
+            sequences=sequences,
             tokens=Sequences.of(rows, kv_lens, self._device),
-            slots=self._slots(segments),
+            slots=slots,
             step_slots=upload(steps, torch.int32, self._device),
-            before=self._int64(tokens_before(lengths, sum(lengths))),
+            before=upload(tokens_before(lengths, sum(lengths)), torch.int64, self._device),
         )
 
     def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
@@ -211,24 +211,18 @@ class StepInputs:
         if self._tensors.checkpoints is not None:
             staging = self._tensors.checkpoints.staging
             exports = [(rank, at, staging[i]) for i, (rank, at, _) in enumerate(exports)]
+        sequences, slots = self._sequences(segments)
         return PrefillPart(
             packed=packed,
-            sequences=self._sequences(segments),
-            slots=self._slots(segments),
+            sequences=sequences,
+            slots=slots,
             resumed=upload([segment.start > 0 for segment in segments], torch.bool, self._device),
             exports=Exports.plan(packed, exports),
         )
 
-    def _sequences(self, segments: Sequence[Segment]) -> Sequences:
-        return Sequences.of(
-            [segment.row for segment in segments],
-            [segment.end for segment in segments],
-            self._device,
-        )
-
-    def _slots(self, segments: Sequence[Segment]) -> torch.Tensor:
-        slots = [self._running.at(s.slot) for s in segments if s.slot is not None]
-        return upload(slots, torch.int32, self._device)
-
-    def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
-        return upload(values, torch.int64, self._device)
+    def _sequences(self, segments: Sequence[Segment]) -> tuple[Sequences, torch.Tensor]:
+        """Return the sequences of ``segments``, and the slots of their states: int32."""
+        rows, ends = [one.row for one in segments], [one.end for one in segments]
+        slots = [self._running.at(one.slot) for one in segments if one.slot is not None]
+        sequences = Sequences.of(rows, ends, self._device)
+        return sequences, upload(slots, torch.int32, self._device)

@@ -35,10 +35,6 @@ UNKNOWN: Tokens = np.zeros(1, np.int32)
 """Tokens of a segment whose one token is drawn but has not reached the host."""
 
 
-NO_TOKENS: Tokens = np.empty(0, np.int32)
-NO_TOKENS.setflags(write=False)
-
-
 @dataclass(frozen=True, slots=True)
 class Draft:
     """Tokens proposed as a continuation of a request."""
@@ -142,7 +138,7 @@ class Segment(Struct, frozen=True):
 
     @property
     def drafts(self) -> Tokens:
-        return self.token_ids[-self.num_drafts :] if self.num_drafts else NO_TOKENS
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
     def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
         """Return the tokens that the step gave the request: the accepted drafts and one more.
@@ -175,7 +171,7 @@ class Batch:
 
     Before the forward pass, ``moves``, ``row_writes`` and ``restores`` are executed, in this order.
     A batch without segments is executed for its moves only. A batch with neither segments nor moves
-    is never executed and must contain no copies (AssertionError).
+    is never executed and contains no copies.
     """
 
     segments: tuple[Segment, ...]
@@ -199,14 +195,6 @@ class Batch:
         inputs = self.segments, self.restores, self.row_writes, self.late_tokens, self.moves
         return Batch, inputs
 
-    def __post_init__(self) -> None:
-        copies = self.restores or self.row_writes
-        assert self.segments or self.moves or not copies, "copies in a batch that is not executed"
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(segment.token_ids) for segment in self.segments)
-
     @property
     def num_decode_tokens(self) -> int:
         return sum(len(segment.token_ids) for segment in self.segments if segment.is_decode)
@@ -214,17 +202,6 @@ class Batch:
     @property
     def has_drafts(self) -> bool:
         return any(segment.num_drafts for segment in self.segments)
-
-    @property
-    def saved_by_decodes(self) -> list[tuple[int, int]]:
-        """(own slot, checkpoint slot) of decodes that have no drafts and end at a checkpoint."""
-        return [
-            (segment.slot, slot)
-            for segment in self.segments
-            if segment.is_decode and not segment.num_drafts and segment.slot is not None
-            for position, slot in segment.exports
-            if position == segment.end
-        ]
 
 
 def pieces(batch: Batch, max_exports: int) -> list[Batch]:
@@ -386,23 +363,20 @@ class Scheduler(StepPlanner[Request]):
         self.hooks = tuple(part for part in (fetching, drafting) if isinstance(part, StepHooks))
         self._drafting, self._may_draft = drafting or DraftPlanner(), drafting is not None
         self._verifies = False
-        self._progressed: list[Request] = []
+        self.progressed: list[Request] = []
+        """Requests with something to report. After a failed commit, these are the requests that it
+        had processed. Emptied by the caller."""
 
     @property
     def must_commit(self) -> bool:
         """True if the step in flight has drafts, so memory must not change before its commit."""
         return self._verifies and self._num_in_flight > 0
 
-    @property
-    def has_progressed(self) -> bool:
-        """True if ``take_progressed`` would return a request."""
-        return bool(self._progressed)
-
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End ``request`` at once, in any state, and publish the computed tokens: a client that
         ends an answer often goes on from it. Its rows, pages and slots are free afterwards."""
-        if request in self._progressed:
-            self._progressed.remove(request)
+        if request in self.progressed:
+            self.progressed.remove(request)
         if request.finish_reason is not None:
             return
         try:
@@ -434,12 +408,6 @@ class Scheduler(StepPlanner[Request]):
         self._num_in_flight = 0
         self._must_wait = self._is_full = False
         return tuple(interrupted)
-
-    def take_progressed(self) -> list[Request]:
-        """Return the requests with something to report since the last call. After a failed commit,
-        these are the requests that it had processed."""
-        progressed, self._progressed = self._progressed, []
-        return progressed
 
     def schedule(self) -> Batch:
         """Choose the next step's segments and claim the memory for it.
@@ -483,6 +451,8 @@ class Scheduler(StepPlanner[Request]):
         self._num_in_flight += bool(segments)
         self._verifies = bool(drafts)
         copies = self._manager.take_step()
+        has_copies = copies.restores or copies.row_writes
+        assert segments or copies.transfers or not has_copies, "copies that are not executed"
         return Batch(
             tuple(segments),
             copies.restores,
@@ -541,7 +511,16 @@ class Scheduler(StepPlanner[Request]):
             self.advance(request, segment.end, publishes=has_logits)
             is_scored_through = request.computed_len >= request.max_len
             if run or is_scored_through or not has_logits:
-                self._accept(request, run, now_s, has_logits)
+                self.progressed.append(request)
+                try:
+                    if not has_logits:
+                        request.accept_before_no_logits(run, now_s)
+                    elif run:
+                        request.accept(run, now_s)
+                    else:  # It only scored its prompt.
+                        request.finish("length", now_s)
+                except Exception as error:
+                    self._fail(request, error)
             if segment.num_drafts:
                 num_new = request.num_tokens - num_before
                 settled = self._settle(segment, len(run) - 1, num_new) if has_logits else 0
@@ -551,25 +530,6 @@ class Scheduler(StepPlanner[Request]):
                 self.leave(request, publishes=has_logits)
                 self._drafting.forget(request)
         return tuple(taken)
-
-    def _accept(
-        self,
-        request: Request,
-        run: Sequence[SampledToken],
-        now_s: float,
-        has_logits: bool,
-    ) -> None:
-        """Append tokens. Without any, the request only scored its prompt, and ends."""
-        self._progressed.append(request)
-        try:
-            if not has_logits:
-                request.accept_before_no_logits(run, now_s)
-            elif run:
-                request.accept(run, now_s)
-            else:
-                request.finish("length", now_s)
-        except Exception as error:
-            self._fail(request, error)
 
     def _settle(self, segment: Segment, num_accepted: int, num_new: int) -> int:
         """Move a request to the end of the accepted part of its draft. Returns the number of the

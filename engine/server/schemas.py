@@ -212,9 +212,8 @@ class Sampling(OpenAIBody, kw_only=True):
             first = SamplingParams(**given)  # Its lists of tokens are checked once.
             if self.seed is None:
                 return [first] * self.n
-            # The choices must differ, and be reproducible. Seeds are wrapped to 64 bits.
-            seeds = ((self.seed + at + 2**63) % 2**64 - 2**63 for at in range(self.n))
-            return [first.with_seed(seed) for seed in seeds]
+            # The choices must differ, and be reproducible.
+            return [first.with_seed(self.seed + at) for at in range(self.n)]
         except ValueError as error:
             raise of_value(error) from error
 

@@ -31,7 +31,7 @@ class Load:
         forward = runner.forward
 
         def spy(batch, drawn=()):
-            assert batch.num_tokens <= config.most_step_tokens
+            assert sum(len(one.token_ids) for one in batch.segments) <= config.most_step_tokens
             lengths = [len(s.token_ids) for s in batch.segments if not s.is_decode]
             self.prefilled.append(sum(lengths))
             self.tiles.append(sum(-(-length // TILE) for length in lengths))

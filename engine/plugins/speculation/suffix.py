@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 
 from engine.requests.request import Request
-from engine.schedule.scheduler import NO_TOKENS, Newest
+from engine.schedule.scheduler import Newest
 from hybridcache.radix.tree import (
     TOKEN_BYTES,
     NodeHandle,
@@ -19,7 +19,7 @@ from hybridcache.radix.tree import (
     first_page,
     members,
 )
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import EMPTY, Tokens
 
 MAX_TEXTS, MAX_KEPT = 16, 1 << 16
 """Maximum number of finished texts that are kept, and of their tokens in total."""
@@ -44,7 +44,7 @@ class Drafter:
 
         Must take a bounded time, because all requests wait for it.
         """
-        return [NO_TOKENS] * len(wanted)
+        return [EMPTY] * len(wanted)
 
     def forget(self, request: Request) -> None:
         """Drop the state of ``request``, which has ended."""
@@ -84,9 +84,9 @@ def following(page_size: int, node: NodeHandle | None, tokens: Tokens, max_token
     while isinstance(node, RadixNode) and node.end > len(tokens):
         node = node.parent
     if not isinstance(node, RadixNode):
-        return NO_TOKENS
+        return EMPTY
     first = node.end
-    rest, at, found = tokens[first:].tobytes(), 0, [NO_TOKENS]
+    rest, at, found = tokens[first:].tobytes(), 0, [EMPTY]
     num_missing, num_left = max_tokens, len(tokens) - first
     while num_missing > 0:
         child = _next(node, page_size, tokens[first + at :])
