@@ -251,6 +251,7 @@ def test_row_count_changes_no_bit(format, device) -> None:
         assert torch.equal(product(hidden[:n], weights[:n], experts[:n]), whole[:n]), n
 
 
+@pytest.mark.full("3-True", "40-False")
 @pytest.mark.parametrize("in_blocks", [True, False])
 @pytest.mark.parametrize("num_tokens", [3, 40, 100])
 def test_fp8_rows_equal_the_reference_in_any_batch(num_tokens, in_blocks, device) -> None:

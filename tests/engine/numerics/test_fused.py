@@ -50,6 +50,7 @@ def test_engine_with_all_triton_kernels(name, oracles) -> None:
     assert torch.equal(mixed[1:], cold[64:])
 
 
+@pytest.mark.full("int8-qwen3_next", "fp8-qwen3_next")
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
 @pytest.mark.parametrize(
     "error, options",
