@@ -120,10 +120,8 @@ def test_plan_with_ample_memory_is_the_optimum(pairs: list[Pair], state: int, gr
     plan = clairvoyant_greedy(build_trie(trace_of(pairs), grid=grid), budget)
     short = pairs[:2]  # the search has no memory limit to prune it
     trie = build_trie(trace_of(short), grid=grid)
-    assert clairvoyant_greedy(trie, budget).cached_lens(trie).sum() == brute_force(
-        short, budget, grid
-    )
-    plan.verify(build_trie(trace_of(pairs), grid=grid), budget)
+    assert clairvoyant_greedy(trie, budget).cached_lens.sum() == brute_force(short, budget, grid)
+    plan.verify()
 
 
 def test_optimum_of_a_worked_example() -> None:
@@ -134,4 +132,4 @@ def test_optimum_of_a_worked_example() -> None:
     for capacity, cached in ((6, [0, 0, 4, 0]), (6 + 5, [0, 0, 4, 3])):
         budget = MemoryBudget(capacity, kv_bytes_per_token=1, state_bytes=2)
         trie = build_trie(trace_of(pairs))
-        assert clairvoyant_greedy(trie, budget).cached_lens(trie).tolist() == cached
+        assert clairvoyant_greedy(trie, budget).cached_lens.tolist() == cached

@@ -71,73 +71,56 @@ ALPHAS = tuple(round(0.1 * step, 1) for step in range(21))
 
 @dataclass(frozen=True, slots=True)
 class LayerFlops:
-    """Forward FLOPs of ``length`` tokens by layer kind, as counted in the paper.
+    """Forward FLOPs of ``length`` tokens by layer kind."""
 
-    The paper assumes multi-head attention and two MLP matrices of 4 D.
-    """
+    num_attention: int
+    num_mlp: int
+    attention_token: float
+    """In one attention layer, of a token without attention to others."""
+    attention_pair: float
+    """In one attention layer, for each of ``length ** 2`` pairs."""
+    mlp_token: float
+    """Of a token in all MLPs."""
+    linear_token: float
+    """Of a token in all linear layers."""
 
-    num_attention: int = 4
-    num_linear: int = 24
-    num_mlp: int = 28
-    hidden: int = 4096
-    state: int = 128
+    @classmethod
+    def paper(
+        cls,
+        num_attention: int = 4,
+        num_linear: int = 24,
+        num_mlp: int = 28,
+        hidden: int = 4096,
+        state: int = 128,
+    ) -> LayerFlops:
+        """Return the FLOPs as counted in the paper, by default of its 7B model: multi-head
+        attention, two MLP matrices of 4 D, and Mamba."""
+        mlp_token = num_mlp * 16.0 * hidden**2
+        linear_token = num_linear * (12.0 * hidden**2 + 16.0 * hidden * state + 10.0 * hidden)
+        pair = 4.0 * hidden
+        return cls(num_attention, num_mlp, 8.0 * hidden**2, pair, mlp_token, linear_token)
+
+    @classmethod
+    def of(cls, config: BaselineConfig) -> LayerFlops:
+        """Return the FLOPs of the model that a config describes. All weights and recurrences count
+        as MLP: the split among them changes no efficiency of the paper's reading."""
+        num_attention = max(1, config.num_full_layers)
+        # Each token attends to all before it and to itself: length * (length + 1) / 2 pairs.
+        pair = config.pair_flops / num_attention / 2
+        num_mlp = config.num_full_layers + config.num_linear_layers
+        return cls(num_attention, num_mlp, pair, pair, config.token_flops, 0.0)
+
+    def one_attention(self, length: int) -> float:
+        """Return the FLOPs of one attention layer."""
+        return self.attention_token * length + self.attention_pair * length**2
 
     def attention(self, length: int) -> float:
         """Return the FLOPs of all attention layers."""
         return self.num_attention * self.one_attention(length)
 
-    def one_attention(self, length: int) -> float:
-        """Return the FLOPs of one attention layer."""
-        return 8.0 * length * self.hidden**2 + 4.0 * length**2 * self.hidden
-
-    def mlp(self, length: int) -> float:
-        """Return the FLOPs of all MLPs."""
-        return self.num_mlp * 16.0 * length * self.hidden**2
-
-    def linear(self, length: int) -> float:
-        """Return the FLOPs of all linear layers (Mamba)."""
-        d, n = self.hidden, self.state
-        return self.num_linear * length * (12.0 * d**2 + 16.0 * d * n + 10.0 * d)
-
     def total(self, length: int) -> float:
         """Return the FLOPs of the whole model."""
-        return self.attention(length) + self.mlp(length) + self.linear(length)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFlops(LayerFlops):
-    """Forward FLOPs of any model, from its FLOPs per token and per pair of tokens.
-
-    All weights count as MLP: the split among linear layers, projections and MLPs changes no
-    efficiency of the paper's reading.
-    """
-
-    token_flops: float = 0.0
-    pair_flops: float = 0.0
-
-    @classmethod
-    def of(cls, config: BaselineConfig) -> ModelFlops:
-        """Return the FLOPs of the model that a config describes."""
-        num_mlp = config.num_full_layers + config.num_linear_layers
-        return cls(
-            num_attention=max(1, config.num_full_layers),
-            num_mlp=num_mlp,
-            token_flops=config.token_flops,
-            pair_flops=config.pair_flops,
-        )
-
-    def one_attention(self, length: int) -> float:
-        """Return the FLOPs of one attention layer: each token attends to all before it and to
-        itself."""
-        return self.pair_flops / self.num_attention * length * (length + 1) / 2
-
-    def mlp(self, length: int) -> float:
-        """Return the FLOPs of all weights and recurrences."""
-        return self.token_flops * length
-
-    def linear(self, length: int) -> float:
-        """Return zero. Recurrences are part of ``mlp``."""
-        return 0.0
+        return self.attention(length) + (self.mlp_token + self.linear_token) * length
 
 
 class MarconiCache:
@@ -167,7 +150,7 @@ class MarconiCache:
         self.config = config
         self.reading: Reading = reading
         self.alpha = alpha or 0.0
-        model = ModelFlops.of(config) if config.token_flops else LayerFlops()
+        model = LayerFlops.of(config) if config.token_flops else LayerFlops.paper()
         self.flops = flops or model
         self.leaf_lru = leaf_lru
         self.kv_bytes = config.kv_bytes_per_token * config.unit
@@ -339,13 +322,13 @@ class MarconiCache:
         unit, flops = self.config.unit, self.flops
         total, above = node.depth * unit, node.parent.depth * unit
         saved = flops.attention(total) - flops.attention(above)
-        saved += flops.linear(total) - flops.linear(above) + flops.mlp(total)
+        saved += flops.linear_token * (total - above) + flops.mlp_token * total
         kv_tokens = len(node.tokens)
         if self.reading == "artifact":
             saved -= flops.num_mlp * flops.one_attention(above)
             kv_tokens = node.depth
         else:
-            saved -= flops.mlp(above)
+            saved -= flops.mlp_token * above
         return saved / (kv_tokens * self.kv_bytes + self.config.state_bytes)
 
     def _learn(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:

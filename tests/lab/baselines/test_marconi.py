@@ -14,7 +14,7 @@ from hybridcache.tokens import Tokens
 
 MODEL_7B = BaselineConfig(10**9, kv_bytes_per_token=65_536, state_bytes=24 * 1_116_160)
 SMALL = BaselineConfig(budget_bytes=10**6, kv_bytes_per_token=1, state_bytes=10)
-ONE_WIDE = LayerFlops(num_attention=1, num_linear=1, num_mlp=2, hidden=1, state=1)
+ONE_WIDE = LayerFlops.paper(num_attention=1, num_linear=1, num_mlp=2, hidden=1, state=1)
 """FLOPs per layer: attention 8 L + 4 L^2, MLP 16 L, linear 38 L."""
 
 
@@ -43,8 +43,8 @@ def test_sizes_and_flops_match_the_paper() -> None:
     assert every_16 / 1e9 == pytest.approx(17.4, abs=0.05)
     transformer = 10_000 * MODEL_7B.kv_bytes_per_token / 4 * 32
     assert every_16 / transformer == pytest.approx(3.3, abs=0.05)
-    flops = LayerFlops()
-    per_byte = flops.linear(1000) / MODEL_7B.state_bytes
+    flops = LayerFlops.paper()
+    per_byte = 1000 * flops.linear_token / MODEL_7B.state_bytes
     assert per_byte / 1000 == pytest.approx(200, rel=0.1), "FLOPs per byte and token"
     attention_bytes = 1000 * MODEL_7B.kv_bytes_per_token
     assert flops.attention(1000) / attention_bytes == pytest.approx(1000 + 2 * 4096)
