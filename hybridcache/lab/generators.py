@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial, wraps
 from itertools import islice
 from typing import Any, ParamSpec
@@ -18,14 +17,19 @@ from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens
 
 _VOCAB = 150_000
+_ANSWER = 32
+"""Tokens of answers in workloads that differ in prompts only."""
 Requests = Iterator[TraceRequest]
 Options = ParamSpec("Options")
+GENERATORS: dict[str, Callable[..., Trace]] = {}
+"""Functions that make a trace, by the name of the trace."""
 
 
 def generator(draw: Callable[Options, Requests]) -> Callable[Options, Trace]:
     """Return the function that makes the trace of the requests that ``draw`` yields, under the name
-    of ``draw``. It refuses wrong arguments, which ``draw`` would find when the trace is read."""
-    signature = inspect.signature(draw)
+    of ``draw``, and add it to ``GENERATORS``. It refuses wrong arguments, which ``draw`` would find
+    when the trace is read."""
+    signature, name = inspect.signature(draw), draw.__name__.replace("_", "-")
 
     @wraps(draw)
     def make(*args: Options.args, **options: Options.kwargs) -> Trace:
@@ -35,10 +39,11 @@ def generator(draw: Callable[Options, Requests]) -> Callable[Options, Trace]:
             raise TypeError(f"{draw.__name__}: {error}") from None
         bound.apply_defaults()  # All ways to write the same options are one trace (identity_of).
         source = partial(_drawn, make, *bound.args, **bound.kwargs)
-        return Trace(draw.__name__.replace("_", "-"), 1, source)
+        return Trace(name, 1, source)
 
     shown: Any = make
     shown.__signature__ = signature.replace(return_annotation="Trace")
+    GENERATORS[name] = make
     return make
 
 
@@ -92,27 +97,42 @@ def chat(seed: int = 0, boundaries: bool = True) -> Requests:
     Each round visits the conversations in a new random order. Ideal token hit rate .918.
     """
     writer = Writer(seed, boundaries)
-    systems = [writer.text(1500) for _ in range(4)]
-    histories = [systems[conversation % 4] for conversation in range(40)]
-    for _ in range(8):
-        for conversation in writer.rng.permutation(40).tolist():
-            question = writer.text(writer.spread(300))
-            prompt = np.concatenate((histories[conversation], question))
-            answer = writer.text(writer.spread(250))
-            histories[conversation] = np.concatenate((prompt, answer))
-            yield writer.request(conversation, prompt, answer, 1500)
+    systems = [writer.text(1500) for _ in range(4)] * 10
+    return _rounds(writer, systems, 8, partial(writer.spread, 300), partial(writer.spread, 250))
+
+
+def _rounds(
+    writer: Writer,
+    histories: list[Tokens],
+    turns: int,
+    added: Callable[[], int],
+    answered: Callable[[], int],
+    is_mixed: bool = True,
+) -> Requests:
+    """Continue each conversation ``turns`` times: with ``is_mixed`` in a new random order in each
+    round. ``added`` and ``answered`` draw the lengths of questions and answers."""
+    beginnings = [(len(history),) if len(history) else () for history in histories]
+    for _ in range(turns):
+        order = range(len(histories))
+        for number in writer.rng.permutation(order).tolist() if is_mixed else order:
+            prompt = np.concatenate((histories[number], writer.text(added())))
+            answer = writer.text(answered())
+            histories[number] = np.concatenate((prompt, answer))
+            yield writer.request(number, prompt, answer, *beginnings[number])
 
 
 @generator
 def few_shot(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 320 requests: one of 8 prefixes of 1,500 tokens at random, then 700 unique tokens;
     answers of 32. Ideal token hit rate .665."""
-    writer = Writer(seed, boundaries)
-    prefixes = [writer.text(1500) for _ in range(8)]
-    for request in range(320):
-        prefix = prefixes[int(writer.rng.integers(8))]
-        prompt = np.concatenate((prefix, writer.text(700)))
-        yield writer.request(request, prompt, writer.text(32), 1500)
+    return _prefixed(Writer(seed, boundaries), 320, 8, 1500, 700)
+
+
+def _prefixed(writer: Writer, requests: int, prefixes: int, length: int, suffix: int) -> Requests:
+    hot = [writer.text(length) for _ in range(prefixes)]
+    for number in range(requests):
+        prompt = np.concatenate((hot[int(writer.rng.integers(prefixes))], writer.text(suffix)))
+        yield writer.request(number, prompt, writer.text(_ANSWER), length)
 
 
 @generator
@@ -120,14 +140,8 @@ def agent(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 10 agents with unique beginnings of 4,000 tokens, in round-robin order. Each of 32
     turns adds U{50..600} tokens; answers have U{40..200}. Ideal token hit rate .960."""
     writer = Writer(seed, boundaries)
-    histories = [writer.text(4000) for _ in range(10)]
-    for _ in range(32):
-        for number in range(10):
-            observation = writer.text(writer.between(50, 600))
-            prompt = np.concatenate((histories[number], observation))
-            answer = writer.text(writer.between(40, 200))
-            histories[number] = np.concatenate((prompt, answer))
-            yield writer.request(number, prompt, answer, 4000)
+    added, answered = partial(writer.between, 50, 600), partial(writer.between, 40, 200)
+    return _rounds(writer, [writer.text(4000) for _ in range(10)], 32, added, answered, False)
 
 
 @generator
@@ -160,14 +174,8 @@ def short(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 conversations of 3 turns over 4 system prompts of 320 tokens. Turns and answers
     have 60 tokens; each round has a new order. Ideal token hit rate .859."""
     writer = Writer(seed, boundaries)
-    systems = [writer.text(320) for _ in range(4)]
-    histories = [systems[conversation % 4] for conversation in range(40)]
-    for _ in range(3):
-        for conversation in writer.rng.permutation(40).tolist():
-            prompt = np.concatenate((histories[conversation], writer.text(60)))
-            answer = writer.text(60)
-            histories[conversation] = np.concatenate((prompt, answer))
-            yield writer.request(conversation, prompt, answer, 320)
+    systems = [writer.text(320) for _ in range(4)] * 10
+    return _rounds(writer, systems, 3, lambda: 60, lambda: 60)
 
 
 def conversations(
@@ -185,10 +193,13 @@ def conversations(
     are the long variant (mean prompt 61,000).
     """
     name = f"conversations-{live}" if turns == 5 else f"conversations-{live}x{turns}"
-    return replace(_conversations(live, num_conversations, turns, seed, boundaries), name=name)
+    arguments = live, num_conversations, turns, seed, boundaries
+    return Trace(name, 1, partial(_conversations, *arguments))
 
 
-@generator
+GENERATORS["conversations"] = conversations
+
+
 def _conversations(
     live: int, num_conversations: int, turns: int, seed: int, boundaries: bool
 ) -> Requests:
@@ -226,8 +237,6 @@ def _conversations(
 # thousands of tokens. Diffuse cuts are normally distributed here, and uniform over the last five
 # sixths in the paper.
 
-_ANSWER = 32
-
 
 @generator
 def exact_hot_prefix(
@@ -235,11 +244,7 @@ def exact_hot_prefix(
 ) -> Requests:
     """Generate prompts of one of a few hot prefixes, whole, plus a unique suffix. There is one good
     position per prefix."""
-    writer = Writer(seed)
-    hot = [writer.text(length) for _ in range(prefixes)]
-    for number in range(requests):
-        prompt = np.concatenate((hot[int(writer.rng.integers(prefixes))], writer.text(suffix)))
-        yield writer.request(number, prompt, writer.text(_ANSWER), length)
+    return _prefixed(Writer(seed), requests, prefixes, length, suffix)
 
 
 @generator
@@ -249,13 +254,8 @@ def append_only_chat(
     """Generate sessions in round-robin order. Each prompt is the last prompt, its answer and
     ``added`` new tokens, so the end of the prompt is the best position."""
     writer = Writer(seed)
-    histories = [writer.text(0) for _ in range(sessions)]
-    for _ in range(turns):
-        for session in range(sessions):
-            prompt = np.concatenate((histories[session], writer.text(added)))
-            answer = writer.text(_ANSWER)
-            histories[session] = np.concatenate((prompt, answer))
-            yield writer.request(session, prompt, answer)
+    empty = [writer.text(0)] * sessions
+    return _rounds(writer, empty, turns, lambda: added, lambda: _ANSWER, is_mixed=False)
 
 
 @generator
@@ -482,22 +482,3 @@ def _session(seed: int, number: int, user: int, answer: int, opening: Tokens) ->
 
 def _length(rng: np.random.Generator, median: int) -> int:
     return max(1, min(int(rng.lognormal(np.log(median), 0.8)), 4000))
-
-
-GENERATORS: dict[str, Callable[..., Trace]] = {
-    "chat": chat,
-    "few-shot": few_shot,
-    "agent": agent,
-    "branch": branch,
-    "resend": resend,
-    "short": short,
-    "conversations": conversations,
-    "sharegpt-like": sharegpt_like,
-    "exact-hot-prefix": exact_hot_prefix,
-    "append-only-chat": append_only_chat,
-    "diffuse-cut-points": diffuse_cut_points,
-    "agent-tree": agent_tree,
-    "tree-of-thoughts": tree_of_thoughts,
-    "uniform-adversary": uniform_adversary,
-    "tree-search": tree_search,
-}
