@@ -57,10 +57,8 @@ class ConversationsReader(SessionReader):
             conversation = Conversation(chat, name)
             conversation.said += said[:num_added]
             for message, one in zip(said[num_added:], messages, strict=True):
-                now_s = None
-                if has_times and message["role"] != "system":
-                    named = Named(one, {})
-                    now_s = clock.at(named.time_s(), named.get("time"))
+                is_timed = has_times and message["role"] != "system"
+                now_s = Named(one, {}).time_s(clock) if is_timed else None
                 request = conversation.add(message, one, now_s)
                 found += [] if request is None else [request]
             yield found

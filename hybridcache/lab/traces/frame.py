@@ -125,19 +125,6 @@ class Record(dict[str, Any]):
             raise ValueError(f"{name} is {shown(value)}, not a finite number of at least 0")
         return float(value)
 
-    def moment(self, name: str) -> float:
-        """Return a time in seconds: a number, or a date in ISO 8601 as seconds since 1970 (UTC if
-        it names no zone)."""
-        value = self[name]
-        if not isinstance(value, str):
-            return self.seconds(name)
-        try:
-            when = datetime.fromisoformat(value)
-            return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, OverflowError):
-            problem = f"{name} is {shown(value)}, not a number and not a time in ISO 8601"
-            raise ValueError(problem) from None
-
     def text(self, name: str) -> str:
         """Return a text, possibly empty."""
         value = self[name]
@@ -213,23 +200,32 @@ class TraceClock:
     has a time."""
 
     def __init__(self) -> None:
-        self._now = -1.0
-        self._kind: str | None = None
-        """Kind of the first record's time; None before it."""
+        self._untimed = count()
+        self._kind = ""
+        """Kind of the first record's time; empty before it."""
 
-    def at(self, when_s: float | None, value: Any) -> float:
-        """Return ``when_s``, or a second after the record before if no record has a time. Raises
-        ValueError if the kinds of the ``value``, as the record has it, differ."""
-        kind = "no time" if when_s is None else "a number as its time"
+    def at(self, record: Record, name: str | None) -> float:
+        """Return the time in the field ``name``, in seconds: a number, or a date in ISO 8601 as
+        seconds since 1970 (UTC if it names no zone). Without a name, the number of the record.
+
+        Raises ValueError for another value, and for another kind than the first record's.
+        """
+        kind = "no time" if name is None else "a number as its time"
+        value = None if name is None else record[name]
         if isinstance(value, str):
-            has_zone = datetime.fromisoformat(value).tzinfo is not None
-            kind = "a date with a zone" if has_zone else "a date without a zone"
-        if self._kind is None:
-            self._kind = kind
-        elif self._kind != kind:
+            try:
+                when = datetime.fromisoformat(value)
+                when_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+            except (ValueError, OverflowError):
+                problem = f"{name} is {shown(value)}, not a number and not a time in ISO 8601"
+                raise ValueError(problem) from None
+            kind = "a date with a zone" if when.tzinfo else "a date without a zone"
+        elif name is not None:
+            when_s = record.seconds(name)
+        if kind != (self._kind or kind):
             raise ValueError(f"it has {kind}, but the records above have {self._kind}")
-        self._now = self._now + 1.0 if when_s is None else when_s
-        return self._now
+        self._kind = kind
+        return float(next(self._untimed)) if name is None else when_s
 
 
 def request_of_blocks(

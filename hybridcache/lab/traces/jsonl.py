@@ -105,8 +105,7 @@ class OwnReader(FileReader):
                 raise ValueError(f"boundaries is outside of the prompt's {len(tokens)} ids")
             if not 1 <= plain.get("partial_tokens", 1) <= unit:
                 raise ValueError(f"partial must be 1 to {unit}")
-            when_s = record.optional(record.moment, "timestamp", None)
-            now_s = clock.at(when_s, record.get("timestamp"))
+            now_s = clock.at(record, "timestamp" if "timestamp" in record else None)
             last[session] = np.concatenate((tokens, output))
             known_end = tuple(sorted(boundaries))
             request = TraceRequest(now_s, session, None, tokens, output, known_end)

@@ -148,19 +148,13 @@ class Named:
                 self.record[name] = float(self.record[name])
         return name
 
-    def time_s(self) -> float | None:
-        """Return the time in seconds; None without one."""
-        if "time" not in self.used:
-            return None
-        when = self.record.moment(self.number("time"))
-        if self.has_date:
+    def time_s(self, clock: TraceClock) -> float:
+        """Return the time in seconds, of the next record of ``clock``."""
+        name = self.number("time") if "time" in self.used else None
+        when = clock.at(self.record, name)
+        if isinstance(self.get("time"), str):
             return when
         return when / next((unit for above, unit in SINCE_1970 if when > above), 1.0)
-
-    @property
-    def has_date(self) -> bool:
-        """True if the time is in ISO 8601. Valid after ``time_s``."""
-        return isinstance(self.get("time"), str)
 
     @property
     def has_failed(self) -> bool:
@@ -328,7 +322,7 @@ class PromptParser:
                 self._num_chars[name] += len(value) if is_text else 0
         session = record.record.key(record.used["session"]) if "session" in record.used else None
         request, said = self._request(record)
-        now, namespace = self._now(record), record.namespace()
+        now, namespace = record.time_s(self._clock), record.namespace()
         session = self._session(session, namespace, said, now)
         yield request._replace(timestamp_s=now, session=session, namespace=namespace)
 
@@ -350,11 +344,6 @@ class PromptParser:
         if now_s >= before_s:
             self._last[name] = len(said), hash(said), now_s
         return name
-
-    def _now(self, record: Named) -> float:
-        """Return the time of the next record."""
-        when_s = record.time_s()
-        return self._clock.at(when_s, record.get("time"))
 
     def _request(self, record: Named) -> tuple[TraceRequest, str]:
         """Return the request without session and time, and its prompt as one text."""
@@ -412,7 +401,7 @@ class PromptParser:
         is_first = not conversation.said
         leading = (record.get("system"), record.get("tools", list)) if is_first else ()
         *system, said = plain_chat([message], *leading)
-        now_s, namespace = self._now(record), record.namespace()
+        now_s, namespace = record.time_s(self._clock), record.namespace()
         conversation.said += system
         request = conversation.add(said, message, now_s if "time" in record.used else None)
         self._conversations[session] = conversation

@@ -9,7 +9,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.jsonl import PLAIN
 from hybridcache.tokens import Tokens, common_prefix_len
 
 
@@ -28,23 +29,20 @@ def write_own(trace: Trace, file: TextIO) -> int:
         before = last.get(session)
         kept = 0 if before is None else common_prefix_len(before, request.tokens)
         ids = request.tokens[kept:].tolist()
-        optional: dict[str, tuple[Any, Any]] = {  # (value, the value that is left out)
-            "namespace": (None if request.namespace is None else _plain(request.namespace), None),
-            "output_length": (request.answer_tokens if trace.unit > 1 else None, None),
-            "boundaries": (list(request.boundaries), []),
-            "partial": (request.partial_tokens, None),
-            "answer_survives": (request.answer_survives, True),
-            "service": (request.service_s, None),
-            "stop_reason": (request.stop_reason, ""),
-            "session_end": (request.session_end, False),
-        }
         record = {
             "timestamp": round(request.timestamp_s, 6),
             "session": session,
             **({"prefix": [kept, *ids]} if kept else {"tokens": ids}),
             "output": request.output.tolist(),
-            **{name: value for name, (value, default) in optional.items() if value != default},
         }
+        if trace.unit > 1 and request.answer_tokens is not None:
+            record["output_length"] = request.answer_tokens
+        if request.boundaries:
+            record["boundaries"] = list(request.boundaries)
+        for name, (field, _) in PLAIN.items():
+            value = getattr(request, field)
+            if value != TraceRequest._field_defaults.get(field):
+                record[name] = _plain(value) if name == "namespace" else value
         file.write(json.dumps(record, separators=(",", ":"), default=np.generic.item) + "\n")
         last[session] = np.concatenate((request.tokens, request.output))
     return num_requests
