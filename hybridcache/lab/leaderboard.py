@@ -20,7 +20,6 @@ KV and the state of the running request, which every cache of this project must 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -73,19 +72,6 @@ def _fixed(value: Any) -> Any:
     return tuple(map(_fixed, value)) if isinstance(value, list) else value
 
 
-def _is_positive(number: object) -> bool:
-    """Return True for a finite number above 0."""
-    is_number = isinstance(number, int | float) and not isinstance(number, bool)
-    return is_number and 0 < number < math.inf  # type: ignore[operator]
-
-
-def _differ(values: object, is_valid: Callable[[Any], bool]) -> bool:
-    """Return True for a list of different values that are all valid, at least one."""
-    if not isinstance(values, list | tuple) or not all(map(is_valid, values)):
-        return False
-    return 0 < len(set(values)) == len(values)  # Intervals over a repeated seed are too narrow.
-
-
 @dataclass(frozen=True, slots=True)
 class Split:
     """Traces, sizes and seeds on which policies are compared."""
@@ -101,32 +87,27 @@ class Split:
     def __post_init__(self) -> None:
         """Raise ValueError for values of a wrong type, for no seed, trace or size, for a repeated
         seed or size, and for a trace with a seed of its own."""
-
-        def check(name: str, value: object, is_valid: bool, expected: str) -> None:
-            if not is_valid:
-                raise ValueError(f"{name} must be {expected} (got {value!r})")
-
-        def is_seed(seed: object) -> bool:
-            return isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
-
-        def is_cell(cell: Any) -> bool:
-            return isinstance(cell, tuple) and len(cell) == 2 and all(map(_is_positive, cell))
-
-        check("model", self.model, isinstance(self.model, str), "a name")
-        check("seeds", self.seeds, _differ(self.seeds, is_seed), "different whole numbers")
         for name, table in (("gib", self.gib), ("closed-loop", self.closed_loop)):
-            check(name, table, isinstance(table, Mapping), "a table of lists by trace")
-        check("gib", self.gib, bool(self.gib), "a table of at least one trace")
+            is_table = isinstance(table, Mapping) and (table or name == "closed-loop")
+            if not is_table or not all(isinstance(one, list | tuple) for one in table.values()):
+                raise ValueError(f"{name} must be a table of lists by trace (got {table!r})")
+        if not isinstance(self.seeds, list | tuple) or not self.seeds:
+            raise ValueError(f"seeds must be a list of whole numbers (got {self.seeds!r})")
         for trace, sizes in self.gib.items():
-            is_valid = _differ(sizes, _is_positive)
-            check(f"sizes of {trace}", sizes, is_valid, "different GiB above 0")
+            Scenario(trace, model=self.model, gib=sizes, seeds=self.seeds)
             if re.search(r"[?&]seed=", trace):
                 raise ValueError(f"{trace}: the seed of a trace is one of seeds: leave it out")
         for trace, cells in self.closed_loop.items():
-            check("a trace of [closed-loop]", trace, trace in self.gib, "one of the table [gib]")
-            is_valid = _differ(cells, is_cell)
-            pairs = "different pairs of GiB and sessions per second"
-            check(f"closed loops of {trace}", cells, is_valid, pairs)
+            if trace not in self.gib:
+                raise ValueError(f"a trace of [closed-loop] must be one of [gib] (got {trace!r})")
+            pairs = [cell for cell in cells if isinstance(cell, tuple) and len(cell) == 2]
+            if not pairs or len(set(pairs)) < len(cells):
+                raise ValueError(
+                    f"closed loops of {trace} must be different pairs of GiB and sessions per "
+                    f"second (got {cells!r})"
+                )
+            for size, rate in pairs:
+                Scenario(trace, gib=size, rate=rate)
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Split:
