@@ -23,9 +23,8 @@ from hybridcache.export.events import EventStream
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline, describe_times
 from hybridcache.lab.intervals import percentiles
-from hybridcache.lab.scenario import GIB_SPEC, Scenario
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
-from hybridcache.lab.simulation.sizes import sizes_for
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
@@ -104,8 +103,8 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
             f"baseline {scenario.baseline}: rebuilt peers publish no events for routers: leave "
             "it out for a fleet"
         )
-    spec, geometry = GIB_SPEC if scenario.gib is None else scenario.gib, scenario.geometry()
-    cells = scenario.cells(sizes_for(spec, trace, geometry, max(scenario.page_size, trace.unit)))
+    points, _ = scenario.points(trace, max(scenario.page_size, trace.unit))
+    geometry, cells = scenario.geometry(), scenario.cells(points)
     if len(cells) > 1:
         raise ValueError(
             "a fleet has one policy, one placement and one size of its replicas, gib: run one for "

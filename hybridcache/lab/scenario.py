@@ -46,7 +46,13 @@ from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.baselines.protocol import BaselineConfig
-from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
+from hybridcache.lab.simulation.sizes import (
+    budget_bytes,
+    shares,
+    sizes,
+    tier_bytes,
+    working_set_bytes,
+)
 from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
@@ -419,6 +425,31 @@ class Scenario:
         """Return the times of whole steps. ValueError if ``times`` has none."""
         times = self.prefill_times(geometry)
         return times if hasattr(times, "step_seconds") else step_times(times)
+
+    def points(
+        self, trace: Trace, page_tokens: int, usual: str | float = GIB_SPEC
+    ) -> tuple[tuple[float, ...], int]:
+        """Return the sizes, GiB, and the bytes of the working set if they are shares of it, else 0.
+
+        ``usual`` are the sizes if none were given. ValueError for a size that cannot hold a page of
+        ``page_tokens`` tokens, and for shares of an empty trace.
+        """
+        spec, geometry, whole_bytes = self.gib, self.geometry(), 0
+        spec = usual if spec is None else spec
+        if isinstance(spec, str) and "%" in spec:
+            whole_bytes = working_set_bytes(trace, geometry)
+            if not whole_bytes:
+                raise ValueError(f"{trace.name}: {trace.is_empty_because}")
+            found = shares(spec, whole_bytes)
+        else:
+            found = sizes(spec)
+        page_bytes = page_tokens * geometry.kv_bytes_per_token
+        if budget_bytes(min(found)) < page_bytes:
+            raise ValueError(
+                f"gib {min(found):g} is less than a page of KV, which takes "
+                f"{format_bytes(page_bytes)}: give more"
+            )
+        return found, whole_bytes
 
     def competitors(self) -> list[Scenario]:
         """Return a scenario per competitor: every policy with every placement, then every peer.

@@ -23,7 +23,7 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import (
-    RequestTable,
+    LoopRun,
     closed_loop,
     run_closed_loop,
     simulate_closed_loop,
@@ -253,7 +253,7 @@ def serve(
     return lines, Trace("script", 1, ordered.__iter__), withheld > 0
 
 
-def lines_of(table: RequestTable) -> Iterator[RequestResult]:
+def lines_of(table: LoopRun) -> Iterator[RequestResult]:
     return zip(
         table.session,
         table.turn,

@@ -31,9 +31,8 @@ from hybridcache.lab.report import LOOP_METRICS, text_table
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import Kept, RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of, identify
-from hybridcache.lab.simulation.sizes import sizes, sizes_for
+from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.policies.admission.base import AdmissionPolicy
 from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.registry import make_admission
@@ -106,34 +105,9 @@ class SimulatedRequest(ScheduledRequest):
         return min(self.lease.num_quiet_tokens(at), self.max_len - 2 - at)
 
 
-class RequestTable:
-    """Times and counts of all requests, in the order of their submission. Times in seconds."""
-
-    def __init__(self) -> None:
-        self.session = array("q")
-        self.turn = array("i")
-        self.asked_s = array("d")
-        self.admitted_s = array("d")
-        self.first_token_s = array("d")
-        self.finished_s = array("d")
-        self.prompt_tokens = array("q")
-        self.cached_tokens = array("q")
-        self.preemptions = array("i")
-        self.lost = [0] * len(Losses._fields)
-        """Prompt tokens that were computed, by cause."""
-        self.num_refused = 0
-        """Requests longer than the memory."""
-        self.priority_classes = False
-        """True if the cache evicts unreachable KV and superseded checkpoints first."""
-        self.end_s = 0.0
-        self.live_s = 0.0
-        """Integral of the live sessions over time."""
-        self.max_live = 0
-
-
-def simulate_closed_loop(trace: Trace, cell: Scenario) -> RequestTable:
+def simulate_closed_loop(trace: Trace, cell: Scenario) -> LoopRun:
     """Serve the sessions of ``trace`` with the one cache, admission, rate and seed of ``cell``."""
-    return _Run(cell).run(sessions_of(trace))
+    return LoopRun(cell, sessions_of(trace)).run()
 
 
 def sessions_of(trace: Trace) -> list[list[Turn]]:
@@ -170,10 +144,29 @@ def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterato
         free_s = request.timestamp_s + (request.service_s or 0.0)
 
 
-class _Run:
-    """One run: an event loop around a planner."""
+class LoopRun:
+    """One run: an event loop around a planner, with times (in seconds) and counts of all requests
+    in the order of their last tokens."""
 
-    def __init__(self, cell: Scenario) -> None:
+    def __init__(self, cell: Scenario, sessions: Sequence[Sequence[Turn]]) -> None:
+        self.session = array("q")
+        self.turn = array("i")
+        self.asked_s = array("d")
+        self.admitted_s = array("d")
+        self.first_token_s = array("d")
+        self.finished_s = array("d")
+        self.prompt_tokens = array("q")
+        self.cached_tokens = array("q")
+        self.preemptions = array("i")
+        self.lost = [0] * len(Losses._fields)
+        """Prompt tokens that were computed, by cause."""
+        self.num_refused = 0
+        """Requests longer than the memory."""
+        self.now_s = 0.0
+        """Time; at the end, that of the last answer."""
+        self.live_s = 0.0
+        """Integral of the live sessions over time."""
+        self.num_live = self.max_live = 0
         geometry = cell.geometry()
         cache = build_prefix_cache(cell.cache_config(geometry, unit=1))
         max_running = max_running_of(cell)
@@ -185,34 +178,30 @@ class _Run:
             stateful=bool(geometry.num_linear_layers),
             owns_states=geometry.checkpoint_bytes is not None,
         )
-        self.now_s = 0.0
         cache.policy.set_clock(lambda: self.now_s)
-        self.admission: AdmissionPolicy = make_admission(cell.admission)  # type: ignore[arg-type]
         self.planner: StepPlanner[SimulatedRequest] = StepPlanner(
             self.manager,
             max_running=max_running,
             token_budget=cell.token_budget,
             memory=memory,
-            admission=self.admission,
+            admission=make_admission(cell.admission),  # type: ignore[arg-type]
             clock=lambda: self.now_s,
         )
         self.tells_ends, self.times = cell.tells_ends, cell.step_times(geometry)
-        [self.rate], [self.seed] = sizes(cell.rate, "rate"), seeds_of(cell)
-        self.table = RequestTable()
-        self.table.priority_classes = has_priority_classes(cache.policy)
+        [rate], [seed] = sizes(cell.rate, "rate"), seeds_of(cell)
+        self.priority_classes = has_priority_classes(cache.policy)
+        """True if the cache evicts unreachable KV and superseded checkpoints first."""
         self.events: list[tuple[float, int, int]] = []
         """(time, order, session) of the next request of each session that has one."""
         self.num_events = self.num_asked = 0
-        self.next_turns: list[int] = []
-        self.num_live = 0
-
-    def run(self, sessions: Sequence[Sequence[Turn]]) -> RequestTable:
-        self.sessions = sessions
-        rng = np.random.default_rng(self.seed)
-        starts = np.cumsum(rng.exponential(1 / self.rate, len(sessions)))
+        self.sessions, self.next_turns = sessions, [0] * len(sessions)
+        rng = np.random.default_rng(seed)
+        starts = np.cumsum(rng.exponential(1 / rate, len(sessions)))
         for number, start_s in enumerate(starts.tolist()):
             self._push(start_s, number)
-        self.next_turns = [0] * len(sessions)
+
+    def run(self) -> LoopRun:
+        """Serve all sessions."""
         planner, events = self.planner, self.events
         while events or planner.has_work():
             while events and events[0][0] <= self.now_s:
@@ -224,8 +213,7 @@ class _Run:
                 # The clock is set, not advanced: a sum may round to a time before the event.
                 self._count_live(events[0][0] - self.now_s)
                 self.now_s = events[0][0]
-        self.table.end_s = self.now_s
-        return self.table
+        return self
 
     def _push(self, when_s: float, session: int) -> None:
         self.num_events += 1
@@ -235,11 +223,10 @@ class _Run:
         """Submit the next request of session ``number``, which was due at ``when_s``."""
         place = self.next_turns[number]
         turn = self.sessions[number][place]
-        table = self.table
         self.num_live += place == 0
-        table.max_live = max(table.max_live, self.num_live)
+        self.max_live = max(self.max_live, self.num_live)
         if len(turn.text) > self.memory.max_request_len:
-            table.num_refused += 1
+            self.num_refused += 1
             self._go_on(number, None)
             return
         request = SimulatedRequest(turn, number, place, arrival=self.num_asked, arrival_s=when_s)
@@ -331,34 +318,34 @@ class _Run:
         self._count_live(seconds)
 
     def _count_live(self, seconds: float) -> None:
-        self.table.live_s += self.num_live * seconds
+        self.live_s += self.num_live * seconds
 
     def _record(self, request: SimulatedRequest) -> None:
-        table, losses = self.table, request.losses
+        losses = request.losses
         assert request.first_token_s is not None and request.scheduled_s is not None
         assert losses is not None
-        table.session.append(request.place)
-        table.turn.append(request.turn)
-        table.asked_s.append(request.arrival_s)
-        table.admitted_s.append(request.scheduled_s)
-        table.first_token_s.append(request.first_token_s)
-        table.finished_s.append(self.now_s)
-        table.prompt_tokens.append(request.prompt_len)
-        table.cached_tokens.append(request.cached_len)
-        table.preemptions.append(request.num_preemptions)
-        table.lost = [a + b for a, b in zip(table.lost, losses, strict=True)]
+        self.session.append(request.place)
+        self.turn.append(request.turn)
+        self.asked_s.append(request.arrival_s)
+        self.admitted_s.append(request.scheduled_s)
+        self.first_token_s.append(request.first_token_s)
+        self.finished_s.append(self.now_s)
+        self.prompt_tokens.append(request.prompt_len)
+        self.cached_tokens.append(request.cached_len)
+        self.preemptions.append(request.num_preemptions)
+        self.lost = [a + b for a, b in zip(self.lost, losses, strict=True)]
 
 
 def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     """Serve ``trace`` with the one cache, admission policy, rate and seed of ``cell``, and return
     the figures. ValueError if no request fits."""
-    table = simulate_closed_loop(trace, cell)
-    if not table.session:
-        raise RunFailed(f"{trace.name}: no request fits in the memory ({table.num_refused} tried)")
+    served = simulate_closed_loop(trace, cell)
+    if not served.session:
+        raise RunFailed(f"{trace.name}: no request fits in the memory ({served.num_refused} tried)")
     [rate], [seed], limit_s = sizes(cell.rate, "rate"), seeds_of(cell), cell.ttft_limit_s
-    asked_s = np.array(table.asked_s)
-    ttft_s = np.array(table.first_token_s) - asked_s
-    losses = Losses(*table.lost)
+    asked_s = np.array(served.asked_s)
+    ttft_s = np.array(served.first_token_s) - asked_s
+    losses = Losses(*served.lost)
     p50_s, p99_s = np.percentile(ttft_s, (50, 99)).tolist()
     return ClosedLoopRun(
         trace=trace.name,
@@ -368,27 +355,27 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         seed=seed,
         gib=cell.size_gib,
         num_requests=len(ttft_s),
-        num_refused=table.num_refused,
-        prompt_tokens=sum(table.prompt_tokens),
-        cached_tokens=sum(table.cached_tokens),
+        num_refused=served.num_refused,
+        prompt_tokens=sum(served.prompt_tokens),
+        cached_tokens=sum(served.cached_tokens),
         lost_tokens=losses.kv_evicted + losses.checkpoint_evicted,
         ttft_mean_s=float(ttft_s.mean()),
         ttft_p50_s=p50_s,
         ttft_p99_s=p99_s,
-        oldest_wait_s=float((np.array(table.admitted_s) - asked_s).max()),
+        oldest_wait_s=float((np.array(served.admitted_s) - asked_s).max()),
         limit_s=limit_s,
-        goodput=float((ttft_s <= limit_s).sum()) / table.end_s,
-        makespan_s=table.end_s,
-        live_mean=table.live_s / table.end_s,
-        live_most=table.max_live,
-        num_preemptions=sum(table.preemptions),
+        goodput=float((ttft_s <= limit_s).sum()) / served.now_s,
+        makespan_s=served.now_s,
+        live_mean=served.live_s / served.now_s,
+        live_most=served.max_live,
+        num_preemptions=sum(served.preemptions),
         model=cell.geometry().name,
         max_running=max_running_of(cell),
         token_budget=cell.token_budget,
         tells_ends=cell.tells_ends,
-        num_sessions=len(set(table.session)),
+        num_sessions=len(set(served.session)),
         config=replace(
-            identify(cell, trace.full_name, table.priority_classes),
+            identify(cell, trace.full_name, served.priority_classes),
             max_running=max_running_of(cell),
             times=describe_times(cell.step_times(cell.geometry())),
             tpot_s=None,
@@ -508,8 +495,7 @@ def closed_loop(
         raise ValueError("nothing to simulate: no admission policy")
     for policy in admissions:
         make_admission(policy)
-    spec = CLOSED_LOOP_GIB if asked.gib is None else asked.gib
-    points = sizes_for(spec, opened, geometry, asked.page_size)
+    points, _ = asked.points(opened, asked.page_size, CLOSED_LOOP_GIB)
     cells = [
         replace(cell, admission=policy, rate=rate, seeds=(seed,))
         for cell in replace(asked, trace=opened.full_name).cells(points)

@@ -49,11 +49,10 @@ from hybridcache.lab.report import (
     text_table,
     ties,
 )
-from hybridcache.lab.scenario import GIB_SPEC, Scenario
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import Kept, check_flags, run_grid
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.sizes import has_shares, sizes_for, working_set_bytes
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
 
@@ -281,8 +280,7 @@ def simulate(
         )
     geometry = asked.geometry()
     times = asked.prefill_times(geometry)
-    spec = GIB_SPEC if asked.gib is None else asked.gib
-    points = sizes_for(spec, opened, geometry, max(asked.page_size, opened.unit))
+    points, whole_bytes = asked.points(opened, max(asked.page_size, opened.unit))
     cells = replace(asked, trace=opened.full_name).cells(points)
     yardsticks: dict[float, dict[str, Any]] = {size: {} for size in points}
     if bound:
@@ -308,7 +306,7 @@ def simulate(
         times=describe_times(times) if isinstance(times, Roofline | MeasuredTimes) else "",
         counted_by=opened.counted_by,
         failures=tuple(failure_of(cells[number], words) for number, words in failures.items()),
-        working_set_bytes=working_set_bytes(opened, geometry) if has_shares(asked.gib) else 0,
+        working_set_bytes=whole_bytes,
     )
 
 
@@ -347,9 +345,8 @@ def optimum(
     asked = Scenario.of(scenario, settings)
     asked.refuse(settings.keys() - OF_PLANS, "has no effect on the optimum: leave it out")
     opened = asked.opened().kept()
-    spec = GIB_SPEC if asked.gib is None else asked.gib
     geometry = asked.geometry()
-    points = sizes_for(spec, opened, geometry, opened.unit)
+    points, _ = asked.points(opened, opened.unit)
     plans = []
     with shown_progress(progress, "sizes", opened.name) as show:
         for done, size in enumerate(points):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.units import GIB, format_bytes
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.frame import shown
@@ -30,7 +30,7 @@ FORMS = {
 def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float, ...]:
     """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced; 15 is the usual
     number), ``"6,40"``, or numbers; sessions a second if ``name`` is ``rate``. Percent signs are
-    left out, for ``sizes_for``.
+    left out, for ``shares``.
 
     ValueError unless there are 1 to ``MOST_POINTS``, all different, above 0 and below
     ``TOO_LARGE_GIB``.
@@ -53,46 +53,20 @@ def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float
     return found
 
 
-def sizes_for(
-    spec: str | float | Sequence[float],
-    trace: Trace,
-    geometry: ModelGeometry,
-    page_tokens: int = 1,
-) -> tuple[float, ...]:
-    """Return ``sizes`` for a trace and a model: sizes with ``%`` are shares of the working set.
+def shares(spec: str, whole_bytes: int) -> tuple[float, ...]:
+    """Return ``sizes`` that are given as shares of ``whole_bytes``, all with ``%``. ValueError as
+    there.
 
-    ValueError as there, and for a size that cannot hold a page of ``page_tokens`` tokens.
-
-    >>> from hybridcache.lab.traces import open_trace
-    >>> trace, geometry = open_trace("short?head=20"), ModelGeometry.preset("qwen3-next")
-    >>> whole, = sizes_for("100%", trace, geometry)
-    >>> [round(size / whole, 4) for size in sizes_for("1%:100%:3", trace, geometry)]
-    [0.01, 0.1, 1.0]
+    >>> shares("1%:100%:3", 50 << 30)
+    (0.5, 5.0, 50.0)
     """
-    found = sizes(spec)
-    if isinstance(spec, str) and has_shares(spec):
-        parts = re.split("[:,]", spec)
-        shares = parts[:2] if ":" in spec else parts
-        if not all(part.strip().endswith("%") for part in shares):
-            raise ValueError(f"gib {shown(spec)}: give all sizes in GiB, or all with %")
-        whole = working_set_bytes(trace, geometry) / GIB
-        if not whole:
-            raise ValueError(f"{trace.name}: {trace.is_empty_because}")
-        # Rounded, but never above the working set.
-        rounded = ((point, float(f"{whole * point / 100:.6g}")) for point in found)
-        found = tuple(min(size, whole) if point <= 100 else size for point, size in rounded)
-    page_bytes = page_tokens * geometry.kv_bytes_per_token
-    if budget_bytes(min(found)) < page_bytes:
-        raise ValueError(
-            f"gib {min(found):g} is less than a page of KV, which takes {format_bytes(page_bytes)}"
-            ": give more"
-        )
-    return found
-
-
-def has_shares(spec: object) -> bool:
-    """Return True if ``spec`` has shares of the working set."""
-    return isinstance(spec, str) and "%" in spec
+    found, parts = sizes(spec), re.split("[:,]", spec)
+    if not all(part.strip().endswith("%") for part in (parts[:2] if ":" in spec else parts)):
+        raise ValueError(f"gib {shown(spec)}: give all sizes in GiB, or all with %")
+    whole = whole_bytes / GIB
+    # Rounded, but never above the working set.
+    rounded = ((point, float(f"{whole * point / 100:.6g}")) for point in found)
+    return tuple(min(size, whole) if point <= 100 else size for point, size in rounded)
 
 
 def working_set_bytes(trace: Trace, geometry: ModelGeometry) -> int:
