@@ -11,7 +11,6 @@ later.
 from __future__ import annotations
 
 import math
-from array import array
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -21,8 +20,7 @@ import numpy as np
 
 from hybridcache.export.events import EventStream
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import PrefillTimes, Roofline, describe_times
-from hybridcache.lab.intervals import percentiles
+from hybridcache.geometry.times import PrefillTimes, Roofline
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
@@ -53,36 +51,23 @@ class FleetConfig:
 
 @dataclass(frozen=True, slots=True)
 class FleetResult:
-    """One cell. Counts are in tokens, for any unit of the trace; sizes are those of one replica."""
+    """One cell. Counts are in tokens, for any unit of the trace."""
 
     trace: str
-    model: str
     gib: float
-    policy: str
-    checkpoints: str
+    """Memory of one replica."""
     fleet: FleetConfig
-    times: str
     requests: int
     prompt_tokens: int
     cached_tokens: int
-    overpromised_tokens: int
-    """Tokens that the router expected on the chosen replica and that were computed."""
-    underpromised_tokens: int
-    """Reused tokens that the router did not expect."""
-    ttft_s: dict[int, float]
-    """Percentiles of the time from when a request could be asked to its first token."""
     ttft_mean_s: float
+    """Mean time from when a request could be asked to its first token."""
     cold_mean_s: float
     """Mean prefill time of a prompt without any reuse, for comparison."""
-    busy_share: float
-    """Share of the fleet's time spent in prefills."""
-    imbalance: float
-    """Prefill seconds of the busiest place over the mean; 1 is perfect."""
     rerouted: int
     """Requests that lost their replica before the first token, and were routed again."""
     broken: int
     """Requests that lost their replica after the first token: their answers ended early."""
-    bypassed: int
 
     @property
     def token_hit_rate(self) -> float:
@@ -132,7 +117,20 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
         when = first_s + seconds * (number + 1) / (fleet.failures + 1)
         loop.push(when, partial(loop.fail, (number + fleet.seed) % fleet.replicas))
     loop.run(trace.in_order())
-    return loop.summary(geometry, trace.full_name, max(loop.last_s - first_s, 0.0))
+    log = loop.log
+    lengths = np.frombuffer(log.prompt_tokens, np.int64)
+    return FleetResult(
+        trace=trace.full_name,
+        gib=cell.size_gib,
+        fleet=fleet,
+        requests=len(lengths),
+        prompt_tokens=int(lengths.sum()),
+        cached_tokens=sum(log.cached_tokens),
+        ttft_mean_s=float(np.mean(log.ttft_s)),
+        cold_mean_s=float(np.mean([times.seconds(0, length) for length in lengths.tolist()])),
+        rerouted=loop.rerouted,
+        broken=loop.broken,
+    )
 
 
 class _Fleet(EventLoop):
@@ -150,12 +148,8 @@ class _Fleet(EventLoop):
         self._cell, self._config = cell, config
         self._ids = count()
         self._replicas: dict[ReplicaId, Replica] = {}
-        self._busy_s = [0.0] * config.replicas
         self._homeless: list[Asked] = []
-        self._expected = array("q")
-        self._rerouted = self._broken = 0
-        self.last_s = 0.0
-        """Time of the last first token."""
+        self.rerouted = self.broken = 0
         cache, stateful = cell.cache_config(geometry, unit), bool(geometry.num_linear_layers)
         spec = ReplicaSpec(
             times,
@@ -197,17 +191,13 @@ class _Fleet(EventLoop):
         )
         choice = self.router.route(known, now)
         replica = self._replicas[choice.replica]
-        asked.expected_len = choice.expected_len
         replica.queue.append(asked)
         self.start(replica, now)
 
-    def on_begun(self, replica: Replica, seconds: float, now: float) -> None:
-        self._busy_s[replica.place] += seconds
+    def on_begun(self, replica: Replica, now: float) -> None:
         self._publish(replica, now)
 
     def on_prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
-        self._expected.append(asked.expected_len * self.log.unit)
-        self.last_s = now
         self.router.prefilled(asked.number, now)
         replica.covered.append(asked.number)
         self._publish(replica, now)
@@ -243,46 +233,11 @@ class _Fleet(EventLoop):
         del self._replicas[replica.id]
         self.router.left(replica.id, now)
         waiting = [*replica.prefilling.values(), *replica.queue]
-        self._rerouted += len(waiting)
-        self._broken += len(replica.decoding)
+        self.rerouted += len(waiting)
+        self.broken += len(replica.decoding)
         self.push(now + self._config.replaced_s, partial(self._join, place))
         for asked in waiting:
             asked.served = None
             self.route(asked, now)
         for asked in replica.decoding.values():
             self.next_turn(asked.request.session, now)
-
-    def summary(self, geometry: ModelGeometry, trace: str, seconds: float) -> FleetResult:
-        """Return the figures of the run, which took ``seconds``. O(requests)."""
-        log, times, cell, fleet = self.log, self.times, self._cell, self._config
-        described = describe_times(times)
-        if fleet.load is not None and isinstance(times, Roofline):
-            described = f"arithmetic at {times.flops_per_s:.4g} FLOP/s"
-        lengths = np.frombuffer(log.prompt_tokens, np.int64)
-        cached = np.frombuffer(log.cached_tokens, np.int64)
-        expected = np.frombuffer(self._expected, np.int64)
-        ttft = np.frombuffer(log.ttft_s, np.float64)
-        cold = [times.seconds(0, length) for length in lengths.tolist()]
-        busy = np.array(self._busy_s)
-        return FleetResult(
-            trace=trace,
-            model=geometry.name,
-            gib=cell.size_gib,
-            policy=str(cell.policy),
-            checkpoints=str(cell.checkpoints),
-            fleet=fleet,
-            times=described,
-            requests=len(lengths),
-            prompt_tokens=int(lengths.sum()),
-            cached_tokens=int(cached.sum()),
-            overpromised_tokens=int(np.maximum(expected - cached, 0).sum()),
-            underpromised_tokens=int(np.maximum(cached - expected, 0).sum()),
-            ttft_s=percentiles(ttft),
-            ttft_mean_s=float(ttft.mean()),
-            cold_mean_s=float(np.mean(cold)),
-            busy_share=float(busy.sum() / (fleet.replicas * seconds)) if seconds else 0.0,
-            imbalance=float(busy.max() / busy.mean()) if busy.sum() else 1.0,
-            rerouted=self._rerouted,
-            broken=self._broken,
-            bypassed=log.num_bypassed,
-        )
