@@ -177,33 +177,23 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         if not path.exists():
             raise FileNotFoundError(f"{rest} is not here yet: hybridcache trace fetch {place}")
         word = published.word
-    elif word in READERS and colon:
-        path = Path(place)
-        if not place:
-            raise ValueError(f"{rest!r} contains no file name; write {word}:FILE")
-        if not path.exists():
-            raise FileNotFoundError(f"no trace {rest!r}: there is no file {place}")
     else:
-        path = Path(rest)
+        is_named = bool(colon) and word in READERS
+        path = Path(place if is_named else rest)
         if path.is_dir():
             raise IsADirectoryError(f"trace {rest!r} is a folder: name a file in it")
-        if not path.exists() and colon:
-            raise FileNotFoundError(
-                f"no trace {rest!r}: no such file, and {word!r} is not a reader "
-                f"({', '.join(READERS)})"
-            )
-        if not path.is_file():
-            known = or_known(rest, GENERATORS)
-            raise FileNotFoundError(f"no trace {rest!r}: no such file or generator{known}")
-        word = recognise(path)
+        if not (path.is_file() or (is_named and path.exists())):
+            known = "" if colon else f" and no such generator{or_known(rest, GENERATORS)}"
+            if colon and not is_named:
+                known = f", and {word!r} is not a reader ({', '.join(READERS)})"
+            raise FileNotFoundError(f"no trace {rest!r}: there is no file {path}{known}")
+        word = word if is_named else recognise(path)
     if not READERS[word].is_csv and looks_like_csv(head_of(path)):
         raise ValueError(f"{path}: it has columns: read it as csv:{path}")
     reader = READERS[word](path=path, bad=bad, **_options(word, options))
-    unit = reader.unit
-    columns = reader.describe()
+    unit, columns, counted_by = reader.unit, reader.describe(), reader.counted_by
     if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
-    counted_by: str = getattr(reader, "tokenizer", "") or getattr(reader, "counted_by", "")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
     name, times = path.name.split(".")[0], reader.invented_times
     return Trace(name, unit, reader, bad, counted_by, recipe, columns, times)

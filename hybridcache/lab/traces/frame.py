@@ -447,6 +447,11 @@ class FileReader:
         """Tokens per id."""
         return 1
 
+    @property
+    def counted_by(self) -> str:
+        """Tokenizer of the texts, or empty."""
+        return getattr(self, "tokenizer", "")
+
     def describe(self) -> str:
         """Return the names that are read for each field, in a file of texts; else empty."""
         return ""

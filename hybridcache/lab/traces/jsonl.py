@@ -58,7 +58,6 @@ class OwnReader(FileReader):
 
     @property
     def counted_by(self) -> str:
-        """Tokenizer of the texts, or empty."""
         return self._header[1]
 
     @property
