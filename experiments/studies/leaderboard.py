@@ -15,7 +15,8 @@ from hybridcache.lab.leaderboard import leaderboard
 def main() -> None:
     options = command_line(__doc__).parse_args()
     board = leaderboard(seeds=options.seeds, processes=options.processes)
-    keep("leaderboard", [record | {"reference": board.reference} for record in board.records()])
+    reference = {"reference": board.reference}
+    keep("leaderboard", [scores.as_record() | reference for scores in board.scores])
     print(board.table())
 
 

@@ -231,14 +231,17 @@ def _seeded(spec: str, seed: int) -> str:
 def run_job(_trace: Trace, job: BoardJob) -> Scores:
     """Simulate every policy; compute both plans of a replay. O(policies * requests * sizes)."""
     trace = open_trace(_seeded(job.trace, job.seed)).kept()
-    plans = ([], []) if job.rate is not None else _plans(trace, job)
-    scores = Scores(job.trace, job.seed, list(job.gib), {}, *plans, job.rate)
+    asked = Scenario(trace, model=job.model, gib=job.gib)
+    plans = [  # in the whole memory, and next to the running request
+        [best.reached for best in optimum(asked, counts_running=counts, progress=False)]
+        if job.rate is None
+        else []
+        for counts in (False, True)
+    ]
+    scores = Scores(job.trace, job.seed, list(job.gib), {}, plans[0], plans[1], job.rate)
     for policy in job.policies:
         eviction, _, placement = policy.partition("@")
-        placements = [placement or DEFAULT_PLACEMENT]
-        cell = Scenario(
-            trace, model=job.model, gib=job.gib, policy=eviction, checkpoints=placements
-        )
+        cell = replace(asked, policy=eviction, checkpoints=[placement or DEFAULT_PLACEMENT])
         result: SimulationResult | ClosedLoopResult
         try:
             if job.rate is None:
@@ -256,20 +259,6 @@ def run_job(_trace: Trace, job: BoardJob) -> Scores:
         if isinstance(result, ClosedLoopResult):
             scores.ttft_s[policy] = result.runs[0].ttft_mean_s
     return scores
-
-
-def _plans(trace: Trace, job: BoardJob) -> tuple[list[float], list[float]]:
-    """Return the best plan at each size: in the whole memory, and next to the running request."""
-    found = [
-        [
-            best.reached
-            for best in optimum(
-                trace, model=job.model, gib=job.gib, counts_running=counts, progress=False
-            )
-        ]
-        for counts in (False, True)
-    ]
-    return found[0], found[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,10 +383,6 @@ class Board:
         served += ["replay: hits, %", f"replay: {less}"]
         first = served if self.split.closed_loop else ["token hit rate, %", less]
         return ["policy", *first, "% of plan", "% of plan next to running requests"]
-
-    def records(self) -> list[dict[str, Any]]:
-        """Return the scores as dictionaries for JSON lines."""
-        return [scores.as_record() for scores in self.scores]
 
 
 def _shares(rates: np.ndarray, plan: np.ndarray) -> np.ndarray:

@@ -260,14 +260,6 @@ class Plan:
             most = max(most, (usage[:-1] + running[1:]).max(initial=0))
         return bool(most <= self.budget.capacity_bytes)
 
-    def add(self, request: int, index: int, states: set[Interval], added: list[Entries]) -> None:
-        """Let ``request`` resume at ``index``. ``added`` are the ``missing`` entries of
-        ``states``."""
-        for place, (at, _, which) in enumerate(added):
-            (self.checkpoints if place < len(states) else self.kv)[at][which] = True
-        self.hits[request] = index
-        self.cached_lens[request] = self.trie.positions[index].depth
-
     def verify(self) -> None:
         """Check from scratch that a cache could execute the plan. Raises AssertionError naming the
         rule that is broken."""
@@ -366,7 +358,10 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
         running, usage = plan.running_with(request, gain), plan.usage + plan.bytes_of(added)
         if plan.fits(usage, running):
             plan.running, plan.usage = running, usage
-            plan.add(request, index, states, added)
+            for place, (at, _, which) in enumerate(added):  # the checkpoints come first
+                (plan.checkpoints if place < len(states) else plan.kv)[at][which] = True
+            plan.hits[request] = index
+            plan.cached_lens[request] = trie.positions[index].depth
     return plan
 
 

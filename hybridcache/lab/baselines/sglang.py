@@ -154,18 +154,6 @@ class SglangCache:
             self.unlist_leaf(step)
             self.list_leaf(step)
 
-    def allocate_tokens(self, num_tokens: int) -> bool:
-        """Take KV rows, evicting leaves. Returns False, and takes nothing, if evicting every
-        candidate is not enough."""
-        while self.free_tokens < num_tokens and self.leaves:
-            _, leaf = self.leaves.popitem(0)
-            self.drop_leaf(leaf)
-        if self.free_tokens < num_tokens:
-            return False
-        self.free_tokens -= num_tokens
-        self.held_tokens += num_tokens
-        return True
-
     def allocate_slot(self) -> bool:
         """Take a slot, evicting the least recently used state. Returns False if every state is in
         use."""
@@ -259,11 +247,8 @@ class SglangSession:
             end = min(start + chunk, length)
             self.num_chunks += 1
             position = start + (end - start) // cache.grid * cache.grid
-            if (
-                self.cached_len < branch <= end
-                and branch > start
-                and not (branch - start) % cache.grid
-            ):
+            is_reached = max(self.cached_len, start) < branch <= end
+            if is_reached and not (branch - start) % cache.grid:
                 position = branch
             if cache.placement == "extra_buffer" and position > start and self.take_slot():
                 self._publish(self.tokens[:position])
@@ -275,12 +260,9 @@ class SglangSession:
         cache, length = self.cache, len(self.tokens)
         total = length + len(output)
         if self._take_tokens(len(output)):
-            tracked = (
-                total
-                if cache.placement == "end"
-                else total // cache.decode_interval * cache.decode_interval
-            )
-            if tracked > length or cache.placement == "end":
+            is_end = cache.placement == "end"
+            tracked = total if is_end else total // cache.decode_interval * cache.decode_interval
+            if tracked > length or is_end:
                 self._publish(np.concatenate([self.tokens, output])[:tracked])
         self.abort()
 
@@ -301,9 +283,18 @@ class SglangSession:
         return taken
 
     def _take_tokens(self, num_tokens: int) -> bool:
-        taken = self.cache.allocate_tokens(num_tokens)
-        self.held += num_tokens if taken else 0
-        return taken
+        """Take KV rows, evicting leaves. Returns False, and takes nothing, if evicting every
+        candidate is not enough."""
+        cache = self.cache
+        while cache.free_tokens < num_tokens and cache.leaves:
+            _, leaf = cache.leaves.popitem(0)
+            cache.drop_leaf(leaf)
+        if cache.free_tokens < num_tokens:
+            return False
+        cache.free_tokens -= num_tokens
+        cache.held_tokens += num_tokens
+        self.held += num_tokens
+        return True
 
     def _publish(self, tokens: Tokens) -> None:
         """Donate a slot at the end of ``tokens`` and move the lock there; duplicate rows are
@@ -315,9 +306,7 @@ class SglangSession:
         self.held -= before - cache.held_tokens
         cache.lock(node, 1)
         cache.lock(self.node, -1)
-        duplicates = self.held - (
-            len(self.tokens) - node.depth if node.depth < len(self.tokens) else 0
-        )
+        duplicates = self.held - (len(self.tokens) - node.depth)
         if node.depth < len(self.tokens) and duplicates > 0:
             self.held -= duplicates
             cache.held_tokens -= duplicates

@@ -106,16 +106,13 @@ class SimulatedRequest(ScheduledRequest):
 
 
 def simulate_closed_loop(trace: Trace, cell: Scenario) -> LoopRun:
-    """Serve the sessions of ``trace`` with the one cache, admission, rate and seed of ``cell``."""
-    return LoopRun(cell, sessions_of(trace)).run()
-
-
-def sessions_of(trace: Trace) -> list[list[Turn]]:
-    """Return the sessions of ``trace`` in the order of their first requests, expanded to tokens."""
+    """Serve the sessions of ``trace``, expanded to tokens, in the order of their first requests,
+    with the one cache, admission, rate and seed of ``cell``."""
     found: dict[Hashable, list[TraceRequest]] = {}
     for request in trace:
         found.setdefault(request.session, []).append(request)
-    return [[*_turns(n, requests, trace.unit)] for n, requests in enumerate(found.values())]
+    turns = [[*_turns(n, requests, trace.unit)] for n, requests in enumerate(found.values())]
+    return LoopRun(cell, turns).run()
 
 
 def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterator[Turn]:
@@ -211,7 +208,7 @@ class LoopRun:
                 self._step()
             elif events:
                 # The clock is set, not advanced: a sum may round to a time before the event.
-                self._count_live(events[0][0] - self.now_s)
+                self.live_s += self.num_live * (events[0][0] - self.now_s)
                 self.now_s = events[0][0]
         return self
 
@@ -286,7 +283,19 @@ class LoopRun:
         if request.num_tokens < request.max_len:
             return True
         self.planner.leave(request)
-        self._record(request)
+        losses = request.losses
+        assert request.first_token_s is not None and request.scheduled_s is not None
+        assert losses is not None
+        self.session.append(request.place)
+        self.turn.append(request.turn)
+        self.asked_s.append(request.arrival_s)
+        self.admitted_s.append(request.scheduled_s)
+        self.first_token_s.append(request.first_token_s)
+        self.finished_s.append(self.now_s)
+        self.prompt_tokens.append(request.prompt_len)
+        self.cached_tokens.append(request.cached_len)
+        self.preemptions.append(request.num_preemptions)
+        self.lost = [a + b for a, b in zip(self.lost, losses, strict=True)]
         self._go_on(request.place, request)
         return False
 
@@ -315,25 +324,7 @@ class LoopRun:
 
     def _pass(self, seconds: float) -> None:
         self.now_s += seconds
-        self._count_live(seconds)
-
-    def _count_live(self, seconds: float) -> None:
         self.live_s += self.num_live * seconds
-
-    def _record(self, request: SimulatedRequest) -> None:
-        losses = request.losses
-        assert request.first_token_s is not None and request.scheduled_s is not None
-        assert losses is not None
-        self.session.append(request.place)
-        self.turn.append(request.turn)
-        self.asked_s.append(request.arrival_s)
-        self.admitted_s.append(request.scheduled_s)
-        self.first_token_s.append(request.first_token_s)
-        self.finished_s.append(self.now_s)
-        self.prompt_tokens.append(request.prompt_len)
-        self.cached_tokens.append(request.cached_len)
-        self.preemptions.append(request.num_preemptions)
-        self.lost = [a + b for a, b in zip(self.lost, losses, strict=True)]
 
 
 def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:

@@ -171,13 +171,6 @@ class Replica:
     num_batches: int = 0
     """Number of batches of changes so far."""
 
-    @property
-    def can_begin(self) -> bool:
-        """True if a queued request can begin as soon as there is memory."""
-        num_running = len(self.prefilling) + len(self.decoding)
-        is_free = len(self.prefilling) < self.servers and num_running < self.max_running
-        return is_free and bool(self.queue)
-
 
 class EventLoop:
     """Requests in order of time, on one replica, or on several in a fleet. A request waits for the
@@ -243,7 +236,9 @@ class EventLoop:
 
     def start(self, replica: Replica, now: float) -> None:
         """Begin the prefills of a replica for which it has servers and memory."""
-        while replica.can_begin:
+        while replica.queue and len(replica.prefilling) < replica.servers:
+            if len(replica.prefilling) + len(replica.decoding) >= replica.max_running:
+                return
             asked = replica.queue[0]
             began = perf_counter()
             served = replica.target.begin(asked.request)

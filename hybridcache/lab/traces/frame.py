@@ -94,20 +94,6 @@ class Record(dict[str, Any]):
         """Return the first of ``names`` with a value other than null, or None."""
         return next((name for name in names if self.get(name) is not None), None)
 
-    def one_of(self, name: str, known: Iterable[str]) -> str:
-        """Return a text that is one of ``known``, or empty."""
-        value = self.text(name)
-        if value and value not in known:
-            problem = f"{name} is {shown(value)}, not one of {', '.join(sorted(known))}"
-            raise ValueError(problem)
-        return value
-
-    def refuse_both(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Raise ValueError if the record has both fields of one of ``pairs``."""
-        for one, other in pairs:
-            if one in self and other in self:
-                raise ValueError(f"it has both {one} and {other}: give one of them")
-
     def whole(self, name: str, least: int = 0, most: int = LONGEST) -> int:
         """Return a whole number in [least, most]; 3.0 is accepted."""
         value = self[name]

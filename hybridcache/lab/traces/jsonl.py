@@ -22,15 +22,25 @@ from hybridcache.lab.traces.frame import (
     Record,
     TraceClock,
     json_lines,
+    shown,
 )
 from hybridcache.tokens import Tokens
+
+
+def _stop_reason(record: Record, name: str) -> str:
+    value = record.text(name)
+    if value and value not in STOP_REASONS:
+        known = ", ".join(sorted(STOP_REASONS))
+        raise ValueError(f"{name} is {shown(value)}, not one of {known}")
+    return value
+
 
 PLAIN: dict[str, tuple[str, Callable[[Record, str], Any]]] = {
     "namespace": ("namespace", Record.key),
     "partial": ("partial_tokens", Record.whole),
     "answer_survives": ("answer_survives", Record.flag),
     "service": ("service_s", Record.seconds),
-    "stop_reason": ("stop_reason", lambda record, name: record.one_of(name, STOP_REASONS)),
+    "stop_reason": ("stop_reason", _stop_reason),
     "session_end": ("session_end", Record.flag),
 }
 """Fields of a line that are a field of a request, with their types."""
@@ -90,7 +100,9 @@ class OwnReader(FileReader):
             if unknown := ", ".join(name for name in record if name not in known | TEXTS):
                 read = ", ".join(sorted(known))
                 notes.warn("unused", f"unused fields: {unknown}; fields that are read: {read}")
-            record.refuse_both(exclusive)
+            for one, other in exclusive:
+                if one in record and other in record:
+                    raise ValueError(f"it has both {one} and {other}: give one of them")
             session = record.key("session") if "session" in record else f"line {number}"
             tokens = _prompt(record, last.get(session, np.zeros(0, np.int32)))
             output, answer = _answer(record, unit, fresh)
