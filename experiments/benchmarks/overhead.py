@@ -30,6 +30,7 @@ from engine.worker.process_channel import Sockets
 from experiments.studies.common import keep, positive, show
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
+from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.admission.session_gate import SessionGate
 from hybridcache.policies.registry import DEFAULT_PLACEMENT, make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -143,7 +144,7 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
         length = len(text)
         waiting.append(
             SimulatedRequest(
-                Turn(text, length - 1, 0.0, None, (), True, "", str(number)),
+                Turn(text, length - 1, 0.0, None, PromptBoundaries(), "", str(number)),
                 number,
                 0,
                 arrival=number,
