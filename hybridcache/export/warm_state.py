@@ -28,7 +28,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +58,8 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
     rows, labels, tokens = [], [], [np.empty(0, np.int32)]
-    for node in nodes:
+    places = [_items_at(node) for node in nodes]
+    for node, (item, own, stored) in zip(nodes, places, strict=True):
         parent = node.parent
         assert parent is not None
         above = numbers.get(parent)
@@ -66,8 +67,12 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
             assert parent.parent is None, "a child is written without its parent"
             text = write_namespace(parent.key)
             above = -1 - namespaces.setdefault(text, len(namespaces))
-        item = _item_at(node)
-        rows.append((above, node.end, *_numbers(node, item)))
+        facts = NOTHING
+        if item is not None:
+            superseded = (own or item).superseded + 2 * (stored is not None and stored.superseded)
+            tier = -1 if stored is None else stored.tier
+            facts = item.serial, item.created, item.last_used, item.uses, superseded, tier
+        rows.append((above, node.end, *facts))
         labels.append("" if item is None else item.label)
         tokens.append(node.tokens)
     policies, memos, levels = {}, {}, _levels(cache)
@@ -75,10 +80,13 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         policy = level.policy
         if isinstance(policy, Survival):
             policies[level.name] = policy.state_dict()
+            items = [own for _, own, _ in places]
+            if level.name != DEVICE:
+                items = [s for *_, s in places if s is not None and s.tier == level.number]
             memos[level.name] = [
                 [item.serial, memo]
-                for item in _items_of(level, nodes)
-                if (memo := policy.memo_state(item)) is not None
+                for item in items
+                if item is not None and (memo := policy.memo_state(item)) is not None
             ]
     body = {
         "page_size": cache.page_size,
@@ -322,7 +330,7 @@ def _latest(cache: HybridRadixCache) -> list[RadixNode]:
     nodes = list(cache.iter_nodes())
     used: dict[RadixNode, int] = {}
     for node in reversed(nodes):
-        item = _item_at(node)
+        item, _, _ = _items_at(node)
         own = max(item.last_used if item else 0, node.kv.last_used if node.kv else 0)
         used[node] = max(own, used.get(node, 0))
         if node.parent is not None:
@@ -340,35 +348,12 @@ def _latest(cache: HybridRadixCache) -> list[RadixNode]:
     return found
 
 
-def _item_at(node: RadixNode) -> Checkpoint | None:
-    """Return the checkpoint at the end of ``node`` in any tier, or its evicted one."""
+def _items_at(
+    node: RadixNode,
+) -> tuple[Checkpoint | None, Checkpoint | None, OffloadedCheckpoint | None]:
+    """Return (the item at the end of ``node`` in any tier, or its evicted one; the present or last
+    item of the device; the present or last item of a tier)."""
     entry: OffloadedEntry | None = node.offloaded
-    if entry is not None and entry.state is not None:
-        return entry.state
-    return node.checkpoint or node.lost_checkpoint
-
-
-def _numbers(node: RadixNode, item: Checkpoint | None) -> tuple[int, int, int, int, int, int]:
-    if item is None:
-        return NOTHING
-    own = node.checkpoint or node.lost_checkpoint or item
-    stored = item if isinstance(item, OffloadedCheckpoint) else item.stored
-    superseded = int(own.superseded)
-    if stored is None:
-        tier = -1
-    else:
-        tier, superseded = stored.tier, superseded | 2 * stored.superseded
-    return item.serial, item.created, item.last_used, item.uses, superseded, tier
-
-
-def _items_of(level: _Level, nodes: list[RadixNode]) -> Iterator[Checkpoint]:
-    """Yield the items at ``nodes`` that the policy tracks, or tracked until their eviction."""
-    for node in nodes:
-        checkpoint = node.checkpoint or node.lost_checkpoint
-        state = None if node.offloaded is None else node.offloaded.state
-        if state is None and checkpoint is not None:
-            state = checkpoint.stored
-        if level.name == DEVICE and checkpoint is not None:
-            yield checkpoint
-        elif state is not None and state.tier == level.number:
-            yield state
+    state = None if entry is None else entry.state
+    own = node.checkpoint or node.lost_checkpoint
+    return state or own, own, state or (None if own is None else own.stored)
