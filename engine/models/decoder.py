@@ -28,7 +28,7 @@ from engine.layers.blocks import (
     multiplied,
 )
 from engine.layers.experts import SigmoidRouter
-from engine.layers.linear import Build, Layer, Linear, Parameter, Part, RankCut, RMSNorm
+from engine.layers.linear import Build, Composite, Layer, Linear, Parameter, Part, RankCut, RMSNorm
 from engine.layers.prediction import PredictionHead
 from engine.weights.model_config import (
     ModelConfig,
@@ -242,11 +242,11 @@ class Decoder(ABC):
         return part
 
 
-class Embedding:
+class Embedding(Composite):
     """Maps token ids to hidden states."""
 
     def __init__(self, name: str, config: ModelConfig, build: Build) -> None:
-        self.name, self._multiplier = name, config.embedding_multiplier
+        self._multiplier = config.embedding_multiplier
         self._rank, self._ids = build.rank, build.rank.span(config.vocab_size)
         self.weight = build.weights.empty(len(self._ids), config.hidden_size)
         self.cut: RankCut | None = None
@@ -254,12 +254,7 @@ class Embedding:
         if build.rank.count > 1:
             own = torch.arange(self._ids.start, self._ids.stop)
             self.cut = RankCut(config.vocab_size, own)
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        yield f"{self.name}.weight", Parameter(self.weight, cut=self.cut)
-
-    def seal(self) -> None:
-        pass
+        self.own = [(f"{name}.weight", Parameter(self.weight, cut=self.cut))]
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._rank.count == 1:
@@ -278,7 +273,7 @@ class Embedding:
         out.copy_(found.where(is_own[:, None], 0.0))
 
 
-class Head:
+class Head(Composite):
     """Maps hidden states to logits. A model with tied embeddings uses their weights."""
 
     def __init__(self, name: str, config: ModelConfig, embedding: Embedding, build: Build) -> None:
@@ -290,13 +285,11 @@ class Head:
             build,
             weight=embedding.weight if self._is_tied else None,
         )
+        self.layers = (self._linear,)
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         if not self._is_tied:
-            yield from self._linear.parameters()
-
-    def seal(self) -> None:
-        self._linear.seal()
+            yield from super().parameters()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._rank.join(self._linear(hidden), self._vocab_size)

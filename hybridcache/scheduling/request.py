@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -86,7 +85,7 @@ class ScheduledRequest(WaitingRequest):
                 f"{max_len})"
             )
         require_index(arrival, "arrival")
-        if not isinstance(arrival_s, Real):
+        if not isinstance(arrival_s, int | float):
             raise TypeError(f"arrival_s must be a number of seconds (got {arrival_s!r}).")
         require_namespace(spec.namespace)
         for position in spec.save_at:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.plugins.speculation.suffix import MAX_BRANCHES, following
+from engine.plugins.speculation.drafters import MAX_BRANCHES, following
 from hybridcache.cache import HybridRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import hybrid, ids, publish

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.plugins.speculation import suffix
 from engine.plugins.speculation.draft_manager import MAX_REST, MIN_REST, DraftLength
-from engine.plugins.speculation.suffix import (
+from engine.plugins.speculation.drafters import (
     MAX_KEPT,
     MAX_TEXTS,
     SIZES,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine.plugins.speculation.suffix import HeadDrafter
+from engine.plugins.speculation.drafters import HeadDrafter
 from engine.requests.request import Request
 from tests.engine.drafted import (
     GREEDY,

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.core import Plugin
 from engine.interfaces import Runner
 from engine.plugins.speculation import SpeculationConfig
-from engine.plugins.speculation.suffix import (
+from engine.plugins.speculation.drafters import (
     Drafter,
     Guess,
     HeadDrafter,

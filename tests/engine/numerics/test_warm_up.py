@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from engine import engine_config
 from engine.engine import Engine
 from engine.plugins.speculation.draft_manager import Drafting
-from engine.plugins.speculation.suffix import TreeDrafter
+from engine.plugins.speculation.drafters import TreeDrafter
 from engine.requests.request import SamplingParams
 from engine.runner.build import load_runner
 from engine.runner.memory import ACCELERATOR_SHARE
