@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.plugins.speculation import suffix
+from engine.plugins.speculation import drafters
 from engine.plugins.speculation.draft_manager import MAX_REST, MIN_REST, DraftLength
 from engine.plugins.speculation.drafters import (
     MAX_KEPT,
@@ -45,7 +45,7 @@ def test_suffix_lookup_finds_the_latest_equal_run(
     texts, else of three in the own text. The result does not depend on the blocks."""
     own, *others = (np.array(text, np.int32) for text in texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suffix, "BLOCK", block)
+        patch.setattr(drafters, "BLOCK", block)
         found = continuation(own, most, others).tolist()
     long, short = SIZES
     assert found == (reference(texts, long, most) or reference(texts[:1], short, most))
