@@ -14,18 +14,20 @@ from engine.interfaces import Exactness
 from engine.layers.blocks import LayerInputs, Pools, RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.backends import digest_of, digest_of_weights, machine_words
-from engine.runner.graphs import (
+from engine.runner.loaded_model import LoadedModel
+from engine.runner.memory import Memory, MemoryPlan
+from engine.runner.mtp_head import Predictor
+from engine.runner.steps import (
     DecodeGraphs,
     PrefillGraphs,
     Record,
+    RequestTable,
+    RunningStates,
+    StepInputs,
     VerifyGraphs,
     WarmUp,
     verify_buckets,
 )
-from engine.runner.loaded_model import LoadedModel
-from engine.runner.memory import Memory, MemoryPlan
-from engine.runner.mtp_head import Predictor
-from engine.runner.step_inputs import RequestTable, RunningStates, StepInputs
 from engine.schedule.scheduler import Batch, Newest, logit_rows, pieces
 from engine.weights.model_config import ModelError
 from hybridcache.allocators.moves import Move, Transfer

@@ -12,9 +12,8 @@ import torch
 from engine.layers.blocks import LayerInputs, RotaryTable, pad_rows
 from engine.layers.prediction import PredictionHead, ahead
 from engine.models.decoder import Decoder
-from engine.runner.graphs import Record, Replay
 from engine.runner.memory import Memory
-from engine.runner.step_inputs import RequestTable
+from engine.runner.steps import Record, Replay, RequestTable
 from engine.schedule.scheduler import Newest
 from hybridcache.tokens import Tokens
 from kernels.attention.sequences import Sequences
