@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -449,7 +450,10 @@ def _run(
         return served, [served.table()]
     result = simulate(scenario, bound=options.bound, optimum=options.optimum, **place)
     losses = losses_table(result.runs) if options.losses else ""
-    return result, [*map(result.table, metrics), losses, result.verdict()]
+    path = Path(str(scenario.model))  # the engine reads the folder of a config.json
+    folder = path.parent if path.is_file() else path
+    model = shlex.quote(str(folder)) if path.exists() else ""
+    return result, [result.table(metrics), losses, result.verdict(model)]
 
 
 def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:

@@ -77,6 +77,11 @@ from hybridcache.policies.user import OwnPolicy, import_module, own_policy
 
 BUILTIN = "builtin"
 """Name of the built-in model of the engine. The presets of the cache do not include it."""
+ELSEWHERE = {
+    "output": ": resume_from names the file of results",
+    "skip_bad": ": open_trace(spec, skip_bad=True) makes a trace that skips bad records",
+}
+"""Hints for flags of the command line that are not settings of a scenario."""
 ALL = "all"
 """Name of all built-in eviction policies together."""
 GIB_SPEC = "2:200:15"
@@ -323,7 +328,8 @@ class Scenario:
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
             if name not in known:
-                raise TypeError(f"there is no setting {name!r}{did_you_mean(name, known)}")
+                hint = ELSEWHERE.get(name) or did_you_mean(name, known)
+                raise TypeError(f"there is no setting {name!r}{hint}")
         if isinstance(given, Scenario):
             return replace(given, **settings)
         return cls(given, **settings)

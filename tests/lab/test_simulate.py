@@ -171,6 +171,7 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     assert both[:4] == first and done == [(5, 6), (6, 6)]
     with warnings.catch_warnings(action="error"):
         assert run() == (both, {})
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 6
 
 
 def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:
@@ -467,6 +468,11 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     found = simulate("short?head=30", gib=1, policy=["lru", "fifo"]).verdict()
     equal = r"lru has the most hits in the mean of 1 size \(by the intervals not different: fifo\);"
     assert re.match(f"{equal} to serve:", found)
+    few = simulate("short?head=3", gib=1, policy=["lru", "fifo"])
+    assert "(equal: fifo)" in few.verdict() and "--model ./mine --cache" in few.verdict("./mine")
+    for name, hint in (("output", "resume_from"), ("skip_bad", "open_trace")):
+        with pytest.raises(TypeError, match=f"no setting '{name}': {hint}"):
+            simulate("short", **{name: True})
     odd = simulate("short?head=30", gib=1, policy=["lru", "fifo"], grid=100).verdict()
     assert "to serve" not in odd
 

@@ -195,8 +195,8 @@ def _read(kept: Kept, wanted: set[str]) -> dict[str, Any]:
 
 @contextmanager
 def appended(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of results at its end, with a line feed if it was cut inside a line. Other
-    processes that append to it wait. Makes its folder."""
+    """Open a file of results at its end. A last line that was cut is removed. Other processes that
+    append to it wait. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         with suppress(OSError):  # a file system without locks
@@ -204,7 +204,8 @@ def appended(path: Path) -> Iterator[BinaryIO]:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":
-                file.write(b"\n")
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
         yield file
 
 

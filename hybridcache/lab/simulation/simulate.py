@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.figures import losses_figure, optimum_figure, sweep_figure
+from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.optimum import Optimum, best_plan
 from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.progress import Progress, shown_progress
@@ -93,13 +94,22 @@ class SimulationResult(SweepRuns):
             warnings.warn(f"{failed} failed, see failures: {self.failures[0]}", stacklevel=2)
         return [run.as_row() for run in self.runs]
 
-    def table(self, metric: str = "hit") -> str:
-        """Return a table of one of ``hybridcache.lab.report.METRICS``: a row per competitor, a
-        column per size.
+    def table(self, metric: str | Sequence[str] = "hit") -> str:
+        """Return a table of each metric, one or several of ``hybridcache.lab.report.METRICS``: a
+        row per competitor, a column per size. Notes follow the last one.
 
         Token hit rates have half of their 95 % interval over sessions. Their tables also have the
         plan with hindsight and the infinite cache, if they were computed.
         """
+        metrics = [metric] if isinstance(metric, str) else [*metric]
+        tables = [self._table(one) for one in metrics]
+        has_classes = {str(run.config.policy): run.config.priority_classes for run in self.runs}
+        notes = interval_notes(self) if "hit" in metrics else []
+        notes += [*notes_on(self, metrics), *classes_notes(has_classes), *self.failures]
+        return "\n".join(["\n\n".join(tables), *notes])
+
+    def _table(self, metric: str) -> str:
+        """Return the table of one metric without notes."""
         found = find_metric(metric)
         by_label = self.by_label()
         by_size: dict[float, RunResult] = {}
@@ -130,15 +140,11 @@ class SimulationResult(SweepRuns):
         if whole := self.working_set_bytes:
             shares = (f"{100 * run.gib * GIB / whole:.3g}" for run in first)
             rows.append(["(% of working set)", *shares])
-        has_classes = {str(run.config.policy): run.config.priority_classes for run in self.runs}
-        lines = [title, text_table(header, rows), *too_large]
-        lines += interval_notes(self) if metric == "hit" else []
-        lines += [*notes_on(self, [metric]), *classes_notes(has_classes), *self.failures]
-        return "\n".join(lines)
+        return "\n".join([title, text_table(header, rows), *too_large])
 
-    def verdict(self) -> str:
+    def verdict(self, model: str = "") -> str:
         """Return one sentence: the policy with the highest mean token hit rate over the sizes, and
-        the command that serves with it, at the smallest size of its most hits.
+        the command that serves ``model`` with it, at the smallest size of its most hits.
 
         Policies that tie with it at every size (``report.ties``) and rebuilt systems with a higher
         mean are named. Empty if fewer than two policies and placements of our own were run.
@@ -166,15 +172,18 @@ class SimulationResult(SweepRuns):
         ]
         has_most = f"{first} has the most hits in the mean of {counted(len(best), 'size')}"
         if equal:
-            has_most += f" (by the intervals not different: {', '.join(equal)})"
+            has_intervals = all(len(run.by_session) >= FEWEST_UNITS for run in best.values())
+            word = "by the intervals not different" if has_intervals else "equal"
+            has_most += f" ({word}: {', '.join(equal)})"
         enough = max(run.token_hit_rate for run in best.values()) - TIE
         served = min(
             (run for run in best.values() if run.token_hit_rate > enough), key=lambda run: run.gib
         )
         if not can_serve(served):
             return has_most + more
-        model = self.geometry.name
-        model = model if model == "builtin" else f"ORG/{model}"
+        if not model:
+            model = self.geometry.name
+            model = model if model == "builtin" else f"ORG/{model}"
         return f"{has_most}{more}; to serve: engine serve --model {model} {serve_flags(served)}"
 
     def figure(
