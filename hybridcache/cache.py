@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.arena import RowIndex, arena_of
+from hybridcache.allocators.arena import ArenaAllocator, RowIndex
 from hybridcache.allocators.moves import NOT_CARRIED_OUT, StepPlan, StepQueue
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator, are_distinct
 from hybridcache.api import (
@@ -246,7 +246,7 @@ class HybridRadixCache:
         """Grid as configured, in tokens. See ``checkpoint_grid``."""
         self.stats: CacheStats = CacheStats()
         """Counters since the construction."""
-        self.arena = arena_of(pages)
+        self.arena = pages if isinstance(pages, ArenaAllocator) else None
         """Shared memory of rows and slots, or None if rows never move."""
         self.offload: Any = None
         """Host and disk tiers (``hybridcache.tiers.OffloadTiers``), or None if there are none."""

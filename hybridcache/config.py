@@ -182,7 +182,7 @@ def _allocators(config: CacheConfig) -> tuple[PageAllocator, SlotAllocator]:
         arena = ArenaAllocator(
             total_bytes, row_bytes, state_bytes if has_states else 0, config.page_size
         )
-        return arena.pages, arena.slots
+        return arena, arena.slots
     if total_bytes is not None:
         num_tokens = total_bytes // row_bytes
         num_slots = total_bytes // state_bytes if has_states else 0

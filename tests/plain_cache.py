@@ -13,7 +13,7 @@ from math import lcm
 
 import numpy as np
 
-from hybridcache.allocators.arena import arena_of
+from hybridcache.allocators.arena import ArenaAllocator
 from hybridcache.allocators.moves import Move
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.api import Losses
@@ -88,9 +88,8 @@ class PlainCache:
         self.ghost_bytes = ghost_bytes
         self.priority_classes = priority_classes
         self.pieces: list[Piece] = []
-        arena = arena_of(pages)
-        if arena is not None:
-            arena.holders[self] = None
+        if isinstance(pages, ArenaAllocator):
+            pages.holders[self] = None
         self.ghosts: list[Piece] = []
         """Oldest first."""
         self.now = 0

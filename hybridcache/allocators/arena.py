@@ -8,7 +8,7 @@ remainder at the end, less than a slab, is the *tail*. It holds KV only.
 Ownership. At any moment a slab has one of three uses:
 
 - *free*: no row of it is allocated, and it is in the list of free slabs of ``ArenaAllocator``;
-- *KV*: its rows are allocated and freed in pages, through ``ArenaAllocator.pages``;
+- *KV*: its rows are allocated and freed in pages, by the ``ArenaAllocator`` itself;
 - *state*: it is one slot, through ``ArenaAllocator.slots``.
 
 An allocated row or slot is *cached* or *held*, as in every pool (``hybridcache.api``), and ``free +
@@ -40,16 +40,16 @@ from hybridcache.allocators.pools import (
     PageAllocator,
     SlotAllocator,
     are_distinct,
-    require_int32_count,
 )
 from hybridcache.tokens import Indices
 
 
-class ArenaAllocator:
-    """Arena with two allocators: ``pages`` for KV rows and ``slots`` for states. Counts in rows.
+class ArenaAllocator(PageAllocator):
+    """Allocator of the arena's KV rows, with one of its states (``slots``).
 
     ``row_bytes`` and ``state_bytes`` are the sizes of one token's KV and of one state. With
-    ``state_bytes=0`` there are no states, and everything is tail.
+    ``state_bytes=0`` there are no states, and everything is tail. ``capacity`` is the whole arena:
+    rows of states count as unused, and are not free.
 
     KV fills holes before it opens a free slab. The rows of an opened slab are used after all other
     holes, so that it is the emptiest and few rows move when it is emptied. Free rows are on one
@@ -59,10 +59,12 @@ class ArenaAllocator:
     >>> arena = ArenaAllocator(1000, row_bytes=10, state_bytes=95)
     >>> arena.capacity, arena.slab_rows, arena.num_slabs
     (100, 10, 10)
-    >>> rows, slot = arena.pages.allocate(85), arena.slots.allocate()
-    >>> slot, arena.pages.num_free, arena.slots.num_free
+    >>> rows, slot = arena.allocate(85), arena.slots.allocate()
+    >>> slot, arena.num_free, arena.slots.num_free
     (9, 5, 0)
     """
+
+    budget: ByteBudget
 
     def __init__(
         self, total_bytes: int, row_bytes: int, state_bytes: int, page_size: int = 1
@@ -75,12 +77,7 @@ class ArenaAllocator:
                 f"total_bytes must hold at least one page: {page_size} rows of {row_bytes} bytes "
                 f"(got {total_bytes})."
             )
-        require_int32_count(capacity, "KV rows")
-        budget = self.budget = ByteBudget(capacity * row_bytes)
-        self.capacity = capacity
-        """Total number of rows."""
-        self.unit_bytes = row_bytes
-        self.page_size = page_size
+        super().__init__(capacity, page_size, row_bytes, ByteBudget(capacity * row_bytes))
         self.slab_rows = (
             capacity if not state_bytes else slab_rows(state_bytes, row_bytes, page_size)
         )
@@ -89,22 +86,26 @@ class ArenaAllocator:
         """Number of whole slabs, which is the number of slots."""
         self.free_slabs = list(range(self.num_slabs - 1, -1, -1))
         """Slabs that a slot can get without a search, the next one last."""
-        self.pages = ArenaPages(self, budget)
-        self.slots = ArenaSlots(self, budget)
+        self.slots = ArenaSlots(self)
         self.holders: dict[RowHolder, None] = {}
         """Holders that are notified of moves, in this order."""
         self.num_moves = 0
         """Number of slabs emptied so far."""
         self.num_moved_rows = 0
         self._slab_pages = self.slab_rows // page_size
-        self._offsets = np.arange(self._slab_pages, dtype=np.int32)
-        first = self.num_slabs * self._slab_pages
-        self.pages.restack(np.arange(first, capacity // page_size, dtype=np.int32))
+        self._slab_offsets = np.arange(self._slab_pages, dtype=np.int32)
+        first, self._num_implied = self.num_slabs * self._slab_pages, 0
+        self._restack(np.arange(first, capacity // page_size, dtype=np.int32))
 
-    @property
-    def num_unused(self) -> int:
-        """Number of rows that are neither KV nor part of a state. O(1)."""
-        return self.budget.free_bytes // self.unit_bytes
+    def allocate(self, num_tokens: int) -> Indices | None:
+        """Return rows as ``PageAllocator.allocate``.
+
+        O(n), plus O(slabs) after a sort of the holes.
+        """
+        missing = -(-num_tokens // self.page_size) - self._height
+        if missing > 0 and num_tokens <= self.num_free:
+            self._fill(missing)
+        return super().allocate(num_tokens)
 
     def find_slab(self) -> None:
         """Make at least one slab free: one without living rows, or the emptiest one after a move.
@@ -119,7 +120,7 @@ class ArenaAllocator:
             return
         is_whole = counts == self._slab_pages
         is_whole[-1] = False  # the tail is no slab
-        self.pages.restack(self.pages.stacked()[~is_whole[slabs]])
+        self._restack(self._stacked()[~is_whole[slabs]])
         self.free_slabs += np.flatnonzero(is_whole)[::-1].tolist()
 
     def occupancy(self) -> npt.NDArray[np.int64]:
@@ -133,7 +134,7 @@ class ArenaAllocator:
     def _count_holes(self) -> tuple[Indices, npt.NDArray[np.intp]]:
         """Return the slab of each hole in the order of the stack, and the holes per slab, the tail
         last."""
-        slabs = self.pages.stacked() // np.int32(self._slab_pages)
+        slabs = self._stacked() // np.int32(self._slab_pages)
         return slabs, np.bincount(slabs, minlength=self.num_slabs + 1)
 
     def _empty(self, slab: int, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
@@ -142,7 +143,7 @@ class ArenaAllocator:
         The remaining holes are stacked again, with those of the fullest slabs on top.
         """
         first = slab * self._slab_pages
-        pages, is_inside = self.pages.stacked(), slabs == slab
+        pages, is_inside = self._stacked(), slabs == slab
         is_living = np.ones(self._slab_pages, np.bool_)
         is_living[pages[is_inside].astype(np.intp) - first] = False
         living = np.flatnonzero(is_living)
@@ -151,9 +152,9 @@ class ArenaAllocator:
         if self._slab_pages < 1 << 16:
             keys = keys.astype(np.uint16)  # sorted in linear time
         holes = pages[is_outside].take(keys.argsort(kind="stable"))
-        self.pages.restack(holes[: len(living) - 1 : -1])
-        src = self.pages.rows_of(living.astype(np.int32) + np.int32(first))
-        dst = self.pages.rows_of(holes[: len(living)])
+        self._restack(holes[: len(living) - 1 : -1])
+        src = self.rows_of(living.astype(np.int32) + np.int32(first))
+        dst = self.rows_of(holes[: len(living)])
         first_row = slab * self.slab_rows
         new_rows = np.arange(first_row, first_row + self.slab_rows, dtype=np.int32)
         new_rows.reshape(-1, self.page_size)[living] = dst.reshape(-1, self.page_size)
@@ -170,22 +171,34 @@ class ArenaAllocator:
                 "add every owner of rows to ArenaAllocator.holders"
             )
 
-    def fill(self, num_pages: int) -> None:
+    def _fill(self, num_pages: int) -> None:
         """Put ``num_pages`` free pages of free slabs on the stack, below all others.
         O(num_pages)."""
         size = self._slab_pages
         num_slabs = -(-num_pages // size)
         opened = self.free_slabs[-num_slabs:]
         del self.free_slabs[-num_slabs:]
-        bottom = self.pages.lift(num_slabs * size)
+        num_new, height = num_slabs * size, self._height
+        self._height = top = height + num_new
+        self._stack[num_new:top] = self._stack[:height]
         for rank, slab in enumerate(reversed(opened)):
-            np.add(self._offsets, slab * size, out=bottom[rank * size : (rank + 1) * size])
+            place = self._stack[rank * size : (rank + 1) * size]
+            np.add(self._slab_offsets, slab * size, out=place)
 
-    def free_pages(self) -> Indices:
+    def _restack(self, pages: Indices) -> None:
+        """Replace the stack by ``pages``."""
+        self._height = len(pages)
+        self._stack[: self._height] = pages
+
+    def _stacked(self) -> Indices:
+        """Return the pages on the stack, a view."""
+        return self._stack[: self._height]
+
+    def _free_pages(self) -> Indices:
         """Return all pages that are neither KV nor part of a state, unordered. O(pages)."""
         first = np.array(self.free_slabs, np.int32)[:, None] * np.int32(self._slab_pages)
-        whole = (first + self._offsets).reshape(-1)
-        return np.concatenate([self.pages.stacked(), whole])
+        whole = (first + self._slab_offsets).reshape(-1)
+        return np.concatenate([self._stacked(), whole])
 
     def check(self) -> None:
         """Check that every row is free once, or allocated; in rows, slabs and bytes. O(pages).
@@ -193,20 +206,19 @@ class ArenaAllocator:
         Raises:
             AssertionError: an invariant fails.
         """
-        free = self.free_pages()
+        free = self._free_pages()
         num_pages = self.capacity // self.page_size
         assert not len(free) or (free.min() >= 0 and free.max() < num_pages), (
             "a free KV page is out of range"
         )
         assert are_distinct(free), "a KV page is free twice"
         num_free = len(free) * self.page_size
-        assert num_free == self.num_unused, f"{num_free} rows free, counted {self.num_unused}"
         assert self.budget.free_bytes == num_free * self.unit_bytes, "bytes free are not rows free"
         states = self.slots.taken
         assert states.isdisjoint(self.free_slabs), "a slab is free and a state"
         assert len(set(self.free_slabs)) == len(self.free_slabs), "a slab is free twice"
         assert states.isdisjoint((free // self._slab_pages).tolist()), "a row under a state is free"
-        used = num_free + self.pages.num_taken + len(states) * self.slab_rows
+        used = num_free + self.num_taken + len(states) * self.slab_rows
         assert used == self.capacity, (
             f"{used} rows are free, KV or under states, not {self.capacity}"
         )
@@ -233,63 +245,13 @@ def slab_rows(state_bytes: int, row_bytes: int, page_size: int = 1) -> int:
     return -(-rows // page_size) * page_size
 
 
-def arena_of(pages: PageAllocator) -> ArenaAllocator | None:
-    """Return the arena of ``pages``, or None for a fixed pool."""
-    return pages.arena if isinstance(pages, ArenaPages) else None
-
-
-class ArenaPages(PageAllocator):
-    """KV rows of the arena.
-
-    ``capacity`` is the whole arena. Rows of states count as unused, and are not free.
-    """
-
-    def __init__(self, arena: ArenaAllocator, budget: ByteBudget) -> None:
-        super().__init__(arena.capacity, arena.page_size, arena.unit_bytes, budget)
-        self.arena: ArenaAllocator = arena
-        self._height = self._num_implied = 0
-
-    def allocate(self, num_tokens: int) -> Indices | None:
-        """Return rows as ``PageAllocator.allocate``.
-
-        O(n), plus O(slabs) after a sort of the holes.
-        """
-        missing = -(-num_tokens // self.page_size) - self._height
-        if missing > 0 and num_tokens <= self.num_free:
-            self.arena.fill(missing)
-        return super().allocate(num_tokens)
-
-    def _free_pages(self) -> Indices:
-        """See ``ArenaAllocator.free_pages``."""
-        return self.arena.free_pages()
-
-    def lift(self, num_pages: int) -> Indices:
-        """Reserve space for ``num_pages`` at the bottom of the stack, to be filled by the
-        caller."""
-        height = self._height
-        self._height = top = height + num_pages
-        self._stack[num_pages:top] = self._stack[:height]
-        return self._stack[:num_pages]
-
-    def restack(self, pages: Indices) -> None:
-        """Replace the stack by ``pages``."""
-        self._height = len(pages)
-        self._stack[: self._height] = pages
-
-    def stacked(self) -> Indices:
-        """Return the pages on the stack. Do not change the result."""
-        return self._stack[: self._height]
-
-    def check(self) -> None:
-        """Check the whole arena; see ``ArenaAllocator.check``."""
-        self.arena.check()
-
-
 class ArenaSlots(SlotAllocator):
     """Slots of the arena: slot s is slab s. Its stack is the list of free slabs."""
 
-    def __init__(self, arena: ArenaAllocator, budget: ByteBudget) -> None:
-        super().__init__(arena.num_slabs, arena.slab_rows * arena.unit_bytes, budget)
+    budget: ByteBudget
+
+    def __init__(self, arena: ArenaAllocator) -> None:
+        super().__init__(arena.num_slabs, arena.slab_rows * arena.unit_bytes, arena.budget)
         self._stack = arena.free_slabs
         self._arena = arena
 
@@ -298,7 +260,6 @@ class ArenaSlots(SlotAllocator):
 
         O(1), or as ``ArenaAllocator.find_slab``.
         """
-        assert self.budget is not None
         if self.capacity and not self._stack and self.budget.free_bytes >= self.unit_bytes:
             self._arena.find_slab()
         return super().allocate()

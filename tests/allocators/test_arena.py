@@ -73,7 +73,7 @@ class ArenaMachine(RuleBasedStateMachine):
         page_size = self.arena.page_size
         whole = -(-num_tokens // page_size) * page_size
         fits = whole <= self.free_rows
-        rows = self.arena.pages.allocate(num_tokens)
+        rows = self.arena.allocate(num_tokens)
         assert (rows is not None) == fits
         if rows is not None:
             assert rows.dtype == np.int32 and len(rows) == whole
@@ -123,7 +123,7 @@ class ArenaMachine(RuleBasedStateMachine):
             return
         holder = self.holders[number % len(self.holders)]
         kept = min(num_kept * self.arena.page_size, len(holder.rows))
-        self.arena.pages.free(holder.rows[kept:])
+        self.arena.free(holder.rows[kept:])
         holder.rows = holder.rows[:kept].copy()
         if kept:
             return
@@ -175,17 +175,16 @@ class ArenaMachine(RuleBasedStateMachine):
             return
         arena = self.arena
         arena.check()
-        arena.pages.check()
         arena.slots.check()
         held = np.concatenate([np.empty(0, np.int32), *(holder.rows for holder in self.holders)])
         arena.check_taken(held)
         state_rows = [
             np.arange(s * arena.slab_rows, (s + 1) * arena.slab_rows) for s in self.states
         ]
-        all_rows = np.sort(np.concatenate([held, arena.pages.free_rows(), *state_rows]))
+        all_rows = np.sort(np.concatenate([held, arena.free_rows(), *state_rows]))
         assert all_rows.tolist() == list(range(arena.capacity))
-        assert arena.num_unused == arena.pages.num_free == self.free_rows
-        assert arena.pages.num_taken == len(held)
+        assert arena.num_free == self.free_rows
+        assert arena.num_taken == len(held)
         assert arena.slots.num_taken == len(self.states)
         assert arena.slots.num_free == self.free_rows // arena.slab_rows
         assert set(arena.slots.free_slots()).isdisjoint(self.states)
@@ -196,7 +195,7 @@ TestArena = ArenaMachine.TestCase
 
 def rows_in(arena, num_rows):
     """Register and return a holder of ``num_rows`` new rows."""
-    holder = RowHolder(arena.pages.allocate(num_rows))
+    holder = RowHolder(arena.allocate(num_rows))
     arena.holders[holder] = None
     return holder
 
@@ -205,7 +204,7 @@ def test_the_emptiest_slab_is_moved_into_the_fullest_slabs():
     arena = ArenaAllocator(40, 1, 10)
     slabs = [rows_in(arena, 10) for _ in range(4)]
     for holder, kept in zip(slabs, (3, 9, 8, 5), strict=True):
-        arena.pages.free(holder.rows[kept:])
+        arena.free(holder.rows[kept:])
         holder.rows = holder.rows[:kept].copy()
     emptied, fullest, next_full = (int(holder.rows[0]) // 10 for holder in slabs[:3])
     moves = StepQueue()
@@ -223,7 +222,7 @@ def test_a_slab_without_live_rows_is_taken_without_a_move():
     arena = ArenaAllocator(30, 1, 10)
     holders = [rows_in(arena, 10) for _ in range(3)]
     freed = holders.pop(1)
-    arena.pages.free(freed.rows)
+    arena.free(freed.rows)
     assert arena.slots.allocate() == freed.rows[0] // 10
     assert arena.num_moves == 0
 
@@ -242,10 +241,10 @@ def test_moves_are_taken_once_and_in_order():
 
 def test_moving_rows_without_a_holder_raises():
     arena = ArenaAllocator(20, 1, 10)
-    rows = arena.pages.allocate(10)
+    rows = arena.allocate(10)
     others = rows_in(arena, 10)
-    arena.pages.free(rows[:5])
-    arena.pages.free(others.rows[:5])
+    arena.free(rows[:5])
+    arena.free(others.rows[:5])
     others.rows = others.rows[5:].copy()
     with pytest.raises(RuntimeError, match="holders claim"):
         arena.slots.allocate()
