@@ -96,17 +96,10 @@ class ServerKeys:
 
     def refusal(self, scope: Scope) -> APIError:
         """Return the answer to a request without a valid key for its path."""
-        has_key = bool(_given_key(scope))
-        if self.operator is not None and scope["path"].startswith(OPERATORS):
-            message = "This path is reserved for the operator" + (
-                ", and this key is wrong: send the key of --admin-key-file."
-                if has_key
-                else ": send the key of --admin-key-file as Authorization: Bearer KEY."
-            )
-        elif has_key:
-            message = f"This key is unknown: send one of --api-key-file or {API_KEY_VARIABLE}."
-        else:
-            message = "This server requires a key: send it as Authorization: Bearer KEY."
+        is_reserved = self.operator is not None and scope["path"].startswith(OPERATORS)
+        source = "--admin-key-file" if is_reserved else f"--api-key-file or {API_KEY_VARIABLE}"
+        wrong = ": the key of this request is another" if _given_key(scope) else ""
+        message = f"Send a key of {source} as Authorization: Bearer KEY{wrong}."
         challenge = {"WWW-Authenticate": "Bearer"}
         return APIError(401, message, code="invalid_api_key", headers=challenge)
 

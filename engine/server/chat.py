@@ -26,13 +26,9 @@ from engine.server.context import (
     AnsweredChat,
     Call,
     Writer,
-    choice_id,
     finite,
     new_id,
-    prompt_id_fields,
-    token_id_fields,
     token_text,
-    usage,
 )
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
 from engine.text.answers import (
@@ -170,17 +166,11 @@ class ChatWriter(Writer):
     _body: ChatRequest
 
     async def answer(self, is_stream: bool) -> Response:
-        """Submit the chat and return the response. An answer ends at the latest with the context.
-        Raises APIError if the chat is refused."""
+        """Submit the chat and return the response. Raises APIError if the chat is refused."""
         call, context, body = self._call, self._context, self._body
         form = context.form
-        context.check_number(body.n)
         tools = None if context.tokenizer.chat_template is None else callable_tools(body, form)
         prompt = self._prompt = await render(call, body)
-        limit = context.answer_limit(len(prompt.tokens), body.limit)
-        num_top = (body.top_logprobs or 0) if body.logprobs else None
-        samplings = body.samplings(limit, num_top, context.engine.sampling_defaults)
-        grammar = await context.grammar_of(_forms(body, form, self.FORMAT), prompt.is_thinking)
         self.readers = [
             AnswerReader(
                 form,
@@ -193,18 +183,11 @@ class ChatWriter(Writer):
             )
             for index in range(body.n)
         ]
-        await self.submit(
-            structs.replace(
-                prompt.spec,
-                sampling=sampling,
-                ends_session=body.ends_session,
-                call_marks=form.calls.MARKS if form.calls is not None and tools else (),
-                request_id=choice_id(self.answer_id, choice),
-                choice_of=self.answer_id if choice else None,
-                grammar=grammar,
-            )
-            for choice, sampling in enumerate(samplings)
-        )
+        marks = form.calls.MARKS if form.calls is not None and tools else ()
+        specs = [structs.replace(prompt.spec, call_marks=marks)]
+        num_scores = (body.top_logprobs or 0) if body.logprobs else None
+        forms = _forms(body, form, self.FORMAT)
+        await self.submit(specs, body.limit, num_scores, forms, prompt.is_thinking)
         return await self.respond(is_stream)
 
     def written(self) -> dict[str, int]:
@@ -322,7 +305,7 @@ class _ChatWriter(ChatWriter):
                 "logprobs": self._scores(answer.output.logprobs),
                 "finish_reason": answer.finish,
                 **answer.warned,
-                **token_id_fields(self._body, answer.output.token_ids),
+                **self._ids("token_ids", answer.output.token_ids),
             }
             for answer in self.readers
         ]
@@ -330,19 +313,20 @@ class _ChatWriter(ChatWriter):
             **self._head,
             "choices": choices,
             "usage": self._usage(),
-            **prompt_id_fields(self._body, self.outputs[0]),
+            **self._ids("prompt_token_ids", self.outputs[0].prompt_token_ids),
         }
 
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield one event, after the role of the choice if it is its first."""
         news, more = self.readers[index], dict[str, Any]()
         if is_first:
-            more = prompt_id_fields(self._body, news.output) if len(self._latest) == 1 else {}
+            if len(self._latest) == 1:
+                more = self._ids("prompt_token_ids", news.output.prompt_token_ids)
             yield self._event([_choice(index, {"role": "assistant", "content": ""})])
         delta, scores = _delta(news.new, self._num_calls[index]), news.output.new_logprobs
         self._num_calls[index] += len(delta.get("tool_calls", ()))
         choice = _choice(index, delta, self._scores(scores), news.finish)
-        choice |= news.warned | token_id_fields(self._body, news.output.new_token_ids)
+        choice |= news.warned | self._ids("token_ids", news.output.new_token_ids)
         if more or choice != _choice(index, {}):
             yield self._event([choice], **more)
 
@@ -352,8 +336,7 @@ class _ChatWriter(ChatWriter):
         yield DONE
 
     def _usage(self) -> dict[str, Any]:
-        """Return the token counts of all answers, which have one prompt."""
-        counts = usage(self.outputs, self._body.n)
+        counts = super()._usage()
         counts["prompt_tokens_details"] |= self.written()
         return counts
 

@@ -15,13 +15,9 @@ from engine.server.bodies import DONE, event
 from engine.server.context import (
     Call,
     Writer,
-    choice_id,
     finite,
     new_id,
-    prompt_id_fields,
-    token_id_fields,
     token_text,
-    usage,
 )
 from engine.server.schemas import Count, NumScores, Sampling, TokenId
 from engine.text.outputs import SampledToken
@@ -62,37 +58,15 @@ class CompletionRequest(Sampling, kw_only=True):
 async def complete(call: Call, body: CompletionRequest) -> Response:
     """Answer one completion request."""
     context, namespace = call.context, call.tenant.namespace
-    context.check_number(len(body.prompts) * body.n)
     context.check_limit(body.max_tokens, "max_tokens")
+    writer = _CompletionWriter(call, body)
     how = EncodeOptions(body.add_special_tokens, namespace=namespace)
     prompts = await context.encode(body.prompts, how)
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    limits = [context.answer_limit(len(prompt), body.max_tokens) for prompt in prompts]
-    samplings = {
-        limit: body.samplings(limit, body.logprobs, context.engine.sampling_defaults)
-        for limit in set(limits)
-    }
-    grammar = await context.grammar_of(body.forms("response_format"))
-    choices = (
-        (prompt, sampling)
-        for prompt, limit in zip(prompts, limits, strict=True)
-        for sampling in samplings[limit]
-    )
-    answer_id = new_id("cmpl")
-    writer = _CompletionWriter(call, body, answer_id)
-    await writer.submit(
-        RequestSpec(
-            prompt,
-            sampling,
-            namespace=namespace,
-            prompt_logprobs=(body.logprobs or 0) if scores_prompt else None,
-            request_id=choice_id(answer_id, number),
-            choice_of=choice_id(answer_id, number - number % body.n) if number % body.n else None,
-            grammar=grammar,
-            ends_session=body.ends_session,
-        )
-        for number, (prompt, sampling) in enumerate(choices)
-    )
+    num_scores = (body.logprobs or 0) if scores_prompt else None
+    specs = [RequestSpec(ids, namespace=namespace, prompt_logprobs=num_scores) for ids in prompts]
+    forms = body.forms("response_format")
+    await writer.submit(specs, body.max_tokens, body.logprobs, forms)
     return await writer.respond(body.stream)
 
 
@@ -102,9 +76,9 @@ class _CompletionWriter(Writer):
     PROMPT = "prompt"
     _body: CompletionRequest
 
-    def __init__(self, call: Call, body: CompletionRequest, answer_id: str) -> None:
-        super().__init__(call, body, answer_id)
-        self._head = self._context.head(answer_id, "text_completion")
+    def __init__(self, call: Call, body: CompletionRequest) -> None:
+        super().__init__(call, body, new_id("cmpl"), len(body.prompts))
+        self._head = self._context.head(self.answer_id, "text_completion")
         self._skips_special = body.skip_special_tokens is not False
         self._decoders: dict[int, StreamDecoder] = {}
         """Decoder of each choice, which gives the offsets of tokens in the text."""
@@ -128,9 +102,6 @@ class _CompletionWriter(Writer):
             yield event({**self._head, "choices": [], "usage": self._usage()})
         yield DONE
 
-    def _usage(self) -> dict[str, Any]:
-        return usage(self.outputs, self._body.n)
-
     def _choice(
         self,
         index: int,
@@ -141,9 +112,9 @@ class _CompletionWriter(Writer):
     ) -> dict[str, Any]:
         """Return the next part of a choice, or all of it."""
         output, body, tokenizer = self._latest[index], self._body, self._context.tokenizer
-        told = token_id_fields(body, token_ids)
+        told = self._ids("token_ids", token_ids)
         if is_first:
-            told |= prompt_id_fields(body, output)
+            told |= self._ids("prompt_token_ids", output.prompt_token_ids)
             if body.logprobs is not None:
                 before = () if body.echo else output.prompt_token_ids[-MAX_CONTEXT:].tolist()
                 self._decoders[index] = tokenizer.stream_decoder(self._skips_special, before)

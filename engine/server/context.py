@@ -12,7 +12,6 @@ from collections.abc import (
     AsyncGenerator,
     Awaitable,
     Callable,
-    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -152,17 +151,6 @@ class ServingContext:
                 code="model_not_found",
             )
 
-    def check_number(self, num_choices: int) -> None:
-        """Raise APIError 400 if a request has more answers than the queue can hold, so a retry
-        would fail too."""
-        if num_choices > self.engine.config.max_queue:
-            raise APIError(
-                400,
-                f"{num_choices} answers are more than the queue of {self.engine.config.max_queue} "
-                "requests can hold: send fewer prompts or lower 'n'.",
-                param="n",
-            )
-
     async def encode(
         self,
         prompts: Sequence[str | list[int]],
@@ -223,14 +211,6 @@ class ServingContext:
                 param=param,
             )
 
-    def answer_limit(self, num_tokens: int, limit: int | None) -> int | None:
-        """Return the maximum length of the answer to a prompt of ``num_tokens``: ``limit``, or
-        ``--default-max-tokens`` if the request names none, or None if only the context limits
-        it."""
-        limit = self.config.default_max_tokens if limit is None else limit
-        fits = limit is not None and num_tokens + limit <= self.engine.facts.max_model_len
-        return limit if fits else None
-
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -255,7 +235,17 @@ class Writer(ABC):
     PROMPT = "messages"
     """Name of the prompt in the body."""
 
-    def __init__(self, call: Call, body: Sampling, answer_id: str) -> None:
+    def __init__(self, call: Call, body: Sampling, answer_id: str, num_prompts: int = 1) -> None:
+        """Raises APIError 400 if there are more answers than the queue can hold, so a retry would
+        fail too."""
+        most, num_answers = call.context.engine.config.max_queue, num_prompts * body.n
+        if num_answers > most:
+            raise APIError(
+                400,
+                f"{num_answers} answers are more than the queue of {most} requests can hold: send "
+                "fewer prompts or lower 'n'.",
+                param="n",
+            )
         self._call, self._context, self._body = call, call.context, body
         self.answer_id = answer_id
         self._stream: RequestStream
@@ -284,10 +274,45 @@ class Writer(ABC):
         """Return the event of a failure in the middle of a stream."""
         return failed_event(failure)
 
-    async def submit(self, specs: Iterable[RequestSpec]) -> None:
-        """Submit ``specs`` in order; all are submitted or none. Raises APIError if the engine
-        refuses one."""
-        engine, valid = self._context.engine, list[RequestSpec]()
+    async def submit(
+        self,
+        prompts: Sequence[RequestSpec],
+        limit: int | None,
+        num_scores: int | None,
+        forms: Mapping[str, Callable[[], Grammar]],
+        is_thinking: bool = False,
+    ) -> None:
+        """Submit all choices of ``prompts`` in order; all are submitted or none.
+
+        ``limit``: maximum length of an answer. None means ``--default-max-tokens``; an answer ends
+        at the latest with the context. ``forms`` and ``is_thinking`` are those of ``grammar_of``.
+        Raises APIError if a value is out of range, or the engine refuses a choice.
+        """
+        context, body, engine = self._context, self._body, self._context.engine
+        limit = context.config.default_max_tokens if limit is None else limit
+        room = engine.facts.max_model_len - (limit or 0)
+        limits = [limit if len(spec.prompt) <= room else None for spec in prompts]
+        samplings = {
+            limit: body.samplings(limit, num_scores, engine.sampling_defaults)
+            for limit in set(limits)
+        }
+        grammar = await context.grammar_of(forms, is_thinking)
+        specs = (
+            structs.replace(
+                spec,
+                sampling=sampling,
+                grammar=grammar,
+                ends_session=body.ends_session,
+                request_id=self._choice_id(number),
+                choice_of=self._choice_id(number - number % body.n) if number % body.n else None,
+            )
+            for number, (spec, sampling) in enumerate(
+                (spec, sampling)
+                for spec, limit in zip(prompts, limits, strict=True)
+                for sampling in samplings[limit]
+            )
+        )
+        valid = list[RequestSpec]()
         self._stream = engine.stream()
         self._call.request.state.answer_id = self.answer_id
         try:
@@ -307,6 +332,10 @@ class Writer(ABC):
                 self._context.metrics.count_unanswered("error", 1)
             param = self.PROMPT if isinstance(error, ContextOverflow) else None
             raise of_failure(RequestError.of(error), param) from error
+
+    def _choice_id(self, number: int) -> str:
+        """Return the engine's id for one of the choices."""
+        return f"{self.answer_id}-{number}" if number else self.answer_id
 
     def _count_refusal(self, error: Exception) -> bool:
         """Count a request that was refused before it was queued. Returns True if it was."""
@@ -352,6 +381,39 @@ class Writer(ABC):
                     sum(one.cached_len for one in firsts),
                     sum(len(one.output) for one in latest.values()),
                 )
+
+    def _usage(self) -> dict[str, Any]:
+        """Return the token counts in the form of OpenAI's completions.
+
+        A prompt counts once, with the cache hit of its first choice. Not part of OpenAI's API are
+        ``lost_tokens``, the reasons why the other tokens were computed, and ``transferred``, the
+        transfers between engines. ``completion_tokens_details`` is present with speculation.
+        """
+        outputs, firsts = self.outputs, self.outputs[:: self._body.n]
+        num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
+        num_new = sum(len(output.token_ids) for output in outputs)
+        losses = [output.losses for output in firsts if output.losses is not None]
+        drafts = [output.drafts for output in outputs if output.drafts is not None]
+        transferred = [output.transferred for output in firsts if output.transferred is not None]
+        num_accepted = sum(counts.accepted.total() for counts in drafts)
+        drafted = {
+            "accepted_prediction_tokens": num_accepted,
+            "rejected_prediction_tokens": sum(one.drafted.total() for one in drafts) - num_accepted,
+        }
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_new,
+            "total_tokens": num_prompt + num_new,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(output.cached_len for output in firsts),
+                "lost_tokens": _sums(losses, Losses),
+                **({"transferred": _sums(transferred, Transferred)} if transferred else {}),
+            },
+        } | ({"completion_tokens_details": drafted} if drafts else {})
+
+    def _ids(self, name: str, token_ids: Sequence[int] | np.ndarray) -> dict[str, list[int]]:
+        """Return a field with token ids, in vLLM's form, if they are requested."""
+        return {name: np.asarray(token_ids).tolist()} if self._body.return_token_ids else {}
 
     def _cache_headers(self) -> dict[str, str]:
         """Return the cache headers of an answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``,
@@ -400,44 +462,9 @@ class Writer(ABC):
             pass
 
 
-def choice_id(answer_id: str, choice: int) -> str:
-    """Return the engine's id for one of an answer's choices."""
-    return f"{answer_id}-{choice}" if choice else answer_id
-
-
 def new_id(kind: str, joint: str = "-") -> str:
     """Return a random id for an answer or a part of one."""
     return f"{kind}{joint}{uuid.uuid4().hex}"
-
-
-def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, Any]:
-    """Return the token counts of an answer with ``num_choices`` for each prompt.
-
-    A prompt counts once, with the cache hit of its first choice. Not part of OpenAI's API are
-    ``lost_tokens``, the reasons why the other tokens were computed, and ``transferred``, the
-    transfers between engines. ``completion_tokens_details`` is present with speculation.
-    """
-    firsts = outputs[::num_choices]
-    num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
-    num_new = sum(len(output.token_ids) for output in outputs)
-    losses = [output.losses for output in firsts if output.losses is not None]
-    drafts = [output.drafts for output in outputs if output.drafts is not None]
-    transferred = [output.transferred for output in firsts if output.transferred is not None]
-    num_accepted = sum(counts.accepted.total() for counts in drafts)
-    drafted = {
-        "accepted_prediction_tokens": num_accepted,
-        "rejected_prediction_tokens": sum(one.drafted.total() for one in drafts) - num_accepted,
-    }
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_new,
-        "total_tokens": num_prompt + num_new,
-        "prompt_tokens_details": {
-            "cached_tokens": sum(output.cached_len for output in firsts),
-            "lost_tokens": _sums(losses, Losses),
-            **({"transferred": _sums(transferred, Transferred)} if transferred else {}),
-        },
-    } | ({"completion_tokens_details": drafted} if drafts else {})
 
 
 def _sums(counts: Sequence[Any], kind: Any) -> dict[str, int]:
@@ -462,13 +489,3 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
         return raw.decode("utf-8") if raw else f"token:{token_id}"
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def prompt_id_fields(body: Sampling, output: RequestOutput) -> dict[str, Any]:
-    """Return the ids of the prompt in vLLM's form, if they are requested."""
-    return {"prompt_token_ids": output.prompt_token_ids.tolist()} if body.return_token_ids else {}
-
-
-def token_id_fields(body: Sampling, token_ids: Sequence[int]) -> dict[str, Any]:
-    """Return the ids of new tokens in vLLM's form, if they are requested."""
-    return {"token_ids": [int(token) for token in token_ids]} if body.return_token_ids else {}

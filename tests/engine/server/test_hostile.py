@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.server import app
+from engine.server import access, app
 from engine.server.settings import ServerConfig
 
 from .conftest import Live
@@ -49,7 +49,8 @@ def test_unfinished_headers_time_out(
 ) -> None:
     """On a new connection, after an answer, and without any byte. A complete request may take
     longer, also if it arrived together with the one before it."""
-    monkeypatch.setattr(app, "HEADERS_S", 1.0)
+    for module in (app, access):  # A connection kept alive, and its timer.
+        monkeypatch.setattr(module, "HEADERS_S", 1.0)
     live = serve_oracle(step_s=0.05)
     body = b'{"prompt": "x", "max_tokens": 25, "ignore_eos": true}'
     slow = live.connect()
