@@ -237,6 +237,7 @@ SCENARIOS = (
 def test_refusals_of_each_kind_of_engine(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All scenarios share one engine, because a process is slow to start."""
     monkeypatch.setattr(replica, "Engine", make_engine)
+    monkeypatch.setattr(replica, "screen_rows", lambda engine, address: [("oracle", address)])
 
     async def main() -> None:
         async with serving(kind, EngineConfig(max_running=1, max_queue=1)) as (engine, client):
