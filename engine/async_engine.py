@@ -657,9 +657,11 @@ class AsyncEngine:
         for number in tuple(self._replies):
             self._answered(Reply(number, error=error.to_wire()))
 
-    def _question(self, question: Question) -> Future[Any]:
+    async def ask(self, question: Question) -> Any:
+        """Return the value of the reply to ``question``. Raises the RequestError in the reply, if
+        any."""
         number = next(self._numbers)
-        reply = self._replies[number] = Future()
+        reply = self._replies[number] = Future[Any]()
         try:
             if self._end is not None:  # Read last: ``closed`` in another thread answers the rest.
                 raise EngineStopped(self._end)
@@ -667,16 +669,11 @@ class AsyncEngine:
         except BaseException:
             self._replies.pop(number, None)
             raise
-        return reply
+        return await asyncio.wrap_future(reply)
 
-    async def ask(self, question: Question) -> Any:
-        """Return the value of the reply to ``question``. Raises the RequestError in the reply, if
-        any."""
-        return await asyncio.wrap_future(self._question(question))
-
-    def compile(self, grammar: Grammar) -> None:
-        """See ``Engine.compile``. Call it from a separate thread, because it may take long."""
-        self._question(Compile(grammar)).result()
+    async def compile(self, grammar: Grammar) -> None:
+        """See ``Engine.compile``."""
+        await self.ask(Compile(grammar))
 
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""

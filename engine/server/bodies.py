@@ -61,12 +61,6 @@ class Workers:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="server")
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-
-    async def compile(self, work: Callable[[], Result]) -> Result:
-        """Run ``work`` in a separate thread for grammars, so that grammars do not delay long
-        bodies."""
-        return await asyncio.get_running_loop().run_in_executor(self._compiler, work)
 
     async def run(self, size: int, work: Callable[[], Result]) -> Result:
         """Run ``work`` directly if its ``size`` is small, else in a thread, and return its
@@ -76,8 +70,7 @@ class Workers:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def close(self) -> None:
-        for threads in (self._threads, self._compiler):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

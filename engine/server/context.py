@@ -30,7 +30,7 @@ from starlette.routing import Route
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.requests.chat_prompt import Replay
-from engine.requests.grammar import Grammar
+from engine.requests.grammar import MAX_CHARS, Grammar
 from engine.requests.request import RequestSpec
 from engine.server.access import Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
@@ -186,13 +186,11 @@ class ServingContext:
             raise APIError(400, message, param=next(iter(forms)))
         [(param, make)] = forms.items()
 
-        def work() -> Grammar:
-            grammar = make().behind(CLOSE) if is_thinking else make()
-            self.engine.compile(grammar)
-            return grammar
-
         try:
-            return await self.workers.compile(work)
+            grammar = await self.workers.run(MAX_CHARS, make)
+            grammar = grammar.behind(CLOSE) if is_thinking else grammar
+            await self.engine.compile(grammar)
+            return grammar
         except ValueError as error:
             raise APIError(400, f"'{param}': {error}", param=param) from error
 

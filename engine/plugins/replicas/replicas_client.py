@@ -271,10 +271,6 @@ class FleetChannel(EngineChannel):
                 self._submit(message)
             case Abort():
                 self._abort(message)
-            case Compile():
-                # Replicas compile the grammar again when they receive it.
-                self._compile(message.grammar)
-                self._front.receive(Reply(message.number))
             case EndEngine():
                 pass
             case _:
@@ -430,6 +426,8 @@ class FleetChannel(EngineChannel):
         session declares its end. Nor has ``StopAccepting``, because replicas have no role.
         """
         match question:
+            case Compile():  # Replicas compile the grammar again when they receive it.
+                await asyncio.to_thread(self._compile, question.grammar)
             case AskReport():
                 return await self._report(question)
             case AskCacheView():
