@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -65,46 +64,34 @@ class Pauses:
 
     def next(self, rng: np.random.Generator, num_answer_tokens: int) -> float:
         """Draw the seconds between an answer of this length and the next turn."""
-        thinking = (
-            float(rng.lognormal(math.log(self.median_s), self.spread)) if self.median_s else 0.0
-        )
-        return thinking + num_answer_tokens / self.answer_tokens_per_s
+        pause_s = num_answer_tokens / self.answer_tokens_per_s
+        if self.median_s:
+            pause_s = float(rng.lognormal(math.log(self.median_s), self.spread)) + pause_s
+        return pause_s
 
 
 Starts = Poisson | Fixed
 """An arrival process. ``times`` yields ascending start times of sessions in seconds, without
 end."""
-STARTS: dict[str, Callable[[float], Starts]] = {
-    "poisson": Poisson,
-    "fixed": Fixed,
-    "bursts": partial(Poisson, size=16),
-}
 
 
 def parse_starts(text: str) -> Starts:
-    """Parse ``name:sessions_per_second``, as in ``poisson:0.5``; for bursts also ``bursts:0.5:32``.
-    ValueError for anything else."""
-    word, *numbers = text.split(":")
+    """Parse ``poisson:2`` or ``fixed:2`` (sessions a second), or ``bursts:2:32`` of 32 sessions at
+    once (16 without it). ValueError for anything else."""
+    word, _, numbers = text.partition(":")
+    rate_text, *sizes = numbers.split(":")
     try:
-        if word == "bursts" and len(numbers) == 2:
-            size = int(numbers[1])
-            if size < 1:
-                raise ValueError
-            return Poisson(_rate(numbers[0]), size)
-        [number] = numbers
-        return STARTS[word](_rate(number))
+        rate, size = float(rate_text), {"poisson": 1, "fixed": 1, "bursts": 16}[word]
+        if sizes:
+            [size] = map(int, sizes)
+        if not 0 < rate < math.inf or size < 1 or (sizes and word != "bursts"):
+            raise ValueError(text)
     except (ValueError, KeyError):
         raise ValueError(
-            f"arrivals {text!r} is not one of {', '.join(STARTS)} with a rate above 0 after a colon"
+            f"arrivals {text!r} is not one of poisson, fixed, bursts with a rate above 0 after a "
+            "colon"
         ) from None
-
-
-def _rate(text: str) -> float:
-    """Return the number. ValueError unless it is above 0 and finite."""
-    rate = float(text)
-    if not 0 < rate < math.inf:
-        raise ValueError(text)
-    return rate
+    return Fixed(rate) if word == "fixed" else Poisson(rate, size)
 
 
 def interleave(

@@ -54,20 +54,14 @@ def figure_path(path: str | Path) -> Path:
     return path
 
 
-@explain_missing()
-def _matplotlib() -> Any:
-    """Import matplotlib, or say which extra has it."""
-    import matplotlib
-
-    return matplotlib
-
-
 def _with_fonts(draw: Draw) -> Draw:
     """Return ``draw`` with the fonts of this package's own figures."""
 
     @wraps(draw)
     def drawn(*arguments: Any, **options: Any) -> Any:
-        with _matplotlib().rc_context(_FONTS):
+        with explain_missing():
+            import matplotlib
+        with matplotlib.rc_context(_FONTS):
             return draw(*arguments, **options)
 
     return cast(Draw, drawn)
@@ -266,8 +260,8 @@ def panels(
 ) -> tuple[Figure, list[Any]]:
     """Return a figure of ``count`` panels of ``size`` (inches), at most ``columns`` in a row, and
     their axes. The figure belongs to no window and no notebook, so their backend is not changed."""
-    _matplotlib()
-    from matplotlib.figure import Figure
+    with explain_missing():
+        from matplotlib.figure import Figure
 
     width, height = size
     columns = min(count, columns)
