@@ -395,6 +395,10 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
 
 def _simulate(options: argparse.Namespace) -> int:
     """Replay every trace, or serve it in closed loop, and print tables."""
+    from hybridcache.lab.report import find_metric, losses_table
+    from hybridcache.lab.simulation.closed_loop import closed_loop
+    from hybridcache.lab.simulation.simulate import simulate
+
     scenarios = _scenarios(options)
     if not options.closed_loop:
         for scenario in scenarios:
@@ -406,14 +410,31 @@ def _simulate(options: argparse.Namespace) -> int:
         for flag in _given_flags(options, ALONE):
             raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
     else:
-        _check_metrics(metrics, options)
+        for word in metrics:
+            find_metric(word)
+        has_plans = options.optimum or (options.output and options.output.exists())
+        if "optimum" in metrics and not has_plans:
+            raise ValueError("--metric optimum needs a plan: add --optimum")
+        if "bound" in metrics and not options.bound:
+            raise ValueError("--metric bound needs the infinite cache: leave --no-bound out")
     check_figure(options)
+    place = {"processes": options.processes, "ray": options.ray, "resume_from": options.output}
     results: list[Any] = []
     drawn: list[Path] = []
     traces = [opened(str(scenario.trace), options) for scenario in scenarios]
     for scenario, trace in zip(scenarios, traces, strict=True):
-        result, texts = _run(replace(scenario, trace=trace), options, metrics)
-        results.append(result)
+        asked = replace(scenario, trace=trace)
+        if options.closed_loop:
+            results.append(served := closed_loop(asked, **place))
+            texts = [served.table()]
+        else:
+            result = simulate(asked, bound=options.bound, optimum=options.optimum, **place)
+            results.append(result)
+            losses = losses_table(result.runs) if options.losses else ""
+            path = Path(str(asked.model))  # the engine reads the folder of a config.json
+            folder = path.parent if path.is_file() else path
+            model = shlex.quote(str(folder)) if path.exists() else ""
+            texts = [result.table(metrics), losses, result.verdict(model)]
         if options.figure:  # before anything is printed: a pipe that reads it may close early
             drawn = _draw(results, options, metrics)
         for text in filter(None, texts):
@@ -421,39 +442,6 @@ def _simulate(options: argparse.Namespace) -> int:
     for path in drawn:
         print(f"figure: {path}")
     return 1 if any(result.failures for result in results) else 0
-
-
-def _check_metrics(metrics: Sequence[str], options: argparse.Namespace) -> None:
-    """Raise ValueError for a metric that does not exist or is not computed."""
-    from hybridcache.lab.report import find_metric
-
-    for word in metrics:
-        find_metric(word)
-    known = options.optimum or (options.output and options.output.exists())
-    if "optimum" in metrics and not known:
-        raise ValueError("--metric optimum needs a plan: add --optimum")
-    if "bound" in metrics and not options.bound:
-        raise ValueError("--metric bound needs the infinite cache: leave --no-bound out")
-
-
-def _run(
-    scenario: Scenario, options: argparse.Namespace, metrics: Sequence[str]
-) -> tuple[Any, list[str]]:
-    """Return the result of one trace, and its texts."""
-    from hybridcache.lab.report import losses_table
-    from hybridcache.lab.simulation.closed_loop import closed_loop
-    from hybridcache.lab.simulation.simulate import simulate
-
-    place = {"processes": options.processes, "ray": options.ray, "resume_from": options.output}
-    if options.closed_loop:
-        served = closed_loop(scenario, **place)
-        return served, [served.table()]
-    result = simulate(scenario, bound=options.bound, optimum=options.optimum, **place)
-    losses = losses_table(result.runs) if options.losses else ""
-    path = Path(str(scenario.model))  # the engine reads the folder of a config.json
-    folder = path.parent if path.is_file() else path
-    model = shlex.quote(str(folder)) if path.exists() else ""
-    return result, [result.table(metrics), losses, result.verdict(model)]
 
 
 def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:

@@ -460,8 +460,8 @@ class Scenario:
     def competitors(self) -> list[Scenario]:
         """Return a scenario per competitor: every policy with every placement, then every peer.
 
-        Raises ValueError for an invalid name, if there is no competitor, and if two have the same
-        label."""
+        Raises ValueError for a policy, placement or baseline that does not exist, for a peer
+        without states to keep, if there is no competitor, and if two have the same label."""
         geometry = self.geometry()
         base = replace(self, model=geometry, state_dtype=None, baseline=())
         found = [
@@ -476,7 +476,17 @@ class Scenario:
             raise ValueError("nothing to simulate: no policy, and no baseline")
         labels = [one.label for one in found]
         for one in found:
-            one.check_words(geometry)
+            if not one.baseline:
+                make_eviction(one.policy)  # type: ignore[arg-type]
+                parse_placement(one.checkpoints)  # type: ignore[arg-type]
+            elif one.baseline not in BASELINES:
+                word = str(one.baseline)
+                raise ValueError(f"no baseline {word!r}{or_known(word, BASELINES)}")
+            elif not geometry.num_linear_layers:
+                raise ValueError(
+                    f"baseline {one.baseline}: {geometry.name} has no linear layers, and peers are "
+                    "rebuilt for hybrid models only; compare policies for this model"
+                )
             if labels.count(one.label) > 1:
                 raise ValueError(
                     f"two competitors are called {one.label!r}: name each once, and give "
@@ -599,23 +609,6 @@ class Scenario:
             token_flops=geometry.flops_per_token,
             pair_flops=geometry.attention_flops_per_pair,
         )
-
-    def check_words(self, geometry: ModelGeometry) -> None:
-        """Raise ValueError for a policy, placement or baseline that does not exist, and for a peer
-        without states to keep, before anything runs."""
-        if not self.baseline:
-            make_eviction(self.policy)  # type: ignore[arg-type]
-            parse_placement(self.checkpoints)  # type: ignore[arg-type]
-        elif self.baseline not in BASELINES:
-            word = str(self.baseline)
-            raise ValueError(f"no baseline {word!r}{or_known(word, BASELINES)}")
-        elif self.disk_gib or self.host_gib:
-            raise ValueError(f"baseline {self.baseline} is not rebuilt with a tier below it")
-        elif not geometry.num_linear_layers:
-            raise ValueError(
-                f"baseline {self.baseline}: {geometry.name} has no linear layers, and peers "
-                "are rebuilt for hybrid models only; compare policies for this model"
-            )
 
 
 @cache
