@@ -244,7 +244,7 @@ def add_trace(commands: Commands) -> None:
         default="jsonl",
         help=", ".join(f"{w}: {h}" for w, h in FORMS.items()),
     )
-    add("--block", type=int, default=512, help="tokens of a hashed block, for mooncake")
+    add("--block", type=int, help="tokens of a hashed block, for mooncake (default: 512)")
     share(convert, "--skip-bad")
     convert.set_defaults(run=_trace_convert)
     fetch = verbs.add_parser("fetch", help="download a published trace into the cache folder")
@@ -272,14 +272,16 @@ def _trace_convert(options: argparse.Namespace) -> int:
     from hybridcache.lab.traces.write import write_mooncake, write_own
 
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
-    target = options.target
+    target, block = options.target, options.block
+    if options.to == "jsonl" and block is not None:
+        raise ValueError("--block is for --to mooncake")
     if target.is_file():
         raise ValueError(f"{target}: the file exists: remove it, or name another")
     with _written_whole(target) as file:
         if options.to == "jsonl":
             num_requests = write_own(trace, file)
         else:
-            num_requests = write_mooncake(trace, file, options.block)
+            num_requests = write_mooncake(trace, file, 512 if block is None else block)
         if not num_requests:
             raise ValueError(f"{options.trace}: {trace.is_empty_because}")
     if trace.bad.count:

@@ -57,6 +57,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --trace short --gib 1", "--trace short is given twice"),
         ("simulate --trace short?head=9 --trace nope --gib 1", "no trace 'nope'"),
         ("simulate --trace short?seed=1&seed=2 --gib 1", "option 'seed' is given twice"),
+        ("trace convert short /tmp/no.jsonl --block 64", "--block is for --to mooncake"),
         ("trace stats shrt", "did you mean 'short'?"),
         ("trace stats sample:shrt", "'shrt', did you mean 'short'?"),
         ("trace fetch bailian-chta", "did you mean 'bailian-chat'?"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.cli import main
 from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.trace import BadRecordError, Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import SAMPLES as PACKAGED
 from hybridcache.lab.traces import open_trace, recognise
@@ -190,6 +190,35 @@ def test_only_segments_of_one_conversation_are_merged(
     assert len(found) == 9
 
 
+def test_every_speaker_of_sharegpt_has_a_role(tmp_path: Path) -> None:
+    """Results of tools are questions, and tool calls are answers."""
+    path = tmp_path / "s.json"
+
+    def wrote(*said: tuple[str, str], **more: str) -> str:
+        words = [{"from": speaker, "value": text} for speaker, text in said]
+        path.write_text(json.dumps([{"id": "a", "conversations": words, **more}]))
+        return f"sharegpt:{path}?tokenizer=bytes"
+
+    called, seen = ("function_call", "F"), ("observation", "O")
+    spec = wrote(("Human", "H"), called, seen, ("GPT", "G"), ("human", "more?"), system="S")
+    with pytest.warns(TraceFieldsWarning, match="1 conversation without the messages after"):
+        first, second = open_trace(spec)
+    plain = load_chat_text("bytes")
+    texts = ["system\nS", "user\nH", "assistant\nF", "tool\nO", "assistant\n"]
+    framed = "<|im_end|>\n".join(f"<|im_start|>{text}" for text in texts)
+    assert second.tokens.tolist() == plain.encode(framed).tolist()
+    assert common(first, second) == len(first.tokens)
+    with pytest.raises(BadRecordError, match="from is 'alien', none of human, user"):
+        [*open_trace(wrote(("human", "H"), ("alien", "yo")))]
+
+
+def test_fractions_of_milliseconds_are_reported(tmp_path: Path) -> None:
+    record = {"input_length": 512, "output_length": 1, "hash_ids": [1]}
+    path = lines(tmp_path / "m.jsonl", *({**record, "timestamp": at} for at in (0, 1.5)))
+    with pytest.warns(TraceFieldsWarning, match="multiply it by 1,000 if it is in seconds"):
+        assert [one.timestamp_s for one in open_trace(f"mooncake:{path}")] == [0.0, 0.0015]
+
+
 def test_conversations_of_lengths_share_the_blocks_of_their_first_message(tmp_path: Path) -> None:
     """Each message is framed by five ids, and a prompt ends in a thought of two."""
     turns = [["u", 40], ["a", 6], ["u", 3], ["a", 4]]
@@ -206,7 +235,8 @@ def test_conversations_of_lengths_share_the_blocks_of_their_first_message(tmp_pa
     assert [len(request.output) for request in (first, second)] == [7, 5]
     assert common(first, other) == 3 + 16 and common(first, second) == first.boundaries[-1] == 48
     assert not first.answer_survives and first.timestamp_s < second.timestamp_s
-    with pytest.warns(TraceFieldsWarning, match="more than 60 tokens"):
+    cut = "2 conversations cut before the first prompt of more than 60 tokens"
+    with pytest.warns(TraceFieldsWarning, match=cut):
         assert [len(request.tokens) for request in open_trace(f"{path}?cap=60")] == [50, 50]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from hybridcache.lab.arrivals import Fixed, Starts
 from hybridcache.lab.trace import FreshIds, KnownIds, TraceRequest
 from hybridcache.lab.traces.dialects import STOP_REASONS
-from hybridcache.lab.traces.frame import Record, SessionReader, request_of_blocks
+from hybridcache.lab.traces.frame import Notes, Record, SessionReader, request_of_blocks
 from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
@@ -36,7 +36,7 @@ class CodingAgentReader(SessionReader):
     def recognises(record: Record) -> bool:
         return record.get("hash_id_scope") == "local" and "requests" in record
 
-    def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         unit, fresh, known = self.unit, FreshIds(), KnownIds()
 
         def head_of(owner: Record) -> Tokens:

@@ -42,9 +42,9 @@ class ConversationsReader(SessionReader):
         is_whole = isinstance(last, dict) and role_of(spelled(Record(last))) == "assistant"
         return is_whole and record.first(NAMES["answer"]) is None
 
-    def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         chat = load_chat_text(self.tokenizer, self.template)
-        numbers, notes, clock = count(1), Notes(self.path), TraceClock()
+        numbers, clock = count(1), TraceClock()
         has_times = self.has_times
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:

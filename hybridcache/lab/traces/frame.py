@@ -28,6 +28,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from hybridcache.geometry.units import counted
 from hybridcache.lab.arrivals import Pauses, Poisson, Starts, interleave
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, units
 from hybridcache.tokens import Tokens
@@ -46,9 +47,7 @@ COUNTS_ALONE = (
 """End of errors about files that hold counts instead of texts or ids."""
 ONE_SECOND = "one second from each record to the next"
 """Times of records without one."""
-CUT = (
-    "a conversation ends before its first prompt of more than {:,} tokens: cap=N sets another limit"
-)
+CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
 _DAMAGE = "the gzip file is damaged: everything from this line on is lost"
 _PER_LINE = ": write one object per line, without an array around them"
 _CHUNK = 1 << 16
@@ -241,6 +240,17 @@ class Notes:
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._given = set[str]()
+        self._counts = Counter[str]()
+
+    def count(self, message: str) -> None:
+        """Count a conversation for the warning ``message`` at the end of the pass."""
+        self._counts[message] += 1
+
+    def after(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
+        """Yield ``requests``, the whole pass, and then give the counted warnings."""
+        yield from requests
+        for message, number in self._counts.items():
+            warn(f"{self._path}: {counted(number, 'conversation')} {message}")
 
     def warn(self, kind: str, message: str) -> None:
         """Give a warning unless there was one of its ``kind``."""
@@ -461,8 +471,8 @@ class FileReader:
         """Yield (line, record). Records that cannot be read are reported to ``bad``."""
         return json_lines(self.path, bad)
 
-    def parser(self) -> Callable[[Record], Iterable[Any]]:
-        """Return the function that converts the next record to requests.
+    def parser(self, notes: Notes) -> Callable[[Record], Iterable[Any]]:
+        """Return the function that converts the next record to requests. ``notes`` takes warnings.
 
         It raises KeyError, ValueError or OverflowError, without any other effect, if the record is
         invalid.
@@ -472,7 +482,8 @@ class FileReader:
     def __call__(self) -> Iterator[TraceRequest]:
         """Yield the requests in order of time. Raises BadRecordError, which names the record, if
         one cannot be read."""
-        return in_order(self.path, self.records(self.bad), self.parser(), self.bad)
+        parse = self.parser(Notes(self.path))
+        return in_order(self.path, self.records(self.bad), parse, self.bad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -500,10 +511,12 @@ class SessionReader(FileReader):
         return f"starts of sessions (starts={self.starts}){pauses}"
 
     def __call__(self) -> Iterator[TraceRequest]:
-        parse, records = self.parser(), self.records(self.bad)
+        notes, records = Notes(self.path), self.records(self.bad)
+        parse = self.parser(notes)
         if not self.has_times:
             turns = (session for _, session in parsed(self.path, records, parse, self.bad))
-            return interleave(turns, self.starts, self.pauses, unit=self.unit, seed=self.seed)
+            starts, pauses = self.starts, self.pauses
+            return notes.after(interleave(turns, starts, pauses, unit=self.unit, seed=self.seed))
         sessions, numbers = dict[Hashable, list[TraceRequest]](), count()
 
         def first(record: Record) -> Iterator[TraceRequest]:
@@ -513,7 +526,8 @@ class SessionReader(FileReader):
                 yield session[0]._replace(session=number)
 
         by_start = in_order(self.path, records, first, self.bad)
-        return from_first(interleave((sessions.pop(one.session) for one in by_start), None))
+        found = interleave((sessions.pop(one.session) for one in by_start), None)
+        return notes.after(from_first(found))
 
 
 def from_first(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:

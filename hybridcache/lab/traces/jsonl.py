@@ -89,9 +89,9 @@ class OwnReader(FileReader):
     def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
         return (pair for pair in json_lines(self.path, bad) if "format" not in pair[1])
 
-    def parser(self) -> Callable[[Record], Iterator[TraceRequest]]:
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         unit, fresh, clock, numbers = self.unit, FreshIds(), TraceClock(), count()
-        notes, last = Notes(self.path), dict[str | int, Tokens]()
+        last = dict[str | int, Tokens]()
         """Last prompt and answer of each session, for ``prefix``."""
         exclusive = [("tokens", "prefix"), *[("output", "output_length")] * (unit == 1)]
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from hybridcache.lab.trace import FreshIds, TraceRequest, units
-from hybridcache.lab.traces.frame import FileReader, Record, request_of_blocks
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,15 @@ class MooncakeReader(FileReader):
 
         return session
 
-    def parser(self) -> Callable[[Record], Iterator[TraceRequest]]:
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         unit, fresh, session = self.unit, FreshIds(), self.sessions()
         numbers: dict[str | int, int] = {}
 
         def parse(record: Record) -> Iterator[TraceRequest]:
-            when_s = record.seconds("timestamp") / self.times_per_s
+            time = record.seconds("timestamp")
+            if self.times_per_s > 1 and time % 1:
+                said = "multiply it by 1,000 if it is in seconds"
+                notes.warn("unit", f"timestamp is read as milliseconds, and has fractions: {said}")
             length, answer = record.whole("input_length", least=1), record.whole("output_length")
             hashes = record.values_of("hash_ids")
             if any(type(one) not in (str, int) for one in hashes):
@@ -58,6 +61,8 @@ class MooncakeReader(FileReader):
                 )
             name = session(record)
             blocks = np.asarray([numbers.setdefault(one, len(numbers)) for one in hashes], np.int32)
-            yield request_of_blocks(when_s, name, blocks, (length, answer), unit, fresh)
+            yield request_of_blocks(
+                time / self.times_per_s, name, blocks, (length, answer), unit, fresh
+            )
 
         return parse

@@ -23,16 +23,24 @@ from hybridcache.lab.traces.frame import (
     SessionReader,
     json_array,
     parsed,
+    shown,
 )
 from hybridcache.lab.traces.text import load_chat_text
 
-_ROLES = {"human": "user", "user": "user", "system": "system"}
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    "system": "system",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model"), "assistant"),
+    "function_call": "assistant",
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+}
+"""Roles of speakers, in small letters."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShareGPTReader(SessionReader):
-    """Conversations of people. Every answer that follows a question is a request; a conversation
-    ends at ``cap`` tokens."""
+    """Conversations of people. Every answer that follows a question, or a tool's result, is a
+    request; a conversation ends at ``cap`` tokens."""
 
     word: ClassVar[str] = "sharegpt"
     tokenizer: str = "qwen3.5"
@@ -76,18 +84,21 @@ class ShareGPTReader(SessionReader):
         if messages:
             yield line, Record(id=name, messages=messages)
 
-    def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
-        chat, notes = load_chat_text(self.tokenizer, self.template), Notes(self.path)
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
+        chat = load_chat_text(self.tokenizer, self.template)
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             found, said = [], record["messages"]
             for place, (before, message) in enumerate(pairwise(said), 1):
-                if (before["role"], message["role"]) == ("user", "assistant"):
+                if before["role"] in ("user", "tool") and message["role"] == "assistant":
                     turn = chat.turn(said[:place], message["content"])
                     if len(turn.prompt) > self.cap:
-                        notes.warn("cap", CUT.format(self.cap))
+                        notes.count(CUT.format(self.cap))
                         break
                     found.append(turn.request(record["id"]))
+            else:
+                if said[-1]["role"] != "assistant":
+                    notes.count("without the messages after the last answer")
             yield found
 
         return parse
@@ -101,8 +112,12 @@ def _continues(messages: Chat, start: int, said: Chat) -> bool:
 
 def _segment(record: Record) -> Iterator[tuple[str, Chat]]:
     """Yield (id, messages)."""
-    said = [
-        {"role": _ROLES.get(one.text("from"), "assistant"), "content": one.text("value")}
-        for one in record.objects("conversations")
-    ]
+    said = Chat()
+    if record.get("system"):
+        said.append({"role": "system", "content": record.text("system")})
+    for one in record.objects("conversations"):
+        role = _ROLES.get(one.text("from").lower())
+        if role is None:
+            raise ValueError(f"from is {shown(one['from'])}, none of {', '.join(_ROLES)}")
+        said.append({"role": role, "content": one.text("value")})
     yield str(record.key("id")), said

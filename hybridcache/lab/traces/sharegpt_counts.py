@@ -32,9 +32,8 @@ class ShareGPTCountsReader(SessionReader):
     def recognises(record: Record) -> bool:
         return "turns" in record and "first_msg_blocks16" in record
 
-    def parser(self) -> Callable[[Record], Iterator[list[TraceRequest]]]:
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         fresh, empty, end, thought = FreshIds(), *map(_ids, ([], [5, 6], [7, 8]))
-        notes = Notes(self.path)
         headers = {role: _ids([0, number, 4]) for number, role in enumerate("uas", 1)}
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
@@ -52,7 +51,7 @@ class ShareGPTCountsReader(SessionReader):
                 prompt = np.concatenate((opened, thought))
                 if role == "a" and asked:
                     if len(prompt) > self.cap:
-                        notes.warn("cap", CUT.format(self.cap))
+                        notes.count(CUT.format(self.cap))
                         break
                     known = chat_boundaries(len(prompt), kept=(len(opened),))
                     answer = np.concatenate((words, end[:1]))
