@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, check_all_read, check_attends
-from hybridcache.geometry.families import COMPOSITES, Fields, read, text_part
+from hybridcache.geometry.families import COMPOSITES, read, text_part
 from hybridcache.geometry.sizes import SizesError
 
 
@@ -34,19 +34,15 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
             f"models of model_type {model_type!r} are not supported; supported are "
             f"{', '.join(supported)}.{nearest}"
         )
-    return family, _read(family, text)
-
-
-def _read(family: type[Decoder], text: Fields) -> ModelConfig:
     try:
         sizes, config = read(text)
         assert config is not None
         check_attends(config, sizes)
         made = family.read(config, sizes)
-        check_all_read(config)
-        return made
     except SizesError as error:
         raise ModelError(str(error)) from None
+    check_all_read(config)
+    return family, made
 
 
 @cache

@@ -66,8 +66,6 @@ class LoadedModel:
         raw = read_config(config.model_dir)
         family, model_config = read_model(raw)
         sizes = shared_sizes(model_config, rank.count)
-        if not sizes.row_size:
-            raise ModelError("a model without a single attention layer is not supported.")
         dtype = resolve_dtype(config.dtype, model_config, device)
         has_sums = sizes.size_of("recurrent") > 0
         model, head, note = load_model(

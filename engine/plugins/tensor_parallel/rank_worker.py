@@ -52,8 +52,9 @@ def _run(line: Connection) -> NoReturn:
     if device.is_cpu:
         torch.set_num_threads(start.num_threads)
     device.make_current()
-    group = TorchGroup(start.number, start.count, start.meeting, device)
-    runner = load_runner(start.config, Rank(start.number, start.count, group))
+    count = start.config.num_ranks
+    group = TorchGroup(start.number, count, start.meeting, device)
+    runner = load_runner(start.config, Rank(start.number, count, group))
     line.send(RankReport("ready"))
     group.set_timeout(TIMEOUT_S)
     while True:

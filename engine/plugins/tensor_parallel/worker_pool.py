@@ -38,7 +38,6 @@ class Start:
     """First command to a rank."""
 
     number: int
-    count: int
     config: EngineConfig
     meeting: str
     """Path of the file through which the ranks connect."""
@@ -113,7 +112,7 @@ class Followers:
         self._end = weakref.finalize(self, _end, self._all, folder)
         try:
             for one in self._all:
-                one.line.send(Start(one.number, self._count, config, self.meeting, num_threads))
+                one.line.send(Start(one.number, config, self.meeting, num_threads))
             self.wait_for("here")
         except OSError as error:
             raise self.lost(error) from None
