@@ -178,16 +178,15 @@ class Disk:
         """Number of runs and states not written for lack of room or time, or after an error."""
         record_bytes_limit = min(MAX_RECORD_BYTES, max_bytes // MIN_RECORDS)
         self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
-        unknown: list[int] = []
+        orphans: list[int] = []
         for record in store.scan():
-            item = self._parse(record.kind, record.meta, record.payload_bytes)
             self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
-            if item is None or not self.prefixes.add(record.id, item):
-                unknown.append(record.id)
+            if not self.prefixes.add(record.id, self._parse(record.kind, record.meta)):
+                orphans.append(record.id)
         self.num_errors += store.num_unusable
         self._thread = DiskThread()
         self._next_id = store.next_id
-        for number in unknown:
+        for number in orphans:
             self._remove(number)
         self._shrink()
 
@@ -596,22 +595,17 @@ class Disk:
         self._sizes[number] = size
         self.num_bytes += size
 
-    def _parse(self, kind: int, meta: bytes, payload_bytes: int) -> Run | State | None:
-        """Return the run or state of a record, or None for a record of another version."""
-        try:
-            if kind == STATE:
-                is_whole = payload_bytes == self.state_rows * self.row_bytes
-                return State(*STATE_HEAD.unpack(meta)) if is_whole else None
-            parent, start, length = KV_HEAD.unpack_from(meta)
-            first = KV_HEAD.size + length
-            tokens = np.frombuffer(meta[first:], "<i4").astype(np.int32)
-            if kind != KV or payload_bytes != len(tokens) * self.row_bytes:
-                return None
-            if parent:
-                above = self.prefixes.used.get(parent)
-                namespace = above.namespace if isinstance(above, Run) else None
-            else:
-                namespace = read_namespace(meta[KV_HEAD.size : first].decode())
-            return Run(parent, start, tokens, namespace)
-        except (ValueError, struct.error):
-            return None
+    def _parse(self, kind: int, meta: bytes) -> Run | State:
+        """Return the run or state of a record. Its checksum and fingerprint were compared, so what
+        it says is trusted."""
+        if kind == STATE:
+            return State(*STATE_HEAD.unpack(meta))
+        parent, start, length = KV_HEAD.unpack_from(meta)
+        first = KV_HEAD.size + length
+        tokens = np.frombuffer(meta[first:], "<i4").astype(np.int32)
+        if parent:
+            above = self.prefixes.used.get(parent)
+            namespace = above.namespace if isinstance(above, Run) else None
+        else:
+            namespace = read_namespace(meta[KV_HEAD.size : first].decode())
+        return Run(parent, start, tokens, namespace)

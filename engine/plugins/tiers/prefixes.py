@@ -143,33 +143,22 @@ class Prefixes:
 
     def add(self, number: int, item: Run | State) -> bool:
         """Add an item as the last used. Returns False without a parent, or if it exists."""
-        if not self._fits(item):
+        if item.parent and item.parent not in self.used:
             return False
-        if isinstance(item, Run):
-            self._children[self._key(item)] = number
-        else:
+        if isinstance(item, State):
+            if item in self.states:
+                return False
             self.states[item] = number
+        else:
+            if self._key(item) in self._children:
+                return False
+            self._children[self._key(item)] = number
         if item.parent:
             self._num_children[item.parent] += 1
         self._num_children[number] = 0
         self.used[number] = item
         self.refresh(number)
         return True
-
-    def _fits(self, item: Run | State) -> bool:
-        above = self.used.get(item.parent)
-        if isinstance(item, State):
-            if not isinstance(above, Run) or item in self.states:
-                return False
-            return above.start < item.position <= above.end
-        if not len(item.tokens) or self._key(item) in self._children:
-            return False
-        if not item.parent:
-            return item.start == 0
-        if not isinstance(above, Run) or not above.start < item.start <= above.end:
-            return False
-        same = item.start < above.end and above.tokens[item.start - above.start] == item.tokens[0]
-        return above.namespace == item.namespace and not same
 
     def remove(self, number: int) -> None:
         """Remove an item without children."""
