@@ -278,6 +278,9 @@ class Scenario:
             optional = kind.removesuffix(" | None")
             if optional not in KINDS or (value is None and optional != kind):
                 continue
+            if isinstance(value, Path) and one.name in ("trace", "model"):
+                value = str(value)
+                object.__setattr__(self, one.name, value)
             words, types = KINDS[optional]
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise ValueError(f"{one.name} must be {words} (got {value!r}).")
