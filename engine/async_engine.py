@@ -116,9 +116,14 @@ class EngineHost:
             case RequestSpec():
                 self._submit(message)
             case Abort():
-                self._abort(message)
+                with self._wake:
+                    if not self._is_closed:
+                        self._queue(lambda: self._abort(message))
             case EndEngine():
-                self._end(message)
+                with self._wake:
+                    self._is_open = False
+                    self._must_stop = self._must_stop or message.at_once
+                    self._wake.notify()
             case Compile():
                 compiling = self.engine.compile
                 with suppress(RuntimeError):  # The engine ends, and with it all questions.
@@ -138,55 +143,40 @@ class EngineHost:
             self._queue(command)
 
     def _submit(self, spec: RequestSpec) -> None:
-        assert spec.request_id is not None, "a front end numbers its requests"
+        """Queue a request before the next step, or send its failure: the state that its front end
+        has checked may be older."""
+        request_id = spec.request_id
+        assert request_id is not None, "a front end numbers its requests"
         try:
             request = self.engine.make(spec)
-            self._enqueue(request)
+            with self._wake:
+                if not self._is_open:
+                    raise EngineStopped(self.failure or STOPPING)
+                if request_id in self._request_ids or request_id in self._arriving:
+                    raise DuplicateId(request_id)
+                if self.num_queued >= self.engine.config.max_queue:
+                    raise QueueFull(self.engine.config.max_queue)
+                self._arriving.add(request_id)
+                self._queue(lambda: self._arrive(request))
         except Exception as error:
             if not isinstance(error, ValueError | RequestError):
-                logger.exception("The request %s could not be submitted.", spec.request_id)
-            failed = RequestOutput.failed(spec.request_id, RequestError.of(error))
+                logger.exception("The request %s could not be submitted.", request_id)
+            failed = RequestOutput.failed(request_id, RequestError.of(error))
             with self._wake:
                 self._num_received += 1
                 self._send(Outputs(self._num_received, self.engine.num_waiting, (failed,)))
 
-    def _enqueue(self, request: Request) -> None:
-        """Queue a request before the next step. Raises QueueFull, EngineStopped or
-        DuplicateId, because the state at a distant front end is older."""
-        request_id = request.request_id
-
-        def arrive() -> None:
-            with self._wake:  # The other thread counts each request once at any time.
-                self._arriving.remove(request_id)
-                self._request_ids.add(request_id)
-                self.engine.enqueue(request)
-                self._num_received += 1
-
-        with self._wake:
-            if not self._is_open:
-                raise EngineStopped(self.failure or STOPPING)
-            if request_id in self._request_ids or request_id in self._arriving:
-                raise DuplicateId(request_id)
-            if self.num_queued >= self.engine.config.max_queue:
-                raise QueueFull(self.engine.config.max_queue)
-            self._arriving.add(request_id)
-            self._queue(arrive)
+    def _arrive(self, request: Request) -> None:
+        with self._wake:  # The other thread counts each request once at any time.
+            self._arriving.remove(request.request_id)
+            self._request_ids.add(request.request_id)
+            self.engine.enqueue(request)
+            self._num_received += 1
 
     def _abort(self, message: Abort) -> None:
-        def leave() -> None:
-            output = self.engine.abort(message.request_id, message.reason)
-            if output is not None:
-                self._deliver([output])
-
-        with self._wake:
-            if not self._is_closed:
-                self._queue(leave)
-
-    def _end(self, message: EndEngine) -> None:
-        with self._wake:
-            self._is_open = False
-            self._must_stop = self._must_stop or message.at_once
-            self._wake.notify()
+        output = self.engine.abort(message.request_id, message.reason)
+        if output is not None:
+            self._deliver([output])
 
     def _answer(self, question: Question) -> Any:
         """Return the value of the reply to ``question``."""

@@ -28,7 +28,7 @@ from engine.requests.request import (
     SamplingParams,
 )
 from engine.schedule.fetching import Fetcher
-from engine.schedule.report import CacheReport, cache_report
+from engine.schedule.report import CacheReport, PoolReport, cache_kind
 from engine.schedule.scheduler import (
     EMPTY,
     Batch,
@@ -435,15 +435,32 @@ class EngineCore:
             hooks.on_cache_emptied(was_lost=was_lost)
 
     def report(self) -> CacheReport:
-        """Return the current sizes, rates and losses of the cache."""
-        return cache_report(
-            self.config,
-            self._manager,
-            self.runner.memory,
+        """Return the current sizes, rates and losses of the cache. O(running requests +
+        namespaces)."""
+        config, cache, memory = self.config, self.cache, self.runner.memory
+        held_rows, held_slots = self._manager.held()
+        kv = PoolReport.of(cache.free_tokens, cache.cached_tokens, held_rows)
+        slots = PoolReport.of(cache.free_slots, cache.num_checkpoints, held_slots)
+        optional = {key: value for hooks in self._hooks for key, value in hooks.report().items()}
+        total = cache.stats.total
+        return CacheReport(
+            prefix_cache=cache_kind(config, memory),
+            eviction=config.eviction,
+            checkpoints=config.checkpoints,
+            grid=cache.grid,
+            page_size=cache.page_size,
+            memory=memory.memory,
+            bytes=kv.with_slots(slots, memory),
+            kv=kv,
+            slots=slots,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            token_hit_rate=total.token_hit_rate,
+            request_hit_rate=total.request_hit_rate,
+            usage=cache.stats.as_dict(),
+            admission=str(config.admission),
             queue=self._scheduler.admission_report(),
-            optional={key: value for hooks in self._hooks for key, value in hooks.report().items()},
+            **optional,
         )
 
     def outline(self, max_nodes: int = 40) -> str:

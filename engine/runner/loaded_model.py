@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.config import EngineConfig, num_load_workers
+from engine.config import EngineConfig
 from engine.layers.linear import ALONE, Build, Rank, WeightSpec
 from engine.layers.prediction import PredictionHead
 from engine.models import read_model
@@ -68,16 +68,8 @@ class LoadedModel:
         sizes = shared_sizes(model_config, rank.count)
         dtype = resolve_dtype(config.dtype, model_config, device)
         has_sums = sizes.size_of("recurrent") > 0
-        model, head, note = load_model(
-            config.model_dir,
-            family,
-            model_config,
-            Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank),
-            load_format=config.load_format,
-            num_workers=num_load_workers(),
-            seed=config.seed,
-            with_head=config.drafts.head_len > 0,
-        )
+        build = Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank)
+        model, head, note = load_model(config, family, model_config, build)
         if head is not None:
             sizes = replace(model_config.sizes, beside=head.keeps)
             model_config = replace(model_config, sizes=sizes)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from engine.config import EngineConfig, num_load_workers
 from engine.layers.linear import Build, Layer, Parameter, RankCut
 from engine.layers.prediction import PredictionHead
 from engine.models.decoder import Decoder, Fill
@@ -375,30 +376,26 @@ OTHER_DTYPES = ("float16", "float64")
 
 
 def load_model(
-    model_dir: Path,
-    family: type[Decoder],
-    config: ModelConfig,
-    build: Build,
-    *,
-    load_format: str,
-    num_workers: int,
-    seed: int,
-    with_head: bool = False,
+    settings: EngineConfig, family: type[Decoder], config: ModelConfig, build: Build
 ) -> tuple[Decoder, PredictionHead | None, str]:
-    """Build a model with its weights, and with its multi-token head if requested.
+    """Build the model that ``settings`` name, with its weights, and with its multi-token head if
+    it is used.
 
     Returns both, and a description of the number and the source of the weights. Raises
     WeightsError before any tensor is read if the weight files do not match the config or have no
     head. Raises ModelError if the family's head is not supported.
     """
     outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
-    if load_format == "dummy":
+    with_head = settings.drafts.head_len > 0
+    if settings.load_format == "dummy":
         counted = _counted(family(config, outline), with_head)
-        dummy = Dummy(seed)
+        dummy = Dummy(settings.seed)
         model = family(config, build, dummy.fill)
         head = _head(model, dummy.fill) if with_head else None
-        return model, head, f"{counted}; seeded (seed {seed}), untrained"
-    files = WeightFiles(model_dir, num_workers, build.weights.files, with_head=with_head)
+        return model, head, f"{counted}; seeded (seed {settings.seed}), untrained"
+    files = WeightFiles(
+        settings.model_dir, num_load_workers(), build.weights.files, with_head=with_head
+    )
     files.tensors = family.published(files.tensors)
     if config.tie_embeddings:
         config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))

@@ -291,8 +291,13 @@ class Memory:
         rows = allocate(shape, torch.uint8, device)
         own: dict[_Kept, torch.Tensor] = {}
         if owns_states:
+            # One tensor for each name, shape and dtype, so that few tensors hold all states.
             num_own = num_own_states + 1 + num_step_states + num_staged
-            own = _own_states(mixers, num_own, device)
+            groups = Counter(kept for mixer in mixers for kept in mixer if kept.spec.kind != "kv")
+            own = {
+                kept: allocate((count, num_own, *kept.spec.shape), kept.dtype, device)
+                for kept, count in groups.items()
+            }
         pools = _pools(mixers, rows, plan, num_slots, own)
         if not slab:
             return Memory(pools, padding_row, None, range(0), (), rows)
@@ -319,18 +324,6 @@ class _Kept:
     def num_bytes(self) -> int:
         """Bytes for one token or sequence."""
         return self.spec.size * self.dtype.itemsize
-
-
-def _own_states(
-    mixers: Sequence[Sequence[_Kept]], num_slots: int, device: Device
-) -> dict[_Kept, torch.Tensor]:
-    """Allocate states outside the arena, ``[L, num_slots, ...]``. Those of one name, shape and
-    dtype are one tensor, so that few tensors hold all states."""
-    groups = Counter(kept for mixer in mixers for kept in mixer if kept.spec.kind != "kv")
-    return {
-        kept: allocate((count, num_slots, *kept.spec.shape), kept.dtype, device)
-        for kept, count in groups.items()
-    }
 
 
 def _pools(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from engine.config import EngineConfig
-from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.planner import AdmissionReport
 
@@ -25,6 +23,16 @@ class PoolReport:
     free: int
     cached: int
     held: int
+
+    @classmethod
+    def of(cls, free: int, cached: int, held: int) -> PoolReport:
+        return cls(free + cached + held, free, cached, held)
+
+    def with_slots(self, slots: PoolReport, memory: MemorySizes) -> PoolReport:
+        """Return the bytes of these rows and of ``slots``. Free memory of an arena counts once."""
+        parts = [(self.free, 0 if memory.slab_rows else slots.free)]
+        parts += [(self.cached, slots.cached), (self.held, slots.held)]
+        return PoolReport.of(*(n * memory.row_bytes + m * memory.slot_bytes for n, m in parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,58 +119,3 @@ def cache_kind(config: EngineConfig, memory: MemorySizes) -> str:
     ``none``."""
     is_radix = config.prefix_cache == "hybrid" and not memory.is_stateful
     return "radix" if is_radix else config.prefix_cache
-
-
-def cache_report(
-    config: EngineConfig,
-    manager: CacheManager,
-    memory: MemorySizes,
-    *,
-    num_running: int,
-    num_waiting: int,
-    queue: AdmissionReport,
-    optional: Mapping[str, Any],
-) -> CacheReport:
-    """Build the report from the allocators, the tree and the leases. O(running requests +
-    namespaces).
-
-    ``optional`` has the fields that plugins report.
-    """
-    cache = manager.cache
-    held_tokens, held_slots = manager.held()
-    kv = _pool(cache.free_tokens, cache.cached_tokens, held_tokens)
-    slots = _pool(cache.free_slots, cache.num_checkpoints, held_slots)
-    total = cache.stats.total
-    return CacheReport(
-        prefix_cache=cache_kind(config, memory),
-        eviction=config.eviction,
-        checkpoints=config.checkpoints,
-        grid=cache.grid,
-        page_size=cache.page_size,
-        memory=memory.memory,
-        bytes=_bytes(memory, kv, slots),
-        kv=kv,
-        slots=slots,
-        num_running=num_running,
-        num_waiting=num_waiting,
-        token_hit_rate=total.token_hit_rate,
-        request_hit_rate=total.request_hit_rate,
-        usage=cache.stats.as_dict(),
-        admission=str(config.admission),
-        queue=queue,
-        **optional,
-    )
-
-
-def _pool(free: int, cached: int, held: int) -> PoolReport:
-    return PoolReport(free + cached + held, free, cached, held)
-
-
-def _bytes(memory: MemorySizes, kv: PoolReport, slots: PoolReport) -> PoolReport:
-    """Return the usage of rows and slots together. Free memory of an arena counts once."""
-
-    def of(num_rows: int, num_slots: int) -> int:
-        return num_rows * memory.row_bytes + num_slots * memory.slot_bytes
-
-    free = of(kv.free, 0 if memory.slab_rows else slots.free)
-    return _pool(free, of(kv.cached, slots.cached), of(kv.held, slots.held))

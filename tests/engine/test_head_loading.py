@@ -3,6 +3,7 @@ one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) 
     """Check that every ``mtp.*`` tensor is read, and that extra and missing ones are named."""
     runner = make_engine("mtp").runner
     family, build = type(runner.model), runner.model.build
-    options = {"load_format": "dummy", "num_workers": 1, "seed": 5}
+    own = replace(runner.loaded.settings, load_format="dummy", seed=5)
     tensors: dict[str, torch.Tensor] = {}
 
     def keep(self: Dummy, layer: Any) -> None:
@@ -51,7 +52,7 @@ def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dummy, "fill", keep)
-        _, seeded, _ = load_model(None, family, runner.config, build, with_head=True, **options)
+        _, seeded, _ = load_model(own, family, runner.config, build)
     save_file(tensors, tmp_path / "model.safetensors")
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01, "draft": "mtp"}
     loaded = load_runner(engine_config(**settings))
