@@ -344,7 +344,7 @@ class WeightSpec:
         return {"fp8_rows": True} if self.fp8_activations and precision == "fp8" else {}
 
     def precision(self, name: str) -> Precision | None:
-        """Return the precision of the module ``name``, or None for full precision."""
+        """Return the precision of ``name`` (without ``.weight``), or None for full precision."""
         if any(part in FULL_PRECISION for part in name.split(".")):
             return None
         return self.quantization

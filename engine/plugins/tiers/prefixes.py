@@ -81,7 +81,7 @@ class Pointers:
         ]
 
     def lose(self, records: Iterable[int]) -> bool:
-        """Unbind all rows from ``records``. Returns False if there were none. O(rows)."""
+        """Unbind ``records``. Returns False if no row had them. O(rows of the tier)."""
         found = [record for record in records if self._counts.pop(record, None) is not None]
         if found:
             self._records[np.isin(self._records, found)] = 0
@@ -93,7 +93,7 @@ class Pointers:
         self._counts.clear()
 
     def check(self) -> None:
-        """Raise AssertionError unless the counts of rows per record are right. O(rows)."""
+        """Raise AssertionError unless the counts per record are right. O(rows of the tier)."""
         records, counts = np.unique(self._records[self._records != 0], return_counts=True)
         found = dict(zip(records.tolist(), counts.tolist(), strict=True))
         assert found == self._counts, f"rows point into {found}, counted {self._counts}"

@@ -362,7 +362,7 @@ class RecordStore:
         return sorted(name for name in names if _id_of(name) is not None)
 
     def _check_file(self, name: str) -> Record | None:
-        """Return the record in ``name`` if it is complete and of this fingerprint, else None."""
+        """Return the record in ``name``, or None if incomplete or foreign. Raises OSError."""
         if not name.endswith(SUFFIX):
             return None
         file = os.open(name, os.O_RDONLY, dir_fd=self.folder_fd)
