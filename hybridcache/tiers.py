@@ -695,6 +695,8 @@ class TieredRadixCache(HybridRadixCache):
     """Host and disk tiers."""
     ghosts: TieredGhosts
     """Nodes with evicted KV, offered to the tiers."""
+    is_loading: bool = False
+    """True during ``fetch``: listeners are notified before the bytes have arrived."""
 
     def attach(self, tiers: tuple[Tier, ...], state_rows: int) -> None:
         """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows. The cache
@@ -770,20 +772,28 @@ class TieredRadixCache(HybridRadixCache):
                 offload.put_back(taken)
                 self.ghosts.trim()
                 return False
-            if taken.nodes:
-                self._expect_child(base)
-            start = 0
-            for node in taken.nodes:
-                end = start + node.end - node.start
-                self._tree.revive(node)
-                self._store_rows(node, rows[start:end].copy())
-                start = end
-            offload.give(taken, rows, slot)
-            state = taken.state
-            self._store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
-            if taken.nodes and target.children is None and target.kv is not None:
-                self.policy.add(target.kv)
+            self.is_loading = True
+            try:
+                self._store_loaded(taken, base, rows, slot)
+            finally:
+                self.is_loading = False
         return True
+
+    def _store_loaded(self, taken: Taken, base: RadixNode, rows: Indices, slot: int) -> None:
+        """Make ``taken`` resident below ``base``, in ``rows`` and ``slot``."""
+        if taken.nodes:
+            self._expect_child(base)
+        start = 0
+        for node in taken.nodes:
+            end = start + node.end - node.start
+            self._tree.revive(node)
+            self._store_rows(node, rows[start:end].copy())
+            start = end
+        self.offload.give(taken, rows, slot)
+        state, target = taken.state, taken.state.node
+        self._store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
+        if taken.nodes and target.children is None and target.kv is not None:
+            self.policy.add(target.kv)
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
         """Offer the checkpoint, which leaves the device, to the tiers, the nearest first."""

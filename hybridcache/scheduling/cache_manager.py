@@ -7,7 +7,6 @@ cache manager gives each request a lease and turns its changes into work for the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,6 @@ class CacheManager:
         owns_states: bool = False,
         exchange: FetchRule | None = None,
         after_reading: FetchRule | None = None,
-        publishing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """
         Args:
@@ -56,7 +54,6 @@ class CacheManager:
                 memory of the cache.
             exchange: decides which offloaded prefixes to load; None to load nothing.
             after_reading: decides again once the part of a prefix on disk has been read.
-            publishing: returns a context in which entries are published.
 
         Raises:
             TypeError, ValueError: ``num_rows`` is not an integer, or less than 1; ``placement`` or
@@ -75,7 +72,6 @@ class CacheManager:
         self._owns_states = owns_states
         self._exchange = exchange
         self._after_reading = after_reading
-        self.publishing = publishing
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
@@ -182,24 +178,21 @@ class CacheManager:
     def publish(self, request: ScheduledRequest, end: int) -> None:
         """Publish the tokens of ``request`` below ``end``, which are computed, in the tree."""
         lease, _ = request.claims
-        with self.publishing():
-            lease.publish(request.tokens, end)
+        lease.publish(request.tokens, end)
 
     def finish(self, request: ScheduledRequest) -> None:
         """End the lease of a finished request and publish everything computed. The state is not
         donated if a step planned earlier still advances it."""
         lease, _ = request.claims
         is_state_final = request.scheduled_len == request.computed_len
-        with self.publishing():
-            lease.finish(request.tokens, request.computed_len, is_state_final, request.stop_reason)
+        lease.finish(request.tokens, request.computed_len, is_state_final, request.stop_reason)
         self._release(request)
 
     def preempt(self, request: ScheduledRequest) -> None:
         """End the lease of a request that will begin again. Publishes everything computed and keeps
         the state if possible."""
         lease, _ = request.claims
-        with self.publishing():
-            lease.preempt(request.tokens, request.computed_len)
+        lease.preempt(request.tokens, request.computed_len)
         self._release(request)
         request.computed_len = request.scheduled_len = 0
         request.num_preemptions += 1

@@ -33,8 +33,7 @@ class SlowFetch(Fetch):
         manager = self.fetcher.engine._manager
         del manager.other_holders[self.arrival]
         if is_whole:
-            with manager.publishing():
-                self.arrival.publish()
+            self.arrival.publish()
         else:
             self.arrival.abort()
         self.fetcher.pending.remove(self)

@@ -353,8 +353,7 @@ class PeerFetcher:
             self.counts.wire_bytes += wire_bytes
         fetch.has_ended = True
         if is_whole:
-            with self._manager.publishing():
-                fetch.arrival.publish()
+            fetch.arrival.publish()
             fetch.num_fetched, needed_bytes = fetch.end - fetch.start, fetch.needed_bytes
             self.counts.prefixes += 1
             self.counts.tokens += fetch.num_fetched

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.schedule.scheduler import KEPT
 from engine.text.tokenizer import Tokenizer
-from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue, Transfer
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Transfer
 from hybridcache.api import Listener
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig
@@ -43,36 +42,25 @@ from hybridcache.tokens import EMPTY, Indices
 
 
 class WriteThrough(Listener):
-    """Listener that queues write-through copies while a request publishes.
+    """Listener that queues write-through copies of entries that become resident.
 
-    It ignores all other changes: loaded entries are on disk already, and their bytes have not
-    arrived yet.
+    It ignores loaded entries: they are on disk already, and their bytes have not arrived yet.
     """
 
-    def __init__(self, steps: StepQueue) -> None:
-        self._steps = steps
-        self._is_publishing = False
-
-    @contextmanager
-    def publishing(self) -> Iterator[None]:
-        """Queue write-through copies of entries that become resident inside the context."""
-        self._is_publishing = True
-        try:
-            yield
-        finally:
-            self._is_publishing = False
+    def __init__(self, cache: TieredRadixCache) -> None:
+        self._cache = cache
 
     def kv_stored(self, node: RadixNode) -> None:
-        if self._is_publishing and node.kv is not None:
+        if not self._cache.is_loading and node.kv is not None:
             self._queue("kv", node, node.kv.indices.copy())
 
     def checkpoint_stored(self, node: RadixNode) -> None:
-        if self._is_publishing and node.checkpoint is not None:
+        if not self._cache.is_loading and node.checkpoint is not None:
             self._queue("checkpoint", node, np.array([node.checkpoint.slot], np.int32))
 
     def _queue(self, kind: Kind, node: RadixNode, rows: Indices) -> None:
         copy = Copy(kind, DEVICE, rows, KEPT, EMPTY, node.end, path_of(node))
-        self._steps.transfers.append(copy)
+        self._cache.steps.transfers.append(copy)
 
 
 def _is_kept(transfer: Transfer) -> bool:
@@ -182,12 +170,9 @@ class TierPlugin(Plugin):
             geometry, lambda: host | ({} if disk is None else {DISK: disk.bytes_per_s})
         )
         after_reading = MeasuredExchange(geometry, lambda: host, cost.sums)
-        options: dict[str, Any] = {"exchange": cost, "after_reading": after_reading}
         if disk is not None:
-            write_through = WriteThrough(cache.steps)
-            cache.subscribe(write_through)
-            options["publishing"] = write_through.publishing
-        return options
+            cache.subscribe(WriteThrough(cache))
+        return {"exchange": cost, "after_reading": after_reading}
 
     def _fingerprint(
         self, store: RecordStore, runner: Runner, tokenizer: Tokenizer | None
