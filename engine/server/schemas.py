@@ -20,7 +20,7 @@ from msgspec import Meta
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
-from engine.server.api_errors import APIError, of_value, quoted
+from engine.server.api_errors import of_value, quoted
 from engine.server.bodies import Body, Part, check_nodes, converted, without_nulls
 from engine.text.json_text import read_json
 
@@ -95,7 +95,7 @@ class ResponseFormat(Part, kw_only=True):
         if self.type == "json_object":
             return Grammar.of_schema({"type": "object"})
         if self.json_schema is None or self.json_schema.schema is None:
-            raise GrammarError("type json_schema requires 'json_schema.schema'.")
+            raise GrammarError("type json_schema requires a 'schema'.")
         return Grammar.of_schema(self.json_schema.schema)
 
 
@@ -124,6 +124,13 @@ class StreamOptions(Part, kw_only=True):
     include_obfuscation: bool | None = None
 
 
+class Metadata(msgspec.Struct, kw_only=True):
+    """Metadata of a request. Other names are ignored."""
+
+    session_end: bool | Literal["true", "false"] | None = None
+    """Declares that no request of the session follows."""
+
+
 class OpenAIBody(Body, kw_only=True):
     """Parameters that all requests of OpenAI's API share."""
 
@@ -131,8 +138,6 @@ class OpenAIBody(Body, kw_only=True):
 
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    metadata: dict[str, Any] | None = None
-    """Ignored except ``session_end``, which declares that no request of the session follows."""
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -167,10 +172,7 @@ class Sampling(OpenAIBody, kw_only=True):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        says_session_end(self.metadata)
+    metadata: Metadata | None = None
 
     @property
     def shows_prompt(self) -> bool:
@@ -184,7 +186,7 @@ class Sampling(OpenAIBody, kw_only=True):
     @property
     def ends_session(self) -> bool:
         """True if the client declared that no request of this session follows."""
-        return says_session_end(self.metadata)
+        return self.metadata is not None and self.metadata.session_end in (True, "true")
 
     def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
         """Return the requested forms of the answer: parameter -> function that makes its grammar,
@@ -216,20 +218,6 @@ class Sampling(OpenAIBody, kw_only=True):
             return [first.with_seed(self.seed + at) for at in range(self.n)]
         except ValueError as error:
             raise of_value(error) from error
-
-
-def says_session_end(metadata: Mapping[str, Any] | None) -> bool:
-    """Return ``session_end`` of ``metadata``, a boolean or its text; False without it. Raises
-    ValueError for another value.
-
-    >>> says_session_end({"session_end": "true"}), says_session_end({"session_end": False})
-    (True, False)
-    """
-    value = (metadata or {}).get("session_end")
-    said = str(value).lower() if isinstance(value, str | bool) else value
-    if said not in (None, "true", "false"):
-        raise ValueError("'metadata.session_end' must be true or false.")
-    return said == "true"
 
 
 class CacheControl(Part, kw_only=True):
@@ -266,14 +254,9 @@ class Message(msgspec.Struct, kw_only=True):
     @classmethod
     def read(cls, given: dict[str, Any], index: int) -> Message:
         """Return the message of this index. Raises APIError 400."""
-        place, extra = f"messages.{index}", without_nulls(given)
+        extra = without_nulls(given)
         known = {name: extra.pop(name) for name in KNOWN if name in extra}
-        for part in known["content"] if isinstance(known.get("content"), list) else ():
-            kind = part.get("type", "text") if isinstance(part, dict) else "text"
-            if kind != "text":
-                message = f"This model supports text only: remove the {quoted(str(kind))} part."
-                raise APIError(400, message, param=f"{place}.content")
-        read = converted(known, cls, place)
+        read = converted(known, cls, f"messages.{index}")
         read.extra = extra
         return read
 
@@ -347,25 +330,31 @@ def parsed_arguments(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {BROKEN: text}
 
 
+class Function(msgspec.Struct, kw_only=True):
+    name: Name
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """Fields of a tool with a fixed form. Others are passed to the template."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
 def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tools in the form in which the template reads them. Raises ValueError."""
-    tools = []
-    for tool in map(_with_plain_function, given):
-        if (kind := tool.get("type", "function")) != "function":
-            raise ValueError(
-                f"A tool of 'tools' of type {quoted(str(kind))} is not supported: use functions."
-            )
-        function = tool.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(name, str) or not name:
-            raise ValueError("Each of 'tools' must have a 'function' with a 'name'.")
-        if not isinstance(function.get("parameters") or {}, dict):
-            raise ValueError("Each of 'tools' must have a JSON schema as 'parameters', or none.")
-        tools.append(tool)
+    """Return tools in the form in which the template reads them. Raises APIError 400 or
+    ValueError."""
+    tools = [_with_plain_function(tool) for tool in given]
+    for index, tool in enumerate(tools):
+        converted(tool, Tool, f"tools.{index}")
     names = Counter(tool["function"]["name"] for tool in tools)
     if twice := [name for name, number in names.items() if number > 1]:
         raise ValueError(f"Two of 'tools' have the name {quoted(twice[0])}: names must be unique.")
     return tools
+
+
+Choice = Literal["none", "auto", "required"]
 
 
 class FunctionName(Part, kw_only=True):
@@ -415,7 +404,7 @@ class ChatRequest(Sampling, kw_only=True):
     max_completion_tokens: AnswerLimit | None = None
     logprobs: bool = False
     top_logprobs: NumScores | None = None
-    tool_choice: str | NamedTool | None = None
+    tool_choice: Choice | NamedTool | None = None
     parallel_tool_calls: bool = True
     """False to end the answer after its first call."""
 
@@ -443,11 +432,6 @@ class ChatRequest(Sampling, kw_only=True):
         if (effort := self.reasoning_effort) is not None:
             switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
             self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})
-        if isinstance(self.tool_choice, str) and self.tool_choice not in CHOICES:
-            raise ValueError(
-                "'tool_choice' must be 'none', 'auto', 'required', or an object that names a "
-                "function."
-            )
         if self.max_tokens not in (None, self.limit):
             raise ValueError(
                 f"'max_tokens' {self.max_tokens} and 'max_completion_tokens' {self.limit} are "
@@ -473,6 +457,3 @@ class ChatRequest(Sampling, kw_only=True):
         """Maximum number of tokens of an answer, by either name, or None if only the context limits
         it."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-
-CHOICES = ("none", "auto", "required")

@@ -24,6 +24,7 @@ from engine.server.schemas import (
     CacheControl,
     ChatRequest,
     Message,
+    Metadata,
     Name,
     NamedSchema,
     NamedTool,
@@ -236,8 +237,7 @@ class CountRequest(Body, kw_only=True):
     """Ignored."""
     context_management: Any = None
     """Ignored: the answer says that no edit was applied."""
-    metadata: dict[str, Any] | None = None
-    """Ignored except ``session_end``, which declares that no request of the session follows."""
+    metadata: Metadata | None = None
     thread: Any = None
     """Refused with a code, at which Anthropic's client sends the whole chat without it."""
 

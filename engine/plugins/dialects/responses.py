@@ -21,7 +21,7 @@ from engine.messages import EndSession
 from engine.plugins.dialects import DialectsConfig
 from engine.server.access import Tenant
 from engine.server.api_errors import APIError, quoted
-from engine.server.bodies import Part, json_response, named_event, to_json
+from engine.server.bodies import Part, converted, json_response, named_event, to_json
 from engine.server.chat import PartWriter, chat_of
 from engine.server.context import Call, ServingContext, new_id
 from engine.server.schemas import (
@@ -29,8 +29,10 @@ from engine.server.schemas import (
     MAX_MESSAGES,
     AnswerLimit,
     ChatRequest,
+    Choice,
     Effort,
     Message,
+    Metadata,
     Name,
     NamedSchema,
     NamedTool,
@@ -204,10 +206,6 @@ class TextFormat(Part, kw_only=True, omit_defaults=True):
     schema: dict[str, Any] | None = None
     strict: bool | None = None
 
-    def __post_init__(self) -> None:
-        if self.type == "json_schema" and self.schema is None:
-            raise ValueError("A 'text.format' of type json_schema requires a 'schema'")
-
     def of_chat(self) -> ResponseFormat:
         if self.type != "json_schema":
             return ResponseFormat(type=self.type)
@@ -232,7 +230,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
     store: bool = True
     max_output_tokens: AnswerLimit | None = None
     tools: list[AnyTool] | None = None
-    tool_choice: str | NamedFunction = "auto"
+    tool_choice: Choice | NamedFunction = "auto"
     parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
@@ -285,7 +283,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
             top_p=self.top_p,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             response_format=None if asked is None else asked.of_chat(),
-            metadata=self.metadata,
+            metadata=converted(self.metadata, Metadata | None, "metadata"),
         )
 
 

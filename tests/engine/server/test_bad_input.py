@@ -163,7 +163,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
         ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
-        ({"response_format": {"type": "json_schema"}}, "json_schema.schema"),
+        ({"response_format": {"type": "json_schema"}}, "requires a 'schema'"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "maybe", "tools": [FUNCTION]}, "tool_choice"),
         ({"tool_choice": {"type": "function"}, "tools": [FUNCTION]}, "tool_choice.function"),
