@@ -241,7 +241,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print("loading the model ...", file=sys.stderr, flush=True)
         if server_config.uses("replicas"):
-            _server().check(server_config)
+            _server().ServerKeys.of(server_config)
             from engine.plugins.replicas.start_replicas import start_replicas
 
             served, screen = start_replicas(engine_config, server_config, address)
@@ -253,7 +253,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         from engine.worker.process_channel import start_engine  # While the process starts.
 
         engine, screen = start_engine(
-            engine_config, spawned, meanwhile=lambda: _server().check(server_config)
+            engine_config, spawned, meanwhile=lambda: _server().ServerKeys.of(server_config)
         )
         try:
             print(_with_key(screen, server_config), flush=True)

@@ -53,7 +53,6 @@ further kind is a failure of the engine."""
 ENGINE_FIELDS = {*RequestSpec.__struct_fields__, *(one.name for one in fields(SamplingParams))}
 """Names with which messages of the engine about a value begin, without quotation marks, because
 they are for callers in Python too."""
-SERVER_FAILED = "The server failed on this request; see its log for the reason."
 KINDS = {404: "not_found_error", 429: "rate_limit_error"} | dict.fromkeys(
     (500, 502, 503), "server_error"
 )
@@ -169,7 +168,7 @@ def of_failure(error: Exception, param: str | None = None) -> APIError:
         return error
     if not isinstance(error, RequestError):
         logger.error("A request failed.", exc_info=error)
-        return APIError(500, SERVER_FAILED)
+        return APIError(500, "The server failed on this request; see its log for the reason.")
     if error.kind == InvalidRequest.kind:
         return of_value(ValueError(str(error)), param)
     if error.kind not in REFUSALS:

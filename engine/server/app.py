@@ -183,12 +183,6 @@ class Server(uvicorn.Server):
         await asyncio.to_thread(self._engine.stop)
 
 
-def check(config: ServerConfig) -> None:
-    """Raise ValueError if a file in the settings cannot be used. ``serve`` checks the same, but
-    only after the model was loaded."""
-    ServerKeys.of(config)
-
-
 def serve(
     engine: AsyncEngine,
     config: ServerConfig,

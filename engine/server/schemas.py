@@ -266,8 +266,7 @@ class Message(msgspec.Struct, kw_only=True):
         message: dict[str, Any] = {"role": self.role, **self.extra}
         if "reasoning" in message:
             message.setdefault("reasoning_content", message["reasoning"])
-        content = self.content
-        message["content"] = _text(content) if isinstance(content, list) else content or ""
+        message["content"] = text_of(self.content)
         if self.tool_calls is not None:
             message["tool_calls"] = [_call(call) for call in self.tool_calls]
         return message
@@ -277,13 +276,14 @@ class Message(msgspec.Struct, kw_only=True):
         parts = self.content if isinstance(self.content, list) else []
         for end, part in enumerate(parts[:-1], 1):
             if part.cache_control is not None:
-                yield Cut(index, _text(parts[:end]))
+                yield Cut(index, text_of(parts[:end]))
         if self.cache_control is not None or (parts and parts[-1].cache_control is not None):
             yield Cut(index)
 
 
-def _text(parts: Sequence[TextPart]) -> str:
-    return "\n".join(part.text for part in parts)
+def text_of(content: Any) -> str:
+    """Return the content of a message in any dialect, a text or parts with texts, as one text."""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content or ())
 
 
 def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Cut]:

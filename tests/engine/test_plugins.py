@@ -18,10 +18,10 @@ seen = [loaded()]
 has_triton = "triton.language" in sys.modules
 from engine.async_engine import AsyncEngine
 from engine.command import cli
-from engine.server.app import check
+from engine.server import app
 from engine.server.settings import ServerConfig
 cli._parser(["serve"])
-check(ServerConfig())
+app.ServerKeys.of(ServerConfig())
 seen.append(loaded())
 print(json.dumps([*seen, has_triton]))
 """

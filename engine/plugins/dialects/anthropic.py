@@ -23,6 +23,7 @@ from engine.server.schemas import (
     AnswerLimit,
     CacheControl,
     ChatRequest,
+    Choice,
     Message,
     Metadata,
     Name,
@@ -35,6 +36,7 @@ from engine.server.schemas import (
     TopK,
     TopP,
     as_tool,
+    text_of,
 )
 from engine.text.answers import (
     Event,
@@ -55,7 +57,7 @@ REASONS: dict[Finish | None, str] = {
 BILLING = "x-anthropic-billing-header:"
 """Start of a system block that Claude Code writes for Anthropic's servers. It differs in every
 request, so the prompt is made without it: otherwise no request would find a cached prefix."""
-CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+CHOICES: dict[str, Choice] = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class Text(TextPart, kw_only=True, tag_field="type", tag="text"):
@@ -90,7 +92,7 @@ class ToolResult(Part, kw_only=True, tag_field="type", tag="tool_result"):
         """Return the tool message. Templates do not support failed tools, so the failure is added
         to the text."""
         parts = self.content if isinstance(self.content, list) else []
-        text = "\n".join(part.text for part in parts) if parts else str(self.content or "")
+        text = text_of(self.content)
         if self.is_error and not text.lower().startswith("error"):
             text = f"Error: {text}"
         marks = [one for one in (self.cache_control, *(p.cache_control for p in parts)) if one]

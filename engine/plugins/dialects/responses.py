@@ -41,6 +41,7 @@ from engine.server.schemas import (
     Role,
     as_tool,
     parsed_arguments,
+    text_of,
 )
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded_memory import BoundedMemory
@@ -283,7 +284,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
             top_p=self.top_p,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             response_format=None if asked is None else asked.of_chat(),
-            metadata=converted(self.metadata, Metadata | None, "metadata"),
+            metadata=converted(self.metadata or {}, Metadata, "metadata"),
         )
 
 
@@ -296,16 +297,16 @@ def _messages(
     items = [*before, *new]
     beginning = list(itertools.takewhile(_is_system, items))
     texts = [] if instructions is None else [instructions]
-    texts.extend(_text(item.content) for item in beginning if isinstance(item, MessageItem))
+    texts.extend(text_of(item.content) for item in beginning if isinstance(item, MessageItem))
     messages = [Message(role="system", content="\n\n".join(texts))] if texts else []
     for item in items[len(beginning) :]:
         match item:
             case MessageItem(role="assistant"):
                 last = _assistant(messages, lambda last: last.content is None or last.tool_calls)
-                last.content = f"{last.content or ''}{_text(item.content)}"
+                last.content = f"{last.content or ''}{text_of(item.content)}"
             case MessageItem():
                 role: Role = "user" if item.role == "user" else "system"
-                messages.append(Message(role=role, content=_text(item.content)))
+                messages.append(Message(role=role, content=text_of(item.content)))
             case ReasoningItem():
                 last = _assistant(messages, lambda last: last == Message(role="assistant"))
                 thoughts = "\n".join(part.text for part in item.content or item.summary or ())
@@ -318,12 +319,8 @@ def _messages(
                 last.tool_calls = [*(last.tool_calls or ()), call]
             case ResultItem():
                 result = {"tool_call_id": item.call_id}
-                messages.append(Message(role="tool", content=_text(item.output), extra=result))
+                messages.append(Message(role="tool", content=text_of(item.output), extra=result))
     return messages
-
-
-def _text(content: Content) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
 def _is_system(item: AnyItem) -> bool:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from engine import Engine, engine_config, server_config
-from engine.server.app import check
+from engine.server.access import ServerKeys
 from engine.server.settings import ServerConfig
 
 from .conftest import Live, serving
@@ -202,7 +202,7 @@ def test_files_without_a_key_that_clients_can_send_are_refused(
 ) -> None:
     (tmp_path / "key").write_bytes(content)
     with pytest.raises(ValueError, match=r"is empty|must be printable ASCII") as caught:
-        check(ServerConfig(**{setting: str(tmp_path / "key")}))
+        ServerKeys.of(ServerConfig(**{setting: str(tmp_path / "key")}))
     assert "--" + setting.replace("_", "-") in str(caught.value)
 
 
