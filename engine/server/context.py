@@ -1,5 +1,5 @@
-"""Common parts of all endpoints and dialects: the context of one server, and the fields of answers
-about tokens and the cache."""
+"""Common parts of all endpoints and dialects: the context of one server, and the writer of answers,
+which submits a request and writes its outputs whole or as a stream."""
 
 from __future__ import annotations
 
@@ -225,6 +225,9 @@ Answer = Callable[[Call, Any], Awaitable[Response]]
 """Answers a request with its body."""
 
 
+# --- Answers --------------------------------------------------------------------------------------
+
+
 class Writer(ABC):
     """Generates the answers to one request, and writes them in the form of an endpoint."""
 
@@ -338,7 +341,7 @@ class Writer(ABC):
     def _count_refusal(self, error: Exception) -> bool:
         """Count a request that was refused before it was queued. Returns True if it was."""
         is_full = isinstance(error, QueueFull)
-        self._context.metrics.rejected.inc(is_full)
+        self._context.metrics.counters["rejected_requests"].inc(is_full)
         return is_full or isinstance(error, ValueError)
 
     async def news(self) -> AsyncGenerator[tuple[int, bool], None]:

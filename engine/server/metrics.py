@@ -25,10 +25,35 @@ from hybridcache.command.extras import version
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SLOW_S = (*FAST_S, 120, 300, 600)
+COUNTERS: dict[str, tuple[str, ...]] = {
+    "requests": ("Requests that ended, by reason.", "finish_reason"),
+    "rejected_requests": ("Requests refused with 429 because the queue was full.",),
+    "prompt_tokens": (
+        "Prompt tokens of scheduled requests. /v1/cache omits requests with scores of their "
+        "prompt.",
+    ),
+    "cached_tokens": ("Prompt tokens found in the cache.",),
+    "lost_tokens": ("Prompt tokens computed, by loss cause.", "cause"),
+    "generated_tokens": ("Tokens generated.",),
+    "drafted_tokens": ("Draft tokens, by drafter and position.", "source", "place"),
+    "accepted_tokens": ("Accepted draft tokens, by drafter and position.", "source", "place"),
+    "verifications": (
+        "Steps of a request that verified a draft; each gives one token and the accepted ones.",
+    ),
+    "token_steps": (
+        "Steps of a request that gave tokens; each gives one token and the accepted ones.",
+    ),
+    "preemptions": ("Preemptions of requests for lack of memory.",),
+}
+"""Counters of ended requests: help, then labels."""
+HISTOGRAMS = {
+    "queue_seconds": ("Time from arrival to scheduling.", SLOW_S),
+    "ttft_seconds": ("Time from arrival to the first token.", SLOW_S),
+    "tpot_seconds": ("Time per token after the first.", FAST_S),
+    "e2e_seconds": ("Time from arrival to the end.", SLOW_S),
+}
+"""Times of ended requests: help and buckets."""
 LIVE = "Sessions with an open request, or idle for 300 s at most; one that moved, per replica."
-PROMPTS = (
-    "Prompt tokens of scheduled requests. /v1/cache omits requests with scores of their prompt."
-)
 OLDEST = "Age of the oldest waiting request."
 EVICTED = "Checkpoints evicted from the cache."
 REFUSALS = "Failed allocations with nothing left to evict."
@@ -73,75 +98,46 @@ class Metrics(Collector):
         versions = {"version": version(), "python": platform.python_version()}
         Info("engine_build", "Versions.", registry=registry).info(versions)
 
-        def counter(name: str, help: str, *labels: str) -> Counter:
-            return Counter(name, help, labels, namespace="engine", registry=registry)
-
-        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, help, namespace="engine", buckets=buckets, registry=registry)
-
-        self.requests = counter("requests", "Requests that ended, by reason.", "finish_reason")
-        self.rejected = counter(
-            "rejected_requests", "Requests refused with 429 because the queue was full."
-        )
-        self.prompt_tokens = counter("prompt_tokens", PROMPTS)
-        self.cached_tokens = counter("cached_tokens", "Prompt tokens found in the cache.")
-        self.lost_tokens = counter("lost_tokens", "Prompt tokens computed, by loss cause.", "cause")
-        self.generated_tokens = counter("generated_tokens", "Tokens generated.")
-        self.drafted_tokens = counter(
-            "drafted_tokens", "Draft tokens, by drafter and position.", "source", "place"
-        )
-        self.accepted_tokens = counter(
-            "accepted_tokens", "Accepted draft tokens, by drafter and position.", "source", "place"
-        )
-        self.verifications = counter(
-            "verifications",
-            "Steps of a request that verified a draft; each gives one token and the accepted ones.",
-        )
-        self.giving_steps = counter(
-            "token_steps",
-            "Steps of a request that gave tokens; each gives one token and the accepted ones.",
-        )
-        self.preemptions = counter("preemptions", "Preemptions of requests for lack of memory.")
-        self.queue_s = histogram("queue_seconds", "Time from arrival to scheduling.", SLOW_S)
-        self.ttft_s = histogram("ttft_seconds", "Time from arrival to the first token.", SLOW_S)
-        self.tpot_s = histogram("tpot_seconds", "Time per token after the first.", FAST_S)
-        self.e2e_s = histogram("e2e_seconds", "Time from arrival to the end.", SLOW_S)
+        self.counters = {
+            name: Counter(name, help, labels, namespace="engine", registry=registry)
+            for name, (help, *labels) in COUNTERS.items()
+        }
+        self._histograms = {
+            name: Histogram(name, help, namespace="engine", buckets=buckets, registry=registry)
+            for name, (help, buckets) in HISTOGRAMS.items()
+        }
         registry.register(self)
 
     def observe(self, output: RequestOutput) -> None:
         """Count a request that ended; ``output`` is its last."""
-        self.requests.labels(output.finish_reason).inc()
-        self.preemptions.inc(output.num_preemptions)
+        counters, num_tokens, timings = self.counters, len(output.output), output.timings
+        counters["requests"].labels(output.finish_reason).inc()
+        counters["preemptions"].inc(output.num_preemptions)
         if output.losses is not None:
-            self.prompt_tokens.inc(len(output.prompt_token_ids))
-            self.cached_tokens.inc(output.cached_len)
-            for cause, num_tokens in output.losses._asdict().items():
-                self.lost_tokens.labels(cause).inc(num_tokens)
+            counters["prompt_tokens"].inc(len(output.prompt_token_ids))
+            counters["cached_tokens"].inc(output.cached_len)
+            for cause, number in output.losses._asdict().items():
+                counters["lost_tokens"].labels(cause).inc(number)
+        num_accepted = 0
         if output.drafts is not None:
-            self.verifications.inc(output.drafts.num_verified)
-            for metric, tokens in (
-                (self.drafted_tokens, output.drafts.drafted),
-                (self.accepted_tokens, output.drafts.accepted),
+            num_accepted = output.drafts.accepted.total()
+            counters["verifications"].inc(output.drafts.num_verified)
+            for name, tokens in (
+                ("drafted_tokens", output.drafts.drafted),
+                ("accepted_tokens", output.drafts.accepted),
             ):
                 for (source, place), number in tokens.items():
-                    metric.labels(source, place).inc(number)
-        num_tokens = len(output.output)
-        num_accepted = 0 if output.drafts is None else output.drafts.accepted.total()
-        self.generated_tokens.inc(num_tokens)
-        self.giving_steps.inc(max(0, num_tokens - num_accepted))
-        timings = output.timings
-        for histogram, duration_s in (
-            (self.queue_s, timings.queue_s),
-            (self.ttft_s, timings.ttft_s),
-            (self.tpot_s, timings.tpot_s(num_tokens)),
-            (self.e2e_s, timings.e2e_s),
-        ):
+                    counters[name].labels(source, place).inc(number)
+        counters["generated_tokens"].inc(num_tokens)
+        counters["token_steps"].inc(max(0, num_tokens - num_accepted))
+        durations = timings.queue_s, timings.ttft_s, timings.tpot_s(num_tokens), timings.e2e_s
+        for histogram, duration_s in zip(self._histograms.values(), durations, strict=True):
             if duration_s is not None:
                 histogram.observe(duration_s)
 
     def count_unanswered(self, reason: FinishReason, num_requests: int) -> None:
         """Count requests that ended before the first output."""
-        self.requests.labels(reason).inc(num_requests)
+        self.counters["requests"].labels(reason).inc(num_requests)
 
     def render(self, report: CacheReport) -> bytes:
         """Return all metrics in Prometheus' text format, including the counters of ``report``."""

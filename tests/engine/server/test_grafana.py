@@ -36,9 +36,8 @@ def labels_of(live: Live) -> dict[str, set[str]]:
             labels_by_name[family.name + suffix] = set()
         for sample in family.samples:
             labels_by_name.setdefault(sample.name, set()).update(sample.labels)
-    for counter in vars(live.server.app.state.metrics).values():
-        if hasattr(counter, "_labelnames"):
-            labels_by_name.setdefault(f"{counter._name}_total", set()).update(counter._labelnames)
+    for counter in live.server.app.state.metrics.counters.values():
+        labels_by_name.setdefault(f"{counter._name}_total", set()).update(counter._labelnames)
     return labels_by_name
 
 
