@@ -18,8 +18,7 @@ from hybridcache.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class BaselineConfig:
-    """Memory of a peer, and the sizes of the model. One byte budget, unless the peer splits it (see
-    ``split``)."""
+    """Memory of a peer, one byte budget, and the sizes of the model."""
 
     budget_bytes: int
     kv_bytes_per_token: int

@@ -340,8 +340,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._references = [0] * num_blocks
-        self._keys_of: dict[int, list[Hashable]] = {}
-        self._length_of: dict[int, int] = {}
+        self._keys_of: dict[int, dict[Hashable, int]] = {}
+        """Keys of each block with content and their lengths, the longest first."""
         self._blocks_of: dict[Hashable, dict[int, None]] = {}
 
     def lookup(self, key: Hashable) -> int | None:
@@ -380,21 +380,17 @@ class BlockPool:
         """Register ``block`` under ``key``, which ends ``length`` tokens into the text. A key
         longer than the block's first one replaces all its keys (the block has grown); a shorter one
         is added."""
-        keys = self._keys_of.get(block, ())
+        keys = self._keys_of.get(block, {})
         if key in keys:
             return
-        if keys and self._length_of[block] < length:
+        if keys and next(iter(keys.values())) < length:
             self._forget(block)
-        if block not in self._keys_of:
-            self._keys_of[block] = []
-            self._length_of[block] = length
-        self._keys_of[block].append(key)
+        self._keys_of.setdefault(block, {})[key] = length
         self._blocks_of.setdefault(key, {})[block] = None
 
     def move(self, source: int, target: int) -> None:
         """Move the keys of ``source`` to ``target``, which has none."""
-        length = self._length_of[source]
-        for key in self._forget(source):
+        for key, length in self._forget(source).items():
             self.register(target, key, length)
 
     def check(self) -> None:
@@ -407,10 +403,9 @@ class BlockPool:
         kept = {(block, key) for key, blocks in self._blocks_of.items() for block in blocks}
         assert named == kept, "keys and blocks do not name each other"
 
-    def _forget(self, block: int) -> list[Hashable]:
-        """Remove all keys of ``block`` and return them."""
-        keys = self._keys_of.pop(block, [])
-        self._length_of.pop(block, None)
+    def _forget(self, block: int) -> dict[Hashable, int]:
+        """Remove all keys of ``block`` and return them, with their lengths."""
+        keys = self._keys_of.pop(block, {})
         for key in keys:
             blocks = self._blocks_of[key]
             del blocks[block]

@@ -295,10 +295,11 @@ def simulate(
     if bound:
         cache = InfiniteCache()
         tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
-        yardsticks = {size: {"bound_tokens": tokens} for size in points}
-    if optimum:
-        held = opened.kept()
-        for size, found in yardsticks.items():
+    held = opened.kept() if optimum else opened
+    for size, found in yardsticks.items():
+        if bound:
+            found["bound_tokens"] = tokens
+        if optimum:
             plan = best_plan(held, geometry, size, grid=asked.grid)
             found["optimum_tokens"] = int(plan.cached_tokens.sum())
     run = partial(run_cell, yardsticks=yardsticks)

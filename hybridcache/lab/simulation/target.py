@@ -101,17 +101,14 @@ class LeaseTarget:
         """Return the counters of the cache, in ids and slots. Raises the failure of a user's policy
         in the last request."""
         raise_failure(self.cache.policy.failure)
-        lower, copied = self.cache.offload, {}
+        lower, arena = self.cache.offload, self.cache.arena
+        found = self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports}
         if lower is not None:
-            copied = {
-                f"{src}_to_{dst}_bytes": rows * lower.row_bytes
-                for (src, dst), rows in lower.copied_rows.items()
-            }
-        arena = self.cache.arena
-        moved = {}
+            for (src, dst), rows in lower.copied_rows.items():
+                found[f"{src}_to_{dst}_bytes"] = rows * lower.row_bytes
         if arena is not None:
-            moved = {"moved_slabs": arena.num_moves, "moved_tokens": arena.num_moved_rows}
-        return self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports} | moved | copied
+            found |= {"moved_slabs": arena.num_moves, "moved_tokens": arena.num_moved_rows}
+        return found
 
 
 class LeasedRequest:

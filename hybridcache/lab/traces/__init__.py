@@ -82,7 +82,7 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
     """Return the trace named by ``spec``. Reads only the first record, to detect the format.
 
     Options are the fields of the reader or generator: ``seed``, ``cap``, ``tokenizer``,
-    ``template``, ``shots``, ``limit`` ...; ``starts=poisson:2``, ``pause=60`` (median seconds), and
+    ``template``, ``limit`` ...; ``starts=poisson:2``, ``pause=60`` (median seconds), and
     ``head=1000`` for the first requests only. ``sample:chat`` is a file that the package contains
     (``SAMPLES``); ``published:mooncake-conversation`` is one that ``trace fetch`` has downloaded.
     ``sharegpt`` without a path reads the file of the PyPI package.

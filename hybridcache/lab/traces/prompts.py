@@ -298,11 +298,10 @@ class PromptParser:
         self._unread, self._num_chars = Counter[str](), Counter[str]()
         """Number of values of each field without a use, and of characters of those with words."""
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
-        self._num_whole = 0
-        """Prompts without an answer whose last message is an assistant's."""
+        self._num_failed = self._num_whole = 0
+        """Failed requests, and prompts without an answer whose last message is an assistant's."""
         self._of_empty = Counter[str]()
         """Number of values that are not read in an assistant's messages without contents."""
-        self._num_failed = 0
         self._conversations = dict[str | int, Conversation]()
 
     def parse(self, raw: Record) -> Iterator[TraceRequest]:
