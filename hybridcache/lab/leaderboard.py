@@ -40,7 +40,7 @@ from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import classes_notes, orders_classes, text_table
 from hybridcache.lab.scenario import Scenario, load_model, named_policies, source_of, written_policy
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
-from hybridcache.lab.simulation.grid import Kept, identity_of, run_grid
+from hybridcache.lab.simulation.grid import identity_of, run_grid
 from hybridcache.lab.simulation.result import known_fields
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.trace import Trace
@@ -437,7 +437,8 @@ def leaderboard(
         jobs,
         run_job,
         processes=processes,
-        kept=Kept.of(resume_from, Scores),
+        resume_from=resume_from,
+        kind=Scores,
         progress=progress,
     )
     if failures:

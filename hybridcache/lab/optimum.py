@@ -236,14 +236,6 @@ class Plan:
                 break  # kept KV has all KV above it
         return added
 
-    def running_with(self, request: int, tokens: int) -> npt.NDArray[np.int64] | None:
-        """Return ``running`` once ``request`` reuses that many more tokens."""
-        if self.running is None or not self.running[request]:
-            return self.running
-        running = self.running.copy()
-        running[request] -= tokens * self.budget.kv_bytes_per_token
-        return running
-
     def bytes_of(self, entries: Iterable[Entries]) -> npt.NDArray[np.int64]:
         """Return the bytes of ``entries`` between request t and t + 1: int64[requests]."""
         change = np.zeros(len(self.usage) + 1, dtype=np.int64)
@@ -355,7 +347,10 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
         if heap and now < -heap[0][0] * (1 - 1e-9):
             heapq.heappush(heap, (-now, request, index))
             continue
-        running, usage = plan.running_with(request, gain), plan.usage + plan.bytes_of(added)
+        running, usage = plan.running, plan.usage + plan.bytes_of(added)
+        if running is not None and running[request]:
+            running = running.copy()
+            running[request] -= gain * budget.kv_bytes_per_token
         if plan.fits(usage, running):
             plan.running, plan.usage = running, usage
             for place, (at, _, which) in enumerate(added):  # the checkpoints come first

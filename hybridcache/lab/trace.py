@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -185,36 +185,38 @@ def _checked(request: TraceRequest) -> TraceRequest:
     now_s = request.timestamp_s
     if not isinstance(now_s, float | int | np.number) or not 0 <= now_s < math.inf:
         raise ValueError(f"timestamp_s must be a finite number of at least 0 (got {now_s!r})")
-    tokens, output = request.tokens, request.output
-    if not (_is_int32(tokens) and _is_int32(output)):
-        tokens, output = _as_int32(tokens, "tokens"), _as_int32(output, "output")
+    tokens, output = _ids(request.tokens, "tokens"), _ids(request.output, "output")
+    if not (tokens is request.tokens and output is request.output):
         request = request._replace(tokens=tokens, output=output)
-    if not len(tokens):
+    if not len(request.tokens):
         raise ValueError("tokens are empty")
-    for name, ids in (("tokens", tokens), ("output", output)):
-        if ids.min(initial=0) < 0:
-            raise ValueError(f"{name} must be in [0, 2**31) (got {ids.min()})")
     hash((request.session, request.namespace))  # TypeError for a list
     return request
 
 
-def _is_int32(ids: object) -> bool:
-    return isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.ndim == 1
+def _ids(given: Any, name: str) -> Tokens:
+    """Return ids as int32[n], unchanged if they are. Raises ValueError for another value."""
+    is_int32 = isinstance(given, np.ndarray) and given.dtype == np.int32 and given.ndim == 1
+    is_valid = is_int32 and given.min(initial=0) >= 0
+    ids: Tokens | None = given if is_valid else as_ids(given)
+    if ids is None:
+        raise ValueError(
+            f"{name} must be int32[n], or a list of whole numbers in [0, 2**31) (got {given!r:.40})"
+        )
+    return ids
 
 
-def _as_int32(ids: object, name: str) -> Tokens:
-    """Return a list or an array of ids as int32[n]. Raises ValueError if it is none. O(n)."""
+def as_ids(ids: object) -> Tokens | None:
+    """Return a list or an array of whole numbers in [0, 2**31) as int32[n]; None for another value.
+    O(n)."""
     try:
         found = np.asarray(ids)
     except ValueError:  # nested lists of several lengths
-        found = np.zeros((0, 0))
+        return None
     if found.ndim == 1 and not found.size:
         return np.zeros(0, np.int32)
-    if found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0 or found.max() >> 31:
-        raise ValueError(
-            f"{name} must be int32[n], or a list of whole numbers in [0, 2**31) (got {ids!r:.40})"
-        )
-    return found.astype(np.int32)
+    is_valid = found.ndim == 1 and found.dtype.kind in "iu" and found.min() >= 0
+    return found.astype(np.int32) if is_valid and not found.max() >> 31 else None
 
 
 @dataclass(frozen=True, slots=True)

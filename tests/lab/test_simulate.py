@@ -32,7 +32,7 @@ from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.report import METRICS, losses_table
 from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
-from hybridcache.lab.simulation.grid import Kept, run_grid
+from hybridcache.lab.simulation.grid import run_grid
 from hybridcache.lab.simulation.result import RunResult, SessionResult, summarise
 from hybridcache.lab.simulation.serving import RequestLog, serve
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, run_cell, simulate
@@ -159,12 +159,12 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     scenario = Scenario("short", model=GEOMETRY, policy=policies)
     cells = scenario.cells([size / 1024 for size in (20, 40, 80)])
     path = tmp_path / "runs.jsonl"
-    kept = Kept(path, RunResult)
+    kept: Any = {"resume_from": path, "kind": RunResult}
     alone, _ = run_grid(short(), cells, run_cell)
     done: list[tuple[int, int]] = []
-    first, _ = run_grid(short(), cells[:4], run_cell, kept=kept)
+    first, _ = run_grid(short(), cells[:4], run_cell, **kept)
     path.write_bytes(path.read_bytes() + b'{"key": "torn\xff')
-    run = partial(run_grid, short(), cells, run_cell, kept=kept)
+    run = partial(run_grid, short(), cells, run_cell, **kept)
     with pytest.warns(UserWarning, match="line 5: damaged or cut"):
         both, _ = run(processes=2, progress=lambda *at: done.append(at))
     assert list(map(comparable, alone)) == list(map(comparable, both))

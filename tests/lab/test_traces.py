@@ -475,8 +475,8 @@ def test_failed_conversion_changes_no_file(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"tokens": np.array([-1, 2], np.int32)}, r"tokens must be in \[0, 2\*\*31\) \(got -1\)"),
-        ({"output": np.array([-7], np.int32)}, "output must be in"),
+        ({"tokens": np.array([-1, 2], np.int32)}, r"tokens must be int32.* \(got array\(\[-1,"),
+        ({"output": np.array([-7], np.int32)}, "output must be int32"),
         ({"session": ["a"]}, "unhashable type: 'list'"),
         ({"timestamp_s": float("nan")}, "timestamp_s must be a finite number"),
     ],

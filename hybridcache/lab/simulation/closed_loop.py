@@ -29,7 +29,7 @@ from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import LOOP_METRICS, text_table
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
-from hybridcache.lab.simulation.grid import Kept, RunFailed, run_grid
+from hybridcache.lab.simulation.grid import RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of, identify
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -471,7 +471,6 @@ def closed_loop(
     >>> [row["admission"] for row in result.to_dicts()]
     ['oldest']
     """
-    kept = Kept.of(resume_from, ClosedLoopRun)
     asked = Scenario.of(scenario, settings)
     asked.refuse(
         ["baseline"],
@@ -495,7 +494,14 @@ def closed_loop(
         for seed in seeds_of(asked)
     ]
     runs, failures = run_grid(
-        opened, cells, run_closed_loop, processes=processes, ray=ray, kept=kept, progress=progress
+        opened,
+        cells,
+        run_closed_loop,
+        processes=processes,
+        ray=ray,
+        resume_from=resume_from,
+        kind=ClosedLoopRun,
+        progress=progress,
     )
     said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
     return ClosedLoopResult(opened.name, tuple(runs), describe_times(known), tuple(said))

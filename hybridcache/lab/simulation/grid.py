@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -38,22 +37,6 @@ Result = TypeVar("Result")
 Run = Callable[[Trace, Job], Result]
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """File of results, which are read from it, or appended as they finish."""
-
-    path: Path
-    kind: type[Any]
-    """Class of the results, with ``as_record`` and ``from_record``."""
-
-    @classmethod
-    def of(cls, resume_from: object, kind: type[Any]) -> Kept | None:
-        """Return the file that the argument ``resume_from`` of a function names; None for None."""
-        if not isinstance(resume_from, str | Path | None):
-            raise ValueError(f"resume_from must be a path (got {resume_from!r}).")
-        return cls(Path(resume_from), kind) if resume_from else None
-
-
 def check_flags(**flags: object) -> None:
     """Raise ValueError for a flag that is not a truth value."""
     for name, value in flags.items():
@@ -68,7 +51,8 @@ def run_grid(
     *,
     processes: int = 1,
     ray: str | None = None,
-    kept: Kept | None = None,
+    resume_from: str | Path | None = None,
+    kind: Any = None,
     progress: Progress = False,
 ) -> tuple[list[Result], dict[int, str]]:
     """Return ``run(trace, job)`` for each of ``jobs``, in their order, and failures.
@@ -76,35 +60,38 @@ def run_grid(
     A run with a PolicyError or RunFailed is left out; failures have its sentence under the number
     of the job. The error is raised if all runs failed.
 
-    Runs that are in the file ``kept`` under a job's key (``job.key(identity of the trace)``) are
-    read from it, and new ones are appended as they finish, one JSON line each.
-    ``progress`` is called with (runs done, all). ``ray`` is the address of a cluster on which each
-    run is a task of one core.
+    Runs that are in the file ``resume_from`` under a job's key (``job.key(identity of the trace)``)
+    are read from it, and new ones are appended as they finish, one JSON line each. ``kind`` is
+    their class, with ``as_record`` and ``from_record``. ``progress`` is called with (runs done,
+    all). ``ray`` is the address of a cluster on which each run is a task of one core.
 
     ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
-    be pickled for the process that computes it, if ``kept`` is not a file of results, or if no
-    cluster answers at ``ray``; ChildProcessError if a process ends.
+    be pickled for the process that computes it, if ``resume_from`` is not a file of results, or if
+    no cluster answers at ``ray``; ChildProcessError if a process ends.
     """
     if not isinstance(processes, int) or processes < 1:
         raise ValueError(f"processes must be a whole number of at least 1 (got {processes!r}).")
     if ray is not None and (processes > 1 or not isinstance(ray, str)):
         raise ValueError(f"ray must be a cluster's address, without processes (got {ray!r}).")
-    if kept:
-        _check_results_file(kept, trace)
+    if not isinstance(resume_from, str | Path | None):
+        raise ValueError(f"resume_from must be a path (got {resume_from!r}).")
+    path = Path(resume_from) if resume_from else None
+    if path:
+        _check_results_file(path, kind, trace)
     if processes > 1 or ray is not None:
         pickled(f"trace {trace.name!r}", trace)
         for job in jobs:
             pickled(str(getattr(job, "label", job)), job)
     results: dict[int, Result] = {}
     keys: list[str] = []
-    if kept:
+    if path:
         identity = identity_of(trace)
         keys = [job.key(identity) for job in jobs]  # type: ignore[attr-defined]
-        known = _read(kept, set(keys))
+        known = _read(path, kind, set(keys))
         results = {number: known[key] for number, key in enumerate(keys) if key in known}
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
-    if kept:
-        with appended(kept.path):
+    if path:
+        with appended(path):
             pass  # Say now that it cannot be written.
     failures: dict[int, str] = {}
     with shown_progress(progress, "runs", trace.name) as show:
@@ -115,10 +102,10 @@ def run_grid(
                 failures[number] = str(result)
             else:
                 results[number] = result
-                if kept:
-                    head = {"key": keys[number], "kind": kept.kind.__name__, "version": version()}
+                if path:
+                    head = {"key": keys[number], "kind": kind.__name__, "version": version()}
                     record = head | result.as_record()  # type: ignore[attr-defined]
-                    with appended(kept.path) as file:
+                    with appended(path) as file:
                         file.write(json.dumps(record).encode() + b"\n")
             show(len(results) + len(failures), len(jobs))
     return [results[number] for number in sorted(results)], dict(sorted(failures.items()))
@@ -155,10 +142,9 @@ _RESULT = re.compile(rb'\{"key": "[0-9a-f]{16}", "kind": "(\w+)"')
 """Start of a line that ``run_grid`` writes. It may have been cut later on."""
 
 
-def _check_results_file(kept: Kept, trace: Trace) -> None:
+def _check_results_file(path: Path, kind: Any, trace: Trace) -> None:
     """Raise ValueError if the file has content and its first line is not a result of this kind, or
     if it is the file of ``trace``. Results are appended to files, so others would be damaged."""
-    path = kept.path
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file: name another for the results")
     if not path.exists() or not path.stat().st_size:
@@ -167,29 +153,29 @@ def _check_results_file(kept: Kept, trace: Trace) -> None:
         raise ValueError(f"{path} is the trace itself: name another file for the results")
     with path.open("rb") as file:
         found = _RESULT.match(file.read(4096))
-    if not found or found[1].decode() != kept.kind.__name__:
+    if not found or found[1].decode() != kind.__name__:
         raise ValueError(
             f"{path} has content that is not a result of this command, and is left as it is: name "
             "a new file for the results"
         )
 
 
-def _read(kept: Kept, wanted: set[str]) -> dict[str, Any]:
+def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
     """Return the results of the ``wanted`` keys. A damaged line, or one cut by the end of a
     process, is skipped, with a warning if not all are found."""
     found, damaged = dict[str, Any](), list[str]()
-    if not kept.path.exists():
+    if not path.exists():
         return found
-    with kept.path.open("rb") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
                 if record.get("key") in wanted:
-                    found[record["key"]] = kept.kind.from_record(record)
+                    found[record["key"]] = kind.from_record(record)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 damaged.append(f"line {number}: damaged or cut, so it is run again ({error!r})")
     for problem in damaged if wanted - found.keys() else ():
-        warn(f"{kept.path}, {problem}")
+        warn(f"{path}, {problem}")
     return found
 
 

@@ -51,7 +51,7 @@ from hybridcache.lab.report import (
     ties,
 )
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.grid import Kept, check_flags, run_grid
+from hybridcache.lab.simulation.grid import check_flags, run_grid
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
@@ -279,7 +279,6 @@ def simulate(
     not exist.
     """
     check_flags(bound=bound, optimum=optimum)
-    kept = Kept.of(resume_from, RunResult)
     asked = Scenario.of(scenario, settings)
     asked.refuse_load()
     opened = asked.opened()
@@ -304,7 +303,14 @@ def simulate(
             found["optimum_tokens"] = int(plan.cached_tokens.sum())
     run = partial(run_cell, yardsticks=yardsticks)
     runs, failures = run_grid(
-        opened, cells, run, processes=processes, ray=ray, kept=kept, progress=progress
+        opened,
+        cells,
+        run,
+        processes=processes,
+        ray=ray,
+        resume_from=resume_from,
+        kind=RunResult,
+        progress=progress,
     )
     # Runs in a file may have been computed without them.
     runs = [replace(one, **yardsticks[one.gib]) for one in runs]

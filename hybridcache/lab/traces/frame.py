@@ -30,7 +30,7 @@ import numpy as np
 
 from hybridcache.geometry.units import counted
 from hybridcache.lab.arrivals import Pauses, Poisson, Starts, interleave
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, units
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, as_ids, units
 from hybridcache.tokens import Tokens
 
 LONGEST = 1 << 24
@@ -150,15 +150,10 @@ class Record(dict[str, Any]):
     def ids(self, name: str) -> Tokens:
         """Return a flat list of whole numbers in [0, 2**31) as int32[n]. O(n)."""
         values = self.values_of(name)
-        try:
-            ids = np.asarray(values) if values else np.zeros(0, np.int32)
-        except ValueError:  # nested lists of several lengths
-            ids = np.zeros(0)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or bool in set(map(type, values)):
+        ids = None if bool in set(map(type, values)) else as_ids(values)
+        if ids is None:
             raise ValueError(f"{name} holds an id that is not a whole number in [0, 2**31)")
-        if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 31):
-            raise ValueError(f"{name} holds an id that is not a whole number in [0, 2**31)")
-        return ids.astype(np.int32)
+        return ids
 
     def id_runs(self, name: str) -> Tokens:
         """Return a list of ids and of runs [first id, last id] as int32[n]. O(n)."""
