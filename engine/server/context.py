@@ -40,8 +40,8 @@ from engine.server.bodies import (
     EventStream,
     Workers,
     failed_event,
+    json_response,
     read_body,
-    to_json,
     unless_gone,
 )
 from engine.server.metrics import Metrics
@@ -105,7 +105,6 @@ class ServingContext:
             keeps_thinking=config.preserve_thinking,
         )
         self.model_name = config.served_model_name or engine.facts.model_name
-        self._fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
 
@@ -138,7 +137,7 @@ class ServingContext:
             "object": kind,
             "created": int(time.time()),
             "model": self.model_name,
-            "system_fingerprint": self._fingerprint,
+            "system_fingerprint": self.engine.facts.exactness.fingerprint,
         }
 
     def check_model(self, model: str | None) -> None:
@@ -443,8 +442,9 @@ class Writer(ABC):
         for output in self.outputs:
             size += len(output.output) * (1 + (output.logprobs is not None))
             size += len(output.prompt_token_ids) * self._body.shows_prompt
-        content = await context.workers.run(size, lambda: to_json(self.whole()))
-        return Response(content, media_type="application/json", headers=self._cache_headers())
+        response = await context.workers.run(size, lambda: json_response(self.whole()))
+        response.headers.update(self._cache_headers())
+        return response
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         """Yield the stream, one piece per output."""

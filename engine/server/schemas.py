@@ -236,6 +236,8 @@ class TextPart(Part, kw_only=True, tag_field="type", tag="text"):
 
 KNOWN = ("role", "content", "tool_calls", "cache_control")
 """Names of a message that have a fixed form."""
+MAY_REPLACE = ("function_call", "reasoning_content", "reasoning", "refusal", "audio")
+"""Further names with which a message of the assistant may have no content."""
 
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -253,11 +255,15 @@ class Message(msgspec.Struct, kw_only=True):
 
     @classmethod
     def read(cls, given: dict[str, Any], index: int) -> Message:
-        """Return the message of this index. Raises APIError 400."""
+        """Return the message of this index. Raises APIError 400 or ValueError."""
         extra = without_nulls(given)
         known = {name: extra.pop(name) for name in KNOWN if name in extra}
         read = converted(known, cls, f"messages.{index}")
         read.extra = extra
+        # Reasoning may be empty, because clients may drop its text.
+        has_more = read.tool_calls or any(extra.get(one) not in (None, []) for one in MAY_REPLACE)
+        if read.content is None and not (read.role == "assistant" and has_more):
+            raise ValueError(f"'messages.{index}' has no 'content': add its text.")
         return read
 
     def as_template_input(self) -> dict[str, Any]:
@@ -297,10 +303,6 @@ def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | No
             f"'cache_control' marks more than {MAX_CUTS} places of this chat: remove some."
         )
     return [cut for cut in cuts if cut != Cut(len(messages) - 1)]
-
-
-WITHOUT_CONTENT = ("function_call", "reasoning_content", "reasoning", "refusal", "audio")
-"""Fields with which a message of the assistant may have no content."""
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
@@ -414,12 +416,6 @@ class ChatRequest(Sampling, kw_only=True):
             Message.read(one, index) if isinstance(one, dict) else one
             for index, one in enumerate(self.messages)
         ]
-        for index, message in enumerate(self.messages):
-            # Reasoning may be empty, because clients may drop its text.
-            has_more = any(message.extra.get(name) not in (None, []) for name in WITHOUT_CONTENT)
-            may_be_empty = message.role == "assistant" and (message.tool_calls or has_more)
-            if message.content is None and not may_be_empty:
-                raise ValueError(f"'messages.{index}' has no 'content': add its text.")
         if self.tools is not None:
             self.tools = _read_tools(self.tools)
         if taken := {"messages", "tools", "add_generation_prompt"}.intersection(
@@ -439,17 +435,11 @@ class ChatRequest(Sampling, kw_only=True):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' requires 'logprobs': set it to true.")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError(
-                "'continue_final_message' continues the last message: omit "
-                "'add_generation_prompt', which begins another message."
-            )
-        if self.continue_final_message and (
-            not self.messages or self.messages[-1].role != "assistant"
-        ):
+        is_answer = bool(self.messages) and self.messages[-1].role == "assistant"
+        if self.continue_final_message and (self.add_generation_prompt or not is_answer):
             raise ValueError(
                 "'continue_final_message' continues an answer: the last message must be the "
-                "assistant's."
+                "assistant's, and 'add_generation_prompt', which begins another, must be omitted."
             )
 
     @property

@@ -8,7 +8,7 @@ from msgspec import field
 from starlette.responses import Response
 
 from engine.server.api_errors import APIError
-from engine.server.bodies import Body, json_response, to_json
+from engine.server.bodies import Body, json_response
 from engine.server.chat import render
 from engine.server.context import Call
 from engine.server.schemas import (
@@ -48,10 +48,10 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     else:
         how = EncodeOptions(body.add_special_tokens, namespace=call.tenant.namespace)
         [tokens] = await context.encode([body.prompt or ""], how)
-    content = await context.workers.run(
-        len(tokens), lambda: to_json(answer | {"count": len(tokens), "tokens": tokens.tolist()})
+    return await context.workers.run(
+        len(tokens),
+        lambda: json_response(answer | {"count": len(tokens), "tokens": tokens.tolist()}),
     )
-    return Response(content, media_type="application/json")
 
 
 async def detokenize(call: Call, body: DetokenizeRequest) -> Response:
