@@ -78,7 +78,6 @@ class CheckpointSeconds(Router):
         self.mirrors: dict[ReplicaId, Mirror] = {}
         self.in_flight: dict[ReplicaId, InFlight] = {}
         self.write_rates: dict[ReplicaId, WriteRate] = {}
-        self._without_first_token: set[Hashable] = set()
         self.shares = SavedShares()
 
     def joined(self, replica: ReplicaId, now: float) -> None:
@@ -94,9 +93,7 @@ class CheckpointSeconds(Router):
         self.mirrors.pop(replica, None)
         self.in_flight.pop(replica, None)
         self.write_rates.pop(replica, None)
-        lost = super().left(replica, now)
-        self._without_first_token.difference_update(lost)
-        return lost
+        return super().left(replica, now)
 
     def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
         """Match a prompt in the mirror of ``replica``."""
@@ -162,7 +159,6 @@ class CheckpointSeconds(Router):
         new_bytes = self.new_bytes(request, choice.expected_len, found.kv_match_len)
         work_s = self.seconds(choice.expected_len, len(request.tokens))
         self.write_rates[choice.replica].sent(new_bytes, work_s, now)
-        self._without_first_token.add(request.id)
 
     def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
         """Return the positions at which computing a prompt from ``cached_len`` saves checkpoints.
@@ -181,16 +177,11 @@ class CheckpointSeconds(Router):
         prefill = Prefill(len(request.tokens), cached_len, known, known, request.boundaries, step)
         return prefill.on_grid(placement.plan(prefill))
 
-    def prefilled(self, request: Hashable, now: float) -> None:
-        super().prefilled(request, now)
-        self._without_first_token.discard(request)
-
     def ended(self, request: Hashable, now: float) -> None:
         where = self._where.get(request)
-        super().ended(request, now)
-        if request in self._without_first_token and where is not None:
-            self._without_first_token.discard(request)
+        if where is not None and self.loads[where].is_waiting(request):
             self.in_flight[where].pop(request, None)
+        super().ended(request, now)
 
     def on_events(
         self,
@@ -234,7 +225,6 @@ class CheckpointSeconds(Router):
             assert mirror.num_checkpoints == sum(segment[5] for segment in segments)
         for write_rate in self.write_rates.values():
             write_rate.check()
-        assert self._without_first_token <= self._where.keys()
 
 
 # --- Prompts without events yet -------------------------------------------------------------------

@@ -92,6 +92,10 @@ class ReplicaLoad:
         """Number of requests that have not ended."""
         return len(self._waiting) + len(self._decoding)
 
+    def is_waiting(self, request: Hashable) -> bool:
+        """Return whether ``request`` is here and has no first token."""
+        return request in self._waiting
+
     def wait_s(self, now: float) -> float:
         """Return the seconds until all requests here have their first tokens.
 
