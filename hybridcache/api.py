@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hybridcache.policies.protocol import FetchRule, Item
-from hybridcache.radix.tree import NodeHandle, RadixNode
+from hybridcache.radix.tree import Checkpoint, NodeHandle, RadixNode
 from hybridcache.tokens import Indices
 
 
@@ -80,24 +80,27 @@ class PrefixMatch(NamedTuple):
     """Length of the matching KV; at least ``cached_len``."""
     seen_len: int
     """Length of the tokens seen before, ghosts included; at least ``kv_match_len``."""
-    checkpoint: int | None
-    """Slot of the state at ``cached_len``. None at 0 and in attention-only caches."""
     losses: Losses
     """Number of the other tokens, by the reason why they must be computed."""
     node: NodeHandle | None
     """Node that ends at ``cached_len``, for ``lock`` and ``gather``. None at 0."""
     namespace: Hashable
     """Namespace of the request."""
-    missed: Item | None = None
+    missed: Checkpoint | None = None
     """Deepest evicted checkpoint in (cached_len, num_tokens - 1] on the path of the prompt, or
     None. With it and its KV, ``missed_tokens`` more tokens would have been reused."""
-    resumed: Item | None = None
+    resumed: Checkpoint | None = None
     """Checkpoint at ``cached_len``. None at 0 and in attention-only caches."""
     loadable: tuple[Resumable, ...] = ()
     """Positions past ``cached_len`` that ``fetch`` could load, ascending."""
     forks: bool = True
     """True if other tokens were seen after ``seen_len``, or if that is not known. False if all
     known prompts end there."""
+
+    @property
+    def checkpoint(self) -> int | None:
+        """Slot of the state at ``cached_len``. None at 0 and in attention-only caches."""
+        return None if self.resumed is None else self.resumed.slot
 
     @property
     def missed_tokens(self) -> int:
@@ -108,7 +111,7 @@ class PrefixMatch(NamedTuple):
         """
         if self.missed is None:
             return 0
-        return max(int(self.missed.position) - self.cached_len - self.losses.refused, 0)
+        return max(self.missed.position - self.cached_len - self.losses.refused, 0)
 
     def best_load(self, exchange: FetchRule) -> Resumable | None:
         """Return the position whose load saves the most time, or None if none saves any."""

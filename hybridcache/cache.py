@@ -363,7 +363,6 @@ class HybridRadixCache:
             cached_len,
             kv_match_len,
             seen_len,
-            None if checkpoint is None else checkpoint.slot,
             losses,
             last,
             namespace,
@@ -466,7 +465,7 @@ class HybridRadixCache:
         if type(resumes) is not bool:
             require_bool(resumes, "resumes")
         last = self._usable(match.node)
-        missed = match.missed if isinstance(match.missed, Checkpoint) else None
+        missed = match.missed
         if missed is not None and missed.item_bytes is not self.item_bytes:
             raise ValueError(FOREIGN)
         self.now += 1

@@ -267,8 +267,8 @@ class Lease:
             cache.arena.holders[self._held_rows] = None
         if cached_len and request.table_row is not None:
             self._note_changed(request.table_row, 0, cached_len)
-        if match.checkpoint is not None and state_slot is not None:
-            steps.restores[self] = match.checkpoint, state_slot
+        if match.resumed is not None and state_slot is not None:
+            steps.restores[self] = match.resumed.slot, state_slot
             steps.not_ready[self] = cached_len
 
     @classmethod
@@ -306,9 +306,7 @@ class Lease:
         tokens, namespace = np.frombuffer(prompt, np.int32), request.namespace
         match = found = cache.match(tokens, namespace)
         if not request.reuse:
-            match = found._replace(
-                cached_len=0, checkpoint=None, node=None, resumed=None, loadable=()
-            )
+            match = found._replace(cached_len=0, node=None, resumed=None, loadable=())
         slot = request.own_slot if request.stateful else None
         receipt = cache.lock(match.node)
         try:
@@ -321,7 +319,6 @@ class Lease:
                     again = cache.match(tokens, namespace)
                     match = found._replace(
                         cached_len=again.cached_len,
-                        checkpoint=again.checkpoint,
                         node=again.node,
                         resumed=again.resumed,
                         loadable=again.loadable,

@@ -898,7 +898,7 @@ class TieredRadixCache(HybridRadixCache):
         """Record a use as in ``HybridRadixCache.touch``, and notify the tier that dropped the
         missed entry, unless its policy shares the learned state of the device's."""
         super().touch(match, resumes)
-        state = match.missed.stored if isinstance(match.missed, Checkpoint) else None
+        state = None if match.missed is None else match.missed.stored
         if state is not None and not self.offload.tiers[state.tier].is_shared:
             entry = state.node.offloaded
             if entry is None or entry.state is not state:

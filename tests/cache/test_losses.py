@@ -27,7 +27,7 @@ def test_each_token_has_one_loss_cause_for_every_resume_position():
         for seen in range(rest + 1):
             for placed in range(seen + 1):
                 losses = Losses(rest - seen, seen - placed, placed // 2, 0, placed - placed // 2)
-                found = PrefixMatch(10, cached_len, 0, 0, None, losses, None, None)
+                found = PrefixMatch(10, cached_len, 0, 0, losses, None, None)
                 for resumed_len in range(10):
                     for loadable_len in range(10):
                         actual = losses_of(found, resumed_len, loadable_len)

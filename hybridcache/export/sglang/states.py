@@ -208,11 +208,10 @@ class RequestStates:
             slot = self.take_slot(cache)
             now = cache.match(prompt, found.namespace)
             if slot is None or now.checkpoint is None:
-                now = now._replace(cached_len=0, checkpoint=None, node=None, resumed=None)
+                now = now._replace(cached_len=0, node=None, resumed=None)
             match = found._replace(
                 cached_len=now.cached_len,
                 kv_match_len=now.kv_match_len,
-                checkpoint=now.checkpoint,
                 losses=losses_of(found, now.cached_len),
                 node=now.node,
                 resumed=now.resumed,
