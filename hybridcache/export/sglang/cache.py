@@ -289,7 +289,19 @@ class HybridRadixBackend(BasePrefixCache):
         return handle_of(None)
 
     def dfs_weight_order(self, node_handles: Sequence[Any]) -> list[int]:
-        return dfs_order(node_handles)
+        """Sort handles in depth-first order, heaviest branch first. Returns indices.
+
+        Handles under one node stay together. Deeper nodes precede shallower ones, and ties are
+        broken by first appearance, so the order is equal on all ranks. O(handles * depth).
+        """
+        paths = [_path(node_of(handle)) for handle in node_handles]
+        weight = Counter(node for path in paths for node in path)
+        rank: dict[RadixNode, int] = {node: number for number, node in enumerate(weight)}
+
+        def place(index: int) -> tuple[tuple[int, int], ...]:
+            return (*((-weight[node], rank[node]) for node in paths[index]), (1, 0))
+
+        return sorted(range(len(node_handles)), key=place)
 
     def supports_mamba(self) -> bool:
         return self._states is not None
@@ -378,22 +390,6 @@ class Held(IncLockRefResult, DecLockRefParams):
 
     def to_dec_params(self) -> Held:
         return self
-
-
-def dfs_order(handles: Sequence[Any]) -> list[int]:
-    """Sort handles in depth-first order, heaviest branch first. Returns indices.
-
-    Handles under one node stay together. Deeper nodes precede shallower ones, and ties are broken
-    by first appearance, so the order is equal on all ranks. O(handles * depth).
-    """
-    paths = [_path(node_of(handle)) for handle in handles]
-    weight = Counter(node for path in paths for node in path)
-    rank: dict[RadixNode, int] = {node: number for number, node in enumerate(weight)}
-
-    def place(index: int) -> tuple[tuple[int, int], ...]:
-        return (*((-weight[node], rank[node]) for node in paths[index]), (1, 0))
-
-    return sorted(range(len(handles)), key=place)
 
 
 def _path(node: Node) -> list[RadixNode]:
