@@ -247,8 +247,8 @@ class Lease:
         self._indexed_len = 0
         self._planned: dict[int, str] = {}
         """Label of each position without a slot yet, by descending priority."""
-        self._pending: list[tuple[int, int, str]] = []
-        """(position, slot, label) of checkpoints with a slot, until they are published."""
+        self._pending: dict[Saved, str] = {}
+        """Label of each checkpoint with a slot, until it is published."""
         self._interval: int | None = None
         """Distance of the checkpoints of decode, or None if there are none."""
         self._rolling: Saved | None = None
@@ -424,7 +424,7 @@ class Lease:
     def is_saving_at(self, position: int) -> bool:
         """Return whether ``take_checkpoint_slots`` returned ``position`` and no ``publish`` covered
         it yet."""
-        return any(position == saved for saved, _, _ in self._pending)
+        return any(position == saved for saved, _ in self._pending)
 
     def num_quiet_tokens(self, computed_len: int) -> int:
         """Return the number of decode steps for which the row and slot calls have no effect.
@@ -614,12 +614,11 @@ class Lease:
                 if slot is None:
                     break
                 del self._planned[position]
-                self._pending.append((position, slot, label))
+                self._pending[position, slot] = label
                 if self.cache.steps.transfers:
                     self.cache.steps.note_taken(self, start)
                 num_taken += 1
-        due = [(position, slot) for position, slot, _ in self._pending if start < position <= end]
-        return tuple(sorted(due))
+        return tuple(sorted(one for one in self._pending if start < one[0] <= end))
 
     def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
         """Move the rolling checkpoint to the last position in (start, end] at which decode saves a
@@ -764,18 +763,18 @@ class Lease:
             own_slot = None  # It is not the cache's, and stays with the caller.
         pending, planned = self._pending, self._planned
         if self._rolling is not None:
-            pending.append((*self._rolling, "decode"))
+            pending[self._rolling] = "decode"
         is_possible = donate and self.cached_len < computed_len == published_len
         if is_possible and own_slot is not None and computed_len % self._step == 0:
             label = "decode"
             if computed_len <= self.prompt_len:
                 label = planned.pop(computed_len, "preempt")
-            pending.append((computed_len, own_slot, label))
+            pending[computed_len, own_slot] = label
             own_slot = None
         self._planned, self._rolling = {}, None
         num_dropped = 0
         try:
-            for position, slot, label in pending:
+            for (position, slot), label in pending.items():
                 if position > published_len:
                     cache.free_slot(slot)
                     placement.on_dropped(position, label)
@@ -787,13 +786,13 @@ class Lease:
             if stop_reason:
                 cache.label_tip(self._receipt.node, stop_reason)
         except BaseException:  # The caller has freed one of the slots, or a policy has failed.
-            for _, slot, _ in pending:
+            for _, slot in pending:
                 with suppress(ValueError):  # It is free or the cache's by now.
                     cache.free_slot(slot)
             raise
         finally:
             held = self._rows[self.published_len : self.extended_len]
-            self.state_slot, self._has_ended, self._pending = None, True, []
+            self.state_slot, self._has_ended, self._pending = None, True, {}
             self.extended_len = self.published_len = self._unread_len = 0
             cache.steps.close(self, self._numbers)
             if cache.arena is not None and self._held_rows is not None:
@@ -814,17 +813,17 @@ class Lease:
         freed.
         """
         cache, first, before = self.cache, self.published_len, self._receipt
-        saved: list[tuple[int, int, str]] = []
-        later: list[tuple[int, int, str]] = []
-        for one in self._pending:
-            (saved if one[0] <= computed_len else later).append(one)
+        saved: dict[Saved, str] = {}
+        later: dict[Saved, str] = {}
+        for one, label in self._pending.items():
+            (saved if one[0] <= computed_len else later)[one] = label
         self.published_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
             self._rows[:computed_len],
-            [(position, slot) for position, slot, _ in saved],
+            list(saved),
             self._request.namespace,
             first,
-            [label for _, _, label in saved],
+            list(saved.values()),
             before.node,
         )
         num_duplicates = len(duplicates)
@@ -833,14 +832,14 @@ class Lease:
             self._unread_len = first + num_duplicates
             if self._request.table_row is not None:
                 self._note_changed(self._request.table_row, 0, self._unread_len)
-        for _, slot, _ in saved:
+        for _, slot in saved:
             if slot in rejected_slots:
                 cache.free_slot(slot)
         self._pending = later
         self._receipt = receipt = cache.lock(node)
         receipt.superseded, before.superseded = before.superseded, None
         cache.unlock(before)
-        for position, slot, label in saved:  # An own policy may raise.
+        for (position, slot), label in saved.items():  # An own policy may raise.
             if slot in rejected_slots:
                 self._placement.on_dropped(position, label)
             else:
