@@ -169,8 +169,8 @@ class ChatWriter(Writer):
         """Submit the chat and return the response. Raises APIError if the chat is refused."""
         call, context, body = self._call, self._context, self._body
         form = context.form
-        tools = None if context.tokenizer.chat_template is None else callable_tools(body, form)
         prompt = self._prompt = await render(call, body)
+        tools = callable_tools(body, form)
         self.readers = [
             AnswerReader(
                 form,
@@ -178,10 +178,9 @@ class ChatWriter(Writer):
                 is_thinking=prompt.is_thinking,
                 starts_text=prompt.spec.answer_starts_text,
                 is_single=not body.parallel_tool_calls,
-                index=index,
                 end_token_ids=context.tokenizer.eos_token_ids,
             )
-            for index in range(body.n)
+            for _ in range(body.n)
         ]
         marks = form.calls.MARKS if form.calls is not None and tools else ()
         specs = [structs.replace(prompt.spec, call_marks=marks)]
@@ -300,14 +299,14 @@ class _ChatWriter(ChatWriter):
     def whole(self) -> dict[str, Any]:
         choices = [
             {
-                "index": answer.index,
+                "index": index,
                 "message": _message(answer.events),
                 "logprobs": self._scores(answer.output.logprobs),
                 "finish_reason": answer.finish,
                 **answer.warned,
                 **self._ids("token_ids", answer.output.token_ids),
             }
-            for answer in self.readers
+            for index, answer in enumerate(self.readers)
         ]
         return {
             **self._head,

@@ -136,7 +136,6 @@ class AnswerReader:
         is_thinking: bool = False,
         starts_text: bool = True,
         is_single: bool = False,
-        index: int = 0,
         end_token_ids: Container[int] = (),
     ) -> None:
         """``tools``: tools with calls that are read, or None to treat calls as text. Without any
@@ -147,8 +146,6 @@ class AnswerReader:
         self._reasoning = ReasoningReader(is_thinking, starts_text) if form.thinks else None
         self._calls = form.calls(tools) if form.calls and tools is not None else None
         self._is_single, self._ends = is_single, end_token_ids
-        self.index = index
-        """Index of the answer within the request."""
         self.output: RequestOutput
         """Latest output that was read. With ``is_over`` it ends with the first call."""
         self.finish: Finish | None = None
