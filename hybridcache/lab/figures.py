@@ -36,12 +36,7 @@ _MARKERS = "osD^vPX"
 PLAN = "best plan with hindsight"
 """Label of the optimum in figures."""
 
-_FONTS: dict[Any, Any] = {
-    "font.size": 9.0,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-    "pdf.fonttype": 42,
-}
+_FONTS: Any = {"font.size": 9.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "pdf.fonttype": 42}
 """Sizes of fonts; text in PDF files stays text."""
 TITLE_CHARS, CAPTION_CHARS = 14, 17
 """Characters in an inch of a title, and of a caption."""

@@ -45,7 +45,6 @@ from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.baselines.protocol import BaselineConfig
 from hybridcache.lab.simulation.sizes import (
     budget_bytes,
     shares,
@@ -598,20 +597,6 @@ class Scenario:
         num_links = times.devices if isinstance(times, Roofline) else 1
         rates = {HOST: num_links * self.host_gb_s * 1e9, DISK: self.disk_gb_s * 1e9}
         return Exchange(times, rates, unit=unit)
-
-    def baseline_config(self, geometry: ModelGeometry, unit: int) -> BaselineConfig:
-        """Return the memory and model of a rebuilt peer."""
-        return BaselineConfig(
-            budget_bytes=self.budget_bytes,
-            kv_bytes_per_token=geometry.kv_bytes_per_token,
-            state_bytes=geometry.state_bytes,
-            num_full_layers=geometry.num_full_layers,
-            num_linear_layers=geometry.num_linear_layers,
-            grid=self.grid,
-            unit=unit,
-            token_flops=geometry.flops_per_token,
-            pair_flops=geometry.attention_flops_per_pair,
-        )
 
 
 @cache

@@ -7,9 +7,7 @@ from itertools import count
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
-from hybridcache.cache import HybridRadixCache
 from hybridcache.config import build_prefix_cache
-from hybridcache.geometry.exchange import Exchange
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.lab.scenario import Scenario
@@ -17,45 +15,31 @@ from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
-from hybridcache.policies.protocol import PlacementPolicy, raise_failure
+from hybridcache.policies.protocol import raise_failure
 
 
 def build_target(scenario: Scenario, unit: int) -> Target:
     """Build an empty target for a cell of ``scenario``, at one size."""
-    geometry = scenario.geometry()
-    if scenario.baseline:
-        return BaselineTarget(str(scenario.baseline), scenario.baseline_config(geometry, unit))
-    exchange = scenario.exchange(geometry, unit)
-    cache = build_prefix_cache(scenario.cache_config(geometry, unit))
-    stateful = bool(geometry.num_linear_layers)
-    owns_states = geometry.checkpoint_bytes is not None
-    return LeaseTarget(cache, scenario.placement(unit), stateful, unit, owns_states, exchange)
+    return (BaselineTarget if scenario.baseline else LeaseTarget)(scenario, unit)
 
 
 class LeaseTarget:
     """The project's own cache, driven through leases exactly as the engine drives it."""
 
-    def __init__(
-        self,
-        cache: HybridRadixCache,
-        placement: PlacementPolicy,
-        stateful: bool = True,
-        unit: int = 1,
-        owns_states: bool = False,
-        exchange: Exchange | None = None,
-    ) -> None:
-        """With ``owns_states``, running states are outside the cache's memory."""
-        self.cache = cache
-        self.exchange = exchange
-        self.placement = placement
+    def __init__(self, scenario: Scenario, unit: int) -> None:
+        geometry = scenario.geometry()
+        self.cache = cache = build_prefix_cache(scenario.cache_config(geometry, unit))
+        self.exchange = scenario.exchange(geometry, unit)
+        self.placement = scenario.placement(unit)
         self.request_type: type[LeasedRequest] = LeasedRequest
         self.num_exports = 0
         self.uncomputed = 1 if unit == 1 else 0
         """Tokens at an answer's end that have no KV: the last sampled token is never computed; in
         units of many tokens it is within the last one."""
-        self._stateful = stateful
-        self._own_slots = count() if owns_states else None
-        """Slot numbers of running requests: each gets its own, as in the engine."""
+        self._stateful = bool(geometry.num_linear_layers)
+        self._own_slots = None if geometry.checkpoint_bytes is None else count()
+        """Slot numbers of running requests, if their states are outside the cache's memory: each
+        gets its own, as in the engine."""
         self.now_s = 0.0
         """Timestamp of the present request: the clock of policies in replays."""
         cache.policy.set_clock(lambda: self.now_s)
@@ -189,8 +173,20 @@ class BaselineTarget:
 
     priority_classes = None
 
-    def __init__(self, word: str, config: BaselineConfig) -> None:
-        self.baseline = BASELINES[word](config)
+    def __init__(self, scenario: Scenario, unit: int) -> None:
+        geometry = scenario.geometry()
+        config = BaselineConfig(
+            budget_bytes=scenario.budget_bytes,
+            kv_bytes_per_token=geometry.kv_bytes_per_token,
+            state_bytes=geometry.state_bytes,
+            num_full_layers=geometry.num_full_layers,
+            num_linear_layers=geometry.num_linear_layers,
+            grid=scenario.grid,
+            unit=unit,
+            token_flops=geometry.flops_per_token,
+            pair_flops=geometry.attention_flops_per_pair,
+        )
+        self.baseline = BASELINES[str(scenario.baseline)](config)
 
     def begin(self, request: TraceRequest) -> PeerRequest | None:
         session = self.baseline.begin(request.tokens, request.namespace)
