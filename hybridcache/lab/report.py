@@ -185,24 +185,20 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes.append(f"prefill times: {result.times}")
-    notes += uncharged_notes(result)
+    uncharged: dict[str, dict[str, None]] = {}
+    """Labels of the rebuilt systems that use memory in addition to their size."""
+    for run in result.runs:
+        if memory := UNCHARGED.get(run.config.baseline or ""):
+            uncharged.setdefault(memory, {})[run.label] = None
+    notes += [
+        f"in addition to their GiB, not counted: {memory} ({', '.join(names)})"
+        for memory, names in uncharged.items()
+    ]
     has_states = result.geometry.state_bytes > 0
     notes += dict.fromkeys(filter(None, (no_hit_note(run, has_states) for run in result.runs)))
     if result.counted_by:
         notes.append(f"tokens counted by: {result.counted_by}")
     return notes
-
-
-def uncharged_notes(result: SweepRuns) -> list[str]:
-    """Name the rebuilt systems that use memory in addition to their size."""
-    labels: dict[str, dict[str, None]] = {}
-    for run in result.runs:
-        if memory := UNCHARGED.get(run.config.baseline or ""):
-            labels.setdefault(memory, {})[run.label] = None
-    return [
-        f"in addition to their GiB, not counted: {memory} ({', '.join(names)})"
-        for memory, names in labels.items()
-    ]
 
 
 def interval_notes(result: SweepRuns) -> list[str]:

@@ -69,14 +69,11 @@ class LightllmCache:
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> LightllmSession | None:
         root = self.roots.setdefault(namespace, _Page(b"root", None, 0, False, False))
-        path = self._match(root, tokens)
-        session = LightllmSession(self, root, tokens, path)
-        for node in path:
-            self._refer(node, 1)
+        session = LightllmSession(self, root, tokens, self._match(root, tokens))
+        self.refer(session.path, 1)
         if self.allocate(session.held):
             return session
-        for node in path:
-            self._refer(node, -1)
+        self.refer(session.path, -1)
         return None
 
     def allocate(self, num_tokens: int) -> bool:
@@ -127,12 +124,9 @@ class LightllmCache:
         assert self.free_states + states == HOST_STATES, "host states: free + cached != total"
 
     def _page_at(self, start: int, end: int) -> int:
-        if (
-            self.big_page is not None
-            and start % self.big_page == 0
-            and start + self.big_page <= end
-        ):
-            return self.big_page
+        size = self.big_page
+        if size is not None and start % size == 0 and start + size <= end:
+            return size
         return self.page
 
     def _match(self, root: _Page, tokens: Tokens) -> list[_Page]:
@@ -194,10 +188,12 @@ class LightllmCache:
             self.small_states[node.time] = node
         self._list(node)
 
-    def _refer(self, node: _Page, change: int) -> None:
-        self.leaves.pop(self._leaf_key(node), None)
-        node.references += change
-        self._list(node)
+    def refer(self, path: list[_Page], change: int) -> None:
+        """Add ``change`` references to the pages of ``path``."""
+        for node in path:
+            self.leaves.pop(self._leaf_key(node), None)
+            node.references += change
+            self._list(node)
 
     def _list(self, node: _Page) -> None:
         if node.parent is not None and not node.children and not node.references:
@@ -243,8 +239,7 @@ class LightllmSession:
         taken = self.cache.publish(self.root, self.tokens)
         self.cache.held_tokens -= taken
         self.cache.free(self.held - taken)
-        for node in self.path:
-            self.cache._refer(node, -1)
+        self.cache.refer(self.path, -1)
 
 
 def _key(parent: _Page, tokens: Tokens) -> bytes:
