@@ -270,9 +270,9 @@ class Conversation:
         the time of the message before it. ValueError if that is before the last request's."""
         request = None
         if message["role"] == "assistant" and self.said:
-            turn = self._chat.turn(self.said, message["content"], tools=True)
+            request = self._chat.turn(self.said, message["content"], tools=True)
             reason = "tool_use" if record.get("tool_calls") else "end_turn"
-            request = turn.request(self._session)._replace(stop_reason=reason)
+            request = request._replace(session=self._session, stop_reason=reason)
             if now_s is not None:
                 asked_s = now_s if self._before_s is None else self._before_s
                 if asked_s < self._asked_s:
@@ -361,8 +361,7 @@ class PromptParser:
             said = plain_chat(messages, record.get("system"), record.get("tools", list))
             is_whole = answer is None and said and said[-1]["role"] == "assistant"
             self._num_whole += bool(is_whole)
-            turn = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
-            request = turn.request("")
+            request = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
             # A text that begins with the text of every earlier part of the chat.
             text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
         elif not record.is_request and (self._names.get("prompt") or "prompt") not in record.record:

@@ -92,10 +92,10 @@ class ShareGPTReader(SessionReader):
             for place, (before, message) in enumerate(pairwise(said), 1):
                 if before["role"] in ("user", "tool") and message["role"] == "assistant":
                     turn = chat.turn(said[:place], message["content"])
-                    if len(turn.prompt) > self.cap:
+                    if len(turn.tokens) > self.cap:
                         notes.count(CUT.format(self.cap))
                         break
-                    found.append(turn.request(record["id"]))
+                    found.append(turn._replace(session=record["id"]))
             else:
                 if said[-1]["role"] != "assistant":
                     notes.count("without the messages after the last answer")

@@ -11,7 +11,6 @@ import numpy as np
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import CUT, Notes, Record, SessionReader
-from hybridcache.lab.traces.text import ChatTurn
 from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens
 
@@ -53,9 +52,10 @@ class ShareGPTCountsReader(SessionReader):
                     if len(prompt) > self.cap:
                         notes.count(CUT.format(self.cap))
                         break
-                    known = chat_boundaries(len(prompt), kept=(len(opened),))
+                    known, survives = chat_boundaries(len(prompt), kept=(len(opened),))
                     answer = np.concatenate((words, end[:1]))
-                    found.append(ChatTurn(prompt, answer, known).request(name))
+                    one = TraceRequest(0.0, name, None, prompt, answer, known)
+                    found.append(one._replace(answer_survives=survives))
                 history, asked = np.concatenate((opened, words, end)), role == "u"
             yield found
 

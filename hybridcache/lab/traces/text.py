@@ -15,14 +15,14 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from hybridcache.command.extras import explain_missing, install_command
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.frame import open_bytes
-from hybridcache.policies.boundaries import PromptBoundaries, chat_boundaries
+from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 Message = Mapping[str, Any]
@@ -52,20 +52,6 @@ KEPT_CHARS = 1 << 25
 _PROBE = "\ue000"
 """Placeholder for future text: a character that no template writes and no tokenizer merges with a
 neighbour."""
-
-
-class ChatTurn(NamedTuple):
-    """One prompt of a chat and its answer, as ids."""
-
-    prompt: Tokens
-    answer: Tokens
-    boundaries: PromptBoundaries
-
-    def request(self, session: str | int) -> TraceRequest:
-        """Return the turn as a request of ``session``, without a time."""
-        positions, survives = self.boundaries
-        prompt, answer = self.prompt, self.answer
-        return TraceRequest(0.0, session, None, prompt, answer, positions, answer_survives=survives)
 
 
 class ChatText:
@@ -125,11 +111,14 @@ class ChatText:
 
     def turn(
         self, messages: Sequence[Message], answer: str, *, tools: bool = False, is_cut: bool = False
-    ) -> ChatTurn:
-        """Return a turn of the chat so far, which ends with a message of a user or a tool, and its
-        answer. With ``tools``, the next prompt may also be this one with a tool's result, which is
-        kept whole by templates that drop thoughts between questions. ``is_cut`` is True if a token
-        limit ended the answer."""
+    ) -> TraceRequest:
+        """Return the request, without session and time, of the chat so far, which ends with a
+        message of a user or a tool, and its answer.
+
+        With ``tools``, the next prompt may also be this one with a tool's result, which is kept
+        whole by templates that drop thoughts between questions. ``is_cut`` is True if a token limit
+        ended the answer.
+        """
         text = self.render(messages, to_answer=True)
         prompt = self.encode(text)
         # The turn's own end-of-message mark follows the answer: generation writes it, the next
@@ -143,7 +132,8 @@ class ChatText:
         ]
         system = list(itertools.takewhile(lambda said: said["role"] in SYSTEM_ROLES, messages))
         shared = self._kept(prompt, [*system, {"role": "user", "content": _PROBE}])
-        return ChatTurn(prompt, reply, chat_boundaries(len(prompt), (shared,), kept))
+        known, survives = chat_boundaries(len(prompt), (shared,), kept)
+        return TraceRequest(0.0, "", None, prompt, reply, known, answer_survives=survives)
 
     def _kept(self, prompt: Tokens, following: Sequence[Message]) -> int:
         """Return how many tokens of ``prompt`` the prompt of ``following`` begins with."""
