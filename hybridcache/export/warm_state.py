@@ -52,7 +52,8 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     The most recently used nodes are written, within the cache's limit for ghosts. The state of
     users' own policies is not. Raises TypeError for a placement that is not a sequence of rules.
     """
-    if isinstance(placement, PlacementPolicy):
+    is_list = isinstance(placement, Sequence)
+    if not is_list or not all(isinstance(rule, PlacementPolicy) for rule in placement):
         raise TypeError(f"placement must be the rules, as placement.rules (got {placement!r}).")
     nodes = _latest(cache)
     numbers = {node: number for number, node in enumerate(nodes)}

@@ -450,6 +450,7 @@ WRONG = (
     *((Mirror, {"page_size": value}) for value in (0, "a")),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "grid": None}),
+    *((partial(write_memory, hybrid()), {"placement": v}) for v in ("adaptive", [None], 5)),
     (build, {"total_bytes": 8000, "kv_bytes_per_token": 0}),
     (CacheConfig, {"kv_bytes_per_token": 8, "total_bytes": 8000}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "kv_bytes_per_token": 8, "host_bytes": 99}),
@@ -460,7 +461,7 @@ WRONG = (
 """Makers with a wrong value of the last parameter."""
 
 
-@pytest.mark.parametrize(("make", "wrong"), WRONG, ids=[f"{m.__name__}-{w}" for m, w in WRONG])
+@pytest.mark.parametrize(("make", "wrong"), WRONG, ids=[str(wrong) for _, wrong in WRONG])
 def test_wrong_arguments_of_constructors_are_refused_by_name(make, wrong):
     with pytest.raises((ValueError, TypeError, MemoryError), match=[*wrong][-1]) as caught:
         make(**wrong)
