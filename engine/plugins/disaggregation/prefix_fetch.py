@@ -78,18 +78,10 @@ class ReceivedPrefix:
     def begin(
         cls, cache: HybridRadixCache, tokens: Tokens, namespace: Hashable = None, *, stateful: bool
     ) -> ReceivedPrefix | None:
-        """Reserve rows, and with ``stateful`` a slot, for the missing part of a prefix.
+        """Reserve rows, and with ``stateful`` a slot, for the missing part of ``tokens``: int32[n],
+        with n a multiple of the grid and of the page size.
 
-        Args:
-            cache: The cache.
-            tokens: int32[n]; n is a multiple of the grid and of the page size.
-            namespace: Namespace of the prefix.
-            stateful: True to reserve a slot for the state at the end.
-
-        Returns:
-            The reservation, or None if there is not enough memory (nothing is held then).
-
-        O(n), plus evictions.
+        Returns None, and holds nothing, if there is not enough memory. O(n), plus evictions.
         """
         known = min(cache.match(tokens, namespace).kv_match_len, len(tokens))
         known -= known % cache.page_size
