@@ -185,11 +185,8 @@ def _ruled(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Ten
 
 def _draw(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
     """Draw from all tokens, or those that pass ``min_p``, in the order of their ids."""
-    temperatures, least = upload(
-        [(request.params.temperature, request.params.min_p) for request in requests],
-        scores.dtype,
-        scores.device,
-    ).T[:, :, None]
+    columns = [q.params.temperature for q in requests], [q.params.min_p for q in requests]
+    temperatures, least = upload(columns, scores.dtype, scores.device)[:, :, None]
     probabilities = (scores / temperatures).softmax(dim=-1)
     floor = probabilities.amax(dim=-1, keepdim=True) * least
     return _look_up(probabilities.masked_fill_(probabilities < floor, 0.0), requests)
