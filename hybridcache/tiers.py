@@ -192,10 +192,9 @@ class Tier(NamedTuple):
 class Taken(NamedTuple):
     """Entry on its way to the device, detached from its nodes."""
 
-    nodes: tuple[RadixNode, ...]
-    """Ghosts, parents first. The last one is the target unless the target is resident."""
-    pieces: tuple[tuple[int, Indices], ...]
-    """(tier, rows) of the KV of each node."""
+    pieces: tuple[tuple[RadixNode, int, Indices], ...]
+    """(ghost, tier, rows) of the KV, parents first. The last ghost is the target unless the target
+    is resident."""
     state: OffloadedCheckpoint
 
 
@@ -414,24 +413,21 @@ class OffloadTiers:
         tier.policy.discard(state, evicted=False)
         state.uses -= 1
         target.offloaded.state = None
-        nodes, node = [], target
+        pieces, node = [], target
         while node.kv is None and node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        pieces = []
-        for node in nodes:
             assert node.offloaded is not None and node.offloaded.kv is not None
-            pieces.append((node.offloaded.kv_tier, node.offloaded.kv))
+            pieces.append((node, node.offloaded.kv_tier, node.offloaded.kv))
             self._let_go_of_kv(node)
-        return Taken(tuple(reversed(nodes)), tuple(reversed(pieces)), state)
+            node = node.parent
+        return Taken(tuple(reversed(pieces)), state)
 
     def put_back(self, taken: Taken) -> None:
         """Undo ``take``, because the device had no room. O(path)."""
-        for node, (number, rows) in zip(taken.nodes, taken.pieces, strict=True):
+        for node, number, rows in taken.pieces:
             self.hold_kv(node, number, rows)
         self.hold_state(taken.state)
         # Some of this KV may have been needed only by a state that was evicted meanwhile.
-        for node in reversed(taken.nodes):
+        for node, _, _ in reversed(taken.pieces):
             if node.offloaded is not None and node.offloaded.kv is not None:
                 self._sink(node, node.offloaded.kv_tier)
 
@@ -439,7 +435,7 @@ class OffloadTiers:
         """Copy the detached entry to the device: its KV to ``rows``, in order of the nodes, its
         state to ``slot``. O(rows)."""
         start = 0
-        for node, (number, src) in zip(taken.nodes, taken.pieces, strict=True):
+        for node, number, src in taken.pieces:
             end = start + len(src)
             self._copy("kv", self.names[number], src, DEVICE, rows[start:end], node)
             self._release(number, src)
@@ -760,7 +756,7 @@ class TieredRadixCache(HybridRadixCache):
         if target.lost_checkpoint is not None:
             self.policy.on_ghost_hit(target.lost_checkpoint)
         taken = offload.take(target, self.now + 1)
-        base = taken.nodes[0].parent if taken.nodes else target
+        base = taken.pieces[0][0].parent if taken.pieces else target
         assert base is not None
         with self.lock(base if base.parent is not None else None):
             num_tokens = target.end - base.end
@@ -781,18 +777,18 @@ class TieredRadixCache(HybridRadixCache):
 
     def _store_loaded(self, taken: Taken, base: RadixNode, rows: Indices, slot: int) -> None:
         """Make ``taken`` resident below ``base``, in ``rows`` and ``slot``."""
-        if taken.nodes:
+        if taken.pieces:
             self._expect_child(base)
         start = 0
-        for node in taken.nodes:
-            end = start + node.end - node.start
+        for node, _, src in taken.pieces:
+            end = start + len(src)
             self._tree.revive(node)
             self._store_rows(node, rows[start:end].copy())
             start = end
         self.offload.give(taken, rows, slot)
         state, target = taken.state, taken.state.node
-        self._store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
-        if taken.nodes and target.children is None and target.kv is not None:
+        self._store_checkpoint(target, slot, state.label, not taken.pieces, None, state.uses)
+        if taken.pieces and target.children is None and target.kv is not None:
             self.policy.add(target.kv)
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
