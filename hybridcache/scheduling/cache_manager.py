@@ -165,16 +165,6 @@ class CacheManager:
         """Return the current match of waiting ``request`` in the cache. O(its length)."""
         return self.cache.match(request.tokens, request.namespace)
 
-    def can_save(self, request: ScheduledRequest, position: int) -> bool:
-        """Return whether the entries needed to resume at ``position`` are planned by ``request``
-        but not published yet."""
-        lease, _ = request.claims
-        if position > request.scheduled_len:
-            return True
-        return position > request.computed_len and (
-            not self.stateful or lease.is_saving_at(position)
-        )
-
     def publish(self, request: ScheduledRequest, end: int) -> None:
         """Publish the tokens of ``request`` below ``end``, which are computed, in the tree."""
         lease, _ = request.claims

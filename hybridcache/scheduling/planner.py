@@ -680,14 +680,21 @@ class Sharing:
         """
         if request.wants_scores:
             return 0
-        goal = 0
+        goal, stateful = 0, self._manager.stateful
         for leader, points in self._look_around(request):
-            if leader.is_ahead:
-                ahead = [p for p in points if self._manager.can_save(leader.request, p)]
-                if ahead and ahead[-1] > leader.request.scheduled_len:
-                    lease, _ = leader.request.claims
-                    lease.plan_checkpoint(ahead[-1], "branch")
-                goal = max([goal, *ahead])
+            theirs = leader.request
+            if not leader.is_ahead:
+                continue
+            lease, _ = theirs.claims
+            ahead = [  # Planned, or computed and not published yet.
+                point
+                for point in points
+                if point > theirs.scheduled_len
+                or (point > theirs.computed_len and (not stateful or lease.is_saving_at(point)))
+            ]
+            if ahead and ahead[-1] > theirs.scheduled_len:
+                lease.plan_checkpoint(ahead[-1], "branch")
+            goal = max([goal, *ahead])
         return goal
 
     def _look_around(self, request: ScheduledRequest) -> list[tuple[Leader, list[int]]]:
