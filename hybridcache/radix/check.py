@@ -9,7 +9,7 @@ from hybridcache.radix.tree import (
     GhostList,
     RadixNode,
     RadixTree,
-    child_key,
+    first_page,
     members,
 )
 
@@ -85,7 +85,7 @@ def _check_node(node: RadixNode, page_size: int) -> None:
         f"edge of {node} has the wrong length"
     )
     assert length % page_size == 0, f"{node} does not end on a page"
-    assert node.key == child_key(node.edge, page_size), f"{node} is under the wrong key"
+    assert node.key == first_page(node.tokens, 0, page_size), f"{node} is under the wrong key"
     assert node.locks >= 0, f"{node} was unlocked too often"
     if node.kv is None:
         assert not node.children, f"ghost {node} has resident children"

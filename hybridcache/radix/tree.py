@@ -39,13 +39,6 @@ TOKEN_BYTES = 4
 ChildKey = int | bytes
 
 
-def child_key(edge: bytes, page_size: int) -> ChildKey:
-    """Return the dict key of a child with this edge: its first page. O(page)."""
-    if page_size == 1:
-        return int.from_bytes(edge[:TOKEN_BYTES], sys.byteorder, signed=True)
-    return edge[: page_size * TOKEN_BYTES]
-
-
 def first_page(tokens: Tokens, at: int, page_size: int) -> ChildKey:
     """Return the key of the child on which ``tokens`` continue at ``at``. O(page)."""
     return tokens.item(at) if page_size == 1 else tokens[at : at + page_size].tobytes()
@@ -463,7 +456,7 @@ class RadixTree:
         """Add a resident child with a copy of ``tokens`` to ``parent``, and return it.
         O(len(tokens))."""
         edge = tokens.tobytes()
-        key = tokens.item(0) if self.page_size == 1 else child_key(edge, self.page_size)
+        key = tokens.item(0) if self.page_size == 1 else first_page(tokens, 0, self.page_size)
         child = RadixNode(parent, key, edge, parent.end + len(tokens))
         family = parent.children
         parent.children = child if family is None else with_child(family, child)
@@ -483,7 +476,9 @@ class RadixTree:
         cut = (position - parent.end) * TOKEN_BYTES
         upper = RadixNode(parent, lower.key, lower.edge[:cut], position)
         lower.edge = lower.edge[cut:]
-        lower.key = child_key(lower.edge, self.page_size)
+        page = lower.edge[: self.page_size * TOKEN_BYTES]
+        is_int = self.page_size == 1
+        lower.key = int.from_bytes(page, sys.byteorder, signed=True) if is_int else page
         lower.parent = upper
         family = parent.ghosts if lower.kv is None else parent.children
         if isinstance(family, dict):
