@@ -334,7 +334,8 @@ def parsed_arguments(text: str) -> dict[str, Any]:
 
 class Function(msgspec.Struct, kw_only=True):
     name: Name
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Any] | Annotated[list[Any], Meta(max_length=0)] | None = None
+    """JSON schema. Clients in PHP write an empty object as an empty list."""
 
 
 class Tool(msgspec.Struct, kw_only=True):
