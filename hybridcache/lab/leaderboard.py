@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib import resources
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,11 @@ class Split:
         for trace, cells in self.closed_loop.items():
             if trace not in self.gib:
                 raise ValueError(f"a trace of [closed-loop] must be one of [gib] (got {trace!r})")
-            pairs = [cell for cell in cells if isinstance(cell, tuple) and len(cell) == 2]
+            pairs = [
+                cell
+                for cell in cells
+                if isinstance(cell, tuple) and [isinstance(one, Real) for one in cell] == [True] * 2
+            ]
             if not pairs or len(set(pairs)) < len(cells):
                 raise ValueError(
                     f"closed loops of {trace} must be different pairs of GiB and sessions per "

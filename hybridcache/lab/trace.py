@@ -64,6 +64,12 @@ class TraceRequest(NamedTuple):
         return len(self.output) * unit if self.answer_tokens is None else self.answer_tokens
 
 
+@dataclass(slots=True)
+class _Passes:
+    num_requests: int | None = None
+    """Requests of the first whole pass; None before its end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """Requests that can be iterated again and again; each time the same."""
@@ -86,6 +92,7 @@ class Trace:
     """Columns of a CSV file that are read for each field, and the unused ones."""
     invented_times: str = ""
     """Rule of the times that its file does not have; empty if it has all, and for generators."""
+    _passes: _Passes = field(default_factory=_Passes, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.unit, int) or isinstance(self.unit, bool) or self.unit < 1:
@@ -107,27 +114,33 @@ class Trace:
     @property
     def is_empty_because(self) -> str:
         """Sentence for an error if the latest iteration gave no request."""
-        bad, because = self.bad, ""
-        if bad.count:
-            because = f": all {bad.count} records are bad (the first: {bad.first})"
-        elif not self.recipe:
-            because = ": its source must return all requests at each call"
+        bad = self.bad
+        because = f": all {bad.count} records are bad (the first: {bad.first})" if bad.count else ""
         return f"there is no request in it{because}"
 
     def __iter__(self) -> Iterator[TraceRequest]:
-        """Start over. Iteration raises ValueError for an invalid request."""
+        """Start over. Iteration raises ValueError for an invalid request, and if a whole pass gives
+        another number of requests than the first."""
         if isinstance(self.source, Held):
             return self.source()
         self.bad.start()
         return self._checked(self.source())
 
     def _checked(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
+        number = 0
         for number, request in enumerate(requests, 1):
             try:
                 checked = _checked(request)
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"{self.name}, request {number}: {error}") from None
             yield checked
+        first = self._passes.num_requests
+        if first not in (None, number):  # a source that cannot start again, or a file that grows
+            raise ValueError(
+                f"{self.name}: it gave {first} requests at first and {number} now: its source must "
+                "start again at each call"
+            )
+        self._passes.num_requests = number
 
     def in_order(self) -> Iterator[TraceRequest]:
         """Yield the requests. Raises ValueError for one that is earlier than the one before it."""

@@ -138,6 +138,7 @@ def test_changed_trace_file_is_scored_again(tmp_path: Path) -> None:
         ('gib = {"short?seed=4" = [1]}', "short?seed=4: the seed of a trace is one of seeds"),
         ("closed-loop = {chat = []}", "a trace of [closed-loop] must be one of [gib]"),
         ("closed-loop = {short = [1]}", "closed loops of short must be different pairs"),
+        ("closed-loop = {short = [[1, [2]]]}", "closed loops of short must be different pairs"),
         ("closed-loop = {short = [[1, -2]]}", "rate -2: sessions a second above 0"),
         ("x", "Expected"),
     ],
