@@ -198,8 +198,8 @@ class Taken(NamedTuple):
     state: OffloadedCheckpoint
 
 
-class OffloadTiers:
-    """Offloaded KV and states of one cache.
+class OffloadTiers(GhostList):
+    """Offloaded KV and states of one cache, and its other ghosts, of which only tokens remain.
 
     Every change adds a transfer to the next ``StepPlan``; the new row numbers are valid at once. An
     eviction costs O(log of the tier) in its policy, plus O(1) per node that moves with it.
@@ -208,26 +208,46 @@ class OffloadTiers:
     def __init__(
         self,
         tiers: tuple[Tier, ...],
-        ghosts: GhostList,
+        tree: RadixTree,
+        ghost_bytes: int,
         item_bytes: ItemBytes,
         state_rows: int,
         steps: StepQueue,
     ) -> None:
         """``steps`` receives a transfer for every change."""
+        super().__init__(tree, ghost_bytes)
         self.tiers = tiers
         self.names = tuple(tier.name for tier in tiers)
         """Names of the tiers, the nearest first."""
         self.state_rows = state_rows
         self.row_bytes = item_bytes.kv_token
         self._steps = steps
-        self._closed: set[int] = set()
+        self.closed: set[int] = set()
+        """Numbers of the tiers to which nothing is offloaded now."""
         self.copied_rows: dict[tuple[str, str], int] = {}
         """Rows copied so far, by (source tier, destination tier)."""
-        self._ghosts = ghosts
+
+    def add(self, ghost: RadixNode, rows: Indices = EMPTY) -> None:
+        """Offer ``rows``, of which the KV is still there, to the tiers; list ``ghost`` if they do
+        not take it."""
+        if not len(rows) or not self.add_kv(ghost, rows):
+            super().add(ghost)
+
+    def discard(self, ghost: RadixNode) -> None:
+        """Free the offloaded KV of ``ghost``, or remove it from the list."""
+        if not self.drop_kv(ghost):
+            super().discard(ghost)
+
+    def split(self, upper: RadixNode, lower: RadixNode) -> None:
+        """Remove ``upper``, which becomes resident, with its part of the offloaded KV."""
+        if self.divide(upper, lower):
+            self.drop_kv(upper)
+        else:
+            super().split(upper, lower)
 
     def set_writable(self, name: str, is_writable: bool) -> None:
         """Resume or stop offloading to the tier ``name``. It can be read at all times."""
-        change = self._closed.discard if is_writable else self._closed.add
+        change = self.closed.discard if is_writable else self.closed.add
         change(self.names.index(name))
 
     def add_state(self, was: Checkpoint, number: int, src_tier: str, src: Indices) -> None:
@@ -235,7 +255,7 @@ class OffloadTiers:
         one, unless none takes it."""
         node = was.node
         while number < len(self.tiers):
-            if number in self._closed:
+            if number in self.closed:
                 number += 1
                 continue
             tier = self.tiers[number]
@@ -274,7 +294,7 @@ class OffloadTiers:
         while node.offloaded is not None and (number := node.offloaded.nearest) is not None:
             number = max(number, first)
             tier = self.tiers[number]
-            if number in self._closed:
+            if number in self.closed:
                 self._prune(node)
                 break
             if tier.pages.num_free >= len(src):
@@ -383,7 +403,7 @@ class OffloadTiers:
         self._tidy(node)
         return True
 
-    def split(self, upper: RadixNode, lower: RadixNode) -> bool:
+    def divide(self, upper: RadixNode, lower: RadixNode) -> bool:
         """Divide the offloaded KV of a ghost that was split. Returns False if it has none.
         O(tokens)."""
         entry = lower.offloaded
@@ -457,7 +477,7 @@ class OffloadTiers:
         if name not in self.names:
             raise ValueError(f"tier must be one of {', '.join(self.names)} (got {name!r})")
         number = self.names.index(name)
-        for node in list(self._ghosts.tree.nodes()):  # parents first
+        for node in list(self.tree.nodes()):  # parents first
             entry = node.offloaded
             if entry is None:
                 continue
@@ -472,16 +492,17 @@ class OffloadTiers:
             elif state is not None and state.tier == number and is_lost(state.rows):
                 self.drop_state(node)
                 self._sink(node, number)
-        self._ghosts.trim()
+        self.trim()
 
     def clear(self) -> None:
-        """Free everything. O(stored)."""
+        """Free everything, and forget all ghosts. O(stored + ghosts)."""
         for number, tier in enumerate(self.tiers):
             while (victim := tier.policy.victim("checkpoint")) is not None:
                 node: RadixNode = victim.node  # type: ignore[attr-defined]
                 self.drop_state(node)
                 self._prune(node)
                 self._sink(node, number)
+        super().clear()
 
     def _entry(self, node: RadixNode) -> OffloadedEntry:
         entry: OffloadedEntry | None = node.offloaded
@@ -516,7 +537,7 @@ class OffloadTiers:
     def _forget(self, ghost: RadixNode) -> None:
         """Add ``ghost``, of which only the tokens remain, to the ghost list."""
         self._tidy(ghost)
-        self._ghosts.add(ghost)
+        super().add(ghost)
 
     def _release(self, number: int, rows: Indices) -> None:
         tier = self.tiers[number]
@@ -547,7 +568,7 @@ class OffloadTiers:
         Raises:
             AssertionError: an invariant fails; the message names the first.
         """
-        tree = self._ghosts.tree
+        tree = self.tree
         nodes = list(tree.nodes())
         for node in (*tree.roots.values(), *nodes):
             places = [_place(child) for child in members(node.ghosts)]
@@ -620,33 +641,6 @@ def path_of(node: RadixNode) -> tuple[Hashable, Tokens]:
     return node.key, np.concatenate(parts[::-1])
 
 
-class TieredGhosts(GhostList):
-    """Ghosts of a cache with tiers. Those with offloaded KV are in no list."""
-
-    def __init__(self, tree: RadixTree, limit_bytes: int) -> None:
-        super().__init__(tree, limit_bytes)
-        self.offload: OffloadTiers | None = None
-        """Tiers that are offered the KV of new ghosts, or None while the cache is reset."""
-
-    def add(self, ghost: RadixNode, rows: Indices = EMPTY) -> None:
-        """Offer ``rows``, of which the KV is still there, to the tiers; list ``ghost`` if they do
-        not take it."""
-        if self.offload is None or not len(rows) or not self.offload.add_kv(ghost, rows):
-            super().add(ghost)
-
-    def discard(self, ghost: RadixNode) -> None:
-        """Free the offloaded KV of ``ghost``, or remove it from the list."""
-        if self.offload is None or not self.offload.drop_kv(ghost):
-            super().discard(ghost)
-
-    def split(self, upper: RadixNode, lower: RadixNode) -> None:
-        """Remove ``upper``, which becomes resident, with its part of the offloaded KV."""
-        if self.offload is not None and self.offload.split(upper, lower):
-            self.offload.drop_kv(upper)
-        else:
-            super().split(upper, lower)
-
-
 class TieredRadixCache(HybridRadixCache):
     """``HybridRadixCache`` that offloads evicted entries to host memory and disk.
 
@@ -689,17 +683,18 @@ class TieredRadixCache(HybridRadixCache):
 
     offload: OffloadTiers
     """Host and disk tiers."""
-    ghosts: TieredGhosts
-    """Nodes with evicted KV, offered to the tiers."""
+    ghosts: OffloadTiers
+    """The same object: nodes with evicted KV."""
     is_loading: bool = False
     """True during ``fetch``: listeners are notified before the bytes have arrived."""
 
     def attach(self, tiers: tuple[Tier, ...], state_rows: int) -> None:
         """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows. The cache
         must be empty."""
-        self.ghosts = TieredGhosts(self._tree, self.ghosts.limit_bytes)
-        self.offload = OffloadTiers(tiers, self.ghosts, self.item_bytes, state_rows, self.steps)
-        self.ghosts.offload = self.offload
+        limit_bytes, steps = self.ghosts.limit_bytes, self.steps
+        self.offload = self.ghosts = OffloadTiers(
+            tiers, self._tree, limit_bytes, self.item_bytes, state_rows, steps
+        )
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Look up ``tokens`` as in ``HybridRadixCache.match``, with the positions that could be
@@ -795,7 +790,7 @@ class TieredRadixCache(HybridRadixCache):
         """Offer the checkpoint, which leaves the device, to the tiers, the nearest first."""
         super()._drop_checkpoint(node)
         lost = node.lost_checkpoint
-        if self.ghosts.offload is not None and lost is not None:
+        if lost is not None:
             self.offload.add_state(lost, 0, DEVICE, np.array([lost.slot], np.int32))
             lost.stored = None if node.offloaded is None else node.offloaded.state
 
@@ -864,7 +859,7 @@ class TieredRadixCache(HybridRadixCache):
                 node = self._split(inside, length)
             else:
                 node = tree.split(inside, length)
-                if not offload.split(node, inside):
+                if not offload.divide(node, inside):
                     self.ghosts.num_bytes -= len(node.edge)
                     self.ghosts.add(node)
         if length < len(tokens):
@@ -903,10 +898,11 @@ class TieredRadixCache(HybridRadixCache):
     def reset(self) -> None:
         """Remove everything that is not locked, in all tiers. O(tree)."""
         self._refuse_unsafe_reset()
-        self.offload.clear()
-        self.ghosts.offload = None
+        offload = self.offload
+        offload.clear()
+        closed, offload.closed = offload.closed, set(range(len(offload.tiers)))
         super().reset()
-        self.ghosts.offload = self.offload
+        offload.closed = closed
 
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
         """Recompute every invariant, those of the tiers included; see ``HybridRadixCache.check``.
