@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -44,10 +45,7 @@ class Fixed:
         return f"fixed:{self.per_s:g}"
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
-        number = 0
-        while True:
-            yield number / self.per_s
-            number += 1
+        return (number / self.per_s for number in count())
 
 
 @dataclass(frozen=True, slots=True)
