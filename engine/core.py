@@ -35,7 +35,6 @@ from engine.schedule.scheduler import (
     BytesLost,
     PendingTokens,
     Scheduler,
-    Segment,
     StepHooks,
 )
 from engine.text.outputs import FinishReason, RequestOutput
@@ -277,10 +276,13 @@ class EngineCore:
         num_rows = 0
         for index, segment in enumerate(step.segments):
             first, num_rows = num_rows, num_rows + segment.num_logits
-            if segment.scores:
-                scores.append(_score(segment, logits[first:num_rows], self._sampler))
+            request = segment.request
+            if segment.scores:  # the prompt's tokens that follow those of the segment
+                ids = request.tokens[segment.start + 1 : request.prompt_len][: num_rows - first]
+                num_top = request.spec.prompt_logprobs or 0
+                rated = logits[first : first + len(ids)]
+                scores.append(self._sampler.score(rated, ids.tolist(), num_top))
             if segment.samples:
-                request = segment.request
                 drawn = (
                     partial(_token, self._in_flight, late_tokens[index])
                     if index in late_tokens
@@ -522,15 +524,6 @@ def _token(before: Batch | None, row: int) -> int:
     """Wait for the token in ``row`` of those drawn by the step ``before``."""
     assert before is not None and before.drawn is not None
     return before.drawn.wait()[row].token_id
-
-
-def _score(segment: Segment, logits: Any, sampler: TokenSampler) -> PendingTokens:
-    """Start scoring the prompt tokens that follow the segment's tokens."""
-    request = segment.request
-    following = request.tokens[segment.start + 1 : min(segment.end + 1, request.prompt_len)]
-    return sampler.score(
-        logits[: len(following)], following.tolist(), request.spec.prompt_logprobs or 0
-    )
 
 
 class Plugin(StepHooks):

@@ -87,11 +87,6 @@ class WeightFiles:
             names = (*self.tensors, *self.skipped, TIED_HEAD)
             quantization.check_ignored(name.rpartition(".")[0] for name in names)
 
-    @property
-    def has_stacked_experts(self) -> bool:
-        """True if all experts of a layer are one tensor, in the model and in its head."""
-        return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
-
     def ties(self, embedding: str) -> bool:
         """Return True if the head has the weights of the tensor ``embedding``, for a model that
         ties them unless its files have others. A head without an embedding in the files is used for
@@ -399,7 +394,7 @@ def load_model(
     files.tensors = family.published(files.tensors)
     if config.tie_embeddings:
         config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
-    is_stacked = files.has_stacked_experts
+    is_stacked = any(name.endswith(STACKED_EXPERTS) for name in files.tensors)
     plan = family(config, outline, stacked_experts=is_stacked)
     parameters = plan.parameters()
     if with_head:
