@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from math import lcm
 from typing import Any
 
@@ -977,27 +977,6 @@ class HybridRadixCache:
                     self.policy.on_relabelled(tip)
                 return
             last = last.parent
-
-    def install(
-        self, tree: RadixTree, ghosts: Iterable[RadixNode], *, now: int, num_items: int
-    ) -> None:
-        """Remember the nodes of ``tree``, all ghosts, as an earlier cache left them.
-
-        For readers of files that describe a cache. ``ghosts`` are listed the oldest first; call
-        ``ghosts.trim()`` once all of them have been read. ``now`` and ``num_items`` are added to
-        the clock of this cache. O(tree).
-
-        Raises:
-            ValueError: the cache is not empty. Nothing is changed.
-        """
-        if self.num_nodes:
-            raise ValueError("only an empty cache can be filled; reset() it first")
-        self._tree.roots.update(tree.roots)
-        self._tree.num_nodes = tree.num_nodes
-        self.num_items += num_items
-        self.now += now
-        for node in ghosts:
-            self.ghosts.add(node, EMPTY)
 
     def _refuse_bad_insert(
         self,

@@ -38,7 +38,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, RadixTree
+from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
 from hybridcache.tokens import EMPTY, read_namespace, write_namespace
 
@@ -200,13 +200,7 @@ class Memory:
             saved, given = plain.get(name), getattr(cache, name)
             if saved != given:
                 raise ValueError(f"the warm state needs {name}={saved}; the cache has {given}")
-        tree, nodes = self._build(cache)
-        cache.install(tree, reversed(nodes), now=plain["now"], num_items=plain["num_items"])
-        self._cache = cache
-
-    def _build(self, cache: HybridRadixCache) -> tuple[RadixTree, list[RadixNode]]:
-        plain = self._plain
-        tree, nodes = RadixTree(cache.page_size), list[RadixNode]()
+        tree, nodes = cache.ghosts.tree, list[RadixNode]()
         roots = [tree.root(read_namespace(text)) for text in dict.fromkeys(plain["namespaces"])]
         rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         item_bytes, at = cache.item_bytes, 0
@@ -228,7 +222,11 @@ class Memory:
                     item.stored.superseded = bool(superseded & 2)
                 node.lost_checkpoint = item
                 self._items.append((item, bool(superseded & 2)))
-        return tree, nodes
+        for node in reversed(nodes):
+            cache.ghosts.add(node)
+        cache.now += plain["now"]
+        cache.num_items += plain["num_items"]
+        self._cache = cache
 
     def recall_policies(
         self, cache: HybridRadixCache, placement: Sequence[PlacementPolicy] = ()
