@@ -94,7 +94,7 @@ class Device:
 
     def make_current(self) -> None:
         """Select this device in the calling thread, for operations that do not name a device."""
-        if not self.is_cpu and self.torch_device.index is not None:
+        if self.torch_device.index is not None and not self.is_cpu:
             self.module.set_device(self.torch_device)
 
     def supports(self, quantization: str | None) -> bool:

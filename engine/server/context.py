@@ -105,6 +105,7 @@ class ServingContext:
             keeps_thinking=config.preserve_thinking,
         )
         self.model_name = config.served_model_name or engine.facts.model_name
+        self.fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
 
@@ -137,7 +138,7 @@ class ServingContext:
             "object": kind,
             "created": int(time.time()),
             "model": self.model_name,
-            "system_fingerprint": self.engine.facts.exactness.fingerprint,
+            "system_fingerprint": self.fingerprint,
         }
 
     def check_model(self, model: str | None) -> None:
