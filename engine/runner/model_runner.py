@@ -114,11 +114,13 @@ class ModelRunner:
         self.exactness = Exactness()
         self.use_graphs(config.graphs)
 
-    def return_states(self) -> None:
-        """Move displaced states to the slots of their requests, except for a step that is not
-        committed yet."""
+    def return_states(self, but: Collection[int] = ()) -> None:
+        """Copy displaced states back to the slots of their requests, except those of the own slots
+        ``but`` and of a step that is not committed yet."""
         self.device.make_current()  # The calling thread may be a new one, as in ``forward``.
-        self._return_states()
+        if displaced := self.running.displaced(but):
+            self._copy_states(displaced)
+            self.running.mark_returned(displaced)
 
     @property
     def is_asynchronous(self) -> bool:
@@ -268,12 +270,6 @@ class ModelRunner:
         else:
             self.tensors.checkpoints.save(copies, self._state_copy)
 
-    def _return_states(self, but: Collection[int] = ()) -> None:
-        """Copy displaced states back to their own slots, except those of the own slots ``but``."""
-        if displaced := self.running.displaced(but):
-            self._copy_states(displaced)
-            self.running.mark_returned(displaced)
-
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy states: (slot of a state, target slot)."""
         if not copies or not self.tensors.states:
@@ -292,7 +288,7 @@ class ModelRunner:
             for segment in batch.segments
             if segment.num_drafts and segment.slot is not None
         ]
-        self._return_states(() if moves else dict(verified))
+        self.return_states(() if moves else dict(verified))
         self.running.verify(verified)
 
     @torch.inference_mode()
