@@ -691,7 +691,7 @@ class Lease:
             computed_len = min(computed_len, self.prompt_len)
         if computed_len - computed_len % self.cache.page_size <= first:
             return None
-        num_duplicates = self._insert(tokens, computed_len)
+        _, num_duplicates = self._insert(tokens, computed_len)
         return (first, first + num_duplicates) if num_duplicates else None
 
     def finish(
@@ -781,10 +781,11 @@ class Lease:
                     num_dropped += 1
             for position, label in planned.items():
                 placement.on_dropped(position, label)
+            tip = self._receipt.node
             if num_dropped < len(pending) or published_len > self.published_len:
-                self._insert(tokens, published_len)
+                tip, _ = self._insert(tokens, published_len, is_last=True)
             if stop_reason:
-                cache.label_tip(self._receipt.node, stop_reason)
+                cache.label_tip(tip, stop_reason)
         except BaseException:  # The caller has freed one of the slots, or a policy has failed.
             for _, slot in pending:
                 with suppress(ValueError):  # It is free or the cache's by now.
@@ -805,12 +806,14 @@ class Lease:
                 if len(held):
                     cache.free_kv(held)
 
-    def _insert(self, tokens: Tokens, computed_len: int) -> int:
+    def _insert(
+        self, tokens: Tokens, computed_len: int, is_last: bool = False
+    ) -> tuple[NodeHandle | None, int]:
         """Publish up to ``computed_len`` with the pending checkpoints there, move the lock to the
-        new end, and notify the placement policy.
+        new end unless this ``is_last``, and notify the placement policy.
 
-        Returns the number of duplicate rows. These, and the slots that the tree has not taken, are
-        freed.
+        Returns the node that ends at the new ``published_len``, and the number of duplicate rows.
+        These, and the slots that the tree has not taken, are freed.
         """
         cache, first, before = self.cache, self.published_len, self._receipt
         saved: dict[Saved, str] = {}
@@ -836,15 +839,16 @@ class Lease:
             if slot in rejected_slots:
                 cache.free_slot(slot)
         self._pending = later
-        self._receipt = receipt = cache.lock(node)
-        receipt.superseded, before.superseded = before.superseded, None
-        cache.unlock(before)
+        if not is_last:
+            self._receipt = receipt = cache.lock(node)
+            receipt.superseded, before.superseded = before.superseded, None
+            cache.unlock(before)
         for (position, slot), label in saved.items():  # An own policy may raise.
             if slot in rejected_slots:
                 self._placement.on_dropped(position, label)
             else:
                 self._placement.on_saved(position, label)
-        return num_duplicates
+        return node, num_duplicates
 
     def _checked_len(self, tokens: Tokens, computed_len: int) -> int:
         """Return ``computed_len``. Raise ValueError unless that many ``tokens`` can be published,
