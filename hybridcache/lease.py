@@ -781,7 +781,7 @@ class Lease:
                     num_dropped += 1
             for position, label in planned.items():
                 placement.on_dropped(position, label)
-            tip = self._receipt.node
+            tip: NodeHandle | None = self._receipt.node
             if num_dropped < len(pending) or published_len > self.published_len:
                 tip, _ = self._insert(tokens, published_len, is_last=True)
             if stop_reason:
