@@ -179,6 +179,8 @@ class FleetChannel(EngineChannel):
         self.tokenizer = load_tokenizer_of(config, size)
         self.facts = facts.engine
         self._compile = grammar_rules(self.tokenizer, size)
+        self._compiling = asyncio.Lock()
+        """Held while a grammar is compiled, so that an equal one that waits is remembered."""
         self._handle, self._fleet = handle, fleet
         self._tell_replica = handle.options(method_name="tell")
         self._shut_down, self._is_death = shut_down, is_death
@@ -319,8 +321,9 @@ class FleetChannel(EngineChannel):
         if message.reason == "abort":
             task.cancel()
             return
+        # With its spec, so that a request that is not placed yet goes to the same replica.
         early = Abort(order.request_id, message.reason)
-        ending = self._run(self._tell(Order(order.request_id, message=early)))
+        ending = self._run(self._tell(replace(order, message=early)))
         ending.add_done_callback(
             lambda ending: task.cancel() if ending.cancelled() or ending.exception() else None
         )
@@ -427,7 +430,8 @@ class FleetChannel(EngineChannel):
         """
         match question:
             case Compile():  # Replicas compile the grammar again when they receive it.
-                await asyncio.to_thread(self._compile, question.grammar)
+                async with self._compiling:
+                    await asyncio.to_thread(self._compile, question.grammar)
             case AskReport():
                 return await self._report(question)
             case AskCacheView():

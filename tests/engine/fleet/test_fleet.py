@@ -4,6 +4,7 @@ Serve's handle."""
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from engine.messages import AskReport
 from engine.plugins.replicas.fleet import Fleet, Order
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
 from engine.plugins.replicas.replicas_client import FleetChannel
+from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
 from hybridcache.routing.registry import find_router
 
@@ -222,6 +224,49 @@ def test_a_death_before_the_first_token_moves_the_request() -> None:
         await wait_until(lambda: not engine.channel._orders)
         assert handle.chosen[0] != handle.chosen[1] and engine.channel._fleet._placed == {}
         engine.channel._fleet._router.check()
+        await engine.drain()
+
+    asyncio.run(live())
+
+
+def test_an_early_end_reaches_the_replica_on_which_its_request_is_placed_later() -> None:
+    """A request that starts again may be ended before Ray asks for its replica."""
+
+    async def live() -> None:
+        handle = Handle()
+        engine = await serve(handle, 2, "least_loaded")
+        handle.fleet.expect("busy")
+        assert handle.fleet.place(Order("busy", make_spec()), handle.replicas) == "r0"
+        engine.submit_valid(make_spec(request_id="a"))
+        [(order, _)] = engine.channel._orders.values()
+        told: list[Order] = []
+        engine.channel._tell = lambda order: told.append(order) or asyncio.sleep(0)
+        engine.abort("a", "stop")
+        handle.fleet.expect(order.request_id)
+        places = [handle.fleet.place(each, handle.replicas) for each in (*told, order)]
+        assert places == ["r1", "r1"]
+        engine.stop()
+        await engine.drain()
+
+    asyncio.run(live())
+
+
+def test_one_grammar_is_compiled_at_a_time() -> None:
+    async def live() -> None:
+        engine = await serve(Handle(), 1)
+        running: list[Grammar] = []
+        most = 0
+
+        def compile(grammar: Grammar) -> None:
+            nonlocal most
+            running.append(grammar)
+            most = max(most, len(running))
+            time.sleep(0.02)
+            running.pop()
+
+        engine.channel._compile = compile
+        await asyncio.gather(*(engine.compile(Grammar.of_regex("a+")) for _ in range(4)))
+        assert most == 1
         await engine.drain()
 
     asyncio.run(live())
