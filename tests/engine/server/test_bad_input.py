@@ -211,7 +211,10 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "/v1/responses": [
         ({"input": [{"type": "web_search_call"}]}, "web_search_call"),
-        ({"input": [CHAT[0] | {"content": [IMAGE]}]}, "one of input_text, output_text, text ("),
+        (
+            {"input": [CHAT[0] | {"content": [IMAGE]}]},
+            "content.0.type' must be one of input_text, output_",
+        ),
         ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "Encrypted"),
         ({"text": {"format": {}}}, "text.format.type"),
         ({"text": {"format": SCHEMA}}, "text.format"),
