@@ -36,8 +36,8 @@ class TraceRequest(NamedTuple):
     output: Tokens
     """The answer, int32[m]; ids that no prompt repeats if the source does not have them."""
     boundaries: tuple[int, ...] = ()
-    """Positions (in ids) known to survive into later prompts, ascending: end of the system segment,
-    last stable boundary."""
+    """Positions (in ids) known to survive into later prompts: end of the system segment, last
+    stable boundary. A trace sorts them."""
     partial_tokens: int | None = None
     """Tokens that the prompt's last id stands for, or None if it is a whole unit."""
     answer_survives: bool = True
@@ -189,7 +189,7 @@ class Held:
 
 
 def _checked(request: TraceRequest) -> TraceRequest:
-    """Return ``request`` with its ids as int32[n].
+    """Return ``request`` with its ids as int32[n] and ascending boundaries.
 
     Raises ValueError or TypeError if it is invalid. O(n).
     """
@@ -199,12 +199,11 @@ def _checked(request: TraceRequest) -> TraceRequest:
     if not isinstance(now_s, float | int | np.number) or not 0 <= now_s < math.inf:
         raise ValueError(f"timestamp_s must be a finite number of at least 0 (got {now_s!r})")
     tokens, output = _ids(request.tokens, "tokens"), _ids(request.output, "output")
-    if not (tokens is request.tokens and output is request.output):
-        request = request._replace(tokens=tokens, output=output)
-    if not len(request.tokens):
+    boundaries = tuple(sorted(_ids(request.boundaries, "boundaries").tolist()))
+    if not len(tokens):
         raise ValueError("tokens are empty")
     hash((request.session, request.namespace))  # TypeError for a list
-    return request
+    return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 
 
 def _ids(given: Any, name: str) -> Tokens:

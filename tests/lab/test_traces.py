@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hybridcache.lab.traces.frame import TraceFieldsWarning
 from hybridcache.lab.traces.jsonl import OwnReader
 from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.lab.traces.write import write_mooncake, write_own
+from hybridcache.policies.boundaries import chat_boundaries
 from hybridcache.tokens import common_prefix_len
 from tests.lab.records import agent_request, agent_session, lines
 from tests.lab.samples import make
@@ -477,6 +479,8 @@ def test_failed_conversion_changes_no_file(
     [
         ({"tokens": np.array([-1, 2], np.int32)}, r"tokens must be int32.* \(got array\(\[-1,"),
         ({"output": np.array([-7], np.int32)}, "output must be int32"),
+        ({"boundaries": (3, -1)}, "boundaries must be int32"),
+        ({"boundaries": chat_boundaries(9, kept=(7,))}, "boundaries must be int32"),
         ({"session": ["a"]}, "unhashable type: 'list'"),
         ({"timestamp_s": float("nan")}, "timestamp_s must be a finite number"),
     ],
@@ -487,3 +491,7 @@ def test_wrong_requests_of_a_python_trace_are_refused(wrong: dict[str, Any], mes
         list(Trace("own", 1, lambda: [good._replace(**wrong)]))
     with pytest.raises(ValueError, match="unit is 0, but an id stands for at least 1 token"):
         Trace("own", 0, lambda: [good])
+    unsorted: list[Any] = [(5, 2), [5, 2], np.array([5, 2])]
+    for boundaries in unsorted:
+        [request] = Trace("own", 1, partial(iter, [good._replace(boundaries=boundaries)]))
+        assert request.boundaries == (2, 5)

@@ -181,8 +181,8 @@ def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
 
 @contextmanager
 def appended(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of results at its end. A last line that was cut is removed. Other processes that
-    append to it wait. Makes its folder."""
+    """Open a file of results at its end. A last line that was cut is removed; a whole one without
+    a line feed gets one. Other processes that append to it wait. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         with suppress(OSError):  # a file system without locks
@@ -191,7 +191,12 @@ def appended(path: Path) -> Iterator[BinaryIO]:
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+                last = file.readlines()[-1]
+                try:
+                    json.loads(last)
+                    file.write(b"\n")
+                except ValueError:
+                    file.truncate(file.tell() - len(last))
         yield file
 
 

@@ -118,8 +118,7 @@ class OwnReader(FileReader):
                 raise ValueError(f"partial must be 1 to {unit}")
             now_s = clock.at(record, "timestamp" if "timestamp" in record else None)
             last[session] = np.concatenate((tokens, output))
-            known_end = tuple(sorted(boundaries))
-            request = TraceRequest(now_s, session, None, tokens, output, known_end)
+            request = TraceRequest(now_s, session, None, tokens, output, tuple(boundaries))
             yield request._replace(answer_tokens=answer, **plain)
 
         return parse
