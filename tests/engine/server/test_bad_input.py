@@ -212,7 +212,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     "/v1/responses": [
         ({"input": [{"type": "web_search_call"}]}, "web_search_call"),
         (
-            {"input": [CHAT[0] | {"content": [IMAGE]}]},
+            {"input": [CHAT[0] | {"content": [{"type": "input_image"}]}]},
             "content.0.type' must be one of input_text, output_",
         ),
         ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "Encrypted"),
