@@ -605,7 +605,7 @@ class Lease:
             )
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
-        num_taken = 0
+        num_taken, due = 0, list[Saved]()
         for position, label in tuple(self._planned.items()):
             if start < position <= end:
                 if max_slots is not None and num_taken >= max_slots:
@@ -618,7 +618,10 @@ class Lease:
                 if self.cache.steps.transfers:
                     self.cache.steps.note_taken(self, start)
                 num_taken += 1
-        return tuple(sorted(one for one in self._pending if start < one[0] <= end))
+        for saved in sorted(self._pending):
+            if start < saved[0] <= end:
+                due.append(saved)
+        return tuple(due)
 
     def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
         """Move the rolling checkpoint to the last position in (start, end] at which decode saves a
