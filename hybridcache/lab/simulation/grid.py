@@ -357,4 +357,7 @@ def _trace_of_worker() -> Trace:
 
 def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], Warnings]:
     assert _task is not None
-    return _run_far(_trace_of_worker(), _task[1], numbered)
+    with warnings.catch_warnings(record=True) as caught:  # of the first job, which reads the trace
+        trace = _trace_of_worker()
+    done, found = _run_far(trace, _task[1], numbered)
+    return done, [*(one.message for one in caught), *found]
