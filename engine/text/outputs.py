@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -224,6 +223,10 @@ class RequestOutput(Struct, frozen=True, array_like=True):
         return self.finish_reason is not None
 
 
+WINDOW = 256
+"""Number of characters that are searched first."""
+
+
 class MarkSearch:
     """Finds the first of some marks, such as stop strings, in a text that arrives in pieces. Text
     that may be the beginning of a mark is held back.
@@ -233,12 +236,11 @@ class MarkSearch:
     (('so ', None, ''), ('</then ', '</think>', ' x'))
     """
 
-    __slots__ = ("_held", "_marks", "_pattern")
+    __slots__ = ("_held", "_marks")
 
     def __init__(self, *marks: str) -> None:
         """``marks``: one or more."""
         self._marks = marks
-        self._pattern = re.compile("|".join(map(re.escape, sorted(marks, key=len))))
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None, str]:
@@ -247,9 +249,15 @@ class MarkSearch:
         copy of the rest."""
         if self._held:
             text, self._held = self._held + text, ""
-        if found := self._pattern.search(text):
-            return text[: found.start()], found[0], text[found.end() :]
-        cut = min((_begin(text, m) for m in self._marks if m[0] in text), default=len(text))
+        marks = [mark for mark in self._marks if mark[0] in text]
+        end = 0  # Without it, a mark that is not in the text would be sought in all of it.
+        while marks and end < len(text):
+            end = 2 * end + WINDOW
+            found = [(text.find(mark, 0, end + len(mark)), len(mark), mark) for mark in marks]
+            if first := min((one for one in found if one[0] >= 0), default=None):
+                start, size, mark = first
+                return text[:start], mark, text[start + size :]
+        cut = min((_begin(text, mark) for mark in marks), default=len(text))
         if cut < len(text):
             text, self._held = text[:cut], text[cut:]
         return text, None, ""

@@ -3,10 +3,12 @@ only."""
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.outputs import TextStream
+from engine.text.outputs import WINDOW, MarkSearch, TextStream
 from engine.text.tokenizer import ByteTokenizer
 
 letters = st.text("abé", max_size=40)
@@ -35,3 +37,28 @@ def test_pieces_add_up_to_the_text_before_the_first_stop_string(text: str, stop:
     # that begins first does.
     expected = text[: min(ends)[1]] if ends else text
     assert "".join(pieces) == expected
+
+
+@given(letters, st.lists(st.text("abé", min_size=1, max_size=4), min_size=1), st.data())
+def test_first_mark_of_a_long_text_is_found(
+    end: str, marks: list[str], data: st.DataObject
+) -> None:
+    """Also a long mark that begins before a short one, at any distance from the window's end."""
+    text = "c" * data.draw(st.integers(0, 3 * WINDOW)) + end
+    marks.append(text[data.draw(st.integers(0, len(text))) :] or "x")
+    search = MarkSearch(*marks)
+    before, mark, rest = search.push(text)
+    found = [(text.index(one), len(one), one) for one in marks if one in text]
+    if found:
+        start, size, first = min(found)
+        assert (before, mark, rest) == (text[:start], first, text[start + size :])
+    else:
+        assert (before + search.flush(), mark, rest) == (text, None, "")
+
+
+def test_search_is_ready_at_once() -> None:
+    """Even with the most and longest stop strings of a request, which are different each time."""
+    began_s = time.thread_time()
+    for number in range(10):
+        MarkSearch(*(f"{number}{index}" * 512 for index in range(64)))
+    assert time.thread_time() - began_s < 0.2
