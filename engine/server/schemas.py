@@ -127,8 +127,9 @@ class StreamOptions(Part, kw_only=True):
 class Metadata(msgspec.Struct, kw_only=True):
     """Metadata of a request. Other names are ignored."""
 
-    session_end: bool | Literal["true", "false"] | None = None
-    """Declares that no request of the session follows."""
+    session_end: bool | Literal["true", "false", "True", "False"] | None = None
+    """Declares that no request of the session follows. OpenAI's values are texts, and ``str(True)``
+    is Python's."""
 
 
 class OpenAIBody(Body, kw_only=True):
@@ -186,7 +187,7 @@ class Sampling(OpenAIBody, kw_only=True):
     @property
     def ends_session(self) -> bool:
         """True if the client declared that no request of this session follows."""
-        return self.metadata is not None and self.metadata.session_end in (True, "true")
+        return self.metadata is not None and self.metadata.session_end in (True, "true", "True")
 
     def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
         """Return the requested forms of the answer: parameter -> function that makes its grammar,

@@ -268,7 +268,7 @@ ENDED = {"metadata": {"session_end": "true"}}
         *((path, {}, 1) for path in bodies("")),
         *((path, ENDED, 0) for path in bodies("")),
         ("/v1/chat/completions", {"metadata": {"session_end": "false"}}, 1),
-        ("/v1/completions", {"metadata": {"session_end": True}}, 0),
+        *(("/v1/completions", {"metadata": {"session_end": one}}, 0) for one in (True, "True")),
         ("/v1/messages", {"metadata": {"user_id": "me"}}, 1),
     ],
 )
