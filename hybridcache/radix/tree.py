@@ -573,9 +573,6 @@ class GhostList:
         self.num_bytes = 0
         self._order: OrderedDict[RadixNode, None] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._order)
-
     def oldest_first(self) -> Iterator[RadixNode]:
         """Iterate over all ghosts, the next to be removed first."""
         return iter(self._order)

@@ -168,6 +168,7 @@ def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
     """The heap of a policy then has two entries with equal values and serials."""
     sizes = {"num_kv_tokens": 40, "num_slots": 3, "state_bytes": 20, "host_bytes": 960}
     cache = tiered(**sizes, grid=4, eviction=eviction, ghost_bytes=20_000)
+    assert cache.offload, "tiers without ghosts are true"
     tokens = np.arange(8, dtype=np.int32)
     serve(cache, tokens, (8,))
     cache.evict(100, 100)
