@@ -73,6 +73,16 @@ class TieredMachine(RuleBasedStateMachine):
         self.memory.serve(prompt, namespace, sorted(self.step * at for at in wanted), fetch)
 
     @rule(data=st.data(), namespace=NAMESPACES)
+    def come_back(self, data: st.DataObject, namespace: object) -> None:
+        """Serve a prompt, evict it, and serve it again with a load. Else loads are rare."""
+        prompt = np.append(self.draw_prompt(data), np.repeat(np.int32(1), self.step))
+        self.seen.append(prompt)
+        self.memory.serve(prompt, namespace, [(len(prompt) - 1) // self.step * self.step], 0)
+        self.memory.cache.evict(1000, 100)
+        self.memory.apply_transfers()
+        self.memory.serve(prompt, namespace, [], data.draw(st.integers(0, 1)))
+
+    @rule(data=st.data(), namespace=NAMESPACES)
     def lock_kv(self, data: st.DataObject, namespace: object) -> None:
         if len(self.locks) < 3:
             self.locks.append(self.memory.cache.lock_kv(self.draw_prompt(data), namespace))
