@@ -126,6 +126,7 @@ BODIES: tuple[Hostile, ...] = (
     ),
     Hostile("1.6M stop tokens", COMPLETIONS, _raw('{"stop_token_ids":[', '"x"', 1_600_000, "]}")),
     Hostile("64 stops of 30,000", COMPLETIONS, lambda: _stops(64, 30_000)),
+    Hostile("64 stops of 1,024", COMPLETIONS, lambda: _stops(64, 1024)),
     Hostile("4,096 empty items", RESPONSES, _raw('{"input":[', ITEM, 4096, "]}")),
     Hostile("16k uses of tools", MESSAGES, _raw(TURN, USE, 16_000, "]}]}")),
     Hostile("results of 3.9 MiB", MESSAGES, _raw(RESULT, LONG_PART, 4, "]}]}]}")),
