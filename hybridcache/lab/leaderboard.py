@@ -88,6 +88,8 @@ class Split:
     def __post_init__(self) -> None:
         """Raise ValueError for values of a wrong type, for no seed, trace or size, for a repeated
         seed or size, and for a trace with a seed of its own."""
+        if not isinstance(self.model, str):
+            raise ValueError(f"model must be a name or a path, as text (got {self.model!r})")
         for name, table in (("gib", self.gib), ("closed-loop", self.closed_loop)):
             is_table = isinstance(table, Mapping) and (table or name == "closed-loop")
             if not is_table or not all(isinstance(one, list | tuple) for one in table.values()):

@@ -275,11 +275,11 @@ class Scenario:
         for one in fields(self):
             value, kind = getattr(self, one.name), str(one.type)
             optional = kind.removesuffix(" | None")
-            if optional not in KINDS or (value is None and optional != kind):
-                continue
-            if isinstance(value, Path) and one.name in ("trace", "model"):
+            if isinstance(value, Path) and one.name in ("trace", "model", "times"):
                 value = str(value)
                 object.__setattr__(self, one.name, value)
+            if optional not in KINDS or (value is None and optional != kind):
+                continue
             words, types = KINDS[optional]
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise ValueError(f"{one.name} must be {words} (got {value!r}).")

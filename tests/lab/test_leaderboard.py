@@ -124,7 +124,7 @@ def test_changed_trace_file_is_scored_again(tmp_path: Path) -> None:
     [
         ("modle = 1", "'modle' is no part of a split, did you mean 'model'? it has model ="),
         ("[closed_loop]", "'closed_loop' is no part of a split, did you mean 'closed-loop'?"),
-        ("model = 3", "model must be a name, a path or a ModelGeometry (got 3)"),
+        ("model = 3", "model must be a name or a path, as text (got 3)"),
         ("seeds = 3", "seeds must be a list of whole numbers (got 3)"),
         ('seeds = "12"', "seeds must be a list of whole numbers (got '12')"),
         ("seeds = [1, 1]", "seeds has 1 twice"),

@@ -480,7 +480,9 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     found = simulate("short?head=30", gib=1, policy=["lru", "fifo"]).verdict()
     equal = r"lru has the most hits in the mean of 1 size \(by the intervals not different: fifo\);"
     assert re.match(f"{equal} to serve:", found)
-    assert Scenario(Path("short"), model=Path("qwen3")) == Scenario("short", model="qwen3")
+    paths = Scenario(Path("short"), model=Path("qwen3"), times=Path("t.json"))
+    assert paths == Scenario("short", model="qwen3", times="t.json")
+    assert open_trace(Path("short")).name == "short"
     few = simulate("short?head=3", gib=1, policy=["lru", "fifo"])
     assert "(equal: fifo)" in few.verdict() and "--model ./mine --cache" in few.verdict("./mine")
     for name, hint in (("output", "resume_from"), ("skip_bad", "open_trace")):

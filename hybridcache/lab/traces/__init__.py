@@ -78,7 +78,7 @@ convert``). A test compares the two."""
 __all__ = ["READERS", "SAMPLES", "open_trace", "recognise"]
 
 
-def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
+def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
     """Return the trace named by ``spec``. Reads only the first record, to detect the format.
 
     Options are the fields of the reader or generator: ``seed``, ``cap``, ``tokenizer``,
@@ -89,6 +89,7 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
 
     Raises ValueError (unknown word, option or format) and FileNotFoundError.
     """
+    spec = str(spec)
     rest, _, query = spec.partition("?")
     if query and any(Path(path).is_file() for path in (spec, spec.partition(":")[2])):
         raise ValueError(f"{spec}: rename the file: a question mark begins the options of a trace")
