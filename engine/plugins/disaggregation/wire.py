@@ -220,7 +220,7 @@ class Connection:
         self._socket.close()
 
 
-PROTOCOL = "4"
+PROTOCOL = "5"
 """Version of the messages between two engines."""
 PIECE_BYTES = 4 << 20
 """Maximum size of one message, except for a state and the KV of a single token."""
