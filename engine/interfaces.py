@@ -102,6 +102,11 @@ class Runner(Protocol):
     def exactness(self) -> Exactness: ...
 
     @property
+    def step_state_bytes(self) -> int:
+        """Bytes of the states after each verified token, outside the cache's memory."""
+        ...
+
+    @property
     def is_asynchronous(self) -> bool:
         """True if ``forward`` returns before the device is done."""
         ...

@@ -150,7 +150,7 @@ class OracleRunner:
     def attach_tiers(self, copier: object, num_host_rows: int) -> None:
         """See ``Runner.attach_tiers``. Transfers are simulated here, and ``copier`` is ignored."""
 
-    exactness = Exactness()
+    exactness, step_state_bytes = Exactness(), 0
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """Return the same identity for every runner of this kind."""

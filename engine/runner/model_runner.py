@@ -64,6 +64,7 @@ class ModelRunner:
         self.config, self.sizes, self.geometry = loaded.config, loaded.sizes, loaded.geometry
         self.dtype, self.state_dtype = loaded.dtype, loaded.state_dtype
         self.model = loaded.model
+        self.step_state_bytes = loaded.step_state_bytes
         self.num_step_states, self.num_guesses = config.num_step_states, config.drafts.head_len
         self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
         self.memory, self.max_model_len = plan, max_model_len

@@ -353,7 +353,7 @@ class SpeculationPlugin(Plugin):
 
     def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
         words, room = self.settings.drafters, self.config.num_step_states
-        self._state_bytes = getattr(getattr(runner, "loaded", None), "step_state_bytes", 0)
+        self._state_bytes = runner.step_state_bytes
         limit = self.settings.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
         return Drafting.of(words, room, runner.guess, shares=shares, max_decoding=limit)
 
