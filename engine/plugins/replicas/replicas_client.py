@@ -180,11 +180,7 @@ class FleetChannel(EngineChannel):
         self.facts = facts.engine
         self._compile = grammar_rules(self.tokenizer, size)
         self._compiling = asyncio.Lock()
-<<<<<<< HEAD
         """Held while a grammar is compiled, so that an equal one that waits is remembered."""
-=======
-        """Held for one grammar at a time, so that this loop waits for one at most."""
->>>>>>> 23e85c59 (replicas: the front end compiles one grammar at a time, as the engine does; drafts: the size of their states is an attribute of the runner)
         self._handle, self._fleet = handle, fleet
         self._tell_replica = handle.options(method_name="tell")
         self._shut_down, self._is_death = shut_down, is_death
