@@ -633,7 +633,7 @@ class Intake:
             arrival=arrival,
             arrival_s=self._clock() if spec.arrival_s is None else spec.arrival_s,
             max_len=limit if sampling.max_tokens is None else len(prompt) + sampling.max_tokens,
-            seed=sampling.seed if sampling.seed is not None else self._config.seed + arrival,
+            seed=int(self._config.seed + arrival if sampling.seed is None else sampling.seed),
             end_token_ids=end_token_ids,
             text_stream=text_stream,
             rules=rules,

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
+from engine import engine_config
 from engine.requests.logit_rules import FREE, Draws, Penalties
-from engine.requests.request import SamplingInput, SamplingParams
+from engine.requests.request import Intake, RequestSpec, SamplingInput, SamplingParams
 from engine.runner import sampler
 from engine.runner.sampler import Sampler, uniform
 from engine.text.outputs import NO_TOKEN
@@ -105,6 +106,12 @@ def test_tokens_do_not_depend_on_the_batch(mix):
     together = sample(logits, requests)
     for row, one in enumerate(requests):
         assert sample(logits[row : row + 1], [one]) == [together[row]]
+
+
+def test_a_seed_may_be_an_integer_of_numpy():
+    intake = Intake(engine_config(), None, vocab_size=VOCAB, max_model_len=64)
+    made = intake.make(intake.validate(RequestSpec([1, 2], SamplingParams(seed=np.int64(-5)))))
+    assert uniform(made.seed, 3) == uniform(-5, 3)
 
 
 @given(st.lists(st.floats(-30, 8, width=32), min_size=2, max_size=40), st.integers(0, 2**32))
