@@ -44,8 +44,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 NAME = "fingerprint.json"
-FORMAT = "engine state 2"
-"""Changes with the layout of records and of their meta."""
+FORMAT = "engine state 3"
+"""Changes with the layout of records and of their meta, and with the names in a fingerprint."""
 DIGEST_BYTES = 32
 WEIGHTS_NAME, PATTERN = "weights.json", "*.safetensors"
 """File with the saved digest of the weights, valid as long as no file changes: ``{"digest": text,
