@@ -405,6 +405,9 @@ class Scheduler(StepPlanner[Request]):
             else:
                 self.remove(request)
                 self._drafting.forget(request)
+        for request in self._waiting:
+            if request.lease is not None:  # The step failed while it was being admitted.
+                self._manager.abort(request)
         self._num_in_flight = 0
         self._must_wait = self._is_full = False
         return tuple(interrupted)

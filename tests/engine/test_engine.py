@@ -115,6 +115,25 @@ def test_an_interrupt_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) 
         assert len(engine.generate([ids(100)], GREEDY)[0].token_ids) == 8
 
 
+def test_a_failure_during_admission_leaves_the_request_in_the_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A policy of a user may raise when the first rows of a request are allocated."""
+    engine = make_engine()
+    engine.submit(ids(100), GREEDY, request_id="r")
+
+    def failing(num_tokens: int) -> object:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(engine.cache, "allocate_kv", failing)
+        engine.step()
+    engine.check()
+    assert engine.interrupted == ()
+    outputs = [output for _ in range(12) for output in engine.step()]
+    assert outputs[-1].num_tokens == 8 and outputs[-1].is_finished
+
+
 def test_namespaces_share_nothing() -> None:
     engine = make_engine()
     engine.generate([ids(200)], GREEDY, namespace="one")
