@@ -172,9 +172,11 @@ class Plan:
         num_requests = len(trie.paths)
         self.trie, self.budget = trie, budget
         self.visits = [np.asarray(position.visits) for position in trie.positions]
-        self.kv = [np.zeros(len(visits) - 1, dtype=bool) for visits in self.visits]
+        self.lengths = [np.diff(visits) for visits in self.visits]
+        """Steps of each interval of a position."""
+        self.kv = [np.zeros(len(lengths), dtype=bool) for lengths in self.lengths]
         """True for each interval over which the segment of a position is kept."""
-        self.checkpoints = [np.zeros(len(visits) - 1, dtype=bool) for visits in self.visits]
+        self.checkpoints = [np.zeros(len(lengths), dtype=bool) for lengths in self.lengths]
         self.sizes = [
             trie.span(position) * budget.kv_bytes_per_token for position in trie.positions
         ]
@@ -339,10 +341,7 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
         states = plan.needs(request, index)
         added = plan.missing(states)
         gain = trie.positions[index].depth - int(plan.cached_lens[request])
-        cost = 0.0
-        for at, size, which in added:
-            visits = plan.visits[at]
-            cost += size * int((visits[which + 1] - visits[which]).sum())
+        cost = float(sum(size * int(plan.lengths[at][which].sum()) for at, size, which in added))
         now = gain / cost if cost else float("inf")
         if heap and now < -heap[0][0] * (1 - 1e-9):
             heapq.heappush(heap, (-now, request, index))
