@@ -229,7 +229,8 @@ class StepPlanner(Generic[R]):
             )
         arena = manager.cache.arena
         slab_rows = 0 if arena is None or not manager.stateful else arena.slab_rows
-        if memory.num_kv_tokens > manager.cache.num_kv_tokens or memory.slab_rows < slab_rows:
+        num_rows = memory.num_kv_tokens - memory.num_kv_tokens % memory.page_size
+        if num_rows > manager.cache.num_kv_tokens or memory.slab_rows < slab_rows:
             raise ValueError(
                 f"memory must be that of the manager's cache, which has "
                 f"{manager.cache.num_kv_tokens} KV rows and {slab_rows} rows per slab of an arena "

@@ -475,6 +475,13 @@ def test_more_items_than_int32_can_number_are_refused_before_they_are_listed():
             make()
 
 
+def test_a_planner_takes_the_sizes_that_the_cache_was_made_with():
+    """Rows beyond the last whole page have no use for either."""
+    config = CacheConfig(num_kv_tokens=1000, num_slots=10, page_size=16)
+    cache, memory = build_prefix_cache(config), sizes(page_size=16)
+    assert not planner(manager=manager(cache=cache), memory=memory).has_work()
+
+
 def test_a_request_is_added_once_and_its_removal_can_be_repeated():
     owner = planner()
     prompt = ids("abcde")
