@@ -250,7 +250,7 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     tuple of these."""
     boundaries: PromptBoundaries = PromptBoundaries()
     """Positions at which later prompts are known to continue, and whether they contain the answer.
-    Positions outside the prompt are ignored."""
+    They ascend from 0 on; those past the prompt are ignored."""
     ends_session: bool = False
     """True if the client declared that no request of this session follows."""
     answer_starts_text: bool = False
