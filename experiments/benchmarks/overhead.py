@@ -141,16 +141,8 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
         text = draw.integers(0, 50_000, draw.integers(8000, 12_000), dtype=np.int32)
         if number % 10 == 0:
             publish(text[:-500])
-        length = len(text)
-        waiting.append(
-            SimulatedRequest(
-                Turn(text, length - 1, 0.0, None, PromptBoundaries(), "", str(number)),
-                number,
-                0,
-                arrival=number,
-                arrival_s=0.0,
-            )
-        )
+        turn = Turn(text, len(text) - 1, 0.0, None, PromptBoundaries(), "", str(number))
+        waiting.append(SimulatedRequest(turn, number, 0, arrival=number, arrival_s=0.0))
         planner.add(waiting[-1])
     if is_in_debt:
         assert isinstance(planner.admission, SessionGate)

@@ -170,13 +170,12 @@ class Bench:
         return self._draw.integers(0, 256, count).tolist()
 
     def answer(
-        self, prompts: Sequence[list[int]], num_output: int, boundary: int | None = None
+        self, prompts: Sequence[list[int]], num_output: int, *boundaries: int
     ) -> list[RequestOutput]:
         """Serve all prompts at once, until their end."""
         sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
-        boundaries = PromptBoundaries(() if boundary is None else (boundary,))
         for prompt in prompts:
-            self.engine.submit(prompt, sampling, boundaries=boundaries)
+            self.engine.submit(prompt, sampling, boundaries=PromptBoundaries(boundaries))
         self.steps.clear()
         done = []
         while self.engine.has_work():
@@ -242,7 +241,7 @@ class Bench:
             prefix = self.tokens(at)
             for times in (cold, warm):
                 prompt = prefix + self.tokens(scale.num_long - at)
-                [output] = self.answer([prompt], 1, boundary=at)
+                [output] = self.answer([prompt], 1, at)
                 times.append(output.timings.ttft_s or 0.0)
             cached.append(output.cached_len)
         return {

@@ -15,8 +15,7 @@ from hybridcache.lab.leaderboard import leaderboard
 def main() -> None:
     options = command_line(__doc__).parse_args()
     board = leaderboard(seeds=options.seeds, processes=options.processes)
-    reference = {"reference": board.reference}
-    keep("leaderboard", [scores.as_record() | reference for scores in board.scores])
+    keep("leaderboard", [one.as_record() | {"reference": board.reference} for one in board.scores])
     print(board.table())
 
 
