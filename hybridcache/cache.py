@@ -275,6 +275,8 @@ class HybridRadixCache:
         """Distance of possible checkpoints: ``grid`` in whole pages."""
         self._keeps = keeps
         self._has_states = item_bytes.state > 0
+        self.needs_states = self._has_states and keeps
+        """True if only requests with a state can reuse entries."""
         self._pages = pages
         self._slots = slots
         self._is_cached = bytearray(slots.capacity)

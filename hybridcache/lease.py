@@ -111,6 +111,10 @@ NO_STATES = (
     "a request with a state needs room for one: build a hybrid cache with num_slots or more "
     "total_bytes, or pass LeaseRequest(stateful=False) for a model without linear layers"
 )
+NEEDS_STATES = (
+    "a request without states reuses nothing in a hybrid cache: build the cache with "
+    "prefix_cache='radix', or pass stateful=True"
+)
 OTHER_THREAD = (
     "another thread has running leases of this cache, which is for one thread at a time: use it "
     "from that thread, or end its leases first."
@@ -125,7 +129,10 @@ ENDED = "this lease has ended (finish, preempt or abort was called): begin a new
 
 
 def _refuse_bad_begin(
-    cache: HybridRadixCache, placement: PlacementPolicy, request: LeaseRequest
+    cache: HybridRadixCache,
+    placement: PlacementPolicy,
+    request: LeaseRequest,
+    exchange: FetchRule | None,
 ) -> None:
     """Raise the errors of ``begin`` for wrong arguments, which would fail later in another call.
     O(boundaries)."""
@@ -148,6 +155,10 @@ def _refuse_bad_begin(
             require_bool(getattr(request, what), what)
     if request.stateful and not cache.item_bytes.state:
         raise ValueError(NO_STATES)
+    if not request.stateful and cache.needs_states:
+        raise ValueError(NEEDS_STATES)
+    if exchange is not None and not callable(getattr(exchange, "seconds_saved", None)):
+        raise TypeError(f"exchange must have the method seconds_saved (got {exchange!r}).")
     require_boundaries(request.boundaries)
     if cache.steps.num_open and cache.steps.thread != get_ident():
         raise RuntimeError(OTHER_THREAD)
@@ -296,11 +307,12 @@ class Lease:
             ValueError: the tokens are empty or not int32[n]; the namespace is malformed; the
                 boundaries are negative or not ascending; ``table_row`` or ``own_slot`` is negative
                 or that of a running lease; or the request has a state and the cache is a radix
-                cache or has no slots.
+                cache or has no slots; or it has none and the cache is a hybrid one.
+            TypeError: an argument is of another type.
             PolicyError: an own eviction policy has failed. Nothing is held.
             RuntimeError: leases of another thread are running.
         """
-        _refuse_bad_begin(cache, placement, request)
+        _refuse_bad_begin(cache, placement, request, exchange)
         # The caller may change its array before the tokens are published.
         prompt = request.tokens.tobytes()
         tokens, namespace = np.frombuffer(prompt, np.int32), request.namespace

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import Event, EventsLost, EventStream
+from hybridcache.tokens import require_index
 
 __all__ = ["EventBatch", "EventsLost", "Outbox"]
 
@@ -44,7 +45,7 @@ class Outbox:
     def __init__(self, cache: HybridRadixCache, kept: int = KEPT) -> None:
         self._cache = cache
         self._lock = threading.Lock()
-        self._batches: deque[EventBatch] = deque(maxlen=kept)
+        self._batches: deque[EventBatch] = deque(maxlen=require_index(kept, "kept", 1))
         self._covered: list[Hashable] = []
         self._next_sequence = 0
         self._watch()

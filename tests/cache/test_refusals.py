@@ -23,6 +23,7 @@ from hybridcache.export.warm_state import pack, unpack, write_memory
 from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.registry import make_admission
+from hybridcache.routing.outbox import Outbox
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
@@ -420,6 +421,12 @@ def build(**config):
     build_prefix_cache(CacheConfig(state_bytes=4, memory="arena", **config))
 
 
+def begin(**changes):
+    arguments = {"tokens": ids("abcde")} | changes
+    exchange = arguments.pop("exchange", None)
+    Lease.begin(hybrid(), parse_placement("end"), LeaseRequest(**arguments), exchange)
+
+
 def on_grid(plan):
     Prefill(200, 0, 0, 0, (), 64).on_grid(plan)
 
@@ -447,6 +454,9 @@ WRONG = (
     *((scheduled, {"arrival_s": value}) for value in (None, "x")),
     (asking, {"request_id": None}),
     (asking, {"save_at": (-4,)}),
+    *((begin, {"exchange": value}) for value in (3, len)),
+    (begin, {"stateful": False}),
+    *((partial(Outbox, hybrid()), {"kept": value}) for value in (0, -1, "3")),
     *((Mirror, {"page_size": value}) for value in (0, "a")),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "grid": None}),
