@@ -207,8 +207,11 @@ def generators() -> str:
     """Return the generators of traces."""
     from hybridcache.lab.generators import GENERATORS
 
-    rows = [f"| `{name}` | {_cell(_plain(_first(make)))} |" for name, make in GENERATORS.items()]
-    return "\n".join(["| generator | trace |", "|---|---|", *rows, ""])
+    rows = []
+    for name, make in GENERATORS.items():
+        options = ", ".join(f"`{option}`" for option in inspect.signature(make).parameters)
+        rows.append(f"| `{name}` | {_cell(_plain(_first(make)))} | {options} |")
+    return "\n".join(["| generator | trace | options |", "|---|---|---|", *rows, ""])
 
 
 # --- Library ------------------------------------------------------------------------------------

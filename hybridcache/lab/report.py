@@ -116,6 +116,8 @@ SERVE = {
     "disk_gib": ("state-dir DIR --disk-gib", 0.0),
 }
 """Flags of ``engine serve`` and their defaults, by the setting."""
+STATE_DTYPES = ("float32", "bfloat16")
+"""Precisions of running states in ``engine serve``."""
 
 
 def can_serve(run: RunResult) -> bool:
@@ -129,9 +131,12 @@ def serve_flags(run: RunResult) -> str:
     config = run.config
     flags = f"--cache-gib {run.gib:.4g}"
     for name, (flag, usual) in SERVE.items():
-        if (value := getattr(config, name)) != usual:
+        value = getattr(config, name)
+        if value != usual and not (name == "state_dtype" and value not in STATE_DTYPES):
             flags += f" --{flag} {shlex.quote(str(value))}"
     lacking = [f"--memory {config.memory}"] * (config.memory != "arena")
+    if config.state_dtype not in STATE_DTYPES:
+        lacking.append(f"--state-dtype {config.state_dtype}")
     if config.priority_classes is False and not orders_classes(str(config.policy)):
         lacking.append("--no-priority-classes")
     return f"{flags} (engine serve has no {', '.join(lacking)})" if lacking else flags
@@ -185,6 +190,12 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes.append(f"prefill times: {result.times}")
+        hits = [run for run in result.runs if run.hits]
+        if hits and all(abs(run.seconds_saved) < 1e-9 for run in hits):
+            notes.append(
+                "hits save no time here: each prefill takes the time of reading the weights, as "
+                "prompts are short"
+            )
     uncharged: dict[str, dict[str, None]] = {}
     """Labels of the rebuilt systems that use memory in addition to their size."""
     for run in result.runs:

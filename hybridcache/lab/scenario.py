@@ -79,6 +79,10 @@ BUILTIN = "builtin"
 ELSEWHERE = {
     "output": ": resume_from names the file of results",
     "skip_bad": ": open_trace(spec, skip_bad=True) makes a trace that skips bad records",
+    **dict.fromkeys(
+        ("optimum", "bound", "losses", "metric", "figure", "processes", "ray", "closed_loop"),
+        ": it is a flag or an argument beside the scenario",
+    ),
 }
 """Hints for flags of the command line that are not settings of a scenario."""
 ALL = "all"
@@ -674,9 +678,10 @@ def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy,
     policy."""
     if split and isinstance(given, str):
         given = tuple(filter(None, split_specs(given)))
-    if split and given in (ALL, (ALL,), [ALL]):
-        return tuple(sorted(EVICTION))
-    return tuple(map(_policy, _each(given)))
+    found = _each(given)
+    if split and ALL in found:
+        found = [*sorted(EVICTION), *(one for one in found if one != ALL and one not in EVICTION)]
+    return tuple(map(_policy, found))
 
 
 def _policy(one: Any) -> str | OwnPolicy:

@@ -99,6 +99,11 @@ class Trace:
             raise ValueError(
                 f"{self.name}: unit is {self.unit!r}, but an id stands for at least 1 token"
             )
+        if not callable(self.source):
+            raise TypeError(
+                f"{self.name}: source must be a function that returns all requests (got "
+                f"{type(self.source).__name__})"
+            )
 
     @property
     def full_name(self) -> str:

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -469,6 +469,22 @@ def test_failed_runs_have_no_row_but_a_warning() -> None:
         assert [row["label"] for row in result.to_dicts()] == ["lru"]
 
 
+def test_a_trace_that_differs_at_each_pass_is_found_by_its_hits() -> None:
+    passes = itertools.count()
+
+    def source() -> Iterator[TraceRequest]:
+        """Yield equal prompts, except in the first pass."""
+        is_first, prompt = next(passes) == 0, np.arange(600, dtype=np.int32)
+        for number in range(3):
+            tokens = prompt + 600 * number * is_first
+            yield TraceRequest(number, number, None, tokens, prompt[:1])
+
+    with pytest.warns(UserWarning, match="no cache can reuse more than .*: seed it"):
+        simulate(Trace("odd", 1, source), gib=1, policy="lru", grid=1)
+    with pytest.raises(TypeError, match="odd: source must be a function"):
+        Trace("odd", 1, [])
+
+
 def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     path = tmp_path / "two.jsonl"
     path.write_text('{"tokens": [1, 2, 3]}\n' * 2)
@@ -483,6 +499,9 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     paths = Scenario(Path("short"), model=Path("qwen3"), times=Path("t.json"))
     assert paths == Scenario("short", model="qwen3", times="t.json")
     assert open_trace(Path("short")).name == "short"
+    assert "hits save no time" in simulate("short", gib=1).table("ttft-p50")
+    odd = simulate("short?head=9", gib=1, policy=["lru", "fifo"], state_dtype="int8").verdict()
+    assert odd.endswith("(engine serve has no --state-dtype int8)") and odd.count("int8") == 1
     few = simulate("short?head=3", gib=1, policy=["lru", "fifo"])
     assert "(equal: fifo)" in few.verdict() and "--model ./mine --cache" in few.verdict("./mine")
     for name, hint in (("output", "resume_from"), ("skip_bad", "open_trace")):

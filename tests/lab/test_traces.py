@@ -210,6 +210,9 @@ def test_every_speaker_of_sharegpt_has_a_role(tmp_path: Path) -> None:
     framed = "<|im_end|>\n".join(f"<|im_start|>{text}" for text in texts)
     assert second.tokens.tolist() == plain.encode(framed).tolist()
     assert common(first, second) == len(first.tokens)
+    for said, why in (([("gpt", "G")], "no answer follows"), ([], "it has no message")):
+        with pytest.warns(TraceFieldsWarning, match=f"1 conversation left out, because {why}"):
+            assert not [*open_trace(wrote(*said))]
     with pytest.raises(BadRecordError, match="from is 'alien', none of human, user"):
         [*open_trace(wrote(("human", "H"), ("alien", "yo")))]
 

@@ -409,7 +409,8 @@ class ClosedLoopResult:
                     [f"{admission}, {rate:g}", *(metric.text(*same) for metric in LOOP_METRICS)]
                 )
             requests = counted(first.num_requests, "request")
-            title = f"{first.trace}, {gib:.3g} GiB, {label}: {requests} in closed loop"
+            title = f"{first.trace}, {first.config.model}, {gib:.3g} GiB, {label}: {requests} in "
+            title += "closed loop"
             notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
             if first.num_sessions == first.num_requests:
                 notes.append(

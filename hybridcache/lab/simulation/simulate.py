@@ -56,6 +56,7 @@ from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, 
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
+from hybridcache.lab.traces.frame import warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -312,6 +313,12 @@ def simulate(
         kind=RunResult,
         progress=progress,
     )
+    most = max((one.cached_tokens for one in runs if one.config.baseline is None), default=0)
+    if bound and most > tokens:
+        warn(
+            f"{opened.name}: a run reused {most:,} tokens and no cache can reuse more than "
+            f"{tokens:,}, so the trace's source gives other requests at each pass: seed it"
+        )
     # Runs in a file may have been computed without them.
     runs = [replace(one, **yardsticks[one.gib]) for one in runs]
     return SimulationResult(

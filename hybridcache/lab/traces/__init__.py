@@ -187,6 +187,8 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
             known = "" if colon else f" and no such generator{or_known(rest, GENERATORS)}"
             if colon and not is_named:
                 known = f", and {word!r} is not a reader ({', '.join(READERS)})"
+            if path.exists():
+                raise ValueError(f"trace {rest!r} is not a regular file: it is read several times")
             raise FileNotFoundError(f"no trace {rest!r}: there is no file {path}{known}")
         word = word if is_named else recognise(path)
     if not READERS[word].is_csv and looks_like_csv(head_of(path)):

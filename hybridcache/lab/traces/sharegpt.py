@@ -66,6 +66,7 @@ class ShareGPTReader(SessionReader):
         names, are_indices = Counter[str](), True
         for at, (id_, said) in parsed(self.path, json_array(self.path, bad), _segment, bad):
             if not said:
+                yield at, Record(id=id_, messages=said)
                 continue
             before = base
             base, _, index = id_.rpartition("_")
@@ -89,6 +90,9 @@ class ShareGPTReader(SessionReader):
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             found, said = [], record["messages"]
+            if not said:
+                notes.count("left out, because it has no message")
+                return
             for place, (before, message) in enumerate(pairwise(said), 1):
                 if before["role"] in ("user", "tool") and message["role"] == "assistant":
                     turn = chat.turn(said[:place], message["content"])
@@ -97,7 +101,9 @@ class ShareGPTReader(SessionReader):
                         break
                     found.append(turn._replace(session=record["id"]))
             else:
-                if said[-1]["role"] != "assistant":
+                if not found:
+                    notes.count("left out, because no answer follows a question")
+                elif said[-1]["role"] != "assistant":
                     notes.count("without the messages after the last answer")
             yield found
 
