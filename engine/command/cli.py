@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
     if arguments is None:
         open_closed_streams()
-        end_by_exception(signal.SIGINT, signal.SIGTERM)
+        end_by_exception(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # Before torch is imported.
     try:

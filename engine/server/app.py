@@ -189,13 +189,14 @@ def serve(
     listener: socket.socket,
     must_end: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve on ``listener`` until SIGTERM, SIGINT or ``must_end``; then finish running requests,
-    for at most ``drain_s``."""
+    """Serve on ``listener`` until SIGTERM, SIGINT, SIGHUP (unless it is ignored, as by ``nohup``)
+    or ``must_end``; then finish running requests, for at most ``drain_s``."""
     # A signal may arrive before uvicorn handles signals, and uvicorn raises its own signals again
     # after the shutdown. A drained server must exit normally.
     told: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: told.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: told.append(number))
     access.set_up_logging(config.log_level)
     sys.setswitchinterval(SWITCH_S)
     # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a

@@ -45,8 +45,9 @@ class ServerConfig(Settings):
     port: int = setting(8000, "port to listen on; 0 chooses a free one", limits=PORT)
     log_requests: bool | None = setting(
         None,
-        "write one line per request: method, path, status, tokens of the prompt, cached tokens, "
-        "tokens of the answer, and milliseconds; by default if the log is a terminal",
+        "write one line per request, except for /health and /metrics: method, path, status, tokens "
+        "of the prompt, cached tokens, tokens of the answer, and milliseconds; by default if the "
+        "log is a terminal",
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "warning", "minimum level of messages in the log"

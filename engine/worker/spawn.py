@@ -20,6 +20,8 @@ BOOT = (
 )
 """Code of the process. Collections would traverse the objects of torch again and again while it is
 imported; ``main`` enables them."""
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+"""Signals that end a server. A terminal sends them to all of its processes."""
 MAX_FOLDER_BYTES = 80
 """Maximum length of the name of the directory for temporary files. With the names of our folder and
 of a socket, it must fit into the 104 bytes that every system allows."""
@@ -38,7 +40,7 @@ def spawn(
     config: EngineConfig, address: str, boot: str | None = None, log_level: str = "warning"
 ) -> Spawned:
     """Start a new interpreter with ``boot``, by default ``BOOT``, which loads the model of
-    ``config``. SIGINT and SIGTERM are blocked in it from its first instruction."""
+    ``config``. Signals that end the server are blocked in it from its first instruction."""
     if len(os.fsencode(gettempdir())) > MAX_FOLDER_BYTES:
         raise ConfigError(
             f"The name of the directory for temporary files, {gettempdir()}, is too long for "
@@ -47,7 +49,7 @@ def spawn(
     folder = TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True)
     facts = [folder.name, pickle.dumps(config).hex(), address, log_level]
     command = [sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         return Spawned(subprocess.Popen(command, stdin=subprocess.PIPE), folder)
     finally:

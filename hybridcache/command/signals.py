@@ -28,12 +28,15 @@ def end_by_exception(*numbers: int) -> None:
 
     SIGINT raises KeyboardInterrupt and any other signal SystemExit with 128 + its number. The
     handlers are installed even if the process was started with the signal ignored, as shells
-    without job control do for SIGINT in the background.
+    without job control do for SIGINT in the background. Only SIGHUP stays ignored, as ``nohup``
+    wants it.
 
     Python discards an exception that a handler raises while a ``__del__`` method or the callback of
     a weak reference runs. Such a signal is handled again `RETRY_S` seconds later.
     """
     for number in numbers:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
         signal.signal(
             number, signal.default_int_handler if number == signal.SIGINT else _raise_exit
         )

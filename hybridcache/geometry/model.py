@@ -274,6 +274,11 @@ def preset_name(name: str) -> str:
         return found[0]
     if found:
         raise ValueError(f"model {name!r} means several: {', '.join(found)}")
+    if name == "builtin":
+        raise ValueError(
+            "model 'builtin' is that of the engine: --model builtin of the commands finds it; here "
+            "give the folder models/builtin of the package engine"
+        )
     near = get_close_matches(name.rpartition("/")[2], names, n=1)  # without an owner on the Hub
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"model {name!r} is none of: {', '.join(names)}{hint}")

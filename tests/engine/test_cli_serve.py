@@ -128,18 +128,19 @@ class ServersToStop:
         """Start a server. ``ignores_sigint`` starts it like the background command of a script."""
         env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self._folder)}
         handler = signal.SIG_IGN if ignores_sigint else signal.SIG_DFL
-        before = signal.signal(signal.SIGINT, handler)
+        before = signal.signal(signal.SIGINT, handler), signal.signal(HUP, signal.SIG_DFL)
         try:
             server = _start("--cache-gib", "0.05", *flags, env=env)
         finally:
-            signal.signal(signal.SIGINT, before)
+            for each, found in zip((signal.SIGINT, HUP), before, strict=True):
+                signal.signal(each, found)
         self.servers.append(server)
         return server
 
     def stop(self, server: subprocess.Popen[str], number: int) -> None:
-        """Send SIGINT to all processes of a server, as a terminal does, and SIGTERM only to the
-        first."""
-        if number == signal.SIGINT:
+        """Send SIGINT and SIGHUP to all processes of a server, as a terminal does, and SIGTERM only
+        to the first."""
+        if number != signal.SIGTERM:
             os.killpg(server.pid, number)
         else:
             os.kill(server.pid, number)
@@ -175,10 +176,11 @@ ROLES = {
     "prefill": ("--role", "prefill", "--transfer-at", "127.0.0.1:0"),
     "decode": ("--role", "decode", "--prefill", "127.0.0.1:9"),
 }
-INT, TERM = signal.SIGINT, signal.SIGTERM
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 ENDS = [
     *(("combined", phase, INT) for phase in ("loading", "screen", "idle", "serving")),
     *(("combined", phase, TERM) for phase in ("loading", "screen", "idle", "serving")),
+    *(("combined", phase, HUP) for phase in ("loading", "idle", "serving")),
     *((role, "idle", INT) for role in ("prefill", "decode")),
     *((role, phase, TERM) for role in ("prefill", "decode") for phase in ("loading", "serving")),
 ]
