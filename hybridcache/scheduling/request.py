@@ -126,9 +126,11 @@ class ScheduledRequest(WaitingRequest):
 
     def append(self, token_id: int) -> None:
         """Add the newest token of the answer. O(1) amortised. Raises TypeError if it is not an
-        integer, and ValueError if the request has ``max_len`` tokens already."""
+        integer, and ValueError if it is no token id, or the request has ``max_len`` tokens."""
         if type(token_id) is not int:
             token_id = require_index(token_id, "token_id")
+        if not 0 <= token_id < 1 << 31:
+            raise ValueError(f"token_id must be in [0, 2**31) (got {token_id}).")
         if self.num_tokens == len(self._buffer):
             if self.num_tokens == self.max_len:
                 raise ValueError(

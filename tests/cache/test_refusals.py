@@ -516,6 +516,9 @@ def test_a_request_is_added_once_and_its_removal_can_be_repeated():
         owner.advance(running, 5.0)
     with pytest.raises(TypeError, match="token_id must be an integer"):
         running.append(1.9)
+    for wrong_id in (-4, 1 << 31):
+        with pytest.raises(ValueError, match="token_id must be in"):
+            running.append(wrong_id)
     for _ in range(4):
         running.append(1)
     with pytest.raises(ValueError, match="has its max_len of 9 tokens"):
