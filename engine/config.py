@@ -312,7 +312,7 @@ class EngineConfig(Settings):
     max_model_len: int | None = setting(
         None,
         "maximum number of tokens of prompt and answer; by default that of the model",
-        limits=COUNT,
+        limits=Limits("an integer of 2 or more", 2, is_whole=True),
     )
 
     max_running: int = setting(16, "requests computed at the same time", limits=COUNT)

@@ -33,9 +33,10 @@ from experiments.provenance import RESULTS, write_json_lines
 from experiments.studies.common import positive, published, rounded
 from hybridcache import Trace, TraceRequest, open_trace, simulate
 from hybridcache.api import Losses
+from hybridcache.geometry.model import BUILTIN
 from hybridcache.geometry.units import format_seconds
 from hybridcache.lab.report import text_table
-from hybridcache.lab.scenario import BUILTIN, Scenario
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.traces import recognise
 from hybridcache.policies.boundaries import PromptBoundaries

@@ -87,7 +87,7 @@ class MemoryPlan(MemorySizes):
             states = f" and {SLOTS_OF_ONE} states" if self.is_stateful else ""
             raise ModelError(
                 f"{gib_words(cache_bytes)} hold {num_rows} tokens of this model; at least "
-                f"{MIN_KV_TOKENS} tokens{states}, {gib_words(self.total_bytes)}, are needed."
+                f"{MIN_KV_TOKENS} tokens{states}, {_gib_above(self.total_bytes)}, are needed."
             )
         num_slots = num_rows // self.slab_rows if self.is_stateful else 0
         return replace(self, num_kv_tokens=num_rows, num_slots=num_slots)
@@ -143,6 +143,13 @@ def state_slot_bytes(
     if checkpoints is not None:
         return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
     return aligned(num_conv * dtype.itemsize) + aligned(num_recurrent * state_dtype.itemsize)
+
+
+def _gib_above(num_bytes: int) -> str:
+    """Return ``num_bytes`` in GiB, rounded up to three digits, so that it suffices as a setting."""
+    gib = num_bytes / GIB
+    digits = 2 - math.floor(math.log10(gib))
+    return f"{math.ceil(gib * 10**digits) / 10**digits:.{max(digits, 0)}f} GiB"
 
 
 def gib_words(num_bytes: int) -> str:

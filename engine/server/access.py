@@ -33,6 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from engine.server.api_errors import ANTHROPIC, APIError
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.json_text import REPLACEMENT
+from hybridcache.command.signals import log_to_stderr
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger(f"{__name__}.requests")
@@ -274,13 +275,7 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
 def set_up_logging(level: str) -> None:
     """Send the log of engine and HTTP server from ``level`` on to the standard error output.
     Request lines, if enabled, do not depend on ``level``."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    for name in ("engine", "uvicorn"):
-        log = logging.getLogger(name)
-        log.setLevel(level.upper())
-        log.addHandler(handler)
-        log.propagate = False
+    log_to_stderr(level, "engine", "uvicorn")
     request_log.setLevel(min(logging.getLogger("engine").level, logging.INFO))
 
 

@@ -21,6 +21,7 @@ from engine.server.settings import SWITCH_S
 from engine.worker.process_channel import Sockets, SocketsClosed
 from engine.worker.screen import start_screen
 from hybridcache.command.extras import how_to_install
+from hybridcache.command.signals import log_to_stderr
 
 LOST = 3
 """Exit code if the server has gone."""
@@ -71,7 +72,7 @@ class EngineWorker:
 
 def main(folder: str, config: str, address: str, log_level: str) -> int:
     """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
-    logging.getLogger("engine").setLevel(log_level.upper())
+    log_to_stderr(log_level, "engine")
     worker = EngineWorker(folder, sys.stdin.fileno())
     try:
         from engine.runner import build  # noqa: F401  # With torch, whose objects stay.

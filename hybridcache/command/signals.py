@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,17 @@ def open_closed_streams() -> None:
             stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
+
+
+def log_to_stderr(level: str, *names: str) -> None:
+    """Send the logs ``names`` from ``level`` on to the standard error output, with times."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name in names:
+        log = logging.getLogger(name)
+        log.setLevel(level.upper())
+        log.addHandler(handler)
+        log.propagate = False
 
 
 def end_by_exception(*numbers: int) -> None:

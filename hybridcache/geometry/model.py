@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from hybridcache.geometry.sizes import (
     SizesError,
 )
 
+BUILTIN = "builtin"
+"""Name of the model of the engine. The presets do not include it."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 
 
@@ -131,15 +134,24 @@ class ModelGeometry:
 
     @classmethod
     def load(cls, name: str, **dtypes: str) -> ModelGeometry:
-        """Read a preset by its name, a ``config.json``, or the directory of one.
+        """Read a preset by its name, a ``config.json``, the directory of one, or ``builtin``, the
+        model that the engine contains.
 
         The result is named after the file, or after the directory if the file is ``config.json``.
 
         Raises:
             OSError: the file cannot be read.
             ValueError: no preset has this name; or the file is not the config of a supported
-                model, and the message has the path.
+                model, and the message has the path; or the engine is not installed.
         """
+        if name == BUILTIN and not Path(name).exists():
+            engine = find_spec("engine")
+            if engine is None or engine.origin is None:
+                raise ValueError(
+                    f"model {name} is part of the engine, which is not installed: the extra "
+                    "engine has it"
+                )
+            name = str(Path(engine.origin).parent / "models" / BUILTIN)
         path = Path(name)
         if path.is_dir():
             path = path / "config.json"
@@ -274,11 +286,6 @@ def preset_name(name: str) -> str:
         return found[0]
     if found:
         raise ValueError(f"model {name!r} means several: {', '.join(found)}")
-    if name == "builtin":
-        raise ValueError(
-            "model 'builtin' is that of the engine: --model builtin of the commands finds it; here "
-            "give the folder models/builtin of the package engine"
-        )
     near = get_close_matches(name.rpartition("/")[2], names, n=1)  # without an owner on the Hub
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"model {name!r} is none of: {', '.join(names)}{hint}")

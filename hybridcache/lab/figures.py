@@ -383,7 +383,7 @@ def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-            titles.append([cell[0], f"{cell[2]:.3g} GiB", cell[1]])
+            titles.append([cell[0], here[0].config.model, f"{cell[2]:.3g} GiB", cell[1]])
     set_titles(figure, axes, titles)
     has_bars = len({run.seed for run in runs}) > 1
     return save(figure, axes, path, "Bars: the smallest to the largest of all seeds." * has_bars)

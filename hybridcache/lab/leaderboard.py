@@ -34,12 +34,13 @@ import numpy as np
 
 from hybridcache.command.extras import version
 from hybridcache.command.parser import did_you_mean
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import counted
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import classes_notes, orders_classes, text_table
-from hybridcache.lab.scenario import Scenario, load_model, named_policies, source_of, written_policy
+from hybridcache.lab.scenario import Scenario, named_policies, source_of, written_policy
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import identity_of, run_grid
 from hybridcache.lab.simulation.result import known_fields
@@ -193,7 +194,7 @@ class BoardJob:
             for word in split_specs(part)
         )
         trace = identity_of(open_trace(self.trace))
-        text = repr((self, version(), load_model(self.model), own))
+        text = repr((self, version(), ModelGeometry.load(self.model), own))
         return hashlib.sha256(text.encode() + trace).hexdigest()[:16]
 
 

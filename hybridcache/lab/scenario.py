@@ -30,14 +30,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
-from hybridcache.command.extras import install_command
 from hybridcache.command.parser import did_you_mean, or_known
 from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
@@ -74,8 +72,6 @@ from hybridcache.policies.registry import (
 )
 from hybridcache.policies.user import OwnPolicy, import_module, own_policy
 
-BUILTIN = "builtin"
-"""Name of the built-in model of the engine. The presets of the cache do not include it."""
 ELSEWHERE = {
     "output": ": resume_from names the file of results",
     "skip_bad": ": open_trace(spec, skip_bad=True) makes a trace that skips bad records",
@@ -266,7 +262,10 @@ class Scenario:
         2.0, "seconds to the first token up to which an answer counts as goodput", LOAD, above=0
     )
     seeds: int | Sequence[int] = _setting(
-        1, "runs with other arrivals, averaged: their number, or seeds as a,b,c", LOAD, type=_seeds
+        1,
+        "runs with other arrivals, averaged: their number, or seeds as a,b (one: a,)",
+        LOAD,
+        type=_seeds,
     )
     tells_ends: bool = _setting(
         False,
@@ -423,7 +422,7 @@ class Scenario:
         """Return the model, with states of the precision asked for."""
         found = self.model
         if isinstance(found, str):
-            found = load_model(found, checkpoint_dtype=self.checkpoint_dtype)
+            found = ModelGeometry.load(found, checkpoint_dtype=self.checkpoint_dtype)
         if found.num_linear_layers and self.state_dtype is not None:
             return found.with_state_dtype(self.state_dtype)
         return found
@@ -643,22 +642,6 @@ def written_policy(policy: Any) -> str:
         f"{own_policy(policy)}: it has no written form, which files need: name the policy as in "
         "'mine:Policy(weight=2)', with the class in a module"
     )
-
-
-def load_model(name: str, **dtypes: str) -> ModelGeometry:
-    """Return the model ``name``: see ``ModelGeometry.load``, and the engine's ``builtin``.
-
-    Raises the errors of ``ModelGeometry.load``; ValueError if the engine is not installed.
-    """
-    if name == BUILTIN and not Path(name).exists():
-        engine = find_spec("engine")
-        if engine is None or engine.origin is None:
-            raise ValueError(
-                f"model {name} is part of the engine, which is not installed: "
-                f"{install_command('engine')}"
-            )
-        name = str(Path(engine.origin).parent / "models" / BUILTIN)
-    return ModelGeometry.load(name, **dtypes)
 
 
 def _in_units(spec: str, unit: int) -> str:

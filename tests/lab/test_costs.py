@@ -153,6 +153,7 @@ def test_load_accepts_a_directory_a_file_and_a_preset(tmp_path) -> None:
     assert from_dir == ModelGeometry.load(str(tmp_path / "config.json"))
     assert from_dir.state_bytes == ModelGeometry.load("qwen3-next").state_bytes
     assert from_dir.name == tmp_path.name
+    assert ModelGeometry.load("builtin").name == "builtin"
     (tmp_path / "next-80b.json").write_text(json.dumps(QWEN3_NEXT))
     assert ModelGeometry.load(str(tmp_path / "next-80b.json")).name == "next-80b"
 

@@ -173,6 +173,16 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     with warnings.catch_warnings(action="error"):
         assert run() == (both, {})
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 6
+    text, other = path.read_text(), tmp_path / "other.jsonl"
+
+    def run_beside(trace: Trace, cell: Scenario) -> RunResult:
+        """Compute a cell. In the meantime, another process computes all."""
+        if not other.stat().st_size:
+            other.write_text(text)
+        return run_cell(trace, cell)
+
+    again, _ = run_grid(short(), cells, run_beside, resume_from=other, kind=RunResult)
+    assert list(map(comparable, again)) == list(map(comparable, both)) and other.read_text() == text
     assert path.read_text().endswith("\n")
 
 

@@ -8,6 +8,9 @@ from typing import ClassVar
 
 from engine.config import COUNT, ConfigError, PluginConfig, check_fields, setting
 
+ROUTER = "checkpoint"
+"""Default of ``ReplicasConfig.router``."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicasConfig(PluginConfig):
@@ -27,15 +30,15 @@ class ReplicasConfig(PluginConfig):
         "with replicas: address of their Ray cluster (auto: the one that ray start created "
         "here); by default a new one on this machine",
     )
-    router: str = setting(
-        "checkpoint",
-        "with replicas: policy that chooses one for a request: checkpoint, text, least_loaded, "
-        "or module:Class",
+    router: str | None = setting(
+        None,
+        "with replicas: policy that chooses one for a request: checkpoint (default), text, "
+        "least_loaded, or module:Class",
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.is_used and (self.ray, self.router) != (None, "checkpoint"):
+        if not self.is_used and (self.ray, self.router) != (None, None):
             raise ConfigError("--router and --ray need --replicas (2 or more).")
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 from engine.async_engine import AsyncEngine
 from engine.config import ConfigError, EngineConfig
 from engine.hub import resolve_config
-from engine.plugins.replicas import ReplicasConfig
+from engine.plugins.replicas import ROUTER, ReplicasConfig
 from engine.plugins.replicas.fleet import FLEETS, Fleet, Order
 from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.server.settings import ServerConfig
@@ -45,7 +45,7 @@ def start_replicas(
     ):
         if is_set:
             raise ConfigError(f"--replicas and {flag} cannot be combined: remove one of them.")
-    config, make_router = resolve_config(config), find_router(settings.router)
+    config, make_router = resolve_config(config), find_router(settings.router or ROUTER)
     import ray
     from ray import serve
 
@@ -79,7 +79,7 @@ def start_replicas(
     model, *of_each = facts.screen
     each = "one core and one GPU each" if "num_gpus" in needs else "one core each"
     words = f"{settings.replicas} on Ray Serve, {each}; the facts below are those of one"
-    rows = [model, ("replicas", words), ("router", settings.router), *of_each]
+    rows = [model, ("replicas", words), ("router", settings.router or ROUTER), *of_each]
     return engine, screen_text(rows)
 
 

@@ -87,6 +87,7 @@ def run_grid(
     if path:
         identity = identity_of(trace)
         keys = [job.key(identity) for job in jobs]  # type: ignore[attr-defined]
+        num_read, elsewhere = path.stat().st_size if path.exists() else 0, set[bytes]()
         known = _read(path, kind, set(keys))
         results = {number: known[key] for number, key in enumerate(keys) if key in known}
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
@@ -106,7 +107,11 @@ def run_grid(
                     head = {"key": keys[number], "kind": kind.__name__, "version": version()}
                     record = head | result.as_record()  # type: ignore[attr-defined]
                     with appended(path) as file:
-                        file.write(json.dumps(record).encode() + b"\n")
+                        file.seek(num_read)
+                        elsewhere.update(_KEY.findall(file.read()))
+                        if keys[number].encode() not in elsewhere:
+                            file.write(json.dumps(record).encode() + b"\n")
+                        num_read = file.seek(0, os.SEEK_END)
             show(len(results) + len(failures), len(jobs))
     return [results[number] for number in sorted(results)], dict(sorted(failures.items()))
 
@@ -138,6 +143,8 @@ def pickled(name: str, value: object) -> bytes:
         ) from error
 
 
+_KEY = re.compile(rb'^\{"key": "([0-9a-f]{16})"', re.MULTILINE)
+"""Key of a result, at the start of its line. Another process may write to the same file."""
 _RESULT = re.compile(rb'\{"key": "[0-9a-f]{16}", "kind": "(\w+)"')
 """Start of a line that ``run_grid`` writes. It may have been cut later on."""
 

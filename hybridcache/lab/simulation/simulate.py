@@ -208,6 +208,8 @@ class OptimumResult(Sequence[Optimum]):
 
     plans: tuple[Optimum, ...]
     """One per size."""
+    settings: Mapping[str, Any]
+    """Model, precisions, grid and ``counts_running`` of all plans."""
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -224,9 +226,9 @@ class OptimumResult(Sequence[Optimum]):
         return f"{type(self).__name__}({first.trace}: {rates})"
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return a flat dictionary per size: ``gib``, ``reached`` and ``bound`` as token hit rates.
-        O(sizes)."""
-        return [plan.record() for plan in self.plans]
+        """Return a flat dictionary per size: settings, ``gib``, ``reached`` and ``bound`` as token
+        hit rates. O(sizes)."""
+        return [{**plan.record(), **self.settings} for plan in self.plans]
 
     def table(self) -> str:
         """Return a table with a row per size: hit rate of the plan, bound and gap."""
@@ -242,7 +244,7 @@ class OptimumResult(Sequence[Optimum]):
         ]
         requests = counted(self.plans[0].num_requests, "request")
         table = text_table(["GiB", "reached, %", "bound, %", "gap, %", "seconds"], rows)
-        return f"{self.plans[0].trace}: {requests}\n{table}"
+        return f"{self.plans[0].trace}, {self.settings['model']}: {requests}\n{table}"
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw plan and bound over the sizes. The figure is also written to ``path`` (PNG, SVG or
@@ -378,4 +380,6 @@ def optimum(
                 best_plan(opened, geometry, size, grid=asked.grid, counts_running=counts_running)
             )
         show(len(points), len(points))
-    return OptimumResult(tuple(plans))
+    dtypes = {"state_dtype": geometry.state_dtype, "checkpoint_dtype": geometry.checkpoint_dtype}
+    found = {"model": geometry.name, **dtypes, "grid": asked.grid, "counts_running": counts_running}
+    return OptimumResult(tuple(plans), found)
