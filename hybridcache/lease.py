@@ -617,7 +617,7 @@ class Lease:
             )
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
-        num_taken, due = 0, list[Saved]()
+        num_taken = 0
         for position, label in tuple(self._planned.items()):
             if start < position <= end:
                 if max_slots is not None and num_taken >= max_slots:
@@ -630,6 +630,7 @@ class Lease:
                 if self.cache.steps.transfers:
                     self.cache.steps.note_taken(self, start)
                 num_taken += 1
+        due: list[Saved] = []
         for saved in sorted(self._pending):
             if start < saved[0] <= end:
                 due.append(saved)
