@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hybridcache.command.extras import install_command
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.families import read, text_part
 from hybridcache.geometry.mixers import (
@@ -148,8 +149,8 @@ class ModelGeometry:
             engine = find_spec("engine")
             if engine is None or engine.origin is None:
                 raise ValueError(
-                    f"model {name} is part of the engine, which is not installed: the extra "
-                    "engine has it"
+                    f"model {name} is part of the engine, which is not installed: "
+                    f"{install_command('engine')}"
                 )
             name = str(Path(engine.origin).parent / "models" / BUILTIN)
         path = Path(name)

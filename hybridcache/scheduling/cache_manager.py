@@ -56,15 +56,12 @@ class CacheManager:
             after_reading: decides again once the part of a prefix on disk has been read.
 
         Raises:
-            TypeError, ValueError: ``num_rows`` is not an integer, or less than 1; ``placement`` or
-                a rule lacks its method.
+            TypeError, ValueError: ``num_rows`` is not an integer, or less than 1; ``placement`` has
+                no ``plan``.
         """
         require_index(num_rows, "num_rows", 1)
         if not callable(getattr(placement, "plan", None)):
             raise TypeError(f"placement must be made by parse_placement (got {placement!r}).")
-        for what, rule in (("exchange", exchange), ("after_reading", after_reading)):
-            if rule is not None and not callable(getattr(rule, "seconds_saved", None)):
-                raise TypeError(f"{what} must have the method seconds_saved (got {rule!r}).")
         self.cache = cache
         self.placement = placement
         self.stateful = stateful

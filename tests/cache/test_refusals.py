@@ -450,7 +450,7 @@ WRONG = (
     (planner, {"memory": sizes(state_bytes=0)}),
     (planner, {"memory": sizes(num_kv_tokens=1001)}),
     (planner, {"manager": arena_manager(), "memory": sizes(num_kv_tokens=100)}),
-    *((manager, {name: 5}) for name in ("placement", "exchange", "after_reading")),
+    (manager, {"placement": 5}),
     *((scheduled, {"arrival_s": value}) for value in (None, "x")),
     (asking, {"request_id": None}),
     (asking, {"save_at": (-4,)}),

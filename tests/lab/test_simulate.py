@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config import EngineConfig
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
@@ -29,7 +30,7 @@ from hybridcache.lab.figures import COLOURS, line_look
 from hybridcache.lab.generators import short
 from hybridcache.lab.intervals import ratio
 from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.report import METRICS, losses_table
+from hybridcache.lab.report import METRICS, STATE_DTYPES, losses_table
 from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import run_grid
@@ -512,6 +513,7 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     assert "hits save no time" in simulate("short", gib=1).table("ttft-p50")
     odd = simulate("short?head=9", gib=1, policy=["lru", "fifo"], state_dtype="int8").verdict()
     assert odd.endswith("(engine serve has no --state-dtype int8)") and odd.count("int8") == 1
+    assert get_args(get_type_hints(EngineConfig)["state_dtype"]) == STATE_DTYPES
     few = simulate("short?head=3", gib=1, policy=["lru", "fifo"])
     assert "(equal: fifo)" in few.verdict() and "--model ./mine --cache" in few.verdict("./mine")
     for name, hint in (("output", "resume_from"), ("skip_bad", "open_trace")):
