@@ -449,10 +449,9 @@ class HybridRadixCache:
         return self._slots.num_free
 
     @property
-    def has_slots(self) -> bool:
-        """False if the cache has no state slots, or no memory for one, so that no request with a
-        state can begin. O(1)."""
-        return self._slots.capacity > 0
+    def num_slots(self) -> int:
+        """Number of state slots, free or not. At 0 no request with a state can begin. O(1)."""
+        return self._slots.capacity
 
     @property
     def num_nodes(self) -> int:
@@ -769,6 +768,12 @@ class HybridRadixCache:
     def fetch(self, resumable: Resumable) -> bool:
         """Return False, because this cache has no offload tiers; see ``TieredRadixCache.fetch``."""
         return False
+
+    def adopt(
+        self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"
+    ) -> tuple[int, Indices, Indices] | None:
+        """Raise ValueError, because this cache has no tiers; see ``TieredRadixCache.adopt``."""
+        raise ValueError("adopt needs a tier: build the cache with host_bytes or disk_bytes.")
 
     def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
         """Return whether eviction could free that much.

@@ -157,8 +157,11 @@ def _refuse_bad_begin(
         raise ValueError(NO_STATES)
     if not request.stateful and cache.needs_states:
         raise ValueError(NEEDS_STATES)
-    if exchange is not None and not callable(getattr(exchange, "seconds_saved", None)):
-        raise TypeError(f"exchange must have the method seconds_saved (got {exchange!r}).")
+    if exchange is not None and (
+        isinstance(exchange, type) or not callable(getattr(exchange, "seconds_saved", None))
+    ):
+        hint = "an object with the method seconds_saved"
+        raise TypeError(f"exchange must be {hint} (got {exchange!r}).")
     require_boundaries(request.boundaries)
     if cache.steps.num_open and cache.steps.thread != get_ident():
         raise RuntimeError(OTHER_THREAD)
@@ -337,7 +340,7 @@ class Lease:
                     )
                     receipt = cache.lock(match.node)
                 if slot is None:
-                    if not cache.has_slots:
+                    if not cache.num_slots:
                         raise ValueError(NO_STATES)
                     cache.unlock(receipt)
                     return None

@@ -599,7 +599,7 @@ class Intake:
         require_boundaries(spec.boundaries)
         positions = spec.boundaries.positions
         positions = positions[bisect(positions, 0) : bisect(positions, len(tokens))]
-        boundaries = spec.boundaries._replace(positions=positions)
+        boundaries = spec.boundaries._replace(positions=tuple(map(int, positions)))
         return structs.replace(spec, prompt=tokens, sampling=sampling, boundaries=boundaries)
 
     def make(self, spec: RequestSpec) -> Request:

@@ -191,8 +191,14 @@ class Mirror:
         """Apply one event, which follows the preceding ones. O(tokens of the segment)."""
         match event:
             case KVStored():
-                piece = self._pieces[event.id] = _Piece(event)
-                self._siblings(piece)[event.tokens[: self.page_size]] = event.id
+                piece, first = _Piece(event), event.tokens[: self.page_size]
+                siblings = self._siblings(piece)
+                if len(event.tokens) % self.page_size or first in siblings:
+                    raise ValueError(
+                        f"page_size must be that of the cache (got {self.page_size}), and each "
+                        "event must be applied once: follow a new subscription with a new mirror."
+                    )
+                siblings[first], self._pieces[event.id] = event.id, piece
                 self.num_tokens += len(event.tokens)
             case KVSplit():
                 self._split(event)

@@ -17,7 +17,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Indices, require_index
+from hybridcache.tokens import Indices, require_bool, require_index
 
 TableRow = Callable[[int, int], Indices]
 """Function of (row, end). Returns the KV indices that a runner was given for positions of a row
@@ -57,16 +57,19 @@ class CacheManager:
 
         Raises:
             TypeError, ValueError: ``num_rows`` is not an integer, or less than 1; ``placement`` has
-                no ``plan``.
+                no ``plan``; ``stateful``, ``exact`` or ``owns_states`` is not a bool.
         """
         require_index(num_rows, "num_rows", 1)
+        flags = {"stateful": stateful, "exact": exact, "owns_states": owns_states}
+        for what, flag in flags.items():
+            require_bool(flag, what)
         if not callable(getattr(placement, "plan", None)):
             raise TypeError(f"placement must be made by parse_placement (got {placement!r}).")
         self.cache = cache
         self.placement = placement
         self.stateful = stateful
         self._exact = exact
-        self._owns_states = owns_states
+        self.owns_states = owns_states
         self._exchange = exchange
         self._after_reading = after_reading
         self._free_rows = list(range(num_rows - 1, -1, -1))
@@ -93,7 +96,7 @@ class CacheManager:
             exact=self._exact,
             stateful=self.stateful,
             table_row=self._free_rows[-1],
-            own_slot=self._free_rows[-1] if self._owns_states else None,
+            own_slot=self._free_rows[-1] if self.owns_states else None,
             resumes=request.is_counted,
         )
         exchange = self._after_reading if request.fetched_len else self._exchange

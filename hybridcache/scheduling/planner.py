@@ -35,7 +35,7 @@ from hybridcache.policies.admission.sessions import Sessions
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import common_prefix_len, require_index
+from hybridcache.tokens import common_prefix_len, require_bool, require_index
 
 TILE = 64
 """Tokens per tile of every kernel, unless the grid is finer. Prefill chunks end at absolute
@@ -215,26 +215,33 @@ class StepPlanner(Generic[R]):
             clock: function that returns seconds.
 
         Raises:
-            TypeError, ValueError: ``admission`` is no policy, a number is less than 1, or
+            TypeError, ValueError: an argument is of another type, a number is less than 1, or
                 ``memory`` is not that of the manager's cache.
         """
         if not isinstance(admission, AdmissionPolicy):
             raise TypeError(f"admission must be made by make_admission (got {admission!r}).")
         for what, number in (("max_running", max_running), ("token_budget", token_budget)):
             require_index(number, what, 1)
-        if (memory.page_size, memory.is_stateful) != (manager.cache.page_size, manager.stateful):
+        require_bool(shares, "shares")
+        if fetching is not None and not isinstance(fetching, Holding):
+            raise TypeError(f"fetching must be a Holding, or None (got {fetching!r}).")
+        if not callable(clock):
+            raise TypeError(f"clock must be a function that returns seconds (got {clock!r}).")
+        cache, arena = manager.cache, manager.cache.arena
+        needed = cache.page_size, manager.stateful, manager.stateful and manager.owns_states
+        if (memory.page_size, memory.is_stateful, memory.owns_states) != needed:
             raise ValueError(
-                "memory must have the page size of the manager's cache, and states if the manager "
-                f"is stateful (got {memory})."
+                "memory must have the page size of the manager's cache, states if the manager is "
+                f"stateful, and its owns_states (got {memory})."
             )
-        arena = manager.cache.arena
         slab_rows = 0 if arena is None or not manager.stateful else arena.slab_rows
+        num_slots = cache.num_slots if manager.stateful else memory.num_slots
         num_rows = memory.num_kv_tokens - memory.num_kv_tokens % memory.page_size
-        if num_rows > manager.cache.num_kv_tokens or memory.slab_rows < slab_rows:
+        is_same = (memory.slab_rows, memory.num_slots) == (slab_rows, num_slots)
+        if num_rows > cache.num_kv_tokens or not is_same:
             raise ValueError(
-                f"memory must be that of the manager's cache, which has "
-                f"{manager.cache.num_kv_tokens} KV rows and {slab_rows} rows per slab of an arena "
-                f"(got {memory})."
+                f"memory must be that of the manager's cache, which has {cache.num_kv_tokens} KV "
+                f"rows, {num_slots} slots and {slab_rows} rows per slab of an arena (got {memory})."
             )
         self._manager = manager
         self.admission = admission

@@ -21,12 +21,12 @@ from hybridcache.api import Listener
 from hybridcache.export.events import EventStream, Mirror
 from hybridcache.export.warm_state import pack, unpack, write_memory
 from hybridcache.policies.boundaries import PromptBoundaries
-from hybridcache.policies.protocol import Prefill
+from hybridcache.policies.protocol import FetchRule, Prefill
 from hybridcache.policies.registry import make_admission
 from hybridcache.routing.outbox import Outbox
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
-from hybridcache.scheduling.planner import StepPlanner
+from hybridcache.scheduling.planner import Holding, StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from tests.cache.serving import hybrid, ids, publish
 from tests.cache.twins import VictimLog
@@ -145,6 +145,7 @@ REFUSED = {
     "policies after a request": ("before the first", recall_late),
     "a bare placement": ("placement.rules", lambda cache, rows: write_memory(cache, PLACEMENT)),
     "no event": ("EventStream", lambda cache, rows: Mirror(1).apply({"id": 1})),
+    "no tier": ("host_bytes", lambda cache, rows: cache.adopt(rows)),
     "no listener": ("EventStream", lambda cache, rows: cache.subscribe(None)),
     "a class as listener": ("EventStream", lambda cache, rows: cache.subscribe(VictimLog)),
     "a listener of another cache": ("another", lambda cache, rows: cache.subscribe(FOLLOWS)),
@@ -427,6 +428,14 @@ def begin(**changes):
     Lease.begin(hybrid(), parse_placement("end"), LeaseRequest(**arguments), exchange)
 
 
+def mirror(page_size):
+    cache = hybrid(page_size=4)
+    cache.subscribe(EventStream(Mirror(4).apply))
+    for tokens in ("abcd", "aXcd"):
+        publish(cache, ids(tokens))
+    cache.subscribe(EventStream(Mirror(page_size).apply))
+
+
 def on_grid(plan):
     Prefill(200, 0, 0, 0, (), 64).on_grid(plan)
 
@@ -436,6 +445,7 @@ WRONG = (
     *((sizes, {"num_kv_tokens": value}) for value in (-1, "a", 1.5)),
     *((sizes, {name: 0}) for name in ("row_bytes", "page_size")),
     *((manager, {"num_rows": value}) for value in (-1, 0, "a")),
+    *((manager, {name: 1}) for name in ("stateful", "exact", "owns_states")),
     *((planner, {"max_running": value}) for value in (0, "a")),
     *((planner, {"token_budget": value}) for value in (0, -5)),
     *((planner, {"admission": value}) for value in (None, "sessions")),
@@ -449,15 +459,22 @@ WRONG = (
     (planner, {"memory": sizes(page_size=4)}),
     (planner, {"memory": sizes(state_bytes=0)}),
     (planner, {"memory": sizes(num_kv_tokens=1001)}),
+    *((planner, {"memory": sizes(num_slots=value)}) for value in (0, 9, 11)),
+    (planner, {"memory": sizes(owns_states=True)}),
+    (planner, {"manager": manager(owns_states=True), "memory": sizes()}),
+    (planner, {"shares": 1}),
+    *((planner, {"fetching": value}) for value in (5, len, Holding)),
+    *((planner, {"clock": value}) for value in (None, 0.0)),
     (planner, {"manager": arena_manager(), "memory": sizes(num_kv_tokens=100)}),
     (manager, {"placement": 5}),
     *((scheduled, {"arrival_s": value}) for value in (None, "x")),
     (asking, {"request_id": None}),
     (asking, {"save_at": (-4,)}),
-    *((begin, {"exchange": value}) for value in (3, len)),
+    *((begin, {"exchange": value}) for value in (3, len, FetchRule)),
     (begin, {"stateful": False}),
     *((partial(Outbox, hybrid()), {"kept": value}) for value in (0, -1, "3")),
     *((Mirror, {"page_size": value}) for value in (0, "a")),
+    *((mirror, {"page_size": value}) for value in (1, 3, 8)),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "grid": None}),
     *((partial(write_memory, hybrid()), {"placement": v}) for v in ("adaptive", [None], 5)),

@@ -118,15 +118,20 @@ def test_a_failing_placement_leaves_the_cache_consistent(method: str, calls: int
 
 
 class FailingExchange:
-    """Exchange rule that raises."""
+    """Exchange rule that raises, or returns no number."""
+
+    def __init__(self, raises: bool) -> None:
+        self.raises = raises
 
     def seconds_saved(
         self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
-    ) -> float:
-        raise RuntimeError("boom")
+    ) -> Any:
+        if self.raises:
+            raise RuntimeError("boom")
 
 
-def test_a_failing_exchange_rule_leaks_nothing() -> None:
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_failing_exchange_rule_leaks_nothing(raises: bool) -> None:
     cache, tokens = (
         hybrid(40, 3, **ITEM_BYTES, grid=4, host_bytes=60),
         np.arange(20, dtype=np.int32),
@@ -136,8 +141,8 @@ def test_a_failing_exchange_rule_leaks_nothing() -> None:
     cache.insert(tokens, cache.allocate_kv(20), [(16, slot)])
     cache.evict(num_tokens=20)
     assert cache.match(tokens).loadable
-    with pytest.raises(RuntimeError, match="boom"):
-        Lease.begin(cache, Placement((Adaptive(),)), LeaseRequest(tokens), FailingExchange())
+    with pytest.raises((RuntimeError, TypeError), match=r"boom|seconds_saved must"):
+        Lease.begin(cache, Placement((Adaptive(),)), LeaseRequest(tokens), FailingExchange(raises))
     cache.check(held_tokens=0, held_slots=0)
 
 

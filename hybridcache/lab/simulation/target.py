@@ -50,7 +50,7 @@ class LeaseTarget:
         """Match, and take memory for the prompt and its checkpoints. Returns None, and holds
         nothing, if running requests leave too little memory."""
         self.now_s = request.timestamp_s
-        if self._stateful and self._own_slots is None and not self.cache.has_slots:
+        if self._stateful and self._own_slots is None and not self.cache.num_slots:
             return None  # a pool of states that is smaller than one
         asked = LeaseRequest(
             request.tokens,
