@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.command.parser import did_you_mean
 from hybridcache.geometry.model import ModelGeometry
 
 Lengths = npt.NDArray[np.int64]
@@ -113,7 +114,7 @@ class MeasuredTimes:
     """
 
     starts: tuple[int, ...]
-    """Numbers of reused tokens, ascending."""
+    """Numbers of reused tokens, ascending from 0."""
     lengths: tuple[int, ...]
     """Numbers of computed tokens, ascending."""
     table_s: tuple[tuple[float, ...], ...]
@@ -133,6 +134,10 @@ class MeasuredTimes:
                 raise ValueError(f"{name} must be whole numbers (got {axis}).")
             if list(axis) != sorted(set(axis)) or min(axis, default=0) < 0:
                 raise ValueError(f"{name} must ascend, from 0 or more on (got {axis}).")
+        if self.starts[:1] != (0,):
+            raise ValueError(
+                f"starts must begin with 0 (got {self.starts})."
+            )
         widths = {len(row) for row in self.table_s}
         if (
             not self.lengths
@@ -171,6 +176,10 @@ class MeasuredTimes:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(record, dict):
                 raise ValueError("an object with starts, lengths and table_s is needed")
+            absent = {"starts", "lengths", "table_s", "decodes", "decode_s"} - record.keys()
+            for name in record:
+                if hint := did_you_mean(name, absent):
+                    raise ValueError(f"{name!r} is not read{hint}")
             return cls(
                 tuple(record["starts"]),
                 tuple(record["lengths"]),

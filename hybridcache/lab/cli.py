@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,10 +37,11 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 if it did its work, 1 if some of its runs failed, 2 if the request
-    was impossible or all runs failed, and 130 if it was stopped."""
+    was impossible or all runs failed, 130 if it was stopped by SIGINT, and 143 by SIGTERM."""
     if arguments is None:
         open_closed_streams()
         end_by_exception(signal.SIGINT)
+        signal.signal(signal.SIGTERM, _terminate)
     options = argparse.Namespace()
     try:
         _parser().parse_args(arguments, options)
@@ -56,27 +58,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe: discard the rest, also at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        return _stopped(options)
+    except KeyboardInterrupt as interrupt:
+        return _stopped(options, interrupt)
     except (ValueError, KeyError, ModuleNotFoundError, OSError, MemoryError) as error:
         cause: BaseException = error
         while cause.__context__ is not None:
             cause = cause.__context__
             if isinstance(cause, KeyboardInterrupt):  # A request that it cut could not be ended.
-                return _stopped(options)
+                return _stopped(options, cause)
         print(f"hybridcache: {_sentence(error)}", file=sys.stderr)
         return 2
 
 
-def _stopped(options: argparse.Namespace) -> int:
-    """Say what an interrupted command has kept."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM. It cleans up as Ctrl-C does, and no policy's error handler takes it for an exit."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _stopped(options: argparse.Namespace, interrupt: KeyboardInterrupt) -> int:
+    """Say what an interrupted command has kept, and return its exit status."""
     kept = getattr(options, "output", None)
     is_kept = kept is not None and kept.exists()
     done = f"what was done is in {kept}"
     if getattr(options, "goes_on", False):
         done += ", and the same command goes on from there"
     print(f"hybridcache: stopped; {done if is_kept else 'nothing is kept'}", file=sys.stderr)
-    return 130
+    return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
 
 
 class _WarningPrinter:
@@ -307,18 +317,20 @@ def _trace_fetch(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _written_whole(path: Path) -> Iterator[TextIO]:
-    """Open a new text file, which is removed after an error; with the ending ``.gz`` it is
+    """Open a new text file, which gets its name when it is whole; with the ending ``.gz`` it is
     compressed. Pipes and devices are written directly."""
+    if path.exists():
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
     place = path.resolve()  # behind a link: the link stays
     place.parent.mkdir(parents=True, exist_ok=True)
     writes = gzip.open if place.suffix == ".gz" else open
-    try:
-        with cast("TextIO", writes(place, "wt", encoding="utf-8")) as file:
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".part-") as folder:
+        part = Path(folder, place.name)
+        with cast("TextIO", writes(part, "wt", encoding="utf-8")) as file:
             yield file
-    except BaseException:
-        if place.is_file():
-            place.unlink()
-        raise
+        part.replace(place)
 
 
 # --- Simulations ----------------------------------------------------------------------------------
@@ -434,8 +446,8 @@ def _simulate(options: argparse.Namespace) -> int:
             results.append(result)
             losses = losses_table(result.runs) if options.losses else ""
             path = Path(str(asked.model))  # the engine reads the folder of a config.json
-            folder = path.parent if path.is_file() else path
-            model = shlex.quote(str(folder)) if path.exists() else ""
+            folder = path.parent if path.name == "config.json" else path
+            model = shlex.quote(str(folder)) if folder.is_dir() else ""
             texts = [result.table(metrics), losses, result.verdict(model)]
         if options.figure:  # before anything is printed: a pipe that reads it may close early
             drawn = _draw(results, options, metrics)

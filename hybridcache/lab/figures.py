@@ -3,6 +3,7 @@ one is drawn."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -236,19 +237,26 @@ def draw_limits(axis: Any, result: SweepRuns) -> None:
 def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
     """Make the x axis logarithmic, with plain numbers. ``sizes`` are its ticks; the numbers of more
     than ``MOST_TICKS`` are round ones."""
-    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator
 
     width = axis.get_position().width * axis.figure.get_size_inches()[0]
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    axis.xaxis.set_major_formatter(lambda size, _: _number(size))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    _plain_ticks(axis.xaxis, (1, 2, 5))
     if 0 < len(sizes) <= MOST_TICKS:
         axis.xaxis.set_major_locator(FixedLocator(sizes))
     if sizes:
         axis.xaxis.set_minor_locator(FixedLocator(sizes))
     long = "memory for KV and checkpoints, GiB"
     axis.set_xlabel(label or (long if width > 2.6 else "memory, GiB"))
+
+
+def _plain_ticks(axis: Any, multiples: Sequence[int]) -> None:
+    """Write plain numbers on a logarithmic axis, at ``multiples`` of the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, multiples))
+    axis.set_major_formatter(lambda value, _: _number(value))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _number(size: float) -> str:
@@ -344,15 +352,19 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 
 @_with_fonts
 def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -> Figure:
-    """Draw hits, times to first token and makespan over the rate of sessions: a row of panels per
+    """Draw hits, times to first token and makespan over the rate of sessions: four panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
     smallest to the largest."""
-    cells = list(dict.fromkeys((run.trace, run.label, run.gib) for run in runs))
+    names = {run.config.trace: run.trace for run in runs}
+    is_clear = len(set(names.values())) == len(names)
+    cells = list(dict.fromkeys((run.config.trace, run.label, run.gib) for run in runs))
     admissions = list(dict.fromkeys(run.admission for run in runs))
-    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), columns=4, size=(2.8, 2.5))
+    columns, size = (2, (3.4, 2.7)) if len(cells) == 1 else (4, (2.8, 2.5))
+    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), columns, size)
     titles: list[list[str]] = []
     for row, cell in enumerate(cells):
-        here = [run for run in runs if (run.trace, run.label, run.gib) == cell]
+        here = [run for run in runs if (run.config.trace, run.label, run.gib) == cell]
+        trace = names[cell[0]] if is_clear else cell[0]
         for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
             axis = axes[row * len(CLOSED_LOOP_PANELS) + column]
             for place, admission in enumerate(admissions):
@@ -369,21 +381,20 @@ def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -
                     list(by_rate),
                     means,
                     yerr=[*zip(*bars, strict=True)],
-                    color=COLOURS[place % len(COLOURS)],
-                    linestyle=dashes(place),
-                    marker="o",
-                    markersize=3,
-                    linewidth=2.0 if admission == "sessions" else 1.1,
                     elinewidth=0.6,
                     label=admission,
+                    **line_look(place, len(admissions)),
                 )
             size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
             axis.set_ylabel(name)
             if name.endswith("TTFT, s"):
                 axis.set_yscale("log")
+                low, high = map(math.log10, axis.get_ylim())
+                axis.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))
+                _plain_ticks(axis.yaxis, (1, 3))
             else:
                 axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-            titles.append([cell[0], here[0].config.model, f"{cell[2]:.3g} GiB", cell[1]])
+            titles.append([trace, here[0].config.model, f"{cell[2]:.3g} GiB", cell[1]])
     set_titles(figure, axes, titles)
     has_bars = len({run.seed for run in runs}) > 1
     return save(figure, axes, path, "Bars: the smallest to the largest of all seeds." * has_bars)

@@ -36,6 +36,7 @@ from types import ModuleType
 from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
+from hybridcache.allocators.pools import MAX_ROWS
 from hybridcache.command.parser import did_you_mean, or_known
 from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
@@ -374,8 +375,12 @@ class Scenario:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in tomllib.loads(text).items()
         }
-        if "trace" not in found:
-            raise ValueError("there is no trace in the scenario")
+        tables = [name for name, value in found.items() if isinstance(value, dict)]
+        if tables or "trace" not in found:
+            problem = f"[{tables[0]}] is a table" if tables else "there is no trace"
+            raise ValueError(
+                f'{problem} in the scenario: settings are lines at its top, such as trace = "chat"'
+            )
         return cls.of(found.pop("trace"), found)
 
     def to_toml(self) -> str:
@@ -443,7 +448,8 @@ class Scenario:
         """Return the sizes, GiB, and the bytes of the working set if they are shares of it, else 0.
 
         ``usual`` are the sizes if none were given. ValueError for a size that cannot hold a page of
-        ``page_tokens`` tokens, and for shares of an empty trace.
+        ``page_tokens`` tokens, or holds more ids than int32 can number, and for shares of an empty
+        trace.
         """
         spec, geometry, whole_bytes = self.gib, self.geometry(), 0
         spec = usual if spec is None else spec
@@ -459,6 +465,12 @@ class Scenario:
             raise ValueError(
                 f"gib {min(found):g} is less than a page of KV, which takes "
                 f"{format_bytes(page_bytes)}: give more"
+            )
+        most_bytes = MAX_ROWS * trace.unit * geometry.kv_bytes_per_token
+        if budget_bytes(max(found)) > most_bytes:
+            raise ValueError(
+                f"gib {max(found):g} holds more rows of KV than int32 can number: give at most "
+                f"{most_bytes // GIB}"
             )
         return found, whole_bytes
 

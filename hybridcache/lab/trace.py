@@ -207,6 +207,8 @@ def _checked(request: TraceRequest) -> TraceRequest:
     boundaries = tuple(sorted(_ids(request.boundaries, "boundaries").tolist()))
     if not len(tokens):
         raise ValueError("tokens are empty")
+    if boundaries and boundaries[-1] > len(tokens):
+        raise ValueError(f"boundaries must be at most {len(tokens)} here (got {boundaries[-1]})")
     hash((request.session, request.namespace))  # TypeError for a list
     return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 

@@ -46,6 +46,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace chat --page-size 1 --page-size 2", "--page-size is given twice."),
         ("simulate --trace chat --metric hit --metric seconds", "--metric is given twice: join"),
         ("simulate --trace short --gib 1%:100%:0", "gib '1%:100%:0': GiB above 0, below"),
+        ("simulate --trace short --gib 1e9", "gib 1e+09 holds more rows of KV than int32 can"),
         ("simulate --trace short --gib 1 --policy lruu", "'lruu', did you mean 'lru'?"),
         ("simulate --closed-loop --trace short --baseline vllm", "no lease and no planner"),
         ("simulate --trace short --closed-loop --admission session", "did you mean 'sessions'?"),
@@ -186,16 +187,17 @@ def simulating(output: Path, processes: int) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-@pytest.mark.full("1")
+@pytest.mark.full("1-SIGINT", "2-SIGTERM")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupt_gives_one_line_that_names_the_results_file(
-    tmp_path: Path, processes: int
+    tmp_path: Path, processes: int, number: int
 ) -> None:
     output = tmp_path / "runs.jsonl"
     with simulating(output, processes) as run_:
-        os.killpg(run_.pid, signal.SIGINT)
+        os.killpg(run_.pid, number)
         _, error = run_.communicate()
-    assert run_.returncode == 130 and "Traceback" not in error
+    assert run_.returncode == 128 + number and "Traceback" not in error
     line = error.splitlines()[-1]
     assert line.startswith("hybridcache: stopped; what was done is in") and str(output) in line
 

@@ -406,6 +406,7 @@ def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: 
         assert replace(cells[0], **change).key(b"trace") != keys[0]
     for text, problem in (
         ("gib = 1", "no trace in the scenario"),
+        ('[scenario]\ntrace = "short"', r"\[scenario\] is a table in the scenario: settings are"),
         ('trace = "short"\npolcy = "lru"', "no setting 'polcy', did you mean 'policy'"),
         ("trace = ", "Invalid value"),
     ):

@@ -18,13 +18,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybridcache.geometry.units import counted
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise, text
-from hybridcache.lab.traces.frame import TraceFieldsWarning, TraceOrderWarning
-from hybridcache.lab.traces.prompts import Continued
+from hybridcache.lab.traces.frame import (
+    UNANSWERED,
+    UNUSED_REST,
+    TraceFieldsWarning,
+    TraceOrderWarning,
+)
+from hybridcache.lab.traces.prompts import NULL, Continued
 from tests.lab.records import lines
 
 
@@ -141,7 +147,8 @@ def test_single_messages_are_assembled_to_prompts(
     result = {"role": "tool", "content": '[{"type": "x"}]', "tool_call_id": "1"}
     said = [user("hello"), call, result, assistant("yes")]
     rows = [{"session": "a"} | one for one in said]
-    rows[1:1] = [{"session": "b"} | one for one in (user("other"), assistant("sure"), user("?"))]
+    other = [user("other"), assistant("sure"), user("?") | {"content": None}]
+    rows[1:1] = [{"session": "b"} | one for one in other]
     rows = [({"time": when} if has_times else {}) | row for when, row in enumerate(rows)]
     rows.append(rows[-1] | {"status": "500 Internal Server Error"})
     path = lines(tmp_path / "t", *rows)
@@ -153,12 +160,20 @@ def test_single_messages_are_assembled_to_prompts(
             writer.writerows(row | one for row, one in zip(rows, calls, strict=True))
     trace = open_trace(f"{path}?tokenizer=bytes")
     assert "an answer is a request after all messages of its session" in trace.columns
-    with pytest.warns(TraceFieldsWarning, match=r"1 record of failed .*; 1 message without an"):
+    counts = "1 record of failed .*; 1 message without an .*; 1 message without a content"
+    with pytest.warns(TraceFieldsWarning, match=counts):
         found = sorted(trace, key=lambda one: str(one.session))
     when = [(0, 4), (5, 1), (1, 1)] if has_times else [(4, None), (6, None), (2, None)]
     began_s = 0 if has_times else 2
     assert [(one.timestamp_s + began_s, one.service_s) for one in found] == when
     assert answer_text(found[2]) == "sure" and found[0].stop_reason == "tool_use"
+    lines(path, *({"messages": more} for more in (said, [*said, other[2]], other, said[:1])))
+    counts = [(2, UNUSED_REST), (2, f"with messages {NULL}"), (1, UNANSWERED)]
+    with pytest.warns(TraceFieldsWarning) as caught:
+        list(open_trace(f"conversations:{path}?tokenizer=bytes"))
+    assert [str(one.message).partition(": ")[2] for one in caught] == [
+        f"{counted(number, 'conversation')} {problem}" for number, problem in counts
+    ]
     lines(path, {"messages": said})
     whole = open_trace(f"conversations:{path}?tokenizer=bytes")
     assert [(text_of(one), answer_text(one)) for one in found[:2]] == [

@@ -184,8 +184,9 @@ def test_only_segments_of_one_conversation_are_merged(
     path = tmp_path / "s.json"
     said = [{"from": ("human", "gpt")[n % 2], "value": str(n)} for n in range(14)]
     parts = [said[:4], said[3:8], said[8:], said[:4]]
+    segments = zip(ids, parts, strict=True)
     path.write_text(
-        json.dumps([{"id": i, "conversations": part} for i, part in zip(ids, parts, strict=True)])
+        json.dumps([{"id": i, "system": "S", "conversations": part} for i, part in segments])
     )
     found = [*open_trace(f"sharegpt:{path}?tokenizer=bytes&starts=fixed:0.01")]
     assert sorted({str(one.session) for one in found}) == sorted(sessions)
@@ -484,6 +485,7 @@ def test_failed_conversion_changes_no_file(
         ({"output": np.array([-7], np.int32)}, "output must be int32"),
         ({"boundaries": (3, -1)}, "boundaries must be int32"),
         ({"boundaries": chat_boundaries(9, kept=(7,))}, "boundaries must be int32"),
+        ({"boundaries": (3, 10)}, r"boundaries must be at most 9 here \(got 10\)"),
         ({"session": ["a"]}, "unhashable type: 'list'"),
         ({"timestamp_s": float("nan")}, "timestamp_s must be a finite number"),
     ],

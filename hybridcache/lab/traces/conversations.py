@@ -12,12 +12,21 @@ from typing import ClassVar
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.dialects import plain_chat, role_of
-from hybridcache.lab.traces.frame import Notes, Record, SessionReader, TraceClock
+from hybridcache.lab.traces.frame import (
+    UNANSWERED,
+    UNUSED_REST,
+    Notes,
+    Record,
+    SessionReader,
+    TraceClock,
+)
 from hybridcache.lab.traces.prompts import (
     EMPTY,
     NAMES,
+    NULL,
     Conversation,
     Named,
+    is_null,
     spelled,
     unread_of_empty,
 )
@@ -50,8 +59,6 @@ class ConversationsReader(SessionReader):
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             number, found, record = next(numbers), list[TraceRequest](), spelled(record)
             name, messages = self.conversation(record, number)
-            for problem in self.unread(record, messages, has_times):
-                notes.warn(problem, f"{problem} (first in conversation {number})")
             said = plain_chat(messages, None, record.get("tools"))
             num_added = len(said) - len(messages)  # a system message with the tools
             conversation = Conversation(chat, name)
@@ -61,6 +68,9 @@ class ConversationsReader(SessionReader):
                 now_s = Named(one, {}).time_s(clock) if is_timed else None
                 request = conversation.add(message, one, now_s)
                 found += [] if request is None else [request]
+            problems = self.unread(record, messages, has_times) if found else [UNANSWERED]
+            for problem in problems:
+                notes.count(problem)
             yield found
 
         return parse
@@ -81,13 +91,15 @@ class ConversationsReader(SessionReader):
         return number, [spelled(message) for message in record.objects("messages")]
 
     def unread(self, record: Record, messages: list[Record], has_times: bool) -> Iterator[str]:
-        """Yield sentences about contents that no request shows."""
-        if messages and role_of(messages[-1]) != "assistant":
-            yield "messages after the last answer are left out"
+        """Yield descriptions of contents that no request shows, for ``Notes.count``."""
+        if role_of(messages[-1]) != "assistant":
+            yield UNUSED_REST
+        if any(map(is_null, messages)):
+            yield f"with messages {NULL}"
         empty = {name for one in messages for name in unread_of_empty(one, NAMES["time"])}
         if empty:
-            yield f"{EMPTY}: {', '.join(sorted(empty))}"
+            yield f"where {EMPTY}: {', '.join(sorted(empty))}"
         times = filter(None, (one.first(NAMES["time"]) for one in (record, *messages)))
         if not has_times and (time := next(times, None)):
             rule = "starts= and pause= set the times unless all messages have one"
-            yield f"{time} is not read: {rule}"
+            yield f"where {time} is not read: {rule}"

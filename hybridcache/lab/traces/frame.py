@@ -47,6 +47,8 @@ COUNTS_ALONE = (
 """End of errors about files that hold counts instead of texts or ids."""
 ONE_SECOND = "one second from each record to the next"
 """Times of records without one."""
+UNANSWERED = "left out, because no answer follows a question"
+UNUSED_REST = "without the messages after the last answer"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
 _DAMAGE = "the gzip file is damaged: everything from this line on is lost"
 _PER_LINE = ": write one object per line, without an array around them"

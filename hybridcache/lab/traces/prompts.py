@@ -59,6 +59,7 @@ CONTENTS = (*PARTS, "reasoning_content")
 EMPTY = (
     f"messages of an assistant have no {', '.join(CONTENTS)}, and these fields of them are not read"
 )
+NULL = "without a content, other than an assistant's, read as empty"
 ABSENT = {"session": "prompts that continue another", "answer": "unknown"}
 """Rules for fields that are absent."""
 BODIES = ("request", "request_body", "body")
@@ -107,6 +108,11 @@ def unread_of_empty(message: Record, known: Collection[str] = ()) -> set[str]:
         return set()
     others = message.keys() - PARAMETERS - {"role", "name", "", *known}
     return {name for name in others if message[name]}
+
+
+def is_null(message: Record) -> bool:
+    """Return True if the content of a message is null, and it is not an assistant's."""
+    return role_of(message) != "assistant" and message.get("content", "") is None
 
 
 class Named:
@@ -298,8 +304,9 @@ class PromptParser:
         self._unread, self._num_chars = Counter[str](), Counter[str]()
         """Number of values of each field without a use, and of characters of those with words."""
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
-        self._num_failed = self._num_whole = 0
-        """Failed requests, and prompts without an answer whose last message is an assistant's."""
+        self._num_failed = self._num_whole = self._num_null = 0
+        """Failed requests, prompts without an answer whose last message is an assistant's, and
+        messages with ``is_null``."""
         self._of_empty = Counter[str]()
         """Number of values that are not read in an assistant's messages without contents."""
         self._conversations = dict[str | int, Conversation]()
@@ -358,6 +365,7 @@ class PromptParser:
             messages = [spelled(message) for message in messages]
             for message in messages:
                 self._of_empty.update(unread_of_empty(message))
+                self._num_null += is_null(message)
             said = plain_chat(messages, record.get("system"), record.get("tools", list))
             is_whole = answer is None and said and said[-1]["role"] == "assistant"
             self._num_whole += bool(is_whole)
@@ -396,6 +404,7 @@ class PromptParser:
         session, message = record.record.key(record.used["session"]), record.message()
         conversation = self._conversations.get(session) or Conversation(self._chat, session)
         self._of_empty.update(unread_of_empty(message, record.used.values()))
+        self._num_null += is_null(message)
         is_first = not conversation.said
         leading = (record.get("system"), record.get("tools", list)) if is_first else ()
         *system, said = plain_chat([message], *leading)
@@ -418,6 +427,8 @@ class PromptParser:
         num_unanswered = sum(one.num_unanswered for one in self._conversations.values())
         if num_unanswered:
             yield f"{counted(num_unanswered, 'message')} without an answer left out"
+        if self._num_null:
+            yield f"{counted(self._num_null, 'message')} {NULL}"
         if self._num_later > 2 * self._num_continued:
             missed = self._num_later - self._num_continued
             yield (

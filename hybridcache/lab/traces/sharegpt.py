@@ -1,7 +1,8 @@
 """ShareGPT: an array of ``{"id": "abc_0", "conversations": [{"from": "human", "value": "..."}]}``.
 
 A record is a conversation, or a segment of one, whose id ends in the index of its first message.
-Segments follow each other, and the message at the border is often in both.
+Segments follow each other, and the message at the border is often in both. The index does not
+count a ``system`` message, which each segment may repeat.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.dialects import Chat
 from hybridcache.lab.traces.frame import (
     CUT,
+    UNANSWERED,
+    UNUSED_REST,
     Line,
     Notes,
     Record,
@@ -62,28 +65,29 @@ class ShareGPTReader(SessionReader):
         """Yield (line, ``{"id", "messages"}``) of whole conversations in the order of the file,
         segments merged. Messages have a ``role`` and ``content``."""
         line: Line
-        line, name, base, messages = 0, "", "", Chat()
+        line, name, base, system, messages = 0, "", "", Chat(), Chat()
         names, are_indices = Counter[str](), True
-        for at, (id_, said) in parsed(self.path, json_array(self.path, bad), _segment, bad):
+        records = parsed(self.path, json_array(self.path, bad), _segment, bad)
+        for at, (id_, leading, said) in records:
             if not said:
                 yield at, Record(id=id_, messages=said)
                 continue
             before = base
             base, _, index = id_.rpartition("_")
             start = int(index) if base and index.isdecimal() else 0
-            if are_indices and start and base == before:
+            if are_indices and start and base == before and leading in ([], system):
                 if _continues(messages, start, said):
                     messages += said[len(messages) - start :]
                     continue
                 are_indices = start > len(messages)  # else they count conversations
             if messages:
-                yield line, Record(id=name, messages=messages)
+                yield line, Record(id=name, messages=system + messages)
             name = base if base and index.isdecimal() and not names[base] else id_
             names[name] += 1
             name += f" ({names[name]})" if names[name] > 1 else ""
-            line, messages = at, said
+            line, system, messages = at, leading, said
         if messages:
-            yield line, Record(id=name, messages=messages)
+            yield line, Record(id=name, messages=system + messages)
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         chat = load_chat_text(self.tokenizer, self.template)
@@ -102,9 +106,9 @@ class ShareGPTReader(SessionReader):
                     found.append(turn._replace(session=record["id"]))
             else:
                 if not found:
-                    notes.count("left out, because no answer follows a question")
+                    notes.count(UNANSWERED)
                 elif said[-1]["role"] != "assistant":
-                    notes.count("without the messages after the last answer")
+                    notes.count(UNUSED_REST)
             yield found
 
         return parse
@@ -116,14 +120,14 @@ def _continues(messages: Chat, start: int, said: Chat) -> bool:
     return start == len(messages) or (start == len(messages) - 1 and messages[-1:] == said[:1])
 
 
-def _segment(record: Record) -> Iterator[tuple[str, Chat]]:
-    """Yield (id, messages)."""
-    said = Chat()
+def _segment(record: Record) -> Iterator[tuple[str, Chat, Chat]]:
+    """Yield (id, system message, other messages)."""
+    said, leading = Chat(), Chat()
     if record.get("system"):
-        said.append({"role": "system", "content": record.text("system")})
+        leading.append({"role": "system", "content": record.text("system")})
     for one in record.objects("conversations"):
         role = _ROLES.get(one.text("from").lower())
         if role is None:
             raise ValueError(f"from is {shown(one['from'])}, none of {', '.join(_ROLES)}")
         said.append({"role": role, "content": one.text("value")})
-    yield str(record.key("id")), said
+    yield str(record.key("id")), leading, said
