@@ -406,7 +406,9 @@ class PrefillGraphs:
 
     def __init__(self, model: Decoder, memory: Memory, record: Record, *, most_tokens: int) -> None:
         self._model, self._pools, self._record = model, memory.pools, record
-        self._sizes = prefill_buckets(most_tokens)
+        # The rows of a step are padded to this multiple, also those of the largest step.
+        multiple: int = model.build.kernels["linear"].ROWS
+        self._sizes = prefill_buckets(-(-most_tokens // multiple) * multiple)
         self._replays: dict[int, list[Replay]] = {}
         weight = model.embedding.weight
         self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=weight.device)

@@ -125,6 +125,15 @@ def test_pools_leave_memory_for_graphs(monkeypatch, tmp_path, cached_mib, draft)
         assert 0 <= budget - runner.memory.total_bytes < runner.memory.row_bytes
 
 
+def test_the_largest_graph_has_the_rows_of_the_largest_step(monkeypatch, tmp_path) -> None:
+    """Steps of up to 211 tokens have rows in multiples of four, which a multi-token head reads."""
+    with stubbed(monkeypatch):
+        settings = {"draft": "mtp:2", "max_running": 5, "token_budget": 199}
+        runner = make_engine(tmp_path, max_model_len=200, **settings).runner
+        assert runner.most_step_tokens == 211
+        assert runner.graphs[1].buckets[0] == 212
+
+
 @pytest.mark.parametrize("work", ["LoadedModel.load", "measure"])
 def test_a_device_with_too_little_memory_gets_a_sentence(monkeypatch, tmp_path, work) -> None:
     with stubbed(monkeypatch):
