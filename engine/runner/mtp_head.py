@@ -20,6 +20,10 @@ from kernels.attention.sequences import Sequences
 from kernels.upload import upload
 
 
+ALIGNED_COLUMNS = 16
+"""Triton compiles a kernel for strides that are a multiple of this number, and for others."""
+
+
 class Predictor:
     """A multi-token head, the pools of its state, and separate rows for drafts."""
 
@@ -92,11 +96,14 @@ class Predictor:
 
     def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
         """Return int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest
-        token, then ``depth`` separate rows for that token and the drafts."""
+        token, then ``depth`` separate rows for that token and the drafts. Later columns are not
+        read."""
         device, count = self.table.device.device, len(requests)
         ends = [request.position - 1 for request in requests]
         known = max(ends)
-        rows = self.table.device.new_zeros(count, known + depth)
+        # Whole units of columns, because a kernel is compiled again for another alignment of rows.
+        num_columns = -(-(known + depth) // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+        rows = self.table.device.new_zeros(count, num_columns)
         table_rows = upload([request.row for request in requests], torch.int64, device)
         rows[:, :known] = self.table.device[table_rows, 1 : 1 + known]
         ahead = torch.arange(depth, device=device)

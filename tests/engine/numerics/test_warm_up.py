@@ -20,6 +20,7 @@ from engine.requests.request import SamplingParams
 from engine.runner.build import load_runner
 from engine.runner.memory import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler
+from engine.schedule.scheduler import Newest
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.selection import is_quick
@@ -132,6 +133,15 @@ def test_the_largest_graph_has_the_rows_of_the_largest_step(monkeypatch, tmp_pat
         runner = make_engine(tmp_path, max_model_len=200, **settings).runner
         assert runner.most_step_tokens == 211
         assert runner.graphs[1].buckets[0] == 212
+
+
+def test_guesses_at_every_position_need_no_compilation(monkeypatch, tmp_path) -> None:
+    with stubbed(monkeypatch) as (_, launches):
+        runner = make_engine(tmp_path, draft="mtp:3").runner
+        compiled = set(launches.seen)
+        for position in range(1, 70):
+            runner.guess([Newest(0, 0, 0, position)], [3])
+        assert launches.seen == compiled
 
 
 @pytest.mark.parametrize("work", ["LoadedModel.load", "measure"])
