@@ -19,7 +19,6 @@ from hybridcache.tokens import Tokens
 from kernels.attention.sequences import Sequences
 from kernels.upload import upload
 
-
 ALIGNED_COLUMNS = 16
 """Triton compiles a kernel for strides that are a multiple of this number, and for others."""
 
