@@ -135,9 +135,7 @@ class MeasuredTimes:
             if list(axis) != sorted(set(axis)) or min(axis, default=0) < 0:
                 raise ValueError(f"{name} must ascend, from 0 or more on (got {axis}).")
         if self.starts[:1] != (0,):
-            raise ValueError(
-                f"starts must begin with 0 (got {self.starts})."
-            )
+            raise ValueError(f"starts must begin with 0 (got {self.starts}).")
         widths = {len(row) for row in self.table_s}
         if (
             not self.lengths

@@ -146,7 +146,7 @@ class Split:
         """Return the split with its first seeds."""
         if num_seeds is not None and not 1 <= num_seeds <= len(self.seeds):
             raise ValueError(
-                f"num_seeds must be from 1 to {len(self.seeds)}, the seeds of the split (got "
+                f"seeds must be from 1 to {len(self.seeds)}, the seeds of the split (got "
                 f"{num_seeds})."
             )
         return replace(self, seeds=self.seeds[:num_seeds])

@@ -134,7 +134,8 @@ def test_wrong_field_values_are_read_or_reported(reader: str, tmp_path: Path) ->
     [
         (b"hello\n", "line 1: not JSON"),
         (b'\n{"tokens": [1]', "line 2: not JSON .*column 15"),
-        (b"\xff\xfe\x00", "line 1: not UTF-8"),
+        (b"\xff\xff\x00", "line 1: not UTF-8"),
+        ("{}".encode("utf-16"), "line 1: not UTF-8, perhaps UTF-16: convert it"),
         (b'["\xff"]', "line 1, record 1: not UTF-8"),
         (b"", "there is no record"),
         (b"[]", "there is no record"),

@@ -332,7 +332,9 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     the figures. ValueError if no request fits."""
     served = simulate_closed_loop(trace, cell)
     if not served.session:
-        raise RunFailed(f"{trace.name}: no request fits in the memory ({served.num_refused} tried)")
+        num_tried = served.num_refused
+        does_not_fit = f"no request fits in the memory ({num_tried} tried)"
+        raise RunFailed(f"{trace.name}: {does_not_fit if num_tried else trace.is_empty_because}")
     [rate], [seed], limit_s = sizes(cell.rate, "rate"), seeds_of(cell), cell.ttft_limit_s
     asked_s = np.array(served.asked_s)
     ttft_s = np.array(served.first_token_s) - asked_s

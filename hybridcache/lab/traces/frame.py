@@ -262,7 +262,7 @@ class Notes:
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
     """Open a file, plain or gzipped (by its first two bytes), and skip its byte order mark if
-    present.
+    present. ValueError if it begins as UTF-16.
 
     Reading raises one of ``DAMAGED`` if a gzipped file is damaged or truncated.
     """
@@ -270,7 +270,10 @@ def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rb") if zipped else open(path, "rb") as opened:
         with suppress(*DAMAGED):  # the next read reports the line
-            if opened.peek(3)[:3] == b"\xef\xbb\xbf":
+            head = opened.peek(3)[:3]
+            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
+                raise ValueError(f"{path}, line 1: not UTF-8, perhaps UTF-16: convert it")
+            if head == b"\xef\xbb\xbf":
                 opened.read(3)
         yield opened
 

@@ -320,15 +320,15 @@ class PromptParser:
         if record.is_message:
             yield from self._message(record)
             return
+        session = record.record.key(record.used["session"]) if "session" in record.used else None
+        request, said = self._request(record)
+        now, namespace = record.time_s(self._clock), record.namespace()
         known = {*record.used.values(), *PARAMETERS, ""}
         for name, value in record.record.items():
             if value is not None and name not in known:
                 self._unread[name] += 1
                 is_text = isinstance(value, str) and _LETTERS.search(value)
                 self._num_chars[name] += len(value) if is_text else 0
-        session = record.record.key(record.used["session"]) if "session" in record.used else None
-        request, said = self._request(record)
-        now, namespace = record.time_s(self._clock), record.namespace()
         session = self._session(session, namespace, said, now)
         yield request._replace(timestamp_s=now, session=session, namespace=namespace)
 
