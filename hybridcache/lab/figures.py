@@ -80,7 +80,7 @@ def sweep_figure(
     hindsight, if plans were computed. Plans and bounds are black lines.
     """
     if words is None:
-        known = any(run.optimum_tokens for result in results for run in result.runs)
+        known = any(run.optimum_tokens is not None for result in results for run in result.runs)
         words = ("hit", "optimum") if known else "hit"
     words = [words] if isinstance(words, str) else list(words)
     count = len(words) * len(results)
@@ -184,22 +184,17 @@ def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
     axis.plot(sizes, top, color="black", linewidth=1.4, label="reused: below the line")
 
 
-def dashes(place: int) -> Any:
-    """Return the dashes of line ``place``. Lines of one colour have other dashes, up to four times
-    the number of colours."""
-    return _DASHES[(place + place // len(COLOURS)) % len(_DASHES)]
-
-
 def line_look(place: int, count: int) -> dict[str, Any]:
     """Return colour, marker, dashes and widths for line ``place`` of ``count``.
 
     Earlier lines are wider, later ones dashed and on top, and markers are hollow: where lines
-    coincide, all of them are visible.
+    coincide, all of them are visible. Lines of one colour have other dashes, up to four times the
+    number of colours.
     """
     behind = (count - 1 - place) / max(1, count - 1)
     return {
         "color": COLOURS[place % len(COLOURS)],
-        "linestyle": dashes(place),
+        "linestyle": _DASHES[(place + place // len(COLOURS)) % len(_DASHES)],
         "linewidth": 1.2 + 1.3 * behind,
         "marker": _MARKERS[place % len(_MARKERS)],
         "markersize": 4 + 2 * behind,
@@ -226,7 +221,8 @@ def draw_curves(axis: Any, result: SweepRuns, metric: Metric) -> None:
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:
     """Draw the limits of token hit rates: the best plan with hindsight and the infinite cache."""
-    plans = sorted({(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens})
+    planned = (run for run in result.runs if run.optimum_tokens is not None)
+    plans = sorted({(run.gib, hindsight_percent(run)) for run in planned})
     if plans:
         axis.plot(*zip(*plans, strict=True), "k.-", linewidth=1.0, markersize=4, label=PLAN)
     if result.bound_rate is not None:

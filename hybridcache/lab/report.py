@@ -264,7 +264,7 @@ def above_plan(run: RunResult) -> bool:
 def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Explain the plan with hindsight, and the star."""
     shown = (run for runs in result.by_label().values() for run in runs)
-    planned = [run for run in shown if run.optimum_tokens]
+    planned = [run for run in shown if run.optimum_tokens is not None]
     if not planned and "optimum" in words:
         return ["no plan was computed: add optimum=True (--optimum)"]
     if not planned or not {"hit", "optimum"} & set(words):

@@ -375,11 +375,10 @@ class Scenario:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in tomllib.loads(text).items()
         }
-        tables = [name for name, value in found.items() if isinstance(value, dict)]
-        if tables or "trace" not in found:
-            problem = f"[{tables[0]}] is a table" if tables else "there is no trace"
+        if "trace" not in found:
             raise ValueError(
-                f'{problem} in the scenario: settings are lines at its top, such as trace = "chat"'
+                'there is no trace in the scenario: write trace = "chat" and other settings as '
+                "lines outside of any table"
             )
         return cls.of(found.pop("trace"), found)
 

@@ -135,7 +135,7 @@ class Trace:
         number = 0
         for number, request in enumerate(requests, 1):
             try:
-                checked = _checked(request)
+                checked = _checked(request, self.unit)
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"{self.name}, request {number}: {error}") from None
             yield checked
@@ -193,7 +193,7 @@ class Held:
         return iter(self.requests)
 
 
-def _checked(request: TraceRequest) -> TraceRequest:
+def _checked(request: TraceRequest, unit: int) -> TraceRequest:
     """Return ``request`` with its ids as int32[n] and ascending boundaries.
 
     Raises ValueError or TypeError if it is invalid. O(n).
@@ -209,6 +209,11 @@ def _checked(request: TraceRequest) -> TraceRequest:
         raise ValueError("tokens are empty")
     if boundaries and boundaries[-1] > len(tokens):
         raise ValueError(f"boundaries must be at most {len(tokens)} here (got {boundaries[-1]})")
+    limits = {"partial_tokens": (1, unit), "answer_tokens": (0, 1 << 31), "service_s": (0, 1e99)}
+    for name, (least, most) in limits.items():
+        value = getattr(request, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name} must be from {least} to {most} (got {value!r})")
     hash((request.session, request.namespace))  # TypeError for a list
     return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 

@@ -486,6 +486,8 @@ def test_failed_conversion_changes_no_file(
         ({"boundaries": (3, -1)}, "boundaries must be int32"),
         ({"boundaries": chat_boundaries(9, kept=(7,))}, "boundaries must be int32"),
         ({"boundaries": (3, 10)}, r"boundaries must be at most 9 here \(got 10\)"),
+        ({"partial_tokens": 2}, "partial_tokens must be from 1 to 1"),
+        ({"service_s": float("nan")}, "service_s must be from 0 to"),
         ({"session": ["a"]}, "unhashable type: 'list'"),
         ({"timestamp_s": float("nan")}, "timestamp_s must be a finite number"),
     ],

@@ -130,7 +130,7 @@ class SimulationResult(SweepRuns):
                     f"requests of {label} computed without the cache, because they do not fit: "
                     + ", ".join(counts)
                 )
-        if metric == "hit" and any(run.optimum_tokens for run in first):
+        if metric == "hit" and any(run.optimum_tokens is not None for run in first):
             rows.append(["(with hindsight)", *(f"{hindsight_percent(run):.1f}" for run in first)])
         if metric == "hit" and self.bound_rate is not None:
             rows.append(["(infinite cache)", *[f"{100 * self.bound_rate:.1f}"] * len(first)])
