@@ -1,5 +1,14 @@
-"""``python -m engine``."""
+"""The command ``engine``, also as ``python -m engine``."""
 
-from engine.command.cli import main
 
-raise SystemExit(main())
+def main() -> int:
+    """Run the command, and return its exit code, also while its modules are imported."""
+    try:
+        from engine.command import cli
+    except KeyboardInterrupt:
+        return 130
+    return cli.main()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -245,7 +245,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             from engine.plugins.replicas.start_replicas import start_replicas
 
             served, screen = start_replicas(engine_config, server_config, address)
-            print(_with_key(screen, server_config), flush=True)
+            _show(screen, server_config)
             _server().serve(served, server_config, listener)
             return 0
         engine_config = resolve_config(engine_config)
@@ -256,7 +256,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             engine_config, spawned, meanwhile=lambda: _server().ServerKeys.of(server_config)
         )
         try:
-            print(_with_key(screen, server_config), flush=True)
+            _show(screen, server_config)
             _server().serve(engine, server_config, listener, lambda: engine.failure is not None)
         finally:
             engine.stop()
@@ -280,11 +280,15 @@ def _open_to_others(host: str, server_config: ServerConfig) -> str | None:
     )
 
 
-def _with_key(screen: str, server_config: ServerConfig) -> str:
-    """Return the start screen with a place for the key in its curl command, if one is required."""
-    if not _needs_key(server_config):
-        return screen
-    return screen.replace(" -H 'Content-Type", " -H 'Authorization: Bearer KEY' -H 'Content-Type")
+def _show(screen: str, server_config: ServerConfig) -> None:
+    """Print the start screen, with a place for the key in its curl command if one is required."""
+    if _needs_key(server_config):
+        header = " -H 'Content-Type"
+        screen = screen.replace(header, " -H 'Authorization: Bearer KEY'" + header)
+    try:
+        print(screen, flush=True)
+    except OSError as error:  # Its message does not name the file.
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _generate(arguments: argparse.Namespace) -> int:

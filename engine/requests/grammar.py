@@ -297,7 +297,7 @@ def _call(function: Mapping[str, Any]) -> dict[str, Any]:
 def _xml_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     """Return the rules of a call in XML after ``<function=``. Its parameters are in the order of
     the schema."""
-    parameters, name = _parameters(function), _tag(function["name"])
+    parameters, name = _parameters(function), tag(function["name"])
     if parameters == ANY_OBJECT:
         anything = f'("{PARAMETER}" /[^<>\\n]{{1,64}}/ ">\\n" VALUE)*'
         return [f'{rule}: {name} {anything} "{END_FUNCTION}"']
@@ -307,11 +307,11 @@ def _xml_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
         is_required = isinstance(required, list) and key in required
         parts.append(f"{rule}_{number}" + ("" if is_required else "?"))
         value = _xml_value(key, schema if isinstance(schema, Mapping) else {}, parameters)
-        lines.append(f'{rule}_{number}: "{PARAMETER}" {_tag(key)} {value}')
+        lines.append(f'{rule}_{number}: "{PARAMETER}" {tag(key)} {value}')
     return [f'{rule}: {name} {" ".join(parts)} "{END_FUNCTION}"', *lines]
 
 
-def _tag(name: str) -> str:
+def tag(name: str) -> str:
     """Return a name with the end of its tag, as a string of Lark."""
     if not name.strip() or name != name.strip() or any(letter in name for letter in "<>\n"):
         raise GrammarError(

@@ -242,7 +242,7 @@ def of_validation(error: msgspec.ValidationError, name: str, of_type: Any, value
         if wrong and texts:
             said = f"must be one of {', '.join(texts)} (got {short(wrong[1] or wrong[2])})"
         else:
-            said = short(text.replace("Expected ", "must be ").replace("Invalid ", "must not be "))
+            said = text.replace("Expected ", "must be ").replace("Invalid ", "must not be ")
     if not re.search(rf"'{re.escape(name)}['.]", said):  # The sentence may name it already.
         said = f"{place}{quoted(param)} {said}"
     return APIError(400, f"{said}.", param=param, code=code)

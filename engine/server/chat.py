@@ -19,7 +19,13 @@ from msgspec import structs
 from starlette.responses import Response
 
 from engine.requests.chat_prompt import ChatPrompt, no_chat
-from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls
+from engine.requests.grammar import (
+    Grammar,
+    GrammarError,
+    grammar_of_calls,
+    grammar_of_strict_calls,
+    tag,
+)
 from engine.server.api_errors import APIError, of_value
 from engine.server.bodies import DONE, event
 from engine.server.context import (
@@ -65,6 +71,12 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
             "'tool_choice' 'none' and read them in the text.",
             param="tools",
         )
+    if form.calls.FORM == "xml":
+        try:
+            for tool in body.tools:
+                tag(tool["function"]["name"])
+        except GrammarError as error:
+            raise APIError(400, f"'tools': {error}", param="tools") from None
     return body.tools
 
 

@@ -297,12 +297,10 @@ class Writer(ABC):
             limit: body.samplings(limit, num_scores, engine.sampling_defaults)
             for limit in set(limits)
         }
-        grammar = await context.grammar_of(forms, is_thinking)
         specs = (
             structs.replace(
                 spec,
                 sampling=sampling,
-                grammar=grammar,
                 ends_session=body.ends_session,
                 request_id=self._choice_id(number),
                 choice_of=self._choice_id(number - number % body.n) if number % body.n else None,
@@ -320,12 +318,13 @@ class Writer(ABC):
             for spec in specs:
                 valid.append(engine.validate(spec))
                 await asyncio.sleep(0)  # Let the event loop run between two choices.
+            grammar = await context.grammar_of(forms, is_thinking)
             for spec in valid:
-                engine.submit_valid(spec, self._stream)
+                engine.submit_valid(structs.replace(spec, grammar=grammar), self._stream)
                 await asyncio.sleep(0)
         except BaseException as error:
             self._stream.abort()
-            if not isinstance(error, Exception):
+            if isinstance(error, APIError) or not isinstance(error, Exception):
                 raise
             if not isinstance(error, ValueError | RequestError):
                 logger.exception("A request could not be submitted.")

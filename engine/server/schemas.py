@@ -22,6 +22,7 @@ from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
 from engine.server.api_errors import of_value, quoted
 from engine.server.bodies import Body, Part, check_nodes, converted, without_nulls
+from engine.text.answers import MAX_NAME
 from engine.text.json_text import read_json
 
 MAX_MESSAGES = 4096
@@ -29,8 +30,8 @@ MAX_MESSAGES = 4096
 MAX_STOP_CHARS = 1024
 MAX_TEMPERATURE = 2
 """Maximum temperature, as in OpenAI's API."""
-Name = Annotated[str, Meta(min_length=1)]
-"""Name of a tool."""
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+"""Name of a tool. A longer one is not read in an answer."""
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -261,6 +262,9 @@ class Message(msgspec.Struct, kw_only=True):
         known = {name: extra.pop(name) for name in KNOWN if name in extra}
         read = converted(known, cls, f"messages.{index}")
         read.extra = extra
+        for number, call in enumerate(read.tool_calls or ()):
+            if "name" not in call:  # Templates also take calls without a nested function.
+                converted(call, Tool, f"messages.{index}.tool_calls.{number}")
         # Reasoning may be empty, because clients may drop its text.
         has_more = read.tool_calls or any(extra.get(one) not in (None, []) for one in MAY_REPLACE)
         if read.content is None and not (read.role == "assistant" and has_more):
@@ -309,7 +313,7 @@ def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | No
 def _call(call: dict[str, Any]) -> dict[str, Any]:
     call = _with_plain_function(call)
     function = call.get("function")
-    if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
+    if isinstance(function, dict) and isinstance(text := function.get("arguments", ""), str):
         return call | {"function": function | {"arguments": parsed_arguments(text)}}
     return call
 
@@ -335,12 +339,15 @@ def parsed_arguments(text: str) -> dict[str, Any]:
 
 class Function(msgspec.Struct, kw_only=True):
     name: Name
-    parameters: dict[str, Any] | Annotated[list[Any], Meta(max_length=0)] | None = None
-    """JSON schema. Clients in PHP write an empty object as an empty list."""
+    parameters: dict[str, Any] | None = None
+    """JSON schema of a tool."""
+    strict: bool | None = None
+    arguments: str | dict[str, Any] | None = None
+    """Arguments of a call."""
 
 
 class Tool(msgspec.Struct, kw_only=True):
-    """Fields of a tool with a fixed form. Others are passed to the template."""
+    """Fields of a tool or call with a fixed form. Others are passed to the template."""
 
     type: Literal["function"] = "function"
     function: Function
@@ -351,6 +358,9 @@ def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ValueError."""
     tools = [_with_plain_function(tool) for tool in given]
     for index, tool in enumerate(tools):
+        function = tool.get("function")
+        if isinstance(function, dict) and function.get("parameters") == []:
+            del function["parameters"]  # Clients in PHP write an empty object as an empty list.
         converted(tool, Tool, f"tools.{index}")
     names = Counter(tool["function"]["name"] for tool in tools)
     if twice := [name for name, number in names.items() if number > 1]:

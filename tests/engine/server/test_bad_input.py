@@ -130,6 +130,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 MARKED = CHAT[0] | {"cache_control": {"type": "ephemeral"}}
 THINKING = {"type": "enabled", "budget_tokens": 8}
 SCHEMA = {"type": "json_schema", "name": "a"}
+FOO = {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}
 BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     "/v1/completions": [
         ({"priority": 3}, "'priority' must be 0 (got 3): omit it."),
@@ -175,6 +176,21 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"tools": [FUNCTION, FUNCTION]}, "unique"),
         ({"tools": [{"type": "web_search"}]}, "web_search"),
         ({"tools": [{"type": "function"}]}, "function"),
+        *(
+            (
+                {"tools": [{"type": "function", "function": TOOL | {name: value}}]},
+                f"function.{name}",
+            )
+            for name, value in (("parameters", [1]), ("strict", "yes"), ("name", "f" * 257))
+        ),
+        *(
+            ({"messages": [*CHAT, CALLED | {"tool_calls": [{"function": function}]}]}, "function")
+            for function in (None, {"name": 5}, {"name": "f", "arguments": 5})
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x " * 9999}], "response_format": FOO},
+            "maximum context length",
+        ),
         ({"messages": [MARKED] * 6}, "marks"),
         ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "form"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue"),
@@ -203,6 +219,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"messages": [{"role": "user", "content": [TEXT | {"text": 5}]}]}, "content.0.text"),
         ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "web_search"),
         ({"tool_choice": {"type": "tool", "name": "g"}}, "tool"),
+        ({"tool_choice": {"type": "tool"}}, "tool', and only then"),
         ({"thinking": THINKING | {"budget_tokens": 2**31}}, "thinking.budget_tokens"),
         ({"thinking": THINKING, "max_tokens": 8}, "thinking.budget_tokens"),
         ({"output_config": {"effort": "none"}}, "output_config.effort"),
