@@ -21,6 +21,7 @@ from experiments.studies.admission import LinearSteps
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import (
     LoopRun,
@@ -416,3 +417,8 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     assert result.figure().texts[-1].get_text().startswith("Bars: ")
     titles = [axis.get_title() for axis in result.figure().axes]
     assert all("lru" in title for title in titles[:4]) and all("fifo" in t for t in titles[4:])
+    low, high = result.figure().axes[1].get_ylim()
+    assert np.log10([low, high]) == pytest.approx(np.rint(np.log10([low, high]))), "whole decades"
+    seeded = [closed_loop(f"short?head=9&seed={n}", gib=1, rate=1).runs for n in (1, 2)]
+    figure = closed_loop_figure([run for runs in seeded for run in runs], None)
+    assert len(figure.axes) == 8 and "seed=2" in figure.axes[4].get_title().replace("\n", "")
