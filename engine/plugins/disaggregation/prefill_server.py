@@ -62,7 +62,8 @@ class Outgoing:
     """Position up to which rows are queued."""
     request: Request | None = None
     """Request that computes it, or None if all of it was cached."""
-    began_s: float = field(default_factory=time.monotonic)
+    moved_s: float = field(default_factory=time.monotonic)
+    """Time at which it began, or bytes were queued or confirmed last."""
     is_cancelled: bool = False
     """Set by the server's thread when the decode engine has gone."""
     has_ended: bool = False
@@ -90,7 +91,7 @@ class Outgoing:
             if request.lease is not None:
                 self._send_rows(request.lease.kv_indices, request.scheduled_len)
             return
-        if (self._receipt is None and not self._settle()) or not self._has_room:
+        if (self._receipt is None and not self._settle()) or not self.has_room:
             return
         match = cache.match(self.tokens, self.ask.spec.namespace)
         self._send_rows(cache.gather(match.node), self.end)
@@ -130,16 +131,17 @@ class Outgoing:
     def _send_rows(self, rows: Indices, known: int) -> None:
         unit, until = self.server.unit, min(known, self.end)
         step = max(1, PIECE_BYTES // unit.row_bytes)
-        while (start := self._sent) < until and self._has_room:
+        while (start := self._sent) < until and self.has_room:
             self._sent = end = min(start + step, until)
             self._put(wire.Rows(start, end), unit.read_rows(rows[start:end]))
 
     @property
-    def _has_room(self) -> bool:
+    def has_room(self) -> bool:
         return self.num_queued_bytes - self.num_taken_bytes < MAX_QUEUED_BYTES
 
     def _put(self, message: wire.ToDecode, copied: HostCopy) -> None:
         self.num_queued_bytes += copied.num_bytes
+        self.moved_s = time.monotonic()
         self.server.post(self, message, copied)
 
 
@@ -254,6 +256,7 @@ class PrefillServer(Plugin):
                 raise ValueError("a second request")
             case wire.Taken() if session is not None:
                 session.num_taken_bytes = min(message.num_bytes, session.num_queued_bytes)
+                session.moved_s = time.monotonic()
                 self._news.set()
             case wire.End():
                 self._drop(peer)
@@ -280,12 +283,14 @@ class PrefillServer(Plugin):
         self.wake()
 
     def _check_sessions(self, now: float) -> None:
-        """Tell decode engines that their prefixes are being computed. Those that have gone are
-        dropped, because nothing can be sent to them."""
+        """Tell decode engines that their prefixes are being computed. Those that have gone or take
+        nothing are dropped, so that their prefixes are not locked for ever."""
         for peer, session in tuple(self._sessions.items()):
-            advanced_s = max(session.began_s, self._advanced_s)
+            advanced_s = max(session.moved_s, self._advanced_s)
             if not session.has_ended and now - advanced_s > self._timeout_s:
                 self._fail(peer, StepFailed("the engine computes nothing"))
+            elif not session.has_room and now - session.moved_s > self._timeout_s:
+                self._fail(peer, StepFailed("the decode engine takes nothing"))
             else:
                 self._send(peer, wire.Alive())
 

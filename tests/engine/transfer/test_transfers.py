@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -210,6 +211,28 @@ def stranger(port: int) -> Iterator[zmq.Socket[bytes]]:
         yield made
 
 
+def asking(identity: object, start: object = 0, **changes: object) -> bytes:
+    """Return the message that asks for a prefix."""
+    spec = prefix(b"\1\0\0\0" * 100)
+    fields = {name: getattr(spec, name) for name in spec.__struct_fields__} | changes
+    return msgspec.msgpack.encode(
+        ["Ask", identity, start, ["RequestSpec", *fields.values()]], enc_hook=bytes_of
+    )
+
+
+def test_a_decode_engine_that_confirms_nothing_holds_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefill_server, "MAX_QUEUED_BYTES", 1)
+    with prefill_thread(transfer_timeout_s=2.0) as engine:
+        with stranger(port_of(engine)) as socket_of:
+            socket_of.send(asking(identity(engine.runner), prompt=b"\1\0\0\0" * 129))
+            replies = (socket_of.recv_multipart()[0] for _ in range(20))
+            assert any(b"takes nothing" in reply for reply in replies)
+            wait_until_idle(engine)
+        assert engine.cache.protected().num_tokens == 0
+
+
 def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, plain: Engine) -> None:
     port, rng = port_of(prefill), np.random.default_rng(81)
     raw = [
@@ -223,15 +246,7 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
     for data in raw:
         silent.append(socket.create_connection(("127.0.0.1", port), 5))
         silent[-1].sendall(data)
-    own = identity(prefill.runner)
-
-    def ask(identity: object = own, start: object = 0, **changes: object) -> bytes:
-        spec = prefix(b"\1\0\0\0" * 100)
-        fields = {name: getattr(spec, name) for name in spec.__struct_fields__} | changes
-        return msgspec.msgpack.encode(
-            ["Ask", identity, start, ["RequestSpec", *fields.values()]], enc_hook=bytes_of
-        )
-
+    ask = partial(asking, identity(prefill.runner))
     for data in (
         b"",
         b"\xc1",
@@ -239,8 +254,8 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
         rng.bytes(5000),
         msgspec.msgpack.encode(["Quit", 1]),
         msgspec.msgpack.encode(["Ask", {}]),
-        ask(identity=3),
-        ask(identity={}),
+        asking(3),
+        asking({}),
         ask(prompt=b"abc"),
         ask(prompt=b""),
         ask(prompt=[1, 2]),
