@@ -1,0 +1,150 @@
+"""Devices of the tensors of all steps, on torch's meta device: it computes nothing, cannot be read
+by the host, and is not the CPU."""
+
+from __future__ import annotations
+
+import os
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from engine import engine_config
+from engine.requests.logit_rules import FREE, Repeats
+from engine.requests.request import SamplingInput, SamplingParams
+from engine.runner.build import captures, guesses, load_runner, rehearsals
+from engine.runner.device import Device
+from engine.runner.sampler import Sampler
+from experiments.gpu.models import write_geometry
+from tests.engine.numerics.test_graphs import MODELS
+from tests.stub_device import StubDevice
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="launches are intercepted in the interpreter"
+)
+WAITS = {torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+"""Operations whose results have a size or value that the host needs."""
+
+
+class Watch(TorchDispatchMode):
+    """Refuses operations on tensors of both devices, waits for the device, and in a capture every
+    tensor of the host: a replay would read memory that was freed."""
+
+    is_capturing = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_device = [x.device.type == "meta" for x in tensors]
+        if self.is_capturing or any(on_device):
+            assert all(on_device), f"{function} gets tensors of the host"
+            assert function not in WAITS, f"{function} waits for the device"
+        if function is torch.ops.aten.index.Tensor and any(on_device):
+            indices = [x for x in args[1] if x is not None]
+            assert all(x.dtype is not torch.bool for x in indices), "a mask waits for the device"
+        return function(*args, **(kwargs or {}))
+
+    def recorder(self):
+        """Return a recorder that computes the work once, and captures it."""
+
+        def record(work):
+            work()
+            self.is_capturing = True
+            work()
+            self.is_capturing = False
+            return work
+
+        return record
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Replace all devices but the CPU by the meta device; Triton checks arguments and runs
+    nothing."""
+    from triton.runtime.interpreter import GridExecutor
+
+    watch, resolve = Watch(), Device.resolve
+    device = StubDevice(torch.device("meta"))
+    replaced = {
+        (Device, "resolve"): lambda name: resolve("cpu") if name == "cpu" else device,
+        (StubDevice, "supports"): lambda self, quantization: True,
+        (StubDevice, "recorder"): lambda self: watch.recorder(),
+        (torch.Tensor, "pin_memory"): lambda self: self,
+        (GridExecutor, "__call__"): launch,
+    }
+    for (owner, name), function in replaced.items():
+        monkeypatch.setattr(owner, name, function)
+    # The values that a step reads: drafts, and drawn tokens.
+    monkeypatch.setattr("torch.nn.utils.rnn.pad_sequence", read_drafts)
+    monkeypatch.setattr("engine.runner.sampler.HostCopy", Mock())
+    monkeypatch.setattr("engine.runner.loading.Dummy.draw", Mock())
+    return watch
+
+
+def launch(executor, *args, **kwargs) -> None:
+    """Check the arguments of a kernel."""
+    for tensor in tree_leaves((args, kwargs)):
+        if isinstance(tensor, torch.Tensor):
+            assert tensor.device.type == "meta", f"{executor.fn.__name__}: {tensor.shape}"
+
+
+def read_drafts(guessed) -> torch.Tensor:
+    assert all(tokens.device.type == "meta" for tokens in guessed)
+    with _disable_current_modes():
+        return torch.zeros(len(guessed[0]), len(guessed))
+
+
+@pytest.mark.full("options1-states", "options2-mamba2")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"draft": "mtp:3", "checkpoint_dtype": "int8"},
+        {"draft": "tree:4", "checkpoint_dtype": "fp8"},
+        {"draft": "tree:3", "quantization": "fp8", "fp8_activations": True},
+    ],
+)
+def test_steps_compute_on_the_device(watch, tmp_path, name, options) -> None:
+    if "mtp" in options.get("draft", "") and name != "states":
+        pytest.skip("only this family has a multi-token head")
+    sizes = {"max_running": 4, "max_model_len": 96, "cache_gib": 0.01, "token_budget": 128}
+    path = write_geometry(tmp_path, MODELS[name])
+    config = engine_config(
+        model=path, load_format="dummy", dtype="bfloat16", warm_up=False, **sizes | options
+    )
+    with watch, torch.inference_mode():
+        runner = load_runner(config)
+        for kind in captures(runner):
+            for capture in kind:
+                capture()
+        for batch in rehearsals(runner):
+            runner.forward(batch)
+        for newest in guesses(runner):
+            runner.guess(newest, [1] * len(newest))
+
+
+NUMBERS = np.arange(3)
+RULINGS = {
+    "free": FREE,
+    "mask": FREE._replace(mask=np.full(38, 255, np.uint8)),
+    "added": FREE._replace(added=(NUMBERS, np.ones(3, np.float32))),
+    "repeats": FREE._replace(repeats=Repeats(NUMBERS, np.ones((2, 3)), 3)),
+}
+
+
+@pytest.mark.parametrize("ruling", RULINGS.values(), ids=RULINGS)
+def test_draws_are_made_on_the_device(watch, ruling) -> None:
+    mixes = [{}, {"top_k": 5}, {"top_p": 0.9, "logprobs": 2}, {"temperature": 0.0}]
+    params = [SamplingParams(**{"temperature": 0.7} | mix) for mix in mixes]
+    requests = [SamplingInput(one, 1, 2, ruling) for one in params]
+    logits = torch.zeros(5, 300, dtype=torch.bfloat16, device="meta")
+    with watch:
+        Sampler().launch(logits[:4], requests, range(4))
+        Sampler().launch(logits, requests, (0, 2, 3, 4))
+        for row, request in enumerate(requests):
+            Sampler().launch(logits, [request], [row])
+        Sampler().score(logits[:3], [1, 2, 3], 2)
