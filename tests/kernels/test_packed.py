@@ -1,11 +1,14 @@
-"""The packed layout and the plan of exports."""
+"""The packed layout, the plan of exports, and uploads of tables."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from kernels.packed import Exports, Packed
 from kernels.strides import rows_contiguous
+from kernels.upload import upload
 
 
 def test_tiles_start_at_each_sequence() -> None:
@@ -44,3 +47,17 @@ def test_rows_are_copied_only_if_not_contiguous() -> None:
     tokens = Packed.from_lengths([3]).cu_seqlens.new_zeros(4, 6, 2)
     assert rows_contiguous(tokens[:, :3]).data_ptr() == tokens.data_ptr()
     assert rows_contiguous(tokens[:, ::2]).is_contiguous()
+
+
+def test_an_upload_of_pinned_memory_starts_from_a_copy(monkeypatch) -> None:
+    """For pinned memory, torch's ``pin_memory`` returns the tensor itself."""
+    sources, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *a, **k: (sources.append(self), to(self, *a, **k))[1]
+    )
+    values = np.arange(4)
+    assert upload(values[1:], torch.int64, "meta").shape == (3,)
+    assert sources[-1].tolist() == [1, 2, 3]
+    values[:] = 0
+    assert sources[-1].tolist() == [1, 2, 3]
