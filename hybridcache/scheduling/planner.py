@@ -227,22 +227,21 @@ class StepPlanner(Generic[R]):
             raise TypeError(f"fetching must be a Holding, or None (got {fetching!r}).")
         if not callable(clock):
             raise TypeError(f"clock must be a function that returns seconds (got {clock!r}).")
-        cache, arena = manager.cache, manager.cache.arena
-        needed = cache.page_size, manager.stateful, manager.stateful and manager.owns_states
-        if (memory.page_size, memory.is_stateful, memory.owns_states) != needed:
-            raise ValueError(
-                "memory must have the page size of the manager's cache, states if the manager is "
-                f"stateful, and its owns_states (got {memory})."
-            )
-        slab_rows = 0 if arena is None or not manager.stateful else arena.slab_rows
-        num_slots = cache.num_slots if manager.stateful else memory.num_slots
-        num_rows = memory.num_kv_tokens - memory.num_kv_tokens % memory.page_size
-        is_same = (memory.slab_rows, memory.num_slots) == (slab_rows, num_slots)
-        if num_rows > cache.num_kv_tokens or not is_same:
-            raise ValueError(
-                f"memory must be that of the manager's cache, which has {cache.num_kv_tokens} KV "
-                f"rows, {num_slots} slots and {slab_rows} rows per slab of an arena (got {memory})."
-            )
+        cache, stateful = manager.cache, manager.stateful
+        arena = cache.arena if stateful else None
+        needed = {
+            "page_size": cache.page_size,
+            "is_stateful": stateful,
+            "owns_states": stateful and manager.owns_states,
+            "slab_rows": 0 if arena is None else arena.slab_rows,
+            "num_slots": cache.num_slots if stateful else memory.num_slots,
+        }
+        for what, value in needed.items():
+            if getattr(memory, what) != value:
+                raise ValueError(f"{what} of memory must be {value}, the manager's (got {memory}).")
+        if memory.num_kv_tokens // memory.page_size * memory.page_size > cache.num_kv_tokens:
+            most = f"at most {cache.num_kv_tokens}, the manager's"
+            raise ValueError(f"num_kv_tokens of memory must be {most} (got {memory}).")
         self._manager = manager
         self.admission = admission
         """Order of the waiting requests."""

@@ -87,7 +87,7 @@ async def assert_nothing_held(engine: AsyncEngine) -> None:
         assert pool.free + pool.cached + pool.held == pool.total
 
 
-KNOWN = PromptBoundaries((64,), False)
+KNOWN = PromptBoundaries((np.int64(64),), False)
 SPECS = (
     RequestSpec([*range(200)], LONG),
     RequestSpec([*range(200), 7], SamplingParams(max_tokens=9, logprobs=2), namespace="tenant"),
