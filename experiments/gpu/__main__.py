@@ -10,7 +10,7 @@ Parts run one after another, each in a separate process, in this order:
 - check: one call of each kernel at real shapes, compared with its reference
 - repeat: fifty calls of each kernel, which must give equal bits
 - parity: the engine compared with the CPU, and hits with cold runs
-- big: speed of Qwen3-Next-80B-A3B's geometry with 8-bit weights
+- big: speed of Qwen3-Next-80B-A3B's geometry with 8-bit weights, if the device has 90 GiB
 - serve: speed of a 2B geometry
 - http: a server of that geometry under load
 - bench: times of the kernels

@@ -65,6 +65,10 @@ SERVED_SHARE = 0.5
 Fixed, because otherwise the memory that one run leaves would determine the next.
 """
 
+BIG_BYTES = 90 * GIB
+"""Memory for Qwen3-Next-80B-A3B with 8-bit weights: 75 GiB of weights, a layer in 16 bits while it
+is converted, and the cache. An H100 has less."""
+
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
 
 
@@ -385,6 +389,10 @@ def main() -> int:
     part, dry = options.part, options.dry
     if dry:
         interpreter.repair()
+    if part == "big" and not dry and (free := Device.resolve(None).free_bytes()) < BIG_BYTES:
+        needed = BIG_BYTES // GIB
+        print(f"Skipped: big needs {needed} GiB; {free // GIB} GiB are free.", file=sys.stderr)
+        return 0
     settings, file = {"code": code_hash()}, options.out / f"{part}.jsonl"
     full, small = (BIG, DRY_BIG) if part == "big" else (FULL, DRY)
     scale = small if dry else full

@@ -19,6 +19,7 @@ from experiments.gpu import __main__ as gpu
 from experiments.gpu import serving as gpu_serving
 from experiments.gpu.models import TINY, write_geometry
 from experiments.provenance import read_json_lines, resumed
+from hybridcache.geometry.units import GIB
 from tests.endurance.faults import is_gone
 from tests.stub_device import stubbed
 from tests.waiting import wait_until
@@ -157,3 +158,11 @@ def test_speeds_are_measured_with_and_without_graphs(
     assert speeds == [(m, graphs) for graphs in ("all", "decode", "off") for m in measures]
     fast, exact = (measured[-1][mode] for mode in ("without", "exact"))
     assert fast["token_hit_rate"] > exact["token_hit_rate"] and measured[-1]["ttft_ratios"]
+
+
+def test_a_model_too_large_for_the_device_is_skipped(monkeypatch, tmp_path, capsys) -> None:
+    device = SimpleNamespace(free_bytes=lambda: 79 * GIB)
+    monkeypatch.setattr(gpu_serving, "Device", SimpleNamespace(resolve=lambda name: device))
+    monkeypatch.setattr(sys, "argv", ["serving", "--part", "big", "--out", str(tmp_path)])
+    assert gpu_serving.main() == 0
+    assert "needs 90 GiB; 79 GiB are free" in capsys.readouterr().err
