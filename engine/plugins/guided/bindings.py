@@ -150,9 +150,11 @@ def _allowed(tried: Any) -> Mask:
 
 
 def _wrong(message: str) -> GrammarError:
-    tool = TOOL.search(message)
+    tool, why = TOOL.search(message), reason(message)
+    if "increase limits." in why:  # Advice for programs that use the library.
+        return TooComplex(why.partition(";")[0])
     where = "" if tool is None else f"tool {json.loads(tool[1])!r}: "
-    return GrammarError(f"{where}this grammar cannot be used: {reason(message)}.")
+    return GrammarError(f"{where}this grammar cannot be used: {why}.")
 
 
 def reason(message: str) -> str:

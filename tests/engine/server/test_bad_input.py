@@ -199,6 +199,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"structured_outputs": {"json": "no JSON"}}, "structured_outputs.json"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"regex": "a{1000000000}"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": ".*" * 500}}, "precomputation failed)"),
         (
             {"structured_outputs": {"grammar": 'root ::= "a"{1000000}'}},
             "structured_outputs.grammar",
