@@ -263,8 +263,8 @@ class Message(msgspec.Struct, kw_only=True):
         read = converted(known, cls, f"messages.{index}")
         read.extra = extra
         for number, call in enumerate(read.tool_calls or ()):
-            if "name" not in call:  # Templates also take calls without a nested function.
-                converted(call, Tool, f"messages.{index}.tool_calls.{number}")
+            if call.get("name") is None:  # Templates also take calls without a nested function.
+                converted(call, ToolCall, f"messages.{index}.tool_calls.{number}")
         # Reasoning may be empty, because clients may drop its text.
         has_more = read.tool_calls or any(extra.get(one) not in (None, []) for one in MAY_REPLACE)
         if read.content is None and not (read.role == "assistant" and has_more):
@@ -313,7 +313,7 @@ def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | No
 def _call(call: dict[str, Any]) -> dict[str, Any]:
     call = _with_plain_function(call)
     function = call.get("function")
-    if isinstance(function, dict) and isinstance(text := function.get("arguments", ""), str):
+    if isinstance(function, dict) and isinstance(text := function.get("arguments") or "", str):
         return call | {"function": function | {"arguments": parsed_arguments(text)}}
     return call
 
@@ -342,15 +342,26 @@ class Function(msgspec.Struct, kw_only=True):
     parameters: dict[str, Any] | None = None
     """JSON schema of a tool."""
     strict: bool | None = None
-    arguments: str | dict[str, Any] | None = None
-    """Arguments of a call."""
 
 
 class Tool(msgspec.Struct, kw_only=True):
-    """Fields of a tool or call with a fixed form. Others are passed to the template."""
+    """Fields of a tool with a fixed form. Others are passed to the template."""
 
     type: Literal["function"] = "function"
     function: Function
+
+
+class CalledFunction(msgspec.Struct, kw_only=True):
+    name: str
+    arguments: str | dict[str, Any] | Annotated[list[Any], Meta(max_length=0)] | None = None
+    """Clients in PHP write an empty object as an empty list."""
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    """Fields of an earlier call with a fixed form. Any name and type are valid: agents send broken
+    calls back, and clients in Go send an empty type."""
+
+    function: CalledFunction
 
 
 def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

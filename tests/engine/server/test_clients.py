@@ -188,6 +188,9 @@ FUNCTION = {"name": "f", "arguments": "{}"}
         {"content": None, "refusal": "No."},
         {"content": None, "function_call": FUNCTION},
         {"tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]},
+        {"tool_calls": [{"id": "", "type": "", "index": 0, "function": FUNCTION}]},
+        {"tool_calls": [{"function": {"name": "", "arguments": "{", "parameters": "{"}}]},
+        *({"tool_calls": [{"function": {"name": "f", "arguments": one}}]} for one in ([], None)),
         {"content": ""},
     ],
 )
