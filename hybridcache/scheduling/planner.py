@@ -234,10 +234,11 @@ class StepPlanner(Generic[R]):
             "is_stateful": stateful,
             "owns_states": stateful and manager.owns_states,
             "slab_rows": 0 if arena is None else arena.slab_rows,
-            "num_slots": cache.num_slots if stateful else memory.num_slots,
         }
+        if stateful:
+            needed["num_slots"] = cache.num_slots
         for what, value in needed.items():
-            if getattr(memory, what) != value:
+            if getattr(memory, what, None) != value:
                 raise ValueError(f"{what} of memory must be {value}, the manager's (got {memory}).")
         if memory.num_kv_tokens // memory.page_size * memory.page_size > cache.num_kv_tokens:
             most = f"at most {cache.num_kv_tokens}, the manager's"

@@ -459,6 +459,7 @@ WRONG = (
     (planner, {"memory": sizes(page_size=4)}),
     (planner, {"memory": sizes(state_bytes=0)}),
     (planner, {"memory": sizes(num_kv_tokens=1001)}),
+    *((planner, {"memory": value}) for value in (None, object())),
     *((planner, {"memory": sizes(num_slots=value)}) for value in (0, 9, 11)),
     (planner, {"memory": sizes(owns_states=True)}),
     (planner, {"manager": manager(owns_states=True), "memory": sizes()}),
