@@ -255,9 +255,10 @@ class PrefillServer(Plugin):
             case wire.Ask():
                 raise ValueError("a second request")
             case wire.Taken() if session is not None:
-                session.num_taken_bytes = min(message.num_bytes, session.num_queued_bytes)
-                session.moved_s = time.monotonic()
-                self._news.set()
+                if message.num_bytes > session.num_taken_bytes:
+                    session.num_taken_bytes = min(message.num_bytes, session.num_queued_bytes)
+                    session.moved_s = time.monotonic()
+                    self._news.set()
             case wire.End():
                 self._drop(peer)
 
