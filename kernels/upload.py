@@ -23,9 +23,7 @@ def upload(
     host = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type == "cpu":
         return host
-    pinned = host.pin_memory()
-    if pinned.data_ptr() == host.data_ptr():
-        # It was pinned already. torch may reuse that memory before it is read, because it looks up
-        # its allocations by their first byte, and this may be a part of one.
-        pinned = host.clone().pin_memory()
+    # Not `host.pin_memory()`: that does not copy memory that is pinned already, whose owner may
+    # write to it again before the device has read it.
+    pinned = torch.empty(host.shape, dtype=dtype, pin_memory=True).copy_(host)
     return pinned.to(device, non_blocking=True)

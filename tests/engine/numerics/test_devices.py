@@ -66,13 +66,13 @@ def watch(monkeypatch):
     nothing."""
     from triton.runtime.interpreter import GridExecutor
 
-    watch, resolve = Watch(), Device.resolve
+    watch, resolve, empty = Watch(), Device.resolve, torch.empty
     device = StubDevice(torch.device("meta"))
     replaced = {
         (Device, "resolve"): lambda name: resolve("cpu") if name == "cpu" else device,
         (StubDevice, "supports"): lambda self, quantization: True,
         (StubDevice, "recorder"): lambda self: watch.recorder(),
-        (torch.Tensor, "pin_memory"): lambda self: self,
+        (torch, "empty"): lambda *args, pin_memory=False, **settings: empty(*args, **settings),
         (GridExecutor, "__call__"): launch,
     }
     for (owner, name), function in replaced.items():
