@@ -14,7 +14,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.command.parser import did_you_mean
 from hybridcache.geometry.model import ModelGeometry
 
 Lengths = npt.NDArray[np.int64]
@@ -174,10 +173,6 @@ class MeasuredTimes:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(record, dict):
                 raise ValueError("an object with starts, lengths and table_s is needed")
-            absent = {"starts", "lengths", "table_s", "decodes", "decode_s"} - record.keys()
-            for name in record:
-                if hint := did_you_mean(name, absent):
-                    raise ValueError(f"{name!r} is not read{hint}")
             return cls(
                 tuple(record["starts"]),
                 tuple(record["lengths"]),

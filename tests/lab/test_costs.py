@@ -197,6 +197,7 @@ def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
     path.write_text(
         json.dumps(
             {"starts": [0, 1000], "lengths": [100, 200], "table_s": [[1.0, 2.0], [2.0, 4.0]]}
+            | {"device": "another field"}
         )
     )
     times = MeasuredTimes.load(path)
@@ -213,7 +214,7 @@ def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
         ('"starts": [1000, 0]', "starts must ascend, from 0 or more on (got (1000, 0))."),
         ('"starts": [0, 0]', "starts must ascend"),
         ('"starts": [5, 1000]', "starts must begin with 0"),
-        ('"decode": [4], "decode_s": [1]', "'decode' is not read, did you mean 'decodes'?"),
+        ('"decode": [4], "decode_s": [1]', "decode_s must have a number for each of decodes"),
         ('"starts": [-1, 0]', "starts must ascend"),
         ('"starts": 5', "not iterable"),
         ('"starts": [0]', "one row per start"),
