@@ -56,10 +56,9 @@ def end_by_exception(*numbers: int) -> None:
 
     def retry(lost: sys.UnraisableHookArgs) -> None:
         error = lost.exc_value
-        if isinstance(error, KeyboardInterrupt):
-            _thread.start_new_thread(_send_again, (signal.SIGINT,))
-        elif isinstance(error, _Told):
-            _thread.start_new_thread(_send_again, (signal.Signals(error.number),))
+        if isinstance(error, KeyboardInterrupt | _Told):
+            number = getattr(error, "number", signal.SIGINT)
+            _thread.start_new_thread(_send_again, (signal.Signals(number),))
         else:
             report(lost)
 

@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Terminated(KeyboardInterrupt):
     """SIGTERM. It cleans up as Ctrl-C does, and no policy's error handler takes it for an exit."""
 
+    number = signal.SIGTERM
+
 
 def _terminate(*_: object) -> None:
     raise _Terminated
@@ -86,7 +88,7 @@ def _stopped(options: argparse.Namespace, interrupt: KeyboardInterrupt) -> int:
     if getattr(options, "goes_on", False):
         done += ", and the same command goes on from there"
     print(f"hybridcache: stopped; {done if is_kept else 'nothing is kept'}", file=sys.stderr)
-    return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
+    return 128 + getattr(interrupt, "number", signal.SIGINT)
 
 
 class _WarningPrinter:
@@ -297,7 +299,8 @@ def _trace_convert(options: argparse.Namespace) -> int:
     if trace.bad.count:
         print(f"{options.trace}: {trace.bad.left_out()}", file=sys.stderr)
     found, left_out = counted(num_requests, "request"), counted(trace.bad.count, "bad record")
-    print(f"{found} to {target}, {left_out} left out")
+    screen = sys.stdout if target.is_file() else sys.stderr  # The target may be standard output.
+    print(f"{found} to {target}, {left_out} left out", file=screen)
     return 0
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,11 +210,16 @@ def _checked(request: TraceRequest, unit: int) -> TraceRequest:
         raise ValueError("tokens are empty")
     if boundaries and boundaries[-1] > len(tokens):
         raise ValueError(f"boundaries must be at most {len(tokens)} here (got {boundaries[-1]})")
-    limits = {"partial_tokens": (1, unit), "answer_tokens": (0, 1 << 31), "service_s": (0, 1e99)}
-    for name, (least, most) in limits.items():
+    limits = (
+        ("partial_tokens", Integral, 1, unit),
+        ("answer_tokens", Integral, 0, 1 << 31),
+        ("service_s", Real, 0, 1e99),
+    )
+    for name, kind, least, most in limits:
         value = getattr(request, name)
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"{name} must be from {least} to {most} (got {value!r})")
+        if value is not None and not (isinstance(value, kind) and least <= value <= most):
+            number = "a whole number" if kind is Integral else "a number"
+            raise ValueError(f"{name} must be {number} from {least} to {most} (got {value!r})")
     hash((request.session, request.namespace))  # TypeError for a list
     return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 

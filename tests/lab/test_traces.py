@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from collections.abc import Iterable
 from functools import partial
 from importlib.util import find_spec
@@ -478,6 +479,15 @@ def test_failed_conversion_changes_no_file(
     assert main(command) == 2 and "the file exists" in capsys.readouterr().err
 
 
+def test_a_pipe_gets_the_requests_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    with open(reader, encoding="utf-8") as pipe, open(writer, "wb"):
+        assert main(["trace", "convert", "short?head=1", f"/dev/fd/{writer}"]) == 0
+        assert "tokens" in [json.loads(pipe.readline()) for _ in range(2)][1]
+    found = capsys.readouterr()
+    assert "1 request to" in found.err and not found.out
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -486,8 +496,9 @@ def test_failed_conversion_changes_no_file(
         ({"boundaries": (3, -1)}, "boundaries must be int32"),
         ({"boundaries": chat_boundaries(9, kept=(7,))}, "boundaries must be int32"),
         ({"boundaries": (3, 10)}, r"boundaries must be at most 9 here \(got 10\)"),
-        ({"partial_tokens": 2}, "partial_tokens must be from 1 to 1"),
-        ({"service_s": float("nan")}, "service_s must be from 0 to"),
+        ({"partial_tokens": 2}, "partial_tokens must be a whole number from 1 to 1"),
+        *(({"answer_tokens": value}, "answer_tokens must be a whole") for value in (-1, 2.5, "5")),
+        ({"service_s": float("nan")}, "service_s must be a number from 0 to"),
         ({"session": ["a"]}, "unhashable type: 'list'"),
         ({"timestamp_s": float("nan")}, "timestamp_s must be a finite number"),
     ],
