@@ -210,7 +210,7 @@ def _checked(request: TraceRequest, unit: int) -> TraceRequest:
         raise ValueError("tokens are empty")
     if boundaries and boundaries[-1] > len(tokens):
         raise ValueError(f"boundaries must be at most {len(tokens)} here (got {boundaries[-1]})")
-    limits = (
+    limits: tuple[tuple[str, Any, float, float], ...] = (
         ("partial_tokens", Integral, 1, unit),
         ("answer_tokens", Integral, 0, 1 << 31),
         ("service_s", Real, 0, 1e99),
