@@ -264,7 +264,7 @@ class Message(msgspec.Struct, kw_only=True):
         read.extra = extra
         for number, call in enumerate(read.tool_calls or ()):
             if call.get("name") is None:  # Templates also take calls without a nested function.
-                converted(call, ToolCall, f"messages.{index}.tool_calls.{number}")
+                converted(call, EarlierCall, f"messages.{index}.tool_calls.{number}")
         # Reasoning may be empty, because clients may drop its text.
         has_more = read.tool_calls or any(extra.get(one) not in (None, []) for one in MAY_REPLACE)
         if read.content is None and not (read.role == "assistant" and has_more):
@@ -357,7 +357,7 @@ class CalledFunction(msgspec.Struct, kw_only=True):
     """Clients in PHP write an empty object as an empty list."""
 
 
-class ToolCall(msgspec.Struct, kw_only=True):
+class EarlierCall(msgspec.Struct, kw_only=True):
     """Fields of an earlier call with a fixed form. Any name and type are valid: agents send broken
     calls back, and clients in Go send an empty type."""
 
