@@ -89,7 +89,7 @@ GIB_SPEC = "2:200:15"
 CLOSED_LOOP_GIB = 16.0
 """Memory of a closed-loop run."""
 
-RESULT_FORM = 3
+RESULT_FORM = 4
 """Number of the form of results in files. Runs in another form are computed again."""
 
 MEMORIES = ("arena", "budget", "pools")

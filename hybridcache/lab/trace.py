@@ -9,9 +9,9 @@ bytes per KV row are multiplied by ``unit``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import count, islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,7 +220,11 @@ def _checked(request: TraceRequest, unit: int) -> TraceRequest:
         if value is not None and not (isinstance(value, kind) and least <= value <= most):
             number = "a whole number" if kind is Integral else "a number"
             raise ValueError(f"{name} must be {number} from {least} to {most} (got {value!r})")
-    hash((request.session, request.namespace))  # TypeError for a list
+    for name in ("session", "namespace"):
+        try:
+            hash(value := getattr(request, name))
+        except TypeError:
+            raise TypeError(f"{name} must be hashable, as a text is (got {value!r:.40})") from None
     return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 
 
@@ -290,6 +294,21 @@ class BadRecords:
         """Return the number of skipped records, and the error of the first one."""
         first = f" (the first: {self.first})" if self.first else ""
         return f"{counted(self.count, 'bad record')} left out{first}"
+
+
+class Unnamed(NamedTuple):
+    """Session that its file does not name. It equals no text and no number."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"unnamed {self.number}"
+
+
+def distinct(name: str | int, taken: Container[str | int]) -> str | int:
+    """Return ``name``, followed by a number if it is ``taken``."""
+    numbered = (f"{name} ({number})" for number in count(2))
+    return next(one for one in numbered if one not in taken) if name in taken else name
 
 
 class FreshIds:

@@ -13,6 +13,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import pytest
 from hypothesis import given
@@ -31,6 +32,7 @@ from hybridcache.lab.traces.frame import (
     TraceOrderWarning,
 )
 from hybridcache.lab.traces.prompts import NULL, Continued
+from hybridcache.lab.traces.write import write_own
 from tests.lab.records import lines
 
 
@@ -66,6 +68,40 @@ def test_sessions_continue_the_longest_last_prompt(prompts: list[str]) -> None:
             count += 1
             last[prompt] = expected = count
         assert continued.session(prompt) == (expected, bool(before))
+
+
+@pytest.mark.parametrize("word", ["messages", "csv", "mooncake", "jsonl"])
+@pytest.mark.parametrize("names", [(1, 2, "1"), ("1", "2", "3"), ("unnamed 1", "unnamed 2", 0)])
+def test_generated_sessions_join_no_named_one(
+    tmp_path: Path, word: str, names: tuple[str | int, ...]
+) -> None:
+    path, is_text = tmp_path / "t", word in ("messages", "csv")
+    if word == "csv":  # where numbers are texts
+        rows: list[Any] = [
+            f"{name},{text}" for name, text in zip((*names[:2], "x", "", ""), "abcde", strict=True)
+        ]
+        path.write_text("\n".join(["session,prompt", *rows]))
+    else:
+        prompts = {"messages": "prompt", "mooncake": "hash_ids", "jsonl": "tokens"}
+        lengths = {"timestamp": 0, "input_length": 1, "output_length": 1}
+        common = lengths if word == "mooncake" else {}
+        rows = [{prompts[word]: text if is_text else [ord(text)], **common} for text in "abcde"]
+        lines(
+            path,
+            *({"session": name} | row for name, row in zip(names, rows[:3], strict=True)),
+            *rows[3:],
+        )
+    trace = open_trace(f"{word}:{path}{'?tokenizer=bytes' * is_text}")
+    with catch_warnings(record=True, action="always") as caught:
+        assert len({request.session for request in trace}) == 5
+    assert ["2 of 5 records have no session: " in str(one.message) for one in caught] == [
+        True
+    ] * is_text
+    with (tmp_path / "own").open("w") as file, catch_warnings(action="ignore"):
+        write_own(trace, file)
+        [run] = simulate(trace, gib=1, bound=False, policy="lru").runs
+    assert len({one.session for one in run.by_session}) == 5
+    assert len({request.session for request in open_trace(tmp_path / "own")}) == 5
 
 
 # --- Answers ------------------------------------------------------------------------------------

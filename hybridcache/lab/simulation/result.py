@@ -16,6 +16,7 @@ from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, perc
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
+from hybridcache.lab.trace import distinct
 
 
 def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -426,7 +427,9 @@ def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult
         np.bincount(numbers, weights=tokens, minlength=size).astype(np.int64).tolist()
         for tokens in (lengths, cached)
     )
-    names = map(str, log.session_numbers)
+    names = dict[str, None]()
+    for session in log.session_numbers:
+        names[str(distinct(str(session), names))] = None
     found = [SessionResult(*row) for row in zip(names, counts, *sums, strict=True)]
     if log.has_causes:
         computed = (one.prompt_tokens - one.cached_tokens for one in found)

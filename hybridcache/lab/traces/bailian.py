@@ -6,7 +6,7 @@ The data files were not available: that a request continues its parent is an ass
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +31,7 @@ class BailianReader(MooncakeReader):
     def recognises(record: Record) -> bool:
         return {"hash_ids", "parent_chat_id"} <= record.keys()
 
-    def sessions(self) -> Callable[[Record], str | int]:
+    def sessions(self) -> Callable[[Record], Hashable]:
         sessions: dict[str | int, str | int] = {}
         followed: set[str | int] = set()
 

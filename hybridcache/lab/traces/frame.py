@@ -212,7 +212,7 @@ class TraceClock:
 
 def request_of_blocks(
     when_s: float,
-    session: str | int,
+    session: Hashable,
     blocks: Tokens,
     lengths: tuple[int, int],
     unit: int,

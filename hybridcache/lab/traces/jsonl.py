@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hybridcache.cache import STOP_REASONS
-from hybridcache.lab.trace import BadRecordError, BadRecords, FreshIds, TraceRequest, units
+from hybridcache.lab.trace import BadRecordError, BadRecords, FreshIds, TraceRequest, Unnamed, units
 from hybridcache.lab.traces.frame import (
     ONE_SECOND,
     FileReader,
@@ -91,7 +91,7 @@ class OwnReader(FileReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         unit, fresh, clock, numbers = self.unit, FreshIds(), TraceClock(), count()
-        last = dict[str | int, Tokens]()
+        last = dict[Hashable, Tokens]()
         """Last prompt and answer of each session, for ``prefix``."""
         exclusive = [("tokens", "prefix"), *[("output", "output_length")] * (unit == 1)]
 
@@ -103,7 +103,7 @@ class OwnReader(FileReader):
             for one, other in exclusive:
                 if one in record and other in record:
                     raise ValueError(f"it has both {one} and {other}: give one of them")
-            session = record.key("session") if "session" in record else f"line {number}"
+            session = record.key("session") if "session" in record else Unnamed(number)
             tokens = _prompt(record, last.get(session, np.zeros(0, np.int32)))
             output, answer = _answer(record, unit, fresh)
             boundaries = record.optional(record.ids, "boundaries", tokens[:0]).tolist()

@@ -7,14 +7,14 @@ of a prompt may have a hash or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import FreshIds, TraceRequest, units
+from hybridcache.lab.trace import FreshIds, TraceRequest, Unnamed, units
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
 
 
@@ -31,13 +31,13 @@ class MooncakeReader(FileReader):
     def recognises(record: Record) -> bool:
         return {"hash_ids", "input_length"} <= record.keys()
 
-    def sessions(self) -> Callable[[Record], str | int]:
+    def sessions(self) -> Callable[[Record], Hashable]:
         """Return the function that gives the session of the next record."""
         numbers = count(1)
 
-        def session(record: Record) -> str | int:
+        def session(record: Record) -> Hashable:
             name = record.first(("session_id", "session", "conversation_id"))
-            return record.key(name) if name else next(numbers)
+            return record.key(name) if name else Unnamed(next(numbers))
 
         return session
 

@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from sortedcontainers import SortedDict
 
 from hybridcache.geometry.units import counted
-from hybridcache.lab.trace import FreshIds, TraceRequest
+from hybridcache.lab.trace import FreshIds, TraceRequest, Unnamed
 from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat, role_of
 from hybridcache.lab.traces.frame import COUNTS_ALONE, Record, TraceClock, shown
 from hybridcache.lab.traces.text import ChatText
@@ -304,9 +304,9 @@ class PromptParser:
         self._unread, self._num_chars = Counter[str](), Counter[str]()
         """Number of values of each field without a use, and of characters of those with words."""
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
-        self._num_failed = self._num_whole = self._num_null = 0
-        """Failed requests, prompts without an answer whose last message is an assistant's, and
-        messages with ``is_null``."""
+        self._num_failed = self._num_whole = self._num_null = self._num_unnamed = 0
+        """Failed requests, prompts without an answer whose last message is an assistant's, messages
+        with ``is_null``, and prompts without a session."""
         self._of_empty = Counter[str]()
         """Number of values that are not read in an assistant's messages without contents."""
         self._conversations = dict[str | int, Conversation]()
@@ -329,12 +329,12 @@ class PromptParser:
                 self._unread[name] += 1
                 is_text = isinstance(value, str) and _LETTERS.search(value)
                 self._num_chars[name] += len(value) if is_text else 0
-        session = self._session(session, namespace, said, now)
-        yield request._replace(timestamp_s=now, session=session, namespace=namespace)
+        request = request._replace(session=self._session(session, namespace, said, now))
+        yield request._replace(timestamp_s=now, namespace=namespace)
 
     def _session(
         self, name: str | int | None, namespace: str | None, said: str, now_s: float
-    ) -> str | int:
+    ) -> Hashable:
         """Return the session of the next prompt: ``name``, or by its text if that is None."""
         self._num_requests += 1
         self._is_sorted &= now_s >= self._newest_s
@@ -342,7 +342,8 @@ class PromptParser:
         if name is None:
             number, continues = self._continued.session(f"{namespace}\0{said}")
             self._num_continued += continues
-            return number
+            self._num_unnamed += 1
+            return Unnamed(number)
         size, digest, before_s = self._last.get(name, (0, 0, -math.inf))
         if size and now_s >= before_s:
             self._num_later += 1
@@ -435,11 +436,16 @@ class PromptParser:
                 f"{missed:,} of {self._num_later:,} later prompts of a session do not begin with "
                 f"the prompt before: {WHOLE_TEXT}"
             )
-        elif self._continued.count >= FEWEST and not self._num_continued:
+        elif not self._last and self._continued.count >= FEWEST and not self._num_continued:
             by_time = "sort the lines by time, because sessions are found in their order"
             yield (
                 f"no prompt begins with an earlier one, so {self._num_requests:,} requests are "
                 f"{self._continued.count:,} sessions: {WHOLE_TEXT if self._is_sorted else by_time}"
+            )
+        if self._last and self._num_unnamed:
+            yield (
+                f"{self._num_unnamed:,} of {self._num_requests:,} records have no session: each "
+                "continues the prompt that it begins with"
             )
         if self._num_whole:
             yield (

@@ -7,14 +7,13 @@ count a ``system`` message, which each segment may repeat.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import ClassVar
 
 from hybridcache.lab.arrivals import Pauses
-from hybridcache.lab.trace import BadRecords, TraceRequest
+from hybridcache.lab.trace import BadRecords, TraceRequest, distinct
 from hybridcache.lab.traces.dialects import Chat
 from hybridcache.lab.traces.frame import (
     CUT,
@@ -66,7 +65,7 @@ class ShareGPTReader(SessionReader):
         segments merged. Messages have a ``role`` and ``content``."""
         line: Line
         line, name, base, system, messages = 0, "", "", Chat(), Chat()
-        names, are_indices = Counter[str](), True
+        names, are_indices = set[str](), True
         records = parsed(self.path, json_array(self.path, bad), _segment, bad)
         for at, (id_, leading, said) in records:
             if not said:
@@ -82,9 +81,8 @@ class ShareGPTReader(SessionReader):
                 are_indices = start > len(messages)  # else they count conversations
             if messages:
                 yield line, Record(id=name, messages=system + messages)
-            name = base if base and index.isdecimal() and not names[base] else id_
-            names[name] += 1
-            name += f" ({names[name]})" if names[name] > 1 else ""
+            name = base if base and index.isdecimal() and base not in names else id_
+            names.add(name := str(distinct(name, names)))
             line, system, messages = at, leading, said
         if messages:
             yield line, Record(id=name, messages=system + messages)
