@@ -11,8 +11,9 @@ match, read the rows, lock, allocate (with eviction), insert with a state, read 
 the lock, and release it.
 
 Runs alternate in one process. "quiet" takes the fastest of all runs for each request, which
-excludes other processes. "cpu" is the thread's processor time, which includes the clocks and a
-concatenation of rows.
+excludes other processes.
+
+The rows "direct" are the same operations of this cache by its own interface, with numpy arrays.
 
 Placement "end" saves one state at the end of each answer. "extra_buffer" is SGLang's own: a prefill
 saves one at its last 64th token or at the branch that the cache reports. Decode saves one at each
@@ -23,15 +24,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 from array import array
-from time import perf_counter_ns, thread_time_ns
-from typing import Any
+from time import perf_counter_ns
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from experiments.benchmarks.tree_work import Work, Workload
+from experiments.benchmarks import tree_work
+from experiments.benchmarks.tree_work import Work, Workload, new_cache
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.sglang.cpu import VERSION, stand_in
 from experiments.studies.common import positive, show
@@ -48,10 +49,12 @@ from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
 from experiments.sglang.pools import CHUNK, World, new_world  # noqa: E402
 
-VERBS = ("match", "rows", "lock", "evict", "allocate", "insert", "rows again", "unlock")
 NUM_KV_TOKENS, NUM_SLOTS = 1_070_000, 320
 DECODE_INTERVAL = 256
-CACHES = (("rust", "lru"), ("hybridcache", "lru"), ("hybridcache", "survival"))
+CACHES = (
+    *(("rust", "lru"), ("hybridcache", "lru"), ("hybridcache", "survival")),
+    *(("direct", "lru"), ("direct", "survival")),
+)
 
 
 class Keys:
@@ -68,8 +71,7 @@ class Replay:
     def __init__(self, world: World, placement: str) -> None:
         self.world = world
         self.placement = placement
-        self.times: list[tuple[int, ...]] = []
-        self.cpu: list[int] = []
+        self.times: list[int] = []
         self.cached_tokens = self.prompt_tokens = 0
 
     def run(self, work: list[Keys]) -> None:
@@ -79,38 +81,29 @@ class Replay:
 
     def _end(self, keys: Keys) -> None:
         """Serve a request with one insert at the end of the answer, with a state there."""
-        now, (cache, rows, requests) = perf_counter_ns, self.world
+        cache, rows, requests = self.world
         ids, prompt_len = keys.ids, keys.prompt_len
         end = len(ids)
-        began = thread_time_ns()
-        t0 = now()
+        began = perf_counter_ns()
         match = cache.match_prefix(MatchPrefixParams(key=RadixKey(ids, limit=prompt_len - 1)))
-        t1 = now()
         hit, node = match.device_prefix_len, match.last_device_node
         cached_rows = cache.path_device_indices(node)
-        t2 = now()
         lock = cache.lock(node)
-        t3 = now()
         self._make_room(end - hit)
-        t4 = now()
         new, slot = rows.alloc(end - hit), requests.mamba_allocator.alloc(1)
-        t5 = now()
+        paused = perf_counter_ns()
         value = torch.cat((cached_rows[:hit], new))
-        t6 = now()
+        resumed = perf_counter_ns()
         result = cache.insert(
             InsertParams(key=RadixKey(ids), value=value, mamba_value=slot, prev_prefix_len=hit)
         )
-        t7 = now()
         cache.path_device_indices(result.last_device_node)
-        t8 = now()
         moved = cache.lock(result.last_device_node)
         cache.unlock(lock)
         cache.unlock(moved)
-        t9 = now()
-        self.cpu.append(thread_time_ns() - began)
+        self.times.append(perf_counter_ns() - resumed + paused - began)
         if result.mamba_exist:
             requests.mamba_allocator.free(slot)
-        self.times.append((t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4, t7 - t6, t8 - t7, t9 - t8))
         self._count(hit, prompt_len)
 
     def _extra_buffer(self, keys: Keys) -> None:
@@ -162,18 +155,35 @@ class Replay:
         self.prompt_tokens += prompt_len
 
 
+class Measured(NamedTuple):
+    """One replay."""
+
+    token_hit_rate: float
+    times: np.ndarray
+    """Nanoseconds, int64[requests]."""
+
+
+def replay(work: list[Keys], live: int, placement: str, backend: str, eviction: str) -> Measured:
+    """Replay on a new cache. "direct" is this cache by its own interface."""
+    gc.collect()
+    if backend == "direct":
+        cache = new_cache(NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction)
+        run = tree_work.replay(Workload(live, 2000, 5), cache)
+        return Measured(run.token_hit_rate, run.verbs.sum(1))
+    done = Replay(new_world(backend, NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction), placement)
+    done.run(work)
+    return Measured(done.cached_tokens / done.prompt_tokens, np.array(done.times))
+
+
 def measure(live: int, placement: str, runs: int, bar: Any) -> list[dict[str, Any]]:
     """Run all caches on one workload, alternating, ``runs`` times."""
     work = [Keys(request) for request in Workload(live, 2000, 5)]
-    replays: dict[tuple[str, str], list[Replay]] = {cache: [] for cache in CACHES}
+    caches = CACHES if placement == "end" else CACHES[:3]
+    replays: dict[tuple[str, str], list[Measured]] = {cache: [] for cache in caches}
     for _ in range(runs):
-        for backend, eviction in CACHES:
-            world = new_world(backend, NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction)
-            replay = Replay(world, placement)
-            gc.collect()
-            replay.run(work)
+        for cache, done in replays.items():
+            done.append(replay(work, live, placement, *cache))
             bar.update()
-            replays[backend, eviction].append(replay)
     records = []
     for (backend, eviction), done in replays.items():
         record = {
@@ -182,23 +192,19 @@ def measure(live: int, placement: str, runs: int, bar: Any) -> list[dict[str, An
             "placement": placement,
             "live": live,
             "requests": len(work),
-            "token_hit_rate": round(done[-1].cached_tokens / done[-1].prompt_tokens, 4),
+            "token_hit_rate": round(done[-1].token_hit_rate, 4),
         }
         records.append(record | (_times(done) if placement == "end" else {}))
     return records
 
 
-def _times(replays: list[Replay]) -> dict[str, Any]:
-    times = np.array([replay.times for replay in replays]) / 1e3  # [runs, requests, operations]
-    requests, cpu = times.sum(2), [float(np.mean(replay.cpu)) / 1e3 for replay in replays]
-    verbs = np.median(times.mean(1), axis=0)
+def _times(runs: list[Measured]) -> dict[str, Any]:
+    requests = np.array([run.times for run in runs]) / 1e3  # [runs, requests]
     return {
         "request_us_mean": round(float(np.median(requests.mean(1))), 1),
         "request_us_median": round(float(np.median(np.median(requests, axis=1))), 1),
-        "request_us_cpu_mean": round(statistics.median(cpu), 1),
         "request_us_quiet_mean": round(float(requests.min(0).mean()), 1),
-        "verb_us_mean": {verb: round(float(us), 2) for verb, us in zip(VERBS, verbs, strict=True)},
-        "runs": len(replays),
+        "runs": len(runs),
     }
 
 
@@ -209,7 +215,7 @@ def main() -> None:
     torch.set_num_threads(1)
     records = []
     lives = (64, 128, 256)
-    with tqdm(total=(options.runs + 1) * len(lives) * len(CACHES)) as bar:
+    with tqdm(total=(options.runs * len(CACHES) + 3) * len(lives)) as bar:
         for live in lives:
             records += measure(live, "end", options.runs, bar)
             records += measure(live, "extra_buffer", 1, bar)

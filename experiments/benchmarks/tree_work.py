@@ -84,19 +84,18 @@ class Workload:
             yield Work(everything[: len(request.tokens)], everything)
 
 
-def new_cache(num_kv_tokens: int, num_slots: int, memory: str = "pools") -> HybridRadixCache:
+def new_cache(
+    num_kv_tokens: int, num_slots: int, memory: str = "pools", eviction: str = "lru"
+) -> HybridRadixCache:
     """Return a cache with two pools, or with the same bytes in one arena. Sizes are those of
     Qwen3-Next."""
+    state_bytes = SLAB_ROWS * ROW_BYTES
     shares: dict[str, Any] = {"num_kv_tokens": num_kv_tokens, "num_slots": num_slots}
     if memory != "pools":
-        slab_bytes = SLAB_ROWS * ROW_BYTES
-        shares = {
-            "memory": memory,
-            "total_bytes": num_kv_tokens * ROW_BYTES + num_slots * slab_bytes,
-            "kv_bytes_per_token": ROW_BYTES,
-            "state_bytes": slab_bytes,
-        }
-    cache = build_prefix_cache(CacheConfig(grid=1, eviction="lru", **shares))
+        total_bytes = num_kv_tokens * ROW_BYTES + num_slots * state_bytes
+        shares = {"memory": memory, "total_bytes": total_bytes}
+    sizes = {"kv_bytes_per_token": ROW_BYTES, "state_bytes": state_bytes}
+    cache = build_prefix_cache(CacheConfig(grid=1, eviction=eviction, **sizes, **shares))
     assert isinstance(cache, HybridRadixCache)
     return cache
 

@@ -116,8 +116,8 @@ def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_the_engine_serves_what_the_closed_loop_study_forecasts() -> None:
     """One session at a time: processor time then cannot change hits."""
-    runs = closed_loop.compare(("sessions", 0.05, 0), num_sessions=12, num_pauses=1)
+    runs = closed_loop.compare(("sessions", 0.005, 0), num_sessions=12, num_pauses=1)
     assert [run["source"] for run in runs] == ["engine", "forecast"]
     assert runs[0]["hit"] == pytest.approx(runs[1]["hit"], abs=1e-9) and runs[0]["hit"] > 50
     _, [row] = closed_loop.table(runs)
-    assert row[:4] == ["0.05", "sessions", f"{runs[0]['hit']:.1f}", "0.0"]
+    assert row[:4] == ["0.005", "sessions", f"{runs[0]['hit']:.1f}", "0.0"]
