@@ -208,7 +208,7 @@ counted in ``CacheStats.others``."""
 @dataclass(slots=True)
 class Usage:
     """Counters of the requests of one namespace, in tokens except for ``requests``, ``hits`` and
-    ``missed``.
+    ``ghost_hits``.
 
     ``never_seen`` to ``not_fetched`` are sums of the fields of ``Losses``. With ``cached_tokens``,
     they sum to ``prompt_tokens``.
@@ -230,9 +230,9 @@ class Usage:
     below_grid: int = 0
     refused: int = 0
     not_fetched: int = 0
-    missed: int = 0
+    ghost_hits: int = 0
     """Number of requests that would have resumed deeper from an evicted checkpoint."""
-    missed_tokens: int = 0
+    ghost_hit_tokens: int = 0
     """Number of tokens that those checkpoints would have saved."""
 
     def merge(self, other: Usage) -> None:
@@ -318,8 +318,8 @@ class CacheStats:
         usage.refused += losses[5]
         usage.not_fetched += losses[6]
         if match.missed is not None:
-            usage.missed += 1
-            usage.missed_tokens += match.missed_tokens
+            usage.ghost_hits += 1
+            usage.ghost_hit_tokens += match.missed_tokens
 
     @property
     def total(self) -> Usage:

@@ -607,10 +607,13 @@ class Lease:
 
         Raises:
             ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``), or
-                ``start`` is less than ``published_len`` or more than ``end``.
+                ``start`` is less than ``published_len`` or more than ``end``, or ``max_slots`` is
+                negative.
         """
         if type(start) is not int or type(end) is not int:
             start, end = require_index(start, "start"), require_index(end, "end")
+        if max_slots is not None and (type(max_slots) is not int or max_slots < 0):
+            max_slots = require_index(max_slots, "max_slots", 0)
         if end > self.extended_len or self._has_ended:
             raise self._misuse(end)
         if not self.published_len <= start <= end:

@@ -741,8 +741,11 @@ class TieredRadixCache(HybridRadixCache):
         loaded), plus evictions that make room.
 
         Raises:
+            TypeError: it is not a ``Resumable``.
             ValueError: it is from another cache.
         """
+        if not isinstance(resumable, Resumable):
+            raise TypeError(f"resumable must be one of match.loadable (got {resumable!r}).")
         target, offload = resumable.node, self.offload
         if target.offloaded is None or target.offloaded.state is None:
             return False

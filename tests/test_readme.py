@@ -18,6 +18,7 @@ import pytest
 import engine
 import hybridcache
 from engine import Engine, EngineConfig
+from engine.models import families
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
@@ -167,8 +168,9 @@ def test_embedding_pages_import_only_public_names(page: str, generate: ModuleTyp
         (GENERATORS, "traces"),
         (BASELINES, "simulator"),
         (ROUTERS, "simulator"),
+        (families(), "../engine/models"),
     ],
-    ids=["readers", "generators", "baselines", "routers"],
+    ids=["readers", "generators", "baselines", "routers", "families"],
 )
 def test_registered_names_are_in_the_reference(
     names: dict[str, object], page: str, generate: ModuleType

@@ -52,7 +52,8 @@ class ChatTemplate:
         try:
             self._template = _compiled(source)
         except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"The chat template does not parse: {error}.") from error
+            said = str(error).rstrip(".")
+            raise TemplateError(f"The chat template does not parse: {said}.") from error
 
     @cached_property
     def takes_late_system(self) -> bool:

@@ -123,8 +123,8 @@ class PageAllocator(BaseAllocator):
         num_pages = -(-num_tokens // self.page_size)
         if num_pages > self._height:
             return None
-        if num_pages < 0:
-            raise ValueError(f"rows for {num_tokens} tokens asked for: it must not be negative")
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens must not be negative (got {num_tokens}).")
         if self.budget is not None and num_pages * self.page_size > self.num_free:
             return None
         top = self._height

@@ -189,6 +189,15 @@ class Mirror:
 
     def apply(self, event: Event) -> None:
         """Apply one event, which follows the preceding ones. O(tokens of the segment)."""
+        try:
+            self._apply(event)
+        except KeyError:
+            raise ValueError(
+                f"{event!r} names a node that is not mirrored: apply all events of one "
+                "subscription, in their order."
+            ) from None
+
+    def _apply(self, event: Event) -> None:
         match event:
             case KVStored():
                 piece, first = _Piece(event), event.tokens[: self.page_size]

@@ -136,6 +136,8 @@ def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
     parts = split_specs(spec)
     if "none" in parts:
         raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
+    if twice := next((part for part in parts if parts.count(part) > 1), None):
+        raise ValueError(f"{spec!r}: {twice} is named twice")
     rules: list[PlacementPolicy] = [
         _maker("checkpoint placement", PLACEMENT_NAMES, part, PlacementPolicy)() for part in parts
     ]

@@ -43,6 +43,8 @@ class Outbox:
     """
 
     def __init__(self, cache: HybridRadixCache, kept: int = KEPT) -> None:
+        if not isinstance(cache, HybridRadixCache):
+            raise TypeError(f"cache must be a HybridRadixCache (got {cache!r}).")
         self._cache = cache
         self._lock = threading.Lock()
         self._batches: deque[EventBatch] = deque(maxlen=require_index(kept, "kept", 1))

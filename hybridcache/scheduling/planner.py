@@ -218,6 +218,8 @@ class StepPlanner(Generic[R]):
             TypeError, ValueError: an argument is of another type, a number is less than 1, or
                 ``memory`` is not that of the manager's cache.
         """
+        if not isinstance(manager, CacheManager):
+            raise TypeError(f"manager must be a CacheManager (got {manager!r}).")
         if not isinstance(admission, AdmissionPolicy):
             raise TypeError(f"admission must be made by make_admission (got {admission!r}).")
         for what, number in (("max_running", max_running), ("token_budget", token_budget)):
@@ -293,9 +295,9 @@ class StepPlanner(Generic[R]):
         """Add ``request`` to the waiting requests.
 
         Raises:
-            ValueError: a waiting or running request has the same ``arrival``, or it is this one; it
-                has ``max_len`` tokens, or can be longer than ``memory.max_request_len``, so that it
-                would never end.
+            ValueError: a waiting or running request has the same ``arrival``, or it is this one;
+                its answer has ended, or it can be longer than ``memory.max_request_len``, so that
+                it would never end.
         """
         for requests in (self._waiting, self._running):
             place = bisect_left(requests, request.arrival, key=_age)

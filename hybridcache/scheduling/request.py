@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from math import isfinite
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from hybridcache.policies.admission.base import WaitingRequest
 from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
 from hybridcache.tokens import (
     Tokens,
+    require_bool,
     require_index,
     require_int32,
     require_namespace,
@@ -73,8 +75,8 @@ class ScheduledRequest(WaitingRequest):
 
         Raises:
             TypeError, ValueError: the prompt is empty or not int32[n], or longer than ``max_len``;
-                positions of the spec are negative or not ascending, its namespace is malformed, or
-                it has no name; ``arrival`` is not an integer, or ``arrival_s`` not a number.
+                positions of the spec are negative, or its boundaries not ascending; another field
+                is malformed; ``arrival`` is not an integer, or ``arrival_s`` no finite number.
         """
         require_int32(prompt, "prompt")
         if not isinstance(spec.request_id, str):
@@ -85,8 +87,11 @@ class ScheduledRequest(WaitingRequest):
                 f"{max_len})"
             )
         require_index(arrival, "arrival")
-        if not isinstance(arrival_s, int | float):
-            raise TypeError(f"arrival_s must be a number of seconds (got {arrival_s!r}).")
+        if not isinstance(arrival_s, int | float) or not isfinite(arrival_s):
+            raise TypeError(f"arrival_s must be a finite number of seconds (got {arrival_s!r}).")
+        if spec.choice_of is not None and not isinstance(spec.choice_of, str):
+            raise TypeError(f"choice_of must be a request_id, or None (got {spec.choice_of!r}).")
+        require_bool(spec.ends_session, "ends_session")
         require_namespace(spec.namespace)
         for position in spec.save_at:
             require_index(position, "each of save_at", 0)

@@ -375,7 +375,7 @@ def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the
     cache, _ = small()
     with begun(cache, parse_placement("every:8"), prompt := ids(range(32))) as lease:
         cache.steps.transfers.append(Drop("disk", prompt))
-        assert [lease.take_checkpoint_slots(0, 32, most) for most in (-1, 3)] == [None, None]
+        assert [lease.take_checkpoint_slots(0, 32, most) for most in (0, 3)] == [None, None]
         assert len(lease.take_checkpoint_slots(0, 32)) == 3  # no other slot is left
         with pytest.raises(RuntimeError, match="or moved the entries"):
             lease.publish(prompt, 32)
@@ -436,6 +436,11 @@ def mirror(page_size):
     cache.subscribe(EventStream(Mirror(page_size).apply))
 
 
+def tiered():
+    host = {"kv_bytes_per_token": 4, "state_bytes": 64, "host_bytes": 9000}
+    return build_prefix_cache(CacheConfig(num_kv_tokens=200, num_slots=4, grid=8, **host))
+
+
 def on_grid(plan):
     Prefill(200, 0, 0, 0, (), 64).on_grid(plan)
 
@@ -468,8 +473,13 @@ WRONG = (
     *((planner, {"clock": value}) for value in (None, 0.0)),
     (planner, {"manager": arena_manager(), "memory": sizes(num_kv_tokens=100)}),
     (manager, {"placement": 5}),
-    *((scheduled, {"arrival_s": value}) for value in (None, "x")),
+    *((scheduled, {"arrival_s": value}) for value in (None, "x", float("nan"))),
+    *((asking, {name: value}) for name, value in (("ends_session", "no"), ("choice_of", 5))),
     (asking, {"request_id": None}),
+    (planner, {"manager": hybrid()}),
+    (Outbox, {"cache": parse_placement("end")}),
+    (tiered().fetch, {"resumable": None}),
+    (hybrid(page_size=4).allocate_kv, {"num_tokens": -3}),
     (asking, {"save_at": (-4,)}),
     *((begin, {"exchange": value}) for value in (3, len, FetchRule)),
     (begin, {"stateful": False}),

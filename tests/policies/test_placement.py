@@ -20,7 +20,7 @@ from tests.policies.items import FakeItem
         ("backoff:3", [832, 896, 960]),
         ("backoff:99", list(range(64, 961, 64))),
         ("every:256", [256, 512, 768]),
-        ("backoff,backoff,every:512", [512, 960]),
+        ("backoff,every:512", [512, 960]),
     ],
 )
 def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int]) -> None:

@@ -151,6 +151,8 @@ def test_an_error_in_a_custom_policy_is_one_line(
 def test_an_object_that_is_no_policy_is_named() -> None:
     with pytest.raises(ValueError, match="it does not implement PlacementPolicy: give a name"):
         parse_placement(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="end is named twice"):
+        parse_placement("end,backoff,end")
     with pytest.raises(ValueError, match="'every' needs a whole number of at least 1"):
         parse_placement("every:1.5")
 

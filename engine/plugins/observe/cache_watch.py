@@ -113,6 +113,7 @@ class Watch:
     def _meta(self) -> dict[str, Any]:
         engine = self._engine
         memory, config, arena = engine.runner.memory, engine.config, engine.cache.arena
+        is_kept = config.prefix_cache != "none"
         return {
             "title": engine.model_name,
             "version": version(),
@@ -123,8 +124,8 @@ class Watch:
             "slab_rows": arena.slab_rows if arena is not None and arena.num_slabs else None,
             "num_slabs": 0 if arena is None else arena.num_slabs,
             "grid": engine.cache.grid,
-            "eviction": config.eviction,
-            "checkpoints": list(config.checkpoints),
+            "eviction": config.eviction if is_kept else None,
+            "checkpoints": list(config.checkpoints) if is_kept else [],
         }
 
     def _on_end(self, ended: Request) -> None:
