@@ -365,6 +365,12 @@ def _read_secret(folder: str | None) -> bytes:
             open(file, "xb", opener=partial(os.open, mode=0o600)) as new,
         ):
             new.write(made)
+            if any(Path(folder).glob("*.record")):
+                logger.warning(
+                    "%s was missing: stored entries of requests with a salt, or with one of "
+                    "several keys, are not found any more.",
+                    file,
+                )
         kept = file.read_bytes()
         if len(kept) == SECRET_BYTES:
             return kept

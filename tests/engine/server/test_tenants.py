@@ -132,6 +132,10 @@ def test_tenant_entries_are_found_after_a_restart(tmp_path: Path, caplog: Any) -
     with start("key-one", "key-two") as live:
         assert ask(live, "key-one") == 0 < ask(live, "key-one")
     assert "salt-secret cannot be used (it has 5 bytes and not 32; delete it)" in caplog.text
+    secret.unlink()
+    with start("key-one", "key-two") as live:
+        assert ask(live, "key-one") == 0
+    assert "salt-secret was missing" in caplog.text
 
 
 PATHS: list[tuple[str, str]] = [
