@@ -419,7 +419,7 @@ def leaderboard(
         split: traces, sizes and seeds, or the path of their file; None for the packaged
             evaluation split.
         built_in: names of built-in evictions; each uses the default placement.
-        processes: runs at the same time; changes no result.
+        processes: runs at the same time, as in ``simulate``; changes no result.
         seeds: number of the first seeds to use; None for all.
         resume_from: JSON lines of finished jobs, read first and appended to.
         progress: function of (jobs done, all), or False for none, as in ``simulate``.

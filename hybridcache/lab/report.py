@@ -273,11 +273,11 @@ def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
         "best plan with hindsight: a greedy's, which is not always the optimum; running requests "
         "take none of its memory"
     ]
-    if "optimum" in words and any(map(above_plan, planned)):
-        notes.append(
-            "* above the plan, which is no bound for it: it is a greedy's, keeps to a coarser grid "
-            "than this cache, or counts memory that this cache does not count"
-        )
+    if above := list(filter(above_plan, planned)):
+        names = ", ".join(dict.fromkeys(run.label for run in above))
+        has_rebuilt, mark = any(run.config.baseline for run in above), "* " * ("optimum" in words)
+        grid = f" and keeps to --grid {above[0].config.grid}" * has_rebuilt
+        notes.append(f"{mark}above the plan, which is no bound{grid}: {names}")
     return notes
 
 

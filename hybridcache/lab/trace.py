@@ -9,9 +9,9 @@ bytes per KV row are multiplied by ``unit``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,10 +305,10 @@ class Unnamed(NamedTuple):
         return f"unnamed {self.number}"
 
 
-def distinct(name: str | int, taken: Container[str | int]) -> str | int:
-    """Return ``name``, followed by a number if it is ``taken``."""
-    numbered = (f"{name} ({number})" for number in count(2))
-    return next(one for one in numbered if one not in taken) if name in taken else name
+def distinct(session: Hashable, name: str | int, owners: dict[Any, Hashable]) -> Any:
+    """Return ``name``, followed by a number if it is another session's in ``owners``."""
+    names = chain([name], (f"{name} ({number})" for number in count(2)))
+    return next(one for one in names if owners.setdefault(one, session) == session)
 
 
 class FreshIds:

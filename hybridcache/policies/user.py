@@ -101,7 +101,7 @@ def own_policy(given: object) -> OwnPolicy:
         for name, value in getattr(given, "__dict__", {}).items()
         if name[0] != "_" and name != "now" and isinstance(value, int | float | str)
     )
-    return OwnPolicy(f"{type(given).__name__}({facts})", partial(copy.deepcopy, given))
+    return OwnPolicy(f"{_name_of(type(given))}({facts})", partial(copy.deepcopy, given))
 
 
 def _name_of(make: Callable[..., Any]) -> str:

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import EngineConfig
+from hybridcache.command.extras import version
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
@@ -37,7 +38,7 @@ from hybridcache.lab.simulation.grid import run_grid
 from hybridcache.lab.simulation.result import RunResult, SessionResult, summarise
 from hybridcache.lab.simulation.serving import RequestLog, serve
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, run_cell, simulate
-from hybridcache.lab.simulation.sizes import sizes, working_set_bytes
+from hybridcache.lab.simulation.sizes import working_set_bytes
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
@@ -175,6 +176,12 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
         assert run() == (both, {})
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 6
     text, other = path.read_text(), tmp_path / "other.jsonl"
+    path.write_text(text.replace("\n", "\n{}\n", 1).replace(f'"{version()}"', '"0.1"', 2))
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        assert run() == (both, {})
+    assert len(caught) == 2 and "line 2: damaged" in str(caught[0].message)
+    assert ": 2 runs of version 0.1 reused" in str(caught[1].message)
+    path.write_text(text)
 
     def run_beside(trace: Trace, cell: Scenario) -> RunResult:
         """Compute a cell. In the meantime, another process computes all."""
@@ -265,8 +272,7 @@ def test_sizes_may_be_shares_of_the_working_set() -> None:
     assert [run.gib for run in runs] == pytest.approx([whole / 10 / GIB, whole / GIB], rel=1e-5)
     assert runs[1].losses is not None and not runs[1].losses.kv_evicted
     with pytest.raises(ValueError, match="all sizes in GiB, or all with %"):
-        simulate(trace, gib="1:100%")
-    assert len(sizes("2:200")) == 15
+        simulate(trace, gib="1:100%:3")
 
 
 def test_sessions_of_a_run_sum_to_its_figures_and_give_its_interval() -> None:
@@ -662,7 +668,12 @@ def test_star_and_its_footnote_come_together(small: SimulationResult) -> None:
         result = replace(small, runs=tuple(runs))
         table, note = result.table("optimum"), result.figure(metric="optimum").texts[-1].get_text()
         assert ("* above the plan" in table) == ("200.0*" in table) == (share == 2)
+        assert ("above the plan, which is no bound: lru, fifo\n" in result.table()) == (share == 2)
         assert "*" not in note and ("above the plan" in note.replace("\n", " ")) == (share == 2)
+    rebuilt = replace(runs[0], config=replace(runs[0].config, baseline="vllm"))
+    assert "above the plan, which is no bound and keeps to --grid 64: lru\n" in (
+        replace(small, runs=(rebuilt,)).table()
+    )
 
 
 def test_shares_of_the_working_set_are_shown_and_never_above_it() -> None:

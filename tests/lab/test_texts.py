@@ -292,6 +292,15 @@ def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     assert text_of(second) == "be brief, please. who?"
     path.write_text("prompt\nhello\n\nhello you\n")
     assert [text_of(one) for one in open_trace(f"{path}?tokenizer=bytes")] == ["hello", "hello you"]
+    path.write_text(",session,prompt\n0,s,hello\n1,s,hello you\n")  # with the index of pandas
+    trace = open_trace(f"{path}?tokenizer=bytes")
+    assert [text_of(one) for one in trace] == ["hello", "hello you"]
+    assert trace.columns.startswith("prompt=prompt, session=session")
+    path.write_text('0,"hello, you"\n')
+    with pytest.raises(
+        ValueError, match=r"first line names no columns .*, or read csv:.*prompts\.csv$"
+    ):
+        open_trace(f"{path}?tokenizer=bytes")
     messages = json.dumps([user("hello")]).replace('"', '""')
     path.write_text(f'timestamp,messages\n2026-01-01T00:00:00,"{messages}"\n')
     [request] = open_trace(f"{path}?tokenizer=bytes")

@@ -199,6 +199,8 @@ def test_a_policy_takes_parameters(policy: object) -> None:
     ).runs
     assert [run.cached_tokens for run in runs[2:]] == [run.cached_tokens for run in by_name]
     assert "Weighted" in runs[2].label or "lambda" in runs[2].label
+    if not callable(policy):
+        assert runs[2].label in (policy, f"{__name__}:Weighted(weight=2.5)")
     if isinstance(policy, partial):  # It can be written to files of runs and scenarios.
         assert f'"{__name__}:Weighted(weight=2.5)"' in Scenario("short", policy=policy).to_toml()
 

@@ -15,6 +15,7 @@ import signal
 import tempfile
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from hybridcache.command.extras import explain_missing, version
+from hybridcache.geometry.units import counted
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.frame import warn
@@ -168,21 +170,22 @@ def _check_results_file(path: Path, kind: Any, trace: Trace) -> None:
 
 
 def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
-    """Return the results of the ``wanted`` keys. A damaged line, or one cut by the end of a
-    process, is skipped, with a warning if not all are found."""
-    found, damaged = dict[str, Any](), list[str]()
+    """Return the results of the ``wanted`` keys. Warns of lines that are damaged, or cut by the end
+    of a process, and of results of another version of this package."""
+    found, versions = dict[str, Any](), dict[str, Any]()
     if not path.exists():
         return found
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                if record.get("key") in wanted:
-                    found[record["key"]] = kind.from_record(record)
+                if (key := record["key"]) in wanted:
+                    found[key], versions[key] = kind.from_record(record), record.get("version")
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                damaged.append(f"line {number}: damaged or cut, so it is run again ({error!r})")
-    for problem in damaged if wanted - found.keys() else ():
-        warn(f"{path}, {problem}")
+                warn(f"{path}, line {number}: damaged or cut, and not read ({error!r:.80})")
+    for other, number in Counter(versions.values()).items():
+        if other != version():
+            warn(f"{path}: {counted(number, 'run')} of version {other} reused; this is {version()}")
     return found
 
 

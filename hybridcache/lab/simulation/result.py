@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Self
 
@@ -427,9 +427,8 @@ def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult
         np.bincount(numbers, weights=tokens, minlength=size).astype(np.int64).tolist()
         for tokens in (lengths, cached)
     )
-    names = dict[str, None]()
-    for session in log.session_numbers:
-        names[str(distinct(str(session), names))] = None
+    owners = dict[str, Hashable]()
+    names = [distinct(session, str(session), owners) for session in log.session_numbers]
     found = [SessionResult(*row) for row in zip(names, counts, *sums, strict=True)]
     if log.has_causes:
         computed = (one.prompt_tokens - one.cached_tokens for one in found)

@@ -270,8 +270,8 @@ def simulate(
       ``policy``, ``checkpoints``, ``baseline`` and others.
     - ``bound``: also compute the reuse of an infinite token-granular cache.
     - ``optimum``: also compute a plan with hindsight at each size, for the device's memory alone.
-    - ``processes``, ``ray``: runs at the same time, or the address of a Ray cluster for them;
-      changes no result.
+    - ``processes``, ``ray``: runs at the same time, or a Ray cluster's address; changes no result.
+      Each process runs the calling script again: call below ``if __name__ == "__main__":``.
     - ``resume_from``: file of JSON lines; its runs are read, new ones are appended.
     - ``progress``: function of (runs done, all); False for none. By default a bar in terminals and
       notebooks.

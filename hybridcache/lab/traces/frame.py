@@ -376,7 +376,7 @@ def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]
 def looks_like_csv(head: bytes) -> bool:
     """Return whether a file that begins with ``head`` has a header line of column names."""
     first = head.partition(b"\n")[0].strip()
-    return re.fullmatch(rb'"?[A-Za-z][^{}\[\]:]*[,;\t][^{}\[\]:]*|prompt', first) is not None
+    return re.fullmatch(rb',*("?[A-Za-z][^{}\[\]:]*[,;\t][^{}\[\]:]*|prompt)', first) is not None
 
 
 def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
@@ -414,7 +414,7 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
                 if twice:
                     raise ValueError(f"{path}: {len(names)} columns, and {twice[0]!r} twice")
             elif row:
-                yield line, Record(zip(names, row, strict=True))
+                yield line, Record(pair for pair in zip(names, row, strict=True) if pair[0])
 
 
 def _is_utf8(text: str) -> bool:

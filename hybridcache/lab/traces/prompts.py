@@ -106,7 +106,7 @@ def unread_of_empty(message: Record, known: Collection[str] = ()) -> set[str]:
     without contents; empty for another message."""
     if role_of(message) != "assistant" or any(message.get(name) for name in CONTENTS):
         return set()
-    others = message.keys() - PARAMETERS - {"role", "name", "", *known}
+    others = message.keys() - PARAMETERS - {"role", "name", *known}
     return {name for name in others if message[name]}
 
 
@@ -323,7 +323,7 @@ class PromptParser:
         session = record.record.key(record.used["session"]) if "session" in record.used else None
         request, said = self._request(record)
         now, namespace = record.time_s(self._clock), record.namespace()
-        known = {*record.used.values(), *PARAMETERS, ""}
+        known = {*record.used.values(), *PARAMETERS}
         for name, value in record.record.items():
             if value is not None and name not in known:
                 self._unread[name] += 1
@@ -443,10 +443,8 @@ class PromptParser:
                 f"{self._continued.count:,} sessions: {WHOLE_TEXT if self._is_sorted else by_time}"
             )
         if self._last and self._num_unnamed:
-            yield (
-                f"{self._num_unnamed:,} of {self._num_requests:,} records have no session: each "
-                "continues the prompt that it begins with"
-            )
+            unnamed = f"{self._num_unnamed:,} of {self._num_requests:,} records have no session"
+            yield f"{unnamed}: each continues the prompt that it begins with"
         if self._num_whole:
             yield (
                 f"{counted(self._num_whole, 'prompt')} without an answer end with an assistant's "

@@ -22,10 +22,10 @@ def write_own(trace: Trace, file: TextIO) -> int:
         header["counted_by"] = trace.counted_by
     file.write(json.dumps(header) + "\n")
     last: dict[Hashable, Tokens] = {}
-    names, num_requests = _Names(), 0
+    names, num_requests = dict[str | int, Hashable](), 0
     for request in trace:
         num_requests += 1
-        session = names[request.session]
+        session = distinct(request.session, _plain(request.session), names)
         before = last.get(session)
         kept = 0 if before is None else common_prefix_len(before, request.tokens)
         ids = request.tokens[kept:].tolist()
@@ -53,18 +53,6 @@ def _plain(value: Hashable) -> str | int:
     return value if isinstance(value, int | str) and not isinstance(value, bool) else str(value)
 
 
-class _Names(dict[Hashable, str | int]):
-    """Name of each session as the readers accept it, each of one session."""
-
-    def __init__(self) -> None:
-        self._taken = set[str | int]()
-
-    def __missing__(self, session: Hashable) -> str | int:
-        name = self[session] = distinct(_plain(session), self._taken)
-        self._taken.add(name)
-        return name
-
-
 def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
     """Write ``trace`` as ``mooncake`` and return the number of requests.
 
@@ -81,7 +69,7 @@ def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
             f"blocks of {block_tokens} tokens are not made of ids of {unit}: take a multiple"
         )
     numbers: dict[tuple[Hashable, int, bytes], int] = {}
-    names, num_requests = _Names(), 0
+    names, num_requests = dict[str | int, Hashable](), 0
     for request in trace:
         num_requests += 1
         length, hashes = request.num_tokens(unit), list[int]()
@@ -94,7 +82,7 @@ def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
             before = hashes[-1]
         record = {
             "timestamp": round(request.timestamp_s * 1000),
-            "session_id": names[request.session],
+            "session_id": distinct(request.session, _plain(request.session), names),
             "input_length": length,
             "output_length": max(1, request.num_answer_tokens(unit)),
             "hash_ids": hashes,
