@@ -298,7 +298,7 @@ def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     assert trace.columns.startswith("prompt=prompt, session=session")
     path.write_text('0,"hello, you"\n')
     with pytest.raises(
-        ValueError, match=r"first line names no columns .*, or read csv:.*prompts\.csv$"
+        ValueError, match=r"no header is found .*, or read csv:.*prompts\.csv$"
     ):
         open_trace(f"{path}?tokenizer=bytes")
     messages = json.dumps([user("hello")]).replace('"', '""')

@@ -227,7 +227,7 @@ def recognise(path: Path) -> str:
     is_csv = looks_like_csv(head)
     if not is_csv and ".csv" in path.suffixes and head[:1] not in (b"{", b"[", b""):
         raise ValueError(
-            f"{path}: its first line names no columns (prompt, ...): add one, or read csv:{path}"
+            f"{path}: no header is found (prompt, messages, or role): add it, or read csv:{path}"
         )
     records = csv_lines if is_csv else json_array if head.startswith(b"[") else json_lines
     _, first = next(records(path, BadRecords(skip=True)), (0, None))
