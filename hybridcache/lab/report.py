@@ -258,7 +258,7 @@ def marked(run: RunResult, word: str) -> str:
 
 def above_plan(run: RunResult) -> bool:
     """Return True if a run reuses more than the best plan."""
-    return run.share_of_optimum is not None and run.share_of_optimum > 1
+    return run.optimum_tokens is not None and run.cached_tokens > run.optimum_tokens
 
 
 def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:

@@ -297,9 +297,7 @@ def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     assert [text_of(one) for one in trace] == ["hello", "hello you"]
     assert trace.columns.startswith("prompt=prompt, session=session")
     path.write_text('0,"hello, you"\n')
-    with pytest.raises(
-        ValueError, match=r"no header is found .*, or read csv:.*prompts\.csv$"
-    ):
+    with pytest.raises(ValueError, match=r"no header is found .*, or read csv:.*prompts\.csv$"):
         open_trace(f"{path}?tokenizer=bytes")
     messages = json.dumps([user("hello")]).replace('"', '""')
     path.write_text(f'timestamp,messages\n2026-01-01T00:00:00,"{messages}"\n')
