@@ -167,8 +167,9 @@ class Scenario:
     )
     gib: Sizes | None = _setting(
         None,
-        "memory for KV and states together, GiB: low:high:points (log-spaced), or a,b,c; or shares "
-        f"of the working set: 1%:100%:15 (default {GIB_SPEC}; {CLOSED_LOOP_GIB:g} in closed loop)",
+        "memory for KV and states together, GiB: low:high:points (log-spaced; 15 if points is left "
+        f"out), or a,b,c; or shares of the working set: 1%:100% (default {GIB_SPEC}; "
+        f"{CLOSED_LOOP_GIB:g} in closed loop)",
         MOST_USED,
     )
     policy: Policies = _setting(

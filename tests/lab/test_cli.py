@@ -46,7 +46,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace chat --page-size 1 --page-size 2", "--page-size is given twice."),
         ("simulate --trace chat --metric hit --metric seconds", "--metric is given twice: join"),
         ("simulate --trace short --gib 1%:100%:0", "gib '1%:100%:0': GiB above 0, below"),
-        ("simulate --trace short --gib 1:4", "as low:high:points (low first, 2 or more)"),
+        ("simulate --trace short --gib 4:1", "as low:high:points (low first, 2 or more)"),
         ("simulate --trace short --gib 1:4:1", "as low:high:points (low first, 2 or more)"),
         ("simulate --trace short --gib 1e9", "gib 1e+09 holds more rows of KV than int32 can"),
         ("simulate --trace short --gib 1 --policy lruu", "'lruu', did you mean 'lru'?"),

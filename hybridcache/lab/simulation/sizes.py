@@ -16,17 +16,20 @@ from hybridcache.lab.traces.frame import shown
 TOO_LARGE_GIB = 2.0**50
 """Sizes of this many GiB or more are refused as mistakes."""
 MOST_POINTS = 1000
+USUAL_POINTS = 15
+"""Points of a range that does not say how many."""
 
 FORMS = {
-    "gib": ("GiB", ", as numbers, or as shares of the working set: 1%:100%:15"),
+    "gib": ("GiB", ", as numbers, or as shares of the working set: 1%:100%"),
     "rate": ("sessions a second", ", or as numbers"),
 }
 """Units of the settings that are sizes or rates, and further forms of them."""
 
 
 def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float, ...]:
-    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced), ``"6,40"``, or
-    numbers; sessions a second if ``name`` is ``rate``. Percent signs are left out, for ``shares``.
+    """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced; 15 is the usual
+    number), ``"6,40"``, or numbers; sessions a second if ``name`` is ``rate``. Percent signs are
+    left out, for ``shares``.
 
     ValueError unless there are 1 to ``MOST_POINTS``, all different, above 0 and below
     ``TOO_LARGE_GIB``.
@@ -78,8 +81,12 @@ def working_set_bytes(trace: Trace, geometry: ModelGeometry) -> int:
 
 def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     if isinstance(spec, str) and ":" in spec:
-        low, high, count = spec.split(":")
-        if int(count) < 2 or not 0 < float(low) <= float(high) < TOO_LARGE_GIB:
+        low, high, count = (*spec.split(":"), str(USUAL_POINTS))[:3]
+        if (
+            spec.count(":") > 2
+            or int(count) < 2
+            or not 0 < float(low) < float(high) < TOO_LARGE_GIB
+        ):
             raise ValueError("the sizes go up")
         points = np.geomspace(float(low), float(high), min(int(count), MOST_POINTS + 1))
         return tuple(float(f"{point:.6g}") for point in points)

@@ -321,6 +321,7 @@ class PromptParser:
             yield from self._message(record)
             return
         session = record.record.key(record.used["session"]) if "session" in record.used else None
+        session = None if session == "" else session  # as the empty field of a CSV
         request, said = self._request(record)
         now, namespace = record.time_s(self._clock), record.namespace()
         known = {*record.used.values(), *PARAMETERS}
