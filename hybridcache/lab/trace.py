@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain, count, islice
+from itertools import count, islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,10 +305,26 @@ class Unnamed(NamedTuple):
         return f"unnamed {self.number}"
 
 
-def distinct(session: Hashable, name: str | int, owners: dict[Any, Hashable]) -> Any:
-    """Return ``name``, followed by a number if it is another session's in ``owners``."""
-    names = chain([name], (f"{name} ({number})" for number in count(2)))
-    return next(one for one in names if owners.setdefault(one, session) == session)
+class DistinctNames:
+    """Names of sessions in a file: a second session with the name of another gets a number."""
+
+    def __init__(self) -> None:
+        self._names: dict[Hashable, str | int] = {}
+        self._numbers: dict[str | int, Iterator[int]] = {}
+        """Next numbers of each name that is taken."""
+
+    def __contains__(self, name: str | int) -> bool:
+        return name in self._numbers
+
+    def of(self, session: Hashable, name: str | int) -> str | int:
+        """Return the name of ``session``: ``name`` if it is not taken. O(1) amortised."""
+        found = self._names.get(session)
+        if found is None:
+            found = name
+            while found in self._numbers:
+                found = f"{name} ({next(self._numbers[name])})"
+            self._names[session], self._numbers[found] = found, count(2)
+        return found
 
 
 class FreshIds:

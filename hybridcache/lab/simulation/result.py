@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +16,7 @@ from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, perc
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
-from hybridcache.lab.trace import distinct
+from hybridcache.lab.trace import DistinctNames
 
 
 def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -427,8 +427,8 @@ def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult
         np.bincount(numbers, weights=tokens, minlength=size).astype(np.int64).tolist()
         for tokens in (lengths, cached)
     )
-    owners = dict[str, Hashable]()
-    names = [distinct(session, str(session), owners) for session in log.session_numbers]
+    distinct = DistinctNames()
+    names = [str(distinct.of(session, str(session))) for session in log.session_numbers]
     found = [SessionResult(*row) for row in zip(names, counts, *sums, strict=True)]
     if log.has_causes:
         computed = (one.prompt_tokens - one.cached_tokens for one in found)

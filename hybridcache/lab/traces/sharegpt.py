@@ -7,13 +7,13 @@ count a ``system`` message, which each segment may repeat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import ClassVar
 
 from hybridcache.lab.arrivals import Pauses
-from hybridcache.lab.trace import BadRecords, TraceRequest, distinct
+from hybridcache.lab.trace import BadRecords, DistinctNames, TraceRequest
 from hybridcache.lab.traces.dialects import Chat
 from hybridcache.lab.traces.frame import (
     CUT,
@@ -65,7 +65,7 @@ class ShareGPTReader(SessionReader):
         segments merged. Messages have a ``role`` and ``content``."""
         line: Line
         line, name, base, system, messages = 0, "", "", Chat(), Chat()
-        names, are_indices = dict[str, Hashable](), True
+        names, are_indices = DistinctNames(), True
         records = parsed(self.path, json_array(self.path, bad), _segment, bad)
         for at, (id_, leading, said) in records:
             if not said:
@@ -82,7 +82,7 @@ class ShareGPTReader(SessionReader):
             if messages:
                 yield line, Record(id=name, messages=system + messages)
             name = base if base and index.isdecimal() and base not in names else id_
-            line, name, system, messages = at, distinct(at, name, names), leading, said
+            line, name, system, messages = at, str(names.of(at, name)), leading, said
         if messages:
             yield line, Record(id=name, messages=system + messages)
 

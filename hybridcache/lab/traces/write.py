@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from hybridcache.lab.trace import Trace, TraceRequest, distinct
+from hybridcache.lab.trace import DistinctNames, Trace, TraceRequest
 from hybridcache.lab.traces.jsonl import PLAIN
 from hybridcache.tokens import Tokens, common_prefix_len
 
@@ -22,10 +22,10 @@ def write_own(trace: Trace, file: TextIO) -> int:
         header["counted_by"] = trace.counted_by
     file.write(json.dumps(header) + "\n")
     last: dict[Hashable, Tokens] = {}
-    names, num_requests = dict[str | int, Hashable](), 0
+    names, num_requests = DistinctNames(), 0
     for request in trace:
         num_requests += 1
-        session = distinct(request.session, _plain(request.session), names)
+        session = names.of(request.session, _plain(request.session))
         before = last.get(session)
         kept = 0 if before is None else common_prefix_len(before, request.tokens)
         ids = request.tokens[kept:].tolist()
@@ -69,7 +69,7 @@ def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
             f"blocks of {block_tokens} tokens are not made of ids of {unit}: take a multiple"
         )
     numbers: dict[tuple[Hashable, int, bytes], int] = {}
-    names, num_requests = dict[str | int, Hashable](), 0
+    names, num_requests = DistinctNames(), 0
     for request in trace:
         num_requests += 1
         length, hashes = request.num_tokens(unit), list[int]()
@@ -82,7 +82,7 @@ def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
             before = hashes[-1]
         record = {
             "timestamp": round(request.timestamp_s * 1000),
-            "session_id": distinct(request.session, _plain(request.session), names),
+            "session_id": names.of(request.session, _plain(request.session)),
             "input_length": length,
             "output_length": max(1, request.num_answer_tokens(unit)),
             "hash_ids": hashes,
