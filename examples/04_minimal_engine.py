@@ -20,7 +20,7 @@ from hybridcache.policies.boundaries import PromptBoundaries
 
 GRID = 8  # checkpoints are at multiples of it
 PIECE = 8  # tokens of one prefill step
-STATE_ROWS = 8  # a state takes as many bytes as the KV of eight tokens
+STATE_ROWS = 8  # a state takes as many bytes as the KV of eight tokens; pages may not be longer
 
 
 def advance(state: int, token: int) -> int:

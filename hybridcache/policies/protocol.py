@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any, Literal, NamedTuple, Protocol
 
 from hybridcache.tokens import require_index
@@ -285,7 +286,7 @@ class Prefill(NamedTuple):
         {192: 'end'}
         """
         found: dict[int, str] = {}
-        for position, label in wanted:
+        for position, label in islice(wanted, self.prompt_len):  # A plan may have no end.
             if type(position) is not int:
                 position = require_index(position, "each position of a plan")
             floored = position - position % self.grid

@@ -26,7 +26,8 @@ class EventBatch(NamedTuple):
 
 
 class Outbox:
-    """Event batches of one cache.
+    """Event batches of one cache, for one reader: ``restart`` numbers from 0 again, which another
+    reader could not notice.
 
     ``flush`` and ``restart`` must be called by the thread that drives the cache, between cache
     operations. The other methods can be called from any thread.

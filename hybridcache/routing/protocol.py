@@ -242,7 +242,8 @@ class Router:
 
         Args:
             replica: The replica.
-            sequence: Number of the batch. Batches arrive in order, once each, possibly late.
+            sequence: Number of the batch. Batches arrive in order, once each, possibly late. A
+                batch 0 after others, as ``Outbox.restart`` makes it, replaces all that is known.
             events: The changes.
             covered: Requests that were computed since the previous batch. The events include the
                 KV and checkpoints that they stored.

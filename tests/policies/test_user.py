@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
-from hybridcache.policies.protocol import Item, PolicyError, Prefill
+from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.policies.registry import EVICTION, make_eviction, parse_placement
 from tests.cache.serving import hybrid, serve, traffic
 from tests.cache.twins import VictimLog
@@ -160,6 +161,7 @@ def test_an_object_that_is_no_policy_is_named() -> None:
 def test_an_endless_plan_ends_with_the_prompt() -> None:
     prefill = Prefill(100, 64, 64, 64, (), 64)
     assert len(parse_placement("user_policies:Endless").plan(prefill)) == 100
+    assert prefill.on_grid(repeat(Placed(70, ""))) == {}
 
 
 class Weighted(ScorePolicy):
