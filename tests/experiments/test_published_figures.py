@@ -216,7 +216,7 @@ def quotes() -> dict[str, list[str]]:
         "experiments/results_page.md": [
             f"at most {max(ordering.values()):.2f} ms of processor time per step, and with the default policy {ordering['sessions, in debt']:.2f} ms",
             f"stop reasons add {least[0]:.1f} and {least[1]:.1f} points of hit rate in the two cells with the least memory, and cost at most {-min(claude.values()):.1f} points elsewhere",
-            f"within noise at two sizes and {min(tau.values()):.1f} points at the third",
+            f"On tau-bench the change is within noise, {min(tau.values()):.1f} to {max(tau.values()):.1f} points",
             "0.06 sessions/s the 99th percentile rises from {:.0f} to {:.0f} s".format(
                 *(p99(name, "Claude Code", 0.06) for name in ("oldest", "sessions"))
             ),
