@@ -13,7 +13,7 @@ the lock, and release it.
 Runs alternate in one process. "quiet" takes the fastest of all runs for each request, which
 excludes other processes.
 
-The rows "direct" are the same operations of this cache by its own interface, with numpy arrays.
+"direct" is this cache by its own interface, with numpy arrays.
 
 Placement "end" saves one state at the end of each answer. "extra_buffer" is SGLang's own: a prefill
 saves one at its last 64th token or at the branch that the cache reports. Decode saves one at each
@@ -24,9 +24,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 from array import array
 from time import perf_counter_ns
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -51,10 +52,7 @@ from experiments.sglang.pools import CHUNK, World, new_world  # noqa: E402
 
 NUM_KV_TOKENS, NUM_SLOTS = 1_070_000, 320
 DECODE_INTERVAL = 256
-CACHES = (
-    *(("rust", "lru"), ("hybridcache", "lru"), ("hybridcache", "survival")),
-    *(("direct", "lru"), ("direct", "survival")),
-)
+CACHES = [("rust", "lru"), *itertools.product(("hybridcache", "direct"), ("lru", "survival"))]
 
 
 class Keys:
@@ -155,31 +153,25 @@ class Replay:
         self.prompt_tokens += prompt_len
 
 
-class Measured(NamedTuple):
-    """One replay."""
-
-    token_hit_rate: float
-    times: np.ndarray
-    """Nanoseconds, int64[requests]."""
-
-
-def replay(work: list[Keys], live: int, placement: str, backend: str, eviction: str) -> Measured:
-    """Replay on a new cache. "direct" is this cache by its own interface."""
+def replay(
+    work: list[Keys], live: int, placement: str, backend: str, eviction: str
+) -> tuple[float, np.ndarray]:
+    """Return the token hit rate of a new cache, and the nanoseconds of each request."""
     gc.collect()
     if backend == "direct":
         cache = new_cache(NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction)
         run = tree_work.replay(Workload(live, 2000, 5), cache)
-        return Measured(run.token_hit_rate, run.verbs.sum(1))
+        return run.token_hit_rate, run.verbs.sum(1)
     done = Replay(new_world(backend, NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction), placement)
     done.run(work)
-    return Measured(done.cached_tokens / done.prompt_tokens, np.array(done.times))
+    return done.cached_tokens / done.prompt_tokens, np.array(done.times)
 
 
 def measure(live: int, placement: str, runs: int, bar: Any) -> list[dict[str, Any]]:
     """Run all caches on one workload, alternating, ``runs`` times."""
     work = [Keys(request) for request in Workload(live, 2000, 5)]
     caches = CACHES if placement == "end" else CACHES[:3]
-    replays: dict[tuple[str, str], list[Measured]] = {cache: [] for cache in caches}
+    replays: dict[tuple[str, str], list[tuple[float, np.ndarray]]] = {cache: [] for cache in caches}
     for _ in range(runs):
         for cache, done in replays.items():
             done.append(replay(work, live, placement, *cache))
@@ -192,14 +184,14 @@ def measure(live: int, placement: str, runs: int, bar: Any) -> list[dict[str, An
             "placement": placement,
             "live": live,
             "requests": len(work),
-            "token_hit_rate": round(done[-1].token_hit_rate, 4),
+            "token_hit_rate": round(done[-1][0], 4),
         }
         records.append(record | (_times(done) if placement == "end" else {}))
     return records
 
 
-def _times(runs: list[Measured]) -> dict[str, Any]:
-    requests = np.array([run.times for run in runs]) / 1e3  # [runs, requests]
+def _times(runs: list[tuple[float, np.ndarray]]) -> dict[str, Any]:
+    requests = np.array([times for _, times in runs]) / 1e3  # [runs, requests]
     return {
         "request_us_mean": round(float(np.median(requests.mean(1))), 1),
         "request_us_median": round(float(np.median(np.median(requests, axis=1))), 1),
