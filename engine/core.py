@@ -444,11 +444,11 @@ class EngineCore:
         kv = PoolReport.of(cache.free_tokens, cache.cached_tokens, held_rows)
         slots = PoolReport.of(cache.free_slots, cache.num_checkpoints, held_slots)
         optional = {key: value for hooks in self._hooks for key, value in hooks.report().items()}
-        total = cache.stats.total
+        total, is_kept = cache.stats.total, config.prefix_cache != "none"
         return CacheReport(
             prefix_cache=cache_kind(config, memory),
-            eviction=config.eviction,
-            checkpoints=config.checkpoints,
+            eviction=config.eviction if is_kept else "none",
+            checkpoints=config.checkpoints if is_kept else (),
             grid=cache.grid,
             page_size=cache.page_size,
             memory=memory.memory,

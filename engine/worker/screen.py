@@ -33,6 +33,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
     note = "" if dtype == of_files else f" (the model's is {of_files})"
     warm_up = "none needed on a CPU" if runner.device.is_cpu else "none, because of --no-warm-up"
+    reuses_none = config.prefix_cache == "none"
     arena = "one arena for KV and states" if memory.slab_rows else "one arena"
     total, free, cached, held = (
         format_bytes(size * config.num_ranks)
@@ -47,7 +48,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         ("weights", runner.loaded.weights_note),
         ("device", f"{runner.device.describe()}, {dtype}{note}"),
         ("kernels", _kernel_words(runner.kernels.words())),
-        ("exactness", runner.exactness.sentence),
+        ("exactness", "nothing is reused" if reuses_none else runner.exactness.sentence),
         ("warm-up", warm_up if runner.warmed is None else runner.warmed.describe()),
     ]
     if isinstance(engine.tokenizer, IdTokenizer):

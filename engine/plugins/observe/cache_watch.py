@@ -124,7 +124,7 @@ class Watch:
             "slab_rows": arena.slab_rows if arena is not None and arena.num_slabs else None,
             "num_slabs": 0 if arena is None else arena.num_slabs,
             "grid": engine.cache.grid,
-            "eviction": config.eviction if is_kept else None,
+            "eviction": config.eviction if is_kept else "none",
             "checkpoints": list(config.checkpoints) if is_kept else [],
         }
 

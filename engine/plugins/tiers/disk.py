@@ -360,7 +360,7 @@ class Disk:
             if (data := content()) is not None:
                 write_atomically(self._store.folder_fd, name, data)
 
-        self._run(f"write {name}", write)
+        self._run(f"write the file {name}", write)
 
     def remove_file(self, name: str) -> None:
         """Remove a file from the folder, in the background."""

@@ -27,7 +27,7 @@ from hybridcache.geometry.times import describe_times
 from hybridcache.geometry.units import counted
 from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.progress import Progress
-from hybridcache.lab.report import LOOP_METRICS, text_table
+from hybridcache.lab.report import LOOP_METRICS, classes_notes, text_table
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of, identify
@@ -428,7 +428,8 @@ class ClosedLoopResult:
                 notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
             header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
             tables.append("\n".join([title, text_table(header, rows), *notes]))
-        return "\n".join(["\n\n".join(tables), *self.failures])
+        has_classes = {str(run.config.policy): run.config.priority_classes for run in self.runs}
+        return "\n".join(["\n\n".join(tables), *classes_notes(has_classes), *self.failures])
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.

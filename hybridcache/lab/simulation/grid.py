@@ -182,7 +182,7 @@ def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
                 if (key := record["key"]) in wanted:
                     found[key], versions[key] = kind.from_record(record), record.get("version")
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                warn(f"{path}, line {number}: damaged or cut, and not read ({error!r:.80})")
+                warn(f"{path}, line {number}: damaged or cut, and not read ({error!s:.80})")
     for other, number in Counter(versions.values()).items():
         if other != version():
             warn(f"{path}: {counted(number, 'run')} of version {other} reused; this is {version()}")

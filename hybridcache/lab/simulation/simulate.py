@@ -244,7 +244,8 @@ class OptimumResult(Sequence[Optimum]):
         ]
         requests = counted(self.plans[0].num_requests, "request")
         table = text_table(["GiB", "reached, %", "bound, %", "gap, %", "seconds"], rows)
-        return f"{self.plans[0].trace}, {self.settings['model']}: {requests}\n{table}"
+        note = "reached: by a greedy plan, which is not always the optimum"
+        return f"{self.plans[0].trace}, {self.settings['model']}: {requests}\n{table}\n{note}"
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw plan and bound over the sizes. The figure is also written to ``path`` (PNG, SVG or

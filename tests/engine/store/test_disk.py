@@ -256,7 +256,7 @@ def test_a_refused_file_of_the_policies_is_a_problem_too(
     monkeypatch.setattr(disk_module, "write_atomically", refuse)
     disk.write_file("memory", lambda: bytes(50 * ROW_BYTES))
     disk.flush()
-    assert "write memory (No space" in disk.problem and disk.num_errors == 2
+    assert "write the file memory (No space" in disk.problem and disk.num_errors == 2
     [line] = caplog.messages
     assert "No space left on device. Later errors with this reason are only counted." in line
     disk.close()
