@@ -747,6 +747,8 @@ class TieredRadixCache(HybridRadixCache):
         if not isinstance(resumable, Resumable):
             raise TypeError(f"resumable must be one of match.loadable (got {resumable!r}).")
         target, offload = resumable.node, self.offload
+        if target.kv is not None and target.kv.item_bytes is not self.item_bytes:
+            raise ValueError(FOREIGN)
         if target.offloaded is None or target.offloaded.state is None:
             return False
         if target.offloaded.state.item_bytes is not self.item_bytes:

@@ -133,6 +133,8 @@ def unpack(data: bytes) -> Memory:
 
     What passes the checksum is trusted: ``write_memory`` of this version wrote it.
     """
+    if not isinstance(data, bytes):
+        raise TypeError(f"data must be the bytes of a file (got {type(data).__name__}).")
     if not data.startswith(MAGIC):
         raise ValueError("the warm state is damaged, or was written by another version")
     try:

@@ -479,6 +479,7 @@ WRONG = (
     (planner, {"manager": hybrid()}),
     (Outbox, {"cache": parse_placement("end")}),
     (tiered().fetch, {"resumable": None}),
+    (unpack, {"data": "text"}),
     (hybrid(page_size=4).allocate_kv, {"num_tokens": -3}),
     (asking, {"save_at": (-4,)}),
     *((begin, {"exchange": value}) for value in (3, len, FetchRule)),
