@@ -217,14 +217,6 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
     return trace
 
 
-def check_figure(options: argparse.Namespace) -> None:
-    """Make the folder of ``--figure``. ValueError or OSError if no figure can be written there."""
-    from hybridcache.lab.figures import figure_path
-
-    if options.figure is not None:
-        figure_path(options.figure)
-
-
 # --- Traces ---------------------------------------------------------------------------------------
 
 
@@ -322,12 +314,13 @@ def _trace_fetch(options: argparse.Namespace) -> int:
 def _written_whole(path: Path) -> Iterator[TextIO]:
     """Open a new text file, which gets its name when it is whole; with the ending ``.gz`` it is
     compressed. Pipes and devices are written directly."""
+    from hybridcache.lab.traces.frame import make_folder
+
     if path.exists():
         with path.open("w", encoding="utf-8") as file:
             yield file
         return
-    place = path.resolve()  # behind a link: the link stays
-    place.parent.mkdir(parents=True, exist_ok=True)
+    place = make_folder(path.resolve())  # behind a link: the link stays
     writes = gzip.open if place.suffix == ".gz" else open
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".part-") as folder:
         part = Path(folder, place.name)
@@ -412,6 +405,7 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
 
 def _simulate(options: argparse.Namespace) -> int:
     """Replay every trace, or serve it in closed loop, and print tables."""
+    from hybridcache.lab.figures import figure_path
     from hybridcache.lab.report import find_metric, losses_table
     from hybridcache.lab.simulation.closed_loop import closed_loop
     from hybridcache.lab.simulation.simulate import simulate
@@ -434,7 +428,8 @@ def _simulate(options: argparse.Namespace) -> int:
             raise ValueError("--metric optimum needs a plan: add --optimum")
         if "bound" in metrics and not options.bound:
             raise ValueError("--metric bound needs the infinite cache: leave --no-bound out")
-    check_figure(options)
+    if options.figure:
+        figure_path(options.figure)
     place = {"processes": options.processes, "ray": options.ray, "resume_from": options.output}
     results: list[Any] = []
     drawn: list[Path] = []
@@ -464,15 +459,14 @@ def _simulate(options: argparse.Namespace) -> int:
 def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
     """Write the settings to a new file, and name the flags that are not part of it."""
     from hybridcache.lab.scenario import Scenario
+    from hybridcache.lab.traces.frame import make_folder
 
     path: Path = options.write_scenario
     if len(scenarios) > 1:
         raise ValueError("--write-scenario writes the settings of one trace: name one")
     if path.exists():
         raise ValueError(f"--write-scenario {path}: the file exists: remove it, or name another")
-    text = scenarios[0].to_toml()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    make_folder(path).write_text(scenarios[0].to_toml(), encoding="utf-8")
     print(f"scenario: {path}")
     known = {one.name for one in fields(Scenario)} | {"scenario", "write_scenario"}
     others = _given_flags(options, [name for name in vars(options) if name not in known])
@@ -532,11 +526,12 @@ def add_optimum(commands: Commands) -> None:
 
 
 def _optimum(options: argparse.Namespace) -> int:
-    from hybridcache.lab.figures import optimum_figure
+    from hybridcache.lab.figures import figure_path, optimum_figure
     from hybridcache.lab.scenario import Scenario
     from hybridcache.lab.simulation.simulate import optimum
 
-    check_figure(options)
+    if options.figure:
+        figure_path(options.figure)
     scenario = Scenario(opened(options.trace, options), **given_settings(options))
     found = optimum(scenario, counts_running=options.counts_running)
     if options.figure:

@@ -4,6 +4,7 @@ one is drawn."""
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -24,6 +25,7 @@ from hybridcache.lab.report import (
     notes_on,
 )
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
+from hybridcache.lab.traces.frame import make_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,12 +49,12 @@ Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 
 def figure_path(path: str | Path) -> Path:
-    """Return the path of a figure, and make its folder. ValueError for an unknown ending."""
+    """Return the path of a figure, and make its folder. ValueError for an unknown ending, and if
+    no file can have this path."""
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{path}: the name of a figure must end in .png, .svg or .pdf")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return make_folder(path)
 
 
 def _with_fonts(draw: Draw) -> Draw:
@@ -110,15 +112,24 @@ def _facts(result: SweepRuns) -> list[str]:
     return [result.trace, num_requests, result.geometry.name]
 
 
+class _Titles(textwrap.TextWrapper):
+    """Wrapper that ends lines at spaces, options of a trace and arguments of a policy."""
+
+    wordsep_simple_re = re.compile(r"(\s+|(?<=[,&?])|(?=\())")
+
+
 def set_titles(figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]]) -> None:
     """Write the parts that all panels share above the figure, and the others above each panel."""
     shared = [part for part in parts[0] if all(part in others for others in parts)]
     width = figure.get_size_inches()[0]
+
+    def wrapped(found: Sequence[str], inches: float) -> str:
+        return _Titles(int(TITLE_CHARS * inches), break_on_hyphens=False).fill(", ".join(found))
+
     for axis, own in zip(axes, parts, strict=True):
-        rest = ", ".join(part for part in own if part not in shared)
-        inches = axis.get_position().width * width
-        axis.set_title(textwrap.fill(rest, int(TITLE_CHARS * inches)), fontsize=9)
-    figure.suptitle(textwrap.fill(", ".join(shared), int(TITLE_CHARS * width)), fontsize=9)
+        rest = [part for part in own if part not in shared]
+        axis.set_title(wrapped(rest, axis.get_position().width * width), fontsize=9)
+    figure.suptitle(wrapped(shared, width), fontsize=9)
 
 
 def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:

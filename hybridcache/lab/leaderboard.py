@@ -308,6 +308,8 @@ class Board:
     """Policy that the differences refer to."""
     scores: tuple[Scores, ...]
     """One per trace and seed, and one per closed loop and seed."""
+    trace_notes: Sequence[str] = ()
+    """Notes on the traces."""
 
     def rows(self) -> list[Row]:
         """Return a row per policy, the highest hit rate first: in closed loop, if the split has
@@ -380,6 +382,7 @@ class Board:
             f"{explained}\n",
             text_table(self.heads(), [row.cells() for row in self.rows()]),
             *(f"{name} failed: {words}" for name, words in self.failures.items()),
+            *self.trace_notes,
             *classes_notes({name: not orders_classes(name) for name in evictions}),
         ]
         return "\n".join(lines)
@@ -456,4 +459,5 @@ def leaderboard(
     if not done:
         raise PolicyError(failed[names[0]])
     reference = DEFAULT_EVICTION if DEFAULT_EVICTION in done else done[0]
-    return Board(split, reference, tuple(scores))
+    notes = [f"{one}: {note}" for one in split.gib for note in open_trace(one).notes]
+    return Board(split, reference, tuple(scores), notes)

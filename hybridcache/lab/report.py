@@ -191,11 +191,10 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes.append(f"prefill times: {result.times}")
         hits = [run for run in result.runs if run.hits]
-        if hits and all(abs(run.seconds_saved) < 1e-9 for run in hits):
-            notes.append(
-                "hits save no time here: each prefill takes the time of reading the weights, as "
-                "prompts are short"
-            )
+        saved = [run.seconds_saved + run.copy_seconds for run in hits]
+        worth = [run.token_hit_rate * (run.seconds + run.seconds_saved) for run in hits]
+        if hits and all(few < 0.1 * many for few, many in zip(saved, worth, strict=True)):
+            notes.append("hits save little time here: a short prefill mostly reads the weights")
     uncharged: dict[str, dict[str, None]] = {}
     """Labels of the rebuilt systems that use memory in addition to their size."""
     for run in result.runs:
@@ -207,9 +206,7 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     ]
     has_states = result.geometry.state_bytes > 0
     notes += dict.fromkeys(filter(None, (no_hit_note(run, has_states) for run in result.runs)))
-    if result.counted_by:
-        notes.append(f"tokens counted by: {result.counted_by}")
-    return notes
+    return [*notes, *result.trace_notes]
 
 
 def interval_notes(result: SweepRuns) -> list[str]:

@@ -76,12 +76,15 @@ from hybridcache.policies.user import OwnPolicy, import_module, own_policy
 ELSEWHERE = {
     "output": ": resume_from names the file of results",
     "skip_bad": ": open_trace(spec, skip_bad=True) makes a trace that skips bad records",
+    **dict.fromkeys(("optimum", "bound"), ": it is an argument of simulate(...)"),
+    "counts_running": ": it is an argument of optimum(...)",
     **dict.fromkeys(
-        ("optimum", "bound", "losses", "metric", "figure", "processes", "ray", "closed_loop"),
-        ": it is a flag or an argument beside the scenario",
+        ("processes", "ray", "resume_from"), ": it is an argument of simulate and closed_loop"
     ),
+    **dict.fromkeys(("losses", "metric", "figure"), ": it is a method of the result, or a flag"),
+    "closed_loop": ": call closed_loop(...)",
 }
-"""Hints for flags of the command line that are not settings of a scenario."""
+"""Hints for arguments of other functions, and flags, that are not settings of a scenario."""
 ALL = "all"
 """Name of all built-in eviction policies together."""
 GIB_SPEC = "2:200:15"

@@ -9,6 +9,7 @@ bytes per KV row are multiplied by ``unit``.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -48,7 +49,7 @@ class TraceRequest(NamedTuple):
     prompt's last id, and its last ones only a part of an id."""
     service_s: float | None = None
     """Seconds from the timestamp until the answer was complete, as recorded; None if unknown. The
-    rest of the time until the session's next request is its pause."""
+    rest of the time until the session's next request is its pause: all of it if unknown."""
     stop_reason: str = ""
     """Reason why the answer ended ("tool_use", "end_turn", "stop_sequence", "length"); empty if it
     is not known."""
@@ -67,8 +68,8 @@ class TraceRequest(NamedTuple):
 
 @dataclass(slots=True)
 class _Passes:
-    num_requests: int | None = None
-    """Requests of the first whole pass; None before its end."""
+    first: tuple[int, int] | None = None
+    """Number and checksum of the requests of the first whole pass; None before its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,14 @@ class Trace:
         return getattr(source, "path", None)
 
     @property
+    def notes(self) -> list[str]:
+        """Notes under tables: the tokenizer, and the rule of times that its file does not have."""
+        notes = [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
+        if self.invented_times:
+            notes.append(f"times that the file does not have: {self.invented_times}")
+        return notes
+
+    @property
     def is_empty_because(self) -> str:
         """Sentence for an error if the latest iteration gave no request."""
         bad = self.bad
@@ -126,27 +135,29 @@ class Trace:
 
     def __iter__(self) -> Iterator[TraceRequest]:
         """Start over. Iteration raises ValueError for an invalid request, and if a whole pass gives
-        another number of requests than the first."""
+        other requests than the first: by their number, times, lengths and last ids."""
         if isinstance(self.source, Held):
             return self.source()
         self.bad.start()
         return self._checked(self.source())
 
     def _checked(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-        number = 0
+        number = checksum = 0
         for number, request in enumerate(requests, 1):
             try:
                 checked = _checked(request, self.unit)
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"{self.name}, request {number}: {error}") from None
+            sizes = checked.timestamp_s, len(checked.tokens), len(checked.output)
+            checksum = zlib.crc32(checked.tokens[-8:].tobytes(), checksum ^ hash(sizes))
             yield checked
-        first = self._passes.num_requests
-        if first not in (None, number):  # a source that cannot start again, or a file that grows
+        first = self._passes.first or (number, checksum)
+        if first != (number, checksum):  # cannot start again, has no seed, or a file that grows
             raise ValueError(
-                f"{self.name}: it gave {first} requests at first and {number} now: its source must "
-                "start again at each call"
+                f"{self.name}: its {number} requests are not the {first[0]} of the first pass: its "
+                "source must start again at each call, with the same seed"
             )
-        self._passes.num_requests = number
+        self._passes.first = first
 
     def in_order(self) -> Iterator[TraceRequest]:
         """Yield the requests. Raises ValueError for one that is earlier than the one before it."""

@@ -189,7 +189,9 @@ def _maker(
         make: Callable[[], Any] = entry.make
         return make
     if not entry.counts:
-        raise ValueError(f"{what} {name!r} takes no number, got {spec!r}")
+        raise ValueError(
+            f"{what} {name!r} takes no number (got {spec!r}): rename a module of this name"
+        )
     least = 0 if entry.counts == "alpha" else 1
     try:
         value = (int if least else float)(number)

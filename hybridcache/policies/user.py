@@ -82,12 +82,16 @@ def import_module(spec: str, module_name: str) -> ModuleType:
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
     try:
-        return importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except Exception as error:  # a user's module can raise anything
         hint = "; leave out .py" if module_name.endswith(".py") else ""
         raise ValueError(
             f"{spec!r}: no module {module_name!r} can be imported ({error}){hint}"
         ) from error
+    path, file = Path(f"{module_name.replace('.', '/')}.py"), getattr(module, "__file__", None)
+    if path.is_file() and (file is None or not path.samefile(file)):
+        raise ValueError(f"{spec!r}: another module is called {module_name!r}: rename {path}")
+    return module
 
 
 def own_policy(given: object) -> OwnPolicy:

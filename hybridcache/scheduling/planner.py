@@ -230,15 +230,15 @@ class StepPlanner(Generic[R]):
         if not callable(clock):
             raise TypeError(f"clock must be a function that returns seconds (got {clock!r}).")
         cache, stateful = manager.cache, manager.stateful
-        arena = cache.arena if stateful else None
         needed = {
             "page_size": cache.page_size,
             "is_stateful": stateful,
             "owns_states": stateful and manager.owns_states,
-            "slab_rows": 0 if arena is None else arena.slab_rows,
         }
         if stateful:
             needed["num_slots"] = cache.num_slots
+        if stateful and (cache.arena is not None or not cache.shares_memory):
+            needed["slab_rows"] = 0 if cache.arena is None else cache.arena.slab_rows
         for what, value in needed.items():
             if getattr(memory, what, None) != value:
                 raise ValueError(f"{what} of memory must be {value}, the manager's (got {memory}).")

@@ -137,6 +137,8 @@ def test_wrong_field_values_are_read_or_reported(reader: str, tmp_path: Path) ->
         (b"\xff\xff\x00", "line 1: not UTF-8"),
         ("{}".encode("utf-16"), "line 1: not UTF-8, perhaps UTF-16: convert it"),
         (b'["\xff"]', "line 1, record 1: not UTF-8"),
+        (b"PK\3\4\0", "it is a zip file: unpack it first"),
+        (gzip.compress(b"PAR1\0"), "it is a Parquet file: convert it to JSON lines first"),
         (b"", "there is no record"),
         (b"[]", "there is no record"),
         (b"[1, 2]", "line 1, record 1: a JSON object was expected, not int"),
@@ -300,6 +302,7 @@ def test_empty_first_prompt_of_a_table_is_a_bad_record(
     trace = open_trace(spec, skip_bad=True)
     assert len(list(trace)) == 1 and trace.bad.count == 1
     path.write_text(f'{header}\n0,a\n1,"b\n2,c\n3,"d"\n')
+    trace = open_trace(spec, skip_bad=True)
     assert len(list(trace)) == 1 and "line 3: not comma-separated" in trace.bad.first
     assert trace.bad.first.endswith(", up to line 5")
     path.write_text(f"{header}\n0,{'a' * 200_000}\n")

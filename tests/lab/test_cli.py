@@ -56,6 +56,8 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --seeds 1 2", ": 2: join several values with commas"),
         ("simulate --closed-loop --trace short --seeds 1,x", "--seeds: a number of runs or seeds"),
         ("simulate --trace short --gib 1 --metric bound --no-bound", "leave --no-bound out"),
+        ("simulate --trace short --figure /dev/null/f.png", "/dev/null cannot be a folder: na"),
+        ("simulate --trace short --output /dev/null/runs", "/dev/null cannot be a folder: na"),
         ("simulate --trace short --gib 1 --tpot-s 1", "tpot_s has an effect with max_running"),
         ("simulate --trace short --trace short --gib 1", "--trace short is given twice"),
         ("simulate --trace short?head=9 --trace nope --gib 1", "no trace 'nope'"),
@@ -96,8 +98,9 @@ def test_trace_stats_announces_invented_times(
     path = lines(tmp_path / "t.jsonl", record, record)
     is_text = {"prompt", "messages"} & record.keys()
     spec = f"{path}?tokenizer=bytes" if is_text else str(path)
-    _, out, _ = run(capsys, "trace", "stats", spec)
-    assert (f"times that the file does not have: {times}" in out) == bool(times), out
+    for command in ("trace stats", "optimum --gib=1 --trace", "simulate --gib=1 --trace"):
+        _, out, _ = run(capsys, *command.split(), spec)
+        assert (f"times that the file does not have: {times}" in out) == bool(times), out
     _, out, _ = run(capsys, "trace", "stats", spec, "--json")
     assert json.loads(out)["invented_times"].startswith(times) and '"num_requests": 2' in out
 

@@ -8,6 +8,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -422,3 +423,6 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     seeded = [closed_loop(f"short?head=9&seed={n}", gib=1, rate=1).runs for n in (1, 2)]
     figure = closed_loop_figure([run for runs in seeded for run in runs], None)
     assert len(figure.axes) == 8 and "seed=2" in figure.axes[4].get_title().replace("\n", "")
+    run = seeded[0][0]
+    long = replace(run, config=replace(run.config, label="mine:LongestNameOfAll(weight=2,other=3)"))
+    assert "All\n(weight=2,other=3)" in closed_loop_figure([run, long], None).axes[4].get_title()

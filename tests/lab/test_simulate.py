@@ -181,6 +181,11 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
         assert run() == (both, {})
     assert len(caught) == 2 and "line 2: damaged" in str(caught[0].message)
     assert ": 2 runs of version 0.1 reused" in str(caught[1].message)
+    path.write_text(re.sub(r'"cached_tokens": \d', '"cached_tokens": 9000000', text, count=1))
+    with pytest.warns(UserWarning, match="line 1: damaged .*token hit rate must be from 0 to 1"):
+        replaced, _ = run()
+    with warnings.catch_warnings(action="error"):
+        assert run() == (replaced, {}), "the line stays, but another one has its key"
     path.write_text(text)
 
     def run_beside(trace: Trace, cell: Scenario) -> RunResult:
@@ -486,17 +491,17 @@ def test_failed_runs_have_no_row_but_a_warning() -> None:
         assert [row["label"] for row in result.to_dicts()] == ["lru"]
 
 
-def test_a_trace_that_differs_at_each_pass_is_found_by_its_hits() -> None:
+def test_a_trace_that_differs_at_each_pass_is_found() -> None:
     passes = itertools.count()
 
     def source() -> Iterator[TraceRequest]:
-        """Yield equal prompts, except in the first pass."""
+        """Yield prompts of equal lengths and times, with other ids in the first pass."""
         is_first, prompt = next(passes) == 0, np.arange(600, dtype=np.int32)
         for number in range(3):
             tokens = prompt + 600 * number * is_first
             yield TraceRequest(number, number, None, tokens, prompt[:1])
 
-    with pytest.warns(UserWarning, match="no cache can reuse more than .*: seed it"):
+    with pytest.raises(ValueError, match="its 3 requests are not the 3 of the first pass: its sou"):
         simulate(Trace("odd", 1, source), gib=1, policy="lru", grid=1)
     with pytest.raises(TypeError, match="odd: source must be a function"):
         Trace("odd", 1, [])
@@ -516,15 +521,18 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     paths = Scenario(Path("short"), model=Path("qwen3"), times=Path("t.json"))
     assert paths == Scenario("short", model="qwen3", times="t.json")
     assert open_trace(Path("short")).name == "short"
-    assert "hits save no time" in simulate("short", gib=1).table("ttft-p50")
+    for model, is_slow in (("qwen3-next", True), ("olmo-hybrid-7b", False)):
+        table = simulate("short", gib=1, model=model).table("ttft-p50")
+        assert ("hits save little" in table) == is_slow
     odd = simulate("short?head=9", gib=1, policy=["lru", "fifo"], state_dtype="int8").verdict()
     assert odd.endswith("(engine serve has no --state-dtype int8)") and odd.count("int8") == 1
     assert get_args(get_type_hints(EngineConfig)["state_dtype"]) == STATE_DTYPES
     few = simulate("short?head=3", gib=1, policy=["lru", "fifo"])
     assert "(equal: fifo)" in few.verdict() and "--model ./mine --cache" in few.verdict("./mine")
-    for name, hint in (("output", "resume_from"), ("skip_bad", "open_trace")):
+    hints = {"output": "resume_from", "skip_bad": "open_trace", "bound": "it .* of simulate"}
+    for name, hint in hints.items():
         with pytest.raises(TypeError, match=f"no setting '{name}': {hint}"):
-            simulate("short", **{name: True})
+            optimum("short", **{name: True})
     odd = simulate("short?head=30", gib=1, policy=["lru", "fifo"], grid=100).verdict()
     assert "to serve" not in odd
 
@@ -650,7 +658,7 @@ def test_thirty_curves_differ_and_every_axis_has_a_label(small: SimulationResult
     for figure in (
         replace(small, runs=tuple(many)).figure(),
         small.losses_figure(),
-        closed_loop("short?head=9", gib=1, rate=(1, 2)).figure(),
+        closed_loop("short?head=9", gib=1, rate=(1, 2), memory="budget").figure(),
         optimum("short?head=9", gib=(1, 2)).figure(),
     ):
         assert all(axis.get_xlabel() for axis in figure.axes)

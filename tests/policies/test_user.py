@@ -149,6 +149,12 @@ def test_an_error_in_a_custom_policy_is_one_line(
     assert printed.startswith("hybridcache: ") and printed.count("\n") == 1
 
 
+def test_a_file_with_the_name_of_another_module_is_named() -> None:
+    Path("json.py").touch()
+    with pytest.raises(ValueError, match="another module is called 'json': rename json"):
+        make_eviction("json:CheapestFirst")
+
+
 def test_an_object_that_is_no_policy_is_named() -> None:
     with pytest.raises(ValueError, match="it does not implement PlacementPolicy: give a name"):
         parse_placement(5)  # type: ignore[arg-type]

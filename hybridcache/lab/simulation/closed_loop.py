@@ -342,11 +342,9 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     p50_s, p99_s = np.percentile(ttft_s, (50, 99)).tolist()
     return ClosedLoopRun(
         trace=trace.name,
-        label=cell.label,
         admission=str(cell.admission),
         rate=rate,
         seed=seed,
-        gib=cell.size_gib,
         num_requests=len(ttft_s),
         num_refused=served.num_refused,
         prompt_tokens=sum(served.prompt_tokens),
@@ -362,8 +360,6 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         live_mean=served.live_s / served.now_s,
         live_most=served.max_live,
         num_preemptions=sum(served.preemptions),
-        model=cell.geometry().name,
-        max_running=max_running_of(cell),
         token_budget=cell.token_budget,
         tells_ends=cell.tells_ends,
         num_sessions=len(set(served.session)),
@@ -388,6 +384,8 @@ class ClosedLoopResult:
     """Source of the step times."""
     failures: tuple[str, ...] = ()
     """A sentence per run that failed."""
+    trace_notes: Sequence[str] = ()
+    """Notes on the trace."""
 
     def __repr__(self) -> str:
         """Return one line: trace and number of runs."""
@@ -429,7 +427,8 @@ class ClosedLoopResult:
             header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
             tables.append("\n".join([title, text_table(header, rows), *notes]))
         has_classes = {str(run.config.policy): run.config.priority_classes for run in self.runs}
-        return "\n".join(["\n\n".join(tables), *classes_notes(has_classes), *self.failures])
+        notes = [*self.trace_notes, *classes_notes(has_classes), *self.failures]
+        return "\n".join(["\n\n".join(tables), *notes])
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
@@ -508,7 +507,8 @@ def closed_loop(
         progress=progress,
     )
     said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
-    return ClosedLoopResult(opened.name, tuple(runs), describe_times(known), tuple(said))
+    times = describe_times(known)
+    return ClosedLoopResult(opened.name, tuple(runs), times, tuple(said), opened.notes)
 
 
 def memory_sizes(cell: Scenario) -> MemorySizes:

@@ -28,7 +28,7 @@ from hybridcache.command.extras import explain_missing, version
 from hybridcache.geometry.units import counted
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import Trace
-from hybridcache.lab.traces.frame import warn
+from hybridcache.lab.traces.frame import make_folder, warn
 from hybridcache.policies.protocol import PolicyError
 
 _KEEP_BYTES = 256 << 20
@@ -152,11 +152,9 @@ _RESULT = re.compile(rb'\{"key": "[0-9a-f]{16}", "kind": "(\w+)"')
 
 
 def _check_results_file(path: Path, kind: Any, trace: Trace) -> None:
-    """Raise ValueError if the file has content and its first line is not a result of this kind, or
-    if it is the file of ``trace``. Results are appended to files, so others would be damaged."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file: name another for the results")
-    if not path.exists() or not path.stat().st_size:
+    """Make the folder of the file. Raises ValueError if its first line is not a result of this
+    kind, or if it is the file of ``trace``: results are appended, and would damage others."""
+    if not make_folder(path).exists() or not path.stat().st_size:
         return
     if trace.path is not None and path.samefile(trace.path):
         raise ValueError(f"{path} is the trace itself: name another file for the results")
@@ -170,9 +168,10 @@ def _check_results_file(path: Path, kind: Any, trace: Trace) -> None:
 
 
 def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
-    """Return the results of the ``wanted`` keys. Warns of lines that are damaged, or cut by the end
-    of a process, and of results of another version of this package."""
-    found, versions = dict[str, Any](), dict[str, Any]()
+    """Return the results of the ``wanted`` keys. Warns of lines that are damaged, impossible, or
+    cut by the end of a process, unless another line has their key, and of results of another
+    version of this package."""
+    found, versions, damaged = dict[str, Any](), dict[str, Any](), dict[str, str]()
     if not path.exists():
         return found
     with path.open("rb") as file:
@@ -182,7 +181,12 @@ def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
                 if (key := record["key"]) in wanted:
                     found[key], versions[key] = kind.from_record(record), record.get("version")
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                warn(f"{path}, line {number}: damaged or cut, and not read ({error!s:.80})")
+                started = _KEY.match(line)
+                key = started[1].decode() if started else str(number)
+                damaged[key] = f"line {number}: damaged or cut, and not read ({error!s:.80})"
+    for key, problem in damaged.items():
+        if key not in found:
+            warn(f"{path}, {problem}")
     for other, number in Counter(versions.values()).items():
         if other != version():
             warn(f"{path}: {counted(number, 'run')} of version {other} reused; this is {version()}")
@@ -192,8 +196,7 @@ def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
 @contextmanager
 def appended(path: Path) -> Iterator[BinaryIO]:
     """Open a file of results at its end. A last line that was cut is removed; a whole one without
-    a line feed gets one. Other processes that append to it wait. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    a line feed gets one. Other processes that append to it wait."""
     with path.open("a+b") as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -20,7 +21,13 @@ from hybridcache.lab.trace import DistinctNames
 
 
 def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of ``record`` that are fields of the dataclass ``kind``."""
+    """Return the values of ``record`` that are fields of the dataclass ``kind``. ValueError for
+    token hit rates outside of 0 to 1."""
+    rates = [record.get("token_hit_rate", 0), *chain(*record.get("rates", {}).values())]
+    rates.append(record.get("cached_tokens", 0) / max(1, record.get("prompt_tokens", 1)))
+    for rate in rates:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"a token hit rate must be from 0 to 1 (got {rate:g})")
     return {one.name: record[one.name] for one in fields(kind) if one.name in record}
 
 
@@ -113,8 +120,32 @@ class SessionResult(NamedTuple):
     """Tokens not reused, by cause; None where the target does not say."""
 
 
+class _Run:
+    """Figures of every run, from its identity and its counts."""
+
+    __slots__ = ()
+    config: RunIdentity
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def label(self) -> str:
+        """Name of the competitor: the cache's policies, or the rebuilt system."""
+        return self.config.label
+
+    @property
+    def gib(self) -> float:
+        """Memory for KV and states, GiB."""
+        return self.config.gib
+
+    @property
+    def token_hit_rate(self) -> float:
+        """Reused share of the prompt tokens, 0 to 1."""
+        return self.cached_tokens / max(1, self.prompt_tokens)
+
+
 @dataclass(frozen=True, slots=True, repr=False)
-class RunResult:
+class RunResult(_Run):
     """One cell of a sweep. Counts are in tokens, for any unit of the trace."""
 
     config: RunIdentity
@@ -180,21 +211,6 @@ class RunResult:
         """Return one line: competitor, size and token hit rate. ``as_record`` has all figures."""
         rate = 100 * self.token_hit_rate
         return f"RunResult({self.label}, {self.gib:.4g} GiB: token hit rate {rate:.1f} %)"
-
-    @property
-    def label(self) -> str:
-        """Name of the competitor."""
-        return self.config.label
-
-    @property
-    def gib(self) -> float:
-        """Memory for KV and states, GiB."""
-        return self.config.gib
-
-    @property
-    def token_hit_rate(self) -> float:
-        """Reused share of the prompt tokens, 0 to 1."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def interval(self) -> RateInterval:
@@ -281,21 +297,17 @@ class RunResult:
 
 
 @dataclass(frozen=True, slots=True)
-class ClosedLoopRun:
+class ClosedLoopRun(_Run):
     """Figures of one run in closed loop. Times in seconds."""
 
     trace: str
     """Name of the trace."""
-    label: str
-    """The cache's policies."""
     admission: str
     """Admission policy."""
     rate: float
     """Sessions that arrived in a second."""
     seed: int
     """Seed of the arrivals."""
-    gib: float
-    """Memory for KV and states, GiB."""
     num_requests: int
     """Number of answered requests."""
     num_refused: int
@@ -326,10 +338,6 @@ class ClosedLoopRun:
     """Largest number of such sessions."""
     num_preemptions: int
     """Preemptions of all requests."""
-    model: str
-    """Name of the model."""
-    max_running: int
-    """Most requests at once."""
     token_budget: int
     """Most tokens in a step."""
     tells_ends: bool
@@ -338,11 +346,6 @@ class ClosedLoopRun:
     """Sessions with an answered request."""
     config: RunIdentity
     """Identity of the run's cache."""
-
-    @property
-    def token_hit_rate(self) -> float:
-        """Reused share of the prompt tokens, 0 to 1."""
-        return self.cached_tokens / max(1, self.prompt_tokens)
 
     def as_record(self) -> dict[str, Any]:
         """Return a record for JSON: all fields, with the trace as in ``config``, its name and the
@@ -464,8 +467,8 @@ class SweepRuns:
     times: str = ""
     """Source of the prefill times: the assumed machine or the measured file. Empty for times of a
     user's own model."""
-    counted_by: str = ""
-    """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
+    trace_notes: Sequence[str] = ()
+    """Notes on the trace, for tables."""
     failures: tuple[str, ...] = ()
     """A sentence per run that failed, because of its policy. It is not among ``runs``."""
     working_set_bytes: int = 0

@@ -56,7 +56,6 @@ from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, 
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
-from hybridcache.lab.traces.frame import warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -210,6 +209,8 @@ class OptimumResult(Sequence[Optimum]):
     """One per size."""
     settings: Mapping[str, Any]
     """Model, precisions, grid and ``counts_running`` of all plans."""
+    trace_notes: Sequence[str] = ()
+    """Notes on the trace."""
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -244,8 +245,9 @@ class OptimumResult(Sequence[Optimum]):
         ]
         requests = counted(self.plans[0].num_requests, "request")
         table = text_table(["GiB", "reached, %", "bound, %", "gap, %", "seconds"], rows)
+        title = f"{self.plans[0].trace}, {self.settings['model']}: {requests}"
         note = "reached: by a greedy plan, which is not always the optimum"
-        return f"{self.plans[0].trace}, {self.settings['model']}: {requests}\n{table}\n{note}"
+        return "\n".join([title, table, note, *self.trace_notes])
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw plan and bound over the sizes. The figure is also written to ``path`` (PNG, SVG or
@@ -316,12 +318,6 @@ def simulate(
         kind=RunResult,
         progress=progress,
     )
-    most = max((one.cached_tokens for one in runs if one.config.baseline is None), default=0)
-    if bound and most > tokens:
-        warn(
-            f"{opened.name}: a run reused {most:,} tokens and no cache can reuse more than "
-            f"{tokens:,}, so the trace's source gives other requests at each pass: seed it"
-        )
     # Runs in a file may have been computed without them.
     runs = [replace(one, **yardsticks[one.gib]) for one in runs]
     return SimulationResult(
@@ -330,7 +326,7 @@ def simulate(
         tuple(runs),
         tokens / runs[0].prompt_tokens if bound else None,
         times=describe_times(times) if isinstance(times, Roofline | MeasuredTimes) else "",
-        counted_by=opened.counted_by,
+        trace_notes=opened.notes,
         failures=tuple(failure_of(cells[number], words) for number, words in failures.items()),
         working_set_bytes=whole_bytes,
     )
@@ -383,4 +379,4 @@ def optimum(
         show(len(points), len(points))
     dtypes = {"state_dtype": geometry.state_dtype, "checkpoint_dtype": geometry.checkpoint_dtype}
     found = {"model": geometry.name, **dtypes, "grid": asked.grid, "counts_running": counts_running}
-    return OptimumResult(tuple(plans), found)
+    return OptimumResult(tuple(plans), found, opened.notes)

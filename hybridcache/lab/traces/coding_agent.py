@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import ClassVar
 
 import numpy as np
 
 from hybridcache.lab.arrivals import Fixed, Starts
-from hybridcache.lab.trace import FreshIds, KnownIds, TraceRequest
+from hybridcache.lab.trace import DistinctNames, FreshIds, KnownIds, TraceRequest
 from hybridcache.lab.traces.dialects import STOP_REASONS
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, request_of_blocks
 from hybridcache.policies.boundaries import chat_boundaries
@@ -38,6 +39,7 @@ class CodingAgentReader(SessionReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         unit, fresh, known = self.unit, FreshIds(), KnownIds()
+        names, numbers = DistinctNames(), count()
 
         def head_of(owner: Record) -> Tokens:
             """Return the blocks of tools and system prompt, each agreeing if its lengths do."""
@@ -49,9 +51,11 @@ class CodingAgentReader(SessionReader):
             if record.get("dup"):  # recorded twice
                 return
             found, own_heads = list[TraceRequest](), dict[int, Tokens]()
-            rows = [row for row in requests_of(record, str(record.key("id"))) if len(row[-1])]
+            number = next(numbers)
+            rows = [row for row in requests_of(record, (record.key("id"),)) if len(row[-1])]
             offset = known.reserve(1 + max((int(ids.max()) for *_, ids in rows), default=0))
-            for owner, when_s, name, request, ids in rows:
+            for owner, when_s, path, request, ids in rows:
+                name = names.of((number, *path), "/".join(map(str, path)))
                 head, tokens = head_of(owner), ids + np.int32(offset)
                 # All requests of the owner that carry the head begin with the same blocks. Others
                 # (a title, a summary) keep their own ids.
@@ -72,12 +76,13 @@ class CodingAgentReader(SessionReader):
 
 
 def requests_of(
-    owner: Record, name: str, start_s: float = 0.0
-) -> Iterator[tuple[Record, float, str, Record, Tokens]]:
-    """Yield (owner, time, session, request, ids) of a session and of its subagents."""
+    owner: Record, path: tuple[str | int, ...], start_s: float = 0.0
+) -> Iterator[tuple[Record, float, tuple[str | int, ...], Record, Tokens]]:
+    """Yield (owner, time, path, request, ids) of a session and of its subagents. A path has the id
+    of the session, and of each agent down to the owner."""
     for request in owner.objects("requests"):
         when_s = start_s + request.seconds("t")
         if request["type"] == "subagent":
-            yield from requests_of(request, f"{name}/{request.key('agent_id')}", when_s)
+            yield from requests_of(request, (*path, request.key("agent_id")), when_s)
         else:
-            yield owner, when_s, name, request, request.id_runs("hash_ids")
+            yield owner, when_s, path, request, request.id_runs("hash_ids")

@@ -50,6 +50,16 @@ ONE_SECOND = "one second from each record to the next"
 UNANSWERED = "left out, because no answer follows a question"
 UNUSED_REST = "without the messages after the last answer"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
+BINARY = {
+    b"PK\3\4": "a zip file: unpack it",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it",
+    b"\xfd7zX": "an xz file: unpack it",
+    b"BZh9": "a bzip2 file: unpack it",
+    b"7z\xbc\xaf": "a 7z file: unpack it",
+    b"PAR1": "a Parquet file: convert it to JSON lines",
+    b"ARRO": "an Arrow file: convert it to JSON lines",
+}
+"""Errors of files that are no text, by their first four bytes."""
 _DAMAGE = "the gzip file is damaged: everything from this line on is lost"
 _PER_LINE = ": write one object per line, without an array around them"
 _CHUNK = 1 << 16
@@ -259,10 +269,22 @@ class Notes:
 # --- Files --------------------------------------------------------------------------------------
 
 
+def make_folder(path: Path) -> Path:
+    """Make the folder of a file that will be written, and return its path. ValueError if the path
+    is a folder or a device, or if one of its folders is a file."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file: name another")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{path}: {error.filename} cannot be a folder: name another") from None
+    return path
+
+
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
     """Open a file, plain or gzipped (by its first two bytes), and skip its byte order mark if
-    present. ValueError if it begins as UTF-16.
+    present. ValueError if it begins as UTF-16, or as another kind of file (``BINARY``).
 
     Reading raises one of ``DAMAGED`` if a gzipped file is damaged or truncated.
     """
@@ -270,10 +292,12 @@ def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rb") if zipped else open(path, "rb") as opened:
         with suppress(*DAMAGED):  # the next read reports the line
-            head = opened.peek(3)[:3]
+            head = opened.peek(4)[:4]
+            if head in BINARY:
+                raise ValueError(f"{path}: it is {BINARY[head]} first")
             if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
                 raise ValueError(f"{path}, line 1: not UTF-8, perhaps UTF-16: convert it")
-            if head == b"\xef\xbb\xbf":
+            if head[:3] == b"\xef\xbb\xbf":
                 opened.read(3)
         yield opened
 
