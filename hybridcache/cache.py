@@ -155,7 +155,7 @@ class GatherCache:
     def join(self, segment: Segment) -> Indices:
         """Concatenate the rows from the root to the end of ``segment``, and keep the read-only
         result. O(rows)."""
-        kept, parts, extends = self.rows, [segment.indices], None
+        kept, parts, extends = self.rows, [segment.rows], None
         above = segment.node.parent
         while above is not None and above.kv is not None:
             known = kept.get(above.kv)
@@ -163,7 +163,7 @@ class GatherCache:
                 parts.append(known)
                 extends = above.kv
                 break
-            parts.append(above.kv.indices)
+            parts.append(above.kv.rows)
             above = above.parent
         parts.reverse()
         rows = np.concatenate(parts)
@@ -186,7 +186,7 @@ class GatherCache:
             assert segment.node.kv is segment, f"gather of {segment}, which is gone"
             node, parts = segment.node, []
             while node.parent is not None and node.kv is not None:
-                parts.append(node.kv.indices)
+                parts.append(node.kv.rows)
                 node = node.parent
             path = np.concatenate(parts[::-1])
             assert np.array_equal(rows, path), f"gather of {segment} is not its path"
@@ -321,7 +321,7 @@ class HybridRadixCache:
         >>> cache.match(np.arange(10, dtype=np.int32)).losses.never_seen
         10
         """
-        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+        if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         if (failure := self.policy.failure) is not None:
             raise_failure(failure)
@@ -853,7 +853,7 @@ class HybridRadixCache:
             assert kv is not None and parent is not None
             if self._listeners:
                 self._notify("kv_removed", leaf)
-            rows = kv.indices
+            rows = kv.rows
             num_rows = len(rows)
             self._pages.free(rows, is_trusted=True)
             self.cached_tokens -= num_rows
@@ -868,7 +868,7 @@ class HybridRadixCache:
             if (gone := gathered.rows.pop(kv, None)) is not None:
                 gathered.num_rows -= len(gone) + ENTRY_ROWS
             leaf.kv = None
-            kv.indices = EMPTY  # a policy's queue may hold the segment for a while yet
+            kv.rows = EMPTY  # a policy's queue may hold the segment for a while yet
             self._tree.fade(leaf)
             self.ghosts.add(leaf, rows)
             only = parent.children
@@ -996,9 +996,10 @@ class HybridRadixCache:
     ) -> None:
         """Raise ValueError or TypeError for arguments that are wrong regardless of the tree.
         O(checkpoints)."""
-        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+        if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
-        if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
+        is_array = type(kv_indices) is np.ndarray
+        if not is_array or kv_indices.dtype is not INT32 or kv_indices.ndim != 1:
             require_int32(kv_indices, "KV indices")
         if type(owned_from) is not int:
             require_index(owned_from, "owned_from")
@@ -1217,13 +1218,13 @@ class HybridRadixCache:
         if lower.deeper is not None:
             link(upper, lower.deeper)
             lower.deeper = None
-        cut = len(kv.indices) - (lower.end - position)
-        rows, part = kv.indices, kv.indices[:cut].copy()
+        cut = len(kv.rows) - (lower.end - position)
+        rows, part = kv.rows, kv.rows[:cut].copy()
         upper.kv = Segment(upper, part, kv.created, self.num_items, self.item_bytes)
         self.num_items += 1
-        kv.indices = rows[cut:].copy()
+        kv.rows = rows[cut:].copy()
         if self._owners is not None:
-            self._owners.split(rows, part, kv.indices)
+            self._owners.split(rows, part, kv.rows)
         if self._listeners:
             self._notify("kv_split", upper, lower)
         return upper
@@ -1378,7 +1379,7 @@ class HybridRadixCache:
     def _check_rows(self, resident: list[RadixNode]) -> None:
         pages = self._pages
         pages.check()
-        parts = [node.kv.indices for node in resident if node.kv is not None]
+        parts = [node.kv.rows for node in resident if node.kv is not None]
         cached = np.concatenate([EMPTY, *parts])
         assert len(cached) == self.cached_tokens, (
             f"{len(cached)} rows cached, counted {self.cached_tokens}"
@@ -1411,3 +1412,9 @@ class HybridRadixCache:
         assert len(cached) == self.num_checkpoints, f"{self.num_checkpoints} checkpoints counted"
         both = cached + slots.free_slots()
         assert len(set(both)) == len(both), "a slot is cached twice, or cached and free"
+
+
+def require_cache(cache: object) -> None:
+    """Raise TypeError unless ``cache`` is a ``HybridRadixCache``."""
+    if not isinstance(cache, HybridRadixCache):
+        raise TypeError(f"cache must be made by build_prefix_cache (got {cache!r}).")

@@ -31,7 +31,13 @@ from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle, require_stop_reason
 from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
-from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import (
+    UNGUARDED,
+    FetchRule,
+    PlacementPolicy,
+    Prefill,
+    require_fetch_rule,
+)
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import (
     EMPTY,
@@ -136,9 +142,8 @@ def _refuse_bad_begin(
 ) -> None:
     """Raise the errors of ``begin`` for wrong arguments, which would fail later in another call.
     O(boundaries)."""
-    if not isinstance(placement, PlacementPolicy):
-        hint = " Build it once, for all requests, with parse_placement."
-        raise TypeError(f"placement must be a PlacementPolicy (got {placement!r}).{hint}")
+    if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
+        raise TypeError(UNGUARDED.format(placement))
     if not isinstance(request, LeaseRequest):
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
@@ -157,17 +162,15 @@ def _refuse_bad_begin(
         raise ValueError(NO_STATES)
     if not request.stateful and cache.needs_states:
         raise ValueError(NEEDS_STATES)
-    if exchange is not None and (
-        isinstance(exchange, type) or not callable(getattr(exchange, "seconds_saved", None))
-    ):
-        hint = "an object with the method seconds_saved"
-        raise TypeError(f"exchange must be {hint} (got {exchange!r}).")
+    if exchange is not None:
+        require_fetch_rule(exchange)
     require_boundaries(request.boundaries)
     if cache.steps.num_open and cache.steps.thread != get_ident():
         raise RuntimeError(OTHER_THREAD)
-    if getattr(request.tokens, "dtype", None) is not INT32 or request.tokens.ndim != 1:
-        require_int32(request.tokens, "tokens")
-    if not len(request.tokens):
+    tokens = request.tokens
+    if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+        require_int32(tokens, "tokens")
+    if not len(tokens):
         raise ValueError("a request needs at least one token (got no tokens)")
 
 
@@ -469,8 +472,7 @@ class Lease:
 
         Raises:
             ValueError: ``to_len`` is negative, or the lease has ended.
-            PolicyError: an own placement policy, made with ``parse_placement``, has failed. The
-                rows are taken.
+            PolicyError: an own placement policy has failed. The rows are taken.
         """
         if type(to_len) is not int:
             to_len = require_index(to_len, "to_len")
@@ -775,7 +777,7 @@ class Lease:
         """Publish the computed tokens and their checkpoints, and return everything else that is
         held. With ``donate`` the own slot is one of these checkpoints, if it can be.
 
-        The lease has ended even if the caller has freed its rows or slots, or a policy has failed.
+        The lease has ended even if the caller has freed its rows or slots.
         """
         cache, placement, own_slot = self.cache, self._placement, self.state_slot
         published_len = computed_len
@@ -808,7 +810,7 @@ class Lease:
                 tip, _ = self._insert(tokens, published_len, is_last=True)
             if stop_reason:
                 cache.label_tip(tip, stop_reason)
-        except BaseException:  # The caller has freed one of the slots, or a policy has failed.
+        except BaseException:  # The caller has freed one of the slots.
             for _, slot in pending:
                 with suppress(ValueError):  # It is free or the cache's by now.
                     cache.free_slot(slot)
@@ -857,16 +859,14 @@ class Lease:
             self._unread_len = first + num_duplicates
             if self._request.table_row is not None:
                 self._note_changed(self._request.table_row, 0, self._unread_len)
-        for _, slot in saved:
-            if slot in rejected_slots:
-                cache.free_slot(slot)
         self._pending = later
         if not is_last:
             self._receipt = receipt = cache.lock(node)
             receipt.superseded, before.superseded = before.superseded, None
             cache.unlock(before)
-        for (position, slot), label in saved.items():  # An own policy may raise.
+        for (position, slot), label in saved.items():
             if slot in rejected_slots:
+                cache.free_slot(slot)
                 self._placement.on_dropped(position, label)
             else:
                 self._placement.on_saved(position, label)
@@ -883,7 +883,7 @@ class Lease:
         first = self.published_len
         if self._has_ended or not first <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
-        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+        if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         if computed_len > len(tokens):
             raise ValueError(

@@ -29,9 +29,9 @@ _BLOCK = 4096
 
 
 def require_int32(array: object, what: str) -> None:
-    """Raise ValueError unless ``array`` is int32[n], because other types would be read as other
-    ids. O(1)."""
-    if not isinstance(array, np.ndarray):
+    """Raise ValueError unless ``array`` is int32[n] without a mask, because other types would be
+    read as other ids. O(1)."""
+    if not isinstance(array, np.ndarray) or hasattr(array, "mask"):
         kind = type(array).__name__
     elif array.dtype != INT32 or array.ndim != 1:
         kind = f"{array.dtype} of shape {array.shape}"

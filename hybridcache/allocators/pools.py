@@ -163,7 +163,7 @@ class PageAllocator(BaseAllocator):
                 than are allocated, or that page is free. Nothing is freed.
         """
         if not is_trusted:
-            if getattr(rows, "dtype", None) is not INT32 or rows.ndim != 1:
+            if type(rows) is not np.ndarray or rows.dtype is not INT32 or rows.ndim != 1:
                 require_int32(rows, "rows")
             if not len(rows):
                 return

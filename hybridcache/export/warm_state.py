@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
-from hybridcache.cache import HybridRadixCache
+from hybridcache.cache import HybridRadixCache, require_cache
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
@@ -52,6 +52,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     The most recently used nodes are written, within the cache's limit for ghosts. The state of
     users' own policies is not. Raises TypeError for a placement that is not a sequence of rules.
     """
+    require_cache(cache)
     is_list = isinstance(placement, Sequence)
     if not is_list or not all(isinstance(rule, PlacementPolicy) for rule in placement):
         raise TypeError(f"placement must be the rules, as placement.rules (got {placement!r}).")

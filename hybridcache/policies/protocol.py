@@ -26,6 +26,11 @@ def raise_failure(failure: PolicyError | None) -> None:
         raise PolicyError(str(failure)) from failure
 
 
+def is_built_in(kind: type[Any]) -> bool:
+    """Return whether ``kind`` is a policy of this package, or guards a user's policy."""
+    return kind.__module__.startswith("hybridcache.policies.")
+
+
 class Item(Protocol):
     """One evictable item, as seen by a policy. Write only ``memo``, and that in eviction policies
     only: other attributes are the cache's."""
@@ -215,6 +220,15 @@ class FetchRule(Protocol):
         """
 
 
+def require_fetch_rule(rule: object, what: str = "exchange") -> None:
+    """Raise TypeError unless ``rule`` is a ``FetchRule`` or None. O(1)."""
+    if rule is not None and (
+        isinstance(rule, type) or not callable(getattr(rule, "seconds_saved", None))
+    ):
+        hint = "an object with the method seconds_saved, or None"
+        raise TypeError(f"{what} must be {hint} (got {rule!r}).")
+
+
 class Placed(NamedTuple):
     """Checkpoint position with the label of its rule (``Item.label``)."""
 
@@ -295,6 +309,12 @@ class Prefill(NamedTuple):
         return found
 
 
+UNGUARDED = (
+    "placement must be made by parse_placement, once for all requests, from names or a policy of "
+    "yours (got {!r})."
+)
+
+
 class PlacementPolicy(ABC):
     """Choice of the positions at which requests save checkpoints.
 
@@ -306,6 +326,12 @@ class PlacementPolicy(ABC):
     they apply, ``on_prefill``, ``plan``, ``decode_interval``. Later it calls either ``on_saved`` or
     ``on_dropped`` for each planned checkpoint.
     """
+
+    is_guarded: bool = False
+    """True if it is built in, or guards a user's policy: leases take no other."""
+
+    def __init_subclass__(cls) -> None:
+        cls.is_guarded = is_built_in(cls)
 
     @abstractmethod
     def plan(self, prefill: Prefill) -> Iterable[Placed]:

@@ -30,6 +30,7 @@ from hybridcache.policies.protocol import (
     PlacementPolicy,
     PolicyError,
     Prefill,
+    is_built_in,
     raise_failure,
 )
 
@@ -126,7 +127,7 @@ def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
     own = own_policy(given)
     if isinstance(own.make, type):
         _refuse_unfit(own.label, own.make, protocol)
-        if _is_built_in(own.make):
+        if is_built_in(own.make):
             return own.make
 
     def make() -> Any:
@@ -144,13 +145,9 @@ def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
             raise ValueError(
                 f"{own.label!r}: the __init__ of {kind.__name__} must call super().__init__()"
             )
-        return policy if _is_built_in(kind) else GUARDS[protocol](own.label, policy)
+        return policy if is_built_in(kind) else GUARDS[protocol](own.label, policy)
 
     return make
-
-
-def _is_built_in(kind: type[Any]) -> bool:
-    return kind.__module__.startswith("hybridcache.policies.")
 
 
 def _refuse_unfit(label: str, found: type[Any], protocol: type[Any]) -> None:

@@ -92,7 +92,7 @@ def _check_node(node: RadixNode, page_size: int) -> None:
         assert node.checkpoint is None, f"ghost {node} has a checkpoint"
         assert node.locks == 0, f"ghost {node} is locked"
     else:
-        assert len(node.kv.indices) == length, f"{node} has {len(node.kv.indices)} rows"
+        assert len(node.kv.rows) == length, f"{node} has {len(node.kv.rows)} rows"
         assert node.kv.node is node, f"the rows of {node} belong to {node.kv.node}"
     if node.checkpoint is not None:
         assert node.checkpoint.node is node, f"checkpoint of {node} belongs elsewhere"

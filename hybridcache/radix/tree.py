@@ -236,23 +236,30 @@ class CachedItem:
 class Segment(CachedItem):
     """KV rows of the edge of one node: an evictable item of kind ``kv``."""
 
-    __slots__ = ("indices",)
+    __slots__ = ("rows",)
 
     kind: Literal["kv"] = "kv"
     superseded = False
     label = ""
 
     def __init__(
-        self, node: RadixNode, indices: Indices, now: int, serial: int, item_bytes: ItemBytes
+        self, node: RadixNode, rows: Indices, now: int, serial: int, item_bytes: ItemBytes
     ) -> None:
         self.node = node
         self.position = node.end
-        self.indices = indices
+        self.rows = rows
         self.created = self.last_used = now
         self.serial = serial
         self.item_bytes = item_bytes
         self.uses = 0
         self.memo = None
+
+    @property
+    def indices(self) -> Indices:
+        """KV rows, int32[n]: a read-only view of ``rows``, which the cache changes."""
+        view = self.rows.view()
+        view.flags.writeable = False
+        return view
 
     @property
     def dead(self) -> bool:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from hybridcache.cache import HybridRadixCache
+from hybridcache.cache import HybridRadixCache, require_cache
 from hybridcache.export.events import Event, EventsLost, EventStream
 from hybridcache.tokens import require_index
 
@@ -44,8 +44,7 @@ class Outbox:
     """
 
     def __init__(self, cache: HybridRadixCache, kept: int = KEPT) -> None:
-        if not isinstance(cache, HybridRadixCache):
-            raise TypeError(f"cache must be a HybridRadixCache (got {cache!r}).")
+        require_cache(cache)
         self._cache = cache
         self._lock = threading.Lock()
         self._batches: deque[EventBatch] = deque(maxlen=require_index(kept, "kept", 1))
@@ -83,6 +82,7 @@ class Outbox:
 
         Returns None if that batch is no longer stored or never existed: call ``restart``.
         """
+        sequence = require_index(sequence, "sequence")
         with self._lock:
             if sequence == self._next_sequence:
                 return []

@@ -13,9 +13,15 @@ import numpy as np
 
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.api import PrefixMatch
-from hybridcache.cache import HybridRadixCache
+from hybridcache.cache import HybridRadixCache, require_cache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import (
+    UNGUARDED,
+    FetchRule,
+    PlacementPolicy,
+    Prefill,
+    require_fetch_rule,
+)
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, require_bool, require_index
 
@@ -56,15 +62,17 @@ class CacheManager:
             after_reading: decides again once the part of a prefix on disk has been read.
 
         Raises:
-            TypeError, ValueError: ``num_rows`` is not an integer, or less than 1; ``placement`` has
-                no ``plan``; ``stateful``, ``exact`` or ``owns_states`` is not a bool.
+            TypeError, ValueError: an argument is of another type, or ``num_rows`` less than 1.
         """
+        require_cache(cache)
+        if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
+            raise TypeError(UNGUARDED.format(placement))
         require_index(num_rows, "num_rows", 1)
         flags = {"stateful": stateful, "exact": exact, "owns_states": owns_states}
         for what, flag in flags.items():
             require_bool(flag, what)
-        if not callable(getattr(placement, "plan", None)):
-            raise TypeError(f"placement must be made by parse_placement (got {placement!r}).")
+        require_fetch_rule(exchange)
+        require_fetch_rule(after_reading, "after_reading")
         self.cache = cache
         self.placement = placement
         self.stateful = stateful
@@ -252,7 +260,8 @@ class CacheManager:
         total``. ``table_row(row, end)`` returns the KV indices that the runner was given for the
         positions of a row below ``end``. Raises AssertionError if one fails. O(cache)."""
         self.cache.check(*self.held())
-        assert sorted([*self._free_rows, *self._requests]) == list(range(self._num_rows))
+        rows = sorted([*self._free_rows, *self._requests])
+        assert rows == list(range(self._num_rows)), "a table row has no owner, or two"
         self.check_rows(table_row)
 
     def check_rows(self, table_row: TableRow) -> None:

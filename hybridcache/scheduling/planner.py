@@ -239,6 +239,9 @@ class StepPlanner(Generic[R]):
             needed["num_slots"] = cache.num_slots
         if stateful and (cache.arena is not None or not cache.shares_memory):
             needed["slab_rows"] = 0 if cache.arena is None else cache.arena.slab_rows
+        if cache.item_bytes.kv_token > 1:  # else the sizes may not be known
+            needed["row_bytes"] = cache.item_bytes.kv_token
+            needed |= {"state_bytes": cache.item_bytes.state} if stateful else {}
         for what, value in needed.items():
             if getattr(memory, what, None) != value:
                 raise ValueError(f"{what} of memory must be {value}, the manager's (got {memory}).")
@@ -295,9 +298,9 @@ class StepPlanner(Generic[R]):
         """Add ``request`` to the waiting requests.
 
         Raises:
-            ValueError: a waiting or running request has the same ``arrival``, or it is this one;
-                its answer has ended, or it can be longer than ``memory.max_request_len``, so that
-                it would never end.
+            ValueError: a waiting or running request has the same ``arrival``, or it is this one; it
+                is in another planner; its answer has ended; or it can be longer than
+                ``memory.max_request_len``, so that it would never end.
         """
         for requests in (self._waiting, self._running):
             place = bisect_left(requests, request.arrival, key=_age)
@@ -306,6 +309,8 @@ class StepPlanner(Generic[R]):
                     f"arrival {request.arrival} is that of a waiting or running request: add each "
                     "request once, with an arrival of its own"
                 )
+        if request.is_added:
+            raise ValueError(f"request {request.request_id} waits or runs in another planner")
         if request.prompt_len < request.num_tokens >= request.max_len:
             raise ValueError(f"request {request.request_id} has ended: it has max_len tokens")
         if request.max_len > self._longest:
@@ -323,6 +328,7 @@ class StepPlanner(Generic[R]):
             choice_of=request.spec.choice_of,
         )
         insort(self._waiting, request, key=_age)
+        request.is_added = True
         self.admission.arrived(request, self._load)
 
     def remove(self, request: R) -> None:
@@ -450,6 +456,7 @@ class StepPlanner(Generic[R]):
         )
 
     def _has_left(self, request: R) -> None:
+        request.is_added = False
         self._load.now_s = self._clock()
         if not self.has_work():
             self._account()
@@ -609,11 +616,14 @@ class StepPlanner(Generic[R]):
         for requests, have_leases in ((self._waiting, False), (self._running, True)):
             ages = [_age(request) for request in requests]
             assert ages == sorted(set(ages)), "requests out of order"
-            assert all((request.lease is not None) == have_leases for request in requests)
-        assert len(self._running) <= self.max_running
-        assert self._num_in_flight in (0, 1)
-        assert self._sharing is None or self._sharing.followers <= set(self._waiting)
-        assert self._holding.requests <= set(self._waiting)
+            for one in requests:
+                fault = f"request {one.request_id} waits with a lease, or runs without one"
+                assert (one.lease is not None) == have_leases, fault
+        assert len(self._running) <= self.max_running, f"{len(self._running)} requests run"
+        assert self._num_in_flight in (0, 1), f"{self._num_in_flight} steps are in flight"
+        compared = set() if self._sharing is None else self._sharing.followers
+        fault = "a request that does not wait follows a leader, or is held for a load"
+        assert compared | self._holding.requests <= set(self._waiting), fault
 
 
 # --- Prefix sharing -------------------------------------------------------------------------------

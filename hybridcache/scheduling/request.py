@@ -93,6 +93,8 @@ class ScheduledRequest(WaitingRequest):
             raise TypeError(f"choice_of must be a request_id, or None (got {spec.choice_of!r}).")
         require_bool(spec.ends_session, "ends_session")
         require_namespace(spec.namespace)
+        if not isinstance(spec.save_at, Sequence):
+            raise TypeError(f"save_at must be a sequence of positions (got {spec.save_at!r}).")
         for position in spec.save_at:
             require_index(position, "each of save_at", 0)
         require_boundaries(spec.boundaries)
@@ -116,6 +118,8 @@ class ScheduledRequest(WaitingRequest):
         """Tokens of KV that were fetched for it; None if no fetch was considered yet."""
         self.scheduled_s: float | None = None
         """Time of its first admission."""
+        self.is_added = False
+        """True while it waits or runs in a planner."""
         self.is_counted = False
         """True if an earlier lease of this request is counted in the cache's statistics."""
 

@@ -92,4 +92,5 @@ def test_span_without_states_is_the_length_of_the_segment():
     for node in cache_of("radix", 0, 80)._tree.nodes():
         if node.kv is not None:
             assert node.kv.span == len(node.kv.indices) == len(node.tokens)
+            assert not node.kv.indices.flags.writeable
             assert not node.kv.dead

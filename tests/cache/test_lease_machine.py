@@ -167,7 +167,7 @@ class LeaseMachine(RuleBasedStateMachine):
             **sizes,
         )
         self.cache = build_prefix_cache(config)
-        self.ledger = Ledger(placement)
+        self.ledger = parse_placement(Ledger(placement))
         self.own_slots = 1000 if rng.random() < 0.3 else None
         self.outbox, self.router = Outbox(self.cache), self._router(config, placement)
         self.running: list[Running] = []

@@ -21,6 +21,7 @@ from hybridcache.api import Listener
 from hybridcache.export.events import EventStream, Mirror
 from hybridcache.export.warm_state import pack, unpack, write_memory
 from hybridcache.policies.boundaries import PromptBoundaries
+from hybridcache.policies.placement.rules import End, Placement
 from hybridcache.policies.protocol import FetchRule, Prefill
 from hybridcache.policies.registry import make_admission
 from hybridcache.routing.outbox import Outbox
@@ -39,13 +40,13 @@ INVALID_IDS = (
     np.zeros((4, 2), np.int32),
     np.int32(4),
     np.arange(4, dtype=">i4"),
+    np.ma.masked_array(np.arange(4, dtype=np.int32), mask=[0, 1, 0, 0]),
 )
+INVALID_NAMES = ("list", "int64", "float32", "two axes", "scalar", "big-endian", "masked")
 
 
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
-@pytest.mark.parametrize(
-    "bad", INVALID_IDS, ids=["list", "int64", "float32", "two axes", "scalar", "big-endian"]
-)
+@pytest.mark.parametrize("bad", INVALID_IDS, ids=INVALID_NAMES)
 def test_ids_and_rows_that_are_not_int32_raise_in_every_cache(prefix_cache, bad):
     sizes = {"num_kv_tokens": 100, "num_slots": 2, "grid": 1}
     cache = build_prefix_cache(CacheConfig(prefix_cache=prefix_cache, **sizes))
@@ -402,6 +403,11 @@ def manager(**changes):
     return CacheManager(**{"cache": hybrid()} | arguments | changes)
 
 
+def sized_manager():
+    sizes = {"num_kv_tokens": 1000, "num_slots": 10, "kv_bytes_per_token": 4, "state_bytes": 8}
+    return manager(cache=build_prefix_cache(CacheConfig(**sizes)))
+
+
 def arena_manager():
     sizes = {"kv_bytes_per_token": 1, "state_bytes": 64, "grid": 4}
     return manager(cache=build_prefix_cache(CacheConfig(memory="arena", total_bytes=1000, **sizes)))
@@ -424,8 +430,9 @@ def build(**config):
 
 def begin(**changes):
     arguments = {"tokens": ids("abcde")} | changes
+    placement = arguments.pop("placement", PLACEMENT)
     exchange = arguments.pop("exchange", None)
-    Lease.begin(hybrid(), parse_placement("end"), LeaseRequest(**arguments), exchange)
+    Lease.begin(hybrid(), placement, LeaseRequest(**arguments), exchange)
 
 
 def mirror(page_size):
@@ -445,19 +452,29 @@ def on_grid(plan):
     Prefill(200, 0, 0, 0, (), 64).on_grid(plan)
 
 
+class OwnPlacement(End):
+    """Policy of a user that nothing guards."""
+
+
+OWN_PLACEMENTS = (5, OwnPlacement, OwnPlacement(), Placement((OwnPlacement(),)))
+
+
 WRONG = (
     *((sizes, {"memory": value}) for value in ("pool", "budget", None)),
     *((sizes, {"num_kv_tokens": value}) for value in (-1, "a", 1.5)),
     *((sizes, {name: 0}) for name in ("row_bytes", "page_size")),
     *((manager, {"num_rows": value}) for value in (-1, 0, "a")),
     *((manager, {name: 1}) for name in ("stateful", "exact", "owns_states")),
+    *((manager, {name: 5}) for name in ("cache", "exchange", "after_reading")),
     *((planner, {"max_running": value}) for value in (0, "a")),
     *((planner, {"token_budget": value}) for value in (0, -5)),
     *((planner, {"admission": value}) for value in (None, "sessions")),
     *((scheduled, {"prompt": value}) for value in ([1, 2], ids(), ids("abcdefghij"))),
     *((scheduled, {"max_len": value}) for value in (4, "a")),
     (scheduled, {"arrival": None}),
-    *((asking, {"save_at": value}) for value in ((4.0,), ("a",))),
+    *((asking, {"save_at": value}) for value in ((4.0,), ("a",), 8)),
+    (planner, {"manager": sized_manager(), "memory": sizes(row_bytes=3, state_bytes=8)}),
+    (planner, {"manager": sized_manager(), "memory": sizes(row_bytes=4, state_bytes=7)}),
     *((asking, {"boundaries": PromptBoundaries(value)}) for value in ((9, 3), (-3,), (1.5,))),
     (asking, {"boundaries": ()}),
     (asking, {"namespace": 1.5}),
@@ -472,7 +489,8 @@ WRONG = (
     *((planner, {"fetching": value}) for value in (5, len, Holding)),
     *((planner, {"clock": value}) for value in (None, 0.0)),
     (planner, {"manager": arena_manager(), "memory": sizes(num_kv_tokens=100)}),
-    (manager, {"placement": 5}),
+    *((manager, {"placement": value}) for value in OWN_PLACEMENTS),
+    *((begin, {"placement": value}) for value in OWN_PLACEMENTS),
     *((scheduled, {"arrival_s": value}) for value in (None, "x", float("nan"))),
     *((asking, {name: value}) for name, value in (("ends_session", "no"), ("choice_of", 5))),
     (asking, {"request_id": None}),
@@ -480,6 +498,8 @@ WRONG = (
     (Outbox, {"cache": parse_placement("end")}),
     (tiered().fetch, {"resumable": None}),
     (unpack, {"data": "text"}),
+    (write_memory, {"cache": None}),
+    (Outbox(hybrid()).since, {"sequence": "x"}),
     (hybrid(page_size=4).allocate_kv, {"num_tokens": -3}),
     (asking, {"save_at": (-4,)}),
     *((begin, {"exchange": value}) for value in (3, len, FetchRule)),
@@ -529,6 +549,8 @@ def test_a_request_is_added_once_and_its_removal_can_be_repeated():
     assert request.tokens.tolist() == ids("abcde").tolist(), "the caller may change its array"
     owner.remove(request)
     owner.add(request)
+    with pytest.raises(ValueError, match="waits or runs in another planner"):
+        planner().add(request)
     ended = scheduled(arrival=7)
     for _ in range(4):
         ended.append(1)

@@ -6,7 +6,6 @@ The cache stays consistent and nothing leaks. The failure is raised at the end o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,8 @@ from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import (
     EvictionPolicy,
-    Placed,
     PlacementPolicy,
     PolicyError,
-    Prefill,
 )
 from hybridcache.policies.user import factory_of
 from tests.cache.serving import hybrid
@@ -157,59 +154,5 @@ def test_the_failure_of_a_policy_without_a_file_is_one_sentence() -> None:
     assert lease is not None
     with pytest.raises(PolicyError, match=r"plan raised KeyError: 'own' \(<cell 1>, line 3\)$"):
         lease.extend(20)
-    lease.abort()
-    cache.check(held_tokens=0, held_slots=0)
-
-
-class FailingNotification(PlacementPolicy):
-    """Placement that is used without a guard, and raises at one of its notifications."""
-
-    def __init__(self) -> None:
-        self.method, self.left = "", 0
-
-    def plan(self, prefill: Prefill) -> list[Placed]:
-        return [Placed(position, "own") for position in (8, 16, 24, 32)]
-
-    def on_saved(self, position: int, label: str) -> None:
-        self.count("on_saved")
-
-    def on_dropped(self, position: int, label: str) -> None:
-        self.count("on_dropped")
-
-    def count(self, method: str) -> None:
-        self.left -= method == self.method
-        if method == self.method and self.left == 0:
-            raise KeyError(method)
-
-
-@pytest.mark.parametrize("is_repeated", (False, True))
-@pytest.mark.parametrize("end", ("abort", "finish", "preempt", "publish"))
-@given(
-    method=st.sampled_from(("on_saved", "on_dropped")),
-    calls=st.integers(1, 4),
-    num_computed=st.sampled_from((10, 24, 40)),
-)
-def test_a_notification_that_raises_leaks_nothing(
-    end: str, is_repeated: bool, method: str, calls: int, num_computed: int
-) -> None:
-    cache = hybrid(100, 12, grid=8)
-    placement, tokens = FailingNotification(), np.arange(40, dtype=np.int32)
-    leases = [Lease.begin(cache, placement, LeaseRequest(tokens)) for _ in range(1 + is_repeated)]
-    for lease in leases:
-        assert lease is not None and lease.extend(40)
-        lease.take_checkpoint_slots(0, 40)
-    cache.take_step().done()
-    lease = leases[0]
-    assert lease is not None
-    for other in leases[1:]:
-        assert other is not None
-        other.finish(tokens, 40)
-    placement.method, placement.left = method, calls
-    with suppress(KeyError):
-        lease.abort() if end == "abort" else getattr(lease, end)(tokens, num_computed)
-    placement.method = ""
-    if end == "publish":
-        cache.evict(num_tokens=100)  # The published part is locked.
-        assert len(lease.kv_indices) == 40
     lease.abort()
     cache.check(held_tokens=0, held_slots=0)

@@ -28,6 +28,14 @@ def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int])
     assert sorted(prefill.on_grid(parse_placement(spec).plan(prefill))) == positions
 
 
+@pytest.mark.parametrize(("prompt_len", "position"), [(1000, 960), (640, 576)])
+def test_a_branch_at_the_end_of_a_known_prompt_can_be_used_by_that_prompt(
+    prompt_len: int, position: int
+) -> None:
+    prefill = Prefill(prompt_len, 0, prompt_len, prompt_len, (), 64)
+    assert prefill.on_grid(parse_placement("branch").plan(prefill)) == {position: "branch"}
+
+
 EVERY_RULE = [f"{name}:{rule.example}".rstrip(":") for name, rule in PLACEMENT_NAMES.items()]
 
 

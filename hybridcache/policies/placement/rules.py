@@ -15,7 +15,8 @@ class Branch(PlacementPolicy):
     """
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        return (Placed(prefill.seen_len, "branch" if prefill.forks else "rejoin"),)
+        position = min(prefill.seen_len, prefill.prompt_len - 1)
+        return (Placed(position, "branch" if prefill.forks else "rejoin"),)
 
 
 class Boundary(PlacementPolicy):
@@ -89,6 +90,7 @@ class Placement(PlacementPolicy):
 
     def __init__(self, rules: tuple[PlacementPolicy, ...]) -> None:
         self._rules = rules
+        self.is_guarded = all(rule.is_guarded for rule in rules)
         self._learning = [rule for rule in rules if type(rule) not in STATELESS]
         fixed = [rule.decode_interval() for rule in rules if type(rule) in STATELESS]
         self._interval = min((one for one in fixed if one is not None), default=None)
