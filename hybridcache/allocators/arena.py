@@ -35,12 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.allocators.moves import Move, RowHolder
-from hybridcache.allocators.pools import (
-    ByteBudget,
-    PageAllocator,
-    SlotAllocator,
-    are_distinct,
-)
+from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator
 from hybridcache.tokens import Indices
 
 
@@ -200,28 +195,19 @@ class ArenaAllocator(PageAllocator):
         whole = (first + self._slab_offsets).reshape(-1)
         return np.concatenate([self._stacked(), whole])
 
-    def check(self) -> None:
+    def check(self, num_reserved: int = 0) -> None:
         """Check that every row is free once, or allocated; in rows, slabs and bytes. O(pages).
 
         Raises:
             AssertionError: an invariant fails.
         """
-        free = self._free_pages()
-        num_pages = self.capacity // self.page_size
-        assert not len(free) or (free.min() >= 0 and free.max() < num_pages), (
-            "a free KV page is out of range"
-        )
-        assert are_distinct(free), "a KV page is free twice"
-        num_free = len(free) * self.page_size
-        assert self.budget.free_bytes == num_free * self.unit_bytes, "bytes free are not rows free"
-        states = self.slots.taken
+        free, states = self._free_pages(), self.slots.taken
+        super().check(num_reserved + len(states) * self.slab_rows)
+        free_bytes = len(free) * self.page_size * self.unit_bytes
+        assert self.budget.free_bytes == free_bytes, "bytes free are not rows free"
         assert states.isdisjoint(self.free_slabs), "a slab is free and a state"
         assert len(set(self.free_slabs)) == len(self.free_slabs), "a slab is free twice"
         assert states.isdisjoint((free // self._slab_pages).tolist()), "a row under a state is free"
-        used = num_free + self.num_taken + len(states) * self.slab_rows
-        assert used == self.capacity, (
-            f"{used} rows are free, KV or under states, not {self.capacity}"
-        )
 
     def check_taken(self, rows: Indices) -> None:
         """Check that none of ``rows``, which are allocated KV rows, is part of a state. O(rows).

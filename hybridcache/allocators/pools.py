@@ -194,7 +194,8 @@ class PageAllocator(BaseAllocator):
         """Return all unused rows, unordered: int32[num_unused]. O(capacity)."""
         return self.rows_of(self._free_pages())
 
-    def check(self) -> None:
+    def check(self, num_reserved: int = 0) -> None:
+        """Check the stack. ``num_reserved`` unused rows are not free."""
         assert 0 <= self._num_implied <= self._height, f"{self._num_implied} entries are implied"
         free = self._free_pages()
         assert 0 <= self._height <= len(self._stack), f"stack height {self._height}"
@@ -202,7 +203,8 @@ class PageAllocator(BaseAllocator):
             assert free.min() >= 0 and free.max() < len(self._stack), "a page is out of range"
         assert are_distinct(free), "a KV page is free twice"
         num_free = len(free) * self.page_size
-        assert num_free == self.num_unused, f"{num_free} rows free, counted {self.num_unused}"
+        counted = self.num_unused - num_reserved
+        assert num_free == counted, f"{num_free} rows free, counted {counted}"
 
 
 class SlotAllocator(BaseAllocator):
@@ -249,8 +251,6 @@ class SlotAllocator(BaseAllocator):
         Raises:
             ValueError: the slot is not allocated.
         """
-        if type(slot) is not int:
-            slot = require_index(slot, "slot")
         if not 0 <= slot < self.capacity or not self.is_taken[slot]:
             raise ValueError(f"slot {slot} given back, which is not taken")
         if self.budget is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -25,23 +25,6 @@ class PrefillTimes(Protocol):
     def seconds(self, start: int, end: int) -> float:
         """Return the seconds to compute tokens [start, end) after ``start`` reused tokens; 0.0
         if empty."""
-
-
-def describe_times(times: object) -> str:
-    """Describe the source of times of prefills or steps in one line: assumed machine, measured file
-    or class."""
-    describe = getattr(times, "describe", None)
-    return str(describe()) if callable(describe) else type(times).__qualname__
-
-
-def prefill_seconds(times: PrefillTimes, starts: Lengths, ends: Lengths) -> Iterator[float]:
-    """Yield ``times.seconds`` of many prefills, int64[n] each. O(n) time, O(1) extra memory."""
-    for first in range(0, len(starts), 1 << 14):
-        piece = slice(first, first + (1 << 14))
-        if isinstance(times, Roofline):
-            yield from times.seconds_each(starts[piece], ends[piece]).tolist()
-        else:
-            yield from map(times.seconds, starts[piece].tolist(), ends[piece].tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,9 @@ class EvictionPolicy(ABC):
     superseded checkpoints and the rest. Classes are evicted in this order
     (``CacheConfig.priority_classes``)."""
 
+    has_priority_classes: bool = False
+    """True if it evicts dead KV and superseded checkpoints before all others, by class."""
+
     clock: Callable[[], float] = time.monotonic
     """Seconds, for policies that depend on time. Simulations set the clock of the simulated
     machine; ``item.last_used`` and ``created`` count requests."""

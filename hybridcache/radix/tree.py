@@ -319,10 +319,8 @@ class Checkpoint(CachedItem):
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
 
 
-def with_child(family: Family, child: RadixNode) -> Family:
+def with_child(family: RadixNode | dict[Hashable, RadixNode], child: RadixNode) -> Family:
     """Return ``family`` with ``child`` added. O(1)."""
-    if family is None:
-        return child
     if isinstance(family, dict):
         family[child.key] = child
         return family
@@ -527,10 +525,9 @@ class RadixTree:
         if parent.parent is None and parent.children is None and parent.ghosts is None:
             del self.roots[parent.key]
 
-    def nodes(self, start: RadixNode | None = None) -> Iterator[RadixNode]:
-        """Iterate over all nodes below ``start`` (default: all roots), parents before children.
-        O(tree), without recursion."""
-        stack = [start] if start is not None else list(self.roots.values())
+    def nodes(self) -> Iterator[RadixNode]:
+        """Iterate over all nodes, parents before children. O(tree), without recursion."""
+        stack = list(self.roots.values())
         while stack:
             node = stack.pop()
             below = [*members(node.children), *members(node.ghosts)]

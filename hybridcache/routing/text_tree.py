@@ -30,14 +30,9 @@ class TextTree:
     """Prompts by replica, at most ``max_tokens`` each. Evicts least recently used leaves first.
 
     ``insert`` is O(len(tokens)), amortised with its evictions; ``match`` is O(len(tokens)).
-
-    Raises:
-        ValueError: ``max_tokens`` is below 1.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1 (got {max_tokens}).")
         self.max_tokens = max_tokens
         self.num_tokens: dict[ReplicaId, int] = {}
         """Number of recorded tokens, by replica. Replicas without any are absent."""

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hybridcache.geometry.model import ModelGeometry, presets
-from hybridcache.geometry.times import MeasuredTimes, Roofline, prefill_seconds
+from hybridcache.geometry.times import MeasuredTimes, Roofline
+from hybridcache.lab.simulation.serving import prefill_seconds
 
 QWEN3_NEXT = {
     "model_type": "qwen3_next",

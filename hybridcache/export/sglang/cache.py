@@ -183,9 +183,8 @@ class HybridRadixBackend(BasePrefixCache):
         if offer is None:
             return False
         position = offer.position
-        if position % self.page_size or not req.kv.cache_protected_len <= position <= len(tokens):
-            return False
-        if not position:
+        first = max(req.kv.cache_protected_len, 1)
+        if position % self.page_size or not first <= position <= len(tokens):
             return False
         return self._publish(req, tokens[:position], int(offer.slot))
 
@@ -264,12 +263,12 @@ class HybridRadixBackend(BasePrefixCache):
 
     def dec_lock_ref(self, node: Any, params: Any = None) -> DecLockRefResult:
         """Release one ``inc_lock_ref``. O(1)."""
-        if params is not None:
+        if params is None:
+            locked = node_of(node)
+            last = locked.last() if isinstance(locked, PathPart) else locked
+            self._cache.unlock(LockHandle(last, self._cache))
+        else:
             self._cache.unlock(params.receipt)
-            return DecLockRefResult()
-        locked = node_of(node)
-        last = locked.last() if isinstance(locked, PathPart) else locked
-        self._cache.unlock(LockHandle(last, self._cache))
         return DecLockRefResult()
 
     def lock(self, node: Any) -> TreeLock:
@@ -320,11 +319,7 @@ class HybridRadixBackend(BasePrefixCache):
     def mamba_protected_size(self) -> int:
         return self._cache.protected().num_checkpoints
 
-    def evictable_size(self) -> int:
-        return self.full_evictable_size()
-
-    def protected_size(self) -> int:
-        return self.full_protected_size()
+    evictable_size, protected_size = full_evictable_size, full_protected_size
 
     def total_size(self) -> tuple[int, int]:
         return self._cache.cached_tokens, self._cache.num_checkpoints

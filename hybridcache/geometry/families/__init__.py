@@ -16,9 +16,8 @@ from typing import Any
 
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.families import by_layer_types
+from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.sizes import ModelSizes, SizesError
-
-Fields = Mapping[str, Any]
 
 COMPOSITES = ("qwen3_5", "qwen3_5_moe")
 """Model types with a ``text_config`` that set ``tie_word_embeddings`` at the outer level."""

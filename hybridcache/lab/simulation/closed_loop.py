@@ -23,18 +23,16 @@ import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
-from hybridcache.geometry.times import describe_times
 from hybridcache.geometry.units import counted
 from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import LOOP_METRICS, classes_notes, text_table
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import RunFailed, run_grid
-from hybridcache.lab.simulation.result import ClosedLoopRun, failure_of, identify
+from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, failure_of, identify
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.boundaries import PromptBoundaries
-from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
@@ -186,7 +184,7 @@ class LoopRun:
         )
         self.tells_ends, self.times = cell.tells_ends, cell.step_times(geometry)
         [rate], [seed] = sizes(cell.rate, "rate"), seeds_of(cell)
-        self.priority_classes = has_priority_classes(cache.policy)
+        self.priority_classes = cache.policy.has_priority_classes
         """True if the cache evicts unreachable KV and superseded checkpoints first."""
         self.events: list[tuple[float, int, int]] = []
         """(time, order, session) of the next request of each session that has one."""

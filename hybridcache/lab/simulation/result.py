@@ -12,10 +12,9 @@ import numpy as np
 
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import describe_times, prefill_seconds
 from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, percentiles
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.serving import RequestLog
+from hybridcache.lab.simulation.serving import RequestLog, prefill_seconds
 from hybridcache.lab.simulation.target import Target
 from hybridcache.lab.trace import DistinctNames
 
@@ -498,3 +497,10 @@ class SweepRuns:
         return max(
             (run for run in self.runs if run.gib == nearest), key=lambda run: run.token_hit_rate
         )
+
+
+def describe_times(times: object) -> str:
+    """Describe the source of times of prefills or steps in one line: assumed machine, measured file
+    or class."""
+    describe = getattr(times, "describe", None)
+    return str(describe()) if callable(describe) else type(times).__qualname__

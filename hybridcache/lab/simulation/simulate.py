@@ -29,7 +29,7 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.geometry.times import MeasuredTimes, Roofline, describe_times
+from hybridcache.geometry.times import MeasuredTimes, Roofline
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.figures import losses_figure, optimum_figure, sweep_figure
 from hybridcache.lab.intervals import FEWEST_UNITS
@@ -52,7 +52,13 @@ from hybridcache.lab.report import (
 )
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import check_flags, run_grid
-from hybridcache.lab.simulation.result import RunResult, SweepRuns, failure_of, summarise
+from hybridcache.lab.simulation.result import (
+    RunResult,
+    SweepRuns,
+    describe_times,
+    failure_of,
+    summarise,
+)
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace

@@ -14,7 +14,6 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.boundaries import PromptBoundaries
-from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.protocol import raise_failure
 
 
@@ -43,7 +42,7 @@ class LeaseTarget:
         self.now_s = 0.0
         """Timestamp of the present request: the clock of policies in replays."""
         cache.policy.set_clock(lambda: self.now_s)
-        self.priority_classes = has_priority_classes(cache.policy)
+        self.priority_classes = cache.policy.has_priority_classes
         """True if unreachable KV and superseded checkpoints are evicted before all other items."""
 
     def begin(self, request: TraceRequest) -> LeasedRequest | None:

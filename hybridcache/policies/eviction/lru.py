@@ -27,14 +27,10 @@ class LRU(EvictionPolicy):
     orders_classes = False
 
     def __init__(self, priority_classes: bool = False) -> None:
+        self.has_priority_classes = priority_classes
         self._kv, self._checkpoints = _Line(), _Line()
         self._dead = _Line() if priority_classes else self._kv
         self._superseded = _Line() if priority_classes else self._checkpoints
-
-    @property
-    def has_priority_classes(self) -> bool:
-        """True if dead KV or superseded checkpoints have separate queues."""
-        return self._dead is not self._kv
 
     def add(self, item: Item) -> None:
         item.memo = entry = (item.last_used, item.serial, item)

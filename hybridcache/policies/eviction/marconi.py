@@ -35,11 +35,13 @@ class Marconi(EvictionPolicy):
         self._columns: dict[Kind, Columns] = {"kv": Columns(), "checkpoint": Columns()}
 
     def add(self, item: Item) -> None:
-        """Add a candidate. Dead KV has a separate queue. O(1)."""
+        """Add a candidate, or update it after a use. Dead KV has a separate queue. O(1)."""
         if item.dead:
             self._dead[item] = None
         else:
             self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
+
+    touch = add
 
     def discard(self, item: Item, evicted: bool) -> None:
         """Remove a candidate. O(1)."""
@@ -47,11 +49,6 @@ class Marconi(EvictionPolicy):
             del self._dead[item]
         else:
             self._columns[item.kind].remove(item)
-
-    def touch(self, item: Item) -> None:
-        """Update recency and FLOPs per byte. O(1)."""
-        if item not in self._dead:
-            self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
 
     def victim(self, kind: Kind | None) -> Item | None:
         """Return dead KV, else the least checkpoint, else the least leaf KV. O(candidates)."""

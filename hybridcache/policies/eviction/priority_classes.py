@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
 
 
@@ -21,6 +20,8 @@ class PriorityClasses(EvictionPolicy):
 
     ``item.dead`` and ``item.superseded`` change only between ``discard`` and ``add``.
     """
+
+    has_priority_classes = True
 
     def __init__(
         self, rest: EvictionPolicy, dead: EvictionPolicy, superseded: EvictionPolicy
@@ -101,10 +102,3 @@ class PriorityClasses(EvictionPolicy):
         if first is None and kind != "kv":
             first = self._superseded.victim("checkpoint")
         return first if first is not None else self._rest.victim(kind)
-
-
-def has_priority_classes(policy: object) -> bool:
-    """Return True if ``policy`` has priority classes before its main order."""
-    return isinstance(policy, PriorityClasses) or (
-        isinstance(policy, LRU) and policy.has_priority_classes
-    )

@@ -99,9 +99,9 @@ class QueuePolicy(ABC):
     def enter(self, item: Item, ghost: Record | None) -> Queue:
         """Return the queue for a new item. ``ghost`` is its record after a recent ghost hit."""
 
-    @abstractmethod
     def used(self, item: Item, record: Record) -> None:
-        """Process one or more uses of a candidate since the last call."""
+        """Process one or more uses of a candidate since the last call: set its reference bit."""
+        record.mark = 1
 
     @abstractmethod
     def choose(self) -> Item | None:
@@ -213,10 +213,6 @@ class ClockQueue(QueuePolicy):
         """Enter behind the hand."""
         return self.ring
 
-    def used(self, item: Item, record: Record) -> None:
-        """Set the reference bit."""
-        record.mark = 1
-
     def choose(self) -> Item | None:
         """Return the first item without its bit. The hand clears the bits that it passes."""
         while (oldest := self.ring.oldest()) is not None and oldest.memo.mark:
@@ -249,10 +245,6 @@ class SieveQueue(QueuePolicy):
     def enter(self, item: Item, ghost: Record | None) -> Queue:
         """Enter at the young end."""
         return self.queue
-
-    def used(self, item: Item, record: Record) -> None:
-        """Set the reference bit."""
-        record.mark = 1
 
     def choose(self) -> Item | None:
         """Return the first unused item from the hand on. The hand clears bits it passes."""

@@ -57,14 +57,16 @@ class ScorePolicy(EvictionPolicy):
         """
 
     def add(self, item: Item) -> None:
-        """Add a candidate. O(log n) amortised."""
+        """Add a candidate, or compute its score again after a use. O(log n) amortised."""
         self.now = max(self.now, item.last_used)
-        self._enter(item)
+        heap, entries = self._heaps[item.kind], self._entries[item.kind]
+        entries[item] = entry = (_checked(self, item), item.serial, item)
+        heappush(heap, entry)
+        if len(heap) > 64 + 3 * len(entries):
+            heap[:] = entries.values()
+            heapify(heap)
 
-    def touch(self, item: Item) -> None:
-        """Recompute the score. O(log n) amortised."""
-        self.now = max(self.now, item.last_used)
-        self._enter(item)
+    touch = add
 
     def discard(self, item: Item, evicted: bool) -> None:
         """Mark the entry as stale. Calls ``evicted`` for the latest victim. O(1)."""
@@ -84,14 +86,6 @@ class ScorePolicy(EvictionPolicy):
         tops = [top for each in kinds if (top := self._top(each)) is not None]
         self._chosen = min(tops, key=lambda entry: (entry[0], entry[1])) if tops else None
         return self._chosen[2] if self._chosen else None
-
-    def _enter(self, item: Item) -> None:
-        heap, entries = self._heaps[item.kind], self._entries[item.kind]
-        entries[item] = entry = (_checked(self, item), item.serial, item)
-        heappush(heap, entry)
-        if len(heap) > 64 + 3 * len(entries):
-            heap[:] = entries.values()
-            heapify(heap)
 
     def _top(self, kind: Kind) -> _Entry | None:
         heap, entries = self._heaps[kind], self._entries[kind]
