@@ -29,7 +29,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
-from hybridcache.cache import HybridRadixCache, LockHandle, require_stop_reason
+from hybridcache.cache import HybridRadixCache, LockHandle, require_cache, require_stop_reason
 from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
 from hybridcache.policies.protocol import (
     UNGUARDED,
@@ -142,6 +142,8 @@ def _refuse_bad_begin(
 ) -> None:
     """Raise the errors of ``begin`` for wrong arguments, which would fail later in another call.
     O(boundaries)."""
+    if not isinstance(cache, HybridRadixCache):
+        require_cache(cache)
     if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
         raise TypeError(UNGUARDED.format(placement))
     if not isinstance(request, LeaseRequest):

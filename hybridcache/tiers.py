@@ -474,8 +474,6 @@ class OffloadTiers(GhostList):
         depend on them are freed too, in this tier and in those after it. Call it only if no
         transfers are pending, because rows that a transfer is about to fill are not lost. O(tree).
         """
-        if name not in self.names:
-            raise ValueError(f"tier must be one of {', '.join(self.names)} (got {name!r})")
         number = self.names.index(name)
         for node in list(self.tree.nodes()):  # parents first
             entry = node.offloaded

@@ -51,12 +51,12 @@ from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
-    EVICTION,
+    EVICTION_NAMES,
     EvictionSpec,
     split_specs,
 )
 
-BUILT_IN = tuple(sorted(EVICTION))
+BUILT_IN = tuple(sorted(EVICTION_NAMES))
 """Eviction policies on the board, each with the default placement."""
 
 

@@ -60,7 +60,6 @@ from hybridcache.policies.registry import (
     ADMISSION_NAMES,
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
-    EVICTION,
     EVICTION_NAMES,
     PLACEMENT_NAMES,
     AdmissionSpec,
@@ -678,7 +677,10 @@ def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy,
         given = tuple(filter(None, split_specs(given)))
     found = _each(given)
     if split and ALL in found:
-        found = [*sorted(EVICTION), *(one for one in found if one != ALL and one not in EVICTION)]
+        found = [
+            *sorted(EVICTION_NAMES),
+            *(one for one in found if one != ALL and one not in EVICTION_NAMES),
+        ]
     return tuple(map(_policy, found))
 
 

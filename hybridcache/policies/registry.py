@@ -79,11 +79,6 @@ EVICTION_NAMES: dict[str, Entry] = {
 }
 """Names for ``CacheConfig.eviction``."""
 
-EVICTION: Mapping[str, Callable[..., EvictionPolicy]] = {
-    name: entry.make for name, entry in EVICTION_NAMES.items()
-}
-"""Classes of the eviction policies, by name."""
-
 PLACEMENT_NAMES: dict[str, Entry] = {
     "end": Entry(End),
     "branch": Entry(Branch),

@@ -8,10 +8,8 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from hybridcache.cache import HybridRadixCache, require_cache
-from hybridcache.export.events import Event, EventsLost, EventStream
+from hybridcache.export.events import Event, EventStream
 from hybridcache.tokens import require_index
-
-__all__ = ["EventBatch", "EventsLost", "Outbox"]
 
 KEPT = 256
 """Number of stored batches."""

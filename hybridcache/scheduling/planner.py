@@ -235,13 +235,15 @@ class StepPlanner(Generic[R]):
             "is_stateful": stateful,
             "owns_states": stateful and manager.owns_states,
         }
+        knows_bytes = cache.item_bytes.kv_token > 1
+        if knows_bytes:
+            needed["row_bytes"] = cache.item_bytes.kv_token
         if stateful:
             needed["num_slots"] = cache.num_slots
-        if stateful and (cache.arena is not None or not cache.shares_memory):
-            needed["slab_rows"] = 0 if cache.arena is None else cache.arena.slab_rows
-        if cache.item_bytes.kv_token > 1:  # else the sizes may not be known
-            needed["row_bytes"] = cache.item_bytes.kv_token
-            needed |= {"state_bytes": cache.item_bytes.state} if stateful else {}
+            if knows_bytes:
+                needed["state_bytes"] = cache.item_bytes.state
+            if cache.arena is not None or not cache.shares_memory:
+                needed["slab_rows"] = 0 if cache.arena is None else cache.arena.slab_rows
         for what, value in needed.items():
             if getattr(memory, what, None) != value:
                 raise ValueError(f"{what} of memory must be {value}, the manager's (got {memory}).")

@@ -10,7 +10,7 @@ import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.registry import EVICTION, parse_placement
+from hybridcache.policies.registry import EVICTION_NAMES, parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease
 from tests.cache.twins import Twins
@@ -75,7 +75,7 @@ def config_of(
         grid=grid,
         kv_bytes_per_token=2,
         state_bytes=state_bytes,
-        eviction=rng.choice(("lru", *sorted(EVICTION))),
+        eviction=rng.choice(("lru", *sorted(EVICTION_NAMES))),
         priority_classes=rng.random() < 0.7,
         ghost_bytes=rng.choice((0, 2000, 1 << 20)),
         **pools,

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from hybridcache.config import MEMORIES, CacheConfig
-from hybridcache.policies.registry import EVICTION
+from hybridcache.policies.registry import EVICTION_NAMES
 from tests import selection
 from tests.cache.twins import Twins
 
@@ -193,7 +193,7 @@ def test_the_cache_with_lru_agrees_with_its_plain_twin():
 
 
 class EveryPolicyMachine(CacheMachine):
-    evictions = tuple(EVICTION)
+    evictions = tuple(EVICTION_NAMES)
 
 
 def test_the_cache_with_every_policy_agrees_with_its_plain_twin():

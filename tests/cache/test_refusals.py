@@ -430,9 +430,9 @@ def build(**config):
 
 def begin(**changes):
     arguments = {"tokens": ids("abcde")} | changes
-    placement = arguments.pop("placement", PLACEMENT)
+    cache, placement = arguments.pop("cache", hybrid()), arguments.pop("placement", PLACEMENT)
     exchange = arguments.pop("exchange", None)
-    Lease.begin(hybrid(), placement, LeaseRequest(**arguments), exchange)
+    Lease.begin(cache, placement, LeaseRequest(**arguments), exchange)
 
 
 def mirror(page_size):
@@ -491,6 +491,7 @@ WRONG = (
     (planner, {"manager": arena_manager(), "memory": sizes(num_kv_tokens=100)}),
     *((manager, {"placement": value}) for value in OWN_PLACEMENTS),
     *((begin, {"placement": value}) for value in OWN_PLACEMENTS),
+    (begin, {"cache": None}),
     *((scheduled, {"arrival_s": value}) for value in (None, "x", float("nan"))),
     *((asking, {name: value}) for name, value in (("ends_session", "no"), ("choice_of", 5))),
     (asking, {"request_id": None}),

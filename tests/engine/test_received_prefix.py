@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from engine.plugins.disaggregation.prefix_fetch import ReceivedPrefix
-from hybridcache.policies.registry import EVICTION
+from hybridcache.policies.registry import EVICTION_NAMES
 from tests.cache.serving import hybrid
 from tests.cache.test_lease import begin, prefill, tokens
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "radix"])
-@pytest.mark.parametrize("eviction", sorted(EVICTION))
+@pytest.mark.parametrize("eviction", sorted(EVICTION_NAMES))
 def test_an_aborted_arrival_does_not_change_the_eviction_order(kind: str, eviction: str) -> None:
     def survivors(aborted_len: int) -> list[list[int]]:
         stateful = kind == "hybrid"

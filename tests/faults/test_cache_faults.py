@@ -15,7 +15,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import EventStream
 from hybridcache.lease import Lease
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.registry import EVICTION
+from hybridcache.policies.registry import EVICTION_NAMES
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.text_tree import TextTree
 from hybridcache.tiers import TieredRadixCache
@@ -210,12 +210,12 @@ def rows_of_a_path_are_gathered_in_reverse(patch: Patch) -> None:
 def lru_evicts_the_newest_item(patch: Patch) -> None:
     last: list[Any] = []
 
-    @patch(EVICTION["lru"], "add")
+    @patch(EVICTION_NAMES["lru"].make, "add")
     def add(original: Any, self: Any, item: Any) -> None:
         original(self, item)
         last[:] = [item]
 
-    @patch(EVICTION["lru"], "victim")
+    @patch(EVICTION_NAMES["lru"].make, "victim")
     def victim(original: Any, self: Any, kind: Any) -> Any:
         chosen = original(self, kind)
         return last[0] if chosen is not None and last and last[0].kind == chosen.kind else chosen
@@ -352,9 +352,9 @@ for silent in (
     ("a use is not counted", HybridRadixCache, "touch", arena),
     ("a reset does nothing", HybridRadixCache, "reset", CACHE),
     ("a freed slot is lost", SlotAllocator, "free", ALLOCATORS),
-    ("lfu ignores uses", EVICTION["lfu"], "touch", LFU),
-    ("clock ignores uses", EVICTION["clock"], "touch", CLOCK),
-    ("arc ignores ghost hits", EVICTION["arc"], "on_ghost_hit", ARC),
+    ("lfu ignores uses", EVICTION_NAMES["lfu"].make, "touch", LFU),
+    ("clock ignores uses", EVICTION_NAMES["clock"].make, "touch", CLOCK),
+    ("arc ignores ghost hits", EVICTION_NAMES["arc"].make, "on_ghost_hit", ARC),
     ("survival ignores ghosts above the missed one", Survival, "on_ghost_hit_above", GHOSTS),
     ("evicted checkpoints are not reported", EventStream, "checkpoint_removed", EVENTS),
     ("splits are not reported", EventStream, "kv_split", EVENTS),

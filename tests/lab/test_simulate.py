@@ -45,7 +45,7 @@ from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.scored import ScorePolicy
 from hybridcache.policies.protocol import EvictionPolicy, Item
-from hybridcache.policies.registry import EVICTION
+from hybridcache.policies.registry import EVICTION_NAMES
 
 SAMPLES = Path(__file__).parent / "samples"
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
@@ -83,7 +83,7 @@ def random_requests(seed: int, count: int) -> list[TraceRequest]:
 
 
 @pytest.mark.full("arc", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
-@pytest.mark.parametrize("policy", sorted(EVICTION))
+@pytest.mark.parametrize("policy", sorted(EVICTION_NAMES))
 @settings(max_examples=6)
 @given(st.integers(0, 10**6), st.integers(1_000, 30_000), st.sampled_from([None, 3]))
 def test_policy_conserves_tokens_and_stays_below_the_bound(
@@ -452,7 +452,7 @@ def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
     baselines = GOLDEN_BASELINES if memory == "budget" else []
     static = "branch,boundary,backoff,end"
     result = simulate(
-        requests, policy=sorted(EVICTION), checkpoints=static, baseline=baselines, **options
+        requests, policy=sorted(EVICTION_NAMES), checkpoints=static, baseline=baselines, **options
     )
     ours = simulate(requests, **options)
     assert [run.config.policy for run in ours.runs] == ["survival"] * len(gib)

@@ -22,12 +22,12 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION_NAMES
 from tests.cache.twins import VictimLog
 from tests.lab.engine_steps import stepped_target
 from tests.oracle import OracleRunner, OracleSampler
 
-POLICIES = sorted(EVICTION)
+POLICIES = sorted(EVICTION_NAMES)
 CHECKPOINTS = "branch,boundary,backoff,every:256,end"
 EvictionRecord = tuple[str, int, int]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridcache.policies.registry import EVICTION, make_eviction
+from hybridcache.policies.registry import EVICTION_NAMES, make_eviction
 from tests.cache.serving import hybrid, ids, serve
 from tests.policies.items import FakeItem
 
@@ -35,7 +35,7 @@ def test_a_locked_victim_does_not_count_as_an_eviction(eviction: str) -> None:
     assert LEARNED[eviction](policy) != before
 
 
-@pytest.mark.parametrize("eviction", sorted(EVICTION))
+@pytest.mark.parametrize("eviction", sorted(EVICTION_NAMES))
 def test_a_ghost_without_a_memo_is_accepted(eviction: str) -> None:
     """Ghosts of a loaded file have no memo of the policy."""
     policy = make_eviction(eviction)()

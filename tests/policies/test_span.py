@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcache.cache import HybridRadixCache
-from hybridcache.policies.registry import EVICTION
+from hybridcache.policies.registry import EVICTION_NAMES
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.cache.twins import VictimLog
 
@@ -28,7 +28,7 @@ def order(cache: HybridRadixCache) -> list[object]:
 
 
 @pytest.mark.full("arc", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
-@pytest.mark.parametrize("eviction", sorted(EVICTION))
+@pytest.mark.parametrize("eviction", sorted(EVICTION_NAMES))
 @settings(max_examples=25)
 @given(st.integers(0, 50), st.booleans(), st.lists(st.integers(0, 10**6), min_size=1, max_size=6))
 def test_a_split_without_an_insert_does_not_change_the_eviction_order(

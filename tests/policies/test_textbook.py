@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.policies.registry import EVICTION
+from hybridcache.policies.registry import EVICTION_NAMES
 from tests.policies import textbook
 from tests.policies.items import FakeItem, ItemCache
 
@@ -32,12 +32,12 @@ requests = st.text("abcdef", max_size=80)
 def test_victims_match_the_pseudocode_of_the_paper(
     eviction: str, pages: str, capacity: int
 ) -> None:
-    assert ItemCache(EVICTION[eviction](), capacity).serve(pages).evicted == REFERENCES[eviction](
-        pages, capacity
-    )
+    assert ItemCache(EVICTION_NAMES[eviction].make(), capacity).serve(pages).evicted == REFERENCES[
+        eviction
+    ](pages, capacity)
 
 
-@pytest.mark.parametrize("eviction", sorted(EVICTION))
+@pytest.mark.parametrize("eviction", sorted(EVICTION_NAMES))
 @given(st.text("abcdefABC", max_size=80), st.integers(1, 6))
 def test_items_of_any_kind_and_size_are_conserved(eviction: str, pages: str, capacity: int) -> None:
     """Capital letters lock their item for a while."""
@@ -48,7 +48,9 @@ def test_items_of_any_kind_and_size_are_conserved(eviction: str, pages: str, cap
             name, kind=kind, size_bytes=ord(name) - 96, span=32 * (ord("i") - ord(name))
         )
 
-    first, second = (ItemCache(EVICTION[eviction](), capacity, make).serve(pages) for _ in "ab")
+    first, second = (
+        ItemCache(EVICTION_NAMES[eviction].make(), capacity, make).serve(pages) for _ in "ab"
+    )
     assert first.evicted == second.evicted, "the policy is not deterministic"
     num_requests = len(first.evicted) + len(first.items) + first.hits + first.refused
     assert num_requests == len(pages) and len(first.items) <= capacity

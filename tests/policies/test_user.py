@@ -20,7 +20,7 @@ from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
 from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
-from hybridcache.policies.registry import EVICTION, make_eviction, parse_placement
+from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
 from tests.cache.serving import hybrid, serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
@@ -239,12 +239,12 @@ class ItemLog(VictimLog):
     "hybrid-w-tinylfu",
     "radix-arc",
 )
-@pytest.mark.parametrize("name", sorted(EVICTION))
+@pytest.mark.parametrize("name", sorted(EVICTION_NAMES))
 @pytest.mark.parametrize("kind", ["hybrid", "radix"])
 def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -> None:
     """Compare the victims item by item, with locked nodes in between."""
     found: list[list[tuple[object, ...]]] = []
-    for eviction in (name, same(EVICTION[name])):
+    for eviction in (name, same(EVICTION_NAMES[name].make)):
         sizes = {"kv_bytes_per_token": 3, "state_bytes": 60, "grid": 4}
         log, cache = ItemLog(), hybrid(300, 6, prefix_cache=kind, eviction=eviction, **sizes)
         cache.subscribe(log)

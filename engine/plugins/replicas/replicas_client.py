@@ -37,8 +37,8 @@ from engine.requests.request import RequestSpec
 from engine.schedule.report import CacheReport
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
+from hybridcache.export.events import EventsLost
 from hybridcache.geometry.units import counted
-from hybridcache.routing.outbox import EventsLost
 
 
 def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:

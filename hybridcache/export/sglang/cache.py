@@ -16,6 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -525,10 +526,7 @@ def make_backend(
         eviction=params.eviction_policy if eviction is None else eviction,
     )
 
-    def make() -> HybridRadixCache:
-        return build_on(config, rows, slots)
-
-    return HybridRadixBackend(params, make, rows, states, grid)
+    return HybridRadixBackend(params, partial(build_on, config, rows, slots), rows, states, grid)
 
 
 def sizes_in_bytes(params: Any, is_hybrid_ssm: bool) -> tuple[int, int]:

@@ -97,7 +97,7 @@ class RowView(Counts, PageAllocator):
         rows = pages[:, None] * page_size + np.arange(page_size, dtype=np.int32)
         return np.concatenate((rows.reshape(-1), *self._owed)).astype(np.int32)
 
-    def check(self) -> None:
+    def check(self, num_reserved: int = 0) -> None:
         """Raise AssertionError if a row is free twice or out of range. O(capacity)."""
         rows = self.free_rows()
         assert len(np.unique(rows)) == len(rows), "a KV row is free twice"

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.families import by_layer_types
