@@ -9,6 +9,7 @@ from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill
 
 class Branch(PlacementPolicy):
     """Save where the prompt diverges from earlier ones: similar prompts will share that prefix.
+    In a prompt that is known as a whole, save before its last token, which is always computed.
 
     The label is ``rejoin`` where the prompt goes on after the end of all known text: only its own
     conversation shares that prefix.
