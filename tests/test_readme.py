@@ -30,6 +30,7 @@ from tests import documents, served
 from tests.documents import ROOT
 
 README = ROOT / "README.md"
+LAB = ROOT / "hybridcache/lab/README.md"
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "packages")
 PAGES = [README, *DOCS]
 PACKAGES = [
@@ -51,7 +52,7 @@ def server() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, pytest.param(LAB, marks=pytest.mark.full)], ids=name_of)
 def test_code_blocks_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -28,7 +28,7 @@ from hybridcache.lab.scenario import LOAD, Scenario
 from tests.engine.test_engine import make_engine
 
 WRONG: dict[Any, tuple[Any, ...]] = {
-    int: ("odd", 1.5, -(2**80)),
+    int: ("odd", 1.5, -(2**80), True),
     float: ("odd", math.nan, -math.inf),
     typing.Literal: ("odd", 7, "a\nb"),
 }
@@ -117,11 +117,6 @@ def test_wrong_values_of_a_scenario_are_refused() -> None:
         check_refusal(str(caught.value), one.name, value)
     with pytest.raises(OSError, match="odd"):
         simulate("odd")
-
-
-def test_a_truth_value_is_no_count() -> None:
-    with pytest.raises(TypeError, match=r"num_kv_tokens must be an integer \(got True\)"):
-        CacheConfig(num_kv_tokens=True, num_slots=4)
 
 
 FLAGS = {

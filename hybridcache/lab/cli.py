@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
 import os
 import shlex
 import signal
@@ -133,10 +132,8 @@ TRACE_HELP = (
 )
 
 
-SHARED: dict[str, dict[str, Any]] = {
-    "--processes": {"type": int, "default": 1, "help": "runs at the same time; changes no result"},
-    "--skip-bad": {"action": "store_true", "help": "skip and count records that cannot be read"},
-}
+PROCESSES: Any = {"type": int, "default": 1, "help": "runs at the same time; changes no result"}
+SKIP_BAD: Any = {"action": "store_true", "help": "skip and count records that cannot be read"}
 """Options of more than one command that are no settings of a scenario."""
 
 
@@ -157,12 +154,6 @@ class Once(argparse.Action):
             parser.error(f"{option_string} is given twice{hint}")
         self._last = namespace
         setattr(namespace, self.dest, values)
-
-
-def share(parser: argparse._ActionsContainer, *flags: str) -> None:
-    """Add some of the ``SHARED`` options to ``parser``."""
-    for flag in flags:
-        parser.add_argument(flag, **SHARED[flag])
 
 
 def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
@@ -234,7 +225,7 @@ def add_trace(commands: Commands) -> None:
         "stats", help="requests, lengths, ideal hit rate, reuse, sharing by depth"
     )
     stats.add_argument("trace", help=TRACE_HELP)
-    share(stats, "--skip-bad")
+    stats.add_argument("--skip-bad", **SKIP_BAD)
     stats.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     stats.set_defaults(run=_trace_stats)
     convert = verbs.add_parser("convert", help="write any trace in another form")
@@ -249,7 +240,7 @@ def add_trace(commands: Commands) -> None:
         help=", ".join(f"{w}: {h}" for w, h in FORMS.items()),
     )
     add("--block", type=int, help="tokens of a hashed block, for mooncake (default: 512)")
-    share(convert, "--skip-bad")
+    add("--skip-bad", **SKIP_BAD)
     convert.set_defaults(run=_trace_convert)
     fetch = verbs.add_parser("fetch", help="download a published trace into the cache folder")
     fetch.add_argument("name", nargs="?", help="name of the trace; without it, all are listed")
@@ -288,11 +279,9 @@ def _trace_convert(options: argparse.Namespace) -> int:
             num_requests = write_mooncake(trace, file, 512 if block is None else block)
         if not num_requests:
             raise ValueError(f"{options.trace}: {trace.is_empty_because}")
-    if trace.bad.count:
-        print(f"{options.trace}: {trace.bad.left_out()}", file=sys.stderr)
-    found, left_out = counted(num_requests, "request"), counted(trace.bad.count, "bad record")
+    found, bad = counted(num_requests, "request"), trace.bad.left_out()
     screen = sys.stdout if target.is_file() else sys.stderr  # The target may be standard output.
-    print(f"{found} to {target}, {left_out} left out", file=screen)
+    print(f"{found} to {target}, {bad}", file=screen)
     return 0
 
 
@@ -351,7 +340,7 @@ def add_simulate(commands: Commands) -> None:
     add(
         "--write-scenario", type=Path, help="new TOML file to write the settings to; nothing is run"
     )
-    share(group, "--processes")
+    add("--processes", **PROCESSES)
     add("--ray", help="address of a Ray cluster for the runs (auto: this machine's)")
     group = parser.add_argument_group("results")
     add = group.add_argument
@@ -370,7 +359,7 @@ def add_simulate(commands: Commands) -> None:
     known = ", ".join(METRICS)
     add("--metric", default="hit", help=f"metrics of tables and figure, joined by commas: {known}")
     add("--losses", action="store_true", help="also print the tokens by loss cause")
-    share(group, "--skip-bad")
+    add("--skip-bad", **SKIP_BAD)
     add_settings(parser.add_argument_group(MEMORY), *settings_of(MEMORY))
     add_settings(parser.add_argument_group(TIERS), *settings_of(TIERS))
     group = parser.add_argument_group(LOAD)
@@ -513,7 +502,7 @@ def add_optimum(commands: Commands) -> None:
     parser.register("action", None, Once)
     add = parser.add_argument
     add("--trace", type=str, required=True, help=TRACE_HELP)
-    share(parser, "--skip-bad")
+    add("--skip-bad", **SKIP_BAD)
     add_settings(parser, "model", "gib", "state_dtype", "grid")
     add(
         "--counts-running",
@@ -562,7 +551,7 @@ def add_leaderboard(commands: Commands) -> None:
     add("--built-in", metavar="NAMES", help="built-in evictions, commas between (default: all)")
     add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all ten)")
     add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
-    share(parser, "--processes")
+    add("--processes", **PROCESSES)
     add("--output", type=Path, help="JSON lines of finished runs; a repeated command continues")
     add("--json", action="store_true", help="JSON lines, one per policy, instead of a table")
     parser.set_defaults(run=_leaderboard, goes_on=True)
@@ -584,21 +573,13 @@ def _leaderboard(options: argparse.Namespace) -> int:
     )
     if options.json:
         for row in board.rows():
-            print(json.dumps(_finite(asdict(row))))
+            record = json.loads(json.dumps(asdict(row)), parse_constant=lambda _: None)
+            print(json.dumps(record))  # JSON has no NaN.
         for name, words in board.failures.items():
             print(json.dumps({"name": name, "failed": words}))
     else:
         print(board.table())
     return 1 if board.failures else 0
-
-
-def _finite(value: Any) -> Any:
-    """Return ``value`` with None for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _finite(own) for name, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(own) for own in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

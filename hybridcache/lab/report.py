@@ -120,11 +120,6 @@ STATE_DTYPES = ("float32", "bfloat16")
 """Precisions of running states in ``engine serve``."""
 
 
-def can_serve(run: RunResult) -> bool:
-    """Return whether the kernels of ``engine serve`` end at the grid positions of ``run``."""
-    return run.config.grid in (16, 32) or run.config.grid % 64 == 0
-
-
 def serve_flags(run: RunResult) -> str:
     """Return the settings of ``run`` as flags of ``engine serve``, and name those that it does not
     have."""

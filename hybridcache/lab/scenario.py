@@ -77,9 +77,7 @@ ELSEWHERE = {
     "skip_bad": ": open_trace(spec, skip_bad=True) makes a trace that skips bad records",
     **dict.fromkeys(("optimum", "bound"), ": it is an argument of simulate(...)"),
     "counts_running": ": it is an argument of optimum(...)",
-    **dict.fromkeys(
-        ("processes", "ray", "resume_from"), ": it is an argument of simulate and closed_loop"
-    ),
+    **dict.fromkeys(("processes", "ray", "resume_from"), ": simulate and closed_loop take it"),
     **dict.fromkeys(("losses", "metric", "figure"), ": it is a method of the result, or a flag"),
     "closed_loop": ": call closed_loop(...)",
 }

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybridcache.geometry.units import counted
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import Tokens, require_index
 
 
 class TraceRequest(NamedTuple):
@@ -97,10 +97,7 @@ class Trace:
     _passes: _Passes = field(default_factory=_Passes, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.unit, int) or isinstance(self.unit, bool) or self.unit < 1:
-            raise ValueError(
-                f"{self.name}: unit is {self.unit!r}, but an id stands for at least 1 token"
-            )
+        require_index(self.unit, f"{self.name}: unit, the tokens of an id,", 1)
         if not callable(self.source):
             raise TypeError(
                 f"{self.name}: source must be a function that returns all requests (got "
@@ -173,8 +170,7 @@ class Trace:
 
     def head(self, num_requests: int) -> Trace:
         """Return the trace of its first requests. ValueError for a number below 0."""
-        if num_requests < 0:
-            raise ValueError(f"num_requests must be at least 0 (got {num_requests}).")
+        require_index(num_requests, "num_requests", 0)
         source, name = self.source, self.full_name
         if isinstance(source, _Head):  # a recipe has one head, the last of its options
             num_requests, source = min(num_requests, source.num_requests), source.source
@@ -241,9 +237,7 @@ def _checked(request: TraceRequest, unit: int) -> TraceRequest:
 
 def _ids(given: Any, name: str) -> Tokens:
     """Return ids as int32[n], unchanged if they are. Raises ValueError for another value."""
-    is_int32 = isinstance(given, np.ndarray) and given.dtype == np.int32 and given.ndim == 1
-    is_valid = is_int32 and given.min(initial=0) >= 0
-    ids: Tokens | None = given if is_valid else as_ids(given)
+    ids = as_ids(given)
     if ids is None:
         raise ValueError(
             f"{name} must be int32[n], or a list of whole numbers in [0, 2**31) (got {given!r:.40})"
@@ -252,8 +246,8 @@ def _ids(given: Any, name: str) -> Tokens:
 
 
 def as_ids(ids: object) -> Tokens | None:
-    """Return a list or an array of whole numbers in [0, 2**31) as int32[n]; None for another value.
-    O(n)."""
+    """Return a list or an array of whole numbers in [0, 2**31) as int32[n], unchanged if it is
+    that; None for another value. O(n)."""
     try:
         found = np.asarray(ids)
     except ValueError:  # nested lists of several lengths
@@ -261,7 +255,8 @@ def as_ids(ids: object) -> Tokens | None:
     if found.ndim == 1 and not found.size:
         return np.zeros(0, np.int32)
     is_valid = found.ndim == 1 and found.dtype.kind in "iu" and found.min() >= 0
-    return found.astype(np.int32) if is_valid and not found.max() >> 31 else None
+    is_valid = is_valid and not int(found.max()) >> 31
+    return found.astype(np.int32, copy=False) if is_valid else None
 
 
 @dataclass(frozen=True, slots=True)

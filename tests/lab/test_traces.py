@@ -508,7 +508,7 @@ def test_wrong_requests_of_a_python_trace_are_refused(wrong: dict[str, Any], mes
     good = TraceRequest(0.0, "a", None, np.arange(9, dtype=np.int32), np.arange(3, dtype=np.int32))
     with pytest.raises(ValueError, match=f"^own, request 1: {message}"):
         list(Trace("own", 1, lambda: [good._replace(**wrong)]))
-    with pytest.raises(ValueError, match="unit is 0, but an id stands for at least 1 token"):
+    with pytest.raises(ValueError, match=r"own: unit, .* must be at least 1 \(got 0\)"):
         Trace("own", 0, lambda: [good])
     unsorted: list[Any] = [(5, 2), [5, 2], np.array([5, 2])]
     for boundaries in unsorted:

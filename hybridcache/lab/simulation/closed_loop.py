@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybridcache.allocators.arena import slab_rows
 from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.units import counted
@@ -520,6 +521,5 @@ def memory_sizes(cell: Scenario) -> MemorySizes:
         return MemorySizes("pools", *sizes, row, state, page_size, owns_states)
     num_rows = cell.budget_bytes // row
     num_rows -= num_rows % page_size
-    whole = MemorySizes("arena", num_rows, 1, row, state, page_size)
-    num_slots = num_rows // whole.slab_rows if whole.slab_rows else 0
+    num_slots = num_rows // slab_rows(state, row, page_size) if state else 0
     return MemorySizes("arena", num_rows, num_slots, row, state, page_size, owns_states)

@@ -30,6 +30,7 @@ from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.frame import make_folder, warn
 from hybridcache.policies.protocol import PolicyError
+from hybridcache.tokens import require_index
 
 _KEEP_BYTES = 256 << 20
 """Bytes of ids up to which a trace is kept in memory between runs."""
@@ -37,13 +38,6 @@ _KEEP_BYTES = 256 << 20
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Run = Callable[[Trace, Job], Result]
-
-
-def check_flags(**flags: object) -> None:
-    """Raise ValueError for a flag that is not a truth value."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False (got {value!r}).")
 
 
 def run_grid(
@@ -67,12 +61,12 @@ def run_grid(
     their class, with ``as_record`` and ``from_record``. ``progress`` is called with (runs done,
     all). ``ray`` is the address of a cluster on which each run is a task of one core.
 
-    ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
+    ``run`` is a function at the top level of a module. Raises TypeError for ``processes`` that are
+    no integer; ValueError if a trace or a job cannot
     be pickled for the process that computes it, if ``resume_from`` is not a file of results, or if
     no cluster answers at ``ray``; ChildProcessError if a process ends.
     """
-    if not isinstance(processes, int) or processes < 1:
-        raise ValueError(f"processes must be a whole number of at least 1 (got {processes!r}).")
+    require_index(processes, "processes", 1)
     if ray is not None and (processes > 1 or not isinstance(ray, str)):
         raise ValueError(f"ray must be a cluster's address, without processes (got {ray!r}).")
     if not isinstance(resume_from, str | Path | None):

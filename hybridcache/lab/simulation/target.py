@@ -193,8 +193,7 @@ class BaselineTarget:
 
     def counters(self) -> dict[str, int]:
         # Peers without pages reuse single tokens.
-        page_tokens = getattr(self.baseline, "page_tokens", 1)
-        return {"page_tokens": page_tokens}
+        return {"page_tokens": getattr(self.baseline, "page_tokens", 1)}
 
 
 class PeerRequest:

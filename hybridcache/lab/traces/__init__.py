@@ -193,22 +193,15 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         word = word if is_named else recognise(path)
     if not READERS[word].is_csv and looks_like_csv(head_of(path)):
         raise ValueError(f"{path}: it has columns: read it as csv:{path}")
-    reader = READERS[word](path=path, bad=bad, **_options(word, options))
+    kinds = {field.name: str(field.type) for field in fields(READERS[word])}
+    kinds = {name: kind for name, kind in kinds.items() if name not in ("path", "bad")}
+    reader = READERS[word](path=path, bad=bad, **_converted(f"format {word}", kinds, options))
     unit, columns, counted_by = reader.unit, reader.describe(), reader.counted_by
     if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
     name, times = path.name.split(".")[0], reader.invented_times
     return Trace(name, unit, reader, bad, counted_by, recipe, columns, times)
-
-
-def _options(word: str, options: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields of the reader ``word`` that ``options`` set. ``pause`` sets ``pauses``."""
-    kinds = {field.name: str(field.type) for field in fields(READERS[word])}
-    kinds = {name: kind for name, kind in kinds.items() if name not in ("path", "bad")}
-    kinds = {"pause" if name == "pauses" else name: kind for name, kind in kinds.items()}
-    values = _converted(f"format {word}", kinds, options)
-    return {"pauses" if name == "pause" else name: value for name, value in values.items()}
 
 
 def head_of(path: Path) -> bytes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from typing import ClassVar
 
 import numpy as np
@@ -39,7 +38,7 @@ class CodingAgentReader(SessionReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         unit, fresh, known = self.unit, FreshIds(), KnownIds()
-        names, numbers = DistinctNames(), count()
+        names = DistinctNames()
 
         def head_of(owner: Record) -> Tokens:
             """Return the blocks of tools and system prompt, each agreeing if its lengths do."""
@@ -51,11 +50,10 @@ class CodingAgentReader(SessionReader):
             if record.get("dup"):  # recorded twice
                 return
             found, own_heads = list[TraceRequest](), dict[int, Tokens]()
-            number = next(numbers)
             rows = [row for row in requests_of(record, (record.key("id"),)) if len(row[-1])]
             offset = known.reserve(1 + max((int(ids.max()) for *_, ids in rows), default=0))
             for owner, when_s, path, request, ids in rows:
-                name = names.of((number, *path), "/".join(map(str, path)))
+                name = names.of((offset, *path), "/".join(map(str, path)))
                 head, tokens = head_of(owner), ids + np.int32(offset)
                 # All requests of the owner that carry the head begin with the same blocks. Others
                 # (a title, a summary) keep their own ids.

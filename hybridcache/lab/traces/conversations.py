@@ -35,13 +35,13 @@ from hybridcache.lab.traces.text import load_chat_text
 
 @dataclass(frozen=True, slots=True)
 class ConversationsReader(SessionReader):
-    """Conversations of a fine-tuning file; turns follow after ``pauses``, unless all messages have
+    """Conversations of a fine-tuning file; turns follow after ``pause``, unless all messages have
     times: a request arrives with the message before its answer."""
 
     word: ClassVar[str] = "conversations"
     tokenizer: str = ""
     template: str = "chatml"
-    pauses: Pauses = field(default_factory=Pauses)
+    pause: Pauses = field(default_factory=Pauses)
 
     @staticmethod
     def recognises(record: Record) -> bool:
@@ -83,7 +83,7 @@ class ConversationsReader(SessionReader):
         with suppress(KeyError, ValueError):
             messages = self.conversation(spelled(self.first), 1)[1]
         messages = [one for one in messages if role_of(one) != "system"]
-        is_usual = (self.starts, self.pauses) == (usual.starts, usual.pauses)
+        is_usual = (self.starts, self.pause) == (usual.starts, usual.pause)
         return is_usual and bool(messages) and all(one.first(NAMES["time"]) for one in messages)
 
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:

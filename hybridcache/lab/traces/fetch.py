@@ -34,10 +34,6 @@ class Published(NamedTuple):
     sha256: str = ""
     """Checksum of the file, or empty if no copy was available to compute it."""
 
-    @property
-    def file_name(self) -> str:
-        return self.address.rpartition("/")[2]
-
 
 def _bailian(name: str, content: str) -> Published:
     return Published("bailian", f"{_BAILIAN}/qwen_{name}_blksz_16.jsonl", f"{content}, hashes")
@@ -86,7 +82,7 @@ def path_of(name: str) -> Path:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:
         raise OSError(f"traces need a folder: set XDG_CACHE_HOME ({error})") from None
-    return Path(base) / "hybridcache" / "traces" / name / published.file_name
+    return Path(base) / "hybridcache" / "traces" / name / Path(published.address).name
 
 
 def packaged_file() -> Path:

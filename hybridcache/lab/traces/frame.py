@@ -55,7 +55,6 @@ BINARY = {
     b"\x28\xb5\x2f\xfd": "a zstd file: unpack it",
     b"\xfd7zX": "an xz file: unpack it",
     b"BZh9": "a bzip2 file: unpack it",
-    b"7z\xbc\xaf": "a 7z file: unpack it",
     b"PAR1": "a Parquet file: convert it to JSON lines",
     b"ARRO": "an Arrow file: convert it to JSON lines",
 }
@@ -122,19 +121,19 @@ class Record(dict[str, Any]):
             raise ValueError(f"{name} is {shown(value)}, not a finite number of at least 0")
         return float(value)
 
+    def _one(self, name: str, kind: type[_T], words: str) -> _T:
+        value = self[name]
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {shown(value)}, not {words}")
+        return value
+
     def text(self, name: str) -> str:
         """Return a text, possibly empty."""
-        value = self[name]
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is {shown(value)}, not a text")
-        return value
+        return self._one(name, str, "a text")
 
     def flag(self, name: str) -> bool:
         """Return true or false."""
-        value = self[name]
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} is {shown(value)}, not true or false")
-        return value
+        return self._one(name, bool, "true or false")
 
     def key(self, name: str) -> str | int:
         """Return the name of a session or namespace: a text or a whole number."""
@@ -147,10 +146,7 @@ class Record(dict[str, Any]):
 
     def values_of(self, name: str) -> list[Any]:
         """Return a list."""
-        value = self[name]
-        if not isinstance(value, list):
-            raise ValueError(f"{name} is {shown(value)}, not a list")
-        return value
+        return self._one(name, list, "a list")
 
     def objects(self, name: str) -> list[Record]:
         """Return a list of JSON objects."""
@@ -523,7 +519,7 @@ class SessionReader(FileReader):
         return False
 
     @property
-    def pauses(self) -> Pauses | None:
+    def pause(self) -> Pauses | None:
         """Pauses between turns; None if the file tells them."""
         return None
 
@@ -531,7 +527,7 @@ class SessionReader(FileReader):
     def invented_times(self) -> str:
         if self.has_times:
             return ""
-        pauses = "" if self.pauses is None else f", and pauses (pause={self.pauses.median_s:g})"
+        pauses = "" if self.pause is None else f", and pauses (pause={self.pause.median_s:g})"
         return f"starts of sessions (starts={self.starts}){pauses}"
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -539,8 +535,8 @@ class SessionReader(FileReader):
         parse = self.parser(notes)
         if not self.has_times:
             turns = (session for _, session in parsed(self.path, records, parse, self.bad))
-            starts, pauses = self.starts, self.pauses
-            return notes.after(interleave(turns, starts, pauses, unit=self.unit, seed=self.seed))
+            starts, pause = self.starts, self.pause
+            return notes.after(interleave(turns, starts, pause, unit=self.unit, seed=self.seed))
         sessions, numbers = dict[Hashable, list[TraceRequest]](), count()
 
         def first(record: Record) -> Iterator[TraceRequest]:

@@ -49,7 +49,7 @@ class ShareGPTReader(SessionReader):
     template: str = "chatml"
     """The answers hold no thoughts, so the plain template is the default."""
     cap: int = 8192
-    pauses: Pauses = field(default_factory=Pauses)
+    pause: Pauses = field(default_factory=Pauses)
     limit: int | None = None
     """Number of conversations to read, or None for all."""
 

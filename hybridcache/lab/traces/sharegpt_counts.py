@@ -25,7 +25,7 @@ class ShareGPTCountsReader(SessionReader):
 
     word: ClassVar[str] = "sharegpt-counts"
     cap: int = 8192
-    pauses: Pauses = field(default_factory=Pauses)
+    pause: Pauses = field(default_factory=Pauses)
 
     @staticmethod
     def recognises(record: Record) -> bool:

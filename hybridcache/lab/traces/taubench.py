@@ -19,7 +19,7 @@ class TauBenchReader(ConversationsReader):
 
     word: ClassVar[str] = "taubench"
     starts: Starts = field(default_factory=lambda: Poisson(0.2))
-    pauses: Pauses = field(default_factory=lambda: Pauses(median_s=5.0))
+    pause: Pauses = field(default_factory=lambda: Pauses(median_s=5.0))
 
     @staticmethod
     def recognises(record: Record) -> bool:
