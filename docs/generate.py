@@ -305,9 +305,10 @@ INTERNAL = {"rows_moved", "steps"}
 
 
 def _members(thing: type) -> dict[str, Any]:
-    """Return the public methods and properties that a class defines itself, by name."""
-    found = {}
-    for name, value in vars(thing).items():
+    """Return the public methods and properties that a class defines, itself or in a base without a
+    public name."""
+    found, bases = {}, [base for base in thing.__mro__[1:] if base.__name__.startswith("_")]
+    for name, value in (pair for one in (*bases, thing) for pair in vars(one).items()):
         raw = getattr(value, "__func__", value)
         is_member = inspect.isfunction(raw) or isinstance(raw, property)
         if is_member and not name.startswith("_") and name not in INTERNAL:
