@@ -166,6 +166,11 @@ class LayerInputs:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
+def padded_count(count: int, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is at least ``count``."""
+    return -(-count // multiple) * multiple
+
+
 def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Pad ``x [T, N]`` with zero rows up to ``num_rows``."""
     return x if len(x) == num_rows else F.pad(x, (0, 0, 0, num_rows - len(x)))

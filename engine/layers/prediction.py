@@ -33,6 +33,7 @@ from engine.layers.blocks import (
     Pools,
     RotaryTable,
     pad_rows,
+    padded_count,
 )
 from engine.layers.linear import Build, Composite, Linear, Part, RMSNorm
 from hybridcache.geometry.sizes import Spec
@@ -113,7 +114,7 @@ class PredictionHead(Composite):
         inputs = ahead(
             at, rows.gather(1, at[:, None] - 1)[:, 0].long(), rows,
             Sequences.of(range(count), positions, device), rotary,
-            num_rows=-(-count // self._row_multiple) * self._row_multiple,
+            num_rows=padded_count(count, self._row_multiple),
         )  # fmt: skip
         return self.advance(embedded, before, inputs, pools)
 

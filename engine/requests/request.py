@@ -317,8 +317,6 @@ class Request(ScheduledRequest):
         self.spec: RequestSpec
         self.params = spec.sampling or SamplingParams()
         self.seed = seed
-        self._buffer = np.empty(self.prompt_len + min(max_len - self.prompt_len, 256), np.int32)
-        self._buffer[: self.prompt_len] = prompt
         self.drawn_row = 0
         """Row of this request among the tokens drawn by the newest step."""
         self.drafts: DraftCounts | None = None

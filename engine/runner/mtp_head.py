@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.layers.blocks import LayerInputs, RotaryTable, pad_rows
+from engine.layers.blocks import LayerInputs, RotaryTable, pad_rows, padded_count
 from engine.layers.prediction import PredictionHead, ahead
 from engine.models.decoder import Decoder
 from engine.runner.memory import Memory
@@ -88,8 +88,8 @@ class Predictor:
                 self.rotary,
                 self.pools,
             )
-            padded = -(-count // self._row_multiple) * self._row_multiple
-            tokens = self.model.head(pad_rows(before, padded))[:count].argmax(-1)
+            padded = pad_rows(before, padded_count(count, self._row_multiple))
+            tokens = self.model.head(padded)[:count].argmax(-1)
             guessed.append(tokens)
         return torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
 
@@ -101,8 +101,7 @@ class Predictor:
         ends = [request.position - 1 for request in requests]
         known = max(ends)
         # Whole units of columns, because a kernel is compiled again for another alignment of rows.
-        num_columns = -(-(known + depth) // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-        rows = self.table.device.new_zeros(count, num_columns)
+        rows = self.table.device.new_zeros(count, padded_count(known + depth, ALIGNED_COLUMNS))
         table_rows = upload([request.row for request in requests], torch.int64, device)
         rows[:, :known] = self.table.device[table_rows, 1 : 1 + known]
         ahead = torch.arange(depth, device=device)

@@ -38,6 +38,7 @@ from engine.layers.blocks import (
     RotaryTable,
     Rows,
     VerifyPart,
+    padded_count,
     tokens_before,
 )
 from engine.models.decoder import Decoder
@@ -194,7 +195,7 @@ class StepInputs:
             indices.append(self._table.host[segment.row, segment.start : segment.end])
         known = np.concatenate(tokens)
         num_tokens, device = len(known), self._device
-        num_rows = -(-num_tokens // self._multiple) * self._multiple
+        num_rows = padded_count(num_tokens, self._multiple)
         token_ids = np.zeros(num_rows, np.int64)
         token_ids[:num_tokens] = known
         cos, sin = self._rotary(upload(np.concatenate(positions), torch.int64, device))
@@ -408,7 +409,7 @@ class PrefillGraphs:
         self._model, self._pools, self._record = model, memory.pools, record
         # The rows of a step are padded to this multiple, also those of the largest step.
         multiple: int = model.build.kernels["linear"].ROWS
-        self._sizes = prefill_buckets(-(-most_tokens // multiple) * multiple)
+        self._sizes = prefill_buckets(padded_count(most_tokens, multiple))
         self._replays: dict[int, list[Replay]] = {}
         weight = model.embedding.weight
         self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=weight.device)
@@ -556,7 +557,7 @@ class VerifyGraphs:
         self._host_tokens = np.zeros((5, most), np.int64)
         """Id, position and KV index of each token, the index of the token before it, and one if it
         is not padding."""
-        self._host_tables = np.zeros((7, -(-(most + 1) // 4) * 4), np.int32)
+        self._host_tables = np.zeros((7, padded_count(most + 1, 4)), np.int32)
         """Slot of the state after each token, its row and KV length; row, KV length and slot of
         each sequence; start of each sequence."""
         self._is_native = is_native

@@ -82,7 +82,7 @@ class ServerKeys:
         if (file := config.admin_key_file) is not None:
             operator, *more = _read_keys("--admin-key-file", file)
             if more:
-                message = f"--admin-key-file {file} has {1 + len(more)} lines"
+                message = f"--admin-key-file {file} has {1 + len(more)} keys"
                 raise ValueError(f"{message}; it must contain a single key.")
             accepted += [operator] if accepted else []
         return cls(list(dict.fromkeys(accepted)), operator, are_salts)
@@ -159,12 +159,14 @@ def _is_here(host: str | None) -> bool:
 
 
 def _read_keys(flag: str, file: str) -> list[bytes]:
-    """Read the keys in the ``file`` of this ``flag``, one per line."""
+    """Read the keys in the ``file`` of this ``flag``, one per line. Lines with ``#`` at their start
+    are comments."""
     try:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"{flag} {file!r} cannot be read ({error.strerror}).") from error
-    return _sendable(text.splitlines(), f"{flag} {file}")
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(b"#")]
+    return _sendable(lines, f"{flag} {file}")
 
 
 def _sendable(lines: list[bytes], source: str) -> list[bytes]:
@@ -172,7 +174,7 @@ def _sendable(lines: list[bytes], source: str) -> list[bytes]:
     a header."""
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
-        raise ValueError(f"{source} is empty. Write a key into it.")
+        raise ValueError(f"{source} has no key: write one into it.")
     for number, key in enumerate(keys, 1):
         if not KEY.fullmatch(key):
             raise ValueError(

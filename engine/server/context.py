@@ -107,6 +107,12 @@ class ServingContext:
         self.model_name = config.served_model_name or engine.facts.model_name
         self.fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
+        if (config.default_max_tokens or 0) > (most := engine.facts.max_model_len):
+            logger.warning(
+                "--default-max-tokens %d is above the context length, so the limit is that: %d.",
+                config.default_max_tokens,
+                most,
+            )
         self.created = int(time.time())
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
+from typing import get_args
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -21,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from engine.schedule.report import CacheReport
 from engine.text.outputs import FinishReason, RequestOutput
+from hybridcache.api import Losses
 from hybridcache.command.extras import version
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -102,6 +104,9 @@ class Metrics(Collector):
             name: Counter(name, help, labels, namespace="engine", registry=registry)
             for name, (help, *labels) in COUNTERS.items()
         }
+        for name, values in (("requests", get_args(FinishReason)), ("lost_tokens", Losses._fields)):
+            for value in values:  # Rates and alerts need the series before the first such request.
+                self.counters[name].labels(value)
         self._histograms = {
             name: Histogram(name, help, namespace="engine", buckets=buckets, registry=registry)
             for name, (help, buckets) in HISTOGRAMS.items()

@@ -252,6 +252,7 @@ class Message(msgspec.Struct, kw_only=True):
     role: Role
     content: str | Annotated[list[TextPart], Meta(max_length=MAX_MESSAGES)] | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    """Calls as templates read them: arguments are an object."""
     cache_control: CacheControl | None = None
     extra: dict[str, Any] = {}
 
@@ -262,6 +263,8 @@ class Message(msgspec.Struct, kw_only=True):
         known = {name: extra.pop(name) for name in KNOWN if name in extra}
         read = converted(known, cls, f"messages.{index}")
         read.extra = extra
+        if read.tool_calls is not None:
+            read.tool_calls = [_call(call) for call in read.tool_calls]
         for number, call in enumerate(read.tool_calls or ()):
             if call.get("name") is None:  # Templates also take calls without a nested function.
                 converted(call, EarlierCall, f"messages.{index}.tool_calls.{number}")
@@ -272,14 +275,13 @@ class Message(msgspec.Struct, kw_only=True):
         return read
 
     def as_template_input(self) -> dict[str, Any]:
-        """Return the message for a chat template: content as one string, tool arguments as an
-        object."""
+        """Return the message for a chat template: content as one string."""
         message: dict[str, Any] = {"role": self.role, **self.extra}
         if "reasoning" in message:
             message.setdefault("reasoning_content", message["reasoning"])
         message["content"] = text_of(self.content)
         if self.tool_calls is not None:
-            message["tool_calls"] = [_call(call) for call in self.tool_calls]
+            message["tool_calls"] = self.tool_calls
         return message
 
     def cuts(self, index: int) -> Iterator[Cut]:
@@ -320,10 +322,13 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 def _with_plain_function(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a call or a tool, and its function, without nulls. Deeper nulls stay, because they may
-    be arguments or part of a schema."""
+    be arguments or part of a schema. An empty list is an empty object of a client in PHP."""
     entry = without_nulls(entry)
     function = entry.get("function")
-    return entry | {"function": without_nulls(function)} if isinstance(function, dict) else entry
+    if not isinstance(function, dict):
+        return entry
+    named = without_nulls(function).items()
+    return entry | {"function": {name: {} if value == [] else value for name, value in named}}
 
 
 def parsed_arguments(text: str) -> dict[str, Any]:
@@ -353,8 +358,7 @@ class Tool(msgspec.Struct, kw_only=True):
 
 class CalledFunction(msgspec.Struct, kw_only=True):
     name: str
-    arguments: str | dict[str, Any] | Annotated[list[Any], Meta(max_length=0)] | None = None
-    """Clients in PHP write an empty object as an empty list."""
+    arguments: str | dict[str, Any] | None = None
 
 
 class EarlierCall(msgspec.Struct, kw_only=True):
@@ -369,9 +373,6 @@ def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ValueError."""
     tools = [_with_plain_function(tool) for tool in given]
     for index, tool in enumerate(tools):
-        function = tool.get("function")
-        if isinstance(function, dict) and function.get("parameters") == []:
-            del function["parameters"]  # Clients in PHP write an empty object as an empty list.
         converted(tool, Tool, f"tools.{index}")
     names = Counter(tool["function"]["name"] for tool in tools)
     if twice := [name for name, number in names.items() if number > 1]:

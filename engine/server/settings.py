@@ -83,8 +83,8 @@ class ServerConfig(Settings):
     )
     api_key_file: str | None = setting(
         None,
-        "file with the keys of clients, one per line: each request then needs one "
-        "(Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; "
+        "file with the keys of clients, one per line (# begins a comment): each request then needs "
+        "one (Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; "
         f"{API_KEY_VARIABLE} can have one more",
     )
     salt_by_key: bool | None = setting(

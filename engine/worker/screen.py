@@ -77,7 +77,8 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         (
             "requests",
             f"{config.max_running} running, {config.max_queue:,} waiting, "
-            f"{counted(config.most_step_tokens, 'token')} a step at most",
+            f"{counted(config.most_step_tokens, 'token')} a step at most; "
+            f"admission by {config.admission}",
         ),
         *(line for plugin in engine.plugins.values() for line in plugin.start_screen()),
         *_first_steps(engine, address),

@@ -104,7 +104,8 @@ class ScheduledRequest(WaitingRequest):
         self.spec = spec
         self.request_id = spec.request_id
         """Name of the request."""
-        self._buffer = prompt.copy()
+        self._buffer = np.empty(min(len(prompt) + 256, max_len), np.int32)
+        self._buffer[: len(prompt)] = prompt
         self.prompt_len = len(prompt)
         self.scheduled_len = 0
         """Value of ``computed_len`` once every step planned so far is committed."""

@@ -112,20 +112,19 @@ class Watch:
 
     def _meta(self) -> dict[str, Any]:
         engine = self._engine
-        memory, config, arena = engine.runner.memory, engine.config, engine.cache.arena
-        is_kept = config.prefix_cache != "none"
+        memory, report, arena = engine.runner.memory, engine.report(), engine.cache.arena
         return {
             "title": engine.model_name,
             "version": version(),
             "kv_bytes": memory.row_bytes,
             "state_bytes": memory.state_bytes if memory.is_stateful else 0,
             "total_bytes": memory.total_bytes,
-            "memory": memory.memory,
+            "memory": report.memory,
             "slab_rows": arena.slab_rows if arena is not None and arena.num_slabs else None,
             "num_slabs": 0 if arena is None else arena.num_slabs,
-            "grid": engine.cache.grid,
-            "eviction": config.eviction if is_kept else "none",
-            "checkpoints": list(config.checkpoints) if is_kept else [],
+            "grid": report.grid,
+            "eviction": report.eviction,
+            "checkpoints": list(report.checkpoints),
         }
 
     def _on_end(self, ended: Request) -> None:

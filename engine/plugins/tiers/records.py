@@ -153,11 +153,12 @@ class RecordStore:
     """The records of one folder. Call ``open`` and then ``scan``, once each."""
 
     def __init__(self, folder: Path) -> None:
-        """Lock the folder, which is made if there is none.
-
-        Raises StoreError if another process uses it, or if it cannot be written.
-        """
+        """Lock the folder if there is one. A new one is made by ``open``, so that a start that is
+        refused before leaves none. Raises StoreError if another process uses it, or if it cannot be
+        made or written."""
         self.folder = folder
+        self._claims: list[int] = []
+        """Descriptors of the folder and its lock."""
         self._digest = b""
         self.next_id = time.time_ns()
         """Larger than every id used so far by an earlier process."""
@@ -166,13 +167,11 @@ class RecordStore:
         try:
             if folder.is_file():
                 raise StoreError(f"{folder} is a file: use a folder, or the name of a new one.")
-            folder.mkdir(parents=True, exist_ok=True)
-            self.folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                self._lock_fd = self._lock()
-            except BaseException:
-                os.close(self.folder_fd)
-                raise
+            existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+            if not os.access(existing, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if existing == folder:
+                self._claim()
         except OSError as error:
             raise _unusable(folder, error) from error
 
@@ -185,6 +184,9 @@ class RecordStore:
         """
         ours, path = {"format": FORMAT, **fields}, self.folder / NAME
         try:
+            if not self._claims:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._claim()
             stored = _read(path)
             if stored is None and not any(name.endswith(SUFFIX) for name in self._names()):
                 content = {"digest": digest_of(ours).hex(), "fields": ours}
@@ -337,25 +339,25 @@ class RecordStore:
 
     def close(self) -> None:
         """Release the folder. No record needs it to be complete."""
-        os.close(self.folder_fd)
-        os.close(self._lock_fd)
+        while self._claims:
+            os.close(self._claims.pop())
 
-    def _lock(self) -> int:
-        """Lock the folder. Raises StoreError if another process has it, else OSError."""
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        file = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600, dir_fd=self.folder_fd)
+    def _claim(self) -> None:
+        """Open and lock the folder. Raises StoreError if another process has it, else OSError."""
+        self.folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._claims = [self.folder_fd]
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(file)
-            if isinstance(error, BlockingIOError):
-                raise StoreError(
-                    f"Another engine uses {self.folder}: stop it, or give this one another "
-                    "--state-dir."
-                ) from None
+            flags = os.O_RDWR | os.O_CREAT
+            self._claims.append(os.open(LOCK_NAME, flags, 0o600, dir_fd=self.folder_fd))
+            fcntl.flock(self._claims[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise StoreError(
+                f"Another engine uses {self.folder}: stop it, or give this one another --state-dir."
+            ) from None
+        except BaseException:
+            self.close()
             raise
-        return file
 
     def _names(self) -> list[str]:
         names = (entry.name for entry in os.scandir(self.folder_fd))

@@ -40,7 +40,9 @@ def test_token_ids_are_served_without_a_tokenizer(live: Live) -> None:
     engine = live.engine
     assert isinstance(engine.tokenizer, IdTokenizer)
     assert engine.tokenizer.eos_token_ids == {299} and engine.tokenizer.vocab_size == 300
-    assert "tokenizer    none: prompts and answers are token ids" in start_screen(engine, "")
+    screen = start_screen(engine, "")
+    assert "tokenizer    none: prompts and answers are token ids" in screen
+    assert f"a step at most; admission by {engine.config.admission}" in screen
     greedy = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
     by_id, by_text = (
         live.post("/v1/completions", {"prompt": prompt, "echo": True, **greedy}).json()

@@ -114,6 +114,7 @@ def test_metrics_agree_with_the_report(serve_oracle: Callable[..., Live]) -> Non
     assert metrics["engine_lost_tokens_total.kv_evicted"] == report["usage"]["kv_evicted"] > 0
     assert metrics["engine_generated_tokens_total"] == 8 * 3
     assert metrics["engine_requests_total.length"] == 8
+    assert metrics["engine_requests_total.error"] == 0, "it exists before the first error"
     assert metrics["engine_evicted_tokens_total"] == report["usage"]["evicted_tokens"] > 0
     for name in ("ttft", "tpot", "queue", "e2e"):
         assert metrics[f"engine_{name}_seconds_count"] == 8

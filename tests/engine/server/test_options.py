@@ -37,7 +37,9 @@ def events(live: Live, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
 
 
-def test_default_limit_of_a_chat_is_that_of_the_server(serve_oracle: Callable[..., Live]) -> None:
+def test_default_limit_of_a_chat_is_that_of_the_server(
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+) -> None:
     live = serve_oracle(ServerConfig(default_max_tokens=7))
     chat: dict[str, Any] = {"messages": CHAT, "ignore_eos": True}
     for limit, expected in (({}, 7), ({"max_tokens": 9}, 9), ({"max_completion_tokens": 3}, 3)):
@@ -46,6 +48,8 @@ def test_default_limit_of_a_chat_is_that_of_the_server(serve_oracle: Callable[..
         assert answer["choices"][0]["finish_reason"] == "length"
     answer = live.post("/v1/responses", {"input": "x"}).json()
     assert answer["usage"]["output_tokens"] <= 7
+    serve_oracle(ServerConfig(default_max_tokens=4097))
+    assert "--default-max-tokens 4097 is above the context length" in caplog.text
     with pytest.raises(ValueError, match="default_max_tokens must be an integer of 1 or more"):
         ServerConfig(default_max_tokens=0)
 
@@ -131,7 +135,7 @@ def test_api_keys_and_cors_origins(
     serve_oracle: Callable[..., Live], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, "other")
-    (tmp_path / "key").write_text("secret\n")
+    (tmp_path / "key").write_text("# of clients\nsecret\n")
     config = ServerConfig(api_key_file=str(tmp_path / "key"), cors_origin=("https://a.example",))
     live = serve_oracle(config)
 
@@ -148,7 +152,7 @@ def test_api_keys_and_cors_origins(
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
     for wrong in ("", " ", "a b"):
         monkeypatch.setenv(API_KEY_VARIABLE, wrong)
-        with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE}( is empty|: key 1 of 1 must)"):
+        with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE}( has no key|: key 1 of 1 must)"):
             serve_oracle(config)
     monkeypatch.setenv(API_KEY_VARIABLE, "other")
     with pytest.raises(ValueError, match="--api-key-file"):
