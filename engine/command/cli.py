@@ -31,7 +31,7 @@ from hybridcache.geometry.units import counted, format_seconds
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
     from engine.engine import Engine
-    from engine.requests.request import RequestSpec, SamplingParams
+    from engine.requests.request import SamplingParams
     from engine.text.outputs import RequestOutput
 
 
@@ -365,38 +365,23 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
         for line in _messages_of_user():
             messages.append({"role": "user", "content": line})
             try:
-                spec = render_chat(tokenizer, messages).spec
-                output = _print_answer(engine, structs.replace(spec, sampling=sampling))
+                spec = structs.replace(render_chat(tokenizer, messages).spec, sampling=sampling)
+                for output in engine.stream(spec):  # Leaving the loop aborts the request.
+                    print(output.new_text, end="", flush=True)
+                print(flush=True)
+                if output.failure is not None:
+                    raise RequestError.from_wire(output.failure)
             except (ValueError, RequestError) as error:
                 print(f"[{error}]", file=sys.stderr, flush=True)
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": output.text})
-            print(f"[{_reuse(output)}]", file=sys.stderr, flush=True)
+            reused, total = output.cached_len, len(output.prompt_token_ids)
+            said = f"{reused:,} reused, {total - reused:,} computed; answer {len(output.output):,}"
+            print(f"[prompt {total:,} tokens: {said} tokens]", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print()
     return 0
-
-
-def _print_answer(engine: Engine, spec: RequestSpec) -> RequestOutput:
-    """Print an answer while it is generated, and return its last output. Raises RequestError if the
-    answer failed."""
-    from engine.errors import RequestError
-
-    for output in engine.stream(spec):  # Leaving the loop aborts the request.
-        print(output.new_text, end="", flush=True)
-    print(flush=True)
-    if output.failure is not None:
-        raise RequestError.from_wire(output.failure)
-    return output
-
-
-def _reuse(output: RequestOutput) -> str:
-    reused, total = output.cached_len, len(output.prompt_token_ids)
-    return (
-        f"prompt {total:,} tokens: {reused:,} reused, {total - reused:,} computed; "
-        f"answer {len(output.output):,} tokens"
-    )
 
 
 def _messages_of_user() -> Iterator[str]:

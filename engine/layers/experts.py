@@ -209,12 +209,9 @@ class ExpertsMLP(Composite):
         return self._rank.sum(out)
 
 
-class SoftmaxRouter(Composite):
-    """Selects the most probable experts, weighted by their probabilities.
-
-    A router returns weights ``[T, k]`` and experts ``[T, k]`` of the T ``rows`` of ``x [num_rows,
-    H]``.
-    """
+class Router(Composite):
+    """Base of routers, which return weights ``[T, k]`` and experts ``[T, k]`` of the T ``rows`` of
+    ``x [num_rows, H]``."""
 
     def __init__(
         self, name: str, hidden_size: int, sizes: ExpertsSizes, build: Build, *, renormalises: bool
@@ -223,17 +220,20 @@ class SoftmaxRouter(Composite):
         one."""
         self._k, self._renormalises = sizes.experts_per_token, renormalises
         self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], build)
-        self.layers = (self._linear,)
-        self._route = build.kernels["moe"].route
+        self.layers, self._moe = (self._linear,), build.kernels["moe"]
+
+
+class SoftmaxRouter(Router):
+    """Selects the most probable experts, weighted by their probabilities."""
 
     def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, experts = self._route(
+        weights, experts = self._moe.route(
             rows.of(self._linear(x)), self._k, self._renormalises, live=rows.live
         )
         return weights, experts
 
 
-class SigmoidRouter(Composite):
+class SigmoidRouter(Router):
     """Selects experts by their sigmoids, plus a bias for the selection only; in float32."""
 
     def __init__(
@@ -250,19 +250,16 @@ class SigmoidRouter(Composite):
     ) -> None:
         """``bias``: name of its tensor, or None. ``renormalises``: True if the selected sigmoids
         are divided by their sum plus ``eps``. ``scale``: factor applied afterwards."""
-        self._k = sizes.experts_per_token
-        self._renormalises, self._scale, self._eps = renormalises, scale, eps
         exact = replace(build, weights=replace(build.weights, dtype=torch.float32))
-        self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], exact)
-        self.layers = (self._linear,)
+        super().__init__(name, hidden_size, sizes, exact, renormalises=renormalises)
+        self._scale, self._eps = scale, eps
         self._bias: torch.Tensor | None = None
         if bias is not None:
             self._bias = exact.weights.empty(sizes.num_experts)
             self.own = [(bias, Parameter(self._bias))]
-        self._route = build.kernels["moe"].route_sigmoid
 
     def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, experts = self._route(
+        weights, experts = self._moe.route_sigmoid(
             rows.of(self._linear(x.float())),
             self._bias,
             self._k,

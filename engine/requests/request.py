@@ -520,7 +520,6 @@ class RecentRequests:
     def __init__(self) -> None:
         self._ended: deque[Request] = deque()
         self._num_tokens = 0
-        self.num_ended = 0
         self.listeners: list[Callable[[Request], None]] = []
 
     def __iter__(self) -> Iterator[Request]:
@@ -528,7 +527,6 @@ class RecentRequests:
 
     def add(self, request: Request) -> None:
         """Append ``request``, which has ended, and notify the listeners."""
-        self.num_ended += 1
         self._ended.append(request)
         self._num_tokens += len(request.tokens)
         while len(self._ended) > MAX_RECENT or self._num_tokens > MAX_RECENT_TOKENS:

@@ -216,16 +216,14 @@ class Checkpoints:
                 yield pool, Form(pool.dtype, None, first, 0)
                 first += size * pool.element_size()
                 continue
-            dims = None if self.format.per is None else self._dims(pool)
+            dims: tuple[int, ...] | None = None
+            if self.format.per is not None:  # Dimensions along which scales differ.
+                dims = (0, 1, *(2 + dim for dim in self.format.kept_dims(pool.dim() - 2)))
             yield pool, Form(codes, dims, first_code, first_scale)
             first_code += size * codes.itemsize
             if dims is not None:
                 scaled = math.prod(n for d, n in enumerate(pool.shape[2:], 2) if d in dims)
                 first_scale += 4 * len(pool) * scaled
-
-    def _dims(self, pool: torch.Tensor) -> tuple[int, ...]:
-        """Return the dimensions of states ``[N, L, ...]`` along which scales differ."""
-        return (0, 1, *(2 + dim for dim in self.format.kept_dims(pool.dim() - 2)))
 
     def _indices(self, copies: Sequence[tuple[int, int]]) -> torch.Tensor:
         pairs = np.array(copies, dtype=np.int64).T.copy()
