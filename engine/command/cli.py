@@ -241,23 +241,25 @@ def _serve(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print("loading the model ...", file=sys.stderr, flush=True)
         if server_config.uses("replicas"):
-            _server().ServerKeys.of(server_config)
+            keys = _server().ServerKeys.of(server_config)
             from engine.plugins.replicas.start_replicas import start_replicas
 
             served, screen = start_replicas(engine_config, server_config, address)
             _show(screen, server_config)
-            _server().serve(served, server_config, listener)
+            _server().serve(served, server_config, listener, keys)
             return 0
         engine_config = resolve_config(engine_config)
         spawned = spawn(engine_config, address, log_level=server_config.log_level)
         from engine.worker.process_channel import start_engine  # While the process starts.
 
-        engine, screen = start_engine(
-            engine_config, spawned, meanwhile=lambda: _server().ServerKeys.of(server_config)
+        engine, screen, keys = start_engine(
+            engine_config, spawned, lambda: _server().ServerKeys.of(server_config)
         )
         try:
             _show(screen, server_config)
-            _server().serve(engine, server_config, listener, lambda: engine.failure is not None)
+            _server().serve(
+                engine, server_config, listener, keys, lambda: engine.failure is not None
+            )
         finally:
             engine.stop()
     if engine.failure is not None:

@@ -110,9 +110,10 @@ class Server(uvicorn.Server):
         engine: AsyncEngine,
         config: ServerConfig,
         must_end: Callable[[], bool] = lambda: False,
+        keys: ServerKeys | None = None,
     ) -> None:
         """``must_end`` is called ten times per second; True ends the server."""
-        self.app = create_app(engine, config)
+        self.app = create_app(engine, config, keys)
         super().__init__(
             uvicorn.Config(
                 self.app,
@@ -187,6 +188,7 @@ def serve(
     engine: AsyncEngine,
     config: ServerConfig,
     listener: socket.socket,
+    keys: ServerKeys,
     must_end: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve on ``listener`` until SIGTERM, SIGINT, SIGHUP (unless it is ignored, as by ``nohup``)
@@ -204,7 +206,7 @@ def serve(
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    Server(engine, config, lambda: bool(told) or must_end()).run(sockets=[listener])
+    Server(engine, config, lambda: bool(told) or must_end(), keys).run(sockets=[listener])
 
 
 # --- Application ----------------------------------------------------------------------------------
@@ -213,9 +215,12 @@ HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig) -> Starlette:
-    """Make the application that serves ``engine``. The engine starts and stops with it."""
-    workers, keys = Workers(), ServerKeys.of(config)
+def create_app(
+    engine: AsyncEngine, config: ServerConfig, keys: ServerKeys | None = None
+) -> Starlette:
+    """Make the application that serves ``engine``. The engine starts and stops with it. ``keys``
+    are those of ``config``, if they were read before."""
+    workers, keys = Workers(), keys or ServerKeys.of(config)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.of(DiagnosticsConfig).explain_mib * 2**20)

@@ -50,6 +50,7 @@ PATIENCE_S = 5.0
 
 
 Received = TypeVar("Received")
+Result = TypeVar("Result")
 
 
 class SocketsClosed(Exception):
@@ -140,13 +141,12 @@ class Sockets(Generic[Received]):
 
 
 def start_engine(
-    config: EngineConfig, spawned: Spawned, meanwhile: Callable[[], object] | None = None
-) -> tuple[AsyncEngine, str]:
+    config: EngineConfig, spawned: Spawned, meanwhile: Callable[[], Result]
+) -> tuple[AsyncEngine, str, Result]:
     """Connect to the process that loads the model of ``config``, and return (the engine, its start
-    screen).
+    screen, what ``meanwhile`` returned while the model was loaded).
 
-    ``meanwhile`` is called while the model is loaded. Raises ValueError if the model cannot be
-    loaded.
+    Raises ValueError if the model cannot be loaded.
     """
     process = spawned.process
     # The folder is removed when both sides are connected, so that no other process can connect.
@@ -154,13 +154,12 @@ def start_engine(
         sockets: Sockets[FromEngine] = Sockets(folder, is_server=True)
         try:
             # The process loads the model during this time.
-            if meanwhile is not None:
-                meanwhile()
+            result = meanwhile()
             tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
             ready = _wait_for(process, sockets)
             tokenizer = tokenizer or load_tokenizer_of(config, ready.facts.vocab_size)
             channel = ProcessChannel(config, tokenizer, ready.facts, process, sockets)
-            return AsyncEngine(channel), ready.screen
+            return AsyncEngine(channel), ready.screen, result
         except BaseException:
             process.kill()
             process.communicate()

@@ -40,9 +40,12 @@ def _start(*flags: str, **options: object) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
-    """Start ``engine serve`` with the parameter's flags, if any."""
-    process = _start(*SMALL, *getattr(request, "param", ()))
+    """Start ``engine serve`` with the parameter's flags, if any. Its input is a key."""
+    process = _start(*SMALL, *getattr(request, "param", ()), stdin=subprocess.PIPE)
+    process.stdin.write("sk-key\n")
+    process.stdin.close()
     yield process
+    process.stdin = None
     process.kill()
     process.communicate()
 
@@ -101,12 +104,15 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     ), log
 
 
+@pytest.mark.parametrize("server", [("--api-key-file", "/dev/stdin")], indirect=True)
 def test_the_reason_of_a_killed_engine_is_printed_once(server: subprocess.Popen[str]) -> None:
+    """Its keys come from a pipe, which can be read once."""
     _, url = _address(server)
     _wait_until_ready(url)
-    with httpx.stream("GET", url + "/v1/cache/events", timeout=120) as page:
+    client = httpx.Client(headers={"Authorization": "Bearer sk-key"}, timeout=120)
+    with client, client.stream("GET", url + "/v1/cache/events") as page:
         next(page.iter_text())
-        assert httpx.get(f"{url}/v1/cache/nodes/{1 << 63}", timeout=120).status_code == 404
+        assert client.get(f"{url}/v1/cache/nodes/{1 << 63}").status_code == 404
         os.kill(child_of(server.pid), signal.SIGKILL)
         assert server.wait(120) == 1
     log = server.stderr.read()
