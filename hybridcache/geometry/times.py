@@ -143,7 +143,7 @@ class MeasuredTimes:
 
     def describe(self) -> str:
         """Describe the source in one line."""
-        return f"measured, {self.source}"
+        return f"measured, {self.source}, to {self.lengths[-1]:,} tokens and linear beyond"
 
     @classmethod
     def load(cls, path: str | Path) -> MeasuredTimes:

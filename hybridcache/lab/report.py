@@ -199,6 +199,12 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
         f"in addition to their GiB, not counted: {memory} ({', '.join(names)})"
         for memory, names in uncharged.items()
     ]
+    waiting = [run.losses.not_fetched / run.prompt_tokens for run in result.runs if run.losses]
+    if max(waiting, default=0.0) >= 0.01:
+        notes.append(
+            f"lower tiers held up to {max(waiting):.1%} of the tokens: these were computed, because"
+            " that takes less time than loading them"
+        )
     has_states = result.geometry.state_bytes > 0
     notes += dict.fromkeys(filter(None, (no_hit_note(run, has_states) for run in result.runs)))
     return [*notes, *result.trace_notes]

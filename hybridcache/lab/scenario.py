@@ -79,7 +79,7 @@ ELSEWHERE = {
     "counts_running": ": it is an argument of optimum(...)",
     **dict.fromkeys(("processes", "ray", "resume_from"), ": simulate and closed_loop take it"),
     **dict.fromkeys(("losses", "metric", "figure"), ": it is a method of the result, or a flag"),
-    "closed_loop": ": call closed_loop(...)",
+    "closed_loop": ": give --closed-loop, or call closed_loop(...)",
 }
 """Hints for arguments of other functions, and flags, that are not settings of a scenario."""
 ALL = "all"
@@ -145,7 +145,7 @@ REPLAY_ONLY = (
 
 
 KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "str | Trace": ("a specification or a Trace", (str, Trace)),
+    "str | Trace": ("one specification or one Trace", (str, Trace)),
     "str | ModelGeometry": ("a name, a path or a ModelGeometry", (str, ModelGeometry)),
     "str": ("a name", (str,)),
     "bool": ("True or False", (bool,)),
@@ -316,12 +316,11 @@ class Scenario:
                     raise ValueError(f"{name} has {value} twice: give each once.")
         if self.memory not in MEMORIES:
             raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
-        is_share = self.kv_share is not None and 0 <= self.kv_share <= 1
-        if is_share != (self.memory == "pools") or (self.kv_share is not None and not is_share):
-            raise ValueError(
-                f"kv_share {self.kv_share} with memory {self.memory!r}: give 0 to 1 with memory "
-                "'pools', and leave it out otherwise"
-            )
+        share = self.kv_share
+        if share is not None and self.memory != "pools":
+            raise ValueError(f"kv_share {share} is for memory 'pools' (got {self.memory!r})")
+        if self.memory == "pools" and (share is None or not 0 <= share <= 1):
+            raise ValueError(f"memory 'pools' needs a kv_share of 0 to 1 (got {share})")
         for tier in ("host", "disk"):
             gb_s, size = f"{tier}_gb_s", getattr(self, f"{tier}_gib")
             if getattr(self, gb_s) != _defaults()[gb_s] and not size:
@@ -335,7 +334,7 @@ class Scenario:
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
             if name not in known:
-                hint = ELSEWHERE.get(name) or did_you_mean(name, known)
+                hint = ELSEWHERE.get(name.replace("-", "_")) or did_you_mean(name, known)
                 raise TypeError(f"there is no setting {name!r}{hint}")
         if isinstance(given, Scenario):
             return replace(given, **settings)

@@ -227,6 +227,11 @@ def _checked(request: TraceRequest, unit: int) -> TraceRequest:
         if value is not None and not (isinstance(value, kind) and least <= value <= most):
             number = "a whole number" if kind is Integral else "a number"
             raise ValueError(f"{name} must be {number} from {least} to {most} (got {value!r})")
+    if unit == 1 and len(output) and request.answer_tokens not in (None, len(output)):
+        raise ValueError(
+            f"answer_tokens must be the number of ids in output, {len(output)}, as a unit is one "
+            f"token (got {request.answer_tokens})"
+        )
     for name in ("session", "namespace"):
         try:
             hash(value := getattr(request, name))

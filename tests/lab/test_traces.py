@@ -499,6 +499,7 @@ def test_a_pipe_gets_the_requests_alone(capsys: pytest.CaptureFixture[str]) -> N
         ({"boundaries": (3, 10)}, r"boundaries must be at most 9 here \(got 10\)"),
         ({"partial_tokens": 2}, "partial_tokens must be a whole number from 1 to 1"),
         *(({"answer_tokens": value}, "answer_tokens must be a whole") for value in (-1, 2.5, "5")),
+        ({"answer_tokens": 9}, "answer_tokens must be the number of ids in output"),
         ({"service_s": float("nan")}, "service_s must be a number from 0 to"),
         ({"session": ["a"]}, r"session must be hashable, as a text is \(got \['a'\]\)"),
         ({"timestamp_s": float("nan")}, "timestamp_s must be a finite number"),
