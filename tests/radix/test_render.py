@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
-import pytest
-
 from hybridcache.radix.tree import RadixNode
 from tests.cache.serving import hybrid, ids, publish, serve
 
 
-@pytest.fixture
-def cache():
+def test_text_is_an_indented_outline():
     cache = hybrid(num_slots=3)
     serve(cache, ids("system", "hello"), [6, 11])
     serve(cache, ids("system", "world"), [11])
     cache.evict(num_slots=1)
     cache.lock(cache.match(ids("system", "world", "!")).node)
-    return cache
-
-
-def test_text_is_an_indented_outline(cache):
     assert cache.render().splitlines() == [
         "namespace None",
         "`- 0..6 * slot 0 superseded",
         "   |- 6..11 * slot 2 locked 1x",
         "   `- 6..11 ~ ghost - checkpoint evicted",
     ]
-
-
-def test_text_stops_after_max_nodes(cache):
     assert cache.render(max_nodes=1).splitlines()[-1] == "... 2 more nodes"
 
 
-@pytest.fixture
-def cache_of_tenants():
+def test_rendering_reads_only_max_nodes_nodes(monkeypatch):
     cache = hybrid(num_kv_tokens=10_000)
     for tenant in range(3000):
         publish(cache, ids([tenant, 1]), namespace=("tenant", tenant))
-    return cache
-
-
-def test_rendering_reads_only_max_nodes_nodes(cache_of_tenants, monkeypatch):
     seen = set()
     start = RadixNode.start.fget
     monkeypatch.setattr(RadixNode, "start", property(lambda node: seen.add(node) or start(node)))
-    picture = cache_of_tenants.render(max_nodes=10)
+    picture = cache.render(max_nodes=10)
     assert "... 2990 more nodes and 2990 more namespaces" in picture
     assert len(picture.splitlines()) <= 21
     assert len(seen) == 10
-    assert "... 1 more node" not in cache_of_tenants.render(max_nodes=3000)
-    assert cache_of_tenants.render(max_nodes=2999).endswith("... 1 more node and 1 more namespace")
-    assert cache_of_tenants.render(max_nodes=0) == "... 3000 more nodes and 3000 more namespaces"
+    assert "... 1 more node" not in cache.render(max_nodes=3000)
+    assert cache.render(max_nodes=2999).endswith("... 1 more node and 1 more namespace")
+    assert cache.render(max_nodes=0) == "... 3000 more nodes and 3000 more namespaces"
 
 
 SPECIAL_CHARACTERS = 'two\nlines \x00\x1b\ufffe\ud800 <&> "\\'

@@ -29,14 +29,9 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture
-def errors() -> list[str]:
-    """Return the list of script errors of a test's pages."""
-    return []
-
-
-@pytest.fixture
-def tab(chromium: Any, errors: list[str]) -> Iterator[Any]:
+def tab(chromium: Any) -> Iterator[Any]:
     """Yield an empty page, and fail the test if a script of the page failed."""
+    errors: list[str] = []
     page = chromium.new_page(viewport={"width": 1200, "height": 800})
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.set_default_timeout(120_000)

@@ -1,5 +1,5 @@
 """Chromium fixtures for the tests of this folder."""
 
-from .browser import chromium, errors, tab
+from .browser import chromium, tab
 
-__all__ = ["chromium", "errors", "tab"]
+__all__ = ["chromium", "tab"]
