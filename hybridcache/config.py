@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import lcm
 from typing import Any, TypeVar
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
@@ -15,7 +14,7 @@ from hybridcache.policies.eviction.priority_classes import PriorityClasses
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.tree import ItemBytes
-from hybridcache.tokens import require_bool, require_index
+from hybridcache.tokens import require_bool, require_grid, require_index
 
 COUNTS = (
     *("num_kv_tokens", "num_slots", "total_bytes", "kv_bytes_per_token", "state_bytes"),
@@ -88,12 +87,7 @@ class CacheConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)} (got {getattr(self, name)!r})."
                 )
-        if self.grid % self.page_size and self.page_size % self.grid:
-            raise ValueError(
-                f"grid {self.grid} must be a multiple of page_size {self.page_size}, or divide it: "
-                "checkpoints are saved at common multiples, here only at those of "
-                f"{lcm(self.grid, self.page_size)} tokens"
-            )
+        require_grid(self.grid, self.page_size)
         has_pools = bool(self.num_kv_tokens or self.num_slots)
         if has_pools == (self.total_bytes is not None):
             raise ValueError("give either num_kv_tokens and num_slots, or total_bytes")
@@ -118,7 +112,7 @@ class CacheConfig:
             raise ValueError(
                 f"kv_bytes_per_token and state_bytes must be given with {' and '.join(given)}, "
                 "because rows and states are counted in bytes there. hybridcache.ModelGeometry "
-                "computes both for a model"
+                "computes both for a model; one without states needs prefix_cache='radix'"
             )
         for name, num_bytes in self.tier_bytes.items():
             if self.prefix_cache != "hybrid":

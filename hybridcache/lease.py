@@ -32,11 +32,11 @@ from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle, require_cache, require_stop_reason
 from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
 from hybridcache.policies.protocol import (
-    UNGUARDED,
     FetchRule,
     PlacementPolicy,
     Prefill,
     require_fetch_rule,
+    require_placement,
 )
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import (
@@ -115,7 +115,8 @@ class LeaseRequest(NamedTuple):
 
 NO_STATES = (
     "a request with a state needs room for one: build a hybrid cache with num_slots or more "
-    "total_bytes, or pass LeaseRequest(stateful=False) for a model without linear layers"
+    "total_bytes. A model without linear layers needs a cache with prefix_cache='radix', and "
+    "stateful=False"
 )
 NEEDS_STATES = (
     "a request without states reuses nothing in a hybrid cache: build the cache with "
@@ -134,6 +135,14 @@ NOT_READY = (
 ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
 
 
+def require_stateful_cache(cache: HybridRadixCache, stateful: bool) -> None:
+    """Raise ValueError if ``cache`` is not for requests with a state, or without. O(1)."""
+    if stateful and not cache.item_bytes.state:
+        raise ValueError(NO_STATES)
+    if not stateful and cache.needs_states:
+        raise ValueError(NEEDS_STATES)
+
+
 def _refuse_bad_begin(
     cache: HybridRadixCache,
     placement: PlacementPolicy,
@@ -144,8 +153,7 @@ def _refuse_bad_begin(
     O(boundaries)."""
     if not isinstance(cache, HybridRadixCache):
         require_cache(cache)
-    if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
-        raise TypeError(UNGUARDED.format(placement))
+    require_placement(placement)
     if not isinstance(request, LeaseRequest):
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
@@ -160,10 +168,7 @@ def _refuse_bad_begin(
     for what in ("stateful", "reuse", "exact", "resumes"):
         if type(getattr(request, what)) is not bool:
             require_bool(getattr(request, what), what)
-    if request.stateful and not cache.item_bytes.state:
-        raise ValueError(NO_STATES)
-    if not request.stateful and cache.needs_states:
-        raise ValueError(NEEDS_STATES)
+    require_stateful_cache(cache, request.stateful)
     if exchange is not None:
         require_fetch_rule(exchange)
     require_boundaries(request.boundaries)

@@ -210,9 +210,19 @@ class StepPlan:
         Raises:
             RuntimeError: the plan was carried out before, a call failed half-way, or ``reset`` has
                 forgotten the plan.
+            TypeError: ``memory`` lacks a method that the plan needs. Nothing is carried out.
         """
         if self.is_done or self.was_begun:
             raise RuntimeError(SPENT)
+        needed = {
+            "move" if isinstance(transfer, Move) else "copy"
+            for transfer in self.transfers
+            if not isinstance(transfer, Drop)
+        }
+        needed |= {"write_row"} if self.row_writes else set()
+        needed |= {"restore"} if self.restores else set()
+        if missing := sorted(name for name in needed if not hasattr(memory, name)):
+            raise TypeError(f"memory must have a method {', '.join(missing)} (got {memory!r}).")
         self.was_begun = True
         for transfer in self.transfers:
             if isinstance(transfer, Move):

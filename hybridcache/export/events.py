@@ -17,13 +17,19 @@ MirrorMatch(cached_len=8, kv_match_len=10)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from math import lcm
 from typing import NamedTuple
 
 from hybridcache.api import Listener
 from hybridcache.radix.tree import RadixNode
-from hybridcache.tokens import common_tuple_len, require_index, require_namespace
+from hybridcache.tokens import (
+    Tokens,
+    common_tuple_len,
+    require_index,
+    require_int32,
+    require_namespace,
+)
 
 
 class KVStored(NamedTuple):
@@ -239,9 +245,14 @@ class Mirror:
         lower.parent, lower.start, lower.tokens = event.upper, event.position, tail
         upper.children[tail[: self.page_size]] = event.id
 
-    def match(self, tokens: Sequence[int], namespace: Hashable = None) -> MirrorMatch:
-        """Match ``tokens``. O(len(tokens)), or O(matched tokens) if it is a tuple."""
-        ids = tokens if type(tokens) is tuple else tuple(int(token) for token in tokens)
+    def match(self, tokens: Tokens | tuple[int, ...], namespace: Hashable = None) -> MirrorMatch:
+        """Match ``tokens``, int32[n] in O(n), or a tuple of integers in O(matched tokens). Raises
+        ValueError if it is neither, and if the namespace is malformed."""
+        if isinstance(tokens, tuple):
+            ids = tokens
+        else:
+            require_int32(tokens, "tokens")
+            ids = tuple(tokens.tolist())
         require_namespace(namespace)
         children = self._roots.get(namespace, {})
         end = cached_len = 0

@@ -171,7 +171,7 @@ class Memory:
     >>> cache, placement = build_prefix_cache(config), parse_placement("adaptive")
     >>> memory = unpack(body)  # ValueError if the file is damaged
     >>> memory.recall_tree(cache)
-    >>> memory.recall_policies(cache, placement.rules)  # names of policies whose state does not fit
+    >>> memory.recall_policies(cache, placement.rules)  # names of parts that do not fit
     []
     >>> losses = cache.match(prompt).losses
     >>> losses.never_seen, losses.kv_evicted
@@ -236,8 +236,9 @@ class Memory:
     ) -> list[str]:
         """Restore the state of the cache's eviction policies and of the ``placement`` rules.
 
-        Returns the tiers (or ``placement``) with saved state that does not fit. Users' own policies
-        start anew, because their state is not saved, and are not named. O(memory).
+        Returns the names of the tiers whose policy does not fit its saved state, and ``placement``
+        if the rules do not. Users' own policies start anew, because their state is not saved, and
+        are not named. O(memory).
 
         Raises:
             ValueError: ``recall_tree`` did not restore this cache before, or it has served requests

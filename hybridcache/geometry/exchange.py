@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
-from hybridcache.geometry.times import PrefillTimes
+from hybridcache.geometry.times import PrefillTimes, require_times
 from hybridcache.tokens import require_index
 
 PCIE_BYTES_PER_S = 50e9
@@ -35,10 +35,12 @@ class Exchange:
     """Tokens per id, for a cache that counts in units of several tokens."""
 
     def __post_init__(self) -> None:
-        if not hasattr(self.times, "seconds"):
-            raise TypeError(f"times must have a method seconds(start, end) (got {self.times!r}).")
+        require_times(self.times)
         for name in ("bytes_per_s", "latency_s"):
-            for tier, value in getattr(self, name).items():
+            numbers = getattr(self, name)
+            if not isinstance(numbers, Mapping):
+                raise TypeError(f"{name} must be a number by tier, in a dict (got {numbers!r}).")
+            for tier, value in numbers.items():
                 is_number = isinstance(value, int | float) and tier in LATENCY_S
                 if not is_number or not (value > 0 if name == "bytes_per_s" else 0 <= value < inf):
                     raise ValueError(

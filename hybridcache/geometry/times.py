@@ -27,6 +27,12 @@ class PrefillTimes(Protocol):
         if empty."""
 
 
+def require_times(times: object) -> None:
+    """Raise TypeError unless ``times`` is a ``PrefillTimes``."""
+    if isinstance(times, type) or not callable(getattr(times, "seconds", None)):
+        raise TypeError(f"times must have a method seconds(start, end) (got {times!r}).")
+
+
 @dataclass(frozen=True, slots=True)
 class Roofline:
     """Prefill times from first principles: the slower of arithmetic and memory traffic, plus a

@@ -312,12 +312,6 @@ class Prefill(NamedTuple):
         return found
 
 
-UNGUARDED = (
-    "placement must be made by parse_placement, once for all requests, from names or a policy of "
-    "yours (got {!r})."
-)
-
-
 class PlacementPolicy(ABC):
     """Choice of the positions at which requests save checkpoints.
 
@@ -376,3 +370,12 @@ class PlacementPolicy(ABC):
 
         Reasons are a missing slot, an early end of the request, or an existing checkpoint.
         """
+
+
+def require_placement(placement: object) -> None:
+    """Raise TypeError unless ``placement`` is a ``PlacementPolicy`` that is built in or guarded."""
+    if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
+        raise TypeError(
+            "placement must be made by parse_placement, once for all requests, from names or a "
+            f"policy of yours (got {placement!r})."
+        )

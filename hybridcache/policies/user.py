@@ -101,6 +101,8 @@ def own_policy(given: object) -> OwnPolicy:
         return given
     if callable(given):
         return OwnPolicy(_name_of(given), given)
+    if type(given).__module__ == "builtins":
+        return OwnPolicy(repr(given), partial(copy.deepcopy, given))
     facts = ", ".join(
         f"{name}={value!r}"
         for name, value in getattr(given, "__dict__", {}).items()
@@ -125,6 +127,8 @@ def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
     interfaces of policies.
     """
     own = own_policy(given)
+    if not callable(given) and not isinstance(given, OwnPolicy):
+        _refuse_unfit(own.label, type(given), protocol)
     if isinstance(own.make, type):
         _refuse_unfit(own.label, own.make, protocol)
         if is_built_in(own.make):
@@ -155,7 +159,7 @@ def _refuse_unfit(label: str, found: type[Any], protocol: type[Any]) -> None:
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if not issubclass(found, protocol):
         known = f"{protocol.__module__}.{protocol.__name__}"
-        fault = f"give a name, or derive {found.__name__} from {known}"
+        fault = f"give a name, or a class derived from {known}"
     elif missing:
         fault = f"it lacks {', '.join(missing)}"
     else:

@@ -58,8 +58,10 @@ class Outbox:
     def cover(self, request: Hashable) -> None:
         """Record that the prompt of ``request`` is computed.
 
-        The next batch covers the KV and checkpoints that it stored.
+        The next batch covers the KV and checkpoints that it stored. Raises TypeError if it is not
+        hashable.
         """
+        hash(request)
         with self._lock:
             self._covered.append(request)
 

@@ -90,10 +90,11 @@ class CheckpointSeconds(Router):
         return Mirror(self.spec.page_size, None if self.spec.stateful else self.spec.grid)
 
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
+        lost = super().left(replica, now)
         self.mirrors.pop(replica, None)
         self.in_flight.pop(replica, None)
         self.write_rates.pop(replica, None)
-        return super().left(replica, now)
+        return lost
 
     def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
         """Match a prompt in the mirror of ``replica``."""
@@ -179,9 +180,10 @@ class CheckpointSeconds(Router):
 
     def ended(self, request: Hashable, now: float) -> None:
         where = self._where.get(request)
-        if where is not None and self.loads[where].is_waiting(request):
-            self.in_flight[where].pop(request, None)
+        is_waiting = where is not None and self.loads[where].is_waiting(request)
         super().ended(request, now)
+        if where is not None and is_waiting:
+            self.in_flight[where].pop(request, None)
 
     def on_events(
         self,

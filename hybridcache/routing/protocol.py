@@ -8,11 +8,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, NamedTuple
 
 from hybridcache.export.events import Event
-from hybridcache.geometry.times import PrefillTimes
-from hybridcache.policies.protocol import PlacementPolicy
+from hybridcache.geometry.times import PrefillTimes, require_times
+from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
+from hybridcache.policies.protocol import PlacementPolicy, require_placement
+from hybridcache.tokens import (
+    require_bool,
+    require_grid,
+    require_id_tuple,
+    require_index,
+    require_namespace,
+    require_seconds,
+)
 
 ReplicaId = int | str
 """Identifier of a replica. Never reused: a replica that returns gets a new id and is empty."""
@@ -39,6 +49,18 @@ class ReplicaSpec:
     placement: PlacementPolicy | None = None
     """Placement policy of the replicas with positions in ids, or None if unknown."""
 
+    def __post_init__(self) -> None:
+        require_times(self.times)
+        for name in ("unit", "page_size", "grid"):
+            require_index(getattr(self, name), name, 1)
+        for name in ("kv_bytes", "state_bytes", "capacity_bytes"):
+            if name != "capacity_bytes" or self.capacity_bytes is not None:
+                require_index(getattr(self, name), name, 0)
+        require_grid(self.grid, self.page_size)
+        require_bool(self.stateful, "stateful")
+        if self.placement is not None:
+            require_placement(self.placement)
+
 
 class RouteRequest(NamedTuple):
     """Request as seen by a router."""
@@ -49,6 +71,13 @@ class RouteRequest(NamedTuple):
     namespace: Hashable = None
     boundaries: tuple[int, ...] = ()
     """Positions that later prompts are known to share, as passed to the placement policy."""
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError if a field is malformed. O(tokens)."""
+        hash(self.id)
+        require_id_tuple(self.tokens, "tokens")
+        require_namespace(self.namespace)
+        require_boundaries(PromptBoundaries(self.boundaries))
 
 
 class Choice(NamedTuple):
@@ -170,6 +199,15 @@ class Router:
         self.loads: dict[ReplicaId, ReplicaLoad] = {}
         """Load of each replica that is up, in the order in which they joined."""
         self._where: dict[Hashable, ReplicaId] = {}
+        self._now_s = -inf
+
+    def _set_time(self, now: float) -> None:
+        """Note the time of a call. Raises TypeError unless ``now`` is a finite number, and
+        ValueError if an earlier call had a later time."""
+        require_seconds(now, "now")
+        if now < self._now_s:
+            raise ValueError(f"now must not decrease (got {now} after {self._now_s}).")
+        self._now_s = now
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
         """Return the replica for ``request``, one of ``loads`` (never empty).
@@ -183,21 +221,34 @@ class Router:
 
         Args:
             request: The request.
-            now: Time in seconds. Must not decrease between calls.
+            now: Time in seconds, finite. Must not decrease between calls of any method.
 
         Raises:
             NoReplica: no replica is up.
-            ValueError: ``choose`` returned no ``Choice`` of a replica that is up.
+            TypeError, ValueError: a field of the request is malformed, its id is that of a running
+                request, or ``now`` decreases. Nothing is counted.
+            ValueError: ``choose`` returned no ``Choice`` of a replica that is up, or a length that
+                is not one of the prompt.
         """
+        if not isinstance(request, RouteRequest):
+            raise TypeError(f"request must be a RouteRequest (got {type(request).__name__}).")
+        request.check()
+        if request.id in self._where:
+            raise ValueError(
+                f"id {request.id!r} is that of a running request: end it first, or use another."
+            )
+        self._set_time(now)
         if not self.loads:
             raise NoReplica("No replica is up. Try again when one has joined.")
         choice = self.choose(request, now)
-        if not isinstance(choice, Choice) or choice.replica not in self.loads:
-            name = type(self).__name__
-            raise ValueError(f"{name}.choose must return a Choice of a replica (got {choice!r}).")
-        self.loads[choice.replica].sent(
-            request.id, self.seconds(choice.expected_len, len(request.tokens)), now
-        )
+        num_ids = len(request.tokens)
+        is_choice = isinstance(choice, Choice) and choice.replica in self.loads
+        if not is_choice or choice.expected_len not in range(num_ids + 1):
+            raise ValueError(
+                f"{type(self).__name__}.choose must return a Choice of a replica, with a length "
+                f"from 0 to {num_ids} (got {choice!r})."
+            )
+        self.loads[choice.replica].sent(request.id, self.seconds(choice.expected_len, num_ids), now)
         self._where[request.id] = choice.replica
         self.routed(request, choice, now)
         return choice
@@ -207,12 +258,14 @@ class Router:
 
     def prefilled(self, request: Hashable, now: float) -> None:
         """Record that the first token of a request has arrived. O(1)."""
+        self._set_time(now)
         where = self._where.get(request)
         if where is not None:
             self.loads[where].prefilled(request, now)
 
     def ended(self, request: Hashable, now: float) -> None:
         """Record that a request has ended: answered, aborted or failed. O(1)."""
+        self._set_time(now)
         where = self._where.pop(request, None)
         if where is not None:
             self.loads[where].ended(request, now)
@@ -221,10 +274,12 @@ class Router:
         """Add a replica with an empty cache. Raises ValueError if it is already up."""
         if replica in self.loads:
             raise ValueError(f"Replica {replica!r} has already joined.")
+        self._set_time(now)
         self.loads[replica] = ReplicaLoad()
 
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
         """Remove a replica. Returns its outstanding requests, which are no longer counted."""
+        self._set_time(now)
         load = self.loads.pop(replica, None)
         lost = () if load is None else tuple(load.requests())
         for request in lost:
@@ -266,9 +321,10 @@ class Router:
         for load in self.loads.values():
             load.check()
         counted = [each for load in self.loads.values() for each in load.requests()]
-        assert sorted(map(repr, counted)) == sorted(map(repr, self._where))
+        message = "a running request is counted at no replica, or at several"
+        assert sorted(map(repr, counted)) == sorted(map(repr, self._where)), message
         for request, replica in self._where.items():
-            assert request in self.loads[replica].requests()
+            assert request in self.loads[replica].requests(), f"{request!r} is at another replica"
 
 
 class LeastLoaded(Router):

@@ -17,12 +17,14 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def find_router(name: str) -> Callable[[ReplicaSpec], Router]:
-    """Return the factory of the router that ``name`` names. Raises ValueError if there is none."""
-    if name in ROUTERS:
-        return ROUTERS[name]
-    if ":" not in name:
-        raise ValueError(
-            f"router must be one of {', '.join(ROUTERS)}, or module:Class (got {name!r})."
-        )
-    return cast(Callable[[ReplicaSpec], Router], load(name, Router).make)
+def find_router(router: str | type[Router]) -> Callable[[ReplicaSpec], Router]:
+    """Return the factory of a router: a name, ``module:Class``, or a class derived from ``Router``.
+    Raises ValueError if it is none of them."""
+    if isinstance(router, type) and issubclass(router, Router):
+        return router
+    if isinstance(router, str) and router in ROUTERS:
+        return ROUTERS[router]
+    if isinstance(router, str) and ":" in router:
+        return cast(Callable[[ReplicaSpec], Router], load(router, Router).make)
+    known = f"one of {', '.join(ROUTERS)}, module:Class, or a class derived from Router"
+    raise ValueError(f"router must be {known} (got {router!r}).")

@@ -168,8 +168,9 @@ class CacheAware(Router):
         self.tree = TextTree(max(1, MAX_TREE_TOKENS // spec.unit))
 
     def left(self, replica: ReplicaId, now: float) -> tuple[object, ...]:
+        lost = super().left(replica, now)
         self.tree.forget(replica)
-        return super().left(replica, now)
+        return lost
 
     def smallest(self) -> ReplicaId:
         """Return the replica with the fewest recorded tokens."""

@@ -14,13 +14,13 @@ import numpy as np
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache, require_cache
-from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.lease import Lease, LeaseRequest, require_stateful_cache
 from hybridcache.policies.protocol import (
-    UNGUARDED,
     FetchRule,
     PlacementPolicy,
     Prefill,
     require_fetch_rule,
+    require_placement,
 )
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, require_bool, require_index
@@ -62,15 +62,16 @@ class CacheManager:
             after_reading: decides again once the part of a prefix on disk has been read.
 
         Raises:
-            TypeError, ValueError: an argument is of another type, or ``num_rows`` less than 1.
+            TypeError, ValueError: an argument is of another type, ``num_rows`` less than 1, or the
+                cache is not for such a model.
         """
         require_cache(cache)
-        if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
-            raise TypeError(UNGUARDED.format(placement))
+        require_placement(placement)
         require_index(num_rows, "num_rows", 1)
         flags = {"stateful": stateful, "exact": exact, "owns_states": owns_states}
         for what, flag in flags.items():
             require_bool(flag, what)
+        require_stateful_cache(cache, stateful)
         require_fetch_rule(exchange)
         require_fetch_rule(after_reading, "after_reading")
         self.cache = cache
@@ -81,7 +82,7 @@ class CacheManager:
         self._exchange = exchange
         self._after_reading = after_reading
         self._free_rows = list(range(num_rows - 1, -1, -1))
-        self._num_rows = num_rows
+        self.num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
         self.other_holders: dict[Any, None] = {}
         """Other owners of rows and slots, with ``held_tokens`` and ``held_slots``."""
@@ -261,7 +262,7 @@ class CacheManager:
         positions of a row below ``end``. Raises AssertionError if one fails. O(cache)."""
         self.cache.check(*self.held())
         rows = sorted([*self._free_rows, *self._requests])
-        assert rows == list(range(self._num_rows)), "a table row has no owner, or two"
+        assert rows == list(range(self.num_rows)), "a table row has no owner, or two"
         self.check_rows(table_row)
 
     def check_rows(self, table_row: TableRow) -> None:

@@ -34,7 +34,7 @@ from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRe
 from hybridcache.policies.admission.sessions import Sessions
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
-from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.scheduling.request import ScheduledRequest, require_request
 from hybridcache.tokens import common_prefix_len, require_bool, require_index
 
 TILE = 64
@@ -215,8 +215,8 @@ class StepPlanner(Generic[R]):
             clock: function that returns seconds.
 
         Raises:
-            TypeError, ValueError: an argument is of another type, a number is less than 1, or
-                ``memory`` is not that of the manager's cache.
+            TypeError, ValueError: an argument is of another type, a number is less than 1,
+                ``max_running`` more than the manager's rows, or ``memory`` not that of its cache.
         """
         if not isinstance(manager, CacheManager):
             raise TypeError(f"manager must be a CacheManager (got {manager!r}).")
@@ -224,6 +224,9 @@ class StepPlanner(Generic[R]):
             raise TypeError(f"admission must be made by make_admission (got {admission!r}).")
         for what, number in (("max_running", max_running), ("token_budget", token_budget)):
             require_index(number, what, 1)
+        if max_running > manager.num_rows:
+            most = f"at most {manager.num_rows}, the num_rows of the manager"
+            raise ValueError(f"max_running must be {most} (got {max_running}).")
         require_bool(shares, "shares")
         if fetching is not None and not isinstance(fetching, Holding):
             raise TypeError(f"fetching must be a Holding, or None (got {fetching!r}).")
@@ -303,7 +306,9 @@ class StepPlanner(Generic[R]):
             ValueError: a waiting or running request has the same ``arrival``, or it is this one; it
                 is in another planner; its answer has ended; or it can be longer than
                 ``memory.max_request_len``, so that it would never end.
+            TypeError: it is no ``ScheduledRequest``.
         """
+        require_request(request)
         for requests in (self._waiting, self._running):
             place = bisect_left(requests, request.arrival, key=_age)
             if place < len(requests) and requests[place].arrival == request.arrival:
@@ -335,7 +340,8 @@ class StepPlanner(Generic[R]):
 
     def remove(self, request: R) -> None:
         """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards. Does
-        nothing if it has left, or was never added."""
+        nothing if it has left, or was never added. Raises TypeError if it is no request."""
+        require_request(request)
         if request in self._running:
             self._manager.abort(request)
             self._running.remove(request)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from math import isfinite
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from hybridcache.tokens import (
     require_index,
     require_int32,
     require_namespace,
+    require_seconds,
 )
 
 
@@ -26,7 +26,7 @@ class RequestFields(Protocol):
 
     @property
     def request_id(self) -> str | None:
-        """Name."""
+        """Name. Must be a string once the request is scheduled."""
 
     @property
     def namespace(self) -> Hashable:
@@ -87,8 +87,7 @@ class ScheduledRequest(WaitingRequest):
                 f"{max_len})"
             )
         require_index(arrival, "arrival")
-        if not isinstance(arrival_s, int | float) or not isfinite(arrival_s):
-            raise TypeError(f"arrival_s must be a finite number of seconds (got {arrival_s!r}).")
+        require_seconds(arrival_s, "arrival_s")
         if spec.choice_of is not None and not isinstance(spec.choice_of, str):
             raise TypeError(f"choice_of must be a request_id, or None (got {spec.choice_of!r}).")
         require_bool(spec.ends_session, "ends_session")
@@ -183,3 +182,9 @@ class ScheduledRequest(WaitingRequest):
     def restart(self) -> None:
         """Discard partial results of the prompt before its computation begins, for the first time
         or again."""
+
+
+def require_request(request: object) -> None:
+    """Raise TypeError unless ``request`` is a ``ScheduledRequest``."""
+    if not isinstance(request, ScheduledRequest):
+        raise TypeError(f"request must be a ScheduledRequest (got {request!r}).")

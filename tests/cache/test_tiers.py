@@ -112,9 +112,10 @@ def test_exchange_subtracts_copy_time_from_saved_prefill_time():
         ("bytes_per_s", {"hosts": 1.0}),
         ("latency_s", {"host": float("nan")}),
         ("latency_s", {"host": "1"}),
+        ("bytes_per_s", 5),
         ("unit", 0),
     ):
-        with pytest.raises(ValueError, match=field):
+        with pytest.raises((ValueError, TypeError), match=field):
             Exchange(PerToken(), **{field: wrong})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"must have a method seconds\(start, end\)"):
         Exchange(None)  # type: ignore[arg-type]

@@ -252,10 +252,11 @@ def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
 
 
 class NewestReplica(Router):
-    """Router that always chooses the newest replica."""
+    """Router that always chooses the newest replica, with a wrong length if that is negative."""
 
     def choose(self, request, now):
-        return Choice(max(self.loads))
+        newest = max(self.loads)
+        return Choice(newest, min(newest, 0))
 
 
 class NotARouter:
@@ -266,13 +267,17 @@ class NotARouter:
 
 def test_a_custom_router_is_found_by_its_path() -> None:
     here = "tests.routing.test_routers_machine"
+    assert find_router(NewestReplica) is NewestReplica
     router = find_router(f"{here}:NewestReplica")(spec())
+    router.joined(-1, 0)
+    with pytest.raises(ValueError, match="a length from 0 to 1"):
+        router.route(RouteRequest(1, (1,)), 0)
     router.joined(0, 0)
     router.joined(1, 0)
     assert router.route(RouteRequest(1, (1,)), 0).replica == 1
     with pytest.raises(ValueError, match=r"router must be one of checkpoint, .* \(got 'best'\)"):
         find_router("best")
-    with pytest.raises(ValueError, match="Router: give a name, or derive NotARouter from"):
+    with pytest.raises(ValueError, match="Router: give a name, or a class derived from"):
         find_router(f"{here}:NotARouter")
     with pytest.raises(ValueError, match="already joined"):
         router.joined(0, 0)
