@@ -470,7 +470,7 @@ class OwnPlacement(End):
 
 
 NO_IDS = (np.arange(9, dtype=np.int32), "abc", (1.5,))
-OWN_PLACEMENTS = (5, OwnPlacement, OwnPlacement(), Placement((OwnPlacement(),)))
+OWN_PLACEMENTS = ("backoff", None, OwnPlacement, OwnPlacement(), Placement((OwnPlacement(),)))
 
 
 WRONG = (
