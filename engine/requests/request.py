@@ -4,7 +4,6 @@ validation, the state of a request in the engine, and records of requests that e
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from bisect import bisect
 from collections import deque
@@ -32,6 +31,7 @@ from engine.requests.logit_rules import (
     ruled,
 )
 from engine.text.answers import CLOSE
+from engine.text.hugging_face import read_json
 from engine.text.outputs import (
     NO_TOKEN,
     Answer,
@@ -206,7 +206,7 @@ def sampling_defaults(config: EngineConfig) -> dict[str, float]:
     if config.model is None or config.sampling_defaults == "none":
         return {}
     path = Path(config.model) / "generation_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    named = read_json(path)
     found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
     if found.get("top_k") == 0:
         del found["top_k"]  #  0 means "all tokens", which is the default

@@ -164,8 +164,8 @@ class WeightFiles:
             )
         if coded:
             raise WeightsError(
-                f"quantization_config in config.json does not describe {len(coded)} weights that "
-                f"are quantised: {enumerated(coded)}."
+                "config.json has no quantization_config for weights of these types: "
+                f"{enumerated(coded)}."
             )
 
     def fill(self, layer: Layer) -> None:

@@ -159,13 +159,13 @@ def _is_here(host: str | None) -> bool:
 
 
 def _read_keys(flag: str, file: str) -> list[bytes]:
-    """Read the keys in the ``file`` of this ``flag``, one per line. Lines with ``#`` at their start
-    are comments."""
+    """Read the keys in the ``file`` of this ``flag``, one per line. A comment begins with ``#`` at
+    the start of the line or after a space."""
     try:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"{flag} {file!r} cannot be read ({error.strerror}).") from error
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith(b"#")]
+    lines = [re.split(rb"(?:^|\s)#", line, maxsplit=1)[0] for line in text.splitlines()]
     return _sendable(lines, f"{flag} {file}")
 
 

@@ -49,7 +49,7 @@ class HFTokenizer:
 
     def __init__(self, model_dir: Path, max_ids: int | None = None) -> None:
         self._backend = _load_backend(model_dir)
-        settings = _read_json(model_dir / "tokenizer_config.json")
+        settings = read_json(model_dir / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         plain = self._backend.get_vocab(with_added_tokens=False)
@@ -174,9 +174,9 @@ def load_tokenizer(model_dir: str | Path | None, max_ids: int | None = None) -> 
 
 def named_eos(model_dir: Path) -> frozenset[int]:
     """Return the end tokens of generation_config.json, or else of config.json."""
-    config = _read_json(model_dir / "config.json")
+    config = read_json(model_dir / "config.json")
     candidates = (
-        _read_json(model_dir / "generation_config.json").get("eos_token_id"),
+        read_json(model_dir / "generation_config.json").get("eos_token_id"),
         config.get("eos_token_id"),
         (config.get("text_config") or {}).get("eos_token_id"),
     )
@@ -213,15 +213,17 @@ def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
     return AutoTokenizer.from_pretrained(model_dir, local_files_only=True).backend_tokenizer
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in ``path``, or {} if the file does not exist. Raises ValueError if the
-    file is not JSON."""
+    file is not an object in JSON."""
     if not path.exists():
         return {}
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not an object in JSON: download it again.")
     return content
 
 

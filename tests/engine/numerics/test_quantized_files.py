@@ -202,7 +202,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ),
         (
             lambda _, section: section["modules_to_not_convert"].append(UP.removesuffix(".weight")),
-            r"does not describe 1 weights that are quantised: .*up_proj.weight is F8_E4M3",
+            r"no quantization_config for weights of these types: .*up_proj.weight is F8_E4M3",
         ),
         (
             lambda _, section: section.update(modules_to_not_convert=["blocks.0", "heads"]),

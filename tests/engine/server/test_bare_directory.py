@@ -61,16 +61,8 @@ def test_token_ids_are_served_without_a_tokenizer(live: Live) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "sentence"),
     [
-        (
-            "completions",
-            {"prompt": "Once upon"},
-            "'prompt' must be token ids, or a text",
-        ),
-        (
-            "completions",
-            {"prompt": "5 300"},
-            "'prompt' must contain token ids from 0 to 299",
-        ),
+        ("completions", {"prompt": "Once upon"}, "'prompt' must be token ids, or a text"),
+        ("completions", {"prompt": "5 300"}, "'prompt' must contain token ids from 0 to 299"),
         ("completions", {"prompt": "5 99999999999"}, "'prompt' must contain token ids below 2**31"),
         (
             "chat/completions",
@@ -109,6 +101,9 @@ def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:
         (0, 5, 0.95),
         (0.6, 20, 1),
     ]
+    (path / "generation_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is not an object in JSON"):
+        make_engine(path)
     engine = make_engine(path)
     request = engine.make(engine.validate(RequestSpec(IDS)))
     assert (request.params.temperature, request.params.top_k) == (0.6, 20)

@@ -232,7 +232,7 @@ def test_tenants_stay_isolated_in_every_dialect(
 ) -> None:
     """Random requests of several tenants: no answer contains another tenant's text."""
     rng = random.Random(seed)
-    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfkey-one\r\n\n  key-two\t\nkey-one\n")
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfkey-one # 1\r\n\n  key-two\t\nkey-one\n")
     (tmp_path / "admin").write_text("operator\n")
     files = {"api_key_file": str(tmp_path / "keys"), "admin_key_file": str(tmp_path / "admin")}
     live = serve_oracle(server_config(**files, salt_by_key=False))
