@@ -135,14 +135,6 @@ NOT_READY = (
 ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
 
 
-def require_stateful_cache(cache: HybridRadixCache, stateful: bool) -> None:
-    """Raise ValueError if ``cache`` is not for requests with a state, or without. O(1)."""
-    if stateful and not cache.item_bytes.state:
-        raise ValueError(NO_STATES)
-    if not stateful and cache.needs_states:
-        raise ValueError(NEEDS_STATES)
-
-
 def _refuse_bad_begin(
     cache: HybridRadixCache,
     placement: PlacementPolicy,
@@ -153,7 +145,8 @@ def _refuse_bad_begin(
     O(boundaries)."""
     if not isinstance(cache, HybridRadixCache):
         require_cache(cache)
-    require_placement(placement)
+    if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
+        require_placement(placement)
     if not isinstance(request, LeaseRequest):
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
@@ -168,7 +161,10 @@ def _refuse_bad_begin(
     for what in ("stateful", "reuse", "exact", "resumes"):
         if type(getattr(request, what)) is not bool:
             require_bool(getattr(request, what), what)
-    require_stateful_cache(cache, request.stateful)
+    if request.stateful and not cache.item_bytes.state:
+        raise ValueError(NO_STATES)
+    if not request.stateful and cache.needs_states:
+        raise ValueError(NEEDS_STATES)
     if exchange is not None:
         require_fetch_rule(exchange)
     require_boundaries(request.boundaries)

@@ -14,7 +14,7 @@ import numpy as np
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache, require_cache
-from hybridcache.lease import Lease, LeaseRequest, require_stateful_cache
+from hybridcache.lease import NEEDS_STATES, NO_STATES, Lease, LeaseRequest
 from hybridcache.policies.protocol import (
     FetchRule,
     PlacementPolicy,
@@ -71,7 +71,8 @@ class CacheManager:
         flags = {"stateful": stateful, "exact": exact, "owns_states": owns_states}
         for what, flag in flags.items():
             require_bool(flag, what)
-        require_stateful_cache(cache, stateful)
+        if cache.needs_states != stateful and (cache.needs_states or not cache.item_bytes.state):
+            raise ValueError(NEEDS_STATES if cache.needs_states else NO_STATES)
         require_fetch_rule(exchange)
         require_fetch_rule(after_reading, "after_reading")
         self.cache = cache

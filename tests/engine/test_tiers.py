@@ -16,12 +16,7 @@ from engine.plugins.tiers.records import StoreError
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.units import GIB
 from tests.engine.store.test_disk import FailingSystem
-from tests.engine.test_hits_change_nothing import (
-    REPORT,
-    MakeEngine,
-    assert_same,
-    prompts,
-)
+from tests.engine.test_hits_change_nothing import REPORT, MakeEngine, assert_same, prompts
 
 SMALL = {"kv_tokens": 700, "slots": 6}
 
@@ -42,14 +37,10 @@ def host_gib(engine: Engine, tokens: int) -> float:
 @pytest.mark.full("host and disk-bfloat16")
 @pytest.mark.usefixtures("always_loads")
 @pytest.mark.parametrize(
-    ("tiers", "dtype"),
-    [("host", "float32"), ("disk", "float32"), ("host and disk", "bfloat16")],
+    ("tiers", "dtype"), [("host", "float32"), ("disk", "float32"), ("host and disk", "bfloat16")]
 )
 def test_hits_through_any_tier_equal_cold_runs_bit_for_bit(
-    make_engine: MakeEngine,
-    tmp_path: Path,
-    tiers: str,
-    dtype: str,
+    make_engine: MakeEngine, tmp_path: Path, tiers: str, dtype: str
 ) -> None:
     texts = prompts(16)
     cold = make_engine(prefix_cache="none", dtype=dtype)
@@ -71,8 +62,7 @@ def test_hits_through_any_tier_equal_cold_runs_bit_for_bit(
 @pytest.mark.full
 @pytest.mark.usefixtures("always_loads")
 def test_a_restarted_engine_reads_its_folder_or_a_copy(
-    make_engine: MakeEngine,
-    tmp_path: Path,
+    make_engine: MakeEngine, tmp_path: Path
 ) -> None:
     texts = prompts(12)
     expected = generate_in_turn(make_engine(prefix_cache="none"), texts)
@@ -93,9 +83,7 @@ def test_a_restarted_engine_reads_its_folder_or_a_copy(
 
 
 def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
-    make_engine: MakeEngine,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A start that fails after the folder was opened releases it too."""
 
@@ -124,11 +112,7 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
     ("call", "number"), [("writev", errno.ENOSPC), ("preadv", errno.EIO)], ids=["writev", "preadv"]
 )
 def test_the_engine_serves_despite_errors_of_the_file_system(
-    make_engine: MakeEngine,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    call: str,
-    number: int,
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     """Answers stay exact during the errors, and the disk is used again later.
 

@@ -101,9 +101,9 @@ def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:
         (0, 5, 0.95),
         (0.6, 20, 1),
     ]
-    (path / "generation_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="is not an object in JSON"):
-        make_engine(path)
     engine = make_engine(path)
     request = engine.make(engine.validate(RequestSpec(IDS)))
     assert (request.params.temperature, request.params.top_k) == (0.6, 20)
+    (path / "generation_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is not an object in JSON"):
+        make_engine(path)
