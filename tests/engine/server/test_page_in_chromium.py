@@ -12,11 +12,11 @@ import pytest
 from engine.async_engine import View
 from engine.server.settings import ServerConfig
 from tests.waiting import wait_until
-from tests.watch.browser import chromium, errors, tab
+from tests.watch.browser import chromium, tab
 
 from .conftest import Live, oracle_engine, serving
 
-__all__ = ["chromium", "errors", "tab"]
+__all__ = ["chromium", "tab"]
 PROMPT = "the same beginning for all who ask here, " * 5
 
 
