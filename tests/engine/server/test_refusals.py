@@ -116,7 +116,8 @@ async def serving(kind: str, config: EngineConfig) -> AsyncIterator[tuple[Any, h
     if kind == "thread":
         engine = AsyncEngine(make_engine(config))
     elif kind == "process":
-        engine, _ = await asyncio.to_thread(start_engine, config, spawn(config, "here", BOOT))
+        spawned = spawn(config, "here", BOOT)
+        engine, *_ = await asyncio.to_thread(start_engine, config, spawned, lambda: None)
     else:
         engine = await serve(PickledHandle(config), 1, "text")
     app = create_app(engine, ServerConfig())
