@@ -229,7 +229,6 @@ def assemble(
         manager,
         max_running=config.max_running,
         token_budget=config.token_budget,
-        memory=runner.memory,
         admission=make_admission(config.admission),
         shares=caches,
         drafting=drafting,

@@ -124,7 +124,6 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
         CacheManager(cache, placement, num_rows=4, stateful=True),
         max_running=4,
         token_budget=8192,
-        memory=MemorySizes("arena", num_rows, num_rows // 300, row_bytes, state_bytes),
         admission=make_admission(policy),
         clock=time.process_time,
     )

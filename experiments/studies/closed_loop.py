@@ -38,7 +38,7 @@ from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.closed_loop import memory_sizes, run_closed_loop
+from hybridcache.lab.simulation.closed_loop import run_closed_loop
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 
@@ -237,8 +237,9 @@ def compare(
         token_budget=engine.config.token_budget,
         admission=admission,
     )
-    sizes = memory_sizes(cell)
-    assert (sizes.row_bytes, sizes.state_bytes) == (memory.row_bytes, memory.state_bytes)
+    geometry = cell.geometry()
+    sizes = geometry.kv_bytes_per_token, geometry.state_bytes
+    assert sizes == (memory.row_bytes, memory.state_bytes)
     run = run_closed_loop(trace, cell)
     forecast = {name: getattr(run, name) for name in ("ttft_mean_s", "ttft_p99_s", "makespan_s")}
     forecast["hit"] = 100 * run.token_hit_rate

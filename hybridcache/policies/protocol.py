@@ -223,13 +223,13 @@ class FetchRule(Protocol):
         """
 
 
-def require_fetch_rule(rule: object, what: str = "exchange") -> None:
+def require_fetch_rule(rule: object) -> None:
     """Raise TypeError unless ``rule`` is a ``FetchRule`` or None. O(1)."""
     if rule is not None and (
         isinstance(rule, type) or not callable(getattr(rule, "seconds_saved", None))
     ):
         hint = "an object with the method seconds_saved, or None"
-        raise TypeError(f"{what} must be {hint} (got {rule!r}).")
+        raise TypeError(f"exchange must be {hint} (got {rule!r}).")
 
 
 class Placed(NamedTuple):

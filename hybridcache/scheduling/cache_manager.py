@@ -13,15 +13,10 @@ import numpy as np
 
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.api import PrefixMatch
-from hybridcache.cache import HybridRadixCache, require_cache
-from hybridcache.lease import NEEDS_STATES, NO_STATES, Lease, LeaseRequest
-from hybridcache.policies.protocol import (
-    FetchRule,
-    PlacementPolicy,
-    Prefill,
-    require_fetch_rule,
-    require_placement,
-)
+from hybridcache.cache import HybridRadixCache
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
+from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, require_bool, require_index
 
@@ -62,19 +57,13 @@ class CacheManager:
             after_reading: decides again once the part of a prefix on disk has been read.
 
         Raises:
-            TypeError, ValueError: an argument is of another type, ``num_rows`` less than 1, or the
-                cache is not for such a model.
+            TypeError, ValueError: a number or a flag is of another type, or ``num_rows`` less than
+                1. ``begin`` raises those of the other arguments, as ``Lease.begin`` does.
         """
-        require_cache(cache)
-        require_placement(placement)
         require_index(num_rows, "num_rows", 1)
         flags = {"stateful": stateful, "exact": exact, "owns_states": owns_states}
         for what, flag in flags.items():
             require_bool(flag, what)
-        if cache.needs_states != stateful and (cache.needs_states or not cache.item_bytes.state):
-            raise ValueError(NEEDS_STATES if cache.needs_states else NO_STATES)
-        require_fetch_rule(exchange)
-        require_fetch_rule(after_reading, "after_reading")
         self.cache = cache
         self.placement = placement
         self.stateful = stateful
@@ -88,6 +77,17 @@ class CacheManager:
         self.other_holders: dict[Any, None] = {}
         """Other owners of rows and slots, with ``held_tokens`` and ``held_slots``."""
         self._step = StepPlan()
+        has_pools = cache.arena is None and not cache.shares_memory
+        self.memory = MemorySizes(
+            "pools" if has_pools else "arena",
+            cache.num_kv_tokens,
+            cache.num_slots,
+            cache.item_bytes.kv_token,
+            cache.item_bytes.state if stateful else 0,
+            cache.page_size,
+            owns_states,
+        )
+        """Sizes of the cache's memory."""
 
     def begin(self, request: ScheduledRequest) -> bool:
         """Assign a lease and a row to ``request``, and set its lengths from the cached prefix.

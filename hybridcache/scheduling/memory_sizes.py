@@ -1,4 +1,4 @@
-"""Sizes of a runner's memory in rows and slots. The tensors are in ``engine.runner.memory``."""
+"""Sizes of the memory of a cache or a runner in rows and slots, without its tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.tokens import require_index
 
 SLOTS_OF_ONE = 3
 """States of one request that cannot be evicted: its own, the checkpoint that it resumed from, and
@@ -15,7 +14,7 @@ the rolling checkpoint of its decoding."""
 
 @dataclass(frozen=True, slots=True)
 class MemorySizes:
-    """Number and size of the KV rows and state slots in a runner's memory."""
+    """Number and size of the KV rows and state slots in one memory."""
 
     memory: Literal["arena", "pools"]
     """``arena``: rows and slots share their bytes; ``pools``: each has its own."""
@@ -32,12 +31,6 @@ class MemorySizes:
     owns_states: bool = False
     """True if running states are stored outside this memory, one per row of the request table. The
     slots then hold checkpoints only."""
-
-    def __post_init__(self) -> None:
-        if self.memory not in ("arena", "pools"):
-            raise ValueError(f"memory must be 'arena' or 'pools' (got {self.memory!r}).")
-        for what in ("num_kv_tokens", "num_slots", "row_bytes", "state_bytes", "page_size"):
-            require_index(getattr(self, what), what, int(what in ("row_bytes", "page_size")))
 
     @property
     def is_stateful(self) -> bool:

@@ -33,7 +33,6 @@ from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.admission.sessions import Sessions
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest, require_request
 from hybridcache.tokens import common_prefix_len, require_bool, require_index
 
@@ -145,17 +144,13 @@ class StepPlanner(Generic[R]):
     >>> from hybridcache.policies.boundaries import PromptBoundaries
     >>> from hybridcache.policies.registry import make_admission
     >>> from hybridcache.scheduling.cache_manager import CacheManager
-    >>> from hybridcache.scheduling.memory_sizes import MemorySizes
     >>> from hybridcache.scheduling.planner import StepPlanner
     >>> from hybridcache.scheduling.request import ScheduledRequest
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=4000, num_slots=40))
     >>> manager = CacheManager(cache, parse_placement("adaptive"), num_rows=8, stateful=True)
-    >>> memory = MemorySizes(
-    ...     "pools", num_kv_tokens=4000, num_slots=40, row_bytes=1, state_bytes=64
-    ... )
     >>> planner = StepPlanner(
-    ...     manager, max_running=8, token_budget=256, memory=memory,
-    ...     admission=make_admission("sessions"), clock=lambda: 0.0,
+    ...     manager, max_running=8, token_budget=256, admission=make_admission("sessions"),
+    ...     clock=lambda: 0.0,
     ... )
     >>> prompt, reused = np.arange(300, dtype=np.int32), []
     >>> for number in range(2):
@@ -196,7 +191,6 @@ class StepPlanner(Generic[R]):
         *,
         max_running: int,
         token_budget: int,
-        memory: MemorySizes,
         admission: AdmissionPolicy,
         shares: bool = True,
         fetching: Holding[R] | None = None,
@@ -207,7 +201,6 @@ class StepPlanner(Generic[R]):
             manager: leases of the running requests.
             max_running: most running requests.
             token_budget: most tokens of a step; ``TILE`` (64) are for prompts at least.
-            memory: sizes of the memory that the requests share.
             admission: order of the waiting requests.
             shares: True if published entries are kept, so that waiting for another request's prefix
                 can pay.
@@ -215,11 +208,9 @@ class StepPlanner(Generic[R]):
             clock: function that returns seconds.
 
         Raises:
-            TypeError, ValueError: an argument is of another type, a number is less than 1,
-                ``max_running`` more than the manager's rows, or ``memory`` not that of its cache.
+            TypeError, ValueError: an argument is of another type, a number is less than 1, or
+                ``max_running`` more than the manager's rows.
         """
-        if not isinstance(manager, CacheManager):
-            raise TypeError(f"manager must be a CacheManager (got {manager!r}).")
         if not isinstance(admission, AdmissionPolicy):
             raise TypeError(f"admission must be made by make_admission (got {admission!r}).")
         for what, number in (("max_running", max_running), ("token_budget", token_budget)):
@@ -228,39 +219,14 @@ class StepPlanner(Generic[R]):
             most = f"at most {manager.num_rows}, the num_rows of the manager"
             raise ValueError(f"max_running must be {most} (got {max_running}).")
         require_bool(shares, "shares")
-        if fetching is not None and not isinstance(fetching, Holding):
-            raise TypeError(f"fetching must be a Holding, or None (got {fetching!r}).")
-        if not callable(clock):
-            raise TypeError(f"clock must be a function that returns seconds (got {clock!r}).")
-        cache, stateful = manager.cache, manager.stateful
-        needed = {
-            "page_size": cache.page_size,
-            "is_stateful": stateful,
-            "owns_states": stateful and manager.owns_states,
-        }
-        knows_bytes = cache.item_bytes.kv_token > 1
-        if knows_bytes:
-            needed["row_bytes"] = cache.item_bytes.kv_token
-        if stateful:
-            needed["num_slots"] = cache.num_slots
-            if knows_bytes:
-                needed["state_bytes"] = cache.item_bytes.state
-            if cache.arena is not None or not cache.shares_memory:
-                needed["slab_rows"] = 0 if cache.arena is None else cache.arena.slab_rows
-        for what, value in needed.items():
-            if getattr(memory, what, None) != value:
-                raise ValueError(f"{what} of memory must be {value}, the manager's (got {memory}).")
-        if memory.num_kv_tokens // memory.page_size * memory.page_size > cache.num_kv_tokens:
-            most = f"at most {cache.num_kv_tokens}, the manager's"
-            raise ValueError(f"num_kv_tokens of memory must be {most} (got {memory}).")
         self._manager = manager
+        self._longest = manager.memory.max_request_len
         self.admission = admission
         """Order of the waiting requests."""
         self.sessions = Sessions()
         """Sessions of waiting and running requests, and idle ones."""
         self.max_running = max_running
         self._token_budget = token_budget
-        self._longest = memory.max_request_len
         self._sharing = Sharing(manager) if shares else None
         self._holding: Holding[R] = Holding() if fetching is None else fetching
         self._clock = clock
@@ -274,7 +240,7 @@ class StepPlanner(Generic[R]):
             open_sessions=self.sessions.open,
             idle_sessions=self.sessions.idle,
             cached_len=self._cached_len,
-            footprint=lambda one: memory.share(one.num_tokens - one.shared_len, 1),
+            footprint=lambda one: manager.memory.share(one.num_tokens - one.shared_len, 1),
         )
         self._load.now_s = clock()
         self._is_full = False
@@ -305,7 +271,7 @@ class StepPlanner(Generic[R]):
         Raises:
             ValueError: a waiting or running request has the same ``arrival``, or it is this one; it
                 is in another planner; its answer has ended; or it can be longer than
-                ``memory.max_request_len``, so that it would never end.
+                ``manager.memory.max_request_len``, so that it would never end.
             TypeError: it is no ``ScheduledRequest``.
         """
         require_request(request)
@@ -322,8 +288,8 @@ class StepPlanner(Generic[R]):
             raise ValueError(f"request {request.request_id} has ended: it has max_len tokens")
         if request.max_len > self._longest:
             raise ValueError(
-                f"request {request.request_id} has max_len {request.max_len}, more than "
-                f"memory.max_request_len, {self._longest}: refuse it, or give it a shorter answer"
+                f"request {request.request_id} has max_len {request.max_len}, more than fits in "
+                f"the memory, {self._longest}: refuse it, or give it a shorter answer"
             )
         self._load.now_s = self._clock()
         request.session = self.sessions.arrived(

@@ -28,8 +28,7 @@ from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import ROUTERS, find_router
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory_sizes import MemorySizes
-from hybridcache.scheduling.planner import Holding, StepPlanner
+from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from tests.cache.serving import PerToken, hybrid, ids, publish
 from tests.cache.twins import VictimLog
@@ -399,23 +398,8 @@ def manager(**changes):
     return CacheManager(**{"cache": hybrid()} | arguments | changes)
 
 
-def sized_manager():
-    sizes = {"num_kv_tokens": 1000, "num_slots": 10, "kv_bytes_per_token": 4, "state_bytes": 8}
-    return manager(cache=build_prefix_cache(CacheConfig(**sizes)))
-
-
-def arena_manager():
-    sizes = {"kv_bytes_per_token": 1, "state_bytes": 64, "grid": 4}
-    return manager(cache=build_prefix_cache(CacheConfig(memory="arena", total_bytes=1000, **sizes)))
-
-
-def sizes(memory="pools", **changes):
-    numbers = {"num_kv_tokens": 1000, "num_slots": 10, "row_bytes": 1, "state_bytes": 2}
-    return MemorySizes(memory, **numbers | changes)
-
-
 def planner(**changes):
-    arguments = {"manager": manager(), "max_running": 2, "token_budget": 64, "memory": sizes()}
+    arguments = {"manager": manager(), "max_running": 2, "token_budget": 64}
     arguments |= {"admission": make_admission("sessions"), "clock": lambda: 0.0}
     return StepPlanner(**arguments | changes)
 
@@ -474,12 +458,8 @@ OWN_PLACEMENTS = ("backoff", None, OwnPlacement, OwnPlacement(), Placement((OwnP
 
 
 WRONG = (
-    *((sizes, {"memory": value}) for value in ("pool", "budget", None)),
-    *((sizes, {"num_kv_tokens": value}) for value in (-1, "a", 1.5)),
-    *((sizes, {name: 0}) for name in ("row_bytes", "page_size")),
     *((manager, {"num_rows": value}) for value in (-1, 0, "a")),
     *((manager, {name: 1}) for name in ("stateful", "exact", "owns_states")),
-    *((manager, {name: 5}) for name in ("cache", "exchange", "after_reading")),
     *((planner, {"max_running": value}) for value in (0, "a")),
     *((planner, {"token_budget": value}) for value in (0, -5)),
     *((planner, {"admission": value}) for value in (None, "sessions")),
@@ -487,27 +467,14 @@ WRONG = (
     *((scheduled, {"max_len": value}) for value in (4, "a")),
     (scheduled, {"arrival": None}),
     *((asking, {"save_at": value}) for value in ((4.0,), ("a",), 8)),
-    (planner, {"manager": sized_manager(), "memory": sizes(row_bytes=3, state_bytes=8)}),
-    (planner, {"manager": sized_manager(), "memory": sizes(row_bytes=4, state_bytes=7)}),
     (asking, {"boundaries": ()}),
     (asking, {"namespace": 1.5}),
-    (planner, {"memory": sizes(page_size=4)}),
-    (planner, {"memory": sizes(state_bytes=0)}),
-    (planner, {"memory": sizes(num_kv_tokens=1001)}),
-    *((planner, {"memory": value}) for value in (None, object())),
-    *((planner, {"memory": sizes(num_slots=value)}) for value in (0, 9, 11)),
-    (planner, {"memory": sizes(owns_states=True)}),
-    (planner, {"manager": manager(owns_states=True), "memory": sizes()}),
     (planner, {"shares": 1}),
-    *((planner, {"fetching": value}) for value in (5, len, Holding)),
-    *((planner, {"clock": value}) for value in (None, 0.0)),
-    (planner, {"manager": arena_manager(), "memory": sizes(num_kv_tokens=100)}),
     *((begin, {"placement": value}) for value in OWN_PLACEMENTS),
     (begin, {"cache": None}),
     *((scheduled, {"arrival_s": value}) for value in (None, "x", float("nan"))),
     *((asking, {name: value}) for name, value in (("ends_session", "no"), ("choice_of", 5))),
     (asking, {"request_id": None}),
-    (planner, {"manager": hybrid()}),
     (Outbox, {"cache": parse_placement("end")}),
     (tiered().fetch, {"resumable": None}),
     (unpack, {"data": "text"}),
@@ -539,7 +506,6 @@ WRONG = (
     *((replicas, {"page_size": 3}), (replicas, {"placement": "adaptive"})),
     *((find_router, {"router": value}) for value in (None, 5, End)),
     (planner, {"max_running": 3}),
-    (manager, {"stateful": False}),
     *((planner().add, {"request": "x"}), (planner().remove, {"request": "x"})),
     (Mirror(1).match, {"tokens": [1.5]}),
     (build, {"total_bytes": 99, "prefix_cache": "none", "kv_bytes_per_token": 8, "state_bytes": 0}),
@@ -560,13 +526,6 @@ def test_more_items_than_int32_can_number_are_refused_before_they_are_listed():
     for make in (lambda: build_prefix_cache(config), lambda: SlotAllocator(5 * 10**9)):
         with pytest.raises(ValueError, match="are more than the 2147483648 that int32 can number"):
             make()
-
-
-def test_a_planner_takes_the_sizes_that_the_cache_was_made_with():
-    """Rows beyond the last whole page have no use for either."""
-    config = CacheConfig(num_kv_tokens=1000, num_slots=10, page_size=16)
-    cache, memory = build_prefix_cache(config), sizes(page_size=16)
-    assert not planner(manager=manager(cache=cache), memory=memory).has_work()
 
 
 def test_a_request_is_added_once_and_its_removal_can_be_repeated():

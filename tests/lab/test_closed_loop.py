@@ -34,7 +34,6 @@ from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from tests.oracle import OracleRunner, OracleSampler
@@ -132,7 +131,6 @@ def test_text_that_a_tier_can_load_counts_as_cached_for_admission() -> None:
         manager,
         max_running=1,
         token_budget=512,
-        memory=MemorySizes("pools", **sizes, row_bytes=4, state_bytes=64),
         admission=Looks(),
         clock=lambda: 0.0,
     )

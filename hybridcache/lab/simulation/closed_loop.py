@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridcache.allocators.arena import slab_rows
 from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.units import counted
@@ -36,7 +35,6 @@ from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
@@ -166,7 +164,6 @@ class LoopRun:
         geometry = cell.geometry()
         cache = build_prefix_cache(cell.cache_config(geometry, unit=1))
         max_running = max_running_of(cell)
-        self.memory = memory = memory_sizes(cell)
         self.manager = CacheManager(
             cache,
             cell.placement(unit=1),
@@ -179,7 +176,6 @@ class LoopRun:
             self.manager,
             max_running=max_running,
             token_budget=cell.token_budget,
-            memory=memory,
             admission=make_admission(cell.admission),  # type: ignore[arg-type]
             clock=lambda: self.now_s,
         )
@@ -221,7 +217,7 @@ class LoopRun:
         turn = self.sessions[number][place]
         self.num_live += place == 0
         self.max_live = max(self.max_live, self.num_live)
-        if len(turn.text) > self.memory.max_request_len:
+        if len(turn.text) > self.manager.memory.max_request_len:
             self.num_refused += 1
             self._go_on(number, None)
             return
@@ -508,18 +504,3 @@ def closed_loop(
     said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
     times = describe_times(known)
     return ClosedLoopResult(opened.name, tuple(runs), times, tuple(said), opened.notes)
-
-
-def memory_sizes(cell: Scenario) -> MemorySizes:
-    """Return the memory of ``cell``, in rows and slots."""
-    geometry = cell.geometry()
-    row, page_size = geometry.kv_bytes_per_token, cell.page_size
-    state = geometry.state_bytes if geometry.num_linear_layers else 0
-    owns_states = bool(state) and geometry.checkpoint_bytes is not None
-    if cell.memory == "pools":
-        sizes = cell.pools(geometry)
-        return MemorySizes("pools", *sizes, row, state, page_size, owns_states)
-    num_rows = cell.budget_bytes // row
-    num_rows -= num_rows % page_size
-    num_slots = num_rows // slab_rows(state, row, page_size) if state else 0
-    return MemorySizes("arena", num_rows, num_slots, row, state, page_size, owns_states)
