@@ -19,6 +19,7 @@ from engine.text.answers import (
     CALL_OPEN,
     END_FUNCTION,
     FUNCTION,
+    OPEN,
     PARAMETER,
     json_types,
 )
@@ -59,18 +60,11 @@ class TooComplex(GrammarError):
 class Grammar:
     """Grammar of a whole answer. Equal grammars are compiled once."""
 
-    kind: Literal["lark", "regex", "given", "marks"]
-    """Form of ``text``. ``lark``: llguidance's dialect of Lark; ``given``: that, or GBNF;
-    ``marks``: see the field ``marks``."""
-    text: str = ""
-    """Grammar, in the form that ``kind`` names."""
+    kind: Literal["lark", "regex", "given"]
+    """Form of ``text``. ``lark``: llguidance's dialect of Lark; ``given``: that, or GBNF."""
+    text: str
     end_of_reasoning: str | None = None
     """Text that ends the reasoning before the guided part, or None if there is no reasoning."""
-    marks: tuple[tuple[str, str], ...] = ()
-    """(mark, Lark grammar of the text after it). An answer is free until a mark outside its
-    reasoning, follows the mark's grammar to its end, and is free again."""
-    may_think: bool = False
-    """True if an answer with ``marks`` may begin with reasoning."""
 
     def behind(self, end_of_reasoning: str) -> Grammar:
         """Return this grammar, preceded by reasoning that ends with the given text."""
@@ -188,6 +182,8 @@ VALUE = (
 STRING_LIMITS = ("pattern", "format", "minLength", "maxLength")
 """Keywords for strings that cannot be enforced if values are not quoted."""
 ANY_OBJECT = {"type": "object"}
+ANY = "/(?s:.*)/"
+"""Any text, as an expression of Lark."""
 MAX_SHOWN = 64
 """Maximum length of a name in an error."""
 
@@ -230,15 +226,25 @@ def grammar_of_strict_calls(
     schema, or any object if the tool is not ``strict``. ``may_think``: the answer may begin with
     reasoning. Raises GrammarError if the schema of a strict tool cannot be used.
     """
-    rules = _calls(_only_strict(tools), form)
-    starts = {CALL_OPEN: f'start: "\\n"? calls "\\n"? "{CALL_CLOSE}"'}
+    rests = {CALL_OPEN: f'"\\n"? calls "\\n"? "{CALL_CLOSE}"'}
     if form == "xml":
-        starts[FUNCTION] = "start: function"
-    marks = tuple(
-        (mark, bounded("the tools' schemas", "\n".join([start, *rules]), MAX_CHARS))
-        for mark, start in starts.items()
-    )
-    return Grammar("marks", marks=marks, may_think=may_think)
+        rests[FUNCTION] = "function"
+
+    def free(rule: str, expression: str) -> list[str]:
+        """Return the rules of text with calls, and reasoning outside of it."""
+        texts, opened = rule.upper(), enumerate(rests.items())
+        return [
+            f"{texts}: {expression}",
+            " | ".join([f"{rule}: {texts}", *(f"{rule}_{n} {r} text" for n, (_, r) in opened)]),
+            *(f'{rule}_{n}[lazy]: {texts} "{mark}"' for n, mark in enumerate(rests)),
+        ]
+
+    lines = ["start: text", *free("text", ANY), *_calls(_only_strict(tools), form)]
+    if may_think:
+        lines[0] = "start: first | thought text"
+        lines += free("first", rf"{ANY} & ~/\s*{OPEN}(?s:.*)/")
+        lines += ["thought[lazy]: THOUGHT", rf"THOUGHT: /\s*{OPEN}(?s:.*)<\/think>/"]
+    return Grammar("lark", bounded("the tools' schemas", "\n".join(lines), MAX_CHARS))
 
 
 def _only_strict(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -147,7 +147,7 @@ def _plain(tool: dict[str, object]) -> dict[str, object]:
 
 
 def _forms(
-    body: ChatRequest, form: AnswerForm, format_name: str
+    body: ChatRequest, form: AnswerForm, format_name: str, *, is_thinking: bool
 ) -> dict[str, Callable[[], Grammar]]:
     """Return the requested forms of the answer; see ``Sampling.forms``. Required calls are one, and
     so are strict calls that the answer may contain. With tools that may be called, the format is
@@ -165,8 +165,8 @@ def _forms(
         and not forms
         and any(tool["function"].get("strict") is True for tool in tools)
     ):
-        thinks = form.thinks
-        forms["tools"] = partial(grammar_of_strict_calls, tools, written, may_think=thinks)
+        may_think = form.thinks and not is_thinking
+        forms["tools"] = partial(grammar_of_strict_calls, tools, written, may_think=may_think)
     return forms
 
 
@@ -197,7 +197,7 @@ class ChatWriter(Writer):
         marks = form.calls.MARKS if form.calls is not None and tools else ()
         specs = [structs.replace(prompt.spec, call_marks=marks)]
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
-        forms = _forms(body, form, self.FORMAT)
+        forms = _forms(body, form, self.FORMAT, is_thinking=prompt.is_thinking)
         await self.submit(specs, body.limit, num_scores, forms, prompt.is_thinking)
         return await self.respond(is_stream)
 

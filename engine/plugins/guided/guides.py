@@ -1,43 +1,62 @@
-"""Compiles grammars for one vocabulary, caches them, and follows answers that have a grammar only
-after a mark, such as the one that opens a tool call.
+"""Compiles grammars for one vocabulary with llguidance, caches them, and follows answers.
 
-Before a mark, and after the text that its grammar allows, an answer is free and costs nothing. Only
-tokens that would complete a mark and continue after it are forbidden, so that a mark ends with a
-token.
-
-A grammar is compiled once, outside the engine's thread, and copied for each answer. Each mask is
-computed in the step that draws with it. The library's limits end every call within milliseconds,
-so the same grammars are refused on every machine. A request whose grammar takes more than its
-share of the engine's time fails.
+A matcher is made of a Lark grammar, a JSON schema or a regular expression. After any tokens it
+returns the tokens that may follow. A grammar is compiled once, outside the engine's thread, and
+copied for each answer. Each mask is computed in the step that draws with it. The library's limits
+end every call within milliseconds, so the same grammars are refused on every machine. A request
+whose grammar takes more than its share of the engine's time fails.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import re
 import threading
 import time
-from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.plugins.guided.bindings import (
-    check_beginning,
-    load_library,
-    make_matcher,
-    make_vocabulary,
-    reason,
-)
-from engine.requests.grammar import Grammar, GrammarError, TooComplex
+from engine.requests.grammar import CALL, Grammar, GrammarError, TooComplex
 from engine.requests.logit_rules import Draws, LogitRule, Mask, Ruling
-from engine.text.answers import CLOSE, OPEN
-from hybridcache.tokens import EMPTY, Tokens
+from engine.text.tokenizer import AS_TEXT
+from hybridcache.command.extras import how_to_install
+from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
+
+LIMITS: Mapping[str, Any] = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 2_000,
+    "max_items_in_row": 300,
+    "max_lexer_states": 5_000,
+    "max_grammar_size": 20_000,
+    "verbose_errors": False,
+}
+"""Limits of one matcher. 4,900 random ambiguous grammars of up to 1 kB took at most 26 ms for one
+call; schemas of ordinary size take microseconds."""
+NUM_TRIED = 40
+"""Number of tokens of the answer that is tried when a grammar is compiled."""
+MARK = b"\xff"
+"""First byte of a token that no text contains, in the library's form."""
+OUR_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
+QUOTED_REGEX = re.compile(r'invalid regex ".*" \(in regex\): regex parse error:$')
+REGEX = "regex parse error:"
+"""End of a first line that is less informative than a later line that begins with ``ERROR``."""
+ERROR = "error: "
+ENDLESS = "NoExtensionBias"
+"""The library's whole message for a grammar that has a beginning but no end."""
+TOOL = re.compile(
+    rf'^ *\d+ \| {CALL}\d+: .*?"name": {{"const": ("(?:[^"\\]|\\.)*").*\n *\^', re.MULTILINE
+)
+"""Line of a message that quotes the engine's grammar of a call, with the tool's name."""
+
 
 SHARE, BURST_S = 0.08, 0.015
 """Share of the engine's time that all grammars may take together, and maximum at once."""
@@ -50,30 +69,6 @@ RENEWAL_S = 0.02
 """Maximum time of a compilation that is repeated while an answer is followed."""
 SPENT_STATES = "lexer error: too many states"
 """Message of a matcher with copies that have together reached the limit of states."""
-
-
-class Shared:
-    """Sizes that the guides of one engine share, and the processor time of the engine's thread that
-    grammars may still use.
-
-    >>> left = Shared(1, EMPTY, now_s=0.0)
-    >>> left.spend(0.02, now_s=0.0)
-    True
-    >>> left.spend(0.0, now_s=0.5)
-    False
-    """
-
-    def __init__(self, num_mask_bytes: int, ends: Tokens, now_s: float) -> None:
-        self.num_mask_bytes = num_mask_bytes
-        self.ends = ends
-        """Tokens that end an answer."""
-        self._seconds, self._at_s = BURST_S, now_s
-
-    def spend(self, seconds: float, now_s: float) -> bool:
-        """Take ``seconds``. Returns True if grammars have used more than their share."""
-        self._seconds = min(BURST_S, self._seconds + SHARE * (now_s - self._at_s)) - seconds
-        self._at_s = now_s
-        return self._seconds < 0
 
 
 class Compiled:
@@ -99,52 +94,32 @@ class Compiled:
         return self.matcher.deep_copy(), self.matcher
 
 
-class GrammarRule(LogitRule):
-    """Rule of one answer that must follow a grammar. Used in the engine's thread."""
+class Guide(LogitRule):
+    """Follows one answer that must follow a grammar. Used in the engine's thread."""
 
     needs_newest = True
 
-    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
-        return [
-            Ruling(fault=mask, is_final=True) if isinstance(mask, GrammarError) else Ruling(mask)
-            for mask in self.masks(draws.answer, draws.drafts)
-        ]
-
-    @abstractmethod
-    def masks(self, answer: Tokens, drafts: Tokens = EMPTY) -> Sequence[Mask | GrammarError | None]:
-        """Return 1 + d masks: for the token after ``answer``, and after each beginning of
-        ``drafts``, which ``possible`` returned. A mask is None if every token is allowed, and an
-        error if the grammar cannot be followed that far.
-
-        If nothing can follow, the mask allows a token that ends answers. O(new tokens) and the
-        library's time for each.
-        """
-
-
-class Guide(GrammarRule):
-    """Follows one answer."""
-
-    def __init__(self, compiled: Compiled, shared: Shared) -> None:
+    def __init__(self, compiled: Compiled, guides: Guides) -> None:
         """Copy the matcher for the first token only, so queued requests do not have one."""
-        self._compiled = compiled
-        self._shared = shared
+        self._compiled, self._guides = compiled, guides
         self._matcher: Any = None
         self._source: Any = None
         """Matcher that ``_matcher`` shares its states with."""
         self._num_taken = 0
         self._spent_s = 0.0
 
-    def masks(self, answer: Tokens, drafts: Tokens = EMPTY) -> list[Mask | GrammarError | None]:
-        masks: list[Mask | GrammarError | None] = []
+    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
+        """Return the masks of ``draws``. If nothing can follow, the mask allows a token that ends
+        answers. O(new tokens) and the library's time for each."""
+        found: list[Ruling] = []
         try:
-            for size in range(1 + len(drafts)):
-                known = np.concatenate([answer, drafts[:size]]) if size else answer
-                masks.append(self._found(known, self._mask))
+            for known in draws.before():
+                found.append(Ruling(self._found(known, self._mask)))
         except GrammarError as error:
-            masks += [error] * (1 + len(drafts) - len(masks))
-        if len(drafts):
-            self._go_to(answer)
-        return masks
+            found += [Ruling(fault=error, is_final=True)] * (len(rulings) - len(found))
+        if len(draws.drafts):
+            self._go_to(draws.answer)  # The drafts may be rejected.
+        return found
 
     def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
         """Return the beginning of ``drafts`` that the grammar allows after ``answer``, without a
@@ -153,7 +128,7 @@ class Guide(GrammarRule):
             num = self._found(answer, lambda: self._matcher.validate_tokens(drafts.tolist()))
         except GrammarError:
             return drafts[:0]
-        ends = np.isin(drafts[:num], self._shared.ends)
+        ends = np.isin(drafts[:num], self._guides.ends)
         return drafts[: int(ends.argmax()) if ends.any() else num]
 
     def is_done(self, answer: Tokens) -> bool:
@@ -181,7 +156,7 @@ class Guide(GrammarRule):
     def _charge(self, seconds: float, num_tokens: int) -> None:
         seconds = min(seconds, CALL_S)
         self._spent_s += seconds
-        is_over = self._shared.spend(seconds, time.perf_counter())
+        is_over = self._guides.spend(seconds)
         if is_over and self._spent_s > REQUEST_S + TOKEN_S * num_tokens:
             raise TooComplex(
                 f"it took {1e3 * self._spent_s:.0f} ms for {num_tokens} tokens, and grammars may "
@@ -202,201 +177,7 @@ class Guide(GrammarRule):
 
     def _mask(self) -> Mask:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        return mask[: self._shared.num_mask_bytes]
-
-
-THINK, END_THINK = OPEN.encode(), CLOSE.encode()
-
-
-class Overshoots:
-    """Tokens of one vocabulary that complete a mark and continue after it."""
-
-    def __init__(self, marks: Sequence[bytes], tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Search the vocabulary. O(vocabulary)."""
-        self.marks = tuple(marks)
-        self._vocab_size = vocab_size
-        self._always: list[int] = []
-        self._behind: dict[bytes, list[int]] = {}
-        """Tokens by the rest of a mark with which they begin."""
-        self._masks: dict[tuple[bytes, ...], Mask] = {}
-        lasts = {mark[-1:] for mark in marks}
-        for token in range(min(vocab_size, tokenizer.vocab_size)):
-            text = tokenizer.token_bytes(token)
-            if len(text) < 2 or not any(last in text for last in lasts):
-                continue
-            for head in (text[:end] for end in range(1, len(text))):
-                for mark in self.marks:
-                    if mark.endswith(head):
-                        self._behind.setdefault(head, []).append(token)
-                    if head.endswith(mark):
-                        self._always.append(token)
-
-    def mask(self, text: bytes) -> Mask | None:
-        """Return the mask after ``text``, the end of the free part of an answer, or None if every
-        token is allowed."""
-        rests = tuple(
-            mark[size:]
-            for mark in self.marks
-            for size in range(1, len(mark))
-            if text.endswith(mark[:size]) and mark[size:] in self._behind
-        )
-        if not rests and not self._always:
-            return None
-        if rests not in self._masks:
-            allowed = np.ones(-(-self._vocab_size // 8) * 8, np.uint8)
-            allowed[self._always] = 0
-            for rest in rests:
-                allowed[self._behind[rest]] = 0
-            self._masks[rests] = np.packbits(allowed, bitorder="little")
-        return self._masks[rests]
-
-
-class FreeText:
-    """End of the free part of an answer, as far as it affects the next token."""
-
-    __slots__ = ("_longest", "_marks", "_may_think", "_thinks", "text")
-
-    def __init__(self, marks: Sequence[bytes], *, thinks: bool, may_think: bool) -> None:
-        """``thinks``: the answer begins inside reasoning; ``may_think``: possibly with it."""
-        self._marks = marks
-        self._longest = max(len(text) for text in (*marks, THINK, END_THINK))
-        self._thinks = thinks
-        self._may_think = may_think and not thinks
-        self.text = b""
-        """End of the text that may be the beginning of a mark."""
-
-    def copy(self) -> FreeText:
-        other = FreeText(self._marks, thinks=self._thinks, may_think=self._may_think)
-        other.text = self.text
-        return other
-
-    @property
-    def is_reasoning(self) -> bool:
-        """True if marks are ignored so far."""
-        return self._thinks or self._may_think
-
-    def add(self, text: bytes) -> bytes | None:
-        """Append ``text``. Returns the mark with which the text ends, or None."""
-        self.text += text
-        if self._may_think:
-            begin = self.text.lstrip()
-            if len(begin) < len(THINK) and THINK.startswith(begin):
-                return None
-            self._thinks, self._may_think = begin.startswith(THINK), False
-        if self._thinks:
-            at = self.text.find(END_THINK)
-            if at < 0:
-                self.text = self.text[1 - self._longest :]
-                return None
-            self._thinks, self.text = False, self.text[at + len(END_THINK) :]
-        found = next((mark for mark in self._marks if self.text.endswith(mark)), None)
-        self.text = self.text[1 - self._longest :]
-        return found
-
-
-class MarkGuide(GrammarRule):
-    """Follows an answer that is free except after marks."""
-
-    def __init__(
-        self,
-        free: FreeText,
-        make: Mapping[bytes, Callable[[], Guide]],
-        overshoots: Overshoots,
-        token_bytes: Callable[[int], bytes],
-    ) -> None:
-        """``make`` has a function for each mark, which makes the guide of the text after it."""
-        self._make = make
-        self._overshoots = overshoots
-        self._token_bytes = token_bytes
-        self._free, self._begin = free, free.copy()
-        """The free text so far, and its state at ``_free_from``."""
-        self._free_from = self._num_read = 0
-        self._call: tuple[int, Guide] | None = None
-        """Start of the text after a mark, and its guide."""
-        self._last_call: tuple[int, Guide] | None = None
-        """The previous call, which the newest token has ended; that token may be taken back."""
-
-    def masks(self, answer: Tokens, drafts: Tokens = EMPTY) -> list[Mask | GrammarError | None]:
-        try:
-            self._read(answer)
-        except GrammarError as error:
-            return [error] * (1 + len(drafts))
-        if self._call is not None:
-            start, guide = self._call
-            masks = guide.masks(answer[start:], drafts)
-            with suppress(GrammarError):
-                if len(drafts) and guide.is_done(np.concatenate([answer[start:], drafts])):
-                    masks[-1] = self._overshoots.mask(b"")
-            return masks
-        free = self._free.copy()
-        masks = [self._free_mask(free)]
-        for token in drafts.tolist():
-            mark = free.add(self._token_bytes(token))
-            if mark is not None:
-                return [*masks, *self._make[mark]().masks(EMPTY)]
-            masks.append(self._free_mask(free))
-        return masks
-
-    def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
-        """See ``LogitRule``. Drafts end where a mark, or the text after one, ends."""
-        try:
-            self._read(answer)
-            if self._call is not None:
-                start, guide = self._call
-                drafts = guide.possible(answer[start:], drafts)
-                for size in range(1, len(drafts) + 1):
-                    if guide.is_done(np.concatenate([answer[start:], drafts[:size]])):
-                        return drafts[:size]
-                return drafts
-        except GrammarError:
-            return drafts[:0]
-        free = self._free.copy()
-        for size, token in enumerate(drafts.tolist()):
-            mask = self._free_mask(free)
-            if mask is not None and not mask[token >> 3] >> (token & 7) & 1:
-                return drafts[:size]
-            if free.add(self._token_bytes(token)) is not None:
-                return drafts[: size + 1]
-        return drafts
-
-    def is_done(self, answer: Tokens) -> bool:
-        """Return False: a free answer may always continue. Raises as ``Guide.is_done``."""
-        self._read(answer)
-        return False
-
-    def _free_mask(self, free: FreeText) -> Mask | None:
-        return None if free.is_reasoning else self._overshoots.mask(free.text)
-
-    def _read(self, answer: Tokens) -> None:
-        """Read ``answer``. Raises TooComplex as ``Guide.is_done``."""
-        if len(answer) < self._num_read:
-            self._go_back(len(answer))
-        while self._num_read < len(answer):
-            end = self._num_read + 1
-            if self._call is not None:
-                start, guide = self._call
-                if guide.is_done(answer[start:end]):
-                    self._last_call, self._call = self._call, None
-                    self._free = FreeText(self._overshoots.marks, thinks=False, may_think=False)
-                    self._begin, self._free_from = self._free.copy(), end
-            else:
-                mark = self._free.add(self._token_bytes(int(answer[end - 1])))
-                if mark is not None:
-                    self._call = end, self._make[mark]()
-                elif end > self._free_from + 1:
-                    self._last_call = None
-            self._num_read = end
-
-    def _go_back(self, length: int) -> None:
-        """Go back to ``length``, because the newest token was taken back."""
-        if self._call is not None and self._call[0] > length:
-            self._call = None
-        if self._call is None and length < self._free_from:
-            assert self._last_call is not None, "more than the newest token was taken back"
-            self._call, self._last_call = self._last_call, None
-        if self._call is None:
-            self._free, length = self._begin.copy(), self._free_from
-        self._num_read = length
+        return mask[: self._guides.num_mask_bytes]
 
 
 NUM_REMEMBERED = 64
@@ -404,66 +185,157 @@ NUM_REMEMBERED = 64
 
 
 class Guides:
-    """Makes the guides of one engine. Safe to call from any thread."""
+    """Makes the guides of one engine. Safe to call from any thread, except for ``spend``."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        ends = frozenset() if tokenizer is None else tokenizer.eos_token_ids
-        self.shared = Shared(
-            -(-vocab_size // 8), np.array(sorted(ends), np.int32), time.perf_counter()
-        )
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self.num_mask_bytes = -(-vocab_size // 8)
+        self.ends = np.array(sorted(tokenizer.eos_token_ids if tokenizer else ()), np.int32)
+        """Tokens that end an answer."""
+        self._left_s, self._at_s = BURST_S, time.perf_counter()
+        """Processor time of the engine's thread that grammars could still use, and when."""
         self._lock = threading.Lock()
         self._vocabulary: Any = None
         self._compiled: OrderedDict[Grammar, Compiled] = OrderedDict()
-        self._overshoots: dict[tuple[bytes, ...], Overshoots] = {}
 
-    def rule(self, grammar: Grammar) -> GrammarRule:
+    def spend(self, seconds: float) -> bool:
+        """Take ``seconds``. Returns True if grammars have used more than their share."""
+        now_s = time.perf_counter()
+        self._left_s = min(BURST_S, self._left_s + SHARE * (now_s - self._at_s)) - seconds
+        self._at_s = now_s
+        return self._left_s < 0
+
+    def rule(self, grammar: Grammar) -> LogitRule:
         """Return the guide of a new answer, and compile the grammar if it is not cached.
 
         Raises GrammarError if the library is missing, or the grammar is invalid, too large, or
         matches only the empty answer. Raises TooComplex if its beginning takes too much time.
         """
-        make = {
-            mark: partial(Guide, self._compiled_of(part), self.shared)
-            for mark, part in _parts(grammar)
-        }
-        if not grammar.marks:
-            return make[b""]()
-        assert self._tokenizer is not None
-        marks = tuple(make)
-        overshoots = self._overshoots.get(marks)
-        if overshoots is None:
-            overshoots = Overshoots(marks, self._tokenizer, self._vocab_size)
-            self._overshoots[marks] = overshoots
-        thinks = grammar.end_of_reasoning is not None
-        free = FreeText(overshoots.marks, thinks=thinks, may_think=grammar.may_think)
-        return MarkGuide(free, make, overshoots, self._tokenizer.token_bytes)
-
-    def _compiled_of(self, grammar: Grammar) -> Compiled:
         with self._lock:
             known = self._compiled.get(grammar)
             if known is not None:
                 self._compiled.move_to_end(grammar)
-                return known
+                return Guide(known, self)
         library = load_library()
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = make_vocabulary(library, self._tokenizer, self._vocab_size)
         # Outside the lock: it may take a tenth of a second, and other threads compile too.
         compiled = Compiled(partial(make_matcher, library, self._vocabulary, grammar))
-        check_beginning(compiled.matcher, self.shared.ends)
+        check_beginning(compiled.matcher, self.ends)
         with self._lock:
             self._compiled[grammar] = compiled
             self._compiled.move_to_end(grammar)
             while len(self._compiled) > NUM_REMEMBERED:
                 self._compiled.popitem(last=False)
-        return compiled
+        return Guide(compiled, self)
 
 
-def _parts(grammar: Grammar) -> Iterator[tuple[bytes, Grammar]]:
-    """Yield the parts of ``grammar`` to compile: one per mark, or all of it without marks."""
-    if not grammar.marks:
-        yield b"", grammar
-    for mark, text in grammar.marks:
-        yield mark.encode(), Grammar("lark", text)
+def load_library() -> Any:
+    """Import llguidance. Raises GrammarError if it is not installed."""
+    try:
+        return importlib.import_module("llguidance")
+    except ModuleNotFoundError as error:
+        missing = how_to_install(error)
+        raise GrammarError(f"guided answers are not available: {missing}.") from None
+
+
+def make_vocabulary(library: Any, tokenizer: Tokenizer | None, vocab_size: int) -> Any:
+    """Build the library's form of a vocabulary. Raises GrammarError without a token that ends
+    answers.
+
+    O(its tokens): a second for 150,000, during which no other thread of the process runs.
+    """
+    if tokenizer is None or not tokenizer.eos_token_ids:
+        raise GrammarError("guided answers require a tokenizer with a token that ends answers.")
+    wrapped = library.TokenizerWrapper(_ByteVocabulary(tokenizer, vocab_size))
+    return library.LLTokenizer(wrapped, eos_token=sorted(tokenizer.eos_token_ids))
+
+
+class _ByteVocabulary:
+    """A tokenizer in the form that the library wraps: every token as bytes. Unlike the library's
+    own reader of tokenizers, it treats ``<think>`` and ``<tool_call>`` as text."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        ends = tokenizer.eos_token_ids
+        controls = {tokenizer.encode(text, AS_TEXT)[0] for text in tokenizer.control_tokens} | ends
+        self.special_token_ids, self.eos_token_id = sorted(controls), min(ends)
+        ids = range(max(vocab_size, tokenizer.vocab_size))
+        self.tokens = [MARK * (i in controls) + tokenizer.token_bytes(i) for i in ids]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+
+
+def make_matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
+    """Compile ``grammar``. Raises GrammarError if it is invalid or too large."""
+    text, bounds = grammar.text, library.LLParserLimits(**LIMITS)
+    if grammar.kind == "regex":
+        text = json.loads(library.LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
+    elif grammar.kind == "given":
+        try:
+            text = library.grammar_from("grammar", text)
+        except (ValueError, RecursionError) as error:
+            raise _wrong(str(error)) from None
+    if grammar.end_of_reasoning is not None:
+        end = json.dumps(grammar.end_of_reasoning)
+        first = f"start: thought /\\s*/ @answer\nthought[suffix={end}]: /(?s:.*)/"
+        parts = [{"lark_grammar": first}, {"name": "answer", "lark_grammar": text}]
+        text = json.dumps({"grammars": parts})
+    matcher = library.LLMatcher(vocabulary, text, log_level=0, limits=bounds)
+    if matcher.is_error():
+        message = matcher.get_error()
+        # A position in generated text is useless for the client.
+        raise _wrong(message if grammar.kind == "given" else OUR_PLACE.sub("", message))
+    return matcher
+
+
+def check_beginning(matcher: Any, ends: Tokens) -> None:
+    """Follow one possible answer of at most ``NUM_TRIED`` tokens.
+
+    Raises GrammarError if no token can begin an answer, and TooComplex if the answer reaches the
+    limits. Ambiguous grammars do so within few tokens.
+    """
+    tried, draw = matcher.deep_copy(), np.random.default_rng(0)
+    for number in range(NUM_TRIED):
+        allowed = _allowed(tried)
+        allowed[ends] = 0
+        possible = np.flatnonzero(allowed)
+        if not len(possible) and not number:
+            raise GrammarError("no answer fits this grammar, or only the empty one.")
+        if not len(possible):
+            return
+        tried.consume_token(int(draw.choice(possible)))
+    _allowed(tried)
+
+
+def _allowed(tried: Any) -> Mask:
+    """Return one number per token: 1 if it may come next."""
+    allowed = np.unpackbits(np.frombuffer(tried.compute_bitmask(), np.uint8), bitorder="little")
+    if tried.is_error():
+        why = reason(tried.get_error())
+        if why == ENDLESS:
+            raise GrammarError("no answer fits this grammar: one of its rules never ends.")
+        raise TooComplex(why)
+    return allowed
+
+
+def _wrong(message: str) -> GrammarError:
+    tool, why = TOOL.search(message), reason(message)
+    if "increase limits." in why:  # Advice for programs that use the library.
+        return TooComplex(why.partition(";")[0])
+    where = "" if tool is None else f"tool {json.loads(tool[1])!r}: "
+    return GrammarError(f"{where}this grammar cannot be used: {why}.")
+
+
+def reason(message: str) -> str:
+    """Reduce a message of the library to one line with the cause of the error."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    first = QUOTED_REGEX.sub(REGEX, lines[0]) if lines else "no reason given"
+    errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+    if first.endswith(REGEX) and errors:
+        first = f"{first.removesuffix(REGEX)}a regular expression in it is wrong, {errors[-1]}"
+    return first.rstrip(".")

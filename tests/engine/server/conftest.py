@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from engine import Engine, EngineConfig, engine_config
-from engine.plugins.guided.bindings import Mask
+from engine.requests.logit_rules import Mask
 from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import Batch
 from engine.server.app import Server
