@@ -9,11 +9,10 @@ all ranks.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
@@ -71,22 +70,17 @@ class RankCut:
     size: int
     """Size of the dimension in the file."""
     index: torch.Tensor
-    """int64: indices of the rank, ascending."""
+    """int64: indices in the file, in the order of the rank."""
     dim: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return this part of a whole ``tensor``."""
-        before, span = (slice(None),) * self.dim, self.span
-        return tensor[(*before, self.index.to(tensor.device) if span is None else span)]
-
-    @property
-    def span(self) -> slice | None:
-        """The index as a slice, or None if it has gaps."""
-        first, end = int(self.index[0]), int(self.index[-1]) + 1
-        return slice(first, end) if end - first == len(self.index) else None
+        """Return this part of a whole ``tensor``: a view if it has neither gaps nor a new order."""
+        if self.index.diff().ne(1).any():
+            return tensor.index_select(self.dim, self.index.to(tensor.device))
+        return tensor.narrow(self.dim, int(self.index[0]), len(self.index))
 
     def whole(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape in the file of a tensor with ``shape`` on this rank."""
@@ -186,14 +180,12 @@ class Parameter:
     target: torch.Tensor
     """View to fill; without a cut it has the shape of the file's tensor."""
     role: Role = "matrix"
-    rows: torch.Tensor | None = None
-    """Order of the file's rows: ``target = tensor[rows]``. None to keep it."""
     scheme: Scheme | None = None
     """Format of the file's tensor, or None if it is not quantised."""
     scale: torch.Tensor | None = None
     """Row scales of a weight that stays quantised: float32 ``[M, blocks of columns]``."""
     cut: RankCut | None = None
-    """Part of ``tensor[rows]`` to copy, or None to copy all."""
+    """Part of the file's tensor to copy, or None to copy all."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -201,40 +193,9 @@ class Parameter:
         shape = tuple(self.target.shape)
         return shape if self.cut is None else self.cut.whole(shape)
 
-    @property
-    def row_size(self) -> int:
-        """Number of values in one row of ``runs``: those after the dimension that is cut."""
-        return math.prod(self.target.shape[1 if self.cut is None else self.cut.dim + 1 :])
-
-    def runs(self) -> list[tuple[int, int, int]]:
-        """List (first row of the target, first row in the file, number of rows) of all runs."""
-        cut = self.cut
-        if cut is not None and cut.dim and cut.span is not None:
-            count, first = len(cut), cut.span.start
-            stacks = range(math.prod(self.target.shape[: cut.dim]))
-            return [(i * count, i * cut.size + first, count) for i in stacks]
-        rows = self._file_rows()
-        if rows is None:
-            return [(0, 0, len(self.target))]
-        starts = [0, *(1 + rows.diff().ne(1).nonzero()[:, 0]).tolist(), len(rows)]
-        firsts = rows[starts[:-1]].tolist()
-        pairs = zip(pairwise(starts), firsts, strict=True)
-        return [(start, first, end - start) for (start, end), first in pairs]
-
-    def _file_rows(self) -> torch.Tensor | None:
-        """Return the file's row of each row of the target, or None if they are the same."""
-        cut = self.cut
-        if cut is None:
-            return self.rows
-        if cut.dim == 0:
-            return cut.index if self.rows is None else self.rows[cut.index]
-        assert self.rows is None, "reordered rows can only be cut along rows"
-        stacked = torch.arange(math.prod(self.target.shape[: cut.dim]))
-        return (stacked[:, None] * cut.size + cut.index).flatten()
-
     @torch.inference_mode()
     def fill(self, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Copy a file's tensor of the target's shape, in the target's dtype.
+        """Copy the part of a file's tensor, in the target's dtype.
 
         With a scheme, ``scale`` is that of the file. A target without scales gets the dequantised
         values.
@@ -253,7 +214,6 @@ class Parameter:
             self.scale.copy_(row_scales)
 
     def _part(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor if self.rows is None else tensor[self.rows]
         return tensor if self.cut is None else self.cut.of(tensor)
 
     def _part_of_scales(self, row_scales: torch.Tensor) -> torch.Tensor:
@@ -424,20 +384,27 @@ class Part:
     num_rows: int
     """Number of rows in the files."""
     rows: torch.Tensor | None = None
-    """See ``Parameter.rows``."""
-    cut: RankCut | None = None
-    """See ``Parameter.cut``; a cut of rows."""
+    """int64: rows in the files, in the order of this rank, or None for all in their order."""
 
     @property
     def num_outputs(self) -> int:
         """Number of rows of this rank."""
-        return self.num_rows if self.cut is None else len(self.cut)
+        return self.num_rows if self.rows is None else len(self.rows)
+
+    @property
+    def cut(self) -> RankCut | None:
+        return None if self.rows is None else RankCut(self.num_rows, self.rows)
 
 
 def shared(parts: Sequence[Part], kinds: Kinds, rank: Rank) -> list[Part]:
     """Cut ``parts`` for ``rank``. Their outputs together consist of ``kinds``."""
     cuts = rank.cuts([part.num_rows for part in parts], kinds)
-    return [replace(part, cut=cut) for part, cut in zip(parts, cuts, strict=True)]
+    return [
+        part
+        if cut is None
+        else replace(part, rows=cut.index if part.rows is None else part.rows[cut.index])
+        for part, cut in zip(parts, cuts, strict=True)
+    ]
 
 
 class Linear:
@@ -522,10 +489,10 @@ class _Stack:
         for part, weight, scale in zip(self._parts, weights, scales, strict=True):
             scheme = self._weights.scheme(part.name)
             cut = part.cut or self._inputs
-            yield f"{part.name}.weight", Parameter(weight, "matrix", part.rows, scheme, scale, cut)
+            yield f"{part.name}.weight", Parameter(weight, "matrix", scheme, scale, cut)
         if self._bias is not None:
             for part, bias in zip(self._parts, self._bias.split(sizes), strict=True):
-                yield f"{part.name}.bias", Parameter(bias, rows=part.rows, cut=part.cut)
+                yield f"{part.name}.bias", Parameter(bias, cut=part.cut)
 
     def product(self, kernel: Any) -> Product:
         made: Product

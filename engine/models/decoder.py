@@ -38,7 +38,6 @@ from engine.weights.model_config import (
     read_rope,
     read_settings,
 )
-from engine.weights.tensor_files import Tensor
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
@@ -124,7 +123,7 @@ class Decoder(ABC):
         return read_settings(config, sizes, rope, cls.own_keys, eps=cls.eps_key)
 
     @classmethod
-    def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def published(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Convert the names and shapes of a checkpoint to those of the published files. Needed if
         transformers' ``save_pretrained`` writes others; by default it does not."""
         return dict(tensors)
@@ -249,12 +248,10 @@ class Embedding(Composite):
         self._multiplier = config.embedding_multiplier
         self._rank, self._ids = build.rank, build.rank.span(config.vocab_size)
         self.weight = build.weights.empty(len(self._ids), config.hidden_size)
-        self.cut: RankCut | None = None
+        self.own_ids = None if build.rank.count == 1 else torch.tensor(self._ids)
         """Tokens for which this rank has rows of embedding and head, or None for all."""
-        if build.rank.count > 1:
-            own = torch.arange(self._ids.start, self._ids.stop)
-            self.cut = RankCut(config.vocab_size, own)
-        self.own = [(f"{name}.weight", Parameter(self.weight, cut=self.cut))]
+        cut = None if self.own_ids is None else RankCut(config.vocab_size, self.own_ids)
+        self.own = [(f"{name}.weight", Parameter(self.weight, cut=cut))]
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._rank.count == 1:
@@ -281,7 +278,7 @@ class Head(Composite):
         self._rank, self._vocab_size = build.rank, config.vocab_size
         self._linear = Linear(
             config.hidden_size,
-            [Part(name, config.vocab_size, cut=embedding.cut)],
+            [Part(name, config.vocab_size, embedding.own_ids)],
             build,
             weight=embedding.weight if self._is_tied else None,
         )

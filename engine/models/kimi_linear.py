@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
+
 from engine.layers.attention import LatentAttention
 from engine.layers.blocks import MLP, FeedForward, Mixer
 from engine.layers.experts import Beside, ExpertNames, RoutedExperts
@@ -17,7 +19,6 @@ from engine.layers.linear import RMSNorm
 from engine.layers.recurrent import KimiDeltaAttention
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, Served
-from engine.weights.tensor_files import Tensor
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
@@ -38,6 +39,7 @@ class KimiLinear(Decoder):
         "moe_layer_freq": (1,),
         "q_lora_rank": (None,),
         "mla_use_nope": (True,),
+        "n_group": (1,),
         "topk_group": (1,),
     }
     rope_defaults = None
@@ -50,11 +52,6 @@ class KimiLinear(Decoder):
                 f"linear_attn_config in config.json has keys that are not supported: "
                 f"{', '.join(sorted(config['linear_attn_config']))}."
             )
-        if config["n_group"] != 1:
-            raise ModelError(
-                f"experts in groups are not supported: num_expert_group (n_group) must be 1 in "
-                f"config.json (got {config['n_group']})."
-            )
         if config["num_key_value_heads"] != config["num_attention_heads"]:
             raise ModelError(
                 "num_key_value_heads must be num_attention_heads in config.json: latent attention "
@@ -63,7 +60,7 @@ class KimiLinear(Decoder):
         return super().read(config, sizes)
 
     @classmethod
-    def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def published(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename the MLP of dense layers, to which transformers gives the name of the experts."""
         return {DENSE_MLP.sub(r".mlp.\1", name): tensor for name, tensor in tensors.items()}
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import Any, ClassVar
+
+import torch
 
 from engine.layers.blocks import FeedForwardStep, Mixer, MixerStep
 from engine.layers.linear import Part
 from engine.layers.recurrent import GatedDeltaNet
 from engine.models.decoder import Decoder, Step
-from engine.weights.tensor_files import Joined, Tensor
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
 from hybridcache.geometry.sizes import LayerSizes, MixerSizes
 
@@ -30,10 +30,10 @@ class OlmoHybrid(Decoder):
     rope_defaults: ClassVar[Mapping[str, Any]] = {"is_optional": True}
 
     @classmethod
-    def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def published(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Split the convolution over queries, keys and values into three, and rename the norm after
         attention, which transformers names like the norm before the MLP of a linear layer."""
-        found: dict[str, Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             layer, _, word = name.partition(".feedforward_layer_norm.")
             attends = bool(word) and f"{layer}.self_attn.q_proj.weight" in tensors
@@ -44,11 +44,9 @@ class OlmoHybrid(Decoder):
             products = [f"{stem}{word}_proj.weight" for word in "qkv"]
             if not all(other in found for other in (*convs, *products)):
                 continue
-            parts = tuple(found[conv] for conv in convs)
-            ends = list(accumulate(found[product].shape[0] for product in products))
-            if ends[-1] == sum(part.shape[0] for part in parts):
-                for conv, rows in zip(convs, pairwise([0, *ends]), strict=True):
-                    found[conv] = Joined.of(conv, parts, range(*rows))
+            joined, sizes = torch.cat([found[c] for c in convs]), [len(found[p]) for p in products]
+            if sum(sizes) == len(joined):
+                found.update(zip(convs, joined.split(sizes), strict=True))
         return found
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:

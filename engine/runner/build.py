@@ -18,8 +18,7 @@ from engine.config import MAX_SCORED, TILE, EngineConfig
 from engine.interfaces import Exactness
 from engine.layers.linear import ALONE, Rank
 from engine.runner.device import Device
-from engine.runner.loaded_model import LoadedModel
-from engine.runner.loading import DTYPES
+from engine.runner.loading import DTYPES, LoadedModel
 from engine.runner.memory import MemoryPlan, check_sizes
 from engine.runner.model_runner import ModelRunner
 from engine.runner.steps import WarmUp

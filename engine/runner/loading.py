@@ -1,38 +1,49 @@
-"""Construction of a model with its weights, read from safetensors files or seeded."""
+"""The first phase of a model runner: a model with its weights, read from safetensors files or
+seeded, and everything else that does not depend on the sizes of its memory."""
 
 from __future__ import annotations
 
-import io
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from engine.config import EngineConfig, num_load_workers
-from engine.layers.linear import Build, Layer, Parameter, RankCut
+from engine.config import EngineConfig
+from engine.layers.linear import ALONE, Build, Layer, Parameter, Rank, WeightSpec
 from engine.layers.prediction import PredictionHead
+from engine.models import read_model
 from engine.models.decoder import Decoder, Fill
+from engine.runner.backends import Kernels
 from engine.runner.device import Device
+from engine.runner.memory import (
+    MIN_KV_TOKENS,
+    STAGING_BYTES,
+    MemoryPlan,
+    kv_row_bytes,
+    state_slot_bytes,
+)
 from engine.weights.layer_names import model_name
-from engine.weights.model_config import ModelConfig, ModelError
-from engine.weights.scheme import SCALE_DTYPES, Quantization, Scheme
+from engine.weights.model_config import ModelConfig, ModelError, read_config
+from engine.weights.scheme import SCALE_DTYPES, Quantization, Scheme, read_quantization
 from engine.weights.tensor_files import (
-    FILE_DTYPES,
     FULL_DTYPES,
-    Tensor,
     WeightsError,
+    dtype_name,
     enumerated,
     find_files,
     open_file,
 )
+from hybridcache.geometry.checkpoints import CheckpointFormat
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.sizes import ModelSizes, SizesError
 from hybridcache.geometry.units import format_count
+from hybridcache.scheduling.memory_sizes import SLOTS_OF_ONE
 
 HEAD = "mtp."
 """Prefix of a multi-token prediction head, which is read only if requested."""
@@ -44,40 +55,29 @@ TIED_HEAD = "lm_head.weight"
 """Copy of the embedding if a model ties them. Files may or may not contain it, and lists of modules
 may name it in both cases."""
 DUMMY_STD = 0.02
-CHUNK_BYTES = 2**24
-"""Size of the parts of a tensor that workers read in parallel."""
-LEAST_READ_BYTES = 2**14
-"""Minimum average size of the runs in which reordered rows are read."""
 
 
 class WeightFiles:
-    """The safetensors files of one model directory, open until ``close``. Until ``fill``, only
-    headers are read."""
+    """Tensors of the safetensors files of one model directory."""
 
     def __init__(
         self,
         model_dir: Path,
-        num_workers: int,
         quantization: Quantization | None = None,
         *,
         with_head: bool = False,
     ) -> None:
-        """Open the files. Raises WeightsError if the head is requested and there is none."""
+        """Map the files. Raises WeightsError if the head is requested and there is none."""
         self._quantization = quantization
-        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="weights")
         self._started = time.monotonic()
-        self._num_bytes = 0
-        headers = self._pool.map(open_file, find_files(model_dir))
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
         self.skipped: list[str] = []
-        self._files: dict[Path, io.FileIO] = {}
-        for tensor in (tensor for header in headers for tensor in header):
-            self._files[tensor.path] = tensor.file
-            is_of_head = tensor.name.startswith(HEAD)
-            if (is_of_head and not with_head) or tensor.name.startswith(SKIPPED):
-                self.skipped.append(tensor.name)
-            else:
-                self.tensors[model_name(tensor.name)] = tensor
+        for file in find_files(model_dir):
+            for name, tensor in open_file(file).items():
+                if name.startswith(SKIPPED if with_head else (HEAD, *SKIPPED)):
+                    self.skipped.append(name)
+                else:
+                    self.tensors[model_name(name)] = tensor
         if with_head and not any(name.startswith(HEAD) for name in self.tensors):
             raise WeightsError(
                 "--draft mtp requires a multi-token head, and the checkpoint has none (no tensor "
@@ -97,11 +97,7 @@ class WeightFiles:
         if own is None:
             self.tensors[embedding] = self.tensors.pop(TIED_HEAD)
             return True
-        if (own.dtype, own.shape) != (head.dtype, head.shape):
-            return False
-        size, width = math.prod(own.shape), CHUNK_BYTES // 8
-        parts = ((first, (min(width, size - first),)) for first in range(0, size, width))
-        return all(torch.equal(own.read_part(*part), head.read_part(*part)) for part in parts)
+        return own.dtype is head.dtype and torch.equal(own, head)
 
     def check(
         self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool, sizes: str = ""
@@ -147,14 +143,13 @@ class WeightFiles:
 
     def _check_dtypes(self, schemes: Mapping[str, Scheme | None]) -> None:
         """Check that the tensors in 8 bits are those that config.json lists."""
-        found = {name: self.tensors[name].dtype for name in schemes if name in self.tensors}
         plain, coded = [], []
-        for name, dtype in sorted(found.items()):
-            scheme = schemes[name]
-            if scheme is not None and dtype != FILE_DTYPES[scheme.format]:
-                plain.append(f"{name} is {dtype}")
+        for name in sorted(schemes.keys() & self.tensors.keys()):
+            scheme, dtype = schemes[name], self.tensors[name].dtype
+            if scheme is not None and dtype is not scheme.dtype:
+                plain.append(f"{name} is {dtype_name(dtype)}")
             elif scheme is None and dtype not in FULL_DTYPES:
-                coded.append(f"{name} is {dtype}")
+                coded.append(f"{name} is {dtype_name(dtype)}")
         if plain:
             assert self._quantization is not None
             raise WeightsError(
@@ -169,63 +164,26 @@ class WeightFiles:
             )
 
     def fill(self, layer: Layer) -> None:
-        """Read the tensors of one layer in parallel into their targets. Raises WeightsError."""
-        jobs = [job for item in layer.parameters() for job in self._jobs(*item)]
-        for num_bytes in self._pool.map(lambda job: job(), jobs):
-            self._num_bytes += num_bytes
+        """Copy the tensors of one layer to their targets, and check their numbers. Raises
+        WeightsError."""
+        for name, parameter in layer.parameters():
+            tensor, scale = self.tensors[name], None
+            if parameter.scheme is not None:
+                scale = self.tensors[scale_name(name, parameter.scheme)]
+                check_scale(name, tensor, scale, parameter.scheme)
+                offset = self.tensors.get(offset_name(name))
+                if offset is not None and offset.count_nonzero():
+                    raise WeightsError(
+                        f"{offset_name(name)} is not zero: only symmetric weights are supported."
+                    )
+            parameter.fill(tensor, scale)
+            check_numbers(name, parameter.target)
 
-    def _jobs(self, name: str, parameter: Parameter) -> Iterator[Callable[[], int]]:
-        """Yield reads that may run in parallel; each returns its number of bytes. If the format
-        matches, the file is read directly into the target, one chunk at a time."""
-        source, target = self.tensors[name], parameter.target
-        is_place = (  # The bytes can be read into it, possibly with reordered rows.
-            parameter.scheme is None
-            and target.dtype is source.torch_dtype
-            and target.device.type == "cpu"
-            and target.is_contiguous()
-            and target.numel() > 0
-        )
-        runs = parameter.runs() if is_place else []
-        if not runs or target.nbytes < LEAST_READ_BYTES * len(runs):
-            if parameter.cut is None or parameter.scheme is not None:
-                yield partial(self._convert, name, parameter)
-            elif parameter.cut.dim == 0:
-                yield partial(_read_rows, source, parameter)
-            else:
-                band = max(1, CHUNK_BYTES // (source.num_bytes // len(target)))
-                for first in range(0, len(target), band):
-                    rows = range(first, min(first + band, len(target)))
-                    yield partial(_read_columns, source, parameter.cut, target, rows)
-            return
-        flat, width = target.view(-1), parameter.row_size
-        size = CHUNK_BYTES // target.element_size()
-        for row, source_row, num_rows in runs:
-            for first in range(0, num_rows * width, size):
-                part = slice(row * width + first, row * width + min(first + size, num_rows * width))
-                yield partial(_read, source, flat[part], source_row * width + first)
-
-    def _convert(self, name: str, parameter: Parameter) -> int:
-        tensor, scale = self.tensors[name].read(), None
-        check_numbers(name, tensor)
-        if parameter.scheme is not None:
-            scale = self.tensors[scale_name(name, parameter.scheme)].read()
-            check_scale(name, tensor, scale, parameter.scheme)
-            offset = self.tensors.get(offset_name(name))
-            if offset is not None and offset.read().count_nonzero():
-                raise WeightsError(
-                    f"{offset.name} is not zero: only symmetric weights are supported."
-                )
-        parameter.fill(tensor, scale)
-        return tensor.nbytes + (0 if scale is None else scale.nbytes)
-
-    def close(self) -> str:
-        """End the workers and close the files. Returns a line on the files that were read."""
-        self._pool.shutdown()
-        for file in self._files.values():
-            file.close()
-        self.tensors.clear()
+    def note(self) -> str:
+        """Return a line on the files that were read."""
+        num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
         seconds = time.monotonic() - self._started
-        line = f"{self._num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
+        line = f"{num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
         heads = [name for name in self.skipped if model_name(name).startswith(HEAD)]
         if heads:
             line += "; its multi-token head is read with --draft mtp only"
@@ -257,8 +215,10 @@ def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Sc
     zero is allowed if all its weights are zero."""
     own = scale_name(name, scheme)
     if scale.dtype not in SCALE_DTYPES:
-        dtype = str(scale.dtype).removeprefix("torch.")
-        raise WeightsError(f"{own} has type {dtype}: scales must be float32, bfloat16 or float16.")
+        raise WeightsError(
+            f"{own} has type {dtype_name(scale.dtype)}: scales must be float32, bfloat16 or "
+            "float16."
+        )
     rows = scheme.row_scales(scale, *stored.shape)
     if not (rows.isfinite() & (rows >= 0)).all():
         raise WeightsError(
@@ -272,33 +232,6 @@ def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Sc
                 f"{own} contains a scale of zero for weights that are not zero: the file is "
                 "damaged, or its writer failed; download it again."
             )
-
-
-def _read(source: Tensor, target: torch.Tensor, first: int) -> int:
-    """Read into ``target`` and check the numbers. Returns the bytes read. Raises WeightsError."""
-    num_bytes = source.read_into(target, first)
-    check_numbers(source.name, target)
-    return num_bytes
-
-
-def _read_rows(source: Tensor, parameter: Parameter) -> int:
-    """Read a rank's rows of a tensor that cannot be read directly into the target."""
-    assert source.torch_dtype is not None
-    staged = torch.empty(parameter.target.shape, dtype=source.torch_dtype)
-    flat, width = staged.view(-1), parameter.row_size
-    for row, source_row, num_rows in parameter.runs():
-        _read(source, flat[row * width : (row + num_rows) * width], source_row * width)
-    parameter.target.copy_(staged)
-    return staged.nbytes
-
-
-def _read_columns(source: Tensor, cut: RankCut, target: torch.Tensor, rows: range) -> int:
-    """Read some rows completely and copy the columns of a rank."""
-    shape = len(rows), *source.shape[1:]
-    found = source.read_part(rows.start * math.prod(shape[1:]), shape)
-    check_numbers(source.name, found)
-    target[rows.start : rows.stop].copy_(cut.of(found))
-    return found.nbytes
 
 
 def _check_whole_blocks(name: str, parameter: Parameter) -> None:
@@ -388,9 +321,7 @@ def load_model(
         model = family(config, build, dummy.fill)
         head = _head(model, dummy.fill) if with_head else None
         return model, head, f"{counted}; seeded (seed {settings.seed}), untrained"
-    files = WeightFiles(
-        settings.model_dir, num_load_workers(), build.weights.files, with_head=with_head
-    )
+    files = WeightFiles(settings.model_dir, build.weights.files, with_head=with_head)
     files.tensors = family.published(files.tensors)
     if config.tie_embeddings:
         config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
@@ -402,7 +333,7 @@ def load_model(
     files.check(parameters, tied=config.tie_embeddings, sizes=config.described_sizes)
     model = family(config, build, files.fill, stacked_experts=is_stacked)
     head = _head(model, files.fill) if with_head else None
-    note = files.close() + build.weights.note()
+    note = files.note() + build.weights.note()
     if config.unknown_keys:
         note += f"; ignored keys of config.json: {enumerated(sorted(config.unknown_keys))}"
     return model, head, f"{_counted(plan, with_head)}; {note}"
@@ -444,3 +375,164 @@ def resolve_dtype(word: str, config: ModelConfig, device: Device) -> torch.dtype
             return device.traits.default_dtype
         raise ModelError(f"dtype {name!r} is not supported: use --dtype float32 or bfloat16.")
     return DTYPES[name]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Weights of one rank on its device, and the formats in which it computes."""
+
+    settings: EngineConfig
+    rank: Rank
+    device: Device
+    kernels: Kernels
+    config: ModelConfig
+    sizes: ModelSizes
+    """Sizes of the part that this rank computes and stores."""
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    checkpoints: CheckpointFormat | None
+    """Format of checkpoints that differs from that of running states, or None."""
+    model: Decoder
+    head: PredictionHead | None
+    weights_note: str
+    geometry: ModelGeometry
+
+    @classmethod
+    def load(cls, config: EngineConfig, rank: Rank = ALONE) -> LoadedModel:
+        """Load the weights that ``config`` names. Raises ModelError."""
+        device = Device.resolve(config.device)
+        if rank.count > 1:
+            device = device.of_rank(rank.number)
+            config = config if device.is_cpu else replace(config, graphs="off")
+        device.make_current()
+        config = config.settled(on_cpu=device.is_cpu)
+        kernels = Kernels.choose(device, config.kernels)
+        if not device.supports(config.quantization):
+            raise ModelError(f"{device.describe()} does not support fp8; use --quantization int8.")
+        raw = read_config(config.model_dir)
+        family, model_config = read_model(raw)
+        sizes = shared_sizes(model_config, rank.count)
+        dtype = resolve_dtype(config.dtype, model_config, device)
+        has_sums = sizes.size_of("recurrent") > 0
+        build = Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank)
+        model, head, note = load_model(config, family, model_config, build)
+        if head is not None:
+            sizes = replace(model_config.sizes, beside=head.keeps)
+            model_config = replace(model_config, sizes=sizes)
+        geometry = ModelGeometry.from_sizes(
+            config.model_dir.name,
+            model_config.sizes,
+            kv_dtype=dtype_name(dtype),
+            conv_dtype=dtype_name(dtype),
+            state_dtype=config.state_dtype,
+            checkpoint_dtype=config.checkpoint_dtype,
+        )
+        return cls(
+            config,
+            rank,
+            device,
+            kernels,
+            model_config,
+            sizes,
+            dtype,
+            DTYPES[config.state_dtype],
+            CheckpointFormat.parse(config.checkpoint_dtype) if has_sums else None,
+            model,
+            head,
+            note,
+            geometry,
+        )
+
+    def excerpt(self, max_running: int) -> LoadedModel:
+        """Return a model with the first layer of each kind, which shares its weights. Steps are not
+        recorded, and there are no drafts."""
+        first = {sizes: rank for rank, sizes in reversed([*enumerate(self.sizes.layers)])}
+        ranks = sorted(first.values())
+        layers = tuple(self.sizes.layers[rank] for rank in ranks)
+        return replace(
+            self,
+            settings=replace(self.settings, graphs="off", max_running=max_running, plugins=()),
+            sizes=replace(self.sizes, layers=layers, beside=()),
+            checkpoints=None,
+            model=self.model.excerpt(ranks),
+            head=None,
+        )
+
+    def plan(
+        self, num_tokens: int = MIN_KV_TOKENS, num_states: int = SLOTS_OF_ONE, page_size: int = 1
+    ) -> MemoryPlan:
+        """Return the sizes of a memory for this model, by default the smallest one."""
+        return MemoryPlan.of(
+            num_tokens,
+            num_states,
+            kv_row_bytes(self.sizes, self.dtype),
+            state_slot_bytes(self.sizes, self.dtype, self.state_dtype, self.checkpoints),
+            page_size,
+            owns_states=self.checkpoints is not None,
+        )
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one running state."""
+        return state_slot_bytes(self.sizes, self.dtype, self.state_dtype)
+
+    @property
+    def step_state_bytes(self) -> int:
+        """Bytes of the states after each verified token, outside the cache's memory."""
+        return self.settings.num_step_states * self.state_bytes
+
+    @property
+    def num_staged(self) -> int:
+        """Number of exported states that wait until they are narrowed."""
+        most = self.settings.most_step_tokens // self.settings.tile_size + self.settings.max_running
+        return max(1, min(most, STAGING_BYTES // max(self.state_bytes, 1)))
+
+    @property
+    def own_state_bytes(self) -> int:
+        """Bytes of running and exported states that are outside the cache's memory, with a
+        checkpoint format."""
+        if self.checkpoints is None:
+            return 0
+        return (self.num_staged + self.settings.max_running) * self.state_bytes
+
+
+def _weight_spec(
+    config: EngineConfig,
+    raw: Mapping[str, Any],
+    device: Device,
+    dtype: torch.dtype,
+    kernels: Kernels,
+) -> WeightSpec:
+    """Return the format of the weights. Raises ModelError if the files are quantised in a way that
+    is not supported."""
+    place = device.torch_device, dtype, config.quantization
+    if config.fp8_activations:
+        fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
+        if not (device.supports("fp8") and all(fused)):
+            raise ModelError(
+                "--fp8-activations needs a GPU with fp8 products and Triton's kernels for them; "
+                "serve without it."
+            )
+    if config.load_format == "dummy":
+        return WeightSpec(*place, fp8_activations=config.fp8_activations)
+    products = {
+        (format, columns)
+        for format, columns in kernels["linear"].PRODUCTS
+        if device.supports(format)
+    }
+    files = read_quantization(raw, config.model_dir)
+    spec = WeightSpec(*place, files, frozenset(products), config.fp8_activations)
+    if spec.fp8_activations and not spec.has_fp8_products:
+        raise ModelError(
+            "--fp8-activations needs fp8 weights, which this model has with --quantization fp8."
+        )
+    return spec
+
+
+def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:
+    """Return the sizes of one of ``num_ranks``. Raises ModelError if they cannot be divided
+    evenly."""
+    try:
+        return config.sizes.share(num_ranks)
+    except SizesError as error:
+        raise ModelError(f"--tp {num_ranks} is not possible for this model: {error}.") from None

@@ -14,7 +14,7 @@ from engine.interfaces import Exactness
 from engine.layers.blocks import LayerInputs, Pools, RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.backends import digest_of, digest_of_weights, machine_words
-from engine.runner.loaded_model import LoadedModel
+from engine.runner.loading import LoadedModel
 from engine.runner.memory import Memory, MemoryPlan
 from engine.runner.mtp_head import Predictor
 from engine.runner.steps import (

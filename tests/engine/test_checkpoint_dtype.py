@@ -47,7 +47,7 @@ def test_a_step_with_many_checkpoints_is_computed_in_pieces(
     all."""
     runs, staged = [], []
     for num_bytes in (GIB, 1, 40_000):
-        monkeypatch.setattr("engine.runner.loaded_model.STAGING_BYTES", num_bytes)
+        monkeypatch.setattr("engine.runner.loading.STAGING_BYTES", num_bytes)
         settings = {"checkpoints": ("every:64",), "draft": draft, "cache_gib": 0.01}
         engine = drafting_engine(tmp_path, checkpoint_dtype="int8", exact=True, **settings)
         staged.append(len(engine.runner.tensors.checkpoints.staging))

@@ -47,8 +47,8 @@ def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) 
         for name, parameter in layer.parameters():
             self.draw(name, parameter)
             tensors[name] = parameter.target.clone()
-            if parameter.rows is not None:
-                tensors[name][parameter.rows] = parameter.target
+            if parameter.cut is not None:
+                tensors[name][parameter.cut.index] = parameter.target
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dummy, "fill", keep)

@@ -1,6 +1,6 @@
-"""``engine convert``: converts a full-precision checkpoint to an 8-bit one, one matrix at a time.
+"""``engine convert``: converts a full-precision checkpoint to an 8-bit one, one file at a time.
 
-The format of each weight is decided from the headers of the files.
+The format of each weight is decided before any is read.
 """
 
 from __future__ import annotations
@@ -11,29 +11,24 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from engine.layers.linear import FULL_PRECISION
 from engine.weights.layer_names import INDEX_NAME, Names
 from engine.weights.model_config import ModelError, read_config
 from engine.weights.scheme import BAND_ELEMENTS, Scheme, quantize_blocks, read_quantization
-from engine.weights.tensor_files import (
-    FULL_DTYPES,
-    FileWriter,
-    Tensor,
-    WeightsError,
-    find_files,
-    open_file,
-)
+from engine.weights.tensor_files import FULL_DTYPES, dtype_name, find_files, open_file
 from kernels.linear.reference import SCALE_BLOCK, Format
 
-SHARD_BYTES = 4 * 2**30
+SHARD_BYTES = 2**30
 """Maximum size of a file, unless a single piece is larger."""
 
 LEFT_ALONE = (*(f"re:(.*\\.)?{word}(\\.|$)" for word in FULL_PRECISION), "re:(.*\\.)?mtp\\.fc$")
@@ -52,14 +47,11 @@ STACKED = re.compile(
 class FilePiece:
     """One tensor to write: a tensor of the source, or one expert's part of it."""
 
-    source: Tensor
     name: str
     """Name of the written tensor."""
-    shape: tuple[int, ...]
+    source: torch.Tensor
     scheme: Scheme | None = None
     """Format of the written tensor, or None to keep it unchanged."""
-    first: int = 0
-    """Index of its first number in the source."""
     reason: str = ""
     """Reason why a matrix is not converted."""
 
@@ -67,24 +59,26 @@ class FilePiece:
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
-    def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return dtype and shape of each tensor to write, by name. Raises WeightsError."""
-        if self.scheme is not None:
-            scale = f"{self.module}.{self.scheme.scale_name}"
-            shape = self.scheme.scale_shape(*self.shape)
-            return {self.name: (self.scheme.dtype, self.shape), scale: (torch.float32, shape)}
-        if self.source.torch_dtype is None:
-            raise WeightsError(f"{self.name} has the unsupported type {self.source.dtype}.")
-        return {self.name: (self.source.torch_dtype, self.shape)}
-
     @property
     def num_bytes(self) -> int:
         """Bytes to write, including scales."""
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.entries().values())
+        shape, scheme = self.source.shape, self.scheme
+        if scheme is None:
+            return self.source.nbytes
+        return math.prod(shape) * scheme.dtype.itemsize + 4 * math.prod(scheme.scale_shape(*shape))
+
+    def written(self) -> dict[str, torch.Tensor]:
+        """Return the tensors to write, by name. Raises ModelError."""
+        if self.scheme is None:
+            return {self.name: self.source.clone()}
+        stored, scale = quantize_rows(self.source, self.scheme)
+        if not scale.isfinite().all():
+            raise ModelError(f"{self.name} contains numbers that are not finite.")
+        return {self.name: stored, f"{self.module}.{self.scheme.scale_name}": scale}
 
 
 def plan_pieces(
-    tensors: Iterable[Tensor], scheme: Scheme, ignore: Sequence[str]
+    tensors: Mapping[str, torch.Tensor], scheme: Scheme, ignore: Sequence[str]
 ) -> list[FilePiece]:
     """Return a piece for each tensor, with experts one by one.
 
@@ -94,12 +88,12 @@ def plan_pieces(
     ignored, defaults = Names.of(ignore, anywhere=True), Names.of(LEFT_ALONE)
     pieces: list[FilePiece] = []
     left: list[str] = []
-    for tensor in tensors:
-        parts = _parts(tensor)
+    for name, tensor in tensors.items():
+        parts = _parts(name, tensor)
         decided = [_decide(part, scheme, defaults, ignored) for part in parts]
         left += [part.module for part in decided if part.reason == IGNORED]
         if len(parts) > 1 and all(part.scheme is None for part in decided):
-            decided = [FilePiece(tensor, tensor.name, tensor.shape, reason=decided[0].reason)]
+            decided = [FilePiece(name, tensor, reason=decided[0].reason)]
         pieces += decided
     for text in ignore:
         if not any(map(Names.of([text], anywhere=True).has, left)):
@@ -113,35 +107,29 @@ def plan_pieces(
     return pieces
 
 
-def _parts(tensor: Tensor) -> list[FilePiece]:
+def _parts(name: str, tensor: torch.Tensor) -> list[FilePiece]:
     """Return the tensor itself, or each expert's gate, up and down projection of a stacked one.
     Gate and up stay together in Granite's."""
-    stacked = STACKED.fullmatch(tensor.name)
-    if stacked is None or len(tensor.shape) != 3:
-        return [FilePiece(tensor, tensor.name, tensor.shape)]
+    stacked = STACKED.fullmatch(name)
+    if stacked is None or tensor.dim() != 3:
+        return [FilePiece(name, tensor)]
     stem, kind = stacked.group(1, 2) if stacked.group(1) else stacked.group(3, 4)
     if stacked.group(3):
         stem += ".experts"
-    count, rows, columns = tensor.shape
     words = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-    height = rows // len(words)
     return [
-        FilePiece(
-            tensor,
-            f"{stem}.{expert}.{word}.weight",
-            (height, columns),
-            first=(expert * rows + i * height) * columns,
-        )
-        for expert in range(count)
-        for i, word in enumerate(words)
+        FilePiece(f"{stem}.{expert}.{word}.weight", part)
+        for expert, whole in enumerate(tensor)
+        for word, part in zip(words, whole.chunk(len(words)), strict=True)
     ]
 
 
 def _decide(piece: FilePiece, scheme: Scheme, defaults: Names, ignored: Names) -> FilePiece:
     """Return ``piece`` with a scheme, or with the reason for keeping it."""
-    is_matrix = len(piece.shape) == 2 and piece.name.endswith(".weight")
+    shape = piece.source.shape
+    is_matrix = len(shape) == 2 and piece.name.endswith(".weight")
     if not is_matrix or OTHER_KINDS.fullmatch(piece.module):
-        is_stacked = len(piece.shape) == 3 and piece.shape[1] > 1 and ".visual." not in piece.name
+        is_stacked = len(shape) == 3 and shape[1] > 1 and ".visual." not in piece.name
         return replace(piece, reason="stacked under one name") if is_stacked else piece
     reason = ""
     if ignored.has(piece.module):
@@ -149,8 +137,8 @@ def _decide(piece: FilePiece, scheme: Scheme, defaults: Names, ignored: Names) -
     elif defaults.has(piece.module):
         reason = "few numbers with a large effect"
     elif piece.source.dtype not in FULL_DTYPES:
-        reason = f"{piece.source.dtype} already"
-    elif any(size and n % size for n, size in zip(piece.shape, scheme.block, strict=True)):
+        reason = f"{dtype_name(piece.source.dtype)} already"
+    elif any(size and n % size for n, size in zip(shape, scheme.block, strict=True)):
         reason = "not whole blocks"  # which other readers misinterpret
     return replace(piece, scheme=None if reason else scheme, reason=reason)
 
@@ -203,7 +191,7 @@ def convert(
     Args:
       ignore: additional layers to keep: words of names, or regular expressions after ``re:``.
 
-    Takes the memory of the largest matrix, before and after its conversion. Raises ModelError.
+    Takes the memory of one file that it writes, and of the largest matrix. Raises ModelError.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists and is not an empty directory: choose a new one.")
@@ -215,7 +203,7 @@ def convert(
         )
     files = find_files(source)
     scheme = SCHEMES[to]
-    tensors = (tensor for file in files for tensor in open_file(file))
+    tensors = {name: tensor for file in files for name, tensor in open_file(file).items()}
     pieces = plan_pieces(tensors, scheme, ignore)
     shards = into_shards(pieces)
     partial = target / ".partial"
@@ -229,8 +217,8 @@ def convert(
         written_bytes = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
         for path in partial.iterdir():
             os.replace(path, target / path.name)
-    except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from None
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{target} cannot be written: {error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     source_bytes = sum(path.stat().st_size for path in files)
@@ -247,29 +235,16 @@ def _write(shards: Sequence[Sequence[FilePiece]], directory: Path) -> None:
     # Without a terminal there is no bar.
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
         for shard, path in zip(shards, paths, strict=True):
-            entries = {name: e for piece in shard for name, e in piece.entries().items()}
-            with FileWriter(path, entries) as file:
-                for piece in shard:
-                    _convert_one(piece, file)
-                    bar.update(piece.num_bytes)
-            weight_map |= dict.fromkeys(entries, path.name)
+            tensors: dict[str, torch.Tensor] = {}
+            for piece in shard:
+                tensors |= piece.written()
+                bar.update(piece.num_bytes)
+            save_file(tensors, path, {"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, path.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         text = json.dumps(index, indent=2)
         (directory / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _convert_one(piece: FilePiece, file: FileWriter) -> None:
-    """Write the converted ``piece``, or the tensor itself if it stays unchanged."""
-    weight = piece.source.read_part(piece.first, piece.shape)
-    if piece.scheme is None:
-        file.write(piece.name, weight)
-        return
-    stored, scale = quantize_rows(weight, piece.scheme)
-    if not scale.isfinite().all():
-        raise ModelError(f"{piece.name} contains numbers that are not finite.")
-    file.write(piece.name, stored)
-    file.write(f"{piece.module}.{piece.scheme.scale_name}", scale)
 
 
 @torch.inference_mode()
@@ -308,7 +283,7 @@ def _section(pieces: Sequence[FilePiece], scheme: Scheme) -> dict[str, Any]:
     left = [
         piece.module
         for piece in pieces
-        if piece.scheme is None and len(piece.shape) > 1 and piece.name.endswith(".weight")
+        if piece.scheme is None and piece.source.dim() > 1 and piece.name.endswith(".weight")
     ]
     left += [] if "lm_head" in left else ["lm_head"]
     if scheme.format == "fp8":

@@ -17,7 +17,7 @@ from engine.plugins.tensor_parallel.group import TIMEOUT_S, TorchGroup
 from engine.plugins.tensor_parallel.worker_pool import Commit, Followers, Forward
 from engine.runner.build import load_runner
 from engine.runner.device import Device
-from engine.runner.loaded_model import shared_sizes
+from engine.runner.loading import shared_sizes
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch
 from engine.weights.model_config import read_config

@@ -129,10 +129,9 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
         for rounds in (False, True)
     )
     for layer in (quantised, rounding):
-        weight_files = WeightFiles(tmp_path, 2, files)
+        weight_files = WeightFiles(tmp_path, files)
         weight_files.check(layer.parameters(), tied=False)
         weight_files.fill(layer)
-        weight_files.close()
     assert {parameter.target.dtype for _, parameter in quantised.parameters()} == {
         torch.float8_e4m3fn,
         torch.float32,
@@ -198,11 +197,11 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (lambda tensors, _: tensors[f"{UP}_scale_inv"].zero_(), "contains a scale of zero"),
         (
             lambda tensors, _: tensors.update({UP: tensors[UP].float()}),
-            r"but their type differs \(model\.layers\.1\.mlp\.up_proj\.weight is F32\)",
+            r"but their type differs \(model\.layers\.1\.mlp\.up_proj\.weight is float32\)",
         ),
         (
             lambda _, section: section["modules_to_not_convert"].append(UP.removesuffix(".weight")),
-            r"no quantization_config for weights of these types: .*up_proj.weight is F8_E4M3",
+            r"no quantization_config for weights of these types: .*up_proj.weight is float8_e4m3fn",
         ),
         (
             lambda _, section: section.update(modules_to_not_convert=["blocks.0", "heads"]),
