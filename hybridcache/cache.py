@@ -41,19 +41,18 @@ from hybridcache.api import (
     Resumable,
 )
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, raise_failure
-from hybridcache.radix.check import check_tree, is_superseded
+from hybridcache.radix.check import check_tree
 from hybridcache.radix.tree import (
     Checkpoint,
     GhostList,
     ItemBytes,
-    Link,
     NodeHandle,
     PathPart,
     RadixNode,
     RadixTree,
     Segment,
-    last_at,
-    link,
+    has_deeper_checkpoint,
+    last_checkpoint,
     members,
     read_ghosts,
 )
@@ -565,7 +564,7 @@ class HybridRadixCache:
             handle.superseded = None
             old.num_successors -= 1
             if old.node.checkpoint is old and not old.num_successors:
-                self._set_superseded(old, old.deeper is not None)
+                self._set_superseded(old, has_deeper_checkpoint(old.node))
         node.locks -= 1
         if node.locks:
             return
@@ -659,8 +658,8 @@ class HybridRadixCache:
                 raise ValueError(WRONG_LOCK.format(replaces))
             node = replaces.node
             if replaces.superseded is None and node is not None and not node.children:
-                before = last_at(node)
-                if isinstance(before, Checkpoint):
+                before = last_checkpoint(node)
+                if before is not None:
                     replaces.superseded = before
                     before.num_successors += 1
                     self._set_superseded(before, True)
@@ -820,16 +819,10 @@ class HybridRadixCache:
         if self._listeners:
             self._notify("checkpoint_removed", node)
         self.policy.discard(checkpoint, evicted=True)
-        before, below = checkpoint.shallower, checkpoint.deeper
-        assert before is not None
-        before.deeper = below
-        if below is not None:
-            below.shallower = before
-        elif type(before) is Checkpoint:
-            self._set_superseded(before, before.num_successors > 0)
-        checkpoint.shallower = checkpoint.deeper = None
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
+        if not checkpoint.superseded or checkpoint.num_successors:
+            self._review(node)
         self._is_cached[checkpoint.slot] = 0
         self.num_checkpoints -= 1
         self.stats.evicted_slots += 1
@@ -871,15 +864,9 @@ class HybridRadixCache:
             kv.rows = EMPTY  # a policy's queue may hold the segment for a while yet
             self._tree.fade(leaf)
             self.ghosts.add(leaf, rows)
-            only = parent.children
-            if only is not None:
-                if not isinstance(only, dict) and only.deeper is not None and parent.parent:
-                    # The path does not fork any more.
-                    below, only.deeper = only.deeper, None
-                    before = last_at(parent)
-                    link(before, below)
-                    if isinstance(before, Checkpoint):
-                        self._set_superseded(before, True)
+            if parent.children is not None:
+                if not isinstance(parent.children, dict):  # The path does not fork any more.
+                    self._review(parent)
                 return
             if parent.kv is None:
                 return
@@ -1125,7 +1112,6 @@ class HybridRadixCache:
         """
         rejected: list[int] = []
         node, end, step = leaf, leaf.end, self.checkpoint_grid
-        before: Link | None = None
         order: Sequence[int] = (0,)
         if len(checkpoints) > 1:
             order = sorted(range(len(checkpoints)), key=checkpoints.__getitem__, reverse=True)
@@ -1142,7 +1128,7 @@ class HybridRadixCache:
                 rejected.append(slot)
                 continue
             label = labels[index] if labels else ""
-            before = self._store_checkpoint(node, slot, label, position <= offered_to, before)
+            self._store_checkpoint(node, slot, label, position <= offered_to)
         return tuple(rejected)
 
     def _store_checkpoint(
@@ -1151,15 +1137,12 @@ class HybridRadixCache:
         slot: int,
         label: str,
         offered: bool,
-        before: Link | None = None,
         uses: int = 0,
-    ) -> Link:
+    ) -> None:
         """Store ``slot`` as the checkpoint of ``node``, with ``uses`` earlier uses.
 
-        ``offered`` is True if the policy holds the KV of ``node`` as a candidate. Returns the
-        predecessor in its run. Pass it as ``before`` for the next checkpoint above, so that many
-        checkpoints of one insertion do not each search for their place. O(1) with ``before``, else
-        O(nodes up to the predecessor).
+        ``offered`` is True if the policy holds the KV of ``node`` as a candidate. O(nodes down to
+        the next checkpoint, or else up to it).
         """
         serial = self.num_items
         self.num_items = serial + 1
@@ -1171,16 +1154,8 @@ class HybridRadixCache:
         revives = node.kv if offered and not node.children else None
         if revives is not None:
             self._withdraw(revives)
-        last = before.node if isinstance(before, Checkpoint) else before
-        if before is None or last is None or last.end >= node.end:
-            before = last_at(node)
-        below = before.deeper
-        if below is not None:
-            checkpoint.superseded = True
-            link(checkpoint, below)
-        before.deeper = checkpoint
-        checkpoint.shallower = before
-        if type(before) is Checkpoint and below is None:
+        checkpoint.superseded = has_deeper_checkpoint(node)
+        if not checkpoint.superseded and (before := last_checkpoint(node)) is not None:
             self._set_superseded(before, True)
         node.checkpoint = checkpoint
         if node.locks:
@@ -1191,7 +1166,6 @@ class HybridRadixCache:
             self.policy.add(revives)
         if self._listeners:
             self._notify("checkpoint_stored", node)
-        return before
 
     def _expect_child(self, parent: RadixNode) -> None:
         """Prepare ``parent`` for a new resident child: it stops being a leaf, or its path forks."""
@@ -1199,13 +1173,9 @@ class HybridRadixCache:
         if isinstance(family, dict) or parent.parent is None:
             return
         if family is not None:
-            before = last_at(parent)
-            below = before.deeper
-            if below is not None:
-                before.deeper = None
-                link(family, below)
-                if isinstance(before, Checkpoint):
-                    self._set_superseded(before, before.num_successors > 0)
+            before = last_checkpoint(parent)
+            if before is not None:
+                self._set_superseded(before, before.num_successors > 0)
         elif parent.kv is not None:
             self._withdraw(parent.kv)
 
@@ -1215,9 +1185,6 @@ class HybridRadixCache:
         assert kv is not None
         if lower.pins:
             upper.pins = 1
-        if lower.deeper is not None:
-            link(upper, lower.deeper)
-            lower.deeper = None
         cut = len(kv.rows) - (lower.end - position)
         rows, part = kv.rows, kv.rows[:cut].copy()
         upper.kv = Segment(upper, part, kv.created, self.num_items, self.item_bytes)
@@ -1228,6 +1195,13 @@ class HybridRadixCache:
         if self._listeners:
             self._notify("kv_split", upper, lower)
         return upper
+
+    def _review(self, node: RadixNode) -> None:
+        """Update whether the last checkpoint at or above ``node`` is superseded, after a change
+        there. O(nodes between it and the next deeper one)."""
+        before = last_checkpoint(node)
+        if before is not None:
+            self._set_superseded(before, before.num_successors > 0 or has_deeper_checkpoint(node))
 
     def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:
         if checkpoint.superseded == superseded:
@@ -1328,7 +1302,7 @@ class HybridRadixCache:
         self._check_slots(checkpoints)
         for checkpoint in checkpoints:
             assert checkpoint.position % self.checkpoint_grid == 0, f"{checkpoint} is off the grid"
-            expected = checkpoint.num_successors > 0 or is_superseded(checkpoint)
+            expected = checkpoint.num_successors > 0 or has_deeper_checkpoint(checkpoint.node)
             assert checkpoint.superseded == expected, f"{checkpoint} superseded: {not expected}"
         self._check_locks()
         self._check_candidates()

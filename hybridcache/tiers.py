@@ -33,7 +33,6 @@ from hybridcache.radix.tree import (
     Checkpoint,
     GhostList,
     ItemBytes,
-    Link,
     RadixNode,
     RadixTree,
     members,
@@ -785,7 +784,7 @@ class TieredRadixCache(HybridRadixCache):
             start = end
         self.offload.give(taken, rows, slot)
         state, target = taken.state, taken.state.node
-        self._store_checkpoint(target, slot, state.label, not taken.pieces, None, state.uses)
+        self._store_checkpoint(target, slot, state.label, not taken.pieces, state.uses)
         if taken.pieces and target.children is None and target.kv is not None:
             self.policy.add(target.kv)
 
@@ -803,13 +802,12 @@ class TieredRadixCache(HybridRadixCache):
         slot: int,
         label: str,
         offered: bool,
-        before: Link | None = None,
         uses: int = 0,
-    ) -> Link:
+    ) -> None:
         """Free the offloaded state of ``node``, which is on the device again."""
         if node.offloaded is not None:
             self.offload.drop_state(node)
-        return super()._store_checkpoint(node, slot, label, offered, before, uses)
+        super()._store_checkpoint(node, slot, label, offered, uses)
 
     def adopt(
         self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hybridcache.radix.tree import (
     GHOST_NODE_BYTES,
     TOKEN_BYTES,
-    Checkpoint,
     GhostList,
     RadixNode,
     RadixTree,
@@ -39,33 +38,11 @@ def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
             ghost_bytes += len(node.edge) + GHOST_NODE_BYTES
             for child in members(node.ghosts):
                 assert listed[child] < listed[node], f"ghost {child} outlives its parent {node}"
-        _check_run(node)
     assert num_nodes == tree.num_nodes, f"{num_nodes} nodes, counted {tree.num_nodes}"
     num_ghosts = sum(node.kv is None for node in tree.nodes()) - num_stored
     assert num_ghosts == len(listed), f"{len(listed)} ghosts listed, {num_ghosts} in the tree"
     assert ghost_bytes == ghosts.num_bytes, f"ghosts take {ghost_bytes}, counted {ghosts.num_bytes}"
     assert ghosts.num_bytes <= ghosts.limit_bytes, "ghosts are over their limit"
-
-
-def _check_run(node: RadixNode) -> None:
-    """Check that the checkpoints listed at the top of a run are those on it.
-
-    O(nodes of the run).
-    """
-    assert node.parent is not None
-    top = node.parent.parent is None or isinstance(node.parent.children, dict)
-    if node.kv is None or not top:
-        assert node.deeper is None, f"{node} is no top of a run and lists checkpoints"
-        return
-    before: RadixNode | Checkpoint = node
-    below: RadixNode | None = node
-    while below is not None:
-        if below.checkpoint is not None:
-            assert before.deeper is below.checkpoint, f"{below.checkpoint} is not in its list"
-            assert below.checkpoint.shallower is before, f"{below.checkpoint} is not linked upward"
-            before = below.checkpoint
-        below = None if isinstance(below.children, dict) else below.children
-    assert before.deeper is None, f"{before.deeper} is listed on a run on which it does not stand"
 
 
 def _check_node(node: RadixNode, page_size: int) -> None:
@@ -97,14 +74,3 @@ def _check_node(node: RadixNode, page_size: int) -> None:
     if node.checkpoint is not None:
         assert node.checkpoint.node is node, f"checkpoint of {node} belongs elsewhere"
         assert node.lost_checkpoint is None, f"{node} has a checkpoint and a tombstone"
-
-
-def is_superseded(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint is superseded, by definition: a deeper one is on its unforked
-    path. O(path)."""
-    node: RadixNode = checkpoint.node
-    while len(children := list(members(node.children))) == 1:
-        node = children[0]
-        if node.checkpoint is not None:
-            return True
-    return False

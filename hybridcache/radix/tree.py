@@ -85,7 +85,6 @@ class RadixNode(NodeHandle):
     __slots__ = (
         "checkpoint",
         "children",
-        "deeper",
         "edge",
         "end",
         "ghosts",
@@ -121,8 +120,6 @@ class RadixNode(NodeHandle):
         self.lost_checkpoint: Checkpoint | None = None
         """Checkpoint that was evicted from here, or None. A resident node with one is a tombstone.
         """
-        # First checkpoint of the run, if this node is the top of a run .
-        self.deeper: Checkpoint | None = None
         # 1 if the node is locked, plus the number of children with pins (``_count_locks``).
         self.pins = 0
         # Offloaded KV and state of this node, or None (``hybridcache.tiers.OffloadedEntry``).
@@ -183,16 +180,11 @@ class CachedItem:
     position: int
     item_bytes: ItemBytes
     memo: Any
-    shallower: RadixNode | Checkpoint | None = None
 
     @property
     def above(self) -> Checkpoint | None:
-        """See ``Item.above``. O(1) for a checkpoint with another above it on its run, else O(nodes
-        between)."""
-        before = self.shallower
-        if isinstance(before, Checkpoint):
-            return before
-        above = (self.node if before is None else before).parent
+        """See ``Item.above``. O(nodes between)."""
+        above = self.node.parent
         while above is not None and above.checkpoint is None:
             above = above.parent
         return None if above is None else above.checkpoint
@@ -275,10 +267,8 @@ class Checkpoint(CachedItem):
     """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
     __slots__ = (
-        "deeper",
         "label",
         "num_successors",
-        "shallower",
         "slot",
         "stored",
         "superseded",
@@ -307,10 +297,6 @@ class Checkpoint(CachedItem):
         self.num_successors = 0
         """Running requests that will save a deeper checkpoint (``LockHandle.superseded``)."""
         self.superseded = False
-        self.shallower: RadixNode | Checkpoint | None = None
-        self.deeper: Checkpoint | None = None
-        """Next deeper checkpoint of its run; ``shallower`` is the previous one. Both are None once
-        evicted."""
         self.stored: Any = None
         """Item in an offload tier that replaced it, or None."""
         self.memo = None
@@ -345,37 +331,31 @@ def members(family: Family) -> Collection[RadixNode]:
     return () if family is None else (family,)
 
 
-# --- Runs of checkpoints --------------------------------------------------------------------------
+# --- Superseded checkpoints -----------------------------------------------------------------------
 #
-# A checkpoint is superseded if a deeper one is on the same unforked path (one resident child at
-# each step). A run is such a path, from the child of a fork or of a root (its top) down to the
-# next fork or leaf. The checkpoints of a run form a doubly linked list, from shallow to deep,
-# with the top node as its head. So a checkpoint is removed in O(1), regardless of the number of
-# tombstones around it. A new checkpoint, or a fork that begins or ends, searches upward for its
-# place in the list, on the path of the request that caused it, and never downward.
+# A checkpoint is superseded if a deeper one is on its unforked path (one resident child at each
+# step). A checkpoint or fork that comes or goes can change this for the nearest one above only.
 
 
-Link = RadixNode | Checkpoint
-"""Place in the list of a run: its top, or one of its checkpoints."""
-
-
-def last_at(node: RadixNode) -> Link:
-    """Return the checkpoint of ``node``, else the nearest one above on its run, else the top of the
-    run. O(nodes between)."""
+def last_checkpoint(node: RadixNode) -> Checkpoint | None:
+    """Return the checkpoint of ``node``, else the nearest one above from which the path to ``node``
+    does not fork, or None. O(nodes between)."""
     while node.checkpoint is None:
         above = node.parent
-        assert above is not None
-        if above.parent is None or isinstance(above.children, dict):
-            return node
+        if above is None or isinstance(above.children, dict):
+            return None
         node = above
     return node.checkpoint
 
 
-def link(before: Link, after: Checkpoint | None) -> None:
-    """Make ``after`` follow ``before``. ``after`` is None if nothing follows. O(1)."""
-    before.deeper = after
-    if after is not None:
-        after.shallower = before
+def has_deeper_checkpoint(node: RadixNode) -> bool:
+    """Return whether a checkpoint is on the unforked path below ``node``. O(nodes to it)."""
+    child = node.children
+    while isinstance(child, RadixNode):
+        if child.checkpoint is not None:
+            return True
+        child = child.children
+    return False
 
 
 # --- The tree -------------------------------------------------------------------------------------
