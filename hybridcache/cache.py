@@ -20,7 +20,6 @@ every use.
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from math import lcm
 from typing import Any
@@ -130,69 +129,6 @@ class LockHandle:
 
 LISTS = (tuple, list)
 """Types of the checkpoints and labels of an insertion."""
-ENTRY_ROWS = 64
-"""Overhead of one cached result, in rows of 4 bytes (measured: array header and dictionary entry).
-"""
-
-
-class GatherCache:
-    """Recent results of ``gather``, by their last segment.
-
-    A result is valid while its segment is resident, regardless of splits, until rows move (then all
-    are dropped). It is removed with its segment. All together weigh no more than the rows of the
-    pool, or only the newest remains: then they exceed the limit by at most ``ENTRY_ROWS``.
-    """
-
-    def __init__(self, limit_rows: int) -> None:
-        self.limit_rows = limit_rows
-        """Rows of the pool."""
-        self.rows: OrderedDict[Segment, Indices] = OrderedDict()
-        """Rows from the root to the end of each segment."""
-        self.num_rows = 0
-        """Weight of all results, in rows."""
-
-    def join(self, segment: Segment) -> Indices:
-        """Concatenate the rows from the root to the end of ``segment``, and keep the read-only
-        result. O(rows)."""
-        kept, parts, extends = self.rows, [segment.rows], None
-        above = segment.node.parent
-        while above is not None and above.kv is not None:
-            known = kept.get(above.kv)
-            if known is not None:
-                parts.append(known)
-                extends = above.kv
-                break
-            parts.append(above.kv.rows)
-            above = above.parent
-        parts.reverse()
-        rows = np.concatenate(parts)
-        rows.setflags(write=False)
-        if extends is not None:  # Evicted before all others, because its conversation continued.
-            kept.move_to_end(extends, last=False)
-        kept[segment] = rows
-        self.num_rows += len(rows) + ENTRY_ROWS
-        while self.num_rows > self.limit_rows and len(kept) > 1:
-            _, oldest = kept.popitem(last=False)
-            self.num_rows -= len(oldest) + ENTRY_ROWS
-        return rows
-
-    def check(self) -> None:
-        """Recompute the weight and check all results. O(results)."""
-        num_rows = sum(len(rows) + ENTRY_ROWS for rows in self.rows.values())
-        assert num_rows == self.num_rows, f"gathers weigh {num_rows} rows, counted {self.num_rows}"
-        assert num_rows <= self.limit_rows + ENTRY_ROWS, "gathers are over their limit"
-        for segment, rows in self.rows.items():
-            assert segment.node.kv is segment, f"gather of {segment}, which is gone"
-            node, parts = segment.node, []
-            while node.parent is not None and node.kv is not None:
-                parts.append(node.kv.rows)
-                node = node.parent
-            path = np.concatenate(parts[::-1])
-            assert np.array_equal(rows, path), f"gather of {segment} is not its path"
-
-    def clear(self) -> None:
-        self.rows.clear()
-        self.num_rows = 0
 
 
 class HybridRadixCache:
@@ -283,12 +219,11 @@ class HybridRadixCache:
         self._tree = RadixTree(pages.page_size)
         self.ghosts = GhostList(self._tree, ghost_bytes)
         """Nodes with evicted KV, for inspection."""
-        self._gathered = GatherCache(pages.capacity)
-        self._owners: RowIndex | None = None
-        """Buffer of each row, if rows can move, else None."""
+        self._segments: RowIndex | None = None
+        """Segment of each row, if rows can move, else None."""
         if self.arena is not None:
-            self._owners = RowIndex(pages.capacity, self._gathered.clear)
-            self.arena.holders |= {self.steps: None, self._owners: None}
+            self._segments = RowIndex(pages.capacity)
+            self.arena.holders |= {self.steps: None, self._segments: None}
         self._listeners: tuple[Listener, ...] = ()
         self._withheld: set[Checkpoint | Segment] = set()
         """Locked victims, withheld from the policy until they are unlocked."""
@@ -378,15 +313,15 @@ class HybridRadixCache:
         )
 
     def gather(self, node: NodeHandle | None) -> Indices:
-        """Return the KV indices from the root to the end of ``node``: int32[position], read-only.
-        O(position), or O(1) for the latest results, which a request and its next turn share."""
-        last = self._usable(node)
-        if last is None:
+        """Return a copy of the KV indices from the root to the end of ``node``: int32[position].
+        O(position)."""
+        above, parts = self._usable(node), []
+        while above is not None and above.kv is not None:
+            parts.append(above.kv.rows)
+            above = above.parent
+        if not parts:
             return EMPTY
-        assert last.kv is not None
-        rows = self._gathered.rows.get(last.kv)
-        if rows is None:
-            rows = self._gathered.join(last.kv)
+        rows = np.concatenate(parts[::-1])
         return rows[: node.length] if isinstance(node, PathPart) else rows
 
     def protected(self) -> Protected:
@@ -741,7 +676,6 @@ class HybridRadixCache:
         while self._evict_one(None):
             pass
         self.ghosts.clear()
-        self._gathered.clear()
         if self.steps.open_plan is not None:
             self.steps.open_plan.was_begun = True
         self.steps.open_plan = None
@@ -834,9 +768,9 @@ class HybridRadixCache:
 
         They become ghosts and pass their recency up. O(nodes freed, and those up to a checkpoint).
         """
-        gathered = self._gathered
         assert leaf.kv is not None
         self.policy.discard(leaf.kv, evicted=True)
+        freed: list[Indices] = []
         while True:
             if leaf.pins:  # Of a returned lock. A ghost may be split, and has no pins then.
                 self._count_locks()
@@ -846,34 +780,32 @@ class HybridRadixCache:
             assert kv is not None and parent is not None
             if self._listeners:
                 self._notify("kv_removed", leaf)
-            rows = kv.rows
-            num_rows = len(rows)
-            self._pages.free(rows, is_trusted=True)
-            self.cached_tokens -= num_rows
-            self.stats.evicted_tokens += num_rows
+            freed.append(kv.rows)
             above = parent.kv
             if above is not None:
                 above.uses += kv.uses
                 if kv.last_used > above.last_used:
                     above.last_used = kv.last_used
-            if self._owners is not None:
-                self._owners.remove(rows)
-            if (gone := gathered.rows.pop(kv, None)) is not None:
-                gathered.num_rows -= len(gone) + ENTRY_ROWS
+            if self._segments is not None:
+                self._segments.remove(kv)
             leaf.kv = None
             kv.rows = EMPTY  # a policy's queue may hold the segment for a while yet
             self._tree.fade(leaf)
-            self.ghosts.add(leaf, rows)
+            self.ghosts.add(leaf, freed[-1])
             if parent.children is not None:
                 if not isinstance(parent.children, dict):  # The path does not fork any more.
                     self._review(parent)
-                return
+                break
             if parent.kv is None:
-                return
+                break
             if parent.checkpoint is not None or parent.locks or not self._has_states:
                 self.policy.add(parent.kv)
-                return
+                break
             leaf = parent
+        rows = freed[0] if len(freed) == 1 else np.concatenate(freed)
+        self._pages.free(rows, is_trusted=True)
+        self.cached_tokens -= len(rows)
+        self.stats.evicted_tokens += len(rows)
 
     # --- Publishing -------------------------------------------------------------------------------
 
@@ -1091,8 +1023,8 @@ class HybridRadixCache:
         serial, num_tokens = self.num_items, len(rows)
         self.num_items = serial + 1
         node.kv = Segment(node, rows, self.now, serial, self.item_bytes)
-        if self._owners is not None:
-            self._owners.new[id(rows)] = rows
+        if self._segments is not None:
+            self._segments.new[serial] = node.kv
         self.cached_tokens += num_tokens
         self.stats.inserted_tokens += num_tokens
         if self._listeners:
@@ -1186,12 +1118,12 @@ class HybridRadixCache:
         if lower.pins:
             upper.pins = 1
         cut = len(kv.rows) - (lower.end - position)
-        rows, part = kv.rows, kv.rows[:cut].copy()
-        upper.kv = Segment(upper, part, kv.created, self.num_items, self.item_bytes)
+        serial, rows = self.num_items, kv.rows
+        upper.kv = Segment(upper, rows[:cut].copy(), kv.created, serial, self.item_bytes)
         self.num_items += 1
         kv.rows = rows[cut:].copy()
-        if self._owners is not None:
-            self._owners.split(rows, part, kv.rows)
+        if self._segments is not None:
+            self._segments.new[serial] = upper.kv
         if self._listeners:
             self._notify("kv_split", upper, lower)
         return upper
@@ -1363,11 +1295,10 @@ class HybridRadixCache:
         )
         both = np.concatenate([cached, pages.free_rows()])
         assert are_distinct(both), "a KV row is cached twice, or cached and free"
-        self._gathered.check()
-        if self._owners is not None and self.arena is not None:
-            self._owners.check(parts)
+        if self._segments is not None and self.arena is not None:
+            self._segments.check([node.kv for node in resident if node.kv is not None])
             self.arena.check_taken(cached)
-            assert self._owners in self.arena.holders, "the tree is not notified of moves"
+            assert self._segments in self.arena.holders, "the tree is not notified of moves"
         if pages.budget is not None:
             taken = pages.num_taken * pages.unit_bytes
             taken += self._slots.num_taken * self._slots.unit_bytes

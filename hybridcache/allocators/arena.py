@@ -29,13 +29,12 @@ follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 
 from hybridcache.allocators.moves import Move, RowHolder
 from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator
+from hybridcache.radix.tree import Segment
 from hybridcache.tokens import Indices
 
 
@@ -255,90 +254,58 @@ class ArenaSlots(SlotAllocator):
 
 
 class RowIndex:
-    """Arrays of the rows of all nodes of one tree. A ``RowHolder``, which owns the cached rows.
+    """Segments of one tree by row: a ``RowHolder``, which owns the cached rows.
 
-    Finds the rows of an emptied slab without a search: a table of all rows holds the numbers of
-    their arrays. It is updated only when a slab is emptied: until then, a change costs one
-    dictionary entry.
+    Finds the rows of an emptied slab without a search. It is updated only when a slab is emptied:
+    until then, a new segment costs one dictionary entry.
     """
 
-    def __init__(self, num_rows: int, moved: Callable[[], None]) -> None:
-        """``moved`` is called before rows are renamed."""
-        self._moved = moved
-        # By row the number of its array: right for rows that the tree had at the last move and
-        # still has, unless a split has put them into a new array. Host memory is taken as rows are
-        # used.
-        self._numbers = np.zeros(num_rows, np.int32)
-        self._numbered: list[Indices | None] = []
-        """Array of each number, or None if the number is unused."""
-        self._free_numbers: list[int] = []
-        self.new: dict[int, Indices] = {}
-        """Arrays without a number yet, by identity. Callers add each new array here."""
+    def __init__(self, num_rows: int) -> None:
+        # By row the serial of its segment: right for rows that the tree had at the last move and
+        # still has, unless a split has moved them. Host memory is taken as rows are used.
+        self._serials = np.zeros(num_rows, np.int64)
+        self._known: dict[int, Segment] = {}
+        """Segments in the table, by serial."""
+        self.new: dict[int, Segment] = {}
+        """Segments that are not in the table yet, by serial. Callers add each new one here."""
 
-    def remove(self, rows: Indices) -> None:
-        """Remove the array of an evicted node. O(1)."""
-        if self.new.pop(id(rows), None) is None:
-            number = self._numbers.item(rows.item(0))
-            self._numbered[number] = None
-            self._free_numbers.append(number)
-
-    def split(self, rows: Indices, upper: Indices, lower: Indices) -> None:
-        """Replace ``rows`` by the copies of its two parts. O(1)."""
-        self.remove(rows)
-        self.new |= {id(upper): upper, id(lower): lower}
+    def remove(self, segment: Segment) -> None:
+        """Remove the segment of an evicted node. O(1)."""
+        if self.new.pop(segment.serial, None) is None:
+            del self._known[segment.serial]
 
     def rows_moved(self, move: Move) -> int:
-        """Rename the rows of ``move`` in their arrays, and return how many of them are cached.
-        O(rows of those arrays + rows added since the last move)."""
-        self._moved()
-        self._number_new()
-        numbers = self._numbers.take(move.src)
-        self._numbers[move.dst.astype(np.intp)] = numbers
-        found = [
-            # A row that left the tree keeps its old number, which may be unused or reused by now.
-            # Only the rows in the array count.
-            rows
-            for number in np.flatnonzero(np.bincount(numbers)).tolist()
-            if number < len(self._numbered) and (rows := self._numbered[number]) is not None
-        ]
-        if not found:
+        """Rename the rows of ``move`` in their segments, and return how many of them are cached.
+        O(rows of those segments + rows added since the last move)."""
+        if self.new:
+            added = [segment.rows for segment in self.new.values()]
+            # Four times as fast as with int32 for an index, which numpy casts a piece at a time.
+            index = np.concatenate(added, dtype=np.intp)
+            self._serials[index] = np.repeat(list(self.new), list(map(len, added)))
+            self._known |= self.new
+            self.new.clear()
+        serials = self._serials.take(move.src)
+        self._serials[move.dst.astype(np.intp)] = serials
+        # A row that left the tree keeps the serial of a segment that is gone, or has lost it.
+        found = [self._known.get(serial) for serial in np.unique(serials).tolist()]
+        arrays = [segment.rows for segment in found if segment is not None]
+        if not arrays:
             return 0
-        renamed, start = np.concatenate(found), 0
+        renamed = np.concatenate(arrays)
         num_owned = len(move.rename(renamed))
-        for rows in found:
-            end = start + len(rows)
-            rows[:] = renamed[start:end]
-            start = end
+        ends = np.cumsum(list(map(len, arrays)))
+        for rows, part in zip(arrays, np.split(renamed, ends[:-1]), strict=True):
+            rows[:] = part
         return num_owned
 
-    def _number_new(self) -> None:
-        if not self.new:
-            return
-        arrays = list(self.new.values())
-        self.new.clear()
-        numbers = []
-        for rows in arrays:
-            if self._free_numbers:
-                numbers.append(number := self._free_numbers.pop())
-                self._numbered[number] = rows
-            else:
-                numbers.append(len(self._numbered))
-                self._numbered.append(rows)
-        lengths = [len(rows) for rows in arrays]
-        # Four times as fast as with int32 for an index, which numpy casts a piece at a time.
-        index = np.concatenate(arrays, dtype=np.intp)
-        self._numbers[index] = np.repeat(np.array(numbers, np.int32), lengths)
-
-    def check(self, segments: list[Indices]) -> None:
-        """Check that the arrays are ``segments``, those of all resident nodes. O(rows).
+    def check(self, segments: list[Segment]) -> None:
+        """Check that the index has ``segments``, those of all resident nodes. O(rows).
 
         Raises:
-            AssertionError: they are not.
+            AssertionError: it has not.
         """
-        numbered = [rows for rows in self._numbered if rows is not None]
-        known = sorted(id(rows) for rows in (*numbered, *self.new.values()))
-        assert known == sorted(map(id, segments)), "the arrays known are not those of the tree"
-        for number, rows in enumerate(self._numbered):
-            if rows is not None:
-                assert (self._numbers[rows] == number).all(), f"a row of array {number} is lost"
-            assert (rows is None) == (number in self._free_numbers), f"number {number} is lost"
+        known = {segment.serial: segment for segment in segments}
+        assert known == self._known | self.new, "the segments known are not those of the tree"
+        for serial in self._known.keys() - self.new.keys():
+            is_found = self._serials[self._known[serial].rows] == serial
+            assert is_found.all(), f"a row of segment {serial} is lost"

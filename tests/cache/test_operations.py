@@ -182,34 +182,6 @@ def test_a_lock_costs_two_steps_and_locked_paths_are_counted_once_per_change(ste
     assert steps.count == 0
 
 
-def num_nodes_alive() -> int:
-    return sum(type(item) is RadixNode for item in gc.get_objects())
-
-
-def test_gathered_rows_are_freed_with_their_node() -> None:
-    cache = hybrid(20_000, 2000, ghost_bytes=0)
-    resident = cache.lock(publish(cache, ids(range(10_000)), [10_000]).node)
-    gc.collect()
-    alive_before = num_nodes_alive()
-    tracemalloc.start()
-    before, _ = tracemalloc.get_traced_memory()
-    for index in range(1500):
-        result = publish(cache, ids(range(20_000 + 10 * index, 20_010 + 10 * index)), [10])
-        assert len(cache.gather(result.node)) == 10
-        if index % 100 == 99:
-            cache.evict(num_tokens=10_000)
-    del result
-    gc.collect()
-    taken = tracemalloc.get_traced_memory()[0] - before
-    alive = num_nodes_alive() - alive_before
-    tracemalloc.stop()
-    assert cache.num_nodes == 1
-    assert taken < 4 * cache.cached_tokens + 300 * 1024, f"{taken} bytes for one path"
-    assert alive < 400, f"{alive} more nodes are alive outside the tree"
-    cache.check()
-    cache.unlock(resident)
-
-
 @pytest.mark.full("lru")
 @pytest.mark.parametrize("eviction", ["lru", "gdsf", "lfu"])
 def test_tokens_and_rows_are_freed_while_a_queue_lists_their_node(eviction: str) -> None:
