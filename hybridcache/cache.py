@@ -40,7 +40,6 @@ from hybridcache.api import (
     Resumable,
 )
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, raise_failure
-from hybridcache.radix.check import check_tree
 from hybridcache.radix.tree import (
     Checkpoint,
     GhostList,
@@ -225,7 +224,7 @@ class HybridRadixCache:
             self._segments = RowIndex(pages.capacity)
             self.arena.holders |= {self.steps: None, self._segments: None}
         self._listeners: tuple[Listener, ...] = ()
-        self._withheld: set[Checkpoint | Segment] = set()
+        self._withheld: set[Item] = set()
         """Locked victims, withheld from the policy until they are unlocked."""
         self._locked_len = 0
         """Sum of the path lengths of locked nodes: at least ``_locked_tokens``."""
@@ -730,11 +729,11 @@ class HybridRadixCache:
             item = self.policy.victim(kind)
             if item is None:
                 return False
-            node: RadixNode = item.node  # type: ignore[attr-defined]
+            node = item.node
             if not node.locks:
                 break
             self.policy.discard(item, evicted=False)
-            self._withheld.add(item)  # type: ignore[arg-type]
+            self._withheld.add(item)
         self.stats.evictions += 1
         if self._listeners:
             self._notify("chosen", item)
@@ -1145,7 +1144,7 @@ class HybridRadixCache:
         checkpoint.superseded = superseded
         self.policy.add(checkpoint)
 
-    def _withdraw(self, item: Checkpoint | Segment) -> None:
+    def _withdraw(self, item: Item) -> None:
         """Remove ``item`` from the candidates."""
         if item in self._withheld:
             self._withheld.discard(item)
@@ -1227,7 +1226,7 @@ class HybridRadixCache:
         for what, number in (("held_tokens", held_tokens), ("held_slots", held_slots)):
             if number is not None:
                 require_index(number, what)
-        check_tree(self._tree, self.ghosts)
+        self._tree.check(self.ghosts)
         resident = [node for node in self._tree.nodes() if node.kv is not None]
         checkpoints = [node.checkpoint for node in resident if node.checkpoint is not None]
         self._check_rows(resident)

@@ -495,10 +495,9 @@ class OffloadTiers(GhostList):
         """Free everything, and forget all ghosts. O(stored + ghosts)."""
         for number, tier in enumerate(self.tiers):
             while (victim := tier.policy.victim("checkpoint")) is not None:
-                node: RadixNode = victim.node  # type: ignore[attr-defined]
-                self.drop_state(node)
-                self._prune(node)
-                self._sink(node, number)
+                self.drop_state(victim.node)
+                self._prune(victim.node)
+                self._sink(victim.node, number)
         super().clear()
 
     def _entry(self, node: RadixNode) -> OffloadedEntry:

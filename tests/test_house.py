@@ -83,7 +83,7 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
 
 
 ORDER = {
-    "hybridcache": "command tokens allocators radix policies api watch cache tiers config lease "
+    "hybridcache": "command tokens radix allocators policies api watch cache tiers config lease "
     "scheduling geometry export routing lab",
     "engine": "weights layers models config errors text requests schedule interfaces runner "
     "hub messages core engine async_engine server worker command",

@@ -9,11 +9,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from hybridcache.radix.tree import Item as Item
+from hybridcache.radix.tree import Kind as Kind
 from hybridcache.tokens import require_index
-
-Kind = Literal["kv", "checkpoint"]
 
 
 class PolicyError(ValueError):
@@ -29,88 +29,6 @@ def raise_failure(failure: PolicyError | None) -> None:
 def is_built_in(kind: type[Any]) -> bool:
     """Return whether ``kind`` is a policy of this package, or guards a user's policy."""
     return kind.__module__.startswith("hybridcache.policies.")
-
-
-class Item(Protocol):
-    """One evictable item, as seen by a policy. Write only ``memo``, and that in eviction policies
-    only: other attributes are the cache's."""
-
-    memo: Any
-    """Data of the policy. None at first, and kept as long as the item lives. An item that was read
-    from a file can lack it: see ``on_ghost_hit``."""
-
-    @property
-    def kind(self) -> Kind:
-        """Kind of the freed memory: KV rows, or a checkpoint's slot."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that evicting it now frees.
-
-        - KV: its rows, the state at its end, and the tail above. The tail is the path up to the
-          nearest checkpoint, fork or lock, which is evicted with it.
-        - Checkpoint: its state, and for a leaf the same tail.
-        - Attention-only cache: the rows of the segment.
-        """
-
-    @property
-    def position(self) -> int:
-        """Number of tokens from the root to its end."""
-
-    @property
-    def span(self) -> int:
-        """Number of tokens that must be computed again to resume here after its eviction.
-
-        This is the distance to the nearest checkpoint above, for both kinds, regardless of rows
-        that remain in between. Neither ``span`` nor ``size_bytes`` depends on earlier node splits.
-        An attention-only cache evicts whole segments and can resume anywhere: there it is the
-        length of the segment.
-        """
-
-    @property
-    def serial(self) -> int:
-        """Creation number among all items of the cache. Breaks ties, so that runs are
-        reproducible."""
-
-    @property
-    def created(self) -> int:
-        """Logical time of creation (one tick per request)."""
-
-    @property
-    def last_used(self) -> int:
-        """Logical time of the last use."""
-
-    @property
-    def uses(self) -> int:
-        """Number of requests that resumed from it (checkpoint) or through it (KV)."""
-
-    @property
-    def dead(self) -> bool:
-        """True for a leaf without a checkpoint: its KV cannot be resumed from.
-
-        Always False in an attention-only cache.
-        """
-
-    @property
-    def superseded(self) -> bool:
-        """True if a deeper checkpoint exists on the same unforked path, or is about to: a running
-        request has taken its slot."""
-
-    @property
-    def above(self) -> Item | None:
-        """Nearest checkpoint above on its path, or None for the root."""
-
-    @property
-    def predecessor(self) -> Item | None:
-        """As ``above``, but it may have been evicted. Links items by lineage."""
-
-    @property
-    def label(self) -> str:
-        """Placement rule that saved it: end, branch, boundary, backoff, every ...
-
-        The deepest checkpoint of a finished request carries its stop reason, if that is known:
-        decode/tool_use.
-        """
 
 
 class EvictionPolicy(ABC):

@@ -1,8 +1,8 @@
 """Radix tree over token ids: nodes, their items, walks and splits; and a bounded list of ghosts.
 
 ``RadixTree`` has one root per namespace. ``RadixNode`` is the structure; its evictable items are
-the ``Segment`` (KV rows of its edge) and the ``Checkpoint`` (state at its end). They have the
-attributes that policies see (``policies.protocol.Item``). A node without a segment is a *ghost*:
+the ``Segment`` (KV rows of its edge) and the ``Checkpoint`` (state at its end), with the attributes
+that policies see (``Item``). A node without a segment is a *ghost*:
 its tokens are remembered, but it has no KV on the device. Resident children and ghosts are separate
 families, so that the length of the KV and the length of the seen tokens are two plain walks without
 recursion.
@@ -160,9 +160,15 @@ class PathPart(NodeHandle):
         return node
 
 
-class CachedItem:
-    """Evictable item of one node, with the attributes that policies see
-    (``policies.protocol.Item``)."""
+Kind = Literal["kv", "checkpoint"]
+
+
+class Item:
+    """Unit of eviction, as seen by a policy: one checkpoint, or the KV of one node. Made by the
+    cache.
+
+    Write only ``memo``, and that in eviction policies only: other attributes are the cache's.
+    """
 
     __slots__ = (
         "created",
@@ -175,23 +181,51 @@ class CachedItem:
         "uses",
     )
 
-    kind: Literal["kv", "checkpoint"]
-    node: RadixNode
-    position: int
-    item_bytes: ItemBytes
     memo: Any
+    """Data of the policy. None at first, and kept as long as the item lives. An item that was read
+    from a file can lack it: see ``EvictionPolicy.on_ghost_hit``."""
+    kind: Kind
+    """Kind of the freed memory: KV rows, or a checkpoint's slot."""
+    position: int
+    """Number of tokens from the root to its end."""
+    serial: int
+    """Creation number among all items of the cache. Breaks ties, so that runs are reproducible."""
+    created: int
+    """Logical time of creation (one tick per request)."""
+    last_used: int
+    """Logical time of the last use."""
+    uses: int
+    """Number of requests that resumed from it (checkpoint) or through it (KV)."""
+    superseded: bool
+    """True if a deeper checkpoint exists on the same unforked path, or is about to: a running
+    request has taken its slot."""
+    label: str
+    """Placement rule that saved it: end, branch, boundary, backoff, every ... The deepest
+    checkpoint of a finished request carries its stop reason, if that is known: decode/tool_use."""
+    # Node and sizes, for the cache.
+    node: RadixNode
+    item_bytes: ItemBytes
 
     @property
-    def above(self) -> Checkpoint | None:
-        """See ``Item.above``. O(nodes between)."""
+    def dead(self) -> bool:
+        """True for a leaf without a checkpoint: its KV cannot be resumed from. O(1).
+
+        Always False in an attention-only cache.
+        """
+        return False
+
+    @property
+    def above(self) -> Item | None:
+        """Nearest checkpoint above on its path, or None for the root. O(nodes between)."""
         above = self.node.parent
         while above is not None and above.checkpoint is None:
             above = above.parent
         return None if above is None else above.checkpoint
 
     @property
-    def predecessor(self) -> Checkpoint | None:
-        """See ``Item.predecessor``. For KV, one at its own end counts. O(nodes between)."""
+    def predecessor(self) -> Item | None:
+        """As ``above``, but it may have been evicted. Links items by lineage. For KV, one at its
+        own end counts. O(nodes between)."""
         node: RadixNode | None = self.node
         while node is not None:
             found = node.checkpoint or node.lost_checkpoint
@@ -202,7 +236,13 @@ class CachedItem:
 
     @property
     def span(self) -> int:
-        """See ``Item.span``. Costs as ``above``."""
+        """Number of tokens that must be computed again to resume here after its eviction.
+
+        This is the distance to the nearest checkpoint above, for both kinds, regardless of rows
+        that remain in between. Neither ``span`` nor ``size_bytes`` depends on earlier node splits.
+        An attention-only cache evicts whole segments and can resume anywhere: there it is the
+        length of the segment. Costs as ``above``.
+        """
         if not self.item_bytes.state:
             return self.position - self.node.start
         above = self.above
@@ -210,7 +250,13 @@ class CachedItem:
 
     @property
     def size_bytes(self) -> int:
-        """See ``Item.size_bytes``. O(nodes in the tail)."""
+        """Bytes that evicting it now frees. O(nodes in the tail).
+
+        - KV: its rows, the state at its end, and the tail above. The tail is the path up to the
+          nearest checkpoint, fork or lock, which is evicted with it.
+        - Checkpoint: its state, and for a leaf the same tail.
+        - Attention-only cache: the rows of the segment.
+        """
         node, (kv_token, state) = self.node, self.item_bytes
         if self.kind == "checkpoint" and node.children is not None:
             return state
@@ -225,12 +271,12 @@ class CachedItem:
         return num_bytes + state if has_state else num_bytes
 
 
-class Segment(CachedItem):
+class Segment(Item):
     """KV rows of the edge of one node: an evictable item of kind ``kv``."""
 
     __slots__ = ("rows",)
 
-    kind: Literal["kv"] = "kv"
+    kind = "kv"
     superseded = False
     label = ""
 
@@ -255,7 +301,6 @@ class Segment(CachedItem):
 
     @property
     def dead(self) -> bool:
-        """See ``Item.dead``. O(1)."""
         node = self.node
         return node.checkpoint is None and not node.children and self.item_bytes.state > 0
 
@@ -263,7 +308,7 @@ class Segment(CachedItem):
         return f"<kv {self.node.start}..{self.node.end} used={self.last_used}>"
 
 
-class Checkpoint(CachedItem):
+class Checkpoint(Item):
     """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
     __slots__ = (
@@ -274,8 +319,7 @@ class Checkpoint(CachedItem):
         "superseded",
     )
 
-    kind: Literal["checkpoint"] = "checkpoint"
-    dead = False
+    kind = "checkpoint"
 
     def __init__(
         self,
@@ -504,6 +548,59 @@ class RadixTree:
         self.num_nodes -= 1
         if parent.parent is None and parent.children is None and parent.ghosts is None:
             del self.roots[parent.key]
+
+    def check(self, ghosts: GhostList) -> None:
+        """Recompute the invariants of the tree and its ``ghosts``. O(tree).
+
+        Raises:
+            AssertionError: an invariant fails; the message names the first.
+        """
+        listed = {ghost: place for place, ghost in enumerate(ghosts.oldest_first())}
+        for namespace, root in self.roots.items():
+            is_root = root.parent is None and root.end == 0 and root.kv is None and not root.locks
+            assert is_root and root.key == namespace, f"bad root {root} of {namespace!r}"
+            assert root.children or root.ghosts, f"empty root of {namespace!r} was not dropped"
+        num_nodes = 0
+        for node in self.nodes():
+            num_nodes += 1
+            self._check_node(node)
+            is_stored = node.offloaded is not None and node.offloaded.kv is not None
+            is_listed = node.kv is None and not is_stored
+            assert (node in listed) == is_listed, f"{node} in the ghost list: {not is_listed}"
+            if is_listed:
+                later = [ghost for ghost in members(node.ghosts) if listed[ghost] > listed[node]]
+                assert not later, f"ghosts {later} outlive their parent {node}"
+        assert num_nodes == self.num_nodes, f"{num_nodes} nodes, counted {self.num_nodes}"
+        num_bytes = sum(len(ghost.edge) + GHOST_NODE_BYTES for ghost in listed)
+        assert num_bytes == ghosts.num_bytes, f"ghosts take {num_bytes}, counted {ghosts.num_bytes}"
+        assert num_bytes <= ghosts.limit_bytes, "ghosts are over their limit"
+
+    def _check_node(self, node: RadixNode) -> None:
+        parent, kv, checkpoint = node.parent, node.kv, node.checkpoint
+        assert parent is not None, f"{node} hangs on nothing"
+        families = (
+            (parent.ghosts, parent.children) if kv is None else (parent.children, parent.ghosts)
+        )
+        is_dict = isinstance(families[0], dict)
+        assert is_dict == (len(members(families[0])) > 1), f"{parent} has a dict for one child"
+        own, other = ({child.key: child for child in members(family)} for family in families)
+        assert own.get(node.key) is node, f"{node} is not the child of its parent"
+        assert node.key not in other, f"{node} has a twin that is resident and a ghost"
+        length = node.end - parent.end
+        is_right = length > 0 and length % self.page_size == 0 and len(node.tokens) == length
+        assert is_right, f"edge of {node} has the wrong length"
+        key = first_page(node.tokens, 0, self.page_size)
+        assert node.key == key, f"{node} is under the wrong key"
+        assert node.locks >= 0, f"{node} was unlocked too often"
+        if kv is None:
+            is_bare = not node.children and checkpoint is None and not node.locks
+            assert is_bare, f"ghost {node} has resident children, a checkpoint or a lock"
+        else:
+            assert len(kv.rows) == length, f"{node} has {len(kv.rows)} rows"
+            assert kv.node is node, f"the rows of {node} belong to {kv.node}"
+        if checkpoint is not None:
+            assert checkpoint.node is node, f"checkpoint of {node} belongs elsewhere"
+            assert node.lost_checkpoint is None, f"{node} has a checkpoint and a tombstone"
 
     def nodes(self) -> Iterator[RadixNode]:
         """Iterate over all nodes, parents before children. O(tree), without recursion."""

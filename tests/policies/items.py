@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybridcache.policies.protocol import EvictionPolicy, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 _serials = iter(range(10**9))
 
 
 @dataclass(eq=False, slots=True)
-class FakeItem:
+class FakeItem(Item):
     """Item with attributes set by the test."""
 
     name: str
