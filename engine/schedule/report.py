@@ -65,8 +65,7 @@ class FolderReport:
     errors: int = 0
     """Number of file system errors and damaged records since the start."""
     problem: str | None = None
-    """Reason why the folder currently cannot be written or used, or None if it can. A refused write
-    remains the reason until as much was written again."""
+    """Reason why the folder is not used any more, or None if it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def write_until_killed(folder: Path, seed: int) -> None:
             store.remove(gone)
             del sizes[gone]
         meta, payload = str(number).encode(), payload_of(number)
-        store.write(number, 1, meta, payload)
+        store.write(number, meta, payload)
         sizes[number] = record_bytes(len(meta), len(payload))
         print("+", number, flush=True)
 

@@ -20,14 +20,14 @@ from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk, Kind
 from engine.plugins.tiers.prefixes import RecordPart, covering
 from engine.plugins.tiers.records import RecordStore
-from engine.plugins.tiers.staging import MeasuredExchange, Staging
+from engine.plugins.tiers.staging import MeasuredExchange, Staging, is_kept
 from engine.plugins.tiers.tier_copies import TierCopier
 from engine.runner.backends import digest_of
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.schedule.scheduler import KEPT
 from engine.text.tokenizer import Tokenizer
-from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Transfer
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
 from hybridcache.api import Listener
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig
@@ -61,11 +61,6 @@ class WriteThrough(Listener):
     def _queue(self, kind: Kind, node: RadixNode, rows: Indices) -> None:
         copy = Copy(kind, DEVICE, rows, KEPT, EMPTY, node.end, path_of(node))
         self._cache.steps.transfers.append(copy)
-
-
-def _is_kept(transfer: Transfer) -> bool:
-    """Return True for a write-through copy."""
-    return isinstance(transfer, Copy) and transfer.dst_tier == KEPT
 
 
 NAME = "memory"
@@ -139,7 +134,8 @@ class TierPlugin(Plugin):
         super().__init__(config)
         self._sizes = TierSizes()
         state_dir = config.of(TierConfig).state_dir
-        self._store = None if state_dir is None else RecordStore(Path(state_dir))
+        weights_dir = None if config.load_format == "dummy" else config.model_dir
+        self._store = None if state_dir is None else RecordStore(Path(state_dir), weights_dir)
         self.disk: Disk | None = None
         self._saved_state: Memory | None = None
         """Policy state in the folder, until all of it is restored."""
@@ -160,9 +156,7 @@ class TierPlugin(Plugin):
         self._cache = cache
         rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
         if self._store is not None:
-            fields = self._fingerprint(self._store, runner, tokenizer)
-            self._store.open(fields)
-            self._open_disk(self._store, fields, runner.memory, rows[DISK])
+            self._open_disk(self._store, runner, tokenizer, rows[DISK])
         copier = partial(TierCopier, disk=self.disk)
         host = {HOST: runner.attach_tiers(copier, rows.get(HOST, 0))}
         disk, geometry = self.disk, runner.geometry
@@ -174,24 +168,19 @@ class TierPlugin(Plugin):
             cache.subscribe(WriteThrough(cache))
         return {"exchange": cost, "after_reading": after_reading}
 
-    def _fingerprint(
-        self, store: RecordStore, runner: Runner, tokenizer: Tokenizer | None
-    ) -> dict[str, str]:
-        """Return the properties that bytes of KV and states, and their tokens, depend on."""
-        config, template = self.config, None if tokenizer is None else tokenizer.chat_template
-        is_dummy = config.load_format == "dummy"
-        return {
-            **runner.identity(None if is_dummy else store.load_digest(config.model_dir)),
-            "tokenizer": _digest(None if tokenizer is None else tokenizer.as_json()),
-            "chat template": _digest(None if template is None else template.source),
-        }
-
     def _open_disk(
-        self, store: RecordStore, fields: Mapping[str, str], memory: MemorySizes, num_rows: int
+        self, store: RecordStore, runner: Runner, tokenizer: Tokenizer | None, num_rows: int
     ) -> None:
-        folder, config = store.folder, self.config
-        if config.load_format != "dummy" and "weights" in fields:
-            store.save_digest(config.model_dir, fields["weights"])
+        folder, memory = store.folder, runner.memory
+        template = None if tokenizer is None else tokenizer.chat_template
+        texts = {
+            "tokenizer": None if tokenizer is None else tokenizer.as_json(),
+            "chat template": None if template is None else template.source,
+        }
+        digests = {
+            name: digest_of(text.encode()) if text else "none" for name, text in texts.items()
+        }
+        store.open({**runner.identity(store.weights_digest), **digests})
         self.disk = disk = Disk(
             store,
             max_bytes=self._sizes.store,
@@ -243,11 +232,9 @@ class TierPlugin(Plugin):
         self._has_changes |= bool(report.prefilled or report.num_decode_tokens)
 
     def before_step(self) -> None:
-        self._follow_disk()
         self._save_if_due(BUSY_EVERY_S)
 
     def on_idle(self) -> float | None:
-        self._follow_disk()
         return self._save_if_due(IDLE_EVERY_S)
 
     def _save_if_due(self, every_s: float) -> float | None:
@@ -256,7 +243,7 @@ class TierPlugin(Plugin):
         Returns the seconds until the next save, or None if there are no changes.
         """
         disk = self.disk
-        if disk is None or not (self._has_changes and disk.is_writable):
+        if disk is None or disk.is_off or not self._has_changes:
             return None
         start = time.perf_counter()
         left = self._saved_at + max(every_s, self._took_s / SHARE) - start
@@ -280,23 +267,6 @@ class TierPlugin(Plugin):
 
         disk.write_file(NAME, packed)
         return None
-
-    def _follow_disk(self) -> None:
-        """Update the cache's disk tier to the state of the disk.
-
-        The tier is closed while the folder cannot be written, and rows that cannot be read are
-        dropped from the tree: all of them if the disk is off.
-        """
-        disk, offload = self.disk, self._cache.offload
-        if disk is None:
-            return
-        disk.settle()
-        offload.set_writable(DISK, disk.is_writable)
-        if not all(map(_is_kept, self._cache.steps.transfers)):
-            return  # rows that a transfer is about to fill are not lost
-        if disk.has_lost_rows:
-            offload.drop_lost(DISK, disk.is_lost)
-            disk.has_lost_rows = False
 
     def usage(self) -> OffloadReport:
         """Return the usage of the tiers in bytes. O(tiers)."""
@@ -334,8 +304,8 @@ class TierPlugin(Plugin):
                 continue
             start, kv_rows, state_rows = taken
             pieces = prefixes.find(namespace, tokens)
-            disk.bind(kv_rows, covering(pieces, start, len(tokens)))
-            disk.bind(state_rows, [RecordPart(number, 0, len(state_rows))])
+            disk.prefixes.bind(kv_rows, covering(pieces, start, len(tokens)))
+            disk.prefixes.bind(state_rows, [RecordPart(number, 0, len(state_rows))])
             num_adopted += 1
         return num_adopted
 
@@ -351,7 +321,7 @@ class TierPlugin(Plugin):
                 logger.warning("The cache restarts with %d states from disk.", self.adopt())
         elif disk is not None:
             transfers = steps.take_transfers()
-            steps.transfers += [one for one in transfers if not _is_kept(one)]
+            steps.transfers += [one for one in transfers if not is_kept(one)]
             disk.clear()
             disk.remove_file(NAME)
 
@@ -408,7 +378,3 @@ def _folder_bytes(folder: Path, gib: float | None, usual: int) -> int:
         return int(gib * GIB)
     used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return min(usual, int(disk.free * FREE_SHARE) + used)
-
-
-def _digest(text: str | None) -> str:
-    return "none" if text is None else digest_of(text.encode())

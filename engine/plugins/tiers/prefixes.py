@@ -1,4 +1,5 @@
-"""Index of the records by prefix: a tree of runs of tokens, with states on them.
+"""Index of the records: a tree of runs of tokens with states on them, and the rows of the cache's
+disk tier that point into them.
 
 A run has the tokens of one KV record. They follow the tokens of its parent up to ``start``, which
 is any position in the parent. Runs are never split: a path that leaves a run in its middle
@@ -7,13 +8,14 @@ continues with a run that starts there.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
-from hybridcache.tokens import Indices, Tokens, common_prefix_len
+from hybridcache.tokens import Indices, Tokens, common_prefix_len, read_namespace, write_namespace
 
 
 class RecordPart(NamedTuple):
@@ -24,79 +26,6 @@ class RecordPart(NamedTuple):
     offset: int
     """Index of the first row in the record."""
     num_rows: int
-
-
-class Pointers:
-    """A record id and a row of that record for each row of a tier.
-
-    Rows that are together in a record are requested together, so all methods work on runs of rows.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        self._records = np.zeros(num_rows, np.int64)
-        """Record id of each row, or 0 if it points nowhere."""
-        self._offsets = np.zeros(num_rows, np.int32)
-        self._counts: dict[int, int] = {}
-        """Number of rows that point into each record."""
-
-    def __contains__(self, record: int) -> bool:
-        """Return True if a row points into ``record``. O(1)."""
-        return record in self._counts
-
-    def bind(self, rows: Indices, pieces: list[RecordPart]) -> None:
-        """Bind ``rows`` to ``pieces``. Rows after the end of the pieces point nowhere. O(rows)."""
-        self.unbind(rows)
-        first = 0
-        for piece in pieces:
-            some = rows[first : first + piece.num_rows]
-            if not len(some):
-                return
-            self._records[some] = piece.id
-            self._offsets[some] = np.arange(piece.offset, piece.offset + len(some), dtype=np.int32)
-            self._counts[piece.id] = self._counts.get(piece.id, 0) + len(some)
-            first += piece.num_rows
-
-    def unbind(self, rows: Indices) -> Collection[int]:
-        """Unbind ``rows``. Returns the records they pointed into. O(rows)."""
-        found: dict[int, None] = {}
-        for part in self.parts(rows):
-            if part.id:
-                found[part.id] = None
-                self._counts[part.id] -= part.num_rows
-                if not self._counts[part.id]:
-                    del self._counts[part.id]
-        self._records[rows] = 0
-        return found
-
-    def parts(self, rows: Indices) -> list[RecordPart]:
-        """Return the parts of records that ``rows`` point to, in the order of ``rows``. O(rows)."""
-        if not len(rows):
-            return []
-        records, offsets = self._records[rows], self._offsets[rows]
-        breaks = np.flatnonzero((np.diff(records) != 0) | (np.diff(offsets) != 1)) + 1
-        firsts = [0, *breaks.tolist()]
-        return [
-            RecordPart(records.item(first), offsets.item(first), end - first)
-            for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=True)
-        ]
-
-    def lose(self, records: Iterable[int]) -> bool:
-        """Unbind ``records``. Returns False if no row had them. O(rows of the tier)."""
-        found = [record for record in records if self._counts.pop(record, None) is not None]
-        if found:
-            self._records[np.isin(self._records, found)] = 0
-        return bool(found)
-
-    def clear(self) -> None:
-        """Unbind all rows. O(rows of the tier)."""
-        self._records[:] = 0
-        self._counts.clear()
-
-    def check(self) -> None:
-        """Raise AssertionError unless the counts per record are right. O(rows of the tier)."""
-        records, counts = np.unique(self._records[self._records != 0], return_counts=True)
-        found = dict(zip(records.tolist(), counts.tolist(), strict=True))
-        assert found == self._counts, f"rows point into {found}, counted {self._counts}"
 
 
 class Run(NamedTuple):
@@ -113,75 +42,88 @@ class Run(NamedTuple):
     def end(self) -> int:
         return self.start + len(self.tokens)
 
+    @property
+    def key(self) -> Hashable:
+        """Place of the run in the tree: no other one has the same."""
+        return self.parent or ("", self.namespace), self.start, int(self.tokens[0])
+
+    def encode(self) -> bytes:
+        """Return the meta of its record."""
+        space, tokens = write_namespace(self.namespace), self.tokens.astype("<i4").tobytes()
+        return msgspec.msgpack.encode((self.parent, self.start, tokens, space))
+
 
 class State(NamedTuple):
     """The position of one state record."""
 
     parent: int
     """Id of the run that contains its position, after the first token of the run."""
-    position: int
+    end: int
+
+    @property
+    def key(self) -> Hashable:
+        return self
+
+    def encode(self) -> bytes:
+        """Return the meta of its record."""
+        return msgspec.msgpack.encode(self)
+
+
+def decode(meta: bytes) -> Run | State:
+    """Return the run or state of a record. Its checksum was compared, so the meta is trusted."""
+    parent, position, *rest = msgspec.msgpack.decode(meta)
+    if not rest:
+        return State(parent, position)
+    tokens, namespace = rest
+    found = np.frombuffer(tokens, "<i4").astype(np.int32)
+    return Run(parent, position, found, read_namespace(namespace))
 
 
 class Prefixes:
-    """Runs and states by id, and in the order of their last use."""
+    """Runs and states by id.
 
-    def __init__(self) -> None:
-        self._children: dict[tuple[Hashable, int, int], int] = {}
-        """Runs by (parent, or the namespace for the first run of a prompt; position; token)."""
-        self.states: dict[State, int] = {}
-        """Ids of all states."""
-        self._num_children: dict[int, int] = {}
-        """Number of children of each run."""
-        self.used: OrderedDict[int, Run | State] = OrderedDict()
-        """All items by id, the least recently used first. A parent comes after its children."""
+    An item is in use while it has children, or while a row of the tier points into it. Rows that
+    are together in a record are requested together, so methods for rows work on runs of rows.
+    """
 
-    def __len__(self) -> int:
-        return len(self.used)
-
-    def __contains__(self, number: int) -> bool:
-        return number in self.used
+    def __init__(self, num_rows: int) -> None:
+        self.items: dict[int, Run | State] = {}
+        self.ids: dict[Hashable, int] = {}
+        """Ids of all items by ``key``."""
+        self._num_uses: dict[int, int] = {}
+        """Number of children of each item, and of rows that point into it."""
+        self.unused: OrderedDict[int, None] = OrderedDict()
+        """Items that are not in use, in the order in which they are removed: the least recently
+        used first."""
+        self._records = np.zeros(num_rows, np.int64)
+        """Record id of each row, or 0 if it points nowhere."""
+        self._offsets = np.zeros(num_rows, np.int32)
 
     def add(self, number: int, item: Run | State) -> bool:
         """Add an item as the last used. Returns False without a parent, or if it exists."""
-        if item.parent and item.parent not in self.used:
+        if item.key in self.ids or (item.parent and item.parent not in self.items):
             return False
-        if isinstance(item, State):
-            if item in self.states:
-                return False
-            self.states[item] = number
-        else:
-            if self._key(item) in self._children:
-                return False
-            self._children[self._key(item)] = number
-        if item.parent:
-            self._num_children[item.parent] += 1
-        self._num_children[number] = 0
-        self.used[number] = item
-        self.refresh(number)
+        self.items[number], self.ids[item.key] = item, number
+        self._num_uses[number] = 0
+        self.unused[number] = None
+        self._use(item.parent, 1)
         return True
 
     def remove(self, number: int) -> None:
-        """Remove an item without children."""
-        item = self.used.pop(number)
-        assert not self._num_children.pop(number), "the item has children"
-        if isinstance(item, Run):
-            del self._children[self._key(item)]
-        else:
-            del self.states[item]
-        if item.parent:
-            self._num_children[item.parent] -= 1
+        """Remove an item that is not in use."""
+        item = self.items.pop(number)
+        del self.ids[item.key], self._num_uses[number], self.unused[number]
+        self._use(item.parent, -1)
 
-    def is_leaf(self, number: int) -> bool:
-        """Return True if the item has no children."""
-        return not self._num_children[number]
-
-    def descendants(self, numbers: Iterable[int]) -> list[int]:
-        """Return existing items and all descendants, parents first. O(all items)."""
-        found = {number for number in numbers if number in self.used}
-        for other in sorted(self.used):
-            if self.used[other].parent in found:
-                found.add(other)
-        return sorted(found)
+    def lose(self, numbers: Iterable[int]) -> list[int]:
+        """Unbind the rows of existing items and of all descendants. Returns their ids, in an order
+        in which they can be removed. O(all items + rows of the tier)."""
+        gone = {number for number in numbers if number in self.items}
+        for other in sorted(self.items):  # A parent has a smaller id.
+            if self.items[other].parent in gone:
+                gone.add(other)
+        self.unbind(np.flatnonzero(np.isin(self._records, list(gone))).astype(np.int32))
+        return sorted(gone, reverse=True)
 
     def find(self, namespace: Hashable, tokens: Tokens) -> list[RecordPart]:
         """Return the runs of the longest stored prefix of ``tokens``. O(len(tokens))."""
@@ -189,10 +131,10 @@ class Prefixes:
         above: Hashable = ("", namespace)
         at = 0
         while at < len(tokens):
-            number = self._children.get((above, at, int(tokens[at])))
+            number = self.ids.get((above, at, int(tokens[at])))
             if number is None:
                 break
-            run = self.used[number]
+            run = self.items[number]
             assert isinstance(run, Run)
             num_tokens = common_prefix_len(run.tokens, tokens[at:])
             pieces.append(RecordPart(number, 0, num_tokens))
@@ -201,20 +143,21 @@ class Prefixes:
         return pieces
 
     def newest_states(self, room: int, state_rows: int) -> list[int]:
-        """Return the last used states, newest first: as many as fit into ``room`` rows together
-        with their KV.
+        """Return the newest states, newest first: as many as fit into ``room`` rows together with
+        their KV.
 
         O(states + runs on their paths).
         """
         covered: dict[int, int] = {}
         found = []
-        for number, item in reversed(self.used.items()):
+        for number in sorted(self.items, reverse=True):
+            item = self.items[number]
             if not isinstance(item, State):
                 continue
             room -= state_rows
-            above, end = item.parent, item.position
+            above, end = item.parent, item.end
             while above:
-                run = self.used[above]
+                run = self.items[above]
                 assert isinstance(run, Run)
                 known = covered.get(above, 0)
                 if end - run.start > known:
@@ -228,26 +171,69 @@ class Prefixes:
 
     def path(self, number: int) -> tuple[Hashable, Tokens]:
         """Return (namespace, all tokens up to the end of the item). O(position)."""
-        item = self.used[number]
-        end = item.position if isinstance(item, State) else item.end
-        run = self.used[item.parent] if isinstance(item, State) else item
+        item = self.items[number]
+        end, run = item.end, self.items[item.parent] if isinstance(item, State) else item
         parts: list[Tokens] = []
         while True:
             assert isinstance(run, Run)
             parts.append(run.tokens[: end - run.start])
             if not run.parent:
                 return run.namespace, np.concatenate(parts[::-1])
-            end, run = run.start, self.used[run.parent]
+            end, run = run.start, self.items[run.parent]
 
-    def _key(self, run: Run) -> tuple[Hashable, int, int]:
-        above: Hashable = run.parent or ("", run.namespace)
-        return above, run.start, int(run.tokens[0])
+    def bind(self, rows: Indices, pieces: list[RecordPart]) -> None:
+        """Bind ``rows``, which point nowhere, to ``pieces``. O(rows)."""
+        first = 0
+        for piece in pieces:
+            some = rows[first : first + piece.num_rows]
+            self._records[some] = piece.id
+            self._offsets[some] = np.arange(piece.offset, piece.offset + len(some), dtype=np.int32)
+            self._use(piece.id, len(some))
+            first += piece.num_rows
 
-    def refresh(self, number: int) -> None:
-        """Mark an item and its ancestors as used."""
-        while number:
-            self.used.move_to_end(number)
-            number = self.used[number].parent
+    def unbind(self, rows: Indices, *, is_use: bool = False) -> None:
+        """Unbind ``rows``. Records that are not in use then are the first to be removed, or with
+        ``is_use`` the last. O(rows)."""
+        found, counts = np.unique(self._records[rows], return_counts=True)
+        for number, count in zip(found.tolist(), counts.tolist(), strict=True):
+            self._use(number, -count, is_use)
+        self._records[rows] = 0
+
+    def unbind_all(self) -> None:
+        """Unbind all rows. O(rows of the tier)."""
+        self.unbind(np.flatnonzero(self._records).astype(np.int32))
+
+    def parts(self, rows: Indices) -> list[RecordPart]:
+        """Return the parts of records that ``rows`` point to, in the order of ``rows``. O(rows)."""
+        if not len(rows):
+            return []
+        records, offsets = self._records[rows], self._offsets[rows]
+        breaks = np.flatnonzero((np.diff(records) != 0) | (np.diff(offsets) != 1)) + 1
+        firsts = [0, *breaks.tolist()]
+        return [
+            RecordPart(records.item(first), offsets.item(first), end - first)
+            for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=True)
+        ]
+
+    def check(self) -> None:
+        """Raise AssertionError unless uses are counted correctly. O(items + rows of the tier)."""
+        rows = self._records[self._records != 0].tolist()
+        uses = Counter([*rows, *(item.parent for item in self.items.values() if item.parent)])
+        assert {number: uses[number] for number in self.items} == self._num_uses
+        assert uses.keys() <= self.items.keys(), "a row or an item points into a removed record"
+        assert self.unused.keys() == self.items.keys() - uses.keys()
+
+    def _use(self, number: int, change: int, is_last: bool = False) -> None:
+        """Change the number of uses of an item, unless ``number`` is 0. Without uses it is removed
+        first, or last."""
+        if not number:
+            return
+        self._num_uses[number] += change
+        if self._num_uses[number]:
+            self.unused.pop(number, None)
+        else:
+            self.unused[number] = None
+            self.unused.move_to_end(number, last=is_last)
 
 
 def covering(pieces: list[RecordPart], first: int, end: int) -> list[RecordPart]:

@@ -2,66 +2,57 @@
 
 Layout of ``<id in 16 hex digits>.record``, little-endian:
 
-    head:     8s "HCRECRD2"  32s digest of the fingerprint  u64 id  u32 kind  u64 meta bytes
-              u64 payload bytes  u32 CRCs of the meta, of the payload and of the head
+    head:     u64 meta bytes  u64 payload bytes  u32 CRC of the payload  u32 CRC of the rest
     meta:     bytes
     payload:  bytes
 
-All CRCs are CRC-32 (zlib). A record is written to ``<id>.part`` and renamed when it is complete. So
-a killed process leaves complete records, and at most one ``.part`` file that the next start
-removes. Nothing is synced per record. After a power loss a file may be shorter than its head says,
-or contain other bytes. Therefore opening checks the size of each file and the CRCs of its head and
-meta, and reading checks the CRC of the payload.
+All CRCs are CRC-32 (zlib). That of the rest begins with the digest of the fingerprint and the id,
+so a file from another folder or of another name is as bad as a damaged one. A file is written under
+another name (``.part``) and renamed when it is complete. So a killed process leaves complete
+records, and at most one ``.part`` file that the next start removes. Nothing is synced per record.
+After a power loss a file may be shorter than its head says, or contain other bytes. Therefore
+opening checks the size of each file and the CRC of head and meta, and reading checks both CRCs.
 
 Ids are never reused, also by later processes. So a file that an unfinished unlink restores cannot
 be mistaken for the parent of another record.
 
 The fingerprint has all properties that the bytes of the records depend on, field by field.
-``fingerprint.json`` is written before the first record: ``{"digest": hex, "fields": {...}}``. If
-any field differs, opening fails and the folder is left unchanged. Each record contains the digest
-too. All files but records are replaced atomically: after a kill or a power loss a file has the old
-or the new content.
+``fingerprint.json`` is written before the first record: ``{"digest": hex, "fields": {...},
+"files": [[path, bytes, mtime, ctime, inode], ...]}``, with the files of the weights, and times in
+nanoseconds. If any field differs, opening fails and the folder is left unchanged. While the files
+are the same, the field ``weights`` need not be computed again.
 
-The store holds two descriptors, of the folder and of its lock. All paths are relative to the first:
-a folder that was deleted or replaced at run time gives errors, and its successor is not written.
+All paths are relative to a descriptor of the folder: a folder that was deleted or replaced at run
+time gives errors, and its successor is not written.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import struct
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 NAME = "fingerprint.json"
-FORMAT = "engine state 3"
+FORMAT = "engine state 4"
 """Changes with the layout of records and of their meta, and with the names in a fingerprint."""
-DIGEST_BYTES = 32
-WEIGHTS_NAME, PATTERN = "weights.json", "*.safetensors"
-"""File with the saved digest of the weights, valid as long as no file changes: ``{"digest": text,
-"files": [[path, bytes, mtime, ctime, inode], ...]}``, with times in nanoseconds."""
-STARTED_NS = time.time_ns()
-CLOCK_NS = 2_000_000_000
-"""Maximum delay of a file system's clock."""
-MAGIC = b"HCRECRD2"
-HEAD = struct.Struct(f"<8s{DIGEST_BYTES}sQIQQII")
-CRC = struct.Struct("<I")
-HEAD_BYTES = HEAD.size + CRC.size
-SUFFIX, PART, LOCK_NAME = ".record", ".part", "lock"
+SIZES, CRC = struct.Struct("<QQI"), struct.Struct("<I")
+HEAD_BYTES = SIZES.size + CRC.size
+PART, LOCK_NAME = ".part", "lock"
+FILE = re.compile(r"([0-9a-f]{16})\.record(\.part)?")
 BLOCK_BYTES, ENTRY_BYTES = 1 << 12, 1 << 6
 """Allocation unit of a file, and size of its entry in the folder."""
 
-Files = list[list[str | int]]
 Bytes = bytes | bytearray | memoryview
 
 logger = logging.getLogger(__name__)
@@ -72,101 +63,43 @@ class StoreError(ValueError):
 
 
 def digest_of(fields: Mapping[str, str]) -> bytes:
-    """Return the digest of a fingerprint, 32 bytes."""
-    text = json.dumps(fields, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
-
-
-def _read(path: Path) -> dict[str, str] | None:
-    """Return the fields in ``fingerprint.json``, or None if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-        fields = content["fields"]
-        is_sound = content["digest"] == digest_of(fields).hex()
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EIO):
-            return None
-        raise
-    except (ValueError, TypeError, LookupError):
-        return None
-    return fields if is_sound else None
-
-
-def _files(files_dir: Path) -> Files:
-    found: Files = []
-    for path in sorted(files_dir.resolve().glob(PATTERN)):
-        stat = path.stat()
-        times = stat.st_mtime_ns, stat.st_ctime_ns
-        found.append([str(path), stat.st_size, *times, stat.st_ino])
-    return found
-
-
-def write_atomically(folder_fd: int, name: str, data: bytes) -> None:
-    """Replace the content of file ``name`` by ``data``.
-
-    File and folder are synced, in this order. Raises OSError; the file is then unchanged, or may be
-    after a power loss.
-    """
-    part = name + PART
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        with open(os.open(part, flags, 0o600, dir_fd=folder_fd), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(part, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(part, dir_fd=folder_fd)
-        raise
-    try:
-        os.fsync(folder_fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some do not sync folders
-            raise
+    """Return the digest of a fingerprint."""
+    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode()).digest()
 
 
 class Record(NamedTuple):
-    """Head of a record, and its meta if that was read."""
+    """One record, without its payload."""
 
-    magic: bytes
-    digest: bytes
     id: int
-    kind: int
-    meta_bytes: int
+    meta: bytes
     payload_bytes: int
-    meta_crc: int
     payload_crc: int
-    meta: bytes = b""
-
-    @classmethod
-    def parse(cls, data: bytes) -> Record | None:
-        """Return the head at the start of ``data``, or None if it is damaged."""
-        raw = data[: HEAD.size]
-        if len(data) < HEAD_BYTES or CRC.pack(zlib.crc32(raw)) != data[HEAD.size : HEAD_BYTES]:
-            return None
-        head = cls(*HEAD.unpack(raw))
-        return head if head.magic == MAGIC else None
 
 
 class RecordStore:
     """The records of one folder. Call ``open`` and then ``scan``, once each."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights_dir: Path | None = None) -> None:
         """Lock the folder if there is one. A new one is made by ``open``, so that a start that is
         refused before leaves none. Raises StoreError if another process uses it, or if it cannot be
-        made or written."""
+        made or written.
+
+        ``weights_dir`` has the files of the model's weights, which are not loaded yet; see
+        ``weights_digest``."""
         self.folder = folder
+        self._files: list[list[str | int]] = []
+        for path in sorted(weights_dir.resolve().glob("*.safetensors")) if weights_dir else ():
+            stat = path.stat()
+            times = stat.st_mtime_ns, stat.st_ctime_ns
+            self._files.append([str(path), stat.st_size, *times, stat.st_ino])
         self._claims: list[int] = []
         """Descriptors of the folder and its lock."""
         self._digest = b""
         self.next_id = time.time_ns()
         """Larger than every id used so far by an earlier process."""
-        self.num_unusable = 0
-        """Number of damaged or unreadable record files that ``scan`` found."""
+        self.num_damaged = 0
+        """Number of damaged record files that ``scan`` found."""
         try:
-            if folder.is_file():
-                raise StoreError(f"{folder} is a file: use a folder, or the name of a new one.")
             existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
             if not os.access(existing, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -175,6 +108,16 @@ class RecordStore:
         except OSError as error:
             raise _unusable(folder, error) from error
 
+    @property
+    def weights_digest(self) -> str | None:
+        """Field ``weights`` of the folder's fingerprint, or None if it was computed from files that
+        are not the same as at the start of this process."""
+        stored = self._fingerprint()
+        if stored is None or not self._files or stored["files"] != self._files:
+            return None
+        digest: str | None = stored["fields"].get("weights")
+        return digest
+
     def open(self, fields: Mapping[str, str]) -> RecordStore:
         """Check the fingerprint of the folder, or write that of a new one. Returns the store.
 
@@ -182,139 +125,84 @@ class RecordStore:
         StoreError if the folder belongs to another fingerprint or format, or cannot be written.
         Nothing in it was changed then.
         """
-        ours, path = {"format": FORMAT, **fields}, self.folder / NAME
+        ours = {"format": FORMAT, **fields}
+        self._digest = digest_of(ours)
+        wanted = {"digest": self._digest.hex(), "fields": ours, "files": self._files}
         try:
             if not self._claims:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._claim()
-            stored = _read(path)
-            if stored is None and not any(name.endswith(SUFFIX) for name in self._names()):
-                content = {"digest": digest_of(ours).hex(), "fields": ours}
-                write_atomically(self.folder_fd, NAME, json.dumps(content, indent=1).encode())
-                stored = ours
+            stored = self._fingerprint()
+            if stored is None and any(map(FILE.fullmatch, os.listdir(self._folder_fd))):
+                raise StoreError(
+                    f"{self.folder / NAME} is missing or damaged, so the records next to it cannot "
+                    f"be used: use another folder, or delete {self.folder} with its contents."
+                )
+            theirs = ours if stored is None else stored["fields"]
+            names = [one for one in {**ours, **theirs} if ours.get(one) != theirs.get(one)]
+            if names:
+                raise StoreError(
+                    f"{self.folder} contains the state of an engine that differs in "
+                    f"{', '.join(names)}: configure both the same, or use another folder."
+                )
+            if stored != wanted:
+                self.write_file(NAME, json.dumps(wanted, indent=1).encode())
         except OSError as error:
             raise _unusable(self.folder, error) from error
-        if stored is None:
-            raise StoreError(
-                f"{path} is missing or damaged, so the records next to it cannot be used: use "
-                f"another folder, or delete {self.folder} with its contents."
-            )
-        if stored != ours:
-            names = dict.fromkeys((*ours, *stored))
-            differing = ", ".join(name for name in names if ours.get(name) != stored.get(name))
-            raise StoreError(
-                f"{self.folder} contains the state of an engine that differs in {differing}: "
-                "configure both the same, or use another folder."
-            )
-        self._digest = digest_of(ours)
         return self
 
     def scan(self) -> Iterator[Record]:
         """Yield all complete records, by ascending id.
 
-        All other ``.record`` and ``.part`` files are removed. O(records); no payload is
-        read. Raises StoreError if the folder cannot be listed.
+        Their other files are removed. O(records); no payload is read. Raises StoreError if a file
+        cannot be read or removed.
         """
         try:
-            names = self._names()
-        except OSError as error:
-            raise StoreError(f"{self.folder} cannot be read: {error.strerror}.") from error
-        num_damaged = 0
-        for name in names:
-            try:
-                record = self._check_file(name)
+            for name in sorted(os.listdir(self._folder_fd)):
+                match = FILE.fullmatch(name)
+                if match is None:
+                    continue
+                record_id, record = int(match[1], 16), None
+                if not match[2]:
+                    with self._open(name, "rb") as file:
+                        record = self._parse(record_id, file)
+                    self.num_damaged += record is None
                 if record is None:
-                    num_damaged += name.endswith(SUFFIX)
                     self.remove_file(name)
-            except OSError as error:
-                path = self.folder / name
-                logger.warning("%s cannot be read or removed: %s.", path, error.strerror)
-                self.num_unusable += 1
-                continue
-            if record is not None:
-                self.next_id = max(self.next_id, record.id + 1)
+                    continue
+                self.next_id = max(self.next_id, record_id + 1)
                 yield record
-        self.num_unusable += num_damaged
-        if num_damaged:
+        except OSError as error:
+            raise StoreError(f"{self.folder} cannot be read: {error}.") from error
+        if self.num_damaged:
             logger.warning(
                 "Damaged records ignored in %s: %d. Their contents are computed again.",
                 self.folder,
-                num_damaged,
+                self.num_damaged,
             )
 
-    def load_digest(self, files_dir: Path) -> str | None:
-        """Load the digest that was saved for the files in ``files_dir``.
-
-        None if there is none, or if a file may have changed since then. O(files).
-        """
-        try:
-            known = json.loads((self.folder / WEIGHTS_NAME).read_text(encoding="utf-8"))
-            digest = known["digest"] if known["files"] == _files(files_dir) else None
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-        return digest if isinstance(digest, str) else None
-
-    def save_digest(self, files_dir: Path, digest: str) -> None:
-        """Save ``digest``, which this process computed from the files in ``files_dir``.
-
-        Does nothing if it is saved already, or if a file changed while this process ran. Logs a
-        warning if it cannot be written; the next start then computes it again.
-        """
-        try:
-            files = _files(files_dir)
-            is_old = all(int(when) < STARTED_NS - CLOCK_NS for file in files for when in file[2:4])
-            if is_old and self.load_digest(files_dir) != digest:
-                content = json.dumps({"digest": digest, "files": files}).encode()
-                write_atomically(self.folder_fd, WEIGHTS_NAME, content)
-        except OSError as error:
-            logger.warning(
-                "The digest of the weights is not saved in %s (%s): the next start reads the "
-                "weights twice.",
-                self.folder,
-                error.strerror,
-            )
-
-    def write(self, record_id: int, kind: int, meta: bytes, payload: Bytes) -> None:
+    def write(self, record_id: int, meta: bytes, payload: Bytes) -> None:
         """Write one record with a new id, ``next_id`` or larger. Raises OSError; no part of the
         record is left then."""
         view = memoryview(payload).cast("B")
-        crcs = zlib.crc32(meta), zlib.crc32(view)
-        head = HEAD.pack(MAGIC, self._digest, record_id, kind, len(meta), len(view), *crcs)
-        part = f"{record_id:016x}{PART}"
-        try:
-            self._write_file(part, [head + CRC.pack(zlib.crc32(head)) + meta, view])
-            os.rename(part, _name(record_id), src_dir_fd=self.folder_fd, dst_dir_fd=self.folder_fd)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(part, dir_fd=self.folder_fd)
-            raise
+        sizes = SIZES.pack(len(meta), len(view), zlib.crc32(view))
+        head = sizes + CRC.pack(self._crc(record_id, sizes + meta))
+        self._replace(_name(record_id), (head + meta, view), is_synced=False)
 
     def read(self, record_id: int, out: memoryview) -> bool:
         """Read the payload of a record into ``out``, which has its length.
 
-        Returns False if the file does not contain the bytes that were written.
-
-        Raises:
-          OSError: the file could not be read; FileNotFoundError if it is gone.
+        Returns False if the file does not contain the bytes that were written, or is gone. Raises
+        OSError if it cannot be read.
         """
-        file = os.open(_name(record_id), os.O_RDONLY, dir_fd=self.folder_fd)
-        try:
-            head = Record.parse(os.pread(file, HEAD_BYTES, 0))
-            if (
-                head is None
-                or (head.digest, head.id) != (self._digest, record_id)
-                or head.payload_bytes != len(out)
-            ):
-                return False
-            done, first = 0, HEAD_BYTES + head.meta_bytes
-            while done < len(out):
-                count = os.preadv(file, [out[done:]], first + done)
-                if not count:
-                    return False
-                done += count
-            return zlib.crc32(out) == head.payload_crc
-        finally:
-            os.close(file)
+        with suppress(FileNotFoundError), self._open(_name(record_id), "rb") as file:
+            record = self._parse(record_id, file)
+            return (
+                record is not None
+                and record.payload_bytes == len(out) == file.readinto(out)  # type: ignore[attr-defined]
+                and record.payload_crc == zlib.crc32(out)
+            )
+        return False
 
     def remove(self, record_id: int) -> None:
         """Remove a record, if it was written. Raises OSError."""
@@ -323,19 +211,12 @@ class RecordStore:
     def remove_file(self, name: str) -> None:
         """Remove a file from the folder, if it exists. Raises OSError."""
         with suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=self.folder_fd)
+            os.unlink(name, dir_fd=self._folder_fd)
 
-    def sync(self) -> None:
-        """Wait until everything written or removed so far survives a power loss. Raises OSError.
-
-        Syncs the whole file system, which for many files costs much less than a sync of each.
-        """
-        libc = ctypes.CDLL(None, use_errno=True)
-        if not hasattr(libc, "syncfs"):  # systems other than Linux
-            os.sync()
-        elif libc.syncfs(self.folder_fd):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+    def write_file(self, name: str, data: bytes) -> None:
+        """Replace the content of file ``name``, so that after a kill or a power loss it has the old
+        or the new one. Raises OSError; the file is then unchanged."""
+        self._replace(name, (data,), is_synced=True)
 
     def close(self) -> None:
         """Release the folder. No record needs it to be complete."""
@@ -344,58 +225,74 @@ class RecordStore:
 
     def _claim(self) -> None:
         """Open and lock the folder. Raises StoreError if another process has it, else OSError."""
-        self.folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        self._claims = [self.folder_fd]
+        self._folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._claims = [self._folder_fd]
         try:
-            flags = os.O_RDWR | os.O_CREAT
-            self._claims.append(os.open(LOCK_NAME, flags, 0o600, dir_fd=self.folder_fd))
+            self._claims.append(self._open_fd(LOCK_NAME, os.O_RDWR | os.O_CREAT))
             fcntl.flock(self._claims[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             self.close()
+            if not isinstance(error, BlockingIOError):
+                raise
             raise StoreError(
                 f"Another engine uses {self.folder}: stop it, or give this one another --state-dir."
             ) from None
+
+    def _fingerprint(self) -> dict[str, Any] | None:
+        """Return the content of ``fingerprint.json``, or None if it is missing or damaged. Raises
+        OSError."""
+        try:
+            content: dict[str, Any] = json.loads((self.folder / NAME).read_bytes())
+            is_sound = content["digest"] == digest_of(content["fields"]).hex()
+        except (FileNotFoundError, ValueError, TypeError, LookupError):
+            return None
+        return content if is_sound else None
+
+    def _crc(self, record_id: int, rest: bytes) -> int:
+        """Return the CRC of a record without its payload."""
+        return zlib.crc32(
+            rest, zlib.crc32(record_id.to_bytes(8, "little"), zlib.crc32(self._digest))
+        )
+
+    def _parse(self, record_id: int, file: BinaryIO) -> Record | None:
+        """Read a record up to its payload. None if it is damaged. Raises OSError."""
+        head = file.read(HEAD_BYTES)
+        if len(head) < HEAD_BYTES:
+            return None
+        meta_bytes, payload_bytes, payload_crc = SIZES.unpack_from(head)
+        if HEAD_BYTES + meta_bytes + payload_bytes != os.fstat(file.fileno()).st_size:
+            return None
+        meta = file.read(meta_bytes)
+        if CRC.pack(self._crc(record_id, head[: SIZES.size] + meta)) != head[SIZES.size :]:
+            return None
+        return Record(record_id, meta, payload_bytes, payload_crc)
+
+    def _replace(self, name: str, parts: Iterable[Bytes], *, is_synced: bool) -> None:
+        """Write a file under another name, and rename it; with ``is_synced``, in this order also on
+        the disk. Raises OSError; the file is then unchanged."""
+        part, folder = name + PART, self._folder_fd
+        try:
+            with self._open(part, "wb") as file:
+                for each in parts:
+                    file.write(each)
+                if is_synced:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
-            self.close()
+            with suppress(OSError):
+                os.unlink(part, dir_fd=folder)
             raise
+        if is_synced:
+            with suppress(OSError):  # Some file systems do not sync folders.
+                os.fsync(folder)
 
-    def _names(self) -> list[str]:
-        names = (entry.name for entry in os.scandir(self.folder_fd))
-        return sorted(name for name in names if _id_of(name) is not None)
+    def _open(self, name: str, mode: str) -> BinaryIO:
+        """Open a file of the folder."""
+        return open(name, mode, opener=self._open_fd)  # type: ignore[return-value]
 
-    def _check_file(self, name: str) -> Record | None:
-        """Return the record in ``name``, or None if incomplete or foreign. Raises OSError."""
-        if not name.endswith(SUFFIX):
-            return None
-        file = os.open(name, os.O_RDONLY, dir_fd=self.folder_fd)
-        try:
-            head = Record.parse(os.pread(file, HEAD_BYTES, 0))
-            if head is None or head.digest != self._digest or head.id != _id_of(name):
-                return None
-            if os.fstat(file).st_size != HEAD_BYTES + head.meta_bytes + head.payload_bytes:
-                return None
-            meta = os.pread(file, head.meta_bytes, HEAD_BYTES)
-        finally:
-            os.close(file)
-        if len(meta) != head.meta_bytes or zlib.crc32(meta) != head.meta_crc:
-            return None
-        return head._replace(meta=meta)
-
-    def _write_file(self, name: str, parts: list[Bytes]) -> None:
-        """Write ``parts``, in one call if the system takes all of them. Between two calls a thread
-        that holds the interpreter lock may delay this one. Raises OSError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        file = os.open(name, flags, 0o600, dir_fd=self.folder_fd)
-        try:
-            left = [view for part in parts if len(view := memoryview(part))]
-            while left:
-                count = os.writev(file, left)
-                while left and count >= len(left[0]):
-                    count -= len(left.pop(0))
-                if count:
-                    left[0] = left[0][count:]
-        finally:
-            os.close(file)
+    def _open_fd(self, name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600, dir_fd=self._folder_fd)
 
 
 def _unusable(folder: Path, error: OSError) -> StoreError:
@@ -412,15 +309,4 @@ def record_bytes(meta_bytes: int, payload_bytes: int) -> int:
 
 
 def _name(record_id: int) -> str:
-    return f"{record_id:016x}{SUFFIX}"
-
-
-def _id_of(name: str) -> int | None:
-    """Return the id in the name of a ``.record`` or ``.part`` file, or None for any other file."""
-    stem, dot, suffix = name.partition(".")
-    if dot + suffix not in (SUFFIX, PART) or len(stem) != 16:
-        return None
-    try:
-        return int(stem, 16)
-    except ValueError:
-        return None
+    return f"{record_id:016x}.record"

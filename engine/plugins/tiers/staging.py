@@ -4,16 +4,18 @@ step waits for a disk."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from itertools import starmap
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.interfaces import StepReport
-from engine.plugins.tiers.disk import Disk
+from engine.plugins.tiers.disk import Disk, Read
 from engine.requests.request import Request
 from engine.schedule.fetching import Fetch, Fetcher
-from hybridcache.allocators.moves import DISK
+from engine.schedule.scheduler import KEPT
+from hybridcache.allocators.moves import DISK, Copy, Transfer
 from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.policies.protocol import FetchRule
@@ -90,15 +92,12 @@ MAX_READS = 4
 """Maximum number of requests with reads in progress."""
 
 
-class Read(Fetch):
-    """The records of one request."""
+class Reading(Fetch):
+    """The records of one request, which are kept in memory until it has begun."""
 
-    def __init__(
-        self, request: Request, end: int, num_tokens: int, records: tuple[int, ...]
-    ) -> None:
+    def __init__(self, request: Request, end: int, num_tokens: int, reads: list[Read]) -> None:
         super().__init__(end)
-        self._request, self._num_tokens, self._is_wanted = request, num_tokens, True
-        self.records = records
+        self._request, self._num_tokens, self.reads = request, num_tokens, reads
 
     def finish(self) -> None:
         """Note that the records have been read."""
@@ -107,11 +106,11 @@ class Read(Fetch):
     @property
     def is_needed(self) -> bool:
         """True if the records were not used yet, and will be."""
-        is_waiting = self._request.lease is None and self._request.finish_reason is None
-        return self._is_wanted and is_waiting
+        request = self._request
+        return bool(self.reads) and request.lease is None and request.finish_reason is None
 
     def cancel(self) -> None:
-        self._is_wanted = False
+        self.reads = []
 
 
 class Staging(Fetcher):
@@ -119,11 +118,11 @@ class Staging(Fetcher):
 
     def __init__(self, manager: CacheManager, disk: Disk, exchange: FetchRule) -> None:
         self._manager, self._disk, self._exchange = manager, disk, exchange
-        self._reads: list[Read] = []
+        self._readings: list[Reading] = []
 
     @property
     def has_room(self) -> bool:
-        return sum(not read.has_ended for read in self._reads) < MAX_READS
+        return sum(not reading.has_ended for reading in self._readings) < MAX_READS
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         return self._best(match) is not None
@@ -132,26 +131,33 @@ class Staging(Fetcher):
         best = self._best(match)
         assert best is not None, "a load is begun only if it is wanted"
         tier = self._manager.cache.offload.names.index(DISK)
-        records = self._disk.stage(_disk_rows(best.node, tier))
-        read = Read(request, best.position, best.position - match.cached_len, records)
-        self._reads.append(read)
-        return read
+        reads = self._disk.stage(_disk_rows(best.node, tier))
+        reading = Reading(request, best.position, best.position - match.cached_len, reads)
+        self._readings.append(reading)
+        return reading
 
     def advance(self) -> None:
-        for read in self._reads:
-            if not read.has_ended and self._disk.is_staged(read.records):
-                read.finish()
-        left = [read for read in self._reads if read.is_needed]
-        if len(left) < len(self._reads):
-            kept = {number for read in left for number in read.records}
-            gone = {number for read in self._reads for number in read.records} - kept
-            self._disk.unstage(gone)
-            self._reads = left
+        """See ``Fetcher``. Entries that cannot be read are dropped from the tree first, so that no
+        request waits for them again: all of them if the disk is off."""
+        done = [one for one in self._readings if all(read.done() for read in one.reads)]
+        disk, offload, steps = self._disk, self._manager.cache.offload, self._manager.cache.steps
+        disk.settle()
+        if disk.is_off:
+            offload.set_writable(DISK, False)
+            done = self._readings
+        if disk.has_lost_rows:
+            if not all(map(is_kept, steps.transfers)):
+                return  # Rows that a transfer is about to fill are not lost.
+            offload.drop_lost(DISK, disk.is_lost)
+            disk.has_lost_rows = False
+        for reading in done:
+            reading.finish()
+        self._readings = [reading for reading in self._readings if reading.is_needed]
 
     def wait(self, timeout_s: float) -> None:
-        for read in self._reads:
-            if not read.has_ended:
-                self._disk.wait(read.records, timeout_s)
+        for reading in self._readings:
+            if not reading.has_ended:
+                wait(reading.reads, timeout_s)
                 return
 
     def close(self) -> None:
@@ -175,3 +181,8 @@ def _disk_rows(target: RadixNode, tier: int) -> Indices:
             found.append(node.offloaded.kv)
         node = node.parent
     return np.concatenate(found)
+
+
+def is_kept(transfer: Transfer) -> bool:
+    """Return True for a write-through copy."""
+    return isinstance(transfer, Copy) and transfer.dst_tier == KEPT

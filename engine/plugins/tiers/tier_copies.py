@@ -71,7 +71,7 @@ class TierCopier:
         """Execute one transfer. Raises BytesLost if the data to load is not complete on disk."""
         if isinstance(order, Drop):
             if self.disk is not None and order.tier == DISK:
-                self.disk.drop(order.rows)
+                self.disk.prefixes.unbind(order.rows)
             return
         src = self._rows_of(order, order.src_tier, order.src)
         if order.dst_tier in (DISK, KEPT):

@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Hashable
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,10 @@ FIELDS = {"weights": "ours"}
 Path_ = tuple[Hashable, Tokens]
 
 
-def open_disk(
-    folder: Path, clock: Callable[[], float] = lambda: 0.0, max_bytes: int = 1 << 22
-) -> Disk:
+def open_disk(folder: Path, max_bytes: int = 1 << 22) -> Disk:
     store = RecordStore(folder).open(FIELDS)
     sizes = {"row_bytes": ROW_BYTES, "state_rows": STATE_ROWS, "num_rows": NUM_ROWS}
-    return Disk(store, max_bytes=max_bytes, clock=clock, **sizes)
+    return Disk(store, max_bytes=max_bytes, **sizes)
 
 
 def rows_of(path: Path_, kind: str = "kv") -> Rows:
@@ -83,7 +82,7 @@ def readable(disk: Disk, *paths: Path_) -> list[bool]:
     for path in paths:
         pieces = disk.prefixes.find(*path)
         rows = np.arange(sum(piece.num_rows for piece in pieces), dtype=np.int32)
-        disk.bind(rows, pieces)
+        disk.prefixes.bind(rows, pieces)
         data = loaded(disk, rows) if len(rows) else None
         assert data is None or np.array_equal(data, rows_of(path)[: len(rows)])
         found.append(data is not None and len(rows) == len(path[1]))
@@ -120,26 +119,25 @@ def test_loaded_rows_equal_the_offloaded_ones(
         if action in (3, 4) and stored:
             rows, data = stored.pop(int(choose.integers(len(stored))))
             if action == 3:
-                names = disk.stage(rows)
-                disk.wait(names, 120)
-                assert disk.is_staged(names) or len(names) > 1
+                reads = disk.stage(rows)
+                wait(reads, 120)
                 assert np.array_equal(loaded(disk, rows), data)
             else:
-                disk.drop(rows)
+                disk.prefixes.unbind(rows)
             free += rows.tolist()
         if step % 50 == 49:
-            before = dict(settled(disk).prefixes.used)
+            before = dict(settled(disk).prefixes.items)
             disk.close()
             disk = open_disk(tmp_path)
-            assert set(before) <= set(disk.prefixes.used), "a written record was not found"
-            for number in list(disk.prefixes.used):
+            assert set(before) <= set(disk.prefixes.items), "a written record was not found"
+            for number in list(disk.prefixes.items):
                 path = disk.prefixes.path(number)
-                kind = "checkpoint" if isinstance(disk.prefixes.used[number], State) else "kv"
+                kind = "checkpoint" if isinstance(disk.prefixes.items[number], State) else "kv"
                 pieces = disk.write_through(
                     kind, path, 1, lambda *_: pytest.fail("it was on disk already")
                 )
                 rows = np.arange(sum(piece.num_rows for piece in pieces), dtype=np.int32)
-                disk.bind(rows, pieces)
+                disk.prefixes.bind(rows, pieces)
                 assert np.array_equal(loaded(disk, rows), rows_of(path, kind)[-len(rows) :])
             stored, free = [], list(range(NUM_ROWS))
     disk.close()
@@ -160,15 +158,17 @@ def test_a_damaged_record_is_removed_with_its_descendants(tmp_path: Path) -> Non
             raw[place] ^= 1
             file.write_bytes(raw)
     upper = np.arange(50, 70, dtype=np.int32)
-    disk.bind(upper, covering(disk.prefixes.find(*first), 0, 20))
-    assert loaded(disk, upper) is None and loaded(disk, rows) is None
+    disk.prefixes.bind(upper, covering(disk.prefixes.find(*first), 0, 20))
+    assert loaded(disk, upper) is None
+    disk.settle()
+    assert loaded(disk, rows) is None
     assert readable(settled(disk), first, path, other) == [False, False, True]
     assert len(list(tmp_path.glob("*.record"))) == disk.num_errors == 1
     disk.close()
     [file] = tmp_path.glob("*.record")
     file.write_bytes(file.read_bytes()[:-1])
     disk = open_disk(tmp_path)
-    assert not disk.prefixes and disk.num_errors == 1, "damage found at the start counts too"
+    assert not disk.prefixes.items and disk.num_errors == 1, "damage found at the start counts too"
     disk.close()
 
 
@@ -192,73 +192,41 @@ class FailingSystem:
 @pytest.mark.parametrize(
     ("call", "number"),
     [
-        ("writev", errno.ENOSPC),
-        ("writev", errno.EIO),
+        ("rename", errno.ENOSPC),
         ("rename", errno.EIO),
         ("open", errno.EMFILE),
         ("open", errno.EACCES),
-        ("open", errno.EROFS),
+        ("unlink", errno.EROFS),
     ],
 )
-def test_failed_writes_are_forgotten_and_writing_resumes_later(
+def test_after_an_error_of_the_file_system_the_disk_is_off_until_the_next_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     call: str,
     number: int,
 ) -> None:
-    now = [0.0]
-    disk = open_disk(tmp_path, clock=lambda: now[0])
-    before, failed, skipped, later = (prompt(place) for place in range(4))
-    write(disk, before)
+    disk = open_disk(tmp_path, max_bytes=20_000)  # four records
+    before, failed, skipped = prompt(0), prompt(1, 30), prompt(2)
+    write(disk, prompt(3), prompt(4), prompt(5), before)
     disk.flush()
     system = FailingSystem(monkeypatch, call)
     system.number = number
     rows = np.arange(30, dtype=np.int32)
     disk.offload("kv", failed, rows, reader(failed, 30))
-    settled(disk)
-    assert disk.has_lost_rows and disk.is_lost(rows) and not disk.prefixes.find(*failed)
-    assert not disk.is_writable and disk.num_errors == 1 and os.strerror(number) in disk.problem
-    assert os.strerror(number) in caplog.text and not list(tmp_path.glob("*.part"))
-    write(disk, skipped)
-    assert disk.num_skipped == 1 and system.count == 1, "the disk is not used for a while"
-    now[0] = disk_module.RETRY_S
-    assert disk.is_writable and disk.problem is None, "the disk may be tried again"
-    write(disk, skipped)
-    assert settled(disk).num_errors == 2 and not disk.is_writable
-    now[0] *= 2
+    disk.flush()
+    disk.check()
+    assert disk.has_lost_rows and disk.is_lost(rows) and loaded(disk, rows) is None
+    assert disk.is_off and disk.num_errors == 1 and os.strerror(number) in disk.problem
     system.number = None
-    write(disk, later)
-    assert settled(disk).problem is None and disk.is_writable
-    assert readable(disk, before, failed, skipped, later) == [True, False, False, True]
+    write(disk, skipped)
+    disk.write_file("memory", lambda: pytest.fail("the disk is off"))
+    disk.flush()
+    assert disk.num_skipped == 1 and system.count <= 2, "the disk is not used any more"
+    assert [line.count(os.strerror(number)) for line in caplog.messages] == [1]
     disk.close()
     disk = open_disk(tmp_path)
-    assert readable(disk, before, failed, skipped, later) == [True, False, False, True]
-    disk.close()
-
-
-def test_a_refused_file_of_the_policies_is_a_problem_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Check that an error with a reason that was logged before is only counted."""
-    now = [0.0]
-    disk = open_disk(tmp_path, clock=lambda: now[0])
-    system = FailingSystem(monkeypatch, "writev")
-    system.number = errno.ENOSPC
-    write(disk, prompt(0))
-    assert "write a record (No space" in settled(disk).problem
-    now[0] = disk_module.RETRY_S
-    assert disk.problem is None
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(disk_module, "write_atomically", refuse)
-    disk.write_file("memory", lambda: bytes(50 * ROW_BYTES))
-    disk.flush()
-    assert "write the file memory (No space" in disk.problem and disk.num_errors == 2
-    [line] = caplog.messages
-    assert "No space left on device. Later errors with this reason are only counted." in line
+    assert readable(disk, before, skipped) == [True, False] and not list(tmp_path.glob("*.part"))
     disk.close()
 
 
@@ -285,25 +253,19 @@ def test_a_smaller_folder_keeps_states_with_their_kv(tmp_path: Path) -> None:
     disk.close()
     disk = open_disk(tmp_path, max_bytes=limit)
     assert readable(settled(disk), *paths) == [False] * 5 + [True] * 3
-    assert len(disk.prefixes.states) == 3
+    assert len([one for one in disk.prefixes.ids if isinstance(one, State)]) == 3
     disk.close()
 
 
-def test_a_folder_full_of_used_records_is_searched_once_until_one_is_freed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_records_that_rows_point_to_stay_until_these_are_dropped(tmp_path: Path) -> None:
     disk, number = open_disk(tmp_path, max_bytes=20_000), 0
     while not disk.num_skipped:
         rows = np.arange(30, dtype=np.int32) + 30 * number
         disk.offload("kv", prompt(number), rows, reader(prompt(number), 30))
         number += 1
-    calls, is_leaf = [], disk.prefixes.is_leaf
-    monkeypatch.setattr(disk.prefixes, "is_leaf", lambda one: calls.append(one) or is_leaf(one))
-    refresh = disk.prefixes.refresh
-    monkeypatch.setattr(disk.prefixes, "refresh", lambda one: calls.append(one) or refresh(one))
     write(disk, prompt(50), prompt(51))
-    assert len(calls) == 2 and disk.num_skipped == 3, "only the new items are refreshed"
-    disk.drop(np.arange(30, dtype=np.int32))
+    assert disk.num_skipped == 3
+    disk.prefixes.unbind(np.arange(30, dtype=np.int32))
     write(disk, prompt(52))
     found = readable(settled(disk), prompt(0), prompt(50), prompt(52), prompt(number - 2))
     assert found == [False, False, True, True]
@@ -378,15 +340,12 @@ def test_reads_and_writes_do_not_wait_for_a_hung_file_system(
     system = HungReads(monkeypatch)
     monkeypatch.setattr(disk_module, "MAX_PENDING_BYTES", 600)
     rows = np.arange(30, dtype=np.int32)
-    disk.bind(rows, disk.prefixes.find(*prompt(0)))
+    disk.prefixes.bind(rows, disk.prefixes.find(*prompt(0)))
     assert loaded(disk, rows) is None, "an unresponsive read is given up"
     assert disk.is_off and "has not responded" in disk.problem
-    assert not disk.is_writable and "does not respond" not in caplog.text
     assert caplog.text.count("has not responded") == 1
-    disk.bind(rows, disk.prefixes.find(*prompt(1)))
-    assert disk.is_lost(rows) and disk.is_staged(disk.stage(rows)) is False
-    disk.has_lost_rows = False
-    assert disk.is_staged(disk.stage(rows)) and loaded(disk, rows) is None
+    disk.prefixes.bind(rows, disk.prefixes.find(*prompt(1)))
+    assert disk.is_lost(rows) and loaded(disk, rows) is None
     more = np.arange(30, 60, dtype=np.int32)
     disk.offload("kv", prompt(2), more, reader(prompt(2), 30))
     assert disk.num_skipped == 1 and not disk.flush(), "flush does not wait"

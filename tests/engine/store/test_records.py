@@ -46,13 +46,13 @@ def files(folder: Path) -> list[Path]:
 class ReferenceStore:
     """Records by id, in memory."""
 
-    written: dict[int, tuple[int, bytes, bytes]] = field(default_factory=dict)
-    """Kind, meta and payload of every record that was ever written."""
+    written: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    """Meta and payload of every record that was ever written."""
     living: set[int] = field(default_factory=set)
 
-    def write(self, record_id: int, kind: int, meta: bytes, payload: bytes) -> None:
+    def write(self, record_id: int, meta: bytes, payload: bytes) -> None:
         assert record_id not in self.written, "an id was used twice"
-        self.written[record_id] = kind, meta, payload
+        self.written[record_id] = meta, payload
         self.living.add(record_id)
 
     def remove(self, record_id: int) -> None:
@@ -81,11 +81,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.close()
         shutil.rmtree(self.folder)
 
-    @rule(size=st.integers(0, 9000), meta=st.binary(max_size=90), kind=st.integers(0, 3))
-    def write(self, size: int, meta: bytes, kind: int) -> None:
-        payload, self.next_id = payload_of(size + kind, size), self.next_id + 1
-        self.store.write(self.next_id, kind, meta, payload)
-        self.model.write(self.next_id, kind, meta, payload)
+    @rule(size=st.integers(0, 9000), meta=st.binary(max_size=90))
+    def write(self, size: int, meta: bytes) -> None:
+        payload, self.next_id = payload_of(size, size), self.next_id + 1
+        self.store.write(self.next_id, meta, payload)
+        self.model.write(self.next_id, meta, payload)
 
     @precondition(lambda self: self.model.living)
     @rule(data=st.data())
@@ -98,7 +98,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def read_one(self, data: st.DataObject) -> None:
         record_id = data.draw(st.sampled_from(sorted(self.model.living)))
-        payload = self.model.written[record_id][2]
+        payload = self.model.written[record_id][1]
         found = read(self.store, record_id, len(payload))
         assert found == payload, (
             "wrong bits" if found is not None else "an intact payload was refused"
@@ -106,7 +106,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def add_an_unfinished_file(self, data: st.DataObject) -> None:
-        name = f"{self.next_id + 1:016x}.part"
+        name = f"{self.next_id + 1:016x}.record.part"
         (self.folder / name).write_bytes(data.draw(st.binary(max_size=99)))
         self.restart()
         assert not list(self.folder.glob("*.part"))
@@ -147,9 +147,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.next_id = max(self.next_id, self.store.next_id)
         self.model.restart(set(found), self.damaged)
         for record_id, record in found.items():
-            kind, meta, payload = self.model.written[record_id]
-            assert (record.kind, record.meta) == (kind, meta)
-            assert record.payload_bytes == len(payload)
+            meta, payload = self.model.written[record_id]
+            assert (record.meta, record.payload_bytes) == (meta, len(payload))
             again = read(self.store, record_id, len(payload))
             assert again in (payload, None), "wrong bits"
             if again is None:
