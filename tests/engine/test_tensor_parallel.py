@@ -15,7 +15,7 @@ import pytest
 
 from engine import Engine, SamplingParams, engine_config
 from engine.interfaces import RunnerLost
-from engine.plugins.tensor_parallel import worker_pool
+from engine.plugins.tensor_parallel import coordinator
 from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 from engine.plugins.tensor_parallel.group import TorchGroup
 from engine.runner.device import Device
@@ -95,7 +95,7 @@ def test_drafts_change_no_token_and_a_stopped_rank_is_named(
     process = runner.followers._all[0].process.pid
     os.kill(process, signal.SIGSTOP)
     runner.group.set_timeout(1.0)
-    monkeypatch.setattr(worker_pool, "LAST_WORDS_S", 0.5)
+    monkeypatch.setattr(coordinator, "LAST_WORDS_S", 0.5)
     with pytest.raises(RunnerLost, match=r"^rank 1 of 2 did not answer in time .* again\.$"):
         engine.generate([BEGINNING], params)
     with pytest.raises(ProcessLookupError):

@@ -1,27 +1,230 @@
-"""Tensor parallelism in rank 0: its runner makes the other ranks compute every batch with it, and
-its plugin ends the engine if one of them has ended."""
+"""Tensor parallelism: the runner of rank 0 makes the other ranks, which are processes, compute
+every batch with it, and its plugin ends the engine if one of them has ended.
+
+Rank 0 sends each process ``(number, config, meeting, num_threads)``, then an ``Order`` per
+operation. A process sends None when it runs, None when its part of the model is loaded, and an
+exception when it ends.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from engine.config import EngineConfig
 from engine.core import Plugin
+from engine.errors import describe_exit
 from engine.interfaces import Runner, RunnerLost
 from engine.layers.linear import Rank
 from engine.models import read_model
-from engine.plugins.tensor_parallel.group import TIMEOUT_S, TorchGroup
-from engine.plugins.tensor_parallel.worker_pool import Commit, Followers, Forward
+from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, TIMEOUT_S, TorchGroup
 from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loading import shared_sizes
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch
-from engine.weights.model_config import read_config
+from engine.weights.model_config import ModelError, read_config
 from hybridcache.scheduling.cache_manager import CacheManager
+
+LAST_WORDS_S = 5.0
+"""Time to wait for messages of the other ranks after a failed exchange. A dead rank sends none; a
+rank that is alive without a message is the one that did not answer."""
+CODE = (
+    "import sys; sys.path[:0] = {paths!r}; "
+    "from engine.plugins.tensor_parallel.coordinator import follow; follow({fd})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One operation of ``Runner`` that all ranks execute."""
+
+    batch: Batch
+    num_drawn: int | None = None
+    """Number of tokens drawn by the previous step, which rank 0 distributes, or None."""
+    taken: tuple[int, ...] | None = None
+    """Argument of ``Runner.commit``, or None for ``Runner.forward``."""
+
+
+def follow(descriptor: int) -> None:
+    """Run a rank with ``descriptor`` as its end of the connection, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 handles this signal.
+    line = Connection(descriptor)
+    try:
+        _follow(line, *line.recv())
+    except (EOFError, ConnectionError):
+        return
+    except (ModelError, RunnerLost) as error:
+        last_words: Exception = error
+    except Exception as error:
+        traceback.print_exc()
+        last_words = RuntimeError(f"{type(error).__name__}: {error}")
+    with suppress(OSError):
+        line.send(last_words)
+    sys.exit(1)
+
+
+def _follow(
+    line: Connection, number: int, config: EngineConfig, meeting: str, num_threads: int
+) -> NoReturn:
+    # Left over if rank 0 is killed.
+    atexit.register(shutil.rmtree, Path(meeting).parent, ignore_errors=True)
+    line.send(None)
+    device = Device.resolve(config.device).of_rank(number)
+    if device.is_cpu:
+        torch.set_num_threads(num_threads)
+    device.make_current()
+    group = TorchGroup(number, config.num_ranks, meeting, device)
+    runner = load_runner(config, Rank(number, config.num_ranks, group))
+    line.send(None)
+    group.set_timeout(TIMEOUT_S)
+    while True:
+        order: Order = line.recv()
+        drawn = None
+        if order.taken is not None:
+            runner.commit(order.batch, order.taken)
+            continue
+        if order.num_drawn is not None:
+            place = torch.empty(order.num_drawn, dtype=torch.int64, device=device.torch_device)
+            drawn = group.gather(place)[0]
+        runner.forward(order.batch, drawn)
+
+
+class Follower:
+    """One rank with its process and connection."""
+
+    def __init__(self, number: int) -> None:
+        """Start the process."""
+        self.number = number
+        self.error: Exception | None = None
+        """Reason why the process ends, if it has sent one."""
+        self.line, theirs = Pipe()
+        with theirs:
+            descriptor = theirs.fileno()
+            code = CODE.format(paths=[path or os.getcwd() for path in sys.path], fd=descriptor)
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[descriptor],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def receive(self, timeout_s: float) -> None:
+        """Wait for a message. Raises EOFError or OSError if the rank has gone, RunnerLost if it has
+        sent an error, and TimeoutError if nothing arrived."""
+        if not self.line.poll(timeout_s):
+            raise TimeoutError("there was no report")
+        self.error = self.line.recv()
+        if self.error is not None:
+            raise RunnerLost("it was not ready")
+
+
+class Followers:
+    """Ranks 1 to ``count - 1``. They end when this is closed or collected, or this process ends."""
+
+    def __init__(self, config: EngineConfig, num_threads: int) -> None:
+        """Start the processes and wait until all run. Raises RunnerLost if one ends."""
+        self._count, self._sentence = config.num_ranks, ""
+        folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
+        self.meeting = str(Path(folder.name) / "meeting")
+        """Path of the file through which the ranks connect."""
+        self._all = [Follower(number) for number in range(1, self._count)]
+        self._end = weakref.finalize(self, _end, self._all, folder)
+        for one in self._all:
+            self._send(one, (one.number, config, self.meeting, num_threads))
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for the next message of all. Raises RunnerLost or ModelError if one has ended."""
+        for one in self._all:
+            try:
+                one.receive(START_TIMEOUT_S)
+            except (EOFError, OSError, RunnerLost) as error:
+                raise self.lost(error) from None
+
+    def order(self, order: Order) -> None:
+        """Make all ranks execute ``order``. Raises RunnerLost if one has gone."""
+        self.check()
+        for one in self._all:
+            self._send(one, order)
+
+    def _send(self, one: Follower, message: object) -> None:
+        try:
+            one.line.send(message)
+        except OSError as error:
+            raise self.lost(error) from None
+
+    def lost(self, error: BaseException) -> Exception:
+        """End all ranks, which cannot continue after ``error``. Returns the exception to raise
+        instead, a sentence that names the rank."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        is_own = not isinstance(error, RunnerLost | OSError | EOFError)
+        for one in () if is_own else self._all:
+            with suppress(EOFError, OSError, RunnerLost):
+                while one.error is None:
+                    one.receive(max(0.01, deadline - time.monotonic()))
+        self._sentence = self._what_happened(error, is_own)
+        for one in self._all:
+            one.process.kill()
+        self.close()
+        refused = [one.error for one in self._all if isinstance(one.error, ModelError)]
+        return refused[0] if refused else RunnerLost(self._sentence)
+
+    def _what_happened(self, error: BaseException, is_own: bool) -> str:
+        if is_own:
+            return f"rank 0 failed within a step, and the others with it: {error!r}."
+        for one in self._all:
+            if one.error is not None and not isinstance(one.error, RunnerLost):
+                return f"rank {one.number} of {self._count} failed: {one.error}."
+        silent = [one for one in self._all if one.error is None]
+        for one in silent:
+            with suppress(subprocess.TimeoutExpired):
+                how = describe_exit(one.process.wait(0.2))
+                return f"rank {one.number} of {self._count} {how}; start the engine again."
+        names = " and ".join(f"rank {one.number}" for one in silent) or "a rank"
+        return f"{names} of {self._count} did not answer in time ({error}); start the engine again."
+
+    def check(self) -> None:
+        """Raise RunnerLost if a rank has ended before ``close``."""
+        if self._sentence:
+            raise RunnerLost(self._sentence)
+        if self._end.alive and any(one.process.poll() is not None for one in self._all):
+            raise self.lost(EOFError("one has ended"))
+
+    def close(self) -> None:
+        """End all processes."""
+        self._end()
+
+
+def _end(followers: Sequence[Follower], folder: tempfile.TemporaryDirectory[str]) -> None:
+    """End all ranks. A rank that waits for an order ends when its connection closes; one that
+    computes is killed."""
+    for one in followers:
+        one.line.close()
+    for one in followers:
+        try:
+            one.process.wait(2.0)
+        except subprocess.TimeoutExpired:
+            one.process.kill()
+            one.process.wait()
+    folder.cleanup()
 
 
 class LeadingRunner(ModelRunner):
@@ -50,7 +253,7 @@ class LeadingRunner(ModelRunner):
             group = TorchGroup(0, config.num_ranks, followers.meeting, device)
             runner = load_runner(config, Rank(0, config.num_ranks, group), cls)
             assert isinstance(runner, cls)
-            followers.wait_for("ready")
+            followers.wait()
             group.set_timeout(TIMEOUT_S)
         except RunnerLost as error:
             raise followers.lost(error) from error
@@ -63,8 +266,7 @@ class LeadingRunner(ModelRunner):
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """See ``Runner.forward``. Raises RunnerLost if a rank has gone."""
-        num_drawn = None if drawn is None else len(drawn)
-        with self._together(Forward(batch, num_drawn)):
+        with self._together(Order(batch, None if drawn is None else len(drawn))):
             if drawn is not None:
                 self.group.gather(drawn.contiguous())
             return super().forward(batch, drawn)
@@ -72,11 +274,11 @@ class LeadingRunner(ModelRunner):
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
         """See ``Runner.commit``."""
-        with self._together(Commit(batch, tuple(taken))):
+        with self._together(Order(batch, taken=tuple(taken))):
             super().commit(batch, taken)
 
     @contextmanager
-    def _together(self, order: Forward | Commit) -> Iterator[None]:
+    def _together(self, order: Order) -> Iterator[None]:
         """Make all ranks execute the operation inside the context. Does nothing during the load,
         when each rank acts by itself."""
         if self.followers is None:
