@@ -11,15 +11,15 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from msgspec import structs
 
 from engine.text.json_text import read_json, whole_text, write_json
-from engine.text.outputs import MarkSearch, RequestOutput
+from engine.text.outputs import RequestOutput, begin_of
 from engine.text.tokenizer import any_of
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -96,8 +96,6 @@ def as_message(events: Sequence[Event]) -> dict[str, Any]:
     }
 
 
-PIECE = 512
-"""Number of characters that are read at a time."""
 BROKEN = "A call of a tool was left in the text, because "
 """Start of the warning about an answer; the reason follows."""
 Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
@@ -143,8 +141,17 @@ class AnswerReader:
         ``starts_text``: False if the answer continues a text, so that its first white space counts.
         ``is_single``: the answer is read only up to the end of its first call. ``end_token_ids``:
         tokens with which the model ends its answer."""
-        self._reasoning = ReasoningReader(is_thinking, starts_text) if form.thinks else None
         self._calls = form.calls(tools) if form.calls and tools is not None else None
+        self._thinks = form.thinks
+        self.is_thinking = form.thinks and is_thinking
+        """True if the next text is reasoning, as far as is known."""
+        self._has_thoughts = self.is_thinking and not starts_text
+        """True if the prompt or an event has a part of the reasoning."""
+        self._rest = ""
+        """Text that is not read yet: it may begin a mark, or depends on the text after it."""
+        self._is_whole = self._is_cut = False
+        """True if no text follows ``_rest``, and if it was cut off there."""
+        self._parts = self._read_parts()
         self._is_single, self._ends = is_single, end_token_ids
         self.output: RequestOutput
         """Latest output that was read. With ``is_over`` it ends with the first call."""
@@ -161,11 +168,6 @@ class AnswerReader:
         self.is_over = False
         """True if the first call ended and the rest is ignored."""
         self.num_reasoning_tokens = 0
-
-    @property
-    def is_thinking(self) -> bool:
-        """True if the next text is reasoning, as far as is known."""
-        return self._reasoning is not None and self._reasoning.is_inside
 
     @property
     def warned(self) -> dict[str, str]:
@@ -227,15 +229,11 @@ class AnswerReader:
         return output.finish_reason
 
     def push(self, text: str) -> list[Event]:
-        """Return the events that are certain after ``text``. O(len(text)), over an answer."""
-        events: list[Event] = []
-        for start in range(0, len(text), PIECE):
-            piece = text[start : start + PIECE]
-            if self._reasoning is not None:
-                thoughts, piece = self._reasoning.push(piece)
-                events += thoughts
-            events += self._parts(piece)
-        return joined(events)
+        """Return the events that are certain after ``text``. O(len(text)), over an answer, and a
+        copy of the call or white space in progress."""
+        self._rest += text
+        events = itertools.takewhile(lambda event: event is not None, self._parts)
+        return joined(cast("Iterator[Event]", events))
 
     def flush(self, is_cut: bool = False) -> list[Event]:
         """Return the events held back, after the end of the text.
@@ -243,122 +241,111 @@ class AnswerReader:
         ``is_cut``: the answer was cut off, so a call in progress stays as it is and may be
         incomplete JSON.
         """
-        events: list[Event] = []
-        if self._reasoning is not None:
-            thoughts, rest = self._reasoning.flush()
-            events = [*thoughts, *self._parts(rest)]
+        self._is_whole, self._is_cut = True, is_cut
+        return self.push("")
+
+    def _read_parts(self) -> Iterator[Event | None]:
+        """Yield the events in the order of the text, and None where more of it is needed."""
+        if self._thinks and not self.is_thinking:
+            while self._may_begin(OPEN):
+                yield None
+            begin = self._rest.lstrip()
+            if begin.startswith(OPEN):  # Reasoning starts only at the beginning of an answer.
+                self._rest, self.is_thinking = begin.removeprefix(OPEN), True
+        if self.is_thinking:
+            yield from self._read_reasoning()
         if self._calls is not None:
-            events.extend(self._calls.flush(is_cut))
-        return joined(events)
+            yield from self._read_calls(self._calls)
+        while self._calls is None:
+            if self._rest:
+                yield TextDelta(self._rest)
+                self._rest = ""
+            yield None
 
-    def _parts(self, text: str) -> list[Event]:
-        """Return the events in text after the reasoning."""
-        if not text:
-            return []
-        return [TextDelta(text)] if self._calls is None else self._calls.push(text)
+    def _may_begin(self, mark: str) -> bool:
+        """Return True if more text could complete ``mark`` after white space."""
+        begin = self._rest.lstrip()
+        return not self._is_whole and len(begin) < len(mark) and mark.startswith(begin)
 
+    def _certain(self, marks: Sequence[str]) -> str:
+        """Return the beginning of the rest that cannot be part of one of ``marks``, without white
+        space at its end."""
+        ends = [len(self._rest) if self._is_whole else begin_of(self._rest, m) for m in marks]
+        return self._rest[: min(ends)].rstrip()
 
-class Space:
-    """White space at the end of a text, held back until other text follows."""
+    def _read_reasoning(self) -> Iterator[Event | None]:
+        """Read up to ``</think>``, without the white space around the reasoning and after it. An
+        answer that ends before is all reasoning."""
+        while self.is_thinking:
+            before, close, behind = self._rest.partition(CLOSE)
+            text = before.rstrip() if close else self._certain([CLOSE])
+            self._rest, self.is_thinking = behind if close else self._rest[len(text) :], not close
+            if thoughts := text if self._has_thoughts else text.lstrip():
+                self._has_thoughts = True
+                yield ReasoningDelta(thoughts)
+            if not close:
+                yield None
+        while not self._rest.strip():
+            yield None
+        self._rest = self._rest.lstrip()
 
-    __slots__ = ("_pieces",)
-
-    def __init__(self) -> None:
-        self._pieces: list[str] = []
-
-    def push(self, text: str) -> str:
-        """Return the held space and ``text``, without the white space at its end."""
-        kept = text.rstrip()
-        if not kept:
+    def _read_calls(self, calls: CallReader) -> Iterator[Event | None]:
+        """Read text and calls. White space around a call is not text."""
+        num_retries, has_calls = MAX_RETRIES, False
+        while True:
+            found = calls.begins.search(self._rest)
+            text = self._rest[: found.start()].rstrip() if found else self._certain(calls.MARKS)
             if text:
-                self._pieces.append(text)
-            return ""
-        before = self.take()
-        if len(kept) < len(text):
-            self._pieces.append(text[len(kept) :])
-        return before + kept
+                yield TextDelta(text)
+            self._rest = self._rest[len(text) :]
+            if found is None:
+                if self._is_whole and not has_calls and self._rest:
+                    yield TextDelta(self._rest)
+                    self._rest = ""
+                yield None
+                continue
+            start = found.start() - len(text)
+            parsed, end = yield from self._parse_call(calls, start, found.end() - len(text))
+            if isinstance(parsed, Call):
+                has_calls = True
+                yield ToolCall(parsed.name, parsed.arguments)
+                self._rest = self._rest[start + parsed.end :]
+                while self._may_begin(CALL_CLOSE):
+                    yield None
+                behind = self._rest.lstrip()
+                is_part = self._is_cut and CALL_CLOSE.startswith(behind)
+                self._rest = "" if is_part else behind.removeprefix(CALL_CLOSE)
+                continue
+            yield BrokenCall(parsed)  # It is text up to the next mark.
+            mark = calls.breaks.search(self._rest, start + 1, end) if num_retries else None
+            if mark is not None:
+                num_retries -= 1
+                end = mark.end() if mark.group() == CALL_CLOSE else mark.start()
+            broken = self._rest[:end].rstrip()
+            yield TextDelta(broken)
+            self._rest = self._rest[len(broken) :]
 
-    def take(self) -> str:
-        """Return the held space and forget it. O(its length)."""
-        held = "".join(self._pieces)
-        self._pieces.clear()
-        return held
-
-
-class ReasoningReader:
-    """Separates reasoning from the answer and strips the white space around it.
-
-    Reasoning can start only at the beginning of an answer, and only ``</think>`` ends it: an answer
-    that ends before is all reasoning.
-    """
-
-    def __init__(self, is_open: bool, starts_text: bool = True) -> None:
-        """``is_open``: the prompt ends inside reasoning, of which it has a part unless
-        ``starts_text``."""
-        self._close = MarkSearch(CLOSE)
-        self._space = Space()
-        self._begin = ""
-        self._has_text = is_open and not starts_text
-        self._state: Callable[[str], tuple[list[Event], str]]
-        self._state = self._inside if is_open else self._before
-
-    @property
-    def is_inside(self) -> bool:
-        """True if the next text is reasoning, as far as is known."""
-        return self._state == self._inside
-
-    def push(self, text: str) -> tuple[list[Event], str]:
-        """Return (reasoning that is certain, text of the answer). O(len(text))."""
-        return self._state(text)
-
-    def flush(self) -> tuple[list[Event], str]:
-        """Return the text held back in the same form, after the end of the text."""
-        if self.is_inside:
-            return self._thoughts(self._close.flush()), ""
-        begin, self._begin = self._space.take() + self._begin, ""
-        return [], begin if self._state == self._before else ""
-
-    def _before(self, text: str) -> tuple[list[Event], str]:
-        """State before any text other than white space or part of the mark."""
-        if not self._begin:
-            kept = text.lstrip()
-            self._space.push(text[: len(text) - len(kept)])
-            text = kept
-        self._begin += text
-        if len(self._begin) < len(OPEN) and OPEN.startswith(self._begin):
-            return [], ""
-        begin, self._begin = self._begin, ""
-        if begin.startswith(OPEN):
-            self._space.take()
-            self._state = self._inside
-            return self._inside(begin[len(OPEN) :])
-        self._state = self._behind
-        return [], self._space.take() + begin
-
-    def _inside(self, text: str) -> tuple[list[Event], str]:
-        thoughts, mark, rest = self._close.push(text)
-        events = self._thoughts(thoughts)
-        if mark is None:
-            return events, ""
-        self._space.take()
-        self._state = self._between
-        return events, self._between(rest)[1]
-
-    def _between(self, text: str) -> tuple[list[Event], str]:
-        text = text.lstrip()
-        if text:
-            self._state = self._behind
-        return [], text
-
-    def _behind(self, text: str) -> tuple[list[Event], str]:
-        return [], text
-
-    def _thoughts(self, text: str) -> list[Event]:
-        if not self._has_text:
-            text = text.lstrip()
-        certain = self._space.push(text)
-        self._has_text = self._has_text or bool(certain)
-        return [ReasoningDelta(certain)] if certain else []
+    def _parse_call(
+        self, calls: CallReader, start: int, at: int
+    ) -> Generator[None, None, tuple[Call | str, int]]:
+        """Return the call at ``start`` of the rest, or the reason why there is none, and the end of
+        the text that it was read from. Its mark ends ``at``. Yields None where more is needed."""
+        tried = 0
+        while True:
+            end = calls.ends.search(self._rest, at)
+            if end is not None:
+                at = end.end()
+                if at - start >= GROWTH * tried:
+                    tried = at - start
+                    parsed = calls.read(self._rest[start:at], False)
+                    if parsed is not None:
+                        return parsed, at
+            elif self._is_whole:
+                parsed = calls.read(self._rest[start:], not self._is_cut)
+                return parsed or BROKEN_OFF, len(self._rest)
+            else:
+                at = max(at, len(self._rest) - calls.longest)
+                yield None
 
 
 MAX_NAME = 256
@@ -392,7 +379,7 @@ Parsed = Call | str | None
 
 
 class CallReader(ABC):
-    """Reads the text and calls of one answer. White space around a call is not text."""
+    """Reads calls of offered tools in one form."""
 
     MARKS: tuple[str, ...] = (CALL_OPEN,)
     """Marks with which a call begins."""
@@ -402,119 +389,27 @@ class CallReader(ABC):
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         self._functions = {f["name"]: f for tool in tools if (f := tool["function"])}
-        self._search = MarkSearch(*self.MARKS)
-        self._next_mark = any_of((CALL_CLOSE, *self.MARKS))
-        self._space = Space()
-        self._events: list[Event] = []
-        self._is_first = True
-        self._call: list[str] | None = None
-        """Text of the call that is being read, from its mark on. None outside a call."""
-        self._call_len = self._tried_len = 0
-        """Length of ``_call``, and its length when it was last parsed."""
-        self._closing: str | None = None
-        """Text after a call that may be part of its closing mark, or None elsewhere."""
-        self._num_retries = 0
+        self.begins, self.ends = any_of(self.MARKS), any_of((*self.ENDS, *self.MARKS))
+        self.breaks = any_of((CALL_CLOSE, *self.MARKS))
+        """Marks at which a call that cannot be made ends."""
+        self.longest = max(map(len, (*self.ENDS, *self.MARKS)))
 
-    def push(self, text: str) -> list[Event]:
-        """Return the events that are certain after ``text``. O(len(text)) over an answer."""
-        while text:
-            if self._closing is not None:
-                text = self._skip_closing(text)
-            elif self._call is not None:
-                text = self._inside(text)
-            else:
-                text = self._text(text)
-        return self._take()
-
-    def flush(self, is_cut: bool) -> list[Event]:
-        """Return the events held back, after the end of the text. ``is_cut``: the answer was cut
-        off."""
-        events = self.push("")
-        while self._call is not None:
-            self._call.append(self._search.flush())
-            events += self.push(self._end("".join(self._call), is_cut, is_end=True) or "")
-        if self._closing is not None and not is_cut:
-            self._write(self._space.push(self._closing))
-        self._write(self._space.push(self._search.flush()))
-        space = self._space.take()
-        if self._is_first:
-            self._write(space)
-        return [*events, *self._take()]
+    def read(self, text: str, is_end: bool) -> Parsed:
+        """Read the call at the beginning of ``text``; see ``parse``. Its tool was offered."""
+        call = self.parse(text, is_end)
+        if not isinstance(call, Call):
+            return call
+        if call.name not in self._functions:
+            offered = f"no tool {call.name[:MAX_NAME]!r} was offered"
+            return offered if self._functions else "'tool_choice' is 'none'"
+        arguments = whole_text(call.arguments)
+        if r"\ud" in arguments.lower():  # It may escape a lone surrogate.
+            arguments = write_json(read_json(arguments))
+        return call._replace(arguments=arguments)
 
     @abstractmethod
     def parse(self, text: str, is_end: bool) -> Parsed:
         """Read the call at the beginning of ``text``. With ``is_end`` the answer ends behind it."""
-
-    def _take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    def _write(self, text: str) -> None:
-        if text:
-            self._events.append(TextDelta(text))
-
-    def _text(self, text: str) -> str:
-        """Read text outside calls, and return the rest."""
-        before, mark, rest = self._search.push(text)
-        self._write(self._space.push(before))
-        if mark is not None:
-            self._call, self._call_len, self._tried_len = [mark], len(mark), 0
-            self._search = MarkSearch(*self.ENDS, *self.MARKS)
-        return rest
-
-    def _inside(self, text: str) -> str:
-        """Read the text of a call up to the next mark, and return the rest."""
-        assert self._call is not None, "outside a call"
-        before, mark, rest = self._search.push(text)
-        self._call.append(before)
-        self._call_len += len(before)
-        if mark is not None:
-            self._call.append(mark)
-            self._call_len += len(mark)
-            if self._call_len >= GROWTH * self._tried_len:
-                left = self._end("".join(self._call), False, is_end=False)
-                return rest if left is None else left + rest
-        return rest
-
-    def _end(self, text: str, is_cut: bool, *, is_end: bool) -> str | None:
-        """End the call if ``text``, all of it so far, is one or cannot become one. Returns the text
-        to read again, or None if the call goes on."""
-        parsed = self.parse(text, is_end and not is_cut)
-        if parsed is None and not is_end:
-            self._tried_len = self._call_len
-            return None
-        self._call, self._search = None, MarkSearch(*self.MARKS)
-        if isinstance(parsed, Call) and parsed.name not in self._functions:
-            offered = f"no tool {parsed.name[:MAX_NAME]!r} was offered"
-            parsed = offered if self._functions else "'tool_choice' is 'none'"
-        if not isinstance(parsed, Call):
-            return self._fail(text, parsed or BROKEN_OFF)
-        arguments = whole_text(parsed.arguments)
-        if r"\ud" in arguments.lower():  # It may escape a lone surrogate.
-            arguments = write_json(read_json(arguments))
-        self._space.take()
-        self._is_first = False
-        self._events.append(ToolCall(parsed.name, arguments))
-        self._closing = ""
-        return text[parsed.end :]
-
-    def _fail(self, text: str, why: str) -> str:
-        """Turn a call that cannot be made into text, up to the next mark, and return the rest."""
-        found = self._next_mark.search(text, 1) if self._num_retries < MAX_RETRIES else None
-        end = len(text)
-        if found is not None:
-            self._num_retries += 1
-            end = found.end() if found.group() == CALL_CLOSE else found.start()
-        self._events.append(BrokenCall(why))
-        self._write(self._space.push(text[:end]))
-        return text[end:]
-
-    def _skip_closing(self, text: str) -> str:
-        """Skip white space and one closing mark, and return the rest."""
-        held = self._closing + text if self._closing else text.lstrip()
-        is_open = len(held) < len(CALL_CLOSE) and CALL_CLOSE.startswith(held)
-        self._closing = held if is_open else None
-        return "" if is_open else held.removeprefix(CALL_CLOSE)
 
 
 class HermesReader(CallReader):

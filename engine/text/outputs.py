@@ -257,7 +257,7 @@ class MarkSearch:
             if first := min((one for one in found if one[0] >= 0), default=None):
                 start, size, mark = first
                 return text[:start], mark, text[start + size :]
-        cut = min((_begin(text, mark) for mark in marks), default=len(text))
+        cut = min((begin_of(text, mark) for mark in marks), default=len(text))
         if cut < len(text):
             text, self._held = text[:cut], text[cut:]
         return text, None, ""
@@ -268,7 +268,7 @@ class MarkSearch:
         return held
 
 
-def _begin(text: str, mark: str) -> int:
+def begin_of(text: str, mark: str) -> int:
     """Return the first position from which the rest of ``text`` may begin ``mark``; the end of the
     text if there is none."""
     at = text.find(mark[0], max(0, len(text) - len(mark) + 1))
