@@ -24,11 +24,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from math import inf
 from operator import attrgetter
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
@@ -604,30 +604,6 @@ class StepPlanner(Generic[R]):
 # --- Prefix sharing -------------------------------------------------------------------------------
 
 
-class Leader(NamedTuple):
-    """An admitted request, for as long as it prefills."""
-
-    rank: int
-    """Number of requests admitted before it."""
-    request: ScheduledRequest
-    lease: Lease | None
-
-    @property
-    def is_ahead(self) -> bool:
-        return self.request.lease is self.lease and self.request.is_prefilling
-
-
-@dataclass(slots=True)
-class Follower:
-    """A waiting request that was compared with leaders."""
-
-    leaders: list[tuple[Leader, list[int]]] = field(default_factory=list)
-    """Leaders with work that it could reuse, each with the positions from which it could resume if
-    the leader saved its state there, ascending."""
-    num_leaders_seen: int = 0
-    """Number of admitted requests, counted from the first, with which it was compared."""
-
-
 class Sharing:
     """Prefix sharing between requests that arrive together.
 
@@ -640,77 +616,70 @@ class Sharing:
 
     def __init__(self, manager: CacheManager) -> None:
         self._manager = manager
-        self._leaders: list[Leader] = []
-        self._followers: dict[ScheduledRequest, Follower] = {}
-        self._num_let_in = 0
+        self._leaders: list[ScheduledRequest] = []
+        """Running requests, those that prefill among them."""
+        self._points: dict[ScheduledRequest, dict[Lease, list[int]]] = {}
+        """Waiting requests with the leases of the leaders that they were compared with, each with
+        the positions from which the request could resume if the leader saved its state there,
+        ascending."""
 
     @property
     def followers(self) -> Set[ScheduledRequest]:
         """Waiting requests that were compared with leaders."""
-        return self._followers.keys()
+        return self._points.keys()
 
     def follows(self, request: ScheduledRequest) -> bool:
         """Return whether waiting ``request`` shares a prefix with a request admitted before.
-        O(1)."""
-        follower = self._followers.get(request)
-        return follower is not None and bool(follower.leaders)
+        O(leaders)."""
+        return any(self._points.get(request, {}).values())
 
     def forget(self, request: ScheduledRequest) -> None:
         """Remove ``request``, which no longer waits."""
-        self._followers.pop(request, None)
+        self._points.pop(request, None)
 
     def let_in(self, request: ScheduledRequest) -> None:
         """Register ``request`` as running: it follows no leader any more, and others may follow
         it."""
         self.forget(request)
-        self._leaders = [leader for leader in self._leaders if leader.is_ahead]
-        self._leaders.append(Leader(self._num_let_in, request, request.lease))
-        self._num_let_in += 1
+        self._leaders = [one for one in self._leaders if one.is_prefilling and one is not request]
+        self._leaders.append(request)
 
     def goal(self, request: ScheduledRequest) -> int:
         """Return the deepest position from which a leader will make ``request`` resumable, or 0.
 
-        Plans a checkpoint at that position in each leader that is followed. O(requests admitted
-        since the last call + followed leaders).
+        Plans a checkpoint at that position in each leader that is followed. O(leaders), and O(its
+        length) for each that is new.
         """
         if request.wants_scores:
             return 0
-        goal, stateful = 0, self._manager.stateful
-        for leader, points in self._look_around(request):
-            theirs = leader.request
-            if not leader.is_ahead:
+        goal, stateful, known = 0, self._manager.stateful, self._points.setdefault(request, {})
+        for leader in self._leaders:
+            lease = leader.lease
+            if lease is None or not leader.is_prefilling or leader.namespace != request.namespace:
                 continue
-            lease, _ = theirs.claims
+            if lease not in known:
+                known[lease] = self._shared_points(request, leader)
             ahead = [  # Planned, or computed and not published yet.
                 point
-                for point in points
-                if point > theirs.scheduled_len
-                or (point > theirs.computed_len and (not stateful or lease.is_saving_at(point)))
+                for point in known[lease]
+                if point > leader.scheduled_len
+                or (point > leader.computed_len and (not stateful or lease.is_saving_at(point)))
             ]
-            if ahead and ahead[-1] > theirs.scheduled_len:
+            if ahead and ahead[-1] > leader.scheduled_len:
                 lease.plan_checkpoint(ahead[-1], "branch")
             goal = max([goal, *ahead])
         return goal
 
-    def _look_around(self, request: ScheduledRequest) -> list[tuple[Leader, list[int]]]:
-        """Compare ``request`` with the leaders that are new to it, and return all that it could
-        follow (``Follower.leaders``)."""
-        grid = self._manager.cache.checkpoint_grid
-        follower = self._followers.setdefault(request, Follower())
-        for leader in reversed(self._leaders):
-            if leader.rank < follower.num_leaders_seen:
-                break
-            if not leader.is_ahead or leader.request.namespace != request.namespace:
-                continue
-            theirs, at = leader.request.tokens, leader.request.computed_len
-            # If the next token that the leader computes differs, no later part is shared.
-            if at < request.num_tokens and theirs[at] == request.tokens[at]:
-                shared = common_prefix_len(request.tokens, theirs[: leader.request.prefill_len])
-                usable = min(shared, request.num_tokens - 1) // grid * grid
-                if usable > at:
-                    positions = self._manager.checkpoint_positions(request, shared)
-                    points = sorted(position for position in positions if position <= usable)
-                    if points:
-                        follower.leaders.append((leader, points))
-        follower.num_leaders_seen = self._num_let_in
-        return follower.leaders
+    def _shared_points(self, request: ScheduledRequest, leader: ScheduledRequest) -> list[int]:
+        """Return the positions from which ``request`` could resume if ``leader`` saved its state
+        there, ascending. O(shared prefix)."""
+        grid, theirs, at = self._manager.cache.checkpoint_grid, leader.tokens, leader.computed_len
+        # If the next token that the leader computes differs, no later part is shared.
+        if at >= request.num_tokens or theirs[at] != request.tokens[at]:
+            return []
+        shared = common_prefix_len(request.tokens, theirs[: leader.prefill_len])
+        usable = min(shared, request.num_tokens - 1) // grid * grid
+        if usable <= at:
+            return []
+        positions = self._manager.checkpoint_positions(request, shared)
+        return sorted(position for position in positions if position <= usable)
