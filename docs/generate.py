@@ -393,10 +393,8 @@ STEPS = {
     "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
     "hybridcache.api": ("CacheStats", "Losses", "Listener"),
     "hybridcache.tiers": ("path_of",),
-    "hybridcache.policies.boundaries": ("PromptBoundaries",),
-    "hybridcache.policies.protocol": ("FetchRule", "PolicyError"),
-    "hybridcache.geometry.exchange": ("Exchange",),
-    "hybridcache.geometry.times": ("PrefillTimes",),
+    "hybridcache.policies.protocol": ("PromptBoundaries", "FetchRule", "PolicyError"),
+    "hybridcache.geometry.times": ("Exchange", "PrefillTimes"),
 }
 """Names of boundaries and results, and for an engine with an arena or tiers."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.policies.boundaries import PromptBoundaries
+from hybridcache.policies.protocol import PromptBoundaries
 
 GRID = 8  # checkpoints are at multiples of it
 PIECE = 8  # tokens of one prefill step

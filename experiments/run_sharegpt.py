@@ -39,7 +39,7 @@ from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.traces import recognise
-from hybridcache.policies.boundaries import PromptBoundaries
+from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 
 CACHES = ("none", "radix", "hybrid")

@@ -30,11 +30,12 @@ import numpy as np
 from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle, require_cache, require_stop_reason
-from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
 from hybridcache.policies.protocol import (
     FetchRule,
     PlacementPolicy,
     Prefill,
+    PromptBoundaries,
+    require_boundaries,
     require_fetch_rule,
     require_placement,
 )

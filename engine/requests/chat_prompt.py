@@ -48,7 +48,7 @@ from engine.text.tokenizer import (
     any_of,
     as_tokens,
 )
-from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 MARK_CODES = range(0xE001, 0xF900)

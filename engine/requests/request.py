@@ -44,7 +44,7 @@ from engine.text.outputs import (
     Transferred,
 )
 from engine.text.tokenizer import MAX_CONTEXT, IdTokenizer
-from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
+from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
 

@@ -52,7 +52,7 @@ from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometr
 from experiments.gpu.parity import Talk, converse
 from experiments.provenance import code_hash, resumed, write_json_lines
 from hybridcache.geometry.units import GIB
-from hybridcache.policies.boundaries import PromptBoundaries
+from hybridcache.policies.protocol import PromptBoundaries
 
 MAX_RUNNING = 64
 MAX_DRAFTED = 4

@@ -39,9 +39,15 @@ from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.allocators.pools import MAX_ROWS
 from hybridcache.command.parser import did_you_mean, or_known
 from hybridcache.config import GRID, CacheConfig
-from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
-from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
+from hybridcache.geometry.times import (
+    DISK_BYTES_PER_S,
+    PCIE_BYTES_PER_S,
+    Exchange,
+    MeasuredTimes,
+    PrefillTimes,
+    Roofline,
+)
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.simulation.sizes import (
@@ -54,7 +60,7 @@ from hybridcache.lab.simulation.sizes import (
 from hybridcache.lab.simulation.step_times import StepTimes, step_times
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.admission.simple import KEPT_S
+from hybridcache.policies.admission.base import KEPT_S
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.registry import (
     ADMISSION_NAMES,

@@ -14,9 +14,14 @@ from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
-from hybridcache.policies.admission.base import AdmissionPolicy
-from hybridcache.policies.admission.session_gate import SessionGate
-from hybridcache.policies.admission.simple import CachedFirst, Live, LongestMatch, Oldest
+from hybridcache.policies.admission.base import (
+    AdmissionPolicy,
+    CachedFirst,
+    Live,
+    LongestMatch,
+    Oldest,
+)
+from hybridcache.policies.admission.sessions import SessionGate
 from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.lru import LRU

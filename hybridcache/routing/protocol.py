@@ -13,8 +13,12 @@ from typing import ClassVar, NamedTuple
 
 from hybridcache.export.events import Event
 from hybridcache.geometry.times import PrefillTimes, require_times
-from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
-from hybridcache.policies.protocol import PlacementPolicy, require_placement
+from hybridcache.policies.protocol import (
+    PlacementPolicy,
+    PromptBoundaries,
+    require_boundaries,
+    require_placement,
+)
 from hybridcache.tokens import (
     require_bool,
     require_grid,

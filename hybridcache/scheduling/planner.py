@@ -142,7 +142,7 @@ class StepPlanner(Generic[R]):
     >>> from types import SimpleNamespace
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
-    >>> from hybridcache.policies.boundaries import PromptBoundaries
+    >>> from hybridcache.policies.protocol import PromptBoundaries
     >>> from hybridcache.policies.registry import make_admission
     >>> from hybridcache.scheduling.cache_manager import CacheManager
     >>> from hybridcache.scheduling.planner import StepPlanner

@@ -10,7 +10,7 @@ import numpy as np
 from hybridcache.api import Losses
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import WaitingRequest
-from hybridcache.policies.boundaries import PromptBoundaries, require_boundaries
+from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
 from hybridcache.tokens import (
     Tokens,
     require_bool,

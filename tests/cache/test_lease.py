@@ -13,7 +13,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.warm_state import write_memory
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.boundaries import PromptBoundaries
+from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease

@@ -28,11 +28,10 @@ from hybridcache import lease as lease_module
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
-from hybridcache.policies.protocol import Placed, Prefill
+from hybridcache.policies.protocol import Placed, Prefill, PromptBoundaries
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.precise import CheckpointSeconds

@@ -20,9 +20,8 @@ from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream, Mirror
 from hybridcache.export.warm_state import pack, unpack, write_memory
-from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.placement.rules import End, Placement
-from hybridcache.policies.protocol import FetchRule, Prefill
+from hybridcache.policies.protocol import FetchRule, Prefill, PromptBoundaries
 from hybridcache.policies.registry import make_admission
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest

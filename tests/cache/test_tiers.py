@@ -7,7 +7,7 @@ import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.api import Losses
-from hybridcache.geometry.exchange import Exchange
+from hybridcache.geometry.times import Exchange
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.scored import FIFO
 from hybridcache.policies.registry import EvictionSpec, parse_placement

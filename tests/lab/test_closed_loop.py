@@ -268,7 +268,7 @@ def lines_of(table: LoopRun) -> Iterator[RequestResult]:
     "oldest-2500-6",
     "cached-first-2600-4",
     "live:3-2600-4",
-    "hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, 0.0)-2600-4",
+    "hybridcache.policies.admission.sessions:SessionGate(0.0, 0.01, 0.0)-2600-4",
 )
 @pytest.mark.parametrize(
     ("admission", "num_rows", "max_running"),
@@ -279,7 +279,7 @@ def lines_of(table: LoopRun) -> Iterator[RequestResult]:
         ("longest-match", 2500, 6),
         ("live:3", 2600, 4),
         ("sessions", 2500, 6),
-        ("hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, 0.0)", 2600, 4),
+        ("hybridcache.policies.admission.sessions:SessionGate(0.0, 0.01, 0.0)", 2600, 4),
     ],
 )
 def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(

@@ -27,7 +27,7 @@ from hybridcache.lab.traces.frame import TraceFieldsWarning
 from hybridcache.lab.traces.jsonl import OwnReader
 from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.lab.traces.write import write_mooncake, write_own
-from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import common_prefix_len
 from tests.lab.records import agent_request, agent_session, lines
 from tests.lab.samples import make

@@ -11,9 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
-from hybridcache.policies.admission.session_gate import FLOOR, MOST_WAIT_S, SessionGate
-from hybridcache.policies.admission.simple import LOOK_AHEAD, TOKENS_A_PASS
+from hybridcache.policies.admission.base import (
+    LOOK_AHEAD,
+    TOKENS_A_PASS,
+    AdmissionPolicy,
+    Load,
+    Session,
+    WaitingRequest,
+)
+from hybridcache.policies.admission.sessions import FLOOR, MOST_WAIT_S, SessionGate
 from hybridcache.policies.registry import make_admission
 
 

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.policies.eviction.hazards import (
+from hybridcache.policies.eviction.survival import (
     DOUBT,
     EDGES,
     EFFECT_DOUBT,

@@ -11,10 +11,9 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lab.generators import chat
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.boundaries import PromptBoundaries
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
-from hybridcache.policies.protocol import Prefill
+from hybridcache.policies.protocol import Prefill, PromptBoundaries
 from hybridcache.policies.registry import parse_placement
 from tests.cache.serving import serve_lease
 from tests.policies.items import FakeItem, offer

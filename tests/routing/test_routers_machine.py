@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hybridcache.export.events import EventsLost, EventStream
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.boundaries import PromptBoundaries
+from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.precise import CheckpointSeconds, depth_after
 from hybridcache.routing.protocol import Choice, NoReplica, ReplicaSpec, Router, RouteRequest

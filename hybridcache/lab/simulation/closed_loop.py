@@ -32,7 +32,7 @@ from hybridcache.lab.simulation.grid import RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, failure_of, identify
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.policies.boundaries import PromptBoundaries
+from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner

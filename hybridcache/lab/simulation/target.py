@@ -13,8 +13,7 @@ from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.boundaries import PromptBoundaries
-from hybridcache.policies.protocol import raise_failure
+from hybridcache.policies.protocol import PromptBoundaries, raise_failure
 
 
 def build_target(scenario: Scenario, unit: int) -> Target:

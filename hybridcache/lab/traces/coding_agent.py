@@ -19,7 +19,7 @@ from hybridcache.lab.arrivals import Fixed, Starts
 from hybridcache.lab.trace import DistinctNames, FreshIds, KnownIds, TraceRequest
 from hybridcache.lab.traces.dialects import STOP_REASONS
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, request_of_blocks
-from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import CUT, Notes, Record, SessionReader
-from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import Tokens
 
 

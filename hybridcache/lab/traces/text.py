@@ -22,7 +22,7 @@ import numpy as np
 from hybridcache.command.extras import explain_missing, install_command
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.frame import open_bytes
-from hybridcache.policies.boundaries import chat_boundaries
+from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 Message = Mapping[str, Any]

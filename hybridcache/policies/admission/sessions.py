@@ -1,4 +1,5 @@
-"""Sessions: groups of requests, recognised by the tokens of their prompts alone.
+"""Sessions: groups of requests, recognised by the tokens of their prompts alone, and the admission
+policy that keeps resident sessions in memory.
 
 A session is a conversation or an agent's run. Its requests never overlap. Each prompt begins with
 the previous prompt, possibly without its last few tokens if a chat template rewrites them. So each
@@ -14,14 +15,20 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict
-from collections.abc import Collection, Hashable
+from collections import OrderedDict, deque
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.policies.admission.base import Session
-from hybridcache.policies.boundaries import end_of_prompt
+from hybridcache.policies.admission.base import (
+    AdmissionPolicy,
+    Load,
+    Session,
+    WaitingRequest,
+)
+from hybridcache.policies.protocol import end_of_prompt
 from hybridcache.tokens import Tokens
 
 MAX_KNOWN = 4096
@@ -218,3 +225,315 @@ class _Anchors:
             if not session.num_open:
                 return session, self.lengths[at]
         return None, 0
+
+
+# --- The admission policy -------------------------------------------------------------------------
+
+
+CREDIT_S = 5.0
+"""Seconds of repeated work that are tolerated: about one cold prompt of 40,000 tokens. A server
+that loses less than it repays never withholds a request."""
+FLOOR = 0.1
+"""Least share of the time in which the debt is repaid. At a steady overload, a tenth of the time is
+spent on repeating work."""
+NUM_ASKED = 64
+"""Admissions over which the load is averaged: a few from each session that fits."""
+MAX_TURNS = 128
+"""Admissions of resident sessions after which one request that waits to enter goes first. A session
+sends about 10 to 30 requests, so the limit is reached only where it prevents starvation."""
+MOST_WAIT_S = 45.0
+"""Longest wait of a session that has begun for its next turn, without the prefills of those that
+have waited longer. Chosen on the tuning workloads and a burst of 60 agents: below 30 s, a burst
+is served as if nothing were withheld; at 45 s its makespan is 1.1 times that of a limit of 18."""
+BEGUN_WEIGHT = 2.0
+"""Weight of a second that the next turn of a session waits to enter, relative to a second that a
+new session waits. With 1, more sessions take turns in memory than fit, and in a long overload the
+mean wait is longer than with the best fixed limit. With 3 and more, new sessions wait longest."""
+LEAST_WORTH = 1.2
+"""Least gain in requests from keeping sessions in memory at which others are withheld. Above 1,
+because answers of kept sessions wait for some prompts too. Agents have 1.2 to 5 (coding agents),
+tau-bench 0.7, long chats 0.5, chats 0.25."""
+ACTIVE_PAUSES = 1.5
+"""Number of average pauses after which an idle session is considered ended."""
+PAUSE_WEIGHT, MAX_PAUSE_S = 0.05, 60.0
+"""Weight of the newest pause in the average, and the upper limit of a pause in that average."""
+DECREASE, INCREASE, LEAST_LIMIT = 0.9, 0.03, 0.1
+"""Changes of the share of the memory that live sessions may fill, and its least value. The share
+changes once per cycle of a pause and an answer: by a factor if a session's text was lost, and by a
+step if not, as in congestion control."""
+FORGETTING = 0.999
+"""Weight of an old step, relative to the next newer one, in the average time of one token."""
+
+
+OPEN = "nothing is gained by withholding: oldest first"
+ENTERING = "one session enters at a time"
+LOST = "lost text is being repaid"
+TURN = "the oldest request has waited long enough"
+LATE = "the next turn of a session has waited long enough"
+
+
+class SessionGate(AdmissionPolicy):
+    """Admit requests of resident sessions first; withhold others while lost work is being repaid.
+
+    A request *enters* if its session is new, or if most of the session's own text was evicted. All
+    others continue resident sessions, and so do further choices of an admitted prompt. Seconds
+    spent on computing evicted tokens again are a debt. It is repaid at the share of time that the
+    load would leave if nothing were cached, and at ``FLOOR`` at least.
+
+    - Debt below ``-CREDIT_S``: requests are admitted oldest first.
+    - Debt above it: resident sessions go first. Entering requests are admitted one prefill at a
+      time, the one that has waited longest first; the wait of a session that has begun counts
+      ``BEGUN_WEIGHT`` times.
+    - Positive debt: requests enter only if no resident session has an open request and they fit
+      next to the active sessions, or if nothing was computed for a while.
+
+    The next turn of a session that has begun goes first after ``MOST_WAIT_S``, and the longest
+    wait after ``MAX_TURNS`` turns of others.
+
+    The share of the memory that active sessions may fill is found by congestion control. Once per
+    cycle of a pause and an answer, it falls by a tenth if a session's text was evicted, and grows
+    by a step if not.
+
+    Pauses can be so long, or prompts so short, that repeating whole prompts answers more requests
+    than keeping sessions in memory. Requests are then admitted oldest first, without a debt.
+
+    If all sessions fit in memory, nothing is lost and nothing is withheld. No client field is
+    needed.
+
+    Source: CONCUR's congestion control on live agents (arXiv 2601.22705). The signal is the time
+    lost to eviction, which is the cost of congestion, in place of hit rate and memory use.
+    """
+
+    def __init__(
+        self, credit_s: float = CREDIT_S, floor: float = FLOOR, least_worth: float = LEAST_WORTH
+    ) -> None:
+        self._credit_s, self._floor, self._least_worth = credit_s, floor, least_worth
+        self._debt_s, self._debt_at_s = -credit_s, 0.0
+        self._pace = 1.0
+        """Share of the time in which the debt is repaid since ``_debt_at_s``."""
+        self._asked: deque[tuple[float, int]] = deque(maxlen=NUM_ASKED)
+        """(time, prompt tokens) of the last admissions."""
+        self._squares, self._products = 0.0, 0.0
+        """Sums over steps, discounted: tokens**2, and tokens * seconds."""
+        self._lost: dict[WaitingRequest, None] = {}
+        """Waiting requests that were found to enter; they are not examined again."""
+        self._entered: dict[WaitingRequest, None] = {}
+        """Requests that entered and are not answered yet."""
+        self._pause_s = 0.0
+        """Average time from a session's answer to its next request."""
+        self._answer_s, self._prompt_tokens, self._held_s = 0.0, 0.0, 0.0
+        """Averages: seconds from admission to the last token; tokens of a prompt that no other
+        session shares; a session's share of the memory times seconds of a pause and an answer,
+        without the prompts computed meanwhile."""
+        self._prompts_s = 0.0
+        """Seconds spent on prompts so far."""
+        self._admitted_at_s: dict[WaitingRequest, tuple[float, float]] = {}
+        """Times at which unanswered requests were admitted, and ``_prompts_s`` at that time."""
+        self._limit, self._moves_at_s = 1.0, 0.0
+        """Share of the memory that live sessions may fill, and when it may change again."""
+        self._left_s = 0.0
+        """Time at which the last request was answered."""
+        self._num_turns = 0
+        """Admissions of resident sessions since the last entry, while requests waited to enter."""
+        self._num_withheld = 0
+        self._last_lost_tokens = 0
+        self._reason = OPEN
+
+    def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
+        self._squares = FORGETTING * self._squares + num_tokens * num_tokens
+        self._products = FORGETTING * self._products + num_tokens * seconds
+        self._prompts_s += num_tokens * self._token_s
+
+    @property
+    def _token_s(self) -> float:
+        """Seconds that one prompt token takes."""
+        return self._products / self._squares if self._squares else 0.0
+
+    def _debt(self, now_s: float) -> float:
+        """Return the seconds of repeated work that are not repaid at ``now_s``."""
+        return max(-self._credit_s, self._debt_s - self._pace * (now_s - self._debt_at_s))
+
+    @property
+    def _worth(self) -> float:
+        """Number of requests that are answered if sessions are kept in memory, relative to the
+        number if their prompts are repeated. Below ``least_worth``, nothing is withheld.
+        ``least_worth`` if nothing is known.
+
+        With n sessions in memory, one request of each is answered in every cycle of a pause and an
+        answer. Without memory for them, one request is answered in the time of a whole prompt.
+        Prompts that are computed during an answer do not count: with them, answers would be long
+        where sessions are not kept, and the number would stay low for that reason alone.
+        """
+        if not self._held_s:
+            return self._least_worth
+        return self._prompt_tokens * self._token_s / self._held_s
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        debt_s = self._debt(load.now_s)
+        self.wakes_at_s, self._num_withheld = None, 0
+        if debt_s <= -self._credit_s or self._worth < self._least_worth:
+            self._num_turns = 0
+            self._reason = OPEN
+            return waiting
+        resident: list[WaitingRequest] = []
+        entering: list[WaitingRequest] = []
+        for request in waiting:
+            (entering if self._enters(request, load) else resident).append(request)
+        if not entering:
+            return waiting
+        self._num_withheld = len(entering)
+        running = [request for request in self._entered if request.is_running]
+        if any(request.is_prefilling for request in running):
+            self._reason = ENTERING
+            return resident
+
+        def weighted_wait_s(request: WaitingRequest) -> float:
+            weight = BEGUN_WEIGHT if request.session.num_requests > 1 else 1.0
+            return weight * (load.now_s - request.arrival_s)
+
+        first = max(entering, key=weighted_wait_s)
+        begun = (request for request in entering if request.session.num_requests > 1)
+        longest = min(begun, key=lambda request: request.arrival_s, default=None)
+        late_at_s = longest.arrival_s + MOST_WAIT_S if longest is not None else inf
+        if longest is not None and late_at_s <= load.now_s:
+            self._reason = LATE
+            return longest, *resident
+        if self._num_turns >= MAX_TURNS:
+            self._reason = TURN
+            return first, *resident
+        if debt_s <= 0:
+            self._reason = ENTERING
+            return *resident, first
+        self._reason = LOST
+        self.wakes_at_s = min(late_at_s, load.now_s + debt_s / self._pace)
+        if resident:
+            return resident
+        if len(running) != len(load.running):
+            return ()
+        enters_at_s = load.now_s
+        if not self._has_room(first, entering, load):
+            enters_at_s = self._left_s + max(self._pause_s, first.num_tokens * self._token_s)
+        if enters_at_s <= load.now_s:
+            self._reason = ENTERING
+            return (first,)
+        self.wakes_at_s = min(self.wakes_at_s, enters_at_s)
+        return ()
+
+    def _has_room(
+        self, first: WaitingRequest, entering: Sequence[WaitingRequest], load: Load
+    ) -> bool:
+        """Return whether ``first`` fits next to the sessions that are resident and were active
+        recently. O(sessions)."""
+        outside = {request.session for request in entering}
+        taken = 0.0
+        for session in load.open_sessions:
+            if session not in outside:
+                taken += load.footprint(session)
+        since_s = load.now_s - ACTIVE_PAUSES * self._pause_s
+        for session in reversed(tuple(load.idle_sessions)):
+            if taken > self._limit or session.idle_since_s < since_s:
+                break
+            taken += load.footprint(session)
+        return not taken or taken + load.footprint(first.session) <= self._limit
+
+    def _move_limit(self, now_s: float, factor: float, step: float) -> None:
+        """Change the share of the memory that sessions may fill, once in a cycle of a pause and an
+        answer."""
+        if now_s >= self._moves_at_s:
+            self._limit = min(1.0, max(LEAST_LIMIT, factor * self._limit + step))
+            self._moves_at_s = now_s + self._pause_s + self._answer_s
+
+    def arrived(self, request: WaitingRequest, load: Load) -> None:
+        session = request.session
+        if session.num_requests > 1 and session.num_open <= 1 and not session.num_admitted:
+            pause_s = min(MAX_PAUSE_S, max(0.0, request.arrival_s - session.idle_since_s))
+            self._pause_s = _averaged(self._pause_s, pause_s)
+
+    def _enters(self, request: WaitingRequest, load: Load) -> bool:
+        """Return whether ``request`` begins a session, or most of its session's text is lost."""
+        session = request.session
+        if request.num_preemptions or session.num_admitted:
+            return False
+        if session.num_requests == 1 or request in self._lost:
+            return True
+        if _is_most(_lost_len(session, load.cached_len(request)), session):
+            self._lost[request] = None
+            return True
+        return False
+
+    def admitted(self, request: WaitingRequest, load: Load) -> None:
+        self._lost.pop(request, None)
+        session, now_s = request.session, load.now_s
+        if request.num_preemptions:
+            return
+        if session.num_admitted:
+            if any(other.session is session for other in self._entered):
+                self._entered[request] = None
+            elif self._num_withheld:
+                self._num_turns += 1
+            return
+        is_new = session.num_requests == 1
+        lost_len = 0 if is_new else _lost_len(session, request.cached_len)
+        lost_len = min(lost_len, request.lost_len)
+        debt_s = self._debt(now_s)
+        if lost_len and self._worth >= self._least_worth:
+            debt_s += lost_len * self._token_s
+            self._last_lost_tokens = lost_len
+        self._asked.append((now_s, request.num_tokens))
+        self._admitted_at_s[request] = now_s, self._prompts_s
+        own = request.num_tokens - session.shared_len
+        self._prompt_tokens = _averaged(self._prompt_tokens, own)
+        self._debt_s, self._debt_at_s = debt_s, now_s
+        span_s = now_s - self._asked[0][0]
+        num_tokens = sum(count for _, count in self._asked)
+        # Share of the time that the last prompts would take if nothing were cached.
+        demand = num_tokens * self._token_s / span_s if span_s > 0 else 0.0
+        self._pace = max(self._floor, 1 - demand)
+        if is_new or _is_most(lost_len, session):
+            self._entered[request] = None
+            self._num_turns = 0
+        if _is_most(lost_len, session) and lost_len:
+            self._move_limit(now_s, DECREASE, 0.0)
+        elif not is_new:
+            self._move_limit(now_s, 1.0, INCREASE)
+        if self._num_withheld and request not in self._entered:
+            self._num_turns += 1
+
+    def left(self, request: WaitingRequest, load: Load) -> None:
+        self._left_s = load.now_s
+        if request in self._admitted_at_s:
+            admitted_at_s, prompts_s = self._admitted_at_s.pop(request)
+            answer_s = load.now_s - admitted_at_s
+            self._answer_s = _averaged(self._answer_s, answer_s)
+            quiet_s = max(0.0, answer_s - (self._prompts_s - prompts_s))
+            held_s = load.footprint(request.session) * (quiet_s + self._pause_s)
+            self._held_s = _averaged(self._held_s, held_s)
+        self._lost.pop(request, None)
+        self._entered.pop(request, None)
+
+    def report(self) -> Mapping[str, float | str]:
+        return {
+            "debt_s": round(self._debt_s, 3),
+            "debt_limit_s": 0.0,
+            "memory_limit": round(self._limit, 3),
+            "repaid_share": round(self._pace, 3),
+            "worth": round(self._worth, 3),
+            "last_lost_tokens": self._last_lost_tokens,
+            "withheld_requests": self._num_withheld,
+            "reason": self._reason,
+        }
+
+
+def _averaged(average: float, value: float) -> float:
+    """Return the average with a new value; the first value is the average."""
+    return average + PAUSE_WEIGHT * (value - average) if average else value
+
+
+def _lost_len(session: Session, cached_len: int) -> int:
+    """Return the number of uncached tokens of the session's previous prompt, without the beginning
+    that it shared with others."""
+    return max(0, session.known_len - max(cached_len, session.shared_len))
+
+
+def _is_most(lost_len: int, session: Session) -> bool:
+    return 2 * lost_len > session.known_len - session.shared_len

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from hybridcache.policies.eviction.columns import Columns
+from hybridcache.policies.eviction.scored import Columns
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 ATTENTION_TOKENS = 30_000

@@ -1,16 +1,417 @@
-"""Eviction by the expected value of a byte, learned from uses and ghost hits. No parameters."""
+"""Eviction by the expected value of a byte, learned from uses and ghost hits. No parameters.
+
+A *class* is a short tuple of facts about an item. Its *age* is the number of requests since it
+entered its present stage (was created, used or superseded). For every class and age bin the hazard
+of a use is estimated; an octave has two bins. Evicted items stay at risk, because their ghosts
+report the uses that were missed. The estimate therefore does not depend on the evictions. Stages
+that have not ended count with their present age (censored).
+
+The *index* of a class at an age is the highest rate of uses per unit of time from keeping an item:
+``max over T of P(used within T) / E[time kept until then]``. This is the index of Gittins for a job
+with a value of one use and a cost per unit of residence. Where the hazard falls with age, the index
+is the present hazard, and the ranking is that of LRU. Where uses come at a known distance (a loop),
+old items have a higher index than young ones, and a fixed part of the loop is kept.
+"""
 
 from __future__ import annotations
 
 import random
+from array import array
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from itertools import chain
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
-from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, age_bins
+import numpy as np
+import numpy.typing as npt
+
+from hybridcache.policies.eviction.scored import Columns, doubled
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+EDGES = np.array([*range(4), *(round(2 ** (half / 2)) for half in range(4, 45))], np.int64)
+"""Left edges of the age bins, in requests. The last bin has no right edge."""
+NUM_BINS = len(EDGES)
+_EDGE_LIST: list[int] = EDGES.tolist()
+WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
+_PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
+_SMALL = 1 << 16
+_BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.intp)
+AHEAD = 6
+"""Number of bins after the oldest age that an index includes, half an octave each. Later bins have
+no evidence, and their assumed hazard falls."""
+DOUBT = 2.0
+"""Standard deviations by which the uses of a class must differ from the prediction of its parent
+before its level changes. Only the rest of the difference counts."""
+EFFECT_DOUBT = 1.0
+"""The same for the effect that the last fact of a class has in all classes."""
+EFFECT_WEIGHT = 4.0
+"""Uses added to both sides of the ratio that is this effect."""
+SHAPE_WEIGHT = 16.0
+"""Uses in an age bin that weigh as much as the prediction from the level of the class and the shape
+of the parent."""
+TOP_WEIGHT = 4.0
+"""The same number for a class without a parent. It limits the effect of a single use by chance,
+which would make the first evictions worse than those of LRU."""
+MEMORY = 4096.0
+"""Uses after which the counts of a class are halved."""
+_ROW_BITS = 24
+_ROW_MASK = (1 << _ROW_BITS) - 1
+"""Stages are coded as one number: time of entry or age, shifted by this number of bits, and row."""
+
+SAVED = (
+    *("now", "_parents", "_priors", "_events", "_reached", "_partial", "index", "_unused"),
+    *("_oldest", "_num_opened", "_changes", "_refreshed_at", "_ended", "_used"),
+)
+"""Attributes of ``Hazards`` that are saved as they are."""
+
+
+def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
+    """Return the bin of every age. No age exceeds ``oldest``; negative ages count as 0. O(n)."""
+    if oldest >= _SMALL:
+        return np.searchsorted(EDGES, np.maximum(ages, 0), side="right") - 1
+    return _BIN_OF.take(ages, mode="clip")
+
+
+class _Generation(NamedTuple):
+    """Rows with keys of equal length, either all with a model or all without."""
+
+    length: int
+    """Length of the keys."""
+    rows: Ints
+    """Rows, grouped by parent."""
+    parents: Ints
+    """Parent of each row; -1 for keys of length one."""
+    models: Ints | None
+    """Model of each row, or None for rows that begin with the hazard of their parent."""
+    heirs: Ints
+    """Distinct parents."""
+    first: Ints
+    """First row of each parent, as an index of ``rows``."""
+    facts: Ints
+    """Number of each row's last fact, from 0; with ``models``, of its parent."""
+
+
+Key = tuple[Hashable, ...]
+
+
+class Hazards:
+    """Hazards and indices of all classes.
+
+    A class without evidence takes the hazard of its parent, the class without the last fact. From
+    fact number ``general_from`` on, this hazard is multiplied by the effect of the fact in all
+    classes. Thus it is learned once for all generations that long conversations soon end.
+
+    A class can have another model than its parent (``row``). The ratio to the model is learned over
+    all such classes of one parent.
+
+    ``open`` and ``close`` take O(1). ``refresh`` takes O(open stages + classes * bins**2).
+    """
+
+    def __init__(self, max_open: int = 8192, general_from: int = 1) -> None:
+        self.now = 0
+        """Logical time of the newest use. Set by the policies that share the object."""
+        self._max_open = max_open
+        self._general_from = general_from
+        self._models: dict[int, int] = {}
+        """Row of the model of each row that has one."""
+        self.rows: dict[Key, int] = {}
+        """Row of each class."""
+        self._parents: list[int | None] = []
+        self._priors: list[float] = []
+        self._generations: list[_Generation] | None = None
+        """All rows, parents first, or None if a row was added since the last sort."""
+        self._events: Floats = np.zeros((64, NUM_BINS))
+        self._reached: Floats = np.zeros((64, NUM_BINS))
+        """Number of ended stages by last bin. ``_partial``: the time they spent in this bin."""
+        self._partial: Floats = np.zeros((64, NUM_BINS))
+        self.index: Floats = np.zeros((64, NUM_BINS))
+        """Index by row and age bin, in uses per request. Valid for the bins that an age can reach
+        before the next ``refresh``."""
+        self._open = array("q", [-1]) * max_open
+        """Code of each open stage, or -1 for unused places."""
+        self._unused = list(range(max_open))
+        self._places: dict[int, int] = {}
+        """Place of each open stage in ``_open``, oldest stage first."""
+        self._oldest = 0
+        """Lower bound of the open stages. Finding the first key of a dictionary takes more than
+        O(1) after many removals in front of it."""
+        self._num_opened = 0
+        self._changes = 0
+        self._refreshed_at = 0
+        self._ended: list[int] = []
+        """Codes of the stages that ended since the last count, with their ages."""
+        self._used: list[int] = []
+        """Codes of those that ended in a use."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all classes, counts and open stages, as plain data and arrays. O(size)."""
+        return {
+            "keys": list(self.rows),
+            "models": list(self._models.items()),
+            "open": np.array(self._open, np.int64),
+            "places": list(self._places.items()),
+            **{name: getattr(self, name) for name in SAVED},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace everything by the result of ``state_dict``, which is not used elsewhere then.
+        O(size)."""
+        self.rows = {}
+        for key in state["keys"]:  # JSON has lists in place of tuples
+            facts = tuple(tuple(fact) if isinstance(fact, list) else fact for fact in key)
+            self.rows[facts] = len(self.rows)
+        self._models, self._places = dict(state["models"]), dict(state["places"])
+        self._open, self._generations = array("q", state["open"].tolist()), None
+        for name in SAVED:
+            setattr(self, name, state[name])
+
+    def row(self, key: Key, prior: float = 1.0, model: tuple[Key, float] | None = None) -> int:
+        """Return the row of class ``key``. Its parent is ``key[:-1]``.
+
+        ``prior`` scales the assumed hazard of a class without parent and evidence, which is one use
+        in ``(age + 16) / prior`` requests. With ``model``, (class, factor), a new class begins with
+        ``factor`` times the hazard of that class, in place of its parent's. The model has a key of
+        the same length, and its own model is its parent. O(len(key)) for a new key, else O(1).
+        """
+        found = self.rows.get(key)
+        if found is not None:
+            return found
+        parent = self.row(key[:-1], prior) if len(key) > 1 else None
+        begins_as = parent
+        if model is not None:
+            begins_as, prior = self.row(model[0], prior), model[1]
+        elif parent is not None:
+            prior = 1.0
+        row = self.rows[key] = len(self._parents)
+        if model is not None:
+            assert begins_as is not None
+            self._models[row] = begins_as
+        self._parents.append(parent)
+        self._priors.append(prior)
+        self._generations = None
+        if row == len(self.index):
+            self._events, self._reached = doubled(self._events), doubled(self._reached)
+            self._partial, self.index = doubled(self._partial), doubled(self.index)
+        first = 1 / _PRIOR_AGES if begins_as is None else self.index[begins_as]
+        self.index[row] = prior * first
+        return row
+
+    def open(self, row: int, now: int) -> int:
+        """Begin a stage in the class of ``row``. Returns the number of the stage."""
+        stage = self._num_opened
+        self._num_opened = stage + 1
+        if not self._unused:
+            while self._oldest not in self._places:
+                self._oldest += 1
+            self.close(self._oldest, now, used=False)
+        place = self._places[stage] = self._unused.pop()
+        self._open[place] = now << _ROW_BITS | row
+        return stage
+
+    def close(self, stage: int, now: int, used: bool | None) -> None:
+        """End a stage. ``used`` is True for a use or a ghost hit, and None to count nothing.
+
+        A second call has no effect.
+        """
+        place = self._places.pop(stage, None)
+        if place is None:
+            return
+        code = self._open[place]
+        self._open[place] = -1
+        self._unused.append(place)
+        if used is None:
+            return
+        ended = (now - (code >> _ROW_BITS)) << _ROW_BITS | code & _ROW_MASK
+        self._ended.append(ended)
+        if used:
+            self._used.append(ended)
+            self._changes += 1
+
+    def index_at(self, row: int, age: int) -> float:
+        """Return the index of the class of ``row`` at ``age``, as of the last ``refresh``. O(1)."""
+        return float(self.index[row, max(bisect_right(_EDGE_LIST, age) - 1, 0)])
+
+    def refresh(self, now: int) -> bool:
+        """Recompute the indices if enough has changed. Returns whether it did."""
+        waited = now - self._refreshed_at
+        if waited < 8 or (not self._changes and waited < 64):
+            return False
+        if waited < max(min(now // 6, 128), len(self._places) // 32):
+            return False
+        self._refreshed_at = now
+        self._changes = 0
+        latest = now + max(128, self._max_open // 32)
+        num_bins = bisect_right(_EDGE_LIST, latest)
+        hazard = self._hazards(now, min(num_bins + AHEAD, NUM_BINS))
+        self.index[: len(hazard), :num_bins] = index_of(hazard, num_bins)
+        heavy = self._events.sum(axis=1) > MEMORY
+        for counts in (self._events, self._reached, self._partial):
+            counts[heavy] *= 0.5
+        return True
+
+    def _hazards(self, now: int, num_bins: int = NUM_BINS) -> Floats:
+        """Return uses per unit of time at risk, by row and bin, for the first ``num_bins`` bins.
+
+        No stage is older than these bins.
+        """
+        if self._generations is None:
+            self._generations = _sorted_by_parent(self.rows, self._parents, self._models)
+        self._count_ended()
+        exposure = self._at_risk(now, num_bins)
+        events = self._events[: len(exposure), :num_bins].copy()
+        for generation in reversed(self._generations):
+            if generation.length > 1:
+                heirs, first = generation.heirs, generation.first
+                exposure[heirs] += np.add.reduceat(exposure[generation.rows], first)
+                events[heirs] += np.add.reduceat(events[generation.rows], first)
+        hazard = np.empty_like(exposure)
+        priors = np.array(self._priors)[:, None]
+        for length, rows, parents, models, _, _, facts in self._generations:
+            if models is not None:
+                shape, weight, doubt = priors[rows] * hazard[models], TOP_WEIGHT, 0.0
+            elif length == 1:
+                shape, weight, doubt = priors[rows] / _PRIOR_AGES[:num_bins], TOP_WEIGHT, 0.0
+            else:
+                shape, weight, doubt = hazard[parents], SHAPE_WEIGHT, DOUBT
+            exposed, used = exposure[rows], events[rows]
+            foretold = np.matmul(exposed[:, None, :], shape[:, :, None])[:, 0]
+            num_used = used.sum(axis=1, keepdims=True)
+            if models is not None or length > self._general_from:
+                all_used, all_foretold = _sums(facts, num_used), _sums(facts, foretold)
+                effects = _level(all_used, all_foretold, EFFECT_DOUBT, EFFECT_WEIGHT)[facts]
+                shape, foretold = shape * effects, foretold * effects
+            inherited = _level(num_used, foretold, doubt, 1.0) * shape
+            hazard[rows] = (used + weight) / (exposed + weight / inherited)
+        return hazard
+
+    def _at_risk(self, now: int, num_bins: int) -> Floats:
+        """Return the time spent in each bin by all stages, open or ended, by row."""
+        codes = np.frombuffer(self._open, np.int64)
+        codes = codes[codes >= 0]
+        reached, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
+        reached, partial = reached[:, :num_bins], partial[:, :num_bins]
+        reached += self._reached[: len(reached), :num_bins]
+        partial += self._partial[: len(partial), :num_bins]
+        beyond = np.cumsum(reached[:, ::-1], axis=1)[:, ::-1] - reached
+        return np.asarray(beyond * WIDTHS[:num_bins] + partial)
+
+    def _by_age(self, ages: Ints, rows: Ints, oldest: int) -> tuple[Floats, Floats]:
+        """Return the number of stages by row and last bin, and the time that they spent in it. No
+        stage is older than ``oldest``."""
+        shape = len(self._parents), NUM_BINS
+        bins = age_bins(ages, oldest)
+        cells = rows * NUM_BINS + bins
+        spent = ages - EDGES[bins] + 0.5
+        reached = np.bincount(cells, minlength=shape[0] * shape[1])
+        partial = np.bincount(cells, spent, shape[0] * shape[1])
+        return reached.reshape(shape).astype(np.float64), partial.reshape(shape).astype(np.float64)
+
+    def _count_ended(self) -> None:
+        """Add the stages that ended to the tables."""
+        codes = np.array(self._ended + self._used, np.int64)
+        ages, rows, num_ended = codes >> _ROW_BITS, codes & _ROW_MASK, len(self._ended)
+        oldest = int(ages.max(initial=0))
+        reached, partial = self._by_age(ages[:num_ended], rows[:num_ended], oldest)
+        events, _ = self._by_age(ages[num_ended:], rows[num_ended:], oldest)
+        self._reached[: len(reached)] += reached
+        self._partial[: len(reached)] += partial
+        self._events[: len(reached)] += events
+        self._ended.clear()
+        self._used.clear()
+
+    def check(self) -> None:
+        """Raise AssertionError unless every place has one open stage or is unused. O(places)."""
+        taken = sorted(self._places.values())
+        assert sorted(taken + self._unused) == list(range(self._max_open)), (
+            "a place is lost or used twice"
+        )
+        assert taken == [place for place, code in enumerate(self._open) if code >= 0], (
+            "an unused place has a stage"
+        )
+        assert list(self._places) == sorted(self._places), "the oldest stage is not the first"
+        for counts in (self._events, self._reached, self._partial):
+            assert not counts[len(self._parents) :].any(), "something was counted in no class"
+
+
+def _sorted_by_parent(
+    keys: Iterable[Key], parents: list[int | None], models: Mapping[int, int]
+) -> list[_Generation]:
+    """Return all rows, shortest keys first, and rows with models after others of their length.
+
+    ``keys`` and ``parents`` are in the order of the rows. O(rows log rows).
+    """
+    above = [-1 if parent is None else parent for parent in parents]
+    generations: dict[tuple[int, bool], list[tuple[int, int, Hashable]]] = {}
+    for row, key in enumerate(keys):
+        has_model = row in models
+        fact = above[row] if has_model else key[-1]
+        generations.setdefault((len(key), has_model), []).append((above[row], row, fact))
+    found = []
+    for (length, has_model), members in sorted(generations.items(), key=itemgetter(0)):
+        its_parents, rows, last = zip(*sorted(members, key=itemgetter(0)), strict=True)
+        heirs, first = np.unique(its_parents, return_index=True)
+        numbers = {fact: number for number, fact in enumerate(dict.fromkeys(last))}
+        facts = np.array([numbers[fact] for fact in last], np.int64)
+        its_models = np.array([models[row] for row in rows]) if has_model else None
+        found.append(
+            _Generation(
+                length, np.array(rows), np.array(its_parents), its_models, heirs, first, facts
+            )
+        )
+    return found
+
+
+def _sums(facts: Ints, column: Floats) -> Floats:
+    """Return the sum of ``column``, ``[n, 1]``, by the number of the fact, as a column."""
+    return np.bincount(facts, column[:, 0]).astype(np.float64)[:, None]
+
+
+def _level(uses: Floats, foretold: Floats, doubt: float, added: float) -> Floats:
+    """Return the ratio of ``uses`` to ``foretold`` uses, with their difference reduced by ``doubt``
+    standard deviations. ``added`` uses are added to each."""
+    difference = uses - foretold
+    spread = np.sqrt(np.maximum(np.maximum(uses, foretold), 1.0))
+    clear = np.maximum(np.abs(difference) - doubt * spread, 0.0)
+    believed = foretold + np.copysign(clear, difference)
+    return np.asarray(np.maximum((believed + added) / (foretold + added), 1e-3))
+
+
+def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
+    """Return ``max over T of P(use within T) / E[time until then]`` by row and first bin.
+
+    T is the end of one of the bins of ``hazard``. The result has ``num_bins`` columns.
+    """
+    num_ends = hazard.shape[1]
+    num_bins = min(num_bins, num_ends)
+    widths = WIDTHS[:num_ends, None]
+    steps = np.minimum(hazard.T.copy() * widths, 8.0)
+    survive = np.zeros((num_ends + 1, len(hazard)))
+    np.cumsum(steps, axis=0, out=survive[1:])
+    np.exp(-survive, out=survive)
+    spent = np.zeros_like(survive)
+    np.cumsum(survive[:-1] * -np.expm1(-steps) * widths / steps, axis=0, out=spent[1:])
+    best = np.empty((num_bins, len(hazard)))
+    used, time = np.empty_like(steps), np.empty_like(steps)
+    # With very few survivors, rounding can keep the expected time from growing.
+    stuck = np.any(spent[1:] <= spent[:-1], axis=1)
+    for start in range(num_bins):
+        np.subtract(survive[start], survive[start + 1 :], out=used[start:])
+        np.subtract(spent[start + 1 :], spent[start], out=time[start:])
+        if stuck[start]:
+            time[time <= 0.0] = np.inf
+        np.divide(used[start:], time[start:], out=used[start:])
+        np.maximum.reduce(used[start:], axis=0, out=best[start])
+    return np.where(survive[:num_bins] < 1e-280, hazard.T[:num_bins], best).T
+
+
+# --- The policy -----------------------------------------------------------------------------------
+
 
 SUPERSEDED_PRIOR = 0.125
 """Assumed hazard of superseded checkpoints relative to others of their label, without evidence.

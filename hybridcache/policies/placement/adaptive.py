@@ -5,8 +5,14 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from hybridcache.policies.boundaries import end_of_prompt
-from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill, base_label
+from hybridcache.policies.protocol import (
+    Item,
+    Placed,
+    PlacementPolicy,
+    Prefill,
+    base_label,
+    end_of_prompt,
+)
 
 STRIDE = 4
 """Ratio of the distances of two successive back-offs from the end of the prompt."""
@@ -46,15 +52,8 @@ the end of that prompt, not of a shared text. It is less than a grid step away, 
 SHARED_USES = 2.0
 """Weight of the uses of shared positions where few checkpoints fit: a use by one conversation
 announces one by another."""
-LEARNED = (
-    "_missed_tokens",
-    "_num_placed",
-    "_mean_prompt",
-    "_num_prompts",
-    "_room",
-    "_saves_answer",
-)
-"""Attributes of ``Adaptive`` that are saved next to its accounts."""
+UNSAVED = {"_accounts", "_latest"}
+"""Attributes of ``Adaptive`` that are not saved as they are."""
 FEW = 8
 """Checkpoints that a label needs before other labels are compared with it."""
 
@@ -166,8 +165,9 @@ class Adaptive(PlacementPolicy):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the learned state as plain data."""
+        numbers = {name: value for name, value in vars(self).items() if name not in UNSAVED}
         accounts = [[label, dict(vars(account))] for label, account in self._accounts.items()]
-        return {"accounts": accounts} | {name: getattr(self, name) for name in LEARNED}
+        return {"accounts": accounts} | numbers
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the learned state by the result of ``state_dict``."""
@@ -175,7 +175,7 @@ class Adaptive(PlacementPolicy):
         for label, fields in state["accounts"]:
             account = self._accounts[label] = _Account(label, 0.0, 0, 0.0)
             vars(account).update(fields)
-        for name in LEARNED:
+        for name in vars(self).keys() - UNSAVED:
             setattr(self, name, state[name])
 
     def num_saved(self) -> dict[str, float]:

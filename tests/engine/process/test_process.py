@@ -18,7 +18,7 @@ from engine.errors import EngineStopped, StepFailed
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
-from hybridcache.policies.boundaries import PromptBoundaries
+from hybridcache.policies.protocol import PromptBoundaries
 from tests.engine.test_async_engine import read
 from tests.oracle import OracleRunner, OracleSampler
 

@@ -17,7 +17,7 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.boundaries import PromptBoundaries
+from hybridcache.policies.protocol import PromptBoundaries
 from tests.engine.server.conftest import ScriptedSampler, serving
 from tests.lab.engine_steps import stepped_target
 from tests.oracle import OracleRunner
