@@ -200,9 +200,10 @@ class EngineHost:
                 views.pop(view).close()
             case AskView(view, "node", node):
                 return views[view].node(node)
-            case AskView(view, topic):
-                changes = views[view].take()
-                return (changes, views[view].whole()) if topic == "whole" else changes
+            case AskView(view, "whole"):
+                return views[view].whole()
+            case AskView(view):
+                return views[view].take()
         return None
 
     def _reply(self, question: Question, work: Callable[[], Any]) -> None:
@@ -480,10 +481,9 @@ class View:
         """Return the changes that were not taken yet."""
         return cast("list[Record]", await self._front.ask(AskView(self._number, "changes")))
 
-    async def whole(self) -> tuple[list[Record], dict[str, Any]]:
-        """Return (changes not yet taken, the state with them)."""
-        changes, state = await self._front.ask(AskView(self._number, "whole"))
-        return changes, state
+    async def whole(self) -> dict[str, Any]:
+        """Return the state with which a reader starts."""
+        return cast("dict[str, Any]", await self._front.ask(AskView(self._number, "whole")))
 
     async def node(self, id_: int) -> dict[str, Any] | None:
         """Return details of one node, or None if it is gone."""

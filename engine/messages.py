@@ -76,8 +76,8 @@ class OpenView(Question, frozen=True):
 
 
 class AskView(Question, frozen=True):
-    """Ask a view for the changes since the last question, these with the ``whole`` state that they
-    lead to, or details of a ``node``; or close it."""
+    """Ask a view for the ``whole`` state with which its reader starts, for the changes since the
+    last question, or for details of a ``node``; or close it."""
 
     view: int
     topic: Literal["changes", "whole", "node", "close"]

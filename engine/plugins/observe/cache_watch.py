@@ -1,7 +1,7 @@
 """Data of the page about an engine: changes of the tree, requests and memory.
 
-A watch is created for the first reader and closed after the last one. Without it the cache has no
-listener, and a step does no work for the page.
+Each reader has a watch. Without one the cache has no listener, and a step does no work for the
+page.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ two steps."""
 
 
 class Watch:
-    """Follows one engine for all readers. Called in the engine's thread, between two steps."""
+    """Follows one engine for a reader. Called in the engine's thread, between two steps."""
 
     def __init__(self, engine: EngineCore) -> None:
         """Raises ValueError if the tree has more nodes than a page can show."""
         self._engine = engine
         self._recorder = Recorder()
-        self._ended: list[Record] = []
+        self._ended = [self._of_ended(ended) for ended in engine.recent]
         self._shown: dict[str, tuple[Any, ...]] = {}
         """State that was last reported, by id of each running request."""
         self._pools = [_memory_record(engine)]
@@ -41,10 +41,8 @@ class Watch:
                 f"The tree has {num_nodes:,} nodes, and a page shows {MAX_NODES:,} at most: "
                 "/v1/cache has an outline."
             )
-        self._recent = [self._of_ended(ended) for ended in engine.recent]
         engine.cache.subscribe(self._recorder)
         engine.recent.listeners.append(self._on_end)
-        self.take()
 
     def close(self) -> None:
         """Stop the watch: remove its listeners from the engine."""
@@ -52,13 +50,8 @@ class Watch:
         self._engine.recent.listeners.remove(self._on_end)
 
     def whole(self) -> dict[str, Any]:
-        """Return the complete state as of the last ``take``, with which a page starts. O(tree)."""
-        now = Recorder()
-        self._engine.cache.subscribe(now)
-        self._engine.cache.unsubscribe(now)
-        running = [_request_record(one, _progress(one)) for one in self._engine.requests]
-        records = [self._time(), *now.take(), *self._recent, *running, *self._pools]
-        return {"form": FORM, "meta": self._meta(), "records": records}
+        """Return the state with which a page starts; called before ``take``. O(tree)."""
+        return {"form": FORM, "meta": self._meta(), "records": [*self.take(), *self._pools]}
 
     def take(self) -> list[Record]:
         """Return the changes since the last call; empty if there are none.
@@ -67,7 +60,6 @@ class Watch:
         """
         records = self._recorder.take()
         records += self._ended
-        self._recent = [*self._recent, *self._ended][-256:]
         self._ended = []
         going = {}
         for request in self._engine.requests:

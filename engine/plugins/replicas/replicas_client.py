@@ -464,7 +464,7 @@ class FleetChannel(EngineChannel):
         if question.topic == "whole":
             members = self._fleet.members
             place = members.index(replica) + 1 if replica in members else 0
-            found[1]["meta"] |= {"replica": place, "num_replicas": len(members)}
+            found["meta"] |= {"replica": place, "num_replicas": len(members)}
         return found
 
     async def _ask(self, replica: str, question: Question) -> Any:

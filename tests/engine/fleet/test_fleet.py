@@ -137,7 +137,7 @@ async def check_views(engine: AsyncEngine, handle: Handle) -> None:
     """Check that each replica can be viewed, with the nodes of its own tree."""
     for number, name in enumerate(engine.channel._fleet.members, 1):
         view = await engine.watch(number)
-        _, state = await view.whole()
+        state = await view.whole()
         meta = state["meta"]
         assert (meta["replica"], meta["num_replicas"]) == (number, 2)
         own = handle.replicas[name]._engine

@@ -1,4 +1,4 @@
-"""The live page and its event stream: snapshots, limits and access."""
+"""The live page and its event stream: snapshots and access."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from engine.plugins.observe import server
 from tests.waiting import wait_until
 from tests.watch.follower import follow, truth
 
@@ -122,21 +121,6 @@ def test_reader_follows_the_tree_and_the_requests(
     second = read(live)
     second.wait(lambda second: bool(second.events))
     assert second.nodes == reader.nodes and second.requests == reader.requests
-
-
-def test_slow_reader_gets_the_whole_state(
-    serve_oracle: Callable[..., Live], read: Callable[..., Reader], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The queue of a slow reader is bounded: here each change alone is over the limit."""
-    monkeypatch.setattr(server, "MAX_QUEUED_BYTES", 0)
-    live = serve_oracle()
-    reader = read(live)
-    reader.wait(lambda reader: bool(reader.events))
-    for number in range(6):
-        ask(live, PROMPT + f"{number} " * 30)
-        reader.wait(lambda reader, num_asked=number + 1: reader.num_ended == num_asked)
-    assert {name for name, _ in reader.events} == {"whole"}
-    assert reader.nodes == truth(live.engine.cache)
 
 
 def test_node_shows_its_text_except_that_of_tenants(
