@@ -47,7 +47,7 @@ from engine.plugins.replicas import ReplicasConfig
 from engine.server import access
 from engine.server.access import HEADERS_S, ClientConnection, ServerKeys, Tenants
 from engine.server.api_errors import HANDLERS, APIError
-from engine.server.bodies import Body, Workers, json_response
+from engine.server.bodies import Body, json_response
 from engine.server.chat import chat
 from engine.server.completions import CompletionRequest, complete
 from engine.server.context import Answer, ServingContext
@@ -220,13 +220,13 @@ def create_app(
 ) -> Starlette:
     """Make the application that serves ``engine``. The engine starts and stops with it. ``keys``
     are those of ``config``, if they were read before."""
-    workers, keys = Workers(), keys or ServerKeys.of(config)
+    keys = keys or ServerKeys.of(config)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.of(DiagnosticsConfig).explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
     tenants = Tenants(keys, engine.config.kept_folder)
-    context = ServingContext(engine, config, workers, tenants, explanations.remember)
+    context = ServingContext(engine, config, tenants, explanations.remember)
     responses = Responses(context)
     page = Page(context, keys, config.of(ReplicasConfig).replicas)
     bodies: dict[str, tuple[type[Body], Answer]] = {
@@ -263,7 +263,6 @@ def create_app(
         engine.start()
         yield
         await engine.drain()
-        workers.close()
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.metrics, app.state.page = context.metrics, page

@@ -46,7 +46,8 @@ from engine.text.json_text import read_json, write_json
 LONG = 4096
 """Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
 of an answer."""
-NUM_WORKERS = 2
+_threads = ThreadPoolExecutor(2, thread_name_prefix="server")
+"""Threads for long work, which does not delay short work."""
 MAX_NODES = 100_000
 """Maximum number of names, lists and objects of a JSON text. Decoding them holds the interpreter
 for at most 50 ms."""
@@ -56,21 +57,11 @@ UNMARKED = bytes(set(range(256)) - set(b'[{:"'))
 Result = TypeVar("Result")
 
 
-class Workers:
-    """A few threads for long work. Short work is not delayed by it."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="server")
-
-    async def run(self, size: int, work: Callable[[], Result]) -> Result:
-        """Run ``work`` directly if its ``size`` is small, else in a thread, and return its
-        result."""
-        if size <= LONG:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+async def run(size: int, work: Callable[[], Result]) -> Result:
+    """Run ``work`` directly if its ``size`` is small, else in a thread, and return its result."""
+    if size <= LONG:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_threads, work)
 
 
 class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -255,9 +246,7 @@ class ClientGone(APIError):
         super().__init__(499, "The client has disconnected.")
 
 
-async def read_body(
-    request: Request, kind: type[Kind], config: ServerConfig, workers: Workers
-) -> tuple[Kind, int]:
+async def read_body(request: Request, kind: type[Kind], config: ServerConfig) -> tuple[Kind, int]:
     """Return the body of ``request`` as ``kind``, and its size in bytes.
 
     Raises APIError 400 for an invalid body, 408 if it does not arrive in time, and 413 if it is too
@@ -281,37 +270,26 @@ async def read_body(
             "The body needs the header Content-Type: application/json. "
             "With curl, add -H 'Content-Type: application/json'.",
         )
-    return await workers.run(len(raw), partial(decode, kind, raw)), len(raw)
+    return await run(len(raw), partial(decode, kind, raw)), len(raw)
 
 
 async def _receive(request: Request, max_mib: float) -> bytes:
-    pieces, max_bytes = list[bytes](), int(max_mib * 2**20)
-    num_left = max_bytes - int(request.headers.get("content-length", 0))
-    if num_left >= 0:
-        num_left = max_bytes
+    pieces, num_left = list[bytes](), int(max_mib * 2**20)
+    if int(request.headers.get("content-length", 0)) <= num_left:
         async for piece in request.stream():
             pieces.append(piece)
             num_left -= len(piece)
             if num_left < 0:
                 break
-    if num_left < 0:
-        raise APIError(
-            413, f"The body is larger than {max_mib:g} MiB: send less, or raise --max-body-mib."
-        )
-    return b"".join(pieces)
-
-
-def to_json(value: Any) -> bytes:
-    """Return ``value`` as JSON. O(its size)."""
-    try:
-        return msgspec.json.encode(value)
-    except UnicodeEncodeError:  # A lone surrogate.
-        return write_json(value, compact=True).encode()
+        else:
+            return b"".join(pieces)
+    message = f"The body is larger than {max_mib:g} MiB: send less, or raise --max-body-mib."
+    raise APIError(413, message)
 
 
 def json_response(value: Any) -> Response:
-    """Return ``value`` as a response."""
-    return Response(to_json(value), media_type="application/json")
+    """Return ``value`` as a response. O(its size)."""
+    return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 DONE = b"data: [DONE]\n\n"
@@ -324,7 +302,7 @@ QUIET_S = 5.0
 def event(data: Any, name: str | None = None) -> bytes:
     """Return one server-sent event. O(its size)."""
     head = b"" if name is None else f"event: {name}\n".encode()
-    return head + b"data: " + to_json(data) + b"\n\n"
+    return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def failed_event(failure: APIError) -> bytes:

@@ -27,7 +27,7 @@ from engine.requests.grammar import (
     tag,
 )
 from engine.server.api_errors import APIError, of_value
-from engine.server.bodies import DONE, event
+from engine.server.bodies import event, run
 from engine.server.context import (
     AnsweredChat,
     Call,
@@ -108,7 +108,7 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
         )
 
     try:
-        return await context.workers.run(call.size, work)
+        return await run(call.size, work)
     except TemplateError as error:
         message = f"The chat template rejects these messages: {error}"
         raise APIError(400, message, param="messages") from error
@@ -124,7 +124,7 @@ async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest
     their places, because a prompt that changes at its beginning is not in the cache.
     """
     try:
-        body = await call.context.workers.run(call.size, convert)
+        body = await run(call.size, convert)
     except ValueError as error:
         raise of_value(error) from error
     template = call.context.tokenizer.chat_template
@@ -303,8 +303,7 @@ class _ChatWriter(ChatWriter):
 
     def __init__(self, call: Call, body: ChatRequest, answer_id: str) -> None:
         super().__init__(call, body, answer_id)
-        kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        self._head = self._context.head(answer_id, kind)
+        self.KIND = "chat.completion.chunk" if body.stream else "chat.completion"
         self._num_calls = Counter[int]()
         """Number of calls of each answer that were written."""
 
@@ -320,12 +319,8 @@ class _ChatWriter(ChatWriter):
             }
             for index, answer in enumerate(self.readers)
         ]
-        return {
-            **self._head,
-            "choices": choices,
-            "usage": self._usage(),
-            **self._ids("prompt_token_ids", self.outputs[0].prompt_token_ids),
-        }
+        ids = self._ids("prompt_token_ids", self.outputs[0].prompt_token_ids)
+        return self._completion(choices, usage=self._usage(), **ids)
 
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield one event, after the role of the choice if it is its first."""
@@ -333,26 +328,18 @@ class _ChatWriter(ChatWriter):
         if is_first:
             if len(self._latest) == 1:
                 more = self._ids("prompt_token_ids", news.output.prompt_token_ids)
-            yield self._event([_choice(index, {"role": "assistant", "content": ""})])
+            yield event(self._completion([_choice(index, {"role": "assistant", "content": ""})]))
         delta, scores = _delta(news.new, self._num_calls[index]), news.output.new_logprobs
         self._num_calls[index] += len(delta.get("tool_calls", ()))
         choice = _choice(index, delta, self._scores(scores), news.finish)
         choice |= news.warned | self._ids("token_ids", news.output.new_token_ids)
         if more or choice != _choice(index, {}):
-            yield self._event([choice], **more)
-
-    def end(self) -> Iterator[bytes]:
-        if self._body.includes_usage:
-            yield self._event([], usage=self._usage())
-        yield DONE
+            yield event(self._completion([choice], **more))
 
     def _usage(self) -> dict[str, Any]:
         counts = super()._usage()
         counts["prompt_tokens_details"] |= self.written()
         return counts
-
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return event({**self._head, "choices": choices, **more})
 
     def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:
         """Return one object per token, with its best alternatives, if they are requested."""

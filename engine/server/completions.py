@@ -11,7 +11,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from engine.requests.request import RequestSpec
-from engine.server.bodies import DONE, event
+from engine.server.bodies import event
 from engine.server.context import (
     Call,
     Writer,
@@ -73,12 +73,11 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
 class _CompletionWriter(Writer):
     """Writes completions. The first part of each choice has the echoed prompt."""
 
-    PROMPT = "prompt"
+    KIND, PROMPT = "text_completion", "prompt"
     _body: CompletionRequest
 
     def __init__(self, call: Call, body: CompletionRequest) -> None:
         super().__init__(call, body, new_id("cmpl"), len(body.prompts))
-        self._head = self._context.head(self.answer_id, "text_completion")
         self._skips_special = body.skip_special_tokens is not False
         self._decoders: dict[int, StreamDecoder] = {}
         """Decoder of each choice, which gives the offsets of tokens in the text."""
@@ -90,17 +89,12 @@ class _CompletionWriter(Writer):
             self._choice(index, True, output.text, output.token_ids, output.logprobs or ())
             for index, output in enumerate(self.outputs)
         ]
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        return self._completion(choices, usage=self._usage())
 
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         output = self._latest[index]
         news = output.new_text, output.new_token_ids, output.new_logprobs
-        yield event({**self._head, "choices": [self._choice(index, is_first, *news)]})
-
-    def end(self) -> Iterator[bytes]:
-        if self._body.includes_usage:
-            yield event({**self._head, "choices": [], "usage": self._usage()})
-        yield DONE
+        yield event(self._completion([self._choice(index, is_first, *news)]))
 
     def _choice(
         self,

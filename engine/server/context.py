@@ -18,7 +18,7 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,15 @@ from engine.requests.request import RequestSpec
 from engine.server.access import Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
 from engine.server.bodies import (
+    DONE,
     PAUSE,
     Body,
     EventStream,
-    Workers,
+    event,
     failed_event,
     json_response,
     read_body,
+    run,
     unless_gone,
 )
 from engine.server.metrics import Metrics
@@ -92,27 +94,22 @@ class ServingContext:
         self,
         engine: AsyncEngine,
         config: ServerConfig,
-        workers: Workers,
         tenants: Tenants,
         remember: Callable[[AnsweredChat], None],
     ) -> None:
         """``remember`` stores a chat that was answered, for explanations."""
-        self.engine, self.config, self.workers = engine, config, workers
-        self.tenants, self.remember = tenants, remember
+        self.engine, self.config, self.tenants = engine, config, tenants
+        self.remember = remember
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),
             keeps_thinking=config.preserve_thinking,
         )
         self.model_name = config.served_model_name or engine.facts.model_name
-        self.fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
-        if (config.default_max_tokens or 0) > (most := engine.facts.max_model_len):
-            logger.warning(
-                "--default-max-tokens %d is above the context length, so the limit is that: %d.",
-                config.default_max_tokens,
-                most,
-            )
+        if (limit := config.default_max_tokens or 0) > engine.facts.max_model_len:
+            words = "--default-max-tokens %d is above the context length, so the limit is that."
+            logger.warning(words, limit)
         self.created = int(time.time())
 
     @property
@@ -130,22 +127,12 @@ class ServingContext:
         """Return the route of requests with a body of this ``kind``."""
 
         async def operation(request: Request) -> Response:
-            body, size = await read_body(request, kind, self.config, self.workers)
+            body, size = await read_body(request, kind, self.config)
             self.check_model(body.model)
             tenant = self.tenants.of(request.scope, body.cache_salt)
             return await answer(Call(self, request, size, tenant), body)
 
         return Route(path, operation, methods=["POST"])
-
-    def head(self, answer_id: str, kind: str) -> dict[str, Any]:
-        """Return the first fields of an answer of OpenAI's completions, which is a ``kind``."""
-        return {
-            "id": answer_id,
-            "object": kind,
-            "created": int(time.time()),
-            "model": self.model_name,
-            "system_fingerprint": self.fingerprint,
-        }
 
     def check_model(self, model: str | None) -> None:
         """Raise APIError 404 if a client names another model."""
@@ -171,7 +158,7 @@ class ServingContext:
             return [as_tokens(one) for one in ids]
 
         try:
-            return await self.workers.run(sum(map(len, prompts)), work)
+            return await run(sum(map(len, prompts)), work)
         except ValueError as error:
             raise of_value(error, "prompt") from error
 
@@ -193,7 +180,7 @@ class ServingContext:
         [(param, make)] = forms.items()
 
         try:
-            grammar = await self.workers.run(MAX_CHARS, make)
+            grammar = await run(MAX_CHARS, make)
             grammar = grammar.behind(CLOSE) if is_thinking else grammar
             await self.engine.compile(grammar)
             return grammar
@@ -235,8 +222,11 @@ Answer = Callable[[Call, Any], Awaitable[Response]]
 
 
 class Writer(ABC):
-    """Generates the answers to one request, and writes them in the form of an endpoint."""
+    """Generates the answers to one request, and writes them in the form of an endpoint. By default
+    a stream has the form of OpenAI's completions."""
 
+    KIND: str
+    """Kind of the answers of OpenAI's completions."""
     PAUSE = PAUSE
     """Event that fills silence."""
     PROMPT = "messages"
@@ -258,6 +248,7 @@ class Writer(ABC):
         self._stream: RequestStream
         self._latest: dict[int, RequestOutput] = {}
         """Latest output of each answer, by its index."""
+        self._created = int(time.time())
 
     @property
     def outputs(self) -> list[RequestOutput]:
@@ -273,13 +264,27 @@ class Writer(ABC):
         """Yield the events of the latest output of an answer. Text that was sent is never
         retracted. ``is_first``: it is the first output of this answer."""
 
-    @abstractmethod
     def end(self) -> Iterator[bytes]:
         """Yield the events after all answers."""
+        if self._body.includes_usage:
+            yield event(self._completion([], usage=self._usage()))
+        yield DONE
 
     def failed(self, failure: APIError) -> bytes:
         """Return the event of a failure in the middle of a stream."""
         return failed_event(failure)
+
+    def _completion(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """Return an answer of OpenAI's completions, or a part of its stream."""
+        return {
+            "id": self.answer_id,
+            "object": self.KIND,
+            "created": self._created,
+            "model": self._context.model_name,
+            "system_fingerprint": self._context.engine.facts.exactness.fingerprint,
+            "choices": choices,
+            **more,
+        }
 
     async def submit(
         self,
@@ -298,50 +303,38 @@ class Writer(ABC):
         context, body, engine = self._context, self._body, self._context.engine
         limit = context.config.default_max_tokens if limit is None else limit
         room = engine.facts.max_model_len - (limit or 0)
-        limits = [limit if len(spec.prompt) <= room else None for spec in prompts]
-        samplings = {
-            limit: body.samplings(limit, num_scores, engine.sampling_defaults)
-            for limit in set(limits)
-        }
-        specs = (
-            structs.replace(
-                spec,
-                sampling=sampling,
-                ends_session=body.ends_session,
-                request_id=self._choice_id(number),
-                choice_of=self._choice_id(number - number % body.n) if number % body.n else None,
-            )
-            for number, (spec, sampling) in enumerate(
-                (spec, sampling)
-                for spec, limit in zip(prompts, limits, strict=True)
-                for sampling in samplings[limit]
-            )
+        samplings = cache(
+            partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )
         valid = list[RequestSpec]()
         self._stream = engine.stream()
         self._call.request.state.answer_id = self.answer_id
         try:
-            for spec in specs:
-                valid.append(engine.validate(spec))
-                await asyncio.sleep(0)  # Let the event loop run between two choices.
+            for spec in prompts:
+                first = f"{self.answer_id}-{len(valid)}" if valid else self.answer_id
+                choices = samplings(limit if len(spec.prompt) <= room else None)
+                for number, sampling in enumerate(choices):
+                    choice = structs.replace(
+                        spec,
+                        sampling=sampling,
+                        ends_session=body.ends_session,
+                        request_id=f"{self.answer_id}-{len(valid)}" if number else first,
+                        choice_of=first if number else None,
+                    )
+                    valid.append(engine.validate(choice))
+                    await asyncio.sleep(0)  # Let the event loop run between two choices.
             grammar = await context.grammar_of(forms, is_thinking)
             for spec in valid:
                 engine.submit_valid(structs.replace(spec, grammar=grammar), self._stream)
                 await asyncio.sleep(0)
         except BaseException as error:
             self._stream.abort()
-            if isinstance(error, APIError) or not isinstance(error, Exception):
-                raise
             if not isinstance(error, ValueError | RequestError):
-                logger.exception("A request could not be submitted.")
+                raise
             if not self._count_refusal(error):
-                self._context.metrics.count_unanswered("error", 1)
+                context.metrics.count_unanswered("error", 1)
             param = self.PROMPT if isinstance(error, ContextOverflow) else None
             raise of_failure(RequestError.of(error), param) from error
-
-    def _choice_id(self, number: int) -> str:
-        """Return the engine's id for one of the choices."""
-        return f"{self.answer_id}-{number}" if number else self.answer_id
 
     def _count_refusal(self, error: Exception) -> bool:
         """Count a request that was refused before it was queued. Returns True if it was."""
@@ -448,7 +441,7 @@ class Writer(ABC):
         for output in self.outputs:
             size += len(output.output) * (1 + (output.logprobs is not None))
             size += len(output.prompt_token_ids) * self._body.shows_prompt
-        response = await context.workers.run(size, lambda: json_response(self.whole()))
+        response = await run(size, lambda: json_response(self.whole()))
         response.headers.update(self._cache_headers())
         return response
 
@@ -459,7 +452,7 @@ class Writer(ABC):
                 is_long = is_first and self._body.shows_prompt
                 size = len(self._latest[index].prompt_token_ids) if is_long else 0
                 work = partial(b"".join, self.write(index, is_first))
-                if written := await self._context.workers.run(size, work):
+                if written := await run(size, work):
                     yield written
         yield b"".join(self.end())
 

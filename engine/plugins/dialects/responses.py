@@ -21,7 +21,7 @@ from engine.messages import EndSession
 from engine.plugins.dialects import DialectsConfig
 from engine.server.access import Tenant
 from engine.server.api_errors import APIError, quoted
-from engine.server.bodies import Part, converted, json_response, named_event, to_json
+from engine.server.bodies import Part, converted, json_response, named_event
 from engine.server.chat import PartWriter, chat_of
 from engine.server.context import Call, ServingContext, new_id
 from engine.server.schemas import (
@@ -384,7 +384,7 @@ class Responses:
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
-                content = to_json(response)
+                content = msgspec.json.encode(response)
                 items = [*earlier, *body.items, *msgspec.convert(response["output"], list[AnyItem])]
                 stored = StoredResponse(items, call.size + len(content), content)
                 num_bytes = ITEM_FACTOR * stored.items_bytes + len(content)

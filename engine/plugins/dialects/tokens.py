@@ -8,7 +8,7 @@ from msgspec import field
 from starlette.responses import Response
 
 from engine.server.api_errors import APIError
-from engine.server.bodies import Body, json_response
+from engine.server.bodies import Body, json_response, run
 from engine.server.chat import render
 from engine.server.context import Call
 from engine.server.schemas import (
@@ -48,7 +48,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     else:
         how = EncodeOptions(body.add_special_tokens, namespace=call.tenant.namespace)
         [tokens] = await context.encode([body.prompt or ""], how)
-    return await context.workers.run(
+    return await run(
         len(tokens),
         lambda: json_response(answer | {"count": len(tokens), "tokens": tokens.tolist()}),
     )
@@ -64,4 +64,4 @@ async def detokenize(call: Call, body: DetokenizeRequest) -> Response:
             raise APIError(400, f"'tokens' must be ids from 0 to {num_ids - 1}.", param="tokens")
         return context.tokenizer.decode(body.tokens, skip_special_tokens=False)
 
-    return json_response({"prompt": await context.workers.run(len(body.tokens), work)})
+    return json_response({"prompt": await run(len(body.tokens), work)})

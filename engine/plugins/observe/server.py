@@ -20,7 +20,7 @@ from engine.async_engine import View
 from engine.errors import EngineStopped
 from engine.server.access import ServerKeys
 from engine.server.api_errors import APIError
-from engine.server.bodies import EventStream, event, json_response
+from engine.server.bodies import EventStream, event, json_response, run
 from engine.server.context import ServingContext
 from hybridcache.watch.page import POLICY, live_page
 
@@ -100,7 +100,7 @@ class Page:
                 await view.close()
 
     async def _event(self, num_records: int, data: Any, name: str) -> bytes:
-        return await self._context.workers.run(BYTES * num_records, partial(event, data, name))
+        return await run(BYTES * num_records, partial(event, data, name))
 
     async def _node(self, request: Request) -> Response:
         replica = self._replica(request)
@@ -112,7 +112,7 @@ class Page:
         tokens, text = found.pop("tokens"), None
         if tokens is not None:
             tokenizer = self._context.tokenizer
-            text = await self._context.workers.run(
+            text = await run(
                 len(tokens), lambda: tokenizer.decode(tokens, skip_special_tokens=False)
             )
         is_cut = tokens is not None and len(tokens) == 4096
