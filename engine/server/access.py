@@ -217,8 +217,8 @@ class ClientConnection(H11Protocol):
 
 def install(app: Starlette, config: ServerConfig, keys: ServerKeys) -> None:
     """Add the middleware to ``app``, the last one outermost."""
-    if keys.accepted:
-        app.add_middleware(Keys, keys=keys)
+    is_logged = sys.stderr.isatty() if config.log_requests is None else config.log_requests
+    app.add_middleware(Requests, keys=keys, is_logged=is_logged)
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -227,25 +227,6 @@ def install(app: Starlette, config: ServerConfig, keys: ServerKeys) -> None:
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    is_logged = sys.stderr.isatty() if config.log_requests is None else config.log_requests
-    app.add_middleware(Requests, is_logged=is_logged)
-
-
-class Keys:
-    """ASGI middleware that answers 401 to requests without a valid key, and records the key of the
-    others."""
-
-    def __init__(self, app: ASGIApp, keys: ServerKeys) -> None:
-        self._app, self._keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN:
-            place = self._keys.place(scope)
-            if place is None:
-                await self._keys.refusal(scope).response(scope)(scope, receive, send)
-                return
-            scope.setdefault("state", {})["api_key"] = place
-        await self._app(scope, receive, send)
 
 
 PROBES = ("/health", "/metrics")
@@ -287,14 +268,15 @@ then the rest of it is computed and kept in memory."""
 
 
 class Requests:
-    """ASGI middleware that adds an ``X-Request-Id`` to every answer: the one of the request, or a
-    new one. Anthropic's clients read it as ``request-id``. An answer that its client does not read
-    is broken off. The log gets a line when an answer was sent or its client has disconnected. Facts
-    for the line are in the state of the ASGI scope: ``answer_id``, ``error``, and ``num_tokens`` of
-    prompt, cache and answer."""
+    """ASGI middleware that answers 401 to requests without a valid key, and records the key of the
+    others. Every answer gets an ``X-Request-Id``: the one of the request, or a new one. Anthropic's
+    clients read it as ``request-id``. An answer that its client does not read is broken off. The
+    log gets a line when an answer was sent or its client has disconnected. Facts for the line are
+    in the state of the ASGI scope: ``answer_id``, ``error``, and ``num_tokens`` of prompt, cache
+    and answer."""
 
-    def __init__(self, app: ASGIApp, is_logged: bool) -> None:
-        self._app, self._is_logged = app, is_logged
+    def __init__(self, app: ASGIApp, keys: ServerKeys, is_logged: bool) -> None:
+        self._app, self._keys, self._is_logged = app, keys, is_logged
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -302,7 +284,12 @@ class Requests:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
-        scope.setdefault("state", {})["request_id"] = name.decode("ascii")
+        app, state = self._app, scope.setdefault("state", {})
+        state["request_id"] = name.decode("ascii")
+        if self._keys.accepted and scope["path"] not in OPEN:
+            state["api_key"] = self._keys.place(scope)
+            if state["api_key"] is None:
+                app = self._keys.refusal(scope).response(scope)
         headers = [(b"x-request-id", name)]
         if scope["path"].startswith(ANTHROPIC):
             headers.append((b"request-id", name))
@@ -318,7 +305,7 @@ class Requests:
             is_sent = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
-            await self._app(scope, receive, watched)
+            await app(scope, receive, watched)
         except Exception:
             status = status or 500
             raise
@@ -360,32 +347,21 @@ def _read_secret(folder: str | None) -> bytes:
     made = secrets.token_bytes(SECRET_BYTES)
     if folder is None:
         return made
-    file = Path(folder) / SECRET_FILE
+    file, why, kept = Path(folder) / SECRET_FILE, "", made
     try:
-        with (
-            suppress(FileExistsError),
-            open(file, "xb", opener=partial(os.open, mode=0o600)) as new,
-        ):
+        private = partial(os.open, mode=0o600)
+        with suppress(FileExistsError), open(file, "xb", opener=private) as new:
             new.write(made)
-            if any(Path(folder).glob("*.record")):
-                logger.warning(
-                    "%s was missing: stored entries of requests with a salt, or with one of "
-                    "several keys, are not found any more.",
-                    file,
-                )
+            why = "was missing" if any(Path(folder).glob("*.record")) else ""
         kept = file.read_bytes()
-        if len(kept) == SECRET_BYTES:
-            return kept
-        why = f"it has {len(kept)} bytes and not {SECRET_BYTES}; delete it"
+        if len(kept) != SECRET_BYTES:
+            why = f"cannot be used (it has {len(kept)} bytes and not {SECRET_BYTES}; delete it)"
     except OSError as error:
-        why = error.strerror or str(error)
-    logger.warning(
-        "Entries of requests with a salt, or with one of several keys, will not be found after a "
-        "restart: %s cannot be used (%s).",
-        file,
-        why,
-    )
-    return made
+        why = f"cannot be used ({error.strerror})"
+    if why:
+        words = "%s %s: entries of requests with a salt, or with one of several keys, get lost."
+        logger.warning(words, file, why)
+    return kept if len(kept) == SECRET_BYTES else made
 
 
 class Tenants:
