@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.interfaces import RunnerLost
 from engine.messages import Ready, Refused, ToEngine
 from engine.server.settings import SWITCH_S
-from engine.worker.process_channel import Sockets, SocketsClosed
+from engine.worker.process_channel import Sockets
 from engine.worker.screen import start_screen
 from hybridcache.command.extras import how_to_install
 from hybridcache.command.signals import log_to_stderr
@@ -61,11 +61,8 @@ class EngineWorker:
                 while (message := self._sockets.receive()) is not None:
                     assert self._host is not None
                     self._host.receive(message)
-        except SocketsClosed:
-            return
         except BaseException:
             logger.exception("The engine has lost the connection to its server, and ends.")
-        # Left over if the server was killed while the model loaded.
         shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(LOST)
 

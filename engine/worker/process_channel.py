@@ -42,9 +42,6 @@ from engine.worker.spawn import Spawned
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.1
-MEET_S = 10.0
-"""Seconds from the first message of the process until it can receive one. It takes milliseconds,
-except on a machine that swaps."""
 PATIENCE_S = 5.0
 """Time that a process may take to end after the stop command, before it is killed."""
 
@@ -53,18 +50,15 @@ Received = TypeVar("Received")
 Result = TypeVar("Result")
 
 
-class SocketsClosed(Exception):
-    """Another thread has closed this end of the connection."""
-
-
 class Sockets(Generic[Received]):
     """One end of the connection. Any thread may call ``send``, one thread ``receive``."""
 
     def __init__(self, folder: str, *, is_server: bool) -> None:
         """``folder``: contains the sockets. The server makes it, and no other user has access."""
-        self._context = zmq.Context()
-        self._out: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
-        self._in: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        # In its own context, the end of which waits until the messages are on their way.
+        self._out_context = zmq.Context()
+        self._out: zmq.Socket[bytes] = self._out_context.socket(zmq.PUSH)
+        self._in: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder(enc_hook=plain)
         self._decoder: Any = msgspec.msgpack.Decoder(FromEngine if is_server else ToEngine)
@@ -81,63 +75,39 @@ class Sockets(Generic[Received]):
         return int(self._in.getsockopt(zmq.FD))
 
     def send(self, message: ToEngine | FromEngine) -> None:
-        """Send ``message``. Does nothing if the other side has gone. O(size of the message).
-
-        Raises:
-          ValueError: a text in it cannot be encoded in UTF-8.
-          OverflowError: an integer in it does not fit into 64 bits.
-        """
+        """Send ``message``. Does nothing if the other side has gone. O(size of the message)."""
         data = self._encoder.encode(message)
         with self._lock, suppress(zmq.Again):
             if not self._out.closed:
                 self._out.send(data, zmq.NOBLOCK)
 
-    def meet(self, timeout_s: float) -> bool:
-        """Wait at most ``timeout_s`` for a connection to the other side. Returns True if there is
-        one."""
-        return bool(self._out.poll(round(1e3 * timeout_s), zmq.POLLOUT))
-
     def receive(self) -> Received | None:
-        """Return the next message, or None if none has arrived. Raises SocketsClosed if another
-        thread has closed this end."""
+        """Return the next message, or None if none has arrived."""
         try:
-            data = self._in.recv(zmq.NOBLOCK)
+            message: Received = self._decoder.decode(self._in.recv(zmq.NOBLOCK))
         except zmq.Again:
             return None
-        except zmq.ContextTerminated:
-            self._in.close()
-            raise SocketsClosed from None
-        message: Received = self._decoder.decode(data)
         return message
 
     def wait(self, timeout_s: float | None, other_fd: int | None = None) -> bool:
-        """Wait for a message, at most ``timeout_s``.
-
-        Returns False if none has arrived or ``other_fd`` is readable. Raises SocketsClosed if
-        another thread has closed this end.
-        """
+        """Wait for a message, at most ``timeout_s``. Returns False if none has arrived or
+        ``other_fd`` is readable."""
         poller = zmq.Poller()
         poller.register(self._in, zmq.POLLIN)
         if other_fd is not None:
             poller.register(other_fd, zmq.POLLIN)
-        try:
-            ready = dict(poller.poll(None if timeout_s is None else round(1e3 * timeout_s)))
-        except zmq.ContextTerminated:
-            self._in.close()
-            raise SocketsClosed from None
-        return self._in in ready
+        return self._in in dict(poller.poll(None if timeout_s is None else round(1e3 * timeout_s)))
+
+    def finish(self) -> None:
+        """Send no more. Returns when sent messages are on their way, after at most a second."""
+        with self._lock:
+            self._out.close()
+        self._out_context.term()
 
     def close(self) -> None:
         """Close this end; called by the receiving thread."""
         self._in.close()
         self.finish()
-
-    def finish(self) -> None:
-        """Close this end from another thread. Returns when sent messages are on their way, after at
-        most a second, and the receiving thread has closed its socket."""
-        with self._lock:
-            self._out.close()
-        self._context.term()
 
 
 def start_engine(
@@ -148,36 +118,29 @@ def start_engine(
 
     Raises ValueError if the model cannot be loaded.
     """
-    process = spawned.process
-    # The folder is removed when both sides are connected, so that no other process can connect.
-    with spawned.folder as folder:
-        sockets: Sockets[FromEngine] = Sockets(folder, is_server=True)
-        try:
-            # The process loads the model during this time.
-            result = meanwhile()
-            tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
-            ready = _wait_for(process, sockets)
-            tokenizer = tokenizer or load_tokenizer_of(config, ready.facts.vocab_size)
-            channel = ProcessChannel(config, tokenizer, ready.facts, process, sockets)
-            return AsyncEngine(channel), ready.screen, result
-        except BaseException:
-            process.kill()
-            process.communicate()
-            sockets.close()
-            raise
+    sockets: Sockets[FromEngine] = Sockets(spawned.folder.name, is_server=True)
+    try:
+        # The process loads the model during this time.
+        result = meanwhile()
+        tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
+        ready = _wait_for(spawned.process, sockets)
+        tokenizer = tokenizer or load_tokenizer_of(config, ready.facts.vocab_size)
+        channel = ProcessChannel(config, tokenizer, ready.facts, spawned, sockets)
+        return AsyncEngine(channel), ready.screen, result
+    except BaseException:
+        sockets.close()
+        spawned.end()
+        raise
 
 
 def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets[FromEngine]) -> Ready:
     while True:
         has_ended = process.poll() is not None
-        message = sockets.receive() if sockets.wait(0.0 if has_ended else POLL_S) else None
-        match message:
-            case Ready():
-                if sockets.meet(MEET_S):
-                    return message
-                process.kill()
-            case Refused():
-                raise ValueError(message.reason)
+        match sockets.receive() if sockets.wait(0.0 if has_ended else POLL_S) else None:
+            case Ready() as ready:
+                return ready
+            case Refused(reason):
+                raise ValueError(reason)
         if has_ended:
             raise ValueError(
                 "Before the model was loaded, the engine's process "
@@ -194,15 +157,15 @@ class ProcessChannel(EngineChannel):
         config: EngineConfig,
         tokenizer: Tokenizer,
         facts: EngineFacts,
-        process: subprocess.Popen[bytes],
+        spawned: Spawned,
         sockets: Sockets[FromEngine],
     ) -> None:
-        """Take over ``process`` and ``sockets``, which ``stop`` or ``drain`` ends."""
+        """Take over ``spawned`` and ``sockets``, which ``stop`` or ``drain`` ends."""
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
-        self._process, self._sockets = process, sockets
+        self._spawned, self._process, self._sockets = spawned, spawned.process, sockets
         self._num_sent = self._num_received = self._num_waiting = 0
         self._ended = threading.Event()
-        self._was_killed = self._is_released = False
+        self._was_killed = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -230,33 +193,21 @@ class ProcessChannel(EngineChannel):
         threading.Thread(target=self._wait, name="engine process", daemon=True).start()
 
     def send(self, message: ToEngine) -> None:
-        try:
-            self._sockets.send(message)
-        except UnicodeEncodeError:
-            raise ValueError(
-                "a text of this request cannot be encoded in UTF-8: remove lone surrogates "
-                "(\\ud800 to \\udfff)."
-            ) from None
-        except OverflowError:
-            raise ValueError(
-                "an integer of this request does not fit into 64 bits: use a smaller one."
-            ) from None
+        self._sockets.send(message)
         self._num_sent += isinstance(message, RequestSpec)
 
     async def drain(self) -> None:
-        if self._loop is None:
-            self._kill()
-            return
-        self.send(EndEngine(at_once=False))
-        await self._closed.wait()
-        self._loop.remove_reader(self._fd)
+        if self._loop is not None:
+            self.send(EndEngine(at_once=False))
+            await self._closed.wait()
+            self._loop.remove_reader(self._fd)
         self._release()
 
     def stop(self) -> None:
         """End the process after its step. It is killed if that takes longer than
         ``PATIENCE_S``."""
-        if self._loop is None:
-            self._kill()
+        if self._loop is None:  # No caller waits.
+            self._release()
             return
         self.send(EndEngine(at_once=True))
         if not self._ended.wait(PATIENCE_S):
@@ -264,21 +215,10 @@ class ProcessChannel(EngineChannel):
             self._process.kill()
             self._ended.wait()
 
-    def _kill(self) -> None:
-        """Kill the process before ``start``, while no caller waits."""
-        self._process.kill()
-        self._process.wait()
-        self._ended.set()
-        self._release()
-
     def _release(self) -> None:
-        if self._is_released:
-            return
-        self._is_released = True
         self._sockets.close()
-        if self._process.stdin is not None:
-            with suppress(BrokenPipeError):
-                self._process.stdin.close()
+        self._spawned.end()
+        self._ended.set()
 
     def _wait(self) -> None:
         """Wait for the end of the process, in a separate thread."""
@@ -297,7 +237,8 @@ class ProcessChannel(EngineChannel):
         except Exception:
             logger.exception("The last messages of the engine's process cannot be read.")
         if code and not self._was_killed:
-            self.failure = _death(code)
+            died = f"The engine's process {describe_exit(code)}: restart the server."
+            self.failure = FAILED if code > 0 else died  # In the first case it has logged it.
         self._front.closed(self.failure)
         self._closed.set()
 
@@ -308,10 +249,3 @@ class ProcessChannel(EngineChannel):
                 self._num_received = message.num_received
                 self._num_waiting = message.num_waiting
             self._front.receive(message)
-
-
-def _death(code: int) -> str:
-    """Return the error message for an engine process with exit code ``code``, not 0."""
-    if code > 0:
-        return FAILED  # The process has logged the reason.
-    return f"The engine's process {describe_exit(code)}: restart the server."

@@ -35,6 +35,12 @@ class Spawned(NamedTuple):
     folder: TemporaryDirectory[str]
     """Folder of the sockets."""
 
+    def end(self) -> None:
+        """Kill the process, unless it has ended, and remove the folder. May be called again."""
+        self.process.kill()
+        self.process.communicate()
+        self.folder.cleanup()
+
 
 def spawn(
     config: EngineConfig, address: str, boot: str | None = None, log_level: str = "warning"
