@@ -61,21 +61,23 @@ def display_name(folder: Path) -> str:
     return folder.resolve().name
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def resolve_config(
-    config: EngineConfig, report: Callable[[str], object] | None = None
+    config: EngineConfig, report: Callable[[str], object] = _to_stderr
 ) -> EngineConfig:
     """Return ``config`` with folders in place of hub names, downloading the files that are missing.
     The name of the built-in model becomes None, unless there is a folder of that name.
 
-    ``report`` is called with one line per download, before it starts; by default the line goes to
-    the standard error output. Raises HubError.
+    ``report`` is called with one line per download, before it starts. Raises HubError.
     """
     model, tokenizer = config.model, config.tokenizer
     if model == BUILTIN_NAME and not Path(model).exists():
         model = None
     if model is not None and is_hub_name(model):
-        has_weights = config.load_format != "dummy"
-        model = _fetch(model, config.revision, report or _to_stderr, with_weights=has_weights)
+        model = _fetch(model, config.revision, report, config.load_format != "dummy")
     elif config.revision is not None:
         raise HubError(
             f"--revision {config.revision} needs a model of the hub, as in --model ORG/NAME "
@@ -86,9 +88,7 @@ def resolve_config(
     return dataclasses.replace(config, model=model, tokenizer=tokenizer, revision=None)
 
 
-def resolve_folder(
-    model: str, *, with_weights: bool = False, report: Callable[[str], object] | None = None
-) -> str:
+def resolve_folder(model: str, with_weights: bool = False) -> str:
     """Return the folder of a hub name or of the built-in model, and any other ``model`` as it is.
 
     Without ``with_weights`` only config, tokenizer and templates are downloaded. Raises HubError.
@@ -97,15 +97,11 @@ def resolve_folder(
         return str(BUILTIN_DIR)
     if not is_hub_name(model):
         return model
-    return _fetch(model, None, report or _to_stderr, with_weights=with_weights)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return _fetch(model, None, _to_stderr, with_weights)
 
 
 def _fetch(
-    name: str, revision: str | None, report: Callable[[str], object], *, with_weights: bool
+    name: str, revision: str | None, report: Callable[[str], object], with_weights: bool
 ) -> str:
     """Return the folder of ``name`` on the hub with its config, tokenizer and templates, and
     ``with_weights`` with all files that the engine reads.
@@ -114,16 +110,11 @@ def _fetch(
     HubError.
     """
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils.tqdm import tqdm
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    class Bar(tqdm):
-        """Progress bar that is hidden outside of a terminal."""
-
-        def __init__(self, *values: Any, **options: Any) -> None:
-            options = {"disable": None} | options
-            super().__init__(*values, **options)  # type: ignore[no-untyped-call]
-
-    get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*", tqdm_class=Bar)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*")
     with _in_sentences(name, revision):
         folder = str(get(allow_patterns=SMALL_FILES))
         if not with_weights:
@@ -143,21 +134,16 @@ def _fetch(
                     f"{format_bytes(free)} free: make room, or set HF_HOME to a folder elsewhere."
                 )
             if missing:
-                _check_supported(name, Path(folder))
+                from engine.models import read_model
+                from engine.weights.model_config import ModelError, read_config
+
+                try:
+                    read_model(read_config(Path(folder)))
+                except ModelError as error:
+                    raise HubError(f"{name} is not downloaded: {error}") from None
                 commit, count = missing[0].commit_hash[:8], counted(len(missing), "file")
                 report(f"Downloading {name} (commit {commit}): {format_bytes(to_load)} in {count}.")
         return str(get(allow_patterns=[*SMALL_FILES, *weights]))
-
-
-def _check_supported(name: str, folder: Path) -> None:
-    """Raise HubError for a model that is not supported. Imports torch."""
-    from engine.models import read_model
-    from engine.weights.model_config import ModelError, read_config
-
-    try:
-        read_model(read_config(folder))
-    except ModelError as error:
-        raise HubError(f"{name} is not downloaded: {error}") from None
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -197,14 +183,9 @@ def _in_sentences(name: str, revision: str | None) -> Iterator[None]:
             f"all files of that model, and {where} cannot be reached ({cause}): check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE."
         )
-    except ImportError as error:  # Of a package for a proxy, for example.
-        why = f"{name} cannot be downloaded ({error})."
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+    except (ImportError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         said = str(error).split("\n")[0].rstrip(".") or type(error).__name__
-        why = (
-            f"The download of {name} broke off ({said}). Run the same command again: complete "
-            "files are kept."
-        )
+        why = f"{name} is not downloaded ({said}). Complete files are kept for the next attempt."
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             why = denied
     else:
