@@ -69,35 +69,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end_by_exception(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # Before torch is imported.
+    name, flags = "engine", set[str]()
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
-    except ModuleNotFoundError as error:
-        print(f"engine: {how_to_install(error, 'engine')}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    command: Command = parsed.command
-    try:
+        name += f" {parsed.verb}"
+        flags |= vars(parsed).keys() - {"prompt"}  # An argument without a flag.
         check_no_foreign_kernels()
-        code = command(parsed)
+        code: int = parsed.command(parsed)
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.
         return code
     except BrokenPipeError:  # As of `| head -1`: the reader has all it needs.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the flush at exit.
         return 141
     except (ValueError, OSError) as error:
-        flags = vars(parsed).keys() - {"prompt"}  # An argument without a flag.
-        print(f"engine {parsed.verb}: {with_flags(str(error), flags)}", file=sys.stderr)
+        print(f"{name}: {with_flags(str(error), flags)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"engine {parsed.verb}: {how_to_install(error, 'engine')}", file=sys.stderr)
+        print(f"{name}: {how_to_install(error, 'engine')}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from engine.interfaces import RunnerLost
 
         if not isinstance(error, RunnerLost):
             raise
-        print(f"engine {parsed.verb}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -147,29 +142,27 @@ def _parser(arguments: Sequence[str]) -> Parser:
     )
     add(
         "convert",
-        lambda arguments: _convert_plugin().run(arguments),
+        lambda arguments: _plugin("convert").run(arguments),
         "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
         "convert the weights of a model to eight bits",
-        lambda parser: _convert_plugin().add_flags(parser),
+        lambda parser: _plugin("convert").add_flags(parser),
     )
     add(
         "record",
-        lambda arguments: _record_plugin().run(arguments),
+        lambda arguments: _plugin("record").run(arguments),
         "--to URL --out FILE [options]",
         "pass requests on to any OpenAI-compatible server and write its chats as a trace",
-        lambda parser: _record_plugin().add_flags(parser),
+        lambda parser: _plugin("record").add_flags(parser),
     )
     return parser
 
 
-def _convert_plugin() -> Any:
+def _plugin(verb: str) -> Any:
+    if verb == "record":
+        from engine.plugins.record import command as record
+
+        return record
     from engine.plugins.convert import command
-
-    return command
-
-
-def _record_plugin() -> Any:
-    from engine.plugins.record import command
 
     return command
 
@@ -190,7 +183,7 @@ def _add_generate(generate: Parser) -> None:
         "--chat", action="store_true", help="send each prompt as a message of the user"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
-    sampling = add_flags(generate, SamplingParams, "sampling", skip=SKIPPED, only_given=True)
+    sampling = add_flags(generate, SamplingParams, "sampling", SKIPPED)
     sampling.add_argument(
         "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
     )
@@ -208,9 +201,8 @@ def _add_chat(chat: Parser) -> None:
     from engine.requests.request import SamplingParams
 
     chat.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    sampling = add_flags(
-        chat, SamplingParams, "sampling", skip=(*SKIPPED, "max_tokens", "logprobs"), only_given=True
-    )
+    skipped = (*SKIPPED, "max_tokens", "logprobs")
+    sampling = add_flags(chat, SamplingParams, "sampling", skipped)
     sampling.add_argument(
         "--max-tokens",
         type=int,
@@ -293,22 +285,27 @@ def _show(screen: str, server_config: ServerConfig) -> None:
         raise OSError(error.errno, error.strerror, "standard output") from None
 
 
+def _loaded(arguments: argparse.Namespace, **asked: Any) -> tuple[Engine, SamplingParams]:
+    """Return the engine of the parsed ``arguments``, and the sampling with the fields ``asked``."""
+    from engine.requests.request import SamplingParams
+
+    engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
+    read_config(SamplingParams, arguments, **asked)  # Raises ValueError before slow work.
+    from engine.engine import Engine
+
+    engine = Engine(engine_config)
+    return engine, read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     from msgspec import structs
 
-    from engine.requests.request import RequestSpec, SamplingParams
-
-    engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
-    asked = {"seed": arguments.sampling_seed, "stop": tuple(arguments.stop)}
-    read_config(
-        SamplingParams, arguments, **asked
-    )  # Before slow work, because it may raise ValueError.
-    texts = arguments.prompt or [sys.stdin.read()]
-    from engine.engine import Engine
     from engine.requests.chat_prompt import render_chat
+    from engine.requests.request import RequestSpec
 
-    engine = Engine(engine_config)
-    sampling = read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)
+    stop = tuple(arguments.stop)
+    engine, sampling = _loaded(arguments, seed=arguments.sampling_seed, stop=stop)
+    texts = arguments.prompt or [sys.stdin.read()]
     assert engine.tokenizer is not None, "an engine that loads a model loads its tokenizer"
     num_failed = 0
     for text in texts:
@@ -329,17 +326,10 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from engine.requests.request import SamplingParams
-
-    engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
-    read_config(SamplingParams, arguments)  # Before slow work, because it may raise ValueError.
-    from engine.engine import Engine
-
-    engine = Engine(engine_config)
+    engine, sampling = _loaded(arguments)
     try:
-        if sys.stdin.isatty() and engine_config.model is None:
+        if sys.stdin.isatty() and engine.config.model is None:
             print("The built-in model solves small word problems, such as:", BUILTIN_PROMPTS[0])
-        sampling = read_config(SamplingParams, arguments, engine.sampling_defaults)
         return _converse(engine, sampling, arguments.system)
     finally:
         engine.close()

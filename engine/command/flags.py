@@ -17,22 +17,14 @@ METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 def add_flags(
-    parser: argparse.ArgumentParser,
-    config: type,
-    title: str,
-    skip: Iterable[str] = (),
-    *,
-    only_given: bool = False,
+    parser: argparse.ArgumentParser, config: type, title: str, skip: Iterable[str]
 ) -> argparse._ArgumentGroup:
-    """Add one flag for each field of the dataclass ``config``, except for ``skip``, in a new group.
-
-    Returns the group. With ``only_given``, absent flags add nothing to the parsed arguments.
-    """
+    """Add one flag for each field of the dataclass ``config``, except for ``skip``, in a new group,
+    which is returned. Absent flags add nothing to the parsed arguments."""
     group = parser.add_argument_group(title)
-    skipped = frozenset(skip)
     for field in flags_of(config):
-        if field.name not in skipped:
-            _add_flag(group, config, field, only_given=only_given)
+        if field.name not in skip:
+            _add_flag(group, config, field, argparse.SUPPRESS)
     return group
 
 
@@ -42,20 +34,11 @@ def flags_of(config: type) -> list[dataclasses.Field[Any]]:
 
 
 def _add_flag(
-    group: argparse._ArgumentGroup,
-    config: type,
-    field: dataclasses.Field[Any],
-    *,
-    only_given: bool = False,
+    group: argparse._ArgumentGroup, config: type, field: dataclasses.Field[Any], default: Any
 ) -> None:
-    name = field.name
-    group.add_argument(
-        "--" + name.replace("_", "-"),
-        dest=name,
-        default=argparse.SUPPRESS if only_given else field.default,
-        help=_help(field),
-        **_kind(_type_hints(config)[name], field.default),
-    )
+    kind = _kind(_type_hints(config)[field.name], field.default)
+    flag = "--" + field.name.replace("_", "-")
+    group.add_argument(flag, dest=field.name, default=default, help=_help(field), **kind)
 
 
 def add_grouped_flags(
@@ -87,7 +70,7 @@ def add_grouped_flags(
     for title, flags in filled.items():
         group = parser.add_argument_group(title)
         for config, field in flags:
-            _add_flag(group, config, field)
+            _add_flag(group, config, field, field.default)
 
 
 def read_config(
@@ -154,10 +137,8 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
-        return {
-            "type": _listed(typing.get_args(hint)[0]),
-            "metavar": METAVARS[typing.get_args(hint)[0]] + ",...",
-        }
+        kind = typing.get_args(hint)[0]
+        return {"type": _listed(kind), "metavar": METAVARS[kind] + ",..."}
     return {"type": hint, "metavar": METAVARS[hint]}
 
 
