@@ -95,7 +95,6 @@ class EngineHost:
         self._last_step_failed = False
         self.failure: str | None = None
         """Reason of an unexpected end, or None."""
-        engine.on_work(self._notify)
 
     @property
     def facts(self) -> EngineFacts:
@@ -218,10 +217,6 @@ class EngineHost:
         """Queue ``command`` for the thread, before its next step. The caller holds ``_wake``."""
         self._commands.append(command)
         self._wake.notify()
-
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()
 
     def run(self) -> None:
         """Step until ``EndEngine``, or until the engine fails. All requests have an answer or an

@@ -189,12 +189,6 @@ class EngineCore:
         delays = [hooks.on_idle() for hooks in self._hooks]
         return min((delay for delay in delays if delay is not None), default=None)
 
-    def on_work(self, wake: Callable[[], None]) -> None:
-        """Register ``wake``, which is called from any thread whenever a plugin has work for an idle
-        engine."""
-        for plugin in self.plugins.values():
-            plugin.wake = wake
-
     def disconnect(self, *, at_once: bool) -> None:
         """Accept no more work from other engines, because the engine is about to end. Local
         requests can still be submitted. Work in progress for other engines, or requested from
@@ -539,8 +533,6 @@ class Plugin(StepHooks):
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.wake: Callable[[], None] = lambda: None
-        """Wakes an idle engine because ``before_step`` has work. Safe to call from any thread."""
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
         """Prepare the new ``manager``. Returns a fetcher of prefixes, or None."""

@@ -195,6 +195,11 @@ class HostCopy:
     def num_bytes(self) -> int:
         return sum(copy.nbytes for copy in self._copies)
 
+    @property
+    def is_done(self) -> bool:
+        """True if ``wait`` does not wait."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> tuple[torch.Tensor, ...]:
         """Wait for the copies and return them; on a CPU, the tensors themselves. Safe to call from
         any thread."""

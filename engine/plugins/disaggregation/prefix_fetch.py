@@ -248,7 +248,6 @@ class PeerFetcher:
         self._active: list[PeerFetch] = []
         # That of the process: closed connections end in the background.
         self._context: zmq.Context[Any] = zmq.Context.instance(wire.IO_THREADS)
-        self._poller = zmq.Poller()
 
     @property
     def has_room(self) -> bool:
@@ -285,7 +284,6 @@ class PeerFetcher:
         try:
             fetch.connection = wire.Connection(
                 self._context,
-                self._poller,
                 peer.address,
                 timeout_s=self._timeout_s,
                 max_bytes=self._max_bytes,
@@ -357,7 +355,8 @@ class PeerFetcher:
 
     def wait(self, timeout_s: float) -> None:
         """See ``Fetcher``."""
-        self._poller.poll(round(1e3 * timeout_s))
+        if self._active and (connection := self._active[0].connection) is not None:
+            connection.wait(timeout_s)
 
     def close(self) -> None:
         """See ``Fetcher``."""

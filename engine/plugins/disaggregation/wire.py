@@ -144,20 +144,19 @@ def endpoint(host: str, port: int) -> str:
 
 
 class Connection:
-    """A decode engine's connection for one prefix. No method waits."""
+    """A decode engine's connection for one prefix. Only ``wait`` waits."""
 
     def __init__(
         self,
         context: zmq.Context[Any],
-        poller: zmq.Poller,
         address: tuple[str, int],
         *,
         timeout_s: float,
         max_bytes: int,
     ) -> None:
-        """Start to connect. ``poller`` returns when there is something to receive. ``max_bytes``:
-        maximum size of a message. Raises TransferError if there is no such address."""
-        self._poller, self._timeout_s = poller, timeout_s
+        """Start to connect. ``max_bytes``: maximum size of a message. Raises TransferError if there
+        is no such address."""
+        self._timeout_s = timeout_s
         self._heard_s = time.monotonic()
         self.num_bytes = 0
         """Bytes sent and received."""
@@ -171,8 +170,6 @@ class Connection:
         except zmq.ZMQError as error:
             self.close()
             raise TransferError(f"there is no such address ({error})") from error
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._events, zmq.POLLIN)
 
     def send(self, message: ToPrefill) -> None:
         """Send a message. Raises TransferError if the other side has gone."""
@@ -182,6 +179,10 @@ class Connection:
         except zmq.Again:
             raise TransferError("the other side has gone") from None
         self.num_bytes += len(data)
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until there is something to receive."""
+        self._socket.poll(round(1e3 * timeout_s))
 
     def receive(self) -> tuple[ToDecode, memoryview] | None:
         """Return the next message and its bytes, which keep ZeroMQ's memory alive, or None if
@@ -212,9 +213,6 @@ class Connection:
         """Send ``End`` and close the connection."""
         with contextlib.suppress(TransferError):
             self.send(End())
-        for one in (self._socket, self._events):
-            if one in self._poller:
-                self._poller.unregister(one)
         self._socket.disable_monitor()
         self._events.close()
         self._socket.close()

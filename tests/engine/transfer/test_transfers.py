@@ -163,11 +163,13 @@ def test_a_drain_finishes_the_prefix_in_progress_and_refuses_new_ones(
         wait_until(lambda: not prefilling.channel.host._is_open)
         permits.release()
         wait_until(lambda: not plugin._is_accepting)
-        [own] = late.generate(prompts[1], GREEDY)
-        [outgoing] = plugin._active
-        wait_until(lambda: outgoing.num_taken_bytes)  # Rows are sent before the end.
-        assert counts_of(late)["failed"] == 1 and not draining.done()
+        [outgoing] = plugin._sessions.values()
+        refused = pool.submit(late.generate, prompts[1], GREEDY)
+        wait_until(lambda: outgoing.num_queued_bytes)  # Rows are sent before the end.
+        assert not draining.done()
         permits.release(1000)
+        [own] = refused.result()
+        assert counts_of(late)["failed"] == 1
         [answer] = answering.result()
         draining.result()
     assert [one.output.tolist() for one in (answer, own)] == expected
