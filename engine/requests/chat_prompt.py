@@ -11,9 +11,10 @@ Its JSON may be spaced differently and its words split differently, so the promp
 the cached one where the answer begins. If the sampled tokens are known, they are used instead
 (``Replay``), and all text around them stays as the template writes it. A turn is replaced only if
 
+- the chat before it, its text and its calls are the same as when it was sampled;
 - the template writes the message exactly once, in a separate turn (from the last control token
   before it to the next end token);
-- the rest of the chat does not depend on the message;
+- nothing else in the prompt depends on a character that is added to the message;
 - the turn begins with the end of the prompt that it was sampled for (``header``), and contains its
   reasoning if there was any. Templates that drop either from history are followed, unless
   ``keeps_thinking`` is set.
@@ -27,7 +28,6 @@ import json
 import re
 import sys
 from array import array
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -39,7 +39,6 @@ from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import (
     AS_TEXT,
     PROBE,
-    SLICE,
     EncodeOptions,
     IdTokenizer,
     Message,
@@ -59,21 +58,6 @@ KEEPS_THINKING = "preserve_thinking"
 """Template variable of newer templates; emulated for templates that do not support it."""
 ENTRY_BYTES = 512
 """Approximate size of an answer without its ids and its reasoning."""
-MAX_ALIKE = 8
-"""Maximum number of answers with the same text and calls. They are distinguished by their place and
-their reasoning."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A place in a chat."""
-
-    tenant: Hashable
-    index: int
-    """Number of messages before it."""
-    chat: bytes | None
-    """Digest of the chat before it. None if a secret identifies the tenant: its answers may then be
-    replaced with their reasoning at any place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +69,19 @@ class SampledTurn:
     token_ids: Sequence[int]
     """Sampled tokens without the end token."""
     reasoning: str = ""
-    place: Place | None = None
-    """Place of the message for which they were sampled."""
-
-    @property
-    def num_bytes(self) -> int:
-        return ENTRY_BYTES + 4 * len(self.token_ids) + sys.getsizeof(self.reasoning)
 
 
 class Replay:
-    """Sampled answers of one server in ``limit_bytes``, by tenant and digest of the message.
-    Replayed prompts keep the beginning of earlier ones: sampled tokens replace answers that come
-    back. Thread-safe, except that one thread calls ``keep``."""
+    """Sampled answers of one server in ``limit_bytes``, by tenant and digest of the chat up to
+    them. Replayed prompts keep the beginning of earlier ones: sampled tokens replace answers that
+    come back. Thread-safe."""
 
     def __init__(
         self, tokenizer: Tokenizer, limit_bytes: int, *, keeps_thinking: bool = False
     ) -> None:
         """``keeps_thinking``: the default of requests without the switch ``KEEPS_THINKING``."""
         self._tokenizer, self._keeps_thinking = tokenizer, keeps_thinking
-        self._known = BoundedMemory[tuple[Hashable, bytes], tuple[SampledTurn, ...]](limit_bytes)
+        self._known = BoundedMemory[Place, SampledTurn](limit_bytes)
         self._control_ids = frozenset(
             i for text in tokenizer.control_tokens for i in tokenizer.encode(text, AS_TEXT)[:1]
         )
@@ -113,33 +91,28 @@ class Replay:
         messages: Sequence[Message],
         tenant: Hashable,
         *,
-        is_known: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatPrompt:
         """Render a chat with the turns that were sampled for its answers; see ``render_chat``.
 
-        With ``KEEPS_THINKING``, messages get the reasoning that their client dropped. ``is_known``:
-        a secret identifies the ``tenant``.
+        With ``KEEPS_THINKING``, messages get the reasoning that their client dropped.
         """
         keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
         if keeps:
             variables = {**(variables or {}), KEEPS_THINKING: True}
         chat = list(messages)
         sampled: dict[int, SampledTurn] = {}
-        seen = None if is_known else hashlib.blake2b(digest_size=16)
-        _see(seen, tools)
+        place = tenant, _digest(b"", tools)
         for index, message in enumerate(chat):
-            place = Place(tenant, index, None if seen is None else seen.digest())
-            said = said_by(message)
-            _see(seen, [message.get("role"), *said[:2]])
-            is_answer = message.get("role") == "assistant"
-            turn = self._find(place, said, keeps) if is_answer else None
-            if turn is not None:
-                sampled[index] = turn
-                if turn.reasoning and not message.get("reasoning_content"):
-                    chat[index] = {**message, "reasoning_content": turn.reasoning}
+            place, reasoning = _place_behind(place, message)
+            turn = self._known.get(place) if message.get("role") == "assistant" else None
+            if turn is None or reasoning not in (turn.reasoning.strip(), "" if keeps else None):
+                continue
+            sampled[index] = turn
+            if turn.reasoning and not reasoning:
+                chat[index] = {**message, "reasoning_content": turn.reasoning}
         prompt = render_chat(
             self._tokenizer,
             chat,
@@ -149,28 +122,7 @@ class Replay:
             keeps_thinking=keeps,
             **options,
         )
-        place = Place(tenant, len(chat), None if seen is None else seen.digest())
         return replace(prompt, place=place)
-
-    def _find(self, place: Place, said: list[Any], keeps_thinking: bool) -> SampledTurn | None:
-        """Return the turn sampled for the answer at ``place``, or None. ``said``: as of
-        ``said_by``. O(its size).
-
-        Its reasoning must be equal, or with ``keeps_thinking`` be missing in the same chat. Of
-        several turns, the one at the same index is returned, else the latest.
-        """
-        given = said[2]
-        latest: SampledTurn | None = None
-        for turn in reversed(self._known.get((place.tenant, _digest(said))) or ()):
-            assert turn.place is not None
-            if turn.reasoning.strip() != given and not (
-                keeps_thinking and not given and turn.place.chat == place.chat
-            ):
-                continue
-            if turn.place.index == place.index:
-                return turn
-            latest = latest or turn
-        return latest
 
     def keep(self, prompt: ChatPrompt, message: Message, output: RequestOutput) -> None:
         """Store the tokens of the answer to ``prompt``, sent as ``message``, that a client can send
@@ -183,18 +135,24 @@ class Replay:
         if place is None or not prompt.header or not self._control_ids.isdisjoint(token_ids):
             return
         ids, reasoning = array("i", token_ids), message["reasoning_content"]
-        key = place.tenant, _digest(said_by(message))
-        alike = *(self._known.get(key) or ()), SampledTurn(prompt.header, ids, reasoning, place)
-        alike, most = alike[-MAX_ALIKE:], self._known.limit_bytes
-        while len(alike) > 1 and sum(turn.num_bytes for turn in alike) > most:
-            alike = alike[1:]
-        self._known.put(key, alike, sum(turn.num_bytes for turn in alike))
+        num_bytes = ENTRY_BYTES + 4 * len(ids) + sum(map(sys.getsizeof, (prompt.header, reasoning)))
+        turn = SampledTurn(prompt.header, ids, reasoning)
+        self._known.put(_place_behind(place, message)[0], turn, num_bytes)
 
 
-def _see(seen: Any, value: Any) -> None:
-    """Add ``value`` to a running digest, if there is one."""
-    if seen is not None:
-        seen.update(json.dumps(value, default=repr).encode())
+Place = tuple[Hashable, bytes]
+"""Tenant, and digest of a chat up to a message, without reasoning."""
+
+
+def _place_behind(place: Place, message: Message) -> tuple[Place, str]:
+    """Return (place behind ``message``, its reasoning). O(its size)."""
+    (tenant, before), (*said, reasoning) = place, said_by(message)
+    return (tenant, _digest(before, [message.get("role"), *said])), reasoning
+
+
+def _digest(before: bytes, value: Any) -> bytes:
+    text = json.dumps(value, default=repr).encode()
+    return hashlib.blake2b(before + text, digest_size=16).digest()
 
 
 class Cut(NamedTuple):
@@ -223,7 +181,7 @@ class ChatPrompt:
     header: str = ""
     """End of the prompt from its last control token on, with which the answer's turn begins."""
     place: Place | None = None
-    """Place of the answer, if it is to be replayed."""
+    """Place of the chat's end, if its answer is to be replayed."""
 
     @property
     def tokens(self) -> Tokens:
@@ -315,7 +273,8 @@ def render_chat(
     kept = {end for future in longer for end in shared(future)}
     if keeps_thinking and add_generation_prompt:
         kept.add(len(tokens))
-    header = header_of(tokenizer, text) if add_generation_prompt else ""
+    turn = _last(control_pattern(tokenizer), text, len(text)) if add_generation_prompt else None
+    header = "" if turn is None else text[turn:]
     spec = RequestSpec(
         tokens,
         namespace=namespace,
@@ -377,18 +336,12 @@ def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str 
     character that does not occur in ``value``, or None if no mark is needed. O(size of ``value``).
     Raises TemplateError if the value is nested too deep.
     """
-    if not control_tokens:
-        return None, value
-    cuts = _Cuts(control_tokens)
     try:
-        texts = list(_texts(value))
-        if not any(map(cuts.are_needed, texts)):
+        texts, cuts = list(_texts(value)), _Cuts(control_tokens)
+        if all(cuts.marked(text, PROBE) == text for text in texts):
             return None, value
-        used: set[str] = set()
-        for text in texts:
-            for start in range(0, len(text), SLICE):
-                used.update(text[start : start + SLICE])
-        mark = next(chr(code) for code in MARK_CODES if chr(code) not in used)
+        marks = (chr(code) for code in MARK_CODES)
+        mark = next(mark for mark in marks if not any(mark in text for text in texts))
         return mark, _each_text(value, lambda text: cuts.marked(text, mark))
     except RecursionError as error:
         raise TemplateError("something in it is nested too deep.") from error
@@ -403,39 +356,18 @@ class _Cuts:
     """
 
     def __init__(self, control_tokens: Sequence[str]) -> None:
-        tokens = [token for token in control_tokens if len(token) > 1]
-        listed = "|".join(map(re.escape, tokens)) or "(?!)"
-        # Matches one character only, so that tokens that begin inside another are found too.
-        self._begins = re.compile(f"(?={listed}).", re.DOTALL)
+        self._tokens = tokens = [token for token in control_tokens if len(token) > 1]
         self._heads = tuple({token[:end] for token in tokens for end in range(1, len(token))})
         self._tails = tuple({token[start:] for token in tokens for start in range(1, len(token))})
-        self._longest = max(map(len, tokens), default=1)
-        self._tokens = tokens
-
-    def are_needed(self, text: str) -> bool:
-        is_within = any(token in text for token in self._tokens)
-        return is_within or self._joins_before(text) or self._joins_after(text)
 
     def marked(self, text: str, mark: str) -> str:
-        cuts = [0, *(start + 1 for start in self._starts(text)), len(text)]
-        within = mark.join(text[start:end] for start, end in itertools.pairwise(cuts))
-        before = mark if self._joins_before(text) else ""
-        return before + within + (mark if self._joins_after(text) else "")
-
-    def _starts(self, text: str) -> Iterator[int]:
-        """Yield the starts of control tokens, searching one slice of the text at a time."""
-        for start in range(0, len(text), SLICE):
-            end = start + SLICE
-            for found in self._begins.finditer(text, start, end + self._longest - 1):
-                if found.start() < end:
-                    yield found.start()
-
-    def _joins_before(self, text: str) -> bool:
         is_middle = text != "" and any(text in token for token in self._tokens)
-        return is_middle or text.startswith(self._tails)
-
-    def _joins_after(self, text: str) -> bool:
-        return text.endswith(self._heads)
+        before = mark if is_middle or text.startswith(self._tails) else ""
+        after = mark if text.endswith(self._heads) else ""
+        for token in self._tokens:
+            while token in text:  # Again for tokens that overlapped.
+                text = text.replace(token, token[0] + mark + token[1:])
+        return before + text + after
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -485,7 +417,7 @@ def common_token_prefix(
     encoding of the shorter side of the split.
     """
     shared = _common_prefix(text, later)
-    split = _last_special(special_tokens, text, shared)
+    split = _last(any_of(special_tokens), text, shared) or 0
     if split <= len(text) // 2:
         start = len(encode(text[:split]))
     else:
@@ -506,33 +438,15 @@ def _common_prefix(first: str, second: str) -> int:
     return low
 
 
-def _last_special(special_tokens: Sequence[str], text: str, end: int) -> int:
-    """Return the start of the last special token that is complete in ``text[:end]``, or 0 if there
-    is none."""
-    if not special_tokens:
-        return 0
-    pattern = any_of(special_tokens)
+def _last(pattern: re.Pattern[str], text: str, end: int) -> int | None:
+    """Return the start of the last match that is complete in ``text[:end]``, or None."""
     window = 1024
     while True:
         begin = max(0, end - window)
         starts = [found.start() for found in pattern.finditer(text, begin, end)]
-        if starts:
-            return starts[-1]
-        if begin == 0:
-            return 0
+        if starts or not begin:
+            return starts[-1] if starts else None
         window *= 8
-
-
-def header_of(tokenizer: Tokenizer, text: str) -> str:
-    """Return the end of a prompt from its last control token on, or "" if it has none."""
-    pattern = control_pattern(tokenizer)
-    starts = [found.start() for found in pattern.finditer(text, max(len(text) - 4096, 0))]
-    return text[starts[-1] :] if starts else ""
-
-
-def _digest(said: list[Any]) -> bytes:
-    """Return the digest of text and calls, without reasoning; ``said`` as of ``said_by``."""
-    return hashlib.blake2b(json.dumps(said[:2]).encode(), digest_size=16).digest()
 
 
 def said_by(message: Mapping[str, Any]) -> list[Any]:
@@ -632,61 +546,36 @@ def find_splices(
     if ends is None:
         return NO_SPLICES
     marked = list(messages)
-    for index in turns:  # Templates strip the blanks at the start of a turn.
-        marked[index] = {
-            **messages[index],
-            "content": chr(FIRST + index) + str(messages[index].get("content") or "").lstrip(),
-        }
-    regions = _regions(render(marked), control_pattern(tokenizer), ends)
-    spans = [
-        Span(start, end, turns[index])
-        for index, start, end in _aligned(text, regions, ends)
-        if keeps_thinking
-        or (
-            text.startswith(turns[index].header, start)
-            and turns[index].reasoning.strip() in text[start:end]
-        )
-    ]
+    for index in turns:
+        marked[index] = _marked(messages[index], chr(FIRST + index))
+    pieces = _PLACES.split(render(marked))
+    if "".join(pieces[::2]) != text:
+        return NO_SPLICES
+    control, spans, at, last = control_pattern(tokenizer), list[Span](), 0, 0
+    for before, place in zip(pieces[::2], pieces[1::2], strict=False):
+        at += len(before)
+        starts = [found.start() for found in control.finditer(text, last, at)]
+        end = ends.search(text, at)
+        if not starts or end is None or pieces.count(place) > 1:
+            continue
+        start, last, turn = starts[-1], end.start(), turns[ord(place) - FIRST]
+        if keeps_thinking or (
+            text.startswith(turn.header, start) and turn.reasoning.strip() in text[start:last]
+        ):
+            spans.append(Span(start, last, turn))
     return Splices(text, spans)
 
 
-_Region = tuple[int | None, str]
-"""Index of the message of a marked turn, or None for the end of the chat; and the text between the
-previous turn and this one."""
-
-
-def _regions(text: str, control: re.Pattern[str], ends: re.Pattern[str]) -> list[_Region]:
-    """Return the turns with a mark that occurs once in ``text``, each in a separate turn."""
-    regions, last = list[_Region](), 0
-    counts = Counter(_PLACES.findall(text))
-    for place in _PLACES.finditer(text):
-        starts = [found.start() for found in control.finditer(text, last, place.start())]
-        end = ends.search(text, place.end())
-        if starts and end is not None and counts[place.group()] == 1:
-            before = _PLACES.sub("", text[last : starts[-1]])
-            regions.append((ord(place.group()) - FIRST, before))
-            last = end.start()
-    return [*regions, (None, _PLACES.sub("", text[last:]))]
-
-
-def _aligned(
-    text: str, regions: Sequence[_Region], ends: re.Pattern[str]
-) -> list[tuple[int, int, int]]:
-    """Return (message, start, end) of each turn in ``text``, or [] if the text around the turns
-    differs."""
-    spans: list[tuple[int, int, int]] = []
-    at = 0
-    for index, before in regions:
-        start = at + len(before)
-        end = ends.search(text, start + 1)
-        if text[at:start] != before or (index is not None and end is None):
-            return []
-        if index is None:
-            return spans if start == len(text) else []
-        assert end is not None
-        spans.append((index, start, end.start()))
-        at = end.start()
-    return []
+def _marked(message: Message, mark: str) -> Message:
+    """Return ``message`` with a mark in its text: before the first character of its content that
+    templates keep, or in the name of its first call, because templates look for empty contents."""
+    content = str(message.get("content") or "")
+    kept = content.lstrip()
+    match message.get("tool_calls"):
+        case [{"function": {"name": str(name)}} as call, *others] if not kept:
+            called = {**call, "function": {**call["function"], "name": mark + name}}
+            return {**message, "tool_calls": [called, *others]}
+    return {**message, "content": content[: len(content) - len(kept)] + mark + kept}
 
 
 def _ends(tokenizer: Tokenizer) -> re.Pattern[str] | None:

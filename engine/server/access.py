@@ -330,12 +330,6 @@ class Tenant:
     namespace: str | None = None
     """Keyed hash of the salt, or None if the request has no salt. The cache uses only this part."""
 
-    @property
-    def is_known(self) -> bool:
-        """True if a secret identifies this tenant. Without one, clients without any relation are
-        the same tenant."""
-        return self.key is not None or self.namespace is not None
-
 
 SECRET_FILE, SECRET_BYTES = "salt-secret", 32
 """Name and size of the file in a kept folder with the key of the hashes of salts."""

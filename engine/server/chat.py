@@ -97,7 +97,6 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
         return context.history.render(
             messages,
             tenant,
-            is_known=tenant.is_known,
             tools=tools,
             variables=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt is not False
