@@ -98,7 +98,7 @@ class Attention(Composite):
         elif self._norms is not None:
             parts = *(norm(x) for norm, x in zip(self._norms, parts, strict=False)), parts[2]
         if self._rotates:
-            options["angles"] = inputs.cos, inputs.sin
+            options["angles"] = inputs.angles
         heads = [part.unflatten(-1, (-1, self.sizes.head_dim)) for part in parts]
         written: torch.Tensor = self._rotate_and_write(*heads, *pools, inputs.kv_indices, **options)
         return written

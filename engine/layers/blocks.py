@@ -52,6 +52,10 @@ class DecodePart:
     """int32[D]; empty for an attention-only model."""
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.sequences.rows)
+
+    @property
     def attention_inputs(self) -> dict[str, Any]:
         """Arguments of the decoding functions of attention."""
         return {"sequences": self.sequences}
@@ -77,6 +81,10 @@ class VerifyPart:
     before: torch.Tensor
     """int64[V]: index of the token before each of the V tokens; V plus the sequence's rank for its
     first token."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.before)
 
     @property
     def attention_inputs(self) -> dict[str, Any]:
@@ -110,6 +118,10 @@ class PrefillPart:
     exports: Exports | None
 
     @property
+    def num_tokens(self) -> int:
+        return sum(self.packed.lengths)
+
+    @property
     def attention_inputs(self) -> dict[str, Any]:
         """Arguments of the prefill functions of attention."""
         return {"sequences": self.sequences, "packed": self.packed}
@@ -134,19 +146,15 @@ class LayerInputs:
     the rows after T are padding."""
 
     num_tokens: int
-    num_decode: int
     num_rows: int
-    cos: torch.Tensor
-    """[T, R] in the model's dtype."""
-    sin: torch.Tensor
+    angles: tuple[torch.Tensor, torch.Tensor]
+    """cos and sin, ``[T, R]`` in the model's dtype."""
     kv_indices: torch.Tensor
     """int64[T]: KV row that each token writes."""
     table: torch.Tensor
     """int32[rows, max_model_len]: the request table."""
-    decode: DecodePart | None
-    prefill: PrefillPart | None
-    num_verify: int = 0
-    verify: VerifyPart | None = None
+    parts: Sequence[StepPart]
+    """Parts with tokens: the decoding, the verifying and the prefill part, in this order."""
     live: torch.Tensor | None = None
     """See ``Rows.live``, with T as count."""
 
@@ -156,13 +164,9 @@ class LayerInputs:
 
     def by_part(self, compute: Callable[[StepPart, slice], torch.Tensor]) -> torch.Tensor:
         """Call ``compute`` with each part and its range of tokens, and concatenate the results."""
-        verified = self.num_decode + self.num_verify
-        parts: tuple[tuple[StepPart | None, slice], ...] = (
-            (self.decode, slice(self.num_decode)),
-            (self.verify, slice(self.num_decode, verified)),
-            (self.prefill, slice(verified, self.num_tokens)),
-        )
-        outs = [compute(part, tokens) for part, tokens in parts if part is not None]
+        bounds = running_sum([part.num_tokens for part in self.parts])
+        ranges = zip(self.parts, map(slice, bounds, bounds[1:]), strict=True)
+        outs = [compute(part, tokens) for part, tokens in ranges]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

@@ -32,6 +32,7 @@ from engine.layers.blocks import (
     MixerStep,
     Pools,
     RotaryTable,
+    VerifyPart,
     pad_rows,
     padded_count,
 )
@@ -84,8 +85,7 @@ class PredictionHead(Composite):
         with the model's step.
         """
         carried = pools[-1]
-        befores, kept = _trail(hidden, inputs, carried)
-        before = befores[0] if len(befores) == 1 else torch.cat(befores)
+        before, kept = _trail(hidden, inputs, carried)
         before = pad_rows(before, len(hidden))
         projected, _ = self._attention.project(self._enter(embedded, before), None)
         block = self._attention.block
@@ -110,19 +110,17 @@ class PredictionHead(Composite):
         int32 ``[B, M]``: the head's rows of positions 1, 2, ...; that of the token is written.
         """
         count, device = len(positions), embedded.device
-        at = upload(positions, torch.int64, device)
-        inputs = ahead(
-            at, rows.gather(1, at[:, None] - 1)[:, 0].long(), rows,
-            Sequences.of(range(count), positions, device), rotary,
-            num_rows=padded_count(count, self._row_multiple),
-        )  # fmt: skip
-        return self.advance(embedded, before, inputs, pools)
-
-    def advance(
-        self, embedded: torch.Tensor, before: torch.Tensor, inputs: LayerInputs, pools: Pools
-    ) -> torch.Tensor:
-        """Compute ``draft`` with ``inputs`` from `ahead`."""
-        num_rows = inputs.num_rows
+        num_rows = padded_count(count, self._row_multiple)
+        at, slots = upload(positions, torch.int64, device), torch.empty(0, dtype=torch.int32)
+        sequences = Sequences.of(range(count), positions, device)
+        inputs = LayerInputs(
+            num_tokens=count,
+            num_rows=num_rows,
+            angles=rotary(at),
+            kv_indices=rows.gather(1, at[:, None] - 1)[:, 0].long(),
+            table=rows,
+            parts=[DecodePart(sequences, slots.to(device))],
+        )
         entered = self._enter(pad_rows(embedded, num_rows), pad_rows(before, num_rows))
         projected, residual = self._attention.project(entered, None)
         mixed = self._attention.block.mix(projected, inputs, pools[:2])
@@ -131,69 +129,39 @@ class PredictionHead(Composite):
         return self._norm.add(hidden, residual)[0][: inputs.num_tokens]
 
 
-def ahead(
-    positions: torch.Tensor,
-    kv_indices: torch.Tensor,
-    rows: torch.Tensor,
-    sequences: Sequences,
-    rotary: RotaryTable,
-    *,
-    num_rows: int,
-) -> LayerInputs:
-    """Return the inputs of the head's layer for one token of each sequence at ``positions``: int64
-    ``[B]``. ``kv_indices`` are the rows to write."""
-    cos, sin = rotary(positions)
-    slots = torch.empty(0, dtype=torch.int32, device=positions.device)
-    return LayerInputs(
-        num_tokens=len(positions),
-        num_decode=len(positions),
-        num_rows=num_rows,
-        cos=cos,
-        sin=sin,
-        kv_indices=kv_indices,
-        table=rows,
-        decode=DecodePart(sequences, slots),
-        prefill=None,
-    )
-
-
-Kept = list[tuple[torch.Tensor, torch.Tensor]]
-"""List of (slots, vectors for them)."""
-
-
 def _trail(
     hidden: torch.Tensor, inputs: LayerInputs, carried: torch.Tensor
-) -> tuple[list[torch.Tensor], Kept]:
-    """Return the h before each token, in parts, and the values of h to store.
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return the h before each token, and (slots, vectors for them) to store.
 
     ``hidden`` is the result of the step; ``carried`` has each sequence's h before it.
     """
     befores: list[torch.Tensor] = []
-    kept: Kept = []
-    first, verified = inputs.num_decode, inputs.num_decode + inputs.num_verify
-    if inputs.decode is not None:
-        slots = inputs.decode.slots.long()
-        befores.append(carried[slots])
-        kept.append((slots, hidden[:first]))
-    if inputs.verify is not None:
-        part, own = inputs.verify, hidden[first:verified]
-        befores.append(torch.cat([own, carried[part.slots.long()]])[part.before])
-        kept.append((part.step_slots.long(), own))
-    if inputs.prefill is not None:
-        filled, own = inputs.prefill, hidden[verified : inputs.num_tokens]
-        slots, bounds = filled.slots.long(), running_sum(filled.packed.lengths)
-        firsts, lasts = (
-            upload(ends, torch.int64, hidden.device)
-            for ends in (bounds[:-1], [end - 1 for end in bounds[1:]])
-        )
-        before = own.roll(1, 0)
-        before[firsts] = torch.where(filled.resumed[:, None], carried[slots], 0)
-        befores.append(before)
-        kept.append((slots, own[lasts]))
-        if filled.exports is not None:
-            exports = filled.exports
-            ends = zip(exports.sequences, exports.ends, strict=True)
-            tokens = [bounds[rank] + end - 1 for rank, end in ends]
-            saved = own[upload(tokens, torch.int64, hidden.device)]
-            kept.append((exports.tables.slots.long(), saved))
-    return befores, kept
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    num_done = 0
+    for part in inputs.parts:
+        own = hidden[num_done : num_done + part.num_tokens]
+        num_done += part.num_tokens
+        slots = part.slots.long()
+        if isinstance(part, DecodePart):
+            befores.append(carried[slots])
+            kept.append((slots, own))
+        elif isinstance(part, VerifyPart):
+            befores.append(torch.cat([own, carried[slots]])[part.before])
+            kept.append((part.step_slots.long(), own))
+        else:
+            bounds = running_sum(part.packed.lengths)
+            firsts, lasts = (
+                upload(ends, torch.int64, hidden.device)
+                for ends in (bounds[:-1], [end - 1 for end in bounds[1:]])
+            )
+            before = own.roll(1, 0)
+            before[firsts] = torch.where(part.resumed[:, None], carried[slots], 0)
+            befores.append(before)
+            kept.append((slots, own[lasts]))
+            if part.exports is not None:
+                ends = zip(part.exports.sequences, part.exports.ends, strict=True)
+                tokens = [bounds[rank] + end - 1 for rank, end in ends]
+                saved = own[upload(tokens, torch.int64, hidden.device)]
+                kept.append((part.exports.tables.slots.long(), saved))
+    return befores[0] if len(befores) == 1 else torch.cat(befores), kept

@@ -11,12 +11,12 @@ import torch
 
 from engine.config import num_load_workers
 from engine.interfaces import Exactness
-from engine.layers.blocks import LayerInputs, Pools, RotaryTable
+from engine.layers.blocks import LayerInputs, Pools, RotaryTable, pad_rows, padded_count
+from engine.layers.prediction import PredictionHead
 from engine.models.decoder import Decoder
 from engine.runner.backends import digest_of, digest_of_weights, machine_words
 from engine.runner.loading import LoadedModel
 from engine.runner.memory import Memory, MemoryPlan
-from engine.runner.mtp_head import Predictor
 from engine.runner.steps import (
     DecodeGraphs,
     PrefillGraphs,
@@ -36,6 +36,80 @@ from hybridcache.tokens import Indices, Tokens
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload
+
+ALIGNED_COLUMNS = 16
+"""Triton compiles a kernel for strides that are a multiple of this number, and for others."""
+
+
+class Predictor:
+    """A multi-token head, the pools of its state, and separate rows for drafts."""
+
+    def __init__(
+        self,
+        head: PredictionHead,
+        model: Decoder,
+        memory: Memory,
+        table: RequestTable,
+        rotary: RotaryTable,
+    ) -> None:
+        """Prepare the head. The last pools of ``memory`` are the head's; the rows after its padding
+        row are for drafts."""
+        self.model, self.head = model, head
+        self.pools, self.table, self.rotary = memory.pools[-1], table, rotary
+        self.first_row = memory.padding_row + 1
+        self._row_multiple: int = model.build.kernels["linear"].ROWS
+
+    def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
+        """Write the head's rows of a step that the model has computed with the result
+        ``hidden``."""
+        hidden = hidden[: len(token_ids)]
+        self.head.follow(self.model.embedding(token_ids), hidden, step, self.pools)
+
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
+        """Draft the ``most`` (1 or more) most likely tokens after each request's newest one, each
+        given those before it.
+
+        Takes one pass of the head per token, over all requests that still need one.
+        """
+        order = sorted(range(len(newest)), key=lambda rank: -most[rank])
+        requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
+        device = self.table.device.device
+        tokens = upload([request.token_id for request in requests], torch.int64, device)
+        slots = upload([request.slot for request in requests], torch.int64, device)
+        before, rows = self.pools[-1][slots], self._rows(requests, wanted[0])
+        guessed = []
+        for step in range(wanted[0]):
+            count = sum(length > step for length in wanted)
+            before = self.head.draft(
+                self.model.embedding(tokens[:count]),
+                before[:count],
+                [request.position + step for request in requests[:count]],
+                rows[:count],
+                self.rotary,
+                self.pools,
+            )
+            padded = pad_rows(before, padded_count(count, self._row_multiple))
+            tokens = self.model.head(padded)[:count].argmax(-1)
+            guessed.append(tokens)
+        drafts = torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
+        found = dict(zip(order, drafts, strict=True))
+        return [found[rank][:length] for rank, length in enumerate(most)]
+
+    def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
+        """Return int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest
+        token, then ``depth`` separate rows for that token and the drafts. Later columns are not
+        read."""
+        device, count = self.table.device.device, len(requests)
+        ends = [request.position - 1 for request in requests]
+        known = max(ends)
+        # Whole units of columns, because a kernel is compiled again for another alignment of rows.
+        rows = self.table.device.new_zeros(count, padded_count(known + depth, ALIGNED_COLUMNS))
+        table_rows = upload([request.row for request in requests], torch.int64, device)
+        rows[:, :known] = self.table.device[table_rows, 1 : 1 + known]
+        ahead = torch.arange(depth, device=device)
+        own = torch.arange(count, device=device)[:, None] * depth + ahead + self.first_row
+        columns = upload(ends, torch.int64, device)[:, None] + ahead
+        return rows.scatter_(1, columns, own.int())
 
 
 class Forward:
@@ -201,8 +275,6 @@ class ModelRunner:
             if verify_graphs is not None:
                 verify_graphs.capture(verify_graphs.buckets[-1])
                 self.verify_graphs = verify_graphs
-            if self._predictor is not None:
-                self._predictor.record(record_native)
         except NotRecordableError:
             return False
         self.graphs = decodes, None

@@ -37,6 +37,7 @@ from engine.layers.blocks import (
     PrefillPart,
     RotaryTable,
     Rows,
+    StepPart,
     VerifyPart,
     padded_count,
     tokens_before,
@@ -185,11 +186,9 @@ class StepInputs:
         """Return token ids ``[num_rows]`` and all other inputs of the layers."""
         decodes, verified, prefills = list[Segment](), list[Segment](), list[Segment]()
         tokens, positions, indices = list[Tokens](), list[Tokens](), list[Indices]()
-        num_verify = 0
         for segment in batch.segments:
             kind = verified if segment.num_drafts else decodes if segment.is_decode else prefills
             kind.append(segment)
-            num_verify += len(segment.token_ids) if segment.num_drafts else 0
             tokens.append(segment.token_ids)
             positions.append(np.arange(segment.start, segment.end, dtype=np.int32))
             indices.append(self._table.host[segment.row, segment.start : segment.end])
@@ -198,19 +197,20 @@ class StepInputs:
         num_rows = padded_count(num_tokens, self._multiple)
         token_ids = np.zeros(num_rows, np.int64)
         token_ids[:num_tokens] = known
-        cos, sin = self._rotary(upload(np.concatenate(positions), torch.int64, device))
+        parts = list[StepPart]()
+        if decodes:
+            parts.append(DecodePart(*self._sequences(decodes)))
+        if verified:
+            parts.append(self._verify_part(verified))
+        if prefills:
+            parts.append(self._prefill_part(prefills))
         step = LayerInputs(
             num_tokens=num_tokens,
-            num_decode=len(decodes),
             num_rows=num_rows,
-            cos=cos,
-            sin=sin,
+            angles=self._rotary(upload(np.concatenate(positions), torch.int64, device)),
             kv_indices=upload(np.concatenate(indices), torch.int64, device),
             table=self._table.device,
-            decode=DecodePart(*self._sequences(decodes)) if decodes else None,
-            prefill=self._prefill_part(prefills) if prefills else None,
-            num_verify=num_verify,
-            verify=self._verify_part(verified) if verified else None,
+            parts=parts,
         )
         return upload(token_ids, torch.int64, device), step
 
@@ -377,7 +377,6 @@ class DecodeGraphs:
         def work() -> None:
             columns = self._inputs[:, :size].unbind()
             token_ids, positions, kv_indices, rows, kv_lens, slots, live = columns
-            cos, sin = self._rotary(positions)
             sequences = Sequences(
                 rows=(self._table.padding_row,) * size,
                 kv_lens=(bound,) * size,
@@ -386,14 +385,11 @@ class DecodeGraphs:
             )
             step = LayerInputs(
                 num_tokens=size,
-                num_decode=size,
                 num_rows=size,
-                cos=cos,
-                sin=sin,
+                angles=self._rotary(positions),
                 kv_indices=kv_indices,
                 table=self._table.device,
-                decode=DecodePart(sequences, slots.int()),
-                prefill=None,
+                parts=[DecodePart(sequences, slots.int())],
                 live=live,
             )
             self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
@@ -638,20 +634,14 @@ class VerifyGraphs:
         tokens = Sequences(*padding, row_table=token_rows, kv_len_table=token_kv_lens)
 
         def work() -> None:
-            cos, sin = self._rotary(positions)
             step = LayerInputs(
                 num_tokens=size,
-                num_decode=0,
                 num_rows=size,
-                cos=cos,
-                sin=sin,
+                angles=self._rotary(positions),
                 kv_indices=kv_indices,
                 table=self._table.device,
-                decode=None,
-                prefill=None,
-                num_verify=size,
+                parts=[VerifyPart(packed, sequences, tokens, slots, step_slots, before)],
                 live=live,
-                verify=VerifyPart(packed, sequences, tokens, slots, step_slots, before),
             )
             self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
 

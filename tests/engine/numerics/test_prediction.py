@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from engine.plugins.disaggregation.wire import PrefixBuffer
-from engine.runner.mtp_head import Predictor
+from engine.runner.model_runner import Predictor
 from engine.schedule.scheduler import Batch, Newest, Segment
 from tests.engine.numerics.conftest import Driver, load, random_tokens
-from tests.engine.numerics.test_graphs import Recorder
 
 MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 SCRATCH = 32
@@ -96,10 +95,7 @@ class Head:
         monkeypatch.setattr(model, "forward", follow)
         memory = SimpleNamespace(pools=[self.pools], padding_row=memory.num_kv_tokens - 1)
         parts = self.head, model, memory, runner.table, runner._rotary
-        self.predictors = [Predictor(*parts)]
-        if runner.kernels.words()["attention"] == "native":
-            self.predictors.append(Predictor(*parts))
-            self.predictors[1].record(Recorder())
+        self.predictor = Predictor(*parts)
         compute, self.logits = model.head, []
 
         def keep_logits(hidden):
@@ -110,17 +106,13 @@ class Head:
 
     @torch.inference_mode()
     def draft(self, sequences, newest, count):
-        """Return the logits [count, B, vocab] of drafts after the ``newest`` tokens.
-
-        Recorded passes must draft the same tokens.
-        """
+        """Return the logits [count, B, vocab] of drafts after the ``newest`` tokens."""
         pairs = zip(sequences, newest, strict=True)
         places = [Newest(s.row, s.slot, token, s.computed_len) for s, token in pairs]
         self.logits.clear()
-        for predictor in self.predictors:
-            tokens = predictor.guess(places, [count] * len(places))
-            logits = torch.stack(self.logits[:count])[:, : len(places)]
-            assert np.array_equal(logits.argmax(-1).T, tokens)
+        tokens = self.predictor.guess(places, [count] * len(places))
+        logits = torch.stack(self.logits)[:, : len(places)]
+        assert np.array_equal(logits.argmax(-1).T, tokens)
         return logits
 
     def rows_of(self, sequence, end):
