@@ -28,6 +28,7 @@ WORKLOAD, RATE = "agents", 0.2
 SESSIONS = (60, 150)
 POLICIES = ("oldest", "sessions", "live:18")
 WARM_UP_S, WINDOW_S = 150.0, 150.0
+LENGTHS = ("cached_len", "prompt_len")
 FIGURES = (
     ("token_hit_rate", "hits, %", 100),
     ("ttft_mean_s", "mean TTFT, s", 1),
@@ -49,9 +50,10 @@ def serve(job: tuple[int, str, int]) -> list[dict[str, Any]]:
     num_sessions, admission, seed = job
     workload = replace(WORKLOADS[WORKLOAD], num_sessions=num_sessions)
     cell = scenario(workload, WORKLOAD, seed, RATE, admission)
-    served = simulate_closed_loop(workload.trace(WORKLOAD, seed), cell)
-    asked_s, first_s = np.array(served.asked_s), np.array(served.first_token_s)
-    cached, prompt = np.array(served.cached_tokens), np.array(served.prompt_tokens)
+    served = simulate_closed_loop(workload.trace(WORKLOAD, seed), cell).answered
+    asked_s = np.array([one.arrival_s for one in served])
+    first_s = np.array([one.first_token_s for one in served], np.float64)
+    cached, prompt = (np.array([getattr(one, name) for one in served]) for name in LENGTHS)
     facts = {"admission": admission, "sessions": num_sessions, "seed": seed}
     return [
         facts

@@ -12,11 +12,11 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -49,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from hybridcache.lab.simulation.grid import collect_seldom
 
             collect_seldom()
+        printed = cache(lambda text: print(f"hybridcache: {text}", file=sys.stderr))
         with warnings.catch_warnings():
-            warnings.showwarning = _WarningPrinter()
+            warnings.showwarning = lambda message, *_, **__: printed(str(message))
             code = run(options)
         sys.stdout.flush()
         return code
@@ -90,18 +91,6 @@ def _stopped(options: argparse.Namespace, interrupt: KeyboardInterrupt) -> int:
     return 128 + getattr(interrupt, "number", signal.SIGINT)
 
 
-class _WarningPrinter:
-    """Prints each warning once, as one sentence, without the line of code that gave it."""
-
-    def __init__(self) -> None:
-        self._shown: set[str] = set()
-
-    def __call__(self, message: Warning | str, *_: object, **__: object) -> None:
-        if str(message) not in self._shown:
-            self._shown.add(str(message))
-            print(f"hybridcache: {message}", file=sys.stderr)
-
-
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
@@ -135,6 +124,16 @@ TRACE_HELP = (
 PROCESSES: Any = {"type": int, "default": 1, "help": "runs at the same time; changes no result"}
 SKIP_BAD: Any = {"action": "store_true", "help": "skip and count records that cannot be read"}
 """Options of more than one command that are no settings of a scenario."""
+
+
+def add_command(
+    commands: Commands, name: str, help: str, run: Command, *, input_flag: str = "", **defaults: Any
+) -> argparse.ArgumentParser:
+    """Add and return the parser of a command. Its flags may be given once."""
+    parser = commands.add_parser(name, help=help, input_flag=input_flag)
+    parser.register("action", None, Once)
+    parser.set_defaults(run=run, parser=parser, **defaults)
+    return parser
 
 
 class Once(argparse.Action):
@@ -221,30 +220,22 @@ def add_trace(commands: Commands) -> None:
     """Add the command's parser."""
     trace = commands.add_parser("trace", help="look at a trace, rewrite it, or download one")
     verbs = trace.add_subparsers(title="verbs", required=True)
-    stats = verbs.add_parser(
-        "stats", help="requests, lengths, ideal hit rate, reuse, sharing by depth"
-    )
+    text = "requests, lengths, ideal hit rate, reuse, sharing by depth"
+    stats = add_command(verbs, "stats", text, _trace_stats)
     stats.add_argument("trace", help=TRACE_HELP)
     stats.add_argument("--skip-bad", **SKIP_BAD)
     stats.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    stats.set_defaults(run=_trace_stats)
-    convert = verbs.add_parser("convert", help="write any trace in another form")
-    convert.add_argument("trace", help=TRACE_HELP)
-    convert.add_argument("target", type=Path, metavar="output", help="new file to write")
-    convert.register("action", None, Once)
+    convert = add_command(verbs, "convert", "write any trace in another form", _trace_convert)
     add = convert.add_argument
-    add(
-        "--to",
-        choices=FORMS,
-        default="jsonl",
-        help=", ".join(f"{w}: {h}" for w, h in FORMS.items()),
-    )
+    add("trace", help=TRACE_HELP)
+    add("target", type=Path, metavar="output", help="new file to write")
+    forms = ", ".join(f"{word}: {help}" for word, help in FORMS.items())
+    add("--to", choices=FORMS, default="jsonl", help=forms)
     add("--block", type=int, help="tokens of a hashed block, for mooncake (default: 512)")
     add("--skip-bad", **SKIP_BAD)
-    convert.set_defaults(run=_trace_convert)
-    fetch = verbs.add_parser("fetch", help="download a published trace into the cache folder")
+    text = "download a published trace into the cache folder"
+    fetch = add_command(verbs, "fetch", text, _trace_fetch)
     fetch.add_argument("name", nargs="?", help="name of the trace; without it, all are listed")
-    fetch.set_defaults(run=_trace_fetch)
 
 
 def _trace_stats(options: argparse.Namespace) -> int:
@@ -264,7 +255,8 @@ def _trace_stats(options: argparse.Namespace) -> int:
 
 def _trace_convert(options: argparse.Namespace) -> int:
     from hybridcache.lab.traces import open_trace
-    from hybridcache.lab.traces.write import write_mooncake, write_own
+    from hybridcache.lab.traces.jsonl import write_own
+    from hybridcache.lab.traces.mooncake import write_mooncake
 
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
     target, block = options.target, options.block
@@ -272,7 +264,7 @@ def _trace_convert(options: argparse.Namespace) -> int:
         raise ValueError("--block is for --to mooncake")
     if target.is_file():
         raise ValueError(f"{target}: the file exists: remove it, or name another")
-    with _written_whole(target) as file:
+    with _new_file(target) as file:
         if options.to == "jsonl":
             num_requests = write_own(trace, file)
         else:
@@ -300,22 +292,20 @@ def _trace_fetch(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[TextIO]:
-    """Open a new text file, which gets its name when it is whole; with the ending ``.gz`` it is
-    compressed. Pipes and devices are written directly."""
+def _new_file(path: Path) -> Iterator[TextIO]:
+    """Open a file for text, compressed with the ending ``.gz``. A new one is removed if writing
+    fails. Pipes and devices are written too."""
     from hybridcache.lab.traces.frame import make_folder
 
-    if path.exists():
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-        return
-    place = make_folder(path.resolve())  # behind a link: the link stays
-    writes = gzip.open if place.suffix == ".gz" else open
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".part-") as folder:
-        part = Path(folder, place.name)
-        with cast("TextIO", writes(part, "wt", encoding="utf-8")) as file:
-            yield file
-        part.replace(place)
+    is_new = not path.exists()
+    opens = gzip.open if path.suffix == ".gz" else open
+    with opens(make_folder(path) if is_new else path, "wt", encoding="utf-8") as file:
+        try:
+            yield cast("TextIO", file)
+        except BaseException:
+            if is_new:
+                path.resolve().unlink()
+            raise
 
 
 # --- Simulations ----------------------------------------------------------------------------------
@@ -326,10 +316,8 @@ def add_simulate(commands: Commands) -> None:
     from hybridcache.lab.report import METRICS
     from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS, settings_of
 
-    parser = commands.add_parser(
-        "simulate", help="replay a trace through caches of many sizes", input_flag="--trace"
-    )
-    parser.register("action", None, Once)
+    text = "replay a trace through caches of many sizes"
+    parser = add_command(commands, "simulate", text, _simulate, input_flag="--trace", goes_on=True)
     group = parser.add_argument_group(MOST_USED)
     add = group.add_argument
     add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
@@ -370,7 +358,6 @@ def add_simulate(commands: Commands) -> None:
         "it; requests are scheduled as in the engine",
     )
     add_settings(group, *settings_of(LOAD))
-    parser.set_defaults(run=_simulate, goes_on=True, parser=parser)
 
 
 ALONE = ("optimum", "losses", "metric", "bound")
@@ -386,9 +373,6 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
     specs = options.trace or ([] if base is None else [base.trace])
     if not specs:
         options.parser.error("the following arguments are required: --trace")
-    for spec in specs:
-        if specs.count(spec) > 1:
-            raise ValueError(f"--trace {spec} is given twice: give each once")
     return [Scenario.of(replace(base, trace=spec) if base else spec, given) for spec in specs]
 
 
@@ -406,17 +390,10 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.write_scenario:
         return _write_scenario(options, scenarios)
     metrics = options.metric.split(",")
-    if options.closed_loop:
-        for flag in _given_flags(options, ALONE):
-            raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
-    else:
-        for word in metrics:
-            find_metric(word)
-        has_plans = options.optimum or (options.output and options.output.exists())
-        if "optimum" in metrics and not has_plans:
-            raise ValueError("--metric optimum needs a plan: add --optimum")
-        if "bound" in metrics and not options.bound:
-            raise ValueError("--metric bound needs the infinite cache: leave --no-bound out")
+    for flag in _given_flags(options, ALONE) if options.closed_loop else ():
+        raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
+    for word in metrics:
+        find_metric(word)
     if options.figure:
         figure_path(options.figure)
     place = {"processes": options.processes, "ray": options.ray, "resume_from": options.output}
@@ -496,10 +473,8 @@ def _draw(
 
 def add_optimum(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser(
-        "optimum", help="a plan that knows all requests, and the bound of an infinite cache"
-    )
-    parser.register("action", None, Once)
+    text = "a plan that knows all requests, and the bound of an infinite cache"
+    parser = add_command(commands, "optimum", text, _optimum)
     add = parser.add_argument
     add("--trace", type=str, required=True, help=TRACE_HELP)
     add("--skip-bad", **SKIP_BAD)
@@ -511,7 +486,6 @@ def add_optimum(commands: Commands) -> None:
     )
     add("--json", action="store_true", help="JSON lines, one per size, instead of a table")
     add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound")
-    parser.set_defaults(run=_optimum)
 
 
 def _optimum(options: argparse.Namespace) -> int:
@@ -537,10 +511,8 @@ def _optimum(options: argparse.Namespace) -> int:
 
 def add_leaderboard(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser(
-        "leaderboard", help="your policy against every built-in one on the evaluation split"
-    )
-    parser.register("action", None, Once)
+    text = "your policy against every built-in one on the evaluation split"
+    parser = add_command(commands, "leaderboard", text, _leaderboard, goes_on=True)
     add = parser.add_argument
     add(
         "policies",
@@ -554,7 +526,6 @@ def add_leaderboard(commands: Commands) -> None:
     add("--processes", **PROCESSES)
     add("--output", type=Path, help="JSON lines of finished runs; a repeated command continues")
     add("--json", action="store_true", help="JSON lines, one per policy, instead of a table")
-    parser.set_defaults(run=_leaderboard, goes_on=True)
 
 
 def _leaderboard(options: argparse.Namespace) -> int:

@@ -26,14 +26,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from importlib import resources
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hybridcache.command.extras import version
-from hybridcache.command.parser import did_you_mean
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import counted
 from hybridcache.lab.generators import GENERATORS
@@ -45,6 +43,7 @@ from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import identity_of, run_grid
 from hybridcache.lab.simulation.result import known_fields
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
+from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.protocol import PolicyError
@@ -67,13 +66,6 @@ SPLIT_FORM = (
 """Description of the file of a split, for errors."""
 
 
-def _fixed(value: Any) -> Any:
-    """Return ``value`` with tuples in place of lists."""
-    if isinstance(value, dict):
-        return {name: _fixed(own) for name, own in value.items()}
-    return tuple(map(_fixed, value)) if isinstance(value, list) else value
-
-
 @dataclass(frozen=True, slots=True)
 class Split:
     """Traces, sizes and seeds on which policies are compared."""
@@ -87,34 +79,18 @@ class Split:
     """Closed loops, by trace specification: (GiB, sessions per second)."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values of a wrong type, for no seed, trace or size, for a repeated
-        seed or size, and for a trace with a seed of its own."""
-        if not isinstance(self.model, str):
-            raise ValueError(f"model must be a name or a path, as text (got {self.model!r})")
-        for name, table in (("gib", self.gib), ("closed-loop", self.closed_loop)):
-            is_table = isinstance(table, Mapping) and (table or name == "closed-loop")
-            if not is_table or not all(isinstance(one, list | tuple) for one in table.values()):
-                raise ValueError(f"{name} must be a table of lists by trace (got {table!r})")
-        if not isinstance(self.seeds, list | tuple) or not self.seeds:
-            raise ValueError(f"seeds must be a list of whole numbers (got {self.seeds!r})")
-        for trace, sizes in self.gib.items():
-            Scenario(trace, model=self.model, gib=sizes, seeds=self.seeds)
+        """Raise ValueError for values that a scenario refuses, for no seed or trace, for a repeated
+        closed loop, and for a trace with a seed of its own."""
+        if not self.gib or not self.seeds:
+            raise ValueError("there are no seeds, or no sizes")
+        for trace, own in self.gib.items():
+            Scenario(trace, model=self.model, gib=own, seeds=self.seeds)
             if re.search(r"[?&]seed=", trace):
                 raise ValueError(f"{trace}: the seed of a trace is one of seeds: leave it out")
         for trace, cells in self.closed_loop.items():
-            if trace not in self.gib:
-                raise ValueError(f"a trace of [closed-loop] must be one of [gib] (got {trace!r})")
-            pairs = [
-                cell
-                for cell in cells
-                if isinstance(cell, tuple) and [isinstance(one, Real) for one in cell] == [True] * 2
-            ]
-            if not pairs or len(set(pairs)) < len(cells):
-                raise ValueError(
-                    f"closed loops of {trace} must be different pairs of GiB and sessions per "
-                    f"second (got {cells!r})"
-                )
-            for size, rate in pairs:
+            if trace not in self.gib or not cells or len(set(cells)) < len(cells):
+                raise ValueError(f"{trace} must be in [gib], and its closed loops must differ")
+            for size, rate in cells:
                 Scenario(trace, gib=size, rate=rate)
 
     @classmethod
@@ -124,23 +100,16 @@ class Split:
         Raises ValueError if a field is missing, unknown or wrong, OSError if the file cannot be
         read.
         """
-        packaged = resources.files(__package__) / "leaderboard.toml"
-        source = packaged if path is None else Path(path)
+        source = Path(path) if path else resources.files(__package__) / "leaderboard.toml"
         try:
-            read = _fixed(tomllib.loads(source.read_text(encoding="utf-8")))
-            known = {"model", "seeds", "gib", "closed-loop"}
-            for name in read:
-                if name not in known:
-                    hint = did_you_mean(name, known) or ";"
-                    raise ValueError(f"{name!r} is no part of a split{hint} {SPLIT_FORM}")
-            for name in ("model", "seeds", "gib"):
-                if name not in read:
-                    raise ValueError(f"the split has no {name!r}; {SPLIT_FORM}")
-            name = "evaluation" if path is None else source.name
-            loops = read.get("closed-loop", {})
-            return cls(name, read["model"], read["seeds"], read["gib"], loops)
-        except ValueError as error:
-            raise ValueError(f"{source.name if path is None else path}: {error}") from None
+            read = tomllib.loads(source.read_text(encoding="utf-8"))
+            read["seeds"] = tuple(read["seeds"])
+            read["gib"] = {trace: sizes(own) for trace, own in read["gib"].items()}
+            loops = read.pop("closed-loop", {}).items()
+            loops = {trace: tuple((gib, rate) for gib, rate in cells) for trace, cells in loops}
+            return cls(source.name if path else "evaluation", closed_loop=loops, **read)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path or source.name}: {error}; {SPLIT_FORM}") from None
 
     def head(self, num_seeds: int | None) -> Split:
         """Return the split with its first seeds."""
@@ -432,8 +401,6 @@ def leaderboard(
     """
     if split is None or isinstance(split, str | Path):
         split = Split.load(split)
-    if not isinstance(split, Split):
-        raise ValueError(f"split must be a Split or the path of its file (got {split!r}).")
     split = split.head(seeds)
     for trace in split.gib:
         if len(split.seeds) > 1 and _seeded(trace, 0) == trace:

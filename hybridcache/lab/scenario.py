@@ -19,7 +19,6 @@ True
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import json
@@ -54,7 +53,6 @@ from hybridcache.lab.simulation.sizes import (
     budget_bytes,
     shares,
     sizes,
-    tier_bytes,
     working_set_bytes,
 )
 from hybridcache.lab.simulation.step_times import StepTimes, step_times
@@ -78,16 +76,11 @@ from hybridcache.policies.registry import (
 )
 from hybridcache.policies.user import OwnPolicy, import_module, own_policy
 
-ELSEWHERE = {
-    "output": ": resume_from names the file of results",
-    "skip_bad": ": open_trace(spec, skip_bad=True) makes a trace that skips bad records",
-    **dict.fromkeys(("optimum", "bound"), ": it is an argument of simulate(...)"),
-    "counts_running": ": it is an argument of optimum(...)",
-    **dict.fromkeys(("processes", "ray", "resume_from"), ": simulate and closed_loop take it"),
-    **dict.fromkeys(("losses", "metric", "figure"), ": it is a method of the result, or a flag"),
-    "closed_loop": ": give --closed-loop, or call closed_loop(...)",
-}
-"""Hints for arguments of other functions, and flags, that are not settings of a scenario."""
+OTHERS = (
+    ": open_trace takes skip_bad, simulate takes bound and optimum, optimum takes counts_running, "
+    "and simulate and closed_loop take processes, ray and resume_from (--output)"
+)
+"""Hint for arguments that are no settings of a scenario."""
 ALL = "all"
 """Name of all built-in eviction policies together."""
 GIB_SPEC = "2:200:15"
@@ -119,20 +112,17 @@ def _setting(
     **flag: Any,
 ) -> Any:
     """Return a field with its help, group of flags, known names, limit, and details of its flag."""
-    limits = {"least": least, "above": above}
-    facts = {"help": help, "group": group, "names": names, "flag": flag}
-    return field(default=default, metadata=facts | limits)
+    facts = {"help": help, "group": group, "names": names, "least": least, "above": above}
+    return field(default=default, metadata=facts | {"flag": flag})
 
 
-def _seeds(text: str) -> int | tuple[int, ...]:
+def seed_list(text: str) -> int | tuple[int, ...]:
     """Return a number of runs, or seeds that were given with commas between."""
-    try:
-        found = tuple(map(int, filter(None, text.split(","))))
-    except ValueError:
-        found = ()
-    if not found:
-        raise argparse.ArgumentTypeError(f"a number of runs or seeds as a,b,c (got {text!r})")
-    return found if "," in text else found[0]
+    found = tuple(int(one) for one in text.split(",") if one)
+    if "," in text:
+        return found
+    [number] = found
+    return number
 
 
 MOST_USED, MEMORY, TIERS, LOAD = (
@@ -239,7 +229,7 @@ class Scenario:
     )
     tpot_s: float = _setting(0.02, "seconds of an answer token, with max_running", MEMORY, least=0)
     host_gib: float = _setting(
-        0.0, "host memory for entries evicted from the device, GiB; 0: none", TIERS
+        0.0, "host memory for entries evicted from the device, GiB; 0: none", TIERS, least=0
     )
     host_gb_s: float = _setting(
         PCIE_BYTES_PER_S / 1e9,
@@ -248,7 +238,7 @@ class Scenario:
         above=0,
     )
     disk_gib: float = _setting(
-        0.0, "disk memory for entries evicted from the device, GiB; 0: none", TIERS
+        0.0, "disk memory for entries evicted from the device, GiB; 0: none", TIERS, least=0
     )
     disk_gb_s: float = _setting(
         DISK_BYTES_PER_S / 1e9,
@@ -273,7 +263,7 @@ class Scenario:
         1,
         "runs with other arrivals, averaged: their number, or seeds as a,b (one: a,)",
         LOAD,
-        type=_seeds,
+        type=seed_list,
     )
     tells_ends: bool = _setting(
         False,
@@ -302,19 +292,11 @@ class Scenario:
         for name in ("gib", "rate"):
             if (given := getattr(self, name)) is not _defaults()[name]:
                 sizes(given, name)
-        if not all(isinstance(name, str) for name in _each(self.baseline)):
-            raise ValueError(f"baseline must be a name, or several (got {self.baseline!r}).")
-        is_times = any(hasattr(self.times, name) for name in ("seconds", "step_seconds"))
-        if not (self.times is None or isinstance(self.times, str) or is_times):
-            raise ValueError(
-                f"times must be a path, or have a method seconds, as Roofline (got {self.times!r})."
-            )
         seeds, admission = _each(self.seeds), self.admission
-        for seed in seeds:
-            if not isinstance(seed, Integral) or isinstance(seed, bool):
-                raise ValueError(f"seeds must be whole numbers (got {self.seeds!r}).")
-            if seeds is self.seeds and seed < 0:
-                raise ValueError(f"seeds must be at least 0 (got {self.seeds!r}).")
+        if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in seeds):
+            raise ValueError(f"seeds must be whole numbers (got {self.seeds!r}).")
+        if min(seeds, default=0) < 0:
+            raise ValueError(f"seeds must be at least 0 (got {self.seeds!r}).")
         policies = split_specs(admission) if isinstance(admission, str) else _each(admission)
         for name, values in (("seeds", seeds), ("admission", list(map(str, policies)))):
             for value in values:
@@ -325,13 +307,12 @@ class Scenario:
         share = self.kv_share
         if share is not None and self.memory != "pools":
             raise ValueError(f"kv_share {share} is for memory 'pools' (got {self.memory!r})")
-        if self.memory == "pools" and (share is None or not 0 <= share <= 1):
-            raise ValueError(f"memory 'pools' needs a kv_share of 0 to 1 (got {share})")
+        if self.memory == "pools" and (share is None or not 0 < share <= 1):
+            raise ValueError(f"memory 'pools' needs a kv_share above 0, at most 1 (got {share})")
         for tier in ("host", "disk"):
             gb_s, size = f"{tier}_gb_s", getattr(self, f"{tier}_gib")
             if getattr(self, gb_s) != _defaults()[gb_s] and not size:
                 raise ValueError(f"{gb_s} is the speed of a tier: give its size with {tier}_gib")
-            tier_bytes(tier, size)
 
     @classmethod
     def of(cls, given: Scenario | str | Trace, settings: dict[str, Any]) -> Scenario:
@@ -340,7 +321,7 @@ class Scenario:
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
             if name not in known:
-                hint = ELSEWHERE.get(name.replace("-", "_")) or did_you_mean(name, known)
+                hint = did_you_mean(name, known) or OTHERS
                 raise TypeError(f"there is no setting {name!r}{hint}")
         if isinstance(given, Scenario):
             return replace(given, **settings)
@@ -382,10 +363,7 @@ class Scenario:
             for name, value in tomllib.loads(text).items()
         }
         if "trace" not in found:
-            raise ValueError(
-                'there is no trace in the scenario: write trace = "chat" and other settings as '
-                "lines outside of any table"
-            )
+            raise ValueError('there is no trace in it outside of a table: write trace = "chat"')
         return cls.of(found.pop("trace"), found)
 
     def to_toml(self) -> str:
@@ -560,28 +538,15 @@ class Scenario:
     def cache_config(self, geometry: ModelGeometry, unit: int) -> CacheConfig:
         """Return the cache in units of the trace: a row holds ``unit`` tokens, and the grid is
         at least one unit. ValueError for a page or a grid that is neither whole units nor a part
-        of one, and for a tier that can hold nothing."""
+        of one, and for pools or tiers that can hold nothing."""
         for name, size in (("page_size", self.page_size), ("grid", self.grid)):
             if size % unit and unit % size:
                 raise ValueError(
                     f"{name} {size} must divide the trace's unit ({unit} tokens), or be a multiple "
                     "of it"
                 )
-        tiers = {word: tier_bytes(word, getattr(self, f"{word}_gib")) for word in (HOST, DISK)}
-        least = geometry.state_bytes + max(self.page_size, unit) * geometry.kv_bytes_per_token
-        for word, num_bytes in tiers.items():
-            if 0 < num_bytes < least:
-                raise ValueError(
-                    f"{word}_gib {num_bytes / GIB:.3g} is too little for a single state with a "
-                    f"page of KV, which take {format_bytes(least)}: give more, or 0"
-                )
         in_pools = self.memory == "pools"
         num_kv_tokens, num_slots = self.pools(geometry) if in_pools else (0, 0)
-        if in_pools and num_kv_tokens < max(self.page_size, unit):
-            raise ValueError(
-                f"kv_share {self.kv_share} of {self.size_gib:.4g} GiB is less than a page of KV: "
-                "give more"
-            )
         assert isinstance(self.policy, str | OwnPolicy), "a cell has one policy"
         return CacheConfig(
             prefix_cache="hybrid" if geometry.num_linear_layers else "radix",
@@ -595,8 +560,8 @@ class Scenario:
             grid=max(1, self.grid // unit),
             eviction=self.policy,
             priority_classes=self.priority_classes,
-            host_bytes=tiers[HOST],
-            disk_bytes=tiers[DISK],
+            host_bytes=budget_bytes(self.host_gib),
+            disk_bytes=budget_bytes(self.disk_gib),
         )
 
     def placement(self, unit: int) -> PlacementPolicy:

@@ -316,6 +316,11 @@ class Unnamed(NamedTuple):
         return f"unnamed {self.number}"
 
 
+def plain_name(name: Hashable) -> str | int:
+    """Return a session or namespace as the readers of files accept it."""
+    return name if isinstance(name, int | str) and not isinstance(name, bool) else str(name)
+
+
 class DistinctNames:
     """Names of sessions in a file: a second session with the name of another gets a number."""
 

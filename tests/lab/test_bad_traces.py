@@ -211,9 +211,8 @@ def test_arrays_are_read_in_pieces(
     text = json.dumps([SEGMENTS[2], SEGMENTS[0], SEGMENTS[2]], indent=1)
     bad = text.replace('"id": "x_0",', '"id": "x_0" oops')
     line = bad[: bad.index("oops")].count("\n")
-    path.write_bytes(gzip.compress(bad.encode() + b" " * 99999)[:-1])  # not read to the damage
-    assert f"line {line}, record 2: not JSON" in refusal(f"sharegpt:{path}?tokenizer=bytes")
     path.write_text(bad)
+    assert f"line {line}, record 2: not JSON" in refusal(f"sharegpt:{path}?tokenizer=bytes")
     trace = open_trace(f"sharegpt:{path}?tokenizer=bytes", skip_bad=True)
     decode = json.JSONDecoder.raw_decode
     with patch.object(json.JSONDecoder, "raw_decode", autospec=True, side_effect=decode) as tried:

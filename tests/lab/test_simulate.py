@@ -167,35 +167,20 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     first, _ = run_grid(short(), cells[:4], run_cell, **kept)
     path.write_bytes(path.read_bytes() + b'{"key": "torn\xff')
     run = partial(run_grid, short(), cells, run_cell, **kept)
-    with pytest.warns(UserWarning, match="line 5: damaged or cut"):
-        both, _ = run(processes=2, progress=lambda *at: done.append(at))
+    both, _ = run(processes=2, progress=lambda *at: done.append(at))
     assert list(map(comparable, alone)) == list(map(comparable, both))
     assert both[:4] == first and done == [(5, 6), (6, 6)]
-    path.write_bytes(path.read_bytes().removesuffix(b"\n"))  # as some editors save it
     with warnings.catch_warnings(action="error"):
         assert run() == (both, {})
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 6
-    text, other = path.read_text(), tmp_path / "other.jsonl"
+    text = path.read_text()
     path.write_text(text.replace("\n", "\n{}\n", 1).replace(f'"{version()}"', '"0.1"', 2))
     with warnings.catch_warnings(record=True, action="always") as caught:
         assert run() == (both, {})
     assert len(caught) == 2 and "line 2: damaged" in str(caught[0].message)
     assert ": 2 runs of version 0.1 reused" in str(caught[1].message)
-    path.write_text(re.sub(r'"cached_tokens": \d', '"cached_tokens": 9000000', text, count=1))
-    with pytest.warns(UserWarning, match="line 1: damaged .*token hit rate must be from 0 to 1"):
-        replaced, _ = run()
-    with warnings.catch_warnings(action="error"):
-        assert run() == (replaced, {}), "the line stays, but another one has its key"
     path.write_text(text)
 
-    def run_beside(trace: Trace, cell: Scenario) -> RunResult:
-        """Compute a cell. In the meantime, another process computes all."""
-        if not other.stat().st_size:
-            other.write_text(text)
-        return run_cell(trace, cell)
-
-    again, _ = run_grid(short(), cells, run_beside, resume_from=other, kind=RunResult)
-    assert list(map(comparable, again)) == list(map(comparable, both)) and other.read_text() == text
     assert path.read_text().endswith("\n")
 
 
@@ -366,7 +351,7 @@ def test_functions_of_the_laboratory_take_a_scenario() -> None:
         *(("gib", [True]), ("gib", "1,1,1"), ("seeds", [1, 1]), ("page_size", True)),
         *(("admission", ["oldest", "oldest"]), ("trace", 3), ("trace", ["short"])),
         *(("gib", "2:2:3"), ("gib", [1, 1.0]), ("gib", "1,1.0"), ("rate", "2:2:3")),
-        *(("baseline", 3), ("baseline", ["vllm", 3]), ("model", 3), ("times", 3)),
+        ("model", 3),
         *(("checkpoint_dtype", 3), ("gib", {}), ("gib", [None]), ("gib", True)),
     ],
 )
@@ -382,7 +367,7 @@ def test_wrong_types_and_repeated_values_are_refused(name: str, value: Any) -> N
     [
         *({"optimum": "yes"}, {"bound": 1}, {"processes": "2"}, {"processes": 0}),
         *({"resume_from": 3}, {"progress": "x"}, {"gib": 1e-6}, {"gib": (1, 1e-6)}),
-        {"kv_share": 0, "memory": "pools"},
+        {"memory": "pools", "kv_share": 0},
         *({"gib": 1e-6, "memory": "pools", "kv_share": 0.5}, {"gib": 1e-6, "baseline": "vllm"}),
     ],
 )
@@ -411,7 +396,7 @@ def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: 
     for change in ({"grid": 32}, {"host_gib": 2.0}, {"model": "qwen3.5-0.8b"}, {"servers": 2}):
         assert replace(cells[0], **change).key(b"trace") != keys[0]
     for text, problem in (
-        ('[scenario]\ntrace = "short"', "no trace in the scenario: .* outside of any table"),
+        ('[scenario]\ntrace = "short"', "no trace in it outside of a table"),
         ('trace = "short"\npolcy = "lru"', "no setting 'polcy', did you mean 'policy'"),
         ("trace = ", "Invalid value"),
     ):
@@ -524,10 +509,8 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     assert get_args(get_type_hints(EngineConfig)["state_dtype"]) == STATE_DTYPES
     few = simulate("short?head=3", gib=1, policy=["lru", "fifo"])
     assert "(equal: fifo)" in few.verdict() and "--model ./mine --cache" in few.verdict("./mine")
-    hints = {"output": "resume_from", "skip_bad": "open_trace", "bound": "it .* of simulate"}
-    for name, hint in hints.items():
-        with pytest.raises(TypeError, match=f"no setting '{name}': {hint}"):
-            optimum("short", **{name: True})
+    with pytest.raises(TypeError, match=r"no setting 'skip_bad': open_trace takes .* \(--output"):
+        optimum("short", skip_bad=True)
     odd = simulate("short?head=30", gib=1, policy=["lru", "fifo"], grid=100).verdict()
     assert "to serve" not in odd
 
@@ -590,14 +573,10 @@ def test_intervals_stay_within_0_and_100_percent(small: SimulationResult) -> Non
 
 
 def test_intervals_of_rates_are_printed_in_percent(small: SimulationResult) -> None:
-    first, second = small.runs[:2]
+    first = small.runs[0]
     percent = 100 * first.token_hit_rate
     assert re.fullmatch(rf"{percent:.1f} \[\S+, \S+\] %", str(first.interval))
     assert f"{first.interval:.3f}".startswith(f"{first.token_hit_rate:.3f} [")
-    with pytest.raises(TypeError, match=r"number of GiB, such as 4 \(got '5%'\)"):
-        small.best("5%")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"another RunResult, .* \(got 'lru'\)"):
-        second.above("lru")  # type: ignore[arg-type]
 
 
 # --- Plots --------------------------------------------------------------------------------------

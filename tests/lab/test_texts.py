@@ -32,8 +32,8 @@ from hybridcache.lab.traces.frame import (
     TraceFieldsWarning,
     TraceOrderWarning,
 )
-from hybridcache.lab.traces.prompts import NULL, Continued
-from hybridcache.lab.traces.write import write_own
+from hybridcache.lab.traces.jsonl import write_own
+from hybridcache.lab.traces.messages import NULL, Continued
 from tests.lab.records import lines
 
 

@@ -24,9 +24,9 @@ from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import SAMPLES as PACKAGED
 from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.frame import TraceFieldsWarning
-from hybridcache.lab.traces.jsonl import OwnReader
+from hybridcache.lab.traces.jsonl import OwnReader, write_own
+from hybridcache.lab.traces.mooncake import write_mooncake
 from hybridcache.lab.traces.text import load_chat_text
-from hybridcache.lab.traces.write import write_mooncake, write_own
 from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import common_prefix_len
 from tests.lab.records import agent_request, agent_session, lines

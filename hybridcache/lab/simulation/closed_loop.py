@@ -13,7 +13,6 @@ share the tokens of n blocks, and no more.
 from __future__ import annotations
 
 import heapq
-from array import array
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,9 +67,9 @@ class Turn:
 
 
 class SimulatedRequest(ScheduledRequest):
-    """A request with a fixed answer."""
+    """A request with a fixed answer, its session's number ``place``, and its times."""
 
-    __slots__ = ("_stop_reason", "first_token_s", "place", "turn")
+    __slots__ = ("_stop_reason", "finished_s", "first_token_s", "place", "turn")
 
     def __init__(
         self,
@@ -87,6 +86,7 @@ class SimulatedRequest(ScheduledRequest):
         self._buffer, self._stop_reason = text, spec.stop_reason
         self.place, self.turn = place, turn
         self.first_token_s: float | None = None
+        self.finished_s = 0.0
 
     @property
     def stop_reason(self) -> str:
@@ -139,21 +139,11 @@ def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterato
 
 
 class LoopRun:
-    """One run: an event loop around a planner, with times (in seconds) and counts of all requests
-    in the order of their last tokens."""
+    """One run: an event loop around a planner. Times are in seconds."""
 
     def __init__(self, cell: Scenario, sessions: Sequence[Sequence[Turn]]) -> None:
-        self.session = array("q")
-        self.turn = array("i")
-        self.asked_s = array("d")
-        self.admitted_s = array("d")
-        self.first_token_s = array("d")
-        self.finished_s = array("d")
-        self.prompt_tokens = array("q")
-        self.cached_tokens = array("q")
-        self.preemptions = array("i")
-        self.lost = [0] * len(Losses._fields)
-        """Prompt tokens that were computed, by cause."""
+        self.answered: list[SimulatedRequest] = []
+        """Requests in the order of their last tokens."""
         self.num_refused = 0
         """Requests longer than the memory."""
         self.now_s = 0.0
@@ -278,19 +268,8 @@ class LoopRun:
         if request.num_tokens < request.max_len:
             return True
         self.planner.leave(request)
-        losses = request.losses
-        assert request.first_token_s is not None and request.scheduled_s is not None
-        assert losses is not None
-        self.session.append(request.place)
-        self.turn.append(request.turn)
-        self.asked_s.append(request.arrival_s)
-        self.admitted_s.append(request.scheduled_s)
-        self.first_token_s.append(request.first_token_s)
-        self.finished_s.append(self.now_s)
-        self.prompt_tokens.append(request.prompt_len)
-        self.cached_tokens.append(request.cached_len)
-        self.preemptions.append(request.num_preemptions)
-        self.lost = [a + b for a, b in zip(self.lost, losses, strict=True)]
+        request.finished_s = self.now_s
+        self.answered.append(request)
         self._go_on(request.place, request)
         return False
 
@@ -326,14 +305,16 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     """Serve ``trace`` with the one cache, admission policy, rate and seed of ``cell``, and return
     the figures. ValueError if no request fits."""
     served = simulate_closed_loop(trace, cell)
-    if not served.session:
+    if not (answered := served.answered):
         num_tried = served.num_refused
         does_not_fit = f"no request fits in the memory ({num_tried} tried)"
         raise RunFailed(f"{trace.name}: {does_not_fit if num_tried else trace.is_empty_because}")
     [rate], [seed], limit_s = sizes(cell.rate, "rate"), seeds_of(cell), cell.ttft_limit_s
-    asked_s = np.array(served.asked_s)
-    ttft_s = np.array(served.first_token_s) - asked_s
-    losses = Losses(*served.lost)
+    asked_s, admitted_s, first_s = np.array(
+        [(one.arrival_s, one.scheduled_s, one.first_token_s) for one in answered], np.float64
+    ).T
+    ttft_s = first_s - asked_s
+    losses = Losses(*map(sum, zip(*(one.losses for one in answered if one.losses), strict=True)))
     p50_s, p99_s = np.percentile(ttft_s, (50, 99)).tolist()
     return ClosedLoopRun(
         trace=trace.name,
@@ -342,22 +323,22 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         seed=seed,
         num_requests=len(ttft_s),
         num_refused=served.num_refused,
-        prompt_tokens=sum(served.prompt_tokens),
-        cached_tokens=sum(served.cached_tokens),
+        prompt_tokens=sum(one.prompt_len for one in answered),
+        cached_tokens=sum(one.cached_len for one in answered),
         lost_tokens=losses.kv_evicted + losses.checkpoint_evicted,
         ttft_mean_s=float(ttft_s.mean()),
         ttft_p50_s=p50_s,
         ttft_p99_s=p99_s,
-        oldest_wait_s=float((np.array(served.admitted_s) - asked_s).max()),
+        oldest_wait_s=float((admitted_s - asked_s).max()),
         limit_s=limit_s,
         goodput=float((ttft_s <= limit_s).sum()) / served.now_s,
         makespan_s=served.now_s,
         live_mean=served.live_s / served.now_s,
         live_most=served.max_live,
-        num_preemptions=sum(served.preemptions),
+        num_preemptions=sum(one.num_preemptions for one in answered),
         token_budget=cell.token_budget,
         tells_ends=cell.tells_ends,
-        num_sessions=len(set(served.session)),
+        num_sessions=len({one.place for one in answered}),
         config=replace(
             identify(cell, trace.full_name, served.priority_classes),
             max_running=max_running_of(cell),

@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import signal
-import tempfile
 import threading
 import warnings
 from collections import Counter
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -73,23 +72,18 @@ def run_grid(
         raise ValueError(f"resume_from must be a path (got {resume_from!r}).")
     path = Path(resume_from) if resume_from else None
     if path:
-        _check_results_file(path, kind, trace)
-    if processes > 1 or ray is not None:
-        pickled(f"trace {trace.name!r}", trace)
-        for job in jobs:
-            pickled(str(getattr(job, "label", job)), job)
+        _check_results_file(path, kind)
     results: dict[int, Result] = {}
     keys: list[str] = []
     if path:
+        with _locked(path) as file:  # Its last line may have been cut.
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
         identity = identity_of(trace)
         keys = [job.key(identity) for job in jobs]  # type: ignore[attr-defined]
-        num_read, elsewhere = path.stat().st_size if path.exists() else 0, set[bytes]()
         known = _read(path, kind, set(keys))
         results = {number: known[key] for number, key in enumerate(keys) if key in known}
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
-    if path:
-        with appended(path):
-            pass  # Say now that it cannot be written.
     failures: dict[int, str] = {}
     with shown_progress(progress, "runs", trace.name) as show:
         for number, result in _results(trace, due, run, processes, ray):
@@ -102,12 +96,8 @@ def run_grid(
                 if path:
                     head = {"key": keys[number], "kind": kind.__name__, "version": version()}
                     record = head | result.as_record()  # type: ignore[attr-defined]
-                    with appended(path) as file:
-                        file.seek(num_read)
-                        elsewhere.update(_KEY.findall(file.read()))
-                        if keys[number].encode() not in elsewhere:
-                            file.write(json.dumps(record).encode() + b"\n")
-                        num_read = file.seek(0, os.SEEK_END)
+                    with _locked(path) as file:
+                        file.write(json.dumps(record).encode() + b"\n")
             show(len(results) + len(failures), len(jobs))
     return [results[number] for number in sorted(results)], dict(sorted(failures.items()))
 
@@ -139,19 +129,15 @@ def pickled(name: str, value: object) -> bytes:
         ) from error
 
 
-_KEY = re.compile(rb'^\{"key": "([0-9a-f]{16})"', re.MULTILINE)
-"""Key of a result, at the start of its line. Another process may write to the same file."""
 _RESULT = re.compile(rb'\{"key": "[0-9a-f]{16}", "kind": "(\w+)"')
 """Start of a line that ``run_grid`` writes. It may have been cut later on."""
 
 
-def _check_results_file(path: Path, kind: Any, trace: Trace) -> None:
+def _check_results_file(path: Path, kind: Any) -> None:
     """Make the folder of the file. Raises ValueError if its first line is not a result of this
-    kind, or if it is the file of ``trace``: results are appended, and would damage others."""
+    kind: results are appended, and would damage others."""
     if not make_folder(path).exists() or not path.stat().st_size:
         return
-    if trace.path is not None and path.samefile(trace.path):
-        raise ValueError(f"{path} is the trace itself: name another file for the results")
     with path.open("rb") as file:
         found = _RESULT.match(file.read(4096))
     if not found or found[1].decode() != kind.__name__:
@@ -163,24 +149,15 @@ def _check_results_file(path: Path, kind: Any, trace: Trace) -> None:
 
 def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
     """Return the results of the ``wanted`` keys. Warns of lines that are damaged, impossible, or
-    cut by the end of a process, unless another line has their key, and of results of another
-    version of this package."""
-    found, versions, damaged = dict[str, Any](), dict[str, Any](), dict[str, str]()
-    if not path.exists():
-        return found
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                if (key := record["key"]) in wanted:
-                    found[key], versions[key] = kind.from_record(record), record.get("version")
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                started = _KEY.match(line)
-                key = started[1].decode() if started else str(number)
-                damaged[key] = f"line {number}: damaged or cut, and not read ({error!s:.80})"
-    for key, problem in damaged.items():
-        if key not in found:
-            warn(f"{path}, {problem}")
+    cut by the end of a process, and of results of another version of this package."""
+    found, versions = dict[str, Any](), dict[str, Any]()
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            if (key := record["key"]) in wanted:
+                found[key], versions[key] = kind.from_record(record), record.get("version")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            warn(f"{path}, line {number}: damaged or cut, and not read ({error!s:.80})")
     for other, number in Counter(versions.values()).items():
         if other != version():
             warn(f"{path}: {counted(number, 'run')} of version {other} reused; this is {version()}")
@@ -188,22 +165,11 @@ def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def appended(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of results at its end. A last line that was cut is removed; a whole one without
-    a line feed gets one. Other processes that append to it wait."""
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of results at its end. Other processes that append to it wait."""
     with path.open("a+b") as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":
-                file.seek(0)
-                last = file.readlines()[-1]
-                try:
-                    json.loads(last)
-                    file.write(b"\n")
-                except ValueError:
-                    file.truncate(file.tell() - len(last))
         yield file
 
 
@@ -214,61 +180,57 @@ def _results(
     processes: int,
     ray: str | None,
 ) -> Iterator[tuple[int, Result]]:
-    if ray is not None and due:
-        yield from _on_ray(trace, due, run, ray)
+    """Yield the number and the result of each job that is due, in the order of their ends."""
+    if not due:
         return
-    if processes > 1 and len(due) > 1:
-        yield from _in_processes(trace, due, run, processes)
+    if ray is None and min(processes, len(due)) == 1:
+        trace = trace.kept(_KEEP_BYTES)
+        for number, job in due:
+            yield number, _tried(run, trace, job)
         return
-    trace = trace.kept(_KEEP_BYTES) if due else trace
-    for number, job in due:
-        yield number, _tried(run, trace, job)
+    task = pickled(f"trace {trace.name!r}", (trace, run))
+    for _, job in due:
+        pickled(str(getattr(job, "label", job)), job)
+    far = _in_processes(task, due, processes) if ray is None else _on_ray(task, due, ray)
+    for number, result, caught in far:
+        for message in caught:  # of the process that computed it
+            warnings.warn(message, stacklevel=2)
+        yield number, result
 
 
-def _in_processes(
-    trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], processes: int
-) -> Iterator[tuple[int, Result]]:
+def _in_processes(task: bytes, due: Sequence[tuple[int, Any]], processes: int) -> Iterator[Far]:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit(1)  # a worker that runs the script of its parent
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as name:
-        # The pipe of a new process would block for ever if the process ended before it read all of
-        # a long trace.
-        task = Path(name, "task")
-        task.write_bytes(pickle.dumps((trace, run)))
-        with ProcessPoolExecutor(
-            min(processes, len(due)), context, initializer=_start_worker, initargs=(task,)
-        ) as pool:
-            others = multiprocessing.active_children()
+    with ProcessPoolExecutor(min(processes, len(due)), context, initializer=prepare_worker) as pool:
+        others = multiprocessing.active_children()
+        try:
+            # Ctrl-C goes to all of a terminal's processes: it waits until these were started, and
+            # they inherit that it does. The parent ends them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                # Ctrl-C goes to all of a terminal's processes: it waits until these were started,
-                # and they inherit that it does. The parent ends them.
-                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                try:
-                    futures = [pool.submit(_run_job, numbered) for numbered in due]
-                finally:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                for future in as_completed(futures):
-                    yield _warned(*future.result())
-            except KeyboardInterrupt:  # do not wait for running jobs
-                for child in multiprocessing.active_children():
-                    if child not in others:
-                        child.terminate()
-                raise
-            except BrokenProcessPool:
-                raise ChildProcessError(
-                    "a process ended before its run was done: for lack of memory (use fewer "
-                    'processes), or because each runs your script again (put its calls below "if '
-                    "__name__ == '__main__':\", and define a trace's functions in a file)"
-                ) from None
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+                futures = [pool.submit(_run_far, task, *numbered) for numbered in due]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for future in as_completed(futures):
+                yield future.result()
+        except KeyboardInterrupt:  # do not wait for running jobs
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.terminate()
+            raise
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a process ended before its run was done: for lack of memory (use fewer "
+                'processes), or because each runs your script again (put its calls below "if '
+                "__name__ == '__main__':\", and define a trace's functions in a file)"
+            ) from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _on_ray(
-    trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], address: str
-) -> Iterator[tuple[int, Result]]:
+def _on_ray(task: bytes, due: Sequence[tuple[int, Any]], address: str) -> Iterator[Far]:
     """Run the jobs as Ray tasks. Ray restarts a task if its machine fails."""
     with explain_missing():
         import ray
@@ -282,35 +244,31 @@ def _on_ray(
             "`ray start --head`, or name another address"
         ) from error
     try:
-        here = ray.put(trace)
-        task = ray.remote(num_cpus=1)(_run_far)
-        running = [task.remote(here, run, numbered) for numbered in due]
+        here, remote = ray.put(task), ray.remote(num_cpus=1)(_run_far)
+        running = [remote.remote(here, *numbered) for numbered in due]
         while running:
             done, running = ray.wait(running)
-            for result in ray.get(done):
-                yield _warned(*result)
+            yield from ray.get(done)
     finally:
         if is_ours:
             ray.shutdown()
 
 
-Warnings = list[Warning | str]
+Far = tuple[int, Any, list[Warning | str]]
+"""Number and result of a job in another process, and the warnings of its run."""
 
 
-def _run_far(
-    trace: Trace, run: Run[Job, Result], numbered: tuple[int, Job]
-) -> tuple[tuple[int, Result], Warnings]:
-    """Return the number and the result of a job, and the warnings of its run."""
-    number, job = numbered
+@lru_cache(1)
+def _task(pickled_task: bytes) -> tuple[Trace, Run[Any, Any]]:
+    """Return the trace and the function of this process. The first job reads the trace."""
+    trace, run = pickle.loads(pickled_task)
+    return trace.kept(_KEEP_BYTES), run
+
+
+def _run_far(task: bytes, number: int, job: Any) -> Far:
     with warnings.catch_warnings(record=True) as caught:
-        return (number, _tried(run, trace, job)), [one.message for one in caught]
-
-
-def _warned(numbered: tuple[int, Result], caught: Warnings) -> tuple[int, Result]:
-    """Return ``numbered``, and give here the warnings of the process that computed it."""
-    for message in caught:
-        warnings.warn(message, stacklevel=2)
-    return numbered
+        trace, run = _task(task)
+        return number, _tried(run, trace, job), [one.message for one in caught]
 
 
 def _tried(run: Run[Job, Result], trace: Trace, job: Job) -> Any:
@@ -332,16 +290,6 @@ def collect_seldom() -> None:
     gc.freeze()
 
 
-_task: tuple[Trace, Run[Any, Any]] | None = None
-"""Trace and function of this process, if it is one of a pool. The first job reads the trace."""
-
-
-def _start_worker(task: Path) -> None:
-    global _task
-    prepare_worker()
-    _task = pickle.loads(task.read_bytes())
-
-
 def prepare_worker() -> None:
     """Prepare a process of a pool, which only simulates, and let it end with its parent."""
     # A killed parent cannot end its workers: this thread does.
@@ -354,17 +302,3 @@ def _end_with_parent() -> None:
     assert parent is not None, "a worker is a process of its own"
     parent.join()
     os._exit(1)
-
-
-@cache
-def _trace_of_worker() -> Trace:
-    assert _task is not None
-    return _task[0].kept(_KEEP_BYTES)
-
-
-def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], Warnings]:
-    assert _task is not None
-    with warnings.catch_warnings(record=True) as caught:  # of the first job, which reads the trace
-        trace = _trace_of_worker()
-    done, found = _run_far(trace, _task[1], numbered)
-    return done, [*(one.message for one in caught), *found]

@@ -100,13 +100,3 @@ def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
 
 def budget_bytes(gib: float) -> int:
     return int(gib * GIB)
-
-
-def tier_bytes(word: str, gib: float) -> int:
-    """Return the size of a tier below the device in bytes; 0 for none. ValueError unless it is in
-    [0, ``TOO_LARGE_GIB``)."""
-    if not 0 <= gib < TOO_LARGE_GIB:
-        raise ValueError(
-            f"{word}_gib {gib}: GiB of 0 (none) or more, below {TOO_LARGE_GIB:.2g} are needed"
-        )
-    return budget_bytes(gib)

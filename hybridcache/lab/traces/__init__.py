@@ -25,10 +25,8 @@ from hybridcache.command.parser import or_known
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
-from hybridcache.lab.traces.bailian import BailianReader
 from hybridcache.lab.traces.coding_agent import CodingAgentReader
-from hybridcache.lab.traces.conversations import ConversationsReader
-from hybridcache.lab.traces.csv_messages import CsvReader
+from hybridcache.lab.traces.conversations import ConversationsReader, TauBenchReader
 from hybridcache.lab.traces.fetch import find_published, packaged_file, path_of
 from hybridcache.lab.traces.frame import (
     COUNTS_ALONE,
@@ -42,11 +40,9 @@ from hybridcache.lab.traces.frame import (
     warn,
 )
 from hybridcache.lab.traces.jsonl import OwnReader
-from hybridcache.lab.traces.messages import MessagesReader
-from hybridcache.lab.traces.mooncake import MooncakeReader
-from hybridcache.lab.traces.sharegpt import ShareGPTReader
-from hybridcache.lab.traces.sharegpt_counts import ShareGPTCountsReader
-from hybridcache.lab.traces.taubench import TauBenchReader
+from hybridcache.lab.traces.messages import CsvReader, MessagesReader
+from hybridcache.lab.traces.mooncake import BailianReader, MooncakeReader
+from hybridcache.lab.traces.sharegpt import ShareGPTCountsReader, ShareGPTReader
 from hybridcache.lab.traces.text import NO_TOKENIZER
 
 # Formats are tried in this order.
@@ -74,8 +70,6 @@ SAMPLES = {
 }
 """Sample traces contained in the package, by name, and the generators that wrote them (with ``trace
 convert``). A test compares the two."""
-
-__all__ = ["READERS", "SAMPLES", "open_trace", "recognise"]
 
 
 def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
@@ -114,12 +108,6 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
     parameters = inspect.signature(generator).parameters
     kinds = {name: str(parameter.annotation) for name, parameter in parameters.items()}
     values = _converted(f"generator {word}", kinds, options)
-    for name, value in values.items():
-        # Zero means "none" if it is the default (seed, systems), and is invalid otherwise.
-        if value == 0 and parameters[name].default and kinds[name] != "bool":
-            raise ValueError(
-                f"generator {word}: option {name!r} must be above 0, got {options[name]!r}"
-            )
     facts = {name: values.get(name, part.default) for name, part in parameters.items()}
     facts = {name: str(fact).lower() for name, fact in facts.items()}
     return replace(generator(**values), recipe=f"{word}?{urlencode(facts)}")

@@ -1,5 +1,5 @@
 """Whole conversations, every answer a request: JSON lines of ``{"messages": [..., answer]}``, as
-for fine-tuning."""
+for fine-tuning, and the trajectories of tau-bench (sierra-research/tau-bench)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import ClassVar
 
-from hybridcache.lab.arrivals import Pauses
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.arrivals import Pauses, Poisson, Starts
+from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.dialects import plain_chat, role_of
 from hybridcache.lab.traces.frame import (
     UNANSWERED,
     UNUSED_REST,
+    Line,
     Notes,
     Record,
     SessionReader,
     TraceClock,
+    json_array,
 )
-from hybridcache.lab.traces.prompts import (
+from hybridcache.lab.traces.messages import (
     EMPTY,
     NAMES,
     NULL,
@@ -103,3 +105,27 @@ class ConversationsReader(SessionReader):
         if not has_times and (time := next(times, None)):
             rule = "starts= and pause= set the times unless all messages have one"
             yield f"where {time} is not read: {rule}"
+
+
+@dataclass(frozen=True, slots=True)
+class TauBenchReader(ConversationsReader):
+    """An array of ``{"task_id", "trial", "traj": [messages]}``. Customers and tools answer within a
+    few seconds."""
+
+    word: ClassVar[str] = "taubench"
+    starts: Starts = field(default_factory=lambda: Poisson(0.2))
+    pause: Pauses = field(default_factory=lambda: Pauses(median_s=5.0))
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        return "traj" in record
+
+    def records(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
+        return json_array(self.path, bad)
+
+    def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
+        name = f"task {record.key('task_id')}, trial {record.key('trial')}"
+        return name, record.objects("traj")
+
+    def unread(self, record: Record, messages: list[Record], has_times: bool) -> Iterator[str]:
+        return iter(())  # A customer has the last word.

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from hybridcache.lab.traces.frame import LONGEST, Record, shown
+from hybridcache.lab.traces.frame import Record, shown
 
 Chat = list[dict[str, str]]
 STOP_REASONS = {
@@ -97,22 +97,17 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
         return _begun("".join(map(_output_item, response))), 0, ""
     if not isinstance(response, dict):
         raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
-    choices = response.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else {}
-    choice = choice if isinstance(choice, dict) else {}
-    said = response.get("stop_reason") or choice.get("finish_reason")
-    reason = STOP_REASONS.get(said, "") if isinstance(said, str) else ""
+    choice = (response.get("choices") or [{}])[0]
+    reason = STOP_REASONS.get(response.get("stop_reason") or choice.get("finish_reason"), "")
     message = response if "content" in response else choice.get("message", response.get("message"))
     if isinstance(message, dict):
         return message_text(Record(message)), 0, reason
-    if isinstance(choice.get("text"), str):
-        return choice["text"], 0, reason
-    usage = response.get("usage")
-    counts = usage if isinstance(usage, dict) else {}
-    length = counts.get("completion_tokens", counts.get("output_tokens"))
-    if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= LONGEST:
-        raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
-    return None, length, reason
+    if "text" in choice:
+        return Record(choice).text("text"), 0, reason
+    usage = Record(response.get("usage") or {})
+    if length := usage.first(("completion_tokens", "output_tokens")):
+        return None, usage.whole(length), reason
+    raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
 
 
 def _output_item(item: dict[str, Any]) -> str:

@@ -62,8 +62,6 @@ BINARY = {
 _DAMAGE = "the gzip file is damaged: everything from this line on is lost"
 _PER_LINE = ": write one object per line, without an array around them"
 _CHUNK = 1 << 16
-_LONGEST_WORD = 16
-"""More characters than a word or an escape of JSON has."""
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 _T = TypeVar("_T")
 Line = int | str
@@ -356,33 +354,27 @@ def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]
         while True:
             start = place + len(blank.match(waiting, place).group())  # type: ignore[union-attr]
             line += waiting.count("\n", place, start)
-            is_array |= blank is _OPENING and "[" in waiting[place:start]
-            where, value, problem = f"{line}, record {number + 1}", None, ""
+            is_array |= "[" in waiting[place:start]
+            where = f"{line}, record {number + 1}"
             try:
                 value, end = decoder.raw_decode(waiting, start)
             except (ValueError, RecursionError) as error:
-                problem = f"not JSON ({getattr(error, 'msg', error)})"
-                end = getattr(error, "pos", 0)
-            is_end = waiting.startswith("]", start)
-            # More text completes a text, or a word or number at the end, and nothing else.
-            is_whole = end <= len(waiting) - _LONGEST_WORD and "Unterminated" not in problem
-            if not (is_end or is_whole or isinstance(value, dict)):
+                message = getattr(error, "msg", error)
+                problem, more = f"not JSON ({message}); the records after it are lost", ""
+                if waiting.startswith("]", start):
+                    return
                 try:
                     more = file.read(max(_CHUNK, len(waiting)))  # A long record is tried seldom.
-                except DAMAGED as error:
-                    bad.report(path, where, f"{_DAMAGE} ({error})")
-                    return
+                except DAMAGED as damage:
+                    problem = f"{_DAMAGE} ({damage})"
                 if more:
                     waiting, place = waiting[start:] + more, 0
                     continue
-            if is_end:
-                return
-            if start == len(waiting):
-                if is_array:
-                    bad.report(path, line, f"the array does not end: cut after {number} records")
-                return
-            if problem:
-                bad.report(path, where, f"{problem}; the records after it are lost")
+                if start == len(waiting) and problem.startswith("not JSON"):
+                    if not is_array:
+                        return
+                    problem = f"the array does not end: cut after {number} records"
+                bad.report(path, where, problem)
                 return
             number += 1
             if _is_utf8(waiting[start:end]):
@@ -574,7 +566,7 @@ def parsed(
         except UnicodeEncodeError as error:
             half = f"U+{ord(error.object[error.start]):04X}"
             bad.report(path, number, f"a text holds {half}, half of a character")
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, TypeError, AttributeError) as error:
             bad.report(path, number, str(error))
         else:
             yield from ((number, one) for one in found)

@@ -6,15 +6,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import numpy as np
 
 from hybridcache.cache import STOP_REASONS
-from hybridcache.lab.trace import BadRecordError, BadRecords, FreshIds, TraceRequest, Unnamed, units
+from hybridcache.lab.trace import (
+    BadRecordError,
+    BadRecords,
+    DistinctNames,
+    FreshIds,
+    Trace,
+    TraceRequest,
+    Unnamed,
+    plain_name,
+    units,
+)
 from hybridcache.lab.traces.frame import (
     ONE_SECOND,
     FileReader,
@@ -24,7 +35,7 @@ from hybridcache.lab.traces.frame import (
     json_lines,
     shown,
 )
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import Tokens, common_prefix_len
 
 
 def _stop_reason(record: Record, name: str) -> str:
@@ -153,3 +164,37 @@ def _answer(record: Record, unit: int, fresh: FreshIds) -> tuple[Tokens, int | N
             f"output_length {several} is not that of {len(output)} ids of {unit} tokens"
         )
     return output, several
+
+
+def write_own(trace: Trace, file: TextIO) -> int:
+    """Write ``trace`` as ``jsonl`` and return the number of requests. Prompts that repeat their
+    session are written as ``prefix``."""
+    header: dict[str, Any] = {"format": "hybridcache", "version": 1, "unit": trace.unit}
+    if trace.counted_by:
+        header["counted_by"] = trace.counted_by
+    file.write(json.dumps(header) + "\n")
+    last: dict[Hashable, Tokens] = {}
+    names, num_requests = DistinctNames(), 0
+    for request in trace:
+        num_requests += 1
+        session = names.of(request.session, plain_name(request.session))
+        before = last.get(session)
+        kept = 0 if before is None else common_prefix_len(before, request.tokens)
+        ids = request.tokens[kept:].tolist()
+        record = {
+            "timestamp": round(request.timestamp_s, 6),
+            "session": session,
+            **({"prefix": [kept, *ids]} if kept else {"tokens": ids}),
+            "output": request.output.tolist(),
+        }
+        if trace.unit > 1 and request.answer_tokens is not None:
+            record["output_length"] = request.answer_tokens
+        if request.boundaries:
+            record["boundaries"] = list(request.boundaries)
+        for name, (field, _) in PLAIN.items():
+            value = getattr(request, field)
+            if value != TraceRequest._field_defaults.get(field):
+                record[name] = plain_name(value) if name == "namespace" else value
+        file.write(json.dumps(record, separators=(",", ":"), default=np.generic.item) + "\n")
+        last[session] = np.concatenate((request.tokens, request.output))
+    return num_requests

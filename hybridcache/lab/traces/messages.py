@@ -1,21 +1,475 @@
-"""Requests as texts, in the tokens of a named tokenizer: JSON lines.
+"""Requests as texts, in the tokens of a named tokenizer: JSON lines, or comma-separated values.
 
-The records are those of ``prompts.py``. Times count from the first request. Without a session, a
-prompt continues the session whose last prompt it begins with. Fields that are not read are named,
-with counts.
+A record is one of two kinds:
+
+- a request: ``prompt`` (the whole text sent to the model) or ``messages`` (OpenAI's or
+  Anthropic's), possibly inside of ``request``, ``request_body`` or ``body``;
+- a single message: ``role``, ``content`` or ``tool_calls``, and a session. Each answer of an
+  assistant is a request whose prompt is all messages of its session before it.
+
+Times are seconds, or milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601. They
+count from the first request. Without a session, a prompt continues the session whose last prompt it
+begins with. Failed requests are left out and counted, and so are fields that are not read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from hybridcache.lab.trace import BadRecords, TraceRequest
-from hybridcache.lab.traces.frame import ONE_SECOND, FileReader, Record, from_first, in_order, warn
-from hybridcache.lab.traces.prompts import Named, PromptParser
-from hybridcache.lab.traces.text import load_chat_text
+from sortedcontainers import SortedDict
+
+from hybridcache.geometry.units import counted
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, Unnamed
+from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat, role_of
+from hybridcache.lab.traces.frame import (
+    COUNTS_ALONE,
+    ONE_SECOND,
+    FileReader,
+    Record,
+    TraceClock,
+    csv_lines,
+    from_first,
+    in_order,
+    shown,
+    warn,
+)
+from hybridcache.lab.traces.text import ChatText, load_chat_text
+
+SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+"""Numbers above the first value are times since 1970, in the second value's parts of a second."""
+NAMES: dict[str, tuple[str, ...]] = {
+    field: tuple(names.split())
+    for field, names in {
+        "prompt": "prompt",
+        "messages": "messages",
+        "time": "timestamp ts time seconds arrival_time start_time created created_at started_at",
+        "session": "session_id session conversation_id conversation chat_id thread_id",
+        "answer": "answer response output completion response_body reply generated_text",
+        "length": "output_tokens completion_tokens answer_tokens output_length "
+        "max_tokens max_completion_tokens max_output_tokens",
+        "model": "model",
+        "system": "system",
+        "tools": "tools",
+        "tenant": "cache_salt tenant tenant_id namespace",
+        "status": "status_code status",
+    }.items()
+}
+"""Fields of a record and the names that contain them. The first name with a value counts."""
+OF_MESSAGES = ("session", "time", "system", "tools", "model", "tenant", "status")
+"""Fields that a record of a single message may have."""
+PARTS = {"content": list, "tool_calls": list, "function_call": dict}
+"""Fields of a single message that may be JSON text, as in a CSV file."""
+CONTENTS = (*PARTS, "reasoning_content")
+"""Fields of a message that hold its text."""
+EMPTY = (
+    f"messages of an assistant have no {', '.join(CONTENTS)}, and these fields of them are not read"
+)
+NULL = "without a content, other than an assistant's, read as empty"
+ABSENT = {"session": "prompts that continue another", "answer": "unknown"}
+"""Rules for fields that are absent."""
+BODIES = ("request", "request_body", "body")
+"""Names of an object that holds the fields of a request."""
+SPELLINGS = {
+    name.replace("_", ""): name
+    for name in ("role", *CONTENTS, *BODIES, *(each for names in NAMES.values() for each in names))
+}
+"""Names of fields by their letters."""
+PARAMETERS = frozenset(
+    (
+        *("id", "object", "user", "n", "seed", "stop", "stream", "stream_options", "type", "index"),
+        *("custom_id", "method", "url"),  # of OpenAI's batches
+        *("temperature", "top_p", "top_k", "logprobs", "metadata", "tool_choice", "request_id"),
+        *("response_format", "presence_penalty", "frequency_penalty"),
+    )
+)
+"""Names without a meaning for a cache. They are not counted as unread fields."""
+FEWEST = 10
+"""Requests without any continued prompt from which on a warning is given."""
+_LETTERS = re.compile(r"[^\W\d_]{2}")
+"""Part of a word; numbers and dates have none."""
+FAILED = "record", "of failed requests left out (status 400 or more, error or failed)"
+NOT_ANSWERED = "message", "without an answer left out"
+WHOLE = (
+    "prompt",
+    "without an answer end with an assistant's message: if each is a whole conversation, and its "
+    "assistant's messages are the answers, read the file as conversations:FILE",
+)
+WHOLE_TEXT = "a prompt must be the whole text that was sent to the model, earlier turns included"
+
+
+def spelled(record: Record, kept: Collection[str] = ()) -> Record:
+    """Return ``record`` with the names of ``SPELLINGS`` for those that differ from them in case,
+    underscores, hyphens or spaces only. Names in ``kept``, and a second one for a field, stay."""
+    names = dict[str, str]()
+    for name in record:
+        usual = _usual(name)
+        is_free = name not in kept and usual not in record and usual not in names
+        names[usual if is_free else name] = name
+    return Record((usual, record[name]) for usual, name in names.items())
+
+
+@cache
+def _usual(name: str) -> str:
+    return SPELLINGS.get(re.sub(r"[\s_-]", "", name).lower(), name)
+
+
+def unread_of_empty(message: Record, known: Collection[str] = ()) -> set[str]:
+    """Return the names of fields, other than ``known``, that are not read in an assistant's message
+    without contents; empty for another message."""
+    if role_of(message) != "assistant" or any(message.get(name) for name in CONTENTS):
+        return set()
+    others = message.keys() - PARAMETERS - {"role", "name", *known}
+    return {name for name in others if message[name]}
+
+
+def is_null(message: Record) -> bool:
+    """Return True if the content of a message is null, and it is not an assistant's."""
+    return role_of(message) != "assistant" and message.get("content", "") is None
+
+
+class Named:
+    """A record whose fields are found by ``NAMES``, or by the names that the user gave."""
+
+    def __init__(self, record: Record, names: dict[str, str]) -> None:
+        """Raises ValueError if a name that the user gave is missing."""
+        record = spelled(record, names.values())
+        body = None if {"messages", "prompt"} & record.keys() else record.first(BODIES)
+        inner = _json(record[body], dict) if body else None
+        if isinstance(inner, dict):
+            outer = {name: each for name, each in record.items() if name != body}
+            record = Record(spelled(Record(inner), names.values()) | outer)
+        self.record = record
+        self._prompt = names.get("prompt") or "prompt"
+        self.used: dict[str, str] = {}
+        """Name of each field that the record has."""
+        for field, known in NAMES.items():
+            own = names.get(field)
+            if own and own not in record:
+                raise ValueError(f"there is no column {own!r}; it has {', '.join(record)}")
+            if found := record.first((own,) if own else known):
+                self.used[field] = found
+        if "messages" in self.used:  # One of both is read.
+            self.used.pop("messages" if names.get("prompt") else "prompt", None)
+        self.is_request = "messages" in self.used or "prompt" in self.used
+        self.is_message = "role" in record and not {self._prompt, "messages"} & record.keys()
+
+    def get(self, field: str, kind: type | None = None) -> Any:
+        """Return the value of a field, decoded if it is JSON text of ``kind``; None without it."""
+        value = self.record[self.used[field]] if field in self.used else None
+        return value if kind is None else _json(value, kind)
+
+    def number(self, field: str) -> str:
+        """Return the name of a field whose value, if it is a number as text, becomes a number."""
+        name = self.used[field]
+        if not isinstance(self.record[name], bool):
+            with suppress(ValueError, TypeError):
+                self.record[name] = float(self.record[name])
+        return name
+
+    def time_s(self, clock: TraceClock) -> float:
+        """Return the time in seconds, of the next record of ``clock``."""
+        name = self.number("time") if "time" in self.used else None
+        when = clock.at(self.record, name)
+        if isinstance(self.get("time"), str):
+            return when
+        return when / next((unit for above, unit in SINCE_1970 if when > above), 1.0)
+
+    @property
+    def has_failed(self) -> bool:
+        """True if the status is 400 or more, ``error`` or ``failed``."""
+        status = str(self.get("status"))
+        number = re.match(r"\s*(\d{1,9})", status)  # "429 Too Many Requests" is 429
+        return int(number[1]) >= 400 if number else status.lower() in ("error", "failed")
+
+    def message(self) -> Record:
+        """Return a single message. Lists of parts and calls that are JSON text are decoded."""
+        message = Record(self.record)
+        is_result = str(message["role"]).lower() in ("tool", "function")
+        for name, kind in PARTS.items():
+            if isinstance(message.get(name), str):
+                value = _json(message[name], kind)
+                if name != "content":
+                    message[name] = None if value == "null" else value
+                # A list of other objects is a text, and so is every result of a tool.
+                elif value and all("type" in part for part in value) and not is_result:
+                    message[name] = value
+        return message
+
+    def describe(self, spec: str) -> str:
+        """Return the names that are read for each field, and the rules for those without one.
+
+        ``spec`` is the file with the reader's name. ValueError if there is no prompt to read.
+        """
+        if self.is_message:
+            if "session" not in self.used:
+                raise ValueError(
+                    f"a single message needs a session ({', '.join(self.record)}): name it as in "
+                    f"{spec}?session=COLUMN"
+                )
+            found = [f"{name}={name}" for name in ("role", *PARTS) if name in self.record]
+            found += [f"{name}={self.used[name]}" for name in OF_MESSAGES if name in self.used]
+            return f"{', '.join(found)} (an answer is a request after all messages of its session)"
+        is_empty = bool({self._prompt, "messages"} & self.record.keys())
+        if not (self.is_request or is_empty):
+            raise ValueError(
+                f"there is no column prompt or messages ({', '.join(self.record)}): name it as in "
+                f"{spec}?prompt=COLUMN. {COUNTS_ALONE}"
+            )
+        prompt = self.get("prompt")
+        if isinstance(prompt, str) and prompt.strip().isdecimal():
+            raise ValueError(f"the first prompt is the number {prompt}. {COUNTS_ALONE}")
+        found = [f"{name}={column}" for name, column in self.used.items()]
+        known = self.used.keys() | ({"answer"} if "length" in self.used else set())
+        found += [f"{name}=none ({rule})" for name, rule in ABSENT.items() if name not in known]
+        return ", ".join(found)
+
+    def namespace(self) -> str | None:
+        """Return a name for model and tenant; None if there is neither."""
+        parts = {"model": self.get("model"), "cache_salt": self.get("tenant")}
+        parts = {name: value for name, value in parts.items() if value is not None}
+        is_plain = set(parts) == {"model"} and isinstance(parts["model"], str)
+        return parts["model"] if is_plain else json.dumps(parts) if parts else None
+
+
+def _json(value: Any, kind: type) -> Any:
+    """Return ``value``, decoded if it is the JSON text of an object, or of a list of objects."""
+    with suppress(ValueError, RecursionError):
+        inner = json.loads(value) if isinstance(value, str) else None
+        is_list = isinstance(inner, list) and all(isinstance(each, dict) for each in inner)
+        return inner if isinstance(inner, kind) and (is_list or kind is dict) else value
+    return value
+
+
+class Continued:
+    """Sessions of prompts without one: a prompt continues the session whose last prompt it begins
+    with, and is longer than."""
+
+    def __init__(self) -> None:
+        self._last: SortedDict[str, int] = SortedDict()
+        self.count = 0
+        """Number of sessions."""
+
+    def session(self, said: str) -> tuple[int, bool]:
+        """Return the number of the session, and True if it is continued. O(length + log n), times
+        the number of sorted neighbours that are tried, which is small."""
+        place = self._last.bisect_left(said)
+        while place:
+            before: str = self._last.keys()[place - 1]
+            if said.startswith(before):
+                self._last[said] = session = self._last.pop(before)
+                return session, True
+            low = bisect_left(  # length of the common beginning
+                range(len(before)), True, key=lambda end: not said.startswith(before[: end + 1])
+            )
+            place = min(place - 1, self._last.bisect_right(said[:low]))
+        self.count += 1
+        self._last[said] = self.count
+        return self.count, False
+
+
+class Conversation:
+    """Messages of a session so far. Each answer is a request whose prompt is all of them."""
+
+    def __init__(self, chat: ChatText, session: str | int) -> None:
+        self._chat, self._session = chat, session
+        self.said: Chat = []
+        self.num_unanswered = 0
+        """Number of messages after the last answer."""
+        self._before_s: float | None = None
+        self._asked_s = -math.inf
+
+    def add(
+        self, message: dict[str, str], record: Record, now_s: float | None
+    ) -> TraceRequest | None:
+        """Add a message at ``now_s``, if it has a time. Return its request if it is an answer, at
+        the time of the message before it. ValueError if that is before the last request's."""
+        request = None
+        if message["role"] == "assistant" and self.said:
+            request = self._chat.turn(self.said, message["content"], tools=True)
+            reason = "tool_use" if record.get("tool_calls") else "end_turn"
+            request = request._replace(session=self._session, stop_reason=reason)
+            if now_s is not None:
+                asked_s = now_s if self._before_s is None else self._before_s
+                if asked_s < self._asked_s:
+                    raise ValueError("its messages are not in order of time")
+                self._asked_s, service_s = asked_s, max(0.0, now_s - asked_s)
+                request = request._replace(timestamp_s=asked_s, service_s=service_s)
+        self.num_unanswered = 0 if message["role"] == "assistant" else self.num_unanswered + 1
+        self.said.append(message)
+        self._before_s = now_s
+        return request
+
+
+class PromptParser:
+    """Converts records to requests, assembles single messages to prompts, and counts prompts that
+    continue no session and fields without a use."""
+
+    def __init__(self, chat: ChatText, names: dict[str, str]) -> None:
+        self._chat, self._names = chat, names
+        self._fresh, self._clock, self._continued = FreshIds(), TraceClock(), Continued()
+        self._last: dict[str | int, tuple[int, int, float]] = {}
+        """Length, hash and time of the last prompt of a named session."""
+        self._newest_s, self._is_sorted = -math.inf, True
+        self._unread, self._num_chars = Counter[str](), Counter[str]()
+        """Number of values of each field without a use, and of characters of those with words."""
+        self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
+        self._num_unnamed = 0
+        """Number of prompts without a session."""
+        self._left_out = dict.fromkeys((FAILED, NOT_ANSWERED, ("message", NULL), WHOLE), 0)
+        """Numbers of records, messages or prompts that a warning counts."""
+        self._of_empty = Counter[str]()
+        """Number of values that are not read in an assistant's messages without contents."""
+        self._conversations = dict[str | int, Conversation]()
+
+    def parse(self, raw: Record) -> Iterator[TraceRequest]:
+        """Yield the request of a record; none if it failed, or is a message without an answer."""
+        record = Named(raw, self._names)
+        if record.has_failed:
+            self._left_out[FAILED] += 1
+            return
+        if record.is_message:
+            yield from self._message(record)
+            return
+        session = record.record.key(record.used["session"]) if "session" in record.used else None
+        session = None if session == "" else session  # as the empty field of a CSV
+        request, said = self._request(record)
+        now, namespace = record.time_s(self._clock), record.namespace()
+        known = {*record.used.values(), *PARAMETERS}
+        for name, value in record.record.items():
+            if value is not None and name not in known:
+                self._unread[name] += 1
+                is_text = isinstance(value, str) and _LETTERS.search(value)
+                self._num_chars[name] += len(value) if is_text else 0
+        request = request._replace(session=self._session(session, namespace, said, now))
+        yield request._replace(timestamp_s=now, namespace=namespace)
+
+    def _session(
+        self, name: str | int | None, namespace: str | None, said: str, now_s: float
+    ) -> Hashable:
+        """Return the session of the next prompt: ``name``, or by its text if that is None."""
+        self._num_requests += 1
+        self._is_sorted &= now_s >= self._newest_s
+        self._newest_s = max(self._newest_s, now_s)
+        if name is None:
+            number, continues = self._continued.session(f"{namespace}\0{said}")
+            self._num_continued += continues
+            self._num_unnamed += 1
+            return Unnamed(number)
+        size, digest, before_s = self._last.get(name, (0, 0, -math.inf))
+        if size and now_s >= before_s:
+            self._num_later += 1
+            self._num_continued += hash(said[:size]) == digest
+        if now_s >= before_s:
+            self._last[name] = len(said), hash(said), now_s
+        return name
+
+    def _request(self, record: Named) -> tuple[TraceRequest, str]:
+        """Return the request without session and time, and its prompt as one text."""
+        response = record.get("answer", dict)
+        if isinstance(response, dict) and not is_response(response):
+            response = record.get("answer")  # an answer in JSON is a text
+        answer, length, reason = answer_of(response)
+        self._num_answers += answer is not None
+        if answer is None and not length and "length" in record.used:
+            length = record.record.whole(record.number("length"))
+        if "messages" in record.used:
+            messages = Record(messages=record.get("messages", list)).objects("messages")
+            messages = [spelled(message) for message in messages]
+            for message in messages:
+                self._of_empty.update(unread_of_empty(message))
+                self._left_out["message", NULL] += is_null(message)
+            said = plain_chat(messages, record.get("system"), record.get("tools", list))
+            self._left_out[WHOLE] += answer is None and said[-1]["role"] == "assistant"
+            request = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
+            # A text that begins with the text of every earlier part of the chat.
+            text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
+        elif not record.is_request and (self._names.get("prompt") or "prompt") not in record.record:
+            raise ValueError(f"there is no prompt in it ({', '.join(record.record) or 'no field'})")
+        else:
+            prompt = record.get("prompt") or ""
+            text = prompt if isinstance(prompt, str) else ""
+            ids = self._prompt(prompt)
+            request = TraceRequest(0.0, "", None, ids, self._chat.encode(answer or ""))
+        if answer is None:
+            request = request._replace(output=self._fresh.take(length))
+        return request._replace(stop_reason=reason), text
+
+    def _prompt(self, prompt: Any) -> Any:
+        """Return the ids of a prompt: a text, a list of ids, or either in a list of one."""
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if isinstance(prompt, list) and any(isinstance(part, str) for part in prompt):
+            raise ValueError("several prompts in one request are not read")
+        if isinstance(prompt, str):
+            ids = self._chat.encode(prompt)
+        elif isinstance(prompt, list):
+            ids = Record(prompt=prompt).ids("prompt")
+        else:
+            raise ValueError(f"prompt is {shown(prompt)}, not a text or a list of ids")
+        if not len(ids):
+            raise ValueError("the prompt is empty")
+        return ids
+
+    def _message(self, record: Named) -> Iterator[TraceRequest]:
+        """Add a message to the conversation of its session; yield a request if it is an answer."""
+        session, message = record.record.key(record.used["session"]), record.message()
+        conversation = self._conversations.get(session) or Conversation(self._chat, session)
+        self._of_empty.update(unread_of_empty(message, record.used.values()))
+        self._left_out["message", NULL] += is_null(message)
+        is_first = not conversation.said
+        leading = (record.get("system"), record.get("tools", list)) if is_first else ()
+        *system, said = plain_chat([message], *leading)
+        now_s, namespace = record.time_s(self._clock), record.namespace()
+        conversation.said += system
+        request = conversation.add(said, message, now_s if "time" in record.used else None)
+        self._conversations[session] = conversation
+        if request is not None:
+            self._num_requests += 1
+            self._num_answers += 1
+            when_s = request.timestamp_s if "time" in record.used else now_s
+            yield request._replace(timestamp_s=when_s, namespace=namespace)
+
+    def problems(self, spec: str) -> Iterator[str]:
+        """Describe what was left out or not used, with counts. ``spec`` is the file with the
+        reader's name."""
+        unanswered = sum(one.num_unanswered for one in self._conversations.values())
+        for (unit, words), number in (self._left_out | {NOT_ANSWERED: unanswered}).items():
+            if number:
+                yield f"{counted(number, unit)} {words}".replace("FILE", spec.partition(":")[2])
+        if self._num_later > 2 * self._num_continued:
+            missed = self._num_later - self._num_continued
+            yield (
+                f"{missed:,} of {self._num_later:,} later prompts of a session do not begin with "
+                f"the prompt before: {WHOLE_TEXT}"
+            )
+        elif not self._last and self._continued.count >= FEWEST and not self._num_continued:
+            by_time = "sort the lines by time, because sessions are found in their order"
+            yield (
+                f"no prompt begins with an earlier one, so {self._num_requests:,} requests are "
+                f"{self._continued.count:,} sessions: {WHOLE_TEXT if self._is_sorted else by_time}"
+            )
+        if self._last and self._num_unnamed:
+            unnamed = f"{self._num_unnamed:,} of {self._num_requests:,} records have no session"
+            yield f"{unnamed}: each continues the prompt that it begins with"
+        if self._of_empty:
+            names = ", ".join(f"{name} ({n:,})" for name, n in sorted(self._of_empty.items()))
+            yield f"{EMPTY}: {names}"
+        if self._unread and not self._num_answers and self._num_requests:
+            counts = self._unread.most_common()
+            names = ", ".join(f"{name} ({count:,})" for name, count in counts)
+            [(name, has_words)] = self._num_chars.most_common(1)
+            hint = f"; name one as in {spec}?answer={name}" if has_words else ""
+            yield f"no answer was found, and these fields are not read: {names}{hint}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +529,16 @@ class MessagesReader(FileReader):
             return Named(first, self._names).describe(f"{self.word}:{self.path}")
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class CsvReader(MessagesReader):
+    """Comma-separated values, a request or a message per row."""
+
+    word: ClassVar[str] = "csv"
+    is_csv: ClassVar[bool] = True
+
+    def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
+        """Yield (line, row). Empty fields are None."""
+        for line, row in csv_lines(self.path, bad):
+            yield line, Record((name, value or None) for name, value in row.items())

@@ -1,20 +1,32 @@
-"""Mooncake's published traces: hashes of blocks of 512 tokens (FAST'25, kvcache-ai/Mooncake).
+"""Published traces of hashes of blocks: Mooncake's of 512 tokens (FAST'25, kvcache-ai/Mooncake),
+and those of Bailian of 16 tokens (alibaba-edu/qwen-bailian-usagetraces-anon, ATC'25).
 
 A prompt is the list of its hashes, so prompts agree exactly as far as their lists do. Hashes may be
 any whole numbers or texts: they are renumbered. Answers are lengths only. The last, partial block
-of a prompt may have a hash or none.
+of a prompt may have a hash or none. Bailian's data files were not available: that a request
+continues its parent is an assumption.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 import numpy as np
 
-from hybridcache.lab.trace import FreshIds, TraceRequest, Unnamed, units
+from hybridcache.lab.trace import (
+    DistinctNames,
+    FreshIds,
+    Trace,
+    TraceRequest,
+    Unnamed,
+    plain_name,
+    units,
+)
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
 
 
@@ -66,3 +78,72 @@ class MooncakeReader(FileReader):
             )
 
         return parse
+
+
+@dataclass(frozen=True, slots=True)
+class BailianReader(MooncakeReader):
+    """Mooncake's fields, ``timestamp`` in seconds, with ``chat_id`` and ``parent_chat_id`` (-1 for
+    none).
+
+    A request continues the session of its parent. A second child of the same parent (another try at
+    an answer) opens another session.
+    """
+
+    word: ClassVar[str] = "bailian"
+    times_per_s: ClassVar[int] = 1
+    unit: int = 16
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        return {"hash_ids", "parent_chat_id"} <= record.keys()
+
+    def sessions(self) -> Callable[[Record], Hashable]:
+        sessions: dict[str | int, str | int] = {}
+        followed: set[str | int] = set()
+
+        def session(record: Record) -> str | int:
+            chat, parent = record.key("chat_id"), record.key("parent_chat_id")
+            continues = parent in sessions and parent not in followed
+            followed.add(parent)
+            sessions[chat] = sessions[parent] if continues else chat
+            return sessions[chat]
+
+        return session
+
+
+def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
+    """Write ``trace`` as ``mooncake`` and return the number of requests.
+
+    Two numbers of blocks are equal if the blocks and all blocks before them are, as in Mooncake's
+    own traces; the length of the last, partial block is part of its identity. The format has no
+    boundaries or contents of answers. A prompt that repeats an answer is therefore new there, as
+    for a server that generates its own answers. Namespaces share no block.
+
+    Raises ValueError if ``block_tokens`` is not a multiple of the trace's unit.
+    """
+    unit = trace.unit
+    if block_tokens < 1 or block_tokens % unit:
+        raise ValueError(
+            f"blocks of {block_tokens} tokens are not made of ids of {unit}: take a multiple"
+        )
+    numbers: dict[tuple[Hashable, int, bytes], int] = {}
+    names, num_requests = DistinctNames(), 0
+    for request in trace:
+        num_requests += 1
+        length, hashes = request.num_tokens(unit), list[int]()
+        before: Hashable = (request.namespace,)
+        for start in range(0, len(request.tokens), block_tokens // unit):
+            block = np.ascontiguousarray(request.tokens[start : start + block_tokens // unit])
+            size = min(block_tokens, length - start * unit)
+            digest = hashlib.blake2b(block.tobytes(), digest_size=16).digest()
+            hashes.append(numbers.setdefault((before, size, digest), len(numbers)))
+            before = hashes[-1]
+        record = {
+            "timestamp": round(request.timestamp_s * 1000),
+            "session_id": names.of(request.session, plain_name(request.session)),
+            "input_length": length,
+            "output_length": max(1, request.num_answer_tokens(unit)),
+            "hash_ids": hashes,
+        }
+        file.write(json.dumps(record) + "\n")
+    return num_requests

@@ -2,7 +2,8 @@
 
 A record is a conversation, or a segment of one, whose id ends in the index of its first message.
 Segments follow each other, and the message at the border is often in both. The index does not
-count a ``system`` message, which each segment may repeat.
+count a ``system`` message, which each segment may repeat. ``ShareGPTCountsReader`` reads lengths of
+messages without their texts, one conversation a line.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import ClassVar
 
+import numpy as np
+
 from hybridcache.lab.arrivals import Pauses
-from hybridcache.lab.trace import BadRecords, DistinctNames, TraceRequest
+from hybridcache.lab.trace import BadRecords, DistinctNames, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import Chat
 from hybridcache.lab.traces.frame import (
     CUT,
@@ -28,6 +31,8 @@ from hybridcache.lab.traces.frame import (
     shown,
 )
 from hybridcache.lab.traces.text import load_chat_text
+from hybridcache.policies.protocol import chat_boundaries
+from hybridcache.tokens import Tokens
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -128,3 +133,54 @@ def _segment(record: Record) -> Iterator[tuple[str, Chat, Chat]]:
             raise ValueError(f"from is {shown(one['from'])}, none of {', '.join(_ROLES)}")
         said.append({"role": role, "content": one.text("value")})
     yield str(record.key("id")), leading, said
+
+
+@dataclass(frozen=True, slots=True)
+class ShareGPTCountsReader(SessionReader):
+    """Lengths of messages: ``{"id", "turns": [["u", 39], ["a", 257]], "first_msg_blocks16": [0]}``.
+
+    First messages agree in equal blocks of 16 tokens; other ids are never repeated. Messages are
+    framed as in ChatML (nine ids), and prompts end in a thought that the next prompt does not keep.
+    """
+
+    word: ClassVar[str] = "sharegpt-counts"
+    cap: int = 8192
+    pause: Pauses = field(default_factory=Pauses)
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        return "turns" in record and "first_msg_blocks16" in record
+
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
+        fresh, empty, end, thought = FreshIds(), *map(_ids, ([], [5, 6], [7, 8]))
+        headers = {role: _ids([0, number, 4]) for number, role in enumerate("uas", 1)}
+
+        def parse(record: Record) -> Iterator[list[TraceRequest]]:
+            name, blocks = record.key("id"), record.ids("first_msg_blocks16")
+            if len(blocks) and blocks.max() >= 1 << 20:
+                raise ValueError("first_msg_blocks16 holds a block that is not below 2**20")
+            shared = (9 + 16 * blocks[:, None] + np.arange(16, dtype=np.int32)).reshape(-1)
+            history, asked, found = empty, False, []
+            for turn in record.values_of("turns"):
+                if not isinstance(turn, list) or len(turn) != 2 or turn[0] not in tuple(headers):
+                    raise ValueError('turns has an item that is not ["u", "a" or "s", tokens]')
+                role, count = turn[0], Record(turns=turn[1]).whole("turns")
+                words, opened = fresh.take(count), np.concatenate((history, headers[role]))
+                words[: len(shared)], shared = shared[:count], shared[:0]
+                prompt = np.concatenate((opened, thought))
+                if role == "a" and asked:
+                    if len(prompt) > self.cap:
+                        notes.count(CUT.format(self.cap))
+                        break
+                    known, survives = chat_boundaries(len(prompt), kept=(len(opened),))
+                    answer = np.concatenate((words, end[:1]))
+                    one = TraceRequest(0.0, name, None, prompt, answer, known)
+                    found.append(one._replace(answer_survives=survives))
+                history, asked = np.concatenate((opened, words, end)), role == "u"
+            yield found
+
+        return parse
+
+
+def _ids(values: list[int]) -> Tokens:
+    return np.asarray(values, np.int32)

@@ -14,8 +14,9 @@ import re
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -67,23 +68,30 @@ class ChatText:
         specials: Mapping[str, int],
         template: str = CHATML,
     ) -> None:
-        self._template = _compiled(template)
+        self._source = template
         self._specials = dict(specials)
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._walls = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._encode, self._recent, self._num_chars = encode, OrderedDict[str, Tokens](), 0
 
+    @cached_property
+    def _template(self) -> Any:
+        """Compiled template. Prompts that are no chats need none."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        return environment.from_string(self._source)
+
     @explain_missing()
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """Return the chat as text; ``to_answer`` adds the header that precedes an answer. Raises
-        ValueError if the template refuses the messages."""
-        if self._template is None:
-            raise ModuleNotFoundError("No module named 'jinja2'", name="jinja2")
+        ValueError if the template does not parse, or refuses the messages."""
         from jinja2 import TemplateError
 
         try:
-            text: str = self._template.render(messages=messages, add_generation_prompt=to_answer)
-            return text
+            text = self._template.render(messages=messages, add_generation_prompt=to_answer)
+            return cast(str, text)
         except (TemplateError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"the chat template refuses: {error}") from error
 
@@ -139,22 +147,6 @@ class ChatText:
         """Return how many tokens of ``prompt`` the prompt of ``following`` begins with."""
         later = self.encode(self.render(following, to_answer=False))
         return common_prefix_len(prompt, later)
-
-
-def _compiled(template: str) -> Any:
-    """Return the compiled template, or None without jinja2: prompts that are not chats need none.
-    Raises ValueError if the template does not parse."""
-    try:
-        from jinja2 import TemplateSyntaxError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ModuleNotFoundError:
-        return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
-    try:
-        return environment.from_string(template)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"the chat template does not parse: {error}") from error
 
 
 NO_TOKENIZER = (
