@@ -4,7 +4,7 @@ block."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -23,21 +23,9 @@ from hybridcache.geometry.sizes import ExpertsSizes, part
 Scales = torch.Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertNames:
-    """Names of the matrices of experts in the weight files.
-
-    A name with ``{}`` is that of one expert, by number; a name without belongs to all.
-    """
-
-    inputs: tuple[str, ...]
-    """Gate and up, or one name of both; or only up, for experts without gates."""
-    output: str
-
-    @classmethod
-    def of(cls, stem: str, inputs: Sequence[str], output: str) -> ExpertNames:
-        """Return the names of the weights ``inputs`` and ``output`` of the module ``stem``."""
-        return cls(tuple(f"{stem}.{word}.weight" for word in inputs), f"{stem}.{output}.weight")
+def expert_names(stem: str, *words: str) -> tuple[str, ...]:
+    """Return the names of the weights ``words`` of the module ``stem``."""
+    return tuple(f"{stem}.{word}.weight" for word in words)
 
 
 class Experts:
@@ -49,14 +37,16 @@ class Experts:
         name: str,
         width: int,
         sizes: ExpertsSizes,
-        names: ExpertNames,
+        names: Sequence[str],
         build: Build,
         *,
-        shared: ExpertNames | None = None,
+        shared: Sequence[str] | None = None,
     ) -> None:
         """``name``: common name, which selects the precision. ``width``: size of their input.
-        ``shared``: names of a shared expert, which becomes the last one if ``has_shared`` says
-        so."""
+        ``names``: those of the tensors in the weight files, of gate and up, or of both in one, or
+        of up alone without gates, and last that of down. A name with ``{}`` is that of one expert,
+        by number; a name without belongs to all. ``shared``: names of a shared expert, which
+        becomes the last one if ``has_shared`` says so."""
         self._names, self._weights = names, build.weights
         self._rank, own = build.rank, part(sizes.intermediate, build.rank.count, "units")
         self._count, self._inner = sizes.num_experts, (sizes.matrices - 1) * own
@@ -64,8 +54,7 @@ class Experts:
         self._storage, self._moe = self._stored_as(name), build.kernels["moe"]
         self._shared = None
         if shared is not None and sizes.shared_intermediate == sizes.intermediate:
-            names_of_it = *shared.inputs, shared.output
-            stored = {self._weights.storage(one.removesuffix(".weight")) for one in names_of_it}
+            stored = {self._weights.storage(one.removesuffix(".weight")) for one in shared}
             is_joined = bool(self._moe.JOINS_SHARED) and stored == {self._storage}
             self._shared = shared if is_joined else None
         self._w13, self._w13_scale = self._allocate(self._inner, width)
@@ -82,16 +71,19 @@ class Experts:
         if self._shared is not None:
             yield from self._parameters_of(self._shared, range(self._count, self._count + 1))
 
-    def _parameters_of(self, names: ExpertNames, experts: range) -> Iterator[tuple[str, Parameter]]:
-        size, num_inputs = self._inner // len(names.inputs), len(names.inputs)
+    def _parameters_of(
+        self, names: Sequence[str], experts: range
+    ) -> Iterator[tuple[str, Parameter]]:
+        num_inputs = len(names) - 1
+        size = self._inner // num_inputs
         weights = *self._w13.split(size, dim=1), self._w2
         scales: tuple[Scales, ...] = (num_inputs + 1) * (None,)
         if self._w13_scale is not None and self._w2_scale is not None:
             scales = *self._w13_scale.split(size, dim=1), self._w2_scale
-        for name, weight, scale in zip((*names.inputs, names.output), weights, scales, strict=True):
+        for name, weight, scale in zip(names, weights, scales, strict=True):
             is_stack = len(experts) > 1 and "{}" not in name
             kinds, dim = self._kinds[: len(self._kinds) // num_inputs], int(is_stack)
-            if name == names.output:
+            if name == names[-1]:
                 kinds, dim = self._kinds[:1], dim + 1
             cut = self._rank.cut(*kinds, dim=dim)
             if is_stack:
@@ -104,7 +96,7 @@ class Experts:
                 yield own, Parameter(weight[expert], scheme=scheme, scale=factor, cut=cut)
 
     def _stored_as(self, name: str) -> Storage:
-        weights, names = self._weights, (*self._names.inputs, self._names.output)
+        weights, names = self._weights, self._names
         asked = Storage(weights.precision(name))
         if weights.files is None or not all("{}" in own for own in names):
             return asked
@@ -171,11 +163,11 @@ class ExpertsMLP(Composite):
         ``stacked_names``: True if all experts are one tensor in the files."""
         self._k, self._renormalises = sizes.experts_per_token, renormalises
         self._num_experts, stem = sizes.num_experts, f"{name}.experts"
-        words, shared_name = (("gate_proj", "up_proj"), "down_proj"), f"{name}.shared_expert"
-        names = ExpertNames.of(f"{stem}.{{}}", *words)
+        words, shared_name = ("gate_proj", "up_proj", "down_proj"), f"{name}.shared_expert"
+        names = expert_names(f"{stem}.{{}}", *words)
         if stacked_names:
-            names = ExpertNames((f"{stem}.gate_up_proj",), f"{stem}.down_proj")
-        shared_names = ExpertNames.of(shared_name, *words)
+            names = f"{stem}.gate_up_proj", f"{stem}.down_proj"
+        shared_names = expert_names(shared_name, *words)
         self._experts = Experts(stem, hidden_size, sizes, names, build, shared=shared_names)
         # Router and shared gate have the same input, so they are one product.
         gates = [
@@ -210,8 +202,7 @@ class ExpertsMLP(Composite):
 
 
 class Router(Composite):
-    """Base of routers, which return weights ``[T, k]`` and experts ``[T, k]`` of the T ``rows`` of
-    ``x [num_rows, H]``."""
+    """Selects the most probable experts, weighted by their probabilities."""
 
     def __init__(
         self, name: str, hidden_size: int, sizes: ExpertsSizes, build: Build, *, renormalises: bool
@@ -222,11 +213,9 @@ class Router(Composite):
         self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], build)
         self.layers, self._moe = (self._linear,), build.kernels["moe"]
 
-
-class SoftmaxRouter(Router):
-    """Selects the most probable experts, weighted by their probabilities."""
-
     def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights ``[T, k]`` and experts ``[T, k]`` of the T ``rows`` of ``x [num_rows,
+        H]``."""
         weights, experts = self._moe.route(
             rows.of(self._linear(x)), self._k, self._renormalises, live=rows.live
         )
@@ -272,29 +261,31 @@ class SigmoidRouter(Router):
 
 
 class RoutedExperts(Composite):
-    """A few experts per token, selected by a router. If ``sizes.width`` is set, a product before
-    the experts narrows and one after them widens."""
+    """A few experts per token, selected by a router, and the sum with a shared block. If
+    ``sizes.width`` is set, a product before the experts narrows and one after them widens."""
 
     def __init__(
         self,
         name: str,
         hidden_size: int,
         sizes: ExpertsSizes,
-        router: SoftmaxRouter | SigmoidRouter,
-        names: ExpertNames,
+        router: Router,
+        names: Sequence[str],
         build: Build,
         *,
+        shared: FeedForward | None = None,
         narrow: Part | None = None,
         widen: Part | None = None,
         bias: bool = False,
     ) -> None:
-        """``name``: common name of the experts, which selects the precision. ``bias``: True if the
-        products around them have one."""
+        """``name``, ``names``: see ``Experts``. ``shared``: block that computes every token.
+        ``bias``: True if the products around the experts have one."""
         width = sizes.width or hidden_size
-        self._router, self._experts = router, Experts(name, width, sizes, names, build)
+        self._router, self._shared = router, shared
+        self._experts = Experts(name, width, sizes, names, build)
         self._narrow = None if narrow is None else Linear(hidden_size, [narrow], build, bias=bias)
         self._widen = None if widen is None else Linear(width, [widen], build, bias=bias)
-        layers = self._router, self._experts, self._narrow, self._widen
+        layers = self._router, self._experts, self._narrow, self._widen, shared
         self.layers = [layer for layer in layers if layer is not None]
         self._rank = build.rank
 
@@ -305,15 +296,5 @@ class RoutedExperts(Composite):
         inner = x if self._narrow is None else self._narrow(x)
         out = self._rank.sum(self._experts(rows.of(inner), weights, experts))
         out = pad_rows(out, len(x))
-        return out if self._widen is None else self._widen(out)
-
-
-class Beside(Composite):
-    """Parallel feed-forward blocks on one input, with summed outputs: routed and shared experts."""
-
-    def __init__(self, blocks: Sequence[FeedForward]) -> None:
-        self.layers = self._blocks = blocks
-
-    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        outs = [block(x, rows) for block in self._blocks]
-        return sum(outs[1:], outs[0])
+        out = out if self._widen is None else self._widen(out)
+        return out if self._shared is None else out + self._shared(x, rows)

@@ -4,7 +4,6 @@ Attention, Mamba-1, Mamba-2) or a gate (LFM2)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -381,15 +380,6 @@ class Mamba1(Recurrent):
         return self._output(pad_rows(self._gate(mixed, z), len(projected)))
 
 
-@dataclass(frozen=True, slots=True)
-class GatedNorm:
-    """Norm before the output product of ``Mamba2``, over each group of channels separately."""
-
-    eps: float
-    gate_first: bool
-    """True if the gate is applied before the norm, False if after it."""
-
-
 class Mamba2(Recurrent):
     """Layer in which all inputs are one product ``[z | x | B | C | dt]``."""
 
@@ -400,7 +390,8 @@ class Mamba2(Recurrent):
         sizes: MambaSizes,
         build: Build,
         *,
-        norm: GatedNorm | None,
+        eps: float | None,
+        gate_first: bool = True,
         limits: tuple[float, float],
         bias: bool = False,
         output_bias: bool = False,
@@ -409,11 +400,13 @@ class Mamba2(Recurrent):
     ) -> None:
         """Make the layer.
 
-        Without ``norm``, the output is only gated. ``limits`` are those of time steps. ``bias``,
+        ``eps`` is the epsilon of the norm before the output product, over each group of channels,
+        or None if the output is only gated. ``gate_first`` is True if the gate is applied before
+        that norm, False if after it. ``limits`` are those of time steps. ``bias``,
         ``output_bias`` and ``conv_bias`` are True for the products and the convolution with a bias.
         ``multipliers`` are those of z, x, B, C and dt.
         """
-        if norm is not None and sizes.num_groups % build.rank.count:
+        if eps is not None and sizes.num_groups % build.rank.count:
             raise ModelError(
                 f"--tp {build.rank.count} is not supported if the norm after a scan covers the "
                 f"parts of several ranks: {name} has {sizes.num_groups} groups of channels."
@@ -430,7 +423,7 @@ class Mamba2(Recurrent):
         heads_cut, channels_cut = rank.cut(each), rank.cut(by_head)
         sizes = sizes.share(rank.count)
         self.sizes, self.keeps = sizes, sizes.keeps
-        self._limits, self._gated_norm = limits, norm
+        self._limits, self._eps, self._gate_first = limits, eps, gate_first
         heads, keys = sizes.num_heads, sizes.num_groups * sizes.state_dim
         self._widths = [sizes.inner, sizes.conv_channels, heads]
         self._mixed_widths = [sizes.inner, keys, keys]
@@ -440,7 +433,7 @@ class Mamba2(Recurrent):
         self._A_log = weights.empty(heads, dtype=torch.float32)
         self._dt_bias = weights.empty(heads, dtype=torch.float32)
         self._D = weights.empty(heads, dtype=torch.float32)
-        self._norm_weight = weights.empty(sizes.inner) if norm is not None else None
+        self._norm_weight = weights.empty(sizes.inner) if eps is not None else None
         self._multipliers = None
         if set(multipliers) != {1.0}:
             spans = [sizes.inner, *self._mixed_widths, heads]
@@ -494,7 +487,7 @@ class Mamba2(Recurrent):
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""
         mixed, z = mixed.flatten(1), projected[: len(mixed), : self.sizes.inner]
-        if self._gated_norm is None:
+        if self._eps is None:
             gated = self._activation.silu_mul(mixed, z)
         else:
             groups = len(mixed), self.sizes.num_groups, -1
@@ -502,7 +495,7 @@ class Mamba2(Recurrent):
                 mixed.view(groups),
                 self._norm_weight,
                 z.view(groups),
-                self._gated_norm.eps,
-                gate_first=self._gated_norm.gate_first,
+                self._eps,
+                gate_first=self._gate_first,
             ).flatten(1)
         return self._output(pad_rows(gated, len(projected)))

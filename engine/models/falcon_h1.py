@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.layers.blocks import MLP, FeedForwardStep, Mixer, MixerStep, Parallel
-from engine.layers.recurrent import GatedNorm, Mamba2
+from engine.layers.recurrent import Mamba2
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ModelConfig, ModelError
 from hybridcache.geometry.config_format import Config
@@ -67,13 +67,13 @@ class FalconH1(Decoder):
             scale = own["key_multiplier"] * sizes.head_dim**-0.5
             return self.attention(f"{name}.self_attn", sizes, scale=scale)
         assert isinstance(sizes, MambaSizes)
-        norm = GatedNorm(config.norm_eps, gate_first=not own["mamba_norm_before_gate"])
         return Mamba2(
             f"{name}.mamba",
             config.hidden_size,
             sizes,
             self.build,
-            norm=norm if own["mamba_rms_norm"] else None,
+            eps=config.norm_eps if own["mamba_rms_norm"] else None,
+            gate_first=not own["mamba_norm_before_gate"],
             limits=config.time_limits,
             bias=own["mamba_proj_bias"],
             output_bias=own["projectors_bias"],

@@ -8,16 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import Beside, ExpertNames, RoutedExperts, SoftmaxRouter
-from engine.layers.recurrent import GatedNorm, Mamba2
+from engine.layers.experts import RoutedExperts, Router, expert_names
+from engine.layers.recurrent import Mamba2
 from engine.models.decoder import Decoder
-from engine.weights.model_config import (
-    ModelConfig,
-    ModelError,
-    mixer_of,
-    read_rope,
-    read_settings,
-)
+from engine.weights.model_config import ModelConfig, mixer_of, read_rope, read_settings
 from hybridcache.geometry.config_format import ROPE_KEYS, Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
@@ -35,14 +29,6 @@ class GraniteMoeHybrid(Decoder):
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Read the config. Raises ModelError for scales that would make logits NaN or infinite."""
-        if not config["logits_scaling"]:
-            raise ModelError("logits_scaling must not be 0 in config.json.")
-        if config["attention_multiplier"] <= 0:
-            raise ModelError(
-                f"attention_multiplier must be greater than 0 in config.json (got "
-                f"{config['attention_multiplier']})."
-            )
         rope = None
         if config["position_embedding_type"] == "rope":
             rope = read_rope(config, mixer_of(sizes, AttentionSizes).head_dim)
@@ -63,7 +49,7 @@ class GraniteMoeHybrid(Decoder):
             config.hidden_size,
             sizes,
             self.build,
-            norm=GatedNorm(config.norm_eps, gate_first=True),
+            eps=config.norm_eps,
             limits=config.time_limits,
             bias=own["mamba_proj_bias"],
             output_bias=own["mamba_proj_bias"],
@@ -74,11 +60,11 @@ class GraniteMoeHybrid(Decoder):
         if isinstance(sizes, MLPSizes):
             return self.shared(name, sizes.intermediate)
         hidden, stem = self.config.hidden_size, f"{name}.block_sparse_moe"
-        router = SoftmaxRouter(f"{stem}.router.layer", hidden, sizes, self.build, renormalises=True)
+        router = Router(f"{stem}.router.layer", hidden, sizes, self.build, renormalises=True)
         each = stem if self.stacked_experts else f"{stem}.experts.{{}}"
-        names = ExpertNames.of(each, ("input_linear",), "output_linear")
-        experts = RoutedExperts(stem, hidden, sizes, router, names, self.build)
-        return Beside([experts, self.shared(name, sizes.shared_intermediate)])
+        names = expert_names(each, "input_linear", "output_linear")
+        shared = self.shared(name, sizes.shared_intermediate)
+        return RoutedExperts(stem, hidden, sizes, router, names, self.build, shared=shared)
 
     def shared(self, name: str, intermediate_size: int) -> FeedForward:
         """Return the MLP that computes every token."""

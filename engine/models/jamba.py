@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import ExpertNames, RoutedExperts, SoftmaxRouter
+from engine.layers.experts import RoutedExperts, Router, expert_names
 from engine.layers.recurrent import Mamba1
 from engine.models.decoder import Decoder
-from engine.weights.model_config import ModelConfig, ModelError
-from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
+from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
 
 
 class Jamba(Decoder):
@@ -20,16 +18,6 @@ class Jamba(Decoder):
     rope_defaults = None
     step_norms = "input_layernorm", "pre_ff_layernorm"
     norm_name = "model.final_layernorm"
-
-    @classmethod
-    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Read the config. Raises ModelError for time steps of rank zero."""
-        rank = config["mamba_dt_rank"]
-        if not isinstance(rank, int) or rank < 1:
-            raise ModelError(
-                f"mamba_dt_rank must be auto or 1 or more in config.json (got {rank})."
-            )
-        return super().read(config, sizes)
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         own, hidden = self.config.own, self.config.hidden_size
@@ -51,6 +39,6 @@ class Jamba(Decoder):
         hidden, name = self.config.hidden_size, f"{name}.feed_forward"
         if isinstance(sizes, MLPSizes):
             return MLP(name, hidden, sizes.intermediate, self.build)
-        router = SoftmaxRouter(f"{name}.router", hidden, sizes, self.build, renormalises=False)
-        names = ExpertNames.of(f"{name}.experts.{{}}", ("gate_proj", "up_proj"), "down_proj")
+        router = Router(f"{name}.router", hidden, sizes, self.build, renormalises=False)
+        names = expert_names(f"{name}.experts.{{}}", "gate_proj", "up_proj", "down_proj")
         return RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)

@@ -14,7 +14,7 @@ import torch
 
 from engine.layers.attention import LatentAttention
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import Beside, ExpertNames, RoutedExperts
+from engine.layers.experts import RoutedExperts, expert_names
 from engine.layers.linear import RMSNorm
 from engine.layers.recurrent import KimiDeltaAttention
 from engine.models.decoder import Decoder
@@ -38,6 +38,7 @@ class KimiLinear(Decoder):
         "moe_router_activation_func": ("sigmoid",),
         "moe_layer_freq": (1,),
         "q_lora_rank": (None,),
+        "linear_attn_config": ({},),
         "mla_use_nope": (True,),
         "n_group": (1,),
         "topk_group": (1,),
@@ -46,12 +47,7 @@ class KimiLinear(Decoder):
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Read the config. Raises ModelError for settings of no published model."""
-        if config["linear_attn_config"]:
-            raise ModelError(
-                f"linear_attn_config in config.json has keys that are not supported: "
-                f"{', '.join(sorted(config['linear_attn_config']))}."
-            )
+        """Read the config. Raises ModelError for groups of heads."""
         if config["num_key_value_heads"] != config["num_attention_heads"]:
             raise ModelError(
                 "num_key_value_heads must be num_attention_heads in config.json: latent attention "
@@ -80,9 +76,9 @@ class KimiLinear(Decoder):
             return super().mlp(name, sizes)
         hidden, name = self.config.hidden_size, f"{name}.block_sparse_moe"
         router = self.sigmoid_router(name, sizes, "gate.e_score_correction_bias")
-        names = ExpertNames.of(f"{name}.experts.{{}}", ("w1", "w3"), "w2")
-        experts = RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)
-        if not sizes.shared_intermediate:
-            return experts
-        shared = MLP(f"{name}.shared_experts", hidden, sizes.shared_intermediate, self.build)
-        return Beside([experts, shared])
+        names, shared = expert_names(f"{name}.experts.{{}}", "w1", "w3", "w2"), None
+        if sizes.shared_intermediate:
+            shared = MLP(f"{name}.shared_experts", hidden, sizes.shared_intermediate, self.build)
+        return RoutedExperts(
+            f"{name}.experts", hidden, sizes, router, names, self.build, shared=shared
+        )

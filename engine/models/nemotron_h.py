@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.experts import Beside, ExpertNames, RoutedExperts
+from engine.layers.experts import RoutedExperts, expert_names
 from engine.layers.linear import Part
-from engine.layers.recurrent import GatedNorm, Mamba2
+from engine.layers.recurrent import Mamba2
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ACTIVATIONS, Served
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
@@ -52,7 +52,7 @@ class NemotronH(Decoder):
             config.hidden_size,
             sizes,
             self.build,
-            norm=GatedNorm(config.norm_eps, gate_first=True),
+            eps=config.norm_eps,
             limits=config.time_limits,
             bias=own["use_bias"],
             output_bias=own["use_bias"],
@@ -63,19 +63,18 @@ class NemotronH(Decoder):
         if isinstance(sizes, MLPSizes):
             return self.squared_relu(name, sizes.intermediate)
         own, hidden = self.config.own, self.config.hidden_size
-        experts = RoutedExperts(
+        return RoutedExperts(
             f"{name}.experts",
             hidden,
             sizes,
             self.sigmoid_router(name, sizes, "gate.e_score_correction_bias"),
-            ExpertNames.of(f"{name}.experts.{{}}", ("up_proj",), "down_proj"),
+            expert_names(f"{name}.experts.{{}}", "up_proj", "down_proj"),
             self.build,
+            shared=self.squared_relu(f"{name}.shared_experts", sizes.shared_intermediate),
             narrow=Part(f"{name}.fc1_latent_proj", sizes.width) if sizes.width else None,
             widen=Part(f"{name}.fc2_latent_proj", hidden) if sizes.width else None,
             bias=own["mlp_bias"],
         )
-        shared = self.squared_relu(f"{name}.shared_experts", sizes.shared_intermediate)
-        return Beside([experts, shared])
 
     def squared_relu(self, name: str, intermediate_size: int) -> FeedForward:
         """Return an MLP without a gate."""

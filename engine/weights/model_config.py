@@ -37,6 +37,14 @@ LAYER_SORTS = (
     "num_hidden_layers",
 )
 """Keys that determine which layers have attention."""
+POSITIVE = (
+    "vocab_size",
+    "max_position_embeddings",
+    "mamba_dt_rank",
+    "attention_multiplier",
+    "logits_scaling",
+)
+"""Keys whose values must be greater than zero."""
 CONVOLUTIONS = ("conv_L_cache", "conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv")
 """Keys of a causal convolution's number of taps."""
 DEFAULT_ROPE_THETA = 10_000.0
@@ -141,11 +149,14 @@ def read_settings(
     check_only(config, SERVED)
     # Convolutions of one tap would keep no input.
     taps = [(name, config[name], 2) for name in CONVOLUTIONS if name in config]
-    longest = config["max_position_embeddings"]
-    positive = [("vocab_size", sizes.vocab, 1), ("max_position_embeddings", longest, 1)]
-    for name, value, least in (*taps, *positive, (eps, config[eps], 0)):
+    for name, value, least in (*taps, (eps, config[eps], 0)):
         if value < least:
             raise ModelError(f"{name} must be at least {least} in config.json (got {value}).")
+    for name in POSITIVE:
+        if name in config and (isinstance(config[name], str) or config[name] <= 0):
+            raise ModelError(
+                f"{name} must be greater than 0 in config.json (got {config[name]!r})."
+            )
     limits = config.get("time_step_limit", (0.0, math.inf))
     if len(limits) != 2:
         raise ModelError(f"time_step_limit must be two numbers in config.json (got {limits}).")
@@ -155,7 +166,7 @@ def read_settings(
         norm_eps=config[eps],
         rope=rope,
         tie_embeddings=bool(config.get("tie_word_embeddings")),
-        max_position=longest,
+        max_position=config["max_position_embeddings"],
         dtype=(dtype or older or "float32").removeprefix("torch."),
         attention_bias=bool(config.get("attention_bias")),
         own={key: config[key] for key in own if key in config},
