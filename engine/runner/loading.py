@@ -263,7 +263,7 @@ def scale_shapes(scheme: Scheme, num_rows: int, num_columns: int) -> tuple[tuple
     """Return the allowed shapes of the scales of a weight ``[num_rows, num_columns]``. One scale
     per row or for all may also lack the last dimensions."""
     shape = scheme.scale_shape(num_rows, num_columns)
-    if not scheme.has_channel_scales:
+    if scheme.block[1] is not None:
         return (shape,)
     return (shape, shape[:1]) if scheme.block[0] is not None else (shape, (1,), ())
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,6 @@ class Scheme:
     def dtype(self) -> torch.dtype:
         """dtype of the stored weight."""
         return STORAGE[self.format][0]
-
-    @property
-    def has_channel_scales(self) -> bool:
-        """True if every row has one scale, possibly shared with other rows."""
-        return self.block[1] is None
 
     def describe(self) -> str:
         """Return a description such as ``fp8 in blocks of 128 x 128``."""
@@ -166,6 +161,8 @@ REMEDY = (
 )
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 """Formats of compressed-tensors with unpacked weights."""
+UNUSED = ("transform_config", "kv_cache_scheme")
+"""Parts of compressed-tensors that must be empty."""
 
 
 def read_quantization(
@@ -189,11 +186,11 @@ def read_quantization(
             return _fp8(section)
         if method == "compressed-tensors":
             return _compressed_tensors(section)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
-            f"quantization_config in config.json has a value of the wrong type: {error}."
+            f"quantization_config in config.json lacks a value, or one has the wrong type: {error}."
         ) from None
     raise ModelError(f"{method or 'unnamed'} weights are not supported; {REMEDY}.")
 
@@ -201,10 +198,7 @@ def read_quantization(
 def _fp8(section: Mapping[str, Any]) -> Quantization:
     """Read the form of DeepSeek and Qwen: e4m3 with a scale for each block. Without a list of
     exceptions everything except the head is in 8 bits, as in Qwen3's dense models."""
-    for name, served in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
-        if section.get(name, served) != served:
-            found = section[name]
-            raise ModelError(f"fp8 weights with {name} {found} are not supported; {REMEDY}.")
+    _check_only("fp8 weights", section, {"fmt": ("e4m3",), "activation_scheme": ("dynamic",)})
     size = section.get("weight_block_size")
     key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
     scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
@@ -224,79 +218,56 @@ def _block(size: Any, name: str) -> tuple[int, int]:
 
 def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
     """Read compressed-tensors. Raises ModelError for unsupported parts that change numbers."""
-    _refuse(section, "transform_config", "sparsity_config", "kv_cache_scheme")
+    sparsity = section.get("sparsity_config") or {}
+    if sparsity.get("format", "dense") != "dense":
+        raise ModelError(f"sparsity_config of compressed-tensors is not supported; {REMEDY}.")
+    _check_only("compressed-tensors", section, dict.fromkeys(UNUSED, ({}, None)))
     groups = section.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    if not groups:
         raise ModelError("quantization_config in config.json has no config_groups.")
     parsed = []
     for name, group in groups.items():
-        _refuse(group, "output_activations")
         layout = group.get("format") or section.get("format")
-        scheme = _group_scheme(name, group, layout)
+        scheme = _group_scheme(name, {**group, "format": layout})
         targets = group.get("targets") or ()
         parsed.append(ScaleGroup(scheme, None if "Linear" in targets else Names.of(targets)))
     ignored = Names.of(section.get("ignore") or ())
     return Quantization(tuple(parsed), ignored, "ignore")
 
 
-def _refuse(section: Mapping[str, Any], *keys: str) -> None:
-    """Raise ModelError if one of the keys has a value. Empty values, and a sparsity that keeps all
-    weights, are accepted."""
-    for key in keys:
-        value = section.get(key)
-        is_dense = isinstance(value, Mapping) and value.get("format") == "dense"
-        if value and not is_dense:
-            raise ModelError(f"{key} of compressed-tensors is not supported; {REMEDY}.")
+def _check_only(
+    name: str, section: Mapping[str, Any], served: Mapping[str, Sequence[object]]
+) -> None:
+    """Raise ModelError if a key of ``section`` has a value that is not ``served``."""
+    for key, values in served.items():
+        if key in section and section[key] not in values:
+            raise ModelError(f"{name} with {key} {section[key]!r} is not supported; {REMEDY}.")
 
 
-def _group_scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
-    weights = group.get("weights")
-    if not isinstance(weights, Mapping):
-        raise ModelError(f"{name} of compressed-tensors does not describe weights; {REMEDY}.")
-    bits, kind = weights.get("num_bits"), weights.get("type", "int")
-    if bits != 8 or kind not in ("int", "float") or layout not in FORMATS:
-        raise ModelError(
-            f"{name} of compressed-tensors has {kind}{bits} weights as {layout}, which is not "
-            f"supported; {REMEDY}."
-        )
-    if not weights.get("symmetric", True):
-        raise ModelError(
-            f"{name} of compressed-tensors has zero points: only symmetric weights are supported."
-        )
-    strategy = weights.get("strategy")
-    if strategy == "block":
-        block: tuple[int | None, int | None] = _block(weights.get("block_structure"), name)
-    elif strategy in ("channel", "tensor"):
-        block = (1 if strategy == "channel" else None), None
-    else:
-        raise ModelError(
-            f"{name} of compressed-tensors has one scale per {strategy}; only scales per channel, "
-            "tensor or block are supported."
-        )
+def _group_scheme(name: str, group: Mapping[str, Any]) -> Scheme:
+    """Read a group of compressed-tensors.
+
+    This engine's kernels round activations to 8 bits of the weights' kind, symmetric, with a
+    dynamic scale per token. With float8 weights they do not round activations, so any dynamic scale
+    is accepted.
+    """
+    name = f"{name} of compressed-tensors"
+    _check_only(name, group, {"format": FORMATS, "output_activations": ({}, None)})
+    weights = {"num_bits": None, "type": "int", "strategy": None, **group["weights"]}
+    kind, strategy = weights["type"], weights["strategy"]
+    served: dict[str, Sequence[object]] = {"num_bits": (8,), "symmetric": (True,)}
+    kinds, strategies = ("int", "float"), ("channel", "tensor", "block")
+    _check_only(f"{name}, weights", weights, {**served, "type": kinds, "strategy": strategies})
     activations = group.get("input_activations")
     if activations is not None:
-        _check_activations(name, activations, kind)
+        found = {"num_bits": None, "type": kind, "dynamic": False, **activations}
+        scales = ("token", None) if kind == "int" else ("token", "group", "tensor", None)
+        served |= {"type": (kind,), "dynamic": (True,), "strategy": scales}
+        _check_only(f"{name}, input_activations", found, served)
+    blocks = {"channel": (1, None), "tensor": (None, None)}
+    block = blocks.get(strategy) or _block(weights.get("block_structure"), name)
     format: Format = "int8" if kind == "int" else "fp8"
     return Scheme(format, block, "weight_scale", is_weight_only=activations is None)
-
-
-def _check_activations(name: str, activations: Mapping[str, Any], kind: str) -> None:
-    """Raise ModelError if activations are rounded differently from this engine's kernels.
-
-    The kernels round to 8 bits of the weights' kind, symmetric, with a dynamic scale per token.
-    With float8 weights they do not round activations, so any dynamic scale is accepted.
-    """
-    strategies = ("token", None) if kind == "int" else ("token", "group", "tensor", None)
-    defaults = {"type": kind, "symmetric": True, "dynamic": False, "strategy": None}
-    found = {**defaults, **activations}
-    served = {"num_bits": (8,), "type": (kind,), "symmetric": (True,), "dynamic": (True,)}
-    for key, values in {**served, "strategy": strategies}.items():
-        if found.get(key) not in values:
-            raise ModelError(
-                f"{name} of compressed-tensors has input_activations with {key} "
-                f"{found.get(key)!r}, which is not supported: use dynamic ones of 8 bits with one "
-                "scale per token."
-            )
 
 
 def _model_slim(path: Path) -> Quantization | None:
