@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.config import BUILTIN_DIR, EngineConfig
+from engine.config import EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.hub import resolve_config
 from engine.interfaces import Runner, TokenSampler
@@ -151,14 +151,13 @@ def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
 def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
     """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one. Does
     not import torch itself. ``vocab_size`` may be 0, not known yet, if ``config`` names one."""
-    from engine.text.hugging_face import load_tokenizer, named_eos
+    from engine.text.hugging_face import HFTokenizer, named_eos
     from engine.text.tokenizer import IdTokenizer
 
-    if config.model and not names_tokenizer(config):
-        return IdTokenizer(vocab_size, named_eos(Path(config.model)))
-    named = config.tokenizer or config.model
+    if not names_tokenizer(config):
+        return IdTokenizer(vocab_size, named_eos(config.model_dir))
     max_ids = vocab_size or None if config.tokenizer else None
-    return load_tokenizer(None if named == str(BUILTIN_DIR) else named, max_ids)
+    return HFTokenizer(Path(config.tokenizer or config.model_dir), max_ids)
 
 
 def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Grammar], LogitRule]:
@@ -182,8 +181,7 @@ def names_tokenizer(config: EngineConfig) -> bool:
     """Return True if ``config`` names a tokenizer. Otherwise prompts are token ids."""
     from engine.text.hugging_face import has_tokenizer
 
-    named = config.tokenizer is not None or config.model is None
-    return named or has_tokenizer(Path(str(config.model)))
+    return config.tokenizer is not None or has_tokenizer(config.model_dir)
 
 
 def assemble(

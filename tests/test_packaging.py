@@ -61,7 +61,7 @@ def test_wheel_contains_exactly_the_packages_and_their_data(wheel: zipfile.ZipFi
     }
     assert contents == wanted
     assert {
-        "engine/text/chat_template.jinja",
+        "engine/models/builtin/chat_template.jinja",
         "hybridcache/py.typed",
         "hybridcache/geometry/presets.json",
     } <= contents

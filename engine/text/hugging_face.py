@@ -11,17 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.config import BUILTIN_DIR
 from engine.text.answers import MARKS
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.tokenizer import (
     AS_PROMPT,
     SLICE,
     ByteStreamDecoder,
-    ByteTokenizer,
     ChatTemplate,
     EncodeOptions,
     StreamDecoder,
-    Tokenizer,
     WindowStreamDecoder,
     any_of,
 )
@@ -47,7 +46,9 @@ class HFTokenizer:
     ``tokenizer.json``, to convert its files.
     """
 
-    def __init__(self, model_dir: Path, max_ids: int | None = None) -> None:
+    def __init__(self, model_dir: Path = BUILTIN_DIR, max_ids: int | None = None) -> None:
+        """Load the files of ``model_dir``. ``max_ids`` is the number of ids of the model. Raises
+        FileNotFoundError if there is no tokenizer, and ValueError if it has more ids."""
         self._backend = _load_backend(model_dir)
         settings = read_json(model_dir / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
@@ -161,15 +162,6 @@ class HFTokenizer:
     def as_json(self) -> str:
         described: str = self._backend.to_str()
         return described
-
-
-def load_tokenizer(model_dir: str | Path | None, max_ids: int | None = None) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face directory, or of the built-in model for None.
-
-    ``max_ids`` is the number of ids of the model. Raises FileNotFoundError if the directory has no
-    tokenizer, and ValueError if it has more ids.
-    """
-    return ByteTokenizer() if model_dir is None else HFTokenizer(Path(model_dir), max_ids)
 
 
 def named_eos(model_dir: Path) -> frozenset[int]:

@@ -1,5 +1,5 @@
-"""Tokenizers: their chat templates and interface, those of the built-in model and of models without
-one, and decoders of streams.
+"""Tokenizers: their chat templates and interface, that of models without one, and decoders of
+streams.
 
 ``decode`` and the pieces of a ``StreamDecoder`` give the same text, and no piece ends inside a
 UTF-8 sequence.
@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
@@ -210,7 +209,7 @@ class Tokenizer(Protocol):
         ...
 
     def as_json(self) -> str | None:
-        """Return the contents of a ``tokenizer.json``, or None if the tokens are bytes."""
+        """Return the contents of a ``tokenizer.json``, or None if there is none."""
         ...
 
 
@@ -318,77 +317,6 @@ class IdTokenizer:
         self, skip_special_tokens: bool = True, before: Sequence[int] = ()
     ) -> StreamDecoder:
         return ByteStreamDecoder(self.token_bytes, frozenset())
-
-    def as_json(self) -> None:
-        return None
-
-
-BUILTIN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-
-
-class ByteTokenizer:
-    """Tokenizer of the built-in model: one token per byte, followed by five special tokens. Padded
-    to 320 ids, which divide evenly.
-
-    >>> tokenizer = ByteTokenizer()
-    >>> tokenizer.encode("hé<|im_end|>")
-    [104, 195, 169, 258]
-    >>> tokenizer.decode([104, 195, 169, 258])
-    'hé'
-    """
-
-    vocab_size: int = 320
-    special_tokens: tuple[str, ...] = (
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<think>",
-        "</think>",
-    )
-    eos_token_ids: frozenset[int] = frozenset({256, 258})
-
-    def __init__(self) -> None:
-        self.chat_template: ChatTemplate | None = ChatTemplate(
-            BUILTIN_TEMPLATE.read_text(encoding="utf-8"), {"eos_token": "<|im_end|>"}
-        )
-        self._ids = {text: 256 + rank for rank, text in enumerate(self.special_tokens)}
-        # With a group, so that splitting keeps the special tokens.
-        self._special = re.compile(f"({any_of(self.special_tokens).pattern})")
-        # As in Qwen's vocabulary, the thinking marks are single tokens and part of the text.
-        self._hidden = frozenset({256, 257, 258})
-        self.control_tokens = self.special_tokens[:3]
-
-    def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
-        token_ids: list[int] = []
-        for piece in self._special.split(text):
-            special = self._ids.get(piece)
-            if special is None:
-                if how.mark is not None:
-                    piece = piece.replace(how.mark, "")
-                # A lone surrogate (JSON's "\ud800") has no UTF-8 form, and the user would get the
-                # error of strict encoding.
-                token_ids.extend(piece.encode("utf-8", "replace"))
-            else:
-                token_ids.append(special)
-        return token_ids
-
-    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        hidden = self._hidden if skip_special_tokens else frozenset()
-        return b"".join(self.token_bytes(i) for i in token_ids if i not in hidden).decode(
-            "utf-8", "replace"
-        )
-
-    def token_bytes(self, token_id: int) -> bytes:
-        if token_id < 256:
-            return bytes((token_id,))
-        rank = token_id - 256
-        return self.special_tokens[rank].encode() if rank < len(self.special_tokens) else b""
-
-    def stream_decoder(
-        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
-    ) -> StreamDecoder:
-        hidden = self._hidden if skip_special_tokens else frozenset()
-        return ByteStreamDecoder(self.token_bytes, hidden)
 
     def as_json(self) -> None:
         return None

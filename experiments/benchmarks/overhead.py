@@ -25,7 +25,7 @@ from engine.interfaces import StepReport
 from engine.messages import FromEngine, Outputs
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from engine.worker.process_channel import Sockets
 from experiments.studies.common import keep, positive, show
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
@@ -77,7 +77,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -
         EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
         runner=IdleRunner(),
         sampler=Sampler(),
-        tokenizer=ByteTokenizer(),
+        tokenizer=HFTokenizer(),
     )
     engine.observers.append(reports.append)
     for i in range(num_running):

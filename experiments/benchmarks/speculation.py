@@ -31,7 +31,7 @@ from tqdm import tqdm
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from experiments import texts
 from experiments.benchmarks.timing import alternate, ratio_spread
 from experiments.provenance import RESULTS, write_json_lines
@@ -93,7 +93,7 @@ def _answers(messages: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def _rendered(messages: Sequence[dict[str, object]], tools: object = None) -> str:
-    template = ByteTokenizer().chat_template
+    template = HFTokenizer().chat_template
     assert template is not None
     return template.render(messages, tools=tools, add_generation_prompt=True)  # type: ignore[arg-type]
 
@@ -110,7 +110,7 @@ def serve(
 ) -> tuple[list[RequestOutput], float]:
     """Serve all prompts, ``streams`` threads at a time. Returns the answers, and the seconds from
     the first token of a group of requests to its last, summed over groups."""
-    tokenizer, outputs, seconds = ByteTokenizer(), [], 0.0
+    tokenizer, outputs, seconds = HFTokenizer(), [], 0.0
     engine.reset_prefix_cache()
     for first in range(0, len(threads), streams):
         group = threads[first : first + streams]
@@ -167,7 +167,7 @@ def make_engine(draft: str) -> Engine:
     config = engine_config(device="cpu", cache_gib=0.25, max_running=8, draft=draft)
     runner = load_runner(config)
     sampler = Sampler()
-    return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
+    return Engine(config, runner=runner, sampler=sampler, tokenizer=HFTokenizer())
 
 
 def main() -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from safetensors.torch import save_file
 
+from engine.config import BUILTIN_DIR
 from engine.layers.linear import Build, Parameter, WeightSpec
 from engine.models import read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.loading import Dummy
-from engine.text.tokenizer import BUILTIN_TEMPLATE
 
 QWEN3_NEXT_80B: dict[str, Any] = {
     "model_type": "qwen3_next",
@@ -97,18 +97,10 @@ def write_geometry(directory: Path, config: dict[str, Any]) -> str:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Write a tokenizer with one token per byte and marks around messages, as a server requires
+    """Copy the tokenizer of the built-in model, with one token per byte, as a server requires
     one."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={sign: i for i, sign in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"chat_template": BUILTIN_TEMPLATE.read_text(), "eos_token": "<|im_end|>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(BUILTIN_DIR / name, directory)
 
 
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> str:

@@ -32,7 +32,7 @@ from engine.config import TILE
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from experiments import texts
 from experiments.studies.common import keep, show
 
@@ -46,7 +46,7 @@ NUM_TEXTS, NUM_TOKENS = 8, 1024
 
 def pieces(kind: str, count: int = NUM_TEXTS, length: int = NUM_TOKENS) -> list[np.ndarray]:
     """Return ``count`` held-out texts of a kind, each with ``length`` bytes."""
-    encode = ByteTokenizer().encode
+    encode = HFTokenizer().encode
     if kind == "code":
         code = encode("".join(texts.sources(held_out=True)))
         starts = np.linspace(0, len(code) - length, count).astype(int)
@@ -74,7 +74,7 @@ class Resumer:
             draft="none",
         )
         self._runner = load_runner(self.config)
-        self._vocab_size = ByteTokenizer.vocab_size if model is None else VOCAB
+        self._vocab_size = self._runner.vocab_size if model is None else VOCAB
         self.state_bytes = self._runner.memory.state_bytes
 
     def logprobs(self, token_ids: np.ndarray) -> torch.Tensor:

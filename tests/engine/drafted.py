@@ -18,7 +18,7 @@ from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Sour
 from engine.requests.request import Request
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from tests.engine.test_hits_change_nothing import HYBRID
 
 MODEL = HYBRID | {"vocab_size": 320}
@@ -106,7 +106,7 @@ def drafting_engine(
         config,
         runner=runner,
         sampler=Sampler(),
-        tokenizer=ByteTokenizer(),
+        tokenizer=HFTokenizer(),
         drafting=drafting,
     )
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from engine import Engine, SamplingParams, engine_config
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 GREEDY = SamplingParams(max_tokens=8)
@@ -18,7 +18,7 @@ def make_engine(
     kv_tokens: int = 4096,
     slots: int = 16,
     *,
-    tokenizer: ByteTokenizer | None = None,
+    tokenizer: HFTokenizer | None = None,
     **settings: object,
 ) -> Engine:
     config = engine_config(check=True, **settings)
@@ -73,7 +73,7 @@ def test_equal_prompts_that_arrive_together_are_computed_once(token_budget: int)
 
 
 def test_a_stream_yields_the_whole_answer_and_ends_when_closed() -> None:
-    engine = make_engine(tokenizer=ByteTokenizer())
+    engine = make_engine(tokenizer=HFTokenizer())
     [whole] = engine.generate(["abc"], SamplingParams(max_tokens=30, ignore_eos=True, logprobs=1))
     pieces = list(engine.stream("abc", SamplingParams(max_tokens=30, ignore_eos=True, logprobs=1)))
     assert "".join(piece.new_text for piece in pieces) == whole.text == pieces[-1].text

@@ -14,7 +14,7 @@ from engine import Engine, RequestOutput, SamplingParams
 from engine.requests.grammar import Grammar
 from engine.requests.request import Request, RequestSpec
 from engine.schedule.scheduler import Batch
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
 from tests.engine.test_engine import ids, make_engine
 
@@ -27,8 +27,8 @@ def test_a_detokenizer_error_fails_only_its_request(
     fails_on: str, overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [ids(70 + i, 40 * i) for i in range(4)]
-    expected = make_engine(tokenizer=ByteTokenizer()).generate(prompts, ANSWER)
-    engine = make_engine(tokenizer=ByteTokenizer(), overlap=overlap)
+    expected = make_engine(tokenizer=HFTokenizer()).generate(prompts, ANSWER)
+    engine = make_engine(tokenizer=HFTokenizer(), overlap=overlap)
     decoders = [engine.tokenizer.stream_decoder() for _ in prompts]
     setattr(decoders[2], fails_on, Mock(side_effect=KeyError("Ā")))
     monkeypatch.setattr(engine.tokenizer, "stream_decoder", Mock(side_effect=decoders))
@@ -128,7 +128,7 @@ def test_outputs_finished_by_a_failed_commit_are_returned(
     overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_token = SamplingParams(max_tokens=1, ignore_eos=True)
-    engine = make_engine(tokenizer=ByteTokenizer(), overlap=overlap)
+    engine = make_engine(tokenizer=HFTokenizer(), overlap=overlap)
     publish, remaining = engine._manager.publish, [1]
 
     def failing(request: Request, end: int) -> None:

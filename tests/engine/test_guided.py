@@ -14,7 +14,7 @@ import pytest
 from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided.guides import Guides
 from engine.requests.grammar import grammar_of_calls, grammar_of_strict_calls
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from tests.engine.history.scripted import ScriptedSampler
 from tests.oracle import OracleRunner, OracleSampler
 
@@ -65,7 +65,7 @@ def oracle(**config: Any) -> Engine:
         engine_config(check=True, **config),
         runner=runner,
         sampler=OracleSampler(),
-        tokenizer=ByteTokenizer(),
+        tokenizer=HFTokenizer(),
     )
 
 
@@ -211,7 +211,7 @@ def test_a_grammar_beyond_the_limits_ends_only_its_request_at_the_same_token(
 
 
 def test_only_the_answer_after_the_reasoning_is_guided() -> None:
-    encode, guides = ByteTokenizer().encode, Guides(ByteTokenizer(), 320)
+    encode, guides = HFTokenizer().encode, Guides(HFTokenizer(), 320)
     for grammar, answer in (
         (Grammar.of_regex("a/[b-d]"), "a/c"),
         (Grammar.of_schema({"type": "object"}), '{"a": 1}'),

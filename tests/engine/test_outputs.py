@@ -8,15 +8,15 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.text.hugging_face import HFTokenizer
 from engine.text.outputs import WINDOW, MarkSearch, TextStream
-from engine.text.tokenizer import ByteTokenizer
 
 letters = st.text("abé", max_size=40)
 
 
 def feed(text: str, stop: tuple[str, ...]) -> tuple[list[str], bool]:
     """Return (pieces in order, whether a stop string ended them)."""
-    tokenizer = ByteTokenizer()
+    tokenizer = HFTokenizer()
     stream = TextStream(tokenizer.stream_decoder(), stop)
     pieces = []
     for token in tokenizer.encode(text):

@@ -23,7 +23,7 @@ import pytest
 import uvicorn
 
 from engine.plugins.record.proxy import Proxy, TraceWriter
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from hybridcache import open_trace, simulate
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace_stats import trace_stats
@@ -39,7 +39,7 @@ SECRET = "what nobody else should read, said at some length "
 def proxied(path: Path, keeps_text: bool) -> Iterator[tuple[openai.OpenAI, ScriptedEngine]]:
     engine = ScriptedEngine()
     with serving(engine.engine) as live, path.open("w+b", buffering=0) as file:
-        writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=ByteTokenizer())
+        writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=HFTokenizer())
         front = ServerThread(Proxy(live.url, writer))
         try:
             yield openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0), engine

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.requests.chat_prompt import render_chat
-from engine.text.tokenizer import ByteTokenizer, ChatTemplate, TemplateError
+from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import ChatTemplate, TemplateError
 from hybridcache.tokens import common_prefix_len
 from tests.engine.history.agent import TEMPLATE
 
@@ -21,8 +22,8 @@ CHAT = [
 ]
 
 
-def _tokenizer(template: str | None = None) -> ByteTokenizer:
-    tokenizer = ByteTokenizer()
+def _tokenizer(template: str | None = None) -> HFTokenizer:
+    tokenizer = HFTokenizer()
     if template is not None:
         tokenizer.chat_template = ChatTemplate(template)
     return tokenizer

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams
 from engine.requests.logit_rules import END, ReasoningBudget
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from tests.engine.test_engine import make_engine as make_oracle_engine
 
-TOKENIZER = ByteTokenizer()
+TOKENIZER = HFTokenizer()
 ENDING = TOKENIZER.encode(END)
 OPEN, CLOSE = TOKENIZER.encode("<think></think>")
 TEXTS = st.lists(st.sampled_from([*b"ab \n<", OPEN, CLOSE, 258]), max_size=12)
@@ -44,7 +44,7 @@ def test_reasoning_is_ended_once_at_its_budget(
 
 
 def make_engine(**settings: Any) -> Engine:
-    return make_oracle_engine(tokenizer=ByteTokenizer(), **settings)
+    return make_oracle_engine(tokenizer=HFTokenizer(), **settings)
 
 
 def prompts() -> list[list[int]]:

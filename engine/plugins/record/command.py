@@ -58,16 +58,15 @@ def run(arguments: argparse.Namespace) -> int:
     from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
     from engine.server.access import set_up_logging
     from engine.server.settings import ServerConfig, bind, local_address
-    from engine.text.hugging_face import load_tokenizer
+    from engine.text.hugging_face import HFTokenizer
 
     tokenizer, model = None, "CONFIG_JSON"
     counted_by = f"{PIECE} characters as a token, an estimate (see --tokenizer)"
     if arguments.tokenizer is not None:
         folder = Path(resolve_folder(arguments.tokenizer))
-        is_builtin = folder == BUILTIN_DIR
-        tokenizer = load_tokenizer(None if is_builtin else str(folder))
+        tokenizer = HFTokenizer(folder)
         counted_by = f"the tokenizer of {display_name(folder)}"
-        model = BUILTIN_NAME if is_builtin else str(folder / "config.json")
+        model = BUILTIN_NAME if folder == BUILTIN_DIR else str(folder / "config.json")
     set_up_logging("warning")
     with bind(ServerConfig(host=arguments.host, port=arguments.port)) as listener:
         try:

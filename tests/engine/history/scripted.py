@@ -10,8 +10,9 @@ from typing import Any
 
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.requests.request import SamplingInput
+from engine.text.hugging_face import HFTokenizer
 from engine.text.outputs import SampledToken
-from engine.text.tokenizer import ByteTokenizer, Tokenizer
+from engine.text.tokenizer import Tokenizer
 from tests.engine.server.conftest import allowed
 from tests.oracle import Fingerprints, OracleDrawn, OracleRunner
 
@@ -54,7 +55,7 @@ class ScriptedEngine:
         num_slots: int = 16,
         **config: Any,
     ) -> None:
-        self.tokenizer = tokenizer or ByteTokenizer()
+        self.tokenizer = tokenizer or HFTokenizer()
         self.sampler = ScriptedSampler()
         runner = OracleRunner(num_kv_tokens, num_slots, vocab_size=self.tokenizer.vocab_size)
         self.engine = Engine(

@@ -18,8 +18,9 @@ from engine.server.access import Tenant
 from engine.server.context import AnsweredChat
 from engine.server.schemas import KNOWN, Message
 from engine.text.answers import AnswerForm, AnswerReader, as_message
+from engine.text.hugging_face import HFTokenizer
 from engine.text.outputs import RequestOutput
-from engine.text.tokenizer import ByteTokenizer, ChatTemplate
+from engine.text.tokenizer import ChatTemplate
 from tests.engine.history.scripted import ScriptedEngine
 
 THINKING = """\
@@ -250,7 +251,7 @@ PAIRS = [
 
 def run(pair: Pair, namespace: str | None = None) -> tuple[dict[str, Any], Explanations]:
     """Return the explanation of the second request of a pair, compared with the first."""
-    tokenizer = ByteTokenizer()
+    tokenizer = HFTokenizer()
     if pair.template is not None:
         tokenizer.chat_template = ChatTemplate(pair.template)
     engine = ScriptedEngine(tokenizer, **pair.engine)

@@ -15,7 +15,7 @@ import pytest
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, StepFailed
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
 from hybridcache.policies.protocol import PromptBoundaries
@@ -28,7 +28,7 @@ sys.path[:] = json.loads(sys.argv[1])
 import engine.worker.engine_worker as worker
 from tests.oracle import OracleRunner
 from tests.oracle import OracleSampler
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 
 class Runner(OracleRunner):
     num_steps = 0
@@ -40,7 +40,7 @@ class Runner(OracleRunner):
 Made = worker.Engine
 def make(config):
     runner = Runner({kv_tokens}, 16, max_model_len=4096)
-    return Made(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
+    return Made(config, runner=runner, sampler=OracleSampler(), tokenizer=HFTokenizer())
 worker.Engine = make
 worker.start_screen = lambda made, address: "oracle at " + address
 worker.leave(worker.main(*sys.argv[2:]))
@@ -105,7 +105,10 @@ def test_a_process_gives_the_outputs_of_a_thread() -> None:
     runner = OracleRunner(8192, 16, max_model_len=4096)
     settings = {"draft": "tree:4"}
     alone = Engine(
-        engine_config(**settings), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
+        engine_config(**settings),
+        runner=runner,
+        sampler=OracleSampler(),
+        tokenizer=HFTokenizer(),
     )
 
     async def scenario(engine: AsyncEngine) -> None:

@@ -25,8 +25,9 @@ from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import Batch
 from engine.server.app import Server
 from engine.server.settings import ServerConfig
+from engine.text.hugging_face import HFTokenizer
 from engine.text.outputs import SampledToken
-from engine.text.tokenizer import ByteTokenizer, ChatTemplate
+from engine.text.tokenizer import ChatTemplate
 from tests import served
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 from tests.waiting import wait_until
@@ -131,7 +132,10 @@ def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any)
     runner = SlowRunner(num_kv_tokens, 16, max_model_len=4096)
     runner.step_s = step_s
     return Engine(
-        engine_config(**config), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
+        engine_config(**config),
+        runner=runner,
+        sampler=OracleSampler(),
+        tokenizer=HFTokenizer(),
     )
 
 
@@ -190,7 +194,7 @@ class Scripted:
 
 @pytest.fixture(scope="session")
 def scripted_server() -> Iterator[Scripted]:
-    sampler, tokenizer = ScriptedSampler(), ByteTokenizer()
+    sampler, tokenizer = ScriptedSampler(), HFTokenizer()
     template = tokenizer.chat_template
     assert template is not None
     runner = OracleRunner(8192, 16, max_model_len=4096)

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 
 from .conftest import Live
 
@@ -107,7 +107,7 @@ def test_decode_saves_no_state_in_dropped_reasoning(
 
 
 def test_token_ids_and_batches_equal_single_texts(live: Live) -> None:
-    tokenizer = ByteTokenizer()
+    tokenizer = HFTokenizer()
     texts = ["fifth " + LONG, "sixth " + LONG]
     ids = [tokenizer.encode(text) for text in texts]
 

@@ -31,7 +31,7 @@ from engine.plugins.replicas.fleet import Order
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.settings import ServerConfig
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.hugging_face import HFTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
 from tests.engine.fleet.test_fleet import Handle, serve
@@ -61,7 +61,11 @@ def make_engine(config: EngineConfig, **options: Any) -> Engine:
     runner = SlowRunner(65536, 16, max_model_len=20_000)
     runner.step_s = 0.01
     engine = Engine(
-        config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer(), **options
+        config,
+        runner=runner,
+        sampler=OracleSampler(),
+        tokenizer=HFTokenizer(),
+        **options,
     )
     made = engine.make
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from engine import Engine, engine_config
-from engine.text.tokenizer import BUILTIN_TEMPLATE, ByteTokenizer
+from engine.config import BUILTIN_DIR
+from engine.text.hugging_face import HFTokenizer
 from hybridcache import open_trace
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
@@ -94,7 +95,7 @@ def test_server_and_simulation_of_its_log_have_the_same_leases(
         engine_config(token_budget=256),
         runner=OracleRunner(6000, 9, max_model_len=4096),
         sampler=sampler,
-        tokenizer=ByteTokenizer(),
+        tokenizer=HFTokenizer(),
     )
     variables = {"enable_thinking": thinks}
     lines = []
@@ -130,7 +131,7 @@ def test_server_and_simulation_of_its_log_have_the_same_leases(
     template = tmp_path / "template.jinja"
     template.write_text(
         f"{{%- set enable_thinking = {str(thinks).lower()} %}}\n"
-        + BUILTIN_TEMPLATE.read_text(encoding="utf-8")
+        + (BUILTIN_DIR / "chat_template.jinja").read_text(encoding="utf-8")
     )
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(lines))
