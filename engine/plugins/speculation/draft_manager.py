@@ -1,7 +1,7 @@
 """Draft manager: selects the requests that get drafts in a step, their drafters and lengths.
 
-``DraftLength`` is the length for one request and drafter; ``ProbeSchedule`` spreads the probes that
-end a pause over the steps of all requests. The plugin makes the manager from the settings.
+``DraftLength`` is the length for one request and drafter. The plugin makes the manager from the
+settings.
 """
 
 from __future__ import annotations
@@ -28,46 +28,9 @@ from hybridcache.geometry.units import counted, format_bytes
 
 MIN_REST, MAX_REST = 16, 512
 """Minimum and maximum pause in steps, of one drafter and one request."""
-MAX_GAP = 128
-"""Maximum gap between two steps with probes, over all requests. A probe costs one to two steps, so
-these cost 1 %."""
-
-
-class ProbeSchedule:
-    """Steps in which paused drafters may probe one token, for all requests and drafters together.
-
-    All probes that are due share one step, so two drafters, or many short requests, cost no more
-    than one. The gap between two such steps is 16. It doubles after each step without an accepted
-    probe, up to 128, and is 16 again after a step with one.
-
-    >>> tries = ProbeSchedule()
-    >>> tries.take(3); tries.learn(3, False); tries.opens
-    35
-    >>> tries.take(35); tries.learn(35, True); tries.opens
-    51
-    """
-
-    __slots__ = ("_gap", "_judged", "opens")
-
-    def __init__(self) -> None:
-        self.opens = 0
-        """First step in which probes are allowed."""
-        self._gap, self._judged = MIN_REST, -1
-
-    def take(self, step: int) -> None:
-        """Record that ``step`` has probes."""
-        self.opens = step + self._gap
-
-    def learn(self, step: int, is_right: bool) -> None:
-        """Record the result of a probe of ``step``, the newest step with probes."""
-        if is_right:
-            self._gap = MIN_REST
-        elif step > self._judged:
-            self._gap = min(2 * self._gap, MAX_GAP)
-        self._judged = step
-        self.opens = step + self._gap
-
-
+PROBE_GAP = 64
+"""Steps between two steps with probes, over all requests and drafters, unless one is right. A probe
+costs one to two steps."""
 FIRST_LEN = 4
 MAX_IDLE = 8
 """Maximum number of steps between two calls of a drafter that found nothing."""
@@ -127,6 +90,12 @@ class DraftLength:
         """Maximum number of tokens to draft."""
         return 1 if self.is_trying else self._length
 
+    def at(self, step: int, probes_from: int) -> int:
+        """Return the maximum number of tokens to draft in ``step``, 0 in a pause. ``probes_from``:
+        first step in which probes are allowed."""
+        first = max(self.wakes, probes_from) if self.is_trying else self.wakes
+        return self.length if first <= step else 0
+
     def learn(self, step: int, num_drafted: int, num_accepted: int) -> None:
         """Record the result of the draft of ``step``; ``num_drafted`` is 0 if none was found."""
         if not num_drafted:
@@ -155,22 +124,11 @@ class Source(NamedTuple):
     make_turns: Callable[[], DraftLength]
 
 
-class _Known:
-    """Draft state of one request."""
-
-    __slots__ = ("turns", "wakes")
-
-    def __init__(self, turns: list[DraftLength]) -> None:
-        self.turns = turns
-        """Draft length of each source, in the order in which they are called."""
-        self.wakes = 0
-        """First step in which a drafter may be called."""
-
-
 class Drafting(DraftPlanner):
     """Calls the drafters, divides the tokens that a step may verify, and keeps draft lengths.
 
-    A step in which no drafter is due costs one look at each request.
+    Probes of all requests and drafters share a step. So short requests, or several drafters that
+    are never right, cost no more than one long request.
     """
 
     def __init__(
@@ -186,11 +144,10 @@ class Drafting(DraftPlanner):
         self._max_decoding = max_decoding
         self._ranks = {drafter.name: rank for rank, (drafter, _) in enumerate(sources)}
         self._max_verified = max_verified
-        self._known: dict[Request, _Known] = {}
-        self._tries = ProbeSchedule()
-        self._tried = [0] * len(sources)
-        """Newest step with a probe of each source."""
-        self._step = 0
+        self._lengths: dict[Request, list[DraftLength]] = {}
+        """Draft length of each source, in the order in which they are called."""
+        self._step = self._probes_from = 0
+        """Number of the last step, and first step in which probes are allowed."""
 
     @classmethod
     def of(
@@ -220,7 +177,7 @@ class Drafting(DraftPlanner):
     @property
     def requests(self) -> Set[Request]:
         """Requests with draft state."""
-        return self._known.keys()
+        return self._lengths.keys()
 
     def propose(self, decoding: Iterable[tuple[Request, int]]) -> dict[Request, Draft]:
         """Return drafts for some of the decoding (request, maximum number of tokens that still
@@ -235,11 +192,9 @@ class Drafting(DraftPlanner):
             return {}
         wanted: dict[Request, list[int]] = {}
         for request, room in decoding:
-            known = self._known.get(request) or self._meet(request)
-            if known.wakes <= self._step:
-                lengths = self._lengths(known, room)
-                if max(lengths) > 0:
-                    wanted[request] = lengths
+            lengths = [min(most, room) for most in self._due(request, self._step)]
+            if max(lengths) > 0:
+                wanted[request] = lengths
         return self._as_fits(self._ask(wanted)) if wanted else {}
 
     def _ask(self, wanted: Mapping[Request, Sequence[int]]) -> dict[Request, Draft]:
@@ -256,45 +211,26 @@ class Drafting(DraftPlanner):
                 continue
             for (request, _), tokens in zip(missing, drafter.propose(missing), strict=True):
                 if not len(tokens):
-                    self._known[request].turns[rank].learn(self._step, 0, 0)
+                    self._lengths[request][rank].learn(self._step, 0, 0)
                     continue
                 tokens = request.possible(tokens)
                 if len(tokens):
                     drafts[request] = Draft(tokens, drafter.name)
         return drafts
 
-    def _lengths(self, known: _Known, room: int) -> list[int]:
-        """Return the maximum number of tokens of each source in this step. Of several sources with
-        a probe, only the one with the oldest probe is included."""
-        lengths, trying = [0] * len(known.turns), []
-        known.wakes = self._step + MAX_REST
-        for rank, turns in enumerate(known.turns):
-            due = turns.wakes
-            if turns.is_trying and due < self._tries.opens:
-                due = self._tries.opens
-            if due < known.wakes:
-                known.wakes = due
-            if due <= self._step:
-                lengths[rank] = min(turns.length, room)
-                if turns.is_trying:
-                    trying.append(rank)
-        if len(trying) > 1:
-            for rank in sorted(trying, key=self._tried.__getitem__)[1:]:
-                lengths[rank] = 0
-        return lengths
+    def _due(self, request: Request, step: int) -> list[int]:
+        """Return the maximum number of tokens of each source in ``step``."""
+        if request not in self._lengths:
+            self._lengths[request] = [make() for _, make in self._sources]
+            request.drafts = request.drafts or DraftCounts()
+        return [length.at(step, self._probes_from) for length in self._lengths[request]]
 
     def may_guess(self, running: Iterable[Request]) -> bool:
         """Return True if any of them may get a draft in its next step."""
         decoding = [one for one in running if one.scheduled_len >= one.prefill_len]
         if self._max_decoding is not None and len(decoding) > self._max_decoding:
             return False
-        for request in decoding:
-            known = self._known.get(request) or self._meet(request)
-            if known.wakes <= self._step + 1:
-                self._lengths(known, 0)
-                if known.wakes <= self._step + 1:
-                    return True
-        return False
+        return any(max(self._due(request, self._step + 1)) > 0 for request in decoding)
 
     def _as_fits(self, drafts: dict[Request, Draft]) -> dict[Request, Draft]:
         """Return the first of ``drafts`` that fit into a step."""
@@ -304,26 +240,24 @@ class Drafting(DraftPlanner):
             if room >= 0:
                 fitting[request] = draft
                 rank = self._ranks[draft.source]
-                if self._known[request].turns[rank].is_trying:
-                    self._tries.take(self._step)
-                    self._tried[rank] = self._step
+                if self._lengths[request][rank].is_trying:
+                    self._probes_from = self._step + PROBE_GAP
         return fitting
 
     def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
         """See ``DraftPlanner``. Counted are tokens of the answer: one of them is not a draft."""
-        known, num_drafts = self._known[segment.request], segment.num_drafts
-        turns = known.turns[self._ranks[segment.drafter]]
-        if turns.is_trying:
-            self._tries.learn(self._step, num_accepted > 0)
-        turns.learn(self._step, num_drafts, num_accepted)
-        known.wakes = 0
+        num_drafts = segment.num_drafts
+        length = self._lengths[segment.request][self._ranks[segment.drafter]]
+        if length.is_trying and num_accepted:
+            self._probes_from = self._step + 1
+        length.learn(self._step, num_drafts, num_accepted)
         counts = segment.request.drafts
         assert counts is not None
         counts.count(segment.drafter, num_drafts, max(0, min(num_accepted, num_new - 1)))
 
     def forget(self, request: Request) -> None:
         """Drop the state of ``request``, which has ended."""
-        self._known.pop(request, None)
+        self._lengths.pop(request, None)
         for drafter, _ in self._sources:
             drafter.forget(request)
 
@@ -331,11 +265,6 @@ class Drafting(DraftPlanner):
         """Drop the state of ended requests."""
         for drafter, _ in self._sources:
             drafter.reset()
-
-    def _meet(self, request: Request) -> _Known:
-        known = self._known[request] = _Known([make() for _, make in self._sources])
-        request.drafts = request.drafts or DraftCounts()
-        return known
 
 
 RUNNING_ON_CPU = 4
