@@ -983,6 +983,9 @@ class HybridRadixCache:
         first, tree = node.end, self._tree
         if node.ghosts is not None:
             ghost, inside, length = tree.walk(node, tokens, ghosts=True)
+            if inside is not None and length > ghost.end:
+                ghost = tree.split(inside, length)
+                self.ghosts.split(ghost, inside)
             path = []
             while ghost is not node:
                 path.append(ghost)
@@ -993,12 +996,6 @@ class HybridRadixCache:
                 tree.revive(ghost)
                 self._store_rows(ghost, rows[node.end - first : ghost.end - first].copy())
                 node = ghost
-            if inside is not None and length > node.end:
-                upper = tree.split(inside, length)
-                self.ghosts.split(upper, inside)
-                tree.revive(upper)
-                self._store_rows(upper, rows[node.end - first : length - first].copy())
-                node = upper
         start, num_tokens = node.end - first, len(tokens)
         if len(checkpoints) > 1 or (checkpoints and checkpoints[0][0] < first + num_tokens):
             for position, _ in sorted(checkpoints):

@@ -188,15 +188,6 @@ class Tier(NamedTuple):
     Then only the device's is notified of uses and ghost hits, and items keep their memos."""
 
 
-class Taken(NamedTuple):
-    """Entry on its way to the device, detached from its nodes."""
-
-    pieces: tuple[tuple[RadixNode, int, Indices], ...]
-    """(ghost, tier, rows) of the KV, parents first. The last ghost is the target unless the target
-    is resident."""
-    state: OffloadedCheckpoint
-
-
 class OffloadTiers(GhostList):
     """Offloaded KV and states of one cache, and its other ghosts, of which only tokens remain.
 
@@ -221,6 +212,8 @@ class OffloadTiers(GhostList):
         self.state_rows = state_rows
         self.row_bytes = item_bytes.kv_token
         self._steps = steps
+        self.loading: OffloadedCheckpoint | None = None
+        """State that ``fetch`` is loading: no candidate of its tier. None if it was dropped."""
         self.closed: set[int] = set()
         """Numbers of the tiers to which nothing is offloaded now."""
         self.copied_rows: dict[tuple[str, str], int] = {}
@@ -238,24 +231,29 @@ class OffloadTiers(GhostList):
             super().discard(ghost)
 
     def split(self, upper: RadixNode, lower: RadixNode) -> None:
-        """Remove ``upper``, which becomes resident, with its part of the offloaded KV."""
-        if self.divide(upper, lower):
-            self.drop_kv(upper)
-        else:
+        """Give ``upper``, the new upper part of the ghost ``lower``, its part of the offloaded KV,
+        or add it to the list. O(tokens)."""
+        entry = lower.offloaded
+        if entry is None or entry.kv is None:
             super().split(upper, lower)
+            return
+        cut = upper.end - upper.start
+        above = self._entry(upper)
+        above.kv, above.kv_tier = entry.kv[:cut].copy(), entry.kv_tier
+        above.num_children[entry.kv_tier] = 1
+        entry.kv = entry.kv[cut:].copy()
 
     def set_writable(self, name: str, is_writable: bool) -> None:
         """Resume or stop offloading to the tier ``name``. It can be read at all times."""
         change = self.closed.discard if is_writable else self.closed.add
         change(self.names.index(name))
 
-    def add_state(self, was: Checkpoint, number: int, src_tier: str, src: Indices) -> None:
-        """Store the state of ``was``, which is leaving ``src_tier``, in tier ``number`` or a lower
+    def add_state(self, was: Checkpoint, first: int, src_tier: str, src: Indices) -> None:
+        """Store the state of ``was``, which is leaving ``src_tier``, in tier ``first`` or a lower
         one, unless none takes it."""
         node = was.node
-        while number < len(self.tiers):
+        for number in range(first, len(self.tiers)):
             if number in self.closed:
-                number += 1
                 continue
             tier = self.tiers[number]
             state = OffloadedCheckpoint(was, number, EMPTY)
@@ -264,14 +262,12 @@ class OffloadTiers(GhostList):
             entry = self._entry(node)
             entry.state = state
             tier.policy.add(state)
-            while tier.pages.num_free < self.state_rows:
+            while (rows := tier.pages.allocate(self.state_rows)) is None:
                 victim = self._victim(number)
                 if victim is None or victim is state:
                     break
                 self._evict(victim)
-            if tier.pages.num_free >= self.state_rows:
-                rows = tier.pages.allocate(self.state_rows)
-                assert rows is not None
+            if rows is not None:
                 state.rows = rows
                 self._copy("checkpoint", src_tier, src, tier.name, rows, node)
                 above = _next_state(node)  # superseded now, unless the path forks
@@ -281,7 +277,6 @@ class OffloadTiers(GhostList):
             tier.policy.discard(state, evicted=True)
             entry.state = None
             self._tidy(node)
-            number += 1
 
     def add_kv(self, node: RadixNode, src: Indices, first: int = 0, src_tier: str = DEVICE) -> bool:
         """Store the KV of ``node``, which is leaving ``src_tier``, in the tier that needs it,
@@ -292,17 +287,12 @@ class OffloadTiers(GhostList):
         """
         while node.offloaded is not None and (number := node.offloaded.nearest) is not None:
             number = max(number, first)
-            tier = self.tiers[number]
-            if number in self.closed:
-                self._prune(node)
-                break
-            if tier.pages.num_free >= len(src):
-                rows = tier.pages.allocate(len(src))
-                assert rows is not None
+            tier, is_closed = self.tiers[number], number in self.closed
+            if not is_closed and (rows := tier.pages.allocate(len(src))) is not None:
                 self.hold_kv(node, number, rows)
                 self._copy("kv", src_tier, src, tier.name, rows, node)
                 return True
-            victim = self._victim(number)
+            victim = None if is_closed else self._victim(number)
             if victim is None:
                 self._prune(node)
                 break
@@ -386,7 +376,10 @@ class OffloadTiers(GhostList):
         if entry is None or entry.state is None:
             return
         state = entry.state
-        self.tiers[state.tier].policy.discard(state, evicted=False)
+        if state is self.loading:
+            self.loading = None
+        else:
+            self.tiers[state.tier].policy.discard(state, evicted=False)
         entry.state = None
         self._release(state.tier, state.rows)
         self._tidy(node)
@@ -402,28 +395,12 @@ class OffloadTiers(GhostList):
         self._tidy(node)
         return True
 
-    def divide(self, upper: RadixNode, lower: RadixNode) -> bool:
-        """Divide the offloaded KV of a ghost that was split. Returns False if it has none.
-        O(tokens)."""
-        entry = lower.offloaded
-        if entry is None or entry.kv is None:
-            return False
-        cut = upper.end - upper.start
-        above = self._entry(upper)
-        above.kv, above.kv_tier = entry.kv[:cut].copy(), entry.kv_tier
-        above.num_children[entry.kv_tier] = 1
-        entry.kv = entry.kv[cut:].copy()
-        return True
+    def withhold(self, state: OffloadedCheckpoint, now: int) -> None:
+        """Keep ``state`` from eviction as ``loading``, while room is made for it on the device.
 
-    def take(self, target: RadixNode, now: int) -> Taken:
-        """Detach the state at ``target`` and the KV of its path, before room is made on the device.
-
-        Making room may need their place. Callers must call ``put_back`` or ``give`` afterwards. The
-        policy of the tier is notified of a use at time ``now``. ``uses`` does not include it: the
-        request that resumes from the state counts there. O(path).
+        The policy of its tier is notified of a use at time ``now``. ``uses`` does not include it:
+        the request that resumes from the state counts there.
         """
-        assert target.offloaded is not None and target.offloaded.state is not None
-        state = target.offloaded.state
         tier = self.tiers[state.tier]
         state.last_used = now
         state.uses += 1
@@ -431,40 +408,20 @@ class OffloadTiers(GhostList):
             tier.policy.touch(state)
         tier.policy.discard(state, evicted=False)
         state.uses -= 1
-        target.offloaded.state = None
-        pieces, node = [], target
-        while node.kv is None and node.parent is not None:
-            assert node.offloaded is not None and node.offloaded.kv is not None
-            pieces.append((node, node.offloaded.kv_tier, node.offloaded.kv))
-            self._let_go_of_kv(node)
-            node = node.parent
-        return Taken(tuple(reversed(pieces)), state)
+        self.loading = state
 
-    def put_back(self, taken: Taken) -> None:
-        """Undo ``take``, because the device had no room. O(path)."""
-        for node, number, rows in taken.pieces:
-            self.hold_kv(node, number, rows)
-        self.hold_state(taken.state)
-        # Some of this KV may have been needed only by a state that was evicted meanwhile.
-        for node, _, _ in reversed(taken.pieces):
-            if node.offloaded is not None and node.offloaded.kv is not None:
-                self._sink(node, node.offloaded.kv_tier)
+    def load_kv(self, node: RadixNode, rows: Indices) -> None:
+        """Copy the offloaded KV of ``node`` to ``rows`` of the device, and free it. O(rows)."""
+        entry: OffloadedEntry = node.offloaded
+        assert entry.kv is not None
+        self._copy("kv", self.names[entry.kv_tier], entry.kv, DEVICE, rows, node)
+        self.drop_kv(node)
 
-    def give(self, taken: Taken, rows: Indices, slot: int) -> None:
-        """Copy the detached entry to the device: its KV to ``rows``, in order of the nodes, its
-        state to ``slot``. O(rows)."""
-        start = 0
-        for node, number, src in taken.pieces:
-            end = start + len(src)
-            self._copy("kv", self.names[number], src, DEVICE, rows[start:end], node)
-            self._release(number, src)
-            self._tidy(node)
-            start = end
-        state = taken.state
+    def load_state(self, state: OffloadedCheckpoint, slot: int) -> None:
+        """Copy ``state`` to ``slot`` of the device, and free it. O(rows of a state)."""
         dst = np.array([slot], np.int32)
         self._copy("checkpoint", self.names[state.tier], state.rows, DEVICE, dst, state.node)
-        self._release(state.tier, state.rows)
-        self._tidy(state.node)
+        self.drop_state(state.node)
 
     def drop_lost(self, name: str, is_lost: Callable[[Indices], bool]) -> None:
         """Remove entries that the tier ``name`` can no longer read.
@@ -564,56 +521,44 @@ class OffloadTiers(GhostList):
         Raises:
             AssertionError: an invariant fails; the message names the first.
         """
-        tree = self.tree
-        nodes = list(tree.nodes())
-        for node in (*tree.roots.values(), *nodes):
+        stored: list[list[Indices]] = [[] for _ in self.tiers]
+        states: list[list[OffloadedCheckpoint]] = [[] for _ in self.tiers]
+        for node in (*self.tree.roots.values(), *self.tree.nodes()):
             places = [_place(child) for child in members(node.ghosts)]
             counts = [places.count(number) for number in range(len(self.tiers))]
-            entry = node.offloaded
+            entry: OffloadedEntry | None = node.offloaded
             if entry is None:
                 assert not any(counts), f"{node} does not know of {counts} children below"
-            else:
-                num_children = entry.num_children
-                assert num_children == counts, f"{node} counts {num_children}, not {counts}"
-                assert not entry.is_empty, f"{node} has an empty lower part"
-        entries = [(node, node.offloaded) for node in nodes if node.offloaded is not None]
-        for node, entry in entries:
-            assert node.parent is not None
-            place, above = _place(node), _place(node.parent)
+                continue
+            assert entry.num_children == counts, f"{node} has {counts} children below: {entry}"
+            assert not entry.is_empty, f"{node} has an empty lower part"
+            place, state = _place(node), entry.state
             if entry.kv is not None:
                 assert node.kv is None, f"the KV of {node} is on the device and below"
                 assert len(entry.kv) == node.end - node.start, f"{node} has {len(entry.kv)} rows"
-                assert above is not None and above <= entry.kv_tier, (
-                    f"{node.parent} lies further than {node}"
-                )
-                nearest = entry.nearest
-                assert nearest is not None, f"nothing needs the KV of {node} below"
-                assert nearest <= entry.kv_tier, f"nothing needs the KV of {node} as near as it is"
-            if entry.state is not None:
-                state = entry.state
+                above = None if node.parent is None else _place(node.parent)
+                is_near = above is not None and above <= entry.kv_tier
+                assert is_near, f"{node.parent} lies further than {node}"
+                is_needed = entry.nearest is not None and entry.nearest <= entry.kv_tier
+                assert is_needed, f"nothing needs the KV of {node} as near as it is"
+                stored[entry.kv_tier].append(entry.kv)
+            if state is not None:
                 assert node.checkpoint is None, f"the state of {node} is on the device and below"
                 assert state.node is node, f"{state} belongs elsewhere"
                 assert place is not None and place <= state.tier, f"{state} is nearer than its KV"
-        for number, tier in enumerate(self.tiers):
-            states = [entry.state for _, entry in entries if entry.state is not None]
-            held = [state for state in states if state.tier == number]
-            parts = [e.kv for _, e in entries if e.kv is not None and e.kv_tier == number]
-            for state in held:
                 assert len(state.rows) == self.state_rows, f"{state} has {len(state.rows)} rows"
-            pages = tier.pages
-            pages.check()
-            both = np.concatenate([*parts, *(state.rows for state in held), pages.free_rows()])
-            assert are_distinct(both), f"a row of {tier.name} is stored twice, or and free"
-            assert len(both) == pages.capacity, (
-                f"{len(both)} rows of {tier.name} are stored or free, not {pages.capacity}"
-            )
+                stored[state.tier].append(state.rows)
+                states[state.tier].append(state)
+        for tier, parts, held in zip(self.tiers, stored, states, strict=True):
+            tier.pages.check()
+            both = np.concatenate([*parts, tier.pages.free_rows()])
+            is_whole = are_distinct(both) and len(both) == tier.pages.capacity
+            assert is_whole, f"a row of {tier.name} is stored twice, or and free, or lost"
             listed = tier.policy.candidates()
             if listed is not None:
                 known = list(listed)
-                assert len(known) == len(held), (
-                    f"{tier.name} orders {len(known)} of {len(held)} states"
-                )
-                assert set(known) == set(held), f"{tier.name} orders other states than it holds"
+                is_same = len(known) == len(held) and set(known) == set(held)
+                assert is_same, f"{tier.name} orders other states than it holds"
 
 
 ON_DEVICE = -1
@@ -743,48 +688,54 @@ class TieredRadixCache(HybridRadixCache):
         if not isinstance(resumable, Resumable):
             raise TypeError(f"resumable must be one of match.loadable (got {resumable!r}).")
         target, offload = resumable.node, self.offload
-        if target.kv is not None and target.kv.item_bytes is not self.item_bytes:
+        state = None if target.offloaded is None else target.offloaded.state
+        if any(one and one.item_bytes is not self.item_bytes for one in (target.kv, state)):
             raise ValueError(FOREIGN)
-        if target.offloaded is None or target.offloaded.state is None:
+        if state is None:
             return False
-        if target.offloaded.state.item_bytes is not self.item_bytes:
-            raise ValueError(FOREIGN)
         if target.lost_checkpoint is not None:
             self.policy.on_ghost_hit(target.lost_checkpoint)
-        taken = offload.take(target, self.now + 1)
-        base = taken.pieces[0][0].parent if taken.pieces else target
-        assert base is not None
+        base, path = target, []
+        while base.kv is None and base.parent is not None:
+            path.append(base)
+            base = base.parent
+        offload.withhold(state, self.now + 1)
         with self.lock(base if base.parent is not None else None):
-            num_tokens = target.end - base.end
             slot = self.allocate_slot()
-            rows = None if slot is None else self.allocate_kv(num_tokens)
-            if slot is None or rows is None:
-                if slot is not None:
-                    self._slots.free(slot)
-                offload.put_back(taken)
-                self.ghosts.trim()
-                return False
-            self.is_loading = True
-            try:
-                self._store_loaded(taken, base, rows, slot)
-            finally:
-                self.is_loading = False
-        return True
+            rows = None if slot is None else self.allocate_kv(target.end - base.end)
+            is_there = offload.loading is state
+            if slot is not None and rows is not None and is_there:
+                self.is_loading = True
+                try:
+                    self._load(state, path[::-1], rows, slot)
+                finally:
+                    self.is_loading = False
+                return True
+            if slot is not None:
+                self.free_slot(slot)
+            if rows is not None:  # Making room has dropped the state.
+                self.free_kv(rows)
+        if is_there:
+            offload.loading = None
+            offload.tiers[state.tier].policy.add(state)
+        return False
 
-    def _store_loaded(self, taken: Taken, base: RadixNode, rows: Indices, slot: int) -> None:
-        """Make ``taken`` resident below ``base``, in ``rows`` and ``slot``."""
-        if taken.pieces:
-            self._expect_child(base)
-        start = 0
-        for node, _, src in taken.pieces:
-            end = start + len(src)
+    def _load(
+        self, state: OffloadedCheckpoint, path: list[RadixNode], rows: Indices, slot: int
+    ) -> None:
+        """Make the ghosts of ``path`` resident in ``rows``, and ``state`` in ``slot``."""
+        if path and path[0].parent is not None:
+            self._expect_child(path[0].parent)
+        start, target = 0, state.node
+        for node in path:
+            end = start + node.end - node.start
+            self.offload.load_kv(node, rows[start:end])
             self._tree.revive(node)
             self._store_rows(node, rows[start:end].copy())
             start = end
-        self.offload.give(taken, rows, slot)
-        state, target = taken.state, taken.state.node
-        self._store_checkpoint(target, slot, state.label, not taken.pieces, state.uses)
-        if taken.pieces and target.children is None and target.kv is not None:
+        self.offload.load_state(state, slot)
+        self._store_checkpoint(target, slot, state.label, not path, state.uses)
+        if path and target.children is None and target.kv is not None:
             self.policy.add(target.kv)
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
@@ -836,32 +787,25 @@ class TieredRadixCache(HybridRadixCache):
         node, inside, length = tree.walk(tree.root(namespace), tokens)
         if inside is None:
             node, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
-        known = node
+        last = node if inside is None or length == node.end else inside
+        known = last
         while _place(known) is None:
             assert known.parent is not None
             known = known.parent
-        start = known.end
-        if inside is not None and known is node:
-            start, known = (start, known) if _place(inside) is None else (length, inside)
+        start = min(known.end, length)
         # A resident node may have an entry for its children. Its ``kv_tier`` is undefined.
         entry = known.offloaded
         too_low = entry is not None and entry.kv is not None and entry.kv_tier > number
-        is_whole = inside is None and length == len(tokens)
-        has_state = is_whole and (
-            node.checkpoint is not None
-            or (node.offloaded is not None and node.offloaded.state is not None)
-        )
+        has_state = last.checkpoint or (last.offloaded is not None and last.offloaded.state)
         num_rows = len(tokens) - start + offload.state_rows
-        if too_low or has_state or num_rows > pages.num_free:
+        if too_low or (has_state and last.end == len(tokens)) or num_rows > pages.num_free:
             return None
-        if inside is not None and length > node.end:
-            if inside.kv is not None:
-                node = self._split(inside, length)
+        if last.end > length:
+            if last.kv is not None:
+                node = self._split(last, length)
             else:
-                node = tree.split(inside, length)
-                if not offload.divide(node, inside):
-                    self.ghosts.num_bytes -= len(node.edge)
-                    self.ghosts.add(node)
+                node = tree.split(last, length)
+                self.ghosts.split(node, last)
         if length < len(tokens):
             node = tree.grow(node, tokens[length:])
             tree.fade(node)
@@ -871,11 +815,10 @@ class TieredRadixCache(HybridRadixCache):
         assert kv_rows is not None and state_rows is not None
         target = node
         while node.end > start:
-            assert node.parent is not None
             self.ghosts.discard(node)
-            offload.hold_kv(
-                node, number, kv_rows[node.parent.end - start : node.end - start].copy()
-            )
+            rows = kv_rows[node.start - start : node.end - start].copy()
+            offload.hold_kv(node, number, rows)
+            assert node.parent is not None
             node = node.parent
         was = target.lost_checkpoint  # with the age and uses that a file remembers
         if was is None:

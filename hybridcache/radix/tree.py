@@ -672,8 +672,10 @@ class GhostList:
         self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
 
     def split(self, upper: RadixNode, lower: RadixNode) -> None:
-        """Remove ``upper``, the new upper part of the ghost ``lower``: it becomes resident."""
-        self.num_bytes -= len(upper.edge)
+        """Add ``upper``, the new upper part of the ghost ``lower``, out of order: callers must
+        ``discard`` it next."""
+        self._order[upper] = None
+        self.num_bytes += GHOST_NODE_BYTES
 
     def trim(self) -> None:
         """Remove the oldest ghosts until the others fit in ``limit_bytes``."""
