@@ -671,18 +671,15 @@ class HybridRadixCache:
             RuntimeError: there is such a plan, and leases are running or nodes are locked. Nothing
                 is changed.
         """
-        self._refuse_unsafe_reset()
-        while self._evict_one(None):
-            pass
-        self.ghosts.clear()
-        if self.steps.open_plan is not None:
-            self.steps.open_plan.was_begun = True
-        self.steps.open_plan = None
-
-    def _refuse_unsafe_reset(self) -> None:
         plan, is_used = self.steps.open_plan, self.steps.num_open or self._locked_len
         if plan is not None and not plan.is_done and is_used:
             raise RuntimeError(NOT_CARRIED_OUT)
+        while self._evict_one(None):
+            pass
+        self.ghosts.clear()
+        if plan is not None:
+            plan.was_begun = True
+        self.steps.open_plan = None
 
     def take_step(self) -> StepPlan:
         """Return all work on the tensors that is due before the next step, once.
@@ -700,12 +697,6 @@ class HybridRadixCache:
     def fetch(self, resumable: Resumable) -> bool:
         """Return False, because this cache has no offload tiers; see ``TieredRadixCache.fetch``."""
         return False
-
-    def adopt(
-        self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"
-    ) -> tuple[int, Indices, Indices] | None:
-        """Raise ValueError, because this cache has no tiers; see ``TieredRadixCache.adopt``."""
-        raise ValueError("adopt needs a tier: build the cache with host_bytes or disk_bytes.")
 
     def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
         """Return whether eviction could free that much.
@@ -840,7 +831,9 @@ class HybridRadixCache:
                 or labels are malformed, or a slot is free or the cache's.
         """
         base = self._usable(after)
-        self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels, base)
+        self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels)
+        if base is not None and not base.locks:
+            raise ValueError("after is not locked: keep its lock until insert returns")
         rejected: tuple[int, ...] = ()
         if not self._has_states or not self._keeps:
             rejected, checkpoints = tuple(slot for _, slot in checkpoints), ()
@@ -910,7 +903,6 @@ class HybridRadixCache:
         checkpoints: Sequence[tuple[int, int]],
         owned_from: int,
         labels: Sequence[str],
-        after: RadixNode | None,
     ) -> None:
         """Raise ValueError or TypeError for arguments that are wrong regardless of the tree.
         O(checkpoints)."""
@@ -934,23 +926,19 @@ class HybridRadixCache:
                 "labels must be empty or a string per checkpoint (got "
                 f"{labels!r} for {len(checkpoints)} checkpoints)"
             )
-        is_cached, is_taken = self._is_cached, self._slots.is_taken
+        is_cached, is_taken, slots = self._is_cached, self._slots.is_taken, set[int]()
         for one in checkpoints:
-            is_pair = isinstance(one, LISTS) and len(one) == 2
-            position, slot = one if is_pair else (None, None)
+            position, slot = one if isinstance(one, LISTS) and len(one) == 2 else (None, None)
             if not (type(slot) is type(position) is int and 0 <= slot < len(is_cached)):
                 raise ValueError(
                     "a checkpoint must be (position: int, slot: int) with 0 <= slot < "
                     f"{len(is_cached)} (got {one!r})"
                 )
-            if is_cached[slot] or not is_taken[slot]:
+            if is_cached[slot] or not is_taken[slot] or slot in slots:
                 raise ValueError(
-                    f"slot {slot} is free or the cache's already: take one with allocate_slot"
+                    f"slot {slot} is free, the cache's or given twice: take one with allocate_slot"
                 )
-        if len(checkpoints) > 1:
-            _, slots = zip(*checkpoints, strict=True)
-            if len(set(slots)) < len(slots):
-                raise ValueError("two checkpoints have the same slot: give each a separate one")
+            slots.add(slot)
         num_tokens -= num_tokens % self.page_size
         if not 0 <= owned_from <= num_tokens:
             raise ValueError(
@@ -965,8 +953,6 @@ class HybridRadixCache:
                     f"KV indices must be rows from 0 to {num_rows - 1}, as allocate_kv returned "
                     f"them (got {first} to {last})"
                 )
-        if after is not None and not after.locks:
-            raise ValueError("after is not locked: keep its lock until insert returns")
 
     def _append(
         self,
@@ -1224,28 +1210,28 @@ class HybridRadixCache:
             if number is not None:
                 require_index(number, what)
         self._tree.check(self.ghosts)
-        resident = [node for node in self._tree.nodes() if node.kv is not None]
-        checkpoints = [node.checkpoint for node in resident if node.checkpoint is not None]
-        self._check_rows(resident)
-        self._check_slots(checkpoints)
-        for checkpoint in checkpoints:
-            assert checkpoint.position % self.checkpoint_grid == 0, f"{checkpoint} is off the grid"
-            expected = checkpoint.num_successors > 0 or has_deeper_checkpoint(checkpoint.node)
-            assert checkpoint.superseded == expected, f"{checkpoint} superseded: {not expected}"
+        segments, checkpoints = list[Segment](), list[Checkpoint]()
+        for node in self._tree.nodes():
+            segments += [] if node.kv is None else [node.kv]
+            checkpoints += [] if node.checkpoint is None else [node.checkpoint]
+        for one in checkpoints:
+            assert one.position % self.checkpoint_grid == 0, f"{one} is off the grid"
+            expected = one.num_successors > 0 or has_deeper_checkpoint(one.node)
+            assert one.superseded == expected, f"{one} superseded: {not expected}"
+        self._check_rows(segments)
+        self._check_slots([one.slot for one in checkpoints])
         self._check_locks()
         self._check_candidates()
         plan = self.steps.open_plan
         assert plan is None or plan.is_done, "the last step plan was taken but not carried out"
-        serials = [item.serial for node in resident for item in (node.kv, node.checkpoint) if item]
+        serials = [item.serial for item in (*segments, *checkpoints)]
         assert len(set(serials)) == len(serials), "two items share a serial"
         assert all(serial < self.num_items for serial in serials), "a serial from the future"
-        assert self._keeps or not resident, "a cache that keeps nothing has entries"
-        if held_tokens is not None:
-            held = self._pages.num_taken - self.cached_tokens
-            assert held == held_tokens, f"{held} KV rows held, the caller has {held_tokens}"
-        if held_slots is not None:
-            held = self._slots.num_taken - self.num_checkpoints
-            assert held == held_slots, f"{held} slots held, the caller has {held_slots}"
+        assert self._keeps or not segments, "a cache that keeps nothing has entries"
+        held = self._pages.num_taken - self.cached_tokens
+        assert held_tokens in (None, held), f"{held} KV rows held, the caller has {held_tokens}"
+        held = self._slots.num_taken - self.num_checkpoints
+        assert held_slots in (None, held), f"{held} slots held, the caller has {held_slots}"
 
     def _check_locks(self) -> None:
         """Check the count of locked rows without settling it: pending changes are a part."""
@@ -1255,59 +1241,47 @@ class HybridRadixCache:
             pins = (node.locks > 0) - pending.get(node, 0)
             pins += sum(child.pins > 0 for child in members(node.children))
             assert node.pins == pins, f"{node} has {node.pins} pins, not {pins}"
-            assert node.kv is not None or not pins, f"ghost {node} is pinned"
+            assert node.kv is not None or not (pins or node in pending), f"ghost {node} is pinned"
             num_tokens += (node.end - node.start) * (pins > 0)
             num_slots += node.locks > 0 and node.checkpoint is not None
             locked_len += node.end * (node.locks > 0)
-        known = self._locked_tokens, self._locked_slots
-        assert known == (num_tokens, num_slots), f"{num_tokens}, {num_slots} locked, not {known}"
-        assert locked_len == self._locked_len, f"locked paths have {locked_len} tokens"
-        assert all(node.kv is not None for node in pending), "a ghost has a change that is pending"
+        counted = self._locked_tokens, self._locked_slots, self._locked_len
+        found = num_tokens, num_slots, locked_len
+        assert counted == found, f"tokens, slots and paths locked: {found}, counted {counted}"
 
     def _check_candidates(self) -> None:
         for item in self._withheld:
             assert item.node.locks, f"{item} is withheld but not locked"
             assert item in (item.node.kv, item.node.checkpoint), f"{item} is withheld but gone"
         listed = self.policy.candidates()
-        if listed is None:
-            return
-        held, due = list(listed), set(self.candidates())
-        assert len(set(held)) == len(held), "the policy holds an item twice"
-        for missing in due.difference(held):
-            raise AssertionError(f"the policy lacks {missing}")
-        for extra in set(held) - due:
-            raise AssertionError(f"the policy holds {extra}, which must not be a candidate")
+        if listed is not None:
+            held, due = list(listed), set(self.candidates())
+            assert len(set(held)) == len(held), "the policy holds an item twice"
+            assert due == set(held), f"the policy lacks or must not hold {due ^ set(held)}"
 
-    def _check_rows(self, resident: list[RadixNode]) -> None:
-        pages = self._pages
+    def _check_rows(self, segments: list[Segment]) -> None:
+        pages, counted = self._pages, self.cached_tokens
         pages.check()
-        parts = [node.kv.rows for node in resident if node.kv is not None]
-        cached = np.concatenate([EMPTY, *parts])
-        assert len(cached) == self.cached_tokens, (
-            f"{len(cached)} rows cached, counted {self.cached_tokens}"
-        )
-        assert len(cached) == 0 or (cached.min() >= 0 and cached.max() < pages.capacity), (
-            "a cached row is out of range"
-        )
+        cached = np.concatenate([EMPTY, *(segment.rows for segment in segments)])
+        assert len(cached) == counted, f"{len(cached)} rows cached, counted {counted}"
+        is_in_range = cached.min(initial=0) >= 0 and cached.max(initial=-1) < pages.capacity
+        assert is_in_range, "a cached row is out of range"
         both = np.concatenate([cached, pages.free_rows()])
         assert are_distinct(both), "a KV row is cached twice, or cached and free"
         if self._segments is not None and self.arena is not None:
-            self._segments.check([node.kv for node in resident if node.kv is not None])
+            self._segments.check(segments)
             self.arena.check_taken(cached)
             assert self._segments in self.arena.holders, "the tree is not notified of moves"
         if pages.budget is not None:
             taken = pages.num_taken * pages.unit_bytes
             taken += self._slots.num_taken * self._slots.unit_bytes
             free = pages.budget.total_bytes - taken
-            assert free == pages.budget.free_bytes, (
-                f"{free} bytes free, counted {pages.budget.free_bytes}"
-            )
-            assert free >= 0, "over the byte budget"
+            counted = pages.budget.free_bytes
+            assert free == counted >= 0, f"{free} bytes free, counted {counted}"
 
-    def _check_slots(self, checkpoints: list[Checkpoint]) -> None:
+    def _check_slots(self, cached: list[int]) -> None:
         slots = self._slots
         slots.check()
-        cached = [checkpoint.slot for checkpoint in checkpoints]
         owned = [slot for slot, is_cached in enumerate(self._is_cached) if is_cached]
         assert sorted(cached) == owned, "the slots of the cache are not those of its nodes"
         assert len(cached) == self.num_checkpoints, f"{self.num_checkpoints} checkpoints counted"

@@ -840,12 +840,12 @@ class TieredRadixCache(HybridRadixCache):
 
     def reset(self) -> None:
         """Remove everything that is not locked, in all tiers. O(tree)."""
-        self._refuse_unsafe_reset()
         offload = self.offload
-        offload.clear()
         closed, offload.closed = offload.closed, set(range(len(offload.tiers)))
-        super().reset()
-        offload.closed = closed
+        try:
+            super().reset()
+        finally:
+            offload.closed = closed
 
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
         """Recompute every invariant, those of the tiers included; see ``HybridRadixCache.check``.

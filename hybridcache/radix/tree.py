@@ -320,6 +320,7 @@ class Checkpoint(Item):
     )
 
     kind = "checkpoint"
+    dead = False
 
     def __init__(
         self,
