@@ -60,10 +60,8 @@ class CheckpointFormat:
         return self.dtype if self.per is None else f"{self.dtype}:{self.per}"
 
     def kept_dims(self, num_dims: int) -> tuple[int, ...]:
-        """Return the dimensions along which scales differ; none for an unknown layout (1-D)."""
+        """Return the dimensions along which scales differ."""
         last = num_dims - 1
-        if last == 0:
-            return ()
         return {
             "head": (0,),
             "row": tuple(range(last)),

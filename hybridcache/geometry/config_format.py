@@ -11,7 +11,7 @@ that were given and never read are refused or reported; none is dropped silently
 >>> format.read({"hidden_size": "64"})
 Traceback (most recent call last):
     ...
-hybridcache.geometry.sizes.SizesError: hidden_size in config.json must be an integer (got "64").
+hybridcache.geometry.sizes.SizesError: hidden_size in config.json must be int (got "64").
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from hybridcache.geometry.sizes import SizesError
@@ -125,7 +125,7 @@ class Format:
         for key in sorted(raw, key=self.aliases.__contains__):
             name = self.aliases.get(key, key)
             if name in kinds:
-                values[name] = _checked(key, _decoded(raw[key]), kinds[name])
+                values[name] = checked(key, _decoded(raw[key]), kinds[name])
                 given.add(name)
             elif key not in WITHOUT_EFFECT and key not in self.unused:
                 unknown.append(key)
@@ -175,14 +175,10 @@ class Config(Mapping[str, Any]):
         """
         parts = []
         for name, value in sorted(self._stated.items()):
-            if name in COMMON:
-                continue
-            is_used_up = name not in self._values
-            if isinstance(value, list | dict):
-                parts.append(name)
-            elif not isinstance(value, float) or is_used_up:
-                default = "" if name in self.given else " (default)"
-                parts.append(f"{name} {json.dumps(value)}{default}")
+            is_factor = isinstance(value, float) and name in self._values
+            if name not in COMMON and not is_factor:
+                shown = "" if isinstance(value, list | dict) else f" {json.dumps(value)}"
+                parts.append(f"{name}{shown}{'' if name in self.given else ' (default)'}")
         return ", ".join((*parts, *(f"{name} (missing)" for name in self._missing)))
 
     def unread(self) -> dict[str, Any]:
@@ -205,16 +201,15 @@ def _decoded(value: Any) -> Any:
     return [_decoded(part) for part in value] if isinstance(value, list) else value
 
 
-def _checked(name: str, value: Any, kind: Any) -> Any:
+def checked(name: str, value: Any, kind: Any) -> Any:
     """Return ``value`` if it has type ``kind``; convert an integer if ``kind`` is float.
 
     Raises:
         SizesError: the value has another type.
     """
     if not fits(value, kind):
-        raise SizesError(
-            f"{name} in config.json must be {_described(kind)} (got {json.dumps(value)})."
-        )
+        wanted = kind.__name__ if isinstance(kind, type) else kind
+        raise SizesError(f"{name} in config.json must be {wanted} (got {json.dumps(value)}).")
     return float(value) if kind is float else value
 
 
@@ -228,22 +223,3 @@ def fits(value: Any, kind: Any) -> bool:
         is_number = isinstance(value, int | kind) and not isinstance(value, bool)
         return is_number and not math.isnan(value)
     return isinstance(value, kind)
-
-
-WORDS = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    dict: "an object",
-    NoneType: "null",
-    list: "a list",
-    list[str]: "a list of strings",
-    list[int]: "a list of integers",
-    list[float]: "a list of numbers",
-}
-
-
-def _described(kind: Any) -> str:
-    parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    return " or ".join(WORDS[part] for part in parts)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from hybridcache.geometry.sizes import MixerSizes, SizesError, Spec, part, part_or_copy
+from hybridcache.geometry.sizes import MixerSizes, Spec, part
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSizes(MixerSizes):
     """Softmax attention with grouped queries."""
+
+    divided = ("num_heads",)
+    copied = ("num_kv_heads",)
 
     num_heads: int
     num_kv_heads: int
@@ -32,18 +35,16 @@ class AttentionSizes(MixerSizes):
         width = self.num_heads * self.head_dim
         return hidden * ((queries + 1) * width + 2 * self.num_kv_heads * self.head_dim)
 
-    def share(self, count: int) -> Self:
-        heads = part(self.num_heads, count, "heads of attention")
-        kv_heads = part_or_copy(self.num_kv_heads, count, "heads of keys and values")
-        return replace(self, num_heads=heads, num_kv_heads=kv_heads)
-
 
 @dataclass(frozen=True, slots=True)
 class LatentAttentionSizes(MixerSizes):
     """Multi-head latent attention.
 
-    Each token stores one latent vector and one key that all heads share (rotated or not).
+    Each token stores one latent vector and one key that all heads share (rotated or not). Every
+    rank stores them.
     """
+
+    divided = ("num_heads",)
 
     num_heads: int
     rank: int
@@ -69,15 +70,13 @@ class LatentAttentionSizes(MixerSizes):
         up = self.rank * self.num_heads * (self.nope_dim + self.value_dim)
         return queries + down + up + self.num_heads * self.value_dim * hidden
 
-    def share(self, count: int) -> Self:
-        """Divide the heads. The latent row is replicated."""
-        return replace(self, num_heads=part(self.num_heads, count, "heads of latent attention"))
-
 
 @dataclass(frozen=True, slots=True)
 class DeltaSizes(MixerSizes):
     """Linear attention with key-by-value states: Gated DeltaNet, Kimi Delta Attention, lightning
     attention."""
+
+    divided = ("num_key_heads", "num_value_heads")
 
     num_key_heads: int
     num_value_heads: int
@@ -111,15 +110,13 @@ class DeltaSizes(MixerSizes):
     def num_params(self, hidden: int) -> int:
         return hidden * (2 * self.key_width + 3 * self.value_width)  # q, k; v, gate, out
 
-    def share(self, count: int) -> Self:
-        keys = part(self.num_key_heads, count, "key heads of linear attention")
-        values = part(self.num_value_heads, count, "value heads of linear attention")
-        return replace(self, num_key_heads=keys, num_value_heads=values)
-
 
 @dataclass(frozen=True, slots=True)
 class MambaSizes(MixerSizes):
     """Selective state space: Mamba-1 (one head per channel, no groups) or Mamba-2."""
+
+    divided = ("num_heads",)
+    copied = ("num_groups",)
 
     num_heads: int
     head_dim: int
@@ -150,14 +147,14 @@ class MambaSizes(MixerSizes):
         if not self.num_groups:  # Mamba-1: its channels are one head.
             channels = part(self.head_dim, count, "channels of a state space")
             return replace(self, head_dim=channels)
-        heads = part(self.num_heads, count, "heads of a state space")
-        groups = part_or_copy(self.num_groups, count, "groups of a state space")
-        return replace(self, num_heads=heads, num_groups=groups)
+        return MixerSizes.share(self, count)
 
 
 @dataclass(frozen=True, slots=True)
 class ShortConvSizes(MixerSizes):
     """Gated causal convolution. Its state is the window of the last inputs."""
+
+    divided = ("channels",)
 
     channels: int
     conv_width: int
@@ -169,27 +166,6 @@ class ShortConvSizes(MixerSizes):
 
     def num_params(self, hidden: int) -> int:
         return 4 * hidden * hidden
-
-    def share(self, count: int) -> Self:
-        return replace(self, channels=part(self.channels, count, "channels of a convolution"))
-
-
-@dataclass(frozen=True, slots=True)
-class StatedSizes(MixerSizes):
-    """Recurrence with known state sizes and unknown internals."""
-
-    state_size: int
-    conv_size: int
-
-    @property
-    def keeps(self) -> tuple[Spec, ...]:
-        return Spec("conv", (self.conv_size,), "conv"), recurrent((self.state_size,))
-
-    def num_params(self, hidden: int) -> int:
-        return 0
-
-    def share(self, count: int) -> Self:
-        raise SizesError("Layers of which only the state sizes are known cannot be divided")
 
 
 def conv_window(channels: int, width: int) -> tuple[Spec, ...]:

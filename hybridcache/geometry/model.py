@@ -29,7 +29,6 @@ from hybridcache.geometry.mixers import (
     LatentAttentionSizes,
     MambaSizes,
     ShortConvSizes,
-    StatedSizes,
 )
 from hybridcache.geometry.sizes import (
     ExpertsSizes,
@@ -77,6 +76,9 @@ class ModelGeometry:
     except ``auto`` stores running states outside the cache's memory."""
     checkpoint_bytes: int | None = None
     """Size of one checkpoint in ``checkpoint_dtype``, or None if checkpoints are plain states."""
+
+    def __post_init__(self) -> None:
+        _refuse_unknown(state_dtype=self.state_dtype)
 
     @classmethod
     def preset(cls, name: str, **dtypes: str) -> ModelGeometry:
@@ -179,7 +181,7 @@ class ModelGeometry:
         checkpoint_dtype: str = "auto",
     ) -> ModelGeometry:
         """Sum the costs that all layers declare."""
-        _refuse_unknown(kv_dtype=kv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype)
+        _refuse_unknown(kv_dtype=kv_dtype, conv_dtype=conv_dtype)
         active, total = sizes.num_params()
         kept = [{spec.kind for spec in mixer.keeps} for mixer in sizes.mixers]
         num_recurrent = sizes.size_of("recurrent")
@@ -227,11 +229,6 @@ class ModelGeometry:
         """FLOPs of one token in all layers, without the pairs of attention."""
         return 2 * self.active_params + self.scan_flops_per_token
 
-    def with_state_dtype(self, state_dtype: str) -> ModelGeometry:
-        """Return the same model with its checkpoints in another precision."""
-        _refuse_unknown(state_dtype=state_dtype)
-        return replace(self, state_dtype=state_dtype)
-
     def flops(self, start: int, end: int) -> int:
         """Return the forward FLOPs of a prefill of tokens [start, end) after ``start`` reused."""
         num_pairs = (end * (end + 1) - start * (start + 1)) // 2
@@ -252,7 +249,6 @@ KINDS: Mapping[str, Callable[..., Any]] = {
     "delta": DeltaSizes,
     "mamba": MambaSizes,
     "short_conv": ShortConvSizes,
-    "stated": StatedSizes,
     "mlp": MLPSizes,
     "experts": ExpertsSizes,
 }

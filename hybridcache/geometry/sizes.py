@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 MOST_LAYERS = 10_000
 
@@ -40,7 +40,31 @@ class Spec:
         return math.prod(self.shape)
 
 
-class MixerSizes(ABC):
+class Divisible:
+    """Sizes that the ranks of a tensor-parallel model divide among themselves."""
+
+    __slots__ = ()
+
+    divided: ClassVar[tuple[str, ...]] = ()
+    """Fields that are divided evenly."""
+    copied: ClassVar[tuple[str, ...]] = ()
+    """Fields that are divided, or 1 if each unit is replicated on several ranks."""
+
+    def share(self, count: int) -> Self:
+        """Return the sizes that one of ``count`` ranks computes and stores.
+
+        Raises SizesError if they cannot be divided evenly.
+        """
+        own: dict[str, int] = {}
+        for name in (*self.divided, *self.copied):
+            size: int = getattr(self, name)
+            is_copied = name in self.copied and 0 < size < count and count % size == 0
+            what = name.removeprefix("num_").replace("_", " ")
+            own[name] = 1 if is_copied else part(size, count, what)
+        return replace(self, **own)  # type: ignore[type-var]
+
+
+class MixerSizes(Divisible, ABC):
     """Sizes of the part of a layer that mixes tokens."""
 
     __slots__ = ()
@@ -60,13 +84,6 @@ class MixerSizes(ABC):
         """Return the number of weights that a token is multiplied with, for a model of width
         ``hidden``."""
 
-    @abstractmethod
-    def share(self, count: int) -> Self:
-        """Return the sizes that one of ``count`` ranks computes and stores.
-
-        Heads and channels are divided. Raises SizesError if that is not possible evenly.
-        """
-
 
 def part(size: int, count: int, what: str) -> int:
     """Divide ``size`` evenly over ``count`` ranks. Raises SizesError if that is not possible."""
@@ -75,14 +92,11 @@ def part(size: int, count: int, what: str) -> int:
     return size // count
 
 
-def part_or_copy(size: int, count: int, what: str) -> int:
-    """Divide ``size`` evenly, or return 1 if each unit is replicated on several ranks."""
-    return 1 if 0 < size < count and count % size == 0 else part(size, count, what)
-
-
 @dataclass(frozen=True, slots=True)
-class MLPSizes:
+class MLPSizes(Divisible):
     """A dense feed-forward block."""
+
+    divided = ("intermediate",)
 
     intermediate: int
     matrices: int = 3
@@ -93,14 +107,12 @@ class MLPSizes:
         count = self.matrices * hidden * self.intermediate
         return count, count
 
-    def share(self, count: int) -> Self:
-        """Divide the inner width over ``count`` ranks; see ``MixerSizes.share``."""
-        return replace(self, intermediate=part(self.intermediate, count, "units of an MLP"))
-
 
 @dataclass(frozen=True, slots=True)
-class ExpertsSizes:
-    """A mixture of experts."""
+class ExpertsSizes(Divisible):
+    """A mixture of experts. Every expert is divided, so that the load is even for any routing."""
+
+    divided = ("intermediate", "shared_intermediate")
 
     num_experts: int
     experts_per_token: int
@@ -121,14 +133,6 @@ class ExpertsSizes:
         always = shared + hidden * self.num_experts + narrowing
         return always + self.experts_per_token * expert, always + self.num_experts * expert
 
-    def share(self, count: int) -> Self:
-        """Divide every expert over all ranks, so that the load is even for any routing."""
-        return replace(
-            self,
-            intermediate=part(self.intermediate, count, "units of an expert"),
-            shared_intermediate=part(self.shared_intermediate, count, "units of a shared expert"),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
@@ -143,7 +147,7 @@ class LayerSizes:
         return tuple(spec for mixer in self.mixers for spec in mixer.keeps)
 
     def share(self, count: int) -> LayerSizes:
-        """Divide all parts over ``count`` ranks; see ``MixerSizes.share``."""
+        """Divide all parts over ``count`` ranks; see ``Divisible.share``."""
         mixers = tuple(mixer.share(count) for mixer in self.mixers)
         return LayerSizes(mixers, None if self.mlp is None else self.mlp.share(count))
 

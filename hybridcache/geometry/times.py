@@ -13,13 +13,8 @@ from math import inf
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.tokens import require_index
-
-Lengths = npt.NDArray[np.int64]
 
 
 class PrefillTimes(Protocol):
@@ -83,19 +78,6 @@ class Roofline:
         arithmetic = geometry.flops(start, end) / self.flops_per_s
         return self.overhead_s + max(arithmetic, moved / self.bytes_per_s) / self.devices
 
-    def seconds_each(self, starts: Lengths, ends: Lengths) -> npt.NDArray[np.float64]:
-        """Compute ``seconds`` of many prefills, int64[n] each, with identical results. O(n)."""
-        geometry = self.geometry
-        if geometry.flops(0, int(ends.max(initial=0))) >= 1 << 63:
-            return np.array([*map(self.seconds, starts.tolist(), ends.tolist())], np.float64)
-        params = np.minimum(geometry.total_params, geometry.active_params * (ends - starts))
-        moved = params * self.weight_bytes_per_param + ends * geometry.kv_bytes_per_token
-        num_pairs = (ends * (ends + 1) - starts * (starts + 1)) // 2
-        flops = (ends - starts) * geometry.flops_per_token
-        flops += num_pairs * geometry.attention_flops_per_pair
-        slower = np.maximum(flops / self.flops_per_s, moved / self.bytes_per_s)
-        return np.where(ends > starts, self.overhead_s + slower / self.devices, 0.0)
-
 
 @dataclass(frozen=True, slots=True)
 class MeasuredTimes:
@@ -121,10 +103,9 @@ class MeasuredTimes:
         """Raise ValueError for axes that do not ascend, and for numbers that are no seconds."""
         for name in ("starts", "lengths", "decodes"):
             axis = getattr(self, name)
-            if not all(isinstance(one, int) for one in axis):
-                raise ValueError(f"{name} must be whole numbers (got {axis}).")
-            if list(axis) != sorted(set(axis)) or min(axis, default=0) < 0:
-                raise ValueError(f"{name} must ascend, from 0 or more on (got {axis}).")
+            is_axis = all(isinstance(one, int) and one >= 0 for one in axis)
+            if not is_axis or list(axis) != sorted(set(axis)):
+                raise ValueError(f"{name} must be whole numbers that ascend (got {axis}).")
         if self.starts[:1] != (0,):
             raise ValueError(f"starts must begin with 0 (got {self.starts}).")
         widths = {len(row) for row in self.table_s}

@@ -412,7 +412,7 @@ class Scenario:
         if isinstance(found, str):
             found = ModelGeometry.load(found, checkpoint_dtype=self.checkpoint_dtype)
         if found.num_linear_layers and self.state_dtype is not None:
-            return found.with_state_dtype(self.state_dtype)
+            return replace(found, state_dtype=self.state_dtype)
         return found
 
     def prefill_times(self, geometry: ModelGeometry) -> Any:

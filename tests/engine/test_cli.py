@@ -64,7 +64,7 @@ CONFIG = json.dumps(ATTENTION_ONLY)
         (
             CONFIG.replace('layers": 2', 'layers": "2"'),
             None,
-            "num_hidden_layers in config.json must be an integer",
+            "num_hidden_layers in config.json must be int",
         ),
         (CONFIG, None, "safetensors"),
         (CONFIG, b"\x10\0\0", "model.safetensors"),

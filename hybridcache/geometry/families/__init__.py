@@ -8,15 +8,15 @@ Modules are discovered, not registered. A config with an unknown ``model_type`` 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 from hybridcache.geometry.config_format import Config
-from hybridcache.geometry.families import by_layer_types
+from hybridcache.geometry.families import fields
 from hybridcache.geometry.families.fields import Fields
-from hybridcache.geometry.sizes import ModelSizes, SizesError
+from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes, SizesError
 
 COMPOSITES = ("qwen3_5", "qwen3_5_moe")
 """Model types with a ``text_config`` that set ``tie_word_embeddings`` at the outer level."""
@@ -69,9 +69,37 @@ def read(text: Fields) -> tuple[ModelSizes, Config | None]:
                 "which no layer_types list: add these, or set the model_type of a known family "
                 "with the same keys."
             )
-        return by_layer_types.sizes(text), None
+        return _by_layer_types(text), None
     config: Config = module.FORMATS[model_type].read(text)
     return module.sizes(config), config
+
+
+def _attention(text: Fields) -> MixerSizes:
+    return fields.latent_attention(text) if text.get("kv_lora_rank") else fields.attention(text)
+
+
+READERS: dict[str, Callable[[Fields], MixerSizes]] = {
+    "full_attention": _attention,
+    "attention": _attention,
+    "linear_attention": fields.gated_delta_net,
+    "mamba": fields.mamba2,
+}
+
+
+def _by_layer_types(text: Fields) -> ModelSizes:
+    """Compute the sizes of a model of an unknown type, with an MLP or experts in every layer.
+
+    If ``layer_types`` is missing, every ``full_attention_interval``-th layer is full attention.
+    Raises SizesError for an unknown layer type.
+    """
+    _attention(text)
+    if text.get("layer_types"):
+        types = fields.sorts(text, READERS)
+    else:
+        types = fields.every_nth_attends(text, int(text.get("full_attention_interval") or 1))
+    mlp = fields.experts(text) or fields.dense(text)
+    mixers = {sort: READERS[sort](text) for sort in set(types)}
+    return fields.model(text, tuple(LayerSizes((mixers[sort],), mlp) for sort in types))
 
 
 @cache

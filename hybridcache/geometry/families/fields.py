@@ -297,13 +297,6 @@ def size_of(text: Fields, name: str, default: int | None = None) -> int:
     return check_size(name, int(default if value is None else value))  # type: ignore[arg-type]
 
 
-def check_integer(name: str, value: object) -> int:
-    """Return ``value`` if it is an integer. Raises SizesError otherwise."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise SizesError(f"{name} in config.json must be an integer (got {value!r}).")
-    return value
-
-
 def check_size(name: str, size: int) -> int:
     """Return ``size`` if it is at least one. Raises SizesError otherwise."""
     if size < 1:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
+from hybridcache.geometry.config_format import (
+    ROPE_KEYS,
+    Config,
+    Field,
+    Format,
+    Values,
+    checked,
+    keys,
+    table,
+)
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import DeltaSizes
 from hybridcache.geometry.sizes import ModelSizes, SizesError
@@ -27,7 +36,7 @@ def complete(values: Values) -> None:
     count, linear = fields.num_layers(values), dict(values.get("linear_attn_config", {}))
     for key, name in LINEAR_KEYS.items():
         if key in linear:
-            values[name] = fields.check_integer(f"{key} of linear_attn_config", linear.pop(key))
+            values[name] = checked(f"{key} of linear_attn_config", linear.pop(key), int)
     full, kda = (linear.pop(key, None) for key in LISTS)
     values["linear_attn_config"] = linear
     if values["layer_types"] is None and full is not None and kda is not None:
