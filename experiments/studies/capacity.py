@@ -62,7 +62,7 @@ def competitors(name: str) -> list[dict[str, Any]]:
         **settings,
     )
     by_label = {
-        label if runs[0].config.baseline else f"{runs[0].config.policy}": runs
+        label if runs[0].config["baseline"] else runs[0].config["policy"]: runs
         for label, runs in result.by_label().items()
     }
     return [

@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from hybridcache.api import Losses
 from hybridcache.command.extras import explain_missing
@@ -45,7 +46,6 @@ TITLE_CHARS, CAPTION_CHARS = 14, 17
 """Characters in an inch of a title, and of a caption."""
 MOST_TICKS = 6
 """Sizes that all have a number on their axis."""
-Draw = TypeVar("Draw", bound=Callable[..., Any])
 
 
 def figure_path(path: str | Path) -> Path:
@@ -57,20 +57,16 @@ def figure_path(path: str | Path) -> Path:
     return make_folder(path)
 
 
-def _with_fonts(draw: Draw) -> Draw:
-    """Return ``draw`` with the fonts of this package's own figures."""
-
-    @wraps(draw)
-    def drawn(*arguments: Any, **options: Any) -> Any:
-        with explain_missing():
-            import matplotlib
-        with matplotlib.rc_context(_FONTS):
-            return draw(*arguments, **options)
-
-    return cast(Draw, drawn)
+@contextmanager
+def _fonts() -> Iterator[None]:
+    """Use the fonts of this package's own figures."""
+    with explain_missing():
+        import matplotlib
+    with matplotlib.rc_context(_FONTS):
+        yield
 
 
-@_with_fonts
+@_fonts()
 def sweep_figure(
     results: Sequence[SweepRuns],
     path: str | Path | None,
@@ -85,20 +81,17 @@ def sweep_figure(
         known = any(run.optimum_tokens is not None for result in results for run in result.runs)
         words = ("hit", "optimum") if known else "hit"
     words = [words] if isinstance(words, str) else list(words)
-    count = len(words) * len(results)
-    size = (4.6, 3.5) if count == 1 else (3.4, 2.7)
-    figure, axes = panels(count, columns=3 if len(words) % 2 else 2, size=size)
-    titles = []
-    for number, result in enumerate(results):
-        for word, axis in zip(words, axes[number * len(words) :], strict=False):
-            metric = find_metric(word)
-            draw_curves(axis, result, metric)
-            if word == "hit":
-                draw_limits(axis, result)
-            size_axis(axis, sizes=_sizes(result))
-            axis.set_ylabel(metric.title)
-            titles.append(_facts(result))
-    set_titles(figure, axes, titles)
+    cells = list(product(results, words))
+    size = (4.6, 3.5) if len(cells) == 1 else (3.4, 2.7)
+    figure, axes = panels(len(cells), columns=3 if len(words) % 2 else 2, size=size)
+    for axis, (result, word) in zip(axes, cells, strict=True):
+        metric = find_metric(word)
+        draw_curves(axis, result, metric)
+        if word == "hit":
+            draw_limits(axis, result)
+        size_axis(axis, sizes=_sizes(result))
+        axis.set_ylabel(metric.title)
+    set_titles(figure, axes, [_facts(result) for result, _ in cells])
     return save(figure, axes, path, " ".join(_notes(results, words)))
 
 
@@ -152,10 +145,9 @@ LOSSES = dict(
     )
 )
 """Causes of lost tokens and their colours."""
-NO_CAUSES = "none of these runs has loss causes: rebuilt peers do not record them"
 
 
-@_with_fonts
+@_fonts()
 def losses_figure(results: Sequence[SweepRuns], path: str | Path | None) -> Figure:
     """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
     was reused. ValueError if no run has causes."""
@@ -166,7 +158,7 @@ def losses_figure(results: Sequence[SweepRuns], path: str | Path | None) -> Figu
         if all(run.losses is not None for run in runs)
     ]
     if not shown:
-        raise ValueError(NO_CAUSES)
+        raise ValueError("none of these runs has loss causes: rebuilt peers do not record them")
     figure, axes = panels(len(shown), columns=3, size=(3.4, 2.7))
     for axis, (result, _, runs) in zip(axes, shown, strict=True):
         stack_losses(axis, runs)
@@ -333,7 +325,7 @@ def save(
     return figure
 
 
-@_with_fonts
+@_fonts()
 def optimum_figure(found: Sequence[Optimum], path: str | Path | None) -> Figure:
     """Draw plan and bound over the size."""
     figure, axes = panels(1, columns=1)
@@ -357,51 +349,41 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 }
 
 
-@_with_fonts
+@_fonts()
 def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -> Figure:
     """Draw hits, times to first token and makespan over the rate of sessions: four panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
     smallest to the largest."""
-    names = {run.config.trace: run.trace for run in runs}
+    names = {run.config["trace"]: run.trace for run in runs}
     is_clear = len(set(names.values())) == len(names)
-    cells = list(dict.fromkeys((run.config.trace, run.label, run.gib) for run in runs))
+    cells = list(dict.fromkeys((run.config["trace"], run.label, run.gib) for run in runs))
     admissions = list(dict.fromkeys(run.admission for run in runs))
     columns, size = (2, (3.4, 2.7)) if len(cells) == 1 else (4, (2.8, 2.5))
-    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), columns, size)
-    titles: list[list[str]] = []
-    for row, cell in enumerate(cells):
-        here = [run for run in runs if (run.config.trace, run.label, run.gib) == cell]
+    drawn = list(product(cells, CLOSED_LOOP_PANELS.items()))
+    figure, axes = panels(len(drawn), columns, size)
+    titles = []
+    for axis, (cell, (name, value)) in zip(axes, drawn, strict=True):
+        here = [run for run in runs if (run.config["trace"], run.label, run.gib) == cell]
+        for place, admission in enumerate(admissions):
+            by_rate: dict[float, list[float]] = {}
+            for run in sorted(here, key=lambda run: run.rate):
+                if run.admission == admission:
+                    by_rate.setdefault(run.rate, []).append(value(run))
+            look, rates = line_look(place, len(admissions)), list(by_rate)
+            axis.plot(rates, list(map(fmean, by_rate.values())), label=admission, **look)
+            lows, highs = (list(map(end, by_rate.values())) for end in (min, max))
+            axis.vlines(rates, lows, highs, look["color"], linewidth=0.6)
+        size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
+        axis.set_ylabel(name)
+        if name.endswith("TTFT, s"):
+            axis.set_yscale("log")
+            low, high = map(math.log10, axis.get_ylim())
+            axis.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))
+            _plain_ticks(axis.yaxis, (1, 3))
+        else:
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         trace = names[cell[0]] if is_clear else cell[0]
-        for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
-            axis = axes[row * len(CLOSED_LOOP_PANELS) + column]
-            for place, admission in enumerate(admissions):
-                by_rate: dict[float, list[float]] = {}
-                for run in sorted(here, key=lambda run: run.rate):
-                    if run.admission == admission:
-                        by_rate.setdefault(run.rate, []).append(value(run))
-                if not by_rate:
-                    continue
-                means = [fmean(values) for values in by_rate.values()]
-                limits = zip(means, by_rate.values(), strict=True)
-                bars = [(mean - min(values), max(values) - mean) for mean, values in limits]
-                axis.errorbar(
-                    list(by_rate),
-                    means,
-                    yerr=[*zip(*bars, strict=True)],
-                    elinewidth=0.6,
-                    label=admission,
-                    **line_look(place, len(admissions)),
-                )
-            size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
-            axis.set_ylabel(name)
-            if name.endswith("TTFT, s"):
-                axis.set_yscale("log")
-                low, high = map(math.log10, axis.get_ylim())
-                axis.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))
-                _plain_ticks(axis.yaxis, (1, 3))
-            else:
-                axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
-            titles.append([trace, here[0].config.model, f"{cell[2]:.3g} GiB", cell[1]])
+        titles.append([trace, here[0].config["model"], f"{cell[2]:.3g} GiB", cell[1]])
     set_titles(figure, axes, titles)
     has_bars = len({run.seed for run in runs}) > 1
     return save(figure, axes, path, "Bars: the smallest to the largest of all seeds." * has_bars)

@@ -85,32 +85,14 @@ class FleetResult:
 def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:
     """Run a fleet over a trace, which is best held in memory (``Trace.kept``). Every replica has
     the cache, the memory and the machine of ``scenario``. O(events log events). ValueError for a
-    router that does not exist or chooses no replica, for a rebuilt peer, for a scenario of several
-    policies or sizes, and for a load of a trace that takes no time."""
-    if scenario.baseline:
-        raise ValueError(
-            f"baseline {scenario.baseline}: rebuilt peers publish no events for routers: leave "
-            "it out for a fleet"
-        )
+    router that does not exist or chooses no replica, and for a scenario of several policies or
+    sizes. Rebuilt peers publish no events for routers."""
     points, _ = scenario.points(trace, max(scenario.page_size, trace.unit))
-    geometry, cells = scenario.geometry(), scenario.cells(points)
-    if len(cells) > 1:
-        raise ValueError(
-            "a fleet has one policy, one placement and one size of its replicas, gib: run one for "
-            "each"
-        )
-    cell = cells[0]
+    geometry, [cell] = scenario.geometry(), scenario.cells(points)
     work = [(one.timestamp_s, geometry.flops(0, one.num_tokens(trace.unit))) for one in trace]
-    if not work:
-        raise ValueError(f"{trace.name}: {trace.is_empty_because}")
     first_s, seconds = work[0][0], work[-1][0] - work[0][0]
     times = cell.prefill_times(geometry)
     if fleet.load is not None:
-        if seconds <= 0:
-            raise ValueError(
-                "load is a share of the trace's time, and all its requests come at once: name "
-                "starts (starts=poisson:2), or leave the load out"
-            )
         # As on a server with large batches, which share the reads of the weights.
         cold_flops = sum(flops for _, flops in work)
         flops_per_s = cold_flops / (fleet.load * fleet.replicas * seconds)

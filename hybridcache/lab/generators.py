@@ -33,10 +33,7 @@ def generator(draw: Callable[Options, Requests]) -> Callable[Options, Trace]:
 
     @wraps(draw)
     def make(*args: Options.args, **options: Options.kwargs) -> Trace:
-        try:
-            bound = signature.bind(*args, **options)
-        except TypeError as error:
-            raise TypeError(f"{draw.__name__}: {error}") from None
+        bound = signature.bind(*args, **options)
         bound.apply_defaults()  # All ways to write the same options are one trace (identity_of).
         source = partial(_drawn, make, *bound.args, **bound.kwargs)
         return Trace(name, 1, source)

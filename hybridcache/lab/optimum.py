@@ -10,7 +10,7 @@ import heapq
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,17 +28,35 @@ from hybridcache.lab.trace import Trace, TraceRequest
 # Positions that only one request visits can never be reused and are left out.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Position:
-    """One node of the trie."""
+    """One node of the trie, and what a plan keeps there: intervals are numbered by the visit at
+    their beginning."""
 
     depth: int
-    parent: int | None
-    """Number of the position above; None at the top."""
-    visits: list[int]
+    parent: Position | None
+    """Position above; None at the top."""
+    visits: npt.NDArray[np.intp]
     """Request numbers, ascending."""
     is_candidate: bool
     """True if a checkpoint may be saved here: its depth is on the grid."""
+    kv: npt.NDArray[np.bool_] = field(init=False)
+    """True for each interval over which the segment that ends here is kept."""
+    checkpoints: npt.NDArray[np.bool_] = field(init=False)
+    """True for each interval over which a checkpoint is kept."""
+
+    def __post_init__(self) -> None:
+        self.kv, self.checkpoints = np.zeros((2, len(self.visits) - 1), dtype=bool)
+
+    @property
+    def span(self) -> int:
+        """Tokens of the segment that ends here."""
+        return self.depth - (self.parent.depth if self.parent else 0)
+
+    def overlapping(self, start: int, end: int) -> slice:
+        """Return the intervals that overlap (start, end], both visits of it. O(log n)."""
+        first, last = np.searchsorted(self.visits, (start, end)).tolist()
+        return slice(first, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +64,19 @@ class VisitedTrie:
     """Positions and the paths of requests through them."""
 
     positions: list[Position]
-    """By number. Parents come first."""
-    paths: list[dict[int, int]]
+    """Parents come first."""
+    paths: list[dict[Position, int]]
     """Positions that each request visits, top down, with the number of that visit among those of
     the position."""
     prompt_lens: list[int]
     """Length of each request's prompt in tokens."""
 
-    def span(self, position: Position) -> int:
-        """Return the tokens of the segment that ends at ``position``."""
-        above = 0 if position.parent is None else self.positions[position.parent].depth
-        return position.depth - above
-
     def usable(self, request: int) -> Iterator[Interval]:
         """Yield (position, interval) from which ``request`` could resume, top down: candidates
         visited before, at most one token short of its prompt."""
-        for index, visit in self.paths[request].items():
-            position = self.positions[index]
+        for position, visit in self.paths[request].items():
             if visit and position.is_candidate and position.depth < self.prompt_lens[request]:
-                yield index, visit - 1
+                yield position, visit - 1
 
 
 def _cut(node: PrefixNode, depth: int) -> None:
@@ -97,22 +109,21 @@ def build_trie(requests: Iterable[TraceRequest], *, grid: int = 1) -> VisitedTri
     for request_number, chain in enumerate(chains):
         for node in chain:
             visits.setdefault(node, []).append(request_number)
-    positions: list[Position] = []
-    numbers: dict[PrefixNode, int] = {}
-    paths: list[dict[int, int]] = []
+    positions: dict[PrefixNode, Position] = {}
+    paths: list[dict[Position, int]] = []
     for request_number, chain in enumerate(chains):
-        path, above = dict[int, int](), None
+        path, above = dict[Position, int](), None
         for node in chain:
             found = visits[node]
             if len(found) < 2:
                 break
-            if node not in numbers:
-                numbers[node] = len(positions)
-                positions.append(Position(node.depth, above, found, node.depth % grid == 0))
-            above = numbers[node]
+            if node not in positions:
+                is_candidate = node.depth % grid == 0
+                positions[node] = Position(node.depth, above, np.asarray(found), is_candidate)
+            above = positions[node]
             path[above] = bisect_left(found, request_number)
         paths.append(path)
-    return VisitedTrie(positions, paths, lens)
+    return VisitedTrie([*positions.values()], paths, lens)
 
 
 def _cut_candidates(
@@ -136,10 +147,10 @@ def _cut_candidates(
 
 # --- Plan and its verifier ------------------------------------------------------------------------
 
-Interval = tuple[int, int]
+Interval = tuple[Position, int]
 """(position, interval number): from the position's visit with that number to its next one."""
-Entries = tuple[int, int, npt.NDArray[np.intp]]
-"""(position, bytes of one, interval numbers) of KV segments or checkpoints."""
+Entries = tuple[Position, npt.NDArray[np.bool_], int, npt.NDArray[np.intp]]
+"""(position, its ``kv`` or ``checkpoints``, bytes of one, interval numbers)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,82 +169,66 @@ class MemoryBudget:
     Counted next to the entries kept since the request before; cached KV is counted once."""
 
 
-def overlapping(visits: list[int], start: int, end: int) -> range:
-    """Return the intervals of ``visits`` that overlap (start, end], both visits themselves. O(log
-    n)."""
-    return range(bisect_left(visits, start), bisect_left(visits, end))
-
-
 class Plan:
-    """KV segments and checkpoints to keep, and the position from which each request resumes. It is
-    built hit by hit."""
+    """KV segments and checkpoints to keep, which are marked at the positions of the trie, and the
+    position from which each request resumes. It is built hit by hit."""
 
     def __init__(self, trie: VisitedTrie, budget: MemoryBudget) -> None:
         num_requests = len(trie.paths)
         self.trie, self.budget = trie, budget
-        self.visits = [np.asarray(position.visits) for position in trie.positions]
-        self.lengths = [np.diff(visits) for visits in self.visits]
-        """Steps of each interval of a position."""
-        self.kv = [np.zeros(len(lengths), dtype=bool) for lengths in self.lengths]
-        """True for each interval over which the segment of a position is kept."""
-        self.checkpoints = [np.zeros(len(lengths), dtype=bool) for lengths in self.lengths]
-        self.sizes = [
-            trie.span(position) * budget.kv_bytes_per_token for position in trie.positions
-        ]
         self.usage = np.zeros(num_requests, dtype=np.int64)
         """Bytes kept on the device between request t and t + 1."""
         self.running = budget.running_bytes
         """Bytes of running requests, less the KV that they reuse; None if they are not counted."""
         self.cached_lens = np.zeros(num_requests, dtype=np.int64)
         """Tokens skipped by each request."""
-        self.hits: dict[int, int] = {}
+        self.hits: dict[int, Position] = {}
         """Position from which each request resumes, if it does."""
 
-    def needs(self, request: int, index: int) -> set[Interval]:
+    def needs(self, request: int, position: Position) -> set[Interval]:
         """Return the checkpoint intervals that must be added for ``request`` to resume at
-        ``index``, its own first."""
-        needed = self._state_since(index, self.trie.paths[request][index] - 1)
-        depth = self.trie.positions[index].depth
-        for above, visit in self.trie.paths[request].items():
-            position = self.trie.positions[above]
-            if position.depth >= depth:
+        ``position``."""
+        path = self.trie.paths[request]
+        needed = self._state_since(position, path[position] - 1)
+        for above, visit in path.items():
+            if above.depth >= position.depth:
                 break
-            is_last = visit == len(position.visits) - 1
-            is_computed = position.depth > self.cached_lens[request]
-            if is_computed and not is_last and self.checkpoints[above][visit]:
+            is_last, is_computed = visit == len(above.kv), above.depth > self.cached_lens[request]
+            if is_computed and not is_last and above.checkpoints[visit]:
                 needed |= self._state_since(above, visit - 1)
         return needed
 
-    def _state_since(self, index: int, interval: int) -> set[Interval]:
-        """Return the intervals back to the last visit that computed the state at ``index``, without
-        those already kept."""
+    def _state_since(self, position: Position, interval: int) -> set[Interval]:
+        """Return the intervals back to the last visit that computed the state at ``position``,
+        without those already kept."""
         needed = set()
-        depth = self.trie.positions[index].depth
-        while not self.checkpoints[index][interval]:
-            needed.add((index, interval))
-            if self.cached_lens[self.visits[index][interval]] <= depth:
+        while not position.checkpoints[interval]:
+            needed.add((position, interval))
+            if self.cached_lens[position.visits[interval]] <= position.depth:
                 break
             interval -= 1
         return needed
 
     def missing(self, states: set[Interval]) -> list[Entries]:
         """Return the entries to add: the checkpoints and the KV above them."""
-        added = [
-            (index, self.budget.state_bytes, np.asarray([interval])) for index, interval in states
+        state_bytes, kv_bytes = self.budget.state_bytes, self.budget.kv_bytes_per_token
+        added: list[Entries] = [
+            (position, position.checkpoints, state_bytes, np.asarray([interval]))
+            for position, interval in states
         ]
-        spans: dict[int, tuple[int, int]] = {}
-        for index, interval in states:
-            start, end = (int(step) for step in self.visits[index][interval : interval + 2])
-            above: int | None = index
+        spans: dict[Position, tuple[int, int]] = {}
+        for position, interval in states:
+            start, end = position.visits[interval : interval + 2].tolist()
+            above: Position | None = position
             while above is not None:
                 first, last = spans.get(above, (start, end))
                 spans[above] = min(first, start), max(last, end)
-                above = self.trie.positions[above].parent
-        for index, (start, end) in spans.items():
-            within = overlapping(self.trie.positions[index].visits, start, end)
-            absent = np.flatnonzero(~self.kv[index][within.start : within.stop]) + within.start
+                above = above.parent
+        for position, (start, end) in spans.items():
+            within = position.overlapping(start, end)
+            absent = np.flatnonzero(~position.kv[within]) + within.start
             if len(absent):
-                added.append((index, self.sizes[index], absent))
+                added.append((position, position.kv, position.span * kv_bytes, absent))
             elif len(states) == 1:
                 break  # kept KV has all KV above it
         return added
@@ -241,9 +236,9 @@ class Plan:
     def bytes_of(self, entries: Iterable[Entries]) -> npt.NDArray[np.int64]:
         """Return the bytes of ``entries`` between request t and t + 1: int64[requests]."""
         change = np.zeros(len(self.usage) + 1, dtype=np.int64)
-        for index, size, which in entries:
-            np.add.at(change, self.visits[index][which], size)
-            np.add.at(change, self.visits[index][which + 1], -size)
+        for position, _, size, which in entries:
+            np.add.at(change, position.visits[which], size)
+            np.add.at(change, position.visits[which + 1], -size)
         usage: npt.NDArray[np.int64] = np.cumsum(change)[:-1]
         return usage
 
@@ -257,48 +252,40 @@ class Plan:
     def verify(self) -> None:
         """Check from scratch that a cache could execute the plan. Raises AssertionError naming the
         rule that is broken."""
-        trie, budget, positions = self.trie, self.budget, self.trie.positions
-        of_kv = [
-            (at, size, np.flatnonzero(kept))
-            for at, (size, kept) in enumerate(zip(self.sizes, self.kv, strict=True))
-        ]
-        of_states = [
-            (at, budget.state_bytes, np.flatnonzero(kept))
-            for at, kept in enumerate(self.checkpoints)
-        ]
-        kv, states = (
-            {(at, int(interval)) for at, _, which in entries for interval in which}
-            for entries in (of_kv, of_states)
-        )
+        budget, paths, lens = self.budget, self.trie.paths, self.trie.prompt_lens
+        entries: list[Entries] = []
+        for position in self.trie.positions:
+            kv_bytes = position.span * budget.kv_bytes_per_token
+            for kept, size in ((position.kv, kv_bytes), (position.checkpoints, budget.state_bytes)):
+                entries.append((position, kept, size, np.flatnonzero(kept)))
         running = budget.running_bytes
         if running is not None:
             reused = self.cached_lens * budget.kv_bytes_per_token
             running = np.where(running == 0, 0, running - reused)
-        assert self.fits(self.bytes_of([*of_kv, *of_states]), running), "over capacity"
-        for request, index in self.hits.items():
-            depth, path = positions[index].depth, trie.paths[request]
-            assert self.cached_lens[request] == depth, "another length than the hit's"
-            assert depth < trie.prompt_lens[request], "nothing left to compute"
-            assert (index, path[index] - 1) in states, "no checkpoint"
+        assert self.fits(self.bytes_of(entries), running), "over capacity"
+        for request, position in self.hits.items():
+            path = paths[request]
+            assert self.cached_lens[request] == position.depth, "another length than the hit's"
+            assert position.depth < lens[request], "nothing left to compute"
+            assert position.checkpoints[path[position] - 1], "no checkpoint"
             for above, visit in path.items():
-                is_above = positions[above].depth <= depth
-                assert not is_above or (above, visit - 1) in kv, "a hole in the KV"
-        for index, interval in states:
-            position = positions[index]
-            assert position.is_candidate, "a checkpoint off the grid"
-            assert (index, interval) in kv, "a checkpoint without its KV"
-            if (index, interval - 1) not in states:
-                hit = self.hits.get(position.visits[interval])
-                assert hit is None or positions[hit].depth < position.depth, (
-                    "a checkpoint of a state nobody computed"
-                )
-        for index, interval in kv:
-            position = positions[index]
+                is_above = above.depth <= position.depth
+                assert not is_above or above.kv[visit - 1], "a hole in the KV"
+        for position in self.trie.positions:
+            assert position.is_candidate or not position.checkpoints.any(), "off the grid"
+            assert not (position.checkpoints & ~position.kv).any(), "a checkpoint without its KV"
+            for interval in np.flatnonzero(position.checkpoints):
+                if not (interval and position.checkpoints[interval - 1]):
+                    hit = self.hits.get(int(position.visits[interval]))
+                    assert hit is None or hit.depth < position.depth, (
+                        "a checkpoint of a state nobody computed"
+                    )
             if position.parent is None:
                 continue
-            start, end = position.visits[interval : interval + 2]
-            for overlap in overlapping(positions[position.parent].visits, start, end):
-                assert (position.parent, overlap) in kv, "KV without its parent's"
+            for interval in np.flatnonzero(position.kv):
+                start, end = position.visits[interval : interval + 2]
+                within = position.parent.overlapping(start, end)
+                assert position.parent.kv[within].all(), "KV without its parent's"
 
 
 # --- Greedy search --------------------------------------------------------------------------------
@@ -320,31 +307,30 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
     """
     plan = Plan(trie, budget)
 
-    def first_density(index: int, interval: int) -> float:
+    def first_density(position: Position, interval: int) -> float:
         """Return the density in an empty plan: everything above the position was also visited at
         both ends of the interval."""
-        position = trie.positions[index]
-        start, end = position.visits[interval : interval + 2]
+        start, end = position.visits[interval : interval + 2].tolist()
         size = position.depth * budget.kv_bytes_per_token + budget.state_bytes
         return position.depth / float((end - start) * size)
 
     heap = [
-        (-first_density(index, interval), request, index)
+        (-first_density(position, interval), request, position.depth, position)
         for request in range(len(trie.paths))
-        for index, interval in trie.usable(request)
+        for position, interval in trie.usable(request)
     ]
     heapq.heapify(heap)
     while heap:
-        _, request, index = heapq.heappop(heap)
-        if trie.positions[index].depth <= plan.cached_lens[request]:
+        _, request, depth, position = heapq.heappop(heap)
+        gain = depth - int(plan.cached_lens[request])
+        if gain <= 0:
             continue
-        states = plan.needs(request, index)
-        added = plan.missing(states)
-        gain = trie.positions[index].depth - int(plan.cached_lens[request])
-        cost = float(sum(size * int(plan.lengths[at][which].sum()) for at, size, which in added))
+        added = plan.missing(plan.needs(request, position))
+        steps = (int((at.visits[which + 1] - at.visits[which]).sum()) for at, _, _, which in added)
+        cost = float(sum(size * num for (_, _, size, _), num in zip(added, steps, strict=True)))
         now = gain / cost if cost else float("inf")
         if heap and now < -heap[0][0] * (1 - 1e-9):
-            heapq.heappush(heap, (-now, request, index))
+            heapq.heappush(heap, (-now, request, depth, position))
             continue
         running, usage = plan.running, plan.usage + plan.bytes_of(added)
         if running is not None and running[request]:
@@ -352,10 +338,10 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
             running[request] -= gain * budget.kv_bytes_per_token
         if plan.fits(usage, running):
             plan.running, plan.usage = running, usage
-            for place, (at, _, which) in enumerate(added):  # the checkpoints come first
-                (plan.checkpoints if place < len(states) else plan.kv)[at][which] = True
-            plan.hits[request] = index
-            plan.cached_lens[request] = trie.positions[index].depth
+            for _, kept, _, which in added:
+                kept[which] = True
+            plan.hits[request] = position
+            plan.cached_lens[request] = depth
     return plan
 
 

@@ -126,13 +126,13 @@ def serve_flags(run: RunResult) -> str:
     config = run.config
     flags = f"--cache-gib {run.gib:.4g}"
     for name, (flag, usual) in SERVE.items():
-        value = getattr(config, name)
+        value = config[name]
         if value != usual and not (name == "state_dtype" and value not in STATE_DTYPES):
             flags += f" --{flag} {shlex.quote(str(value))}"
-    lacking = [f"--memory {config.memory}"] * (config.memory != "arena")
-    if config.state_dtype not in STATE_DTYPES:
-        lacking.append(f"--state-dtype {config.state_dtype}")
-    if config.priority_classes is False and not orders_classes(str(config.policy)):
+    memory, state_dtype = config["memory"], config["state_dtype"]
+    lacking = [f"--memory {memory}"] * (memory != "arena")
+    lacking += [f"--state-dtype {state_dtype}"] * (state_dtype not in STATE_DTYPES)
+    if config["priority_classes"] is False and not orders_classes(str(config["policy"])):
         lacking.append("--no-priority-classes")
     return f"{flags} (engine serve has no {', '.join(lacking)})" if lacking else flags
 
@@ -193,7 +193,7 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     uncharged: dict[str, dict[str, None]] = {}
     """Labels of the rebuilt systems that use memory in addition to their size."""
     for run in result.runs:
-        if memory := UNCHARGED.get(run.config.baseline or ""):
+        if memory := UNCHARGED.get(run.config["baseline"] or ""):
             uncharged.setdefault(memory, {})[run.label] = None
     notes += [
         f"in addition to their GiB, not counted: {memory} ({', '.join(names)})"
@@ -233,8 +233,8 @@ def no_hit_note(run: RunResult, has_states: bool) -> str:
     """Explain a competitor that cannot hit because its page, or the grid of checkpoints, is longer
     than every prompt; else empty."""
     page, name = run.page_tokens, "its pages have"
-    if run.config.baseline is None and has_states:
-        page, name = run.config.grid, "checkpoints are saved every"
+    if run.config["baseline"] is None and has_states:
+        page, name = run.config["grid"], "checkpoints are saved every"
     if run.hits or page is None or run.longest_prompt > page:
         return ""
     return (
@@ -273,9 +273,9 @@ def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
     ]
     if above := list(filter(above_plan, planned)):
         names = ", ".join(dict.fromkeys(run.label for run in above))
-        has_rebuilt, mark = any(run.config.baseline for run in above), "* " * ("optimum" in words)
-        grid = f" and keeps to --grid {above[0].config.grid}" * has_rebuilt
-        notes.append(f"{mark}above the plan, which is no bound{grid}: {names}")
+        mark, grid = "* " * ("optimum" in words), above[0].config["grid"]
+        keeps = f" and keeps to --grid {grid}" * any(run.config["baseline"] for run in above)
+        notes.append(f"{mark}above the plan, which is no bound{keeps}: {names}")
     return notes
 
 

@@ -35,7 +35,6 @@ from types import ModuleType
 from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
-from hybridcache.allocators.pools import MAX_ROWS
 from hybridcache.command.parser import did_you_mean, or_known
 from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
@@ -47,7 +46,7 @@ from hybridcache.geometry.times import (
     PrefillTimes,
     Roofline,
 )
-from hybridcache.geometry.units import GIB, format_bytes
+from hybridcache.geometry.units import format_bytes
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.simulation.sizes import (
     budget_bytes,
@@ -55,7 +54,7 @@ from hybridcache.lab.simulation.sizes import (
     sizes,
     working_set_bytes,
 )
-from hybridcache.lab.simulation.step_times import StepTimes, step_times
+from hybridcache.lab.simulation.step_times import MeasuredSteps, RooflineSteps, StepTimes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.admission.base import KEPT_S
@@ -421,9 +420,11 @@ class Scenario:
         return times or Roofline.fitting(geometry)
 
     def step_times(self, geometry: ModelGeometry) -> Any:
-        """Return the times of whole steps. ValueError if ``times`` has none."""
+        """Return the times of whole steps. ValueError if a table has none."""
         times = self.prefill_times(geometry)
-        return times if hasattr(times, "step_seconds") else step_times(times)
+        if isinstance(times, Roofline):
+            return RooflineSteps(times)
+        return MeasuredSteps(times) if isinstance(times, MeasuredTimes) else times
 
     def points(
         self, trace: Trace, page_tokens: int, usual: str | float = GIB_SPEC
@@ -431,8 +432,7 @@ class Scenario:
         """Return the sizes, GiB, and the bytes of the working set if they are shares of it, else 0.
 
         ``usual`` are the sizes if none were given. ValueError for a size that cannot hold a page of
-        ``page_tokens`` tokens, or holds more ids than int32 can number, and for shares of an empty
-        trace.
+        ``page_tokens`` tokens, and for shares of an empty trace.
         """
         spec, geometry, whole_bytes = self.gib, self.geometry(), 0
         spec = usual if spec is None else spec
@@ -448,12 +448,6 @@ class Scenario:
             raise ValueError(
                 f"gib {min(found):g} is less than a page of KV, which takes "
                 f"{format_bytes(page_bytes)}: give more"
-            )
-        most_bytes = MAX_ROWS * trace.unit * geometry.kv_bytes_per_token
-        if budget_bytes(max(found)) > most_bytes:
-            raise ValueError(
-                f"gib {max(found):g} holds more rows of KV than int32 can number: give at most "
-                f"{most_bytes // GIB}"
             )
         return found, whole_bytes
 

@@ -66,12 +66,6 @@ class TraceRequest(NamedTuple):
         return len(self.output) * unit if self.answer_tokens is None else self.answer_tokens
 
 
-@dataclass(slots=True)
-class _Passes:
-    first: tuple[int, int] | None = None
-    """Number and checksum of the requests of the first whole pass; None before its end."""
-
-
 @dataclass(frozen=True, slots=True)
 class Trace:
     """Requests that can be iterated again and again; each time the same."""
@@ -94,15 +88,11 @@ class Trace:
     """Columns of a CSV file that are read for each field, and the unused ones."""
     invented_times: str = ""
     """Rule of the times that its file does not have; empty if it has all, and for generators."""
-    _passes: _Passes = field(default_factory=_Passes, init=False, repr=False, compare=False)
+    _first_pass: list[tuple[int, int]] = field(default_factory=list, init=False, compare=False)
+    """Number and checksum of the requests of the first whole pass; empty before its end."""
 
     def __post_init__(self) -> None:
         require_index(self.unit, f"{self.name}: unit, the tokens of an id,", 1)
-        if not callable(self.source):
-            raise TypeError(
-                f"{self.name}: source must be a function that returns all requests (got "
-                f"{type(self.source).__name__})"
-            )
 
     @property
     def full_name(self) -> str:
@@ -148,13 +138,13 @@ class Trace:
             sizes = checked.timestamp_s, len(checked.tokens), len(checked.output)
             checksum = zlib.crc32(checked.tokens[-8:].tobytes(), checksum ^ hash(sizes))
             yield checked
-        first = self._passes.first or (number, checksum)
-        if first != (number, checksum):  # cannot start again, has no seed, or a file that grows
+        first = self._first_pass or [(number, checksum)]
+        if first[0] != (number, checksum):  # cannot start again, has no seed, or a file that grows
             raise ValueError(
-                f"{self.name}: its {number} requests are not the {first[0]} of the first pass: its "
-                "source must start again at each call, with the same seed"
+                f"{self.name}: its {number} requests are not the {first[0][0]} of the first pass: "
+                "its source must start again at each call, with the same seed"
             )
-        self._passes.first = first
+        self._first_pass[:] = first
 
     def in_order(self) -> Iterator[TraceRequest]:
         """Yield the requests. Raises ValueError for one that is earlier than the one before it."""
@@ -206,8 +196,6 @@ def _checked(request: TraceRequest, unit: int) -> TraceRequest:
 
     Raises ValueError or TypeError if it is invalid. O(n).
     """
-    if not isinstance(request, TraceRequest):
-        raise TypeError(f"a TraceRequest is needed (got {type(request).__name__})")
     now_s = request.timestamp_s
     if not isinstance(now_s, float | int | np.number) or not 0 <= now_s < math.inf:
         raise ValueError(f"timestamp_s must be a finite number of at least 0 (got {now_s!r})")
@@ -232,11 +220,6 @@ def _checked(request: TraceRequest, unit: int) -> TraceRequest:
             f"answer_tokens must be the number of ids in output, {len(output)}, as a unit is one "
             f"token (got {request.answer_tokens})"
         )
-    for name in ("session", "namespace"):
-        try:
-            hash(value := getattr(request, name))
-        except TypeError:
-            raise TypeError(f"{name} must be hashable, as a text is (got {value!r:.40})") from None
     return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 
 

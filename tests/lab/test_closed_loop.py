@@ -384,7 +384,7 @@ def test_sessions_count_as_live_while_the_machine_is_idle() -> None:
     settings = {"policy": "lru", "admission": "oldest", "times": OwnSteps()}
     result = closed_loop(trace, gib=1, rate=10, **settings)
     [run] = result.runs
-    assert "OwnSteps" in run.config.times and "OwnSteps" in result.table()
+    assert "OwnSteps" in run.config["times"] and "OwnSteps" in result.table()
     assert run.live_most == 2 and run.makespan_s > 1000
     assert run.live_mean == pytest.approx(2, abs=0.01)
 
@@ -417,5 +417,5 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     figure = closed_loop_figure([run for runs in seeded for run in runs], None)
     assert len(figure.axes) == 8 and "seed=2" in figure.axes[4].get_title().replace("\n", "")
     run = seeded[0][0]
-    long = replace(run, config=replace(run.config, label="mine:LongestNameOfAll(weight=2,other=3)"))
+    long = replace(run, config=run.config | {"label": "mine:LongestNameOfAll(weight=2,other=3)"})
     assert "All\n(weight=2,other=3)" in closed_loop_figure([run, long], None).axes[4].get_title()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -42,16 +40,9 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     assert one.as_record()["token_hit_rate"] == one.token_hit_rate > 0
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"router": "tests.lab.test_fleet:NoChoice"}, "must return a Choice of a replica"),
-        ({"gib": "1%,2%"}, "one policy, one placement and one size"),
-    ],
-)
-def test_wrong_fleets_are_refused(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        cell(**{"router": "text"} | wrong)
+def test_wrong_fleets_are_refused() -> None:
+    with pytest.raises(ValueError, match="must return a Choice of a replica"):
+        cell("tests.lab.test_fleet:NoChoice")
 
 
 class NoChoice(Router):

@@ -235,7 +235,7 @@ def test_result_contains_the_memory_layout() -> None:
         simulate("short?head=60", gib=2, bound=False, **options).runs[0]
         for options in ({}, {"memory": "budget"}, {"memory": "pools", "kv_share": 0.5})
     ]
-    assert [run.config.memory for run in runs] == ["arena", "budget", "pools"]
+    assert [run.config["memory"] for run in runs] == ["arena", "budget", "pools"]
     assert [run.label for run in runs] == [
         "survival",
         "survival (budget)",
@@ -243,7 +243,7 @@ def test_result_contains_the_memory_layout() -> None:
     ]
     assert runs[0].moved_slabs is not None and runs[1].moved_slabs is runs[2].moved_slabs is None
     [peer] = simulate("short?head=60", gib=2, bound=False, policy=(), baseline="vllm").runs
-    assert peer.config.memory is None
+    assert peer.config["memory"] is None
     with pytest.raises(ValueError, match="memory 'pools' needs a kv_share"):
         simulate("short?head=60", gib=2, memory="pools")
     for options in ({"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
@@ -435,7 +435,7 @@ def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
         requests, policy=sorted(EVICTION_NAMES), checkpoints=static, baseline=baselines, **options
     )
     ours = simulate(requests, **options)
-    assert [run.config.policy for run in ours.runs] == ["survival"] * len(gib)
+    assert [run.config["policy"] for run in ours.runs] == ["survival"] * len(gib)
     hits = {
         label.removesuffix(" (budget)").removesuffix(f" @ {static}"): runs
         for label, runs in result.by_label().items()
@@ -483,8 +483,6 @@ def test_a_trace_that_differs_at_each_pass_is_found() -> None:
 
     with pytest.raises(ValueError, match="its 3 requests are not the 3 of the first pass: its sou"):
         simulate(Trace("odd", 1, source), gib=1, policy="lru", grid=1)
-    with pytest.raises(TypeError, match="odd: source must be a function"):
-        Trace("odd", 1, [])
 
 
 def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
@@ -592,7 +590,7 @@ def test_figures_draw_every_run(small: SimulationResult) -> None:
     for line, runs in zip(lines, small.by_label().values(), strict=True):
         assert list(line.get_xdata()) == [1, 2], "each simulated size needs a marker"
         assert list(line.get_ydata()) == [100 * run.token_hit_rate for run in runs]
-    baselines = replace(small, runs=tuple(run for run in small.runs if run.config.baseline))
+    baselines = replace(small, runs=tuple(run for run in small.runs if run.config["baseline"]))
     with pytest.raises(ValueError, match="rebuilt peers do not record them"):
         baselines.losses_figure()
     assert small.figure(metric="ttft-p50").axes[0].get_ylabel() == "TTFT P50, ms"
@@ -625,7 +623,7 @@ def test_figures_are_not_cut_off(small: SimulationResult) -> None:
 def test_thirty_curves_differ_and_every_axis_has_a_label(small: SimulationResult) -> None:
     pytest.importorskip("matplotlib")
     many = [
-        replace(run, config=replace(run.config, label=f"p{n}", policy=f"p{n}"))
+        replace(run, config=run.config | {"label": f"p{n}", "policy": f"p{n}"})
         for n in range(30)
         for run in small.runs[:2]
     ]
@@ -652,7 +650,7 @@ def test_star_and_its_footnote_come_together(small: SimulationResult) -> None:
         assert ("* above the plan" in table) == ("200.0*" in table) == (share == 2)
         assert ("above the plan, which is no bound: lru, fifo\n" in result.table()) == (share == 2)
         assert "*" not in note and ("above the plan" in note.replace("\n", " ")) == (share == 2)
-    rebuilt = replace(runs[0], config=replace(runs[0].config, baseline="vllm"))
+    rebuilt = replace(runs[0], config=runs[0].config | {"baseline": "vllm"})
     assert "above the plan, which is no bound and keeps to --grid 64: lru\n" in (
         replace(small, runs=(rebuilt,)).table()
     )
@@ -724,7 +722,7 @@ def test_loads_slower_than_computing_are_skipped_and_counted() -> None:
 def test_record_contains_the_tiers_of_each_run() -> None:
     result = simulate("agent?head=70", gib=2, host_gib=8, baseline="marconi", bound=False)
     ours, peer = result.runs
-    assert (ours.config.host_gib, peer.config.host_gib) == (8, 0)
+    assert (ours.config["host_gib"], peer.config["host_gib"]) == (8, 0)
     assert ours.label == "survival + 8 GiB host" and peer.tier_bytes is None
     assert RunResult.from_record(ours.as_record()) == ours
 

@@ -153,7 +153,7 @@ class LoopRun:
         self.num_live = self.max_live = 0
         geometry = cell.geometry()
         cache = build_prefix_cache(cell.cache_config(geometry, unit=1))
-        max_running = max_running_of(cell)
+        max_running = cell.max_running or MAX_RUNNING
         self.manager = CacheManager(
             cache,
             cell.placement(unit=1),
@@ -339,12 +339,12 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         token_budget=cell.token_budget,
         tells_ends=cell.tells_ends,
         num_sessions=len({one.place for one in answered}),
-        config=replace(
-            identify(cell, trace.full_name, served.priority_classes),
-            max_running=max_running_of(cell),
-            times=describe_times(cell.step_times(cell.geometry())),
-            tpot_s=None,
-        ),
+        config=identify(cell, trace.full_name, served.priority_classes)
+        | {
+            "max_running": cell.max_running or MAX_RUNNING,
+            "times": describe_times(cell.step_times(cell.geometry())),
+            "tpot_s": None,
+        },
     )
 
 
@@ -385,8 +385,8 @@ class ClosedLoopResult:
                     [f"{admission}, {rate:g}", *(metric.text(*same) for metric in LOOP_METRICS)]
                 )
             requests = counted(first.num_requests, "request")
-            title = f"{first.trace}, {first.config.model}, {gib:.3g} GiB, {label}: {requests} in "
-            title += "closed loop"
+            model = first.config["model"]
+            title = f"{first.trace}, {model}, {gib:.3g} GiB, {label}: {requests} in closed loop"
             notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
             if first.num_sessions == first.num_requests:
                 notes.append(
@@ -402,7 +402,7 @@ class ClosedLoopResult:
                 notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
             header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
             tables.append("\n".join([title, text_table(header, rows), *notes]))
-        has_classes = {str(run.config.policy): run.config.priority_classes for run in self.runs}
+        has_classes = {run.config["policy"]: run.config["priority_classes"] for run in self.runs}
         notes = [*self.trace_notes, *classes_notes(has_classes), *self.failures]
         return "\n".join(["\n\n".join(tables), *notes])
 
@@ -410,11 +410,6 @@ class ClosedLoopResult:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
         The figure is also written to ``path`` (PNG, SVG or PDF), if there is one."""
         return closed_loop_figure(self.runs, path)
-
-
-def max_running_of(cell: Scenario) -> int:
-    """Return the number of requests at once."""
-    return MAX_RUNNING if cell.max_running is None else cell.max_running
 
 
 def seeds_of(scenario: Scenario) -> Sequence[int]:

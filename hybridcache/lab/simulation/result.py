@@ -27,74 +27,34 @@ SAME_SIZE = 1e-3
 """Relative difference up to which two sizes are the same: tables show four digits."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunIdentity:
-    """One cell of a sweep as plain text and numbers, as in a results file."""
-
-    trace: str
-    """As ``open_trace`` takes it, options and seed included."""
-    label: str
-    """Name in tables and figures."""
-    model: str
-    state_dtype: str
-    gib: float
-    """GiB for KV and states together."""
-    memory: str | None
-    """Division of the memory: ``arena``, ``budget`` or ``pools``; None for a peer, which has its
-    own."""
-    kv_share: float | None
-    """Share of ``gib`` for KV, with two pools."""
-    policy: str | None
-    """Eviction policy; None for a peer."""
-    checkpoints: str | None
-    """Checkpoint placement; None for a peer."""
-    priority_classes: bool | None
-    """True if the cache evicts unreachable KV and superseded checkpoints before all other items;
-    False if ``policy`` orders them too; None for a peer."""
-    baseline: str | None
-    page_size: int
-    grid: int
-    servers: int
-    max_running: int | None
-    tpot_s: float | None
-    """Seconds of an answer token; None in closed loop, where ``times`` has them."""
-    times: str
-    """Source of the prefill times; in closed loop, of the step times."""
-    checkpoint_dtype: str = "auto"
-    host_gib: float = 0.0
-    disk_gib: float = 0.0
-    host_bytes_per_s: float | None = None
-    """Speed of copies from host memory; None if there is no such tier."""
-    disk_bytes_per_s: float | None = None
-    """Speed of copies from disk; None if there is no such tier."""
+RECORDED = (
+    *("trace", "label", "model", "state_dtype", "gib", "memory", "kv_share", "policy"),
+    *("checkpoints", "priority_classes", "baseline", "page_size", "grid", "servers"),
+    *("max_running", "tpot_s", "times", "checkpoint_dtype", "host_gib", "disk_gib"),
+)
+"""Settings of a scenario in the results of a run."""
 
 
-def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> RunIdentity:
-    """Return the identity of a cell over the trace with the recipe ``trace``."""
+def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> dict[str, Any]:
+    """Return the settings of a cell over the trace with the recipe ``trace``, as plain text and
+    numbers. None for those that a rebuilt peer does not have."""
     geometry = scenario.geometry()
-    settings = {
-        one.name: getattr(scenario, one.name)
-        for one in fields(RunIdentity)
-        if hasattr(scenario, one.name)
-    }
+    settings = {name: getattr(scenario, name) for name in RECORDED}
     settings |= {"policy": str(scenario.policy), "checkpoints": str(scenario.checkpoints)}
     if scenario.baseline:
         settings |= dict.fromkeys(("memory", "policy", "checkpoints"))
-    return RunIdentity(
-        **settings
-        | {
-            "trace": trace,
-            "model": geometry.name,
-            "state_dtype": geometry.state_dtype,
-            "checkpoint_dtype": geometry.checkpoint_dtype,
-            "gib": scenario.size_gib,
-            "priority_classes": priority_classes,
-            "baseline": scenario.baseline or None,
-            "times": describe_times(scenario.prefill_times(geometry)),
-            "host_bytes_per_s": scenario.host_gb_s * 1e9 if scenario.host_gib else None,
-            "disk_bytes_per_s": scenario.disk_gb_s * 1e9 if scenario.disk_gib else None,
-        }
-    )
+    return settings | {
+        "trace": trace,
+        "model": geometry.name,
+        "state_dtype": geometry.state_dtype,
+        "checkpoint_dtype": geometry.checkpoint_dtype,
+        "gib": scenario.size_gib,
+        "priority_classes": priority_classes,
+        "baseline": scenario.baseline or None,
+        "times": describe_times(scenario.prefill_times(geometry)),
+        "host_bytes_per_s": scenario.host_gb_s * 1e9 if scenario.host_gib else None,
+        "disk_bytes_per_s": scenario.disk_gb_s * 1e9 if scenario.disk_gib else None,
+    }
 
 
 class SessionResult(NamedTuple):
@@ -116,19 +76,19 @@ class _Run:
     """Figures of every run, from its identity and its counts."""
 
     __slots__ = ()
-    config: RunIdentity
+    config: dict[str, Any]
     prompt_tokens: int
     cached_tokens: int
 
     @property
     def label(self) -> str:
         """Name of the competitor: the cache's policies, or the rebuilt system."""
-        return self.config.label
+        return str(self.config["label"])
 
     @property
     def gib(self) -> float:
         """Memory for KV and states, GiB."""
-        return self.config.gib
+        return float(self.config["gib"])
 
     @property
     def token_hit_rate(self) -> float:
@@ -140,8 +100,8 @@ class _Run:
 class RunResult(_Run):
     """One cell of a sweep. Counts are in tokens, for any unit of the trace."""
 
-    config: RunIdentity
-    """Identity of the run."""
+    config: dict[str, Any]
+    """Settings of the run, as plain text and numbers."""
     requests: int
     """Number of requests."""
     hits: int
@@ -263,7 +223,7 @@ class RunResult(_Run):
             del figures[name]
         lost = self.losses or (None,) * len(Losses._fields)
         return {
-            **asdict(self.config),
+            **self.config,
             **figures,
             "token_hit_rate_low": self.interval.low,
             "token_hit_rate_high": self.interval.high,
@@ -275,7 +235,6 @@ class RunResult(_Run):
     def from_record(cls, record: dict[str, Any]) -> RunResult:
         """Restore the result of ``as_record`` after a trip through JSON."""
         values = known_fields(cls, record)
-        values["config"] = RunIdentity(**record["config"])
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
         if record["losses"] is not None:
             values["losses"] = Losses(**record["losses"])
@@ -334,21 +293,19 @@ class ClosedLoopRun(_Run):
     """True if clients say when a session has ended."""
     num_sessions: int
     """Sessions with an answered request."""
-    config: RunIdentity
-    """Identity of the run's cache."""
+    config: dict[str, Any]
+    """Settings of the run's cache, as plain text and numbers."""
 
     def as_record(self) -> dict[str, Any]:
         """Return a record for JSON: all fields, with the trace as in ``config``, its name and the
         token hit rate."""
-        trace = {"trace": self.config.trace, "trace_name": self.trace}
+        trace = {"trace": self.config["trace"], "trace_name": self.trace}
         return asdict(self) | trace | {"token_hit_rate": self.token_hit_rate}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return the run of an ``as_record``."""
-        config = RunIdentity(**record["config"])
-        own = {"config": config, "trace": record["trace_name"]}
-        return cls(**known_fields(cls, record) | own)
+        return cls(**known_fields(cls, record) | {"trace": record["trace_name"]})
 
     def as_row(self) -> dict[str, Any]:
         """Return settings and figures as one flat dictionary."""

@@ -109,7 +109,7 @@ class SimulationResult(SweepRuns):
         """
         metrics = [metric] if isinstance(metric, str) else [*metric]
         tables = [self._table(one) for one in metrics]
-        has_classes = {str(run.config.policy): run.config.priority_classes for run in self.runs}
+        has_classes = {run.config["policy"]: run.config["priority_classes"] for run in self.runs}
         notes = interval_notes(self) if "hit" in metrics else []
         notes += [*notes_on(self, metrics), *classes_notes(has_classes), *self.failures]
         return "\n".join(["\n\n".join(tables), *notes])
@@ -159,7 +159,7 @@ class SimulationResult(SweepRuns):
         means = {
             label: fmean(run.token_hit_rate for run in runs) for label, runs in by_label.items()
         }
-        ours = [label for label, runs in by_label.items() if runs[0].config.baseline is None]
+        ours = [label for label, runs in by_label.items() if runs[0].config["baseline"] is None]
         if len(ours) < 2:
             return ""
         first = max(ours, key=lambda label: means[label])
@@ -185,7 +185,7 @@ class SimulationResult(SweepRuns):
         served = min(
             (run for run in best.values() if run.token_hit_rate > enough), key=lambda run: run.gib
         )
-        grid = served.config.grid
+        grid = served.config["grid"]
         if grid not in (16, 32) and grid % 64:  # no positions at which the engine's kernels end
             return has_most + more
         if not model:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, locate
+from hybridcache.geometry.times import MeasuredTimes, Roofline, locate
 
 
 class StepTimes(Protocol):
@@ -91,18 +91,3 @@ class MeasuredSteps:
         if num_decodes:
             seconds += self._decode_s(num_decodes) - fixed_s
         return fixed_s + max(0.0, seconds)
-
-
-def step_times(times: PrefillTimes) -> RooflineSteps | MeasuredSteps:
-    """Return the step times that match ``times``.
-
-    Raises:
-        ValueError: ``times`` contains no times of decode steps.
-    """
-    if isinstance(times, Roofline):
-        return RooflineSteps(times)
-    if isinstance(times, MeasuredTimes):
-        return MeasuredSteps(times)
-    raise ValueError(
-        f"{type(times).__qualname__} has no times of whole steps: use Roofline or MeasuredTimes"
-    )

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import re
-import sys
 import warnings
 import zlib
 from collections import Counter
@@ -50,15 +49,8 @@ ONE_SECOND = "one second from each record to the next"
 UNANSWERED = "left out, because no answer follows a question"
 UNUSED_REST = "without the messages after the last answer"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
-BINARY = {
-    b"PK\3\4": "a zip file: unpack it",
-    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it",
-    b"\xfd7zX": "an xz file: unpack it",
-    b"BZh9": "a bzip2 file: unpack it",
-    b"PAR1": "a Parquet file: convert it to JSON lines",
-    b"ARRO": "an Arrow file: convert it to JSON lines",
-}
-"""Errors of files that are no text, by their first four bytes."""
+_BINARY = re.compile(rb"[\0-\b\x0e-\x1a\x1c-\x1f]|\xff\xfe|\xfe\xff")
+"""Characters that no text in UTF-8 has: of archives, of Parquet and Arrow files, and of UTF-16."""
 _DAMAGE = "the gzip file is damaged: everything from this line on is lost"
 _PER_LINE = ": write one object per line, without an array around them"
 _CHUNK = 1 << 16
@@ -77,12 +69,8 @@ class TraceOrderWarning(UserWarning):
 
 
 def warn(message: str, category: type[UserWarning] = TraceFieldsWarning) -> None:
-    """Issue a warning at the code that called this package. O(depth of the stack)."""
-    package = __name__.partition(".")[0]
-    frame, level = sys._getframe(0), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(category(message), stacklevel=level)
+    """Issue a warning."""
+    warnings.warn(category(message), stacklevel=2)
 
 
 # --- Fields -------------------------------------------------------------------------------------
@@ -278,7 +266,7 @@ def make_folder(path: Path) -> Path:
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
     """Open a file, plain or gzipped (by its first two bytes), and skip its byte order mark if
-    present. ValueError if it begins as UTF-16, or as another kind of file (``BINARY``).
+    present. ValueError if it does not begin as a text in UTF-8.
 
     Reading raises one of ``DAMAGED`` if a gzipped file is damaged or truncated.
     """
@@ -286,11 +274,9 @@ def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rb") if zipped else open(path, "rb") as opened:
         with suppress(*DAMAGED):  # the next read reports the line
-            head = opened.peek(4)[:4]
-            if head in BINARY:
-                raise ValueError(f"{path}: it is {BINARY[head]} first")
-            if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
-                raise ValueError(f"{path}, line 1: not UTF-8, perhaps UTF-16: convert it")
+            head = opened.peek(64)[:64]
+            if _BINARY.search(head):
+                raise ValueError(f"{path}: no text in UTF-8: unpack it or convert it to JSON lines")
             if head[:3] == b"\xef\xbb\xbf":
                 opened.read(3)
         yield opened
