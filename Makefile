@@ -125,10 +125,10 @@ sglang: install out/sglang/.installed  ## test our cache inside SGLang on a CPU,
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.benchmarks.sglang
 
 out/ray/.installed: Makefile
-	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/ray 'ray[serve]>=2.60,<3' -c constraints.txt
+	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/ray 'ray>=2.60,<3' -c constraints.txt
 	@touch $@
 
-replicas: install out/ray/.installed  ## test replicas on Ray Serve: failures, simulations on a cluster (two minutes)
+replicas: install out/ray/.installed  ## test replicas on Ray: failures, simulations on a cluster (two minutes)
 	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet tests/lab/test_on_ray.py
 
 

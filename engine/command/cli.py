@@ -234,7 +234,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             print("loading the model ...", file=sys.stderr, flush=True)
         if server_config.uses("replicas"):
             keys = _server().ServerKeys.of(server_config)
-            from engine.plugins.replicas.start_replicas import start_replicas
+            from engine.plugins.replicas.replicas_client import start_replicas
 
             served, screen = start_replicas(engine_config, server_config, address)
             _show(screen, server_config)

@@ -1,4 +1,4 @@
-"""Several engines behind one server, on Ray Serve. Each request goes to a replica that has much of
+"""Several engines behind one server, on Ray. Each request goes to a replica that has much of
 its prompt in the cache."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ReplicasConfig(PluginConfig):
 
     replicas: int = setting(
         1,
-        "number of engines on Ray Serve, with one core each, and one GPU if Ray has enough, behind "
+        "number of engines on Ray, with one core each, and one GPU if Ray has enough, behind "
         "one router",
         limits=COUNT,
     )
@@ -43,5 +43,5 @@ class ReplicasConfig(PluginConfig):
 
     @property
     def is_used(self) -> bool:
-        """See ``PluginConfig``: a router is in front of engines of Ray Serve."""
+        """See ``PluginConfig``: a router is in front of several engines."""
         return self.replicas > 1

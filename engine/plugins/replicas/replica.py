@@ -1,4 +1,4 @@
-"""One engine as a replica of Ray Serve."""
+"""One engine as a replica: an actor of Ray."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,8 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import RequestError
 from engine.interfaces import StepReport
-from engine.messages import Abort, ResetCache
-from engine.plugins.replicas.fleet import Order, PerToken, ReplicaFacts
-from engine.requests.request import SamplingParams
+from engine.messages import Abort, EngineFacts, Question, ResetCache
+from engine.requests.request import RequestSpec, SamplingParams
 from engine.text.outputs import RequestOutput
 from engine.worker.screen import screen_rows
 from hybridcache.policies.registry import parse_placement
@@ -28,24 +29,35 @@ from hybridcache.routing.protocol import ReplicaSpec
 logger = logging.getLogger(__name__)
 TRIAL_TOKENS = 512
 """Length of the prompt for the measurement at the start."""
+ALIVE_S = 2.0
+"""Interval in which the reader of events learns that the engine has ended."""
 
 
-class ReplicaGone(RuntimeError):
-    """Error of an order that was sent to another replica."""
+@dataclass(frozen=True, slots=True)
+class PerToken:
+    """A constant rate that a replica measured at its start."""
+
+    tokens_per_s: float
+
+    def seconds(self, start: int, end: int) -> float:
+        """Return the seconds to compute the tokens [start, end)."""
+        return max(end - start, 0) / self.tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFacts:
+    """Facts about the engines for the server and its router."""
+
+    engine: EngineFacts
+    spec: ReplicaSpec
+    screen: tuple[tuple[str, str], ...]
+    """Rows of the start screen of one engine."""
 
 
 class EngineReplica:
-    """Computes answers and reports cache events. The argument of each method is an ``Order``."""
+    """Computes answers and reports cache events."""
 
-    def __init__(self, config: EngineConfig, replica: str | None = None) -> None:
-        """``replica`` is its id. If None, Ray Serve provides the id, and a core."""
-        if replica is None:
-            import torch
-            from ray import serve
-
-            torch.set_num_threads(1)
-            replica = serve.get_replica_context().replica_id.unique_id
-        self._id = replica
+    def __init__(self, config: EngineConfig) -> None:
         self._engine = Engine(config)
         if config.warm_up:
             self._engine.prepare_grammars()
@@ -54,7 +66,8 @@ class EngineReplica:
         self._engine.cache.stats.clear()
         self._outbox = Outbox(self._engine.cache)
         self._news = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Event loop of the reader of events."""
         self._engine.observers.append(self._stepped)
         self._async = AsyncEngine(self._engine)
         self._async.start()
@@ -72,20 +85,11 @@ class EngineReplica:
 
     def _stepped(self, report: StepReport) -> None:
         """Publish the events of a step. Called in the engine's thread."""
-        if self._outbox.flush():
+        if self._outbox.flush() and self._loop is not None:
             self._loop.call_soon_threadsafe(self._news.set)
 
-    async def check_health(self) -> None:
-        """Raise if the engine has ended; Ray Serve then replaces this replica."""
-        if not self._async.is_alive:
-            raise RuntimeError("the engine of this replica has ended; see its log")
-
-    def _check_address(self, order: Order) -> None:
-        if order.replica is not None and order.replica != self._id:
-            raise ReplicaGone(f"replica {order.replica} is gone")
-
-    async def facts(self, order: Order) -> ReplicaFacts:
-        """Return the facts of this replica."""
+    async def facts(self, address: str) -> ReplicaFacts:
+        """Return the facts of this replica, behind a server at ``address``."""
         memory, cache = self._engine.runner.memory, self._engine.cache
         report, rules = await self._async.report(), self._engine.config.checkpoints
         spec = ReplicaSpec(
@@ -98,30 +102,30 @@ class EngineReplica:
             stateful=memory.is_stateful,
             placement=parse_placement(",".join(rules)) if memory.is_stateful else None,
         )
-        rows = screen_rows(self._engine, order.address)
+        rows = screen_rows(self._engine, address)
         rows[1:1] = [("prefill", f"{self._tokens_per_s:,.0f} tokens/s, measured")]
         return ReplicaFacts(self._async.facts, spec, tuple(rows))
 
-    async def generate(self, order: Order) -> AsyncIterator[RequestOutput]:
+    async def generate(self, spec: RequestSpec) -> AsyncIterator[RequestOutput]:
         """Yield outputs without the prompt and without earlier tokens, which the server has.
 
         An error of the request is yielded last. The request ends if the reader stops.
         """
-        assert order.spec is not None
+        assert spec.request_id is not None
         stream: RequestStream | None = None
         is_covered = False
         try:
-            stream = self._async.submit_valid(order.spec)
+            stream = self._async.submit_valid(spec)
             async for output in stream:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
-                    self._outbox.cover(order.request_id)
+                    self._outbox.cover(spec.request_id)
                     await self._flush()
                 yield structs.replace(output, answer=None)
         except Exception as error:
             if not isinstance(error, ValueError | RequestError):
-                logger.exception("The request %s failed.", order.request_id)
-            yield RequestOutput.failed(order.request_id, RequestError.of(error))
+                logger.exception("The request %s failed.", spec.request_id)
+            yield RequestOutput.failed(spec.request_id, RequestError.of(error))
         finally:
             if stream is not None:
                 stream.abort()
@@ -130,32 +134,30 @@ class EngineReplica:
         if await self._async.call(lambda _: self._outbox.flush()):
             self._news.set()
 
-    async def events(self, order: Order) -> AsyncIterator[EventBatch]:
-        """Yield batches from ``order.sequence`` on as they occur, for one reader. If that batch is
-        no longer stored, starts again from 0."""
-        self._check_address(order)
-        due = order.sequence
-        while True:
-            self._news.clear()
-            batches = self._outbox.since(due)
-            if batches is None:
+    async def events(self) -> AsyncIterator[EventBatch]:
+        """Yield the changes of the cache as they occur, for one reader, until the engine ends. The
+        first batch describes the whole cache."""
+        self._loop = asyncio.get_running_loop()
+        due, batches = 0, None
+        while self._async.is_alive:
+            if batches is None:  # At the start, or if the reader was too slow.
                 await self._async.call(lambda _: self._outbox.restart())
                 due = 0
-                continue
-            for batch in batches:
+            self._news.clear()
+            batches = self._outbox.since(due)
+            for batch in batches or ():
                 yield batch
                 due = batch.sequence + 1
-            if not batches:
-                await self._news.wait()
+            if batches == []:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), ALIVE_S)
 
-    async def tell(self, order: Order) -> Any:
-        """Pass ``order.message`` to the engine, and return the reply to a question."""
-        self._check_address(order)
-        if isinstance(order.message, Abort):
+    async def tell(self, message: Question | Abort) -> Any:
+        """Pass a message to the engine, and return the reply to a question."""
+        if isinstance(message, Abort):
             # The last output of the request follows the others.
-            return self._async.abort(order.message.request_id, order.message.reason)
-        assert order.message is not None
-        reply = await self._async.ask(order.message)
-        if isinstance(order.message, ResetCache):
+            return self._async.abort(message.request_id, message.reason)
+        reply = await self._async.ask(message)
+        if isinstance(message, ResetCache):
             await self._flush()
         return reply

@@ -1,23 +1,30 @@
-"""Connection of a front end to several replicas."""
+"""Several replicas behind one front end: their start, the connection to them, and the choice of one
+for each request."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import logging
+import os
+import signal
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from msgspec import structs
 
 from engine.async_engine import AsyncEngine, EngineChannel
-from engine.config import EngineConfig
+from engine.config import ConfigError, EngineConfig
 from engine.engine import grammar_rules, load_tokenizer_of
 from engine.errors import STOPPED, EngineStopped, RequestError, StepFailed
+from engine.hub import resolve_config
 from engine.messages import (
     Abort,
     AskCacheView,
@@ -25,6 +32,7 @@ from engine.messages import (
     AskView,
     Compile,
     EndEngine,
+    EngineFacts,
     OpenView,
     Outputs,
     Question,
@@ -32,13 +40,17 @@ from engine.messages import (
     ResetCache,
     ToEngine,
 )
-from engine.plugins.replicas.fleet import Fleet, Order, ReplicaFacts
+from engine.plugins.replicas import ROUTER, ReplicasConfig
+from engine.plugins.replicas.replica import EngineReplica, ReplicaFacts
 from engine.requests.request import RequestSpec
 from engine.schedule.report import CacheReport
-from engine.text.bounded_memory import BoundedMemory
-from engine.text.outputs import RequestOutput
-from hybridcache.export.events import EventsLost
+from engine.server.settings import ServerConfig
+from engine.text.outputs import FinishReason, RequestOutput
+from engine.worker.screen import screen_text
+from hybridcache.command.signals import end_by_exception
 from hybridcache.geometry.units import counted
+from hybridcache.routing.protocol import Router, RouteRequest
+from hybridcache.routing.registry import find_router
 
 
 def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:
@@ -85,11 +97,14 @@ def _rate(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
+START_S = 600.0
+"""Maximum seconds for the replicas to load their models."""
+BESIDE_REQUESTS = 64
+"""Maximum number of other calls to a replica in addition to requests: its events and reports."""
 CALL_S = 30.0
 """Maximum seconds that a replica may take to report."""
 RETRY_S = 0.2
-FIRST_CHOICES_BYTES = 1 << 20
-"""Maximum bytes of ids of first choices, about 7,000 pairs."""
+"""Pause before a replica is replaced, and between two looks for one that is up."""
 MAX_DEATHS = 3
 """Number of replicas that one request may lose: the request itself may be the reason that they
 die."""
@@ -97,15 +112,19 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """The outputs of one request so far, as its replica sent them.
+    """A request in progress: its outputs so far, as its replica sent them.
 
     A request whose replica died is computed again, with the same seed. The part that was sent
     already is compared and left out.
     """
 
-    def __init__(self, request_id: str) -> None:
-        """``request_id`` replaces the id in the outputs."""
-        self.request_id = request_id
+    task: asyncio.Task[None]
+    """Follows the answer."""
+
+    def __init__(self, spec: RequestSpec, request_id: str) -> None:
+        self.spec, self.request_id = spec, request_id
+        self.replica: Any = None
+        """Actor that computes it, or None if none was chosen yet."""
         self._tokens: list[int] = []
         self._num_chars = 0
         self._at_token = self._at_char = 0
@@ -122,8 +141,8 @@ class Progress:
         self._at_token = self._at_char = 0
 
     def add(self, delta: RequestOutput) -> RequestOutput | None:
-        """Return the new part of the next output, with the id of the front end, or None if a
-        repeated token is another one. O(new tokens)."""
+        """Return the new part of the next output, or None if a repeated token is another one.
+        O(new tokens)."""
         tokens, text = delta.new_token_ids, delta.new_text
         repeated = self._tokens[self._at_token : self._at_token + len(tokens)]
         if repeated != list(tokens[: len(repeated)]):
@@ -136,7 +155,6 @@ class Progress:
         self._num_chars = max(self._num_chars, self._at_char)
         self._last = structs.replace(
             delta,
-            request_id=self.request_id,
             new_token_ids=new,
             new_text=text[num_chars:],
             new_logprobs=delta.new_logprobs[len(repeated) :],
@@ -146,17 +164,17 @@ class Progress:
         return self._last
 
     @property
-    def broken_off(self) -> str:
-        """Message for a client after the replica of its request died."""
-        return (
+    def broken_off(self) -> RequestError:
+        """Error for a client after the replica of its request died."""
+        return StepFailed(
             f"the replica that computed it died after {counted(len(self._tokens), 'token')} of the "
             "answer; send the request again"
         )
 
-    def aborted(self) -> RequestOutput:
-        """Return the last output of an aborted answer."""
+    def ended(self, reason: FinishReason) -> RequestOutput:
+        """Return the last output of an answer that is ended early."""
         return structs.replace(
-            self._last, new_token_ids=(), new_text="", new_logprobs=(), finish_reason="abort"
+            self._last, new_token_ids=(), new_text="", new_logprobs=(), finish_reason=reason
         )
 
 
@@ -167,44 +185,38 @@ class FleetChannel(EngineChannel):
     def __init__(
         self,
         config: EngineConfig,
-        handle: Any,
-        fleet: Fleet,
-        facts: ReplicaFacts,
-        shut_down: Callable[[], None],
-        is_death: Callable[[Exception], bool],
+        fleet: RayFleet,
+        router: Router,
+        facts: EngineFacts,
+        replicas: Mapping[str, Any],
     ) -> None:
-        """``handle`` is Ray Serve's, of ``EngineReplica``. ``is_death`` returns True for an error
-        that means that a replica is gone, and False for an error of the replica itself."""
-        self.config, size = config, facts.engine.vocab_size
-        self.tokenizer = load_tokenizer_of(config, size)
-        self.facts = facts.engine
-        self._compile = grammar_rules(self.tokenizer, size)
+        """``replicas``: those that ``fleet`` has started, by name."""
+        self.config, self.facts = config, facts
+        self.tokenizer = load_tokenizer_of(config, facts.vocab_size)
+        self._compile = grammar_rules(self.tokenizer, facts.vocab_size)
         self._compiling = asyncio.Lock()
         """Held while a grammar is compiled, so that an equal one that waits is remembered."""
-        self._handle, self._fleet = handle, fleet
-        self._tell_replica = handle.options(method_name="tell")
-        self._shut_down, self._is_death = shut_down, is_death
-        self._orders: dict[str, tuple[Order, asyncio.Task[None]]] = {}
-        """Order and task of each request in progress, by the front end's id."""
+        self._fleet, self.router = fleet, router
+        self.members: dict[str, Any] = {}
+        """Replicas that are up by name, the oldest first."""
+        for name, replica in replicas.items():
+            self._join(name, replica)
+        self._names = map("replica-{}".format, itertools.count(len(replicas)))
+        self._requests: dict[str, Progress] = {}
         self._numbers = itertools.count()
-        self._first_choices = BoundedMemory[str, str](FIRST_CHOICES_BYTES)
-        """Id given by the client -> id at the replicas, for first choices, also ended ones."""
-        self._waiting: set[str] = set()
-        self._errands: set[asyncio.Task[None]] = set()
-        """Questions and early ends in progress."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        """Followers of replicas, questions and early ends in progress."""
         self._views: dict[int, tuple[str, int]] = {}
         """Number of each open view -> replica, and number of the view there."""
         self._reports: dict[str, CacheReport] = {}
         self._gone: Counter[str] = Counter()
-        self._followers: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_open = True
-        self._num_up = 0
 
     @property
     def is_alive(self) -> bool:
         """True if at least one replica is up."""
-        return self._is_open and bool(self._fleet.members)
+        return self._is_open and bool(self.members)
 
     @property
     def pid(self) -> None:
@@ -212,207 +224,136 @@ class FleetChannel(EngineChannel):
 
     @property
     def num_queued(self) -> int:
-        return len(self._waiting)
+        return sum(not request.has_begun for request in self._requests.values())
 
     def connect(self, front: AsyncEngine) -> None:
         self._front = front
 
     def start(self) -> None:
-        """Start to follow the events of all current and later replicas."""
+        """Start to follow the events of all replicas."""
         self._loop = asyncio.get_running_loop()
-        self._fleet.on_change = self._members_changed
-        self._follow_members()
+        for name, replica in self.members.items():
+            self._run(self._follow(name, replica))
 
-    def _members_changed(self) -> None:
-        """React to replicas that joined or left. May be called from any thread."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._follow_members)
+    def _join(self, name: str, replica: Any) -> None:
+        self.members[name] = replica
+        self.router.joined(name, time.monotonic())
 
-    def _follow_members(self) -> None:
-        """Follow the events of each replica while it is up."""
-        members = self._fleet.members
-        if not self._is_open:
-            members = ()
-        for replica in members:
-            if replica not in self._followers:
-                self._followers[replica] = asyncio.ensure_future(self._follow(replica))
-        for replica, follower in self._followers.items():
-            if replica not in members:
-                follower.cancel()
-        num_up = len(members)
-        if self._is_open and self._num_up not in (0, num_up):
-            change = "ended, and Ray starts another" if num_up < self._num_up else "joined"
-            logger.warning("A replica %s; replicas that are up: %d.", change, num_up)
-        self._num_up = num_up
-
-    async def _follow(self, replica: str) -> None:
-        due = 0
-        try:
-            while replica in self._fleet.members:
-                follow = self._handle.options(method_name="events", stream=True)
-                batches = follow.remote(Order(replica=replica, sequence=due))
-                try:
-                    async for batch in batches:
-                        self._fleet.on_events(replica, batch)
-                        due = batch.sequence + 1
-                except EventsLost:
-                    batches.cancel()
-                    due = 0  # A mirror that is inconsistent starts again.
-                except asyncio.CancelledError:
-                    batches.cancel()
-                    raise
-                except Exception as error:  # Ray raises errors of many types while a replica ends.
-                    logger.info("the events of replica %s ended: %s", replica, error)
-                    await asyncio.sleep(RETRY_S)
-        finally:
-            del self._followers[replica]
+    async def _follow(self, name: str, replica: Any) -> None:
+        """Pass the events of a replica to the router until it ends, and start another one."""
+        while self._is_open:
+            try:
+                async for batch in replica.events.remote():
+                    if name not in self.members:
+                        self._join(name, replica)
+                        logger.warning("A replica joined; now up: %d.", len(self.members))
+                    self.router.on_events(name, *await batch)
+            except Exception as error:  # Ray raises errors of many types while a replica ends.
+                logger.info("the events of replica %s ended: %s", name, error)
+            if self.members.pop(name, None) is not None:
+                self.router.left(name, time.monotonic())
+                logger.warning("A replica ended, another starts; now up: %d.", len(self.members))
+            if name in self._reports:
+                self._gone.update(self._reports.pop(name).usage)
+            self._fleet.end(replica)
+            await asyncio.sleep(RETRY_S)
+            name = next(self._names)
+            replica = self._fleet.start(name)
 
     def send(self, message: ToEngine) -> None:
         match message:
             case RequestSpec():
                 self._submit(message)
             case Abort():
-                self._abort(message)
+                self._run(self._abort(message))
             case EndEngine():
                 pass
             case _:
                 self._run(self._answer(message))
 
-    def _run(self, errand: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(errand)
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task
 
-    def _submit(self, asked: RequestSpec) -> None:
-        request_id, sampling, number = asked.request_id, asked.sampling, next(self._numbers)
+    def _submit(self, spec: RequestSpec) -> None:
+        request_id, sampling = spec.request_id, spec.sampling
         assert request_id is not None and sampling is not None
-        # A replica may still end an earlier request of this id.
-        unique_id = f"{request_id}#{number}"
         if sampling.seed is None:
-            sampling = sampling.with_seed(self.config.seed + number)
-        first_choice = asked.choice_of
-        if first_choice is not None:
-            first_choice = self._first_choices.get(first_choice) or first_choice
-        spec = structs.replace(
-            asked,
-            sampling=sampling,
-            request_id=unique_id,
-            choice_of=first_choice,
-            arrival_s=None,
-        )
-        order = Order(unique_id, spec)
-        if asked.choice_of is None:
-            num_bytes = sys.getsizeof(request_id) + sys.getsizeof(unique_id)
-            self._first_choices.put(request_id, unique_id, num_bytes)
-        self._waiting.add(unique_id)
-        progress = Progress(request_id)
-        task = asyncio.ensure_future(self._follow_answer(order, progress))
-        self._orders[request_id] = order, task
-        task.add_done_callback(lambda task: self._settle(task, order, progress))
+            sampling = sampling.with_seed(self.config.seed + next(self._numbers))
+        spec = structs.replace(spec, sampling=sampling, arrival_s=None)
+        request = self._requests[request_id] = Progress(spec, request_id)
+        request.task = self._run(self._follow_answer(request))
 
-    def _abort(self, message: Abort) -> None:
+    async def _abort(self, message: Abort) -> None:
         """End a request. Unless the client left, its replica ends it, so that both count the same
         reason and its last output is sent."""
-        found = self._orders.get(message.request_id)
-        if found is None:
+        request = self._requests.get(message.request_id)
+        if request is None:
             return
-        order, task = found
-        if message.reason == "abort":
-            task.cancel()
-            return
-        # With its spec, so that a request that is not placed yet goes to the same replica.
-        early = Abort(order.request_id, message.reason)
-        ending = self._run(self._tell(replace(order, message=early)))
-        ending.add_done_callback(
-            lambda ending: task.cancel() if ending.cancelled() or ending.exception() else None
-        )
+        if message.reason != "abort" and request.replica is not None:
+            with suppress(Exception):  # The replica is gone.
+                await self._tell(request.replica, message)
+                return
+        self._end(request, request.ended(message.reason))
+        request.task.cancel()
 
-    async def _tell(self, order: Order) -> Any:
-        """Return the reply of a replica to the message of ``order``."""
-        return await asyncio.wait_for(self._tell_replica.remote(order), CALL_S)
+    async def _tell(self, replica: Any, message: Question | Abort) -> Any:
+        """Return the reply of a replica to a message."""
+        return await asyncio.wait_for(replica.tell.remote(message), CALL_S)
 
-    async def _follow_answer(self, order: Order, progress: Progress) -> None:
+    async def _follow_answer(self, request: Progress) -> None:
         """Pass on the outputs of one request. If its replica dies, the request starts again on
         another one, which repeats what was sent already."""
-        generate = self._handle.options(method_name="generate", stream=True)
-        num_deaths = 0
-        while True:
-            self._fleet.expect(order.request_id)
-            outputs = generate.remote(order)
+        request_id, spec, router = request.request_id, request.spec, self.router
+        tokens, known = tuple(np.asarray(spec.prompt).tolist()), spec.boundaries.positions
+        route = RouteRequest(request_id, tokens, spec.namespace, known)
+        outputs = None
+        for _ in range(MAX_DEATHS):
             try:
-                async for output in outputs:
-                    if not progress.has_begun and output.new_token_ids:
-                        self._waiting.discard(order.request_id)
-                        self._fleet.prefilled(order.request_id)
-                    whole = progress.add(output)
+                while not self.members:
+                    await asyncio.sleep(RETRY_S)
+                choice = router.route(route, time.monotonic())
+                request.replica = self.members[str(choice.replica)]
+                outputs = request.replica.generate.remote(spec)
+                async for following in outputs:
+                    output = await following
+                    if not request.has_begun and output.new_token_ids:
+                        router.prefilled(request_id, time.monotonic())
+                    whole = request.add(output)
                     if whole is None:
-                        outputs.cancel()
-                        self._fail(order, progress, StepFailed(progress.broken_off))
+                        self._fleet.cancel(outputs)
+                        self._fail(request, request.broken_off)
                         return
                     if output.finish_reason is not None:
-                        self._end(order, progress, whole)
+                        self._end(request, whole)
                         return
                     if whole.new_token_ids or whole.new_text:
                         self._front.receive(Outputs(0, 0, (whole,)))
-                return
             except asyncio.CancelledError:
-                outputs.cancel()
+                if outputs is not None:
+                    self._fleet.cancel(outputs)
                 raise
             except Exception as error:
-                if not self._is_death(error):
-                    self._fail(order, progress, StepFailed(_cause(error)))
+                if not self._fleet.is_death(error):
+                    self._fail(request, StepFailed(_cause(error)))
                     return
-                num_deaths += 1
-                if num_deaths == MAX_DEATHS:
-                    self._fail(order, progress, StepFailed(progress.broken_off))
-                    return
-                logger.warning("request %s lost its replica and starts again", progress.request_id)
-                self._fleet.ended(order.request_id)
-                progress.restart()
+            logger.warning("request %s lost its replica and starts again", request_id)
+            router.ended(request_id, time.monotonic())
+            request.restart()
+            await asyncio.sleep(RETRY_S)  # Until the replica is known to be gone.
+        self._fail(request, request.broken_off)
 
-    def _settle(self, task: asyncio.Task[None], order: Order, progress: Progress) -> None:
-        """End a request that its ``task`` did not end, because it was cancelled or failed."""
-        if self._orders.get(progress.request_id) != (order, task):
-            return
-        if not task.cancelled():
-            if task.exception() is not None:
-                logger.error("A request failed.", exc_info=task.exception())
-            error: RequestError = StepFailed("its replica ended before the answer was done")
-            self._fail(order, progress, error)
-        elif not self._is_open:
-            self._fail(order, progress, EngineStopped(STOPPED))
-        else:
-            self._end(order, progress, progress.aborted())
+    def _fail(self, request: Progress, error: RequestError) -> None:
+        self._end(request, RequestOutput.failed(request.request_id, error))
 
-    def _fail(self, order: Order, progress: Progress, error: RequestError) -> None:
-        self._end(order, progress, RequestOutput.failed(progress.request_id, error))
-
-    def _end(self, order: Order, progress: Progress, last: RequestOutput) -> None:
-        """Send the last output of a request, and release its id. Does nothing if it has ended."""
-        found = self._orders.get(progress.request_id)
-        if found is None or found[0] is not order:  # Another request may have this id by now.
-            return
-        del self._orders[progress.request_id]
-        self._fleet.ended(order.request_id)
-        self._waiting.discard(order.request_id)
-        self._front.receive(Outputs(0, 0, (last,)))
-
-    async def _each(self, question: Question) -> dict[str, Any]:
-        """Return the replies to ``question``, for each replica that is up and responds."""
-        asked = {
-            replica: self._tell_replica.remote(Order(replica=replica, message=question))
-            for replica in self._fleet.members
-        }
-        found = {}
-        for replica, response in asked.items():
-            try:
-                found[replica] = await asyncio.wait_for(response, CALL_S)
-            except Exception as error:  # Ray raises errors of many types while a replica ends.
-                logger.info("replica %s did not answer %s: %s", replica, question, error)
-        if not found:
-            raise EngineStopped("No replica answers.")
-        return found
+    def _end(self, request: Progress, last: RequestOutput) -> None:
+        """Send the last output of a request, unless it has ended."""
+        if self._requests.get(request.request_id) is request:
+            del self._requests[request.request_id]
+            self.router.ended(request.request_id, time.monotonic())
+            self._front.receive(Outputs(0, 0, (last,)))
 
     async def _answer(self, question: Question) -> None:
         try:
@@ -445,53 +386,60 @@ class FleetChannel(EngineChannel):
                 return await self._ask_view(question)
         return None
 
+    async def _each(self, question: Question) -> dict[str, Any]:
+        """Return the replies to ``question``, for each replica that is up and responds."""
+        names = tuple(self.members)
+        replies = [self._ask(name, question) for name in names]
+        found = zip(names, await asyncio.gather(*replies, return_exceptions=True), strict=True)
+        answered = {name: one for name, one in found if not isinstance(one, BaseException)}
+        if not answered:
+            raise EngineStopped("No replica answers.")
+        return answered
+
+    async def _ask(self, name: str, question: Question) -> Any:
+        """Return one replica's reply. Raises EngineStopped if it is gone."""
+        try:
+            return await self._tell(self.members[name], question)
+        except RequestError:
+            raise
+        except Exception as error:  # Ray raises errors of many types while a replica ends.
+            logger.info("replica %s did not answer %s: %s", name, question, error)
+            raise EngineStopped(f"Replica {name} does not answer: {_cause(error)}") from error
+
+    async def _report(self, question: AskReport) -> CacheReport:
+        found = await self._each(question)
+        self._reports |= {name: one for name, one in found.items() if name in self.members}
+        return summed(list(found.values()), self._gone)
+
     async def _open_view(self, question: OpenView) -> int:
         """Open a view of one replica. Raises ValueError if that one is not up."""
-        members = self._fleet.members
-        if not 1 <= question.replica <= len(members):
-            raise ValueError(f"Replica {question.replica} is not up: there are {len(members)}.")
-        replica = members[question.replica - 1]
-        number = next(self._numbers)
-        self._views[number] = replica, await self._ask(replica, question)
+        names = tuple(self.members)
+        if not 1 <= question.replica <= len(names):
+            raise ValueError(f"Replica {question.replica} is not up: there are {len(names)}.")
+        name, number = names[question.replica - 1], next(self._numbers)
+        self._views[number] = name, await self._ask(name, question)
         return number
 
     async def _ask_view(self, question: AskView) -> Any:
         """Pass a question about a view on to its replica."""
-        replica, view = self._views[question.view]
+        name, view = self._views[question.view]
         if question.topic == "close":
             del self._views[question.view]
-        found = await self._ask(replica, structs.replace(question, view=view))
+        found = await self._ask(name, structs.replace(question, view=view))
         if question.topic == "whole":
-            members = self._fleet.members
-            place = members.index(replica) + 1 if replica in members else 0
-            found["meta"] |= {"replica": place, "num_replicas": len(members)}
+            names = list(self.members)
+            place = names.index(name) + 1 if name in names else 0
+            found["meta"] |= {"replica": place, "num_replicas": len(names)}
         return found
-
-    async def _ask(self, replica: str, question: Question) -> Any:
-        """Return one replica's reply. Raises EngineStopped if it is gone."""
-        try:
-            return await self._tell(Order(replica=replica, message=question))
-        except RequestError:
-            raise
-        except Exception as error:  # Ray raises errors of many types while a replica ends.
-            raise EngineStopped(f"Replica {replica} does not answer: {_cause(error)}") from error
-
-    async def _report(self, question: AskReport) -> CacheReport:
-        found = await self._each(question)
-        members = self._fleet.members
-        for replica in [each for each in self._reports if each not in members]:
-            self._gone.update(self._reports.pop(replica).usage)
-        self._reports |= {each: one for each, one in found.items() if each in members}
-        return summed(list(found.values()), self._gone)
 
     async def drain(self) -> None:
         """Finish the running requests and end the replicas."""
         self._is_open = False
-        while self._orders:
-            await asyncio.wait([task for _, task in self._orders.values()])
-        for follower in tuple(self._followers.values()):
-            follower.cancel()
-        await asyncio.to_thread(self._shut_down)
+        while self._requests:
+            await asyncio.wait([request.task for request in self._requests.values()])
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.to_thread(self._fleet.close)
         self._front.closed(None)
 
     def stop(self) -> None:
@@ -502,10 +450,155 @@ class FleetChannel(EngineChannel):
                 self._loop.call_soon_threadsafe(self._cancel_all)
 
     def _cancel_all(self) -> None:
-        for _, task in tuple(self._orders.values()):
-            task.cancel()
+        for request in tuple(self._requests.values()):
+            self._fail(request, EngineStopped(STOPPED))
+            request.task.cancel()
 
 
 def _cause(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     return str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+
+
+class RayFleet:
+    """Starts and ends replicas on a Ray cluster: actors of ``EngineReplica``, whose methods are
+    called with ``remote``."""
+
+    def __init__(self, config: EngineConfig, settings: ReplicasConfig) -> None:
+        """Join or start a cluster. Raises ValueError as ``start_replicas``."""
+        self._is_ours = _join_ray(settings.ray)
+        import ray
+
+        self._ray, self._config = ray, config
+        self._replicas: set[Any] = set()
+        try:
+            self.needs = needed(config, settings.replicas, ray.cluster_resources())
+        except ValueError:
+            self.close()
+            raise
+        here = str(Path(__file__).resolve().parents[3])  # Replicas start in another folder.
+        paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        self._class = ray.remote(
+            max_concurrency=config.max_queue + config.max_running + BESIDE_REQUESTS,
+            runtime_env={"env_vars": variables},
+            **self.needs,
+        )(EngineReplica)
+
+    def start(self, name: str) -> Any:
+        """Return a new replica, which is loading its model."""
+        replica = self._class.options(name=name).remote(self._config)
+        self._replicas.add(replica)
+        return replica
+
+    def facts(self, replicas: Iterable[Any], address: str) -> ReplicaFacts:
+        """Wait until all ``replicas`` have loaded their models, and return the facts of the
+        first."""
+        loading = [replica.facts.remote(address) for replica in replicas]
+        found: ReplicaFacts = self._ray.get(loading, timeout=START_S)[0]
+        return found
+
+    def end(self, replica: Any) -> None:
+        """End a replica at once."""
+        self._ray.kill(replica)
+        self._replicas.discard(replica)
+
+    def cancel(self, outputs: Any) -> None:
+        """End a request, because nobody reads its ``outputs``."""
+        self._ray.cancel(outputs)
+
+    def is_death(self, error: Exception) -> bool:
+        """Return True if a replica is gone, and False if it failed on a request."""
+        errors = self._ray.exceptions
+        return isinstance(error, errors.RayError) and not isinstance(error, errors.RayTaskError)
+
+    def close(self) -> None:
+        """End all replicas, and leave the cluster."""
+        for replica in tuple(self._replicas):
+            self.end(replica)
+        if self._is_ours:
+            self._ray.shutdown()
+
+
+def needed(
+    config: EngineConfig, num_replicas: int, resources: Mapping[str, float]
+) -> dict[str, int]:
+    """Return what each replica asks of a cluster with these ``resources``. A replica sees only GPUs
+    that it has asked for. Raises ValueError if there are too few cores, or GPUs for ``--device``.
+
+    >>> needed(EngineConfig(), 2, {"CPU": 8.0}), needed(EngineConfig(), 2, {"CPU": 8.0, "GPU": 2.0})
+    ({'num_cpus': 1}, {'num_cpus': 1, 'num_gpus': 1})
+    """
+    is_on_gpu = config.device is not None and config.device != "cpu"
+    has_gpus = resources.get("GPU", 0) >= num_replicas
+    for kind, what in (("CPU", "core"), ("GPU", "GPU")):
+        count = int(resources.get(kind, 0))
+        if count < num_replicas and (kind == "CPU" or is_on_gpu):
+            raise ValueError(
+                f"--replicas {num_replicas} need one {what} each, but Ray has {count}: use fewer, "
+                "or name a larger cluster with --ray."
+            )
+    return {"num_cpus": 1} | ({"num_gpus": 1} if has_gpus and config.device != "cpu" else {})
+
+
+def _join_ray(address: str | None) -> bool:
+    """Join a cluster, or start one, and return True unless this process has joined one already.
+    Raises ValueError if there is none at ``address``, or Ray cannot start one."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address is None:
+            ray.init(address="local", include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise ValueError(
+            f"--ray {address}: no cluster responds: start one with `ray start --head`, or "
+            "remove --ray."
+        ) from error
+    except Exception as error:  # Ray raises errors of many types, for example on a busy machine.
+        raise ValueError(f"--replicas: Ray did not start ({error}).") from error
+    # Ray's own handler aborts the process with a dump of its stack.
+    end_by_exception(signal.SIGTERM)
+    return True
+
+
+def start_replicas(
+    config: EngineConfig, server: ServerConfig, address: str
+) -> tuple[AsyncEngine, str]:
+    """Start engines of ``config`` on a Ray cluster, with one core each, and one GPU if there are
+    enough, and wait until all have loaded.
+
+    Returns (the engines, the start screen). Raises ConfigError for settings of an engine that
+    replicas do not support, and ValueError for a router or cluster that does not exist, or too few
+    cores or GPUs.
+    """
+    settings = server.of(ReplicasConfig)
+    for is_set, flag in (
+        (config.uses("disaggregation"), "--role"),
+        (config.kept_folder is not None, "--state-dir"),
+        (config.num_ranks > 1, "--tp"),
+    ):
+        if is_set:
+            raise ConfigError(f"--replicas and {flag} cannot be combined: remove one of them.")
+    config, make_router = resolve_config(config), find_router(settings.router or ROUTER)
+    fleet = RayFleet(config, settings)
+    try:
+        names = map("replica-{}".format, range(settings.replicas))
+        replicas = {name: fleet.start(name) for name in names}
+        facts = fleet.facts(replicas.values(), address)
+        router = make_router(facts.spec)
+        engine = AsyncEngine(FleetChannel(config, fleet, router, facts.engine, replicas))
+    except BaseException:
+        fleet.close()
+        raise
+    model, *of_each = facts.screen
+    each = "one core and one GPU each" if "num_gpus" in fleet.needs else "one core each"
+    words = f"{settings.replicas} on Ray, {each}; the facts below are those of one"
+    rows = [model, ("replicas", words), ("router", settings.router or ROUTER), *of_each]
+    return engine, screen_text(rows)

@@ -44,7 +44,7 @@ def url(cluster: str) -> Iterator[str]:
             line = server.stdout.readline().decode()
             assert line, screen
             screen += line
-        assert re.search(r"replicas +2 on Ray Serve", screen)
+        assert re.search(r"replicas +2 on Ray", screen)
         yield found[0]
     finally:
         server.send_signal(signal.SIGTERM)

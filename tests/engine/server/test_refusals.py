@@ -27,14 +27,13 @@ from engine.errors import (
     StepFailed,
 )
 from engine.plugins.replicas import replica
-from engine.plugins.replicas.fleet import Order
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.settings import ServerConfig
 from engine.text.hugging_face import HFTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
-from tests.engine.fleet.test_fleet import Handle, serve
+from tests.engine.fleet.test_fleet import LocalFleet, serve
 from tests.oracle import OracleSampler
 
 from .conftest import SlowRunner
@@ -91,26 +90,10 @@ sys.exit(worker.main(*sys.argv[2:]))
 """
 
 
-class PickledStream:
-    """Stream of outputs that are pickled, as with Ray."""
+class PickledFleet(LocalFleet):
+    """Fleet with results that are pickled, as between processes."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __aiter__(self) -> PickledStream:
-        return self
-
-    async def __anext__(self) -> Any:
-        return pickle.loads(pickle.dumps(await anext(self._stream)))
-
-    def cancel(self) -> None:
-        self._stream.cancel()
-
-
-class PickledHandle(Handle):
-    def remote(self, order: Order) -> Any:
-        called = super().remote(order)
-        return PickledStream(called) if self.streams else called
+    copy = staticmethod(lambda result: pickle.loads(pickle.dumps(result)))
 
 
 @asynccontextmanager
@@ -123,7 +106,7 @@ async def serving(kind: str, config: EngineConfig) -> AsyncIterator[tuple[Any, h
         spawned = spawn(config, "here", BOOT)
         engine, *_ = await asyncio.to_thread(start_engine, config, spawned, lambda: None)
     else:
-        engine = await serve(PickledHandle(config), 1, "text")
+        engine = await serve(PickledFleet(config), 1, "text")
     app = create_app(engine, ServerConfig())
     if kind != "replicas":
         engine.start()
