@@ -9,7 +9,6 @@ all ranks.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -28,39 +27,13 @@ Kinds = Sequence[tuple[int, int]]
 """Number of units of each kind, and size of a unit."""
 
 
-class Group(ABC):
-    """Collectives among all ranks. All ranks call each of them, in the same order. Sums and joins
-    are replayed with recorded steps."""
+class Group(Protocol):
+    """Exchange among all ranks."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    @abstractmethod
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return every rank's ``x``, all of one shape, in the order of ranks."""
-
-    def sum(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Add ``x`` of all ranks, in their order in float32 and rounded once, into ``out``."""
-        repeated(self._sum, x, out)
-
-    def join(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Concatenate every rank's ``x [T, span(C)]`` into ``out [T, C]``."""
-        repeated(self._join, x, out)
-
-    def _sum(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        first, *others = self.gather(x.contiguous())
-        total = first.float()
-        for other in others:
-            total = total + other.float()
-        out.copy_(total)
-
-    def _join(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Concatenate parts that are padded to the width of the widest."""
-        spans = [Rank(number, self.count).span(out.shape[1]) for number in range(self.count)]
-        counts = [len(span) for span in spans]
-        parts = self.gather(F.pad(x, (0, max(counts) - x.shape[1])))
-        columns = [part[:, :count] for part, count in zip(parts, counts, strict=True)]
-        torch.cat(columns, dim=-1, out=out)
+        """Return every rank's ``x``, all of one shape, in the order of ranks. All ranks call it in
+        the same order."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +108,7 @@ class Rank:
         if self.group is None:
             return x
         out = x.new_empty(x.shape)
-        self.group.sum(x, out)
+        repeated(self._sum, x, out)  # Replayed with recorded steps, like ``_join``.
         return out
 
     def join(self, x: torch.Tensor, size: int) -> torch.Tensor:
@@ -143,8 +116,22 @@ class Rank:
         if self.group is None:
             return x
         out = x.new_empty(len(x), size)
-        self.group.join(x, out)
+        repeated(self._join, x, out)
         return out
+
+    def _sum(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        assert self.group is not None
+        first, *others = self.group.gather(x.contiguous())
+        out.copy_(sum((other.float() for other in others), first.float()))
+
+    def _join(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Concatenate parts that are padded to the width of the widest."""
+        assert self.group is not None
+        ranks = [Rank(number, self.count) for number in range(self.count)]
+        counts = [len(rank.span(out.shape[1])) for rank in ranks]
+        parts = self.group.gather(F.pad(x, (0, max(counts) - x.shape[1])))
+        columns = [part[:, :count] for part, count in zip(parts, counts, strict=True)]
+        torch.cat(columns, dim=-1, out=out)
 
 
 ALONE = Rank()

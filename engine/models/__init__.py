@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -27,12 +26,9 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
     if model_type is None:
         raise ModelError("config.json has no 'model_type', the name of the model's family.")
     if family is None:
-        supported = sorted(families())
-        near = get_close_matches(str(model_type), supported, n=1, cutoff=0.8)
-        nearest = f" The nearest is {near[0]!r}." if near else ""
         raise ModelError(
             f"models of model_type {model_type!r} are not supported; supported are "
-            f"{', '.join(supported)}.{nearest}"
+            f"{', '.join(sorted(families()))}."
         )
     try:
         sizes, config = read(text)

@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -45,13 +45,13 @@ def backends_of() -> dict[str, tuple[Backend, ...]]:
     return dict(sorted(found.items()))
 
 
-class Kernels(Mapping[str, ModuleType]):
-    """One module per kernel, by name. Modules of all backends have functions with the same
-    signatures. A module is loaded on first use."""
+class Kernels(dict[str, ModuleType]):
+    """Modules of the kernels in use, by name. Modules of all backends have functions with the same
+    signatures. A module is loaded on first use. Raises ModelError if it cannot be loaded."""
 
     def __init__(self, chosen: Mapping[str, Backend]) -> None:
+        super().__init__()
         self._chosen = dict(chosen)
-        self._loaded: dict[str, ModuleType] = {}
 
     @classmethod
     def choose(cls, device: Device, overrides: str = "") -> Kernels:
@@ -83,21 +83,13 @@ class Kernels(Mapping[str, ModuleType]):
             _load(name, wanted)
         return cls(words | asked)
 
-    def __getitem__(self, name: str) -> ModuleType:
-        """Return the module of a kernel. Raises ModelError if it cannot be loaded."""
-        if name not in self._loaded:
-            self._loaded[name] = _load(name, self._chosen[name])
-        return self._loaded[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._chosen)
-
-    def __len__(self) -> int:
-        return len(self._chosen)
+    def __missing__(self, name: str) -> ModuleType:
+        self[name] = _load(name, self._chosen[name])
+        return self[name]
 
     def words(self) -> dict[str, str]:
         """Return the backend of each kernel that is in use."""
-        return {name: word for name, word in self._chosen.items() if name in self._loaded}
+        return {name: word for name, word in self._chosen.items() if name in self}
 
 
 def override_all(word: Backend) -> str:

@@ -20,8 +20,7 @@ from engine.layers.linear import ALONE, Rank
 from engine.runner.device import Device
 from engine.runner.loading import DTYPES, LoadedModel
 from engine.runner.memory import MemoryPlan, check_sizes
-from engine.runner.model_runner import ModelRunner
-from engine.runner.steps import WarmUp
+from engine.runner.model_runner import ModelRunner, WarmUp
 from engine.schedule.scheduler import Batch, Newest, Segment
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.units import GIB, counted
@@ -177,22 +176,19 @@ def warm_up(runner: ModelRunner) -> WarmUp:
     compiled. All steps are computed on padding: they read and write no request's memory.
     """
     began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
-    decodes, verifies, prefills = captures(runner)
+    graphs = [capture for kind in captures(runner) for capture in kind]
     steps: list[Callable[[], object]] = [
         partial(runner.forward, batch) for batch in rehearsals(runner)
     ]
     steps += [partial(runner.guess, newest, [1] * len(newest)) for newest in guesses(runner)]
-    works = [*decodes, *verifies, *prefills, *steps]
     from tqdm import tqdm  # Here, because a start without warm-up does not need it.
 
-    for work in tqdm(works, desc="warm-up", leave=False, disable=None):
+    for work in tqdm([*graphs, *steps], desc="warm-up", leave=False, disable=None):
         work()
     runner.device.synchronize()
     return WarmUp(
+        num_graphs=len(graphs),
         num_steps=len(steps),
-        num_decode_graphs=len(decodes),
-        num_verify_graphs=len(verifies),
-        num_prefill_graphs=len(prefills),
         num_bytes=max(0, free_bytes - runner.device.free_bytes()),
         seconds=time.perf_counter() - began,
     )

@@ -83,9 +83,6 @@ class WeightFiles:
                 "--draft mtp requires a multi-token head, and the checkpoint has none (no tensor "
                 f"{HEAD}*): use --draft tree, or none."
             )
-        if quantization is not None:
-            names = (*self.tensors, *self.skipped, TIED_HEAD)
-            quantization.check_ignored(name.rpartition(".")[0] for name in names)
 
     def ties(self, embedding: str) -> bool:
         """Return True if the head has the weights of the tensor ``embedding``, for a model that
@@ -220,18 +217,15 @@ def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Sc
             "float16."
         )
     rows = scheme.row_scales(scale, *stored.shape)
-    if not (rows.isfinite() & (rows >= 0)).all():
-        raise WeightsError(
-            f"{own} contains scales that are NaN, infinite or negative: the file is damaged, or "
-            "its writer failed; download it again."
-        )
+    is_sound = bool((rows.isfinite() & (rows >= 0)).all())
     for row, block in (rows == 0).nonzero().tolist():
         columns = scheme.block[1] or stored.shape[1]
-        if stored[row, block * columns : (block + 1) * columns].float().count_nonzero():
-            raise WeightsError(
-                f"{own} contains a scale of zero for weights that are not zero: the file is "
-                "damaged, or its writer failed; download it again."
-            )
+        is_sound &= not stored[row, block * columns : (block + 1) * columns].float().any()
+    if not is_sound:
+        raise WeightsError(
+            f"{own} contains scales that are NaN, infinite or negative, or zero for weights that "
+            "are not zero: the file is damaged, or its writer failed; download it again."
+        )
 
 
 def _check_whole_blocks(name: str, parameter: Parameter) -> None:

@@ -4,6 +4,7 @@ step."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -25,13 +26,13 @@ from engine.runner.steps import (
     RunningStates,
     StepInputs,
     VerifyGraphs,
-    WarmUp,
     verify_buckets,
 )
 from engine.schedule.scheduler import Batch, Newest, logit_rows, pieces
 from engine.weights.model_config import ModelError
 from hybridcache.allocators.moves import Move, Transfer
 from hybridcache.geometry.checkpoints import CheckpointFormat
+from hybridcache.geometry.units import counted, format_bytes, format_seconds
 from hybridcache.tokens import Indices, Tokens
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
@@ -110,6 +111,28 @@ class Predictor:
         own = torch.arange(count, device=device)[:, None] * depth + ahead + self.first_row
         columns = upload(ends, torch.int64, device)[:, None] + ahead
         return rows.scatter_(1, columns, own.int())
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Results and costs of a warm-up."""
+
+    num_graphs: int
+    """Number of buckets with graphs. One of prefills has a graph per layer and one more."""
+    num_steps: int
+    num_bytes: int
+    """Device memory that stays allocated."""
+    seconds: float
+
+    def describe(self) -> str:
+        """Return the line for the start screen.
+
+        >>> WarmUp(33, 31, 2**29, 41.5).describe()
+        '33 graphs and 31 steps in 41.50 s, 512.0 MiB'
+        """
+        graphs, steps = counted(self.num_graphs, "graph"), counted(self.num_steps, "step")
+        size = format_bytes(self.num_bytes)
+        return f"{graphs} and {steps} in {format_seconds(self.seconds)}, {size}"
 
 
 class Forward:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -48,7 +48,6 @@ from engine.runner.memory import Memory, allocate
 from engine.schedule.scheduler import Batch, Segment
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import ModelSizes
-from hybridcache.geometry.units import counted, format_bytes, format_seconds
 from hybridcache.tokens import Indices, Tokens
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed, running_sum
@@ -656,34 +655,3 @@ def _in_pieces(num_tokens: int, longest: int) -> list[int]:
     """
     whole, rest = divmod(num_tokens, longest)
     return [longest] * whole + [rest] * (rest > 0)
-
-
-@dataclass(frozen=True, slots=True)
-class WarmUp:
-    """Results and costs of a warm-up."""
-
-    num_steps: int
-    num_decode_graphs: int
-    num_verify_graphs: int
-    """Number of graphs of steps with drafts."""
-    num_prefill_graphs: int
-    """Number of buckets of prefills. Each has a graph per layer and one more."""
-    num_bytes: int
-    """Device memory that stays allocated."""
-    seconds: float
-
-    def describe(self) -> str:
-        """Return the line for the start screen.
-
-        >>> WarmUp(31, 25, 0, 8, 2**29, 41.5).describe()
-        '25 decode graphs, 8 prefill graphs and 31 steps in 41.50 s, 512.0 MiB'
-        """
-        parts = [
-            counted(self.num_decode_graphs, "decode graph"),
-            counted(self.num_prefill_graphs, "prefill graph"),
-        ]
-        if self.num_verify_graphs:
-            parts.insert(1, counted(self.num_verify_graphs, "verify graph"))
-        steps = counted(self.num_steps, "step")
-        taken = f"{format_seconds(self.seconds)}, {format_bytes(self.num_bytes)}"
-        return f"{', '.join(parts)} and {steps} in {taken}"

@@ -52,10 +52,6 @@ class Names:
         counts = {len(name.split(".")) for name in names} if anywhere else ()
         return cls(frozenset(names), tuple(patterns), frozenset(counts))
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.names and not self.patterns
-
     def has(self, module: str) -> bool:
         """Return True if ``module``, with or without the prefix of a multimodal model, is on the
         list.
@@ -70,10 +66,6 @@ class Names:
             return False
         spelled = (name, *(wrap + name.removeprefix("model.") for wrap in WRAPPINGS))
         return any(p.match(text) for p in self.patterns for text in (module, *spelled))
-
-    def sample(self, most: int = 3) -> str:
-        """Return a few entries, for errors."""
-        return ", ".join([*sorted(self.names), *(f"re:{p.pattern}" for p in self.patterns)][:most])
 
 
 def _runs(name: str, counts: Iterable[int]) -> Iterator[str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,15 +145,6 @@ class Quantization:
         """Return a description such as ``fp8 in blocks of 128 x 128``."""
         return " and ".join(scheme.describe() for scheme in self.schemes())
 
-    def check_ignored(self, modules: Iterable[str]) -> None:
-        """Raise ModelError if there is a list of ignored modules that contains none of ``modules``,
-        which are named as in the files."""
-        if not self.ignored.is_empty and not any(map(self.ignored.has, modules)):
-            raise ModelError(
-                f"{self.ignore_key} in config.json matches no module of the weight files "
-                f"({self.ignored.sample()}): its entries must be full names as in the files."
-            )
-
 
 REMEDY = (
     "supported are fp8 in blocks, compressed-tensors with int8 or float8 weights, ModelSlim's "
@@ -289,7 +280,7 @@ def _model_slim(path: Path) -> Quantization | None:
                 f"{module} is {kind} in {path.name}, which is not supported; {REMEDY}."
             )
     quantized = Names.of(module for module, kind in listed.items() if kind == "W8A8_DYNAMIC")
-    if quantized.is_empty:
+    if not quantized.names:
         return None
     group = ScaleGroup(Scheme("int8", (1, None), "weight_scale"), quantized)
     return Quantization((group,), Names.of(()), MODEL_SLIM_FILE)

@@ -16,8 +16,7 @@ import pytest
 from engine import Engine, SamplingParams, engine_config
 from engine.interfaces import RunnerLost
 from engine.plugins.tensor_parallel import coordinator
-from engine.plugins.tensor_parallel.coordinator import LeadingRunner
-from engine.plugins.tensor_parallel.group import TorchGroup
+from engine.plugins.tensor_parallel.coordinator import LeadingRunner, TorchGroup
 from engine.runner.device import Device
 from tests.endurance.faults import is_gone
 from tests.waiting import wait_until

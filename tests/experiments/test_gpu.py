@@ -149,7 +149,7 @@ def test_speeds_are_measured_with_and_without_graphs(
     with stubbed(monkeypatch):
         records = [work() for _, work in gpu_serving.measure(path, False, gpu_serving.DRY)]
     start, *measured = records
-    assert "decode graphs" in start["warm_up"] and start["warm_up_bytes"] > 0
+    assert "graphs" in start["warm_up"] and start["warm_up_bytes"] > 0
     assert (start["token_budget"], start["max_running"]) == (8192, 64)
     decoding = next(record for record in measured if record["measure"] == "decoding")
     assert decoding["decode_steps"] > 0 and decoding["decode_step_ms_median"] > 0

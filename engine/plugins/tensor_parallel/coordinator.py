@@ -21,12 +21,14 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed
 
 from engine.config import EngineConfig
 from engine.core import Plugin
@@ -34,7 +36,6 @@ from engine.errors import describe_exit
 from engine.interfaces import Runner, RunnerLost
 from engine.layers.linear import Rank
 from engine.models import read_model
-from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, TIMEOUT_S, TorchGroup
 from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loading import shared_sizes
@@ -42,6 +43,61 @@ from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch
 from engine.weights.model_config import ModelError, read_config
 from hybridcache.scheduling.cache_manager import CacheManager
+
+TIMEOUT_S = 120.0
+"""Time after which a rank that does not answer counts as lost. The longest layer of a step is far
+shorter, including compilation of kernels."""
+START_TIMEOUT_S = 600.0
+"""The same limit while ranks load their parts, which may take different times."""
+HERE = "127.0.0.1"
+"""Address of all ranks, which are processes of one machine."""
+
+
+class TorchGroup:
+    """A ``Group`` of ``count`` processes that connect through the file ``meeting``: nccl or, on a
+    CPU, gloo of ``torch.distributed``. It is not global, so several engines in one process have
+    separate groups."""
+
+    def __init__(self, number: int, count: int, meeting: str, device: Device) -> None:
+        """Wait for all ranks. Raises RunnerLost if one does not arrive, and ModelError if this
+        build of PyTorch has no backend for the device."""
+        self._count, self._timeout = count, timedelta(seconds=START_TIMEOUT_S)
+        backend = "ProcessGroupGloo" if device.is_cpu else "ProcessGroupNCCL"
+        made = getattr(torch.distributed, backend, None)
+        if made is None:
+            raise ModelError(f"--tp needs {backend}, which this build of PyTorch does not have.")
+        from torch._C._distributed_c10d import AllgatherOptions, FileStore
+
+        self._make_options = AllgatherOptions
+        try:
+            store = FileStore(meeting, count)
+            store.set_timeout(self._timeout)
+            if device.is_cpu:
+                self._options = made._Options()
+                self._options._devices = [made.create_device(hostname=HERE)]
+            else:
+                self._options = made.Options()
+            self._options._timeout = self._timeout
+            self._group = made(store, number, count, self._options)
+        except RuntimeError as error:
+            raise RunnerLost(f"the ranks could not connect: {error}") from None
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """See ``Group``. Raises RunnerLost if a rank has gone, or did not answer in time."""
+        parts = [torch.empty_like(x) for _ in range(self._count)]
+        places = [part.view(-1).view(torch.uint8) for part in parts]
+        options = self._make_options()
+        options.timeout = self._timeout
+        try:
+            self._group.allgather([places], [x.view(-1).view(torch.uint8)], options).wait()
+        except RuntimeError as error:
+            raise RunnerLost(f"an exchange between ranks broke off: {error}") from None
+        return parts
+
+    def set_timeout(self, seconds: float) -> None:
+        # nccl reads that of the group, and ignores that of a call.
+        self._timeout = self._options._timeout = timedelta(seconds=seconds)
+
 
 LAST_WORDS_S = 5.0
 """Time to wait for messages of the other ranks after a failed exchange. A dead rank sends none; a

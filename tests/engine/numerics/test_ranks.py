@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from engine import engine_config
 from engine.config import EngineConfig
-from engine.layers.linear import Group, Parameter, Rank, RankCut
+from engine.layers.linear import Parameter, Rank, RankCut
 from engine.runner import loading as weights
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
@@ -41,7 +41,7 @@ class ThreadGroup:
         self._parts: list[Any] = [None] * count
 
     def of(self, number: int) -> Any:
-        class RankGroup(Group):
+        class RankGroup:
             def gather(_, x: torch.Tensor) -> list[torch.Tensor]:
                 self._parts[number] = x.clone()
                 self._barrier.wait()
@@ -49,7 +49,7 @@ class ThreadGroup:
                 self._barrier.wait()
                 return parts
 
-        return RankGroup(len(self._parts))
+        return RankGroup()
 
     def abort(self) -> None:
         self._barrier.abort()
