@@ -22,15 +22,12 @@ from hybridcache.policies.admission.base import (
     Oldest,
 )
 from hybridcache.policies.admission.sessions import SessionGate
-from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.marconi import Marconi
-from hybridcache.policies.eviction.queues import Clock, Sieve
-from hybridcache.policies.eviction.s3_fifo import S3Fifo
+from hybridcache.policies.eviction.queues import ARC, Clock, S3Fifo, Sieve, WTinyLFU
 from hybridcache.policies.eviction.scored import FIFO, GDSF, LFU, Random
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import (
     Backoff,

@@ -1,11 +1,12 @@
-"""Policies made of FIFO queues, one instance per kind of item, and their base classes."""
+"""Policies made of FIFO queues, and their base classes. Each has one instance per kind of item."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar
+
+from sortedcontainers import SortedDict
 
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
@@ -17,45 +18,40 @@ returned one."""
 class Queue:
     """Candidates in order of their tickets, oldest first.
 
-    An item gets a ticket when it is added. After a lock it returns to its old place. O(log n)
-    comparisons, and a move of at most n machine words.
+    An item gets a ticket when it is added. After a lock it returns to its old place. O(log n).
     """
 
     def __init__(self) -> None:
-        self._tickets: list[int] = []
-        self._items: dict[int, tuple[Item, int]] = {}
-        """Item of each ticket, with its size when it entered."""
+        self._items = SortedDict()
+        """(item, its size when it entered) by ticket."""
         self.num_bytes = 0
         """Sum of these sizes."""
 
     def __len__(self) -> int:
-        return len(self._tickets)
+        return len(self._items)
 
     def __iter__(self) -> Iterator[Item]:
-        """Iterate over the items, unordered."""
         return (item for item, _ in self._items.values())
 
     def put(self, ticket: int, item: Item) -> None:
         """Add ``item`` at the place of ``ticket``, new or old."""
-        insort(self._tickets, ticket)
         num_bytes = item.size_bytes
         self._items[ticket] = item, num_bytes
         self.num_bytes += num_bytes
 
     def remove(self, ticket: int) -> None:
         """Remove the item of ``ticket``. Raises KeyError if there is none."""
-        _, num_bytes = self._items.pop(ticket)
-        del self._tickets[bisect_left(self._tickets, ticket)]
-        self.num_bytes -= num_bytes
+        self.num_bytes -= self._items.pop(ticket)[1]
 
     def oldest(self) -> Item | None:
-        """Return the item at the old end, or None if empty. O(1)."""
-        return self._items[self._tickets[0]][0] if self._tickets else None
+        """Return the item at the old end, or None if empty."""
+        return self.after(0) if self._items else None
 
     def after(self, ticket: int) -> Item:
         """Return the first item at or after ``ticket``, cyclically. Requires a non-empty queue."""
-        place = bisect_left(self._tickets, ticket)
-        return self._items[self._tickets[place if place < len(self._tickets) else 0]][0]
+        place = self._items.bisect_left(ticket) % len(self._items)
+        found: Item = self._items.peekitem(place)[1][0]
+        return found
 
 
 class Record:
@@ -164,15 +160,15 @@ class QueuePolicy(ABC):
 
 
 class BothKinds(EvictionPolicy):
-    """Policy with one instance for KV and one for checkpoints.
+    """Policy with one instance for KV and one for checkpoints (``both_kinds``).
 
     With a shared budget, the less recently used of both victims is evicted.
     """
 
     orders_classes = False
 
-    queues: ClassVar[Callable[[], QueuePolicy]]
-    """Factory of both instances."""
+    queues: ClassVar[type[QueuePolicy]]
+    """Class of both instances."""
 
     def __init__(self) -> None:
         make = type(self).queues
@@ -199,11 +195,23 @@ class BothKinds(EvictionPolicy):
         return min(kv, checkpoint, key=lambda item: (item.last_used, item.serial))
 
 
-# --- Policies with one or two queues --------------------------------------------------------------
+def both_kinds(queues: type[QueuePolicy]) -> type[BothKinds]:
+    """Return the eviction policy with an instance of ``queues`` for each kind. A decorator."""
+    names = {"queues": queues, "__doc__": queues.__doc__, "__module__": queues.__module__}
+    return type(queues.__name__, (BothKinds,), names)
 
 
-class ClockQueue(QueuePolicy):
-    """Ring of items with one reference bit each."""
+# --- Policies -------------------------------------------------------------------------------------
+
+
+@both_kinds
+class Clock(QueuePolicy):
+    """Evict the first item in the ring that was not used since the hand's last round.
+
+    Source: Corbató, "A paging experiment with the Multics system", 1968.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: sets a bit.
+    Two kinds: one ring for each. Sizes are ignored.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,19 +229,14 @@ class ClockQueue(QueuePolicy):
         return oldest
 
 
-class Clock(BothKinds):
-    """Evict the first item in the ring that was not used since the hand's last round.
+@both_kinds
+class Sieve(QueuePolicy):
+    """Evict as CLOCK does, but leave survivors in place, so that new items are removed early.
 
-    Source: Corbató, "A paging experiment with the Multics system", 1968.
+    Source: Zhang et al., "SIEVE is simpler than LRU" (NSDI'24).
     Candidates: leaf KV, any unlocked checkpoint. Refresh: sets a bit.
-    Two kinds: one ring for each. Sizes are ignored.
+    Two kinds: one queue and one hand for each. Sizes are ignored.
     """
-
-    queues = ClockQueue
-
-
-class SieveQueue(QueuePolicy):
-    """Queue in order of arrival with reference bits and a hand. Items never change their place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,12 +270,218 @@ class SieveQueue(QueuePolicy):
             self.hand = self.queue.after(record.ticket).memo.ticket if len(self.queue) else 0
 
 
-class Sieve(BothKinds):
-    """Evict as CLOCK does, but leave survivors in place, so that new items are removed early.
+SMALL_SHARE = 0.1
+"""Part of the bytes that the small FIFO may hold."""
 
-    Source: Zhang et al., "SIEVE is simpler than LRU" (NSDI'24).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: sets a bit.
-    Two kinds: one queue and one hand for each. Sizes are ignored.
+
+@both_kinds
+class S3Fifo(QueuePolicy):
+    """Evict most items from a small FIFO. Items used twice or returned as ghosts go to a main FIFO.
+
+    Source: Yang et al., "FIFO queues are all you need for cache eviction" (SOSP'23).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: increments a counter.
+    Two kinds: separate queues, with shares in bytes. The tree's ghosts (checkpoints only) are the
+    ghost queue.
     """
 
-    queues = SieveQueue
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.main = Queue(), Queue()
+
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """Enter ``small``, or ``main`` if a ghost of ``small`` returns.
+
+        Items evicted from ``main`` count as new.
+        """
+        if ghost is None or not isinstance(ghost.owner, type(self)):
+            return self.small
+        return self.main if ghost.queue is ghost.owner.small else self.small
+
+    def used(self, item: Item, record: Record) -> None:
+        """Increment the counter, up to 3. The item does not move."""
+        record.mark = min(record.mark + 1, 3)
+
+    def choose(self) -> Item | None:
+        """Return an item from ``small`` if it has its share or more, else from ``main``.
+
+        It is the oldest one. If it was used, in ``small`` more than once, it is moved to ``main``
+        instead: lazy promotion and reinsertion.
+        """
+        while True:
+            total = self.small.num_bytes + self.main.num_bytes
+            is_full = self.small.num_bytes >= SMALL_SHARE * total
+            from_small = len(self.small) > 0 and (is_full or not len(self.main))
+            item = (self.small if from_small else self.main).oldest()
+            if item is None or item.memo.mark <= (1 if from_small else 0):
+                return item
+            record = item.memo
+            record.mark = 0 if from_small else record.mark - 1
+            self.move(item, self.main)
+
+
+@both_kinds
+class ARC(QueuePolicy):
+    """Evict from one of two LRU lists, used once and used again. Ghost hits adapt their sizes.
+
+    Source: Megiddo, Modha, "ARC: a self-tuning, low overhead replacement cache" (FAST'03).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: two lists for each, with the target in bytes. The tree's ghosts are B1 and B2. They
+    exist for checkpoints only, so KV's target stays 0 and its used items are kept longest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recent, self.frequent = Queue(), Queue()
+        self.target_bytes = 0.0
+        self.num_ghosts = {True: 0, False: 0}
+        """Evicted and not returned items, by origin: True for ``recent``."""
+        self._chosen: Item | None = None
+        self._frequent_asked = False
+        """True if the latest ghost hit was of ``frequent``. T1 then also shrinks at its target."""
+
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """Enter ``recent``, or ``frequent`` if a ghost returns."""
+        self._frequent_asked = False
+        return self.recent if ghost is None else self.frequent
+
+    def used(self, item: Item, record: Record) -> None:
+        """Move to the young end of ``frequent``, from either list."""
+        self.move(item, self.frequent)
+
+    def choose(self) -> Item | None:
+        """Return the oldest of ``recent`` above its target, else of ``frequent`` (REPLACE)."""
+        held = self.recent.num_bytes
+        over = held > self.target_bytes or (self._frequent_asked and held == self.target_bytes)
+        first, second = (self.recent, self.frequent) if over else (self.frequent, self.recent)
+        self._chosen = first.oldest() or second.oldest()
+        return self._chosen
+
+    def gone(self, item: Item, record: Record, evicted: bool) -> None:
+        """Count the chosen victim as a ghost, unless it was only locked."""
+        if item is not self._chosen:
+            return
+        self._chosen = None
+        if evicted:
+            self.num_ghosts[record.queue is self.recent] += 1
+
+    def on_ghost_hit(self, item: Item) -> None:
+        """Enlarge the list of the ghost by the item's bytes times the ratio of ghost counts."""
+        super().on_ghost_hit(item)
+        record: Record | None = item.memo
+        if record is None or record.owner is not self:
+            return
+        from_recent = record.queue is self.recent
+        self._frequent_asked = not from_recent
+        own, other = self._remembered(from_recent), self._remembered(not from_recent)
+        step = max(1.0, other / own) * item.size_bytes
+        total = self.recent.num_bytes + self.frequent.num_bytes
+        self.target_bytes += step if from_recent else -step
+        self.target_bytes = min(max(self.target_bytes, 0.0), float(total))
+        self.num_ghosts[from_recent] = max(0, self.num_ghosts[from_recent] - 1)
+
+    def _remembered(self, from_recent: bool) -> int:
+        """Return |B1| or |B2|, at least 1, with the paper's bounds.
+
+        T1 with B1, and B1 with B2, may not exceed the size of the cache.
+        """
+        recent = min(self.num_ghosts[True], len(self.frequent))
+        if from_recent:
+            return max(1, recent)
+        capacity = len(self.recent) + len(self.frequent)
+        return max(1, min(self.num_ghosts[False], capacity - recent))
+
+
+AGE_AFTER = 10
+"""Uses per candidate after which all counters are halved."""
+WINDOW, PROTECTED = 0.01, 0.8
+"""Parts of the bytes: of the window in all, and of the protected queue in main."""
+
+
+@both_kinds
+class WTinyLFU(QueuePolicy):
+    """Admit an item from the window to main only if it is used more often than the item it evicts.
+
+    Source: Einziger, Friedman, Manes, "TinyLFU: a highly efficient cache admission policy" (TOS
+    2017).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: separate queues, with shares in bytes. Main has room for 99 % of the bytes held at
+    the previous eviction. Counters are exact, while the paper uses a sketch. They outlive eviction
+    for checkpoints only, because only these have ghost hits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window, self.probation, self.protected = Queue(), Queue(), Queue()
+        self._uses = 0
+        self._full_bytes: int | None = None
+        """Bytes held at the previous eviction: an estimate of the capacity."""
+        self._duel: tuple[Item, Item] | None = None
+        """(incumbent to evict, newcomer that takes its place in main)."""
+
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """Enter the window."""
+        return self.window
+
+    def add(self, item: Item) -> None:
+        """Add an item. A returning item continues its ghost's counter."""
+        ghost = self._returned(item)
+        super().add(item)
+        if ghost is not None:
+            item.memo.mark = ghost.mark + 1
+
+    def used(self, item: Item, record: Record) -> None:
+        """Count a use, and move the item in the window or to the protected queue.
+
+        Overflow of the protected queue returns to probation.
+        """
+        record.mark += 1
+        self._uses += 1
+        self.move(item, self.window if record.queue is self.window else self.protected)
+        share = PROTECTED * self._main_bytes()
+        while self.protected.num_bytes > share and len(self.protected) > 1:
+            oldest = self.protected.oldest()
+            assert oldest is not None
+            self.move(oldest, self.probation)
+        queues = self.window, self.probation, self.protected
+        if self._uses > AGE_AFTER * sum(map(len, queues)):
+            self._uses = 0
+            for queue in queues:
+                for held in queue:
+                    held.memo.mark //= 2
+
+    def choose(self) -> Item | None:
+        """Move the window's overflow to main while there is room, then compare it with main's
+        oldest item. Returns the less frequent one."""
+        total = self.window.num_bytes + self._main_bytes()
+        full = total if self._full_bytes is None else self._full_bytes
+        self._full_bytes = total
+        room = (1 - WINDOW) * full
+        while (newcomer := self.window.oldest()) is not None:
+            # The victim makes room for an item that enters the window: count one more of this size.
+            if self.window.num_bytes + newcomer.size_bytes <= WINDOW * total:
+                break
+            if self._main_bytes() + newcomer.size_bytes <= room:
+                self.move(newcomer, self.probation)
+                continue
+            incumbent = self._main_oldest()
+            if incumbent is None or newcomer.memo.mark <= incumbent.memo.mark:
+                return newcomer
+            self._duel = (incumbent, newcomer)
+            return incumbent
+        return self._main_oldest() or newcomer
+
+    def gone(self, item: Item, record: Record, evicted: bool) -> None:
+        """Move a newcomer that won its comparison to the place of the evicted item."""
+        if self._duel is None:
+            return
+        loser, winner = self._duel
+        if item is loser and evicted:
+            self.move(winner, self.probation)
+        if item is loser or item is winner:
+            self._duel = None
+
+    def _main_bytes(self) -> int:
+        return self.probation.num_bytes + self.protected.num_bytes
+
+    def _main_oldest(self) -> Item | None:
+        return self.probation.oldest() or self.protected.oldest()
