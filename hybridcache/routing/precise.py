@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable
 from hashlib import blake2b
 from typing import ClassVar
 
-from hybridcache.export.events import CheckpointStored, Event, Mirror, MirrorMatch
+from hybridcache.export.events import CheckpointStored, Event, Mirror
 from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
 from hybridcache.tokens import common_tuple_len
@@ -32,24 +32,23 @@ class SavedShares:
     """
 
     def __init__(self) -> None:
-        self._planned: dict[str, float] = {}
-        self._saved: dict[str, float] = {}
+        self._planned: defaultdict[str, float] = defaultdict(float)
+        self._saved: defaultdict[str, float] = defaultdict(float)
 
     def plan(self, label: str) -> None:
         """Count a planned checkpoint of a request that events now cover."""
-        self._planned[label] = self._planned.get(label, 0.0) + 1.0
+        self._planned[label] += 1.0
         if self._planned[label] > RECENT:
             self._planned[label] *= 0.5
-            self._saved[label] = self._saved.get(label, 0.0) * 0.5
+            self._saved[label] *= 0.5
 
     def save(self, label: str) -> None:
         """Count a saved checkpoint."""
-        self._saved[label] = self._saved.get(label, 0.0) + 1.0
+        self._saved[label] += 1.0
 
     def is_saved(self, label: str) -> bool:
         """Return True if at least half of the planned checkpoints of ``label`` are saved."""
-        saved = self._saved.get(label, 0.0) + EVIDENCE
-        return 2 * saved >= self._planned.get(label, 0.0) + EVIDENCE
+        return 2 * (self._saved[label] + EVIDENCE) >= self._planned[label] + EVIDENCE
 
 
 class CheckpointSeconds(Router):
@@ -96,32 +95,33 @@ class CheckpointSeconds(Router):
         self.write_rates.pop(replica, None)
         return lost
 
-    def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
-        """Match a prompt in the mirror of ``replica``."""
-        return self.mirrors[replica].match(request.tokens, request.namespace)
-
     def choose(self, request: RouteRequest, now: float) -> Choice:
         num_ids = len(request.tokens)
-        depths: dict[ReplicaId, int] = {}
+        known: dict[ReplicaId, tuple[int, int, int]] = {}
         cost: dict[ReplicaId, float] = {}
         per_id = self.seconds(0, num_ids) / max(num_ids, 1)
         capacity = self.spec.capacity_bytes
         pressures, delays = self.pressures(now), 1.0 / (1.0 - self.utilisation(now))
         for replica, load in self.loads.items():
-            found = self.find(replica, request)
+            found = self.mirrors[replica].match(request.tokens, request.namespace)
             depth = max(found.cached_len, depth_after(self.in_flight[replica], request))
-            depths[replica] = depth
             new_bytes = self.new_bytes(request, depth, found.kv_match_len)
+            known[replica] = depth, found.kv_match_len, new_bytes
             num_held = self.mirrors[replica].num_tokens
             displaced = new_bytes * num_held / capacity if capacity else 0.0
             work = self.seconds(depth, num_ids) + per_id * (pressures[replica] * displaced)
             cost[replica] = load.wait_s(now) + delays * work
         least = min(cost.values())
         equal = [replica for replica, seconds in cost.items() if seconds <= least]
-        deepest = max(depths.values())
+        deepest = max(depth for depth, *_ in known.values())
         branch = request.tokens[deepest : deepest + self.spec.grid]
         chosen = rendezvous(repr((request.namespace, deepest, branch)).encode(), equal)
-        return Choice(chosen, depths[chosen])
+        depth, kv_match_len, new_bytes = known[chosen]
+        positions = tuple(sorted(self.forecast(request, depth, kv_match_len)))
+        labels = tuple(self._plan(request, depth, kv_match_len).values())
+        self.in_flight[chosen][request.id] = request, positions, labels
+        self.write_rates[chosen].sent(new_bytes, self.seconds(depth, num_ids), now)
+        return Choice(chosen, depth)
 
     def new_bytes(self, request: RouteRequest, depth: int, kv_match_len: int) -> int:
         """Return the bytes stored by computing a prompt from ``depth``, with KV for
@@ -150,16 +150,6 @@ class CheckpointSeconds(Router):
         work_s = sum(own.work_s for own in self.write_rates.values())
         seconds = sum(now - own.since_s for own in self.write_rates.values())
         return min(work_s / seconds, MOST_BUSY) if seconds > 0 else 0.0
-
-    def routed(self, request: RouteRequest, choice: Choice, now: float) -> None:
-        found = self.find(choice.replica, request)
-        positions = self.forecast(request, choice.expected_len, found.kv_match_len)
-        labels = self._plan(request, choice.expected_len, found.kv_match_len).values()
-        prompt = request, tuple(sorted(positions)), tuple(labels)
-        self.in_flight[choice.replica][request.id] = prompt
-        new_bytes = self.new_bytes(request, choice.expected_len, found.kv_match_len)
-        work_s = self.seconds(choice.expected_len, len(request.tokens))
-        self.write_rates[choice.replica].sent(new_bytes, work_s, now)
 
     def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
         """Return the positions at which computing a prompt from ``cached_len`` saves checkpoints.

@@ -214,10 +214,8 @@ class Router:
         self._now_s = now
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
-        """Return the replica for ``request``, one of ``loads`` (never empty).
-
-        Must not change ``loads``.
-        """
+        """Return the replica for ``request``, one of ``loads`` (never empty), to which it is sent
+        then. Must not change ``loads``."""
         raise TypeError(f"{type(self).__name__} must override choose().")
 
     def route(self, request: RouteRequest, now: float) -> Choice:
@@ -254,11 +252,7 @@ class Router:
             )
         self.loads[choice.replica].sent(request.id, self.seconds(choice.expected_len, num_ids), now)
         self._where[request.id] = choice.replica
-        self.routed(request, choice, now)
         return choice
-
-    def routed(self, request: RouteRequest, choice: Choice, now: float) -> None:
-        """Hook for subclasses, called after ``request`` is counted on the chosen replica."""
 
     def prefilled(self, request: Hashable, now: float) -> None:
         """Record that the first token of a request has arrived. O(1)."""

@@ -142,7 +142,7 @@ class CacheManager:
         call again in the next step; slots already taken are kept."""
         lease, _ = request.claims
         while True:
-            num_slots = self._num_slots_at_hand
+            num_slots = self.num_slots_at_hand
             saves = lease.take_checkpoint_slots(request.scheduled_len, end, num_slots)
             if saves is not None or not num_slots:
                 return saves
@@ -157,15 +157,10 @@ class CacheManager:
         lease.roll_back(request.computed_len, True)
 
     @property
-    def must_wait_for_slab(self) -> bool:
-        """True if no request may begin before the next step, because its slot could need one more
-        slab to be emptied than a step allows."""
-        return self._num_slots_at_hand == 0
-
-    @property
-    def _num_slots_at_hand(self) -> int | None:
+    def num_slots_at_hand(self) -> int | None:
         """Number of slots that can be taken without emptying more than ``MAX_MOVES`` slabs for the
-        next batch; None if there is no limit. It is 0 if loads have already emptied that many."""
+        next batch; None if there is no limit. It is 0 if loads have already emptied that many: then
+        no request may begin before the next step."""
         arena = self.cache.arena
         if arena is None:
             return None
@@ -174,11 +169,6 @@ class CacheManager:
     def match(self, request: ScheduledRequest) -> PrefixMatch:
         """Return the current match of waiting ``request`` in the cache. O(its length)."""
         return self.cache.match(request.tokens, request.namespace)
-
-    def publish(self, request: ScheduledRequest, end: int) -> None:
-        """Publish the tokens of ``request`` below ``end``, which are computed, in the tree."""
-        lease, _ = request.claims
-        lease.publish(request.tokens, end)
 
     def finish(self, request: ScheduledRequest) -> None:
         """End the lease of a finished request and publish everything computed. The state is not

@@ -377,7 +377,7 @@ class StepPlanner(Generic[R]):
                 f"are computed and those with rows (got {end})."
             )
         if publishes and request.computed_len < request.prefill_len:
-            self._manager.publish(request, end)
+            lease.publish(request.tokens, end)
         request.computed_len = end
         request.scheduled_len = max(request.scheduled_len, end)
 
@@ -527,7 +527,7 @@ class StepPlanner(Generic[R]):
             num_taken = len(self._running) + len(passed)
             has_turn = not budget.is_spent and num_taken < self.max_running
             may_begin = has_turn or self._holding.loads
-            if self._is_full or not may_begin or self._manager.must_wait_for_slab:
+            if self._is_full or not may_begin or self._manager.num_slots_at_hand == 0:
                 continue
             if goal and self._manager.match(request).cached_len < goal:
                 continue

@@ -9,6 +9,7 @@ import pytest
 
 from engine import Engine, SamplingParams, engine_config
 from engine.text.hugging_face import HFTokenizer
+from hybridcache import Lease
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
 GREEDY = SamplingParams(max_tokens=8)
@@ -43,7 +44,7 @@ def test_steps_are_committed_while_the_device_computes_the_next(
     calls: list[str] = []
     for owner, name in (
         (engine.runner, "forward"),
-        (engine._manager, "publish"),
+        (Lease, "publish"),
         (engine._manager, "finish"),
         (OracleDrawn, "wait"),
     ):

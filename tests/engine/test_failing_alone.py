@@ -12,9 +12,11 @@ import torch
 
 from engine import Engine, RequestOutput, SamplingParams
 from engine.requests.grammar import Grammar
-from engine.requests.request import Request, RequestSpec
+from engine.requests.request import RequestSpec
 from engine.schedule.scheduler import Batch
 from engine.text.hugging_face import HFTokenizer
+from hybridcache import Lease
+from hybridcache.tokens import Tokens
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
 from tests.engine.test_engine import ids, make_engine
 
@@ -129,15 +131,15 @@ def test_outputs_finished_by_a_failed_commit_are_returned(
 ) -> None:
     one_token = SamplingParams(max_tokens=1, ignore_eos=True)
     engine = make_engine(tokenizer=HFTokenizer(), overlap=overlap)
-    publish, remaining = engine._manager.publish, [1]
+    publish, remaining = Lease.publish, [1]
 
-    def failing(request: Request, end: int) -> None:
-        if request.prompt_len == 9 and remaining:
+    def failing(lease: Lease, tokens: Tokens, end: int) -> None:
+        if lease.prompt_len == 9 and remaining:
             remaining.pop()
             raise MemoryError("no room to publish")
-        publish(request, end)
+        publish(lease, tokens, end)
 
-    monkeypatch.setattr(engine._manager, "publish", failing)
+    monkeypatch.setattr(Lease, "publish", failing)
     submitted = [engine.submit(ids(length, 50), one_token) for length in (8, 9, 10)]
     outputs: list[RequestOutput] = []
     with pytest.raises(MemoryError):
