@@ -328,8 +328,6 @@ def load_model(
     model = family(config, build, files.fill, stacked_experts=is_stacked)
     head = _head(model, files.fill) if with_head else None
     note = files.note() + build.weights.note()
-    if config.unknown_keys:
-        note += f"; ignored keys of config.json: {enumerated(sorted(config.unknown_keys))}"
     return model, head, f"{_counted(plan, with_head)}; {note}"
 
 

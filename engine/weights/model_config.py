@@ -116,8 +116,6 @@ class ModelConfig:
     """Values of config.json that only the family's layers use, by key."""
     described_sizes: str = field(default="", compare=False)
     """Keys of config.json that determine shapes of tensors, for errors."""
-    unknown_keys: tuple[str, ...] = field(default=(), compare=False)
-    """Keys of config.json that neither the engine nor transformers reads."""
 
     @property
     def vocab_size(self) -> int:
@@ -171,7 +169,6 @@ def read_settings(
         attention_bias=bool(config.get("attention_bias")),
         own={key: config[key] for key in own if key in config},
         described_sizes=config.describe_sizes(),
-        unknown_keys=config.unknown,
     )
 
 

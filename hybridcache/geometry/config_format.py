@@ -1,13 +1,13 @@
 """Reader of ``config.json`` with the names, types, defaults and aliases of transformers.
 
 A ``Format`` lists the fields of one ``model_type``. Reading returns a ``Config`` in which every
-field has a value, so callers need no defaults. A ``Config`` records the keys that are read. Keys
-that were given and never read are refused or reported; none is dropped silently.
+field has a value, so callers need no defaults. Keys that transformers does not use either are left
+out. A ``Config`` records the keys that are read, so that a family can refuse the others.
 
 >>> format = Format(table(hidden_size=64, rms_norm_eps=1e-6), aliases={"d_model": "hidden_size"})
 >>> config = format.read({"d_model": 32, "colour": "red"})
->>> config["hidden_size"], config["rms_norm_eps"], config.unknown
-(32, 1e-06, ('colour',))
+>>> config["hidden_size"], config["rms_norm_eps"], "colour" in config
+(32, 1e-06, False)
 >>> format.read({"hidden_size": "64"})
 Traceback (most recent call last):
     ...
@@ -48,34 +48,6 @@ COMMON: Mapping[str, Any] = {
 """Keys of any model that the code of transformers looks up, although its classes lack them."""
 
 
-def keys(words: str) -> frozenset[str]:
-    """Split a list of keys at whitespace."""
-    return frozenset(words.split())
-
-
-WITHOUT_EFFECT = keys(
-    """
-    _attn_implementation _commit_hash _experts_implementation _name_or_path add_cross_attention
-    architectures attention_dropout attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size eos_token_id experts_implementation
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
-    label2id language_model_only length_penalty max_length max_new_tokens min_length model_type
-    name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_logits_to_keep
-    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores
-    pad_token_id prefix pretraining_tp problem_type pruned_heads quantization_config
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    router_aux_loss_coef sep_token_id suppress_tokens task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version
-    typical_p use_bfloat16 use_cache
-    """
-)
-"""Keys of any model that do not change logits, or that other code reads (``quantization_config``).
-Most are settings of generation or training in older files."""
-
-
 @dataclass(frozen=True, slots=True)
 class Field:
     """Type of one value and, for a field of transformers' class, its default."""
@@ -106,9 +78,6 @@ class Format:
     """Other names of fields. A value under an alias takes precedence over the field's name."""
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Types of keys that are not fields. Present in a ``Config`` only if the file has them."""
-    unused: frozenset[str] = frozenset()
-    """Fields of transformers' class that do not change logits, in addition to
-    ``WITHOUT_EFFECT``."""
     complete: Callable[[Values], None] = lambda values: None
     """Callback that fills in derived fields and removes the values it has used."""
 
@@ -121,20 +90,18 @@ class Format:
         defaults = {name: own.default for name, own in self.fields.items()}
         kinds = {**COMMON, **self.extras}
         kinds |= {name: own.kind for name, own in self.fields.items()}
-        values, given, unknown = defaults.copy(), set[str](), []
+        values, given = defaults.copy(), set[str]()
         for key in sorted(raw, key=self.aliases.__contains__):
             name = self.aliases.get(key, key)
             if name in kinds:
                 values[name] = checked(key, _decoded(raw[key]), kinds[name])
                 given.add(name)
-            elif key not in WITHOUT_EFFECT and key not in self.unused:
-                unknown.append(key)
         stated = values.copy()
         if values.get("num_key_value_heads", 0) is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
         self.complete(values)
         missing = tuple(n for n, kind in self.extras.items() if kind is int and n not in given)
-        return Config(values, stated, defaults, frozenset(given), tuple(unknown), missing)
+        return Config(values, stated, defaults, frozenset(given), missing)
 
 
 @dataclass(eq=False)
@@ -146,8 +113,6 @@ class Config(Mapping[str, Any]):
     _defaults: Mapping[str, Any]
     given: frozenset[str]
     """Names of fields and extras in the file, after resolving aliases."""
-    unknown: tuple[str, ...]
-    """Keys of the file that neither this project nor transformers uses."""
     _missing: tuple[str, ...]
     _read: set[str] = field(default_factory=set)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes
 
@@ -41,7 +41,6 @@ FORMATS = {
             mlp_bias=False,
         ),
         extras={**ROPE_KEYS, "head_dim": int},
-        unused=keys("mamba_chunk_size mamba_use_mlp"),
         complete=complete,
     )
 }

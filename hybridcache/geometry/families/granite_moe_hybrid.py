@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import MLPSizes, ModelSizes
 
@@ -37,7 +37,6 @@ FORMATS = {
         ),
         aliases={"layers_block_type": "layer_types"},
         extras={**ROPE_KEYS, "head_dim": int},
-        unused=keys("mamba_chunk_size"),
         complete=complete,
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
+from hybridcache.geometry.config_format import Config, Field, Format, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
@@ -44,7 +44,6 @@ FORMATS = {
         ),
         aliases={"num_local_experts": "num_experts"},
         extras={"head_dim": int},
-        unused=keys("use_mamba_kernels use_mambapy use_associative_scan").union(ROPE_KEYS),
         complete=complete,
     )
 }

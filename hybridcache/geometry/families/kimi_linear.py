@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hybridcache.geometry.config_format import (
-    ROPE_KEYS,
     Config,
     Field,
     Format,
     Values,
     checked,
-    keys,
     table,
 )
 from hybridcache.geometry.families import fields
@@ -111,9 +109,6 @@ FORMATS = {
             "moe_layer_freq": int,
             "moe_router_activation_func": str,
         },
-        unused=keys(
-            "head_dim num_nextn_predict_layers qk_head_dim tie_word_embeddings use_grouped_topk"
-        ).union(ROPE_KEYS),
         complete=complete,
     )
 }

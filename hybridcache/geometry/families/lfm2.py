@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import ShortConvSizes
 from hybridcache.geometry.sizes import ModelSizes, SizesError
@@ -23,13 +23,6 @@ SHARED: dict[str, Any] = {
     "layer_types": Field(list[str] | None),
 }
 EXTRAS = {**ROPE_KEYS, "head_dim": int, "hidden_act": str}
-UNUSED = keys(
-    """
-    block_dim block_mlp_init_scale block_norm_eps block_out_init_scale block_use_swiglu
-    block_use_xavier_init conv_dim conv_dim_out conv_use_xavier_init num_heads theta use_pos_enc
-    """
-)
-"""Keys of the first published configs that repeat other keys. transformers ignores them."""
 
 
 def complete(values: Values) -> None:
@@ -70,7 +63,6 @@ FORMATS = {
         ),
         aliases={"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
         extras=EXTRAS,
-        unused=UNUSED,
         complete=complete,
     ),
     "lfm2_moe": Format(
@@ -88,7 +80,6 @@ FORMATS = {
         ),
         aliases={"tie_embedding": "tie_word_embeddings"},
         extras=EXTRAS,
-        unused=UNUSED,
     ),
 }
 

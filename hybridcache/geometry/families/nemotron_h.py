@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
+from hybridcache.geometry.config_format import Config, Field, Format, Values, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
@@ -69,16 +69,6 @@ FORMATS = {
             "mamba_conv_bias": "use_conv_bias",
         },
         extras={"hybrid_override_pattern": str},
-        unused=keys(
-            """
-            attention_bias attention_head_dim chunk_size expand mamba_chunk_size mamba_dt_init_floor
-            mamba_dt_max mamba_dt_min mamba_expand mamba_proj_bias mamba_ssm_cache_dtype
-            moe_shared_expert_overlap mtp_hybrid_override_pattern mtp_layers_block_type
-            n_shared_experts norm_eps num_hidden_layers num_nextn_predict_layers
-            rescale_prenorm_residual residual_in_fp32 rms_norm_eps tie_word_embeddings
-            time_step_floor time_step_max time_step_min time_step_rank use_mamba_kernels
-            """
-        ).union(ROPE_KEYS),
         complete=complete,
     )
 }

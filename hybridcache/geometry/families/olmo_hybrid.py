@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import ModelSizes
 
@@ -45,9 +45,6 @@ FORMATS = {
             linear_allow_neg_eigval=True,
         ),
         extras={**ROPE_KEYS, "head_dim": int},
-        unused=keys(
-            "linear_a_log_min linear_a_log_max linear_dt_min linear_dt_max linear_dt_init_floor"
-        ),
         complete=complete,
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import ModelSizes
 
@@ -32,9 +32,6 @@ EXTRAS: dict[str, Any] = {
     "attn_output_gate": bool,
     "mlp_only_layers": list | None,
 }
-UNUSED = keys(
-    "mamba_ssm_dtype mtp_num_hidden_layers mtp_use_dedicated_embeddings num_nextn_predict_layers"
-)
 
 
 def complete(values: Values) -> None:
@@ -47,7 +44,7 @@ def complete(values: Values) -> None:
 
 
 def _format(**own: Any) -> Format:
-    return Format(fields.decoder(**SHARED, **own), extras=EXTRAS, unused=UNUSED, complete=complete)
+    return Format(fields.decoder(**SHARED, **own), extras=EXTRAS, complete=complete)
 
 
 NEXT = _format(
