@@ -314,11 +314,15 @@ class RequestStream:
     """Outputs of the requests of one reader: ``async for output in stream``. Belongs to the event
     loop it was made in."""
 
-    def __init__(self, on_abort: Callable[[str, FinishReason], None]) -> None:
+    def __init__(
+        self,
+        on_abort: Callable[[str, FinishReason], None],
+        on_end: Callable[[RequestOutput], object],
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.answers: dict[str, Answer] = {}
         """Answer of each request by its id, in the order of submission."""
-        self._on_abort = on_abort
+        self._on_abort, self._on_end = on_abort, on_end
         self._open: set[str] = set()
         """Requests that have neither ended nor been aborted."""
         self._num_left = 0
@@ -361,10 +365,11 @@ class RequestStream:
 
     def put(self, output: RequestOutput) -> None:
         """Queue ``output`` for the reader. Must be called in the stream's event loop."""
-        if output.is_finished:
-            self._open.discard(output.request_id)
         if output.answer is None:  # An engine in this process sends its own answer.
             output = self.answers[output.request_id].add(output)
+        if output.is_finished:
+            self._open.discard(output.request_id)
+            self._on_end(output)
         self._queue.put_nowait(output)
 
 
@@ -575,9 +580,12 @@ class AsyncEngine:
             raise
         return stream
 
-    def stream(self) -> RequestStream:
-        """Return a stream without requests, for a reader of several."""
-        return RequestStream(self.abort)
+    def stream(
+        self, on_end: Callable[[RequestOutput], object] = lambda output: None
+    ) -> RequestStream:
+        """Return a stream without requests, for a reader of several. ``on_end`` gets the last
+        output of each, also if the reader has left."""
+        return RequestStream(self.abort, on_end)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request before the next step. Does nothing if it has ended."""

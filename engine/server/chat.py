@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -212,36 +211,34 @@ class ChatWriter(Writer):
         """Output of each answer as far as it was read."""
         return [reader.output for reader in self.readers]
 
-    async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
-        """Read each output before it is announced."""
-        call, context = self._call, self._context
-        try:
-            async with aclosing(super().news()) as news:
-                async for index, is_first in news:
-                    reader, output = self.readers[index], self._latest[index]
-                    reader.read(output)
-                    if reader.finish is not None and not reader.is_over:
-                        context.history.keep(self._prompt, as_message(reader.events), output)
-                    elif reader.is_over and reader.finish is None:
-                        self._stream.abort("stop", output.request_id)
-                    yield index, is_first
-        finally:
-            first = self._latest.get(0)
-            if first is not None and first.losses is not None:
-                answered = AnsweredChat(
-                    self.answer_id,
-                    call.tenant,
-                    self._body.messages,
-                    [_plain(tool) for tool in self._body.tools or ()],
-                    self._body.chat_template_kwargs,
-                    call.size,
-                    np.concatenate((first.prompt_token_ids, first.output)),
-                    len(first.prompt_token_ids),
-                    first.cached_len,
-                    first.losses,
-                    as_message(self.readers[0].events),
-                )
-                context.remember(answered)
+    def read(self, index: int, output: RequestOutput) -> None:
+        super().read(index, output)
+        reader = self.readers[index]
+        reader.read(output)
+        if reader.finish is not None and not reader.is_over:
+            self._context.history.keep(self._prompt, as_message(reader.events), output)
+        elif reader.is_over and reader.finish is None:
+            self._stream.abort("stop", output.request_id)
+
+    def ended(self) -> None:
+        """Also remember the chat with its first answer, for explanations."""
+        super().ended()
+        first, body = self._latest.get(0), self._body
+        if first is not None and first.losses is not None:
+            answered = AnsweredChat(
+                self.answer_id,
+                self._call.tenant,
+                body.messages,
+                [_plain(tool) for tool in body.tools or ()],
+                body.chat_template_kwargs,
+                self._call.size,
+                np.concatenate((first.prompt_token_ids, first.output)),
+                len(first.prompt_token_ids),
+                first.cached_len,
+                first.losses,
+                as_message(self.readers[0].events),
+            )
+            self._context.remember(answered)
 
 
 class PartWriter(ChatWriter):

@@ -28,7 +28,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.async_engine import AsyncEngine, RequestStream
-from engine.errors import ContextOverflow, QueueFull, RequestError
+from engine.errors import ContextOverflow, RequestError
 from engine.requests.chat_prompt import Replay
 from engine.requests.grammar import MAX_CHARS, Grammar
 from engine.requests.request import RequestSpec
@@ -50,11 +50,7 @@ from engine.server.metrics import Metrics
 from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
 from engine.text.answers import CLOSE, AnswerForm
-from engine.text.outputs import (
-    FinishReason,
-    RequestOutput,
-    Transferred,
-)
+from engine.text.outputs import RequestOutput, Transferred
 from engine.text.tokenizer import EncodeOptions, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
@@ -307,7 +303,7 @@ class Writer(ABC):
             partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )
         valid = list[RequestSpec]()
-        self._stream = engine.stream()
+        self._stream = engine.stream(context.metrics.observe)
         self._call.request.state.answer_id = self.answer_id
         try:
             for spec in prompts:
@@ -331,55 +327,41 @@ class Writer(ABC):
             self._stream.abort()
             if not isinstance(error, ValueError | RequestError):
                 raise
-            if not self._count_refusal(error):
-                context.metrics.count_unanswered("error", 1)
+            context.metrics.count_failure(error)
             param = self.PROMPT if isinstance(error, ContextOverflow) else None
             raise of_failure(RequestError.of(error), param) from error
 
-    def _count_refusal(self, error: Exception) -> bool:
-        """Count a request that was refused before it was queued. Returns True if it was."""
-        is_full = isinstance(error, QueueFull)
-        self._context.metrics.counters["rejected_requests"].inc(is_full)
-        return is_full or isinstance(error, ValueError)
-
     async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
         """Yield (index of the answer, whether it is its first output) after each output, until all
-        have ended, and count each ended request.
+        have ended.
 
-        If the iterator is closed early, the remaining requests end, and count as aborted with the
-        tokens of their last outputs. Raises RequestError if a request ended without an answer; an
-        engine in another process refuses requests this way. If the request failed, the remaining
-        ones count as errors.
+        If the iterator is closed early, the remaining requests end. Raises RequestError if a
+        request ended without an answer; an engine in another process refuses requests this way.
         """
         index_of = {request_id: index for index, request_id in enumerate(self._stream.answers)}
-        num_left, latest, metrics = len(index_of), self._latest, self._context.metrics
-        reason: FinishReason = "abort"
         try:
             async for output in self._stream:
                 index = index_of[output.request_id]
-                is_first = index not in latest
-                latest[index] = output
-                if output.is_finished:
-                    metrics.observe(output)
-                    num_left -= 1
+                is_first = index not in self._latest
+                self.read(index, output)
                 yield index, is_first
-        except RequestError as error:
-            num_left -= self._count_refusal(error)
-            reason = "error"
-            raise
         finally:
-            cut = [output for output in latest.values() if not output.is_finished]
-            for output in cut:
-                metrics.observe(structs.replace(output, finish_reason=reason))
-            metrics.count_unanswered(reason, max(0, num_left - len(cut)))
             self._stream.abort()
-            if latest:
-                firsts = [output for at, output in latest.items() if at % self._body.n == 0]
-                self._call.request.state.num_tokens = (
-                    sum(len(one.prompt_token_ids) for one in firsts),
-                    sum(one.cached_len for one in firsts),
-                    sum(len(one.output) for one in latest.values()),
-                )
+            if self._latest:
+                self.ended()
+
+    def read(self, index: int, output: RequestOutput) -> None:
+        """Read the latest output of an answer, before it is written."""
+        self._latest[index] = output
+
+    def ended(self) -> None:
+        """Note the token counts for the log, once no output follows."""
+        firsts = [output for at, output in self._latest.items() if at % self._body.n == 0]
+        self._call.request.state.num_tokens = (
+            sum(len(one.prompt_token_ids) for one in firsts),
+            sum(one.cached_len for one in firsts),
+            sum(len(one.output) for one in self._latest.values()),
+        )
 
     def _usage(self) -> dict[str, Any]:
         """Return the token counts in the form of OpenAI's completions.

@@ -20,6 +20,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.errors import QueueFull, RequestError
 from engine.schedule.report import CacheReport
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.api import Losses
@@ -115,6 +116,9 @@ class Metrics(Collector):
 
     def observe(self, output: RequestOutput) -> None:
         """Count a request that ended; ``output`` is its last."""
+        if output.failure is not None:
+            self.count_failure(RequestError.from_wire(output.failure))
+            return
         counters, num_tokens, timings = self.counters, len(output.output), output.timings
         counters["requests"].labels(output.finish_reason).inc()
         counters["preemptions"].inc(output.num_preemptions)
@@ -140,9 +144,12 @@ class Metrics(Collector):
             if duration_s is not None:
                 histogram.observe(duration_s)
 
-    def count_unanswered(self, reason: FinishReason, num_requests: int) -> None:
-        """Count requests that ended before the first output."""
-        self.counters["requests"].labels(reason).inc(num_requests)
+    def count_failure(self, error: Exception) -> None:
+        """Count a request without an answer. Invalid requests do not count."""
+        if isinstance(error, QueueFull):
+            self.counters["rejected_requests"].inc()
+        elif not isinstance(error, ValueError):
+            self.counters["requests"].labels("error").inc()
 
     def render(self, report: CacheReport) -> bytes:
         """Return all metrics in Prometheus' text format, including the counters of ``report``."""
