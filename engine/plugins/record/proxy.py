@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,10 +19,11 @@ import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from engine.requests.chat_prompt import ChatPrompt, render_chat
+from engine.requests.chat_prompt import no_chat, render_chat
 from engine.server.api_errors import APIError
 from engine.server.bodies import ClientGone, unless_gone
-from engine.text.tokenizer import AS_TEXT, TemplateError, Tokenizer
+from engine.server.schemas import Message
+from engine.text.tokenizer import AS_TEXT, Tokenizer
 
 Fields = Mapping[str, Any]
 
@@ -46,11 +47,10 @@ class Exchange:
 
     seconds: float
     body: bytes
-    status: int | None = None
-    """HTTP status of the answer. None before the answer starts."""
-    encoding: str = ""
-    """Compression of ``pieces``, by the header of the answer."""
+    answer: httpx.Response | None = None
+    """Status and headers of the answer. None before the answer starts."""
     pieces: list[bytes] = field(default_factory=list)
+    """Content of the answer, in its compression."""
     line: bytes | None = None
     """Line of the trace once the exchange has ended; empty if it is not written."""
 
@@ -70,13 +70,13 @@ class TraceWriter:
         *,
         keeps_text: bool,
         tokenizer: Tokenizer | None,
-        counted_by: str | None = None,
+        counted_by: str = "",
     ) -> None:
-        """``file`` is empty and unbuffered. ``counted_by`` goes into its first line, for
-        readers."""
-        self._file = file
-        self._keeps_text = keeps_text
-        self._tokenizer = tokenizer
+        """``file`` is empty and unbuffered. ``counted_by`` goes into its first line, for readers.
+        Raises ValueError if the model of ``tokenizer`` has no chat template."""
+        if tokenizer is not None and tokenizer.chat_template is None:
+            raise ValueError(no_chat(tokenizer))
+        self._file, self._keeps_text, self._tokenizer = file, keeps_text, tokenizer
         self._key = secrets.token_bytes(32)
         self._began_s = time.monotonic()
         self._pending: deque[Exchange] = deque()
@@ -84,9 +84,8 @@ class TraceWriter:
         self.num_requests = 0
         self.skipped: Counter[str] = Counter()
         """Number of requests that are not in the trace, by reason."""
-        header = {"format": "hybridcache", "version": 1, "unit": 1}
-        named = {} if counted_by is None else {"counted_by": counted_by}
-        self._file.write(_line(header | named))
+        header = {"format": "hybridcache", "version": 1, "unit": 1, "counted_by": counted_by}
+        self._file.write(_line(header))
 
     def begin(self, body: bytes) -> Exchange:
         """Start to record a request with this complete ``body``. O(1)."""
@@ -128,17 +127,16 @@ class TraceWriter:
                     self.skip(f"the file cannot be written ({error.strerror})")
 
     def _line_of(self, exchange: Exchange) -> bytes:
-        if exchange.status is None:
+        if exchange.answer is None:
             self.skip("requests without an answer are not written")
-        if exchange.status != 200:
+            return b""
+        if exchange.answer.status_code != 200:
             return b""
         body = json.loads(exchange.body)
-        coded = {"content-encoding": exchange.encoding}
+        coded = {"content-encoding": exchange.answer.headers.get("content-encoding", "")}
         raw = httpx.Response(200, headers=coded, content=b"".join(exchange.pieces)).content
         answer, has_end = read_answer(raw)
-        messages = [_message(message) for message in body["messages"]]
-        ids, boundaries = self._prompt(body, messages)
-        output = self._answer(body, messages, ids, _message(answer), has_end)
+        ids, boundaries, output = self._tokens(body, answer, has_end)
         if not self._keeps_text:
             hashed = self._hashed([*ids, *output])
             ids, output = hashed[: len(ids)], hashed[len(ids) :]
@@ -161,48 +159,31 @@ class TraceWriter:
         if self.skipped[why] == 1:
             logger.warning("Passed on, but %s.", why)
 
-    def _prompt(self, body: Fields, messages: Sequence[Fields]) -> tuple[list[int], list[int]]:
-        """Return (ids, known boundaries) of the prompt of ``body``, which has ``messages``."""
-        chat = self._rendered(body, messages)
-        if chat is not None:
-            return chat.tokens.tolist(), list(chat.spec.boundaries.positions)
-        tools = json.dumps(body["tools"]) if body.get("tools") else ""
-        texts = [tools, *(text for message in messages for text in _texts(message))]
-        return self._ids([*texts, f"{HEADER}assistant\n"]), []
-
-    def _answer(
-        self,
-        body: Fields,
-        messages: Sequence[Fields],
-        ids: list[int],
-        answer: Fields,
-        has_end: bool,
-    ) -> list[int]:
-        """Return the ids of ``answer`` behind the prompt ``ids``, as the next prompt has them."""
-        chat = self._rendered(body, [*messages, answer], add_generation_prompt=False)
-        output = [] if chat is None else chat.tokens.tolist()
-        if self._tokenizer is None or output[: len(ids)] != ids or len(output) == len(ids):
+    def _tokens(
+        self, body: Fields, answer: Fields, has_end: bool
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Return (ids of the prompt, known boundaries, ids of ``answer`` behind it, as the next
+        prompt has them). Raises ValueError if the chat cannot be rendered."""
+        given = enumerate([*body["messages"], answer])
+        chat = [Message.read(one, index).as_template_input() for index, one in given]
+        tokenizer, tools = self._tokenizer, body.get("tools")
+        said = _text(chat[-1])
+        if tokenizer is None:
+            texts = [json.dumps(tools) if tools else ""]
+            for one in chat[:-1]:
+                texts += f"{HEADER}{one['role']}\n", _text(one), END
+            ids = _piece_ids([*texts, f"{HEADER}assistant\n"])
             # A model draws the first token of END; the template adds the rest to the next prompt.
-            return self._ids(_texts(answer)[1:2]) + self._ids([END])[:has_end]
-        ends = self._tokenizer.eos_token_ids
-        last = max((at for at, one in enumerate(output) if one in ends), default=len(output))
-        return output[len(ids) : max(len(ids), last + has_end)]
-
-    def _rendered(self, body: Fields, messages: Sequence[Fields], **how: Any) -> ChatPrompt | None:
-        """Return the chat in the form of the model's template; None without one, and if it refuses
-        what the recorded server has accepted."""
-        if self._tokenizer is None or self._tokenizer.chat_template is None:
-            return None
-        tools, variables = body.get("tools"), body.get("chat_template_kwargs")
-        with suppress(TemplateError):
-            return render_chat(self._tokenizer, messages, tools=tools, variables=variables, **how)
-        return None
-
-    def _ids(self, texts: Sequence[str]) -> list[int]:
-        """Return the ids of consecutive texts. No id spans two of them."""
-        if self._tokenizer is not None:
-            return [i for text in texts for i in self._tokenizer.encode(text, AS_TEXT)]
-        return [one for text in texts for one in _piece_ids(text)]
+            return ids, [], _piece_ids([said]) + _piece_ids([END])[:has_end]
+        how: dict[str, Any] = {"tools": tools, "variables": body.get("chat_template_kwargs")}
+        prompt = render_chat(tokenizer, chat[:-1], **how)
+        ids, boundaries = prompt.tokens.tolist(), list(prompt.spec.boundaries.positions)
+        whole = render_chat(tokenizer, chat, add_generation_prompt=False, **how).tokens.tolist()
+        ends = tokenizer.eos_token_ids
+        if whole[: len(ids)] != ids or len(whole) == len(ids):
+            return ids, boundaries, tokenizer.encode(said, AS_TEXT) + sorted(ends)[:has_end]
+        last = max((at for at, one in enumerate(whole) if one in ends), default=len(whole))
+        return ids, boundaries, whole[len(ids) : max(len(ids), last + has_end)]
 
     def _hashed(self, ids: Sequence[int]) -> list[int]:
         chain, hashed = self._key, []
@@ -265,34 +246,19 @@ def _beginning(body: Fields) -> Any:
     return messages[: roles.index("user") + 1 if "user" in roles else 1]
 
 
-def _message(message: Fields) -> dict[str, Any]:
-    """Return a message in the form that chat templates require."""
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        content = "\n".join(str(part.get("text", "")) for part in content)
-    plain = {**message, "content": content}
-    calls = [dict(call) for call in message.get("tool_calls") or ()]
-    for call in calls:
-        function = dict(call.get("function") or {})
-        if isinstance(text := function.get("arguments"), str):
-            with suppress(ValueError):
-                function["arguments"] = json.loads(text or "{}")
-        call["function"] = function
-    return plain | ({"tool_calls": calls} if calls else {})
-
-
-def _texts(message: Fields) -> list[str]:
-    """Return a message in the plain form: its header, its text and its end."""
+def _text(message: Fields) -> str:
+    """Return a message in the plain form, without its header and its end."""
     functions = [call.get("function") for call in message.get("tool_calls") or ()]
-    said = str(message.get("reasoning_content") or "") + str(message["content"])
-    said += json.dumps(functions, sort_keys=True) if functions else ""
-    return [f"{HEADER}{message.get('role')}\n", said, END]
+    calls = json.dumps(functions, sort_keys=True) if functions else ""
+    return f"{message.get('reasoning_content') or ''}{message['content']}{calls}"
 
 
-def _piece_ids(text: str) -> Iterator[int]:
-    for start in range(0, len(text), PIECE):
-        piece = text[start : start + PIECE].encode("utf-8", "replace")
-        yield int.from_bytes(hashlib.blake2b(piece, digest_size=4).digest(), "little") & 0x7FFFFFFF
+def _piece_ids(texts: Iterable[str]) -> list[int]:
+    """Return the ids of consecutive texts without a tokenizer. No id spans two of them."""
+    pieces = (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE))
+    raw = (piece.encode("utf-8", "replace") for piece in pieces)
+    digests = (hashlib.blake2b(piece, digest_size=4).digest() for piece in raw)
+    return [int.from_bytes(digest, "little") & 0x7FFFFFFF for digest in digests]
 
 
 class Proxy:
@@ -344,8 +310,7 @@ class Proxy:
                 raise
         else:
             if exchange is not None:
-                exchange.status = answer.status_code
-                exchange.encoding = answer.headers.get("content-encoding", "")
+                exchange.answer = answer
             try:
                 await _answer(answer, exchange, send)
             finally:
