@@ -112,58 +112,39 @@ class Turn(Part, kw_only=True):
         str | Annotated[list[Text | Thinking | ToolUse | ToolResult], Meta(max_length=MAX_MESSAGES)]
     )
 
-    def as_messages(self) -> Iterator[Message]:
-        """Yield the chat messages of this message, in the order of its blocks."""
+    def as_messages(self) -> list[Message]:
+        """Return the chat messages of this message, in the order of its blocks."""
         if isinstance(self.content, str):
-            yield Message(role=self.role, content=self.content)
-        elif self.role == "assistant":
-            yield self._of_assistant()
-        else:
-            yield from self._of_user()
-
-    def _of_assistant(self) -> Message:
-        parts: list[TextPart] = []
-        message = Message(role="assistant", content=parts)
-        thoughts: list[str] = []
-        is_after_call = False
+            return [Message(role=self.role, content=self.content)]
+        is_answer, is_after_call, parts = self.role == "assistant", False, list[TextPart]()
+        messages, thoughts = [Message(role=self.role, content=parts)], list[str]()
         for block in self.content:
+            if not isinstance(block, Text) and isinstance(block, ToolResult) == is_answer:
+                role = "user" if is_answer else "assistant"
+                kind = block.__struct_config__.tag
+                raise ValueError(f"A '{kind}' must be in a message of the {role}.")
             match block:
                 case Text(text=text, cache_control=mark):
                     if parts and is_after_call:  # Calls divide the text of one answer.
                         last = parts.pop()
                         text, mark = last.text + text, mark or last.cache_control
                     parts.append(TextPart(text=text, cache_control=mark))
-                case Thinking(thinking=text):
-                    thoughts.append(text)
+                case Thinking():
+                    thoughts.append(block.thinking)
+                    messages[0].extra = {"reasoning_content": "\n".join(thoughts)}
                 case ToolUse():
                     function = {"name": block.name, "arguments": block.input}
                     call = {"id": block.id, "type": "function", "function": function}
-                    message.tool_calls = [*(message.tool_calls or ()), call]
-                    message.cache_control = block.cache_control or message.cache_control
-                case _:
-                    raise ValueError("A 'tool_result' must be in a message of the user.")
+                    messages[0].tool_calls = [*(messages[0].tool_calls or ()), call]
+                    messages[0].cache_control = block.cache_control or messages[0].cache_control
+                case ToolResult():
+                    parts = []  # Of a message after the result.
+                    messages += block.as_message(), Message(role=self.role, content=parts)
             is_after_call = isinstance(block, ToolUse) or (
                 is_after_call and isinstance(block, Thinking)
             )
-        if thoughts:
-            message.extra = {"reasoning_content": "\n".join(thoughts)}
-        return message
-
-    def _of_user(self) -> Iterator[Message]:
-        parts: list[TextPart] = []
-        for block in self.content:
-            if isinstance(block, Text):
-                parts.append(block)
-            elif isinstance(block, ToolResult):
-                if parts:
-                    yield Message(role=self.role, content=parts)
-                    parts = []
-                yield block.as_message()
-            else:
-                kind = "thinking" if isinstance(block, Thinking) else "tool_use"
-                raise ValueError(f"A '{kind}' must be in a message of the assistant.")
-        if parts or not self.content:
-            yield Message(role=self.role, content=parts)
+        has_results = len(messages) > 1
+        return [one for one in messages if one.content or not has_results or one.role == "tool"]
 
 
 class Tool(Part, kw_only=True):
