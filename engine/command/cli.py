@@ -47,7 +47,7 @@ GROUPS = {
     "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin "
     "keep_alive_s drain_s body_timeout_s",
     "limits of one request": "max_body_mib default_max_tokens",
-    "memory of chats": "replay_mib preserve_thinking",
+    "memory of chats": "replay_mib preserve_thinking explain_mib responses_mib",
     "logs and checks": "log_level check",
 }
 """Titles of the help -> settings of the core in that group."""

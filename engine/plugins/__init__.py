@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.config import EngineConfig, PluginConfig, Settings
-from engine.plugins.diagnostics import DiagnosticsConfig
-from engine.plugins.dialects import DialectsConfig
 from engine.plugins.disaggregation import DisaggregationConfig
 from engine.plugins.replicas import ReplicasConfig
 from engine.plugins.speculation import SpeculationConfig
@@ -32,7 +30,7 @@ ENGINE: tuple[type[PluginConfig], ...] = (
     DisaggregationConfig,
 )
 """Settings of the plugins of an engine."""
-SERVER: tuple[type[PluginConfig], ...] = (ReplicasConfig, DialectsConfig, DiagnosticsConfig)
+SERVER: tuple[type[PluginConfig], ...] = (ReplicasConfig,)
 """Settings of the plugins of a server."""
 
 

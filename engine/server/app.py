@@ -32,7 +32,6 @@ from starlette.routing import Route
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
 from engine.messages import StopAccepting
-from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.explanations import Explanations, explanation
 from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, count_tokens, messages
 from engine.plugins.dialects.responses import Responses, ResponsesRequest
@@ -223,7 +222,7 @@ def create_app(
     keys = keys or ServerKeys.of(config)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
-    explain_bytes = int(config.of(DiagnosticsConfig).explain_mib * 2**20)
+    explain_bytes = int(config.explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
     tenants = Tenants(keys, engine.config.kept_folder)
     context = ServingContext(engine, config, tenants, explanations.remember)

@@ -71,6 +71,16 @@ class ServerConfig(Settings):
         "client sends back, MiB; with 0 such answers are tokenized again",
         limits=MIB_SIZE,
     )
+    explain_mib: float = setting(
+        64.0,
+        "memory for earlier requests, to explain why a later one missed the cache, MiB",
+        limits=MIB_SIZE,
+    )
+    responses_mib: float = setting(
+        64.0,
+        "memory for responses that a later request can continue (/v1/responses), MiB",
+        limits=MIB_SIZE,
+    )
     preserve_thinking: bool = setting(
         False,
         "keep reasoning in the history as it was sampled, even if the chat template or the client "

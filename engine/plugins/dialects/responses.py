@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.messages import EndSession
-from engine.plugins.dialects import DialectsConfig
 from engine.server.access import Tenant
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import Part, converted, json_response, named_event
@@ -360,7 +359,7 @@ class Responses:
 
     def __init__(self, context: ServingContext) -> None:
         self._context = context
-        limit_bytes = int(context.config.of(DialectsConfig).responses_mib * 2**20)
+        limit_bytes = int(context.config.responses_mib * 2**20)
         self._store = BoundedMemory[tuple[Tenant, str], StoredResponse](limit_bytes)
 
     async def create(self, call: Call, body: ResponsesRequest) -> Response:
