@@ -120,9 +120,9 @@ class ServerKeys:
         origin = headers.get("origin")
         is_here = (
             request.client is not None
-            and _is_here(request.client.host)
-            and _is_here(_host_of("//" + headers.get("host", "")))
-            and (origin is None or _is_here(_host_of(origin)))
+            and ipaddress.ip_address(request.client.host).is_loopback
+            and _is_local("//" + headers.get("host", ""))
+            and (origin is None or _is_local(origin))
             and not any(name in headers for name in FORWARDED)
         )
         if not is_here:
@@ -142,19 +142,11 @@ def _given_key(scope: Scope) -> bytes:
     return bytes(given.strip())
 
 
-def _host_of(url: str) -> str | None:
+def _is_local(url: str) -> bool:
     try:
-        return urlsplit(url).hostname
-    except ValueError:  # brackets without an address
-        return None
-
-
-def _is_here(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return host is not None and ipaddress.ip_address(host).is_loopback
-    except ValueError:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name, or brackets without an address
         return False
 
 

@@ -289,8 +289,6 @@ class PartWriter(ChatWriter):
 
 async def chat(call: Call, body: ChatRequest) -> Response:
     """Answer one chat request."""
-    call.context.check_limit(body.max_tokens, "max_tokens")
-    call.context.check_limit(body.max_completion_tokens, "max_completion_tokens")
     return await _ChatWriter(call, body, new_id("chatcmpl")).answer(body.stream)
 
 
@@ -300,6 +298,7 @@ class _ChatWriter(ChatWriter):
     def __init__(self, call: Call, body: ChatRequest, answer_id: str) -> None:
         super().__init__(call, body, answer_id)
         self.KIND = "chat.completion.chunk" if body.stream else "chat.completion"
+        self.LIMIT = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         self._num_calls = Counter[int]()
         """Number of calls of each answer that were written."""
 

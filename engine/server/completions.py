@@ -58,7 +58,6 @@ class CompletionRequest(Sampling, kw_only=True):
 async def complete(call: Call, body: CompletionRequest) -> Response:
     """Answer one completion request."""
     context, namespace = call.context, call.tenant.namespace
-    context.check_limit(body.max_tokens, "max_tokens")
     writer = _CompletionWriter(call, body)
     how = EncodeOptions(body.add_special_tokens, namespace=namespace)
     prompts = await context.encode(body.prompts, how)
@@ -73,7 +72,7 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
 class _CompletionWriter(Writer):
     """Writes completions. The first part of each choice has the echoed prompt."""
 
-    KIND, PROMPT = "text_completion", "prompt"
+    KIND, PROMPT, LIMIT = "text_completion", "prompt", "max_tokens"
     _body: CompletionRequest
 
     def __init__(self, call: Call, body: CompletionRequest) -> None:

@@ -183,21 +183,6 @@ class ServingContext:
         except ValueError as error:
             raise APIError(400, f"'{param}': {error}", param=param) from error
 
-    def check_limit(self, limit: int | None, param: str) -> None:
-        """Raise APIError 400 if the context is shorter than an answer of ``limit`` tokens.
-
-        ``param`` names the limit in the body. The error has no code for a long prompt, because a
-        shorter prompt would not help.
-        """
-        most = self.engine.facts.max_model_len
-        if limit is not None and limit > most:
-            raise APIError(
-                400,
-                f"'{param}' must be at most {most}, this model's context length (got {limit}): "
-                f"lower {param}.",
-                param=param,
-            )
-
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -225,8 +210,9 @@ class Writer(ABC):
     """Kind of the answers of OpenAI's completions."""
     PAUSE = PAUSE
     """Event that fills silence."""
-    PROMPT = "messages"
-    """Name of the prompt in the body."""
+    PROMPT, LIMIT = "messages", ""
+    """Names of the prompt and of the answer's limit in the body. Without a name, the limit may be
+    more than the context."""
 
     def __init__(self, call: Call, body: Sampling, answer_id: str, num_prompts: int = 1) -> None:
         """Raises APIError 400 if there are more answers than the queue can hold, so a retry would
@@ -297,8 +283,12 @@ class Writer(ABC):
         Raises APIError if a value is out of range, or the engine refuses a choice.
         """
         context, body, engine = self._context, self._body, self._context.engine
+        name, most = self.LIMIT, engine.facts.max_model_len
+        if name and limit is not None and limit > most:  # A shorter prompt would not help.
+            message = f"'{name}' must be at most {most}, this model's context length (got {limit})"
+            raise APIError(400, f"{message}: lower {name}.", param=name)
         limit = context.config.default_max_tokens if limit is None else limit
-        room = engine.facts.max_model_len - (limit or 0)
+        room = most - (limit or 0)
         samplings = cache(
             partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )

@@ -36,7 +36,7 @@ Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 AnswerLimit = Annotated[int, Meta(ge=1, extra_json_schema={"maximum": MAX_COUNT})]
-"""Number of tokens of an answer. ``ServingContext.check_limit`` refuses more than the context
+"""Number of tokens of an answer. ``Writer.submit`` refuses more than the context
 length, with an error that names it."""
 Temperature = Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
@@ -263,11 +263,9 @@ class Message(msgspec.Struct, kw_only=True):
         known = {name: extra.pop(name) for name in KNOWN if name in extra}
         read = converted(known, cls, f"messages.{index}")
         read.extra = extra
-        if read.tool_calls is not None:
-            read.tool_calls = [_call(call) for call in read.tool_calls]
-        for number, call in enumerate(read.tool_calls or ()):
-            if call.get("name") is None:  # Templates also take calls without a nested function.
-                converted(call, EarlierCall, f"messages.{index}.tool_calls.{number}")
+        if (calls := read.tool_calls) is not None:
+            place = f"messages.{index}.tool_calls"
+            read.tool_calls = [_call(call, f"{place}.{at}") for at, call in enumerate(calls)]
         # Reasoning may be empty, because clients may drop its text.
         has_more = read.tool_calls or any(extra.get(one) not in (None, []) for one in MAY_REPLACE)
         if read.content is None and not (read.role == "assistant" and has_more):
@@ -312,8 +310,10 @@ def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | No
     return [cut for cut in cuts if cut != Cut(len(messages) - 1)]
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    call = _with_plain_function(call)
+def _call(given: dict[str, Any], place: str) -> dict[str, Any]:
+    call = _with_plain_function(given)
+    if call.get("name") is None:  # Templates also take calls without a nested function.
+        converted(call, EarlierCall, place)
     function = call.get("function")
     if isinstance(function, dict) and isinstance(text := function.get("arguments") or "", str):
         return call | {"function": function | {"arguments": parsed_arguments(text)}}

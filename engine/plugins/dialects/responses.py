@@ -364,9 +364,7 @@ class Responses:
 
     async def create(self, call: Call, body: ResponsesRequest) -> Response:
         """Answer one request. Raises APIError 400 if the response to continue is not stored."""
-        context, tenant = call.context, call.tenant
-        context.check_limit(body.max_output_tokens, "max_output_tokens")
-        before = None
+        tenant, before = call.tenant, None
         if body.previous_response_id is not None:
             before = self._store.get((tenant, body.previous_response_id))
             if before is None:
@@ -415,7 +413,7 @@ class Responses:
 class _ResponsesWriter(PartWriter):
     """Writes one response."""
 
-    PROMPT, FORMAT = "input", "text.format"
+    PROMPT, LIMIT, FORMAT = "input", "max_output_tokens", "text.format"
 
     def __init__(
         self,
