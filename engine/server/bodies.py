@@ -21,7 +21,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -68,9 +68,8 @@ class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Object of a fixed form inside a body. Unknown names are refused unless they are null."""
 
 
-class Body(msgspec.Struct, kw_only=True):
-    """Base of all bodies. A null is ignored, also for an unknown name, because clients send answers
-    back with all the fields that their classes have."""
+class Body(Part, kw_only=True):
+    """Base of all bodies."""
 
     NEUTRAL: ClassVar[Mapping[str, Collection[Any] | None]] = {}
     """Parameters that are not supported, with the values that have no effect; None stands for
@@ -84,11 +83,6 @@ class Body(msgspec.Struct, kw_only=True):
 
 
 Kind = TypeVar("Kind", bound=Body)
-
-
-@lru_cache(maxsize=64)
-def _fields(kind: type[Body]) -> dict[str, msgspec.structs.FieldInfo]:
-    return {field.name: field for field in msgspec.structs.fields(kind)}
 
 
 def decode(kind: type[Kind], raw: bytes) -> Kind:
@@ -107,31 +101,18 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
     if not isinstance(given, dict):
         message = "The body must be one JSON object, with names and values between { and }."
         raise APIError(400, message)
-    fields, values = _fields(kind), dict[str, Any]()
-    for name, value in without_nulls(given).items():
+    given = settled(given)
+    for name in [*given]:
         if name in kind.NEUTRAL:
-            allowed = kind.NEUTRAL[name]
+            value, allowed = given.pop(name), kind.NEUTRAL[name]
             if allowed is not None and value not in allowed:
                 one_of = " or ".join(write_json(one) for one in allowed)
                 words = f"must be {one_of} (got {short(write_json(value))})" if allowed else ""
                 raise APIError(400, f"'{name}' {words or 'is not supported'}: omit it.", param=name)
-        elif name not in fields:
-            near = get_close_matches(name[:MAX_QUOTED], fields, n=1, cutoff=0.75)
-            remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
-            message = f"{quoted(name)} is not a parameter of this endpoint: {remedy}"
-            raise APIError(400, message, param=name, code="unknown_parameter")
-        else:
-            if name in kind.KINDS and isinstance(value, list):
-                usual = {"type": kind.KINDS[name]}
-                value = [usual | without_nulls(e) if isinstance(e, dict) else e for e in value]
-            values[name] = converted(value, fields[name].type, name)
-    for name, field in fields.items():
-        if field.required and name not in values:
-            raise APIError(400, f"'{name}' is missing: add it.", param=name)
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise of_value(error) from None
+    for name, usual in kind.KINDS.items():
+        if isinstance(entries := given.get(name), list):
+            given[name] = [{"type": usual} | e if isinstance(e, dict) else e for e in entries]
+    return converted(given, kind)
 
 
 def check_nodes(raw: bytes) -> None:
@@ -148,44 +129,40 @@ def num_nodes(raw: bytes) -> int:
     return len(b"".join(marks.split(b'"')[::2]))  # Without the pieces inside texts.
 
 
-def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
-    """Return ``value`` without the nulls of its top level. Null means the default everywhere in
-    these APIs."""
-    return {name: entry for name, entry in value.items() if entry is not None}
+FREE = {
+    *("arguments", "chat_template_kwargs", "input", "input_schema"),
+    *("json", "parameters", "schema"),
+}
+"""Names of objects of any form, such as JSON schemas and arguments of calls."""
 
 
-def converted(value: Any, of_type: type[Result], name: str) -> Result:
-    """Return the JSON ``value`` of the field ``name`` as ``of_type``. Nulls count as absent, and
-    3.0 is an integer. Raises APIError 400."""
+def settled(value: Any) -> Any:
+    """Return the JSON ``value`` without nulls, and with 3 in place of 3.0. Objects of any form stay
+    as they are. O(its size).
 
-    def convert(value: Any) -> Result:
-        return msgspec.convert(value, of_type, str_keys=True)
-
-    def settled(entry: Any) -> Any:
-        # An entry that needs no change keeps its nulls, because they may be arguments.
-        with suppress(msgspec.ValidationError):
-            convert([entry])
-            return entry
-        return _settled(entry)
-
-    with suppress(msgspec.ValidationError):
-        return convert(value)
-    is_of_objects = isinstance(value, list) and value and isinstance(value[0], dict)
-    value = [settled(entry) for entry in value] if is_of_objects else _settled(value)
-    try:
-        return convert(value)
-    except msgspec.ValidationError as error:
-        raise of_validation(error, name, of_type, value) from None
-
-
-def _settled(value: Any) -> Any:
-    """Return ``value`` without the nulls of objects, and with 3 in place of 3.0."""
+    Null means the default everywhere in these APIs, and clients send answers back with all the
+    fields that their classes have.
+    """
     if isinstance(value, dict):
-        return {name: _settled(entry) for name, entry in value.items() if entry is not None}
+        return {
+            name: entry if name in FREE and isinstance(entry, dict) else settled(entry)
+            for name, entry in value.items()
+            if entry is not None
+        }
     if isinstance(value, list):
-        return [_settled(entry) for entry in value]
+        is_plain = {*map(type, value)}.isdisjoint((dict, list, float))
+        return value if is_plain else [*map(settled, value)]
     is_whole = isinstance(value, float) and abs(value) <= 2**53 and value.is_integer()
     return int(value) if is_whole else value
+
+
+def converted(value: Any, of_type: type[Result], place: str = "") -> Result:
+    """Return the settled JSON ``value`` at this ``place`` of a body as ``of_type``. Raises APIError
+    400."""
+    try:
+        return msgspec.convert(value, of_type, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise of_validation(error, place, of_type, value) from None
 
 
 def _texts_at(of_type: Any, names: Sequence[str], value: Any) -> list[str]:
@@ -211,22 +188,23 @@ def _texts_at(of_type: Any, names: Sequence[str], value: Any) -> list[str]:
     return [str(text) for one in found if isinstance(one, LiteralType) for text in one.values]
 
 
-def of_validation(error: msgspec.ValidationError, name: str, of_type: Any, value: Any) -> APIError:
-    """Describe an ``error`` of ``msgspec`` in ``value``, that of ``name`` and no ``of_type``, in
-    one sentence."""
-    text, _, path = str(error).partition(" - at `")
-    place = "A value of " if path.endswith("[...]`") else ""
-    if path.startswith("key"):
-        place, path = "A name in ", ""
-    path = path.rstrip("`").replace("[...]", "")
-    param, code = name + re.sub(r"\[(\d+)\]", r".\1", path)[1:], None
-    text = text.rstrip(".").replace("`", "")
-    if found := re.fullmatch(r"Object missing required field (.*)", text):
-        param = f"{param}.{found[1]}"
+def of_validation(error: msgspec.ValidationError, place: str, of_type: Any, value: Any) -> APIError:
+    """Describe an ``error`` of ``msgspec`` in ``value``, at this ``place`` of a body and no
+    ``of_type``, in one sentence."""
+    if isinstance(error.__cause__, ValueError):
+        return of_value(error.__cause__)
+    text, _, at = str(error).replace("`", "").partition(" - at ")
+    what = "A name in " if at.startswith("key") else "A value of " if at.endswith("[...]") else ""
+    path = at.rpartition("$")[2].removesuffix("[...]")
+    param, code = place + re.sub(r"\[(\d+)\]", r".\1", path), None
+    if found := re.fullmatch(r"Object (missing required|contains unknown) field (.*)", text):
+        param += f".{found[2]}"
         said = "is missing: add it"
-    elif found := re.fullmatch(r"Object contains unknown field (.*)", text):
-        param, code = f"{param}.{found[1]}", "unknown_parameter"
-        said = "is not a parameter: check its spelling or drop it"
+        if found[1] == "contains unknown":
+            known = () if path else of_type.__struct_fields__
+            near = get_close_matches(found[2][:MAX_QUOTED], known, n=1, cutoff=0.75)
+            remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
+            said, code = f"is not a parameter: {remedy}", "unknown_parameter"
     else:
         wrong = re.match(r"Invalid (?:enum )?value (.*)|Expected str.*, got (.*)", text)
         texts = _texts_at(of_type, re.findall(r"\w+", path), value) if wrong else ()
@@ -234,9 +212,9 @@ def of_validation(error: msgspec.ValidationError, name: str, of_type: Any, value
             said = f"must be one of {', '.join(texts)} (got {short(wrong[1] or wrong[2])})"
         else:
             said = text.replace("Expected ", "must be ").replace("Invalid ", "must not be ")
-    if not re.search(rf"'{re.escape(name)}['.]", said):  # The sentence may name it already.
-        said = f"{place}{quoted(param)} {said}"
-    return APIError(400, f"{said}.", param=param, code=code)
+    param = param.removeprefix(".")
+    end = "" if said[-1] in ".?" else "."
+    return APIError(400, f"{what}{quoted(param)} {said}{end}", param=param, code=code)
 
 
 class ClientGone(APIError):

@@ -21,7 +21,7 @@ from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
 from engine.server.api_errors import of_value, quoted
-from engine.server.bodies import Body, Part, check_nodes, converted, without_nulls
+from engine.server.bodies import Body, Part, check_nodes, converted, settled
 from engine.text.answers import MAX_NAME
 from engine.text.json_text import read_json
 
@@ -259,7 +259,7 @@ class Message(msgspec.Struct, kw_only=True):
     @classmethod
     def read(cls, given: dict[str, Any], index: int) -> Message:
         """Return the message of this index. Raises APIError 400 or ValueError."""
-        extra = without_nulls(given)
+        extra = dict(given)
         known = {name: extra.pop(name) for name in KNOWN if name in extra}
         read = converted(known, cls, f"messages.{index}")
         read.extra = extra
@@ -321,13 +321,12 @@ def _call(given: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _with_plain_function(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a call or a tool, and its function, without nulls. Deeper nulls stay, because they may
-    be arguments or part of a schema. An empty list is an empty object of a client in PHP."""
-    entry = without_nulls(entry)
+    """Return a call or a tool with an empty object in place of an empty list in its function, as a
+    client in PHP sends it."""
     function = entry.get("function")
     if not isinstance(function, dict):
         return entry
-    named = without_nulls(function).items()
+    named = function.items()
     return entry | {"function": {name: {} if value == [] else value for name, value in named}}
 
 
@@ -401,7 +400,7 @@ def as_tool(
 ) -> dict[str, Any]:
     """Return a function of another dialect as a tool of a chat."""
     function = {"name": name, "description": description, "strict": strict}
-    return {"type": "function", "function": function | {"parameters": parameters}}
+    return {"type": "function", "function": settled(function | {"parameters": parameters})}
 
 
 if TYPE_CHECKING:

@@ -174,7 +174,7 @@ class ToolChoice(Part, kw_only=True):
     def __post_init__(self) -> None:
         if (self.type == "tool") != (self.name is not None):
             raise ValueError(
-                "A 'tool_choice' must have a 'name' if its type is 'tool', and only then"
+                "A 'tool_choice' must have a 'name' if its type is 'tool', and only then."
             )
 
 

@@ -106,7 +106,7 @@ class ReasoningItem(Item, kw_only=True, tag="reasoning"):
 
     def __post_init__(self) -> None:
         if self.encrypted_content is not None and not self.content:
-            raise ValueError("Encrypted reasoning in 'input' is not supported: remove it")
+            raise ValueError("Encrypted reasoning in 'input' is not supported: remove it.")
 
 
 class CallItem(Item, kw_only=True, tag="function_call"):

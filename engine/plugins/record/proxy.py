@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.requests.chat_prompt import no_chat, render_chat
 from engine.server.api_errors import APIError
-from engine.server.bodies import ClientGone, unless_gone
+from engine.server.bodies import ClientGone, settled, unless_gone
 from engine.server.schemas import Message
 from engine.text.tokenizer import AS_TEXT, Tokenizer
 
@@ -132,7 +132,7 @@ class TraceWriter:
             return b""
         if exchange.answer.status_code != 200:
             return b""
-        body = json.loads(exchange.body)
+        body = settled(json.loads(exchange.body))
         coded = {"content-encoding": exchange.answer.headers.get("content-encoding", "")}
         raw = httpx.Response(200, headers=coded, content=b"".join(exchange.pieces)).content
         answer, has_end = read_answer(raw)
