@@ -82,10 +82,7 @@ class Attention(Composite):
                 kernel = self._attention.verify_attention
             elif isinstance(part, PrefillPart):
                 kernel = self._attention.prefill_attention
-            attended: torch.Tensor = kernel(
-                query[tokens], key_pool, value_pool, **part.attention_inputs, **where
-            )
-            return attended
+            return kernel(query[tokens], key_pool, value_pool, **part.attention_inputs, **where)
 
         return inputs.by_part(attend).flatten(1)
 
@@ -100,8 +97,7 @@ class Attention(Composite):
         if self._rotates:
             options["angles"] = inputs.angles
         heads = [part.unflatten(-1, (-1, self.sizes.head_dim)) for part in parts]
-        written: torch.Tensor = self._rotate_and_write(*heads, *pools, inputs.kv_indices, **options)
-        return written
+        return self._rotate_and_write(*heads, *pools, inputs.kv_indices, **options)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""
@@ -191,20 +187,13 @@ class LatentAttention(Composite):
         where = {"table": inputs.table, "scale": self._scale, "rank": self.sizes.rank}
 
         def attend(part: StepPart, tokens: slice) -> torch.Tensor:
-            attended: torch.Tensor
             if isinstance(part, PrefillPart):
-                attended = self._mla.prefill_mla(
-                    query[tokens], pool, **part.attention_inputs, **where
-                )
-            else:
-                # The heads of one token fill a program, so drafts of a sequence do not share one.
-                sequences = part.tokens if isinstance(part, VerifyPart) else part.sequences
-                attended = self._mla.decode_mla(query[tokens], pool, sequences=sequences, **where)
-            return attended
+                return self._mla.prefill_mla(query[tokens], pool, **part.attention_inputs, **where)
+            # The heads of one token fill a program, so drafts of a sequence do not share one.
+            sequences = part.tokens if isinstance(part, VerifyPart) else part.sequences
+            return self._mla.decode_mla(query[tokens], pool, sequences=sequences, **where)
 
-        out = inputs.by_part(attend)
-        mixed: torch.Tensor = self._from_latent(out).flatten(1)
-        return mixed
+        return self._from_latent(inputs.by_part(attend)).flatten(1)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""

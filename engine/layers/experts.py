@@ -142,8 +142,7 @@ class Experts:
         """Compute this rank's summand of the output ``[T, width]`` from ``x`` of the same shape;
         ``weights`` and ``experts`` are ``[T, k]``. The shared expert is included if its gate ``[T,
         1]`` is given."""
-        out: torch.Tensor = self._product(x, weights, experts, shared_gate=shared_gate)
-        return out
+        return self._product(x, weights, experts, shared_gate=shared_gate)
 
 
 class ExpertsMLP(Composite):
@@ -216,10 +215,8 @@ class Router(Composite):
     def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights ``[T, k]`` and experts ``[T, k]`` of the T ``rows`` of ``x [num_rows,
         H]``."""
-        weights, experts = self._moe.route(
-            rows.of(self._linear(x)), self._k, self._renormalises, live=rows.live
-        )
-        return weights, experts
+        logits = rows.of(self._linear(x))
+        return self._moe.route(logits, self._k, self._renormalises, live=rows.live)
 
 
 class SigmoidRouter(Router):
@@ -248,7 +245,7 @@ class SigmoidRouter(Router):
             self.own = [(bias, Parameter(self._bias))]
 
     def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, experts = self._moe.route_sigmoid(
+        return self._moe.route_sigmoid(
             rows.of(self._linear(x.float())),
             self._bias,
             self._k,
@@ -257,7 +254,6 @@ class SigmoidRouter(Router):
             eps=self._eps,
             live=rows.live,
         )
-        return weights, experts
 
 
 class RoutedExperts(Composite):

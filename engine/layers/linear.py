@@ -482,20 +482,17 @@ class _Stack:
                 yield f"{part.name}.bias", Parameter(bias, cut=part.cut)
 
     def product(self, kernel: Any) -> Product:
-        made: Product
         precision, dtype = self._storage.precision, self._weights.dtype
         if self._bias is not None and not self._adds_bias:
             self._bias.zero_()  # The bias of one rank is in the sum.
         if precision is None:
-            made = kernel.prepare(self._weight, self._bias)
+            return kernel.prepare(self._weight, self._bias)
+        if self._scale is None:
+            quantized, scale = kernel.quantize(self._weight, precision)
         else:
-            if self._scale is None:
-                quantized, scale = kernel.quantize(self._weight, precision)
-            else:
-                quantized, scale = self._weight, as_kernels_take(self._scale)
-            options = self._weights.product_options(precision)
-            made = kernel.prepare_8bit(quantized, scale, self._bias, dtype, **options)
-        return made
+            quantized, scale = self._weight, as_kernels_take(self._scale)
+        options = self._weights.product_options(precision)
+        return kernel.prepare_8bit(quantized, scale, self._bias, dtype, **options)
 
 
 def as_kernels_take(scale: torch.Tensor) -> torch.Tensor:

@@ -40,10 +40,9 @@ class CausalConv:
         """Convolve the tokens ``[T, C]`` of a part of the step, and update its windows."""
         kernel, is_prefill = self._kernel, isinstance(part, PrefillPart)
         convolve = kernel.prefill_conv1d if is_prefill else kernel.decode_conv1d
-        out: torch.Tensor = convolve(
+        return convolve(
             x, self.weight, self.bias, states=windows, silu=self._silu, **part.scan_inputs
         )
-        return out
 
 
 class Recurrent(Composite):
@@ -195,15 +194,12 @@ class GatedDeltaNet(Recurrent):
         parts = zip(x.split(widths, dim=-1), (keys, keys, self.mixed_shape), strict=True)
         heads = [one.view(len(x), *shape) for one, shape in parts]
         gates = *gates, self._A_log, self._dt_bias
-        out: torch.Tensor
         if isinstance(part, PrefillPart):
             gate, beta = self._gdn.gates(*gates, max_beta=self._max_beta)
-            out = self._gdn.chunk_gdn(*heads, gate, beta, states=states[0], **part.scan_inputs)
-        else:
-            out = self._gdn.decode_gdn(
-                *heads, *gates, states=states[0], max_beta=self._max_beta, **part.scan_inputs
-            )
-        return out
+            return self._gdn.chunk_gdn(*heads, gate, beta, states=states[0], **part.scan_inputs)
+        return self._gdn.decode_gdn(
+            *heads, *gates, states=states[0], max_beta=self._max_beta, **part.scan_inputs
+        )
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""
@@ -272,13 +268,10 @@ class KimiDeltaAttention(Recurrent):
         decay, beta = gates
         *heads, decay = (one.unflatten(1, self.mixed_shape) for one in (*x.chunk(3, dim=-1), decay))
         gates = decay, beta, self._A_log, self._dt_bias
-        out: torch.Tensor
         if isinstance(part, PrefillPart):
             gates = self._kda.gates(*gates)
-            out = self._kda.chunk_kda(*heads, *gates, states=states[0], **part.scan_inputs)
-        else:
-            out = self._kda.decode_kda(*heads, *gates, states=states[0], **part.scan_inputs)
-        return out
+            return self._kda.chunk_kda(*heads, *gates, states=states[0], **part.scan_inputs)
+        return self._kda.decode_kda(*heads, *gates, states=states[0], **part.scan_inputs)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""
@@ -361,18 +354,13 @@ class Mamba1(Recurrent):
         self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
     ) -> torch.Tensor:
         B, C, dt = gates
-        out: torch.Tensor
         if isinstance(part, PrefillPart):
             step = self._mamba1.time_steps(dt, self._dt_bias)
-            out = self._mamba1.chunk_mamba1(
+            return self._mamba1.chunk_mamba1(
                 x, B, C, step, self._A, self._D, states=states[0], **part.scan_inputs
             )
-        else:
-            own = self._A, self._dt_bias, self._D
-            out = self._mamba1.decode_mamba1(
-                x, B, C, dt, *own, states=states[0], **part.scan_inputs
-            )
-        return out
+        own = self._A, self._dt_bias, self._D
+        return self._mamba1.decode_mamba1(x, B, C, dt, *own, states=states[0], **part.scan_inputs)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""
@@ -472,17 +460,14 @@ class Mamba2(Recurrent):
         groups = len(x), sizes.num_groups, sizes.state_dim
         heads = x.view(len(x), sizes.num_heads, sizes.head_dim), B.view(groups), C.view(groups)
         gates, D, limits = (*gates, self._A_log, self._dt_bias), self._D, self._limits
-        out: torch.Tensor
         if isinstance(part, PrefillPart):
             gate, step = self._mamba2.gates(*gates, limits)
-            out = self._mamba2.chunk_mamba2(
+            return self._mamba2.chunk_mamba2(
                 *heads, gate, step, D, states=states[0], **part.scan_inputs
             )
-        else:
-            out = self._mamba2.decode_mamba2(
-                *heads, *gates, D, states=states[0], limits=limits, **part.scan_inputs
-            )
-        return out
+        return self._mamba2.decode_mamba2(
+            *heads, *gates, D, states=states[0], limits=limits, **part.scan_inputs
+        )
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from engine.models.decoder import Decoder
-from engine.weights.model_config import ModelConfig, ModelError, check_all_read, check_attends
+from engine.weights.model_config import ModelConfig, ModelError, check_all_read
 from hybridcache.geometry.families import COMPOSITES, read, text_part
 from hybridcache.geometry.sizes import SizesError
 
@@ -33,7 +33,8 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
     try:
         sizes, config = read(text)
         assert config is not None
-        check_attends(config, sizes)
+        if not sizes.row_size:
+            raise ModelError("models without a layer of attention are not supported.")
         made = family.read(config, sizes)
     except SizesError as error:
         raise ModelError(str(error)) from None

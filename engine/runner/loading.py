@@ -332,16 +332,11 @@ def load_model(
 
 
 def _counted(plan: Decoder, with_head: bool) -> str:
-    """Describe the number of weights in all tensors, including embeddings and the parts of all
-    ranks."""
+    """Describe the number of weights in all tensors, including embeddings, a multi-token head and
+    the parts of all ranks."""
     parts: list[Decoder | PredictionHead] = [plan, _head(plan)] if with_head else [plan]
-    numbers = [
-        format_count(sum(math.prod(parameter.shape) for _, parameter in part.parameters()))
-        for part in parts
-    ]
-    return f"{numbers[0]} parameters" + "".join(
-        f" and {number} of its multi-token head" for number in numbers[1:]
-    )
+    shapes = [parameter.shape for part in parts for _, parameter in part.parameters()]
+    return f"{format_count(sum(map(math.prod, shapes)))} parameters"
 
 
 def _head(model: Decoder, fill: Fill | None = None) -> PredictionHead:

@@ -24,7 +24,7 @@ from engine.weights.model_config import ModelError
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import ModelSizes, Spec
-from hybridcache.geometry.units import GIB
+from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.scheduling.memory_sizes import SLOTS_OF_ONE, MemorySizes
 from kernels.state_copy.reference import Form
 from kernels.upload import upload
@@ -85,9 +85,10 @@ class MemoryPlan(MemorySizes):
         num_rows = cache_bytes // self.row_bytes // self.page_size * self.page_size
         if num_rows < self.num_kv_tokens:
             states = f" and {SLOTS_OF_ONE} states" if self.is_stateful else ""
+            least = math.ceil(self.total_bytes / GIB * 1000) / 1000  # It suffices as a setting.
             raise ModelError(
-                f"{gib_words(cache_bytes)} hold {num_rows} tokens of this model; at least "
-                f"{MIN_KV_TOKENS} tokens{states}, {_gib_above(self.total_bytes)}, are needed."
+                f"{format_bytes(cache_bytes)} hold {num_rows} tokens of this model; at least "
+                f"{MIN_KV_TOKENS} tokens{states}, {least} GiB, are needed."
             )
         num_slots = num_rows // self.slab_rows if self.is_stateful else 0
         return replace(self, num_kv_tokens=num_rows, num_slots=num_slots)
@@ -119,10 +120,9 @@ def check_sizes(config: EngineConfig, device: Device) -> None:
         needed = sum(sizes.values())
         if needed > free_bytes:
             names = " and ".join(name for name, size in sizes.items() if size)
-            verb = "takes" if len(sizes) == 1 else "take"
             raise ConfigError(
-                f"{names} {verb} {gib_words(needed)}, but {gib_words(free_bytes)} of {kind} are "
-                "available: use less."
+                f"{names}: {format_bytes(needed)} are needed, but {format_bytes(free_bytes)} of "
+                f"{kind} are available: use less."
             )
 
 
@@ -143,18 +143,6 @@ def state_slot_bytes(
     if checkpoints is not None:
         return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
     return aligned(num_conv * dtype.itemsize) + aligned(num_recurrent * state_dtype.itemsize)
-
-
-def _gib_above(num_bytes: int) -> str:
-    """Return ``num_bytes`` in GiB, rounded up to three digits, so that it suffices as a setting."""
-    gib = num_bytes / GIB
-    digits = 2 - math.floor(math.log10(gib))
-    return f"{math.ceil(gib * 10**digits) / 10**digits:.{max(digits, 0)}f} GiB"
-
-
-def gib_words(num_bytes: int) -> str:
-    gib = num_bytes / GIB
-    return f"{gib:.3g} GiB" if gib < 1000 else f"{gib:,.0f} GiB"
 
 
 STAGING_BYTES = GIB
@@ -379,8 +367,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torc
         untouched = np.zeros(num_bytes, dtype=np.uint8)
     except (MemoryError, torch.OutOfMemoryError):
         raise ModelError(
-            f"{gib_words(num_bytes)} cannot be allocated on {device.torch_device} "
-            f"({gib_words(device.free_bytes())} are free): lower --cache-gib, --host-gib or "
+            f"{format_bytes(num_bytes)} cannot be allocated on {device.torch_device} "
+            f"({format_bytes(device.free_bytes())} are free): lower --cache-gib, --host-gib or "
             "--max-running."
         ) from None
     return torch.from_numpy(untouched).view(dtype).view(shape)

@@ -45,18 +45,11 @@ ALIGNED_COLUMNS = 16
 class Predictor:
     """A multi-token head, the pools of its state, and separate rows for drafts."""
 
-    def __init__(
-        self,
-        head: PredictionHead,
-        model: Decoder,
-        memory: Memory,
-        table: RequestTable,
-        rotary: RotaryTable,
-    ) -> None:
-        """Prepare the head. The last pools of ``memory`` are the head's; the rows after its padding
+    def __init__(self, head: PredictionHead, model: Decoder, inputs: StepInputs) -> None:
+        """Prepare the head. The last pools of the memory are the head's; the rows after its padding
         row are for drafts."""
-        self.model, self.head = model, head
-        self.pools, self.table, self.rotary = memory.pools[-1], table, rotary
+        memory, self.table, self.rotary = inputs.memory, inputs.table, inputs.rotary
+        self.model, self.head, self.pools = model, head, memory.pools[-1]
         self.first_row = memory.padding_row + 1
         self._row_multiple: int = model.build.kernels["linear"].ROWS
 
@@ -191,21 +184,14 @@ class ModelRunner:
         self.table = RequestTable(
             self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
         )
-        torch_device = self.device.torch_device
-        self._rotary = RotaryTable(self.config.rope, max_model_len, torch_device, self.dtype)
+        rotary = RotaryTable(self.config.rope, max_model_len, self.device.torch_device, self.dtype)
+        multiple: int = self.kernels["linear"].ROWS
         self.step_inputs = StepInputs(
-            self.tensors,
-            self.table,
-            self._rotary,
-            self.running,
-            multiple=self.kernels["linear"].ROWS,
-            tile_size=config.tile_size,
+            self.tensors, self.table, rotary, self.running, multiple, config.tile_size
         )
         self._predictor: Predictor | None = None
         if loaded.head is not None:
-            self._predictor = Predictor(
-                loaded.head, self.model, self.tensors, self.table, self._rotary
-            )
+            self._predictor = Predictor(loaded.head, self.model, self.step_inputs)
         self._forward = Forward(self.model, self.tensors.pools, self._predictor)
         self.warmed: WarmUp | None = None
         """Result of the warm-up, or None if there was none (disabled, or on a CPU)."""
@@ -270,7 +256,7 @@ class ModelRunner:
         self, record: Record, *, is_native: bool = False
     ) -> tuple[DecodeGraphs, VerifyGraphs | None]:
         """Make the graphs of steps without drafts, and of steps with drafts."""
-        parts = self.model, self._forward, self.tensors, self.table, self._rotary
+        parts = self.model, self._forward, self.step_inputs
         decodes = DecodeGraphs(*parts, record)
         buckets = verify_buckets(
             self.model,
@@ -283,7 +269,7 @@ class ModelRunner:
             return decodes, None
         longest = min(1 + self._config.drafts.max_len, self.max_model_len)
         verifies = VerifyGraphs(
-            *parts, self.running, record, buckets=buckets, longest=longest, is_native=is_native
+            *parts, record, buckets=buckets, longest=longest, is_native=is_native
         )
         return decodes, verifies
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -163,23 +163,20 @@ class RequestTable:
                 self.device[row, start:end] = upload(indices, torch.int32, self.device.device)
 
 
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """Arranges the tokens of a batch, decodes first, padded to a multiple of ``multiple`` rows."""
 
-    def __init__(
-        self,
-        tensors: Memory,
-        table: RequestTable,
-        rotary: RotaryTable,
-        running: RunningStates,
-        *,
-        multiple: int,
-        tile_size: int,
-    ) -> None:
-        self._tensors, self._table, self._rotary = tensors, table, rotary
-        self._running, self._multiple = running, multiple
-        self.tile_size = tile_size
-        self._device = table.device.device
+    memory: Memory
+    table: RequestTable
+    rotary: RotaryTable
+    running: RunningStates
+    multiple: int
+    tile_size: int
+
+    @property
+    def _device(self) -> torch.device:
+        return self.table.device.device
 
     def of(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
         """Return token ids ``[num_rows]`` and all other inputs of the layers."""
@@ -190,10 +187,10 @@ class StepInputs:
             kind.append(segment)
             tokens.append(segment.token_ids)
             positions.append(np.arange(segment.start, segment.end, dtype=np.int32))
-            indices.append(self._table.host[segment.row, segment.start : segment.end])
+            indices.append(self.table.host[segment.row, segment.start : segment.end])
         known = np.concatenate(tokens)
         num_tokens, device = len(known), self._device
-        num_rows = padded_count(num_tokens, self._multiple)
+        num_rows = padded_count(num_tokens, self.multiple)
         token_ids = np.zeros(num_rows, np.int64)
         token_ids[:num_tokens] = known
         parts = list[StepPart]()
@@ -206,9 +203,9 @@ class StepInputs:
         step = LayerInputs(
             num_tokens=num_tokens,
             num_rows=num_rows,
-            angles=self._rotary(upload(np.concatenate(positions), torch.int64, device)),
+            angles=self.rotary(upload(np.concatenate(positions), torch.int64, device)),
             kv_indices=upload(np.concatenate(indices), torch.int64, device),
-            table=self._table.device,
+            table=self.table.device,
             parts=parts,
         )
         return upload(token_ids, torch.int64, device), step
@@ -217,7 +214,7 @@ class StepInputs:
         lengths = [len(segment.token_ids) for segment in segments]
         rows = [segment.row for segment in segments for _ in segment.token_ids]
         kv_lens = [end for s in segments for end in range(s.start + 1, s.end + 1)]
-        steps = [slot for slots in self._running.step_slots for slot in slots]
+        steps = [slot for slots in self.running.step_slots for slot in slots]
         sequences, slots = self._sequences(segments)
         return VerifyPart(
             packed=Packed.from_lengths(lengths, self._device),
@@ -236,8 +233,8 @@ class StepInputs:
             for rank, segment in enumerate(segments)
             for position, slot in segment.exports
         ]
-        if self._tensors.checkpoints is not None:
-            staging = self._tensors.checkpoints.staging
+        if self.memory.checkpoints is not None:
+            staging = self.memory.checkpoints.staging
             exports = [(rank, at, staging[i]) for i, (rank, at, _) in enumerate(exports)]
         sequences, slots = self._sequences(segments)
         return PrefillPart(
@@ -251,7 +248,7 @@ class StepInputs:
     def _sequences(self, segments: Sequence[Segment]) -> tuple[Sequences, torch.Tensor]:
         """Return the sequences of ``segments``, and the slots of their states: int32."""
         rows, ends = [one.row for one in segments], [one.end for one in segments]
-        slots = [self._running.at(one.slot) for one in segments if one.slot is not None]
+        slots = [self.running.at(one.slot) for one in segments if one.slot is not None]
         sequences = Sequences.of(rows, ends, self._device)
         return sequences, upload(slots, torch.int32, self._device)
 
@@ -302,21 +299,16 @@ class DecodeGraphs:
     """Graphs of steps with decodes only."""
 
     def __init__(
-        self,
-        model: Decoder,
-        forward: Forward,
-        memory: Memory,
-        table: RequestTable,
-        rotary: RotaryTable,
-        record: Record,
+        self, model: Decoder, forward: Forward, inputs: StepInputs, record: Record
     ) -> None:
-        self._forward, self._head = forward, model.head
-        self._table, self._rotary, self._record = table, rotary, record
+        self._forward, self._head, self._record = forward, model.head, record
+        self._table, self._rotary = inputs.table, inputs.rotary
+        table = inputs.table
         self._sizes = decode_buckets(table.padding_row)
         self._bounds = kv_bounds(table.host.shape[1])
         self._replays: dict[tuple[int, int], Replay] = {}
-        slot = memory.padding_slot or 0
-        column = np.array([0, 0, memory.padding_row, table.padding_row, 1, slot, 0])
+        slot = inputs.memory.padding_slot or 0
+        column = np.array([0, 0, inputs.memory.padding_row, table.padding_row, 1, slot, 0])
         most = self._sizes[-1]
         self._padding = upload(
             np.repeat(column[:, None], most, axis=1), torch.int64, table.device.device
@@ -529,10 +521,7 @@ class VerifyGraphs:
         self,
         model: Decoder,
         forward: Forward,
-        memory: Memory,
-        table: RequestTable,
-        rotary: RotaryTable,
-        running: RunningStates,
+        inputs: StepInputs,
         record: Record,
         *,
         buckets: Sequence[Bucket],
@@ -541,13 +530,13 @@ class VerifyGraphs:
     ) -> None:
         """``buckets``: of ``verify_buckets``, at least one. ``longest``: most tokens of a sequence.
         ``is_native``: the kernels read the host's memory."""
-        self._forward, self._head, self._memory = forward, model.head, memory
-        self._running, self._longest = running, longest
-        self._table, self._rotary, self._record = table, rotary, record
+        self._forward, self._head, self._memory = forward, model.head, inputs.memory
+        self._running, self._longest, self._record = inputs.running, longest, record
+        self._table, self._rotary = inputs.table, inputs.rotary
         self.buckets = buckets
         self._sizes, self._bounds = (sorted(set(part)) for part in zip(*buckets, strict=True))
         self._replays: dict[Bucket, Replay] = {}
-        most, device = self._sizes[-1], table.device.device
+        most, device = self._sizes[-1], self._table.device.device
         # Rows of a multiple of 16 bytes, because kernels are compiled for aligned tables.
         self._host_tokens = np.zeros((5, most), np.int64)
         """Id, position and KV index of each token, the index of the token before it, and one if it

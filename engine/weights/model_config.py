@@ -29,14 +29,6 @@ SERVED: Served = {
     "fusion_config": (None,),
 }
 """Those of all families."""
-LAYER_SORTS = (
-    "layer_types",
-    "layers_block_type",
-    "attn_layer_period",
-    "attn_layer_offset",
-    "num_hidden_layers",
-)
-"""Keys that determine which layers have attention."""
 POSITIVE = (
     "vocab_size",
     "max_position_embeddings",
@@ -170,13 +162,6 @@ def read_settings(
         own={key: config[key] for key in own if key in config},
         described_sizes=config.describe_sizes(),
     )
-
-
-def check_attends(config: Config, sizes: ModelSizes) -> None:
-    """Raise ModelError for a model without attention layers."""
-    if not sizes.row_size:
-        keys = ", ".join(name for name in LAYER_SORTS if name in config)
-        raise ModelError(f"models without a layer of attention are not supported ({keys}).")
 
 
 def mixer_of(sizes: ModelSizes, kind: type[M]) -> M:
@@ -336,11 +321,8 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     """Return the contents of ``config.json``. Raises ModelError."""
     path = model_dir / "config.json"
     if not path.is_file():
-        if model_dir.is_file():
-            raise ModelError(f"{model_dir} is a file: name the folder that contains it.")
-        missing = f"config.json in {model_dir}" if model_dir.is_dir() else f"folder {model_dir}"
         raise ModelError(
-            f"there is no {missing}: use a model directory, or ORG/NAME for a model of the Hugging "
+            f"there is no {path}: use a model directory, or ORG/NAME for a model of the Hugging "
             "Face Hub."
         )
     try:

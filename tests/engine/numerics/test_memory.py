@@ -162,7 +162,7 @@ def test_more_memory_than_a_container_has_is_refused(system):
     system("proc/self/cgroup", "0::/")
     write_group(system, CGROUP, 4 * GIB, 0, 0)
     config = engine_config(cache_gib=3, host_gib=2)
-    with pytest.raises(ConfigError, match="cache_gib and host_gib take 5 GiB, but 4 GiB of memory"):
+    with pytest.raises(ConfigError, match=r"and host_gib: 5\.0 GiB are needed, but 4\.0 GiB"):
         check_sizes(config, CPU)
     check_sizes(engine_config(cache_gib=3, host_gib=0), CPU)  # 0: no host tier
     write_group(system, CGROUP, 5 * GIB, 0, 0)

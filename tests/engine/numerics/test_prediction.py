@@ -3,6 +3,7 @@ bits however a text was computed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,8 +95,8 @@ class Head:
 
         monkeypatch.setattr(model, "forward", follow)
         memory = SimpleNamespace(pools=[self.pools], padding_row=memory.num_kv_tokens - 1)
-        parts = self.head, model, memory, runner.table, runner._rotary
-        self.predictor = Predictor(*parts)
+        inputs = replace(runner.step_inputs, memory=memory)
+        self.predictor = Predictor(self.head, model, inputs)
         compute, self.logits = model.head, []
 
         def keep_logits(hidden):
