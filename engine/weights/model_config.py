@@ -322,8 +322,8 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"there is no {path}: use a model directory, or ORG/NAME for a model of the Hugging "
-            "Face Hub."
+            f"there is no config.json in {model_dir}: use a model directory, or ORG/NAME for a "
+            "model of the Hugging Face Hub."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

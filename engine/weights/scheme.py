@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from engine.weights.layer_names import MODEL_SLIM_FILE, Names
 from engine.weights.model_config import ModelError
-from kernels.linear.reference import STORAGE, Format, quantize
+from kernels.linear.reference import STORAGE, Format
 
 BAND_ELEMENTS = 2**20
 """Number of weights that are dequantised at a time, so that the float32 copy is small."""
@@ -87,26 +86,6 @@ def widen(
         if columns is not None:
             scale = scale.repeat_interleave(columns, dim=1)[:, :num_columns]
         target[rows] = stored[rows].float().mul_(scale)
-
-
-def quantize_blocks(
-    weight: torch.Tensor, format: Format, block: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise symmetrically: the largest magnitude of a block becomes that of the format.
-
-    Args:
-      weight: float32 ``[M, N]``; block: rows and columns that share a scale.
-
-    Returns:
-      The stored weight ``[M, N]``, and float32 scales ``[ceil(M / rows), ceil(N / columns)]``.
-      For blocks of one row, the bits equal those of ``kernels.linear.reference.quantize``.
-    """
-    (num_rows, num_columns), (rows, columns) = weight.shape, block
-    padded = F.pad(weight, (0, -num_columns % columns, 0, -num_rows % rows))
-    grid = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2)
-    stored, scale = quantize(grid.flatten(2), format)
-    stored = stored.view(grid.shape).transpose(1, 2).flatten(2).flatten(0, 1)
-    return stored[:num_rows, :num_columns].contiguous(), scale
 
 
 @dataclass(frozen=True, slots=True)

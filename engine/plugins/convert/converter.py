@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from tqdm import tqdm
 from engine.layers.linear import FULL_PRECISION
 from engine.weights.layer_names import INDEX_NAME, Names
 from engine.weights.model_config import ModelError, read_config
-from engine.weights.scheme import BAND_ELEMENTS, Scheme, quantize_blocks, read_quantization
+from engine.weights.scheme import Scheme, read_quantization
 from engine.weights.tensor_files import FULL_DTYPES, dtype_name, find_files, open_file
-from kernels.linear.reference import SCALE_BLOCK, Format
+from hybridcache.geometry.units import counted, format_bytes
+from kernels.linear.reference import SCALE_BLOCK, Format, quantize
 
 SHARD_BYTES = 2**30
 """Maximum size of a file, unless a single piece is larger."""
@@ -71,7 +73,7 @@ class FilePiece:
         """Return the tensors to write, by name. Raises ModelError."""
         if self.scheme is None:
             return {self.name: self.source.clone()}
-        stored, scale = quantize_rows(self.source, self.scheme)
+        stored, scale = quantize_blocks(self.source, self.scheme)
         if not scale.isfinite().all():
             raise ModelError(f"{self.name} contains numbers that are not finite.")
         return {self.name: stored, f"{self.module}.{self.scheme.scale_name}": scale}
@@ -165,28 +167,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.inde
 """Endings of files that are not copied, in addition to config.json."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """Result of ``convert``."""
-
-    scheme: Scheme
-    source_bytes: int
-    written_bytes: int
-    num_files: int
-    modules: tuple[FilePiece, ...]
-    """Matrices that were converted, or that have a reason why not."""
-
-
-def convert(
-    source: Path,
-    target: Path,
-    to: Format,
-    ignore: Sequence[str] = (),
-) -> Conversion:
+def convert(source: Path, target: Path, to: Format, ignore: Sequence[str] = ()) -> str:
     """Write the checkpoint of ``source`` into ``target`` with linear layers in 8 bits, everything
     else unchanged.
 
-    ``target`` must be empty or absent, and has files once all are written.
+    ``target`` must be empty or absent, and has files once all are written. Returns a table of the
+    matrices.
 
     Args:
       ignore: additional layers to keep: words of names, or regular expressions after ``re:``.
@@ -222,8 +208,25 @@ def convert(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     source_bytes = sum(path.stat().st_size for path in files)
-    modules = tuple(piece for piece in pieces if piece.scheme is not None or piece.reason)
-    return Conversion(scheme, source_bytes, written_bytes, len(shards), modules)
+    return "\n".join(
+        [
+            f"{scheme.describe()}: {format_bytes(source_bytes)} were converted to "
+            f"{format_bytes(written_bytes)} in {counted(len(shards), 'file')}",
+            *_table(pieces),
+        ]
+    )
+
+
+def _table(pieces: Sequence[FilePiece]) -> Iterator[str]:
+    """Yield a line for the same matrix in all layers, and one for all experts."""
+    alike = Counter(
+        (re.sub(r"\.\d+(?=\.)", ".*", piece.module), piece.reason or "converted")
+        for piece in pieces
+        if piece.scheme is not None or piece.reason
+    )
+    width = max(len(name) for name, _ in alike)
+    for (name, why), count in alike.items():
+        yield f"  {name:<{width}} {count:>9,}   {why}"
 
 
 def _write(shards: Sequence[Sequence[FilePiece]], directory: Path) -> None:
@@ -248,22 +251,18 @@ def _write(shards: Sequence[Sequence[FilePiece]], directory: Path) -> None:
 
 
 @torch.inference_mode()
-def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise ``weight`` ``[M, N]`` to ``scheme``, one band of rows at a time. Returns the stored
-    weight and the scales as in files."""
-    num_rows, num_columns = weight.shape
-    height, width = (
-        size or whole for size, whole in zip(scheme.block, (num_rows, num_columns), strict=True)
-    )
-    stored = torch.empty(weight.shape, dtype=scheme.dtype)
-    scale = torch.empty(scheme.scale_shape(num_rows, num_columns))
-    band = max(1, BAND_ELEMENTS // (num_columns * height)) * height
-    for first in range(0, num_rows, band):
-        rows = slice(first, first + band)
-        blocks = slice(first // height, -(-min(first + band, num_rows) // height))
-        part = weight[rows].float()
-        stored[rows], scale[blocks] = quantize_blocks(part, scheme.format, (height, width))
-    return stored, scale
+def quantize_blocks(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise ``weight [M, N]``, which has whole blocks of ``scheme``, symmetrically: the largest
+    magnitude of a block becomes that of the format.
+
+    Returns the stored weight, and float32 scales ``[M / rows, N / columns]``. For blocks of one
+    row, the bits equal those of ``kernels.linear.reference.quantize``.
+    """
+    sizes = zip(scheme.block, weight.shape, strict=True)
+    rows, columns = (size or whole for size, whole in sizes)
+    grid = weight.float().view(-1, rows, weight.shape[1] // columns, columns).transpose(1, 2)
+    stored, scale = quantize(grid.flatten(2), scheme.format)
+    return stored.view(grid.shape).transpose(1, 2).reshape(weight.shape), scale
 
 
 def _copy_rest(source: Path, target: Path) -> None:
