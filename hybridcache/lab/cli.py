@@ -1,7 +1,4 @@
-"""``hybridcache``: traces, simulations, the optimum and the leaderboard on the command line.
-
-Simulator, optimum and leaderboard are imported by the command that needs them.
-"""
+"""``hybridcache``: traces, simulations, the optimum and the leaderboard on the command line."""
 
 from __future__ import annotations
 
@@ -24,11 +21,30 @@ from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
 from hybridcache.command.signals import end_by_exception, open_closed_streams
 from hybridcache.geometry.units import counted
+from hybridcache.lab.figures import (
+    closed_loop_figure,
+    figure_path,
+    losses_figure,
+    optimum_figure,
+    sweep_figure,
+)
+from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
+from hybridcache.lab.progress import shown_progress
+from hybridcache.lab.report import METRICS, find_metric, losses_table, stats_table, text_table
+from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS, Scenario, settings_of
+from hybridcache.lab.simulation.closed_loop import closed_loop
+from hybridcache.lab.simulation.grid import collect_seldom
+from hybridcache.lab.simulation.simulate import optimum, simulate
+from hybridcache.lab.trace import Trace
+from hybridcache.lab.trace_stats import trace_stats
+from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces.fetch import PUBLISHED, fetch, find_published
+from hybridcache.lab.traces.frame import make_folder
+from hybridcache.lab.traces.jsonl import write_own
+from hybridcache.lab.traces.mooncake import write_mooncake
+from hybridcache.policies.registry import split_specs
 
 if TYPE_CHECKING:
-    from hybridcache.lab.scenario import Scenario
-    from hybridcache.lab.trace import Trace
-
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 Command = Callable[[argparse.Namespace], int]
@@ -46,8 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().parse_args(arguments, options)
         run: Command = options.run
         if arguments is None:  # only as the main program of a process
-            from hybridcache.lab.simulation.grid import collect_seldom
-
             collect_seldom()
         printed = cache(lambda text: print(f"hybridcache: {text}", file=sys.stderr))
         with warnings.catch_warnings():
@@ -158,8 +172,6 @@ class Once(argparse.Action):
 def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
     """Add flags for fields of ``Scenario``. Flags that are not given leave no trace in the
     options."""
-    from hybridcache.lab.scenario import Scenario
-
     known = {one.name: one for one in fields(Scenario)}
     for name in names:
         facts = known[name].metadata
@@ -185,18 +197,13 @@ def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of a scenario that were given as flags."""
-    from hybridcache.lab.scenario import Scenario
-
-    given = vars(options)
-    names = [one.name for one in fields(Scenario) if one.name != "trace" and one.name in given]
-    return {name: given[name] for name in names}
+    names = {one.name for one in fields(Scenario)} - {"trace"}
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def opened(spec: str, options: argparse.Namespace) -> Trace:
     """Open the trace. With ``--skip-bad`` it is read once more, to report how many records are
     bad. ValueError if all are."""
-    from hybridcache.lab.traces import open_trace
-
     trace = open_trace(spec, skip_bad=options.skip_bad)
     if options.skip_bad:
         num_requests = sum(1 for _ in trace)
@@ -234,16 +241,11 @@ def add_trace(commands: Commands) -> None:
     add("--block", type=int, help="tokens of a hashed block, for mooncake (default: 512)")
     add("--skip-bad", **SKIP_BAD)
     text = "download a published trace into the cache folder"
-    fetch = add_command(verbs, "fetch", text, _trace_fetch)
-    fetch.add_argument("name", nargs="?", help="name of the trace; without it, all are listed")
+    download = add_command(verbs, "fetch", text, _trace_fetch)
+    download.add_argument("name", nargs="?", help="name of the trace; without it, all are listed")
 
 
 def _trace_stats(options: argparse.Namespace) -> int:
-    from hybridcache.lab.progress import shown_progress
-    from hybridcache.lab.report import stats_table
-    from hybridcache.lab.trace_stats import trace_stats
-    from hybridcache.lab.traces import open_trace
-
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
     with shown_progress(None, "requests") as show:
         stats = trace_stats(trace, progress=lambda done: show(done, 0))
@@ -254,10 +256,6 @@ def _trace_stats(options: argparse.Namespace) -> int:
 
 
 def _trace_convert(options: argparse.Namespace) -> int:
-    from hybridcache.lab.traces import open_trace
-    from hybridcache.lab.traces.jsonl import write_own
-    from hybridcache.lab.traces.mooncake import write_mooncake
-
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
     target, block = options.target, options.block
     if options.to == "jsonl" and block is not None:
@@ -278,9 +276,6 @@ def _trace_convert(options: argparse.Namespace) -> int:
 
 
 def _trace_fetch(options: argparse.Namespace) -> int:
-    from hybridcache.lab.report import text_table
-    from hybridcache.lab.traces.fetch import PUBLISHED, fetch, find_published
-
     if options.name is None:
         rows = [[name, one.licence, one.content] for name, one in PUBLISHED.items()]
         print(text_table(["name", "licence", "content"], rows))
@@ -295,8 +290,6 @@ def _trace_fetch(options: argparse.Namespace) -> int:
 def _new_file(path: Path) -> Iterator[TextIO]:
     """Open a file for text, compressed with the ending ``.gz``. A new one is removed if writing
     fails. Pipes and devices are written too."""
-    from hybridcache.lab.traces.frame import make_folder
-
     is_new = not path.exists()
     opens = gzip.open if path.suffix == ".gz" else open
     with opens(make_folder(path) if is_new else path, "wt", encoding="utf-8") as file:
@@ -313,9 +306,6 @@ def _new_file(path: Path) -> Iterator[TextIO]:
 
 def add_simulate(commands: Commands) -> None:
     """Add the command's parser. Its settings are the fields of ``Scenario``."""
-    from hybridcache.lab.report import METRICS
-    from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS, settings_of
-
     text = "replay a trace through caches of many sizes"
     parser = add_command(commands, "simulate", text, _simulate, input_flag="--trace", goes_on=True)
     group = parser.add_argument_group(MOST_USED)
@@ -366,8 +356,6 @@ ALONE = ("optimum", "losses", "metric", "bound")
 
 def _scenarios(options: argparse.Namespace) -> list[Scenario]:
     """Return a scenario per trace, from the file and the flags."""
-    from hybridcache.lab.scenario import Scenario
-
     given = given_settings(options)
     base = Scenario.load(options.scenario) if options.scenario else None
     specs = options.trace or ([] if base is None else [base.trace])
@@ -378,11 +366,6 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
 
 def _simulate(options: argparse.Namespace) -> int:
     """Replay every trace, or serve it in closed loop, and print tables."""
-    from hybridcache.lab.figures import figure_path
-    from hybridcache.lab.report import find_metric, losses_table
-    from hybridcache.lab.simulation.closed_loop import closed_loop
-    from hybridcache.lab.simulation.simulate import simulate
-
     scenarios = _scenarios(options)
     if not options.closed_loop:
         for scenario in scenarios:
@@ -424,9 +407,6 @@ def _simulate(options: argparse.Namespace) -> int:
 
 def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
     """Write the settings to a new file, and name the flags that are not part of it."""
-    from hybridcache.lab.scenario import Scenario
-    from hybridcache.lab.traces.frame import make_folder
-
     path: Path = options.write_scenario
     if len(scenarios) > 1:
         raise ValueError("--write-scenario writes the settings of one trace: name one")
@@ -454,8 +434,6 @@ def _draw(
     results: Sequence[Any], options: argparse.Namespace, metrics: Sequence[str]
 ) -> list[Path]:
     """Draw the figures that were asked for, of the traces so far."""
-    from hybridcache.lab.figures import closed_loop_figure, losses_figure, sweep_figure
-
     path: Path = options.figure
     if options.closed_loop:
         closed_loop_figure([run for result in results for run in result.runs], path)
@@ -489,10 +467,6 @@ def add_optimum(commands: Commands) -> None:
 
 
 def _optimum(options: argparse.Namespace) -> int:
-    from hybridcache.lab.figures import figure_path, optimum_figure
-    from hybridcache.lab.scenario import Scenario
-    from hybridcache.lab.simulation.simulate import optimum
-
     if options.figure:
         figure_path(options.figure)
     scenario = Scenario(opened(options.trace, options), **given_settings(options))
@@ -529,9 +503,6 @@ def add_leaderboard(commands: Commands) -> None:
 
 
 def _leaderboard(options: argparse.Namespace) -> int:
-    from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
-    from hybridcache.policies.registry import split_specs
-
     named = options.built_in
     built_in = BUILT_IN if named is None else tuple(filter(None, split_specs(named)))
     board = leaderboard(

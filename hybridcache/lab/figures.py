@@ -290,8 +290,8 @@ def save(
     path: str | Path | None,
     caption: str = "",
 ) -> Figure:
-    """Add one legend for all panels and the caption below them, and write the figure to ``path``
-    (None for no file). The figure grows by the height of legend and caption."""
+    """Add one legend for all panels, with the caption as its title, and write the figure to
+    ``path`` (None for no file). The figure grows by the height of both."""
     entries = {
         label: handle
         for axis in axes
@@ -301,25 +301,20 @@ def save(
     longest = max(map(len, entries), default=0)
     columns = max(1, min(6, int(width / (0.5 + 0.06 * longest))))
     lines = textwrap.wrap(caption, int(CAPTION_CHARS * width))
-    text_height = 0.14 * len(lines) + 0.05  # inches
-    below = text_height + 0.17 * -(-len(entries) // columns) + 0.1
-    height += below
-    figure.set_size_inches(width, height)
-    text = figure.text(0.5, 0.03 / height, "\n".join(lines), ha="center", va="bottom", fontsize=8)
-    legend = figure.legend(
+    figure.set_size_inches(
+        width, height + 0.14 * len(lines) + 0.17 * -(-len(entries) // columns) + 0.15
+    )
+    figure.set_layout_engine("constrained")
+    figure.legend(
         entries.values(),
         entries.keys(),
-        loc="lower center",
-        bbox_to_anchor=(0.5, text_height / height),
-        borderaxespad=0,
+        loc="outside lower center",
         ncol=columns,
         fontsize=8,
         frameon=False,
+        title="\n".join(lines),
+        title_fontsize=8,
     )
-    for one in (text, legend):
-        one.set_in_layout(False)
-    area = (0, below / height, 1, 1 - below / height)
-    figure.set_layout_engine("constrained", rect=area)
     if path:
         figure.savefig(figure_path(path), dpi=130)
     return figure

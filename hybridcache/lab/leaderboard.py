@@ -290,10 +290,9 @@ class Board:
 
         def compared(name: str, is_loop: bool = False) -> tuple[Interval, Interval]:
             """Return a policy's token hit rate, %, and its difference to the first policy."""
-            means, of_first = (
-                (100 * rates(one, is_loop).mean(axis=1)).tolist() for one in (name, self.reference)
-            )
-            return interval(means), paired(means, of_first)
+            both = (name, self.reference)
+            means, of_first = (100 * rates(one, is_loop).mean(axis=1) for one in both)
+            return interval(means.tolist()), paired(means.tolist(), of_first.tolist())
 
         def ttft_s(name: str) -> np.ndarray:
             return self._cells(lambda job: [job.ttft_s[name]], is_loop=True)
@@ -367,10 +366,10 @@ class Board:
 
 def _shares(rates: np.ndarray, plan: np.ndarray) -> np.ndarray:
     """Return the mean share of each seed over the cells where a plan reuses anything; else NaN."""
-    shares = np.divide(rates, plan, out=np.zeros(rates.shape), where=plan > 0)
-    counts = (plan > 0).sum(axis=1)
-    means = np.full(len(plan), np.nan)
-    np.divide(shares.sum(axis=1), counts, out=means, where=counts > 0)
+    known = plan > 0
+    shares = np.divide(rates, plan, out=np.zeros(rates.shape), where=known)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN.
+        means: np.ndarray = shares.sum(axis=1) / known.sum(axis=1)
     return means
 
 

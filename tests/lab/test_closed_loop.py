@@ -408,7 +408,7 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     assert closed_loop("short?head=20", **grid, resume_from=path).to_dicts() == rows
     assert path.read_text() == text, "a resumed sweep must not repeat a run"
     assert rows[0] == closed_loop("short?head=20", **grid | {"rate": 2}).to_dicts()[0]
-    assert result.figure().texts[-1].get_text().startswith("Bars: ")
+    assert result.figure().legends[0].get_title().get_text().startswith("Bars: ")
     titles = [axis.get_title() for axis in result.figure().axes]
     assert all("lru" in title for title in titles[:4]) and all("fifo" in t for t in titles[4:])
     low, high = result.figure().axes[1].get_ylim()

@@ -646,7 +646,10 @@ def test_star_and_its_footnote_come_together(small: SimulationResult) -> None:
             for run in small.runs
         ]
         result = replace(small, runs=tuple(runs))
-        table, note = result.table("optimum"), result.figure(metric="optimum").texts[-1].get_text()
+        table, note = (
+            result.table("optimum"),
+            result.figure(metric="optimum").legends[0].get_title().get_text(),
+        )
         assert ("* above the plan" in table) == ("200.0*" in table) == (share == 2)
         assert ("above the plan, which is no bound: lru, fifo\n" in result.table()) == (share == 2)
         assert "*" not in note and ("above the plan" in note.replace("\n", " ")) == (share == 2)

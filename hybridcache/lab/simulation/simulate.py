@@ -72,18 +72,7 @@ class SimulationResult(SweepRuns):
     """All runs of one sweep over one trace, with their tables and figures."""
 
     def __repr__(self) -> str:
-        """Return one line: trace, competitors, sizes, and the best run."""
-        if not self.runs:
-            return f"SimulationResult({self.trace}: no runs)"
-        best = max(self.runs, key=lambda run: run.token_hit_rate)
-        num_sizes = len({run.gib for run in self.runs})
-        competitors = counted(len(self.by_label()), "competitor")
-        return (
-            f"SimulationResult({self.trace}, {self.geometry.name}: "
-            f"{counted(best.requests, 'request')}, {competitors}, {counted(num_sizes, 'size')}; "
-            f"best token hit rate {100 * best.token_hit_rate:.1f} %, {best.label} at "
-            f"{best.gib:.4g} GiB)"
-        )
+        return f"{type(self).__name__}({self.trace}: {counted(len(self.runs), 'run')})"
 
     def _repr_html_(self) -> str:
         """Return the table of token hit rates for a notebook."""
@@ -116,21 +105,16 @@ class SimulationResult(SweepRuns):
 
     def _table(self, metric: str) -> str:
         """Return the table of one metric without notes."""
-        found = find_metric(metric)
-        by_label = self.by_label()
-        by_size: dict[float, RunResult] = {}
-        for run in sorted(self.runs, key=lambda run: run.gib):
-            by_size.setdefault(run.gib, run)
+        found, by_label = find_metric(metric), self.by_label()
+        by_size = {run.gib: run for run in sorted(self.runs, key=lambda run: run.gib)}
         first = list(by_size.values())
         header = [f"{found.title}, at GiB", *(size_label(run) for run in first)]
         rows, too_large = [], []
         for label, runs in by_label.items():
             cells = {run.gib: marked(run, metric) for run in runs}
             rows.append([label, *(cells.get(size, "-") for size in by_size)])
-            if any(run.bypassed for run in runs):
-                counts = (
-                    f"{run.bypassed:,} at {size_label(run)} GiB" for run in runs if run.bypassed
-                )
+            counts = [f"{run.bypassed:,} at {size_label(run)} GiB" for run in runs if run.bypassed]
+            if counts:
                 too_large.append(
                     f"requests of {label} computed without the cache, because they do not fit: "
                     + ", ".join(counts)
@@ -226,12 +210,7 @@ class OptimumResult(Sequence[Optimum]):
         return self.plans[index]
 
     def __repr__(self) -> str:
-        """Return one line: trace, and the token hit rate at each size."""
-        first = self.plans[0]
-        rates = ", ".join(
-            f"{100 * plan.reached:.1f} % at {plan.gib:.4g} GiB" for plan in self.plans
-        )
-        return f"{type(self).__name__}({first.trace}: {rates})"
+        return f"{type(self).__name__}({self.plans[0].trace}: {counted(len(self), 'size')})"
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a flat dictionary per size: settings, ``gib``, ``reached`` and ``bound`` as token
@@ -240,16 +219,10 @@ class OptimumResult(Sequence[Optimum]):
 
     def table(self) -> str:
         """Return a table with a row per size: hit rate of the plan, bound and gap."""
-        rows = [
-            [
-                f"{best.gib:.3g}",
-                f"{100 * best.reached:.2f}",
-                f"{100 * best.bound:.2f}",
-                f"{100 * best.gap:.2f}",
-                f"{best.wall_s:.1f}",
-            ]
-            for best in self.plans
-        ]
+        rows = []
+        for best in self.plans:
+            shares = (f"{100 * part:.2f}" for part in (best.reached, best.bound, best.gap))
+            rows.append([f"{best.gib:.3g}", *shares, f"{best.wall_s:.1f}"])
         requests = counted(self.plans[0].num_requests, "request")
         table = text_table(["GiB", "reached, %", "bound, %", "gap, %", "seconds"], rows)
         title = f"{self.plans[0].trace}, {self.settings['model']}: {requests}"

@@ -137,11 +137,11 @@ def is_null(message: Record) -> bool:
     return role_of(message) != "assistant" and message.get("content", "") is None
 
 
-class Named:
-    """A record whose fields are found by ``NAMES``, or by the names that the user gave."""
+class Named(Record):
+    """Fields of a record under the names of ``NAMES``. JSON and numbers as text are decoded."""
 
     def __init__(self, record: Record, names: dict[str, str]) -> None:
-        """Raises ValueError if a name that the user gave is missing."""
+        """``names`` are those that the user gave. Raises ValueError if one of them is missing."""
         record = spelled(record, names.values())
         body = None if {"messages", "prompt"} & record.keys() else record.first(BODIES)
         inner = _json(record[body], dict) if body else None
@@ -149,37 +149,26 @@ class Named:
             outer = {name: each for name, each in record.items() if name != body}
             record = Record(spelled(Record(inner), names.values()) | outer)
         self.record = record
-        self._prompt = names.get("prompt") or "prompt"
         self.used: dict[str, str] = {}
-        """Name of each field that the record has."""
+        """Name of each field in the record."""
         for field, known in NAMES.items():
             own = names.get(field)
             if own and own not in record:
                 raise ValueError(f"there is no column {own!r}; it has {', '.join(record)}")
             if found := record.first((own,) if own else known):
-                self.used[field] = found
-        if "messages" in self.used:  # One of both is read.
-            self.used.pop("messages" if names.get("prompt") else "prompt", None)
-        self.is_request = "messages" in self.used or "prompt" in self.used
-        self.is_message = "role" in record and not {self._prompt, "messages"} & record.keys()
-
-    def get(self, field: str, kind: type | None = None) -> Any:
-        """Return the value of a field, decoded if it is JSON text of ``kind``; None without it."""
-        value = self.record[self.used[field]] if field in self.used else None
-        return value if kind is None else _json(value, kind)
-
-    def number(self, field: str) -> str:
-        """Return the name of a field whose value, if it is a number as text, becomes a number."""
-        name = self.used[field]
-        if not isinstance(self.record[name], bool):
-            with suppress(ValueError, TypeError):
-                self.record[name] = float(self.record[name])
-        return name
+                self.used[field], self[field] = found, _decoded(field, record[found])
+        if "messages" in self:  # One of both is read.
+            other = "messages" if names.get("prompt") else "prompt"
+            for fields in (self, self.used):
+                fields.pop(other, None)
+        self.is_request = "messages" in self or "prompt" in self
+        self.has_prompt = bool({names.get("prompt") or "prompt", "messages"} & record.keys())
+        """True if it has a prompt or messages, which may be null."""
+        self.is_message = "role" in record and not self.has_prompt
 
     def time_s(self, clock: TraceClock) -> float:
         """Return the time in seconds, of the next record of ``clock``."""
-        name = self.number("time") if "time" in self.used else None
-        when = clock.at(self.record, name)
+        when = clock.at(self, "time" if "time" in self else None)
         if isinstance(self.get("time"), str):
             return when
         return when / next((unit for above, unit in SINCE_1970 if when > above), 1.0)
@@ -219,8 +208,7 @@ class Named:
             found = [f"{name}={name}" for name in ("role", *PARTS) if name in self.record]
             found += [f"{name}={self.used[name]}" for name in OF_MESSAGES if name in self.used]
             return f"{', '.join(found)} (an answer is a request after all messages of its session)"
-        is_empty = bool({self._prompt, "messages"} & self.record.keys())
-        if not (self.is_request or is_empty):
+        if not (self.is_request or self.has_prompt):
             raise ValueError(
                 f"there is no column prompt or messages ({', '.join(self.record)}): name it as in "
                 f"{spec}?prompt=COLUMN. {COUNTS_ALONE}"
@@ -239,6 +227,16 @@ class Named:
         parts = {name: value for name, value in parts.items() if value is not None}
         is_plain = set(parts) == {"model"} and isinstance(parts["model"], str)
         return parts["model"] if is_plain else json.dumps(parts) if parts else None
+
+
+def _decoded(field: str, value: Any) -> Any:
+    if field in ("time", "length") and isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    if field in ("messages", "tools"):
+        return _json(value, list)
+    response = _json(value, dict) if field == "answer" else None
+    return response if isinstance(response, dict) and is_response(response) else value
 
 
 def _json(value: Any, kind: type) -> Any:
@@ -340,7 +338,7 @@ class PromptParser:
         if record.is_message:
             yield from self._message(record)
             return
-        session = record.record.key(record.used["session"]) if "session" in record.used else None
+        session = record.optional(record.key, "session", None)
         session = None if session == "" else session  # as the empty field of a CSV
         request, said = self._request(record)
         now, namespace = record.time_s(self._clock), record.namespace()
@@ -375,25 +373,21 @@ class PromptParser:
 
     def _request(self, record: Named) -> tuple[TraceRequest, str]:
         """Return the request without session and time, and its prompt as one text."""
-        response = record.get("answer", dict)
-        if isinstance(response, dict) and not is_response(response):
-            response = record.get("answer")  # an answer in JSON is a text
-        answer, length, reason = answer_of(response)
+        answer, length, reason = answer_of(record.get("answer"))
         self._num_answers += answer is not None
-        if answer is None and not length and "length" in record.used:
-            length = record.record.whole(record.number("length"))
-        if "messages" in record.used:
-            messages = Record(messages=record.get("messages", list)).objects("messages")
-            messages = [spelled(message) for message in messages]
+        if answer is None and not length and "length" in record:
+            length = record.whole("length")
+        if "messages" in record:
+            messages = [spelled(message) for message in record.objects("messages")]
             for message in messages:
                 self._of_empty.update(unread_of_empty(message))
                 self._left_out["message", NULL] += is_null(message)
-            said = plain_chat(messages, record.get("system"), record.get("tools", list))
+            said = plain_chat(messages, record.get("system"), record.get("tools"))
             self._left_out[WHOLE] += answer is None and said[-1]["role"] == "assistant"
             request = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
             # A text that begins with the text of every earlier part of the chat.
             text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
-        elif not record.is_request and (self._names.get("prompt") or "prompt") not in record.record:
+        elif not (record.is_request or record.has_prompt):
             raise ValueError(f"there is no prompt in it ({', '.join(record.record) or 'no field'})")
         else:
             prompt = record.get("prompt") or ""
@@ -422,21 +416,21 @@ class PromptParser:
 
     def _message(self, record: Named) -> Iterator[TraceRequest]:
         """Add a message to the conversation of its session; yield a request if it is an answer."""
-        session, message = record.record.key(record.used["session"]), record.message()
+        session, message = record.key("session"), record.message()
         conversation = self._conversations.get(session) or Conversation(self._chat, session)
         self._of_empty.update(unread_of_empty(message, record.used.values()))
         self._left_out["message", NULL] += is_null(message)
         is_first = not conversation.said
-        leading = (record.get("system"), record.get("tools", list)) if is_first else ()
+        leading = (record.get("system"), record.get("tools")) if is_first else ()
         *system, said = plain_chat([message], *leading)
         now_s, namespace = record.time_s(self._clock), record.namespace()
         conversation.said += system
-        request = conversation.add(said, message, now_s if "time" in record.used else None)
+        request = conversation.add(said, message, now_s if "time" in record else None)
         self._conversations[session] = conversation
         if request is not None:
             self._num_requests += 1
             self._num_answers += 1
-            when_s = request.timestamp_s if "time" in record.used else now_s
+            when_s = request.timestamp_s if "time" in record else now_s
             yield request._replace(timestamp_s=when_s, namespace=namespace)
 
     def problems(self, spec: str) -> Iterator[str]:
