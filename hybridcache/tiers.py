@@ -314,6 +314,9 @@ class OffloadTiers(GhostList):
         superseded = is_superseded(state.node)
         if superseded == state.superseded:
             return False
+        if state is self.loading:
+            state.superseded = superseded
+            return True
         policy = self.tiers[state.tier].policy
         policy.discard(state, evicted=False)
         state.superseded = superseded
