@@ -148,8 +148,7 @@ class BoardJob:
     rate: float | None = None
     """Sessions per second in closed loop, or None for a replay."""
 
-    @property
-    def label(self) -> str:
+    def __str__(self) -> str:
         rate = "" if self.rate is None else f", {self.rate:g} sessions/s"
         return f"{self.trace}{rate}, seed {self.seed}"
 
@@ -419,11 +418,11 @@ def leaderboard(
         progress=progress,
     )
     if failures:
-        raise ValueError(next(iter(failures.values())))
+        raise ValueError(failures[0])
     failed = {name: words for one in scores for name, words in one.failures.items()}
     done = [name for name in names if name not in failed]
     if not done:
         raise PolicyError(failed[names[0]])
     reference = DEFAULT_EVICTION if DEFAULT_EVICTION in done else done[0]
     notes = [f"{one}: {note}" for one in split.gib for note in open_trace(one).notes]
-    return Board(split, reference, tuple(scores), notes)
+    return Board(split, reference, scores, notes)

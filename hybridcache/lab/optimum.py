@@ -381,13 +381,6 @@ class Optimum:
         """(bound - reached) / bound."""
         return (self.bound - self.reached) / self.bound if self.bound else 0.0
 
-    def record(self) -> dict[str, object]:
-        """Return a record for a JSON line: the trace's recipe, ``gib``, and all fields except the
-        tokens that each request skips."""
-        names = ("capacity_bytes", "gib", "num_requests", "prompt_tokens")
-        rates = ("reached", "bound", "gap", "wall_s")
-        return {"trace": self.recipe} | {name: getattr(self, name) for name in (*names, *rates)}
-
 
 def best_plan(
     trace: Trace,

@@ -190,15 +190,10 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
         worth = [run.token_hit_rate * (run.seconds + run.seconds_saved) for run in hits]
         if hits and all(few < 0.1 * many for few, many in zip(saved, worth, strict=True)):
             notes.append("hits save little time here: a short prefill mostly reads the weights")
-    uncharged: dict[str, dict[str, None]] = {}
-    """Labels of the rebuilt systems that use memory in addition to their size."""
-    for run in result.runs:
-        if memory := UNCHARGED.get(run.config["baseline"] or ""):
-            uncharged.setdefault(memory, {})[run.label] = None
-    notes += [
-        f"in addition to their GiB, not counted: {memory} ({', '.join(names)})"
-        for memory, names in uncharged.items()
-    ]
+    for memory in dict.fromkeys(UNCHARGED.values()):
+        users = (run for run in result.runs if UNCHARGED.get(run.config["baseline"]) == memory)
+        if names := ", ".join(dict.fromkeys(run.label for run in users)):
+            notes.append(f"in addition to their GiB, not counted: {memory} ({names})")
     waiting = [run.losses.not_fetched / run.prompt_tokens for run in result.runs if run.losses]
     if max(waiting, default=0.0) >= 0.01:
         notes.append(

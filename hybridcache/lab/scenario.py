@@ -494,6 +494,9 @@ class Scenario:
 
     # --- One cell: one competitor at one size -----------------------------------------------------
 
+    def __str__(self) -> str:
+        return f"{self.label} at {self.size_gib:.4g} GiB"
+
     @property
     def label(self) -> str:
         """Name of the competitor in tables and figures."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from numbers import Integral, Real
@@ -132,12 +133,12 @@ class Trace:
         number = checksum = 0
         for number, request in enumerate(requests, 1):
             try:
-                checked = _checked(request, self.unit)
+                request = checked(request, self.unit)
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"{self.name}, request {number}: {error}") from None
-            sizes = checked.timestamp_s, len(checked.tokens), len(checked.output)
-            checksum = zlib.crc32(checked.tokens[-8:].tobytes(), checksum ^ hash(sizes))
-            yield checked
+            sizes = request.timestamp_s, len(request.tokens), len(request.output)
+            checksum = zlib.crc32(request.tokens[-8:].tobytes(), checksum ^ hash(sizes))
+            yield request
         first = self._first_pass or [(number, checksum)]
         if first[0] != (number, checksum):  # cannot start again, has no seed, or a file that grows
             raise ValueError(
@@ -191,7 +192,7 @@ class Held:
         return iter(self.requests)
 
 
-def _checked(request: TraceRequest, unit: int) -> TraceRequest:
+def checked(request: TraceRequest, unit: int) -> TraceRequest:
     """Return ``request`` with its ids as int32[n] and ascending boundaries.
 
     Raises ValueError or TypeError if it is invalid. O(n).
@@ -199,8 +200,8 @@ def _checked(request: TraceRequest, unit: int) -> TraceRequest:
     now_s = request.timestamp_s
     if not isinstance(now_s, float | int | np.number) or not 0 <= now_s < math.inf:
         raise ValueError(f"timestamp_s must be a finite number of at least 0 (got {now_s!r})")
-    tokens, output = _ids(request.tokens, "tokens"), _ids(request.output, "output")
-    boundaries = tuple(sorted(_ids(request.boundaries, "boundaries").tolist()))
+    tokens, output = as_ids(request.tokens, "tokens"), as_ids(request.output, "output")
+    boundaries = tuple(sorted(as_ids(request.boundaries, "boundaries").tolist()))
     if not len(tokens):
         raise ValueError("tokens are empty")
     if boundaries and boundaries[-1] > len(tokens):
@@ -223,28 +224,20 @@ def _checked(request: TraceRequest, unit: int) -> TraceRequest:
     return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 
 
-def _ids(given: Any, name: str) -> Tokens:
-    """Return ids as int32[n], unchanged if they are. Raises ValueError for another value."""
-    ids = as_ids(given)
-    if ids is None:
-        raise ValueError(
-            f"{name} must be int32[n], or a list of whole numbers in [0, 2**31) (got {given!r:.40})"
-        )
-    return ids
-
-
-def as_ids(ids: object) -> Tokens | None:
+def as_ids(given: Any, name: str) -> Tokens:
     """Return a list or an array of whole numbers in [0, 2**31) as int32[n], unchanged if it is
-    that; None for another value. O(n)."""
-    try:
-        found = np.asarray(ids)
-    except ValueError:  # nested lists of several lengths
-        return None
-    if found.ndim == 1 and not found.size:
-        return np.zeros(0, np.int32)
-    is_valid = found.ndim == 1 and found.dtype.kind in "iu" and found.min() >= 0
-    is_valid = is_valid and not int(found.max()) >> 31
-    return found.astype(np.int32, copy=False) if is_valid else None
+    that. Raises ValueError, which begins with ``name``, for another value. O(n)."""
+    with suppress(ValueError):  # of nested lists of several lengths
+        ids = np.asarray(given)
+        if ids.ndim == 1 and not ids.size:
+            return np.zeros(0, np.int32)
+        is_whole = ids.ndim == 1 and ids.dtype.kind in "iu" and ids.min() >= 0
+        has_bools = isinstance(given, list) and bool in set(map(type, given))
+        if is_whole and not has_bools and not int(ids.max()) >> 31:
+            return ids.astype(np.int32, copy=False)
+    raise ValueError(
+        f"{name} must be int32[n], or a list of whole numbers in [0, 2**31) (got {given!r:.40})"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_target
+from hybridcache.tokens import Tokens
 
 TOKEN_BUDGET = 256
 """Prompt tokens of a step."""
@@ -16,11 +17,30 @@ DECODE_PIECE = 32
 class SteppedRequest(LeasedRequest):
     """Makes a replay in turn equal to the engine's, eviction for eviction."""
 
-    __slots__ = ()
+    __slots__ = ("_end",)
 
-    def _chunk_end(self, start: int) -> int:
-        end = len(self._request.tokens)
-        return end if start + TOKEN_BUDGET >= end else (start + TOKEN_BUDGET) // TILE * TILE
+    def claim(self) -> bool:
+        self._end = self.cached_len
+        return self._next_piece()
+
+    def _next_piece(self) -> bool:
+        start, end = self._end, len(self._request.tokens)
+        end = end if start + TOKEN_BUDGET >= end else (start + TOKEN_BUDGET) // TILE * TILE
+        has_memory = self._extend(start, end)
+        self._end = end if has_memory else start
+        return has_memory
+
+    def prefilled(self) -> None:
+        tokens = self._request.tokens
+        self._lease.publish(tokens, self._end)
+        while self._end < len(tokens) and self._next_piece():
+            self._lease.publish(tokens, self._end)
+
+    def finish(self, output: Tokens) -> None:
+        if self._end == len(self._request.tokens):
+            super().finish(output)
+        else:
+            self._lease.finish(self._request.tokens, self._end)
 
     def _decode(self, computed_len: int) -> int:
         """Decode step by step, without the steps that touch no memory."""
@@ -39,6 +59,7 @@ class SteppedRequest(LeasedRequest):
             slots = lease.take_checkpoint_slots(following - 1, following)
             self._target.num_exports += len(slots or ())
             at = following
+        self._target.cache.take_step().done()
         return at
 
 

@@ -171,12 +171,12 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     assert list(map(comparable, alone)) == list(map(comparable, both))
     assert both[:4] == first and done == [(5, 6), (6, 6)]
     with warnings.catch_warnings(action="error"):
-        assert run() == (both, {})
+        assert run() == (both, ())
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 6
     text = path.read_text()
     path.write_text(text.replace("\n", "\n{}\n", 1).replace(f'"{version()}"', '"0.1"', 2))
     with warnings.catch_warnings(record=True, action="always") as caught:
-        assert run() == (both, {})
+        assert run() == (both, ())
     assert len(caught) == 2 and "line 2: damaged" in str(caught[0].message)
     assert ": 2 runs of version 0.1 reused" in str(caught[1].message)
     path.write_text(text)

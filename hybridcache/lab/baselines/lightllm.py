@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from sortedcontainers import SortedDict
 
-from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.tokens import Tokens
 
 HOST_STATES = 512
@@ -213,7 +213,7 @@ class LightllmCache:
         self.free_tokens += node.num_tokens
 
 
-class LightllmSession:
+class LightllmSession(PeerSession):
     """One request, with the pages that it references and the rows that it holds in addition."""
 
     def __init__(

@@ -53,7 +53,7 @@ from typing import Literal
 
 import numpy as np
 
-from hybridcache.lab.baselines.protocol import BaselineConfig, replay
+from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession, replay
 from hybridcache.lab.prefix_tree import (
     PrefixNode,
     grow,
@@ -350,7 +350,7 @@ class MarconiCache:
 
 
 @dataclass(slots=True, eq=False)
-class MarconiSession:
+class MarconiSession(PeerSession):
     """One running request. It holds no memory."""
 
     cache: MarconiCache

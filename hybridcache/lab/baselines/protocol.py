@@ -39,17 +39,25 @@ class BaselineConfig:
     """FLOPs of attention per pair of tokens, over all attention layers."""
 
 
-class PeerSession(Protocol):
+class PeerSession:
     """One request of a peer, from its match to its release."""
 
+    __slots__ = ()
     cached_len: int
     """Prompt ids reused (in trace units)."""
     num_chunks: int
     """Number of forward passes of the prefill."""
+    losses = None
+    """Reasons why not more, which peers do not tell."""
+    copy_s = 0.0
+    """Seconds of copies from lower tiers: peers have none."""
+
+    def prefilled(self) -> None:
+        """Do nothing: peers publish when they finish."""
 
     def finish(self, output: Tokens) -> None:
         """Decode ``output``, then release the request. Call once."""
-        ...
+        raise NotImplementedError
 
 
 class Baseline(Protocol):

@@ -32,7 +32,7 @@ from typing import Literal
 import numpy as np
 from sortedcontainers import SortedDict
 
-from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.lab.prefix_tree import (
     PrefixNode,
     grow,
@@ -216,7 +216,7 @@ class SglangCache:
 
 
 @dataclass(slots=True, eq=False)
-class SglangSession:
+class SglangSession(PeerSession):
     """One request: a locked node, one live slot, and the KV rows that it holds in addition to the
     tree's."""
 

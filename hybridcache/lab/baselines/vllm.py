@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybridcache.lab.baselines.protocol import BaselineConfig
+from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.tokens import Tokens
 
 KERNEL_BLOCK = 16
@@ -173,7 +173,7 @@ class VllmCache:
         return tuple(found)
 
 
-class VllmSession:
+class VllmSession(PeerSession):
     """One request: its block tables, one of attention and one of each state group.
 
     A table of states has a block at each position of a state and nothing elsewhere: {depth in

@@ -28,7 +28,7 @@ from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import LOOP_METRICS, classes_notes, text_table
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import RunFailed, run_grid
-from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, failure_of, identify
+from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, identify
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.protocol import PromptBoundaries
@@ -477,6 +477,5 @@ def closed_loop(
         kind=ClosedLoopRun,
         progress=progress,
     )
-    said = dict.fromkeys(failure_of(cells[number], words) for number, words in failures.items())
     times = describe_times(known)
-    return ClosedLoopResult(opened.name, tuple(runs), times, tuple(said), opened.notes)
+    return ClosedLoopResult(opened.name, runs, times, failures, opened.notes)

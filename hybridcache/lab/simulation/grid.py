@@ -49,11 +49,11 @@ def run_grid(
     resume_from: str | Path | None = None,
     kind: Any = None,
     progress: Progress = False,
-) -> tuple[list[Result], dict[int, str]]:
+) -> tuple[tuple[Result, ...], tuple[str, ...]]:
     """Return ``run(trace, job)`` for each of ``jobs``, in their order, and failures.
 
-    A run with a PolicyError or RunFailed is left out; failures have its sentence under the number
-    of the job. The error is raised if all runs failed.
+    A run with a PolicyError or RunFailed is left out; failures have a sentence about its job. The
+    error is raised if all runs failed.
 
     Runs that are in the file ``resume_from`` under a job's key (``job.key(identity of the trace)``)
     are read from it, and new ones are appended as they finish, one JSON line each. ``kind`` is
@@ -99,7 +99,8 @@ def run_grid(
                     with _locked(path) as file:
                         file.write(json.dumps(record).encode() + b"\n")
             show(len(results) + len(failures), len(jobs))
-    return [results[number] for number in sorted(results)], dict(sorted(failures.items()))
+    said = (f"{jobs[number]} failed: {words}" for number, words in sorted(failures.items()))
+    return tuple(results[number] for number in sorted(results)), tuple(dict.fromkeys(said))
 
 
 class RunFailed(ValueError):
@@ -190,7 +191,7 @@ def _results(
         return
     task = pickled(f"trace {trace.name!r}", (trace, run))
     for _, job in due:
-        pickled(str(getattr(job, "label", job)), job)
+        pickled(str(job), job)
     far = _in_processes(task, due, processes) if ray is None else _on_ray(task, due, ray)
     for number, result, caught in far:
         for message in caught:  # of the process that computed it

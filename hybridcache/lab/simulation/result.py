@@ -362,28 +362,19 @@ def summarise(
         tier_bytes={name: size for name, size in counters.items() if name.endswith("_bytes")}
         if scenario.host_gib or scenario.disk_gib
         else None,
-        by_session=_sessions(log, lengths, cached),
+        by_session=_sessions(log),
         control_us=log.control_s / max(len(lengths), 1) * 1e6,
         longest_prompt=int(lengths.max(initial=0)),
         page_tokens=counters.get("page_tokens"),
     )
 
 
-def _sessions(log: RequestLog, lengths: Any, cached: Any) -> tuple[SessionResult, ...]:
-    numbers = np.frombuffer(log.sessions, np.int32)
-    size = len(log.session_numbers)
-    counts = np.bincount(numbers, minlength=size).tolist()
-    sums = (  # Sums of float64 are exact up to 2**53.
-        np.bincount(numbers, weights=tokens, minlength=size).astype(np.int64).tolist()
-        for tokens in (lengths, cached)
-    )
-    distinct = DistinctNames()
-    names = [str(distinct.of(session, str(session))) for session in log.session_numbers]
-    found = [SessionResult(*row) for row in zip(names, counts, *sums, strict=True)]
-    if log.has_causes:
-        computed = (one.prompt_tokens - one.cached_tokens for one in found)
-        losses = map(log.losses_of, range(size), computed)
-        found = [one._replace(losses=lost) for one, lost in zip(found, losses, strict=True)]
+def _sessions(log: RequestLog) -> tuple[SessionResult, ...]:
+    distinct, found = DistinctNames(), list[SessionResult]()
+    for session, sums in log.sessions.items():
+        name, (requests, prompt, cached) = str(distinct.of(session, str(session))), sums[-3:]
+        losses = log.losses_of(sums) if log.has_causes else None
+        found.append(SessionResult(name, requests, prompt, cached, losses))
     return tuple(found)
 
 
@@ -394,11 +385,6 @@ def _flops(geometry: ModelGeometry, ends: Any) -> int:
     parts = (ends[first : first + (1 << 14)] for first in range(0, len(ends), 1 << 14))
     pairs = sum((int(part @ part) + int(part.sum())) // 2 for part in parts)
     return tokens * geometry.flops_per_token + pairs * geometry.attention_flops_per_pair
-
-
-def failure_of(cell: Scenario, words: str) -> str:
-    """Return the sentence about a cell that failed."""
-    return f"{cell.label} at {cell.size_gib:.4g} GiB failed: {words}"
 
 
 @dataclass(frozen=True, slots=True)

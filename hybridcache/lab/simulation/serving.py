@@ -33,6 +33,9 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import Served, Target
 from hybridcache.lab.trace import TraceRequest
 
+NUM_SUMS = len(Losses._fields) + 4
+"""Sums of a session."""
+
 
 class RequestLog:
     """One entry a request, in the order of their first tokens. Tokens and seconds."""
@@ -44,18 +47,15 @@ class RequestLog:
         self.arrival_s = array("d")
         self.prompt_tokens = array("q")
         self.cached_tokens = array("q")
-        self.sessions = array("i")
-        """Number of the request's session, in the order of their first requests."""
-        self.session_numbers: dict[Hashable, int] = {}
-        """Number of each session, in the same order."""
+        self.sessions: dict[Hashable, list[int]] = {}
+        """Sums of each session, in the order of their first requests: lost ids by cause, in the
+        order of ``Losses``, then tokens of bypassed requests, requests, and tokens of prompts and
+        of their reused parts."""
         self.copy_s = array("d")
         """Seconds of copies from lower tiers."""
         self.ttft_s = array("d")
         self.num_bypassed = 0
         """Requests that could not hold memory at all, and were computed without the cache."""
-        self._lost: list[list[int]] = []
-        """Lost ids of each session by cause, in the order of ``Losses``, and last the tokens of
-        bypassed requests."""
         self.control_s = 0.0
         """Spent in the cache's own code."""
 
@@ -63,42 +63,39 @@ class RequestLog:
         """Record a request."""
         unit = self.unit
         length = request.num_tokens(unit)
-        session = self.session_numbers.get(request.session)
-        if session is None:
-            session = self.session_numbers[request.session] = len(self._lost)
-            self._lost.append([0] * (len(Losses._fields) + 1))
-        lost, cached, copy_s = self._lost[session], 0, 0.0
+        sums = self.sessions.get(request.session)
+        if sums is None:
+            sums = self.sessions[request.session] = [0] * NUM_SUMS
+        cached, copy_s = 0, 0.0
         if served is None:
             self.num_bypassed += 1
-            lost[-1] += length
+            sums[-4] += length
         else:
             cached, copy_s = served.cached_len * unit, served.copy_s
             if served.losses is not None:
-                lost[:-1] = map(add, lost, served.losses)
+                sums[:-4] = map(add, sums, served.losses)
+        sums[-3] += 1
+        sums[-2] += length
+        sums[-1] += cached
         self.arrival_s.append(request.timestamp_s)
         self.prompt_tokens.append(length)
         self.cached_tokens.append(cached)
-        self.sessions.append(session)
         self.copy_s.append(copy_s)
         self.control_s += control_s
 
     @property
     def losses(self) -> Losses:
-        """Lost tokens of all requests. O(requests)."""
-        total = [sum(column) for column in zip(*self._lost, strict=True)]
-        return self._by_cause(total, sum(self.prompt_tokens) - sum(self.cached_tokens))
+        """Lost tokens of all requests. O(sessions)."""
+        totals = [sum(column) for column in zip(*self.sessions.values(), strict=True)]
+        return self.losses_of(totals or [0] * NUM_SUMS)
 
-    def losses_of(self, session: int, computed_tokens: int) -> Losses:
-        """Return the ``computed_tokens`` of session number ``session`` by cause."""
-        return self._by_cause(self._lost[session], computed_tokens)
-
-    def _by_cause(self, lost: Sequence[int], computed_tokens: int) -> Losses:
-        """Return tokens by cause. Those without another cause count as never seen: a prompt's last
-        id may stand for less than a unit."""
-        *ids, bypassed = lost or [0] * (len(Losses._fields) + 1)
+    def losses_of(self, sums: Sequence[int]) -> Losses:
+        """Return lost tokens by cause. Those without another cause count as never seen: a prompt's
+        last id may stand for less than a unit."""
+        *ids, bypassed, _, prompt_tokens, cached_tokens = sums
         found = Losses(*(num_ids * self.unit for num_ids in ids))
         known = found._replace(never_seen=0, refused=found.refused + bypassed)
-        return known._replace(never_seen=computed_tokens - sum(known))
+        return known._replace(never_seen=prompt_tokens - cached_tokens - sum(known))
 
 
 def serve(
@@ -113,7 +110,7 @@ def serve(
             served = target.begin(request)
             if served is not None:
                 served.prefilled()
-                served.finish()
+                served.finish(request.output)
             log.add(request, served, perf_counter() - start)
         log.ttft_s = _queue(log, times, scenario.servers)
     else:
@@ -274,7 +271,7 @@ class EventLoop:
             return
         began = perf_counter()
         if asked.served is not None:
-            asked.served.finish()
+            asked.served.finish(asked.request.output)
         self.log.control_s += perf_counter() - began
         del replica.decoding[asked.number]
         self.on_finished(asked, replica, now)

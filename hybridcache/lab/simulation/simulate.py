@@ -55,7 +55,6 @@ from hybridcache.lab.simulation.result import (
     RunResult,
     SweepRuns,
     describe_times,
-    failure_of,
     summarise,
 )
 from hybridcache.lab.simulation.serving import serve
@@ -215,7 +214,12 @@ class OptimumResult(Sequence[Optimum]):
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a flat dictionary per size: settings, ``gib``, ``reached`` and ``bound`` as token
         hit rates. O(sizes)."""
-        return [{**plan.record(), **self.settings} for plan in self.plans]
+        names = ["capacity_bytes", "gib", "num_requests", "prompt_tokens"]
+        names += ["reached", "bound", "gap", "wall_s"]
+        return [
+            {"trace": plan.recipe, **{name: getattr(plan, name) for name in names}, **self.settings}
+            for plan in self.plans
+        ]
 
     def table(self) -> str:
         """Return a table with a row per size: hit rate of the plan, bound and gap."""
@@ -277,17 +281,13 @@ def simulate(
     times = asked.prefill_times(geometry)
     points, whole_bytes = asked.points(opened, max(asked.page_size, opened.unit))
     cells = replace(asked, trace=opened.full_name).cells(points)
-    yardsticks: dict[float, dict[str, Any]] = {size: {} for size in points}
-    if bound:
-        cache = InfiniteCache()
-        tokens = sum(cache.ideal_tokens(request, opened.unit) for request in opened)
-    held = opened.kept() if optimum else opened
-    for size, found in yardsticks.items():
-        if bound:
-            found["bound_tokens"] = tokens
-        if optimum:
-            plan = best_plan(held, geometry, size, grid=asked.grid)
-            found["optimum_tokens"] = int(plan.cached_tokens.sum())
+    cache, held = InfiniteCache(), opened.kept() if optimum else opened
+    tokens = sum(cache.ideal_tokens(one, opened.unit) for one in opened) if bound else 0
+    of_bound: dict[str, Any] = {"bound_tokens": tokens} if bound else {}
+    yardsticks = {size: of_bound.copy() for size in points}
+    for size in points if optimum else ():
+        plan = best_plan(held, geometry, size, grid=asked.grid)
+        yardsticks[size]["optimum_tokens"] = int(plan.cached_tokens.sum())
     run = partial(run_cell, yardsticks=yardsticks)
     runs, failures = run_grid(
         opened,
@@ -300,15 +300,15 @@ def simulate(
         progress=progress,
     )
     # Runs in a file may have been computed without them.
-    runs = [replace(one, **yardsticks[one.gib]) for one in runs]
+    runs = tuple(replace(one, **yardsticks[one.gib]) for one in runs)
     return SimulationResult(
         opened.name,
         geometry,
-        tuple(runs),
+        runs,
         tokens / runs[0].prompt_tokens if bound else None,
         times=describe_times(times) if isinstance(times, Roofline | MeasuredTimes) else "",
         trace_notes=opened.notes,
-        failures=tuple(failure_of(cells[number], words) for number, words in failures.items()),
+        failures=failures,
         working_set_bytes=whole_bytes,
     )
 

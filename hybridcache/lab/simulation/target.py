@@ -14,6 +14,7 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import PromptBoundaries, raise_failure
+from hybridcache.tokens import Tokens
 
 
 def build_target(scenario: Scenario, unit: int) -> Target:
@@ -66,7 +67,7 @@ class LeaseTarget:
             after = self._fetched_bytes()
             copied = {word: after[word] - before[word] for word in after}
             served.copy_s = self.exchange.copy_seconds(copied)
-        if not served.claim(lease.cached_len):
+        if not served.claim():
             lease.abort()
             return None
         return served
@@ -96,59 +97,43 @@ class LeaseTarget:
 class LeasedRequest:
     """One request of a ``LeaseTarget``, which takes memory for a prompt or an answer at once."""
 
-    __slots__ = (
-        "_end",
-        "_lease",
-        "_request",
-        "_target",
-        "cached_len",
-        "copy_s",
-        "losses",
-    )
+    __slots__ = ("_lease", "_request", "_target", "cached_len", "copy_s", "losses")
 
     def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
         self._target, self._lease, self._request = target, lease, request
-        self.cached_len = self._end = lease.cached_len
+        self.cached_len = lease.cached_len
         """Prompt ids reused."""
         self.losses = lease.losses
         """Reasons why not more."""
         self.copy_s = 0.0
         """Seconds of copies from lower tiers that this request waited for."""
 
-    def claim(self, start: int) -> bool:
-        """Take memory for the piece of the prompt that begins at ``start``. Returns False if it is
-        refused."""
-        end = self._chunk_end(start)
+    def claim(self) -> bool:
+        """Take memory for the prompt. Returns False if it is refused."""
+        return self._extend(self.cached_len, len(self._request.tokens))
+
+    def _extend(self, start: int, end: int) -> bool:
+        """Take memory for the ids from ``start`` to ``end`` and their checkpoints. Returns False if
+        it is refused."""
         if not self._lease.extend(end):
             return False
         self._target.num_exports += len(self._lease.take_checkpoint_slots(start, end) or ())
         self._target.cache.take_step().done()  # There are no tensors.
-        self._end = end
         return True
-
-    def _chunk_end(self, start: int) -> int:
-        """Return the end of the piece of the prompt that begins at ``start``: the whole prompt."""
-        return len(self._request.tokens)
 
     def prefilled(self) -> None:
         """Publish the prompt, which is computed."""
-        tokens = self._request.tokens
-        self._lease.publish(tokens, self._end)
-        while self._end < len(tokens) and self.claim(self._end):
-            self._lease.publish(tokens, self._end)
+        self._lease.publish(self._request.tokens, len(self._request.tokens))
 
-    def finish(self) -> None:
-        """Publish the answer, which is decoded, and release all memory."""
-        lease, target = self._lease, self._target
-        tokens, output = self._request.tokens, self._request.output
-        num_ids = len(tokens)
-        computed_len = num_ids + len(output) - target.uncomputed
+    def finish(self, output: Tokens) -> None:
+        """Publish the answer ``output``, which is decoded, and release all memory."""
+        lease, tokens, num_ids = self._lease, self._request.tokens, len(self._request.tokens)
+        computed_len = num_ids + len(output) - self._target.uncomputed
         stop_reason = "session_end" if self._request.session_end else self._request.stop_reason
-        if self._end < num_ids or computed_len <= num_ids:
-            lease.finish(tokens, self._end, stop_reason=stop_reason)
+        if computed_len <= num_ids:
+            lease.finish(tokens, num_ids, stop_reason=stop_reason)
             return
         decoded_len = self._decode(computed_len)
-        target.cache.take_step().done()
         everything = np.empty(num_ids + len(output), np.int32)
         start = lease.published_len  # The lease does not read earlier ids again.
         everything[start:num_ids], everything[num_ids:] = tokens[start:], output
@@ -156,11 +141,8 @@ class LeasedRequest:
 
     def _decode(self, computed_len: int) -> int:
         """Take memory for the whole answer. Returns the computed length."""
-        lease, num_ids = self._lease, len(self._request.tokens)
-        if not lease.extend(computed_len):
-            return num_ids
-        self._target.num_exports += len(lease.take_checkpoint_slots(num_ids, computed_len) or ())
-        return computed_len
+        num_ids = len(self._request.tokens)
+        return computed_len if self._extend(num_ids, computed_len) else num_ids
 
 
 # --- Rebuilt competitors ------------------------------------------------------------------------
@@ -186,34 +168,15 @@ class BaselineTarget:
         )
         self.baseline = BASELINES[str(scenario.baseline)](config)
 
-    def begin(self, request: TraceRequest) -> PeerRequest | None:
-        session = self.baseline.begin(request.tokens, request.namespace)
-        return None if session is None else PeerRequest(session, request)
+    def begin(self, request: TraceRequest) -> PeerSession | None:
+        return self.baseline.begin(request.tokens, request.namespace)
 
     def counters(self) -> dict[str, int]:
         # Peers without pages reuse single tokens.
         return {"page_tokens": getattr(self.baseline, "page_tokens", 1)}
 
 
-class PeerRequest:
-    """One request of a peer, with the methods of a ``LeasedRequest``."""
-
-    __slots__ = ("_request", "_session", "cached_len", "copy_s", "losses")
-
-    def __init__(self, session: PeerSession, request: TraceRequest) -> None:
-        self._session, self._request = session, request
-        self.cached_len = session.cached_len
-        self.losses = None
-        self.copy_s = 0.0
-
-    def prefilled(self) -> None:
-        """Do nothing: peers publish when they finish."""
-
-    def finish(self) -> None:
-        self._session.finish(self._request.output)
-
-
 Target = LeaseTarget | BaselineTarget
 """Cache that requests are served with."""
-Served = LeasedRequest | PeerRequest
+Served = LeasedRequest | PeerSession
 """Request that the cache serves, from its match to its release."""

@@ -143,11 +143,7 @@ class Record(dict[str, Any]):
 
     def ids(self, name: str) -> Tokens:
         """Return a flat list of whole numbers in [0, 2**31) as int32[n]. O(n)."""
-        values = self.values_of(name)
-        ids = None if bool in set(map(type, values)) else as_ids(values)
-        if ids is None:
-            raise ValueError(f"{name} holds an id that is not a whole number in [0, 2**31)")
-        return ids
+        return as_ids(self.values_of(name), name)
 
     def id_runs(self, name: str) -> Tokens:
         """Return a list of ids and of runs [first id, last id] as int32[n]. O(n)."""

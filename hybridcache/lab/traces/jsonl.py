@@ -23,6 +23,7 @@ from hybridcache.lab.trace import (
     Trace,
     TraceRequest,
     Unnamed,
+    checked,
     plain_name,
     units,
 )
@@ -123,14 +124,11 @@ class OwnReader(FileReader):
                 for own, (name, read) in PLAIN.items()
                 if record.get(own) is not None
             }
-            if max(boundaries, default=0) > len(tokens):
-                raise ValueError(f"boundaries is outside of the prompt's {len(tokens)} ids")
-            if not 1 <= plain.get("partial_tokens", 1) <= unit:
-                raise ValueError(f"partial must be 1 to {unit}")
+            request = TraceRequest(0.0, session, None, tokens, output, tuple(boundaries))
+            request = checked(request._replace(answer_tokens=answer, **plain), unit)
             now_s = clock.at(record, "timestamp" if "timestamp" in record else None)
             last[session] = np.concatenate((tokens, output))
-            request = TraceRequest(now_s, session, None, tokens, output, tuple(boundaries))
-            yield request._replace(answer_tokens=answer, **plain)
+            yield request._replace(timestamp_s=now_s)
 
         return parse
 
