@@ -38,7 +38,7 @@ from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import classes_notes, orders_classes, text_table
-from hybridcache.lab.scenario import Scenario, named_policies, source_of, written_policy
+from hybridcache.lab.scenario import Scenario, named_policies, sources_of, written_policy
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import identity_of, run_grid
 from hybridcache.lab.simulation.result import known_fields
@@ -52,7 +52,6 @@ from hybridcache.policies.registry import (
     DEFAULT_PLACEMENT,
     EVICTION_NAMES,
     EvictionSpec,
-    split_specs,
 )
 
 BUILT_IN = tuple(sorted(EVICTION_NAMES))
@@ -155,12 +154,7 @@ class BoardJob:
     def key(self, _trace_identity: bytes) -> str:
         """Return an identity of the job, the version, the model's sizes, the trace's file, and the
         code of own policies."""
-        own = "".join(
-            source_of(word)
-            for policy in self.policies
-            for part in policy.split("@")
-            for word in split_specs(part)
-        )
+        own = sources_of(part for policy in self.policies for part in policy.split("@"))
         trace = identity_of(open_trace(self.trace))
         text = repr((self, version(), ModelGeometry.load(self.model), own))
         return hashlib.sha256(text.encode() + trace).hexdigest()[:16]

@@ -385,7 +385,7 @@ class Scenario:
         which has no name in a file, and for times whose ``repr`` is not their values.
         """
         policies = (*_each(self.policy), *_each(self.checkpoints), *_each(self.admission))
-        own = "".join("".join(map(source_of, split_specs(written_policy(one)))) for one in policies)
+        own = sources_of(map(written_policy, policies))
         geometry = self.geometry()
         times = self.prefill_times(geometry)
         kind: Any = type(times)
@@ -658,6 +658,11 @@ def _policy(one: Any) -> str | OwnPolicy:
     if one is None or isinstance(one, int | float):
         raise ValueError(f"a policy must be a name, a class or an object of one (got {one!r}).")
     return _spec_of(one) or own_policy(one)
+
+
+def sources_of(policies: Iterable[str]) -> str:
+    """Return the sources of the modules of the user's own policies among ``policies``."""
+    return "".join(source_of(spec) for policy in policies for spec in split_specs(policy))
 
 
 def source_of(spec: str) -> str:

@@ -72,9 +72,6 @@ def test_trace_is_fetched_once_and_opened_by_name(
     assert Handler.num_requests == 1
     first, second = open_trace(f"published:{NAME}")
     assert first.num_tokens(512) == 700 and first.tokens[0] == second.tokens[0]
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # There is no home directory.
-    assert main(["trace", "fetch", NAME]) == 2 and "set XDG_CACHE_HOME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

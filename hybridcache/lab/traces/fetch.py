@@ -75,14 +75,10 @@ def find_published(name: str) -> Published:
 
 
 def path_of(name: str) -> Path:
-    """Return the path of a published trace in the user's cache folder, fetched or not. Raises
-    OSError without a home directory."""
-    published = find_published(name)
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:
-        raise OSError(f"traces need a folder: set XDG_CACHE_HOME ({error})") from None
-    return Path(base) / "hybridcache" / "traces" / name / Path(published.address).name
+    """Return the path of a published trace in the user's cache folder, fetched or not."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    file = Path(find_published(name).address).name
+    return Path(base) / "hybridcache" / "traces" / name / file
 
 
 def packaged_file() -> Path:
