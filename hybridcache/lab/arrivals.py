@@ -18,34 +18,26 @@ from hybridcache.lab.trace import TraceRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Poisson:
-    """Independent arrivals, ``per_s`` sessions a second on average; ``size`` of them at once."""
+class Starts:
+    """Arrivals of ``per_s`` sessions a second: ``poisson``, independent; ``bursts``, the same with
+    ``size`` of them at once; ``fixed``, at equal distances."""
 
+    kind: str
     per_s: float
     size: int = 1
 
     def __str__(self) -> str:
-        is_single = self.size == 1
-        return f"poisson:{self.per_s:g}" if is_single else f"bursts:{self.per_s:g}:{self.size}"
+        return f"{self.kind}:{self.per_s:g}" + f":{self.size}" * (self.kind == "bursts")
 
     def times(self, rng: np.random.Generator) -> Iterator[float]:
+        """Yield ascending start times in seconds, without end."""
         now = 0.0
-        while True:
+        for number in count():
+            if self.kind == "fixed":
+                yield number / self.per_s
+                continue
             now += float(rng.exponential(self.size / self.per_s))
             yield from [now] * self.size
-
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """One session every ``1 / per_s`` seconds."""
-
-    per_s: float
-
-    def __str__(self) -> str:
-        return f"fixed:{self.per_s:g}"
-
-    def times(self, rng: np.random.Generator) -> Iterator[float]:
-        return (number / self.per_s for number in count())
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +60,23 @@ class Pauses:
         return pause_s
 
 
-Starts = Poisson | Fixed
-"""An arrival process. ``times`` yields ascending start times of sessions in seconds, without
-end."""
-
-
 def parse_starts(text: str) -> Starts:
     """Parse ``poisson:2`` or ``fixed:2`` (sessions a second), or ``bursts:2:32`` of 32 sessions at
     once (16 without it). ValueError for anything else."""
-    word, _, numbers = text.partition(":")
+    kind, _, numbers = text.partition(":")
     rate_text, *sizes = numbers.split(":")
     try:
-        rate, size = float(rate_text), {"poisson": 1, "fixed": 1, "bursts": 16}[word]
+        rate, size = float(rate_text), {"poisson": 1, "fixed": 1, "bursts": 16}[kind]
         if sizes:
             [size] = map(int, sizes)
-        if not 0 < rate < math.inf or size < 1 or (sizes and word != "bursts"):
+        if not 0 < rate < math.inf or size < 1 or (sizes and kind != "bursts"):
             raise ValueError(text)
     except (ValueError, KeyError):
         raise ValueError(
             f"arrivals {text!r} is not one of poisson, fixed, bursts with a rate above 0 after a "
             "colon"
         ) from None
-    return Fixed(rate) if word == "fixed" else Poisson(rate, size)
+    return Starts(kind, rate, size)
 
 
 def interleave(

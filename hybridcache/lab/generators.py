@@ -11,7 +11,7 @@ from typing import Any, ParamSpec
 
 import numpy as np
 
-from hybridcache.lab.arrivals import Fixed, interleave
+from hybridcache.lab.arrivals import Starts, interleave
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import Tokens
@@ -457,7 +457,7 @@ def sharegpt_like(
     drawn = (
         _session(seed, number, user, answer, opening) for number, opening in enumerate(openings)
     )
-    return islice(interleave(drawn, Fixed(sessions_per_s)), requests)
+    return islice(interleave(drawn, Starts("fixed", sessions_per_s)), requests)
 
 
 def _session(seed: int, number: int, user: int, answer: int, opening: Tokens) -> list[TraceRequest]:

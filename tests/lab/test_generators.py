@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.lab.arrivals import Fixed, Pauses, Poisson, interleave
+from hybridcache.lab.arrivals import Pauses, Starts, interleave, parse_starts
 from hybridcache.lab.generators import GENERATORS, conversations
 from hybridcache.lab.simulation.grid import identity_of
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -65,9 +65,9 @@ def test_generators_are_deterministic_and_can_be_pickled(name: str) -> None:
         assert all(0 < position <= len(request.tokens) for position in request.boundaries)
 
 
-@pytest.mark.parametrize("starts", [Poisson(2.0), Fixed(2.0), Poisson(2.0, 4)])
-def test_arrivals_have_the_given_rate(starts: Poisson | Fixed) -> None:
-    times = list(islice(starts.times(np.random.default_rng(0)), 4000))
+@pytest.mark.parametrize("starts", ["poisson:2", "fixed:2", "bursts:2:4"])
+def test_arrivals_have_the_given_rate(starts: str) -> None:
+    times = list(islice(parse_starts(starts).times(np.random.default_rng(0)), 4000))
     assert times == sorted(times)
     assert times[-1] == pytest.approx(2000, rel=0.1)
 
@@ -90,7 +90,7 @@ def test_interleaving_keeps_each_session_in_order(
     lengths: list[list[int]], pauses: Pauses | None, seed: int
 ) -> None:
     sessions = [session(number, answers) for number, answers in enumerate(lengths)]
-    merged = list(interleave(sessions, Poisson(0.5), pauses, seed=seed))
+    merged = list(interleave(sessions, Starts("poisson", 0.5), pauses, seed=seed))
     assert len(merged) == sum(map(len, lengths))
     assert all(one.timestamp_s <= two.timestamp_s for one, two in pairwise(merged))
     for number, answers in enumerate(lengths):

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.arrivals import Fixed, Starts
+from hybridcache.lab.arrivals import Starts
 from hybridcache.lab.trace import DistinctNames, FreshIds, KnownIds, TraceRequest
 from hybridcache.lab.traces.dialects import STOP_REASONS
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, request_of_blocks
@@ -29,7 +29,7 @@ class CodingAgentReader(SessionReader):
     do not contain them."""
 
     word: ClassVar[str] = "coding-agent"
-    starts: Starts = field(default_factory=lambda: Fixed(1 / 300))
+    starts: Starts = field(default_factory=lambda: Starts("fixed", 1 / 300))
     unit: int = 64
 
     @staticmethod

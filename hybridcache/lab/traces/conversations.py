@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import ClassVar
 
-from hybridcache.lab.arrivals import Pauses, Poisson, Starts
+from hybridcache.lab.arrivals import Pauses, Starts
 from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.dialects import plain_chat, role_of
 from hybridcache.lab.traces.frame import (
@@ -113,7 +113,7 @@ class TauBenchReader(ConversationsReader):
     few seconds."""
 
     word: ClassVar[str] = "taubench"
-    starts: Starts = field(default_factory=lambda: Poisson(0.2))
+    starts: Starts = field(default_factory=lambda: Starts("poisson", 0.2))
     pause: Pauses = field(default_factory=lambda: Pauses(median_s=5.0))
 
     @staticmethod

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from hybridcache.geometry.units import counted
-from hybridcache.lab.arrivals import Pauses, Poisson, Starts, interleave
+from hybridcache.lab.arrivals import Pauses, Starts, interleave
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, as_ids, units
 from hybridcache.tokens import Tokens
 
@@ -484,7 +484,7 @@ class FileReader:
 class SessionReader(FileReader):
     """Reader of sessions without arrival times, which ``starts`` sets, unless they have them."""
 
-    starts: Starts = field(default_factory=lambda: Poisson(1.0))
+    starts: Starts = field(default_factory=lambda: Starts("poisson", 1.0))
     seed: int = 0
 
     @property
