@@ -79,11 +79,9 @@ class EngineHost:
     def __init__(self, engine: Engine, send: Callable[[FromEngine], None]) -> None:
         """``send`` passes a message to the front end, from any thread and without waiting."""
         self.engine, self._send = engine, send
-        self._request_ids: set[str] = set()
-        """Requests that were received and have not ended."""
         self._commands: deque[Callable[[], None]] = deque()
-        self._arriving: set[str] = set()
         self._num_received = 0
+        """Number of requests that were queued in the engine, or failed before."""
         self._last_counts = (0, 0)
         self._views: dict[int, Any] = {}
         self._numbers = itertools.count()
@@ -104,20 +102,14 @@ class EngineHost:
             runner.vocab_size, engine.max_model_len, engine.model_name, runner.exactness
         )
 
-    @property
-    def num_queued(self) -> int:
-        """Number of requests that wait in the engine, or are about to be queued there."""
-        return self.engine.num_waiting + len(self._arriving)
-
     def receive(self, message: ToEngine) -> None:
         """Execute ``message``, or queue it for the time between two steps."""
         match message:
             case RequestSpec():
                 self._submit(message)
             case Abort():
-                with self._wake:
-                    if not self._is_closed:
-                        self._queue(lambda: self._abort(message))
+                with suppress(EngineStopped):
+                    self.call_soon(lambda: self._abort(message))
             case EndEngine():
                 with self._wake:
                     self._is_open = False
@@ -142,35 +134,29 @@ class EngineHost:
             self._queue(command)
 
     def _submit(self, spec: RequestSpec) -> None:
-        """Queue a request before the next step, or send its failure: the state that its front end
-        has checked may be older."""
-        request_id = spec.request_id
-        assert request_id is not None, "a front end numbers its requests"
+        """Queue a request before the next step, or send its failure."""
+        assert spec.request_id is not None, "a front end numbers its requests"
         try:
             request = self.engine.make(spec)
             with self._wake:
                 if not self._is_open:
                     raise EngineStopped(self.failure or STOPPING)
-                if request_id in self._request_ids or request_id in self._arriving:
-                    raise DuplicateId(request_id)
-                if self.num_queued >= self.engine.config.max_queue:
-                    raise QueueFull(self.engine.config.max_queue)
-                self._arriving.add(request_id)
                 self._queue(lambda: self._arrive(request))
         except Exception as error:
-            if not isinstance(error, ValueError | RequestError):
-                logger.exception("The request %s could not be submitted.", request_id)
-            failed = RequestOutput.failed(request_id, RequestError.of(error))
-            with self._wake:
-                self._num_received += 1
-                self._send(Outputs(self._num_received, self.engine.num_waiting, (failed,)))
+            self._fail(spec.request_id, error)
 
     def _arrive(self, request: Request) -> None:
-        with self._wake:  # The other thread counts each request once at any time.
-            self._arriving.remove(request.request_id)
-            self._request_ids.add(request.request_id)
-            self.engine.enqueue(request)
+        if not self.engine.has_room:  # The state that the front end has checked was older.
+            self._fail(request.request_id, QueueFull(self.engine.config.max_queue))
+            return
+        self.engine.enqueue(request)
+        with self._wake:
             self._num_received += 1
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        with self._wake:
+            self._num_received += 1
+            self._deliver([RequestOutput.failed(request_id, RequestError.of(error))])
 
     def _abort(self, message: Abort) -> None:
         output = self.engine.abort(message.request_id, message.reason)
@@ -209,8 +195,6 @@ class EngineHost:
         try:
             self._send(Reply(question.number, work()))
         except Exception as error:
-            if not isinstance(error, ValueError | RequestError):
-                logger.exception("A question to the engine failed.")
             self._send(Reply(question.number, error=RequestError.of(error).to_wire()))
 
     def _queue(self, command: Callable[[], None]) -> None:
@@ -224,8 +208,6 @@ class EngineHost:
         try:
             while self._run_commands():
                 self._step()
-            for request_id in tuple(self._request_ids):
-                self.engine.abort(request_id)
             self.engine.close()
         except RunnerLost as error:
             self.failure = FAILED
@@ -282,14 +264,12 @@ class EngineHost:
                 return False
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        """Send the outputs of a step, except of requests that have ended for the front end."""
-        news = tuple(each for each in outputs if each.request_id in self._request_ids)
-        self._request_ids.difference_update(each.request_id for each in news if each.is_finished)
+        """Send the outputs of a step."""
         with self._wake:  # Counts are sent in the order in which they were true.
             counts = self._num_received, self.engine.num_waiting
-            if news or counts != self._last_counts:
+            if outputs or counts != self._last_counts:
                 self._last_counts = counts
-                self._send(Outputs(*counts, news))
+                self._send(Outputs(*counts, tuple(outputs)))
 
     def close(self) -> None:
         """End the host after ``run``, or in place of it: requests of the front end fail when it
@@ -392,11 +372,6 @@ class EngineChannel(ABC):
         """Id of the process that computes, or None if there are several."""
         return os.getpid()
 
-    @property
-    @abstractmethod
-    def num_queued(self) -> int:
-        """Number of requests that wait, including those on their way to the engine."""
-
     @abstractmethod
     def connect(self, front: AsyncEngine) -> None:
         """Pass messages of the engine to ``front.receive``, and its end to ``front.closed``."""
@@ -430,10 +405,6 @@ class ThreadChannel(EngineChannel):
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
-
-    @property
-    def num_queued(self) -> int:
-        return self.host.num_queued
 
     def connect(self, front: AsyncEngine) -> None:
         self._front = front
@@ -515,6 +486,7 @@ class AsyncEngine:
         )
         self.sampling_defaults = self._intake.sampling_defaults
         """Sampling parameters that the model's files recommend."""
+        self._num_sent = self._num_received = self._num_waiting = 0
         self._streams: dict[str, RequestStream] = {}
         self._replies: dict[int, Future[Any]] = {}
         self._numbers = itertools.count()
@@ -563,7 +535,8 @@ class AsyncEngine:
         request_id = spec.request_id or f"request-{next(self._numbers)}"
         if request_id in self._streams:
             raise DuplicateId(request_id)
-        if self.channel.num_queued >= self.config.max_queue:
+        # Requests on their way to the engine also wait.
+        if self._num_waiting + self._num_sent - self._num_received >= self.config.max_queue:
             raise QueueFull(self.config.max_queue)
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
         stream = self._streams[request_id] = stream or self.stream()
@@ -578,6 +551,7 @@ class AsyncEngine:
             self._streams.pop(request_id, None)
             stream.drop(request_id)
             raise
+        self._num_sent += 1
         return stream
 
     def stream(
@@ -613,6 +587,7 @@ class AsyncEngine:
             case Reply():
                 self._answered(message)
             case Outputs():
+                self._num_received, self._num_waiting = message.num_received, message.num_waiting
                 self._deliver(message.news)
 
     def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
@@ -701,10 +676,6 @@ class AsyncEngine:
                 answer.set_result(function(host.engine))
             except Exception as error:
                 answer.set_exception(error)
-            except BaseException as error:
-                # For example SystemExit, which would end this thread and then the caller's event
-                # loop.
-                answer.set_exception(RuntimeError(f"a call to the engine raised {error!r}"))
 
         host.call_soon(run)
         return await asyncio.wrap_future(answer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import msgspec
 
+logger = logging.getLogger(__name__)
 STOPPED = "The engine stopped before the answer was done."
 STOPPING = "The engine is stopping and takes no more requests."
 FAILED = "The engine has failed; see its log for the reason, and restart it."
@@ -35,11 +37,12 @@ class RequestError(RuntimeError):
     @staticmethod
     def of(error: BaseException) -> RequestError:
         """Return ``error`` as a request error. A ValueError becomes InvalidRequest, any other error
-        StepFailed."""
+        StepFailed, which is logged."""
         if isinstance(error, RequestError):
             return error
         if isinstance(error, ValueError):
             return InvalidRequest(str(error))
+        logger.error("A request failed.", exc_info=error)
         return StepFailed(f"{type(error).__name__}: {error}")
 
     @staticmethod

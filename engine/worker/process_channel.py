@@ -30,13 +30,11 @@ from engine.messages import (
     EndEngine,
     EngineFacts,
     FromEngine,
-    Outputs,
     Ready,
     Refused,
     ToEngine,
     plain,
 )
-from engine.requests.request import RequestSpec
 from engine.text.tokenizer import Tokenizer
 from engine.worker.spawn import Spawned
 
@@ -163,7 +161,6 @@ class ProcessChannel(EngineChannel):
         """Take over ``spawned`` and ``sockets``, which ``stop`` or ``drain`` ends."""
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self._spawned, self._process, self._sockets = spawned, spawned.process, sockets
-        self._num_sent = self._num_received = self._num_waiting = 0
         self._ended = threading.Event()
         self._was_killed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -175,10 +172,6 @@ class ProcessChannel(EngineChannel):
     @property
     def is_alive(self) -> bool:
         return not self._ended.is_set()
-
-    @property
-    def num_queued(self) -> int:
-        return self._num_waiting + self._num_sent - self._num_received
 
     def connect(self, front: AsyncEngine) -> None:
         self._front = front
@@ -194,7 +187,6 @@ class ProcessChannel(EngineChannel):
 
     def send(self, message: ToEngine) -> None:
         self._sockets.send(message)
-        self._num_sent += isinstance(message, RequestSpec)
 
     async def drain(self) -> None:
         if self._loop is not None:
@@ -245,7 +237,4 @@ class ProcessChannel(EngineChannel):
     def _read(self) -> None:
         """Process all messages that have arrived."""
         while (message := self._sockets.receive()) is not None:
-            if isinstance(message, Outputs):
-                self._num_received = message.num_received
-                self._num_waiting = message.num_waiting
             self._front.receive(message)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -26,7 +25,6 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.outbox import EventBatch, Outbox
 from hybridcache.routing.protocol import ReplicaSpec
 
-logger = logging.getLogger(__name__)
 TRIAL_TOKENS = 512
 """Length of the prompt for the measurement at the start."""
 ALIVE_S = 2.0
@@ -123,8 +121,6 @@ class EngineReplica:
                     await self._flush()
                 yield structs.replace(output, answer=None)
         except Exception as error:
-            if not isinstance(error, ValueError | RequestError):
-                logger.exception("The request %s failed.", spec.request_id)
             yield RequestOutput.failed(spec.request_id, RequestError.of(error))
         finally:
             if stream is not None:

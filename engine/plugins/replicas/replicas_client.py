@@ -203,6 +203,8 @@ class FleetChannel(EngineChannel):
             self._join(name, replica)
         self._names = map("replica-{}".format, itertools.count(len(replicas)))
         self._requests: dict[str, Progress] = {}
+        self._num_taken = 0
+        """Number of requests that were sent here."""
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         """Followers of replicas, questions and early ends in progress."""
@@ -221,10 +223,6 @@ class FleetChannel(EngineChannel):
     @property
     def pid(self) -> None:
         return None
-
-    @property
-    def num_queued(self) -> int:
-        return sum(not request.has_begun for request in self._requests.values())
 
     def connect(self, front: AsyncEngine) -> None:
         self._front = front
@@ -284,6 +282,7 @@ class FleetChannel(EngineChannel):
             sampling = sampling.with_seed(self.config.seed + next(self._numbers))
         spec = structs.replace(spec, sampling=sampling, arrival_s=None)
         request = self._requests[request_id] = Progress(spec, request_id)
+        self._num_taken += 1
         request.task = self._run(self._follow_answer(request))
 
     async def _abort(self, message: Abort) -> None:
@@ -330,7 +329,7 @@ class FleetChannel(EngineChannel):
                         self._end(request, whole)
                         return
                     if whole.new_token_ids or whole.new_text:
-                        self._front.receive(Outputs(0, 0, (whole,)))
+                        self._deliver(whole)
             except asyncio.CancelledError:
                 if outputs is not None:
                     self._fleet.cancel(outputs)
@@ -353,7 +352,11 @@ class FleetChannel(EngineChannel):
         if self._requests.get(request.request_id) is request:
             del self._requests[request.request_id]
             self.router.ended(request.request_id, time.monotonic())
-            self._front.receive(Outputs(0, 0, (last,)))
+            self._deliver(last)
+
+    def _deliver(self, output: RequestOutput) -> None:
+        num_waiting = sum(not request.has_begun for request in self._requests.values())
+        self._front.receive(Outputs(self._num_taken, num_waiting, (output,)))
 
     async def _answer(self, question: Question) -> None:
         try:

@@ -270,7 +270,7 @@ def test_aborts_limits_and_the_end_of_a_fleet(monkeypatch: pytest.MonkeyPatch) -
             engine.submit(make_spec(max_tokens=100_000))
         waiting = [engine.submit(make_spec(max_tokens=700)) for _ in range(2)]
         with monkeypatch.context() as patch, pytest.raises(QueueFull):
-            patch.setattr(FleetChannel, "num_queued", CONFIG.max_queue)
+            patch.setattr(engine, "_num_waiting", CONFIG.max_queue)
             engine.submit(make_spec())
         engine.stop()
         for each in waiting:
