@@ -260,8 +260,8 @@ class EngineCore:
     def _sample(self, step: Batch, logits: Any) -> None:
         """Start drawing the step's tokens, and scoring prompts if requested.
 
-        Does not wait, except if a grammar depends on a token of the previous step: then it waits
-        for that token while the device computes this step.
+        Does not wait, except if a rule depends on a token of the previous step: then it waits for
+        that token while the device computes this step.
         """
         late_tokens = dict(step.late_tokens)
         inputs: list[SamplingInput] = []

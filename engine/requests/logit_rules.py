@@ -94,14 +94,6 @@ class LogitRule:
     batch, and after a restart.
     """
 
-    needs_newest = False
-    """True if the rule reads the newest token, which may not have reached the host yet."""
-
-    def must_see(self, draw: int) -> bool:
-        """Return True if the rule for draw number ``draw`` reads the token before it. The host
-        must have that token before the step is scheduled."""
-        return False
-
     def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
         """Return the beginning of ``drafts`` that may follow ``answer``."""
         return drafts
@@ -129,9 +121,6 @@ class ReasoningBudget(LogitRule):
         """Number of the draw at which reasoning ends."""
         self._ids = tokenizer.encode(END, AS_TEXT)
         self._masks = [packed([token], vocab_size) for token in self._ids]
-
-    def must_see(self, draw: int) -> bool:
-        return draw == self.first
 
     def mask(self, draw: int, answer: Tokens) -> Mask | None:
         """Return the mask of the one token that draw number ``draw`` may give, or None if the
@@ -166,26 +155,28 @@ class BansAndBiases(LogitRule):
     """Bans an early end, and adds biases. A ban never excludes all allowed tokens."""
 
     def __init__(
-        self, bias: tuple[tuple[int, float], ...], ends: tuple[int, ...], min_tokens: int
+        self,
+        bias: tuple[tuple[int, float], ...],
+        ends: Sequence[int],
+        min_tokens: int,
+        vocab_size: int,
     ) -> None:
         """``bias``: (token, number added to its logit). ``ends``: tokens that end an answer, banned
         before ``min_tokens``."""
-        self._bias, self._ends, self._min_tokens = bias, ends, min_tokens
+        ids, numbers = zip(*bias, strict=True) if bias else ((), ())
+        self._added = (np.array(ids, np.int64), np.array(numbers, np.float32)) if bias else None
+        self._ends, self._num_banned = ends, min_tokens if ends else 0
+        self._all = packed(range(vocab_size), vocab_size)
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
-        """See ``LogitRule``. O(rules + mask)."""
+        """See ``LogitRule``. O(mask)."""
         return [self._at(draw, ruling) for draw, ruling in enumerate(rulings, draws.first)]
 
     def _at(self, draw: int, ruling: Ruling) -> Ruling:
-        mask, banned = ruling.mask, self._ends if draw < self._min_tokens else ()
-        if mask is not None and banned:
-            mask, banned = _without(mask, banned), ()
-        ids = [*(token for token, _ in self._bias), *banned]
-        if not ids:
-            return ruling._replace(mask=mask)
-        numbers = [*(value for _, value in self._bias), *(-np.inf for _ in banned)]
-        added = np.array(ids, np.int64), np.array(numbers, np.float32)
-        return ruling._replace(mask=mask, added=added)
+        mask = ruling.mask
+        if draw < self._num_banned:
+            mask = _without(self._all if mask is None else mask, self._ends)
+        return ruling._replace(mask=mask, added=self._added)
 
 
 class Penalties(LogitRule):
@@ -195,14 +186,14 @@ class Penalties(LogitRule):
         self, prompt: Tokens, repetition: float, presence: float, frequency: float
     ) -> None:
         """See ``SamplingParams``. O(prompt log prompt) with ``repetition``."""
-        self._counts = TokenCounts(prompt[: len(prompt) if repetition != 1 else 0])
+        self._prompt = prompt[: len(prompt) if repetition != 1 else 0]
+        self._counts = TokenCounts(self._prompt)
         self._repetition, self._presence, self._frequency = repetition, presence, frequency
-
-    def must_see(self, draw: int) -> bool:
-        return True
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. O(new tokens + distinct tokens of each draw)."""
+        if len(draws.answer) < self._counts.num_counted:  # The step of the newest token failed.
+            self._counts = TokenCounts(self._prompt)
         self._counts.count(draws.answer)
         seen = (draws.drafts[:place] for place in range(len(rulings)))
         return [

@@ -371,15 +371,6 @@ class Request(ScheduledRequest):
         if self.wants_scores:
             self.scores.clear()
 
-    @property
-    def must_see_its_token(self) -> bool:
-        """True if a sampling rule reads every token, and one is drawn that has not reached the
-        host."""
-        if not self.num_drawn:
-            return False
-        draw = self.known_len - self.prompt_len
-        return any(rule.must_see(draw) for rule in self._rules)
-
     def possible(self, drafts: Tokens) -> Tokens:
         """Return the beginning of ``drafts`` that may follow the answer so far."""
         for rule in self._rules:
@@ -393,15 +384,15 @@ class Request(ScheduledRequest):
         """Return the sampling inputs for the token that was scheduled last, and for one after each
         of ``drafts``, assuming that the drafts before it are accepted.
 
-        ``drawn`` waits for the previous token if it has not reached the host; it is called if a
-        grammar depends on that token. If a grammar cannot be followed, the request fails when the
-        token of that draw is accepted.
+        ``drawn`` waits for the previous token if it has not reached the host; it is called if there
+        are rules. If a grammar cannot be followed, the request fails when the token of that draw is
+        accepted.
         """
         draw = self.known_len - 1 - self.prompt_len
         rulings: Sequence[Ruling] = [FREE] * (1 + len(drafts))
         if self._rules:
             answer, token = self.output, None
-            if drawn is not None and any(rule.needs_newest for rule in self._rules):
+            if drawn is not None:
                 token = drawn()
                 answer = np.append(answer, np.int32(token))
             # With NO_TOKEN, the request ends when this step is committed.
@@ -620,7 +611,9 @@ class Intake:
             rules.append(ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget))
         if sampling.logit_bias or sampling.min_tokens:
             ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
-            rules.append(BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens))
+            rules.append(
+                BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens, self._vocab_size)
+            )
         repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
         if repetition != 1 or presence or sampling.frequency_penalty:
             rules.append(Penalties(prompt, repetition, presence, sampling.frequency_penalty))

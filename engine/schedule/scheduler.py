@@ -416,8 +416,7 @@ class Scheduler(StepPlanner[Request]):
         """Choose the next step's segments and claim the memory for it.
 
         A step may be scheduled before the previous one is committed. Requests then continue from
-        ``scheduled_len``, with tokens that are only on the device. No request is preempted, and
-        requests with a rule that reads every token are not part of the step.
+        ``scheduled_len``, with tokens that are only on the device. No request is preempted.
 
         Such a step is empty if memory is short, if the previous step has drafts, or if a request is
         due for a draft, which follows the newest token. The previous step is then committed first.

@@ -332,7 +332,7 @@ class StepPlanner(Generic[R]):
         budget = self._budget()
         ends: dict[R, int] = {}
         for request in tuple(self._running):
-            if request.lease is None or request.must_see_its_token:
+            if request.lease is None:
                 continue
             end = self._end(request, request.scheduled_len, budget)
             if end > request.scheduled_len and self._claim(request, end):

@@ -171,13 +171,8 @@ class ScheduledRequest(WaitingRequest):
     @property
     def stop_reason(self) -> str:
         """Reason why the answer ended, as ``Lease.finish`` takes it. Empty if it is not known. An
-        engine that knows it overrides this property, as well as the next one and the last."""
+        engine that knows it overrides this property and ``restart``."""
         return "session_end" if self.spec.ends_session else ""
-
-    @property
-    def must_see_its_token(self) -> bool:
-        """True if the next step needs the value of a token that is sampled but not known yet."""
-        return False
 
     def restart(self) -> None:
         """Discard partial results of the prompt before its computation begins, for the first time

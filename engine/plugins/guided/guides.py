@@ -97,8 +97,6 @@ class Compiled:
 class Guide(LogitRule):
     """Follows one answer that must follow a grammar. Used in the engine's thread."""
 
-    needs_newest = True
-
     def __init__(self, compiled: Compiled, guides: Guides) -> None:
         """Copy the matcher for the first token only, so queued requests do not have one."""
         self._compiled, self._guides = compiled, guides
