@@ -9,14 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.async_engine import AsyncEngine
-    from engine.config import ConfigError, EngineConfig
-    from engine.engine import Engine
-    from engine.errors import QueueFull
-    from engine.plugins import engine_config, server_config
-    from engine.requests.grammar import Grammar
-    from engine.requests.request import RequestSpec, SamplingParams
-    from engine.text.outputs import RequestOutput
+    from engine.async_engine import AsyncEngine as AsyncEngine
+    from engine.config import ConfigError as ConfigError
+    from engine.config import EngineConfig as EngineConfig
+    from engine.engine import Engine as Engine
+    from engine.errors import QueueFull as QueueFull
+    from engine.plugins import engine_config as engine_config
+    from engine.plugins import server_config as server_config
+    from engine.requests.grammar import Grammar as Grammar
+    from engine.requests.request import RequestSpec as RequestSpec
+    from engine.requests.request import SamplingParams as SamplingParams
+    from engine.text.outputs import RequestOutput as RequestOutput
 
 _MODULES = {
     "AsyncEngine": "engine.async_engine",
@@ -32,19 +35,7 @@ _MODULES = {
     "server_config": "engine.plugins",
 }
 
-__all__ = [
-    "AsyncEngine",
-    "ConfigError",
-    "Engine",
-    "EngineConfig",
-    "Grammar",
-    "QueueFull",
-    "RequestOutput",
-    "RequestSpec",
-    "SamplingParams",
-    "engine_config",
-    "server_config",
-]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,7 +61,6 @@ from engine.text.outputs import Answer, FinishReason, RequestOutput
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
-    from hybridcache.watch.recorder import Record
 
 
 logger = logging.getLogger(__name__)
@@ -441,32 +440,6 @@ class ThreadChannel(EngineChannel):
             self._front.closed(None)
 
 
-class View:
-    """View of one engine's cache for an event loop; see ``observe.cache_watch.Watch``. Raises
-    EngineStopped."""
-
-    def __init__(self, front: AsyncEngine, number: int) -> None:
-        self._front, self._number = front, number
-
-    async def take(self) -> list[Record]:
-        """Return the changes that were not taken yet."""
-        return cast("list[Record]", await self._front.ask(AskView(self._number, "changes")))
-
-    async def whole(self) -> dict[str, Any]:
-        """Return the state with which a reader starts."""
-        return cast("dict[str, Any]", await self._front.ask(AskView(self._number, "whole")))
-
-    async def node(self, id_: int) -> dict[str, Any] | None:
-        """Return details of one node, or None if it is gone."""
-        return cast(
-            "dict[str, Any] | None", await self._front.ask(AskView(self._number, "node", id_))
-        )
-
-    async def close(self) -> None:
-        """Close the view."""
-        await self._front.ask(AskView(self._number, "close"))
-
-
 class AsyncEngine:
     """Submits requests to an engine, and follows their outputs.
 
@@ -655,13 +628,6 @@ class AsyncEngine:
     async def reset_prefix_cache(self) -> None:
         """See ``Engine.reset_prefix_cache``."""
         await self.ask(ResetCache())
-
-    async def watch(self, replica: int = 1) -> View:
-        """Return a view of the cache and its requests, or those of one replica, counted from 1.
-
-        Raises ValueError if the tree is too large to show, or if that replica is not up.
-        """
-        return View(self, await self.ask(OpenView(replica)))
 
     async def call(self, function: Callable[[Engine], Result]) -> Result:
         """Return ``function(engine)`` for an engine of this process, called in its thread between

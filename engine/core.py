@@ -21,7 +21,6 @@ from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import (
     Intake,
     Prompt,
-    RecentRequests,
     Request,
     RequestSpec,
     SamplingInput,
@@ -37,6 +36,7 @@ from engine.schedule.scheduler import (
     Scheduler,
     StepHooks,
 )
+from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.scheduling.cache_manager import CacheManager
 
@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 
 WITHHELD_S = 0.002
 """Pause between two checks of requests that the admission policy withholds while nothing runs."""
+
+
+MAX_RECENT, RECENT_BYTES = 256, 8 << 20
+"""Limits of the requests that ended last: their number, and the bytes of their token ids."""
 
 
 class EngineCore:
@@ -81,7 +85,10 @@ class EngineCore:
         """Maximum number of tokens of a prompt and its answer together."""
         self.observers: list[Observer] = []
         """Functions that are called after every step."""
-        self.recent = RecentRequests()
+        self.recent = BoundedMemory[str, Request](RECENT_BYTES)
+        """Requests that ended last, by id."""
+        self.on_end: list[Callable[[Request], None]] = []
+        """Functions that are called with every request that has ended."""
         self._scheduler = scheduler
         self._manager, self.cache = scheduler.manager, scheduler.manager.cache
         self._overlaps = config.overlap == "on" or (
@@ -94,7 +101,7 @@ class EngineCore:
         self._committing = EMPTY
         """The step that is being published."""
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
-        """Outputs of the requests that ``stream`` and ``generate`` follow, not yet taken."""
+        """Outputs of the requests that ``stream`` follows, not yet taken."""
         self._hooks: tuple[StepHooks, ...] = (*scheduler.hooks, *plugins.values())
         self._is_closed = False
 
@@ -320,7 +327,10 @@ class EngineCore:
             outputs.append(output)
             if output.is_finished and output.request_id in self._requests:
                 del self._requests[output.request_id]
-                self.recent.add(request)
+                num_bytes = max(request.tokens.nbytes, RECENT_BYTES // MAX_RECENT)
+                self.recent.put(request.request_id, request, num_bytes)
+                for listener in self.on_end:
+                    listener(request)
             box = self._mailboxes.get(output.request_id)
             if box is not None:
                 box.append(output)
@@ -361,29 +371,25 @@ class EngineCore:
             raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
         from tqdm import tqdm  # Here, because a server does not need it.
 
-        boxes: list[deque[RequestOutput]] = []
-        unfinished: dict[str, deque[RequestOutput]] = {}
-        queue = deque(zip(prompts, each, strict=True))
+        last: dict[int, RequestOutput] = {}
+        places: dict[str, int] = {}
+        queue = deque(enumerate(zip(prompts, each, strict=True)))
         with tqdm(total=len(prompts), disable=not show_progress, unit="request") as bar:
             try:
-                while queue or unfinished:
+                while queue or places:
                     with signals_delayed():
                         while queue and self.has_room:
-                            prompt, params = queue.popleft()
-                            request_id = self.submit(prompt, params, **options)
-                            boxes.append(deque(maxlen=1))  # The last output suffices.
-                            self._mailboxes[request_id] = unfinished[request_id] = boxes[-1]
-                        self.step()
-                        for request_id, box in tuple(unfinished.items()):
-                            if box and box[0].is_finished:
-                                del unfinished[request_id], self._mailboxes[request_id]
+                            place, (prompt, params) = queue.popleft()
+                            places[self.submit(prompt, params, **options)] = place
+                        for output in self.step():
+                            if output.is_finished and output.request_id in places:
+                                last[places.pop(output.request_id)] = output
                                 bar.update()
             finally:
                 with signals_delayed():
-                    for request_id in unfinished:
+                    for request_id in places:
                         self.abort(request_id)
-                        del self._mailboxes[request_id]
-        return [box[0] for box in boxes]
+        return [last[place] for place in range(len(prompts))]
 
     def stream(
         self,

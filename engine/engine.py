@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -163,18 +162,9 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
 def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Grammar], LogitRule]:
     """Return the function that compiles a grammar, unless it is remembered, and makes the rule of
     an answer. It raises GrammarError, and may be called from any thread."""
-    lock, made = threading.Lock(), list[Any]()
+    from engine.plugins.guided.guides import Guides
 
-    def rule(grammar: Grammar) -> LogitRule:
-        with lock:
-            if not made:
-                from engine.plugins.guided.guides import Guides
-
-                made.append(Guides(tokenizer, vocab_size))
-        found: LogitRule = made[0].rule(grammar)
-        return found
-
-    return rule
+    return Guides(tokenizer, vocab_size).rule
 
 
 def names_tokenizer(config: EngineConfig) -> bool:

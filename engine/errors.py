@@ -150,9 +150,6 @@ def describe_exit(code: int) -> str:
     """
     if code >= 0:
         return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    why = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
+    why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
     return f"was ended by {name}{why}"

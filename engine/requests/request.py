@@ -6,8 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import bisect
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -498,32 +497,6 @@ class Request(ScheduledRequest):
             transferred=self.transferred,
             answer=answer,
         )
-
-
-MAX_RECENT = 256
-MAX_RECENT_TOKENS = 1 << 21
-"""Maximum number of tokens of all kept requests together. Their ids take 16 MiB."""
-
-
-class RecentRequests:
-    """Bounded queue of the requests that ended last, with listeners. O(1) per request."""
-
-    def __init__(self) -> None:
-        self._ended: deque[Request] = deque()
-        self._num_tokens = 0
-        self.listeners: list[Callable[[Request], None]] = []
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._ended)
-
-    def add(self, request: Request) -> None:
-        """Append ``request``, which has ended, and notify the listeners."""
-        self._ended.append(request)
-        self._num_tokens += len(request.tokens)
-        while len(self._ended) > MAX_RECENT or self._num_tokens > MAX_RECENT_TOKENS:
-            self._num_tokens -= len(self._ended.popleft().tokens)
-        for listener in self.listeners:
-            listener(request)
 
 
 def no_grammars(grammar: Grammar) -> LogitRule:

@@ -16,7 +16,6 @@ from engine.text.answers import MARKS
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.tokenizer import (
     AS_PROMPT,
-    SLICE,
     ByteStreamDecoder,
     ChatTemplate,
     EncodeOptions,
@@ -34,6 +33,8 @@ ENTRY_BYTES = 256
 REMEMBERED_BYTES = 32 << 20
 """Limit of the cache of text pieces between special tokens, with their ids. A piece that needs more
 than a quarter of it is not stored."""
+LONG = 65_536
+"""Minimum number of characters of a long text."""
 WORD_JOINER = "\u2060"
 _FALLBACK = re.compile("<0x([0-9A-F]{2})>")
 """Token of one byte in vocabularies that are not byte-level."""
@@ -119,7 +120,7 @@ class HFTokenizer:
     def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int]:
         """Encode one text. A long text is encoded as a batch of one, because the library then lets
         other threads run."""
-        if len(text) > SLICE:
+        if len(text) > LONG:
             (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         else:
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)

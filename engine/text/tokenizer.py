@@ -24,7 +24,7 @@ import jinja2.sandbox
 import numpy as np
 
 from engine.text.json_text import REPLACEMENT
-from hybridcache.tokens import EMPTY, Tokens
+from hybridcache.tokens import Tokens
 
 Message = Mapping[str, Any]
 PROBE = "\ue000"
@@ -94,13 +94,9 @@ class ChatTemplate:
             )
         except TemplateError:
             raise
-        except RecursionError as error:
-            raise TemplateError("something in it is nested too deep.") from error
-        except jinja2.TemplateError as error:
-            raise TemplateError(str(error)) from error
-        except Exception as error:
-            # A template is a program, and clients choose its inputs.
-            raise TemplateError(f"{type(error).__name__}: {error}") from error
+        except Exception as error:  # A template is a program, and clients choose its inputs.
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+            raise TemplateError(f"{kind}{error}") from error
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -143,18 +139,12 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-SLICE = 65_536
-"""Number of characters or ids processed at a time, so that other threads can run in between."""
-
-
 def as_tokens(token_ids: Sequence[int]) -> Tokens:
     """Return ``token_ids`` as int32[n]. Raises ValueError if one does not fit. O(n)."""
-    starts = range(0, len(token_ids), SLICE)
     try:
-        pieces = [np.asarray(token_ids[start : start + SLICE], np.int32) for start in starts]
+        return np.asarray(token_ids, np.int32)
     except OverflowError:
         raise ValueError("prompt must contain token ids below 2**31.") from None
-    return np.concatenate(pieces) if pieces else EMPTY
 
 
 @dataclass(frozen=True, slots=True)

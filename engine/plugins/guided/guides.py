@@ -46,10 +46,6 @@ NUM_TRIED = 40
 MARK = b"\xff"
 """First byte of a token that no text contains, in the library's form."""
 OUR_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
-QUOTED_REGEX = re.compile(r'invalid regex ".*" \(in regex\): regex parse error:$')
-REGEX = "regex parse error:"
-"""End of a first line that is less informative than a later line that begins with ``ERROR``."""
-ERROR = "error: "
 ENDLESS = "NoExtensionBias"
 """The library's whole message for a grammar that has a beginning but no end."""
 TOOL = re.compile(
@@ -330,10 +326,7 @@ def _wrong(message: str) -> GrammarError:
 
 
 def reason(message: str) -> str:
-    """Reduce a message of the library to one line with the cause of the error."""
+    """Reduce a message of the library to its first line and the error of a regular expression."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    first = QUOTED_REGEX.sub(REGEX, lines[0]) if lines else "no reason given"
-    errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
-    if first.endswith(REGEX) and errors:
-        first = f"{first.removesuffix(REGEX)}a regular expression in it is wrong, {errors[-1]}"
-    return first.rstrip(".")
+    errors = [line for line in lines[1:] if line.startswith("error: ")]
+    return " ".join([*lines[:1], *errors[-1:]]).rstrip(".")

@@ -29,7 +29,7 @@ class Watch:
         """Raises ValueError if the tree has more nodes than a page can show."""
         self._engine = engine
         self._recorder = Recorder()
-        self._ended = [self._of_ended(ended) for ended in engine.recent]
+        self._ended = [self._of_ended(ended) for _, ended in engine.recent.listed()]
         self._shown: dict[str, tuple[Any, ...]] = {}
         """State that was last reported, by id of each running request."""
         self._pools = [_memory_record(engine)]
@@ -42,12 +42,12 @@ class Watch:
                 "/v1/cache has an outline."
             )
         engine.cache.subscribe(self._recorder)
-        engine.recent.listeners.append(self._on_end)
+        engine.on_end.append(self._on_end)
 
     def close(self) -> None:
         """Stop the watch: remove its listeners from the engine."""
         self._engine.cache.unsubscribe(self._recorder)
-        self._engine.recent.listeners.remove(self._on_end)
+        self._engine.on_end.remove(self._on_end)
 
     def whole(self) -> dict[str, Any]:
         """Return the state with which a page starts; called before ``take``. O(tree)."""

@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from engine.async_engine import View
 from engine.errors import EngineStopped
+from engine.messages import AskView, OpenView
 from engine.server.access import ServerKeys
 from engine.server.api_errors import APIError
 from engine.server.bodies import EventStream, event, json_response, run
@@ -44,7 +44,7 @@ class Page:
 
     def __init__(self, context: ServingContext, keys: ServerKeys, num_replicas: int) -> None:
         self._context, self._keys, self._num_replicas = context, keys, num_replicas
-        self._views: list[tuple[int, View]] = []
+        self._views: list[tuple[int, int]] = []
         """View of each reader with the number of its replica; 1 is the only engine of other
         servers."""
         self._is_closed = False
@@ -80,24 +80,25 @@ class Page:
 
     async def _follow(self, replica: int) -> AsyncGenerator[bytes, None]:
         """Yield the complete state, and then every change."""
+        ask = self._context.engine.ask
         try:
-            view = await self._context.engine.watch(replica)
+            view = await ask(OpenView(replica))
         except ValueError as error:  # The tree is too large, or the replica is not up.
             raise APIError(503, str(error)) from error
         self._views.append((replica, view))
         try:
-            whole = await view.whole()
+            whole = await ask(AskView(view, "whole"))
             yield await self._event(len(whole["records"]), whole, "whole")
             while not self._is_closed:
                 await asyncio.sleep(EVERY_S * len(self._views))
-                if records := await view.take():
+                if records := await ask(AskView(view, "changes")):
                     yield await self._event(len(records), {"records": records}, "changes")
         except EngineStopped as error:
             yield event(str(error), "ended")
         finally:
             self._views.remove((replica, view))
             with suppress(EngineStopped):
-                await view.close()
+                await ask(AskView(view, "close"))
 
     async def _event(self, num_records: int, data: Any, name: str) -> bytes:
         return await run(BYTES * num_records, partial(event, data, name))
@@ -106,7 +107,9 @@ class Page:
         replica = self._replica(request)
         number = _number(request.path_params["number"], "number")
         view = next((view for at, view in self._views if at == replica), None)
-        found = await view.node(number) if view is not None and 0 <= number < 1 << 63 else None
+        found = None
+        if view is not None and 0 <= number < 1 << 63:
+            found = await self._context.engine.ask(AskView(view, "node", number))
         if found is None:
             raise APIError(404, "This node is not in the cache, or no page is connected.")
         tokens, text = found.pop("tokens"), None

@@ -14,7 +14,7 @@ import pytest
 from engine import EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError
-from engine.messages import AskReport
+from engine.messages import AskReport, AskView, OpenView
 from engine.plugins.replicas.replica import EngineReplica
 from engine.plugins.replicas.replicas_client import FleetChannel
 from engine.requests.grammar import Grammar
@@ -125,20 +125,20 @@ async def wait_until(is_true) -> None:
 async def check_views(engine: AsyncEngine, fleet: LocalFleet) -> None:
     """Check that each replica can be viewed, with the nodes of its own tree."""
     for number, name in enumerate(engine.channel.members, 1):
-        view = await engine.watch(number)
-        state = await view.whole()
+        view = await engine.ask(OpenView(number))
+        state = await engine.ask(AskView(view, "whole"))
         meta = state["meta"]
         assert (meta["replica"], meta["num_replicas"]) == (number, 2)
         own = fleet.replicas[name].replica._engine
         nodes = [record[1] for record in state["records"] if record[0] == "kv"]
         assert bool(nodes) == (own.report().kv.cached > 0)
         for id_ in nodes:
-            assert (await view.node(id_))["id"] == id_
-        await view.close()
+            assert (await engine.ask(AskView(view, "node", id_)))["id"] == id_
+        await engine.ask(AskView(view, "close"))
     assert not engine.channel._views
     for number in (0, 3):
         with pytest.raises(RequestError, match=f"Replica {number} is not up: there are 2"):
-            await engine.watch(number)
+            await engine.ask(OpenView(number))
 
 
 def test_two_replicas_share_load_and_survive_a_death(caplog: pytest.LogCaptureFixture) -> None:
