@@ -150,8 +150,7 @@ def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
 def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
     """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one. Does
     not import torch itself. ``vocab_size`` may be 0, not known yet, if ``config`` names one."""
-    from engine.text.hugging_face import HFTokenizer, named_eos
-    from engine.text.tokenizer import IdTokenizer
+    from engine.text.tokenizer import HFTokenizer, IdTokenizer, named_eos
 
     if not names_tokenizer(config):
         return IdTokenizer(vocab_size, named_eos(config.model_dir))
@@ -169,7 +168,7 @@ def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Gra
 
 def names_tokenizer(config: EngineConfig) -> bool:
     """Return True if ``config`` names a tokenizer. Otherwise prompts are token ids."""
-    from engine.text.hugging_face import has_tokenizer
+    from engine.text.tokenizer import has_tokenizer
 
     return config.tokenizer is not None or has_tokenizer(config.model_dir)
 

@@ -33,11 +33,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 from engine.requests.request import RequestSpec
-from engine.text.answers import CLOSE, OPEN
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import (
     AS_TEXT,
+    CLOSE,
+    OPEN,
     PROBE,
     EncodeOptions,
     IdTokenizer,

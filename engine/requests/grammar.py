@@ -15,15 +15,13 @@ from math import prod
 from typing import Any, Literal
 
 from engine.text.answers import (
-    CALL_CLOSE,
-    CALL_OPEN,
     END_FUNCTION,
     FUNCTION,
-    OPEN,
     PARAMETER,
     json_types,
 )
 from engine.text.json_text import read_json
+from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, OPEN
 
 MAX_CHARS = 256 * 1024
 """Maximum length of a schema, of an expression, or of all choices together."""

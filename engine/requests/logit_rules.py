@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engine.text.answers import CLOSE, OPEN
-from engine.text.tokenizer import AS_TEXT
+from engine.text.tokenizer import AS_TEXT, CLOSE, OPEN
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -29,8 +29,6 @@ from engine.requests.logit_rules import (
     Ruling,
     ruled,
 )
-from engine.text.answers import CLOSE
-from engine.text.hugging_face import read_json
 from engine.text.outputs import (
     NO_TOKEN,
     Answer,
@@ -42,7 +40,7 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
-from engine.text.tokenizer import MAX_CONTEXT, IdTokenizer
+from engine.text.tokenizer import CLOSE, MAX_CONTEXT, IdTokenizer, read_json
 from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace

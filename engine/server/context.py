@@ -49,9 +49,9 @@ from engine.server.bodies import (
 from engine.server.metrics import Metrics
 from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
-from engine.text.answers import CLOSE, AnswerForm
+from engine.text.answers import AnswerForm
 from engine.text.outputs import RequestOutput, Transferred
-from engine.text.tokenizer import EncodeOptions, Tokenizer, as_tokens
+from engine.text.tokenizer import CLOSE, EncodeOptions, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 

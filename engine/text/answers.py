@@ -20,15 +20,7 @@ from msgspec import structs
 
 from engine.text.json_text import read_json, whole_text, write_json
 from engine.text.outputs import RequestOutput, begin_of
-from engine.text.tokenizer import any_of
-
-OPEN, CLOSE = "<think>", "</think>"
-"""Marks around the reasoning before an answer; the first may be in the prompt."""
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
-"""Marks around a tool call in the text of an answer."""
-MARKS = (OPEN, CLOSE, CALL_OPEN, CALL_CLOSE)
-"""Marks of the parts of an answer. They are part of the text, even if the vocabulary lists them as
-tokens that are not shown."""
+from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, any_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from engine.interfaces import StepReport
 from engine.messages import FromEngine, Outputs
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from engine.worker.process_channel import Sockets
 from experiments.studies.common import keep, positive, show
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache

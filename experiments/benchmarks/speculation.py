@@ -31,7 +31,7 @@ from tqdm import tqdm
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from experiments import texts
 from experiments.benchmarks.timing import alternate, ratio_spread
 from experiments.provenance import RESULTS, write_json_lines

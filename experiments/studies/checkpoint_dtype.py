@@ -32,7 +32,7 @@ from engine.config import TILE
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from experiments import texts
 from experiments.studies.common import keep, show
 

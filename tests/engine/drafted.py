@@ -18,7 +18,7 @@ from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Sour
 from engine.requests.request import Request
 from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from tests.engine.test_hits_change_nothing import HYBRID
 
 MODEL = HYBRID | {"vocab_size": 320}

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from engine import Engine, SamplingParams, engine_config
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from hybridcache import Lease
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 

@@ -14,7 +14,7 @@ from engine import Engine, RequestOutput, SamplingParams
 from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
 from engine.schedule.scheduler import Batch
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from hybridcache import Lease
 from hybridcache.tokens import Tokens
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts

@@ -14,7 +14,7 @@ import pytest
 from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided.guides import Guides
 from engine.requests.grammar import grammar_of_calls, grammar_of_strict_calls
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from tests.engine.history.scripted import ScriptedSampler
 from tests.oracle import OracleRunner, OracleSampler
 

@@ -8,8 +8,8 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.hugging_face import HFTokenizer
 from engine.text.outputs import WINDOW, MarkSearch, TextStream
+from engine.text.tokenizer import HFTokenizer
 
 letters = st.text("abé", max_size=40)
 

@@ -23,7 +23,7 @@ import pytest
 import uvicorn
 
 from engine.plugins.record.proxy import Proxy, TraceWriter
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from hybridcache import open_trace, simulate
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace_stats import trace_stats

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.requests.chat_prompt import render_chat
-from engine.text.hugging_face import HFTokenizer
-from engine.text.tokenizer import ChatTemplate, TemplateError
+from engine.text.tokenizer import ChatTemplate, HFTokenizer, TemplateError
 from hybridcache.tokens import common_prefix_len
 from tests.engine.history.agent import TEMPLATE
 

@@ -15,8 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from engine import engine_config
 from engine.engine import load_tokenizer_of
 from engine.requests.chat_prompt import Replay
-from engine.text.hugging_face import HFTokenizer
-from engine.text.tokenizer import AS_TEXT, ChatTemplate, EncodeOptions, Tokenizer
+from engine.text.tokenizer import AS_TEXT, ChatTemplate, EncodeOptions, HFTokenizer, Tokenizer
 
 CORPUS = [
     "hello world, hello caché",

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
     from engine.server.access import set_up_logging
     from engine.server.settings import ServerConfig, bind, local_address
-    from engine.text.hugging_face import HFTokenizer
+    from engine.text.tokenizer import HFTokenizer
 
     tokenizer, model = None, "CONFIG_JSON"
     counted_by = f"{PIECE} characters as a token, an estimate (see --tokenizer)"

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.text.hugging_face import HFTokenizer
-from engine.text.tokenizer import AS_TEXT
+from engine.text.tokenizer import AS_TEXT, HFTokenizer
 
 TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\n' }}

@@ -18,9 +18,8 @@ from engine.server.access import Tenant
 from engine.server.context import AnsweredChat
 from engine.server.schemas import KNOWN, Message
 from engine.text.answers import AnswerForm, AnswerReader, as_message
-from engine.text.hugging_face import HFTokenizer
 from engine.text.outputs import RequestOutput
-from engine.text.tokenizer import ChatTemplate
+from engine.text.tokenizer import ChatTemplate, HFTokenizer
 from tests.engine.history.scripted import ScriptedEngine
 
 THINKING = """\

@@ -12,7 +12,7 @@ import pytest
 from engine import server_config
 from engine.requests.chat_prompt import ChatPrompt, SampledTurn, render_chat
 from engine.server.settings import ServerConfig
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from tests.engine.history import agent
 from tests.engine.history.agent import make_model_dir, sampled_like
 from tests.engine.history.scripted import ScriptedEngine

@@ -15,7 +15,7 @@ import pytest
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, StepFailed
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
 from hybridcache.policies.protocol import PromptBoundaries
@@ -28,7 +28,7 @@ sys.path[:] = json.loads(sys.argv[1])
 import engine.worker.engine_worker as worker
 from tests.oracle import OracleRunner
 from tests.oracle import OracleSampler
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 
 class Runner(OracleRunner):
     num_steps = 0

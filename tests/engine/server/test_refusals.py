@@ -30,7 +30,7 @@ from engine.plugins.replicas import replica
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.settings import ServerConfig
-from engine.text.hugging_face import HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
 from tests.engine.fleet.test_fleet import LocalFleet, serve
