@@ -28,7 +28,7 @@ import json
 import re
 import sys
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -338,7 +338,8 @@ def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str 
     Raises TemplateError if the value is nested too deep.
     """
     try:
-        texts, cuts = list(_texts(value)), _Cuts(control_tokens)
+        texts, cuts = list[str](), _Cuts(control_tokens)
+        _each_text(value, texts.append)
         if all(cuts.marked(text, PROBE) == text for text in texts):
             return None, value
         marks = (chr(code) for code in MARK_CODES)
@@ -371,20 +372,7 @@ class _Cuts:
         return before + text + after
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, entry in value.items():
-            if not _is_plain(name):
-                yield name
-            yield from _texts(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _texts(entry)
-
-
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+def _each_text(value: Any, change: Callable[[str], Any]) -> Any:
     """Return a copy of ``value`` in which ``change`` was applied to every text."""
     if isinstance(value, str):
         return change(value)

@@ -157,12 +157,7 @@ def bounded(what: str, text: str, most: int) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return ``text`` as a Lark string. Raises GrammarError for a lone surrogate, which cannot be
-    encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise GrammarError("a choice must be text that can be encoded in UTF-8.") from None
+    """Return ``text`` as a Lark string."""
     return json.dumps(text, ensure_ascii=False)
 
 

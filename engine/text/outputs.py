@@ -223,51 +223,6 @@ class RequestOutput(Struct, frozen=True, array_like=True):
         return self.finish_reason is not None
 
 
-WINDOW = 256
-"""Number of characters that are searched first."""
-
-
-class MarkSearch:
-    """Finds the first of some marks, such as stop strings, in a text that arrives in pieces. Text
-    that may be the beginning of a mark is held back.
-
-    >>> search = MarkSearch("</think>")
-    >>> search.push("so </th"), search.push("en </think> x")
-    (('so ', None, ''), ('</then ', '</think>', ' x'))
-    """
-
-    __slots__ = ("_held", "_marks")
-
-    def __init__(self, *marks: str) -> None:
-        """``marks``: one or more."""
-        self._marks = marks
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, str | None, str]:
-        """Return (text before the mark or certainly without one, the mark if found, the text after
-        it). O(position of the mark) per mark, except for texts that repeat its beginning, plus a
-        copy of the rest."""
-        if self._held:
-            text, self._held = self._held + text, ""
-        marks = [mark for mark in self._marks if mark[0] in text]
-        end = 0  # Without it, a mark that is not in the text would be sought in all of it.
-        while marks and end < len(text):
-            end = 2 * end + WINDOW
-            found = [(text.find(mark, 0, end + len(mark)), len(mark), mark) for mark in marks]
-            if first := min((one for one in found if one[0] >= 0), default=None):
-                start, size, mark = first
-                return text[:start], mark, text[start + size :]
-        cut = min((begin_of(text, mark) for mark in marks), default=len(text))
-        if cut < len(text):
-            text, self._held = text[:cut], text[cut:]
-        return text, None, ""
-
-    def flush(self) -> str:
-        """Return the text held back, after the end of the text."""
-        held, self._held = self._held, ""
-        return held
-
-
 def begin_of(text: str, mark: str) -> int:
     """Return the first position from which the rest of ``text`` may begin ``mark``; the end of the
     text if there is none."""
@@ -281,34 +236,43 @@ class TextStream:
     """Converts the tokens of one request to text, which is cut before the first stop string.
 
     Text that may be the beginning of a stop string is held back, so that no text is ever retracted.
+
+    >>> from engine.text.tokenizer import ByteStreamDecoder
+    >>> decoder = ByteStreamDecoder([b"so ", b"</e", b"n ", b"</end> x"].__getitem__, frozenset())
+    >>> stream = TextStream(decoder, ["</end>"])
+    >>> [stream.push(token) for token in range(4)]
+    [('so ', False), ('', False), ('</en ', False), ('', True)]
     """
 
-    __slots__ = ("_decoder", "_keeps_stop", "_search")
+    __slots__ = ("_decoder", "_held", "_keeps_stop", "_stop")
 
     def __init__(
         self, decoder: StreamDecoder, stop: Sequence[str] = (), keeps_stop: bool = False
     ) -> None:
         """``keeps_stop``: the text is cut after the stop string instead."""
-        self._decoder = decoder
-        self._keeps_stop = keeps_stop
-        self._search = MarkSearch(*stop) if stop else None
+        self._decoder, self._stop, self._keeps_stop = decoder, stop, keeps_stop
+        self._held = ""
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """Return (the text that is certain now, True if a stop string was found).
 
-        Without ``may_stop`` no stop string is found. O(new text) per stop string, over an answer.
+        Without ``may_stop`` no stop string is found. O(new text) per stop string, over an answer,
+        except for texts that repeat its beginning.
         """
         new = self._decoder.push(token_id)
-        return self._read(new, self._search) if self._search and may_stop else (new, False)
+        return self._read(new) if self._stop and may_stop else (new, False)
 
     def flush(self) -> tuple[str, bool]:
         """Return (the text held back, True if it contains a stop string), after the last token."""
-        new = self._decoder.flush()
-        if self._search is None:
-            return new, False
-        text, stopped = self._read(new, self._search)
-        return (text, True) if stopped else (text + self._search.flush(), False)
+        text, has_stopped = self._read(self._decoder.flush())
+        return (text, True) if has_stopped else (text + self._held, False)
 
-    def _read(self, new: str, search: MarkSearch) -> tuple[str, bool]:
-        text, stop, _ = search.push(new)
-        return text + (stop or "") * self._keeps_stop, stop is not None
+    def _read(self, new: str) -> tuple[str, bool]:
+        text, self._held = self._held + new, ""
+        found = [(at, len(stop), stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            start, _, stop = min(found)
+            return text[:start] + stop * self._keeps_stop, True
+        cut = min((begin_of(text, stop) for stop in self._stop), default=len(text))
+        self._held = text[cut:]
+        return text[:cut], False

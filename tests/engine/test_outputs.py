@@ -8,8 +8,8 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.outputs import WINDOW, MarkSearch, TextStream
-from engine.text.tokenizer import HFTokenizer
+from engine.text.outputs import TextStream
+from engine.text.tokenizer import ByteStreamDecoder, HFTokenizer
 
 letters = st.text("abé", max_size=40)
 
@@ -39,34 +39,36 @@ def test_pieces_add_up_to_the_text_before_the_first_stop_string(text: str, stop:
     assert "".join(pieces) == expected
 
 
+def stream_of(*stop: str, piece: str = "-") -> TextStream:
+    """Return a stream of tokens with the text ``piece``."""
+    return TextStream(ByteStreamDecoder(lambda _: piece.encode(), frozenset()), stop)
+
+
 @given(letters, st.lists(st.text("abé", min_size=1, max_size=4), min_size=1), st.data())
-def test_first_mark_of_a_long_text_is_found(
-    end: str, marks: list[str], data: st.DataObject
+def test_first_stop_string_of_a_long_token_is_found(
+    end: str, stop: list[str], data: st.DataObject
 ) -> None:
-    """Also a long mark that begins before a short one, at any distance from the window's end."""
-    text = "c" * data.draw(st.integers(0, 3 * WINDOW)) + end
-    marks.append(text[data.draw(st.integers(0, len(text))) :] or "x")
-    search = MarkSearch(*marks)
-    before, mark, rest = search.push(text)
-    found = [(text.index(one), len(one), one) for one in marks if one in text]
-    if found:
-        start, size, first = min(found)
-        assert (before, mark, rest) == (text[:start], first, text[start + size :])
-    else:
-        assert (before + search.flush(), mark, rest) == (text, None, "")
+    """Also a long one that begins before a short one."""
+    text = "c" * data.draw(st.integers(0, 40)) + end
+    stop.append(text[data.draw(st.integers(0, len(text))) :] or "x")
+    stream = stream_of(*stop, piece=text)
+    before, stopped = stream.push(0)
+    found = [text.index(one) for one in stop if one in text]
+    assert stopped == bool(found)
+    assert before + stream.flush()[0] * (not found) == (text[: min(found)] if found else text)
 
 
 def test_search_is_ready_at_once() -> None:
     """Even with the most and longest stop strings of a request, which are different each time."""
     began_s = time.thread_time()
     for number in range(10):
-        MarkSearch(*(f"{number}{index}" * 512 for index in range(64)))
+        stream_of(*(f"{number}{index}" * 512 for index in range(64)))
     assert time.thread_time() - began_s < 0.2
 
 
 def test_a_text_that_repeats_the_beginning_of_a_long_stop_string_is_cheap() -> None:
     """A regular expression compared it at every place of the held text: 100 s in place of 0.1 s."""
-    search, began_s = MarkSearch("z", "-" * 8000 + "x"), time.thread_time()
-    for _ in range(8000):
-        search.push("-")
+    stream, began_s = stream_of("z", "-" * 8000 + "x"), time.thread_time()
+    for token in range(8000):
+        stream.push(token)
     assert time.thread_time() - began_s < 5
