@@ -469,13 +469,8 @@ FIRST, LAST = 0x100000, 0x10FFFD
 _PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A turn in a rendered chat, and the tokens that replace it."""
-
-    start: int
-    end: int
-    turn: SampledTurn
+Span = tuple[int, int, SampledTurn]
+"""Start and end of a turn in a rendered chat, and the tokens that replace it."""
 
 
 class Splices:
@@ -492,11 +487,11 @@ class Splices:
         ``text`` is a rendering that begins as the chat does. O(turns) comparisons.
         """
         pieces, end = [], 0
-        for number, span in enumerate(self._spans):
-            if text[end : span.end + 1] != self._text[end : span.end + 1]:
+        for number, (start, until, _) in enumerate(self._spans):
+            if text[end : until + 1] != self._text[end : until + 1]:
                 break
-            pieces += [text[end : span.start], chr(FIRST + number)]
-            end = span.end
+            pieces += [text[end:start], chr(FIRST + number)]
+            end = until
         return "".join((*pieces, text[end:]))
 
     def encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
@@ -506,7 +501,7 @@ class Splices:
         token_ids: list[int] = []
         for number, piece in enumerate(_PLACES.split(text)):
             if number % 2:
-                turn = self._spans[ord(piece) - FIRST].turn
+                turn = self._spans[ord(piece) - FIRST][2]
                 token_ids += encode(turn.header)
                 token_ids += turn.token_ids
             elif piece:
@@ -551,7 +546,7 @@ def find_splices(
         if keeps_thinking or (
             text.startswith(turn.header, start) and turn.reasoning.strip() in text[start:last]
         ):
-            spans.append(Span(start, last, turn))
+            spans.append((start, last, turn))
     return Splices(text, spans)
 
 

@@ -606,20 +606,16 @@ class Intake:
             prompt = self._tokenizer.encode(prompt)
         if isinstance(prompt, Sequence) and len(prompt) > self.max_model_len:
             raise ContextOverflow(len(prompt), 1, self.max_model_len)
+        ids = f"token ids from 0 to {self._vocab_size - 1}"
         try:
             tokens = np.asarray(prompt)
         except ValueError:
             tokens = np.empty((0, 0))
         if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
-            if all(type(token) is int for token in prompt):  # some do not fit into 64 bits
-                raise ValueError(self._not_ids(prompt))
-            raise ValueError("prompt must be a text or a flat list of token ids.")
+            raise ValueError(f"prompt must be a text or a flat list of {ids}.")
         if not len(tokens):
             raise ValueError("prompt must have at least one token (got none).")
-        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-            raise ValueError(self._not_ids(tokens))
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= self._vocab_size:
+            raise ValueError(f"prompt must contain {ids} (got {least if least < 0 else most}).")
         return tokens.astype(np.int32, copy=False)
-
-    def _not_ids(self, tokens: Iterable[int]) -> str:
-        wrong = next(token for token in tokens if not 0 <= token < self._vocab_size)
-        return f"prompt must contain token ids from 0 to {self._vocab_size - 1} (got {wrong})."

@@ -8,6 +8,7 @@ engine runs in its own process: its steps do not wait for this interpreter.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import (
@@ -41,7 +42,7 @@ from engine.server.api_errors import (
     short,
 )
 from engine.server.settings import ServerConfig
-from engine.text.json_text import read_json, write_json
+from engine.text.json_text import read_json
 
 LONG = 4096
 """Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
@@ -106,8 +107,8 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
         if name in kind.NEUTRAL:
             value, allowed = given.pop(name), kind.NEUTRAL[name]
             if allowed is not None and value not in allowed:
-                one_of = " or ".join(write_json(one) for one in allowed)
-                words = f"must be {one_of} (got {short(write_json(value))})" if allowed else ""
+                *known, got = [json.dumps(each, ensure_ascii=False) for each in (*allowed, value)]
+                words = f"must be {' or '.join(known)} (got {short(got)})" if known else ""
                 raise APIError(400, f"'{name}' {words or 'is not supported'}: omit it.", param=name)
     for name, usual in kind.KINDS.items():
         if isinstance(entries := given.get(name), list):

@@ -366,10 +366,11 @@ class Writer(ABC):
         losses = [output.losses for output in firsts if output.losses is not None]
         drafts = [output.drafts for output in outputs if output.drafts is not None]
         transferred = [output.transferred for output in firsts if output.transferred is not None]
-        num_accepted = sum(counts.accepted.total() for counts in drafts)
+        num_accepted = sum(sum(counts.accepted.values()) for counts in drafts)
+        num_drafted = sum(sum(counts.drafted.values()) for counts in drafts)
         drafted = {
             "accepted_prediction_tokens": num_accepted,
-            "rejected_prediction_tokens": sum(one.drafted.total() for one in drafts) - num_accepted,
+            "rejected_prediction_tokens": num_drafted - num_accepted,
         }
         return {
             "prompt_tokens": num_prompt,

@@ -129,7 +129,7 @@ class Metrics(Collector):
                 counters["lost_tokens"].labels(cause).inc(number)
         num_accepted = 0
         if output.drafts is not None:
-            num_accepted = output.drafts.accepted.total()
+            num_accepted = sum(output.drafts.accepted.values())
             counters["verifications"].inc(output.drafts.num_verified)
             for name, tokens in (
                 ("drafted_tokens", output.drafts.drafted),

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from msgspec import structs
 
-from engine.text.json_text import read_json, whole_text, write_json
+from engine.text.json_text import read_json, whole_text
 from engine.text.outputs import RequestOutput, begin_of
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, any_of
 
@@ -396,7 +396,7 @@ class CallReader(ABC):
             return offered if self._functions else "'tool_choice' is 'none'"
         arguments = whole_text(call.arguments)
         if r"\ud" in arguments.lower():  # It may escape a lone surrogate.
-            arguments = write_json(read_json(arguments))
+            arguments = json.dumps(read_json(arguments), ensure_ascii=False)
         return call._replace(arguments=arguments)
 
     @abstractmethod

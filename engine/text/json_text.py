@@ -1,13 +1,8 @@
-"""JSON that every reader accepts: no NaN, no Infinity, no lone surrogates, bounded nesting.
-
-Text from clients and models is read with this module, and answers are written with it, so the rest
-of the code does not have to check for them.
-"""
+"""JSON of clients and models without values that some reader rejects: no NaN, no Infinity, no lone
+surrogates, bounded nesting. The rest of the code does not have to check for them."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from typing import Any
 
@@ -60,33 +55,6 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def write_json(value: Any, *, compact: bool = False) -> str:
-    """Write any ``value`` as JSON: null for a number that is not finite, U+FFFD for a lone
-    surrogate. O(its size).
-
-    >>> write_json({"logprob": float("-inf"), "text": "\\ud800"})
-    '{"logprob": null, "text": "\ufffd"}'
-    """
-    separators = (",", ":") if compact else None
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=separators)
-    except ValueError:
-        value = _finite(value)
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=separators)
-    return whole_text(text)
-
-
 def whole_text(text: str) -> str:
     """Return ``text`` with U+FFFD in place of lone surrogates. O(len(text))."""
     return text if text.isascii() else _HALVES.sub(REPLACEMENT, text)
-
-
-def _finite(value: Any) -> Any:
-    """Return ``value`` with None in place of numbers that are not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
@@ -17,12 +15,7 @@ from hybridcache.api import Losses
 if TYPE_CHECKING:
     from engine.text.tokenizer import StreamDecoder
 
-    Counts = Counter[tuple[str, int]]
-else:
-    Counts = dict[
-        tuple[str, int], int
-    ]  # msgspec decodes a dict, and ``DraftCounts`` makes it a Counter.
-
+Counts = dict[tuple[str, int], int]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -46,17 +39,14 @@ class DraftCounts(Struct, array_like=True):
 
     num_verified: int = 0
     """Number of steps that verified a draft of the request."""
-    drafted: Counts = msgspec.field(default_factory=Counter)
+    drafted: Counts = {}
     """Number of draft tokens by (source, place in the draft, from 1)."""
-    accepted: Counts = msgspec.field(default_factory=Counter)
+    accepted: Counts = {}
     """Number of accepted draft tokens, by the same keys."""
-
-    def __post_init__(self) -> None:
-        self.drafted, self.accepted = Counter(self.drafted), Counter(self.accepted)
 
     def copy(self) -> DraftCounts:
         """Return the present counts, which do not change with the request."""
-        return DraftCounts(self.num_verified, self.drafted, self.accepted)
+        return DraftCounts(self.num_verified, {**self.drafted}, {**self.accepted})
 
     @property
     def acceptance_len(self) -> float | None:
@@ -64,13 +54,14 @@ class DraftCounts(Struct, array_like=True):
         before the first."""
         if not self.num_verified:
             return None
-        return 1 + self.accepted.total() / self.num_verified
+        return 1 + sum(self.accepted.values()) / self.num_verified
 
     def count(self, source: str, num_drafted: int, num_accepted: int) -> None:
         """Count one draft with ``num_accepted`` accepted tokens at its beginning."""
         self.num_verified += 1
-        self.drafted.update((source, place) for place in range(1, num_drafted + 1))
-        self.accepted.update((source, place) for place in range(1, num_accepted + 1))
+        for counts, number in ((self.drafted, num_drafted), (self.accepted, num_accepted)):
+            for place in range(1, number + 1):
+                counts[source, place] = counts.get((source, place), 0) + 1
 
 
 class Timings(NamedTuple):

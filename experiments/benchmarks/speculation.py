@@ -145,7 +145,7 @@ def compare(engines: dict[str, Engine], workload: str, streams: int) -> Iterator
     for draft, seconds in taken.items():
         drafts = [output.drafts for output in outputs[draft] if output.drafts is not None]
         verified = sum(counts.num_verified for counts in drafts)
-        accepted = sum(counts.accepted.total() for counts in drafts)
+        accepted = sum(sum(counts.accepted.values()) for counts in drafts)
         decoded = sum(len(output.output) - 1 for output in outputs[draft])
         pairs = list(zip(outputs[draft], outputs["none"], strict=True))
         yield {
