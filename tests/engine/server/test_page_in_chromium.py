@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.async_engine import View
+from engine.plugins.observe.cache_watch import Watch
 from engine.server.settings import ServerConfig
 from tests.waiting import wait_until
 from tests.watch.browser import chromium, tab
@@ -129,14 +129,14 @@ def test_script_of_another_page_cannot_read(tab: Any, live: Live, path: str) -> 
 def test_page_links_to_each_replica(
     tab: Any, serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = View.whole
+    whole = Watch.whole
 
-    async def second_of_two(view: View) -> Any:
-        changes, state = await whole(view)
+    def second_of_two(watch: Watch) -> dict[str, Any]:
+        state = whole(watch)
         state["meta"] |= {"replica": 2, "num_replicas": 2}
-        return changes, state
+        return state
 
-    monkeypatch.setattr(View, "whole", second_of_two)
+    monkeypatch.setattr(Watch, "whole", second_of_two)
     live = serve_oracle()
     tab.goto(f"{live.url}?replica=2")
     wait_until_live(tab)
