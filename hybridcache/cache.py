@@ -497,8 +497,8 @@ class HybridRadixCache:
         if old is not None:
             handle.superseded = None
             old.num_successors -= 1
-            if old.node.checkpoint is old and not old.num_successors:
-                self._set_superseded(old, has_deeper_checkpoint(old.node))
+            if old.node.checkpoint is old:
+                self._review(old.node)
         node.locks -= 1
         if node.locks:
             return
@@ -596,7 +596,7 @@ class HybridRadixCache:
                 if before is not None:
                     replaces.superseded = before
                     before.num_successors += 1
-                    self._set_superseded(before, True)
+                    self._review(before.node)
         slots, budget = self._slots, self._slots.budget
         slot = slots.allocate()
         if slot is None:
@@ -856,9 +856,12 @@ class HybridRadixCache:
             node = self._split(inside, kv_match_len)
         leaf, kv = node, node.kv
         if kv_match_len < num_tokens:
-            self._expect_child(node)
+            if kv is not None and node.children is None:  # It is a leaf no more.
+                self._withdraw(kv)
             rows = kv_indices[kv_match_len:num_tokens]
             leaf = self._append(node, tokens[kv_match_len:num_tokens], rows, checkpoints)
+            if isinstance(node.children, dict):
+                self._review(node)
         elif kv is not None:
             kv.last_used = self.now
             if not node.children and kv not in self._withheld:
@@ -1069,9 +1072,9 @@ class HybridRadixCache:
         if revives is not None:
             self._withdraw(revives)
         checkpoint.superseded = has_deeper_checkpoint(node)
-        if not checkpoint.superseded and (before := last_checkpoint(node)) is not None:
-            self._set_superseded(before, True)
         node.checkpoint = checkpoint
+        if not checkpoint.superseded and node.parent is not None:
+            self._review(node.parent)
         if node.locks:
             self._locked_slots += 1
         node.lost_checkpoint = None
@@ -1080,18 +1083,6 @@ class HybridRadixCache:
             self.policy.add(revives)
         if self._listeners:
             self._notify("checkpoint_stored", node)
-
-    def _expect_child(self, parent: RadixNode) -> None:
-        """Prepare ``parent`` for a new resident child: it stops being a leaf, or its path forks."""
-        family = parent.children
-        if isinstance(family, dict) or parent.parent is None:
-            return
-        if family is not None:
-            before = last_checkpoint(parent)
-            if before is not None:
-                self._set_superseded(before, before.num_successors > 0)
-        elif parent.kv is not None:
-            self._withdraw(parent.kv)
 
     def _split(self, lower: RadixNode, position: int) -> RadixNode:
         """Split a resident node with its KV rows. O(tokens of the node)."""
@@ -1113,19 +1104,18 @@ class HybridRadixCache:
     def _review(self, node: RadixNode) -> None:
         """Update whether the last checkpoint at or above ``node`` is superseded, after a change
         there. O(nodes between it and the next deeper one)."""
-        before = last_checkpoint(node)
-        if before is not None:
-            self._set_superseded(before, before.num_successors > 0 or has_deeper_checkpoint(node))
-
-    def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:
-        if checkpoint.superseded == superseded:
+        last = last_checkpoint(node)
+        if last is None:
             return
-        if checkpoint in self._withheld:
-            checkpoint.superseded = superseded
+        superseded = last.num_successors > 0 or has_deeper_checkpoint(node)
+        if superseded == last.superseded:
             return
-        self.policy.discard(checkpoint, evicted=False)
-        checkpoint.superseded = superseded
-        self.policy.add(checkpoint)
+        is_candidate = last not in self._withheld
+        if is_candidate:
+            self.policy.discard(last, evicted=False)
+        last.superseded = superseded
+        if is_candidate:
+            self.policy.add(last)
 
     def _withdraw(self, item: Item) -> None:
         """Remove ``item`` from the candidates."""

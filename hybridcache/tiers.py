@@ -727,15 +727,18 @@ class TieredRadixCache(HybridRadixCache):
         self, state: OffloadedCheckpoint, path: list[RadixNode], rows: Indices, slot: int
     ) -> None:
         """Make the ghosts of ``path`` resident in ``rows``, and ``state`` in ``slot``."""
-        if path and path[0].parent is not None:
-            self._expect_child(path[0].parent)
         start, target = 0, state.node
+        base = path[0].parent if path else None
+        if base is not None and base.kv is not None and base.children is None:
+            self._withdraw(base.kv)
         for node in path:
             end = start + node.end - node.start
             self.offload.load_kv(node, rows[start:end])
             self._tree.revive(node)
             self._store_rows(node, rows[start:end].copy())
             start = end
+        if base is not None and isinstance(base.children, dict):
+            self._review(base)
         self.offload.load_state(state, slot)
         self._store_checkpoint(target, slot, state.label, not path, state.uses)
         if path and target.children is None and target.kv is not None:
