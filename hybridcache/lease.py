@@ -151,10 +151,7 @@ def _refuse_bad_begin(
     if not isinstance(request, LeaseRequest):
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
-        if number is None:
-            continue
-        require_index(number, what, 0)
-        if (what, number) in cache.steps.numbers:
+        if number is not None and (what, require_index(number, what, 0)) in cache.steps.numbers:
             raise ValueError(
                 f"{what} {number} is that of a running lease: give each its own, or end the "
                 "other lease first."
@@ -259,10 +256,8 @@ class Lease:
         """Number of positions that have a row: at least the ``to_len`` of the last ``extend``."""
         self.published_len = cached_len
         """Number of tokens with rows that belong to the tree, under the lock of this lease."""
-        # Rows of positions below _unread_len are those of the tree, which a caller without tensors
-        # never reads. All others are here, up to date.
         self._rows: Indices = np.empty(self.prompt_len + cache.page_size + SPARE_ROWS, np.int32)
-        self._unread_len = cached_len
+        self._rows[:cached_len] = cache.gather(receipt.node)
         # Slabs of the arena in which the rows below _indexed_len are, and possibly more.
         self._slabs: set[int] = set()
         self._indexed_len = 0
@@ -415,11 +410,8 @@ class Lease:
         """KV rows of all positions so far: int32[``extended_len``], a read-only view.
 
         Read it again in every step, after ``take_step``: rows of an arena move, and ``publish``
-        replaces duplicates. O(1), but O(``published_len``) if rows of the tree were not read yet.
+        replaces duplicates. O(1).
         """
-        if self._unread_len:
-            unread_len, self._unread_len, self._indexed_len = self._unread_len, 0, 0
-            self._rows[:unread_len] = self.cache.gather(self._receipt.node)[:unread_len]
         rows = self._rows[: self.extended_len]
         rows.flags.writeable = False
         return rows
@@ -516,15 +508,15 @@ class Lease:
     def rows_moved(self, move: Move) -> int:
         """Rename the rows of an emptied slab (``RowHolder``), and return how many of them are held.
         O(rows added since the last move), and O(``extended_len``) if rows are in that slab."""
-        slab_rows, start = len(move.new_rows), self._unread_len
-        added = self._rows[max(start, self._indexed_len) : self.extended_len]
+        slab_rows = len(move.new_rows)
+        added = self._rows[self._indexed_len : self.extended_len]
         self._slabs.update(np.bincount(added // slab_rows).nonzero()[0].tolist())
         self._indexed_len = self.extended_len
         if move.slab not in self._slabs:
             return 0
         self._slabs.discard(move.slab)
         self._slabs.update(np.bincount(move.dst // slab_rows).nonzero()[0].tolist())
-        moved = move.rename(self._rows[start : self.extended_len]) + start
+        moved = move.rename(self._rows[: self.extended_len])
         table_row = self._request.table_row
         if len(moved) and table_row is not None:
             self._note_changed(table_row, int(moved[0]), int(moved[-1]) + 1)
@@ -822,7 +814,7 @@ class Lease:
         finally:
             held = self._rows[self.published_len : self.extended_len]
             self.state_slot, self._has_ended, self._pending = None, True, {}
-            self.extended_len = self.published_len = self._unread_len = 0
+            self.extended_len = self.published_len = 0
             cache.steps.close(self, self._numbers)
             if cache.arena is not None and self._held_rows is not None:
                 del cache.arena.holders[self._held_rows]
@@ -844,10 +836,8 @@ class Lease:
         These, and the slots that the tree has not taken, are freed.
         """
         cache, first, before = self.cache, self.published_len, self._receipt
-        saved: dict[Saved, str] = {}
-        later: dict[Saved, str] = {}
-        for one, label in self._pending.items():
-            (saved if one[0] <= computed_len else later)[one] = label
+        saved = {one: label for one, label in self._pending.items() if one[0] <= computed_len}
+        later = {one: label for one, label in self._pending.items() if one[0] > computed_len}
         self.published_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
             self._rows[:computed_len],
@@ -860,9 +850,11 @@ class Lease:
         num_duplicates = len(duplicates)
         if num_duplicates:
             cache.free_kv(duplicates)
-            self._unread_len = first + num_duplicates
+            end = first + num_duplicates
+            self._rows[:end] = cache.gather(node)[:end]
+            self._indexed_len = min(self._indexed_len, first)
             if self._request.table_row is not None:
-                self._note_changed(self._request.table_row, 0, self._unread_len)
+                self._note_changed(self._request.table_row, first, end)
         self._pending = later
         if not is_last:
             self._receipt = receipt = cache.lock(node)

@@ -195,11 +195,7 @@ class ArenaAllocator(PageAllocator):
         return np.concatenate([self._stacked(), whole])
 
     def check(self, num_reserved: int = 0) -> None:
-        """Check that every row is free once, or allocated; in rows, slabs and bytes. O(pages).
-
-        Raises:
-            AssertionError: an invariant fails.
-        """
+        """Check that every row is free once, or allocated; in rows, slabs and bytes. O(pages)."""
         free, states = self._free_pages(), self.slots.taken
         super().check(num_reserved + len(states) * self.slab_rows)
         free_bytes = len(free) * self.page_size * self.unit_bytes
@@ -209,11 +205,7 @@ class ArenaAllocator(PageAllocator):
         assert states.isdisjoint((free // self._slab_pages).tolist()), "a row under a state is free"
 
     def check_taken(self, rows: Indices) -> None:
-        """Check that none of ``rows``, which are allocated KV rows, is part of a state. O(rows).
-
-        Raises:
-            AssertionError: one is.
-        """
+        """Check that none of ``rows``, which are allocated KV rows, is part of a state. O(rows)."""
         states = self.slots.taken
         assert states.isdisjoint(np.unique(rows // self.slab_rows).tolist()), (
             "a taken KV row lies under a state"
@@ -299,11 +291,7 @@ class RowIndex:
         return num_owned
 
     def check(self, segments: list[Segment]) -> None:
-        """Check that the index has ``segments``, those of all resident nodes. O(rows).
-
-        Raises:
-            AssertionError: it has not.
-        """
+        """Check that the index has ``segments``, those of all resident nodes. O(rows)."""
         known = {segment.serial: segment for segment in segments}
         assert known == self._known | self.new, "the segments known are not those of the tree"
         for serial in self._known.keys() - self.new.keys():

@@ -210,19 +210,10 @@ class StepPlan:
         Raises:
             RuntimeError: the plan was carried out before, a call failed half-way, or ``reset`` has
                 forgotten the plan.
-            TypeError: ``memory`` lacks a method that the plan needs. Nothing is carried out.
+            AttributeError: ``memory`` lacks a method that the plan needs.
         """
         if self.is_done or self.was_begun:
             raise RuntimeError(SPENT)
-        needed = {
-            "move" if isinstance(transfer, Move) else "copy"
-            for transfer in self.transfers
-            if not isinstance(transfer, Drop)
-        }
-        needed |= {"write_row"} if self.row_writes else set()
-        needed |= {"restore"} if self.restores else set()
-        if missing := sorted(name for name in needed if not hasattr(memory, name)):
-            raise TypeError(f"memory must have a method {', '.join(missing)} (got {memory!r}).")
         self.was_begun = True
         for transfer in self.transfers:
             if isinstance(transfer, Move):
@@ -308,8 +299,8 @@ class StepQueue:
             raise RuntimeError(NOT_CARRIED_OUT)
         if not (self.transfers or self.row_writes or self.restores):
             return StepPlan()
-        row_writes = self.due_row_writes() if self.row_writes else ()
-        plan = StepPlan(tuple(self.transfers), row_writes, tuple(self.restores.values()))
+        restores = tuple(self.restores.values())
+        plan = StepPlan(tuple(self.transfers), self.due_row_writes(), restores)
         self.transfers, self.num_moves = [], 0
         self.row_writes.clear()
         self.restores.clear()

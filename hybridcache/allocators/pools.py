@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import numpy as np
 
 from hybridcache.tokens import INT32, Indices, require_index, require_int32
@@ -17,7 +15,7 @@ class ByteBudget:
         self.total_bytes = self.free_bytes = require_index(total_bytes, "total_bytes", 1)
 
 
-class BaseAllocator(ABC):
+class BaseAllocator:
     """Allocator of units of one kind from a fixed range of indices, each with one owner at a time.
 
     With a ``budget``, several allocators share one number of bytes, and each can allocate only the
@@ -49,14 +47,6 @@ class BaseAllocator(ABC):
             return num_unused
         affordable = budget.free_bytes // self.unit_bytes
         return min(num_unused, affordable - affordable % self.page_size)
-
-    @abstractmethod
-    def check(self) -> None:
-        """Check that every free index is in range and listed once. O(capacity).
-
-        Raises:
-            AssertionError: one is not.
-        """
 
 
 MAX_ROWS = 1 << 31
@@ -195,7 +185,8 @@ class PageAllocator(BaseAllocator):
         return self.rows_of(self._free_pages())
 
     def check(self, num_reserved: int = 0) -> None:
-        """Check the stack. ``num_reserved`` unused rows are not free."""
+        """Check that every free page is in range and listed once. ``num_reserved`` unused rows are
+        not free. O(capacity)."""
         assert 0 <= self._num_implied <= self._height, f"{self._num_implied} entries are implied"
         free = self._free_pages()
         assert 0 <= self._height <= len(self._stack), f"stack height {self._height}"
@@ -264,6 +255,7 @@ class SlotAllocator(BaseAllocator):
         return list(self._stack)
 
     def check(self) -> None:
+        """Check that every free slot is in range and listed once. O(capacity)."""
         assert len(set(self._stack)) == len(self._stack), "a slot is free twice"
         assert all(0 <= slot < self.capacity for slot in self._stack), "a free slot is out of range"
         assert len(self._stack) == self.num_unused, f"slots free: counted {self.num_unused}"

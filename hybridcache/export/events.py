@@ -88,24 +88,18 @@ class EventStream(Listener):
         if not callable(sink):
             raise TypeError(f"sink must be a function of an event (got {sink!r}).")
         self._sink = sink
-        self._namespaces: dict[int, Hashable] = {}
-        """Namespace by segment, so that children need no walk to the root."""
 
     def kv_stored(self, node: RadixNode) -> None:
         parent = node.parent
         assert parent is not None
         above = None if parent.kv is None else parent.kv.serial
-        namespace = parent.key if above is None else self._namespaces[above]
-        id_ = _id(node)
-        self._namespaces[id_] = namespace
-        self._sink(KVStored(id_, above, namespace, node.start, tuple(node.tokens.tolist())))
+        tokens = tuple(node.tokens.tolist())
+        self._sink(KVStored(_id(node), above, node.namespace, node.start, tokens))
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
-        self._namespaces[_id(upper)] = self._namespaces[_id(lower)]
         self._sink(KVSplit(_id(lower), _id(upper), upper.end))
 
     def kv_removed(self, node: RadixNode) -> None:
-        del self._namespaces[_id(node)]
         self._sink(KVRemoved(_id(node)))
 
     def checkpoint_stored(self, node: RadixNode) -> None:

@@ -131,6 +131,14 @@ class RadixNode(NodeHandle):
         return 0 if self.parent is None else self.parent.end
 
     @property
+    def namespace(self) -> Hashable:
+        """Namespace of the prompts. O(nodes above)."""
+        node = self
+        while node.parent is not None:
+            node = node.parent
+        return node.key
+
+    @property
     def tokens(self) -> Tokens:
         """Ids of the edge: int32[end - start], read-only."""
         return edge_tokens(self.edge)

@@ -41,7 +41,6 @@ class Recorder(Listener):
 
     def __init__(self) -> None:
         self._records: list[Record] = []
-        self._names: dict[int, str | None] = {}
         self.nodes: dict[int, RadixNode] = {}
         """Resident nodes by id."""
 
@@ -51,23 +50,19 @@ class Recorder(Listener):
         return records
 
     def kv_stored(self, node: RadixNode) -> None:
-        parent, kv = node.parent, node.kv
-        assert parent is not None and kv is not None
-        above = node_id(parent)
-        name = show_namespace(parent.key) if above is None else self._names[above]
-        self._names[kv.serial], self.nodes[kv.serial] = name, node
-        place = [kv.serial, above, name, node.start, node.end]
+        kv = node.kv
+        assert kv is not None
+        self.nodes[kv.serial], name = node, show_namespace(node.namespace)
+        place = [kv.serial, node_id(node.parent), name, node.start, node.end]
         self._records.append(["kv", *place, _key(node), kv.uses, kv.last_used])
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
-        id_, new = _id(lower), _id(upper)
-        self._names[new], self.nodes[new] = self._names[id_], upper
-        self._records.append(["split", id_, new, upper.end, _key(lower)])
+        self.nodes[_id(upper)] = upper
+        self._records.append(["split", _id(lower), _id(upper), upper.end, _key(lower)])
 
     def kv_removed(self, node: RadixNode) -> None:
-        id_ = _id(node)
-        del self._names[id_], self.nodes[id_]
-        self._records.append(["kv-gone", id_])
+        del self.nodes[_id(node)]
+        self._records.append(["kv-gone", _id(node)])
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         saved = node.checkpoint

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.allocators.moves import Drop, StepMemory, StepPlan
+from hybridcache.allocators.moves import Drop, StepMemory
 from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream, Mirror
@@ -507,7 +507,6 @@ WRONG = (
     *((planner().add, {"request": "x"}), (planner().remove, {"request": "x"})),
     (Mirror(1).match, {"tokens": [1.5]}),
     (build, {"total_bytes": 99, "prefix_cache": "none", "kv_bytes_per_token": 8, "state_bytes": 0}),
-    (partial(StepPlan, (), (), ((1, 2),))().carry_out, {"memory": object()}),
 )
 """Makers with a wrong value of the last parameter."""
 

@@ -165,17 +165,6 @@ def rejected_slots_are_not_returned(patch: Patch) -> None:
 
 
 @FAULTS.detected_by(short_tables)
-def rows_of_the_tree_count_as_read_when_a_table_grows(patch: Patch) -> None:
-    @patch(Lease, "extend")
-    def extend(original: Any, self: Any, to_len: int) -> Any:
-        capacity = len(self._rows)
-        extended = original(self, to_len)
-        if len(self._rows) > capacity:
-            self._unread_len = 0
-        return extended
-
-
-@FAULTS.detected_by(short_tables)
 def a_request_publishes_tokens_that_are_not_computed(patch: Patch) -> None:
     @patch(Lease, "publish")
     def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:

@@ -14,7 +14,7 @@ import logging
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +32,6 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     InsertResult,
     MatchPrefixParams,
     MatchResult,
-    TreeLock,
 )
 from sglang.srt.mem_cache.events import KVCacheEventRecorder
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -203,7 +202,7 @@ class HybridRadixBackend(BasePrefixCache):
         rows[owned:] = to_host(row[owned:end])
         checkpoints = () if slot is None else ((end, slot),)
         namespace = namespace_of(req.extra_key, req.cache_salt)
-        after = None if req.lock is None else req.lock.receipt.node
+        after = None if req.lock is None else req.lock.receipt.receipt.node
         result = self._cache.insert(tokens, rows, checkpoints, namespace, owned, (), after)
         num_known = len(result.duplicates)
         if num_known:
@@ -263,23 +262,9 @@ class HybridRadixBackend(BasePrefixCache):
         return Held(receipt=self._cache.lock(node_of(node)))
 
     def dec_lock_ref(self, node: Any, params: Any = None) -> DecLockRefResult:
-        """Release one ``inc_lock_ref``. O(1)."""
-        if params is None:
-            locked = node_of(node)
-            last = locked.last() if isinstance(locked, PathPart) else locked
-            self._cache.unlock(LockHandle(last, self._cache))
-        else:
-            self._cache.unlock(params.receipt)
+        """Release one ``inc_lock_ref``, whose result ``params`` is. O(1)."""
+        self._cache.unlock(params.receipt)
         return DecLockRefResult()
-
-    def lock(self, node: Any) -> TreeLock:
-        """Lock a node for a request, like ``inc_lock_ref``. O(1)."""
-        return TreeLock(node, self._cache.lock(node_of(node)))
-
-    def unlock(self, lock: TreeLock | None) -> None:
-        """Release one ``lock``. O(1)."""
-        if lock is not None:
-            self._cache.unlock(lock.receipt)
 
     def path_device_indices(self, node: Any) -> torch.Tensor:
         """Return the rows from the root to a node: int64[position] on the device. O(position)."""
@@ -440,7 +425,7 @@ class EventRecorder(Listener):
         assert node.kv is not None and node.parent is not None
         above = node.parent.kv
         parent = self._root if above is None else self._shadows[above.serial]
-        shadow = _Shadow(parent, _key(node.tokens, _namespace(node)))
+        shadow = _Shadow(parent, _key(node.tokens, node.namespace))
         self._shadows[node.kv.serial] = shadow
         self.recorder.record_store(shadow)
 
@@ -458,12 +443,6 @@ class EventRecorder(Listener):
     def kv_removed(self, node: RadixNode) -> None:
         assert node.kv is not None
         self.recorder.record_remove(self._shadows.pop(node.kv.serial))
-
-
-def _namespace(node: RadixNode) -> Hashable:
-    while node.parent is not None:
-        node = node.parent
-    return node.key
 
 
 def _key(tokens: Tokens, namespace: Any) -> Any:
