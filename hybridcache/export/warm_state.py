@@ -29,7 +29,7 @@ import base64
 import json
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -78,14 +78,13 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         labels.append("" if item is None else item.label)
         tokens.append(node.tokens)
     policies, memos, levels = {}, {}, _levels(cache)
-    for level in levels:
-        policy = level.policy
+    for name, number, policy in levels:
         if isinstance(policy, Survival):
-            policies[level.name] = policy.state_dict()
-            items = [own for _, own, _ in places]
-            if level.name != DEVICE:
-                items = [s for *_, s in places if s is not None and s.tier == level.number]
-            memos[level.name] = [
+            policies[name] = policy.state_dict()
+            items: list[Checkpoint | None] = [own for _, own, _ in places]
+            if name != DEVICE:
+                items = [s for *_, s in places if s is not None and s.tier == number]
+            memos[name] = [
                 [item.serial, memo]
                 for item in items
                 if item is not None and (memo := policy.memo_state(item)) is not None
@@ -95,7 +94,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         "grid": cache.grid,
         "now": cache.now,
         "num_items": cache.num_items,
-        "tiers": [level.name for level in levels[1:]],
+        "tiers": [name for name, *_ in levels[1:]],
         "namespaces": list(namespaces),
         "nodes": np.array(rows, np.int64).reshape(-1, 8),
         "labels": labels,
@@ -184,8 +183,6 @@ class Memory:
         """Checkpoints of the file, each with a flag: superseded in its tier when saved."""
         self._cache: HybridRadixCache | None = None
         """Cache that ``recall_tree`` restored."""
-        self._memos: dict[int, Any] = {}
-        """Memos by serial. A shared tier has those of the levels above it."""
 
     def recall_tree(self, cache: HybridRadixCache) -> None:
         """Restore the tokens as ghosts, and the clock. O(nodes).
@@ -207,7 +204,7 @@ class Memory:
         roots = [tree.root(read_namespace(text)) for text in dict.fromkeys(plain["namespaces"])]
         rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         item_bytes, at = cache.item_bytes, 0
-        numbers = {level.name: level.number for level in _levels(cache)}
+        numbers = {name: number for name, number, _ in _levels(cache)}
         tiers = [numbers.get(name) for name in plain["tiers"]]
         for row, label in zip(rows, plain["labels"], strict=True):
             above, end, serial, created, last_used, uses, superseded, tier = row
@@ -248,24 +245,12 @@ class Memory:
             raise ValueError("call recall_tree with this cache before recall_policies.")
         if any(node.kv or node.checkpoint for node in cache.iter_nodes()):
             raise ValueError("call recall_policies before the first request is published.")
-        unfit, recalled = list[str](), set[str]()
-        levels = _levels(cache)
-        for level in levels:
-            must_follow = level.is_shared and DEVICE not in recalled
-            if level.name in self._plain["policies"] and not must_follow:
-                if isinstance(level.policy, Survival):
-                    self._recall_policy(cache, level, level.policy)
-                    recalled.add(level.name)
-                else:
-                    unfit.append(level.name)
-            if level.is_shared and not must_follow and level.name not in recalled:
-                # Starts from the present state of the level above.
-                fresh = levels[level.number].policy.for_tier()
-                if isinstance(fresh, Survival) and isinstance(level.policy, Survival):
-                    level.policy.load_state_dict(fresh.state_dict(), lambda _: None)
-                for state in _states(cache, level).values():
-                    state.memo = None
-                    level.policy.add(state)
+        unfit, memos, saved = list[str](), dict[int, Any](), self._plain["policies"]
+        for name, number, policy in _levels(cache):
+            if DEVICE in saved and isinstance(policy, Survival):
+                self._recall_policy(name, number, policy, memos)
+            elif name in saved:
+                unfit.append(name)
         rules = [rule for rule in placement if isinstance(rule, Adaptive)]
         written = self._plain["placement"]
         if len(rules) == len(written):
@@ -276,20 +261,27 @@ class Memory:
         cache.ghosts.trim()
         return unfit
 
-    def _recall_policy(self, cache: HybridRadixCache, level: _Level, policy: Survival) -> None:
-        name, states = level.name, _states(cache, level)
-        if not level.is_shared:
-            self._memos = {}
+    def _recall_policy(
+        self, name: str, number: int, policy: Survival, known_memos: dict[int, Any]
+    ) -> None:
+        """Restore the policy of one level. Levels share the memos of items with equal serials, and
+        a level that the file does not have begins with an empty policy."""
+        assert self._cache is not None
+        stored = (n.offloaded.state for n in self._cache.iter_nodes() if n.offloaded is not None)
+        states: dict[int, OffloadedCheckpoint] = {
+            state.serial: state for state in stored if state is not None and state.tier == number
+        }
         memos: dict[int, Any] = {}
-        for serial, state in self._plain["memos"][name]:
-            memos[serial] = self._memos.get(serial) or policy.memo_of(state)
-        self._memos |= memos
-        policy.load_state_dict(self._plain["policies"][name], states.get)
+        for serial, state in self._plain["memos"].get(name, ()):
+            memos[serial] = known_memos.get(serial) or policy.memo_of(state)
+        known_memos |= memos
+        empty = Survival().state_dict() | {"hazards": None}
+        policy.load_state_dict(self._plain["policies"].get(name, empty), states.get)
         for item, superseded in self._items:
             if name == DEVICE:
                 item.memo = memos.get(item.serial)
                 continue
-            if item.stored is not None and item.stored.tier == level.number:
+            if item.stored is not None and item.stored.tier == number:
                 item.stored.memo = memos.get(item.serial)
             if item.serial in memos and item.serial in states:
                 states[item.serial].superseded = superseded
@@ -301,30 +293,12 @@ class Memory:
                 policy.add(state)
 
 
-class _Level(NamedTuple):
-    """Memory with an eviction policy: the device or a tier."""
-
-    name: str
-    number: int
-    """Number of the tier, -1 for the device."""
-    policy: EvictionPolicy
-    is_shared: bool
-    """True if the policy shares the learned state of the level above."""
-
-
-def _levels(cache: HybridRadixCache) -> list[_Level]:
-    """Return the device and the tiers, the nearest first."""
+def _levels(cache: HybridRadixCache) -> list[tuple[str, int, EvictionPolicy]]:
+    """Return name, number and policy of the device, number -1, and of its tiers, the nearest
+    first. If one policy is ``Survival``, all are, and share what they learn."""
     tiers = cache.offload.tiers if isinstance(cache, TieredRadixCache) else ()
-    return [
-        _Level(DEVICE, -1, cache.policy, False),
-        *(_Level(tier.name, n, tier.policy, tier.is_shared) for n, tier in enumerate(tiers)),
-    ]
-
-
-def _states(cache: HybridRadixCache, level: _Level) -> dict[int, OffloadedCheckpoint]:
-    """Return the states stored in a tier, by serial; none for the device. O(tree)."""
-    states = (node.offloaded.state for node in cache.iter_nodes() if node.offloaded is not None)
-    return {s.serial: s for s in states if s is not None and s.tier == level.number}
+    below = [(tier.name, number, tier.policy) for number, tier in enumerate(tiers)]
+    return [(DEVICE, -1, cache.policy), *below]
 
 
 def _latest(cache: HybridRadixCache) -> list[RadixNode]:

@@ -6,9 +6,6 @@ checkpoint or tombstone, and its locks. O(nodes drawn), without recursion.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
-
 from hybridcache.radix.tree import RadixNode, RadixTree, members
 
 MAX_LETTERS = 80
@@ -24,38 +21,29 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
     """
     lines: list[str] = []
     num_drawn = num_namespaces = 0
-    for root in tree.roots.values():
-        if num_drawn >= max_nodes:
-            break
-        num_namespaces += 1
-        lines.append(f"namespace {_printable(repr(root.key))}")
-        stack = [("", _children(root))]
-        while stack and num_drawn < max_nodes:
-            margin, children = stack[-1]
-            child = next(children, None)
-            if child is None:
-                stack.pop()
-                continue
-            node, is_last, is_only = child
-            is_indented = len(stack) == 1 or not is_only
-            branch, rail = ("`- ", "   ") if is_last else ("|- ", "|  ")
-            lines.append(margin + branch * is_indented + _describe(node))
-            stack.append((margin + rail * is_indented, _children(node)))
+    stack = [(root, "", "") for root in reversed(tree.roots.values())]
+    while stack and num_drawn < max_nodes:
+        node, branch, margin = stack.pop()
+        if node.parent is None:
+            num_namespaces += 1
+            lines.append(f"namespace {_printable(repr(node.key))}")
+        else:
             num_drawn += 1
+            lines.append(branch + _describe(node))
+        children = [*members(node.children), *members(node.ghosts)]
+        for child in reversed(children):
+            if len(children) == 1 and node.parent is not None:
+                stack.append((child, margin, margin))
+            elif child is children[-1]:
+                stack.append((child, margin + "`- ", margin + "   "))
+            else:
+                stack.append((child, margin + "|- ", margin + "|  "))
     if tree.num_nodes > num_drawn:
         left_out = f"... {_count(tree.num_nodes - num_drawn, 'node')}"
         if len(tree.roots) > num_namespaces:
             left_out += f" and {_count(len(tree.roots) - num_namespaces, 'namespace')}"
         lines.append(left_out)
     return "\n".join(lines)
-
-
-def _children(node: RadixNode) -> Iterator[tuple[RadixNode, bool, bool]]:
-    """Iterate over (child, whether it is the last, whether it is the only one)."""
-    resident, ghosts = members(node.children), members(node.ghosts)
-    num_children = len(resident) + len(ghosts)
-    for number, child in enumerate(chain(resident, ghosts), 1):
-        yield child, number == num_children, num_children == 1
 
 
 def _describe(node: RadixNode) -> str:
