@@ -329,8 +329,16 @@ class HybridRadixCache:
         O(1), plus one step per node up to the next locked path for each lock that was taken or
         returned since the last count.
         """
-        if self._unsettled:
-            self._count_locks()
+        changes, self._unsettled = self._unsettled, {}
+        for change in (1, -1) if changes else ():
+            for locked, its_change in changes.items():
+                node = locked
+                while its_change == change and (parent := node.parent) is not None:
+                    node.pins += change
+                    if node.pins != (change > 0):
+                        break
+                    self._locked_tokens += change * (node.end - parent.end)
+                    node = parent
         return Protected(self._locked_tokens, self._locked_slots)
 
     def iter_nodes(self) -> Iterator[RadixNode]:
@@ -531,23 +539,6 @@ class HybridRadixCache:
         if last.kv.item_bytes is not self.item_bytes:  # each cache has its own object
             raise ValueError(FOREIGN)
         return last
-
-    def _count_locks(self) -> None:
-        """Add the changes of locks to the count of locked rows.
-
-        ``RadixNode.pins`` is 1 for a lock of the node, plus 1 per pinned child. O(nodes up to one
-        with another pin), per change.
-        """
-        changes, self._unsettled = self._unsettled, {}
-        for change in (1, -1):
-            for locked, its_change in changes.items():
-                node = locked
-                while its_change == change and (parent := node.parent) is not None:
-                    node.pins += change
-                    if node.pins != (change > 0):
-                        break
-                    self._locked_tokens += change * (node.end - parent.end)
-                    node = parent
 
     # --- Memory -----------------------------------------------------------------------------------
 
@@ -763,7 +754,7 @@ class HybridRadixCache:
         freed: list[Indices] = []
         while True:
             if leaf.pins:  # Of a returned lock. A ghost may be split, and has no pins then.
-                self._count_locks()
+                self.protected()
             if leaf.checkpoint is not None:
                 self._drop_checkpoint(leaf)
             kv, parent = leaf.kv, leaf.parent

@@ -836,8 +836,10 @@ class Lease:
         These, and the slots that the tree has not taken, are freed.
         """
         cache, first, before = self.cache, self.published_len, self._receipt
-        saved = {one: label for one, label in self._pending.items() if one[0] <= computed_len}
-        later = {one: label for one, label in self._pending.items() if one[0] > computed_len}
+        saved: dict[Saved, str] = {}
+        later: dict[Saved, str] = {}
+        for one, label in self._pending.items():
+            (saved if one[0] <= computed_len else later)[one] = label
         self.published_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
             self._rows[:computed_len],

@@ -299,8 +299,8 @@ class StepQueue:
             raise RuntimeError(NOT_CARRIED_OUT)
         if not (self.transfers or self.row_writes or self.restores):
             return StepPlan()
-        restores = tuple(self.restores.values())
-        plan = StepPlan(tuple(self.transfers), self.due_row_writes(), restores)
+        row_writes = self.due_row_writes() if self.row_writes else ()
+        plan = StepPlan(tuple(self.transfers), row_writes, tuple(self.restores.values()))
         self.transfers, self.num_moves = [], 0
         self.row_writes.clear()
         self.restores.clear()

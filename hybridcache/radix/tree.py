@@ -120,7 +120,7 @@ class RadixNode(NodeHandle):
         self.lost_checkpoint: Checkpoint | None = None
         """Checkpoint that was evicted from here, or None. A resident node with one is a tombstone.
         """
-        # 1 if the node is locked, plus the number of children with pins (``_count_locks``).
+        # 1 if the node is locked, plus the number of children with pins (``protected``).
         self.pins = 0
         # Offloaded KV and state of this node, or None (``hybridcache.tiers.OffloadedEntry``).
         self.offloaded: Any = None
