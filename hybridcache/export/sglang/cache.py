@@ -49,13 +49,17 @@ from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.api import Listener
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_on
-from hybridcache.export.sglang.states import Offer, RequestStates, RowView, SlotView, to_host
 from hybridcache.export.sglang.translation import (
     LossMeter,
+    Offer,
+    RequestStates,
+    RowView,
+    SlotView,
     branch_position,
     eviction_name,
     namespace_of,
     prompt_of,
+    to_host,
     tokens_of,
     why_not,
 )

@@ -1,20 +1,23 @@
-"""Translation between SGLang's settings, keys and metrics and those of this project.
+"""Translation between SGLang's and this project's settings, keys, metrics, allocators and states.
 
-Nothing here imports SGLang: eviction names, unsupported settings, ``RadixKey`` to tokens, the
-position of an exported state, and loss causes as metrics.
+Nothing here imports SGLang.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from hybridcache.api import Losses, PrefixMatch
+from hybridcache.allocators.pools import BaseAllocator, PageAllocator, SlotAllocator
+from hybridcache.api import Losses, PrefixMatch, losses_of
+from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.registry import DEFAULT_EVICTION, EVICTION_NAMES
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import Indices, Tokens
 
 # --- Settings -----------------------------------------------------------------------------------
 
@@ -154,3 +157,276 @@ class LossMeter:
         self._cached.inc(match.cached_len)
         for cause, tokens in lost.items():
             self._lost[cause].inc(tokens)
+
+
+# --- Allocators ---------------------------------------------------------------------------------
+#
+# SGLang owns the free lists. Its indices are int64 tensors on the device; ours are int32 arrays on
+# the host. Evicted rows are collected and freed in one call, because each free copies SGLang's
+# whole free list.
+
+
+class Counts(BaseAllocator):
+    """Counts of an allocator of SGLang."""
+
+    _theirs: Any
+    _num_owed = 0
+    """Number of units that are collected, and count as free."""
+
+    @property
+    def num_unused(self) -> int:
+        return int(self._theirs.available_size()) + self._num_owed
+
+    @property
+    def num_free(self) -> int:
+        """Number of units available without evicting, including collected ones. O(1)."""
+        return self.num_unused
+
+    @property
+    def num_taken(self) -> int:  # type: ignore[override]
+        """Number of cached or held units. O(1)."""
+        return int(self._theirs.size) - self.num_unused
+
+
+class RowView(Counts, PageAllocator):
+    """KV rows of a ``BaseTokenToKVPoolAllocator``: 0 (padding) to ``size``.
+
+    Call ``give_back`` after any operation that can evict. Collected rows count as free until then.
+    """
+
+    def __init__(self, theirs: Any, page_size: int, token_bytes: int) -> None:
+        self._theirs = theirs
+        self._owed: list[Indices] = []
+        self._num_owed = 0
+        self.page_size = page_size
+        self.capacity = theirs.size + theirs.page_size
+        self.unit_bytes = token_bytes
+        self.budget = None
+        self._is_on_host = torch.device(theirs.device).type == "cpu"
+
+    def allocate(self, num_tokens: int) -> Indices | None:
+        """Allocate whole pages for ``num_tokens`` tokens. None if too few are free. O(n)."""
+        self.give_back()
+        rows = self._theirs.alloc(-(-num_tokens // self.page_size) * self.page_size)
+        return None if rows is None else to_host(rows)
+
+    def free(self, rows: Indices, is_trusted: bool = False) -> None:
+        """Collect rows for the next ``give_back``, unchecked. O(1)."""
+        if len(rows):
+            self._owed.append(rows)
+            self._num_owed += len(rows)
+
+    def give_back(self) -> None:
+        """Free all collected rows in one call to SGLang. O(collected rows)."""
+        if self._owed:
+            rows = self._owed[0] if len(self._owed) == 1 else np.concatenate(self._owed)
+            self._owed.clear()
+            self._num_owed = 0
+            self._theirs.free(self.to_device(rows))
+
+    def to_device(self, rows: Indices) -> torch.Tensor:
+        """Convert ``rows`` to SGLang's form: int64[n] on its device. O(n)."""
+        there = torch.from_numpy(rows.astype(np.int64))
+        return there if self._is_on_host else there.to(self._theirs.device, non_blocking=True)
+
+    def free_rows(self) -> Indices:
+        """Return all free or collected rows, unordered. O(capacity)."""
+        page_size = self._theirs.page_size
+        pages = to_host(self._theirs.get_all_free_pages())
+        rows = pages[:, None] * page_size + np.arange(page_size, dtype=np.int32)
+        return np.concatenate((rows.reshape(-1), *self._owed)).astype(np.int32)
+
+    def check(self, num_reserved: int = 0) -> None:
+        """Raise AssertionError if a row is free twice or out of range. O(capacity)."""
+        rows = self.free_rows()
+        assert len(np.unique(rows)) == len(rows), "a KV row is free twice"
+        assert not len(rows) or (rows.min() > 0 and rows.max() < self.capacity), (
+            "a free KV row is out of range"
+        )
+
+
+class SlotView(Counts, SlotAllocator):
+    """State slots 1 to ``size`` of a ``MambaSlotAllocator``. Slot 0 is padding."""
+
+    def __init__(self, theirs: Any, state_bytes: int) -> None:
+        self._theirs = theirs
+        self.capacity = theirs.size + 1
+        self.unit_bytes = state_bytes
+        self.budget = None
+        self.is_taken = bytearray([1]) * self.capacity  # SGLang has the list of its free slots
+        self._tensors = torch.arange(self.capacity, dtype=torch.int64, device=theirs.device)
+
+    def allocate(self) -> int | None:
+        """Allocate a slot. None if no slot is free."""
+        slot = self._theirs.alloc(1)
+        return None if slot is None else int(slot)
+
+    def free(self, slot: int) -> None:
+        """Free ``slot`` in SGLang. O(its free list)."""
+        self._theirs.free(self.tensor(slot))
+
+    def tensor(self, slot: int) -> torch.Tensor:
+        """Return ``slot`` in SGLang's form, int64[1] on its device: a read-only view. O(1)."""
+        return self._tensors[slot : slot + 1]
+
+    def free_slots(self) -> list[int]:
+        """Return all free slots, unordered. O(capacity)."""
+        slots: list[int] = self._theirs.free_slots.tolist()
+        return slots
+
+    def check(self) -> None:
+        """Raise AssertionError if a slot is free twice or out of range. O(capacity)."""
+        slots = self.free_slots()
+        assert len(set(slots)) == len(slots), "a slot is free twice"
+        assert all(0 < slot < self.capacity for slot in slots), "a free slot is out of range"
+
+
+def to_host(indices: torch.Tensor) -> Indices:
+    """Copy a tensor of indices to the host as int32[n]. O(n); a GPU stream is synchronised."""
+    rows: Indices = indices.cpu().numpy().astype(np.int32)
+    return rows
+
+
+# --- States of requests ---------------------------------------------------------------------------
+#
+# A request owns a live slot. With an *extra buffer* it also owns tracking slots, in which its
+# forward passes save states at known lengths. The cache takes over a tracking slot without a copy,
+# and a running request gets a fresh slot in exchange (``donate``).
+#
+# Without the extra buffer there is only the live state at the end of the computed tokens. It is
+# copied while the request runs, and taken over when it finishes. If no slot is available, nothing
+# is donated and the request continues.
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """State that a request can give to the cache."""
+
+    position: int
+    """Number of tokens it covers."""
+    slot: torch.Tensor
+    """Slot, int64[1]."""
+    keep: int | None = None
+    """Index of its tracking slot, for a finished request with an extra buffer."""
+
+
+class RequestStates:
+    """States of the requests of one scheduler, and allocation of their slots."""
+
+    def __init__(self, pool: Any, slots: SlotView, rows: RowView, *, extra_buffer: bool) -> None:
+        self._pool = pool
+        self._slots = slots
+        self._rows = rows
+        self.extra_buffer = extra_buffer
+        """True if a prefill exports a state before its end."""
+
+    def take_slot(self, cache: HybridRadixCache) -> torch.Tensor | None:
+        """Allocate a slot, int64[1], evicting if needed. None if every state is locked."""
+        allocator = self._pool.mamba_allocator
+        slot: torch.Tensor | None = allocator.alloc(1)
+        if slot is None and cache.evict(num_slots=1).num_slots:
+            self._rows.give_back()
+            slot = allocator.alloc(1)
+        return slot
+
+    def resume(
+        self, cache: HybridRadixCache, req: Any, prompt: Tokens, found: PrefixMatch
+    ) -> PrefixMatch:
+        """Give ``req`` a live slot and register the copy of its checkpoint before the forward pass.
+
+        If the only available slot is that of ``found.checkpoint``, the request takes it and resumes
+        from the next shallower checkpoint. Without any slot it starts from zero. ``losses.refused``
+        counts the difference. O(len(prompt)).
+
+        Args:
+            cache: The cache.
+            req: SGLang's request.
+            prompt: Its tokens.
+            found: Match of ``prompt`` with a checkpoint.
+
+        Returns:
+            The match to resume from.
+        """
+        receipt = cache.lock(found.node)
+        slot = None if req.kv.holds_mamba else self.take_slot(cache)
+        cache.unlock(receipt)
+        match = found
+        if slot is None and not req.kv.holds_mamba:
+            slot = self.take_slot(cache)
+            now = cache.match(prompt, found.namespace)
+            if slot is None or now.checkpoint is None:
+                now = now._replace(cached_len=0, node=None, resumed=None)
+            match = found._replace(
+                cached_len=now.cached_len,
+                kv_match_len=now.kv_match_len,
+                losses=losses_of(found, now.cached_len),
+                node=now.node,
+                resumed=now.resumed,
+            )
+        if match.checkpoint is None:
+            if slot is not None:
+                self._pool.mamba_allocator.free(slot)
+            return match
+        if slot is not None:
+            req.kv.mamba_pool_idx = slot[0]
+        req.kv.mamba_cow_src_index = self._slots.tensor(match.checkpoint)
+        req.kv.mamba_needs_clear = False
+        return match
+
+    def offer_running(self, cache: HybridRadixCache, req: Any, num_tokens: int) -> Offer | None:
+        """Return the state a running request donates after a chunk.
+
+        None if there is no state, or no slot to continue with.
+        """
+        position = req.kv.mamba_last_track_seqlen if self.extra_buffer else num_tokens
+        slot = None if position is None else self.take_slot(cache)
+        if slot is None:
+            return None
+        if self.extra_buffer:
+            return Offer(position, self._pool.donate_mamba_ping_pong_slot(req, slot))
+        translate = self._pool.translate_mamba_indices
+        live = req.kv.mamba_pool_idx.unsqueeze(0)
+        self._pool.mamba_pool.copy_from(translate(live), translate(slot))
+        return Offer(num_tokens, slot)
+
+    def offer_finished(self, req: Any, num_tokens: int) -> Offer | None:
+        """Return the deepest state of a finished request with at most ``num_tokens`` tokens."""
+        if self.extra_buffer:
+            return self._tracked(req, num_tokens)
+        unflushed = self._pool.mamba_pool.replayssm_write_pos
+        live = req.kv.mamba_pool_idx
+        if unflushed is not None:
+            num_tokens -= int(unflushed[live])
+            unflushed[live] = 0
+        return Offer(num_tokens, live.unsqueeze(-1).clone())
+
+    def _tracked(self, req: Any, num_tokens: int) -> Offer | None:
+        kv, pool = req.kv, self._pool
+        position, index = kv.mamba_last_track_seqlen, pool.get_mamba_ping_pong_keep_idx(req)
+        if position is not None and position > num_tokens:
+            # The step in flight when the request ended went past its last token.
+            if pool.mamba_ping_pong_track_buffer_size != 2:
+                return None
+            position, index = (
+                kv.mamba_prev_track_seqlen,
+                pool.get_mamba_ping_pong_other_idx(index),
+            )
+        if not position or position > num_tokens or kv.mamba_ping_pong_empty[index]:
+            return None
+        slot = kv.mamba_ping_pong_track_buffer[index].unsqueeze(-1).clone()
+        return Offer(position, slot, index)
+
+    def settle_running(self, req: Any, offer: Offer, taken: bool) -> None:
+        """Clean up after the offer of ``offer_running`` was inserted or rejected."""
+        if not taken:
+            self._pool.mamba_allocator.free(offer.slot)
+        req.kv.mamba_last_track_seqlen = None
+        req.kv.mamba_prev_track_seqlen = None
+
+    def release(self, req: Any, offer: Offer | None, taken: bool) -> None:
+        """Free the slots of an ended request, except one that the tree has ``taken``."""
+        if self.extra_buffer:
+            keep = offer.keep if offer is not None and taken else None
+            self._pool.free_mamba_cache(req, mamba_ping_pong_track_buffer_to_keep=keep)
+        elif not taken:
+            self._pool.free_mamba_cache(req)

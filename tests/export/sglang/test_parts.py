@@ -12,9 +12,11 @@ import torch
 
 from hybridcache import CacheConfig
 from hybridcache.config import build_on
-from hybridcache.export.sglang.states import RequestStates, RowView, SlotView
 from hybridcache.export.sglang.translation import (
     NO_TOKEN,
+    RequestStates,
+    RowView,
+    SlotView,
     branch_position,
     namespace_of,
     prompt_of,
