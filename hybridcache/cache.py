@@ -222,7 +222,7 @@ class HybridRadixCache:
         """Segment of each row, if rows can move, else None."""
         if self.arena is not None:
             self._segments = RowIndex(pages.capacity)
-            self.arena.holders |= {self.steps: None, self._segments: None}
+            self.arena.holders.update({self.steps: None, self._segments: None})
         self._listeners: tuple[Listener, ...] = ()
         self._withheld: set[Item] = set()
         """Locked victims, withheld from the policy until they are unlocked."""

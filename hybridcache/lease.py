@@ -19,7 +19,6 @@ carried out, or TypeError for a wrong type. Nothing is changed.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Hashable
 from contextlib import suppress
 from threading import get_ident
@@ -175,20 +174,6 @@ def _refuse_bad_begin(
         raise ValueError("a request needs at least one token (got no tokens)")
 
 
-class _HeldRows:
-    """Holder of the rows of one lease in an arena. It does not keep the lease alive, so a dropped
-    lease gives its warning."""
-
-    def __init__(self, lease: Lease) -> None:
-        self._lease = weakref.ref(lease)
-        self.dropped = EMPTY
-        """Rows that the lease held when it was dropped. They stay taken."""
-
-    def rows_moved(self, move: Move) -> int:
-        lease = self._lease()
-        return len(move.rename(self.dropped)) if lease is None else lease.rows_moved(move)
-
-
 class Lease:
     """Claim of one request on a cache.
 
@@ -276,11 +261,8 @@ class Lease:
         steps.num_open += 1
         steps.thread = get_ident()
         steps.numbers |= self._numbers
-        self._held_rows: _HeldRows | None = None
-        """Holder of its rows in an arena, or None if rows never move."""
         if cache.arena is not None:
-            self._held_rows = _HeldRows(self)
-            cache.arena.holders[self._held_rows] = None
+            cache.arena.holders[self] = None
         if cached_len and request.table_row is not None:
             self._note_changed(request.table_row, 0, cached_len)
         if match.resumed is not None and state_slot is not None:
@@ -373,8 +355,8 @@ class Lease:
         if getattr(self, "_has_ended", True):
             return
         self._receipt.node = None  # One warning is enough.
-        if self._held_rows is not None:
-            self._held_rows.dropped = self._rows[self.published_len : self.extended_len]
+        if self.cache.arena is not None:
+            self.cache.arena.dropped.append(self._rows[self.published_len : self.extended_len])
         self.cache.steps.close(self, self._numbers)
         warnings.warn(
             f"{self!r} was dropped: call finish, preempt or abort, or its rows, slot and lock stay "
@@ -816,8 +798,8 @@ class Lease:
             self.state_slot, self._has_ended, self._pending = None, True, {}
             self.extended_len = self.published_len = 0
             cache.steps.close(self, self._numbers)
-            if cache.arena is not None and self._held_rows is not None:
-                del cache.arena.holders[self._held_rows]
+            if cache.arena is not None:
+                del cache.arena.holders[self]
             cache.unlock(self._receipt)
             try:
                 if own_slot is not None:

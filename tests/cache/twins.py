@@ -150,8 +150,9 @@ class Twins:
         self.moves: list[Move] = []
         """Moves of the cache that the plain twin has not repeated yet."""
         if config.memory == "arena":
-            self.arena(self.cache).holders[HeldRows(self)] = None
-            self.arena(other).holders[PlainHeldRows(self)] = None
+            self.holders = HeldRows(self), PlainHeldRows(self)
+            self.arena(self.cache).holders[self.holders[0]] = None
+            self.arena(other).holders[self.holders[1]] = None
 
     @staticmethod
     def arena(cache: HybridRadixCache) -> ArenaAllocator:

@@ -47,7 +47,7 @@ LABEL = "arrived"
 """Label of a copied checkpoint, in place of the placement rule's label."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class ReceivedPrefix:
     """Reservation for a prefix that is copied into the cache from another engine.
 
