@@ -24,19 +24,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop, StepQueue
+from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop
 from hybridcache.allocators.pools import PageAllocator, are_distinct
 from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.cache import FOREIGN, HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, raise_failure
-from hybridcache.radix.tree import (
-    Checkpoint,
-    GhostList,
-    ItemBytes,
-    RadixNode,
-    RadixTree,
-    members,
-)
+from hybridcache.radix.tree import Checkpoint, GhostList, RadixNode, members
 from hybridcache.tokens import EMPTY, Indices, Tokens, require_int32
 
 
@@ -195,23 +188,15 @@ class OffloadTiers(GhostList):
     eviction costs O(log of the tier) in its policy, plus O(1) per node that moves with it.
     """
 
-    def __init__(
-        self,
-        tiers: tuple[Tier, ...],
-        tree: RadixTree,
-        ghost_bytes: int,
-        item_bytes: ItemBytes,
-        state_rows: int,
-        steps: StepQueue,
-    ) -> None:
-        """``steps`` receives a transfer for every change."""
-        super().__init__(tree, ghost_bytes)
+    def __init__(self, cache: HybridRadixCache, tiers: tuple[Tier, ...], state_rows: int) -> None:
+        """Use ``tiers`` for the new ``cache``. A state takes ``state_rows`` rows."""
+        super().__init__(cache.ghosts.tree, cache.ghosts.limit_bytes)
         self.tiers = tiers
         self.names = tuple(tier.name for tier in tiers)
         """Names of the tiers, the nearest first."""
         self.state_rows = state_rows
-        self.row_bytes = item_bytes.kv_token
-        self._steps = steps
+        self.row_bytes = cache.item_bytes.kv_token
+        self._steps = cache.steps
         self.loading: OffloadedCheckpoint | None = None
         """State that ``fetch`` is loading: no candidate of its tier. None if it was dropped."""
         self.closed: set[int] = set()
@@ -363,11 +348,7 @@ class OffloadTiers(GhostList):
         for one in found:
             found += [child for child in members(one.ghosts) if child.offloaded is not None]
         for one in reversed(found):
-            entry = one.offloaded
-            if entry is None:
-                continue
-            if entry.state is not None:
-                self.drop_state(one)
+            self.drop_state(one)
             if one is not node and self.drop_kv(one):
                 self._forget(one)
             self._tidy(one)
@@ -453,11 +434,10 @@ class OffloadTiers(GhostList):
 
     def clear(self) -> None:
         """Free everything, and forget all ghosts. O(stored + ghosts)."""
-        for number, tier in enumerate(self.tiers):
-            while (victim := tier.policy.victim("checkpoint")) is not None:
-                self.drop_state(victim.node)
-                self._prune(victim.node)
-                self._sink(victim.node, number)
+        for node in reversed(list(self.tree.nodes())):
+            self.drop_state(node)
+            if self.drop_kv(node):
+                self._forget(node)
         super().clear()
 
     def _entry(self, node: RadixNode) -> OffloadedEntry:
@@ -635,10 +615,7 @@ class TieredRadixCache(HybridRadixCache):
     def attach(self, tiers: tuple[Tier, ...], state_rows: int) -> None:
         """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows. The cache
         must be empty."""
-        limit_bytes, steps = self.ghosts.limit_bytes, self.steps
-        self.offload = self.ghosts = OffloadTiers(
-            tiers, self._tree, limit_bytes, self.item_bytes, state_rows, steps
-        )
+        self.offload = self.ghosts = OffloadTiers(self, tiers, state_rows)
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Look up ``tokens`` as in ``HybridRadixCache.match``, with the positions that could be
