@@ -18,6 +18,7 @@ MirrorMatch(cached_len=8, kv_match_len=10)
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from math import lcm
 from typing import NamedTuple
 
@@ -129,17 +130,18 @@ class MirrorMatch(NamedTuple):
     kv_match_len: int
 
 
+@dataclass(eq=False, slots=True)
 class _Piece:
-    """One mirrored segment."""
+    """One mirrored segment, or the root of a namespace, without an id."""
 
-    __slots__ = ("checkpoint", "children", "namespace", "parent", "start", "tokens")
-
-    def __init__(self, stored: KVStored) -> None:
-        self.namespace, self.parent = stored.namespace, stored.parent
-        self.start, self.tokens = stored.start, stored.tokens
-        self.checkpoint = False
-        self.children: dict[tuple[int, ...], int] = {}
-        """Ids of the children, by their first page."""
+    id: int | None
+    parent: _Piece | None
+    namespace: Hashable
+    start: int = 0
+    tokens: tuple[int, ...] = ()
+    checkpoint: bool = False
+    children: dict[tuple[int, ...], _Piece] = field(default_factory=dict)
+    """Children by their first page."""
 
 
 class Mirror:
@@ -166,7 +168,7 @@ class Mirror:
         self.page_size = page_size
         self._kv_step = None if kv_grid is None else lcm(kv_grid, page_size)
         self._pieces: dict[int, _Piece] = {}
-        self._roots: dict[Hashable, dict[tuple[int, ...], int]] = {}
+        self._roots: dict[Hashable, _Piece] = {}
         self.next_sequence = 0
         """Number of the next batch."""
         self.num_tokens = 0
@@ -198,46 +200,41 @@ class Mirror:
             ) from None
 
     def _apply(self, event: Event) -> None:
+        page, pieces = self.page_size, self._pieces
         match event:
-            case KVStored():
-                piece, first = _Piece(event), event.tokens[: self.page_size]
-                siblings = self._siblings(piece)
-                if len(event.tokens) % self.page_size or first in siblings:
+            case KVStored(id_, above, namespace, start, tokens):
+                root = self._roots.setdefault(namespace, _Piece(None, None, namespace))
+                parent = root if above is None else pieces[above]
+                if len(tokens) % page or tokens[:page] in parent.children:
                     raise ValueError(
-                        f"page_size must be that of the cache (got {self.page_size}), and each "
-                        "event must be applied once: follow a new subscription with a new mirror."
+                        f"page_size must be that of the cache (got {page}), and each event must be "
+                        "applied once: follow a new subscription with a new mirror."
                     )
-                siblings[first], self._pieces[event.id] = event.id, piece
-                self.num_tokens += len(event.tokens)
-            case KVSplit():
-                self._split(event)
-            case KVRemoved():
-                piece = self._pieces.pop(event.id)
+                piece = pieces[id_] = _Piece(id_, parent, namespace, start, tokens)
+                parent.children[tokens[:page]] = piece
+                self.num_tokens += len(tokens)
+            case KVSplit(id_, upper_id, position):
+                lower = pieces[id_]
+                cut = position - lower.start
+                head, tail = lower.tokens[:cut], lower.tokens[cut:]
+                upper = _Piece(upper_id, lower.parent, lower.namespace, lower.start, head)
+                assert lower.parent is not None
+                lower.parent.children[head[:page]] = pieces[upper_id] = upper
+                upper.children[tail[:page]] = lower
+                lower.parent, lower.start, lower.tokens = upper, position, tail
+            case KVRemoved(id_):
+                piece = pieces.pop(id_)
+                assert piece.parent is not None
                 self.num_tokens -= len(piece.tokens)
-                del self._siblings(piece)[piece.tokens[: self.page_size]]
-                if piece.parent is None and not self._roots[piece.namespace]:
+                del piece.parent.children[piece.tokens[:page]]
+                if not self._roots[piece.namespace].children:
                     del self._roots[piece.namespace]
-            case CheckpointStored() | CheckpointRemoved():
+            case CheckpointStored(id_) | CheckpointRemoved(id_):
                 is_stored = isinstance(event, CheckpointStored)
-                self._pieces[event.id].checkpoint = is_stored
+                pieces[id_].checkpoint = is_stored
                 self.num_checkpoints += 1 if is_stored else -1
             case _:
                 raise TypeError(f"event must be made by an EventStream (got {event!r}).")
-
-    def _siblings(self, piece: _Piece) -> dict[tuple[int, ...], int]:
-        if piece.parent is None:
-            return self._roots.setdefault(piece.namespace, {})
-        return self._pieces[piece.parent].children
-
-    def _split(self, event: KVSplit) -> None:
-        lower = self._pieces[event.id]
-        cut = event.position - lower.start
-        head, tail = lower.tokens[:cut], lower.tokens[cut:]
-        stored = KVStored(event.upper, lower.parent, lower.namespace, lower.start, head)
-        upper = self._pieces[event.upper] = _Piece(stored)
-        self._siblings(upper)[head[: self.page_size]] = event.upper
-        lower.parent, lower.start, lower.tokens = event.upper, event.position, tail
-        upper.children[tail[: self.page_size]] = event.id
 
     def match(self, tokens: Tokens | tuple[int, ...], namespace: Hashable = None) -> MirrorMatch:
         """Match ``tokens``, int32[n] in O(n), or a tuple of integers in O(matched tokens). Raises
@@ -248,10 +245,9 @@ class Mirror:
             require_int32(tokens, "tokens")
             ids = tuple(tokens.tolist())
         require_namespace(namespace)
-        children = self._roots.get(namespace, {})
+        piece = self._roots.get(namespace)
         end = cached_len = 0
-        while (found := children.get(ids[end : end + self.page_size])) is not None:
-            piece = self._pieces[found]
+        while piece and (piece := piece.children.get(ids[end : end + self.page_size])):
             theirs = ids[end : end + len(piece.tokens)]
             if theirs != piece.tokens:
                 shared = common_tuple_len(theirs, piece.tokens)
@@ -260,7 +256,6 @@ class Mirror:
             end += len(piece.tokens)
             if piece.checkpoint and end < len(ids):
                 cached_len = end
-            children = piece.children
         if self._kv_step is not None:
             reachable = max(min(end, len(ids) - 1), 0)
             cached_len = reachable - reachable % self._kv_step
@@ -269,6 +264,7 @@ class Mirror:
     def segments(self) -> set[tuple[int, int | None, Hashable, int, tuple[int, ...], bool]]:
         """Return (id, parent, namespace, start, tokens, checkpoint?) of all segments."""
         return {
-            (id_, p.parent, p.namespace, p.start, p.tokens, p.checkpoint)
+            (id_, p.parent.id, p.namespace, p.start, p.tokens, p.checkpoint)
             for id_, p in self._pieces.items()
+            if p.parent is not None
         }
