@@ -527,13 +527,9 @@ class HybridRadixCache:
         """
         if node is None:
             return None
-        if isinstance(node, RadixNode):
-            last = node
-        elif isinstance(node, PathPart):
-            last = node.last()
-        else:
-            kind = type(node).__name__
-            raise ValueError(f"expected a node that this cache returned, got {kind}")
+        last = node.last() if isinstance(node, PathPart) else node
+        if not isinstance(last, RadixNode):
+            raise ValueError(f"expected a node that this cache returned (got {node!r})")
         if last.kv is None:
             raise ValueError(EVICTED)
         if last.kv.item_bytes is not self.item_bytes:  # each cache has its own object

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
@@ -16,11 +16,6 @@ from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_e
 from hybridcache.radix.tree import ItemBytes
 from hybridcache.tokens import require_bool, require_grid, require_index
 
-COUNTS = (
-    *("num_kv_tokens", "num_slots", "total_bytes", "kv_bytes_per_token", "state_bytes"),
-    *("page_size", "grid", "ghost_bytes", "host_bytes", "disk_bytes"),
-)
-"""Fields that are integers."""
 T = TypeVar("T")
 GRID = 64
 """Default checkpoint grid, tokens: the chunk length of the kernels."""
@@ -76,17 +71,16 @@ class CacheConfig:
     ghost_bytes: int = _field(16 << 20, "host memory for the tokens of ghosts, bytes")
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None or name not in ("num_slots", "total_bytes"):
+        for one in fields(self):
+            name, value, kind = one.name, getattr(self, one.name), str(one.type)
+            if kind == "int" or (kind == "int | None" and value is not None):
                 least = int(name in ("page_size", "grid"))
                 object.__setattr__(self, name, require_index(value, name, least))
         require_bool(self.priority_classes, "priority_classes")
-        for name, known in (("prefix_cache", PREFIX_CACHES), ("memory", MEMORIES)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)} (got {getattr(self, name)!r})."
-                )
+        known = {"prefix_cache": ("hybrid", "radix", "none"), "memory": ("arena", "budget")}
+        for name, words in known.items():
+            if (value := getattr(self, name)) not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)} (got {value!r}).")
         require_grid(self.grid, self.page_size)
         has_pools = bool(self.num_kv_tokens or self.num_slots)
         if has_pools == (self.total_bytes is not None):
@@ -223,10 +217,3 @@ def build_policy(config: CacheConfig) -> EvictionPolicy:
     if policy.orders_classes or not config.priority_classes:
         return policy
     return PriorityClasses(policy, make(), make())
-
-
-MEMORIES = ("arena", "budget")
-"""Values of ``CacheConfig.memory``."""
-
-PREFIX_CACHES = ("hybrid", "radix", "none")
-"""Values of ``CacheConfig.prefix_cache``."""

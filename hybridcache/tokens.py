@@ -137,13 +137,8 @@ def require_namespace(namespace: object) -> None:
         )
 
 
-def write_namespace(namespace: Hashable) -> str:
-    """Return ``namespace``, which is valid, as text for ``read_namespace``."""
-    return repr(namespace)
-
-
 def read_namespace(text: str) -> Hashable:
-    """Return the namespace that ``write_namespace`` wrote. Executes no code of the text.
+    """Return the namespace with this ``repr``. Executes no code of the text.
 
     Raises:
         ValueError: the text is damaged.

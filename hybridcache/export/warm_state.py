@@ -40,7 +40,7 @@ from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
-from hybridcache.tokens import EMPTY, read_namespace, write_namespace
+from hybridcache.tokens import EMPTY, read_namespace
 
 MAGIC = b"HCMEMRY3"
 NOTHING = (-1, 0, 0, 0, 0, -1)
@@ -67,8 +67,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         above = numbers.get(parent)
         if above is None:
             assert parent.parent is None, "a child is written without its parent"
-            text = write_namespace(parent.key)
-            above = -1 - namespaces.setdefault(text, len(namespaces))
+            above = -1 - namespaces.setdefault(repr(parent.key), len(namespaces))
         facts = NOTHING
         if item is not None:
             superseded = (own or item).superseded + 2 * (stored is not None and stored.superseded)

@@ -17,7 +17,6 @@ discards the oldest ghosts beyond its limit of bytes.
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -65,17 +64,7 @@ class ItemBytes(NamedTuple):
     """It is 0 in an attention-only cache."""
 
 
-class NodeHandle:
-    """Opaque position in the tree of a cache, returned by ``match`` and ``insert``.
-
-    Pass it to ``lock``, ``gather`` or ``insert(after=...)`` of the same cache. It is valid until
-    the next insertion or eviction, or for as long as it is locked.
-    """
-
-    __slots__ = ()
-
-
-class RadixNode(NodeHandle):
+class RadixNode:
     """Node for the tokens in (``start``, ``end``] of some prompts.
 
     Made by the cache, and for reading only. It is in ``children`` or ``ghosts`` of its parent.
@@ -149,7 +138,7 @@ class RadixNode(NodeHandle):
         return f"<{kind} {self.start}..{self.end}{slot} locks={self.locks}>"
 
 
-class PathPart(NodeHandle):
+class PathPart:
     """First ``length`` tokens of the path to ``node``. A hit can end inside an edge, and ``match``
     does not split it."""
 
@@ -168,6 +157,12 @@ class PathPart(NodeHandle):
         return node
 
 
+NodeHandle = RadixNode | PathPart
+"""Position in the tree of a cache, returned by ``match`` and ``insert``.
+
+Pass it to ``lock``, ``gather`` or ``insert(after=...)`` of the same cache. It is valid until the
+next insertion or eviction, or for as long as it is locked.
+"""
 Kind = Literal["kv", "checkpoint"]
 
 
@@ -514,9 +509,7 @@ class RadixTree:
         cut = (position - parent.end) * TOKEN_BYTES
         upper = RadixNode(parent, lower.key, lower.edge[:cut], position)
         lower.edge = lower.edge[cut:]
-        page = lower.edge[: self.page_size * TOKEN_BYTES]
-        is_int = self.page_size == 1
-        lower.key = int.from_bytes(page, sys.byteorder, signed=True) if is_int else page
+        lower.key = first_page(lower.tokens, 0, self.page_size)
         lower.parent = upper
         family = parent.ghosts if lower.kv is None else parent.children
         if isinstance(family, dict):

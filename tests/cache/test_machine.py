@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.config import MEMORIES, CacheConfig
+from hybridcache.config import CacheConfig
 from hybridcache.policies.registry import EVICTION_NAMES
 from tests import selection
 from tests.cache.twins import Twins
@@ -35,7 +35,7 @@ def configs(draw: st.DrawFn, evictions: tuple[str, ...]) -> CacheConfig:
             "total_bytes": unit * 2 * draw(st.integers(4, 24)) + 4 * state_bytes,
             "kv_bytes_per_token": 2,
             "state_bytes": state_bytes,
-            "memory": draw(st.sampled_from(MEMORIES)),
+            "memory": draw(st.sampled_from(("arena", "budget"))),
         }
     else:
         pools = {

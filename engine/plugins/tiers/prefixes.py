@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from hybridcache.tokens import Indices, Tokens, common_prefix_len, read_namespace, write_namespace
+from hybridcache.tokens import Indices, Tokens, common_prefix_len, read_namespace
 
 
 class RecordPart(NamedTuple):
@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
     def encode(self) -> bytes:
         """Return the meta of its record."""
-        space, tokens = write_namespace(self.namespace), self.tokens.astype("<i4").tobytes()
+        space, tokens = repr(self.namespace), self.tokens.astype("<i4").tobytes()
         return msgspec.msgpack.encode((self.parent, self.start, tokens, space))
 
 
