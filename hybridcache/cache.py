@@ -423,9 +423,7 @@ class HybridRadixCache:
         if missed is not None:
             policy = self.policy
             policy.on_ghost_hit(missed)
-            # Most policies ignore all but the first ghost hit: then no path is searched.
-            is_asked = type(policy).on_ghost_hit_above is not EvictionPolicy.on_ghost_hit_above
-            above = missed.node.parent if is_asked else None
+            above = missed.node.parent
             while above is not None and above.checkpoint is None:
                 if above.lost_checkpoint is not None:
                     policy.on_ghost_hit_above(above.lost_checkpoint)
@@ -1016,10 +1014,7 @@ class HybridRadixCache:
         """
         rejected: list[int] = []
         node, end, step = leaf, leaf.end, self.checkpoint_grid
-        order: Sequence[int] = (0,)
-        if len(checkpoints) > 1:
-            order = sorted(range(len(checkpoints)), key=checkpoints.__getitem__, reverse=True)
-        for index in order:
+        for index in sorted(range(len(checkpoints)), key=checkpoints.__getitem__, reverse=True):
             position, slot = checkpoints[index]
             if position % step or not 0 < position <= end:
                 rejected.append(slot)

@@ -173,16 +173,13 @@ class ArenaAllocator(PageAllocator):
     def _fill(self, num_pages: int) -> None:
         """Put ``num_pages`` free pages of free slabs on the stack, below all others.
         O(num_pages)."""
-        size = self._slab_pages
-        num_slabs = -(-num_pages // size)
+        num_slabs = -(-num_pages // self._slab_pages)
         opened = self.free_slabs[-num_slabs:]
         del self.free_slabs[-num_slabs:]
-        num_new, height = num_slabs * size, self._height
-        self._height = top = height + num_new
-        self._stack[num_new:top] = self._stack[:height]
-        for rank, slab in enumerate(reversed(opened)):
-            place = self._stack[rank * size : (rank + 1) * size]
-            np.add(self._slab_offsets, slab * size, out=place)
+        pages, height = self._pages_of(opened[::-1]), self._height
+        self._height = top = height + len(pages)
+        self._stack[len(pages) : top] = self._stack[:height]
+        self._stack[: len(pages)] = pages
 
     def _restack(self, pages: Indices) -> None:
         """Replace the stack by ``pages``."""
@@ -195,9 +192,12 @@ class ArenaAllocator(PageAllocator):
 
     def _free_pages(self) -> Indices:
         """Return all pages that are neither KV nor part of a state, unordered. O(pages)."""
-        first = np.array(self.free_slabs, np.int32)[:, None] * np.int32(self._slab_pages)
-        whole = (first + self._slab_offsets).reshape(-1)
-        return np.concatenate([self._stacked(), whole])
+        return np.concatenate([self._stacked(), self._pages_of(self.free_slabs)])
+
+    def _pages_of(self, slabs: list[int]) -> Indices:
+        """Return all pages of ``slabs``, in their order."""
+        first = np.array(slabs, np.int32)[:, None] * np.int32(self._slab_pages)
+        return (first + self._slab_offsets).reshape(-1)
 
     def check(self, num_reserved: int = 0) -> None:
         """Check that every row is free once, or allocated; in rows, slabs and bytes. O(pages)."""
