@@ -12,6 +12,7 @@ import ctypes
 import gc
 import logging
 import math
+import resource
 import signal
 import socket
 import sys
@@ -69,14 +70,10 @@ counts free nearly everything."""
 def most_connections() -> int:
     """Raise the limit of open descriptors to its hard limit, at most ``MAX_DESCRIPTORS``, and
     return the number of connections that leaves some for the rest of the process."""
-    most = MAX_DESCRIPTORS
-    with suppress(ImportError, OSError):  # Not Linux.
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = min(hard, most) if hard != resource.RLIM_INFINITY else most
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return max(most - 256, most // 2)
 
 
@@ -272,7 +269,6 @@ def create_app(
 def _model_routes(context: ServingContext) -> list[Route]:
     """Return the routes of models, health and metrics."""
     folder: dict[str, str] = {"status": "ok"}
-    asking: asyncio.Task[None] | None = None
     num_tokens = context.engine.facts.max_model_len
     card = {
         "id": context.model_name,
@@ -296,26 +292,21 @@ def _model_routes(context: ServingContext) -> list[Route]:
         context.check_model(request.path_params["name"])
         return json_response(card)
 
-    async def ask() -> None:
-        nonlocal folder
-        with suppress(EngineStopped, ValueError):  # ended, or no replica is up
-            offload = (await context.engine.report()).offload
-            problem = offload and offload.folder and offload.folder.problem
-            degraded = {"status": "degraded", "state_dir": problem or ""}
-            folder = degraded if problem else {"status": "ok"}
-
     async def health(request: Request) -> Response:
         """Return ``ok``, or ``degraded`` with the problem of the state directory; and the result of
         the check of exactness. Reports are made between two steps. During a long step the status is
-        that of the last report, so that a probe does not have to wait."""
-        nonlocal asking
+        that of the last probe, so that this one does not have to wait."""
+        nonlocal folder
         engine = context.engine
         if not engine.is_alive:
             raise APIError(503, "The engine has stopped; see the server's log for the reason.")
         if engine.config.plugins:
-            if asking is None or asking.done():
-                asking = asyncio.create_task(ask())
-            await asyncio.wait({asking}, timeout=HEALTH_WAIT_S)
+            with suppress(EngineStopped, ValueError, TimeoutError):  # Or no replica is up.
+                async with asyncio.timeout(HEALTH_WAIT_S):
+                    offload = (await engine.report()).offload
+                problem = offload and offload.folder and offload.folder.problem
+                degraded = {"status": "degraded", "state_dir": problem or ""}
+                folder = degraded if problem else {"status": "ok"}
         return json_response(folder | {"exactness": engine.facts.exactness.sentence})
 
     async def metrics(request: Request) -> Response:
