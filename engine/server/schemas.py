@@ -259,7 +259,7 @@ class Message(msgspec.Struct, kw_only=True):
     @classmethod
     def read(cls, given: dict[str, Any], index: int) -> Message:
         """Return the message of this index. Raises APIError 400 or ValueError."""
-        extra = dict(given)
+        extra = given.copy()
         known = {name: extra.pop(name) for name in KNOWN if name in extra}
         read = converted(known, cls, f"messages.{index}")
         read.extra = extra
@@ -371,8 +371,7 @@ def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return tools in the form in which the template reads them. Raises APIError 400 or
     ValueError."""
     tools = [_with_plain_function(tool) for tool in given]
-    for index, tool in enumerate(tools):
-        converted(tool, Tool, f"tools.{index}")
+    converted(tools, list[Tool], "tools")
     names = Counter(tool["function"]["name"] for tool in tools)
     if twice := [name for name, number in names.items() if number > 1]:
         raise ValueError(f"Two of 'tools' have the name {quoted(twice[0])}: names must be unique.")

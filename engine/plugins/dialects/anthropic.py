@@ -201,7 +201,12 @@ class OutputConfig(Part, kw_only=True):
 class CountRequest(Body, kw_only=True):
     """POST /v1/messages/count_tokens: the fields that determine the prompt."""
 
-    NEUTRAL: ClassVar[Mapping[str, Any]] = {"mcp_servers": ([],), "fallbacks": ([],)}
+    # The cache's own explanations replace ``diagnostics``.
+    NEUTRAL: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("diagnostics", "service_tier")),
+        **dict.fromkeys(("mcp_servers", "fallbacks"), ([],)),
+        "speed": ("standard",),
+    }
 
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -212,12 +217,6 @@ class CountRequest(Body, kw_only=True):
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
     """Later prompts will share all of this one."""
-    diagnostics: Any = None
-    """Ignored: ``/v1/cache/explanations`` explains misses."""
-    service_tier: str | None = None
-    """Ignored."""
-    speed: Literal["standard"] | None = None
-    """Ignored."""
     context_management: Any = None
     """Ignored: the answer says that no edit was applied."""
     metadata: Metadata | None = None
