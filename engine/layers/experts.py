@@ -57,8 +57,9 @@ class Experts:
             stored = {self._weights.storage(one.removesuffix(".weight")) for one in shared}
             is_joined = bool(self._moe.JOINS_SHARED) and stored == {self._storage}
             self._shared = shared if is_joined else None
-        self._w13, self._w13_scale = self._allocate(self._inner, width)
-        self._w2, self._w2_scale = self._allocate(width, own)
+        count, storage = self._count + self.has_shared, self._storage
+        self._w13, self._w13_scale = storage.allocate(build.weights, count, self._inner, width)
+        self._w2, self._w2_scale = storage.allocate(build.weights, count, width, own)
 
     @property
     def has_shared(self) -> bool:
@@ -106,15 +107,6 @@ class Experts:
             for own in names
         }
         return found.pop() if len(found) == 1 else asked
-
-    def _allocate(self, rows: int, columns: int) -> tuple[torch.Tensor, Scales]:
-        storage, weights = self._storage, self._weights
-        count = self._count + self.has_shared
-        weight = weights.empty(count, rows, columns, dtype=storage.dtype)
-        if storage.dtype is None:
-            return weight, None
-        shape = storage.scales(rows, columns)
-        return weight, weights.empty(count, *shape, dtype=torch.float32)
 
     def seal(self) -> None:
         precision, dtype = self._storage.precision, self._weights.dtype

@@ -257,9 +257,16 @@ class Storage:
     columns: int | None = None
     """Number of columns of such a weight that share a scale, or None if all do."""
 
-    def scales(self, num_rows: int, num_columns: int) -> tuple[int, int]:
-        """Return the shape of the scales of such a weight ``[num_rows, num_columns]``."""
-        return num_rows, 1 if self.columns is None else -(-num_columns // self.columns)
+    def allocate(
+        self, weights: WeightSpec, *shape: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Allocate a weight ``[..., M, N]``, and its scales ``[..., M, blocks of columns]`` if it
+        stays quantised."""
+        weight = weights.empty(*shape, dtype=self.dtype)
+        if self.dtype is None:
+            return weight, None
+        blocks = 1 if self.columns is None else -(-shape[-1] // self.columns)
+        return weight, weights.empty(*shape[:-1], blocks, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,13 +467,9 @@ class _Stack:
         self._inputs, self._adds_bias = inputs, inputs is None or build.rank.number == 0
         num_rows, weights = sum(part.num_outputs for part in parts), build.weights
         in_features = in_features if inputs is None else len(inputs)
-        self._weight = (
-            weights.empty(num_rows, in_features, dtype=storage.dtype) if weight is None else weight
+        self._weight, self._scale = (
+            storage.allocate(weights, num_rows, in_features) if weight is None else (weight, None)
         )
-        self._scale: torch.Tensor | None = None
-        if storage.dtype is not None:
-            shape = storage.scales(num_rows, in_features)
-            self._scale = weights.empty(*shape, dtype=torch.float32)
         self._bias = weights.empty(num_rows) if bias else None
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:

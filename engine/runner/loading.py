@@ -54,6 +54,8 @@ STACKED_EXPERTS = "experts.gate_up_proj", "block_sparse_moe.input_linear.weight"
 TIED_HEAD = "lm_head.weight"
 """Copy of the embedding if a model ties them. Files may or may not contain it, and lists of modules
 may name it in both cases."""
+OFFSET = "weight_offset"
+"""Last part of the name of zero points, which ModelSlim also writes if all are 0."""
 DUMMY_STD = 0.02
 
 
@@ -110,10 +112,12 @@ class WeightFiles:
             shape, scheme = parameter.shape, parameter.scheme
             wanted[name], schemes[name] = (shape,), scheme
             if scheme is not None:
-                wanted[scale_name(name, scheme)] = scale_shapes(scheme, *shape)
+                wanted[name_beside(name, scheme.scale_name)] = scale_shapes(scheme, *shape)
             _check_whole_blocks(name, parameter)
         self._check_dtypes(schemes)
-        offsets = {offset_name(name) for name, scheme in schemes.items() if scheme is not None}
+        offsets = {
+            name_beside(name, OFFSET) for name, scheme in schemes.items() if scheme is not None
+        }
         unexpected = sorted(set(self.tensors) - set(wanted) - offsets)
         if tied and TIED_HEAD in unexpected:
             unexpected.remove(TIED_HEAD)
@@ -166,12 +170,12 @@ class WeightFiles:
         for name, parameter in layer.parameters():
             tensor, scale = self.tensors[name], None
             if parameter.scheme is not None:
-                scale = self.tensors[scale_name(name, parameter.scheme)]
+                scale = self.tensors[name_beside(name, parameter.scheme.scale_name)]
                 check_scale(name, tensor, scale, parameter.scheme)
-                offset = self.tensors.get(offset_name(name))
+                offset = self.tensors.get(name_beside(name, OFFSET))
                 if offset is not None and offset.count_nonzero():
                     raise WeightsError(
-                        f"{offset_name(name)} is not zero: only symmetric weights are supported."
+                        f"zero points of {name} are not zero: only symmetric weights are supported."
                     )
             parameter.fill(tensor, scale)
             check_numbers(name, parameter.target)
@@ -210,7 +214,7 @@ def check_numbers(name: str, tensor: torch.Tensor) -> None:
 def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> None:
     """Raise WeightsError if a scale of the weight ``name`` is not a positive number. A scale of
     zero is allowed if all its weights are zero."""
-    own = scale_name(name, scheme)
+    own = name_beside(name, scheme.scale_name)
     if scale.dtype not in SCALE_DTYPES:
         raise WeightsError(
             f"{own} has type {dtype_name(scale.dtype)}: scales must be float32, bfloat16 or "
@@ -242,15 +246,9 @@ def _check_whole_blocks(name: str, parameter: Parameter) -> None:
         )
 
 
-def scale_name(name: str, scheme: Scheme) -> str:
-    """Return the name of the scales of the weight ``name``."""
-    return f"{name.removesuffix('.weight')}.{scheme.scale_name}"
-
-
-def offset_name(name: str) -> str:
-    """Return the name of the zero points of the weight ``name``, which ModelSlim also writes if all
-    are 0."""
-    return f"{name.removesuffix('.weight')}.weight_offset"
+def name_beside(name: str, word: str) -> str:
+    """Return the name of the scales or zero points of the weight ``name``."""
+    return f"{name.removesuffix('.weight')}.{word}"
 
 
 def scale_shapes(scheme: Scheme, num_rows: int, num_columns: int) -> tuple[tuple[int, ...], ...]:
@@ -293,8 +291,6 @@ class Dummy:
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OTHER_DTYPES = ("float16", "float64")
-"""Number formats of files that are converted to the default one of the device."""
 
 
 def load_model(
@@ -353,17 +349,6 @@ def _head(model: Decoder, fill: Fill | None = None) -> PredictionHead:
     return head
 
 
-def resolve_dtype(word: str, config: ModelConfig, device: Device) -> torch.dtype:
-    """Return a dtype by name. ``auto`` is that of the weight files if the device supports it.
-    Raises ModelError."""
-    name = config.dtype if word == "auto" else word
-    if name not in DTYPES:
-        if word == "auto" and name in OTHER_DTYPES:
-            return device.traits.default_dtype
-        raise ModelError(f"dtype {name!r} is not supported: use --dtype float32 or bfloat16.")
-    return DTYPES[name]
-
-
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """Weights of one rank on its device, and the formats in which it computes."""
@@ -399,7 +384,8 @@ class LoadedModel:
         raw = read_config(config.model_dir)
         family, model_config = read_model(raw)
         sizes = shared_sizes(model_config, rank.count)
-        dtype = resolve_dtype(config.dtype, model_config, device)
+        word = model_config.dtype if config.dtype == "auto" else config.dtype
+        dtype = DTYPES.get(word, device.traits.default_dtype)
         has_sums = sizes.size_of("recurrent") > 0
         build = Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank)
         model, head, note = load_model(config, family, model_config, build)
