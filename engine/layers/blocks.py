@@ -299,20 +299,16 @@ class MLP(Composite):
         bias: bool = False,
         gated: bool = True,
         gate_multiplier: float = 1.0,
-        sums: bool = True,
     ) -> None:
         """``inputs``, ``output``: names of gate and up, which may be one matrix, and of down.
-        ``gated``: False if there is no gate. ``gate_multiplier``: factor before silu. ``sums``: see
-        ``Linear``."""
+        ``gated``: False if there is no gate. ``gate_multiplier``: factor before silu."""
         num_parts = 1 + gated
         rows = num_parts * intermediate_size // len(inputs)
         parts = [Part(f"{name}.{word}", rows) for word in inputs]
         parts = shared(parts, [(intermediate_size, 1)] * num_parts, build.rank)
         self.gate_up = Linear(hidden_size, parts, build, bias=bias)
         outputs = [Part(f"{name}.{output}", hidden_size)]
-        self.down = Linear(
-            intermediate_size, outputs, build, bias=bias, shares_inputs=True, sums=sums
-        )
+        self.down = Linear(intermediate_size, outputs, build, bias=bias, shares_inputs=True)
         self.layers = self.gate_up, self.down
         self._gate_multiplier = gate_multiplier
         activation = build.kernels["activation"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from engine.layers.blocks import MLP, FeedForward, Rows, pad_rows
+from engine.layers.blocks import MLP, Rows, pad_rows
 from engine.layers.linear import (
     Build,
     Composite,
@@ -137,8 +137,13 @@ class Experts:
         return self._product(x, weights, experts, shared_gate=shared_gate)
 
 
-class ExpertsMLP(Composite):
-    """A few experts per token, selected by a router, and a shared expert with a separate gate."""
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Weights ``[T, k]`` and experts ``[T, k]`` of the T tokens, and the gate of a shared expert
+``[num_rows, 1]``, or an empty tensor if the router has none."""
+
+
+class Router(Composite):
+    """Selects the most probable experts, weighted by their probabilities."""
 
     def __init__(
         self,
@@ -148,67 +153,20 @@ class ExpertsMLP(Composite):
         build: Build,
         *,
         renormalises: bool,
-        stacked_names: bool,
+        gate: str | None = None,
     ) -> None:
         """``renormalises``: True if the weights of the selected experts are scaled to sum to one.
-        ``stacked_names``: True if all experts are one tensor in the files."""
+        ``gate``: name of the gate of a shared expert, which is one product with the router."""
         self._k, self._renormalises = sizes.experts_per_token, renormalises
-        self._num_experts, stem = sizes.num_experts, f"{name}.experts"
-        words, shared_name = ("gate_proj", "up_proj", "down_proj"), f"{name}.shared_expert"
-        names = expert_names(f"{stem}.{{}}", *words)
-        if stacked_names:
-            names = f"{stem}.gate_up_proj", f"{stem}.down_proj"
-        shared_names = expert_names(shared_name, *words)
-        self._experts = Experts(stem, hidden_size, sizes, names, build, shared=shared_names)
-        # Router and shared gate have the same input, so they are one product.
-        gates = [
-            Part(f"{name}.gate", sizes.num_experts),
-            Part(f"{name}.shared_expert_gate", 1),
-        ]
-        self._router = Linear(hidden_size, gates, build)
-        self._shared: MLP | None = None
-        if not self._experts.has_shared:
-            self._shared = MLP(
-                shared_name, hidden_size, sizes.shared_intermediate, build, sums=False
-            )
-        layers = self._router, self._shared, self._experts
-        self.layers = [layer for layer in layers if layer is not None]
-        self._rank = build.rank
-        self._route = build.kernels["moe"].route
-        self._gate = build.kernels["activation"].sigmoid_mul
-
-    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Compute the block. Padding rows are not routed, because they would load experts for
-        nothing."""
-        scores = self._router(x)
-        logits, shared_gate = scores.split([self._num_experts, 1], dim=-1)
-        weights, experts = self._route(rows.of(logits), self._k, self._renormalises, live=rows.live)
-        routed = rows.of(x), weights, experts
-        if self._shared is None:
-            out = pad_rows(self._experts(*routed, rows.of(shared_gate)), len(x))
-        else:
-            out = self._gate(self._shared(x, rows), shared_gate)
-            rows.of(out).add_(self._experts(*routed))
-        return self._rank.sum(out)
-
-
-class Router(Composite):
-    """Selects the most probable experts, weighted by their probabilities."""
-
-    def __init__(
-        self, name: str, hidden_size: int, sizes: ExpertsSizes, build: Build, *, renormalises: bool
-    ) -> None:
-        """``renormalises``: True if the weights of the selected experts are scaled to sum to
-        one."""
-        self._k, self._renormalises = sizes.experts_per_token, renormalises
-        self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], build)
+        self._count, parts = sizes.num_experts, [Part(name, sizes.num_experts)]
+        parts += [] if gate is None else [Part(gate, 1)]
+        self._linear = Linear(hidden_size, parts, build)
         self.layers, self._moe = (self._linear,), build.kernels["moe"]
 
-    def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights ``[T, k]`` and experts ``[T, k]`` of the T ``rows`` of ``x [num_rows,
-        H]``."""
-        logits = rows.of(self._linear(x))
-        return self._moe.route(logits, self._k, self._renormalises, live=rows.live)
+    def __call__(self, x: torch.Tensor, rows: Rows) -> Routed:
+        logits, gate = self._linear(x).tensor_split([self._count], dim=-1)
+        routed = self._moe.route(rows.of(logits), self._k, self._renormalises, live=rows.live)
+        return *routed, gate
 
 
 class SigmoidRouter(Router):
@@ -236,9 +194,10 @@ class SigmoidRouter(Router):
             self._bias = exact.weights.empty(sizes.num_experts)
             self.own = [(bias, Parameter(self._bias))]
 
-    def __call__(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._moe.route_sigmoid(
-            rows.of(self._linear(x.float())),
+    def __call__(self, x: torch.Tensor, rows: Rows) -> Routed:
+        logits, gate = self._linear(x.float()).tensor_split([self._count], dim=-1)
+        routed = self._moe.route_sigmoid(
+            rows.of(logits),
             self._bias,
             self._k,
             self._renormalises,
@@ -246,43 +205,39 @@ class SigmoidRouter(Router):
             eps=self._eps,
             live=rows.live,
         )
+        return *routed, gate
 
 
 class RoutedExperts(Composite):
-    """A few experts per token, selected by a router, and the sum with a shared block. If
-    ``sizes.width`` is set, a product before the experts narrows and one after them widens."""
+    """A few experts per token, selected by a router, and a shared expert, with the router's gate if
+    it has one. A product before the experts may narrow and one after them widen."""
 
     def __init__(
         self,
-        name: str,
-        hidden_size: int,
-        sizes: ExpertsSizes,
         router: Router,
-        names: Sequence[str],
+        experts: Experts,
         build: Build,
         *,
-        shared: FeedForward | None = None,
-        narrow: Part | None = None,
-        widen: Part | None = None,
-        bias: bool = False,
+        shared: MLP | None = None,
+        narrow: Linear | None = None,
+        widen: Linear | None = None,
     ) -> None:
-        """``name``, ``names``: see ``Experts``. ``shared``: block that computes every token.
-        ``bias``: True if the products around the experts have one."""
-        width = sizes.width or hidden_size
-        self._router, self._shared = router, shared
-        self._experts = Experts(name, width, sizes, names, build)
-        self._narrow = None if narrow is None else Linear(hidden_size, [narrow], build, bias=bias)
-        self._widen = None if widen is None else Linear(width, [widen], build, bias=bias)
-        layers = self._router, self._experts, self._narrow, self._widen, shared
+        self._router, self._experts, self._shared = router, experts, shared
+        self._narrow, self._widen = narrow, widen
+        layers = router, experts, narrow, widen, shared
         self.layers = [layer for layer in layers if layer is not None]
-        self._rank = build.rank
+        self._rank, self._gate = build.rank, build.kernels["activation"].sigmoid_mul
 
     def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Compute the block. Padding rows are not routed, because they would load experts for
         nothing."""
-        weights, experts = self._router(x, rows)
+        weights, experts, gate = self._router(x, rows)
         inner = x if self._narrow is None else self._narrow(x)
-        out = self._rank.sum(self._experts(rows.of(inner), weights, experts))
+        joined = rows.of(gate) if self._experts.has_shared else None
+        out = self._rank.sum(self._experts(rows.of(inner), weights, experts, joined))
         out = pad_rows(out, len(x))
         out = out if self._widen is None else self._widen(out)
-        return out if self._shared is None else out + self._shared(x, rows)
+        if self._shared is None:
+            return out
+        shared = self._shared(x, rows)
+        return out + (self._gate(shared, gate) if gate.shape[1] else shared)

@@ -417,13 +417,11 @@ class Linear:
         bias: bool = False,
         weight: torch.Tensor | None = None,
         shares_inputs: bool = False,
-        sums: bool = True,
     ) -> None:
         """Make the product.
 
         ``weight`` is an existing weight for all parts. With ``shares_inputs``, each rank has a part
-        of the inputs, and the outputs are summed over ranks. Without ``sums``, the caller sums them
-        together with others.
+        of the inputs, and the outputs are summed over ranks.
         """
         stacks = groupby(parts, key=lambda part: build.weights.storage(part.name))
         inputs = build.rank.cut((in_features, 1), dim=1) if shares_inputs else None
@@ -432,7 +430,7 @@ class Linear:
             for storage, stacked in stacks
         ]
         self._kernel = build.kernels["linear"]
-        self._rank = build.rank if shares_inputs and sums else ALONE
+        self._rank = build.rank if shares_inputs else ALONE
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         for stack in self._stacks:

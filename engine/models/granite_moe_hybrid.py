@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import RoutedExperts, Router, expert_names
+from engine.layers.experts import Experts, RoutedExperts, Router, expert_names
 from engine.layers.recurrent import Mamba2
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, mixer_of, read_rope, read_settings
@@ -64,9 +64,10 @@ class GraniteMoeHybrid(Decoder):
         each = stem if self.stacked_experts else f"{stem}.experts.{{}}"
         names = expert_names(each, "input_linear", "output_linear")
         shared = self.shared(name, sizes.shared_intermediate)
-        return RoutedExperts(stem, hidden, sizes, router, names, self.build, shared=shared)
+        experts = Experts(stem, hidden, sizes, names, self.build)
+        return RoutedExperts(router, experts, self.build, shared=shared)
 
-    def shared(self, name: str, intermediate_size: int) -> FeedForward:
+    def shared(self, name: str, intermediate_size: int) -> MLP:
         """Return the MLP that computes every token."""
         return MLP(
             f"{name}.shared_mlp",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import RoutedExperts, Router, expert_names
+from engine.layers.experts import Experts, RoutedExperts, Router, expert_names
 from engine.layers.recurrent import Mamba1
 from engine.models.decoder import Decoder
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
@@ -41,4 +41,5 @@ class Jamba(Decoder):
             return MLP(name, hidden, sizes.intermediate, self.build)
         router = Router(f"{name}.router", hidden, sizes, self.build, renormalises=False)
         names = expert_names(f"{name}.experts.{{}}", "gate_proj", "up_proj", "down_proj")
-        return RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)
+        experts = Experts(f"{name}.experts", hidden, sizes, names, self.build)
+        return RoutedExperts(router, experts, self.build)

@@ -14,7 +14,7 @@ import torch
 
 from engine.layers.attention import LatentAttention
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import RoutedExperts, expert_names
+from engine.layers.experts import Experts, RoutedExperts, expert_names
 from engine.layers.linear import RMSNorm
 from engine.layers.recurrent import KimiDeltaAttention
 from engine.models.decoder import Decoder
@@ -79,6 +79,5 @@ class KimiLinear(Decoder):
         names, shared = expert_names(f"{name}.experts.{{}}", "w1", "w3", "w2"), None
         if sizes.shared_intermediate:
             shared = MLP(f"{name}.shared_experts", hidden, sizes.shared_intermediate, self.build)
-        return RoutedExperts(
-            f"{name}.experts", hidden, sizes, router, names, self.build, shared=shared
-        )
+        experts = Experts(f"{name}.experts", hidden, sizes, names, self.build)
+        return RoutedExperts(router, experts, self.build, shared=shared)

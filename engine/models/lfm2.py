@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import RoutedExperts, expert_names
+from engine.layers.experts import Experts, RoutedExperts, expert_names
 from engine.layers.recurrent import ShortConv
 from engine.models.decoder import Decoder
 from hybridcache.geometry.mixers import AttentionSizes, ShortConvSizes
@@ -40,4 +40,5 @@ class Lfm2(Decoder):
         bias = "expert_bias" if own["use_expert_bias"] else None
         router = self.sigmoid_router(name, sizes, bias, eps=1e-6)
         names = expert_names(f"{name}.experts.{{}}", "w1", "w3", "w2")
-        return RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)
+        experts = Experts(f"{name}.experts", hidden, sizes, names, self.build)
+        return RoutedExperts(router, experts, self.build)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.experts import RoutedExperts, expert_names
-from engine.layers.linear import Part
+from engine.layers.experts import Experts, RoutedExperts, expert_names
+from engine.layers.linear import Linear, Part
 from engine.layers.recurrent import Mamba2
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ACTIVATIONS, Served
@@ -62,21 +62,25 @@ class NemotronH(Decoder):
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
         if isinstance(sizes, MLPSizes):
             return self.squared_relu(name, sizes.intermediate)
-        own, hidden = self.config.own, self.config.hidden_size
+        hidden, build = self.config.hidden_size, self.build
+        names = expert_names(f"{name}.experts.{{}}", "up_proj", "down_proj")
+        narrow = widen = None
+        if sizes.width:
+            bias = self.config.own["mlp_bias"]
+            inner = Part(f"{name}.fc1_latent_proj", sizes.width)
+            outer = Part(f"{name}.fc2_latent_proj", hidden)
+            narrow = Linear(hidden, [inner], build, bias=bias)
+            widen = Linear(sizes.width, [outer], build, bias=bias)
         return RoutedExperts(
-            f"{name}.experts",
-            hidden,
-            sizes,
             self.sigmoid_router(name, sizes, "gate.e_score_correction_bias"),
-            expert_names(f"{name}.experts.{{}}", "up_proj", "down_proj"),
-            self.build,
+            Experts(f"{name}.experts", sizes.width or hidden, sizes, names, build),
+            build,
             shared=self.squared_relu(f"{name}.shared_experts", sizes.shared_intermediate),
-            narrow=Part(f"{name}.fc1_latent_proj", sizes.width) if sizes.width else None,
-            widen=Part(f"{name}.fc2_latent_proj", hidden) if sizes.width else None,
-            bias=own["mlp_bias"],
+            narrow=narrow,
+            widen=widen,
         )
 
-    def squared_relu(self, name: str, intermediate_size: int) -> FeedForward:
+    def squared_relu(self, name: str, intermediate_size: int) -> MLP:
         """Return an MLP without a gate."""
         config = self.config
         return MLP(

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from engine.layers.blocks import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.experts import ExpertsMLP
+from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.layers.experts import Experts, RoutedExperts, Router, expert_names
 from engine.layers.linear import Part
 from engine.layers.prediction import PredictionHead
 from engine.layers.recurrent import GatedDeltaNet
@@ -54,14 +54,20 @@ class Qwen3Next(Decoder):
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
         if isinstance(sizes, MLPSizes):
             return super().mlp(name, sizes)
-        return ExpertsMLP(
-            f"{name}.mlp",
-            self.config.hidden_size,
-            sizes,
-            self.build,
-            renormalises=self.config.own.get("norm_topk_prob", True),
-            stacked_names=self.stacked_experts,
-        )
+        hidden, build, name = self.config.hidden_size, self.build, f"{name}.mlp"
+        words, stem = ("gate_proj", "up_proj", "down_proj"), f"{name}.experts"
+        names: tuple[str, ...] = f"{stem}.gate_up_proj", f"{stem}.down_proj"
+        if not self.stacked_experts:
+            names = expert_names(f"{stem}.{{}}", *words)
+        shared_name, shared = f"{name}.shared_expert", None
+        shared_names = expert_names(shared_name, *words)
+        experts = Experts(stem, hidden, sizes, names, build, shared=shared_names)
+        if not experts.has_shared:
+            shared = MLP(shared_name, hidden, sizes.shared_intermediate, build)
+        renormalises = self.config.own.get("norm_topk_prob", True)
+        gate = f"{shared_name}_gate"
+        router = Router(f"{name}.gate", hidden, sizes, build, renormalises=renormalises, gate=gate)
+        return RoutedExperts(router, experts, build, shared=shared)
 
     def prediction_head(self) -> PredictionHead:
         """Return the head ``mtp``: a layer of attention, with experts if the model has any."""
