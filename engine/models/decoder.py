@@ -306,13 +306,10 @@ class Sealing:
         if self._pool is None:
             part.seal()
             return
-        if self._last is not None:
-            self._last.result()
+        self.finish()
         self._last = self._pool.submit(part.seal)
 
     def finish(self) -> None:
         """Wait until all parts are sealed. Raises the error of the last one."""
-        if self._pool is not None:
-            self._pool.shutdown()
         if self._last is not None:
             self._last.result()

@@ -6,7 +6,6 @@ Allocators assign rows and slots. This module does not use the assignment.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,18 +187,14 @@ class Checkpoints:
     def _forms(self) -> Iterator[tuple[torch.Tensor, Form]]:
         """Yield the layout of each pool's states in a slot: conv states unchanged, codes of
         recurrent ones, then their scales."""
-        sizes = [pool[:, 0].numel() for pool, _ in self.states]
-        kinds = [is_recurrent for _, is_recurrent in self.states]
-        codes, first = CODES[self.format.dtype], 0
-        conv_bytes = sum(
-            size * pool.element_size()
-            for size, (pool, is_recurrent) in zip(sizes, self.states, strict=True)
-            if not is_recurrent
-        )
-        first_code = aligned(conv_bytes)
-        num_codes = sum(itertools.compress(sizes, kinds))
-        first_scale = first_code + aligned(num_codes * codes.itemsize)
-        for size, (pool, is_recurrent) in zip(sizes, self.states, strict=True):
+        codes, num_bytes = CODES[self.format.dtype], {False: 0, True: 0}
+        for pool, is_recurrent in self.states:
+            dtype = codes if is_recurrent else pool.dtype
+            num_bytes[is_recurrent] += pool[:, 0].numel() * dtype.itemsize
+        first, first_code = 0, aligned(num_bytes[False])
+        first_scale = first_code + aligned(num_bytes[True])
+        for pool, is_recurrent in self.states:
+            size = pool[:, 0].numel()
             if not is_recurrent:
                 yield pool, Form(pool.dtype, None, first, 0)
                 first += size * pool.element_size()

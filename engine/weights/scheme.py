@@ -89,20 +89,12 @@ def widen(
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleGroup:
-    """Modules that share a scheme."""
-
-    scheme: Scheme
-    targets: Names | None
-    """Modules of the group, or None for every linear layer."""
-
-
-@dataclass(frozen=True, slots=True)
 class Quantization:
     """Formats of the modules of a checkpoint. Modules are named as in the files or without a
     multimodal prefix; fused products are not supported."""
 
-    groups: tuple[ScaleGroup, ...]
+    groups: tuple[tuple[Scheme, Names | None], ...]
+    """Schemes, each with its modules, or None for every linear layer."""
     ignored: Names
     ignore_key: str
     """Key of config.json that lists modules in full precision."""
@@ -111,14 +103,11 @@ class Quantization:
         """Return the format of the linear layer ``module``, or None for full precision."""
         if self.ignored.has(module):
             return None
-        for group in self.groups:
-            if group.targets is None or group.targets.has(module):
-                return group.scheme
-        return None
+        return next((s for s, names in self.groups if names is None or names.has(module)), None)
 
     def schemes(self) -> tuple[Scheme, ...]:
         """Return every distinct scheme."""
-        return tuple(dict.fromkeys(group.scheme for group in self.groups))
+        return tuple(dict.fromkeys(scheme for scheme, _ in self.groups))
 
     def describe(self) -> str:
         """Return a description such as ``fp8 in blocks of 128 x 128``."""
@@ -173,7 +162,7 @@ def _fp8(section: Mapping[str, Any]) -> Quantization:
     key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
     scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
     ignored = Names.of(section.get(key) or ("lm_head",), anywhere=True)
-    return Quantization((ScaleGroup(scheme, None),), ignored, key)
+    return Quantization(((scheme, None),), ignored, key)
 
 
 def _block(size: Any, name: str) -> tuple[int, int]:
@@ -200,7 +189,7 @@ def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
         layout = group.get("format") or section.get("format")
         scheme = _group_scheme(name, {**group, "format": layout})
         targets = group.get("targets") or ()
-        parsed.append(ScaleGroup(scheme, None if "Linear" in targets else Names.of(targets)))
+        parsed.append((scheme, None if "Linear" in targets else Names.of(targets)))
     ignored = Names.of(section.get("ignore") or ())
     return Quantization(tuple(parsed), ignored, "ignore")
 
@@ -261,5 +250,5 @@ def _model_slim(path: Path) -> Quantization | None:
     quantized = Names.of(module for module, kind in listed.items() if kind == "W8A8_DYNAMIC")
     if not quantized.names:
         return None
-    group = ScaleGroup(Scheme("int8", (1, None), "weight_scale"), quantized)
-    return Quantization((group,), Names.of(()), MODEL_SLIM_FILE)
+    scheme = Scheme("int8", (1, None), "weight_scale")
+    return Quantization(((scheme, quantized),), Names.of(()), MODEL_SLIM_FILE)
