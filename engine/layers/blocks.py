@@ -7,7 +7,6 @@ works on the pools. Its inputs are the batch as tensors on the device, and the r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from engine.layers.linear import Build, Composite, Layer, Linear, Part, RMSNorm, shared
-from engine.weights.model_config import Rope, Scaling
 from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed, running_sum
@@ -183,62 +181,6 @@ def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
 def multiplied(x: torch.Tensor, factor: float) -> torch.Tensor:
     """Return ``x * factor``, or ``x`` itself for a factor of 1."""
     return x if factor == 1.0 else x * factor
-
-
-class RotaryTable:
-    """cos and sin ``[max_model_len, R]`` in the model's dtype, with equal halves. A table, so that
-    a position always has the same bits. R is 0 for a model without rotation."""
-
-    def __init__(
-        self, rope: Rope | None, max_model_len: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        frequencies, factor = torch.empty(0), 1.0
-        if rope is not None:
-            frequencies = scaled_frequencies(rope)
-            if rope.scaling is not None:
-                factor = rope.scaling.attention_factor
-        angles = torch.arange(max_model_len, dtype=torch.float)[:, None] * frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        self.cos = (angles.cos() * factor).to(device, dtype)
-        self.sin = (angles.sin() * factor).to(device, dtype)
-
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin of int64[T] positions: ``[T, R]`` each."""
-        return self.cos[positions], self.sin[positions]
-
-
-def scaled_frequencies(rope: Rope) -> torch.Tensor:
-    """Return the radians per position of each pair of dimensions: float32 ``[rope.dim / 2]``."""
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float) / rope.dim
-    frequencies, scaling = 1.0 / rope.theta**exponents, rope.scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    if scaling.kind == "llama3":
-        rotations = scaling.original_len * frequencies / (2 * math.pi)
-        kept = (rotations - scaling.low) / (scaling.high - scaling.low)
-    else:
-        kept = 1.0 - _yarn_ramp(rope, scaling)
-    kept = kept.clamp(0.0, 1.0)
-    return frequencies * kept + frequencies / scaling.factor * (1.0 - kept)
-
-
-def _yarn_ramp(rope: Rope, scaling: Scaling) -> torch.Tensor:
-    """Return a ramp from 0 at the last index that is kept to 1 at the first that is divided, and
-    linear beyond."""
-    first, last = (  # Indices of the frequencies with these numbers of rotations.
-        rope.dim
-        * math.log(scaling.original_len / (rotations * 2 * math.pi))
-        / (2 * math.log(rope.theta))
-        for rotations in (scaling.high, scaling.low)
-    )
-    if scaling.truncates:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, rope.dim - 1)
-    if first == last:
-        last += 0.001
-    return (torch.arange(rope.dim // 2, dtype=torch.float) - first) / (last - first)
 
 
 B = TypeVar("B", bound=Layer)

@@ -31,12 +31,12 @@ from engine.layers.blocks import (
     LayerInputs,
     MixerStep,
     Pools,
-    RotaryTable,
     VerifyPart,
     pad_rows,
     padded_count,
 )
 from engine.layers.linear import Build, Composite, Linear, Part, RMSNorm
+from engine.layers.rotary import RotaryTable
 from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
 from kernels.packed import running_sum

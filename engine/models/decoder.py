@@ -30,12 +30,12 @@ from engine.layers.blocks import (
 from engine.layers.experts import SigmoidRouter
 from engine.layers.linear import Build, Composite, Layer, Linear, Parameter, Part, RankCut, RMSNorm
 from engine.layers.prediction import PredictionHead
+from engine.layers.rotary import read_rope
 from engine.weights.model_config import (
     ModelConfig,
     Served,
     check_only,
     mixer_of,
-    read_rope,
     read_settings,
 )
 from hybridcache.geometry.config_format import Config

@@ -12,8 +12,9 @@ import torch
 
 from engine.config import num_load_workers
 from engine.interfaces import Exactness
-from engine.layers.blocks import LayerInputs, Pools, RotaryTable, pad_rows, padded_count
+from engine.layers.blocks import LayerInputs, Pools, pad_rows, padded_count
 from engine.layers.prediction import PredictionHead
+from engine.layers.rotary import RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.backends import digest_of, digest_of_weights, machine_words
 from engine.runner.loading import LoadedModel

@@ -35,13 +35,13 @@ from engine.layers.blocks import (
     LayerInputs,
     Mixer,
     PrefillPart,
-    RotaryTable,
     Rows,
     StepPart,
     VerifyPart,
     padded_count,
     tokens_before,
 )
+from engine.layers.rotary import RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.device import Device
 from engine.runner.memory import Memory, allocate

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.sizes import MixerSizes, ModelSizes
@@ -39,7 +39,6 @@ POSITIVE = (
 """Keys whose values must be greater than zero."""
 CONVOLUTIONS = ("conv_L_cache", "conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv")
 """Keys of a causal convolution's number of taps."""
-DEFAULT_ROPE_THETA = 10_000.0
 
 
 class ModelError(ValueError):
@@ -47,44 +46,16 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
-    """Change of the frequencies for contexts longer than those of the first training.
-
-    ``linear`` divides every frequency by ``factor``. ``llama3`` and ``yarn`` divide low ones, keep
-    high ones, and interpolate in between: by rotations, or by the indices of the frequencies.
-    """
-
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float
-    low: float = 0.0
-    """Number of rotations within ``original_len`` below which a frequency is low."""
-    high: float = 0.0
-    original_len: float = 0.0
-    truncates: bool = True
-    """True if the interpolation of yarn begins and ends at whole indices."""
-    attention_factor: float = 1.0
-    """Factor of cos and sin."""
-
-
-@dataclass(frozen=True, slots=True)
 class Rope:
     """A rotary position embedding."""
 
-    theta: float
-    dim: int
-    """Number of leading dimensions of a head that are rotated."""
-    scaling: Scaling | None = None
-
-    @property
-    def extended_len(self) -> int:
-        """Length to which YaRN extends the context.
-
-        0 for other scalings, for which ``max_position_embeddings`` is the extended length.
-        """
-        scaling = self.scaling
-        if scaling is None or scaling.kind != "yarn":
-            return 0
-        return int(scaling.factor * scaling.original_len)
+    frequencies: tuple[float, ...]
+    """Radians per position of each pair of the leading dimensions of a head, in float32."""
+    factor: float = 1.0
+    """Factor of cos and sin."""
+    max_len: int = 0
+    """Length to which YaRN extends the context, or 0 for other types, for which
+    ``max_position_embeddings`` is the extended length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +97,7 @@ class ModelConfig:
     @property
     def max_len(self) -> int:
         """Longest context that the model was made for, in tokens."""
-        return max(self.max_position, 0 if self.rope is None else self.rope.extended_len)
+        return max(self.max_position, 0 if self.rope is None else self.rope.max_len)
 
 
 def read_settings(
@@ -173,135 +144,6 @@ def mixer_of(sizes: ModelSizes, kind: type[M]) -> M:
             f"a model with {len(found)} sorts of {word} layers is not supported; one is."
         )
     return found.pop()
-
-
-def read_rope(
-    config: Config,
-    head_dim: int,
-    *,
-    theta: float = DEFAULT_ROPE_THETA,
-    fraction: float | None = None,
-    is_optional: bool = False,
-) -> Rope | None:
-    """Read a rotary embedding, or return None if there is no rotation.
-
-    ``rope_scaling`` takes precedence over ``rope_parameters``. ``rope_theta`` and
-    ``partial_rotary_factor`` inside these take precedence over the same keys outside. Keys that a
-    type of embedding does not use are ignored.
-
-    Args:
-      theta: Default base.
-      fraction: Default part of a head that is rotated, or None for a family that always
-        rotates whole heads.
-      is_optional: True if a base of null means no rotation.
-
-    Raises ModelError for unsupported types and invalid values.
-    """
-    section = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    found = config.get(section) or {}
-    config.ignore("rope_scaling", "rope_parameters", "original_max_position_embeddings")
-    if any(isinstance(value, Mapping) for value in found.values()):
-        raise ModelError(f"{section} for each sort of layer in config.json is not supported.")
-    kind = found.get("rope_type", found.get("type", "default"))
-    part = config.get("partial_rotary_factor")
-    part = (1.0 if fraction is None else fraction) if part is None else part
-    part = found.get("partial_rotary_factor", part)
-    base = found.get("rope_theta", config.get("rope_theta", theta))
-    if is_optional and base is None:
-        return None
-    base = _positive("rope_theta", base)
-    if fraction is None and kind == "default":
-        part = 1.0
-    dim = int(head_dim * _number("partial_rotary_factor", part))
-    if dim % 2 or not 0 <= dim <= head_dim or (fraction is None and dim != head_dim):
-        wanted = "all" if fraction is None else "some"
-        raise ModelError(
-            f"{dim} of {head_dim} dimensions of a head would be rotated: head_dim (or else "
-            f"hidden_size / num_attention_heads) and partial_rotary_factor must make it {wanted} "
-            "of them, and an even number."
-        )
-    return Rope(base, dim, _scaling(kind, base, found, section, config)) if dim else None
-
-
-def _scaling(
-    kind: object, base: float, found: Mapping[str, Any], section: str, config: Config
-) -> Scaling | None:
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return Scaling("linear", _positive("factor", found.get("factor")))
-    longest = config["max_position_embeddings"]
-    original = longest
-    if kind in ("llama3", "yarn"):  # Both values must be valid; the one outside is used.
-        for part in (found, config):
-            original = part.get("original_max_position_embeddings", original)
-            original = _positive("original_max_position_embeddings", original)
-    if kind == "llama3":
-        low, high = (
-            _positive(name, found.get(name)) for name in ("low_freq_factor", "high_freq_factor")
-        )
-        if low >= high:
-            raise ModelError(
-                f"high_freq_factor of rotary embeddings must be greater than low_freq_factor in "
-                f"config.json (got {high} and {low})."
-            )
-        factor = _positive("factor", found.get("factor"))
-        return Scaling("llama3", factor, low, high, original)
-    if kind == "yarn" and base == 1:
-        raise ModelError("rope_theta 1.0 in config.json is not supported with type 'yarn'.")
-    if kind == "yarn":
-        return _yarn(found, longest, original)
-    raise ModelError(
-        f"rotary embeddings of type {kind!r} ({section}) are not supported; default, linear, "
-        "llama3 and yarn are."
-    )
-
-
-def _yarn(found: Mapping[str, Any], longest: int, original: float) -> Scaling:
-    """Return the scaling of https://arxiv.org/abs/2309.00071."""
-    if "factor" not in found:
-        raise ModelError("factor is missing in the rope_parameters of type 'yarn' in config.json.")
-    factor = longest / original if found["factor"] is None else found["factor"]
-    factor = _positive("factor", factor)
-    attention_factor = found.get("attention_factor")
-    if attention_factor is None:
-        over, under = (found.get(name) for name in ("mscale", "mscale_all_dim"))
-        attention_factor = _yarn_scale(factor, 1.0)
-        if over and under:
-            over, under = _number("mscale", over), _number("mscale_all_dim", under)
-            attention_factor = _yarn_scale(factor, over) / _yarn_scale(factor, under)
-    return Scaling(
-        "yarn",
-        factor,
-        low=_positive("beta_slow", found.get("beta_slow") or 1),
-        high=_positive("beta_fast", found.get("beta_fast") or 32),
-        original_len=original,
-        truncates=bool(found.get("truncate", True)),
-        attention_factor=_number("attention_factor", attention_factor),
-    )
-
-
-def _yarn_scale(factor: float, weight: float) -> float:
-    """Return the factor that sharpens attention in a context ``factor`` times longer."""
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-def _number(name: str, value: object) -> float:
-    """Return ``value`` as a float. Raises ModelError unless it is a finite number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
-        raise ModelError(
-            f"{name} of rotary embeddings must be a number in config.json (got {value!r})."
-        )
-    return float(value)  # type: ignore[arg-type]
-
-
-def _positive(name: str, value: object) -> float:
-    """Return ``value`` as a float. Raises ModelError unless it is a number greater than zero."""
-    number = _number(name, value)
-    if number <= 0:
-        raise ModelError(f"{name} must be greater than 0 in config.json (got {number}).")
-    return number
 
 
 def check_only(config: Config, served: Served) -> None:
