@@ -34,7 +34,10 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
         sizes, config = read(text)
         assert config is not None
         if not sizes.row_size:
-            raise ModelError("models without a layer of attention are not supported.")
+            raise ModelError(
+                "models without a layer of attention are not supported: see num_hidden_layers and "
+                "layer_types, layers_block_type or attn_layer_period and attn_layer_offset."
+            )
         made = family.read(config, sizes)
     except SizesError as error:
         raise ModelError(str(error)) from None
