@@ -59,7 +59,7 @@ def serve(target, requests):
         assert served is not None
         hits.append((served.cached_len, served.losses))
         served.prefilled()
-        served.finish()
+        served.finish(request.output)
     target.cache.unsubscribe(chosen)
     tiers = target.cache.offload
     return hits, chosen.chosen_items, None if tiers is None else dict(tiers.copied_rows)
