@@ -156,23 +156,19 @@ class ReceivedPrefix:
         self.rows = EMPTY
 
 
-@dataclass(slots=True)
-class Peer:
-    """One prefill engine."""
-
-    address: tuple[str, int]
-    rests_until: float = 0.0
-    """Time by ``time.monotonic`` before which it is not used."""
-
-
 class PeerFetch(Fetch):
     """Load of one prefix from another engine."""
 
-    def __init__(self, fetcher: PeerFetcher, peer: Peer, arrival: ReceivedPrefix) -> None:
+    def __init__(
+        self,
+        fetcher: PeerFetcher,
+        address: tuple[str, int],
+        connection: wire.Connection,
+        arrival: ReceivedPrefix,
+    ) -> None:
         super().__init__(arrival.end)
-        self._fetcher, self._unit, self.peer, self.arrival = fetcher, fetcher.unit, peer, arrival
-        self.start = arrival.start
-        self.connection: wire.Connection | None = None
+        self._fetcher, self._unit, self.arrival = fetcher, fetcher.unit, arrival
+        self.address, self.connection, self.start = address, connection, arrival.start
         state_bytes = 0 if arrival.slot is None else self._unit.state_bytes
         self.needed_bytes = (self.end - self.start) * self._unit.row_bytes + state_bytes
         """Bytes of the KV and the state to receive."""
@@ -187,7 +183,6 @@ class PeerFetch(Fetch):
         will not arrive, and RequestError with the reason that the prefill engine gives.
         """
         connection, num_bytes = self.connection, 0
-        assert connection is not None, "a load without a connection has ended"
         while num_bytes < max_bytes and (received := connection.receive()) is not None:
             message, data = received
             match message:
@@ -242,7 +237,8 @@ class PeerFetcher:
         settings = config.of(DisaggregationConfig)
         self._manager, self.unit, self.counts = manager, PrefixBuffer(runner), counts
         self._own = identity(runner)
-        self._peers = [Peer(address) for address in settings.addresses]
+        self._rests_until = dict.fromkeys(settings.addresses, 0.0)
+        """Time by ``time.monotonic`` before which each prefill engine is not used."""
         self._fetch_above, self._timeout_s = settings.fetch_above, settings.transfer_timeout_s
         self._max_bytes = max(PIECE_BYTES, self.unit.state_bytes, self.unit.row_bytes)
         self._active: list[PeerFetch] = []
@@ -261,16 +257,24 @@ class PeerFetcher:
 
     def begin(self, request: Request, match: PrefixMatch) -> PeerFetch | None:
         """See ``Fetcher``."""
-        peer, end, namespace = self._choose(), self._end(request), request.namespace
-        if peer is None:
+        address, end, namespace = self._choose(), self._end(request), request.namespace
+        if address is None:
+            return None
+        try:
+            connection = wire.Connection(
+                self._context, address, timeout_s=self._timeout_s, max_bytes=self._max_bytes
+            )
+        except wire.TransferError as error:
+            self._report(address, end, error)
             return None
         cache, stateful = self._manager.cache, self._manager.stateful
         tokens = request.tokens[:end].copy()
         arrival = ReceivedPrefix.begin(cache, tokens, namespace, stateful=stateful)
         if arrival is None:
+            connection.close()
             return None
         self._manager.other_holders[arrival] = None
-        fetch = PeerFetch(self, peer, arrival)
+        fetch = PeerFetch(self, address, connection, arrival)
         self._active.append(fetch)
         assert isinstance(namespace, str | None)
         spec = RequestSpec(
@@ -280,17 +284,7 @@ class PeerFetcher:
             boundaries=request.spec.boundaries._replace(answer_survives=False),
             save_at=(end,),
         )
-        ask = wire.Ask(self._own, arrival.start, spec)
-        try:
-            fetch.connection = wire.Connection(
-                self._context,
-                peer.address,
-                timeout_s=self._timeout_s,
-                max_bytes=self._max_bytes,
-            )
-            fetch.connection.send(ask)
-        except Exception as error:
-            self._fail(fetch, error)
+        connection.send(wire.Ask(self._own, arrival.start, spec))
         return fetch
 
     def _end(self, request: Request) -> int:
@@ -298,27 +292,26 @@ class PeerFetcher:
         grid = self._manager.cache.checkpoint_grid
         return (request.num_tokens - 1) // grid * grid
 
-    def _choose(self) -> Peer | None:
+    def _choose(self) -> tuple[str, int] | None:
         """Return the available prefill engine with the fewest loads in progress, or None."""
         now = time.monotonic()
-        awake = [peer for peer in self._peers if peer.rests_until <= now]
-        busy = [fetch.peer for fetch in self._active]
+        awake = [address for address, until in self._rests_until.items() if until <= now]
+        busy = [fetch.address for fetch in self._active]
         return min(awake, key=busy.count, default=None)
 
-    def _fail(self, fetch: PeerFetch, error: Exception) -> None:
-        """End a load after ``error``, which is being handled."""
+    def _report(self, address: tuple[str, int], end: int, error: Exception) -> None:
+        """Log ``error``, which is being handled, and do not use this prefill engine for a while."""
         # If the other engine cannot serve this prompt, later prompts may still work.
         if not isinstance(error, InvalidRequest):
-            fetch.peer.rests_until = time.monotonic() + REST_S
+            self._rests_until[address] = time.monotonic() + REST_S
         if not isinstance(error, wire.TransferError | RequestError):
             logger.exception("A transfer failed.")
         logger.warning(
             "A prefix of %s did not come from %s:%d, and is computed here: %s.",
-            counted(fetch.end, "token"),
-            *fetch.peer.address,
+            counted(end, "token"),
+            *address,
             str(error).rstrip("."),
         )
-        self.end(fetch, is_whole=False)
 
     def advance(self) -> None:
         """See ``Fetcher``."""
@@ -330,17 +323,16 @@ class PeerFetcher:
                 if is_whole:
                     self.end(fetch, is_whole=True)
             except Exception as error:
-                self._fail(fetch, error)
+                self._report(fetch.address, fetch.end, error)
+                self.end(fetch, is_whole=False)
 
     def end(self, fetch: PeerFetch, *, is_whole: bool) -> None:
         """Publish a complete prefix, or release its memory."""
         self._active.remove(fetch)
         del self._manager.other_holders[fetch.arrival]
-        wire_bytes = needed_bytes = 0
-        if fetch.connection is not None:
-            fetch.connection.close()
-            wire_bytes = fetch.connection.num_bytes
-            self.counts.wire_bytes += wire_bytes
+        fetch.connection.close()
+        wire_bytes, needed_bytes = fetch.connection.num_bytes, 0
+        self.counts.wire_bytes += wire_bytes
         fetch.has_ended = True
         if is_whole:
             fetch.arrival.publish()
@@ -355,8 +347,8 @@ class PeerFetcher:
 
     def wait(self, timeout_s: float) -> None:
         """See ``Fetcher``."""
-        if self._active and (connection := self._active[0].connection) is not None:
-            connection.wait(timeout_s)
+        if self._active:
+            self._active[0].connection.wait(timeout_s)
 
     def close(self) -> None:
         """See ``Fetcher``."""
