@@ -781,7 +781,11 @@ class TieredRadixCache(HybridRadixCache):
         too_low = entry is not None and entry.kv is not None and entry.kv_tier > number
         has_state = last.checkpoint or (last.offloaded is not None and last.offloaded.state)
         num_rows = len(tokens) - start + offload.state_rows
-        if too_low or (has_state and last.end == len(tokens)) or num_rows > pages.num_free:
+        if (
+            too_low
+            or (has_state and last.end == length == len(tokens))
+            or num_rows > pages.num_free
+        ):
             return None
         if last.end > length:
             if last.kv is not None:
