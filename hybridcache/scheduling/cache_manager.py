@@ -42,7 +42,6 @@ class CacheManager:
         exact: bool = False,
         owns_states: bool = False,
         exchange: FetchRule | None = None,
-        after_reading: FetchRule | None = None,
     ) -> None:
         """
         Args:
@@ -54,7 +53,6 @@ class CacheManager:
             owns_states: True if the state of a request has the slot number of its row, outside the
                 memory of the cache.
             exchange: decides which offloaded prefixes to load; None to load nothing.
-            after_reading: decides again once the part of a prefix on disk has been read.
 
         Raises:
             TypeError, ValueError: a number or a flag is of another type, or ``num_rows`` less than
@@ -70,7 +68,6 @@ class CacheManager:
         self._exact = exact
         self.owns_states = owns_states
         self._exchange = exchange
-        self._after_reading = after_reading
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self.num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
@@ -109,8 +106,7 @@ class CacheManager:
             own_slot=self._free_rows[-1] if self.owns_states else None,
             resumes=request.is_counted,
         )
-        exchange = self._after_reading if request.fetched_len else self._exchange
-        lease = Lease.begin(self.cache, self.placement, asked, exchange)
+        lease = Lease.begin(self.cache, self.placement, asked, self._exchange)
         if lease is None:
             return False
         for position in request.spec.save_at:

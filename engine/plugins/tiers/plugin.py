@@ -103,7 +103,8 @@ class TierSizes(NamedTuple):
             )
         host = int((tiers.host_gib or 0) * GIB)
         least = (memory.slab_rows + memory.page_size) * memory.row_bytes
-        _check_tier("host_gib", tiers.host_gib, host, least)
+        if tiers.host_gib is not None:
+            _check_tier("host_gib", host, least)
         if tiers.state_dir is None:
             return cls(host)
         above = memory.total_bytes + host
@@ -112,12 +113,7 @@ class TierSizes(NamedTuple):
         store = folder - 2 * remembered
         usable = int(store * ROWS_SHARE)
         disk = max(0, usable // 2, usable - above)
-        if tiers.disk_gib is None and disk < least:
-            raise ConfigError(
-                f"the disk of {tiers.state_dir} has room for {format_bytes(folder)}, too little "
-                f"for a state with a page of KV ({format_bytes(least)}): name another folder."
-            )
-        _check_tier("disk_gib", tiers.disk_gib, disk, least)
+        _check_tier("state_dir" if tiers.disk_gib is None else "disk_gib", disk, least)
         return cls(host, disk, store, remembered)
 
 
@@ -160,13 +156,12 @@ class TierPlugin(Plugin):
         copier = partial(TierCopier, disk=self.disk)
         host = {HOST: runner.attach_tiers(copier, rows.get(HOST, 0))}
         disk, geometry = self.disk, runner.geometry
-        self.exchange = cost = MeasuredExchange(
+        self.exchange = MeasuredExchange(
             geometry, lambda: host | ({} if disk is None else {DISK: disk.bytes_per_s})
         )
-        after_reading = MeasuredExchange(geometry, lambda: host, cost.sums)
         if disk is not None:
             cache.subscribe(WriteThrough(cache))
-        return {"exchange": cost, "after_reading": after_reading}
+        return {"exchange": self.exchange}
 
     def _open_disk(
         self, store: RecordStore, runner: Runner, tokenizer: Tokenizer | None, num_rows: int
@@ -353,12 +348,12 @@ class TierPlugin(Plugin):
         return {"offload": self.usage()}
 
 
-def _check_tier(name: str, gib: float | None, size: int, least: int) -> None:
+def _check_tier(name: str, size: int, least: int) -> None:
     """Raise ConfigError if a tier of ``size`` bytes is too small for a state."""
-    if gib is not None and size < least:
+    if size < least:
         raise ConfigError(
-            f"{name} {gib:g} is too small for a single state with a page of KV, which take "
-            f"{format_bytes(least)}: use more, or omit it."
+            f"{name} has room for {format_bytes(size)}, too little for a single state with a page "
+            f"of KV ({format_bytes(least)}): use more, or omit it."
         )
 
 

@@ -8,7 +8,6 @@ from concurrent.futures import wait
 from itertools import starmap
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.interfaces import StepReport
 from engine.plugins.tiers.disk import Disk, Read
@@ -43,13 +42,12 @@ class MeasuredExchange:
         self,
         geometry: ModelGeometry,
         bytes_per_s: Callable[[], Mapping[str, float | None]],
-        sums: npt.NDArray[np.float64] | None = None,
     ) -> None:
         """``bytes_per_s``: measured bandwidth from each tier to the device; loads from other tiers
-        are free. ``sums``: those of another rule, which learns for both."""
+        are free."""
         self._geometry = geometry
         self._bytes_per_s = bytes_per_s
-        self.sums = np.zeros(5) if sums is None else sums
+        self.sums = np.zeros(5)
         """Sums over steps of 1, x, y, xx, xy: operations x, in units of ``UNIT``, and seconds y."""
 
     @property

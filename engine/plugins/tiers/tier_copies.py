@@ -15,6 +15,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -221,23 +222,20 @@ def copy_rows(to: Rows, dst: Indices, rows: Rows, src: Indices) -> None:
     """
     whole = np.dtype((np.void, rows.shape[1]))
     target, source = to.view(whole)[:, 0], rows.view(whole)[:, 0]
-    breaks = np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1
-    if (len(breaks) + 1) * MIN_RUN_BYTES > len(src) * rows.shape[1]:
+    runs = list(_runs(src, dst))
+    if len(runs) * MIN_RUN_BYTES > len(src) * rows.shape[1]:
         step = max(1, BLOCK_BYTES // rows.shape[1])
         for first in range(0, len(src), step):
             target[dst[first : first + step]] = source[src[first : first + step]]
         return
-    first = 0
-    for end in (*breaks.tolist(), len(src)):
+    for first, end in runs:
         place, origin, count = int(dst[first]), int(src[first]), end - first
         target[place : place + count] = source[origin : origin + count]
-        first = end
 
 
-def _runs(rows: Indices) -> Iterator[tuple[int, int]]:
-    """Yield (first, end) of the places in ``rows`` between which rows are consecutive."""
-    ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    first = 0
-    for end in ends:
-        yield first, end
-        first = end
+def _runs(*indices: Indices) -> Iterator[tuple[int, int]]:
+    """Return (first, end) of the places between which the rows in each of ``indices`` are
+    consecutive."""
+    breaks = np.any([np.diff(rows) != 1 for rows in indices], axis=0)
+    ends = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(indices[0])]
+    return pairwise(ends)
