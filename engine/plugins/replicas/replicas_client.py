@@ -469,11 +469,10 @@ class RayFleet:
 
     def __init__(self, config: EngineConfig, settings: ReplicasConfig) -> None:
         """Join or start a cluster. Raises ValueError as ``start_replicas``."""
-        self._is_ours = _join_ray(settings.ray)
+        _join_ray(settings.ray)
         import ray
 
         self._ray, self._config = ray, config
-        self._replicas: set[Any] = set()
         try:
             self.needs = needed(config, settings.replicas, ray.cluster_resources())
         except ValueError:
@@ -490,9 +489,7 @@ class RayFleet:
 
     def start(self, name: str) -> Any:
         """Return a new replica, which is loading its model."""
-        replica = self._class.options(name=name).remote(self._config)
-        self._replicas.add(replica)
-        return replica
+        return self._class.options(name=name).remote(self._config)
 
     def facts(self, replicas: Iterable[Any], address: str) -> ReplicaFacts:
         """Wait until all ``replicas`` have loaded their models, and return the facts of the
@@ -504,7 +501,6 @@ class RayFleet:
     def end(self, replica: Any) -> None:
         """End a replica at once."""
         self._ray.kill(replica)
-        self._replicas.discard(replica)
 
     def cancel(self, outputs: Any) -> None:
         """End a request, because nobody reads its ``outputs``."""
@@ -517,10 +513,7 @@ class RayFleet:
 
     def close(self) -> None:
         """End all replicas, and leave the cluster."""
-        for replica in tuple(self._replicas):
-            self.end(replica)
-        if self._is_ours:
-            self._ray.shutdown()
+        self._ray.shutdown()
 
 
 def needed(
@@ -544,13 +537,11 @@ def needed(
     return {"num_cpus": 1} | ({"num_gpus": 1} if has_gpus and config.device != "cpu" else {})
 
 
-def _join_ray(address: str | None) -> bool:
-    """Join a cluster, or start one, and return True unless this process has joined one already.
-    Raises ValueError if there is none at ``address``, or Ray cannot start one."""
+def _join_ray(address: str | None) -> None:
+    """Join a cluster, or start one. Raises ValueError if there is none at ``address``, or Ray
+    cannot start one."""
     import ray
 
-    if ray.is_initialized():
-        return False
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -568,7 +559,6 @@ def _join_ray(address: str | None) -> bool:
         raise ValueError(f"--replicas: Ray did not start ({error}).") from error
     # Ray's own handler aborts the process with a dump of its stack.
     end_by_exception(signal.SIGTERM)
-    return True
 
 
 def start_replicas(

@@ -140,16 +140,13 @@ class Disk:
         """Number of runs and states not written for lack of room or time, or while it is off."""
         record_bytes_limit = min(MAX_RECORD_BYTES, max_bytes // MIN_RECORDS)
         self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
-        orphans: list[int] = []
+        self._thread = DiskThread()
         for record in store.scan():
             self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
             if not self.prefixes.add(record.id, decode(record.meta)):
-                orphans.append(record.id)
+                self._remove(record.id)
         self.num_errors += store.num_damaged
-        self._thread = DiskThread()
         self._next_id = store.next_id
-        for number in orphans:
-            self._remove(number)
         # The limit may have been higher in an earlier process. KV without a state behind it cannot
         # be used after a start, so it is removed first.
         for number in tuple(self.prefixes.unused):
@@ -253,11 +250,12 @@ class Disk:
         if is_lost:
             return None
         reads = {number: self._read(number) for number in {part.id for part in parts}}
-        wait(reads.values(), DEADLINE_S)
+        if wait(reads.values(), DEADLINE_S).not_done:
+            self._turn_off(f"its file system has not responded for {DEADLINE_S:.0f} s")
+            return None
         pieces, first = [], 0
         for part in parts:
-            read = reads[part.id]
-            payload = read.result() if read.done() else None
+            payload = reads[part.id].result()
             if payload is None:
                 return None
             pieces.append((first, payload[part.offset : part.offset + part.num_rows]))
@@ -266,14 +264,9 @@ class Disk:
 
     def clear(self) -> None:
         """Remove all records."""
-        self.unbind_all()
+        self.prefixes.unbind_all()
         while self.prefixes.unused:
             self._forget(next(iter(self.prefixes.unused)))
-
-    def unbind_all(self) -> None:
-        """Unbind all rows; records stay."""
-        self.prefixes.unbind_all()
-        self.has_lost_rows = False
 
     def settle(self) -> None:
         """Forget the records that were found damaged, with their descendants. O(1) if there are

@@ -312,7 +312,7 @@ class TierPlugin(Plugin):
             steps.take_transfers()
             if disk is not None:
                 disk.settle()
-                disk.unbind_all()
+                disk.prefixes.unbind_all()
                 logger.warning("The cache restarts with %d states from disk.", self.adopt())
         elif disk is not None:
             transfers = steps.take_transfers()

@@ -157,12 +157,12 @@ class Prefixes:
             room -= state_rows
             above, end = item.parent, item.end
             while above:
-                run = self.items[above]
+                run, known = self.items[above], covered.get(above, 0)
                 assert isinstance(run, Run)
-                known = covered.get(above, 0)
-                if end - run.start > known:
-                    room -= end - run.start - known
-                    covered[above] = end - run.start
+                if end - run.start <= known:
+                    break
+                room -= end - run.start - known
+                covered[above] = end - run.start
                 above, end = run.parent, run.start
             if room < 0:
                 break

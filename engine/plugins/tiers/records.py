@@ -50,8 +50,8 @@ SIZES, CRC = struct.Struct("<QQI"), struct.Struct("<I")
 HEAD_BYTES = SIZES.size + CRC.size
 PART, LOCK_NAME = ".part", "lock"
 FILE = re.compile(r"([0-9a-f]{16})\.record(\.part)?")
-BLOCK_BYTES, ENTRY_BYTES = 1 << 12, 1 << 6
-"""Allocation unit of a file, and size of its entry in the folder."""
+BLOCK_BYTES = 1 << 12
+"""Allocation unit of a file."""
 
 Bytes = bytes | bytearray | memoryview
 
@@ -304,8 +304,7 @@ def _unusable(folder: Path, error: OSError) -> StoreError:
 
 def record_bytes(meta_bytes: int, payload_bytes: int) -> int:
     """Return the disk space that a record counts."""
-    num_blocks = -(-(HEAD_BYTES + meta_bytes + payload_bytes) // BLOCK_BYTES)
-    return num_blocks * BLOCK_BYTES + ENTRY_BYTES
+    return -(-(HEAD_BYTES + meta_bytes + payload_bytes) // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _name(record_id: int) -> str:
