@@ -368,12 +368,9 @@ class Tenants:
         given |= set() if salt is None else {salt}
         # Invalid characters are decoded as U+FFFD, which would make different salts equal.
         if len(given) > 1 or any(not one or REPLACEMENT in one for one in given):
-            raise APIError(
-                400,
-                f"A request has one salt, as 'cache_salt' or {SALT_HEADER}: a text that is not "
-                "empty and does not contain U+FFFD, the replacement of invalid characters.",
-                param="cache_salt",
-            )
+            message = f"A request has one salt, as 'cache_salt' or {SALT_HEADER}: a text that is "
+            message += "not empty and does not contain U+FFFD, the sign of invalid characters."
+            raise APIError(400, message)
         place: int | None = scope.get("state", {}).get("api_key")
         # The key itself: its index is that of another key once the file of keys has changed.
         by_key = [self._keys[place].hex()] if self._keys and place is not None else []

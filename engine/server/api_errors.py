@@ -71,13 +71,15 @@ class APIError(Exception):
         headers: Mapping[str, str] | None = None,
         for_anthropic: str | None = None,
     ) -> None:
-        """``for_anthropic``: message in Anthropic's dialect, if its clients parse it."""
+        """``param``: part of the body that caused it. With status 400 it is by default the one that
+        the message names in quotation marks. ``for_anthropic``: message in Anthropic's dialect, if
+        its clients parse it."""
         super().__init__(short(message, MAX_MESSAGE))
+        named = re.search(r"'(\w[\w.]*)'", message) if status == 400 else None
+        param = named[1] if param is None and named else param
         self._for_anthropic = for_anthropic or str(self)
-        self.status = status
+        self.status, self.code, self.headers = status, code, headers
         self.param = None if param is None else short(param)
-        self.code = code
-        self.headers = headers
 
     def body(self, scope: Scope | None = None) -> dict[str, Any]:
         """Return the body of the answer to the request of ``scope``, or in OpenAI's form."""
@@ -146,24 +148,17 @@ def short(text: str, most: int = MAX_QUOTED) -> str:
 
 def of_value(error: ValueError, param: str | None = None) -> APIError:
     """Describe a wrong value of the field ``param`` of a body, or of the one that the message
-    names.
-
-    Messages name a field in quotation marks, except for those about ``ENGINE_FIELDS``.
-    """
+    names: in quotation marks, except for messages about ``ENGINE_FIELDS``."""
     message = str(error)
     name, _, rest = message.partition(" ")
     if name in ENGINE_FIELDS:
         message = f"'{name}' {rest}"
-    named = re.search(r"'(\w[\w.]*)'", message)
-    param = named[1] if param is None and named else param
     return APIError(400, message[:1].upper() + message[1:], param=param)
 
 
 def of_failure(error: Exception, param: str | None = None) -> APIError:
-    """Convert ``error`` to the error that clients get, no matter which process raised it.
-
-    ``param`` names the part of the body that caused it.
-    """
+    """Convert ``error``, caused by the part ``param`` of a body, to the error that clients get, no
+    matter which process raised it."""
     if isinstance(error, APIError):
         return error
     if not isinstance(error, RequestError):

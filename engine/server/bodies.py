@@ -109,7 +109,7 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
             if allowed is not None and value not in allowed:
                 *known, got = [json.dumps(each, ensure_ascii=False) for each in (*allowed, value)]
                 words = f"must be {' or '.join(known)} (got {short(got)})" if known else ""
-                raise APIError(400, f"'{name}' {words or 'is not supported'}: omit it.", param=name)
+                raise APIError(400, f"'{name}' {words or 'is not supported'}: omit it.")
     for name, usual in kind.KINDS.items():
         if isinstance(entries := given.get(name), list):
             given[name] = [{"type": usual} | e if isinstance(e, dict) else e for e in entries]

@@ -55,27 +55,21 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
     """
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
-            raise APIError(400, "'tool_choice' needs 'tools': send them.", param="tool_choice")
+            raise APIError(400, "'tool_choice' needs 'tools': send them.")
         return None
     if not form.offers_tools:
-        raise APIError(
-            400, "This model's chat template does not support tools: omit 'tools'.", param="tools"
-        )
+        raise APIError(400, "The chat template of this model has no tools: omit 'tools'.")
     if body.tool_choice == "none":
         return ()
     if form.calls is None:
-        raise APIError(
-            400,
-            "The form of this model's tool calls is not supported: omit 'tools', or send "
-            "'tool_choice' 'none' and read them in the text.",
-            param="tools",
-        )
+        message = "This model's form of calls is not supported: omit 'tools', or read calls in the "
+        raise APIError(400, message + "text with 'tool_choice' 'none'.", param="tools")
     if form.calls.FORM == "xml":
         try:
             for tool in body.tools:
                 tag(tool["function"]["name"])
         except GrammarError as error:
-            raise APIError(400, f"'tools': {error}", param="tools") from None
+            raise APIError(400, f"'tools': {error}") from None
     return body.tools
 
 
@@ -107,11 +101,10 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
 
     try:
         return await run(call.size, work)
-    except TemplateError as error:
-        message = f"The chat template rejects these messages: {error}"
-        raise APIError(400, message, param="messages") from error
     except ValueError as error:
-        raise APIError(400, str(error), param="messages") from error
+        is_template = isinstance(error, TemplateError)
+        words = "The chat template rejects these messages: " if is_template else ""
+        raise APIError(400, f"{words}{error}", param="messages") from error
 
 
 async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest:

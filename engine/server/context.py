@@ -171,8 +171,7 @@ class ServingContext:
             return None
         if len(forms) > 1:
             listed = ", ".join(f"'{name}'" for name in forms)
-            message = f"An answer can have only one form: send one of {listed}."
-            raise APIError(400, message, param=next(iter(forms)))
+            raise APIError(400, f"An answer can have only one form: send one of {listed}.")
         [(param, make)] = forms.items()
 
         try:
@@ -181,7 +180,7 @@ class ServingContext:
             await self.engine.compile(grammar)
             return grammar
         except ValueError as error:
-            raise APIError(400, f"'{param}': {error}", param=param) from error
+            raise APIError(400, f"'{param}': {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +218,8 @@ class Writer(ABC):
         fail too."""
         most, num_answers = call.context.engine.config.max_queue, num_prompts * body.n
         if num_answers > most:
-            raise APIError(
-                400,
-                f"{num_answers} answers are more than the queue of {most} requests can hold: send "
-                "fewer prompts or lower 'n'.",
-                param="n",
-            )
+            message = f"{num_answers} answers are more than the queue of {most} requests can hold"
+            raise APIError(400, f"{message}: send fewer prompts or lower 'n'.")
         self._call, self._context, self._body = call, call.context, body
         self.answer_id = answer_id
         self._stream: RequestStream
@@ -286,7 +281,7 @@ class Writer(ABC):
         name, most = self.LIMIT, engine.facts.max_model_len
         if name and limit is not None and limit > most:  # A shorter prompt would not help.
             message = f"'{name}' must be at most {most}, this model's context length (got {limit})"
-            raise APIError(400, f"{message}: lower {name}.", param=name)
+            raise APIError(400, f"{message}: lower {name}.")
         limit = context.config.default_max_tokens if limit is None else limit
         room = most - (limit or 0)
         samplings = cache(

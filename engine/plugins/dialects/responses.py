@@ -266,9 +266,9 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
         try:
             messages = _messages(self.instructions, before, self.items)
         except ValueError as error:
-            raise APIError(400, f"'input' cannot be read: {error}.", param="input") from error
+            raise APIError(400, f"'input' cannot be read: {error}.") from error
         if not messages:
-            raise APIError(400, "'input' is empty. Send at least one item.", param="input")
+            raise APIError(400, "'input' is empty. Send at least one item.")
         choice: Any = self.tool_choice
         if isinstance(choice, NamedFunction):
             choice = NamedTool.of(choice.name)
@@ -394,7 +394,7 @@ class Responses:
         Raises APIError 404 if the tenant has none with this id."""
         response_id = request.path_params["response_id"]
         if request.query_params.get("stream", "false").lower() == "true":
-            raise APIError(400, "'stream' is not supported: omit it.", param="stream")
+            raise APIError(400, "'stream' is not supported: omit it.")
         key = self._context.tenants.of(request.scope), response_id
         stored = self._store.get(key)
         if stored is None:

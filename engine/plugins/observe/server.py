@@ -65,8 +65,8 @@ class Page:
         self._keys.check_operator(request)
         replica = _number(request.query_params.get("replica", "1"), "replica")
         if not 1 <= replica <= self._num_replicas:
-            limits = f"between 1 and {self._num_replicas} (got {replica})"
-            raise APIError(400, f"'replica' must be {limits}.", param="replica")
+            most = self._num_replicas
+            raise APIError(400, f"'replica' must be between 1 and {most} (got {replica}).")
         return replica
 
     async def _page(self, request: Request) -> Response:
@@ -126,6 +126,4 @@ def _number(text: str, name: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise APIError(
-            400, f"'{name}' in the address must be a whole number.", param=name
-        ) from None
+        raise APIError(400, f"'{name}' in the address must be a whole number.") from None
