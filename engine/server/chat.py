@@ -297,32 +297,36 @@ class _ChatWriter(ChatWriter):
 
     def whole(self) -> dict[str, Any]:
         choices = [
-            {
-                "index": index,
-                "message": _message(answer.events),
-                "logprobs": self._scores(answer.output.logprobs),
-                "finish_reason": answer.finish,
-                **answer.warned,
-                **self._ids("token_ids", answer.output.token_ids),
-            }
-            for index, answer in enumerate(self.readers)
+            {"index": index, "message": _message(self.readers[index].events)}
+            | self._more(index, output.logprobs, output.token_ids)
+            for index, output in enumerate(self.outputs)
         ]
         ids = self._ids("prompt_token_ids", self.outputs[0].prompt_token_ids)
         return self._completion(choices, usage=self._usage(), **ids)
 
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield one event, after the role of the choice if it is its first."""
-        news, more = self.readers[index], dict[str, Any]()
+        news, ids = self.readers[index], dict[str, Any]()
+        empty = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
         if is_first:
             if len(self._latest) == 1:
-                more = self._ids("prompt_token_ids", news.output.prompt_token_ids)
-            yield event(self._completion([_choice(index, {"role": "assistant", "content": ""})]))
-        delta, scores = _delta(news.new, self._num_calls[index]), news.output.new_logprobs
+                ids = self._ids("prompt_token_ids", news.output.prompt_token_ids)
+            role = {"delta": {"role": "assistant", "content": ""}}
+            yield event(self._completion([empty | role]))
+        delta, output = _delta(news.new, self._num_calls[index]), news.output
         self._num_calls[index] += len(delta.get("tool_calls", ()))
-        choice = _choice(index, delta, self._scores(scores), news.finish)
-        choice |= news.warned | self._ids("token_ids", news.output.new_token_ids)
-        if more or choice != _choice(index, {}):
-            yield event(self._completion([choice], **more))
+        more = self._more(index, output.new_logprobs, output.new_token_ids)
+        choice = {"index": index, "delta": delta} | more
+        if ids or choice != empty:
+            yield event(self._completion([choice], **ids))
+
+    def _more(
+        self, index: int, scores: Sequence[SampledToken] | None, token_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        """Return the fields of a choice, or of a part of it, besides its text."""
+        answer = self.readers[index]
+        told = {"logprobs": self._scores(scores), "finish_reason": answer.finish, **answer.warned}
+        return told | self._ids("token_ids", token_ids)
 
     def _usage(self) -> dict[str, Any]:
         counts = super()._usage()
@@ -347,15 +351,6 @@ class _ChatWriter(ChatWriter):
             rivals = [entry(*pair) for pair in score.top_logprobs[:num_top]]
             content.append({**entry(score.token_id, score.logprob), "top_logprobs": rivals})
         return {"content": content}
-
-
-def _choice(
-    index: int,
-    delta: dict[str, Any],
-    scores: dict[str, Any] | None = None,
-    finish_reason: str | None = None,
-) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish_reason}
 
 
 def _message(events: Sequence[Event]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from msgspec import Meta
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
-from engine.server.api_errors import of_value, quoted
+from engine.server.api_errors import quoted
 from engine.server.bodies import Body, Part, check_nodes, converted, settled
 from engine.text.answers import MAX_NAME
 from engine.text.json_text import read_json
@@ -207,19 +207,16 @@ class Sampling(OpenAIBody, kw_only=True):
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
     ) -> list[SamplingParams]:
         """Return the sampling parameters of the ``n`` choices; ``defaults`` replace missing ones.
-        Raises APIError 400 for a value out of range."""
+        Raises ValueError for a value out of range."""
         given = {name: value for name in PASSED_ON if (value := getattr(self, name)) is not None}
         given = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs}
         if self.top_k in ALL:
             given["top_k"] = None
-        try:
-            first = SamplingParams(**given)  # Its lists of tokens are checked once.
-            if self.seed is None:
-                return [first] * self.n
-            # The choices must differ, and be reproducible.
-            return [first.with_seed(self.seed + at) for at in range(self.n)]
-        except ValueError as error:
-            raise of_value(error) from error
+        first = SamplingParams(**given)  # Its lists of tokens are checked once.
+        if self.seed is None:
+            return [first] * self.n
+        # The choices must differ, and be reproducible.
+        return [first.with_seed(self.seed + at) for at in range(self.n)]
 
 
 class CacheControl(Part, kw_only=True):
