@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from types import ModuleType
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from engine.command.flags import (
@@ -212,48 +212,38 @@ def _add_chat(chat: Parser) -> None:
     add_grouped_flags(chat, (EngineConfig,), GROUPS, ENGINE)
 
 
-def _server() -> ModuleType:
-    """Import the server. It takes half a second, in which the engine's process starts."""
-    from engine.server import app
-
-    return app
-
-
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments, plugins=SERVER)
     engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
     from engine.server.settings import bind, local_address
     from engine.worker.spawn import spawn
 
-    served: AsyncEngine
-    with bind(server_config) as listener:  # Before slow work: a taken port is reported at once.
+    # A taken port is reported before slow work.
+    with bind(server_config) as listener, ExitStack() as stack:
         if warning := _open_to_others(listener.getsockname()[0], server_config):
             print(warning, file=sys.stderr, flush=True)
         address = local_address(listener)
         if sys.stderr.isatty():
             print("loading the model ...", file=sys.stderr, flush=True)
+        start: Callable[[], tuple[AsyncEngine, str]]
         if server_config.uses("replicas"):
-            keys = _server().ServerKeys.of(server_config)
             from engine.plugins.replicas.replicas_client import start_replicas
 
-            served, screen = start_replicas(engine_config, server_config, address)
-            _show(screen, server_config)
-            _server().serve(served, server_config, listener, keys)
-            return 0
-        engine_config = resolve_config(engine_config)
-        spawned = spawn(engine_config, address, log_level=server_config.log_level)
-        from engine.worker.process_channel import start_engine  # While the process starts.
+            start = partial(start_replicas, engine_config, server_config, address)
+        else:
+            engine_config = resolve_config(engine_config)
+            spawned = spawn(engine_config, address, log_level=server_config.log_level)
+            stack.callback(spawned.end)
+            from engine.worker.process_channel import start_engine
 
-        engine, screen, keys = start_engine(
-            engine_config, spawned, lambda: _server().ServerKeys.of(server_config)
-        )
-        try:
-            _show(screen, server_config)
-            _server().serve(
-                engine, server_config, listener, keys, lambda: engine.failure is not None
-            )
-        finally:
-            engine.stop()
+            start = partial(start_engine, engine_config, spawned)
+        from engine.server.access import ServerKeys  # Half a second, while the process starts.
+        from engine.server.app import serve
+
+        keys = ServerKeys.of(server_config)
+        engine, screen = start()
+        _show(screen, server_config)
+        serve(engine, server_config, listener, keys, lambda: engine.failure is not None)
     if engine.failure is not None:
         print(f"engine serve: {engine.failure}", file=sys.stderr)
         return 1

@@ -15,7 +15,6 @@ import asyncio
 import logging
 import subprocess
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
@@ -45,7 +44,6 @@ PATIENCE_S = 5.0
 
 
 Received = TypeVar("Received")
-Result = TypeVar("Result")
 
 
 class Sockets(Generic[Received]):
@@ -108,23 +106,16 @@ class Sockets(Generic[Received]):
         self.finish()
 
 
-def start_engine(
-    config: EngineConfig, spawned: Spawned, meanwhile: Callable[[], Result]
-) -> tuple[AsyncEngine, str, Result]:
+def start_engine(config: EngineConfig, spawned: Spawned) -> tuple[AsyncEngine, str]:
     """Connect to the process that loads the model of ``config``, and return (the engine, its start
-    screen, what ``meanwhile`` returned while the model was loaded).
-
-    Raises ValueError if the model cannot be loaded.
-    """
+    screen). Raises ValueError if the model cannot be loaded."""
     sockets: Sockets[FromEngine] = Sockets(spawned.folder.name, is_server=True)
     try:
-        # The process loads the model during this time.
-        result = meanwhile()
         tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
         ready = _wait_for(spawned.process, sockets)
         tokenizer = tokenizer or load_tokenizer_of(config, ready.facts.vocab_size)
         channel = ProcessChannel(config, tokenizer, ready.facts, spawned, sockets)
-        return AsyncEngine(channel), ready.screen, result
+        return AsyncEngine(channel), ready.screen
     except BaseException:
         sockets.close()
         spawned.end()

@@ -62,7 +62,7 @@ def run(
     """
     boot = BOOT.format(step=step, kv_tokens=kv_tokens)
     config = engine_config(**{"check": True} | settings)
-    engine, screen, _ = start_engine(config, spawn(config, "here", boot), lambda: None)
+    engine, screen = start_engine(config, spawn(config, "here", boot))
     assert screen == "oracle at here"
 
     async def main() -> None:

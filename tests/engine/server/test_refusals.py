@@ -104,7 +104,7 @@ async def serving(kind: str, config: EngineConfig) -> AsyncIterator[tuple[Any, h
         engine = AsyncEngine(make_engine(config))
     elif kind == "process":
         spawned = spawn(config, "here", BOOT)
-        engine, *_ = await asyncio.to_thread(start_engine, config, spawned, lambda: None)
+        engine, _ = await asyncio.to_thread(start_engine, config, spawned)
     else:
         engine = await serve(PickledFleet(config), 1, "text")
     app = create_app(engine, ServerConfig())
