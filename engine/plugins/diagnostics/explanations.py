@@ -127,10 +127,10 @@ class Explanations:
             return None
         if earlier_name is None:
             earlier = self.nearest(later)
-        else:
-            earlier = self.memory.get(earlier_name, is_use=False)
-            if earlier is None or earlier.tenant.namespace != later.tenant.namespace:
-                return None
+        elif (earlier := self.memory.get(earlier_name, is_use=False)) is None or (
+            earlier.tenant.namespace != later.tenant.namespace
+        ):
+            return None
         compared_with = None if earlier is None else earlier.answer_id
         told = self.explain(earlier, later, may_be_new=earlier_name is None)
         return {"id": later.answer_id, "compared_with": compared_with, **told}
@@ -208,12 +208,8 @@ class Explanations:
             if earlier is None:
                 words.append(_FROM_OTHER if cached_len else _ALONE.capitalize())
             if parting is not None:
-                where = "" if parting["path"] is None else f" ({parting['path']})"
-                shown = (
-                    ""
-                    if parting["was"] is None
-                    else f", {parting['was']!r} became {parting['now']!r}"
-                )
+                where = f" ({parting['path']})" if parting["path"] else ""
+                shown = f", {parting['was']!r} became {parting['now']!r}" if parting["was"] else ""
                 words.append(
                     f"It differs from the earlier request after {counted(parting['at'], 'token')}: "
                     f"{CHANGED[parting['change']]}{where}{shown}."
@@ -274,11 +270,8 @@ def _change(
     first, skipped = _system_len(earlier), _system_len(later)
     old, new = was[first:], now[skipped:]
     kept, replaced = earlier.messages[first:], later.messages[skipped:][: len(old)]
-    sent: dict[str, Any] = {
-        "messages": earlier.messages,
-        "tools": earlier.tools,
-        "variables": earlier.variables,
-    }
+    sent: dict[str, Any] = {"messages": earlier.messages, "tools": earlier.tools}
+    sent["variables"] = earlier.variables
     found: list[tuple[str, str, dict[str, Any]]] = []
     """Each field that differs: its name, its part that differs, and its later value."""
     if path := _path("tools", earlier.tools or (), later.tools or ()):
@@ -325,12 +318,9 @@ def _parting(was: str | None, now: str | None) -> int | None:
     """Return where two texts differ, 0 if one is not known, or None if they are equal."""
     if was is None or now is None:
         return 0
-    if was == now:
-        return None
-    left, right = (
-        np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.int32) for text in (was, now)
-    )
-    return common_prefix_len(left, right)
+    pairs = enumerate(zip(was, now, strict=False))
+    at = next((at for at, (old, new) in pairs if old != new), min(len(was), len(now)))
+    return None if was == now else at
 
 
 def _without_ids(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -381,13 +371,11 @@ def _fields(value: Mapping[str, Any]) -> dict[str, str]:
     in which a template prints them. Empty fields are left out."""
     fields: dict[str, str] = {}
     for name, entry in sorted(value.items(), key=lambda pair: pair[0] != "role"):
-        if entry in (None, "", []):
-            continue
-        many = (
-            {f"{name}[{i}]": one for i, one in enumerate(entry)} if isinstance(entry, list) else {}
-        )
-        many = many or {name: entry}
-        fields |= {path: json.dumps(one, default=repr) for path, one in many.items()}
+        if entry not in (None, "", []):
+            many = {name: entry}
+            if isinstance(entry, list):
+                many = {f"{name}[{i}]": one for i, one in enumerate(entry)}
+            fields |= {path: json.dumps(one, default=repr) for path, one in many.items()}
     return fields
 
 
@@ -398,10 +386,8 @@ async def explanation(
     keys.check_operator(request)
     if context.engine.config.prefix_cache == "none":
         raise APIError(404, "Nothing to explain: the prefix cache is off (--prefix-cache).")
-    name, compared_with = (
-        request.path_params["answer_id"],
-        request.query_params.get("compared_with"),
-    )
+    name = request.path_params["answer_id"]
+    compared_with = request.query_params.get("compared_with")
     told = explanations.look_up(name, compared_with)
     if told is not None:
         return json_response(told)
