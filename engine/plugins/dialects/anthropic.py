@@ -237,24 +237,17 @@ class CountRequest(Body, kw_only=True):
     def marks_end(self) -> bool:
         """True if ``cache_control`` marks the end of the chat."""
         content = self.messages[-1].content
-        last = content[-1] if isinstance(content, list) and content else None
-        is_marked = last is not None and getattr(last, "cache_control", None) is not None
-        return is_marked or self.cache_control is not None
-
-    def _chat_messages(self) -> Iterator[Message]:
-        if isinstance(self.system, str):
-            yield Message(role="system", content=self.system)
-        elif self.system is not None:
-            parts: list[TextPart] = []
-            parts += (part for part in self.system if not part.text.startswith(BILLING))
-            if parts:
-                yield Message(role="system", content=parts)
-        for turn in self.messages:
-            yield from turn.as_messages()
+        ends = [self, *(content[-1:] if isinstance(content, list) else ())]
+        return any(getattr(one, "cache_control", None) is not None for one in ends)
 
     def as_chat(self, **sampling: Any) -> ChatRequest:
         """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
         not supported. O(blocks)."""
+        system = [Text(text=self.system)] if isinstance(self.system, str) else self.system or ()
+        parts: list[TextPart] = [one for one in system if not one.text.startswith(BILLING)]
+        messages = [Message(role="system", content=parts)] if parts else []
+        for turn in self.messages:
+            messages += turn.as_messages()
         choice = self.tool_choice or ToolChoice(type="auto")
         config = self.output_config or OutputConfig()
         switches: dict[str, Any] = {}
@@ -267,7 +260,7 @@ class CountRequest(Body, kw_only=True):
             named = NamedSchema(schema=config.format.schema)
             form = ResponseFormat(type="json_schema", json_schema=named)
         return ChatRequest(
-            messages=list(self._chat_messages()),
+            messages=messages,
             tools=None if self.tools is None else [tool.as_tool() for tool in self.tools],
             tool_choice=NamedTool.of(choice.name) if choice.name else CHOICES[choice.type],
             parallel_tool_calls=not choice.disable_parallel_tool_use,

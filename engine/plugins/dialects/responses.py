@@ -7,7 +7,6 @@ A conversation is a flat list of items. The assistant's items between two messag
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -425,29 +424,26 @@ class _ResponsesWriter(PartWriter):
         """``keep`` stores the whole response."""
         super().__init__(call, chat, new_id("resp", "_"))
         self._keep, self._namespaces = keep, body.namespaces
-        self._num_events = 0
+        self._numbers = itertools.count()
+        """Numbers of the next events."""
         self._output: list[dict[str, Any]] = []
         """Completed items."""
         self._item: dict[str, Any] = {}
         """Open item."""
         self._pieces: list[str] = []
         """Its text."""
-        choice = body.tool_choice
         asked = (body.text and body.text.format) or TextFormat(type="text")
         self._head = {
             "id": self.answer_id,
             "object": "response",
-            "created_at": int(time.time()),
+            "created_at": self._created,
             "background": False,
             **{name: getattr(body, name) for name in REPEATED},
             "metadata": body.metadata or {},
             "model": self._context.model_name,
-            "reasoning": {
-                "effort": None if body.reasoning is None else body.reasoning.effort,
-                "summary": None,
-            },
+            "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
             "text": {"format": msgspec.to_builtins(asked)},
-            "tool_choice": choice if isinstance(choice, str) else msgspec.to_builtins(choice),
+            "tool_choice": msgspec.to_builtins(body.tool_choice),
             "tools": [tool.as_told() for tool in body.tools or ()],
             "truncation": "disabled",
         }
@@ -497,9 +493,7 @@ class _ResponsesWriter(PartWriter):
         }
 
     def _event(self, data: dict[str, Any]) -> bytes:
-        number = self._num_events
-        self._num_events += 1
-        return named_event({**data, "sequence_number": number})
+        return named_event({**data, "sequence_number": next(self._numbers)})
 
     def _usage(self) -> dict[str, Any]:
         """Return the token counts."""
@@ -507,10 +501,7 @@ class _ResponsesWriter(PartWriter):
         num_prompt, num_new = len(output.prompt_token_ids), len(output.output)
         return {
             "input_tokens": num_prompt,
-            "input_tokens_details": {
-                "cached_tokens": output.cached_len,
-                **self.written(),
-            },
+            "input_tokens_details": {"cached_tokens": output.cached_len, **self.written()},
             "output_tokens": num_new,
             "output_tokens_details": {"reasoning_tokens": self._answer.num_reasoning_tokens},
             "total_tokens": num_prompt + num_new,
