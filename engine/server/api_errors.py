@@ -38,9 +38,8 @@ ANTHROPIC_KINDS = {
     408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
-    500: "api_error",
-    502: "api_error",
     503: "overloaded_error",
+    **dict.fromkeys((500, 502), "api_error"),
 }
 REFUSALS: dict[str, tuple[int, str | None, dict[str, str] | None]] = {
     ContextOverflow.kind: (400, "context_length_exceeded", None),
@@ -117,8 +116,7 @@ async def _refuse_path(request: Request, error: Exception) -> Response:
     message, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404:
         known, asked = [route.path for route in routes if "{" not in route.path], path[:MAX_MESSAGE]
-        near = [one for one in (f"/v1{asked}", asked.removesuffix("/")) if one in known]
-        near = near or get_close_matches(asked, known, n=1, cutoff=0.8)
+        near = get_close_matches(asked, known, n=1, cutoff=0.8)
         remedy = f"did you mean {near[0]}?" if near else "see /openapi.json for all paths."
         message = f"The path {path} does not exist: {remedy}"
     elif error.status_code == 405:

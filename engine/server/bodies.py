@@ -238,8 +238,6 @@ async def read_body(request: Request, kind: type[Kind], config: ServerConfig) ->
         raise APIError(408, "The body did not arrive in time: send it again.") from None
     except ClientDisconnect:
         raise ClientGone from None
-    if not raw:
-        raise APIError(400, "The body is empty. Send one JSON object.")
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", content_type):
         # Foreign web pages cannot set this header without permission, so they cannot post to a

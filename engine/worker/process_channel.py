@@ -1,4 +1,4 @@
-"""Connection to an engine in a separate process.
+"""Connection to an engine in a separate process, and the main function of that process.
 
 No step of that engine waits for the interpreter of the HTTP server. The process is a new
 interpreter, not a fork, because neither torch nor a device survives a fork. It blocks the signals
@@ -12,19 +12,26 @@ other side has not read are queued in memory. They arrive complete or not at all
 from __future__ import annotations
 
 import asyncio
+import atexit
+import gc
 import logging
+import os
+import pickle
+import shutil
 import subprocess
+import sys
 import threading
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 import zmq
 
-from engine.async_engine import AsyncEngine, EngineChannel
+from engine.async_engine import AsyncEngine, EngineChannel, EngineHost
 from engine.config import EngineConfig
-from engine.engine import load_tokenizer_of, names_tokenizer
+from engine.engine import Engine, load_tokenizer_of, names_tokenizer
 from engine.errors import FAILED, describe_exit
+from engine.interfaces import RunnerLost
 from engine.messages import (
     EndEngine,
     EngineFacts,
@@ -34,8 +41,12 @@ from engine.messages import (
     ToEngine,
     plain,
 )
+from engine.server.settings import SWITCH_S
 from engine.text.tokenizer import Tokenizer
+from engine.worker.screen import start_screen
 from engine.worker.spawn import Spawned
+from hybridcache.command.extras import how_to_install
+from hybridcache.command.signals import log_to_stderr
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.1
@@ -229,3 +240,83 @@ class ProcessChannel(EngineChannel):
         """Process all messages that have arrived."""
         while (message := self._sockets.receive()) is not None:
             self._front.receive(message)
+
+
+# --- The process ----------------------------------------------------------------------------------
+
+LOST = 3
+"""Exit code if the server has gone."""
+
+
+class EngineWorker:
+    """Serves one engine over sockets. It is made before the model is loaded, so that the end of the
+    server is noticed during the load."""
+
+    def __init__(self, folder: str, lifeline: int) -> None:
+        """``lifeline``: a pipe with another end that is open while the server lives."""
+        self._sockets: Sockets[ToEngine] = Sockets(folder, is_server=False)
+        self._folder = folder
+        self._lifeline = lifeline
+        self._host: EngineHost | None = None
+        threading.Thread(target=self._receive, name="server", daemon=True).start()
+
+    def refuse(self, reason: str) -> None:
+        """Report to the server that the model cannot be loaded."""
+        self._sockets.send(Refused(reason))
+        self._sockets.finish()
+
+    def run(self, engine: Engine, screen: str) -> bool:
+        """Serve ``engine`` until the server ends it. Returns False if the engine failed."""
+        self._host = EngineHost(engine, self._sockets.send)
+        self._sockets.send(Ready(self._host.facts, screen))
+        self._host.run()
+        self._sockets.finish()
+        return self._host.failure is None
+
+    def _receive(self) -> None:
+        """Pass the server's messages to the host, in a separate thread. End the process if the
+        server has gone."""
+        try:
+            while self._sockets.wait(None, self._lifeline):
+                while (message := self._sockets.receive()) is not None:
+                    assert self._host is not None
+                    self._host.receive(message)
+        except BaseException:
+            logger.exception("The engine has lost the connection to its server, and ends.")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(LOST)
+
+
+def main(folder: str, config: str, address: str, log_level: str) -> int:
+    """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
+    log_to_stderr(log_level, "engine")
+    worker = EngineWorker(folder, sys.stdin.fileno())
+    try:
+        from engine.runner import build  # noqa: F401  # With torch, whose objects stay.
+
+        gc.freeze()
+        engine = Engine(pickle.loads(bytes.fromhex(config)))
+        if engine.config.warm_up:
+            engine.prepare_grammars()
+        screen = start_screen(engine, address)
+    except ModuleNotFoundError as error:
+        worker.refuse(how_to_install(error, "engine"))
+        return 2
+    except (ValueError, FileNotFoundError, PermissionError, RunnerLost) as error:
+        worker.refuse(str(error))
+        return 2
+    sys.setswitchinterval(SWITCH_S)
+    # The objects of the start stay, so garbage collections need not traverse them.
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    return 0 if worker.run(engine, screen) else 1
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, after the exit functions. Otherwise the interpreter would free the
+    objects of torch and of the model one by one, which takes more than a second."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -16,7 +16,7 @@ from engine.config import ConfigError, EngineConfig
 
 BOOT = (
     "import gc, json, sys; gc.disable(); sys.path[:] = json.loads(sys.argv[1]); "
-    "from engine.worker.engine_worker import main, leave; leave(main(*sys.argv[2:]))"
+    "from engine.worker.process_channel import main, leave; leave(main(*sys.argv[2:]))"
 )
 """Code of the process. Collections would traverse the objects of torch again and again while it is
 imported; ``main`` enables them."""

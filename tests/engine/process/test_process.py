@@ -25,7 +25,7 @@ from tests.oracle import OracleRunner, OracleSampler
 BOOT = """
 import json, sys, time
 sys.path[:] = json.loads(sys.argv[1])
-import engine.worker.engine_worker as worker
+import engine.worker.process_channel as worker
 from tests.oracle import OracleRunner
 from tests.oracle import OracleSampler
 from engine.text.tokenizer import HFTokenizer

@@ -82,7 +82,7 @@ def make_engine(config: EngineConfig, **options: Any) -> Engine:
 BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-import engine.worker.engine_worker as worker
+import engine.worker.process_channel as worker
 from tests.engine.server.test_refusals import make_engine
 worker.Engine = make_engine
 worker.start_screen = lambda made, address: "oracle at " + address
