@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -161,9 +162,14 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
 def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Grammar], LogitRule]:
     """Return the function that compiles a grammar, unless it is remembered, and makes the rule of
     an answer. It raises GrammarError, and may be called from any thread."""
-    from engine.plugins.guided.guides import Guides
 
-    return Guides(tokenizer, vocab_size).rule
+    @cache
+    def guides() -> Any:
+        from engine.plugins.guided.guides import Guides
+
+        return Guides(tokenizer, vocab_size)
+
+    return lambda grammar: guides().rule(grammar)
 
 
 def names_tokenizer(config: EngineConfig) -> bool:
