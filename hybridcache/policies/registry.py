@@ -22,11 +22,9 @@ from hybridcache.policies.admission.base import (
     Oldest,
 )
 from hybridcache.policies.admission.sessions import SessionGate
-from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.marconi import Marconi
 from hybridcache.policies.eviction.queues import ARC, Clock, S3Fifo, Sieve, WTinyLFU
-from hybridcache.policies.eviction.scored import FIFO, GDSF, LFU, Random
+from hybridcache.policies.eviction.scored import FIFO, GDSF, LFU, LHD, Marconi, Random
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import (

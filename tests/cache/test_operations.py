@@ -18,7 +18,7 @@ from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.warm_state import write_memory
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.marconi import Marconi
+from hybridcache.policies.eviction.scored import Marconi
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.user import GuardedEviction
 from hybridcache.radix.tree import RadixNode

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.policies.eviction.lhd import LHD
-from hybridcache.policies.eviction.scored import GDSF
+from hybridcache.policies.eviction.scored import GDSF, LHD
 from tests.policies.items import FakeItem, offer
 
 

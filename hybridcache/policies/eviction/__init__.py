@@ -1,2 +1,1 @@
-"""Eviction policies. ``scored`` and ``queues`` hold base classes and the policies built on them;
-every other algorithm has a module."""
+"""Eviction policies. ``scored`` and ``queues`` hold base classes and the policies built on them."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
@@ -289,6 +290,83 @@ class GDSF(_Ageing):
         return self.age_of(item) + (item.uses + 1) * item.span / (item.size_bytes / 2**20)
 
 
+NUM_AGES = 24
+"""Age bins. Bin b contains ages in [2**b - 1, 2**(b + 1) - 1) requests."""
+NUM_CLASSES = 4
+"""Classes by uses: 0, 1, 2, 3 or more."""
+RECOMPUTE_EVERY = 256
+DECAY = 0.9
+
+
+class LHD(SampledPolicy):
+    """Evict the least expected hits per byte and remaining lifetime, among 64 samples.
+
+    Source: Beckmann, Chen, Cidon, "LHD: improving cache hit rate by maximizing hit density"
+    (NSDI'18). For each class (kind, uses) the policy counts the ages of uses and evictions. The
+    density at age a is hits from a on / time lived from a on. It is recomputed every 256 events
+    from counts that decay by 0.9.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: a use resets the age.
+    Two kinds, unequal sizes: the kind is part of the class; density is per byte of ``size_bytes``.
+    """
+
+    orders_classes = False
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        shape = (2 * NUM_CLASSES, NUM_AGES)
+        self._hits: npt.NDArray[np.float64] = np.zeros(shape)
+        self._evictions: npt.NDArray[np.float64] = np.zeros(shape)
+        self._density: npt.NDArray[np.float64] = np.tile(
+            1.0 / (1 << np.arange(NUM_AGES)), (shape[0], 1)
+        )
+        self._events = 0
+
+    def score(self, item: Item) -> float:
+        return float(self._density[self._place(item, item.uses)]) / item.size_bytes
+
+    def add(self, item: Item) -> None:
+        super().add(item)
+        self._count_use(item)
+
+    def touch(self, item: Item) -> None:
+        super().touch(item)
+        self._count_use(item)
+
+    def evicted(self, item: Item) -> None:
+        self._evictions[self._place(item, item.uses)] += 1
+        self._event()
+
+    def _count_use(self, item: Item) -> None:
+        """Count a new use. ``memo`` stores (uses, last use) at the last update."""
+        if item.memo is not None and item.uses > item.memo[0]:
+            row, _ = self._place(item, item.memo[0])
+            self._hits[row, _age_bin(item.last_used - item.memo[1])] += 1
+            self._event()
+        item.memo = (item.uses, item.last_used)
+
+    def _place(self, item: Item, uses: int) -> tuple[int, int]:
+        row = min(uses, NUM_CLASSES - 1) + NUM_CLASSES * (item.kind == "checkpoint")
+        return row, _age_bin(self.now - item.last_used)
+
+    def _event(self) -> None:
+        self._events += 1
+        if self._events % RECOMPUTE_EVERY:
+            return
+        widths = np.exp2(np.arange(NUM_AGES))
+        ended = self._hits + self._evictions
+        hits_from = np.cumsum(self._hits[:, ::-1], axis=1)[:, ::-1]
+        alive = np.cumsum(ended[:, ::-1], axis=1)[:, ::-1]
+        lived_from = np.cumsum((alive * widths)[:, ::-1], axis=1)[:, ::-1]
+        known = lived_from > 0
+        self._density[known] = hits_from[known] / lived_from[known]
+        self._hits *= DECAY
+        self._evictions *= DECAY
+
+
+def _age_bin(age: int) -> int:
+    return min((age + 1).bit_length() - 1, NUM_AGES - 1)
+
+
 # --- Candidates as parallel arrays ----------------------------------------------------------------
 
 
@@ -357,3 +435,85 @@ class Columns:
 def doubled(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return ``table`` with as many rows of zeros after its own."""
     return np.concatenate((table, np.zeros_like(table)))
+
+
+ATTENTION_TOKENS = 30_000
+"""Position at which attention to all earlier tokens costs as much as the rest of the model (with
+the sizes of Qwen3-Next)."""
+
+
+class Marconi(EvictionPolicy):
+    """Evict the least recency + alpha * FLOPs saved per byte, both min-max normalised.
+
+    Source: Pan et al., "Marconi: prefix caching for the era of hybrid LLMs" (MLSys'25), Eq. 1 and
+    2. ``alpha`` 0 is LRU. FLOPs count from the checkpoint above to this one, with attention growing
+    with position.
+    Candidates: leaf KV, any unlocked checkpoint. The paper uses nodes with at most one child, but
+    policies cannot see forks. Refresh: the resumed checkpoint.
+    Two kinds, unequal sizes: bytes freed.
+    O(candidates) per victim, in one vector expression.
+
+    The alpha tuned by replay and the clairvoyant one need the replay of a whole cache; see
+    ``hybridcache.lab.baselines.MarconiCache``.
+    """
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self.alpha = alpha
+        self._dead: OrderedDict[Item, None] = OrderedDict()
+        self._columns: dict[Kind, Columns] = {"kv": Columns(), "checkpoint": Columns()}
+
+    def add(self, item: Item) -> None:
+        """Add a candidate, or update it after a use. Dead KV has a separate queue. O(1)."""
+        if item.dead:
+            self._dead[item] = None
+        else:
+            self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
+
+    touch = add
+
+    def discard(self, item: Item, evicted: bool) -> None:
+        """Remove a candidate. O(1)."""
+        if item in self._dead:
+            del self._dead[item]
+        else:
+            self._columns[item.kind].remove(item)
+
+    def victim(self, kind: Kind | None) -> Item | None:
+        """Return dead KV, else the least checkpoint, else the least leaf KV. O(candidates)."""
+        if kind != "checkpoint" and self._dead:
+            return next(iter(self._dead))
+        if kind is not None:
+            return self._least(self._columns[kind])
+        return self._least(self._columns["checkpoint"]) or self._least(self._columns["kv"])
+
+    def _least(self, columns: Columns) -> Item | None:
+        """Return the candidate with the least score.
+
+        Its value can be outdated (too low) after an eviction above. Then it is updated and the
+        search repeated.
+        """
+        count = len(columns)
+        if not count:
+            return None
+        recency = _normalised(columns.times[:count].astype(np.float64))
+        while True:
+            score = recency + self.alpha * _normalised(columns.worths[:count])
+            place = int(np.argmin(score))
+            item = columns.items[place]
+            worth = efficiency(item)
+            if worth <= columns.worths[place]:
+                return item
+            columns.worths[place] = worth
+
+
+def efficiency(item: Item) -> float:
+    """Return the FLOPs saved per byte (Eq. 1), in units of one token's FLOPs."""
+    middle = item.position - item.span / 2
+    return item.span * (1 + middle / ATTENTION_TOKENS) / item.size_bytes
+
+
+def _normalised(
+    values: np.ndarray[tuple[int], np.dtype[np.float64]],
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)

@@ -261,9 +261,7 @@ class Adaptive(PlacementPolicy):
                 wanted.append(Placed(prefill.seen_len, "branch"))
             elif self._wants(REJOIN, None, bars):
                 wanted.append(Placed(prefill.seen_len, REJOIN))
-        for boundary in reversed(shared):
-            if boundary > cached_len:
-                wanted.append(Placed(boundary, "boundary"))
+        wanted += [Placed(end, "boundary") for end in reversed(shared) if end > cached_len]
         end = self._end(prefill)
         for placed in back_offs:
             free = None if free_slots is None or spare else free_slots // 2 - len(wanted)

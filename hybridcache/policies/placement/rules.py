@@ -27,12 +27,8 @@ class Boundary(PlacementPolicy):
     """
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        placed: list[Placed] = []
-        for boundary in reversed(prefill.boundaries):
-            if boundary <= prefill.cached_len:
-                break
-            placed.append(Placed(boundary, "boundary"))
-        return placed
+        ends = reversed(prefill.boundaries)
+        return [Placed(end, "boundary") for end in ends if end > prefill.cached_len]
 
 
 class Backoff(PlacementPolicy):
