@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -105,10 +106,10 @@ class Format:
 
 
 @dataclass(eq=False)
-class Config(Mapping[str, Any]):
+class Config(UserDict[str, Any]):
     """Values of one model, including all fields. Records the names that were looked up."""
 
-    _values: Values
+    data: Values
     _stated: Values
     _defaults: Mapping[str, Any]
     given: frozenset[str]
@@ -118,16 +119,7 @@ class Config(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         self._read.add(name)
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
+        return self.data[name]
 
     def ignore(self, *names: str) -> None:
         """Mark names as read because they have no effect in this model."""
@@ -140,7 +132,7 @@ class Config(Mapping[str, Any]):
         """
         parts = []
         for name, value in sorted(self._stated.items()):
-            is_factor = isinstance(value, float) and name in self._values
+            is_factor = isinstance(value, float) and name in self.data
             if name not in COMMON and not is_factor:
                 shown = "" if isinstance(value, list | dict) else f" {json.dumps(value)}"
                 parts.append(f"{name}{shown}{'' if name in self.given else ' (default)'}")
@@ -150,7 +142,7 @@ class Config(Mapping[str, Any]):
         """Return values of the file that were never read and differ from transformers' default."""
         return {
             name: value
-            for name, value in self._values.items()
+            for name, value in self.data.items()
             if name not in self._read
             and name in self.given
             and not (name in self._defaults and value == self._defaults[name])
