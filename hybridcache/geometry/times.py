@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from math import inf
 from pathlib import Path
 from typing import Protocol
 
@@ -210,24 +209,17 @@ class Exchange:
         default_factory=lambda: {"host": PCIE_BYTES_PER_S, "disk": DISK_BYTES_PER_S}
     )
     """Bandwidth from each tier to the device: measured, or from data sheets."""
-    latency_s: Mapping[str, float] = field(default_factory=lambda: dict(LATENCY_S))
-    """Fixed time of one copy, by tier."""
     unit: int = 1
     """Tokens per id, for a cache that counts in units of several tokens."""
 
     def __post_init__(self) -> None:
         require_times(self.times)
-        for name in ("bytes_per_s", "latency_s"):
-            numbers = getattr(self, name)
-            if not isinstance(numbers, Mapping):
-                raise TypeError(f"{name} must be a number by tier, in a dict (got {numbers!r}).")
-            for tier, value in numbers.items():
-                is_number = isinstance(value, int | float) and tier in LATENCY_S
-                if not is_number or not (value > 0 if name == "bytes_per_s" else 0 <= value < inf):
-                    raise ValueError(
-                        f"{name} must have positive numbers (a latency may be 0) for "
-                        f"{' and '.join(LATENCY_S)} (got {value!r} for {tier!r})."
-                    )
+        for tier, rate in dict(self.bytes_per_s).items():
+            if tier not in LATENCY_S or not isinstance(rate, int | float) or not rate > 0:
+                raise ValueError(
+                    f"bytes_per_s must have positive numbers for {' and '.join(LATENCY_S)} (got "
+                    f"{rate!r} for {tier!r})."
+                )
         require_index(self.unit, "unit", 1)
 
     def copy_seconds(self, num_bytes: Mapping[str, int]) -> float:
@@ -239,7 +231,7 @@ class Exchange:
         if unknown := [tier for tier, size in num_bytes.items() if size] - self.bytes_per_s.keys():
             raise ValueError(f"bytes_per_s must have an entry for {', '.join(sorted(unknown))}.")
         return sum(
-            self.latency_s.get(tier, 0.0) + size / self.bytes_per_s[tier]
+            LATENCY_S[tier] + size / self.bytes_per_s[tier]
             for tier, size in num_bytes.items()
             if size
         )

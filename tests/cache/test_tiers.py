@@ -7,7 +7,7 @@ import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.api import Losses
-from hybridcache.geometry.times import Exchange
+from hybridcache.geometry.times import LATENCY_S, Exchange
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.scored import FIFO
 from hybridcache.policies.registry import EvictionSpec, parse_placement
@@ -103,16 +103,17 @@ def test_refused_and_not_fetched_tokens_are_counted_separately(rate: float | Non
 
 
 def test_exchange_subtracts_copy_time_from_saved_prefill_time():
-    exchange = Exchange(PerToken(), {"host": 100.0, "disk": 10.0}, {"disk": 0.5})
-    assert exchange.seconds_saved(0, 8, 12, {"host": 100, "disk": 0}) == 1.0
-    assert exchange.seconds_saved(4, 8, 12, {"host": 100, "disk": 0}) == 0.0
-    assert exchange.seconds_saved(0, 8, 12, {"host": 0, "disk": 20}) == -0.5
+    exchange = Exchange(PerToken(), {"host": 100.0, "disk": 10.0})
+    for start, num_bytes, seconds in (
+        (0, {"host": 100, "disk": 0}, 1.0 - LATENCY_S["host"]),
+        (4, {"host": 100, "disk": 0}, -LATENCY_S["host"]),
+        (0, {"host": 0, "disk": 20}, -LATENCY_S["disk"]),
+    ):
+        assert exchange.seconds_saved(start, 8, 12, num_bytes) == pytest.approx(seconds)
     for field, wrong in (
         ("bytes_per_s", {"host": 0.0}),
         ("bytes_per_s", {"hosts": 1.0}),
-        ("latency_s", {"host": float("nan")}),
-        ("latency_s", {"host": "1"}),
-        ("bytes_per_s", 5),
+        ("bytes_per_s", {"host": "1"}),
         ("unit", 0),
     ):
         with pytest.raises((ValueError, TypeError), match=field):
