@@ -425,7 +425,7 @@ class EngineCore:
     def end_session(self, request_id: str) -> None:
         """End the session of ``request_id``, its newest request: no request will follow it. Does
         nothing if a newer request followed. O(1)."""
-        self._scheduler.end_session(request_id)
+        self._scheduler.sessions.end(request_id)
 
     def reset_prefix_cache(self) -> None:
         """Forget every prefix that no running request uses, in every tier."""

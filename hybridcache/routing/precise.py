@@ -170,7 +170,7 @@ class CheckpointSeconds(Router):
 
     def ended(self, request: Hashable, now: float) -> None:
         where = self._where.get(request)
-        is_waiting = where is not None and self.loads[where].is_waiting(request)
+        is_waiting = where is not None and request in self.loads[where].waiting
         super().ended(request, now)
         if where is not None and is_waiting:
             self.in_flight[where].pop(request, None)

@@ -394,11 +394,6 @@ class StepPlanner(Generic[R]):
         self._is_full = False
         self._has_left(request)
 
-    def end_session(self, request_id: str) -> None:
-        """End the idle session with ``request_id`` as its newest request, if there is one: its
-        client sends no further request. O(1)."""
-        self.sessions.end(request_id)
-
     @property
     def wakes_at_s(self) -> float | None:
         """Time at which the policy withholds less; None if it names none that is still to come."""
@@ -438,7 +433,7 @@ class StepPlanner(Generic[R]):
         self.sessions.left(request.session, request.num_tokens, self._load.now_s)
         self.admission.left(request, self._load)
         if request.spec.ends_session and not request.session.num_open:
-            self.end_session(request.session.newest_id)
+            self.sessions.end(request.session.newest_id)
 
     def _cached_len(self, request: WaitingRequest) -> int:
         """See ``Load.cached_len``."""

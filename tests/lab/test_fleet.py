@@ -71,7 +71,7 @@ def test_each_request_is_served_once_despite_failures(
             waiting = sum(
                 len(each.queue) + len(each.prefilling) for each in self._replicas.values()
             )
-            assert sum(load.num_waiting for load in self.router.loads.values()) == waiting
+            assert sum(len(load.waiting) for load in self.router.loads.values()) == waiting
 
         push(self, when, then)
 

@@ -224,7 +224,7 @@ class LoopRun:
             return
         self.num_live -= 1
         if self.tells_ends and request is not None:
-            self.planner.end_session(request.session.newest_id)
+            self.planner.sessions.end(request.session.newest_id)
 
     def _step(self) -> None:
         planner, manager = self.planner, self.manager

@@ -16,7 +16,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from math import inf
 
 import numpy as np
@@ -51,27 +51,19 @@ class Sessions:
     def __init__(self, max_known: int = MAX_KNOWN) -> None:
         self._max_known = max_known
         self._anchors: dict[Hashable, _Anchors] = {}
-        self._open: dict[Session, None] = {}
-        self._idle: OrderedDict[Session, None] = OrderedDict()
+        self.open: dict[Session, None] = {}
+        """Sessions with a waiting or running request."""
+        self.idle: OrderedDict[Session, None] = OrderedDict()
+        """Remembered sessions without an open request; the one idle for longest first."""
         self._by_newest: dict[str, Session] = {}
         """Remembered sessions by the name of their newest request."""
         self._num_begun = 0
         self._powers: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
 
-    @property
-    def open(self) -> Collection[Session]:
-        """Sessions with a waiting or running request."""
-        return self._open.keys()
-
-    @property
-    def idle(self) -> Collection[Session]:
-        """Remembered sessions without an open request; the one idle for longest first."""
-        return self._idle.keys()
-
     def num_live(self, now_s: float) -> int:
         """Return the number of sessions that are open, or idle for ``LIVE_S`` at most. O(them)."""
-        num_live = len(self._open)
-        for session in reversed(self._idle):
+        num_live = len(self.open)
+        for session in reversed(self.idle):
             if now_s - session.idle_since_s > LIVE_S:
                 break
             num_live += 1
@@ -95,8 +87,8 @@ class Sessions:
         session = self._by_newest.get(choice_of) if choice_of else None
         if session is not None:
             session.num_open += 1
-            self._idle.pop(session, None)
-            self._open[session] = None
+            self.idle.pop(session, None)
+            self.open[session] = None
             return session
         anchors = self._anchors.get(tenant)
         if anchors is None:
@@ -108,7 +100,7 @@ class Sessions:
             session = Session(self._num_begun, tenant, now_s)
         else:
             anchors.remove(session)
-            self._idle.pop(session, None)
+            self.idle.pop(session, None)
             self._drop_name(session)
         session.newest_id = choice_of or request_id
         self._by_newest[session.newest_id] = session
@@ -119,7 +111,7 @@ class Sessions:
         session.num_tokens = max(session.num_tokens, len(prompt))
         for length in anchor_lens(len(prompt), boundaries):
             anchors.add(session, length, int(hashes[length - 1]))
-        self._open[session] = None
+        self.open[session] = None
         return session
 
     def left(self, session: Session, num_tokens: int, now_s: float) -> None:
@@ -130,19 +122,19 @@ class Sessions:
         if session.num_open:
             return
         session.idle_since_s = now_s
-        del self._open[session]
-        self._idle[session] = None
-        if len(self._idle) > self._max_known:
-            oldest, _ = self._idle.popitem(last=False)
+        del self.open[session]
+        self.idle[session] = None
+        if len(self.idle) > self._max_known:
+            oldest, _ = self.idle.popitem(last=False)
             self._forget(oldest)
 
     def end(self, request_id: str) -> Session | None:
         """End and forget the idle session with ``request_id`` as its newest request, and return it.
         None if there is no such session. O(1)."""
         session = self._by_newest.get(request_id)
-        if session is None or session not in self._idle:
+        if session is None or session not in self.idle:
             return None
-        del self._idle[session]
+        del self.idle[session]
         self._forget(session)
         session.has_ended = True
         return session
