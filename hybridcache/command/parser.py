@@ -74,11 +74,8 @@ class Parser(argparse.ArgumentParser):
             known = tuple(self._option_string_actions)
             flags = [arg for arg in self._given if arg.startswith("--")]
             missing = message.rpartition(": ")[2]
-            choices = missing in known and self._option_string_actions[missing].choices
-            if choices:
-                message += ": write " + " or ".join(f"{missing} {one}" for one in choices)
-            elif self._given and not self._given[0].startswith("-") and missing in known:
-                message = f"{message}: write {missing} {self._given[0]}"
+            if self._given and not self._given[0].startswith("-") and missing in known:
+                message += f": write {missing} {self._given[0]}"
             # argparse accepts the beginning of a flag, too.
             unknown = [f for f in flags if not any(k.startswith(f.split("=")[0]) for k in known)]
             message = self._unknown(unknown) if unknown else message
@@ -91,8 +88,6 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, arguments: Sequence[str]) -> str:
         flag = arguments[0].partition("=")[0]
-        if flag[2:] in {action.dest for action in self._actions if not action.option_strings}:
-            return f"there is no flag {flag}; give the {flag[2:]} without one"
         names = {known.lstrip("-") for known in self._option_string_actions} - {"help"}
         near = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
         hint = f", did you mean --{near[0]}?" if near else ""

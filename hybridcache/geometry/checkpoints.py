@@ -75,15 +75,12 @@ class CheckpointFormat:
         return math.prod(shape[dim] for dim in self.kept_dims(len(shape)))
 
     def num_bytes(self, sizes: ModelSizes, conv_bytes: int) -> int:
-        """Size of one checkpoint with ``conv_bytes`` of conv states."""
-        return aligned(conv_bytes) + self.recurrent_bytes(sizes)
-
-    def recurrent_bytes(self, sizes: ModelSizes) -> int:
-        """Size of codes and scales of one sequence's recurrent states."""
+        """Size of one checkpoint: ``conv_bytes`` of conv states, codes and scales of recurrent
+        states."""
         shapes = [spec.shape for spec in sizes.specs() if spec.kind == "recurrent"]
         codes = sizes.size_of("recurrent") * CODE_BYTES[self.dtype]
         scales = sum(map(self.num_scales, shapes)) * SCALE_BYTES
-        return aligned(codes) + aligned(scales)
+        return aligned(conv_bytes) + aligned(codes) + aligned(scales)
 
 
 def aligned(num_bytes: int) -> int:

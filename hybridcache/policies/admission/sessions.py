@@ -328,7 +328,6 @@ class SessionGate(AdmissionPolicy):
         self._num_turns = 0
         """Admissions of resident sessions since the last entry, while requests waited to enter."""
         self._num_withheld = 0
-        self._last_lost_tokens = 0
         self._reason = OPEN
 
     def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
@@ -470,7 +469,6 @@ class SessionGate(AdmissionPolicy):
         debt_s = self._debt(now_s)
         if lost_len and self._worth >= self._least_worth:
             debt_s += lost_len * self._token_s
-            self._last_lost_tokens = lost_len
         self._asked.append((now_s, request.num_tokens))
         self._admitted_at_s[request] = now_s, self._prompts_s
         own = request.num_tokens - session.shared_len
@@ -506,11 +504,9 @@ class SessionGate(AdmissionPolicy):
     def report(self) -> Mapping[str, float | str]:
         return {
             "debt_s": round(self._debt_s, 3),
-            "debt_limit_s": 0.0,
             "memory_limit": round(self._limit, 3),
             "repaid_share": round(self._pace, 3),
             "worth": round(self._worth, 3),
-            "last_lost_tokens": self._last_lost_tokens,
             "withheld_requests": self._num_withheld,
             "reason": self._reason,
         }
