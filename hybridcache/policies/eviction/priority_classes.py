@@ -74,16 +74,6 @@ class PriorityClasses(EvictionPolicy):
         self._rest.on_ghost_hit_above(item)
         self._superseded.on_ghost_hit_above(item)
 
-    def for_tier(self) -> EvictionPolicy | None:
-        """Return the same classes over the shared policies of ``rest`` and ``superseded``.
-
-        Lower tiers store only checkpoints, so dead KV has no class there.
-        """
-        rest, superseded = self._rest.for_tier(), self._superseded.for_tier()
-        if rest is None or superseded is None:
-            return None
-        return PriorityClasses(rest, rest, superseded)
-
     def candidates(self) -> Iterable[Item] | None:
         """Return the items of all classes, or None if one of them cannot list its items."""
         held: list[Item] = []
