@@ -36,7 +36,7 @@ import numpy as np
 from hybridcache.allocators.moves import DEVICE
 from hybridcache.cache import HybridRadixCache, require_cache
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.placement.adaptive import Adaptive
+from hybridcache.policies.placement import Adaptive
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode
 from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache

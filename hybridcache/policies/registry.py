@@ -26,8 +26,8 @@ from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.queues import ARC, Clock, S3Fifo, Sieve, WTinyLFU
 from hybridcache.policies.eviction.scored import FIFO, GDSF, LFU, LHD, Marconi, Random
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.placement.adaptive import Adaptive
-from hybridcache.policies.placement.rules import (
+from hybridcache.policies.placement import (
+    Adaptive,
     Backoff,
     Boundary,
     Branch,

@@ -29,8 +29,7 @@ from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.placement.adaptive import Adaptive
-from hybridcache.policies.placement.rules import Placement
+from hybridcache.policies.placement import Adaptive, Placement
 from hybridcache.policies.protocol import Placed, Prefill, PromptBoundaries
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.outbox import Outbox

@@ -20,7 +20,7 @@ from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream, Mirror
 from hybridcache.export.warm_state import pack, unpack, write_memory
-from hybridcache.policies.placement.rules import End, Placement
+from hybridcache.policies.placement import End, Placement
 from hybridcache.policies.protocol import FetchRule, Prefill, PromptBoundaries
 from hybridcache.policies.registry import make_admission
 from hybridcache.routing.outbox import Outbox

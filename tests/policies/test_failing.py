@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from hybridcache import Lease, LeaseRequest
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.placement.adaptive import Adaptive
-from hybridcache.policies.placement.rules import Placement
+from hybridcache.policies.placement import Adaptive, Placement
 from hybridcache.policies.protocol import (
     EvictionPolicy,
     PlacementPolicy,

@@ -12,7 +12,7 @@ from hybridcache.lab.generators import chat
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.placement.adaptive import Adaptive
+from hybridcache.policies.placement import Adaptive
 from hybridcache.policies.protocol import Prefill, PromptBoundaries
 from hybridcache.policies.registry import parse_placement
 from tests.cache.serving import serve_lease

@@ -1,1 +1,0 @@
-"""Checkpoint placement: rules, and their combination."""
