@@ -68,9 +68,7 @@ def sizes(config: Config) -> ModelSizes:
         fields.ignore_experts(config)
 
     def is_due(word: str, layer: int) -> bool:
-        period: int = config[f"{word}_layer_period"]
-        offset: int = config[f"{word}_layer_offset"]
-        return layer % period == offset
+        return bool(layer % config[f"{word}_layer_period"] == config[f"{word}_layer_offset"])
 
     return fields.model(
         config,
