@@ -31,7 +31,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from engine.plugins.tiers.prefixes import Prefixes, RecordPart, Run, State, covering, decode
+from engine.plugins.tiers.prefixes import Item, Prefixes, RecordPart, covering
 from engine.plugins.tiers.records import RecordStore, record_bytes
 from hybridcache.tokens import Indices, Tokens
 
@@ -63,41 +63,6 @@ FADING = 0.95
 logger = logging.getLogger(__name__)
 
 
-class DiskThread:
-    """Runs one job at a time: urgent ones first, others in order of submission.
-
-    A job that hangs in the system cannot be interrupted. It does not keep the process from ending.
-    """
-
-    def __init__(self) -> None:
-        self._queue: PriorityQueue[tuple[int, int, Callable[[], Any] | None, Future[Any]]]
-        self._queue = PriorityQueue()
-        self._numbers = itertools.count()
-        self.started_s: float | None = None
-        """Time by ``time.monotonic`` at which the current job began, or None if there is none."""
-        threading.Thread(target=self._run, name="disk", daemon=True).start()
-
-    def submit(self, work: Callable[[], Any] | None, priority: int = NORMAL) -> Future[Any]:
-        """Queue ``work``, or the end of the thread. The future has its result or exception."""
-        done: Future[Any] = Future()
-        self._queue.put((priority, next(self._numbers), work, done))
-        return done
-
-    def _run(self) -> None:
-        while True:
-            _, _, work, done = self._queue.get()
-            if work is None:
-                return
-            self.started_s = time.monotonic()
-            try:
-                done.set_result(work())
-            except BaseException as error:
-                logger.exception("A job of the disk thread failed.")
-                done.set_exception(error)
-            self.started_s = None
-            del work, done  # Contents of a record are released when nothing else has them.
-
-
 class Disk:
     """The records of one ``RecordStore`` as prefixes, and the rows that point into them."""
 
@@ -116,10 +81,8 @@ class Disk:
         self.max_bytes, self.row_bytes, self.state_rows = max_bytes, row_bytes, state_rows
         self._store = store
         self.prefixes = Prefixes(num_rows)
-        self._sizes: dict[int, int] = {}
-        """Disk space of all records, once the queued jobs are done."""
         self.num_bytes = 0
-        """Disk space of all records together."""
+        """Disk space of all records together, once the queued jobs are done."""
         self._pending: dict[int, FutureRows] = {}
         """Rows of records that are not written yet."""
         self._queued_bytes = self._done_bytes = 0
@@ -140,17 +103,24 @@ class Disk:
         """Number of runs and states not written for lack of room or time, or while it is off."""
         record_bytes_limit = min(MAX_RECORD_BYTES, max_bytes // MIN_RECORDS)
         self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
-        self._thread = DiskThread()
+        self._jobs: PriorityQueue[tuple[int, int, str, Callable[[], Any] | None, Future[Any]]]
+        self._jobs, self._numbers = PriorityQueue(), itertools.count()
+        self._started_s: float | None = None
+        """Time by ``time.monotonic`` at which the current job began, or None if there is none."""
+        # A job that hangs in the system cannot be interrupted: it must not keep the process alive.
+        threading.Thread(target=self._run, name="disk", daemon=True).start()
         for record in store.scan():
-            self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
-            if not self.prefixes.add(record.id, decode(record.meta)):
+            item = Item.decode(record.meta)
+            if self.prefixes.add(record.id, item):
+                self.num_bytes += self._size(item)
+            else:
                 self._remove(record.id)
         self.num_errors += store.num_damaged
         self._next_id = store.next_id
         # The limit may have been higher in an earlier process. KV without a state behind it cannot
         # be used after a start, so it is removed first.
         for number in tuple(self.prefixes.unused):
-            if isinstance(self.prefixes.items[number], State):
+            if self.prefixes.items[number].is_state:
                 self.prefixes.unused.move_to_end(number)
         self._make_room()
 
@@ -158,7 +128,7 @@ class Disk:
     def is_off(self) -> bool:
         """True after the file system refused anything, or did not respond for ``DEADLINE_S``.
         Reported once."""
-        started_s = self._thread.started_s
+        started_s = self._started_s
         if started_s is not None and time.monotonic() - started_s > DEADLINE_S:
             self._turn_off(f"its file system has not responded for {DEADLINE_S:.0f} s")
         return bool(self._failure)
@@ -199,18 +169,18 @@ class Disk:
         if kind == "checkpoint":
             if known < len(tokens):
                 return []
-            state = State(parent, len(tokens))
-            found = self.prefixes.ids.get(state)
+            state = Item(parent, len(tokens), tokens[:0], namespace)
+            found = self.prefixes.ids.get(state.key)
             if found is None:
-                found = self._write(state, self.state_rows, partial(read, 0, self.state_rows))
+                found = self._write(state, partial(read, 0, self.state_rows))
             return [] if found is None else [RecordPart(found, 0, self.state_rows)]
         start = first = len(tokens) - num_rows
         if start <= known:
             start = known
             while start < len(tokens):  # In records of a bounded size.
                 end = min(start + self._run_tokens, len(tokens))
-                run = Run(parent, start, tokens[start:end].copy(), namespace)
-                number = self._write(run, end - start, partial(read, start - first, end - first))
+                run = Item(parent, start, tokens[start:end].copy(), namespace)
+                number = self._write(run, partial(read, start - first, end - first))
                 if number is None:
                     break
                 pieces.append(RecordPart(number, 0, end - start))
@@ -287,15 +257,15 @@ class Disk:
             if (data := content()) is not None:
                 self._store.write_file(name, data)
 
-        self._submit(f"write the file {name}", write)
+        self._submit(write, f"write the file {name}")
 
     def remove_file(self, name: str) -> None:
         """Remove a file from the folder, in the background."""
-        self._submit(f"remove the file {name}", partial(self._store.remove_file, name))
+        self._submit(partial(self._store.remove_file, name), f"remove the file {name}")
 
     def flush(self) -> bool:
         """Wait until all queued work is done. Returns False if the file system hangs."""
-        done = self._thread.submit(lambda: None)
+        done = self._submit(lambda: None)
         wait([done], CLOSE_DEADLINE_S)
         self.settle()
         return done.done()
@@ -303,7 +273,7 @@ class Disk:
     def close(self) -> None:
         """Write pending records, and release the folder."""
         if self.flush():
-            self._thread.submit(None)
+            self._submit(None)
             self._store.close()
         else:
             logger.warning(
@@ -314,27 +284,43 @@ class Disk:
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds. O(records + rows of the tier)."""
         self.prefixes.check()
-        assert self.num_bytes == sum(self._sizes.values()) <= self.max_bytes
-        assert self._sizes.keys() == self.prefixes.items.keys()
+        sizes = map(self._size, self.prefixes.items.values())
+        assert self.num_bytes == sum(sizes) <= self.max_bytes
 
-    def _submit(self, what: str, work: Callable[[], Any], priority: int = NORMAL) -> Future[Any]:
-        """Run ``work`` in the disk thread. After an OSError, which is reported as "not possible to
-        ``what``", the disk is off. The result is None then."""
+    def _submit(
+        self, work: Callable[[], Any] | None, what: str = "", priority: int = NORMAL
+    ) -> Future[Any]:
+        """Run ``work`` in the disk thread, or end that if it is None. Urgent jobs are first, others
+        in order of submission.
 
-        def attempt() -> Any:
+        After an OSError, which is reported as "not possible to ``what``", the disk is off. The
+        result is None then.
+        """
+        done: Future[Any] = Future()
+        self._jobs.put((priority, next(self._numbers), what, work, done))
+        return done
+
+    def _run(self) -> None:
+        """Run jobs one at a time: the function of the disk thread."""
+        while True:
+            _, _, what, work, done = self._jobs.get()
+            if work is None:
+                return
+            self._started_s = time.monotonic()
             try:
-                return None if self._failure else work()
+                done.set_result(None if self._failure else work())
             except OSError as error:
                 self._turn_off(f"it was not possible to {what} ({error.strerror or error})")
-                return None
+                done.set_result(None)
+            except BaseException as error:
+                logger.exception("A job of the disk thread failed.")
+                done.set_exception(error)
+            self._started_s = None
+            del work, done  # Contents of a record are released when nothing else has them.
 
-        return self._thread.submit(attempt, priority)
-
-    def _write(
-        self, item: Run | State, num_rows: int, read: Callable[[], FutureRows]
-    ) -> int | None:
+    def _write(self, item: Item, read: Callable[[], FutureRows]) -> int | None:
         """Queue a record. Returns its id, or None if there is no room or time."""
-        number, meta, num_bytes = self._next_id, item.encode(), num_rows * self.row_bytes
+        number, num_bytes = self._next_id, self._num_rows(item) * self.row_bytes
         waiting_bytes = self._queued_bytes - self._done_bytes
         is_late = waiting_bytes and waiting_bytes + num_bytes > MAX_PENDING_BYTES
         if is_late or self.is_off:
@@ -342,7 +328,7 @@ class Disk:
             return None
         if not self.prefixes.add(number, item):
             return None
-        self._count(number, record_bytes(len(meta), num_bytes))
+        self.num_bytes += self._size(item)
         self._make_room()
         if number not in self.prefixes.items:  # It was the last one to be removed.
             self.num_skipped += 1
@@ -351,12 +337,14 @@ class Disk:
         payload = self._pending[number] = read()
         self._queued_bytes += num_bytes
 
+        def write() -> None:
+            self._store.write(number, item.encode(), payload().data.cast("B"))
+
         def written(_: object) -> None:
             del self._pending[number]
             self._done_bytes += num_bytes
 
-        write = lambda: self._store.write(number, meta, payload().data.cast("B"))  # noqa: E731
-        self._submit("write a record", write).add_done_callback(written)
+        self._submit(write, "write a record").add_done_callback(written)
         return number
 
     def _make_room(self) -> None:
@@ -366,22 +354,19 @@ class Disk:
 
     def _forget(self, number: int) -> None:
         """Remove a record that is not in use."""
-        self.prefixes.remove(number)
+        self.num_bytes -= self._size(self.prefixes.remove(number))
         self._remove(number)
 
     def _remove(self, number: int) -> None:
         """Queue the removal of a record's file, which may never have been written."""
-        self.num_bytes -= self._sizes.pop(number)
-        self._submit("remove a record", partial(self._store.remove, number))
+        self._submit(partial(self._store.remove, number), "remove a record")
 
     def _read(self, number: int) -> Read:
         """Read a record, unless it was read or is being read already."""
         read = self._reads.get(number)
         if read is None:
-            item = self.prefixes.items[number]
-            num_rows = len(item.tokens) if isinstance(item, Run) else self.state_rows
-            payload = partial(self._payload, number, num_rows)
-            read = self._reads[number] = self._submit("read a record", payload, URGENT)
+            payload = partial(self._payload, number, self._num_rows(self.prefixes.items[number]))
+            read = self._reads[number] = self._submit(payload, "read a record", URGENT)
         return read
 
     def _payload(self, number: int, num_rows: int) -> Rows | None:
@@ -403,6 +388,9 @@ class Disk:
         self._read_bytes = FADING * self._read_bytes + out.nbytes
         return out
 
-    def _count(self, number: int, size: int) -> None:
-        self._sizes[number] = size
-        self.num_bytes += size
+    def _num_rows(self, item: Item) -> int:
+        return self.state_rows if item.is_state else len(item.tokens)
+
+    def _size(self, item: Item) -> int:
+        """Return the disk space of a record."""
+        return record_bytes(len(item.encode()), self._num_rows(item) * self.row_bytes)

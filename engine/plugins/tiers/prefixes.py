@@ -17,6 +17,9 @@ import numpy as np
 
 from hybridcache.tokens import Indices, Tokens, common_prefix_len, read_namespace
 
+STATE = -1
+"""Stands for the first token of a state in its key."""
+
 
 class RecordPart(NamedTuple):
     """Consecutive rows of one record: of a state, or one for each token of a run."""
@@ -28,14 +31,16 @@ class RecordPart(NamedTuple):
     num_rows: int
 
 
-class Run(NamedTuple):
-    """The tokens of one record of KV."""
+class Item(NamedTuple):
+    """One record: a run of tokens with their KV, or the state at the end of a prefix."""
 
     parent: int
-    """Id of the run that it continues, or 0 if it begins a prompt."""
+    """Id of the run that a run continues, or 0 if it begins a prompt. For a state, id of the run
+    that contains its position, after the first token of that run."""
     start: int
-    """Position of its first token."""
+    """Position of the first token."""
     tokens: Tokens
+    """Empty for a state."""
     namespace: Hashable
 
     @property
@@ -43,51 +48,37 @@ class Run(NamedTuple):
         return self.start + len(self.tokens)
 
     @property
-    def key(self) -> Hashable:
-        """Place of the run in the tree: no other one has the same."""
-        return self.parent or ("", self.namespace), self.start, int(self.tokens[0])
-
-    def encode(self) -> bytes:
-        """Return the meta of its record."""
-        space, tokens = repr(self.namespace), self.tokens.astype("<i4").tobytes()
-        return msgspec.msgpack.encode((self.parent, self.start, tokens, space))
-
-
-class State(NamedTuple):
-    """The position of one state record."""
-
-    parent: int
-    """Id of the run that contains its position, after the first token of the run."""
-    end: int
+    def is_state(self) -> bool:
+        return not len(self.tokens)
 
     @property
     def key(self) -> Hashable:
-        return self
+        """Place in the tree: no other item has the same."""
+        first = STATE if self.is_state else int(self.tokens[0])
+        return self.parent or ("", self.namespace), self.start, first
 
     def encode(self) -> bytes:
         """Return the meta of its record."""
-        return msgspec.msgpack.encode(self)
+        tokens, space = self.tokens.astype("<i4").tobytes(), repr(self.namespace)
+        return msgspec.msgpack.encode((self.parent, self.start, tokens, space))
 
-
-def decode(meta: bytes) -> Run | State:
-    """Return the run or state of a record. Its checksum was compared, so the meta is trusted."""
-    parent, position, *rest = msgspec.msgpack.decode(meta)
-    if not rest:
-        return State(parent, position)
-    tokens, namespace = rest
-    found = np.frombuffer(tokens, "<i4").astype(np.int32)
-    return Run(parent, position, found, read_namespace(namespace))
+    @classmethod
+    def decode(cls, meta: bytes) -> Item:
+        """Return the item of a record. Its checksum was compared, so the meta is trusted."""
+        parent, start, tokens, space = msgspec.msgpack.decode(meta)
+        found = np.frombuffer(tokens, "<i4").astype(np.int32)
+        return cls(parent, start, found, read_namespace(space))
 
 
 class Prefixes:
-    """Runs and states by id.
+    """Items by id.
 
     An item is in use while it has children, or while a row of the tier points into it. Rows that
     are together in a record are requested together, so methods for rows work on runs of rows.
     """
 
     def __init__(self, num_rows: int) -> None:
-        self.items: dict[int, Run | State] = {}
+        self.items: dict[int, Item] = {}
         self.ids: dict[Hashable, int] = {}
         """Ids of all items by ``key``."""
         self._num_uses: dict[int, int] = {}
@@ -99,7 +90,7 @@ class Prefixes:
         """Record id of each row, or 0 if it points nowhere."""
         self._offsets = np.zeros(num_rows, np.int32)
 
-    def add(self, number: int, item: Run | State) -> bool:
+    def add(self, number: int, item: Item) -> bool:
         """Add an item as the last used. Returns False without a parent, or if it exists."""
         if item.key in self.ids or (item.parent and item.parent not in self.items):
             return False
@@ -109,11 +100,12 @@ class Prefixes:
         self._use(item.parent, 1)
         return True
 
-    def remove(self, number: int) -> None:
-        """Remove an item that is not in use."""
+    def remove(self, number: int) -> Item:
+        """Remove an item that is not in use, and return it."""
         item = self.items.pop(number)
         del self.ids[item.key], self._num_uses[number], self.unused[number]
         self._use(item.parent, -1)
+        return item
 
     def lose(self, numbers: Iterable[int]) -> list[int]:
         """Unbind the rows of existing items and of all descendants. Returns their ids, in an order
@@ -134,9 +126,7 @@ class Prefixes:
             number = self.ids.get((above, at, int(tokens[at])))
             if number is None:
                 break
-            run = self.items[number]
-            assert isinstance(run, Run)
-            num_tokens = common_prefix_len(run.tokens, tokens[at:])
+            num_tokens = common_prefix_len(self.items[number].tokens, tokens[at:])
             pieces.append(RecordPart(number, 0, num_tokens))
             at += num_tokens
             above = number
@@ -152,13 +142,12 @@ class Prefixes:
         found = []
         for number in sorted(self.items, reverse=True):
             item = self.items[number]
-            if not isinstance(item, State):
+            if not item.is_state:
                 continue
             room -= state_rows
             above, end = item.parent, item.end
             while above:
                 run, known = self.items[above], covered.get(above, 0)
-                assert isinstance(run, Run)
                 if end - run.start <= known:
                     break
                 room -= end - run.start - known
@@ -172,14 +161,12 @@ class Prefixes:
     def path(self, number: int) -> tuple[Hashable, Tokens]:
         """Return (namespace, all tokens up to the end of the item). O(position)."""
         item = self.items[number]
-        end, run = item.end, self.items[item.parent] if isinstance(item, State) else item
-        parts: list[Tokens] = []
-        while True:
-            assert isinstance(run, Run)
-            parts.append(run.tokens[: end - run.start])
-            if not run.parent:
-                return run.namespace, np.concatenate(parts[::-1])
-            end, run = run.start, self.items[run.parent]
+        parts, end = [item.tokens], item.start
+        while item.parent:
+            item = self.items[item.parent]
+            parts.append(item.tokens[: end - item.start])
+            end = item.start
+        return item.namespace, np.concatenate(parts[::-1])
 
     def bind(self, rows: Indices, pieces: list[RecordPart]) -> None:
         """Bind ``rows``, which point nowhere, to ``pieces``. O(rows)."""

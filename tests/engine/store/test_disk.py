@@ -15,7 +15,7 @@ import pytest
 
 from engine.plugins.tiers import disk as disk_module
 from engine.plugins.tiers.disk import Disk, FutureRows, Rows
-from engine.plugins.tiers.prefixes import State, covering
+from engine.plugins.tiers.prefixes import covering
 from engine.plugins.tiers.records import HEAD_BYTES, RecordStore, record_bytes
 from hybridcache.tokens import Indices, Tokens
 
@@ -132,7 +132,7 @@ def test_loaded_rows_equal_the_offloaded_ones(
             assert set(before) <= set(disk.prefixes.items), "a written record was not found"
             for number in list(disk.prefixes.items):
                 path = disk.prefixes.path(number)
-                kind = "checkpoint" if isinstance(disk.prefixes.items[number], State) else "kv"
+                kind = "checkpoint" if disk.prefixes.items[number].is_state else "kv"
                 pieces = disk.write_through(
                     kind, path, 1, lambda *_: pytest.fail("it was on disk already")
                 )
@@ -253,7 +253,7 @@ def test_a_smaller_folder_keeps_states_with_their_kv(tmp_path: Path) -> None:
     disk.close()
     disk = open_disk(tmp_path, max_bytes=limit)
     assert readable(settled(disk), *paths) == [False] * 5 + [True] * 3
-    assert len([one for one in disk.prefixes.ids if isinstance(one, State)]) == 3
+    assert sum(item.is_state for item in disk.prefixes.items.values()) == 3
     disk.close()
 
 
