@@ -93,7 +93,6 @@ class Outgoing:
             return
         if match.checkpoint is not None:
             self._put(wire.State(), unit.read_state(match.checkpoint))
-        self.server.unsent.append((self.peer, wire.Done(), None))
         counts, num_tokens = self.server.counts, self.end - self.ask.start
         counts.prefixes += 1
         counts.tokens += num_tokens
@@ -138,7 +137,7 @@ class PrefillServer(Plugin):
         super().__init__(config)
         self.settings = config.of(DisaggregationConfig)
         self._timeout_s, self.counts = self.settings.transfer_timeout_s, wire.TransferCounts()
-        self.unsent: deque[tuple[bytes, wire.ToDecode, HostCopy | None]] = deque()
+        self.unsent: deque[tuple[bytes, wire.ToDecode, HostCopy]] = deque()
         """Connection, message and bytes of messages that wait for these bytes."""
         self._numbers = itertools.count()
         self._checks_s = 0.0
@@ -200,7 +199,7 @@ class PrefillServer(Plugin):
 
     def _send_ready(self) -> None:
         """Send the queued messages with bytes that have arrived from the device."""
-        while self.unsent and ((copied := self.unsent[0][2]) is None or copied.is_done):
+        while self.unsent and self.unsent[0][2].is_done:
             peer, message, copied = self.unsent.popleft()
             if peer in self._sessions:
                 self._send(peer, message, copied)
@@ -299,9 +298,7 @@ class PrefillServer(Plugin):
 
     def wait(self) -> None:
         if self.unsent:
-            copied = self.unsent[0][2]
-            if copied is not None:
-                copied.wait()
+            self.unsent[0][2].wait()
         elif self.has_work:
             self._router.poll(round(1e3 * IDLE_S))
 

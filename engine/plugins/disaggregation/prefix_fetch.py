@@ -176,30 +176,31 @@ class PeerFetch(Fetch):
         self._next = self.start
         """First position that has not arrived."""
 
-    def receive(self, max_bytes: int) -> tuple[int, bool]:
-        """Copy arrived rows and states until they have ``max_bytes`` or more.
+    @property
+    def is_whole(self) -> bool:
+        """True if all of the prefix has arrived."""
+        return self._num_bytes == self.needed_bytes
 
-        Returns the number of bytes, and True if the prefix is complete. Raises TransferError if it
-        will not arrive, and RequestError with the reason that the prefill engine gives.
+    def receive(self, max_bytes: int) -> int:
+        """Copy arrived rows and the state until they have ``max_bytes`` or more, and return the
+        number of bytes.
+
+        Raises TransferError if the rest will not arrive, and RequestError with the reason that the
+        prefill engine gives.
         """
-        connection, num_bytes = self.connection, 0
-        while num_bytes < max_bytes and (received := connection.receive()) is not None:
+        before, connection = self._num_bytes, self.connection
+        while not self.is_whole and self._num_bytes < before + max_bytes:
+            received = connection.receive()
+            if received is None:
+                break
             message, data = received
-            match message:
-                case wire.Rows() | wire.State():
-                    self._write(message, data)
-                    num_bytes += len(data)
-                    self._num_bytes += len(data)
-                    connection.send(wire.Taken(self._num_bytes))
-                case wire.Alive():
-                    pass
-                case wire.Done() if self._num_bytes == self.needed_bytes:
-                    return num_bytes, True
-                case wire.Done():
-                    raise wire.TransferError("it sent less than was requested")
-                case wire.Failed():
-                    raise RequestError.from_wire(message.error)
-        return num_bytes, False
+            if isinstance(message, wire.Failed):
+                raise RequestError.from_wire(message.error)
+            if not isinstance(message, wire.Alive):
+                self._write(message, data)
+                self._num_bytes += len(data)
+                connection.send(wire.Taken(self._num_bytes))
+        return self._num_bytes - before
 
     def _write(self, message: wire.Rows | wire.State, data: memoryview) -> None:
         """Copy ``data``, which must be the next rows or the state, to their current place. Raises
@@ -213,7 +214,7 @@ class PeerFetch(Fetch):
                 unit.write_rows(rows, _tensor(data))
                 self._next = end
                 return
-        elif slot is not None and len(data) == unit.state_bytes:
+        elif slot is not None and self._next == self.end and len(data) == unit.state_bytes:
             unit.write_state(slot, _tensor(data))
             return
         raise wire.TransferError(f"{message} with {counted(len(data), 'byte')} was not requested")
@@ -221,7 +222,7 @@ class PeerFetch(Fetch):
     def cancel(self) -> None:
         """See ``Fetch``."""
         if not self.has_ended:
-            self._fetcher.end(self, is_whole=False)
+            self._fetcher.end(self)
 
 
 class PeerFetcher:
@@ -318,15 +319,14 @@ class PeerFetcher:
         left = MAX_COPIED_BYTES
         for fetch in tuple(self._active):
             try:
-                num_bytes, is_whole = fetch.receive(left)
-                left -= num_bytes
-                if is_whole:
-                    self.end(fetch, is_whole=True)
+                left -= fetch.receive(left)
+                if fetch.is_whole:
+                    self.end(fetch)
             except Exception as error:
                 self._report(fetch.address, fetch.end, error)
-                self.end(fetch, is_whole=False)
+                self.end(fetch)
 
-    def end(self, fetch: PeerFetch, *, is_whole: bool) -> None:
+    def end(self, fetch: PeerFetch) -> None:
         """Publish a complete prefix, or release its memory."""
         self._active.remove(fetch)
         del self._manager.other_holders[fetch.arrival]
@@ -334,7 +334,7 @@ class PeerFetcher:
         wire_bytes, needed_bytes = fetch.connection.num_bytes, 0
         self.counts.wire_bytes += wire_bytes
         fetch.has_ended = True
-        if is_whole:
+        if fetch.is_whole:
             fetch.arrival.publish()
             fetch.num_fetched, needed_bytes = fetch.end - fetch.start, fetch.needed_bytes
             self.counts.prefixes += 1

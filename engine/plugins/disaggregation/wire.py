@@ -2,8 +2,8 @@
 
 A prefill engine has one ROUTER socket. A decode engine opens a DEALER socket for each prefix, sends
 ``Ask``, and receives any number of ``Rows``, then ``State``, each followed by a frame with its
-bytes, then ``Done`` or ``Failed``. It confirms each with ``Taken`` and sends ``End`` at its own
-end. ``PrefixBuffer`` converts between bytes and memory: the arena rows of tokens, and the state at
+bytes, or ``Failed``. It confirms each with ``Taken`` and sends ``End`` at its own end.
+``PrefixBuffer`` converts between bytes and memory: the arena rows of tokens, and the state at
 the end of a prefix, both with the parts of a multi-token head.
 """
 
@@ -94,10 +94,6 @@ class Alive(TransferMessage, frozen=True):
     """The prefix is still being computed."""
 
 
-class Done(TransferMessage, frozen=True):
-    """All of the prefix was sent."""
-
-
 class Failed(TransferMessage, frozen=True):
     """The prefix was refused, or could not be computed."""
 
@@ -105,7 +101,7 @@ class Failed(TransferMessage, frozen=True):
 
 
 ToPrefill = Ask | Taken | End
-ToDecode = Rows | State | Alive | Done | Failed
+ToDecode = Rows | State | Alive | Failed
 
 
 @dataclass(slots=True)
@@ -218,7 +214,7 @@ class Connection:
         self._socket.close()
 
 
-PROTOCOL = "5"
+PROTOCOL = "6"
 """Version of the messages between two engines."""
 PIECE_BYTES = 4 << 20
 """Maximum size of one message, except for a state and the KV of a single token."""

@@ -26,7 +26,6 @@ from engine.plugins.disaggregation import prefill_server
 from engine.plugins.disaggregation.wire import (
     Alive,
     Connection,
-    Done,
     Failed,
     PrefixBuffer,
     Rows,
@@ -325,7 +324,6 @@ def message(reply: ToDecode, data: bytes | None = None) -> list[bytes]:
     ("answers", "reason"),
     [
         ([[b"\xc1"]], "unclear"),
-        ([message(Alive()), message(Done())], ""),
         ([message(Rows(0, 10), b"short")], "was not requested"),
         ([message(Rows(0, 10))], "was not requested"),
         ([message(Rows(64, 128), b"late" * 999)], "was not requested"),
