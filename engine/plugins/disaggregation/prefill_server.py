@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 import zmq
@@ -145,10 +144,6 @@ class PrefillServer(Plugin):
         self._is_accepting = True
         self._sessions: dict[bytes, Outgoing] = {}
         """Accepted prefixes without an ``End``, by connection."""
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[wire.ToPrefill] = msgspec.msgpack.Decoder(
-            wire.ToPrefill
-        )
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
         """Start listening. Raises ConfigError if the address is not available."""
@@ -156,26 +151,21 @@ class PrefillServer(Plugin):
         self.unit = PrefixBuffer(engine.runner)
         self._own = identity(engine.runner)
         self._context: zmq.Context[Any] = zmq.Context(wire.IO_THREADS)
+        name, port = self.settings.addresses[0]
         try:
-            self.address = self._listen(self.settings.addresses[0])
-        except OSError as error:
+            found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+            host = str(min(found)[4][0])  # IPv4 first
+            self._router = wire.open_socket(self._context, zmq.ROUTER, host, self._timeout_s)
+            self._router.set(zmq.ROUTER_MANDATORY, 1)
+            self._router.set(zmq.MAXMSGSIZE, wire.MAX_ASK_BYTES)
+            self._router.sndhwm = 0  # MAX_QUEUED_BYTES is the limit.
+            self._router.bind(wire.endpoint(host, port))
+        except (OSError, zmq.ZMQError) as error:
+            self._context.destroy(0)
             why = error.strerror or error
             raise ConfigError(f"--transfer-at {self.settings.transfer_at}: {why}.") from error
-
-    def _listen(self, address: tuple[str, int]) -> tuple[str, int]:
-        """Return (host, port) that the server listens on."""
-        host = str(min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))[4][0])  # IPv4 first
-        self._router = wire.open_socket(self._context, zmq.ROUTER, host, self._timeout_s)
-        self._router.set(zmq.ROUTER_MANDATORY, 1)
-        self._router.set(zmq.MAXMSGSIZE, wire.MAX_ASK_BYTES)
-        self._router.sndhwm = 0  # MAX_QUEUED_BYTES is the limit.
-        try:
-            self._router.bind(wire.endpoint(host, address[1]))
-        except zmq.ZMQError as error:
-            self._context.destroy(0)
-            raise OSError(error.errno, error.strerror) from error
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        return address[0], int(bound.rpartition(":")[2])
+        self.address = name, int(bound.rpartition(":")[2])
 
     def _exchange(self) -> None:
         """Handle the messages that have arrived, and send those that are due."""
@@ -192,7 +182,7 @@ class PrefillServer(Plugin):
                 break
             self.counts.wire_bytes += sum(map(len, frames))
             try:
-                self._receive(peer, self._decoder.decode(b"".join(frames)))
+                self._receive(peer, wire.FOR_PREFILL.decode(b"".join(frames)))
             except ValueError as error:
                 self.fail(peer, StepFailed(f"it does not understand the message ({error})"))
         self._send_ready()
@@ -254,7 +244,7 @@ class PrefillServer(Plugin):
 
     def _send(self, peer: bytes, message: wire.ToDecode, copied: HostCopy | None = None) -> None:
         """Send a message. ZeroMQ keeps the memory of ``copied``, which nothing else changes."""
-        frames: list[Any] = [peer, self._encoder.encode(message)]
+        frames: list[Any] = [peer, wire.ENCODER.encode(message)]
         if copied is not None:
             frames.append(copied.wait()[0].view(torch.uint8).view(-1).numpy())
         try:

@@ -102,6 +102,9 @@ class Failed(TransferMessage, frozen=True):
 
 ToPrefill = Ask | Taken | End
 ToDecode = Rows | State | Alive | Failed
+ENCODER = msgspec.msgpack.Encoder(enc_hook=plain)
+FOR_PREFILL: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)
+FOR_DECODE: msgspec.msgpack.Decoder[ToDecode] = msgspec.msgpack.Decoder(ToDecode)
 
 
 @dataclass(slots=True)
@@ -156,8 +159,6 @@ class Connection:
         self._heard_s = time.monotonic()
         self.num_bytes = 0
         """Bytes sent and received."""
-        self._encoder = msgspec.msgpack.Encoder(enc_hook=plain)
-        self._decoder: msgspec.msgpack.Decoder[ToDecode] = msgspec.msgpack.Decoder(ToDecode)
         self._socket = open_socket(context, zmq.DEALER, address[0], timeout_s)
         self._socket.maxmsgsize = max_bytes
         self._events = self._socket.get_monitor_socket(IS_LOST)
@@ -169,7 +170,7 @@ class Connection:
 
     def send(self, message: ToPrefill) -> None:
         """Send a message. Raises TransferError if the other side has gone."""
-        data = self._encoder.encode(message)
+        data = ENCODER.encode(message)
         try:
             self._socket.send(data, zmq.NOBLOCK)
         except zmq.Again:
@@ -201,7 +202,7 @@ class Connection:
         data = rest[0].buffer if rest else memoryview(b"")
         self.num_bytes += len(head) + len(data)
         try:
-            return self._decoder.decode(head.buffer), data
+            return FOR_DECODE.decode(head.buffer), data
         except ValueError as error:
             raise TransferError(f"the other side is unclear ({error})") from error
 

@@ -21,6 +21,7 @@ from engine.messages import Abort, EngineFacts, Question, ResetCache
 from engine.requests.request import RequestSpec, SamplingParams
 from engine.text.outputs import RequestOutput
 from engine.worker.screen import screen_rows
+from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.outbox import EventBatch, Outbox
 from hybridcache.routing.protocol import ReplicaSpec
@@ -29,17 +30,6 @@ TRIAL_TOKENS = 512
 """Length of the prompt for the measurement at the start."""
 ALIVE_S = 2.0
 """Interval in which the reader of events learns that the engine has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class PerToken:
-    """A constant rate that a replica measured at its start."""
-
-    tokens_per_s: float
-
-    def seconds(self, start: int, end: int) -> float:
-        """Return the seconds to compute the tokens [start, end)."""
-        return max(end - start, 0) / self.tokens_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +49,7 @@ class EngineReplica:
         self._engine = Engine(config)
         if config.warm_up:
             self._engine.prepare_grammars()
-        self._tokens_per_s = self._timed()
+        self._times = self._timed()
         self._engine.reset_prefix_cache()
         self._engine.cache.stats.clear()
         self._outbox = Outbox(self._engine.cache)
@@ -70,8 +60,8 @@ class EngineReplica:
         self._async = AsyncEngine(self._engine)
         self._async.start()
 
-    def _timed(self) -> float:
-        """Return the tokens per second of a prefill: the second of two."""
+    def _timed(self) -> MeasuredTimes:
+        """Time a prefill, the second of two. Others take a time in proportion to their length."""
         length = min(TRIAL_TOKENS, self._engine.max_model_len - 1)
         for first in (0, 1):
             prompt = (
@@ -79,7 +69,7 @@ class EngineReplica:
             )
             start = time.perf_counter()
             self._engine.generate([prompt], SamplingParams(max_tokens=1))
-        return length / (time.perf_counter() - start)
+        return MeasuredTimes((0,), (0, length), ((0.0, time.perf_counter() - start),))
 
     def _stepped(self, report: StepReport) -> None:
         """Publish the events of a step. Called in the engine's thread."""
@@ -91,7 +81,7 @@ class EngineReplica:
         memory, cache = self._engine.runner.memory, self._engine.cache
         report, rules = await self._async.report(), self._engine.config.checkpoints
         spec = ReplicaSpec(
-            PerToken(self._tokens_per_s),
+            self._times,
             page_size=cache.page_size,
             grid=cache.grid,
             kv_bytes=memory.row_bytes,
@@ -101,7 +91,7 @@ class EngineReplica:
             placement=parse_placement(",".join(rules)) if memory.is_stateful else None,
         )
         rows = screen_rows(self._engine, address)
-        rows[1:1] = [("prefill", f"{self._tokens_per_s:,.0f} tokens/s, measured")]
+        rows[1:1] = [("prefill", f"{1 / self._times.seconds(0, 1):,.0f} tokens/s, measured")]
         return ReplicaFacts(self._async.facts, spec, tuple(rows))
 
     async def generate(self, spec: RequestSpec) -> AsyncIterator[RequestOutput]:

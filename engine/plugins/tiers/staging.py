@@ -95,11 +95,7 @@ class Reading(Fetch):
 
     def __init__(self, request: Request, end: int, num_tokens: int, reads: list[Read]) -> None:
         super().__init__(end)
-        self._request, self._num_tokens, self.reads = request, num_tokens, reads
-
-    def finish(self) -> None:
-        """Note that the records have been read."""
-        self.has_ended, self.num_fetched = True, self._num_tokens
+        self._request, self.num_tokens, self.reads = request, num_tokens, reads
 
     @property
     def is_needed(self) -> bool:
@@ -149,7 +145,7 @@ class Staging(Fetcher):
             offload.drop_lost(DISK, disk.is_lost)
             disk.has_lost_rows = False
         for reading in done:
-            reading.finish()
+            reading.has_ended, reading.num_fetched = True, reading.num_tokens
         self._readings = [reading for reading in self._readings if reading.is_needed]
 
     def wait(self, timeout_s: float) -> None:
