@@ -25,7 +25,6 @@ from hybridcache.lab.figures import (
     closed_loop_figure,
     figure_path,
     losses_figure,
-    optimum_figure,
     sweep_figure,
 )
 from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
@@ -472,7 +471,7 @@ def _optimum(options: argparse.Namespace) -> int:
     scenario = Scenario(opened(options.trace, options), **given_settings(options))
     found = optimum(scenario, counts_running=options.counts_running)
     if options.figure:
-        optimum_figure(found.plans, options.figure)
+        found.figure(options.figure)
     if options.json:
         print("\n".join(json.dumps(plan) for plan in found.to_dicts()))
     else:

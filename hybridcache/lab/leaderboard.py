@@ -147,7 +147,9 @@ class BoardJob:
     rate: float | None = None
     """Sessions per second in closed loop, or None for a replay."""
 
-    def __str__(self) -> str:
+    @property
+    def title(self) -> str:
+        """Name of the job in errors."""
         rate = "" if self.rate is None else f", {self.rate:g} sessions/s"
         return f"{self.trace}{rate}, seed {self.seed}"
 

@@ -494,7 +494,9 @@ class Scenario:
 
     # --- One cell: one competitor at one size -----------------------------------------------------
 
-    def __str__(self) -> str:
+    @property
+    def title(self) -> str:
+        """Name of the cell in errors."""
         return f"{self.label} at {self.size_gib:.4g} GiB"
 
     @property

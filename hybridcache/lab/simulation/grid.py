@@ -99,8 +99,12 @@ def run_grid(
                     with _locked(path) as file:
                         file.write(json.dumps(record).encode() + b"\n")
             show(len(results) + len(failures), len(jobs))
-    said = (f"{jobs[number]} failed: {words}" for number, words in sorted(failures.items()))
+    said = (f"{_title(jobs[number])} failed: {failures[number]}" for number in sorted(failures))
     return tuple(results[number] for number in sorted(results)), tuple(dict.fromkeys(said))
+
+
+def _title(job: object) -> str:
+    return str(getattr(job, "title", job))
 
 
 class RunFailed(ValueError):
@@ -191,7 +195,7 @@ def _results(
         return
     task = pickled(f"trace {trace.name!r}", (trace, run))
     for _, job in due:
-        pickled(str(job), job)
+        pickled(_title(job), job)
     far = _in_processes(task, due, processes) if ray is None else _on_ray(task, due, ray)
     for number, result, caught in far:
         for message in caught:  # of the process that computed it
