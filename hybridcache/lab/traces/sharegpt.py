@@ -162,10 +162,9 @@ class ShareGPTCountsReader(SessionReader):
             shared = (9 + 16 * blocks[:, None] + np.arange(16, dtype=np.int32)).reshape(-1)
             history, asked, found = empty, False, []
             for turn in record.values_of("turns"):
-                if not isinstance(turn, list) or len(turn) != 2 or turn[0] not in tuple(headers):
-                    raise ValueError('turns has an item that is not ["u", "a" or "s", tokens]')
-                role, count = turn[0], Record(turns=turn[1]).whole("turns")
-                words, opened = fresh.take(count), np.concatenate((history, headers[role]))
+                role, length = turn
+                count = Record(turns=length).whole("turns")
+                opened, words = np.concatenate((history, headers[role])), fresh.take(count)
                 words[: len(shared)], shared = shared[:count], shared[:0]
                 prompt = np.concatenate((opened, thought))
                 if role == "a" and asked:
