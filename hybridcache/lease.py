@@ -434,9 +434,8 @@ class Lease:
         if type(computed_len) is not int or computed_len < 0:
             computed_len = require_index(computed_len, "computed_len", 0)
         num_rows, interval = max(self.extended_len - computed_len, 0), self._interval
-        return (
-            num_rows if interval is None else min(num_rows, interval - 1 - computed_len % interval)
-        )
+        rest = num_rows if interval is None else interval - 1 - computed_len % interval
+        return min(num_rows, rest)
 
     # --- Rows -------------------------------------------------------------------------------------
 
@@ -452,15 +451,13 @@ class Lease:
             ValueError: ``to_len`` is negative, or the lease has ended.
             PolicyError: an own placement policy has failed. The rows are taken.
         """
-        if type(to_len) is not int:
-            to_len = require_index(to_len, "to_len")
-        start = self.extended_len
-        if to_len <= start and not self._has_ended:
-            if to_len < 0:
-                require_index(to_len, "to_len", 0)
-            return True
         if self._has_ended:
             raise ValueError(ENDED)
+        if type(to_len) is not int or to_len < 0:
+            to_len = require_index(to_len, "to_len", 0)
+        start = self.extended_len
+        if to_len <= start:
+            return True
         page = self.cache.page_size
         new = self.cache.allocate_kv(-((start - to_len) // page) * page)
         if new is None:

@@ -20,6 +20,7 @@ hold its bytes. Rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -63,25 +64,15 @@ class OffloadedEntry:
 def is_superseded(node: RadixNode) -> bool:
     """Return whether a state, on the device or offloaded, is on the unforked path below ``node``.
     O(nodes to it)."""
-    while (child := _only_child(node)) is not None:
-        if child.checkpoint is not None or (child.offloaded is not None and child.offloaded.state):
+    while True:
+        resident, entry = members(node.children), node.offloaded
+        num_stored = 0 if entry is None else sum(entry.num_children)
+        if len(resident) + num_stored != 1:
+            return False
+        stored = (ghost for ghost in members(node.ghosts) if _place(ghost) is not None)
+        node = next(chain(resident, stored))
+        if node.checkpoint is not None or (node.offloaded and node.offloaded.state):
             return True
-        node = child
-    return False
-
-
-def _only_child(node: RadixNode) -> RadixNode | None:
-    resident, entry = members(node.children), node.offloaded
-    num_stored = 0 if entry is None else sum(entry.num_children)
-    if len(resident) + num_stored != 1:
-        return None
-    if resident:
-        return next(iter(resident))
-    return next(
-        ghost
-        for ghost in members(node.ghosts)
-        if ghost.offloaded and ghost.offloaded.kv is not None
-    )
 
 
 def _next_state(node: RadixNode) -> RadixNode | None:
@@ -627,32 +618,24 @@ class TieredRadixCache(HybridRadixCache):
         node, inside, _ = self._tree.walk(self._tree.root(namespace), tokens)
         if inside is None and node.ghosts:
             node, _, _ = self._tree.walk(node, tokens[node.end :], ghosts=True)
-        loadable = self._resumable(node, found.cached_len, found.num_tokens)
-        return found._replace(loadable=loadable) if loadable else found
-
-    def _resumable(
-        self, node: RadixNode, cached_len: int, num_tokens: int
-    ) -> tuple[Resumable, ...]:
-        """Return the loadable states past ``cached_len`` on the path of ``node``. O(nodes of the
-        path)."""
         path = []
-        while node.parent is not None and node.end > cached_len:
+        while node.parent is not None and node.end > found.cached_len:
             path.append(node)
             node = node.parent
-        found, num_rows = [], [0] * len(self.offload.tiers)
+        offload, loadable, num_rows = self.offload, [], [0] * len(self.offload.tiers)
         for node in reversed(path):
-            entry = node.offloaded
+            entry: OffloadedEntry | None = node.offloaded
             if node.kv is None:
                 if entry is None or entry.kv is None:
                     break
                 num_rows[entry.kv_tier] += len(entry.kv)
-            if entry is not None and entry.state is not None and node.end < num_tokens:
+            if entry is not None and entry.state is not None and node.end < found.num_tokens:
                 rows = list(num_rows)
-                rows[entry.state.tier] += self.offload.state_rows
-                num_bytes = [num * self.offload.row_bytes for num in rows]
-                by_tier = dict(zip(self.offload.names, num_bytes, strict=True))
-                found.append(Resumable(node.end, node, by_tier))
-        return tuple(found)
+                rows[entry.state.tier] += offload.state_rows
+                num_bytes = [num * offload.row_bytes for num in rows]
+                by_tier = dict(zip(offload.names, num_bytes, strict=True))
+                loadable.append(Resumable(node.end, node, by_tier))
+        return found._replace(loadable=tuple(loadable)) if loadable else found
 
     def fetch(self, resumable: Resumable) -> bool:
         """Load ``resumable``, of the latest ``match``, to the device. Returns False if there is no

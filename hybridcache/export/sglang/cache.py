@@ -345,14 +345,7 @@ class HybridRadixBackend(BasePrefixCache):
 # --- References ---------------------------------------------------------------------------------
 
 
-class _Root:
-    """Handle of the empty prefix."""
-
-    def __repr__(self) -> str:
-        return "<root>"
-
-
-ROOT = _Root()
+ROOT = "<root>"
 """Handle of an empty match. SGLang uses None for "not matched yet"."""
 
 Node = NodeHandle | None
