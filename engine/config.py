@@ -420,19 +420,6 @@ class EngineConfig(Settings):
         self._keep_used()
 
 
-def num_load_workers() -> int:
-    """Return the number of threads that read weights: one for every two cores, at most 16.
-
-    Packing also needs the cores: on two, 16 threads took 1.2 to 1.7 times as long as one, and 1.7
-    times the processor time.
-    """
-    if hasattr(os, "sched_getaffinity"):  # Only on Linux.
-        num_cores = len(os.sched_getaffinity(0))
-    else:
-        num_cores = os.cpu_count() or 1
-    return min(max(num_cores // 2, 1), 16)
-
-
 def check_no_foreign_kernels() -> None:
     """Raise ConfigError if Hugging Face's ``kernels`` distribution is installed.
 

@@ -70,7 +70,6 @@ class Decoder(ABC):
     embedding_name: ClassVar[str] = "model.embed_tokens"
     layers_name: ClassVar[str] = "model.layers"
     norm_name: ClassVar[str] = "model.norm"
-    head_name: ClassVar[str] = "lm_head"
 
     def __init__(
         self,
@@ -91,7 +90,7 @@ class Decoder(ABC):
                 self._add(step, fill)
         self._arrange(layers)
         self.norm = self._add(self.norm_of(self.norm_name), fill)
-        self.head = self._add(Head(self.head_name, config, self.embedding, build), fill)
+        self.head = self._add(Head("lm_head", config, self.embedding, build), fill)
         self._sealing.finish()
 
     def _arrange(self, layers: Sequence[Sequence[Step]]) -> None:

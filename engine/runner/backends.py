@@ -131,7 +131,7 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def digest_of_weights(model_dir: Path, num_workers: int) -> str:
+def digest_of_weights(model_dir: Path) -> str:
     """Return a digest of all bytes of the model's weight files, without their names.
 
     O(bytes), at reading speed. Raises WeightsError and OSError.
@@ -147,7 +147,7 @@ def digest_of_weights(model_dir: Path, num_workers: int) -> str:
         for file in find_files(model_dir)
         for first in range(0, file.stat().st_size, CHUNK_BYTES)
     ]
-    with ThreadPoolExecutor(num_workers) as pool:
+    with ThreadPoolExecutor() as pool:
         return digest_of("".join(pool.map(digest_at, chunks)).encode())
 
 

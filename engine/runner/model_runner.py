@@ -10,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from engine.config import num_load_workers
 from engine.interfaces import Exactness
 from engine.layers.blocks import LayerInputs, Pools, pad_rows, padded_count
 from engine.layers.prediction import PredictionHead
@@ -445,7 +444,7 @@ class ModelRunner:
         """See ``Runner.identity``. O(bytes of the weights), unless their digest is given."""
         config, weights = self._config, f"dummy, seed {self._config.seed}"
         if config.load_format != "dummy":
-            weights = weights_digest or digest_of_weights(config.model_dir, num_load_workers())
+            weights = weights_digest or digest_of_weights(config.model_dir)
         checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
         kernels = sorted(self.kernels.words().items())
         quantization = config.quantization or "none"
