@@ -316,16 +316,6 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    engine, sampling = _loaded(arguments)
-    try:
-        if sys.stdin.isatty() and engine.config.model is None:
-            print("The built-in model solves small word problems, such as:", BUILTIN_PROMPTS[0])
-        return _converse(engine, sampling, arguments.system)
-    finally:
-        engine.close()
-
-
-def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> int:
     """Answer the lines of the standard input until its end or Ctrl-C, and return the exit code.
 
     Answers are written to the standard output, token counts to the standard error output. A message
@@ -337,11 +327,14 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
     from engine.errors import RequestError
     from engine.requests.chat_prompt import render_chat
 
-    tokenizer = engine.tokenizer
+    engine, sampling = _loaded(arguments)
+    tokenizer, system = engine.tokenizer, arguments.system
     if tokenizer is None or tokenizer.chat_template is None:
         raise ValueError(
             f"{engine.model_name} has no chat template: use `engine generate`, or another --model."
         )
+    if sys.stdin.isatty() and engine.config.model is None:
+        print("The built-in model solves small word problems, such as:", BUILTIN_PROMPTS[0])
     messages = [] if system is None else [{"role": "system", "content": system}]
     try:
         for line in _messages_of_user():
@@ -363,6 +356,8 @@ def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> i
             print(f"[prompt {total:,} tokens: {said} tokens]", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print()
+    finally:
+        engine.close()
     return 0
 
 
@@ -384,10 +379,7 @@ def _messages_of_user() -> Iterator[str]:
 
 
 def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
-    scores = [
-        {"token_id": one.token_id, "logprob": one.logprob, "top_logprobs": one.top_logprobs}
-        for one in output.logprobs or ()
-    ]
+    scores = [one._asdict() for one in output.logprobs or ()]
     return {
         "prompt": prompt,
         "text": output.text,

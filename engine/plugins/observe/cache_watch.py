@@ -167,24 +167,17 @@ def _request_record(
 def _memory_record(engine: EngineCore) -> Record:
     report = engine.report()
     pools = {"bytes": report.bytes, "kv": report.kv, "slots": report.slots}
+    usage, queue = report.usage, report.queue
     shown: dict[str, Any] = {
-        name: [pool.free, pool.cached, pool.held] for name, pool in pools.items()
+        **{name: [pool.free, pool.cached, pool.held] for name, pool in pools.items()},
+        **{name: usage[name] for name in ("prompt_tokens", "cached_tokens", "evicted_tokens")},
+        "evicted_checkpoints": usage["evicted_slots"],
+        "running": report.num_running,
+        "waiting": report.num_waiting,
+        "sessions": [queue.live_sessions, queue.waiting_sessions],
+        "admission": _admission_text(report.admission, queue.figures),
     }
-    usage = report.usage
-    return [
-        "memory",
-        shown
-        | {
-            "running": report.num_running,
-            "waiting": report.num_waiting,
-            "sessions": [report.queue.live_sessions, report.queue.waiting_sessions],
-            "admission": _admission_text(report.admission, report.queue.figures),
-            "prompt_tokens": usage["prompt_tokens"],
-            "cached_tokens": usage["cached_tokens"],
-            "evicted_tokens": usage["evicted_tokens"],
-            "evicted_checkpoints": usage["evicted_slots"],
-        },
-    ]
+    return ["memory", shown]
 
 
 def _admission_text(policy: str, figures: Mapping[str, float | str]) -> str:
