@@ -58,8 +58,6 @@ class DisaggregationConfig(PluginConfig):
                 raise ConfigError(
                     f"--role {role} and {flag} HOST:PORT require each other: set both."
                 )
-        if not isinstance(self.prefill, tuple):
-            raise ConfigError("prefill must be a tuple of addresses.")
         _ = self.addresses
 
     @property

@@ -25,7 +25,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.errors import EngineStopped, RequestError, StepFailed
 from engine.plugins.disaggregation import DisaggregationConfig, wire
-from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, difference, identity
+from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request
 from engine.runner.device import HostCopy
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -211,9 +211,10 @@ class PrefillServer(Plugin):
 
     def _receive_ask(self, peer: bytes, ask: wire.Ask) -> None:
         """Begin a prefix, or refuse it. Raises ValueError if malformed."""
-        unlike = difference(self._own, ask.identity)
-        if unlike is not None:
-            self.fail(peer, StepFailed(f"it differs in {unlike}"))
+        names = [name for name in self._own if self._own[name] != ask.identity.get(name)]
+        if names:
+            why = f"it differs in {', '.join(names)}: configure both the same"
+            self.fail(peer, StepFailed(why))
             return
         tokens = ask.spec.prompt
         if not isinstance(tokens, np.ndarray) or ask.start >= len(tokens):

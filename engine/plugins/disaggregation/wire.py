@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -224,12 +223,6 @@ PIECE_BYTES = 4 << 20
 def identity(runner: Runner) -> dict[str, str]:
     """Describe all properties that two engines must share. O(bytes of the weights)."""
     return {"transfer protocol": PROTOCOL, **runner.identity()}
-
-
-def difference(own: Mapping[str, str], other: Mapping[str, str]) -> str | None:
-    """Return the end of a sentence on properties that differ, or None if none do."""
-    names = ", ".join(name for name in own if own[name] != other.get(name))
-    return f"{names}: configure both the same" if names else None
 
 
 class PrefixBuffer:

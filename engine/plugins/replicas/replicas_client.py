@@ -57,10 +57,8 @@ def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheRepo
     """Return one report with sums of sizes and counts, and with rates of the sums.
 
     Settings are those of the first report. ``gone`` has the ``usage`` of replicas that have ended,
-    so that counters never fall. Raises ValueError if there is no report.
+    so that counters never fall.
     """
-    if not reports:
-        raise ValueError("no replica is up")
     total = cast("CacheReport", _sum(reports))
     total.usage.update((name, total.usage[name] + gone.get(name, 0)) for name in total.usage)
     usage, first = total.usage, reports[0]

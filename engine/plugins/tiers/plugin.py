@@ -167,14 +167,12 @@ class TierPlugin(Plugin):
         self, store: RecordStore, runner: Runner, tokenizer: Tokenizer | None, num_rows: int
     ) -> None:
         folder, memory = store.folder, runner.memory
-        template = None if tokenizer is None else tokenizer.chat_template
+        template = tokenizer and tokenizer.chat_template
         texts = {
-            "tokenizer": None if tokenizer is None else tokenizer.as_json(),
-            "chat template": None if template is None else template.source,
+            "tokenizer": tokenizer and tokenizer.as_json(),
+            "chat template": template and template.source,
         }
-        digests = {
-            name: digest_of(text.encode()) if text else "none" for name, text in texts.items()
-        }
+        digests = {name: digest_of((text or "").encode()) for name, text in texts.items()}
         store.open({**runner.identity(store.weights_digest), **digests})
         self.disk = disk = Disk(
             store,
@@ -269,13 +267,9 @@ class TierPlugin(Plugin):
         tiers = []
         for tier in offload.tiers:
             taken_in = sum(n for (_, to), n in offload.copied_rows.items() if to == tier.name)
-            rows = (
-                tier.pages.capacity,
-                tier.pages.num_free,
-                tier.pages.capacity - tier.pages.num_free,
-                taken_in,
-                offload.copied_rows.get((tier.name, DEVICE), 0),
-            )
+            fetched = offload.copied_rows.get((tier.name, DEVICE), 0)
+            total, free = tier.pages.capacity, tier.pages.num_free
+            rows = total, free, total - free, taken_in, fetched
             tiers.append(TierReport(tier.name, *(n * offload.row_bytes for n in rows)))
         folder = None
         if disk is not None:
@@ -290,9 +284,8 @@ class TierPlugin(Plugin):
         if disk is None or disk.is_off:
             return 0
         prefixes, tier = disk.prefixes, cache.offload.tiers[cache.offload.names.index(DISK)]
-        newest = prefixes.newest_states(tier.pages.num_free, disk.state_rows)
         num_adopted = 0
-        for number in reversed(newest):
+        for number in reversed(prefixes.newest_states(tier.pages.num_free, disk.state_rows)):
             namespace, tokens = prefixes.path(number)
             taken = cache.adopt(tokens, namespace)
             if taken is None:

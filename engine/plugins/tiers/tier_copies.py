@@ -195,15 +195,14 @@ class TierCopier:
     def _measure(self) -> float:
         num_rows = max(1, min(len(self.host), PROBE_BYTES // self.host.shape[1], len(self._rows)))
         src = np.arange(num_rows, dtype=np.int32)
-        best = min(self._time(lambda: self._load(src)) for _ in range(3))
-        return num_rows * self.host.shape[1] / max(best, 1e-9)
-
-    def _time(self, work: Callable[[], object]) -> float:
-        self._device.synchronize()
-        start = time.perf_counter()
-        work()
-        self._device.synchronize()
-        return time.perf_counter() - start
+        times_s = []
+        for _ in range(3):
+            self._device.synchronize()
+            start = time.perf_counter()
+            self._load(src)
+            self._device.synchronize()
+            times_s.append(time.perf_counter() - start)
+        return num_rows * self.host.shape[1] / max(min(times_s), 1e-9)
 
 
 def _gathered(rows: Rows, src: Indices) -> Rows:
