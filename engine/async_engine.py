@@ -358,8 +358,6 @@ class EngineChannel(ABC):
     config: EngineConfig
     tokenizer: Tokenizer | None
     facts: EngineFacts
-    failure: str | None = None
-    """Reason of an unexpected end of the engine, or None."""
 
     @property
     @abstractmethod
@@ -415,8 +413,7 @@ class ThreadChannel(EngineChannel):
         try:
             self.host.run()
         finally:
-            self.failure = self.host.failure
-            self._front.closed(self.failure)
+            self._front.closed(self.host.failure)
 
     def send(self, message: ToEngine) -> None:
         self.host.receive(message)
@@ -465,17 +462,14 @@ class AsyncEngine:
         self._numbers = itertools.count()
         self._is_open = True
         self._end: str | None = None
+        self.failure: str | None = None
+        """Reason of an unexpected end of the engine, or None."""
         self.channel.connect(self)
 
     @property
     def is_alive(self) -> bool:
         """True from ``start`` until the engine ends or fails."""
         return self.channel.is_alive
-
-    @property
-    def failure(self) -> str | None:
-        """Reason of an unexpected end of the engine, or None."""
-        return self.channel.failure
 
     def start(self) -> None:
         """Begin to serve. Called once, in the event loop."""
@@ -593,6 +587,7 @@ class AsyncEngine:
     def closed(self, failure: str | None) -> None:
         """Fail all pending requests and questions: the engine has ended."""
         self._is_open, self._end = False, failure or "The engine has stopped."
+        self.failure = failure
         error = EngineStopped(failure or STOPPED)
         self._deliver([RequestOutput.failed(each, error) for each in tuple(self._streams)])
         for number in tuple(self._replies):

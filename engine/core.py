@@ -371,7 +371,7 @@ class EngineCore:
             raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
         from tqdm import tqdm  # Here, because a server does not need it.
 
-        last: dict[int, RequestOutput] = {}
+        last: list[Any] = [None] * len(prompts)
         places: dict[str, int] = {}
         queue = deque(enumerate(zip(prompts, each, strict=True)))
         with tqdm(total=len(prompts), disable=not show_progress, unit="request") as bar:
@@ -389,7 +389,7 @@ class EngineCore:
                 with signals_delayed():
                     for request_id in places:
                         self.abort(request_id)
-        return [last[place] for place in range(len(prompts))]
+        return last
 
     def stream(
         self,
@@ -465,14 +465,10 @@ class EngineCore:
             **optional,
         )
 
-    def outline(self, max_nodes: int = 40) -> str:
-        """Render the cache's tree as text, one line per node, without tokens. Empty if there is no
-        cache."""
-        return self.cache.render(max_nodes)
-
     def cache_view(self) -> dict[str, Any]:
-        """Return ``report`` as plain data, with an outline of the tree."""
-        return self.report().as_dict() | {"tree": self.outline().splitlines()}
+        """Return ``report`` as plain data, with an outline of the tree: a line per node, without
+        tokens."""
+        return self.report().as_dict() | {"tree": self.cache.render(40).splitlines()}
 
     def close(self) -> None:
         """End all requests, including those of other engines, and complete pending writes. Only

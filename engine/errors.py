@@ -33,6 +33,11 @@ class RequestError(RuntimeError):
     kind: ClassVar[str] = "failed"
     numbers: ClassVar[tuple[str, ...]] = ()
     """Attributes that are sent with the message."""
+    kinds: ClassVar[dict[str, type[RequestError]]] = {}
+    """Class of each kind."""
+
+    def __init_subclass__(cls) -> None:
+        cls.kinds[cls.kind] = cls
 
     @staticmethod
     def of(error: BaseException) -> RequestError:
@@ -48,7 +53,7 @@ class RequestError(RuntimeError):
     @staticmethod
     def from_wire(wire: WireError) -> RequestError:
         """Rebuild the error that ``to_wire`` described; an unknown kind becomes StepFailed."""
-        kind = KINDS.get(wire.kind, StepFailed)
+        kind = RequestError.kinds.get(wire.kind, StepFailed)
         error = kind.__new__(kind, wire.message)
         vars(error).update((name, wire.numbers.get(name, 0)) for name in kind.numbers)
         return error
@@ -119,19 +124,6 @@ class StepFailed(RequestError):
     """The step that computed this request failed; others may go on."""
 
     kind = "failed"
-
-
-KINDS: dict[str, type[RequestError]] = {
-    error.kind: error
-    for error in (
-        InvalidRequest,
-        ContextOverflow,
-        DuplicateId,
-        QueueFull,
-        EngineStopped,
-        StepFailed,
-    )
-}
 
 
 def describe_exit(code: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from math import prod
 from typing import Any, Literal
@@ -63,10 +63,6 @@ class Grammar:
     text: str
     end_of_reasoning: str | None = None
     """Text that ends the reasoning before the guided part, or None if there is no reasoning."""
-
-    def behind(self, end_of_reasoning: str) -> Grammar:
-        """Return this grammar, preceded by reasoning that ends with the given text."""
-        return replace(self, end_of_reasoning=end_of_reasoning)
 
     @classmethod
     def of_schema(cls, schema: str | bool | Mapping[str, Any]) -> Grammar:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from msgspec import Struct, structs
 
 from engine.config import ABOVE_0, EngineConfig, Limits, check_fields, setting
-from engine.errors import ContextOverflow, InvalidRequest, StepFailed
+from engine.errors import ContextOverflow, InvalidRequest, RequestError, StepFailed
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.logit_rules import (
     FREE,
@@ -329,9 +329,7 @@ class Request(ScheduledRequest):
         """Log-probabilities of prompt tokens 1, 2, ..."""
         self.transferred: Transferred | None = None
         self.finish_reason: FinishReason | None = None
-        self.error: str | None = None
-        self.is_refused = False
-        """True if the error is a fault of the request, not of the engine."""
+        self.error: RequestError | None = None
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
         self._reported = self.prompt_len
@@ -443,8 +441,10 @@ class Request(ScheduledRequest):
 
     def fail(self, error: Exception, now_s: float) -> None:
         """End the request with an error that affects only this request."""
-        self.is_refused = isinstance(error, GrammarError)
-        self.error = str(error) if self.is_refused else f"{type(error).__name__}: {error}"
+        if isinstance(error, GrammarError):
+            self.error = InvalidRequest(str(error))
+        else:
+            self.error = StepFailed(f"{type(error).__name__}: {error}")
         self.finish("error", now_s, flush=False)
 
     def finish(self, reason: FinishReason, now_s: float, flush: bool = True) -> None:
@@ -470,9 +470,7 @@ class Request(ScheduledRequest):
         scores = None
         if first == 0 and self.spec.prompt_logprobs is not None:
             answer.prompt_logprobs = scores = (None, *self.scores)
-        start_s, failure = self.arrival_s, None
-        if self.error is not None:
-            failure = (InvalidRequest if self.is_refused else StepFailed)(self.error).to_wire()
+        start_s = self.arrival_s
         return RequestOutput(
             request_id=self.request_id,
             new_token_ids=tuple(new.tolist()),
@@ -484,7 +482,7 @@ class Request(ScheduledRequest):
             cached_len=self.cached_len,
             losses=self.losses,
             finish_reason=self.finish_reason,
-            failure=failure,
+            failure=None if self.error is None else self.error.to_wire(),
             timings=Timings(
                 queue_s=None if self.scheduled_s is None else self.scheduled_s - start_s,
                 ttft_s=None if self.first_token_s is None else self.first_token_s - start_s,

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
 
+from engine.requests.grammar import GrammarError
 from engine.requests.request import Request
 from engine.text.outputs import NO_TOKEN, FinishReason, SampledToken
 from hybridcache.allocators.moves import Transfer
@@ -549,7 +550,7 @@ class Scheduler(StepPlanner[Request]):
     def _fail(self, request: Request, error: Exception) -> None:
         """End ``request`` alone with an error that was raised for it."""
         request.fail(error, self._clock())
-        if request.is_refused or isinstance(error, FloatingPointError):
+        if isinstance(error, GrammarError | FloatingPointError):
             logger.warning("Request %s ends: %s", request.request_id, error)
         else:
             logger.exception("Request %s failed; the others go on.", request.request_id)

@@ -17,7 +17,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -176,7 +176,8 @@ class ServingContext:
 
         try:
             grammar = await run(MAX_CHARS, make)
-            grammar = grammar.behind(CLOSE) if is_thinking else grammar
+            if is_thinking:
+                grammar = replace(grammar, end_of_reasoning=CLOSE)
             await self.engine.compile(grammar)
             return grammar
         except ValueError as error:

@@ -255,8 +255,10 @@ class TextStream:
 
     def flush(self) -> tuple[str, bool]:
         """Return (the text held back, True if it contains a stop string), after the last token."""
-        text, has_stopped = self._read(self._decoder.flush())
-        return (text, True) if has_stopped else (text + self._held, False)
+        text, has_stopped = self._decoder.flush(), False
+        if self._stop:
+            text, has_stopped = self._read(text)
+        return text if has_stopped else text + self._held, has_stopped
 
     def _read(self, new: str) -> tuple[str, bool]:
         text, self._held = self._held + new, ""
@@ -264,6 +266,6 @@ class TextStream:
         if found:
             start, _, stop = min(found)
             return text[:start] + stop * self._keeps_stop, True
-        cut = min((begin_of(text, stop) for stop in self._stop), default=len(text))
+        cut = min(begin_of(text, stop) for stop in self._stop)
         self._held = text[cut:]
         return text[:cut], False

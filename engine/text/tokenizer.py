@@ -411,7 +411,7 @@ class HFTokenizer:
             alone, twice = (self._backend.decode([token_id] * n, False) for n in (1, 2))
             return str(twice[len(alone) :]).encode()
         try:
-            return bytes(_BYTE_OF[letter] for letter in token)
+            return bytes(map(_BYTE_OF.__getitem__, token))
         except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.
             return token.encode()
 

@@ -230,10 +230,11 @@ class ProcessChannel(EngineChannel):
             self._read()
         except Exception:
             logger.exception("The last messages of the engine's process cannot be read.")
+        failure = None
         if code and not self._was_killed:
             died = f"The engine's process {describe_exit(code)}: restart the server."
-            self.failure = FAILED if code > 0 else died  # In the first case it has logged it.
-        self._front.closed(self.failure)
+            failure = FAILED if code > 0 else died  # In the first case it has logged it.
+        self._front.closed(failure)
         self._closed.set()
 
     def _read(self) -> None:

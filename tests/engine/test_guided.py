@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,7 @@ def test_only_the_answer_after_the_reasoning_is_guided() -> None:
         (Grammar.of_schema({"type": "object"}), '{"a": 1}'),
         (Grammar.of_text('root ::= "yes"'), "yes"),
     ):
-        guide = guides.rule(grammar.behind("</think>"))
+        guide = guides.rule(replace(grammar, end_of_reasoning="</think>"))
         right = np.array(encode(f"a {{ < </think>\n\n{answer}"), np.int32)
         wrong = np.array(encode("b</think>q"), np.int32)
         assert guide.possible(right[:0], wrong).tolist() == wrong[:-1].tolist()
