@@ -219,10 +219,9 @@ class OffloadTiers(GhostList):
         above.num_children[entry.kv_tier] = 1
         entry.kv = entry.kv[cut:].copy()
 
-    def set_writable(self, name: str, is_writable: bool) -> None:
-        """Resume or stop offloading to the tier ``name``. It can be read at all times."""
-        change = self.closed.discard if is_writable else self.closed.add
-        change(self.names.index(name))
+    def stop_offloading(self, name: str) -> None:
+        """Offload nothing more to the tier ``name``."""
+        self.closed.add(self.names.index(name))
 
     def add_state(self, was: Checkpoint, first: int, src_tier: str, src: Indices) -> None:
         """Store the state of ``was``, which is leaving ``src_tier``, in tier ``first`` or a lower
