@@ -76,11 +76,8 @@ STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", "se
 
 
 def require_stop_reason(reason: object) -> None:
-    """Raise TypeError unless ``reason`` is a string, and ValueError unless it is one of
-    ``STOP_REASONS`` or empty."""
-    if not isinstance(reason, str):
-        raise TypeError(f"stop_reason must be a string (got {reason!r}).")
-    if reason and reason not in STOP_REASONS:
+    """Raise ValueError unless ``reason`` is one of ``STOP_REASONS`` or empty."""
+    if not isinstance(reason, str) or (reason and reason not in STOP_REASONS):
         known = ", ".join(sorted(STOP_REASONS))
         raise ValueError(f"stop_reason must be one of {known}, or empty (got {reason!r}).")
 
@@ -124,10 +121,6 @@ class LockHandle:
                 source=self,
                 stacklevel=2,
             )
-
-
-LISTS = (tuple, list)
-"""Types of the checkpoints and labels of an insertion."""
 
 
 class HybridRadixCache:
@@ -907,7 +900,7 @@ class HybridRadixCache:
                 f"kv_indices must have one index per token (got {len(kv_indices)} for {num_tokens} "
                 "tokens)"
             )
-        if not isinstance(checkpoints, LISTS):
+        if not isinstance(checkpoints, tuple | list):
             raise TypeError(f"checkpoints must be a list of pairs (got {checkpoints!r})")
         if labels and (len(labels) != len(checkpoints) or {*map(type, labels)} != {str}):
             raise ValueError(
@@ -916,7 +909,8 @@ class HybridRadixCache:
             )
         is_cached, is_taken, slots = self._is_cached, self._slots.is_taken, set[int]()
         for one in checkpoints:
-            position, slot = one if isinstance(one, LISTS) and len(one) == 2 else (None, None)
+            is_pair = isinstance(one, tuple | list) and len(one) == 2
+            position, slot = one if is_pair else (None, None)
             if not (type(slot) is type(position) is int and 0 <= slot < len(is_cached)):
                 raise ValueError(
                     "a checkpoint must be (position: int, slot: int) with 0 <= slot < "

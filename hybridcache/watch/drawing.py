@@ -26,7 +26,7 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
         node, branch, margin = stack.pop()
         if node.parent is None:
             num_namespaces += 1
-            lines.append(f"namespace {_printable(repr(node.key))}")
+            lines.append(f"namespace {_short(repr(node.key))}")
         else:
             num_drawn += 1
             lines.append(branch + _describe(node))
@@ -54,7 +54,7 @@ def _describe(node: RadixNode) -> str:
         words.append("v below" if stored else "~ ghost")
     if node.checkpoint is not None:
         superseded = " superseded" if node.checkpoint.superseded else ""
-        label = f" {_printable(node.checkpoint.label)}" if node.checkpoint.label else ""
+        label = f" {_short(repr(node.checkpoint.label)[1:-1])}" if node.checkpoint.label else ""
         words.append(f"* slot {node.checkpoint.slot}{label}{superseded}")
     elif node.offloaded is not None and node.offloaded.state is not None:
         words.append("v checkpoint below")
@@ -65,17 +65,9 @@ def _describe(node: RadixNode) -> str:
     return " ".join(words)
 
 
-def _printable(text: str) -> str:
-    """Return ``text`` in one printable line of at most ``MAX_LETTERS`` letters.
-
-    Unprintable letters are escaped as in Python.
-    """
-    if len(text) > MAX_LETTERS:
-        text = text[: MAX_LETTERS - 3] + "..."
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+def _short(text: str) -> str:
+    """Return at most ``MAX_LETTERS`` letters of ``text``."""
+    return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 3] + "..."
 
 
 def _count(number: int, noun: str) -> str:
