@@ -353,7 +353,7 @@ def _properties(thing: type) -> Iterator[tuple[str, str]]:
 
 SECTIONS = (
     ("Engine", "engine"),
-    ("Policies", "hybridcache.policies"),
+    ("Policies", ("hybridcache.policies", "hybridcache.radix")),
     ("Simulator", "hybridcache.lab"),
     ("Model sizes and times", "hybridcache.geometry"),
 )

@@ -1,6 +1,6 @@
 """Interfaces of eviction and placement policies, and their view of the cache and of prompts.
 
-An *item* is a unit of eviction: one checkpoint, or the KV of one node. Policies never see the tree.
+An *item* is a unit of eviction: one checkpoint, or the KV of one node. Policies never use the tree.
 """
 
 from __future__ import annotations

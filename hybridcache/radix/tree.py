@@ -2,10 +2,9 @@
 
 ``RadixTree`` has one root per namespace. ``RadixNode`` is the structure; its evictable items are
 the ``Segment`` (KV rows of its edge) and the ``Checkpoint`` (state at its end), with the attributes
-that policies see (``Item``). A node without a segment is a *ghost*:
-its tokens are remembered, but it has no KV on the device. Resident children and ghosts are separate
-families, so that the length of the KV and the length of the seen tokens are two plain walks without
-recursion.
+that policies see (``Item``). A node without a segment is a *ghost*: its tokens are remembered, but
+it has no KV on the device. Resident children and ghosts are separate families, so that the length
+of the KV and the length of the seen tokens are two plain walks without recursion.
 
 An edge is stored as the bytes of its int32 ids (4 per token), so that an edge is compared with one
 ``memcmp``. A split copies both parts, so that no node keeps the memory of an evicted one. The key
@@ -205,9 +204,10 @@ class Item:
     label: str
     """Placement rule that saved it: end, branch, boundary, backoff, every ... The deepest
     checkpoint of a finished request carries its stop reason, if that is known: decode/tool_use."""
-    # Node and sizes, for the cache.
     node: RadixNode
+    """Node of the tree, for the cache only."""
     item_bytes: ItemBytes
+    """Bytes of a token's KV and of a state."""
 
     @property
     def dead(self) -> bool:
