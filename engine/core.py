@@ -297,7 +297,7 @@ class EngineCore:
 
     def _commit(self, step: Batch) -> list[RequestOutput]:
         tokens = step.drawn.wait() if step.drawn is not None else ()
-        scored = [score.wait() for score in step.scores]
+        scored = [score.wait() for score in step.scores] if step.scores else ()
         self._laps.append(self.clock())
         self._committing = step
         taken = self._scheduler.commit(step, tokens, scored)

@@ -46,7 +46,8 @@ class BoundedMemory(Generic[Key, Value]):
         if num_bytes > self.limit_bytes:
             return
         with self._lock:
-            self._remove(key)
+            if key in self._values:
+                self._remove(key)
             self._values[key] = value, num_bytes
             self.num_bytes += num_bytes
             while self.num_bytes > self.limit_bytes:
