@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided.guides import Guides
 from engine.requests.grammar import grammar_of_calls, grammar_of_strict_calls
+from engine.requests.logit_rules import FREE, Draws
 from engine.text.tokenizer import HFTokenizer
+from tests.engine.history.agent import make_model_dir
 from tests.engine.history.scripted import ScriptedSampler
 from tests.oracle import OracleRunner, OracleSampler
 
@@ -211,16 +214,27 @@ def test_a_grammar_beyond_the_limits_ends_only_its_request_at_the_same_token(
     engine.check()
 
 
-def test_only_the_answer_after_the_reasoning_is_guided() -> None:
-    encode, guides = HFTokenizer().encode, Guides(HFTokenizer(), 320)
-    for grammar, answer in (
-        (Grammar.of_regex("a/[b-d]"), "a/c"),
-        (Grammar.of_schema({"type": "object"}), '{"a": 1}'),
-        (Grammar.of_text('root ::= "yes"'), "yes"),
-    ):
-        guide = guides.rule(replace(grammar, end_of_reasoning="</think>"))
-        right = np.array(encode(f"a {{ < </think>\n\n{answer}"), np.int32)
-        wrong = np.array(encode("b</think>q"), np.int32)
-        assert guide.possible(right[:0], wrong).tolist() == wrong[:-1].tolist()
-        assert len(guide.possible(right[:0], right)) == len(right)
-        assert guide.is_done(right) and not guide.is_done(right[:-1])
+@pytest.mark.parametrize("adds_space", [False, True])
+def test_only_the_answer_after_the_reasoning_is_guided(tmp_path: Path, adds_space: bool) -> None:
+    """Also with a vocabulary in which ``</think>`` is a token, and that adds a space to a text."""
+    folder = make_model_dir(tmp_path)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["pre_tokenizer"]["add_prefix_space"] = adds_space
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    for tokenizer in (HFTokenizer(), HFTokenizer(folder)):
+        guides = Guides(tokenizer, tokenizer.vocab_size)
+        for grammar, answer in (
+            (Grammar.of_regex("a/[b-d]é"), "a/cé"),
+            (Grammar.of_schema({"type": "object"}), '{"a": 1}'),
+            (Grammar.of_text('root ::= "yes"'), "yes"),
+        ):
+            guide = guides.rule(replace(grammar, end_of_reasoning="</think>"))
+            right = np.array(tokenizer.encode(f"a {{ < </think>\n\n{answer}"), np.int32)
+            wrong = np.array(tokenizer.encode("b</think>\nq"), np.int32)
+            assert guide.possible(right[:0], wrong).tolist() == wrong[:-1].tolist()
+            assert len(guide.possible(right[:0], right)) == len(right)
+            assert guide.is_done(right) and not guide.is_done(right[:-1])
+            for size in range(len(right)):
+                [ruling] = guide.apply(Draws(size, right[:size], right[:0]), [FREE])
+                assert ruling.mask is not None
+                assert np.unpackbits(ruling.mask, bitorder="little")[right[size]], size

@@ -43,6 +43,8 @@ LIMITS: Mapping[str, Any] = {
 call; schemas of ordinary size take microseconds."""
 NUM_TRIED = 40
 """Number of tokens of the answer that is tried when a grammar is compiled."""
+BEFORE = "\x02"
+"""Character that is part of no longer token."""
 MARK = b"\xff"
 """First byte of a token that no text contains, in the library's form."""
 OUR_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
@@ -260,8 +262,14 @@ class _ByteVocabulary:
         self.tokens = [MARK * (i in controls) + tokenizer.token_bytes(i) for i in ids]
         self._encode = tokenizer.encode
 
-    def __call__(self, text: bytes | str) -> list[int]:
-        return self._encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+    def __call__(self, text: bytes) -> list[int]:
+        """Return the tokens of the only text that may follow. It may begin inside a character."""
+        # Behind another character, because some tokenizers add a space to the beginning of a text.
+        ids = self._encode(f"{BEFORE}{text.decode('utf-8', 'replace')}", AS_TEXT)
+        ends = (n for n, i in enumerate(ids, 1) if self.tokens[i].endswith(BEFORE.encode()))
+        ids = ids[next(ends, 0) :]
+        is_same = b"".join(self.tokens[i] for i in ids) == text
+        return ids if is_same else [self.tokens.index(bytes((byte,))) for byte in text]
 
 
 def make_matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
