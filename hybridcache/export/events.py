@@ -80,7 +80,7 @@ Event = KVStored | KVSplit | KVRemoved | CheckpointStored | CheckpointRemoved
 class EventStream(Listener):
     """Cache listener that passes each change to ``sink`` as an ``Event``.
 
-    O(tokens) for stored KV, O(1) otherwise. ``sink`` runs in the middle of a cache operation: if it
+    O(tokens + nodes above) for stored KV, O(1) otherwise. ``sink`` runs in the middle of a cache operation: if it
     raises, the stream is unsubscribed. Let a sink that can fail, such as a socket, read an
     ``Outbox``. Each stream follows one cache.
     """
@@ -95,25 +95,20 @@ class EventStream(Listener):
         assert parent is not None
         above = None if parent.kv is None else parent.kv.serial
         tokens = tuple(node.tokens.tolist())
-        self._sink(KVStored(_id(node), above, node.namespace, node.start, tokens))
+        self._sink(KVStored(node.serial, above, node.namespace, node.start, tokens))
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
-        self._sink(KVSplit(_id(lower), _id(upper), upper.end))
+        self._sink(KVSplit(lower.serial, upper.serial, upper.end))
 
     def kv_removed(self, node: RadixNode) -> None:
-        self._sink(KVRemoved(_id(node)))
+        self._sink(KVRemoved(node.serial))
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         assert node.checkpoint is not None
-        self._sink(CheckpointStored(_id(node), node.end, node.checkpoint.label))
+        self._sink(CheckpointStored(node.serial, node.end, node.checkpoint.label))
 
     def checkpoint_removed(self, node: RadixNode) -> None:
-        self._sink(CheckpointRemoved(_id(node), node.end))
-
-
-def _id(node: RadixNode) -> int:
-    assert node.kv is not None
-    return node.kv.serial
+        self._sink(CheckpointRemoved(node.serial, node.end))
 
 
 # --- Mirror of a cache ----------------------------------------------------------------------------

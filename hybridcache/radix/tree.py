@@ -119,6 +119,12 @@ class RadixNode:
         return 0 if self.parent is None else self.parent.end
 
     @property
+    def serial(self) -> int:
+        """Serial of the KV of this resident node, ``kv.serial``."""
+        assert self.kv is not None
+        return self.kv.serial
+
+    @property
     def namespace(self) -> Hashable:
         """Namespace of the prompts. O(nodes above)."""
         node = self

@@ -37,7 +37,7 @@ MAX_LETTERS = 80
 
 
 class Recorder(Listener):
-    """Collects changes until ``take``. O(1) per change, plus a checksum per new segment."""
+    """Collects changes until ``take``. O(1) per change, O(nodes above) per new segment."""
 
     def __init__(self) -> None:
         self._records: list[Record] = []
@@ -57,22 +57,22 @@ class Recorder(Listener):
         self._records.append(["kv", *place, _key(node), kv.uses, kv.last_used])
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
-        self.nodes[_id(upper)] = upper
-        self._records.append(["split", _id(lower), _id(upper), upper.end, _key(lower)])
+        self.nodes[upper.serial] = upper
+        self._records.append(["split", lower.serial, upper.serial, upper.end, _key(lower)])
 
     def kv_removed(self, node: RadixNode) -> None:
-        del self.nodes[_id(node)]
-        self._records.append(["kv-gone", _id(node)])
+        del self.nodes[node.serial]
+        self._records.append(["kv-gone", node.serial])
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         saved = node.checkpoint
         assert saved is not None
         label = saved.label[:MAX_LETTERS]
-        record = ["checkpoint", _id(node), saved.slot, label, saved.uses, saved.last_used]
+        record = ["checkpoint", node.serial, saved.slot, label, saved.uses, saved.last_used]
         self._records.append(record)
 
     def checkpoint_removed(self, node: RadixNode) -> None:
-        self._records.append(["checkpoint-gone", _id(node)])
+        self._records.append(["checkpoint-gone", node.serial])
 
 
 def node_id(node: NodeHandle | None) -> int | None:
@@ -83,11 +83,6 @@ def node_id(node: NodeHandle | None) -> int | None:
 def show_namespace(namespace: Hashable) -> str | None:
     """Return a namespace as shown on the page, or None for the unnamed one."""
     return None if namespace is None else str(namespace)[:MAX_LETTERS]
-
-
-def _id(node: RadixNode) -> int:
-    assert node.kv is not None
-    return node.kv.serial
 
 
 def _key(node: RadixNode) -> int:

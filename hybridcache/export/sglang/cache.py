@@ -419,27 +419,25 @@ class EventRecorder(Listener):
         self.recorder.record_all_cleared()
 
     def kv_stored(self, node: RadixNode) -> None:
-        assert node.kv is not None and node.parent is not None
+        assert node.parent is not None
         above = node.parent.kv
         parent = self._root if above is None else self._shadows[above.serial]
         shadow = _Shadow(parent, _key(node.tokens, node.namespace))
-        self._shadows[node.kv.serial] = shadow
+        self._shadows[node.serial] = shadow
         self.recorder.record_store(shadow)
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
-        assert upper.kv is not None and lower.kv is not None
-        shadow, length = self._shadows[lower.kv.serial], upper.end - upper.start
+        shadow, length = self._shadows[lower.serial], upper.end - upper.start
         top = _Shadow(shadow.parent, shadow.key[:length])
         for name in ("hash_value", "event_hash_value"):
             halves = split_node_hash_value(getattr(shadow, name), length, self._page_size)
             for half, hashes in zip((top, shadow), halves, strict=True):
                 setattr(half, name, hashes)
         shadow.parent, shadow.key = top, shadow.key[length:]
-        self._shadows[upper.kv.serial] = top
+        self._shadows[upper.serial] = top
 
     def kv_removed(self, node: RadixNode) -> None:
-        assert node.kv is not None
-        self.recorder.record_remove(self._shadows.pop(node.kv.serial))
+        self.recorder.record_remove(self._shadows.pop(node.serial))
 
 
 def _key(tokens: Tokens, namespace: Any) -> Any:
