@@ -80,9 +80,9 @@ Event = KVStored | KVSplit | KVRemoved | CheckpointStored | CheckpointRemoved
 class EventStream(Listener):
     """Cache listener that passes each change to ``sink`` as an ``Event``.
 
-    O(tokens + nodes above) for stored KV, O(1) otherwise. ``sink`` runs in the middle of a cache operation: if it
-    raises, the stream is unsubscribed. Let a sink that can fail, such as a socket, read an
-    ``Outbox``. Each stream follows one cache.
+    O(tokens + nodes above) for stored KV, O(1) otherwise. ``sink`` runs in the middle of a cache
+    operation: if it raises, the stream is unsubscribed. Let a sink that can fail, such as a socket,
+    read an ``Outbox``. Each stream follows one cache.
     """
 
     def __init__(self, sink: Callable[[Event], None]) -> None:
