@@ -761,13 +761,10 @@ class TieredRadixCache(HybridRadixCache):
         # A resident node may have an entry for its children. Its ``kv_tier`` is undefined.
         entry = known.offloaded
         too_low = entry is not None and entry.kv is not None and entry.kv_tier > number
-        has_state = last.checkpoint or (last.offloaded is not None and last.offloaded.state)
+        is_known = last.checkpoint or (last.offloaded is not None and last.offloaded.state)
+        is_known = is_known and last.end == length == len(tokens)
         num_rows = len(tokens) - start + offload.state_rows
-        if (
-            too_low
-            or (has_state and last.end == length == len(tokens))
-            or num_rows > pages.num_free
-        ):
+        if too_low or is_known or num_rows > pages.num_free:
             return None
         if last.end > length:
             if last.kv is not None:
