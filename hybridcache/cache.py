@@ -123,6 +123,10 @@ class LockHandle:
             )
 
 
+LISTS = (tuple, list)
+"""Types of the checkpoints and labels of an insertion."""
+
+
 class HybridRadixCache:
     """Prefix cache for models with linear-attention layers: resumes where KV *and* a state exist.
 
@@ -838,7 +842,7 @@ class HybridRadixCache:
                 self._withdraw(kv)
             rows = kv_indices[kv_match_len:num_tokens]
             leaf = self._append(node, tokens[kv_match_len:num_tokens], rows, checkpoints)
-            if isinstance(node.children, dict):
+            if isinstance(node.children, dict) and len(node.children) == 2:
                 self._review(node)
         elif kv is not None:
             kv.last_used = self.now
@@ -900,17 +904,17 @@ class HybridRadixCache:
                 f"kv_indices must have one index per token (got {len(kv_indices)} for {num_tokens} "
                 "tokens)"
             )
-        if not isinstance(checkpoints, tuple | list):
+        if not isinstance(checkpoints, LISTS):
             raise TypeError(f"checkpoints must be a list of pairs (got {checkpoints!r})")
         if labels and (len(labels) != len(checkpoints) or {*map(type, labels)} != {str}):
             raise ValueError(
                 "labels must be empty or a string per checkpoint (got "
                 f"{labels!r} for {len(checkpoints)} checkpoints)"
             )
-        is_cached, is_taken, slots = self._is_cached, self._slots.is_taken, set[int]()
+        is_cached, is_taken = self._is_cached, self._slots.is_taken
+        slots: set[int] = set()
         for one in checkpoints:
-            is_pair = isinstance(one, tuple | list) and len(one) == 2
-            position, slot = one if is_pair else (None, None)
+            position, slot = one if isinstance(one, LISTS) and len(one) == 2 else (None, None)
             if not (type(slot) is type(position) is int and 0 <= slot < len(is_cached)):
                 raise ValueError(
                     "a checkpoint must be (position: int, slot: int) with 0 <= slot < "
@@ -1008,7 +1012,10 @@ class HybridRadixCache:
         """
         rejected: list[int] = []
         node, end, step = leaf, leaf.end, self.checkpoint_grid
-        for index in sorted(range(len(checkpoints)), key=checkpoints.__getitem__, reverse=True):
+        order: Sequence[int] = range(len(checkpoints))
+        if len(order) > 1:
+            order = sorted(order, key=checkpoints.__getitem__, reverse=True)
+        for index in order:
             position, slot = checkpoints[index]
             if position % step or not 0 < position <= end:
                 rejected.append(slot)
