@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -234,12 +235,10 @@ def new_rows_of_a_lease_do_not_follow_moves(patch: Patch) -> None:
 
 @FAULTS.detected_by(ARENA)
 def a_lease_does_not_report_replaced_duplicates(patch: Patch) -> None:
-    @patch(Lease, "publish")
-    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:
-        unread_len = self._unread_len
-        changed = original(self, tokens, computed_len)
-        self._unread_len = unread_len
-        return changed
+    @patch(Lease, "_insert")
+    def insert(original: Any, self: Any, *rest: Any) -> Any:
+        with mock.patch.object(Lease, "_note_changed"):
+            return original(self, *rest)
 
 
 @FAULTS.detected_by(ARENA)
