@@ -531,7 +531,8 @@ class Scheduler(StepPlanner[Request]):
             if request.finish_reason is not None:
                 # Without logits, the KV and states of this step may be NaN too.
                 self.leave(request, publishes=has_logits)
-                self._drafting.forget(request)
+                if self._may_draft:
+                    self._drafting.forget(request)
         return tuple(taken)
 
     def _settle(self, segment: Segment, num_accepted: int, num_new: int) -> int:
