@@ -420,7 +420,9 @@ class HybridRadixCache:
         if missed is not None:
             policy = self.policy
             policy.on_ghost_hit(missed)
-            above = missed.node.parent
+            # Most policies ignore all but the first ghost hit: then no path is searched.
+            is_asked = type(policy).on_ghost_hit_above is not EvictionPolicy.on_ghost_hit_above
+            above = missed.node.parent if is_asked else None
             while above is not None and above.checkpoint is None:
                 if above.lost_checkpoint is not None:
                     policy.on_ghost_hit_above(above.lost_checkpoint)
