@@ -11,7 +11,7 @@ import copy
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
+from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 from hybridcache.policies.protocol import (
     EvictionPolicy,
     Item,
@@ -134,12 +136,13 @@ def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
             policy = own.make()
         except Exception as error:  # a user's class can raise anything
             raise ValueError(
-                f"{own.label!r}: it cannot be created without arguments ({type(error).__name__}: "
-                f"{error}): give them defaults, or write Class(alpha=2)"
+                f"{own.label!r}: it cannot be created ({type(error).__name__}: {error}); give "
+                "arguments defaults, or write Class(alpha=2)"
             ) from error
         _refuse_unfit(own.label, type(policy), protocol)
-        guard = GUARDS.get(protocol)
-        return policy if guard is None or is_built_in(type(policy)) else guard(own.label, policy)
+        if isinstance(policy, ScorePolicy | SampledPolicy) and not hasattr(policy, "now"):
+            raise ValueError(f"{own.label!r}: its __init__ must call super().__init__()")
+        return policy if is_built_in(type(policy)) else GUARDS[protocol](own.label, policy)
 
     return make
 
@@ -157,6 +160,13 @@ def _refuse_unfit(label: str, found: type[Any], protocol: type[Any]) -> None:
 # --- Guards ---------------------------------------------------------------------------------------
 
 
+def _called(name: str) -> Any:
+    """Return a method that calls the method ``name`` of the user's policy."""
+    return lambda self, *arguments: self._call(
+        name, lambda policy: getattr(policy, name)(*arguments)
+    )
+
+
 def _noted(name: str) -> Any:
     """Return a method that calls the method ``name`` of the user's policy until one fails.
 
@@ -166,7 +176,7 @@ def _noted(name: str) -> Any:
     def note(self: _Guard, *arguments: object) -> None:
         if self.failure is None:
             try:
-                self._call(name, lambda policy: getattr(policy, name)(*arguments))
+                _called(name)(self, *arguments)
             except PolicyError as error:
                 self.failure = error
 
@@ -200,10 +210,13 @@ class _Guard:
         except (Exception, SystemExit) as error:  # user code can raise anything
             frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if not frame.filename.startswith(PACKAGE)]
-            where = f" ({Path(own[0].filename).name}, line {own[0].lineno})" if own else ""
-            # The method of the user may have been called by one of its base class.
-            name = own[0].name if own else name
-            fault = f"{name} raised {type(error).__name__}: {error}{where}"
+            fault = f"{type(error).__name__}: {error}"
+            if own:
+                # The method of the user may have been called by one of its base class.
+                where = f"{Path(own[0].filename).name}, line {own[0].lineno}"
+                fault = f"{own[0].name} raised {fault} ({where})"
+            else:
+                fault = f"the parameters or the result of {name} are wrong: {fault}"
             raise PolicyError(f"{self._label!r}: {fault}") from error
 
 
@@ -299,8 +312,34 @@ class GuardedPlacement(_Guard, PlacementPolicy):
         return found
 
 
-GUARDS: dict[type[Any], type[_Guard]] = {
+class GuardedAdmission(_Guard, AdmissionPolicy):
+    """A user's admission policy. Refuses requests that do not wait, and repeated requests."""
+
+    arrived = _called("arrived")
+    admitted = _called("admitted")
+    computed = _called("computed")
+    left = _called("left")
+    report = _called("report")
+
+    @property
+    def wakes_at_s(self) -> float | None:  # type: ignore[override]
+        """Attribute of the user's policy."""
+        wakes_at_s: float | None = self._policy.wakes_at_s
+        return wakes_at_s
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
+        def order(policy: AdmissionPolicy) -> list[WaitingRequest]:
+            ordered = list(islice(policy.order(waiting, load), len(waiting) + 1))
+            if len({id(one) for one in ordered} & {id(one) for one in waiting}) < len(ordered):
+                raise ValueError("return waiting requests, each at most once")
+            return ordered
+
+        found: list[WaitingRequest] = self._call("order", order)
+        return found
+
+
+GUARDS: dict[type[Any], type[Any]] = {
+    AdmissionPolicy: GuardedAdmission,
     EvictionPolicy: GuardedEviction,
     PlacementPolicy: GuardedPlacement,
 }
-"""Guards of the policies that are called in the middle of an operation of the cache."""
