@@ -671,7 +671,8 @@ class Lease:
         ``published_len`` are not read again. KV and checkpoints up to ``computed_len`` must be
         written now, because other requests may read them from the next step on.
         Returns (start, end) of the positions with changed rows in ``kv_indices``, because the tree
-        already had rows for them, or None if no row changed. O(computed_len - published_len).
+        already had rows for them, or None if no row changed. O(computed_len - published_len), or
+        O(computed_len) if rows changed.
 
         Call it after each piece of the prefill. In decode leave it out: ``finish`` and ``preempt``
         publish the answer as one node, and each call would add a node.
@@ -793,6 +794,7 @@ class Lease:
         finally:
             held = self._rows[self.published_len : self.extended_len]
             self.state_slot, self._has_ended, self._pending = None, True, {}
+            self._rows, self._prompt = EMPTY, b""  # Planners keep ended leases.
             self.extended_len = self.published_len = 0
             cache.steps.close(self, self._numbers)
             if cache.arena is not None:
@@ -832,7 +834,7 @@ class Lease:
         if num_duplicates:
             cache.free_kv(duplicates)
             end = first + num_duplicates
-            self._rows[:end] = cache.gather(node)[:end]
+            self._rows[first:end] = cache.gather(node)[first:end]
             self._indexed_len = min(self._indexed_len, first)
             if self._request.table_row is not None:
                 self._note_changed(self._request.table_row, first, end)
