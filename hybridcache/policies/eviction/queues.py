@@ -197,6 +197,7 @@ class BothKinds(EvictionPolicy):
 
 def both_kinds(queues: type[QueuePolicy]) -> type[BothKinds]:
     """Return the eviction policy with an instance of ``queues`` for each kind. A decorator."""
+    queues.__qualname__ += ".queues"  # The name under which pickle finds it.
     names = {"queues": queues, "__doc__": queues.__doc__, "__module__": queues.__module__}
     return type(queues.__name__, (BothKinds,), names)
 
