@@ -57,6 +57,8 @@ disk."""
 DEADLINE_S, CLOSE_DEADLINE_S = 20.0, 60.0
 """Duration of one job after which the file system is considered hung, and that of all jobs at the
 end."""
+POLL_S = 0.5
+"""Interval in which a load looks whether the file system hangs."""
 FADING = 0.95
 """Weight of the previous reads in the measured read speed, per read."""
 
@@ -220,9 +222,9 @@ class Disk:
         if is_lost:
             return None
         reads = {number: self._read(number) for number in {part.id for part in parts}}
-        if wait(reads.values(), DEADLINE_S).not_done:
-            self._turn_off(f"its file system has not responded for {DEADLINE_S:.0f} s")
-            return None
+        while wait(reads.values(), POLL_S).not_done:
+            if self.is_off:
+                return None
         pieces, first = [], 0
         for part in parts:
             payload = reads[part.id].result()
