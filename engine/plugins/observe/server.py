@@ -81,12 +81,13 @@ class Page:
     async def _follow(self, replica: int) -> AsyncGenerator[bytes, None]:
         """Yield the complete state, and then every change."""
         ask = self._context.engine.ask
+        opening = asyncio.ensure_future(ask(OpenView(replica)))
         try:
-            view = await ask(OpenView(replica))
-        except ValueError as error:  # The tree is too large, or the replica is not up.
-            raise APIError(503, str(error)) from error
-        self._views.append((replica, view))
-        try:
+            try:
+                view = await asyncio.shield(opening)
+            except ValueError as error:  # The tree is too large, or the replica is not up.
+                raise APIError(503, str(error)) from error
+            self._views.append((replica, view))
             whole = await ask(AskView(view, "whole"))
             yield await self._event(len(whole["records"]), whole, "whole")
             while not self._is_closed:
@@ -96,8 +97,9 @@ class Page:
         except EngineStopped as error:
             yield event(str(error), "ended")
         finally:
-            self._views.remove((replica, view))
-            with suppress(EngineStopped):
+            with suppress(EngineStopped, ValueError):
+                view = await opening  # It opens also if the reader has left.
+                self._views = [one for one in self._views if one != (replica, view)]
                 await ask(AskView(view, "close"))
 
     async def _event(self, num_records: int, data: Any, name: str) -> bytes:
