@@ -14,6 +14,12 @@ STOPPED = "The engine stopped before the answer was done."
 STOPPING = "The engine is stopping and takes no more requests."
 FAILED = "The engine has failed; see its log for the reason, and restart it."
 
+WHY: dict[int, str] = {
+    signal.SIGKILL: "memory runs out",
+    signal.SIGBUS: "a file of weights is cut off or cannot be read",
+}
+"""Reasons of the signals with which the system ends a process."""
+
 
 class WireError(msgspec.Struct, frozen=True, array_like=True):
     """A ``RequestError`` as plain data for MessagePack, JSON and pickle."""
@@ -135,7 +141,7 @@ def describe_exit(code: int) -> str:
     >>> describe_exit(3), describe_exit(-11), describe_exit(-40)
     ('ended with exit code 3', 'was ended by SIGSEGV', 'was ended by signal 40')
 
-    The system itself sends SIGKILL:
+    The system itself sends SIGKILL and SIGBUS; see ``WHY``:
 
     >>> describe_exit(-9)
     'was ended by SIGKILL, as the system does when memory runs out'
@@ -143,5 +149,5 @@ def describe_exit(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
-    why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-    return f"was ended by {name}{why}"
+    why = WHY.get(-code)
+    return f"was ended by {name}" + (f", as the system does when {why}" if why else "")
