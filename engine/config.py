@@ -237,7 +237,7 @@ class EngineConfig(Settings):
         "auto", "auto: read the weights; dummy: seeded random weights for any config.json"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "number format of weights and KV; auto: that of the model"
+        "auto", "number format of weights and KV; auto: that of the model, or the device's default"
     )
     state_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",

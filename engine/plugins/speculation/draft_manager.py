@@ -121,7 +121,7 @@ class Source(NamedTuple):
     """A drafter, and the factory of its draft lengths."""
 
     drafter: Drafter
-    make_turns: Callable[[], DraftLength]
+    make_length: Callable[[], DraftLength]
 
 
 class Drafting(DraftPlanner):
