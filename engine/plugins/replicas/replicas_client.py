@@ -238,6 +238,7 @@ class FleetChannel(EngineChannel):
     async def _follow(self, name: str, replica: Any) -> None:
         """Pass the events of a replica to the router until it ends, and start another one."""
         while self._is_open:
+            why = "its engine has failed"
             try:
                 async for batch in replica.events.remote():
                     if name not in self.members:
@@ -245,10 +246,11 @@ class FleetChannel(EngineChannel):
                         logger.warning("A replica joined; now up: %d.", len(self.members))
                     self.router.on_events(name, *await batch)
             except Exception as error:  # Ray raises errors of many types while a replica ends.
-                logger.info("the events of replica %s ended: %s", name, error)
+                why = _cause(error)
             if self.members.pop(name, None) is not None:
                 self.router.left(name, time.monotonic())
-                logger.warning("A replica ended, another starts; now up: %d.", len(self.members))
+            now_up = len(self.members)
+            logger.warning("A replica ended (%s), another starts; now up: %d.", why, now_up)
             if name in self._reports:
                 self._gone.update(self._reports.pop(name).usage)
             self._fleet.end(replica)
