@@ -165,7 +165,7 @@ class BansAndBiases(LogitRule):
         ids, numbers = zip(*bias, strict=True) if bias else ((), ())
         self._added = (np.array(ids, np.int64), np.array(numbers, np.float32)) if bias else None
         self._ends, self._num_banned = ends, min_tokens if ends else 0
-        self._all = packed(range(vocab_size), vocab_size)
+        self._all = packed(np.arange(vocab_size), vocab_size)
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. O(mask)."""
@@ -267,7 +267,7 @@ class TokenCounts:
         assert self.num_counted == len(output)
 
 
-def packed(token_ids: Sequence[int], vocab_size: int) -> Mask:
+def packed(token_ids: npt.ArrayLike, vocab_size: int) -> Mask:
     """Return the mask that allows ``token_ids``."""
     allowed = np.zeros(-(-vocab_size // 8) * 8, np.uint8)
     allowed[np.asarray(token_ids)] = 1
