@@ -335,7 +335,7 @@ def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str 
 
     With the marks, no text can become a control token, alone or with adjacent text. The mark is a
     character that does not occur in ``value``, or None if no mark is needed. O(size of ``value``).
-    Raises TemplateError if the value is nested too deep.
+    Raises TemplateError if the value is nested too deep, or has all characters that could be one.
     """
     try:
         texts, cuts = list[str](), _Cuts(control_tokens)
@@ -343,7 +343,9 @@ def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str 
         if all(cuts.marked(text, PROBE) == text for text in texts):
             return None, value
         marks = (chr(code) for code in MARK_CODES)
-        mark = next(mark for mark in marks if not any(mark in text for text in texts))
+        mark = next((mark for mark in marks if not any(mark in text for text in texts)), None)
+        if mark is None:
+            raise TemplateError("its texts have every private-use character: remove some.")
         return mark, _each_text(value, lambda text: cuts.marked(text, mark))
     except RecursionError as error:
         raise TemplateError("something in it is nested too deep.") from error
