@@ -92,6 +92,7 @@ class Decoder(ABC):
         self.norm = self._add(self.norm_of(self.norm_name), fill)
         self.head = self._add(Head("lm_head", config, self.embedding, build), fill)
         self._sealing.finish()
+        del self._sealing  # Its thread ends.
 
     def _arrange(self, layers: Sequence[Sequence[Step]]) -> None:
         self._layers = layers

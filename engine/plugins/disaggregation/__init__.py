@@ -41,7 +41,8 @@ class DisaggregationConfig(PluginConfig):
     )
     transfer_timeout_s: float = setting(
         TIMEOUT_S,
-        "with a role: seconds without a message after which the other engine is considered gone",
+        "with a role: seconds without a message after which the other engine is considered gone; "
+        "must be longer than a step of the prefill engine",
         limits=SECONDS,
     )
 
