@@ -98,7 +98,6 @@ def setting(default: T, help: str, **metadata: Any) -> T:
     """Return a field with its help, typed as its default so that mypy reads the annotation.
 
     ``limits`` are the ``Limits`` of its value. ``is_flag=False`` leaves it off the command line.
-    ``is_common=True`` moves it to the most used flags.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Command = Callable[[argparse.Namespace], int]
 GROUPS = {
     "most used": "model revision device quantization cache_gib max_model_len max_running host port "
-    "api_key_file log_requests",
+    "api_key_file log_requests state_dir",
     "model and weights": "tokenizer load_format dtype state_dtype fp8_activations "
     "sampling_defaults seed",
     "computing": "kernels graphs warm_up overlap",
@@ -50,7 +50,7 @@ GROUPS = {
     "memory of chats": "replay_mib preserve_thinking explain_mib responses_mib",
     "logs and checks": "log_level check",
 }
-"""Titles of the help -> settings of the core in that group."""
+"""Titles of the help -> settings in that group."""
 SERVE_EXAMPLES = """examples:
   engine serve                                           the small built-in model
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
@@ -169,8 +169,7 @@ def _plugin(verb: str) -> Any:
 
 def _add_serve(serve: Parser) -> None:
     serve.epilog = SERVE_EXAMPLES
-    kinds = (*ENGINE, *SERVER)
-    add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS, kinds)
+    add_grouped_flags(serve, (ServerConfig, EngineConfig, *ENGINE, *SERVER), GROUPS)
 
 
 def _add_generate(generate: Parser) -> None:
@@ -194,7 +193,7 @@ def _add_generate(generate: Parser) -> None:
         metavar="TEXT",
         help="end the answer before this text; may be repeated",
     )
-    add_grouped_flags(generate, (EngineConfig,), GROUPS, ENGINE)
+    add_grouped_flags(generate, (EngineConfig, *ENGINE), GROUPS)
 
 
 def _add_chat(chat: Parser) -> None:
@@ -209,7 +208,7 @@ def _add_chat(chat: Parser) -> None:
         metavar="N",
         help="maximum number of tokens of an answer; by default there is no limit",
     )
-    add_grouped_flags(chat, (EngineConfig,), GROUPS, ENGINE)
+    add_grouped_flags(chat, (EngineConfig, *ENGINE), GROUPS)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -269,10 +268,7 @@ def _show(screen: str, server_config: ServerConfig) -> None:
     if _needs_key(server_config):
         header = " -H 'Content-Type"
         screen = screen.replace(header, " -H 'Authorization: Bearer KEY'" + header)
-    try:
-        print(screen, flush=True)
-    except OSError as error:  # Its message does not name the file.
-        raise OSError(error.errno, error.strerror, "standard output") from None
+    print(screen, flush=True)
 
 
 def _loaded(arguments: argparse.Namespace, **asked: Any) -> tuple[Engine, SamplingParams]:

@@ -42,31 +42,20 @@ def _add_flag(
 
 
 def add_grouped_flags(
-    parser: argparse.ArgumentParser,
-    configs: Iterable[type],
-    groups: Mapping[str, str],
-    plugins: Iterable[type] = (),
+    parser: argparse.ArgumentParser, configs: Iterable[Any], groups: Mapping[str, str]
 ) -> None:
     """Add one flag for each field of ``configs`` in groups of help: title to the names of fields.
 
-    Names that belong to none of ``configs`` are omitted, and so are empty groups. The settings of
-    each of ``plugins`` get a group with their own title, except those marked ``is_common``, which
-    end the first group. Raises ValueError if a field is in no group or in several.
+    Names of other fields are omitted. Fields in no group get one with the ``title`` of their
+    dataclass.
     """
     homes = {field.name: (config, field) for config in configs for field in flags_of(config)}
-    listed = [name for names in groups.values() for name in names.split()]
-    unclear = {name for name in homes if listed.count(name) != 1}
-    if unclear:
-        raise ValueError(f"each setting must be in one group of help: {', '.join(sorted(unclear))}")
     filled = {
-        title: [homes[name] for name in names.split() if name in homes]
+        title: [homes.pop(name) for name in names.split() if name in homes]
         for title, names in groups.items()
     }
-    common = next(iter(filled.values()))
-    for plugin in plugins:
-        own = filled.setdefault(getattr(plugin, "title"), [])  # noqa: B009
-        for field in flags_of(plugin):
-            (common if field.metadata.get("is_common") else own).append((plugin, field))
+    for config, field in homes.values():
+        filled.setdefault(config.title, []).append((config, field))
     for title, flags in filled.items():
         group = parser.add_argument_group(title)
         for config, field in flags:

@@ -27,7 +27,6 @@ class TierConfig(PluginConfig):
         None,
         "folder on disk that keeps a copy of the cache for the next start, even "
         "after a kill; also the lowest tier; by default nothing is written",
-        is_common=True,
     )
     disk_gib: float | None = setting(
         None,
