@@ -369,9 +369,9 @@ class EngineChannel(ABC):
         """Id of the process that computes, or None if there are several."""
         return os.getpid()
 
-    @abstractmethod
     def connect(self, front: AsyncEngine) -> None:
         """Pass messages of the engine to ``front.receive``, and its end to ``front.closed``."""
+        self._front = front
 
     @abstractmethod
     def start(self) -> None:
@@ -402,9 +402,6 @@ class ThreadChannel(EngineChannel):
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
-
-    def connect(self, front: AsyncEngine) -> None:
-        self._front = front
 
     def start(self) -> None:
         self._thread.start()

@@ -8,6 +8,7 @@ penalties. The sampler reads the results, one ``Ruling`` for each draw.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -218,45 +219,35 @@ class TokenCounts:
     ([7, 9, 4], [0, 2, 1])
     """
 
-    __slots__ = ("_at", "_ids", "_numbers", "num_counted")
-
     def __init__(self, prompt: Tokens) -> None:
         """O(prompt log prompt), once for a request."""
-        self._ids: npt.NDArray[np.int64] = np.unique(prompt).astype(np.int64)
-        self._numbers: npt.NDArray[np.int32] = np.zeros(len(self._ids), np.int32)
-        self._at = {token: at for at, token in enumerate(self._ids.tolist())}
+        self.ids = np.unique(prompt).astype(np.int64)
+        """Each token once: int64[n]."""
+        self.numbers = np.zeros(len(self.ids), np.int32)
+        """Number of times that each is in the answer: int32[n]."""
+        self._at = {token: at for at, token in enumerate(self.ids.tolist())}
         self.num_counted = 0
         """Tokens of the answer that are counted."""
 
-    @property
-    def ids(self) -> npt.NDArray[np.int64]:
-        """Each token once: int64[n], a view."""
-        return self._ids[: len(self._at)]
-
-    @property
-    def numbers(self) -> npt.NDArray[np.int32]:
-        """Number of times that each is in the answer: int32[n], a view."""
-        return self._numbers[: len(self._at)]
-
     def count(self, output: Tokens) -> None:
-        """Count the rest of ``output``, which begins with the counted tokens. O(new tokens)."""
-        for token in output[self.num_counted :].tolist():
-            at = self._at.setdefault(token, len(self._at))
-            if at == len(self._ids):
-                self._ids = np.concatenate([self._ids, np.zeros(at + 64, np.int64)])
-                self._numbers = np.concatenate([self._numbers, np.zeros(at + 64, np.int32)])
-            self._ids[at] = token
-            self._numbers[at] += 1
+        """Count the rest of ``output``, which begins with the counted tokens, in new arrays.
+        O(new tokens) in Python, and a copy of the distinct ones."""
+        tokens = output[self.num_counted :].tolist()
+        unseen = [token for token in dict.fromkeys(tokens) if token not in self._at]
+        self._at |= {token: at for at, token in enumerate(unseen, len(self._at))}
+        self.ids = np.concatenate([self.ids, np.array(unseen, np.int64)])
+        self.numbers = np.concatenate([self.numbers, np.zeros(len(unseen), np.int32)])
+        for token in tokens:
+            self.numbers[self._at[token]] += 1
         self.num_counted = len(output)
 
     def ahead(self, tokens: Tokens) -> TokenCounts:
         """Return the counts of the answer followed by ``tokens``. O(distinct tokens)."""
-        copy = TokenCounts(tokens[:0])
-        copy._at = self._at.copy()
-        copy._ids, copy._numbers = self.ids.copy(), self.numbers.copy()
-        copy.count(tokens)
-        copy.num_counted = self.num_counted + len(tokens)
-        return copy
+        ahead = copy(self)
+        ahead._at, ahead.num_counted = self._at.copy(), 0
+        ahead.count(tokens)
+        ahead.num_counted = self.num_counted + len(tokens)
+        return ahead
 
     def check(self, prompt: Tokens, output: Tokens) -> None:
         """Raise AssertionError unless counting both from the beginning gives the same. O(both)."""

@@ -175,9 +175,6 @@ class ProcessChannel(EngineChannel):
     def is_alive(self) -> bool:
         return not self._ended.is_set()
 
-    def connect(self, front: AsyncEngine) -> None:
-        self._front = front
-
     def start(self) -> None:
         """Follow the process in the running event loop."""
         self._loop = asyncio.get_running_loop()

@@ -222,9 +222,6 @@ class FleetChannel(EngineChannel):
     def pid(self) -> None:
         return None
 
-    def connect(self, front: AsyncEngine) -> None:
-        self._front = front
-
     def start(self) -> None:
         """Start to follow the events of all replicas."""
         self._loop = asyncio.get_running_loop()
