@@ -354,8 +354,6 @@ class EngineCore:
         self,
         prompts: Sequence[Prompt | RequestSpec],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        show_progress: bool = False,
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer all ``prompts`` and return their last outputs, in the same order.
@@ -369,26 +367,22 @@ class EngineCore:
         each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
-        from tqdm import tqdm  # Here, because a server does not need it.
-
         last: list[Any] = [None] * len(prompts)
         places: dict[str, int] = {}
         queue = deque(enumerate(zip(prompts, each, strict=True)))
-        with tqdm(total=len(prompts), disable=not show_progress, unit="request") as bar:
-            try:
-                while queue or places:
-                    with signals_delayed():
-                        while queue and self.has_room:
-                            place, (prompt, params) = queue.popleft()
-                            places[self.submit(prompt, params, **options)] = place
-                        for output in self.step():
-                            if output.is_finished and output.request_id in places:
-                                last[places.pop(output.request_id)] = output
-                                bar.update()
-            finally:
+        try:
+            while queue or places:
                 with signals_delayed():
-                    for request_id in places:
-                        self.abort(request_id)
+                    while queue and self.has_room:
+                        place, (prompt, params) = queue.popleft()
+                        places[self.submit(prompt, params, **options)] = place
+                    for output in self.step():
+                        if output.is_finished and output.request_id in places:
+                            last[places.pop(output.request_id)] = output
+        finally:
+            with signals_delayed():
+                for request_id in places:
+                    self.abort(request_id)
         return last
 
     def stream(

@@ -75,11 +75,6 @@ TRANSFERS = (
 )
 Kind = type[GaugeMetricFamily | CounterMetricFamily]
 GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
-OF_TIERS: tuple[tuple[Kind, str, str, str, tuple[tuple[str, str], ...]], ...] = (
-    (GAUGE, "tier_bytes", HELD, "owner", (("free", "free"), ("cached", "cached"))),
-    (COUNTER, "tier_moved_bytes", MOVED, "way", (("in", "taken_in"), ("fetched", "fetched"))),
-)
-"""(kind, name, help, label, (its value, field of a report) for each) of the metrics of tiers."""
 
 
 class Metrics(Collector):
@@ -196,10 +191,12 @@ class Metrics(Collector):
         shown = [((n,), value) for n, value in figures.items() if not isinstance(value, str)]
         yield _labelled(GAUGE, "admission", "Numbers of the admission policy.", ("figure",), shown)
         yield _labelled(GAUGE, "admission_state", STATE, [*words], [([*words.values()], 1)])
-        tiers = () if report.offload is None else report.offload.tiers
-        for kind, name, help, label, ways in OF_TIERS if tiers else ():
-            moved = [((t.tier, way), getattr(t, field)) for t in tiers for way, field in ways]
-            yield _labelled(kind, name, help, ("tier", label), moved)
+        if tiers := () if report.offload is None else report.offload.tiers:
+            owned = [((t.tier, way), getattr(t, way)) for t in tiers for way in ("free", "cached")]
+            yield _labelled(GAUGE, "tier_bytes", HELD, ("tier", "owner"), owned)
+            ways = (("in", "taken_in"), ("fetched", "fetched"))
+            moved = [((t.tier, way), getattr(t, name)) for t in tiers for way, name in ways]
+            yield _labelled(COUNTER, "tier_moved_bytes", MOVED, ("tier", "way"), moved)
 
 
 def _labelled(

@@ -91,7 +91,7 @@ class Outgoing:
         if self._sent < self.end:
             return
         if match.checkpoint is not None:
-            self._put(wire.State(), unit.read_state(match.checkpoint))
+            self._put(wire.State(), unit.read_rows(unit.slot_rows(match.checkpoint)))
         counts, num_tokens = self.server.counts, self.end - self.ask.start
         counts.prefixes += 1
         counts.tokens += num_tokens

@@ -215,7 +215,7 @@ class PeerFetch(Fetch):
                 self._next = end
                 return
         elif slot is not None and self._next == self.end and len(data) == unit.state_bytes:
-            unit.write_state(slot, _tensor(data))
+            unit.write_rows(unit.slot_rows(slot), _tensor(data))
             return
         raise wire.TransferError(f"{message} with {counted(len(data), 'byte')} was not requested")
 

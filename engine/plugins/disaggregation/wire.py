@@ -3,8 +3,8 @@
 A prefill engine has one ROUTER socket. A decode engine opens a DEALER socket for each prefix, sends
 ``Ask``, and receives any number of ``Rows``, then ``State``, each followed by a frame with its
 bytes, or ``Failed``. It confirms each with ``Taken`` and sends ``End`` at its own end.
-``PrefixBuffer`` converts between bytes and memory: the arena rows of tokens, and the state at
-the end of a prefix, both with the parts of a multi-token head.
+``PrefixBuffer`` converts between bytes and memory: the arena rows of tokens, and those of the state
+at the end of a prefix, both with the parts of a multi-token head.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class Connection:
         self._socket.close()
 
 
-PROTOCOL = "6"
+PROTOCOL = "7"
 """Version of the messages between two engines."""
 PIECE_BYTES = 4 << 20
 """Maximum size of one message, except for a state and the KV of a single token."""
@@ -232,19 +232,18 @@ class PrefixBuffer:
         """Raises ConfigError for a runner with memory that cannot be read between two steps."""
         if not isinstance(runner, ModelRunner):
             raise ConfigError("a role requires a ModelRunner, because its memory is read.")
-        memory, self._settle = runner.tensors, runner.return_states
-        self._rows = memory.rows.view(runner.dtype)
-        self._slots: torch.Tensor | None = None
-        """Checkpoints: uint8 ``[S, state_bytes]``, or None for an attention-only model."""
-        if memory.states:
-            saved = memory.checkpoints
-            self._slots = memory.states[0][0] if saved is None else saved.slots
-        self.row_bytes = memory.rows.shape[1]
-        self.state_bytes = 0 if self._slots is None else self._slots.shape[1]
+        self._settle, self._slab_rows = runner.return_states, runner.memory.slab_rows
+        self._rows = runner.tensors.rows.view(runner.dtype)
+        self.row_bytes, self.state_bytes = runner.memory.row_bytes, runner.memory.slot_bytes
+
+    def slot_rows(self, slot: int) -> Indices:
+        """Return the rows of the slab in which a checkpoint is stored."""
+        first = slot * self._slab_rows
+        return np.arange(first, first + self._slab_rows, dtype=np.int32)
 
     @torch.inference_mode()
     def read_rows(self, rows: Indices) -> HostCopy:
-        """Read the KV rows ``rows``, int32[n]."""
+        """Read rows, int32[n]."""
         self._settle()
         return HostCopy(self._rows[self._index(rows)])
 
@@ -254,20 +253,6 @@ class PrefixBuffer:
         self._settle()
         values = data.view(self._rows.dtype).view(len(rows), -1)
         self._rows[self._index(rows)] = upload(values, values.dtype, self._rows.device)
-
-    @torch.inference_mode()
-    def read_state(self, slot: int) -> HostCopy:
-        """Read the checkpoint in ``slot``: uint8 ``[state_bytes]``."""
-        self._settle()
-        assert self._slots is not None
-        return HostCopy(self._slots[slot].clone())
-
-    @torch.inference_mode()
-    def write_state(self, slot: int, data: torch.Tensor) -> None:
-        """Write the result of ``read_state`` to another slot."""
-        self._settle()
-        assert self._slots is not None
-        self._slots[slot] = upload(data, torch.uint8, self._slots.device)
 
     def _index(self, rows: Indices) -> torch.Tensor:
         return upload(rows.astype(np.int64), torch.int64, self._rows.device)

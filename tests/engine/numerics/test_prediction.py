@@ -201,7 +201,7 @@ def test_head_after_verification_equals_single_steps(make_head) -> None:
         runner.forward(batch)
         runner.commit(batch, (num_accepted,))
         head.pools[2][verified.slot] = head.pools[2][runner.running.at(verified.slot)]
-        PrefixBuffer(runner).read_state(verified.slot)
+        PrefixBuffer(runner).read_rows(np.zeros(1, np.int32))
     verified.computed_len = 35
     assert torch.equal(head.rows_of(verified, 35), head.rows_of(single, 35))
     assert torch.equal(head.draft([verified], [1], 3), head.draft([single], [1], 3))
