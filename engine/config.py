@@ -104,8 +104,8 @@ def setting(default: T, help: str, **metadata: Any) -> T:
 
 def check_fields(settings: Any) -> None:
     """Raise ConfigError unless every field has a word of its ``Literal``, a number in its limits,
-    or text (also a path) where its annotation is ``str``. None is allowed where its annotation has
-    it."""
+    or text (also a path) where its annotation is ``str``, which is empty only by default. None is
+    allowed where its annotation has it."""
     words, optional, texts = _words(settings.__class__)
     for field in dataclasses.fields(settings):
         name, value = field.name, getattr(settings, field.name)
@@ -114,8 +114,9 @@ def check_fields(settings: Any) -> None:
         if name in words and value not in words[name]:
             allowed = [*(("none",) if name in optional else ()), *words[name]]
             raise ConfigError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
-        if name in texts and not isinstance(value, str | os.PathLike):
-            raise ConfigError(f"{name} must be text (got {value!r}).")
+        is_text = isinstance(value, str | os.PathLike) and (value or value == field.default)
+        if name in texts and not is_text:
+            raise ConfigError(f"{name} must be text that is not empty (got {value!r}).")
         limits: Limits | None = field.metadata.get("limits")
         if limits is not None:
             limits.check(name, value)
@@ -406,8 +407,6 @@ class EngineConfig(Settings):
             CheckpointFormat.parse(self.checkpoint_dtype)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        if self.model == "":
-            raise ConfigError("model must name a directory; omit it for the built-in one.")
         places = self.checkpoints
         if isinstance(places, str):
             places = tuple(places.split(","))

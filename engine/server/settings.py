@@ -120,10 +120,6 @@ class ServerConfig(Settings):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.host:
-            raise ConfigError("--host must not be empty; 0.0.0.0 is all addresses of this machine.")
-        if self.served_model_name == "":
-            raise ConfigError("--served-model-name must not be empty; omit it for the default.")
         for origin in self.cors_origin:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(

@@ -49,5 +49,3 @@ class TierConfig(PluginConfig):
         check_fields(self)
         if self.disk_gib is not None and self.state_dir is None:
             raise ConfigError("disk_gib requires state_dir.")
-        if self.state_dir == "":
-            raise ConfigError("state_dir must name a folder; omit it to write nothing.")
