@@ -36,7 +36,6 @@ from engine.requests.request import RequestSpec
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import (
-    AS_TEXT,
     CLOSE,
     OPEN,
     PROBE,
@@ -83,9 +82,6 @@ class Replay:
         """``keeps_thinking``: the default of requests without the switch ``KEEPS_THINKING``."""
         self._tokenizer, self._keeps_thinking = tokenizer, keeps_thinking
         self._known = BoundedMemory[Place, SampledTurn](limit_bytes)
-        self._control_ids = frozenset(
-            i for text in tokenizer.control_tokens for i in tokenizer.encode(text, AS_TEXT)[:1]
-        )
 
     def render(
         self,
@@ -133,7 +129,11 @@ class Replay:
             token_ids.pop()
         elif output.finish_reason != "length":
             return
-        if place is None or not prompt.header or not self._control_ids.isdisjoint(token_ids):
+        if (
+            place is None
+            or not prompt.header
+            or not self._tokenizer.control_ids.isdisjoint(token_ids)
+        ):
             return
         ids, reasoning = array("i", token_ids), message["reasoning_content"]
         num_bytes = ENTRY_BYTES + 4 * len(ids) + sum(map(sys.getsizeof, (prompt.header, reasoning)))

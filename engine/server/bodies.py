@@ -93,15 +93,13 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
         text = raw.decode()
         check_nodes(raw)
         given = read_json(text)
-    except UnicodeDecodeError as error:
-        message = f"The body is not UTF-8 (byte {error.start:,}): send JSON encoded as UTF-8."
-        raise APIError(400, message) from None
+        if not isinstance(given, dict):
+            raise ValueError("it has no names and values between { and }")
     except ValueError as error:
-        message = f"The body cannot be read ({error}): send one JSON object."
-        raise APIError(400, message) from None
-    if not isinstance(given, dict):
-        message = "The body must be one JSON object, with names and values between { and }."
-        raise APIError(400, message)
+        why = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            why = f"it is not UTF-8 from byte {error.start:,} on"
+        raise APIError(400, f"The body cannot be read ({why}): send one JSON object.") from None
     given = settled(given)
     for name in [*given]:
         if name in kind.NEUTRAL:
@@ -282,11 +280,6 @@ def event(data: Any, name: str | None = None) -> bytes:
     return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def failed_event(failure: APIError) -> bytes:
-    """Return the event of a failure in the middle of a stream, in OpenAI's form."""
-    return event(failure.body())
-
-
 def named_event(data: Mapping[str, Any]) -> bytes:
     """Return one server-sent event named after its ``type``."""
     return event(data, data["type"])
@@ -325,7 +318,7 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[bytes, None],
         late_headers: Callable[[], Mapping[str, str]] = dict,
-        on_error: Callable[[APIError], bytes] = failed_event,
+        on_error: Callable[[APIError], bytes] = lambda failure: event(failure.body()),
         keep_alive_s: float | None = None,
         pause: bytes = PAUSE,
     ) -> None:

@@ -40,7 +40,6 @@ from engine.server.bodies import (
     Body,
     EventStream,
     event,
-    failed_event,
     json_response,
     read_body,
     run,
@@ -250,7 +249,7 @@ class Writer(ABC):
 
     def failed(self, failure: APIError) -> bytes:
         """Return the event of a failure in the middle of a stream."""
-        return failed_event(failure)
+        return event(failure.body())
 
     def _completion(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """Return an answer of OpenAI's completions, or a part of its stream."""

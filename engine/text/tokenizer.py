@@ -252,6 +252,7 @@ class IdTokenizer:
 
     special_tokens: tuple[str, ...] = ()
     control_tokens: tuple[str, ...] = ()
+    control_ids: frozenset[int] = frozenset()
     chat_template: ChatTemplate | None = None
 
     def __init__(self, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
@@ -345,8 +346,8 @@ class HFTokenizer:
         # With a group, so that splitting keeps the special tokens.
         walls = f"({any_of(self.special_tokens).pattern})"
         self._walls = re.compile(walls) if has_walls and self.special_tokens else None
-        hidden = (self._added[token_id] for token_id in self._hidden)
-        self.control_tokens = tuple(text for text in hidden if len(text) > 1)
+        self.control_ids = frozenset(i for i in self._hidden if len(self._added[i]) > 1)
+        self.control_tokens = tuple(self._added[i] for i in self.control_ids)
         """Special tokens that never occur in a text, such as those at the beginning and end of a
         turn. (``<think>`` is a token, but part of the text.)"""
         self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)

@@ -14,7 +14,6 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from engine import engine_config
 from engine.engine import load_tokenizer_of
-from engine.requests.chat_prompt import Replay
 from engine.text.tokenizer import AS_TEXT, ChatTemplate, EncodeOptions, HFTokenizer, Tokenizer
 
 CORPUS = [
@@ -150,7 +149,7 @@ def test_a_marked_special_token_is_text(model_dir: Path) -> None:
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
     assert text.replace("\u2060", "") == f"hello{EOS} world{EOS}"
     both = tokenizer.encode(f"<|im_start|>{EOS}", AS_TEXT)
-    assert Replay(tokenizer, 0)._control_ids == set(both)
+    assert tokenizer.control_ids == set(both)
     assert tokenizer.decode([*both, *tokenizer.encode("<think>", AS_TEXT)]) == "<think>"
     assert tokenizer._is_byte_level == ("\u2060" not in text)
 

@@ -21,7 +21,7 @@ from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import json_response
 from engine.server.context import AnsweredChat, ServingContext
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.tokenizer import AS_TEXT, ChatTemplate, TemplateError, Tokenizer
+from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
 from hybridcache.geometry.units import counted
 from hybridcache.tokens import common_prefix_len
 
@@ -108,9 +108,6 @@ class Explanations:
     def __init__(self, tokenizer: Tokenizer, limit_bytes: int, grid: int = 0) -> None:
         """``grid``: distance of positions at which states may be saved; 0 if none are."""
         self._tokenizer, self._grid = tokenizer, grid
-        self._control_ids = [
-            i for text in tokenizer.control_tokens for i in tokenizer.encode(text, AS_TEXT)[:1]
-        ]
         self.memory = BoundedMemory[str, AnsweredChat](limit_bytes)
         """Chats by the id of their answer, in the order of their ends."""
 
@@ -233,7 +230,8 @@ class Explanations:
 
     def _part(self, earlier: AnsweredChat, later: AnsweredChat, at: int) -> dict[str, Any]:
         """Describe the place ``at`` which two prompts differ. In a namespace, no text is shown."""
-        ends = np.flatnonzero(np.isin(earlier.tokens[: earlier.prompt_len], self._control_ids))
+        control_ids = [*self._tokenizer.control_ids]
+        ends = np.flatnonzero(np.isin(earlier.tokens[: earlier.prompt_len], control_ids))
         turn_start = int(ends[-1]) if len(ends) else earlier.prompt_len
         change, path = _change(
             self._tokenizer.chat_template, earlier, later, at, is_in_answer=at >= turn_start

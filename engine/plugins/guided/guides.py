@@ -14,7 +14,6 @@ import json
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import numpy as np
 
 from engine.requests.grammar import CALL, Grammar, GrammarError, TooComplex
 from engine.requests.logit_rules import Draws, LogitRule, Mask, Ruling
+from engine.text.bounded_memory import BoundedMemory
 from engine.text.tokenizer import AS_TEXT
 from hybridcache.command.extras import how_to_install
 from hybridcache.tokens import Tokens
@@ -192,7 +192,7 @@ class Guides:
         """Processor time of the engine's thread that grammars could still use, and when."""
         self._lock = threading.Lock()
         self._vocabulary: Any = None
-        self._compiled: OrderedDict[Grammar, Compiled] = OrderedDict()
+        self._compiled = BoundedMemory[Grammar, Compiled](NUM_REMEMBERED)
 
     def spend(self, seconds: float) -> bool:
         """Take ``seconds``. Returns True if grammars have used more than their share."""
@@ -207,23 +207,16 @@ class Guides:
         Raises GrammarError if the library is missing, or the grammar is invalid, too large, or
         matches only the empty answer. Raises TooComplex if its beginning takes too much time.
         """
-        with self._lock:
-            known = self._compiled.get(grammar)
-            if known is not None:
-                self._compiled.move_to_end(grammar)
-                return Guide(known, self)
-        library = load_library()
-        with self._lock:
-            if self._vocabulary is None:
-                self._vocabulary = make_vocabulary(library, self._tokenizer, self._vocab_size)
-        # Outside the lock: it may take a tenth of a second, and other threads compile too.
-        compiled = Compiled(partial(make_matcher, library, self._vocabulary, grammar))
-        check_beginning(compiled.matcher, self.ends)
-        with self._lock:
-            self._compiled[grammar] = compiled
-            self._compiled.move_to_end(grammar)
-            while len(self._compiled) > NUM_REMEMBERED:
-                self._compiled.popitem(last=False)
+        compiled = self._compiled.get(grammar)
+        if compiled is None:
+            library = load_library()
+            with self._lock:
+                if self._vocabulary is None:
+                    self._vocabulary = make_vocabulary(library, self._tokenizer, self._vocab_size)
+            # Outside the lock: it may take a tenth of a second, and other threads compile too.
+            compiled = Compiled(partial(make_matcher, library, self._vocabulary, grammar))
+            check_beginning(compiled.matcher, self.ends)
+            self._compiled.put(grammar, compiled, 1)
         return Guide(compiled, self)
 
 
@@ -256,7 +249,7 @@ class _ByteVocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         ends = tokenizer.eos_token_ids
-        controls = {tokenizer.encode(text, AS_TEXT)[0] for text in tokenizer.control_tokens} | ends
+        controls = tokenizer.control_ids | ends
         self.special_token_ids, self.eos_token_id = sorted(controls), min(ends)
         ids = range(max(vocab_size, tokenizer.vocab_size))
         self.tokens = [MARK * (i in controls) + tokenizer.token_bytes(i) for i in ids]
