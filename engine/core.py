@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
@@ -40,9 +40,6 @@ from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.scheduling.cache_manager import CacheManager
 
-if TYPE_CHECKING:
-    from engine.text.tokenizer import Tokenizer
-
 WITHHELD_S = 0.002
 """Pause between two checks of requests that the admission policy withholds while nothing runs."""
 
@@ -57,24 +54,16 @@ class EngineCore:
 
     def __init__(
         self,
-        config: EngineConfig,
-        *,
         runner: Runner,
         sampler: TokenSampler,
-        tokenizer: Tokenizer | None,
         intake: Intake,
         scheduler: Scheduler,
         plugins: Mapping[str, Plugin],
-        clock: Callable[[], float],
     ) -> None:
-        self.config = config
-        self.runner = runner
-        self.tokenizer = tokenizer
-        self.plugins = plugins
-        """Optional capabilities chosen by the settings, by name."""
-        self.clock = clock
-        self._sampler = sampler
-        self._intake = intake
+        """``plugins``: optional capabilities chosen by the settings, by name."""
+        self.config, self.tokenizer, self.clock = intake.config, intake.tokenizer, intake.clock
+        self.runner, self.plugins = runner, plugins
+        self._sampler, self._intake = sampler, intake
         self.validate = intake.validate
         """Returns a spec with token ids and complete sampling parameters; see ``Intake.validate``.
         Safe to call from any thread."""
@@ -91,9 +80,8 @@ class EngineCore:
         """Functions that are called with every request that has ended."""
         self._scheduler = scheduler
         self._manager, self.cache = scheduler.manager, scheduler.manager.cache
-        self._overlaps = config.overlap == "on" or (
-            config.overlap == "auto" and runner.is_asynchronous
-        )
+        overlap = self.config.overlap
+        self._overlaps = overlap == "on" or (overlap == "auto" and runner.is_asynchronous)
         self._in_flight: Batch | None = None
         self.interrupted: tuple[str, ...] = ()
         """Requests that were running when a step last failed."""

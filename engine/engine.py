@@ -77,20 +77,9 @@ class Engine(EngineCore):
                 clock=clock,
                 grammar_rule=grammar_rules(tokenizer, runner.vocab_size),
             )
-            scheduler = assemble(
-                config, runner, tokenizer, plugins, drafting=drafting, fetcher=fetcher, clock=clock
-            )
+            scheduler = assemble(intake, runner, plugins, drafting, fetcher)
             unfinished.pop_all()
-        super().__init__(
-            config,
-            runner=runner,
-            sampler=sampler,
-            tokenizer=tokenizer,
-            intake=intake,
-            scheduler=scheduler,
-            plugins=plugins,
-            clock=clock,
-        )
+        super().__init__(runner, sampler, intake, scheduler, plugins)
         for plugin in plugins.values():
             plugin.attach(self, scheduler.manager)
 
@@ -180,19 +169,17 @@ def names_tokenizer(config: EngineConfig) -> bool:
 
 
 def assemble(
-    config: EngineConfig,
+    intake: Intake,
     runner: Runner,
-    tokenizer: Tokenizer | None,
     plugins: Mapping[str, Plugin],
-    *,
     drafting: DraftPlanner | None,
     fetcher: Fetcher | None,
-    clock: Callable[[], float],
 ) -> Scheduler:
     """Make the scheduler, with the cache and its manager.
 
     ``drafting`` and ``fetcher`` replace those of ``plugins``. Raises ConfigError.
     """
+    config = intake.config
     settings = cache_config(config, runner)
     options: Mapping[str, Any] = {}
     tiers = cast("TierPlugin | None", plugins.get("tiers"))
@@ -200,7 +187,7 @@ def assemble(
         settings = tiers.size_cache(settings, runner)
     cache = build_prefix_cache(settings)
     if tiers is not None:
-        options = tiers.open_cache(cache, runner, tokenizer)
+        options = tiers.open_cache(cache, runner, intake.tokenizer)
     caches = config.prefix_cache != "none"
     manager = CacheManager(
         cache,
@@ -226,7 +213,7 @@ def assemble(
         shares=caches,
         drafting=drafting,
         fetching=fetching,
-        clock=clock,
+        clock=intake.clock,
     )
 
 

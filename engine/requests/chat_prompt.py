@@ -125,15 +125,12 @@ class Replay:
         """Store the tokens of the answer to ``prompt``, sent as ``message``, that a client can send
         back completely: one ended by the model or by its length limit. O(its size)."""
         token_ids, place = output.output.tolist(), prompt.place
+        controls = self._tokenizer.control_ids
         if output.finish_reason == "stop" and token_ids[-1] in self._tokenizer.eos_token_ids:
             token_ids.pop()
         elif output.finish_reason != "length":
             return
-        if (
-            place is None
-            or not prompt.header
-            or not self._tokenizer.control_ids.isdisjoint(token_ids)
-        ):
+        if place is None or not prompt.header or not controls.isdisjoint(token_ids):
             return
         ids, reasoning = array("i", token_ids), message["reasoning_content"]
         num_bytes = ENTRY_BYTES + 4 * len(ids) + sum(map(sys.getsizeof, (prompt.header, reasoning)))

@@ -516,12 +516,12 @@ class Intake:
         """Prepare the factory. Without a ``tokenizer``, prompts are token ids and answers have no
         text. ``grammar_rule`` compiles a grammar and makes the rule of an answer. Raises ValueError
         if the model recommends a sampling parameter out of range."""
-        self._config, self._tokenizer = config, tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self._vocab_size, self.max_model_len = vocab_size, max_model_len
         self.sampling_defaults = sampling_defaults(config)
         """Defaults of ``SamplingParams`` that the model recommends."""
         self._default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
-        self._clock, self.grammar_rule = clock, grammar_rule
+        self.clock, self.grammar_rule = clock, grammar_rule
         self._arrivals = itertools.count()
 
     def validate(self, spec: RequestSpec) -> RequestSpec:
@@ -547,10 +547,10 @@ class Intake:
                     f"{name} must contain token ids from 0 to {self._vocab_size - 1} "
                     f"(got {max(ids)})."
                 )
-        has_text = self._tokenizer is not None and not isinstance(self._tokenizer, IdTokenizer)
+        has_text = self.tokenizer is not None and not isinstance(self.tokenizer, IdTokenizer)
         if sampling.thinking_token_budget is not None and not has_text:
             raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
-        if self._tokenizer is None and sampling.stop:
+        if self.tokenizer is None and sampling.stop:
             raise ValueError("stop requires a tokenizer, and the engine has none.")
         require_boundaries(spec.boundaries)
         positions = spec.boundaries.positions
@@ -562,22 +562,22 @@ class Intake:
         """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
         sampling, prompt = spec.sampling or self._default_sampling, np.asarray(spec.prompt)
         end_token_ids = frozenset(sampling.stop_token_ids)
-        if self._tokenizer is not None and not sampling.ignore_eos:
-            end_token_ids |= self._tokenizer.eos_token_ids
+        if self.tokenizer is not None and not sampling.ignore_eos:
+            end_token_ids |= self.tokenizer.eos_token_ids
         arrival, limit = next(self._arrivals), self.max_model_len
         name = f"request-{arrival}" if spec.request_id is None else spec.request_id
         text_stream = None
-        if self._tokenizer is not None:
+        if self.tokenizer is not None:
             before = () if spec.answer_starts_text else prompt[-MAX_CONTEXT:].tolist()
-            decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens, before)
+            decoder = self.tokenizer.stream_decoder(sampling.skip_special_tokens, before)
             text_stream = TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)
         rules = list[LogitRule]()
         if spec.grammar is not None:
             rules.append(self.grammar_rule(spec.grammar))
         if sampling.thinking_token_budget is not None:
-            assert self._tokenizer is not None
+            assert self.tokenizer is not None
             budget = sampling.thinking_token_budget
-            rules.append(ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget))
+            rules.append(ReasoningBudget(self.tokenizer, self._vocab_size, prompt, budget))
         if sampling.logit_bias or sampling.min_tokens:
             ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
             rules.append(
@@ -589,9 +589,9 @@ class Intake:
         return Request(
             structs.replace(spec, request_id=name),
             arrival=arrival,
-            arrival_s=self._clock() if spec.arrival_s is None else spec.arrival_s,
+            arrival_s=self.clock() if spec.arrival_s is None else spec.arrival_s,
             max_len=limit if sampling.max_tokens is None else len(prompt) + sampling.max_tokens,
-            seed=int(self._config.seed + arrival if sampling.seed is None else sampling.seed),
+            seed=int(self.config.seed + arrival if sampling.seed is None else sampling.seed),
             end_token_ids=end_token_ids,
             text_stream=text_stream,
             rules=rules,
@@ -599,9 +599,9 @@ class Intake:
 
     def _tokens(self, prompt: Prompt) -> Tokens:
         if isinstance(prompt, str):
-            if self._tokenizer is None:
+            if self.tokenizer is None:
                 raise ValueError("prompt must be token ids, because the engine has no tokenizer.")
-            prompt = self._tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode(prompt)
         if isinstance(prompt, Sequence) and len(prompt) > self.max_model_len:
             raise ContextOverflow(len(prompt), 1, self.max_model_len)
         ids = f"token ids from 0 to {self._vocab_size - 1}"

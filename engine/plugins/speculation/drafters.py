@@ -3,7 +3,6 @@ multi-token head."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from engine.requests.request import Request
 from engine.schedule.scheduler import Newest
+from engine.text.bounded_memory import BoundedMemory
 from hybridcache.radix.tree import (
     TOKEN_BYTES,
     NodeHandle,
@@ -22,7 +22,8 @@ from hybridcache.radix.tree import (
 from hybridcache.tokens import EMPTY, Tokens
 
 MAX_TEXTS, MAX_KEPT = 16, 1 << 16
-"""Maximum number of finished texts that are kept, and of their tokens in total."""
+"""Maximum number of finished texts that are kept, and of their tokens in total. A short text counts
+as an equal share."""
 MAX_SEARCHED = 1 << 16
 """Maximum number of tokens of a text that are searched, the latest ones."""
 
@@ -143,35 +144,29 @@ class SuffixDrafter(Drafter):
     def __init__(self, *, shares: bool) -> None:
         """``shares``: keep texts that ended."""
         self._shares = shares
-        self._ended: deque[tuple[Hashable, Tokens]] = deque()
-        """Ended texts, newest first."""
-        self._num_kept = 0
+        self.reset()
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
         """See ``Drafter.propose``. O(``MAX_SEARCHED``) for each request without a match."""
+        ended = [text for _, text in reversed(self._ended.listed())]
         return [
             continuation(
                 request.tokens,
                 max_tokens,
-                [text for namespace, text in self._ended if namespace == request.namespace],
+                [text for namespace, text in ended if namespace == request.namespace],
             )
             for request, max_tokens in wanted
         ]
 
     def forget(self, request: Request) -> None:
-        num_tokens = len(request.tokens)
-        if not self._shares or num_tokens > MAX_KEPT:
-            return
-        while self._ended and (
-            self._num_kept + num_tokens > MAX_KEPT or len(self._ended) == MAX_TEXTS
-        ):
-            self._num_kept -= len(self._ended.pop()[1])
-        self._ended.appendleft((request.namespace, request.tokens.copy()))
-        self._num_kept += num_tokens
+        if self._shares:
+            text = request.namespace, request.tokens.copy()
+            num_tokens = max(len(request.tokens), MAX_KEPT // MAX_TEXTS)
+            self._ended.put(request.request_id, text, num_tokens)
 
     def reset(self) -> None:
-        self._ended.clear()
-        self._num_kept = 0
+        self._ended = BoundedMemory[str, tuple[Hashable, Tokens]](MAX_KEPT)
+        """Ended texts, the newest last, by the id of their request; their sizes are in tokens."""
 
 
 Guess = Callable[[Sequence[Newest], Sequence[int]], Sequence[Tokens]]
