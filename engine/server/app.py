@@ -326,6 +326,8 @@ def _operator_routes(context: ServingContext, keys: ServerKeys) -> list[Route]:
 
     async def cache(request: Request) -> Response:
         keys.check_operator(request)
+        if request.query_params:
+            raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
         return json_response(await context.engine.cache_view())
 
     async def reset(request: Request) -> Response:
