@@ -249,12 +249,17 @@ def _body(thing: Any) -> str:
     return "\n\n".join(parts)
 
 
+LIMITED = re.compile(r"\"?Annotated\[(.*?), (?:[A-Z_]+|Limits\(.*?\))\]\"?")
+"""Annotation of a setting with limits. The reference shows its type."""
+
+
 def _signature(thing: Any) -> str:
     try:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
         return ""
     text = re.sub(r"ForwardRef\((['\"])(.+?)\1\)", r"\2", str(signature))
+    text = LIMITED.sub(r"\1", text)
     text = re.sub(r"(: |-> )'(.+?)'", r"\1\2", text)  # annotations are strings, defaults stay
     text = re.sub(r"^\((?:self|cls)(?:, )?", "(", text)
     return text.removesuffix(" -> None") if inspect.isclass(thing) else text
@@ -276,7 +281,8 @@ def _documented(body: Sequence[ast.stmt], owner: str = "") -> Iterator[tuple[str
         text = ""
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             text = _plain(inspect.cleandoc(str(after.value.value)))
-        yield name, ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "", text
+        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
+        yield name, LIMITED.sub(r"\1", kind), text
 
 
 def _fields(thing: type) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Settings of an engine, and the base of the settings of plugins.
 
-The flags of the command line and their help are derived from the fields.
+The flags of the command line and their help are derived from the fields and their docstrings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.units import GIB
@@ -51,8 +51,6 @@ OF_CACHE = ("checkpoints", "eviction", "exact", "checkpoint_dtype")
 DRAFTED_FULLY = 4
 """Number of sequences that may have drafts of full length in one step. More sequences share the
 same number of verified tokens."""
-
-T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -94,45 +92,47 @@ SEED = Limits("an integer from 0 to 2**63 - 1", 0, 2**63 - 1, is_whole=True)
 BUDGET = Limits(f"at least {TILE}, which is one tile of the kernels", TILE, is_whole=True)
 
 
-def setting(default: T, help: str, **metadata: Any) -> T:
-    """Return a field with its help, typed as its default so that mypy reads the annotation.
-
-    ``limits`` are the ``Limits`` of its value. ``is_flag=False`` leaves it off the command line.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
-
-
 def check_fields(settings: Any) -> None:
-    """Raise ConfigError unless every field has a word of its ``Literal``, a number in its limits,
-    or text (also a path) where its annotation is ``str``, which is empty only by default. None is
-    allowed where its annotation has it."""
-    words, optional, texts = _words(settings.__class__)
+    """Raise ConfigError unless every field has a word of its ``Literal``, a number in the
+    ``Limits`` of its annotation, or text (also a path) where its annotation is ``str``, which is
+    empty only by default. None is allowed where its annotation has it."""
+    rules = _rules(settings.__class__)
     for field in dataclasses.fields(settings):
         name, value = field.name, getattr(settings, field.name)
-        if value is None and name in optional:
+        if value is None and name in rules.optional:
             continue
-        if name in words and value not in words[name]:
-            allowed = [*(("none",) if name in optional else ()), *words[name]]
+        words, limits = rules.words.get(name), rules.limits.get(name)
+        if words is not None and value not in words:
+            allowed = [*(("none",) if name in rules.optional else ()), *words]
             raise ConfigError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
         is_text = isinstance(value, str | os.PathLike) and (value or value == field.default)
-        if name in texts and not is_text:
+        if name in rules.texts and not is_text:
             raise ConfigError(f"{name} must be text that is not empty (got {value!r}).")
-        limits: Limits | None = field.metadata.get("limits")
         if limits is not None:
             limits.check(name, value)
 
 
+class Rules(NamedTuple):
+    """Values that the annotations of a dataclass allow, by the name of the field."""
+
+    words: dict[str, tuple[str, ...]]
+    limits: dict[str, Limits]
+    optional: frozenset[str]
+    """Fields that may be None."""
+    texts: frozenset[str]
+
+
 @functools.cache
-def _words(kind: type) -> tuple[dict[str, tuple[str, ...]], frozenset[str], frozenset[str]]:
-    """Return (words of each field that is annotated with a ``Literal``, fields that may be None,
-    fields with text)."""
+def _rules(kind: type) -> Rules:
+    annotated = typing.get_type_hints(kind, include_extras=True).items()
     hints = typing.get_type_hints(kind).items()
     parts = [(name, part) for name, hint in hints for part in (hint, *typing.get_args(hint))]
-    texts = frozenset(name for name, hint in hints if hint in (str, str | None))
-    words = {
-        name: typing.get_args(part) for name, part in parts if typing.get_origin(part) is Literal
-    }
-    return words, frozenset(name for name, part in parts if part is type(None)), texts
+    return Rules(
+        {name: typing.get_args(part) for name, part in parts if typing.get_origin(part) is Literal},
+        {n: hint.__metadata__[0] for n, hint in annotated if typing.get_origin(hint) is Annotated},
+        frozenset(name for name, part in parts if part is type(None)),
+        frozenset(name for name, hint in hints if hint in (str, str | None)),
+    )
 
 
 class DraftSizes(NamedTuple):
@@ -192,9 +192,7 @@ P = TypeVar("P", bound=PluginConfig)
 class Settings:
     """Base of settings that plugins extend."""
 
-    plugins: tuple[PluginConfig, ...] = dataclasses.field(
-        default=(), kw_only=True, metadata={"is_flag": False}
-    )
+    plugins: tuple[PluginConfig, ...] = dataclasses.field(default=(), kw_only=True)
     """Settings of the plugins in use."""
 
     def of(self, kind: type[P]) -> P:
@@ -215,134 +213,89 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig(Settings):
-    """Settings of one engine; see the help of each field. Raises ConfigError for a bad value.
+    """Settings of one engine. Raises ConfigError for a bad value.
 
     ``plugins`` holds the settings of plugins. ``engine.plugins.engine_config`` takes all of them as
     keywords.
     """
 
-    model: str | None = setting(
-        None,
-        "model directory in Hugging Face format, or ORG/NAME of a model of the Hugging Face Hub (a "
-        "directory of that name is preferred); by default the built-in byte model, which is small "
-        "and trained on code and synthetic tasks",
-    )
-    revision: str | None = setting(
-        None, "for a model of the hub: branch, tag or commit; by default its main branch"
-    )
-    tokenizer: str | None = setting(
-        None, "directory of the tokenizer, ORG/NAME, or builtin, if it is not that of the model"
-    )
-    load_format: Literal["auto", "dummy"] = setting(
-        "auto", "auto: read the weights; dummy: seeded random weights for any config.json"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "number format of weights and KV; auto: that of the model, or the device's default"
-    )
-    state_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32",
-        "number format of recurrent states; bfloat16 halves their size and rounds them every 64 "
-        "tokens "
-        "(or --grid, if that is less) of a prompt and at every token of an answer; 8 bits are for "
-        "checkpoints only (--checkpoint-dtype), because errors of a running state accumulate",
-    )
-    checkpoint_dtype: str = setting(
-        "auto",
-        "number format of recurrent states in checkpoints: bfloat16, int8 or fp8, the last two "
-        "with a scale per channel, or per head as in int8:head; auto: unchanged and exact",
-    )
-    quantization: Literal["int8", "fp8"] | None = setting(
-        None, "quantize weights to 8 bits while loading"
-    )
-    fp8_activations: bool = setting(
-        False,
-        "also round the inputs of products with fp8 weights to fp8, in blocks of 128, on a GPU: "
-        "faster prompts, less exact",
-    )
-    device: str | None = setting(None, "cpu, cuda, ...; by default the best one found")
-    kernels: str = setting(
-        "", "kernel backends, as in attention=reference,gdn=fused; empty: the device's best"
-    )
-    graphs: Literal["auto", "off", "decode", "all"] = setting(
-        "auto", "device graphs of decode steps, or of all steps"
-    )
-    warm_up: bool = setting(
-        True,
-        "compile kernels, capture graphs and load the grammar library at the start; otherwise this "
-        "is done on first use, while requests wait",
-    )
-    sampling_defaults: Literal["model", "none"] = setting(
-        "model",
-        "sampling parameters of a request that sets none; model: those of its "
-        "generation_config.json",
-    )
-    seed: int = setting(0, "seed of dummy weights, and of requests without a seed", limits=SEED)
+    model: str | None = None
+    """Model directory in Hugging Face format, or ORG/NAME of a model of the Hugging Face Hub (a
+    directory of that name is preferred); by default the built-in byte model, which is small and
+    trained on code and synthetic tasks."""
+    revision: str | None = None
+    """For a model of the hub: branch, tag or commit; by default its main branch."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer, ORG/NAME, or builtin, if it is not that of the model."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """auto: read the weights; dummy: seeded random weights for any config.json."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of weights and KV; auto: that of the model, or the device's default."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of recurrent states; bfloat16 halves their size and rounds them every 64 tokens
+    (or --grid, if that is less) of a prompt and at every token of an answer; 8 bits are for
+    checkpoints only (--checkpoint-dtype), because errors of a running state accumulate."""
+    checkpoint_dtype: str = "auto"
+    """Number format of recurrent states in checkpoints: bfloat16, int8 or fp8, the last two with a
+    scale per channel, or per head as in int8:head; auto: unchanged and exact."""
+    quantization: Literal["int8", "fp8"] | None = None
+    """Quantize weights to 8 bits while loading."""
+    fp8_activations: bool = False
+    """Also round the inputs of products with fp8 weights to fp8, in blocks of 128, on a GPU: faster
+    prompts, less exact."""
+    device: str | None = None
+    """cpu, cuda, ...; by default the best one found."""
+    kernels: str = ""
+    """Kernel backends, as in attention=reference,gdn=fused; empty: the device's best."""
+    graphs: Literal["auto", "off", "decode", "all"] = "auto"
+    """Device graphs of decode steps, or of all steps."""
+    warm_up: bool = True
+    """Compile kernels, capture graphs and load the grammar library at the start; otherwise this is
+    done on first use, while requests wait."""
+    sampling_defaults: Literal["model", "none"] = "model"
+    """Sampling parameters of a request that sets none; model: those of its
+    generation_config.json."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of dummy weights, and of requests without a seed."""
 
-    prefix_cache: Literal["hybrid", "none"] = setting(
-        "hybrid", "hybrid: KV, and checkpoints of states if the model has any; none: no cache"
-    )
-    checkpoints: tuple[str, ...] = setting(
-        ("adaptive",),
-        "positions at which states are saved: names of placements, joined by commas (adaptive, "
-        "branch, boundary, backoff, end, every:1024, ...)",
-    )
-    eviction: str = setting(
-        "survival",
-        "eviction policy: survival, lru, gdsf, s3-fifo, ...; an unknown name lists all",
-    )
-    grid: int = setting(
-        TILE,
-        "checkpoint positions are multiples of this number of tokens: a multiple of 64, or, for "
-        "short prompts, 32 or 16 with kernels that support such tiles",
-        limits=COUNT,
-    )
-    page_size: int = setting(1, "KV allocation unit, tokens", limits=COUNT)
-    exact: bool = setting(
-        False,
-        "reuse only tokens that a prefill computed, so that a hit does not change the logits",
-    )
+    prefix_cache: Literal["hybrid", "none"] = "hybrid"
+    """hybrid: KV, and checkpoints of states if the model has any; none: no cache."""
+    checkpoints: tuple[str, ...] = ("adaptive",)
+    """Positions at which states are saved: names of placements, joined by commas (adaptive, branch,
+    boundary, backoff, end, every:1024, ...)."""
+    eviction: str = "survival"
+    """Eviction policy: survival, lru, gdsf, s3-fifo, ...; an unknown name lists all."""
+    grid: Annotated[int, COUNT] = TILE
+    """Checkpoint positions are multiples of this number of tokens: a multiple of 64, or, for short
+    prompts, 32 or 16 with kernels that support such tiles."""
+    page_size: Annotated[int, COUNT] = 1
+    """KV allocation unit, tokens."""
+    exact: bool = False
+    """Reuse only tokens that a prefill computed, so that a hit does not change the logits."""
 
-    cache_gib: float | None = setting(
-        None,
-        "memory for KV and states together, one arena, GiB (of each replica); by default a quarter "
-        "of the free memory, at most 4 GiB, on a CPU, and elsewhere 90 % of the memory that "
-        "weights, graphs and the largest step leave",
-        limits=GIB_SIZE,
-    )
-    max_model_len: int | None = setting(
-        None,
-        "maximum number of tokens of prompt and answer; by default that of the model",
-        limits=Limits("an integer of 2 or more", 2, is_whole=True),
-    )
+    cache_gib: Annotated[float | None, GIB_SIZE] = None
+    """Memory for KV and states together, one arena, GiB (of each replica); by default a quarter of
+    the free memory, at most 4 GiB, on a CPU, and elsewhere 90 % of the memory that weights, graphs
+    and the largest step leave."""
+    max_model_len: Annotated[int | None, Limits("an integer of 2 or more", 2, is_whole=True)] = None
+    """Maximum number of tokens of prompt and answer; by default that of the model."""
 
-    max_running: int = setting(16, "requests computed at the same time", limits=COUNT)
-    token_budget: int | None = setting(
-        None,
-        "tokens computed per step, including decoded ones; at least 64 are for prompts, regardless "
-        "of the number of decoding requests; by default 1024 on a CPU, 8192 elsewhere",
-        limits=BUDGET,
-    )
-    admission: str = setting(
-        "sessions",
-        "policy that admits waiting requests: sessions (resident ones "
-        "first, others as the cache permits), oldest, cached-first, longest-match, "
-        "live:N (sessions at a time), or module:Class",
-    )
-    max_queue: int = setting(
-        1024,
-        "requests that may wait, also for their first step; further ones are refused",
-        limits=COUNT,
-    )
-    overlap: Literal["auto", "on", "off"] = setting(
-        "auto",
-        "prepare the next step while the device computes this one, except for steps with drafts; "
-        "auto: on devices that compute asynchronously",
-    )
-    check: bool = setting(
-        False,
-        "verify the request table after every step, and every cache invariant whenever the engine "
-        "is idle",
-    )
+    max_running: Annotated[int, COUNT] = 16
+    """Requests computed at the same time."""
+    token_budget: Annotated[int | None, BUDGET] = None
+    """Tokens computed per step, including decoded ones; at least 64 are for prompts, regardless of
+    the number of decoding requests; by default 1024 on a CPU, 8192 elsewhere."""
+    admission: str = "sessions"
+    """Policy that admits waiting requests: sessions (resident ones first, others as the cache
+    permits), oldest, cached-first, longest-match, live:N (sessions at a time), or module:Class."""
+    max_queue: Annotated[int, COUNT] = 1024
+    """Requests that may wait, also for their first step; further ones are refused."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Prepare the next step while the device computes this one, except for steps with drafts; auto:
+    on devices that compute asynchronously."""
+    check: bool = False
+    """Verify the request table after every step, and every cache invariant whenever the engine is
+    idle."""
 
     def settled(self, *, on_cpu: bool) -> EngineConfig:
         """Return the settings with defaults for those that depend on the device and the machine."""

@@ -1,12 +1,16 @@
-"""Command-line flags from dataclasses with fields made by ``engine.config.setting``, so that name,
-default and help are defined once."""
+"""Command-line flags from the fields of dataclasses and their docstrings, so that name, default and
+help are defined once."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -29,8 +33,8 @@ def add_flags(
 
 
 def flags_of(config: type) -> list[dataclasses.Field[Any]]:
-    """Return the fields of a dataclass that are flags: all but those with ``is_flag=False``."""
-    return [field for field in dataclasses.fields(config) if field.metadata.get("is_flag", True)]
+    """Return the fields of a dataclass that are flags: all but the settings of its plugins."""
+    return [field for field in dataclasses.fields(config) if field.name != "plugins"]
 
 
 def _add_flag(
@@ -38,7 +42,7 @@ def _add_flag(
 ) -> None:
     kind = _kind(_type_hints(config)[field.name], field.default)
     flag = "--" + field.name.replace("_", "-")
-    group.add_argument(flag, dest=field.name, default=default, help=_help(field), **kind)
+    group.add_argument(flag, dest=field.name, default=default, help=_help(config, field), **kind)
 
 
 def add_grouped_flags(
@@ -102,8 +106,22 @@ def with_flags(message: str, names: Iterable[str]) -> str:
     return message
 
 
-def _help(field: dataclasses.Field[Any]) -> str:
-    text: str = field.metadata["help"].replace("%", "%%")
+@functools.cache
+def _docstrings(config: type) -> dict[str, str]:
+    """Return the docstring of each field of a dataclass."""
+    tree = ast.parse(inspect.getsource(sys.modules[config.__module__]))
+    (made,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == config.__name__)
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in itertools.pairwise(made.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def _help(config: type, field: dataclasses.Field[Any]) -> str:
+    """Return a docstring as the help of a flag: without a capital letter and the final period."""
+    text = _docstrings(config)[field.name].removesuffix(".").replace("%", "%%")
+    text = text if text[:2].isupper() else text[0].lower() + text[1:]
     default = field.default
     if default in (None, "", ()) or isinstance(default, bool):
         return text

@@ -10,13 +10,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
 
-from engine.config import ABOVE_0, EngineConfig, Limits, check_fields, setting
+from engine.config import ABOVE_0, EngineConfig, Limits, check_fields
 from engine.errors import ContextOverflow, InvalidRequest, RequestError, StepFailed
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.logit_rules import (
@@ -66,6 +66,9 @@ MAX_COUNT = 2**31 - 1
 BIAS = Limits(f"a finite number from -{MAX_BIAS:g} to {MAX_BIAS:g}", -MAX_BIAS, MAX_BIAS)
 PENALTY = Limits("a finite number from -2 to 2", -2, 2)
 COUNT = Limits(f"an integer from 0 to {MAX_COUNT}", 0, MAX_COUNT, is_whole=True)
+TOP_K = Limits(f"an integer from 1 to {MAX_COUNT}", 1, MAX_COUNT, is_whole=True)
+FACTOR = Limits("a finite number above 0 and at most 100", ABOVE_0, 100)
+SEED = Limits("an integer from -2**63 to 2**63 - 1", -(2**63), 2**63 - 1, is_whole=True)
 TOKEN_IDS = Limits("token ids of 0 or more", 0, is_whole=True)
 
 
@@ -73,83 +76,47 @@ TOKEN_IDS = Limits("token ids of 0 or more", 0, is_whole=True)
 class SamplingParams:
     """Sampling and stopping rules of one request. Raises ValueError for an invalid value."""
 
-    temperature: float = setting(
-        1.0,
-        "softmax temperature; at 0 or nearly 0, every token is the most likely one",
-        limits=Limits("a finite number from 0 to 100", 0, 100),
-    )
-    top_p: float = setting(
-        1.0,
-        "keep the most likely tokens with this total probability, out of those that --top-k keeps",
-        limits=Limits("a finite number above 0 and at most 1", ABOVE_0, 1),
-    )
-    top_k: int | None = setting(
-        None,
-        "number of most likely tokens to keep; by default all are kept",
-        limits=Limits(f"an integer from 1 to {MAX_COUNT}", 1, MAX_COUNT, is_whole=True),
-    )
-    min_p: float = setting(
-        0.0,
-        "keep tokens at least this likely, relative to the most likely one. Applied after "
-        "--top-p as in transformers, and unlike vLLM: tokens that it drops count towards "
-        "the sum of --top-p",
-        limits=Limits("a finite number from 0 to 1", 0, 1),
-    )
-    max_tokens: int | None = setting(
-        16,
-        "maximum number of tokens to generate. In Python, None is as many as fit into the "
-        "context, and 0 requires prompt_logprobs",
-        limits=COUNT,
-    )
-    stop: tuple[str, ...] = setting(
-        (),
-        "strings that end the answer and are not part of it. A single string may be "
-        "passed directly",
-    )
-    stop_token_ids: tuple[int, ...] = setting(
-        (), "tokens that end the answer, in addition to those of the tokenizer"
-    )
-    ignore_eos: bool = setting(False, "continue after the tokenizer's end tokens")
-    seed: int | None = setting(
-        None,
-        "seed with which the same request gives the same tokens, independent of other requests",
-        limits=Limits("an integer from -2**63 to 2**63 - 1", -(2**63), 2**63 - 1, is_whole=True),
-    )
-    logprobs: int | None = setting(
-        None,
-        "number of alternatives to report with each token's log-probability; by default "
-        "none are reported",
-        limits=SCORES,
-    )
-    repetition_penalty: float = setting(
-        1.0,
-        "divides (positive) or multiplies (negative) the logits of tokens in prompt and answer",
-        limits=Limits("a finite number above 0 and at most 100", ABOVE_0, 100),
-    )
-    presence_penalty: float = setting(
-        0.0, "subtracted once from the logit of every token in the answer", limits=PENALTY
-    )
-    frequency_penalty: float = setting(
-        0.0,
-        "subtracted from the logit of a token for each occurrence in the answer",
-        limits=PENALTY,
-    )
-    min_tokens: int = setting(
-        0, "below this length only --max-tokens or a grammar ends the answer", limits=COUNT
-    )
-    logit_bias: tuple[tuple[int, float], ...] = setting(
-        (), "(token id, number from -100 to 100 that is added to its logit). A dict may be passed"
-    )
-    thinking_token_budget: int | None = setting(
-        None,
-        "maximum number of tokens between <think> and </think>; by default the model ends "
-        "its reasoning",
-        limits=COUNT,
-    )
-    skip_special_tokens: bool = setting(
-        True, "omit special tokens, such as the end of a turn, from the text"
-    )
-    include_stop_str_in_output: bool = setting(False, "include the stop string in the text")
+    temperature: Annotated[float, Limits("a finite number from 0 to 100", 0, 100)] = 1.0
+    """Softmax temperature; at 0 or nearly 0, every token is the most likely one."""
+    top_p: Annotated[float, Limits("a finite number above 0 and at most 1", ABOVE_0, 1)] = 1.0
+    """Keep the most likely tokens with this total probability, out of those that --top-k keeps."""
+    top_k: Annotated[int | None, TOP_K] = None
+    """Number of most likely tokens to keep; by default all are kept."""
+    min_p: Annotated[float, Limits("a finite number from 0 to 1", 0, 1)] = 0.0
+    """Keep tokens at least this likely, relative to the most likely one. Applied after --top-p as
+    in transformers, and unlike vLLM: tokens that it drops count towards the sum of --top-p."""
+    max_tokens: Annotated[int | None, COUNT] = 16
+    """Maximum number of tokens to generate. In Python, None is as many as fit into the context, and
+    0 requires prompt_logprobs."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer and are not part of it. A single string may be passed
+    directly."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, in addition to those of the tokenizer."""
+    ignore_eos: bool = False
+    """Continue after the tokenizer's end tokens."""
+    seed: Annotated[int | None, SEED] = None
+    """Seed with which the same request gives the same tokens, independent of other requests."""
+    logprobs: Annotated[int | None, SCORES] = None
+    """Number of alternatives to report with each token's log-probability; by default none are
+    reported."""
+    repetition_penalty: Annotated[float, FACTOR] = 1.0
+    """Divides (positive) or multiplies (negative) the logits of tokens in prompt and answer."""
+    presence_penalty: Annotated[float, PENALTY] = 0.0
+    """Subtracted once from the logit of every token in the answer."""
+    frequency_penalty: Annotated[float, PENALTY] = 0.0
+    """Subtracted from the logit of a token for each occurrence in the answer."""
+    min_tokens: Annotated[int, COUNT] = 0
+    """Below this length only --max-tokens or a grammar ends the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number from -100 to 100 that is added to its logit). A dict may be passed."""
+    thinking_token_budget: Annotated[int | None, COUNT] = None
+    """Maximum number of tokens between <think> and </think>; by default the model ends its
+    reasoning."""
+    skip_special_tokens: bool = True
+    """Omit special tokens, such as the end of a turn, from the text."""
+    include_stop_str_in_output: bool = False
+    """Include the stop string in the text."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from engine.config import (
@@ -17,7 +17,6 @@ from engine.config import (
     Limits,
     Settings,
     check_fields,
-    setting,
 )
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
@@ -41,82 +40,54 @@ class ServerConfig(Settings):
     ``engine.plugins.server_config`` takes the settings of plugins as keywords too.
     """
 
-    host: str = setting("127.0.0.1", "address to listen on")
-    port: int = setting(8000, "port to listen on; 0 chooses a free one", limits=PORT)
-    log_requests: bool | None = setting(
-        None,
-        "write one line per request, except for /health and /metrics: method, path, status, tokens "
-        "of the prompt, cached tokens, tokens of the answer, and milliseconds; by default if the "
-        "log is a terminal",
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = setting(
-        "warning", "minimum level of messages in the log"
-    )
-    served_model_name: str | None = setting(
-        None, "model name for clients; by default the name of the model directory"
-    )
-    max_body_mib: float = setting(4.0, "maximum size of a request body, MiB", limits=BODY_MIB)
-    body_timeout_s: float = setting(
-        60.0, "seconds that a request body may take to arrive", limits=SECONDS
-    )
-    default_max_tokens: int | None = setting(
-        None,
-        "maximum tokens of an answer to a chat without a limit; by default as many as "
-        "the context permits",
-        limits=COUNT,
-    )
-    replay_mib: float = setting(
-        64.0,
-        "memory for sampled tokens of answers, which replace an answer that a "
-        "client sends back, MiB; with 0 such answers are tokenized again",
-        limits=MIB_SIZE,
-    )
-    explain_mib: float = setting(
-        64.0,
-        "memory for earlier requests, to explain why a later one missed the cache, MiB",
-        limits=MIB_SIZE,
-    )
-    responses_mib: float = setting(
-        64.0,
-        "memory for responses that a later request can continue (/v1/responses), MiB",
-        limits=MIB_SIZE,
-    )
-    preserve_thinking: bool = setting(
-        False,
-        "keep reasoning in the history as it was sampled, even if the chat template or the client "
-        "drops it; a request can override this with chat_template_kwargs",
-    )
-    admin_key_file: str | None = setting(
-        None,
-        "file with the key that /v1/cache, /reset_prefix_cache and /flush_cache then require "
-        "(Authorization: Bearer KEY); by default only this machine can use them",
-    )
-    api_key_file: str | None = setting(
-        None,
-        "file with the keys of clients, one per line (# begins a comment): each request then needs "
-        "one (Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; "
-        f"{API_KEY_VARIABLE} can have one more",
-    )
-    salt_by_key: bool | None = setting(
-        None,
-        "requests with different API keys share no cache entries, as with different salts "
-        "(default: if there are several keys)",
-    )
-    cors_origin: tuple[str, ...] = setting(
-        (),
-        "origins of web pages that may use this server, as https://host or "
-        "http://host:port, or *; by default only the server's own",
-    )
-    keep_alive_s: float | None = setting(
-        None,
-        "seconds of silence after which a stream sends its headers and a comment, and again after "
-        "each such time, so that clients and proxies do not give up during a long prefill; such "
-        "headers do not have the cached length; by default a stream begins with its first token",
-        limits=SECONDS,
-    )
-    drain_s: float = setting(
-        30.0, "after SIGTERM, seconds that running requests may take to finish", limits=DRAIN
-    )
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, PORT] = 8000
+    """Port to listen on; 0 chooses a free one."""
+    log_requests: bool | None = None
+    """Write one line per request, except for /health and /metrics: method, path, status, tokens of
+    the prompt, cached tokens, tokens of the answer, and milliseconds; by default if the log is a
+    terminal."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Minimum level of messages in the log."""
+    served_model_name: str | None = None
+    """Model name for clients; by default the name of the model directory."""
+    max_body_mib: Annotated[float, BODY_MIB] = 4.0
+    """Maximum size of a request body, MiB."""
+    body_timeout_s: Annotated[float, SECONDS] = 60.0
+    """Seconds that a request body may take to arrive."""
+    default_max_tokens: Annotated[int | None, COUNT] = None
+    """Maximum tokens of an answer to a chat without a limit; by default as many as the context
+    permits."""
+    replay_mib: Annotated[float, MIB_SIZE] = 64.0
+    """Memory for sampled tokens of answers, which replace an answer that a client sends back, MiB;
+    with 0 such answers are tokenized again."""
+    explain_mib: Annotated[float, MIB_SIZE] = 64.0
+    """Memory for earlier requests, to explain why a later one missed the cache, MiB."""
+    responses_mib: Annotated[float, MIB_SIZE] = 64.0
+    """Memory for responses that a later request can continue (/v1/responses), MiB."""
+    preserve_thinking: bool = False
+    """Keep reasoning in the history as it was sampled, even if the chat template or the client
+    drops it; a request can override this with chat_template_kwargs."""
+    admin_key_file: str | None = None
+    """File with the key that /v1/cache, /reset_prefix_cache and /flush_cache then require
+    (Authorization: Bearer KEY); by default only this machine can use them."""
+    api_key_file: str | None = None
+    """File with the keys of clients, one per line (# begins a comment): each request then needs one
+    (Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics;
+    HYBRIDCACHE_API_KEY can have one more."""
+    salt_by_key: bool | None = None
+    """Requests with different API keys share no cache entries, as with different salts (default: if
+    there are several keys)."""
+    cors_origin: tuple[str, ...] = ()
+    """Origins of web pages that may use this server, as https://host or http://host:port, or *; by
+    default only the server's own."""
+    keep_alive_s: Annotated[float | None, SECONDS] = None
+    """Seconds of silence after which a stream sends its headers and a comment, and again after each
+    such time, so that clients and proxies do not give up during a long prefill; such headers do not
+    have the cached length; by default a stream begins with its first token."""
+    drain_s: Annotated[float, DRAIN] = 30.0
+    """After SIGTERM, seconds that running requests may take to finish."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -59,7 +59,8 @@ def test_ended_texts_are_kept_for_their_namespace() -> None:
     """Check the limits on ended texts; nothing is kept if sharing is off or after a reset."""
 
     def make_request(tokens: list[int], namespace: str | None) -> Any:
-        return FakeRequest(tokens=np.array(tokens, np.int32), namespace=namespace)
+        own = np.array(tokens, np.int32)
+        return FakeRequest(tokens=own, namespace=namespace, request_id=object())
 
     def draft(drafter: SuffixDrafter, request: Any) -> list[int]:
         (found,) = drafter.propose([(request, 3)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from engine.config import (
     COUNT,
@@ -12,7 +12,6 @@ from engine.config import (
     EngineConfig,
     PluginConfig,
     check_fields,
-    setting,
 )
 
 FETCH_ABOVE, TIMEOUT_S = 256, 10.0
@@ -25,26 +24,18 @@ class DisaggregationConfig(PluginConfig):
     plugin: ClassVar[str] = "disaggregation"
     title: ClassVar[str] = "prefill and decode servers"
 
-    role: Literal["prefill", "decode"] | None = setting(
-        None,
-        "prefill: compute the prompts of decode engines in addition to its own; decode: have "
-        "prompts computed by prefill engines; by default neither",
-    )
-    transfer_at: str | None = setting(
-        None, "with role prefill: HOST:PORT to listen on for decode engines, in a trusted network"
-    )
-    prefill: tuple[str, ...] = setting((), "with role decode: HOST:PORT of every prefill engine")
-    fetch_above: int = setting(
-        FETCH_ABOVE,
-        "with role decode: prompts with fewer tokens that are not cached are computed here",
-        limits=COUNT,
-    )
-    transfer_timeout_s: float = setting(
-        TIMEOUT_S,
-        "with a role: seconds without a message after which the other engine is considered gone; "
-        "must be longer than a step of the prefill engine",
-        limits=SECONDS,
-    )
+    role: Literal["prefill", "decode"] | None = None
+    """prefill: compute the prompts of decode engines in addition to its own; decode: have prompts
+    computed by prefill engines; by default neither."""
+    transfer_at: str | None = None
+    """With role prefill: HOST:PORT to listen on for decode engines, in a trusted network."""
+    prefill: tuple[str, ...] = ()
+    """With role decode: HOST:PORT of every prefill engine."""
+    fetch_above: Annotated[int, COUNT] = FETCH_ABOVE
+    """With role decode: prompts with fewer tokens that are not cached are computed here."""
+    transfer_timeout_s: Annotated[float, SECONDS] = TIMEOUT_S
+    """With a role: seconds without a message after which the other engine is considered gone; must
+    be longer than a step of the prefill engine."""
 
     def __post_init__(self) -> None:
         check_fields(self)

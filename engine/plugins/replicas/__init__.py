@@ -4,9 +4,9 @@ its prompt in the cache."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from engine.config import COUNT, ConfigError, PluginConfig, check_fields, setting
+from engine.config import COUNT, ConfigError, PluginConfig, check_fields
 
 ROUTER = "checkpoint"
 """Default of ``ReplicasConfig.router``."""
@@ -19,22 +19,15 @@ class ReplicasConfig(PluginConfig):
     plugin: ClassVar[str] = "replicas"
     title: ClassVar[str] = "replicas"
 
-    replicas: int = setting(
-        1,
-        "number of engines on Ray, with one core each, and one GPU if Ray has enough, behind "
-        "one router",
-        limits=COUNT,
-    )
-    ray: str | None = setting(
-        None,
-        "with replicas: address of their Ray cluster (auto: the one that ray start created "
-        "here); by default a new one on this machine",
-    )
-    router: str | None = setting(
-        None,
-        "with replicas: policy that chooses one for a request: checkpoint (default), text, "
-        "least_loaded, or module:Class",
-    )
+    replicas: Annotated[int, COUNT] = 1
+    """Number of engines on Ray, with one core each, and one GPU if Ray has enough, behind one
+    router."""
+    ray: str | None = None
+    """With replicas: address of their Ray cluster (auto: the one that ray start created here); by
+    default a new one on this machine."""
+    router: str | None = None
+    """With replicas: policy that chooses one for a request: checkpoint (default), text,
+    least_loaded, or module:Class."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from engine.config import COUNT, ConfigError, DraftSizes, PluginConfig, check_fields, setting
+from engine.config import COUNT, ConfigError, DraftSizes, PluginConfig, check_fields
 
 DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
 """Drafter -> (default, maximum) number of tokens drafted for a sequence in one step."""
@@ -18,18 +18,13 @@ class SpeculationConfig(PluginConfig):
     plugin: ClassVar[str] = "speculation"
     title: ClassVar[str] = "speculative decoding"
 
-    draft: str = setting(
-        "none",
-        "draft tokens and verify them together, so that a step may produce several: tree:8 (text "
-        "that followed earlier, in the cache or in the request itself; at most 8 tokens), mtp:3 "
-        "(the model's own multi-token head), tree,mtp (the head if the tree has no draft), or none",
-    )
-    draft_running: int | None = setting(
-        None,
-        "maximum number of requests that decode in a step with drafts (default: 4 on a CPU, where "
-        "more requests lose speed with drafts; no limit on a device)",
-        limits=COUNT,
-    )
+    draft: str = "none"
+    """Draft tokens and verify them together, so that a step may produce several: tree:8 (text that
+    followed earlier, in the cache or in the request itself; at most 8 tokens), mtp:3 (the model's
+    own multi-token head), tree,mtp (the head if the tree has no draft), or none."""
+    draft_running: Annotated[int | None, COUNT] = None
+    """Maximum number of requests that decode in a step with drafts (default: 4 on a CPU, where more
+    requests lose speed with drafts; no limit on a device)."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from engine.config import COUNT, ConfigError, EngineConfig, PluginConfig, setting
+from engine.config import COUNT, ConfigError, EngineConfig, PluginConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +15,9 @@ class TensorParallelConfig(PluginConfig):
     plugin: ClassVar[str] = "tensor_parallel"
     title: ClassVar[str] = "tensor parallelism"
 
-    tp: int = setting(
-        1,
-        "processes that compute the model together, each a part of every layer, and each on its "
-        "own device if there are several",
-        limits=COUNT,
-    )
+    tp: Annotated[int, COUNT] = 1
+    """Processes that compute the model together, each a part of every layer, and each on its own
+    device if there are several."""
 
     @property
     def num_ranks(self) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from engine.config import GIB_SIZE, ConfigError, Limits, PluginConfig, check_fields, setting
+from engine.config import GIB_SIZE, ConfigError, Limits, PluginConfig, check_fields
 from hybridcache.geometry.units import GIB
+
+HOST_SIZE = Limits("a number of GiB of 0 or more, at most 1,048,576", 0, 2**20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,23 +19,15 @@ class TierConfig(PluginConfig):
     plugin: ClassVar[str] = "tiers"
     title: ClassVar[str] = "host and disk tiers"
 
-    host_gib: float | None = setting(
-        None,
-        "host memory for entries that are evicted from the device, GiB; by default they are lost, "
-        "or stay on disk (--state-dir); 0: none",
-        limits=Limits("a number of GiB of 0 or more, at most 1,048,576", 0, 2**20),
-    )
-    state_dir: str | None = setting(
-        None,
-        "folder on disk that keeps a copy of the cache for the next start, even "
-        "after a kill; also the lowest tier; by default nothing is written",
-    )
-    disk_gib: float | None = setting(
-        None,
-        "maximum size of --state-dir, GiB; by default 2.5 times device and host memory, "
-        "and at most 90 % of the free disk",
-        limits=GIB_SIZE,
-    )
+    host_gib: Annotated[float | None, HOST_SIZE] = None
+    """Host memory for entries that are evicted from the device, GiB; by default they are lost, or
+    stay on disk (--state-dir); 0: none."""
+    state_dir: str | None = None
+    """Folder on disk that keeps a copy of the cache for the next start, even after a kill; also the
+    lowest tier; by default nothing is written."""
+    disk_gib: Annotated[float | None, GIB_SIZE] = None
+    """Maximum size of --state-dir, GiB; by default 2.5 times device and host memory, and at most 90
+    % of the free disk."""
 
     @property
     def host_bytes(self) -> Mapping[str, int]:
