@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import inspect
 import os
 import re
@@ -293,12 +292,9 @@ def _fields(thing: type) -> Iterator[tuple[str, str]]:
     except (OSError, TypeError, SyntaxError):
         return
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    helps = {}
-    if dataclasses.is_dataclass(thing):
-        helps = {one.name: one.metadata.get("help", "") for one in dataclasses.fields(thing)}
     for name, kind, text in _documented(body):
         if kind and name not in INTERNAL:
-            yield f"{name}: {kind}", text or helps.get(name, "")
+            yield f"{name}: {kind}", text
     for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             for name, _, text in _documented(node.body, "self"):

@@ -104,12 +104,10 @@ class Runner(Protocol):
     @property
     def step_state_bytes(self) -> int:
         """Bytes of the states after each verified token, outside the cache's memory."""
-        ...
 
     @property
     def is_asynchronous(self) -> bool:
         """True if ``forward`` returns before the device is done."""
-        ...
 
     def forward(self, batch: Batch, drawn: Any = None) -> Any:
         """Compute a batch and return its logits: one row for a segment with ``logits`` "last", one
@@ -117,7 +115,6 @@ class Runner(Protocol):
 
         ``drawn`` are the ``tokens`` sampled by the previous step, for ``batch.late_tokens``.
         """
-        ...
 
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
         """Accept ``taken`` tokens of each segment with drafts of the ``batch`` computed last; 0 if
@@ -126,7 +123,6 @@ class Runner(Protocol):
         Its state advances by that many tokens. Exports up to that position are in their slots
         afterwards. Not called for a batch without drafts.
         """
-        ...
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
         """Draft tokens after each newest token, which is not computed yet, with the model's
@@ -135,7 +131,6 @@ class Runner(Protocol):
         Returns at most ``most`` tokens for each (1 or more) as int32. Called between the ``commit``
         of a batch and the next ``forward``.
         """
-        ...
 
     def attach_tiers(self, copier: Callable[..., Any], num_host_rows: int) -> float | None:
         """Execute transfers between tiers with the copier that ``copier`` makes for this runner: of
@@ -144,18 +139,15 @@ class Runner(Protocol):
         Returns the measured bandwidth from host memory to the device; None if there is no host
         tier. Raises ModelError if the memory cannot be allocated.
         """
-        ...
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """Describe everything that the bits of KV and states depend on, and their layout: engines
         that share these can exchange them. ``weights_digest`` is a saved digest of the weights; if
         it is None, the weights are read."""
-        ...
 
     def table_row(self, row: int, end: int) -> Indices:
         """Return the KV indices of the positions of ``row`` below ``end``, as far as batches
         assigned them: int32, a view."""
-        ...
 
 
 class TokenSampler(Protocol):
@@ -166,8 +158,6 @@ class TokenSampler(Protocol):
     ) -> PendingTokens:
         """Start sampling a token for each request from its row of ``logits``, without waiting for
         the device."""
-        ...
 
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> PendingTokens:
         """Start computing the log-probabilities of the given tokens, one per row."""
-        ...

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
 from hybridcache.allocators.moves import DISK, HOST
@@ -16,14 +16,8 @@ from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_e
 from hybridcache.radix.tree import ItemBytes
 from hybridcache.tokens import require_bool, require_grid, require_index
 
-T = TypeVar("T")
 GRID = 64
 """Default checkpoint grid, tokens: the chunk length of the kernels."""
-
-
-def _field(default: T, help: str) -> T:
-    """Return a field with its help for the command line, typed as its default."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,37 +32,38 @@ class CacheConfig:
     'survival'
     """
 
-    prefix_cache: str = _field("hybrid", "hybrid, radix (attention-only models) or none")
-    num_kv_tokens: int = _field(0, "KV rows in all, tokens")
-    num_slots: int | None = _field(None, "state slots in all; a hybrid cache must be given them")
-    total_bytes: int | None = _field(
-        None, "one budget for KV and states, bytes; instead of the two pool sizes"
-    )
-    memory: str = _field(
-        "budget",
-        "division of total_bytes: arena (rows and slots are views of the same bytes; rows may "
-        "move) or budget (only bytes are counted, for simulations: tensors for all row and slot "
-        "numbers would take twice as many)",
-    )
-    kv_bytes_per_token: int = _field(0, "bytes of one token's KV; 0: not known")
-    state_bytes: int = _field(0, "bytes of one state; 0: not known")
-    page_size: int = _field(1, "tokens of one KV page")
-    grid: int = _field(
-        GRID,
-        "checkpoints are at multiples of it and of page_size, tokens; one of the two must divide "
-        "the other",
-    )
-    eviction: EvictionSpec = _field(  # noqa: RUF009
-        DEFAULT_EVICTION, "eviction policy: a name, or a policy of your own"
-    )
-    priority_classes: bool = _field(
-        True,
-        "evict KV that nothing can resume from, and checkpoints with a deeper one on their "
-        "unforked path, before others",
-    )
-    host_bytes: int = _field(0, "host memory for entries evicted from the device, bytes; 0: none")
-    disk_bytes: int = _field(0, "disk for entries evicted from the tier above, bytes; 0: none")
-    ghost_bytes: int = _field(16 << 20, "host memory for the tokens of ghosts, bytes")
+    prefix_cache: str = "hybrid"
+    """hybrid, radix (attention-only models) or none."""
+    num_kv_tokens: int = 0
+    """KV rows in all, tokens."""
+    num_slots: int | None = None
+    """State slots in all; a hybrid cache must be given them."""
+    total_bytes: int | None = None
+    """One budget for KV and states, bytes; instead of the two pool sizes."""
+    memory: str = "budget"
+    """Division of total_bytes: arena (rows and slots are views of the same bytes; rows may move) or
+    budget (only bytes are counted, for simulations: tensors for all row and slot numbers would take
+    twice as many)."""
+    kv_bytes_per_token: int = 0
+    """Bytes of one token's KV; 0: not known."""
+    state_bytes: int = 0
+    """Bytes of one state; 0: not known."""
+    page_size: int = 1
+    """Tokens of one KV page."""
+    grid: int = GRID
+    """Checkpoints are at multiples of it and of page_size, tokens; one of the two must divide the
+    other."""
+    eviction: EvictionSpec = DEFAULT_EVICTION
+    """Eviction policy: a name, or a policy of your own."""
+    priority_classes: bool = True
+    """Evict KV that nothing can resume from, and checkpoints with a deeper one on their unforked
+    path, before others."""
+    host_bytes: int = 0
+    """Host memory for entries evicted from the device, bytes; 0: none."""
+    disk_bytes: int = 0
+    """Disk for entries evicted from the tier above, bytes; 0: none."""
+    ghost_bytes: int = 16 << 20
+    """Host memory for the tokens of ghosts, bytes."""
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -192,29 +192,23 @@ class Mixer(Layer, Protocol):
     @property
     def keeps(self) -> tuple[Spec, ...]:
         """Declared tensors per token and per sequence; ``mix`` gets a pool for each."""
-        ...
 
     @property
     def projected_size(self) -> int:
         """Number of values that ``project`` returns per token."""
-        ...
 
     @property
     def mixed_shape(self) -> tuple[int, ...]:
         """Shape of the result of ``mix`` per token."""
-        ...
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Convert ``[num_rows, H]`` to ``[num_rows, projected_size]``."""
-        ...
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Return ``[T, *mixed_shape]`` and update the pools."""
-        ...
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the block's output, ``[num_rows, H]``."""
-        ...
 
 
 class FeedForward(Layer, Protocol):
@@ -222,7 +216,6 @@ class FeedForward(Layer, Protocol):
 
     def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Convert ``[num_rows, H]`` to the same shape; ``rows`` are those that are tokens."""
-        ...
 
 
 class MLP(Composite):

@@ -33,7 +33,6 @@ class Group(Protocol):
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return every rank's ``x``, all of one shape, in the order of ranks. All ranks call it in
         the same order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +218,9 @@ class Layer(Protocol):
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Yield full names in the weight files and their parameters. Only before ``seal``."""
-        ...
 
     def seal(self) -> None:
         """Convert the weights for computation. Called once, after all are loaded."""
-        ...
 
 
 class Composite:

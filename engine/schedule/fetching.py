@@ -54,7 +54,6 @@ class Fetcher(Protocol):
     @property
     def has_room(self) -> bool:
         """True if another load may begin."""
-        ...
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         """Return True if ``begin`` would load anything for ``request``.
@@ -62,7 +61,6 @@ class Fetcher(Protocol):
         ``match`` is the request's prefix in the cache. Allocates no memory and does not depend on
         ``has_room``.
         """
-        ...
 
     def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
         """Start to load the part of the prompt of ``request`` after ``match``, its prefix in the
@@ -71,20 +69,16 @@ class Fetcher(Protocol):
         Called directly after ``wants`` returned True, with ``has_room`` True. Returns None for lack
         of memory. May evict cached entries.
         """
-        ...
 
     def advance(self) -> None:
         """Copy arrived data into rows and slots, and publish complete loads. Must take a bounded
         time, because running requests wait for it."""
-        ...
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until data has arrived for ``advance``."""
-        ...
 
     def close(self) -> None:
         """End all loads: the engine ends."""
-        ...
 
 
 class Fetching(StepHooks, Holding[Request]):

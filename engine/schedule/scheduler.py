@@ -54,7 +54,6 @@ class PendingTokens(Protocol):
 
     def wait(self) -> Sequence[SampledToken]:
         """Wait until the tokens are computed, and return them."""
-        ...
 
 
 class Segment(Struct, frozen=True):

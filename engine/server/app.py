@@ -45,7 +45,7 @@ from engine.plugins.dialects.tokens import (
 from engine.plugins.observe.server import Page
 from engine.plugins.replicas import ReplicasConfig
 from engine.server import access
-from engine.server.access import HEADERS_S, ClientConnection, ServerKeys, Tenants
+from engine.server.access import HEADERS_S, ClientConnection, ServerKeys
 from engine.server.api_errors import HANDLERS, APIError
 from engine.server.bodies import Body, json_response
 from engine.server.chat import chat
@@ -221,10 +221,9 @@ def create_app(
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
-    tenants = Tenants(keys, engine.config.kept_folder)
-    context = ServingContext(engine, config, tenants, explanations.remember)
+    context = ServingContext(engine, config, keys, explanations.remember)
     responses = Responses(context)
-    page = Page(context, keys, config.of(ReplicasConfig).replicas)
+    page = Page(context, config.of(ReplicasConfig).replicas)
     bodies: dict[str, tuple[type[Body], Answer]] = {
         "/v1/completions": (CompletionRequest, complete),
         "/v1/chat/completions": (ChatRequest, chat),
@@ -244,12 +243,10 @@ def create_app(
     routes = [
         *(context.body_route(path, *of_path) for path, of_path in bodies.items()),
         *_model_routes(context),
-        *_operator_routes(context, keys),
+        *_operator_routes(context),
         *page.routes(),
         Route("/v1/responses/{response_id}", responses.stored, methods=["GET", "DELETE"]),
-        Route(
-            "/v1/cache/explanations/{answer_id}", partial(explanation, context, explanations, keys)
-        ),
+        Route("/v1/cache/explanations/{answer_id}", partial(explanation, context, explanations)),
         Route("/version", version),
         Route("/openapi.json", openapi, include_in_schema=False),
     ]
@@ -321,17 +318,17 @@ def _model_routes(context: ServingContext) -> list[Route]:
     ]
 
 
-def _operator_routes(context: ServingContext, keys: ServerKeys) -> list[Route]:
+def _operator_routes(context: ServingContext) -> list[Route]:
     """Return the operator's paths, which show or empty the cache of all clients."""
 
     async def cache(request: Request) -> Response:
-        keys.check_operator(request)
+        context.keys.check_operator(request)
         if request.query_params:
             raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
         return json_response(await context.engine.cache_view())
 
     async def reset(request: Request) -> Response:
-        keys.check_operator(request)
+        context.keys.check_operator(request)
         await context.engine.reset_prefix_cache()
         return json_response({"reset": True})
 

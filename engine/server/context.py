@@ -32,7 +32,7 @@ from engine.errors import ContextOverflow, RequestError
 from engine.requests.chat_prompt import Replay
 from engine.requests.grammar import MAX_CHARS, Grammar
 from engine.requests.request import RequestSpec
-from engine.server.access import Tenant, Tenants
+from engine.server.access import ServerKeys, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
 from engine.server.bodies import (
     DONE,
@@ -89,12 +89,12 @@ class ServingContext:
         self,
         engine: AsyncEngine,
         config: ServerConfig,
-        tenants: Tenants,
+        keys: ServerKeys,
         remember: Callable[[AnsweredChat], None],
     ) -> None:
         """``remember`` stores a chat that was answered, for explanations."""
-        self.engine, self.config, self.tenants = engine, config, tenants
-        self.remember = remember
+        self.engine, self.config, self.keys, self.remember = engine, config, keys, remember
+        self.tenants = Tenants(keys, engine.config.kept_folder)
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),

@@ -16,7 +16,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.requests.chat_prompt import said_by
-from engine.server.access import ServerKeys
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import json_response
 from engine.server.context import AnsweredChat, ServingContext
@@ -378,10 +377,10 @@ def _fields(value: Mapping[str, Any]) -> dict[str, str]:
 
 
 async def explanation(
-    context: ServingContext, explanations: Explanations, keys: ServerKeys, request: Request
+    context: ServingContext, explanations: Explanations, request: Request
 ) -> Response:
     """Explain the cache misses of an answer to the operator."""
-    keys.check_operator(request)
+    context.keys.check_operator(request)
     if context.engine.config.prefix_cache == "none":
         raise APIError(404, "Nothing to explain: the prefix cache is off (--prefix-cache).")
     name = request.path_params["answer_id"]

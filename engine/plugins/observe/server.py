@@ -18,7 +18,6 @@ from starlette.routing import Route
 
 from engine.errors import EngineStopped
 from engine.messages import AskView, OpenView
-from engine.server.access import ServerKeys
 from engine.server.api_errors import APIError
 from engine.server.bodies import EventStream, event, json_response, run
 from engine.server.context import ServingContext
@@ -42,8 +41,8 @@ class Page:
     """Serves the page. The page itself holds no data and is public; its data require the operator's
     key."""
 
-    def __init__(self, context: ServingContext, keys: ServerKeys, num_replicas: int) -> None:
-        self._context, self._keys, self._num_replicas = context, keys, num_replicas
+    def __init__(self, context: ServingContext, num_replicas: int) -> None:
+        self._context, self._num_replicas = context, num_replicas
         self._views: list[tuple[int, int]] = []
         """View of each reader with the number of its replica; 1 is the only engine of other
         servers."""
@@ -62,7 +61,7 @@ class Page:
 
     def _replica(self, request: Request) -> int:
         """Return the replica that the operator asks for."""
-        self._keys.check_operator(request)
+        self._context.keys.check_operator(request)
         replica = _number(request.query_params.get("replica", "1"), "replica")
         if not 1 <= replica <= self._num_replicas:
             most = self._num_replicas
