@@ -512,9 +512,6 @@ class Plugin(StepHooks):
     ``StepHooks`` are called.
     """
 
-    name: str
-    """Name of the plugin's folder."""
-
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
 

@@ -87,31 +87,31 @@ class Engine(EngineCore):
 def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
     """Return the plugins with settings in ``config`` by name, in the order in which they are
     called."""
-    plugins: list[Plugin] = []
+    plugins: dict[str, Plugin] = {}
     if config.uses("tensor_parallel"):
         from engine.plugins.tensor_parallel.coordinator import TensorParallelPlugin
 
-        plugins.append(TensorParallelPlugin(config))
+        plugins["tensor_parallel"] = TensorParallelPlugin(config)
     if config.uses("speculation"):
         from engine.plugins.speculation.draft_manager import SpeculationPlugin
 
-        plugins.append(SpeculationPlugin(config))
+        plugins["speculation"] = SpeculationPlugin(config)
     if config.uses("tiers"):
         from engine.plugins.tiers.plugin import TierPlugin
 
-        plugins.append(TierPlugin(config))
+        plugins["tiers"] = TierPlugin(config)
     if config.uses("disaggregation"):
         from engine.plugins.disaggregation import DisaggregationConfig
 
         if config.of(DisaggregationConfig).role == "prefill":
             from engine.plugins.disaggregation.prefill_server import PrefillServer
 
-            plugins.append(PrefillServer(config))
+            plugins["disaggregation"] = PrefillServer(config)
         else:
             from engine.plugins.disaggregation.prefix_fetch import DecodePlugin
 
-            plugins.append(DecodePlugin(config))
-    return {plugin.name: plugin for plugin in plugins}
+            plugins["disaggregation"] = DecodePlugin(config)
+    return plugins
 
 
 def watch(engine: EngineCore) -> Any:

@@ -127,7 +127,6 @@ class Outgoing:
 class PrefillServer(Plugin):
     """Computes prefixes for other engines (setting ``role`` prefill)."""
 
-    name = "disaggregation"
     engine: EngineCore
     _manager: CacheManager
     unit: PrefixBuffer

@@ -359,8 +359,6 @@ class PeerFetcher:
 class DecodePlugin(Plugin):
     """Has prompts computed by prefill engines (setting ``role`` decode)."""
 
-    name = "disaggregation"
-
     def open_manager(self, manager: CacheManager, runner: Runner) -> PeerFetcher:
         """See ``Plugin``."""
         self.counts = wire.TransferCounts()

@@ -274,8 +274,6 @@ RUNNING_ON_CPU = 4
 class SpeculationPlugin(Plugin):
     """Plans drafts (setting ``draft``)."""
 
-    name = "speculation"
-
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.settings = config.of(SpeculationConfig)

@@ -357,7 +357,6 @@ CHECK_S = 1.0
 class TensorParallelPlugin(Plugin):
     """Ends an idle engine if a rank has gone, and the ranks with the engine (setting ``tp``)."""
 
-    name = "tensor_parallel"
     _followers: Followers | None = None
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> None:

@@ -120,7 +120,6 @@ class TierSizes(NamedTuple):
 class TierPlugin(Plugin):
     """Tiers of one engine and its policy state (settings ``host_gib`` and ``state_dir``)."""
 
-    name = "tiers"
     _cache: TieredRadixCache
     _manager: CacheManager
     exchange: MeasuredExchange
