@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from typing import ClassVar
-
-from sortedcontainers import SortedDict
 
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
@@ -18,40 +17,44 @@ returned one."""
 class Queue:
     """Candidates in order of their tickets, oldest first.
 
-    An item gets a ticket when it is added. After a lock it returns to its old place. O(log n).
+    An item gets a ticket when it is added. After a lock it returns to its old place. O(log n), and
+    a move of at most n machine words: faster than a sorted dictionary.
     """
 
     def __init__(self) -> None:
-        self._items = SortedDict()
+        self._tickets: list[int] = []
+        self._items: dict[int, tuple[Item, int]] = {}
         """(item, its size when it entered) by ticket."""
         self.num_bytes = 0
         """Sum of these sizes."""
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._tickets)
 
     def __iter__(self) -> Iterator[Item]:
+        """Iterate over the items, unordered."""
         return (item for item, _ in self._items.values())
 
     def put(self, ticket: int, item: Item) -> None:
         """Add ``item`` at the place of ``ticket``, new or old."""
         num_bytes = item.size_bytes
+        insort(self._tickets, ticket)
         self._items[ticket] = item, num_bytes
         self.num_bytes += num_bytes
 
     def remove(self, ticket: int) -> None:
         """Remove the item of ``ticket``. Raises KeyError if there is none."""
         self.num_bytes -= self._items.pop(ticket)[1]
+        del self._tickets[bisect_left(self._tickets, ticket)]
 
     def oldest(self) -> Item | None:
         """Return the item at the old end, or None if empty."""
-        return self.after(0) if self._items else None
+        return self._items[self._tickets[0]][0] if self._tickets else None
 
     def after(self, ticket: int) -> Item:
         """Return the first item at or after ``ticket``, cyclically. Requires a non-empty queue."""
-        place = self._items.bisect_left(ticket) % len(self._items)
-        found: Item = self._items.peekitem(place)[1][0]
-        return found
+        place = bisect_left(self._tickets, ticket) % len(self._tickets)
+        return self._items[self._tickets[place]][0]
 
 
 class Record:
