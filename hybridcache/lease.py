@@ -242,7 +242,9 @@ class Lease:
         self.published_len = cached_len
         """Number of tokens with rows that belong to the tree, under the lock of this lease."""
         self._rows: Indices = np.empty(self.prompt_len + cache.page_size + SPARE_ROWS, np.int32)
-        self._rows[:cached_len] = cache.gather(receipt.node)
+        self._unread_len = cached_len
+        """Number of first positions whose rows are read from the tree when they are needed. A
+        simulation never needs them."""
         # Slabs of the arena in which the rows below _indexed_len are, and possibly more.
         self._slabs: set[int] = set()
         self._indexed_len = 0
@@ -392,8 +394,11 @@ class Lease:
         """KV rows of all positions so far: int32[``extended_len``], a read-only view.
 
         Read it again in every step, after ``take_step``: rows of an arena move, and ``publish``
-        replaces duplicates. O(1).
+        replaces duplicates. O(1), but O(``published_len``) if rows of the tree were not read yet.
         """
+        if self._unread_len:
+            unread_len, self._unread_len, self._indexed_len = self._unread_len, 0, 0
+            self._rows[:unread_len] = self.cache.gather(self._receipt.node)[:unread_len]
         rows = self._rows[: self.extended_len]
         rows.flags.writeable = False
         return rows
@@ -487,15 +492,15 @@ class Lease:
     def rows_moved(self, move: Move) -> int:
         """Rename the rows of an emptied slab (``RowHolder``), and return how many of them are held.
         O(rows added since the last move), and O(``extended_len``) if rows are in that slab."""
-        slab_rows = len(move.new_rows)
-        added = self._rows[self._indexed_len : self.extended_len]
+        slab_rows, start = len(move.new_rows), self._unread_len
+        added = self._rows[max(start, self._indexed_len) : self.extended_len]
         self._slabs.update(np.bincount(added // slab_rows).nonzero()[0].tolist())
         self._indexed_len = self.extended_len
         if move.slab not in self._slabs:
             return 0
         self._slabs.discard(move.slab)
         self._slabs.update(np.bincount(move.dst // slab_rows).nonzero()[0].tolist())
-        moved = move.rename(self._rows[: self.extended_len])
+        moved = move.rename(self._rows[start : self.extended_len]) + start
         table_row = self._request.table_row
         if len(moved) and table_row is not None:
             self._note_changed(table_row, int(moved[0]), int(moved[-1]) + 1)
@@ -795,7 +800,7 @@ class Lease:
             held = self._rows[self.published_len : self.extended_len]
             self.state_slot, self._has_ended, self._pending = None, True, {}
             self._rows, self._prompt = EMPTY, b""  # Planners keep ended leases.
-            self.extended_len = self.published_len = 0
+            self.extended_len = self.published_len = self._unread_len = 0
             cache.steps.close(self, self._numbers)
             if cache.arena is not None:
                 del cache.arena.holders[self]
