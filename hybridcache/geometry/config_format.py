@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -97,6 +99,10 @@ class Format:
             if name in kinds:
                 values[name] = checked(key, _decoded(raw[key]), kinds[name])
                 given.add(name)
+        for key in raw.keys() - kinds.keys() - self.aliases.keys():
+            for near in get_close_matches(key, sorted(kinds.keys() - given), 1, 0.9):
+                text = f"config.json: {key} is not read, did you mean {near}? It has its default."
+                warnings.warn(text, stacklevel=2)
         stated = values.copy()
         if values.get("num_key_value_heads", 0) is None:
             values["num_key_value_heads"] = values["num_attention_heads"]

@@ -233,7 +233,7 @@ def no_hit_note(run: RunResult, has_states: bool) -> str:
     if run.hits or page is None or run.longest_prompt > page:
         return ""
     return (
-        f"{run.label}: no hit is possible, because {name} {page:,} tokens and the longest prompt "
+        f"no hit is possible with {run.label}: {name} {page:,} tokens, and the longest prompt "
         f"has {run.longest_prompt:,}"
     )
 

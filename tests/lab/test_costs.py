@@ -155,8 +155,9 @@ def test_load_accepts_a_directory_a_file_and_a_preset(tmp_path) -> None:
     assert from_dir.state_bytes == ModelGeometry.load("qwen3-next").state_bytes
     assert from_dir.name == tmp_path.name
     assert ModelGeometry.load("builtin").name == "builtin"
-    (tmp_path / "next-80b.json").write_text(json.dumps(QWEN3_NEXT))
-    assert ModelGeometry.load(str(tmp_path / "next-80b.json")).name == "next-80b"
+    (tmp_path / "next-80b.json").write_text(json.dumps(QWEN3_NEXT | {"rms_norm_ep": 1}))
+    with pytest.warns(UserWarning, match="rms_norm_ep is not read, did you mean rms_norm_eps"):
+        assert ModelGeometry.load(str(tmp_path / "next-80b.json")).name == "next-80b"
 
 
 def test_flops_are_additive_over_a_split_prefill() -> None:
