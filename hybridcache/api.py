@@ -235,11 +235,6 @@ class Usage:
     ghost_hit_tokens: int = 0
     """Number of tokens that those checkpoints would have saved."""
 
-    def merge(self, other: Usage) -> None:
-        """Add the counters of ``other``."""
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
     @property
     def token_hit_rate(self) -> float:
         """Reused fraction of the prompt tokens; 0 before the first request."""
@@ -324,10 +319,8 @@ class CacheStats:
     @property
     def total(self) -> Usage:
         """Sum over all namespaces. O(namespaces)."""
-        total = Usage()
-        for usage in (self.others, *self.by_namespace.values()):
-            total.merge(usage)
-        return total
+        parts = (self.others, *self.by_namespace.values())
+        return Usage(*(sum(getattr(one, name) for one in parts) for name in Usage.__slots__))
 
     @property
     def token_hit_rate(self) -> float:

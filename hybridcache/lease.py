@@ -143,10 +143,8 @@ def _refuse_bad_begin(
 ) -> None:
     """Raise the errors of ``begin`` for wrong arguments, which would fail later in another call.
     O(boundaries)."""
-    if not isinstance(cache, HybridRadixCache):
-        require_cache(cache)
-    if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
-        require_placement(placement)
+    require_cache(cache)
+    require_placement(placement)
     if not isinstance(request, LeaseRequest):
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
@@ -156,21 +154,17 @@ def _refuse_bad_begin(
                 "other lease first."
             )
     for what in ("stateful", "reuse", "exact", "resumes"):
-        if type(getattr(request, what)) is not bool:
-            require_bool(getattr(request, what), what)
+        require_bool(getattr(request, what), what)
     if request.stateful and not cache.item_bytes.state:
         raise ValueError(NO_STATES)
     if not request.stateful and cache.needs_states:
         raise ValueError(NEEDS_STATES)
-    if exchange is not None:
-        require_fetch_rule(exchange)
+    require_fetch_rule(exchange)
     require_boundaries(request.boundaries)
     if cache.steps.num_open and cache.steps.thread != get_ident():
         raise RuntimeError(OTHER_THREAD)
-    tokens = request.tokens
-    if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
-        require_int32(tokens, "tokens")
-    if not len(tokens):
+    require_int32(request.tokens, "tokens")
+    if not len(request.tokens):
         raise ValueError("a request needs at least one token (got no tokens)")
 
 
@@ -618,11 +612,7 @@ class Lease:
                 if self.cache.steps.transfers:
                     self.cache.steps.note_taken(self, start)
                 num_taken += 1
-        due: list[Saved] = []
-        for saved in sorted(self._pending):
-            if start < saved[0] <= end:
-                due.append(saved)
-        return tuple(due)
+        return tuple(saved for saved in sorted(self._pending) if start < saved[0] <= end)
 
     def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
         """Move the rolling checkpoint to the last position in (start, end] at which decode saves a
@@ -719,8 +709,7 @@ class Lease:
             ValueError: ``stop_reason`` is another text (``STOP_REASONS``). The lease goes on.
         """
         computed_len = self._checked_len(tokens, computed_len)
-        if type(donate) is not bool:
-            require_bool(donate, "donate")
+        require_bool(donate, "donate")
         if stop_reason != "":
             require_stop_reason(stop_reason)
         if computed_len > self.prompt_len:

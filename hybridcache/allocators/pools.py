@@ -6,6 +6,9 @@ import numpy as np
 
 from hybridcache.tokens import INT32, Indices, require_index, require_int32
 
+MAX_ROWS = 1 << 31
+"""Number of rows or slots that int32 can number."""
+
 
 class ByteBudget:
     """Counter of free bytes, which the allocators that share it change."""
@@ -26,7 +29,12 @@ class BaseAllocator:
     """Units that are allocated together."""
 
     def __init__(self, capacity: int, unit_bytes: int, budget: ByteBudget | None):
-        """Sizes are trusted: ``CacheConfig`` checks them. A ``budget`` needs ``unit_bytes``."""
+        """Raise ValueError for more units than int32 can number. Sizes are trusted otherwise:
+        ``CacheConfig`` checks them. A ``budget`` needs ``unit_bytes``."""
+        if capacity > MAX_ROWS:
+            raise ValueError(
+                f"{capacity} rows or slots are more than the {MAX_ROWS} that int32 can number"
+            )
         self.capacity = capacity
         """Total number of units."""
         self.unit_bytes = unit_bytes
@@ -47,15 +55,6 @@ class BaseAllocator:
             return num_unused
         affordable = budget.free_bytes // self.unit_bytes
         return min(num_unused, affordable - affordable % self.page_size)
-
-
-MAX_ROWS = 1 << 31
-
-
-def require_int32_count(count: int, what: str) -> None:
-    """Raise ValueError if an int32 cannot number ``count`` items."""
-    if count > MAX_ROWS:
-        raise ValueError(f"{count} {what} are more than the {MAX_ROWS} that int32 can number")
 
 
 BLOCK = 1 << 16
@@ -93,8 +92,7 @@ class PageAllocator(BaseAllocator):
         token_bytes: int = 0,
         budget: ByteBudget | None = None,
     ) -> None:
-        """``num_tokens`` are whole pages. Raise ValueError for more than int32 can number."""
-        require_int32_count(num_tokens, "KV rows")
+        """``num_tokens`` are whole pages."""
         super().__init__(num_tokens, token_bytes, budget)
         self.page_size = page_size
         num_pages = num_tokens // page_size
@@ -212,7 +210,6 @@ class SlotAllocator(BaseAllocator):
     def __init__(
         self, num_slots: int, slot_bytes: int = 0, budget: ByteBudget | None = None
     ) -> None:
-        require_int32_count(num_slots, "slots")
         super().__init__(num_slots, slot_bytes, budget)
         self._stack = list(range(num_slots - 1, -1, -1))
         self.is_taken = bytearray(num_slots)

@@ -146,8 +146,7 @@ def require_fetch_rule(rule: object) -> None:
     if rule is not None and (
         isinstance(rule, type) or not callable(getattr(rule, "seconds_saved", None))
     ):
-        hint = "an object with the method seconds_saved, or None"
-        raise TypeError(f"exchange must be {hint} (got {rule!r}).")
+        raise TypeError(f"exchange must have the method seconds_saved, or be None (got {rule!r}).")
 
 
 class Placed(NamedTuple):
@@ -320,8 +319,7 @@ def require_boundaries(boundaries: object) -> None:
     if not isinstance(boundaries, PromptBoundaries):
         raise TypeError(f"boundaries must be PromptBoundaries(...) (got {boundaries!r})")
     positions, answer_survives = boundaries
-    if type(answer_survives) is not bool:
-        require_bool(answer_survives, "answer_survives of boundaries")
+    require_bool(answer_survives, "answer_survives of boundaries")
     if not isinstance(positions, tuple | list):
         raise TypeError(f"positions of boundaries must be a tuple (got {positions!r})")
     before = 0
