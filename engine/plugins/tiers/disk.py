@@ -54,11 +54,9 @@ TOKEN_BYTES = 4
 MAX_PENDING_BYTES = 1 << 28
 """Limit of the bytes waiting to be written. Above it, entries are skipped: no step waits for the
 disk."""
-DEADLINE_S, CLOSE_DEADLINE_S = 20.0, 60.0
-"""Duration of one job after which the file system is considered hung, and that of all jobs at the
-end."""
-POLL_S = 0.5
-"""Interval in which a load looks whether the file system hangs."""
+DEADLINE_S, POLL_S = 20.0, 0.5
+"""Duration of one job after which the file system is considered hung, and interval in which callers
+that wait for it look."""
 FADING = 0.95
 """Weight of the previous reads in the measured read speed, per read."""
 
@@ -268,7 +266,8 @@ class Disk:
     def flush(self) -> bool:
         """Wait until all queued work is done. Returns False if the file system hangs."""
         done = self._submit(lambda: None)
-        wait([done], CLOSE_DEADLINE_S)
+        while wait([done], POLL_S).not_done and not self.is_off:
+            pass
         self.settle()
         return done.done()
 

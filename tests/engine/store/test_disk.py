@@ -322,12 +322,10 @@ class HungReads:
 
         monkeypatch.setattr(RecordStore, "read", hang)
         monkeypatch.setattr(disk_module, "DEADLINE_S", 0.02)
-        monkeypatch.setattr(disk_module, "CLOSE_DEADLINE_S", 0.05)
         self._monkeypatch = monkeypatch
 
     def heal(self) -> None:
         self._monkeypatch.setattr(disk_module, "DEADLINE_S", 60)
-        self._monkeypatch.setattr(disk_module, "CLOSE_DEADLINE_S", 60)
         self.responds.set()
 
 
