@@ -336,12 +336,6 @@ class RequestStream:
         self._open.add(request_id)
         self._num_left += 1
 
-    def drop(self, request_id: str) -> None:
-        """Expect no outputs of a request, because it could not be sent."""
-        del self.answers[request_id]
-        self._open.discard(request_id)
-        self._num_left -= 1
-
     def put(self, output: RequestOutput) -> None:
         """Queue ``output`` for the reader. Must be called in the stream's event loop."""
         if output.answer is None:  # An engine in this process sends its own answer.
@@ -379,7 +373,7 @@ class EngineChannel(ABC):
 
     @abstractmethod
     def send(self, message: ToEngine) -> None:
-        """Send ``message`` without waiting. Raises ValueError if it cannot be encoded."""
+        """Send ``message``, which is valid, without waiting."""
 
     @abstractmethod
     async def drain(self) -> None:
@@ -492,10 +486,8 @@ class AsyncEngine:
     def submit_valid(self, spec: RequestSpec, stream: RequestStream | None = None) -> RequestStream:
         """Queue a request that another front end has validated, and return its outputs. ``stream``
         has those of the reader's other requests."""
-        if self.failure is not None:
-            raise EngineStopped(self.failure)
-        if not self._is_open or self._end is not None:
-            raise EngineStopped(STOPPING)
+        if not self._is_open:
+            raise EngineStopped(self.failure or STOPPING)
         request_id = spec.request_id or f"request-{next(self._numbers)}"
         if request_id in self._streams:
             raise DuplicateId(request_id)
@@ -505,16 +497,8 @@ class AsyncEngine:
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
         stream = self._streams[request_id] = stream or self.stream()
         stream.open(request_id, tokens)
-        try:
-            self.channel.send(
-                structs.replace(
-                    spec, prompt=tokens, request_id=request_id, arrival_s=time.perf_counter()
-                )
-            )
-        except BaseException:
-            self._streams.pop(request_id, None)
-            stream.drop(request_id)
-            raise
+        sent = {"prompt": tokens, "request_id": request_id, "arrival_s": time.perf_counter()}
+        self.channel.send(structs.replace(spec, **sent))
         self._num_sent += 1
         return stream
 
@@ -583,8 +567,8 @@ class AsyncEngine:
 
     def closed(self, failure: str | None) -> None:
         """Fail all pending requests and questions: the engine has ended."""
-        self._is_open, self._end = False, failure or "The engine has stopped."
-        self.failure = failure
+        self.failure, self._end = failure, failure or "The engine has stopped."
+        self._is_open = False
         error = EngineStopped(failure or STOPPED)
         self._deliver([RequestOutput.failed(each, error) for each in tuple(self._streams)])
         for number in tuple(self._replies):

@@ -170,13 +170,13 @@ class BansAndBiases(LogitRule):
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. O(mask)."""
-        return [self._at(draw, ruling) for draw, ruling in enumerate(rulings, draws.first)]
-
-    def _at(self, draw: int, ruling: Ruling) -> Ruling:
-        mask = ruling.mask
-        if draw < self._num_banned:
-            mask = _without(self._all if mask is None else mask, self._ends)
-        return ruling._replace(mask=mask, added=self._added)
+        changed = []
+        for draw, ruling in enumerate(rulings, draws.first):
+            mask = ruling.mask
+            if draw < self._num_banned:
+                mask = _without(self._all if mask is None else mask, self._ends)
+            changed.append(ruling._replace(mask=mask, added=self._added))
+        return changed
 
 
 class Penalties(LogitRule):
