@@ -105,9 +105,10 @@ def check_fields(settings: Any) -> None:
         if words is not None and value not in words:
             allowed = [*(("none",) if name in rules.optional else ()), *words]
             raise ConfigError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
-        is_text = isinstance(value, str | os.PathLike) and (value or value == field.default)
-        if name in rules.texts and not is_text:
-            raise ConfigError(f"{name} must be text that is not empty (got {value!r}).")
+        if name in rules.texts:
+            is_text = isinstance(value, str | os.PathLike)
+            if not is_text or (value == "" != field.default):
+                raise ConfigError(f"{name} must be text that is not empty (got {value!r}).")
         if limits is not None:
             limits.check(name, value)
 
