@@ -490,7 +490,7 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     path.write_text('{"tokens": [1, 2, 3]}\n' * 2)
     result = simulate(str(path), gib=1, policy=["lru", "fifo"])
     assert result.verdict() == "no policy has a hit at any of these sizes"
-    assert "saved every 64 tokens and the longest prompt has 3" in result.table()
+    assert "saved every 64 tokens, and the longest prompt has 3" in result.table()
     attention = replace(GEOMETRY, recurrent_elements=0, conv_bytes=0)
     assert "no hit is" not in simulate(str(path), gib=1, policy="lru", model=attention).table()
     found = simulate("short?head=30", gib=1, policy=["lru", "fifo"]).verdict()
