@@ -41,7 +41,6 @@ from hybridcache.policies.protocol import (
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import (
     EMPTY,
-    INT32,
     Indices,
     Tokens,
     require_bool,
@@ -851,13 +850,11 @@ class Lease:
 
         O(prompt tokens to publish), a comparison of bytes.
         """
-        if type(computed_len) is not int:
-            computed_len = require_index(computed_len, "computed_len")
+        computed_len = require_index(computed_len, "computed_len")
         first = self.published_len
         if self._has_ended or not first <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
-        if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
-            require_int32(tokens, "tokens")
+        require_int32(tokens, "tokens")
         if computed_len > len(tokens):
             raise ValueError(
                 f"computed_len is {computed_len}, but there are only {len(tokens)} tokens: pass "

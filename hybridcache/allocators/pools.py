@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridcache.tokens import INT32, Indices, require_index, require_int32
+from hybridcache.tokens import Indices, require_index, require_int32
 
 MAX_ROWS = 1 << 31
 """Number of rows or slots that int32 can number."""
@@ -151,8 +151,7 @@ class PageAllocator(BaseAllocator):
                 than are allocated, or that page is free. Nothing is freed.
         """
         if not is_trusted:
-            if type(rows) is not np.ndarray or rows.dtype is not INT32 or rows.ndim != 1:
-                require_int32(rows, "rows")
+            require_int32(rows, "rows")
             if not len(rows):
                 return
             first, last = rows.item(0), rows.item(-1)
