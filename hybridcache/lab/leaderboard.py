@@ -108,7 +108,8 @@ class Split:
             loops = {trace: tuple((gib, rate) for gib, rate in cells) for trace, cells in loops}
             return cls(source.name if path else "evaluation", closed_loop=loops, **read)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path or source.name}: {error}; {SPLIT_FORM}") from None
+            fault = str(error).removeprefix(f"{cls.__name__}.__init__() ")
+            raise ValueError(f"{path or source.name}: {fault}; {SPLIT_FORM}") from None
 
     def head(self, num_seeds: int | None) -> Split:
         """Return the split with its first seeds."""

@@ -88,6 +88,8 @@ class OwnReader(FileReader):
         line, record = next(json_lines(self.path, BadRecords(skip=True)), (1, Record()))
         record = record if "format" in record else Record()
         try:
+            if unknown := sorted(record.keys() - {"format", "version", "unit", "counted_by"}):
+                raise ValueError(f"the first line has no field {unknown[0]}, only unit, counted_by")
             record.optional(lambda name: record.whole(name, 1, 1), "version", 1)
             unit = record.optional(lambda name: record.whole(name, least=1), "unit", 1)
             return unit, record.optional(record.text, "counted_by", "")
