@@ -345,7 +345,7 @@ def _check_tier(name: str, size: int, least: int) -> None:
     if size < least:
         raise ConfigError(
             f"{name} has room for {format_bytes(size)}, too little for a single state with a page "
-            f"of KV ({format_bytes(least)}): use more, or omit it."
+            f"of KV ({format_bytes(least)}): give it more, or omit it."
         )
 
 

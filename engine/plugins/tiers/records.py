@@ -64,7 +64,8 @@ class StoreError(ValueError):
 
 def digest_of(fields: Mapping[str, str]) -> bytes:
     """Return the digest of a fingerprint."""
-    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode()).digest()
+    text = json.dumps(fields, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 
 class Record(NamedTuple):
@@ -101,6 +102,8 @@ class RecordStore:
         """Number of damaged record files that ``scan`` found."""
         try:
             existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+            if not existing.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             if not os.access(existing, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             if existing == folder:
@@ -113,7 +116,7 @@ class RecordStore:
         """Field ``weights`` of the folder's fingerprint, or None if it was computed from files that
         are not the same as at the start of this process."""
         stored = self._fingerprint()
-        if stored is None or not self._files or stored["files"] != self._files:
+        if stored is None or not self._files or stored.get("files") != self._files:
             return None
         digest: str | None = stored["fields"].get("weights")
         return digest
