@@ -20,8 +20,6 @@ Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2, with one head that is chain
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from engine.layers.attention import Attention
@@ -98,28 +96,29 @@ class PredictionHead(Composite):
         self,
         embedded: torch.Tensor,
         before: torch.Tensor,
-        positions: Sequence[int],
+        positions: torch.Tensor,
+        kv_indices: torch.Tensor,
         rows: torch.Tensor,
+        sequences: Sequences,
         rotary: RotaryTable,
         pools: Pools,
     ) -> torch.Tensor:
         """Return an approximation of h for one token of each of B sequences: ``[B, H]``.
 
         ``embedded`` and ``before`` are ``[B, H]``: those of the tokens, and h before them (or a
-        result of this function). ``positions`` are those of the tokens, 1 or more. ``rows`` is
-        int32 ``[B, M]``: the head's rows of positions 1, 2, ...; that of the token is written.
+        result of this function). ``positions`` are those of the tokens, 1 or more, and
+        ``kv_indices`` the rows to write: int64 ``[B]``. ``rows`` is int32 ``[B, M]``: the head's
+        rows of positions 1, 2, ..., of the ``sequences``.
         """
-        count, device = len(positions), embedded.device
+        count = len(positions)
         num_rows = padded_count(count, self._row_multiple)
-        at, slots = upload(positions, torch.int64, device), torch.empty(0, dtype=torch.int32)
-        sequences = Sequences.of(range(count), positions, device)
         inputs = LayerInputs(
             num_tokens=count,
             num_rows=num_rows,
-            angles=rotary(at),
-            kv_indices=rows.gather(1, at[:, None] - 1)[:, 0].long(),
+            angles=rotary(positions),
+            kv_indices=kv_indices,
             table=rows,
-            parts=[DecodePart(sequences, slots.to(device))],
+            parts=[DecodePart(sequences, rows.new_empty(0))],
         )
         entered = self._enter(pad_rows(embedded, num_rows), pad_rows(before, num_rows))
         projected, residual = self._attention.project(entered, None)

@@ -22,6 +22,7 @@ from engine.runner.steps import (
     DecodeGraphs,
     PrefillGraphs,
     Record,
+    Replay,
     RequestTable,
     RunningStates,
     StepInputs,
@@ -34,6 +35,7 @@ from hybridcache.allocators.moves import Move, Transfer
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
 from hybridcache.tokens import Indices, Tokens
+from kernels.attention.sequences import Sequences
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload
@@ -52,6 +54,22 @@ class Predictor:
         self.model, self.head, self.pools = model, head, memory.pools[-1]
         self.first_row = memory.padding_row + 1
         self._row_multiple: int = model.build.kernels["linear"].ROWS
+        self._replays: dict[int, Replay] = {}
+        """Recorded passes by number of requests."""
+
+    def record(self, record: Record) -> None:
+        """Record the passes of a CPU, because Python between native calls takes a third of a small
+        model's step. Raises NotRecordableError; passes are then computed directly."""
+        most, length = self.table.padding_row, self.table.host.shape[1]
+        columns = torch.ones(3, most, dtype=torch.int64)
+        columns[2] = self.first_row
+        rows = torch.full((most, length), self.first_row, dtype=torch.int32)
+        before = self.pools[-1].new_zeros(most, self.pools[-1].shape[1])
+        self._kept = columns[0], before, columns[1], columns[2], rows
+        self._lengths = torch.ones(most, dtype=torch.int32)
+        self._ranks = torch.arange(most, dtype=torch.int32)
+        self._record = record
+        self._replay(self._kept, 1)
 
     def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
         """Write the head's rows of a step that the model has computed with the result
@@ -74,20 +92,54 @@ class Predictor:
         guessed = []
         for step in range(wanted[0]):
             count = sum(length > step for length in wanted)
-            before = self.head.draft(
-                self.model.embedding(tokens[:count]),
-                before[:count],
-                [request.position + step for request in requests[:count]],
-                rows[:count],
-                self.rotary,
-                self.pools,
-            )
-            padded = pad_rows(before, padded_count(count, self._row_multiple))
-            tokens = self.model.head(padded)[:count].argmax(-1)
-            guessed.append(tokens)
+            lengths = [request.position + step for request in requests[:count]]
+            at = upload(lengths, torch.int64, device)
+            kv_indices = rows[:count].gather(1, at[:, None] - 1)[:, 0].long()
+            inputs = tokens[:count], before[:count], at, kv_indices, rows[:count]
+            if self._replays:
+                tokens, before = self._replay(inputs, count)
+            else:
+                tokens, before = self._pass(inputs, Sequences.of(range(count), lengths, device))
+            guessed.append(tokens.clone())
         drafts = torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
         found = dict(zip(order, drafts, strict=True))
         return [found[rank][:length] for rank, length in enumerate(most)]
+
+    def _pass(
+        self, inputs: Sequence[torch.Tensor], sequences: Sequences
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the most likely next token of each request, and h.
+
+        ``inputs``: tokens and h before them, positions, rows to write, rows of each request.
+        """
+        tokens, before, at, kv_indices, rows = inputs
+        embedded, count = self.model.embedding(tokens), len(tokens)
+        parts = at, kv_indices, rows, sequences, self.rotary, self.pools
+        hidden = self.head.draft(embedded, before, *parts)
+        padded = pad_rows(hidden, padded_count(count, self._row_multiple))
+        return self.model.head(padded)[:count].argmax(-1), hidden
+
+    def _replay(
+        self, inputs: Sequence[torch.Tensor], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute ``_pass`` by a recording, which reads lengths from memory."""
+        kept = [tensor[:count] for tensor in self._kept]
+        for own, given in zip(kept[:-1], inputs, strict=False):
+            own.copy_(given[:count])
+        kept[-1][:, : inputs[-1].shape[1]].copy_(inputs[-1][:count])
+        lengths = self._lengths[:count].copy_(kept[2])
+        if count in self._replays:
+            self._replays[count]()
+            return kept[0], kept[1]
+        ranks = self._ranks[:count]  # Kept here, because a recording uses its address.
+        sequences = Sequences(tuple(range(count)), (1,) * count, ranks, lengths)
+
+        def work() -> None:
+            for own, result in zip(kept, self._pass(kept, sequences), strict=False):
+                own.copy_(result)
+
+        self._replays[count] = self._record(work)
+        return kept[0], kept[1]
 
     def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
         """Return int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest
@@ -284,6 +336,8 @@ class ModelRunner:
             if verify_graphs is not None:
                 verify_graphs.capture(verify_graphs.buckets[-1])
                 self.verify_graphs = verify_graphs
+            if self._predictor is not None:
+                self._predictor.record(record_native)
         except NotRecordableError:
             return False
         self.graphs = decodes, None
