@@ -48,7 +48,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --gib 1%:100%:0", "gib '1%:100%:0': GiB above 0, below"),
         ("simulate --trace short --gib 4:1", "as low:high:points (low first, 2 or more)"),
         ("simulate --trace short --gib 1:4:1", "as low:high:points (low first, 2 or more)"),
-        ("simulate --trace short --gib 1e9", "KV rows are more than the 2147483648 that int32"),
+        ("simulate --trace short --gib 1e9", "are more than the 2147483648 that int32"),
         ("simulate --trace short --gib 1 --policy lruu", "'lruu', did you mean 'lru'?"),
         ("simulate --closed-loop --trace short --baseline vllm", "no lease and no planner"),
         ("simulate --trace short --closed-loop --admission session", "did you mean 'sessions'?"),
