@@ -406,7 +406,8 @@ class HybridRadixCache:
         """
         if not isinstance(match, PrefixMatch):
             raise TypeError(f"match must be the result of match (got {match!r}).")
-        require_bool(resumes, "resumes")
+        if type(resumes) is not bool:
+            require_bool(resumes, "resumes")
         last = self._usable(match.node)
         missed = match.missed
         if missed is not None and missed.item_bytes is not self.item_bytes:
@@ -543,7 +544,8 @@ class HybridRadixCache:
         Raises:
             ValueError: ``num_tokens`` is negative.
         """
-        num_tokens = require_index(num_tokens, "num_tokens")
+        if type(num_tokens) is not int:
+            num_tokens = require_index(num_tokens, "num_tokens")
         pages = self._pages
         rows = pages.allocate(num_tokens)
         if rows is None:
@@ -614,7 +616,8 @@ class HybridRadixCache:
         Raises:
             ValueError: the slot is out of range, free or of the cache.
         """
-        slot = require_index(slot, "slot")
+        if type(slot) is not int:
+            slot = require_index(slot, "slot")
         if 0 <= slot < len(self._is_cached) and self._is_cached[slot]:
             raise ValueError(f"slot {slot} is the cache's, from insert until its eviction")
         self._slots.free(slot)
@@ -631,7 +634,8 @@ class HybridRadixCache:
         Eviction(num_tokens=0, num_slots=0)
         """
         for what, number in (("num_tokens", num_tokens), ("num_slots", num_slots)):
-            require_index(number, what, 0)
+            if type(number) is not int or number < 0:
+                require_index(number, what, 0)
         stats = self.stats
         tokens, slots = stats.evicted_tokens, stats.evicted_slots
         while stats.evicted_tokens - tokens < num_tokens and self._evict_one("kv"):
@@ -894,7 +898,8 @@ class HybridRadixCache:
         is_array = type(kv_indices) is np.ndarray
         if not is_array or kv_indices.dtype is not INT32 or kv_indices.ndim != 1:
             require_int32(kv_indices, "KV indices")
-        require_index(owned_from, "owned_from")
+        if type(owned_from) is not int:
+            require_index(owned_from, "owned_from")
         num_tokens = len(tokens)
         if len(kv_indices) != num_tokens:
             raise ValueError(

@@ -41,6 +41,7 @@ from hybridcache.policies.protocol import (
 from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import (
     EMPTY,
+    INT32,
     Indices,
     Tokens,
     require_bool,
@@ -142,8 +143,10 @@ def _refuse_bad_begin(
 ) -> None:
     """Raise the errors of ``begin`` for wrong arguments, which would fail later in another call.
     O(boundaries)."""
-    require_cache(cache)
-    require_placement(placement)
+    if not isinstance(cache, HybridRadixCache):
+        require_cache(cache)
+    if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
+        require_placement(placement)
     if not isinstance(request, LeaseRequest):
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
@@ -153,17 +156,21 @@ def _refuse_bad_begin(
                 "other lease first."
             )
     for what in ("stateful", "reuse", "exact", "resumes"):
-        require_bool(getattr(request, what), what)
+        if type(getattr(request, what)) is not bool:
+            require_bool(getattr(request, what), what)
     if request.stateful and not cache.item_bytes.state:
         raise ValueError(NO_STATES)
     if not request.stateful and cache.needs_states:
         raise ValueError(NEEDS_STATES)
-    require_fetch_rule(exchange)
+    if exchange is not None:
+        require_fetch_rule(exchange)
     require_boundaries(request.boundaries)
     if cache.steps.num_open and cache.steps.thread != get_ident():
         raise RuntimeError(OTHER_THREAD)
-    require_int32(request.tokens, "tokens")
-    if not len(request.tokens):
+    tokens = request.tokens
+    if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+        require_int32(tokens, "tokens")
+    if not len(tokens):
         raise ValueError("a request needs at least one token (got no tokens)")
 
 
@@ -708,7 +715,8 @@ class Lease:
             ValueError: ``stop_reason`` is another text (``STOP_REASONS``). The lease goes on.
         """
         computed_len = self._checked_len(tokens, computed_len)
-        require_bool(donate, "donate")
+        if type(donate) is not bool:
+            require_bool(donate, "donate")
         if stop_reason != "":
             require_stop_reason(stop_reason)
         if computed_len > self.prompt_len:
@@ -850,11 +858,13 @@ class Lease:
 
         O(prompt tokens to publish), a comparison of bytes.
         """
-        computed_len = require_index(computed_len, "computed_len")
+        if type(computed_len) is not int:
+            computed_len = require_index(computed_len, "computed_len")
         first = self.published_len
         if self._has_ended or not first <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
-        require_int32(tokens, "tokens")
+        if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
         if computed_len > len(tokens):
             raise ValueError(
                 f"computed_len is {computed_len}, but there are only {len(tokens)} tokens: pass "

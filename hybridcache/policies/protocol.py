@@ -319,7 +319,8 @@ def require_boundaries(boundaries: object) -> None:
     if not isinstance(boundaries, PromptBoundaries):
         raise TypeError(f"boundaries must be PromptBoundaries(...) (got {boundaries!r})")
     positions, answer_survives = boundaries
-    require_bool(answer_survives, "answer_survives of boundaries")
+    if type(answer_survives) is not bool:
+        require_bool(answer_survives, "answer_survives of boundaries")
     if not isinstance(positions, tuple | list):
         raise TypeError(f"positions of boundaries must be a tuple (got {positions!r})")
     before = 0
