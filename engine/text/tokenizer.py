@@ -156,10 +156,18 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
+PIECE = 1 << 16
+"""Number of tokens that are converted at once."""
+
+
 def as_tokens(token_ids: Sequence[int]) -> Tokens:
-    """Return ``token_ids`` as int32[n]. Raises ValueError if one does not fit. O(n)."""
+    """Return ``token_ids`` as int32[n]. Raises ValueError if one does not fit. O(n), in pieces
+    between which other threads can run."""
     try:
-        return np.asarray(token_ids, np.int32)
+        firsts = range(0, max(1, len(token_ids)), PIECE)
+        return np.concatenate(
+            [np.asarray(token_ids[first : first + PIECE], np.int32) for first in firsts]
+        )
     except OverflowError:
         raise ValueError("prompt must contain token ids below 2**31.") from None
 
