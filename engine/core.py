@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.hub import display_name
-from engine.interfaces import Observer, Runner, StepReport, TokenSampler
+from engine.interfaces import Observer, StepReport
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import (
     Intake,
@@ -40,6 +40,10 @@ from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.scheduling.cache_manager import CacheManager
 
+if TYPE_CHECKING:
+    from engine.runner.model_runner import ModelRunner
+    from engine.runner.sampler import Sampler
+
 WITHHELD_S = 0.002
 """Pause between two checks of requests that the admission policy withholds while nothing runs."""
 
@@ -54,8 +58,8 @@ class EngineCore:
 
     def __init__(
         self,
-        runner: Runner,
-        sampler: TokenSampler,
+        runner: ModelRunner,
+        sampler: Sampler,
         intake: Intake,
         scheduler: Scheduler,
         plugins: Mapping[str, Plugin],
@@ -515,7 +519,7 @@ class Plugin(StepHooks):
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
 
-    def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
+    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Fetcher | None:
         """Prepare the new ``manager``. Returns a fetcher of prefixes, or None."""
         return None
 

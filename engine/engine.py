@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.config import EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.hub import resolve_config
-from engine.interfaces import Runner, TokenSampler
 from engine.requests.grammar import Grammar
 from engine.requests.logit_rules import LogitRule
 from engine.requests.request import Intake
-from engine.schedule.fetching import Fetcher, Fetching
+from engine.schedule.fetching import Fetching
 from engine.schedule.report import cache_kind
-from engine.schedule.scheduler import DraftPlanner, Scheduler
+from engine.schedule.scheduler import Scheduler
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -26,6 +25,8 @@ from hybridcache.scheduling.cache_manager import CacheManager
 if TYPE_CHECKING:
     from engine.plugins.speculation.draft_manager import SpeculationPlugin
     from engine.plugins.tiers.plugin import TierPlugin
+    from engine.runner.model_runner import ModelRunner
+    from engine.runner.sampler import Sampler
     from engine.text.tokenizer import Tokenizer
 
 
@@ -42,18 +43,13 @@ class Engine(EngineCore):
         self,
         config: EngineConfig | None = None,
         *,
-        runner: Runner | None = None,
-        sampler: TokenSampler | None = None,
+        runner: ModelRunner | None = None,
+        sampler: Sampler | None = None,
         tokenizer: Tokenizer | None = None,
-        drafting: DraftPlanner | None = None,
-        fetcher: Fetcher | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Load the model that ``config`` names, or serve with the given ``runner``, ``sampler`` and
-        ``tokenizer``.
-
-        ``drafting`` replaces the planner of ``config.draft``; ``fetcher`` loads prefixes that the
-        cache lacks. Raises ConfigError for settings that contradict each other, and ValueError if
+        ``tokenizer``. Raises ConfigError for settings that contradict each other, and ValueError if
         loading fails.
         """
         config = config or EngineConfig()
@@ -77,7 +73,7 @@ class Engine(EngineCore):
                 clock=clock,
                 grammar_rule=grammar_rules(tokenizer, runner.vocab_size),
             )
-            scheduler = assemble(intake, runner, plugins, drafting, fetcher)
+            scheduler = assemble(intake, runner, plugins)
             unfinished.pop_all()
         super().__init__(runner, sampler, intake, scheduler, plugins)
         for plugin in plugins.values():
@@ -122,16 +118,15 @@ def watch(engine: EngineCore) -> Any:
     return Watch(engine)
 
 
-def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
+def load(config: EngineConfig) -> tuple[ModelRunner, Sampler, Tokenizer]:
     """Load the model, the sampler and the tokenizer named by ``config``. Imports torch."""
     from engine.runner.build import load_runner
     from engine.runner.sampler import Sampler
 
-    runner: Runner
     if config.uses("tensor_parallel"):
         from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 
-        runner = LeadingRunner.start(config)
+        runner: ModelRunner = LeadingRunner.start(config)
     else:
         runner = load_runner(config)
     return runner, Sampler(), load_tokenizer_of(config, runner.vocab_size)
@@ -168,17 +163,8 @@ def names_tokenizer(config: EngineConfig) -> bool:
     return config.tokenizer is not None or has_tokenizer(config.model_dir)
 
 
-def assemble(
-    intake: Intake,
-    runner: Runner,
-    plugins: Mapping[str, Plugin],
-    drafting: DraftPlanner | None,
-    fetcher: Fetcher | None,
-) -> Scheduler:
-    """Make the scheduler, with the cache and its manager.
-
-    ``drafting`` and ``fetcher`` replace those of ``plugins``. Raises ConfigError.
-    """
+def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin]) -> Scheduler:
+    """Make the scheduler, with the cache and its manager. Raises ConfigError."""
     config = intake.config
     settings = cache_config(config, runner)
     options: Mapping[str, Any] = {}
@@ -198,26 +184,22 @@ def assemble(
         owns_states=runner.memory.owns_states,
         **options,
     )
-    for plugin in plugins.values():
-        found = plugin.open_manager(manager, runner)
-        fetcher = found if fetcher is None else fetcher
-    fetching = None if fetcher is None else Fetching(manager, fetcher)
+    opened = [plugin.open_manager(manager, runner) for plugin in plugins.values()]
+    fetcher = next((one for one in opened if one is not None), None)
     speculation = cast("SpeculationPlugin | None", plugins.get("speculation"))
-    if drafting is None and speculation is not None:
-        drafting = speculation.draft_planner(runner, shares=caches)
     return Scheduler(
         manager,
         max_running=config.max_running,
         token_budget=config.token_budget,
         admission=make_admission(config.admission),
         shares=caches,
-        drafting=drafting,
-        fetching=fetching,
+        drafting=None if speculation is None else speculation.draft_planner(runner, shares=caches),
+        fetching=None if fetcher is None else Fetching(manager, fetcher),
         clock=intake.clock,
     )
 
 
-def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
+def cache_config(config: EngineConfig, runner: ModelRunner) -> CacheConfig:
     """Return the config of the cache for the runner's pools."""
     memory = runner.memory
     return CacheConfig(

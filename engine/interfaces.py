@@ -1,18 +1,11 @@
-"""Interfaces of the engine: model runner, sampler and observer."""
+"""Reports of a runner and of a step, and the error of a runner that is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from msgspec import Struct
-
-from engine.requests.request import SamplingInput
-from engine.schedule.scheduler import Batch, Newest, PendingTokens
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.scheduling.memory_sizes import MemorySizes
-from hybridcache.tokens import Indices, Tokens
 
 
 class Exactness(Struct, frozen=True):
@@ -81,83 +74,3 @@ Observer = Callable[[StepReport], None]
 
 class RunnerLost(RuntimeError):
     """The runner can compute nothing any more; the message gives the reason in one sentence."""
-
-
-class Runner(Protocol):
-    """Interface between the engine and the runner of a model."""
-
-    @property
-    def memory(self) -> MemorySizes: ...
-
-    @property
-    def max_model_len(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def geometry(self) -> ModelGeometry: ...
-
-    @property
-    def exactness(self) -> Exactness: ...
-
-    @property
-    def step_state_bytes(self) -> int:
-        """Bytes of the states after each verified token, outside the cache's memory."""
-
-    @property
-    def is_asynchronous(self) -> bool:
-        """True if ``forward`` returns before the device is done."""
-
-    def forward(self, batch: Batch, drawn: Any = None) -> Any:
-        """Compute a batch and return its logits: one row for a segment with ``logits`` "last", one
-        per token for "all".
-
-        ``drawn`` are the ``tokens`` sampled by the previous step, for ``batch.late_tokens``.
-        """
-
-    def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """Accept ``taken`` tokens of each segment with drafts of the ``batch`` computed last; 0 if
-        its state is not needed.
-
-        Its state advances by that many tokens. Exports up to that position are in their slots
-        afterwards. Not called for a batch without drafts.
-        """
-
-    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
-        """Draft tokens after each newest token, which is not computed yet, with the model's
-        multi-token head.
-
-        Returns at most ``most`` tokens for each (1 or more) as int32. Called between the ``commit``
-        of a batch and the next ``forward``.
-        """
-
-    def attach_tiers(self, copier: Callable[..., Any], num_host_rows: int) -> float | None:
-        """Execute transfers between tiers with the copier that ``copier`` makes for this runner: of
-        the arena (uint8 ``[N, row_bytes]``), its sizes, the device and ``num_host_rows``.
-
-        Returns the measured bandwidth from host memory to the device; None if there is no host
-        tier. Raises ModelError if the memory cannot be allocated.
-        """
-
-    def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
-        """Describe everything that the bits of KV and states depend on, and their layout: engines
-        that share these can exchange them. ``weights_digest`` is a saved digest of the weights; if
-        it is None, the weights are read."""
-
-    def table_row(self, row: int, end: int) -> Indices:
-        """Return the KV indices of the positions of ``row`` below ``end``, as far as batches
-        assigned them: int32, a view."""
-
-
-class TokenSampler(Protocol):
-    """Interface between the engine and the sampler."""
-
-    def launch(
-        self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
-    ) -> PendingTokens:
-        """Start sampling a token for each request from its row of ``logits``, without waiting for
-        the device."""
-
-    def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> PendingTokens:
-        """Start computing the log-probabilities of the given tokens, one per row."""

@@ -15,22 +15,25 @@ It serves tests, and studies that need the engine's schedule without the cost of
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
 
+from engine import Engine, EngineConfig
 from engine.interfaces import Exactness
 from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput
-from engine.schedule.scheduler import KEPT, Batch, Newest, Segment
+from engine.schedule.scheduler import KEPT, Batch, Newest, Scheduler, Segment
 from engine.text.outputs import SampledToken
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
@@ -63,6 +66,13 @@ class RowMark(NamedTuple):
 Stored = tuple[RowMark | OracleState, int]
 """Contents of a row of a host or disk tier: a KV row with its namespace, or a state with the number
 of the piece."""
+
+
+def engine_with(hooks: Callable[[CacheManager], dict], config: EngineConfig, **parts: object):
+    """Return an engine with these ``hooks`` of the scheduler in place of those of its plugins."""
+    make = lambda manager, **options: Scheduler(manager, **options | hooks(manager))  # noqa: E731
+    with patch("engine.engine.Scheduler", make):
+        return Engine(config, **parts)
 
 
 class OracleRunner:
@@ -148,7 +158,7 @@ class OracleRunner:
         return self._table.get(row, np.empty(0, np.int32))[:end]
 
     def attach_tiers(self, copier: object, num_host_rows: int) -> None:
-        """See ``Runner.attach_tiers``. Transfers are simulated here, and ``copier`` is ignored."""
+        """See ``ModelRunner``. Transfers are simulated here, and ``copier`` is ignored."""
 
     exactness, step_state_bytes = Exactness(), 0
 

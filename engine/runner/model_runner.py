@@ -482,20 +482,29 @@ class ModelRunner:
 
     @torch.inference_mode()
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
-        """Draft tokens with the multi-token head; see ``Runner.guess``."""
+        """Draft at most ``most`` tokens (1 or more) after each newest token, which is not computed
+        yet, with the multi-token head. Called between the ``commit`` of a batch and the next
+        ``forward``."""
         assert self._predictor is not None, "no multi-token head is loaded"
         self.device.make_current()
         at = [one._replace(slot=self.running.at(one.slot)) for one in newest]
         return self._predictor.guess(at, most)
 
     def attach_tiers(self, copier: Callable[..., Any], num_host_rows: int) -> float | None:
-        """See ``Runner.attach_tiers``."""
+        """Execute transfers between tiers with the copier that ``copier`` makes of the arena (uint8
+        ``[N, row_bytes]``), its sizes, the device and ``num_host_rows``.
+
+        Returns the measured bandwidth from host memory to the device; None if there is no host
+        tier. Raises ModelError if the memory cannot be allocated.
+        """
         made = copier(self.tensors.rows, self.memory, self.device, num_host_rows)
         self._transfer = made.make
         return cast("float | None", made.host_bytes_per_s)
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
-        """See ``Runner.identity``. O(bytes of the weights), unless their digest is given."""
+        """Describe everything that the bits of KV and states depend on, and their layout: engines
+        that share these can exchange them. O(bytes of the weights), unless their saved digest is
+        given."""
         config, weights = self._config, f"dummy, seed {self._config.seed}"
         if config.load_format != "dummy":
             weights = weights_digest or digest_of_weights(config.model_dir)

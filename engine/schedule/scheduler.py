@@ -50,7 +50,7 @@ class PendingTokens(Protocol):
     """Tokens that the device may still be computing."""
 
     tokens: Any
-    """Argument of ``Runner.forward``, before the tokens have arrived."""
+    """Argument of ``ModelRunner.forward``, before the tokens have arrived."""
 
     def wait(self) -> Sequence[SampledToken]:
         """Wait until the tokens are computed, and return them."""
@@ -80,8 +80,8 @@ class Segment(Struct, frozen=True):
     namespace: Hashable = None
     """Namespace of the request's prefixes. Only a runner that verifies its reads uses it."""
     num_drafts: int = 0
-    """Number of draft tokens at the end of a decode. ``Runner.commit`` writes its state and its
-    exports."""
+    """Number of draft tokens at the end of a decode. ``ModelRunner.commit`` writes its state and
+    its exports."""
     request: Request = None  # type: ignore[assignment]
     """Request of the tokens; set in every segment that the scheduler makes."""
     lease: object = None

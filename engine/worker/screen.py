@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from engine.config import BUILTIN_PROMPTS
 from engine.engine import Engine
 from engine.text.tokenizer import IdTokenizer
 from hybridcache.geometry.units import counted, format_bytes
-
-if TYPE_CHECKING:
-    from engine.runner.model_runner import ModelRunner
 
 
 def start_screen(engine: Engine, address: str) -> str:
@@ -28,7 +25,7 @@ def screen_text(rows: Iterable[tuple[str, str]]) -> str:
 def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     """Return the rows (name, words) of the start screen."""
     config, report = engine.config, engine.report()
-    runner = cast("ModelRunner", engine.runner)
+    runner = engine.runner
     geometry, memory, sizes = runner.geometry, runner.memory, report.bytes
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
     note = "" if dtype == of_files else f" (the model's is {of_files})"

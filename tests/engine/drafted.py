@@ -20,6 +20,7 @@ from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.test_hits_change_nothing import HYBRID
+from tests.oracle import engine_with
 
 MODEL = HYBRID | {"vocab_size": 320}
 MakeEngine = Callable[..., Engine]
@@ -98,17 +99,12 @@ def drafting_engine(
     config = engine_config(**settings)
     runner = load_runner(config)
     runner.tensors.rows.fill_(255)
-    drafting = None
+    hooks: dict[str, Any] = {}
     if drafter is not None:
         source = Source(drafter, partial(DraftLength, 5))
-        drafting = Drafting([source], max_verified=config.num_step_states)
-    return Engine(
-        config,
-        runner=runner,
-        sampler=Sampler(),
-        tokenizer=HFTokenizer(),
-        drafting=drafting,
-    )
+        hooks["drafting"] = Drafting([source], max_verified=config.num_step_states)
+    parts = {"runner": runner, "sampler": Sampler(), "tokenizer": HFTokenizer()}
+    return engine_with(lambda _: hooks, config, **parts)
 
 
 def engine_with_head(

@@ -11,11 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.plugins.disaggregation.prefix_fetch import ReceivedPrefix
 from engine.requests.request import Request
-from engine.schedule.fetching import Fetch
+from engine.schedule.fetching import Fetch, Fetching
 from hybridcache.api import PrefixMatch
 from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
-from tests.oracle import OracleRunner, OracleSampler, OracleState, fingerprint
+from tests.oracle import OracleRunner, OracleSampler, OracleState, engine_with, fingerprint
 
 GREEDY = SamplingParams(max_tokens=5)
 
@@ -103,9 +103,9 @@ def write(runner: OracleRunner, arrival: ReceivedPrefix, request: Request) -> No
 
 
 def make(fetcher: SlowFetcher, kv: int, slots: int, max_running: int) -> Engine:
-    runner = OracleRunner(kv, slots, exact=True)
+    parts = {"runner": OracleRunner(kv, slots, exact=True), "sampler": OracleSampler(320)}
     config = engine_config(check=True, exact=True, max_running=max_running)
-    engine = Engine(config, runner=runner, sampler=OracleSampler(320), fetcher=fetcher)
+    engine = engine_with(lambda m: {"fetching": Fetching(m, fetcher)}, config, **parts)
     fetcher.engine = engine
     return engine
 

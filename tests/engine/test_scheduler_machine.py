@@ -25,7 +25,7 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.policies.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
-from tests.oracle import Fingerprints, OracleRunner, OracleSampler, fingerprint
+from tests.oracle import Fingerprints, OracleRunner, OracleSampler, engine_with, fingerprint
 
 VOCABULARY = 320
 SAMPLER = OracleSampler(VOCABULARY)
@@ -110,7 +110,7 @@ def make_engine(
     )
     # A request that begins with a load takes two slots: its own, and one for the loaded state.
     runner.most_slabs += host_rows is not None or disk_rows is not None
-    return Engine(config, runner=runner, sampler=SAMPLER, drafting=drafting)
+    return engine_with(lambda _: {"drafting": drafting}, config, runner=runner, sampler=SAMPLER)
 
 
 def answer(

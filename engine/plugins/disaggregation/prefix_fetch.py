@@ -21,10 +21,10 @@ import zmq
 from engine.config import EngineConfig
 from engine.core import Plugin
 from engine.errors import InvalidRequest, RequestError
-from engine.interfaces import Runner
 from engine.plugins.disaggregation import DisaggregationConfig, wire
 from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request, RequestSpec, SamplingParams
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.fetching import Fetch
 from engine.text.outputs import Transferred
 from hybridcache.allocators.moves import Move
@@ -231,7 +231,7 @@ class PeerFetcher:
     def __init__(
         self,
         manager: CacheManager,
-        runner: Runner,
+        runner: ModelRunner,
         config: EngineConfig,
         counts: wire.TransferCounts,
     ) -> None:
@@ -359,7 +359,7 @@ class PeerFetcher:
 class DecodePlugin(Plugin):
     """Has prompts computed by prefill engines (setting ``role`` decode)."""
 
-    def open_manager(self, manager: CacheManager, runner: Runner) -> PeerFetcher:
+    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> PeerFetcher:
         """See ``Plugin``."""
         self.counts = wire.TransferCounts()
         return PeerFetcher(manager, runner, self.config, self.counts)

@@ -19,9 +19,7 @@ import numpy as np
 import torch
 import zmq
 
-from engine.config import ConfigError
 from engine.errors import WireError
-from engine.interfaces import Runner
 from engine.messages import plain
 from engine.requests.request import RequestSpec
 from engine.runner.device import HostCopy
@@ -220,7 +218,7 @@ PIECE_BYTES = 4 << 20
 """Maximum size of one message, except for a state and the KV of a single token."""
 
 
-def identity(runner: Runner) -> dict[str, str]:
+def identity(runner: ModelRunner) -> dict[str, str]:
     """Describe all properties that two engines must share. O(bytes of the weights)."""
     return {"transfer protocol": PROTOCOL, **runner.identity()}
 
@@ -228,10 +226,7 @@ def identity(runner: Runner) -> dict[str, str]:
 class PrefixBuffer:
     """Reads and writes a runner's memory. For the thread that computes, between two steps."""
 
-    def __init__(self, runner: Runner) -> None:
-        """Raises ConfigError for a runner with memory that cannot be read between two steps."""
-        if not isinstance(runner, ModelRunner):
-            raise ConfigError("a role requires a ModelRunner, because its memory is read.")
+    def __init__(self, runner: ModelRunner) -> None:
         self._settle, self._slab_rows = runner.return_states, runner.memory.slab_rows
         self._rows = runner.tensors.rows.view(runner.dtype)
         self.row_bytes, self.state_bytes = runner.memory.row_bytes, runner.memory.slot_bytes

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from engine.config import EngineConfig
 from engine.core import Plugin
-from engine.interfaces import Runner
 from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.drafters import (
     Drafter,
@@ -22,6 +21,7 @@ from engine.plugins.speculation.drafters import (
     TreeDrafter,
 )
 from engine.requests.request import Request
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Draft, DraftPlanner, Segment
 from engine.text.outputs import DraftCounts
 from hybridcache.geometry.units import counted, format_bytes
@@ -161,7 +161,7 @@ class Drafting(DraftPlanner):
     ) -> Drafting:
         """Make a manager for the drafters named by ``words``, with their maximum lengths.
 
-        ``guess`` is ``Runner.guess``. ``shares``: drafts may use the texts of other requests.
+        ``guess`` is ``ModelRunner.guess``. ``shares``: drafts may use the texts of other requests.
         """
         sources: list[Source] = []
         for word, most in words.items():
@@ -278,7 +278,7 @@ class SpeculationPlugin(Plugin):
         super().__init__(config)
         self.settings = config.of(SpeculationConfig)
 
-    def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
+    def draft_planner(self, runner: ModelRunner, *, shares: bool) -> DraftPlanner | None:
         words, room = self.settings.drafters, self.config.num_step_states
         self._state_bytes = runner.step_state_bytes
         limit = self.settings.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)

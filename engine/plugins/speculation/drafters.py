@@ -170,7 +170,7 @@ class SuffixDrafter(Drafter):
 
 
 Guess = Callable[[Sequence[Newest], Sequence[int]], Sequence[Tokens]]
-"""See ``Runner.guess``."""
+"""See ``ModelRunner.guess``."""
 
 
 class HeadDrafter(Drafter):

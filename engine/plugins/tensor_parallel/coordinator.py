@@ -33,7 +33,7 @@ import torch.distributed
 from engine.config import EngineConfig
 from engine.core import Plugin
 from engine.errors import describe_exit
-from engine.interfaces import Runner, RunnerLost
+from engine.interfaces import RunnerLost
 from engine.layers.linear import Rank
 from engine.models import read_model
 from engine.runner.build import load_runner
@@ -110,13 +110,13 @@ CODE = (
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One operation of ``Runner`` that all ranks execute."""
+    """One operation of ``ModelRunner`` that all ranks execute."""
 
     batch: Batch
     num_drawn: int | None = None
     """Number of tokens drawn by the previous step, which rank 0 distributes, or None."""
     taken: tuple[int, ...] | None = None
-    """Argument of ``Runner.commit``, or None for ``Runner.forward``."""
+    """Argument of ``ModelRunner.commit``, or None for ``ModelRunner.forward``."""
 
 
 def follow(descriptor: int) -> None:
@@ -321,7 +321,7 @@ class LeadingRunner(ModelRunner):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
-        """See ``Runner.forward``. Raises RunnerLost if a rank has gone."""
+        """See ``ModelRunner.forward``. Raises RunnerLost if a rank has gone."""
         with self._together(Order(batch, None if drawn is None else len(drawn))):
             if drawn is not None:
                 self.group.gather(drawn.contiguous())
@@ -329,7 +329,7 @@ class LeadingRunner(ModelRunner):
 
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """See ``Runner.commit``."""
+        """See ``ModelRunner.commit``."""
         with self._together(Order(batch, taken=tuple(taken))):
             super().commit(batch, taken)
 
@@ -359,7 +359,7 @@ class TensorParallelPlugin(Plugin):
 
     _followers: Followers | None = None
 
-    def open_manager(self, manager: CacheManager, runner: Runner) -> None:
+    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> None:
         self._followers = runner.followers if isinstance(runner, LeadingRunner) else None
 
     def on_idle(self) -> float | None:

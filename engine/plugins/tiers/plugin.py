@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
-from engine.interfaces import Runner, StepReport
+from engine.interfaces import StepReport
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk, Kind
 from engine.plugins.tiers.prefixes import RecordPart, covering
@@ -23,6 +23,7 @@ from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging, is_kept
 from engine.plugins.tiers.tier_copies import TierCopier
 from engine.runner.backends import digest_of
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, OffloadReport, TierReport
 from engine.schedule.scheduler import KEPT
@@ -139,12 +140,12 @@ class TierPlugin(Plugin):
         """True if something was computed since the policy state was saved."""
         self._saved_at, self._took_s = time.perf_counter(), 0.0
 
-    def size_cache(self, cache: CacheConfig, runner: Runner) -> CacheConfig:
+    def size_cache(self, cache: CacheConfig, runner: ModelRunner) -> CacheConfig:
         self._sizes = sizes = TierSizes.of(self.config, runner.memory)
         return replace(cache, host_bytes=sizes.host, disk_bytes=sizes.disk)
 
     def open_cache(
-        self, cache: HybridRadixCache, runner: Runner, tokenizer: Tokenizer | None
+        self, cache: HybridRadixCache, runner: ModelRunner, tokenizer: Tokenizer | None
     ) -> Mapping[str, Any]:
         """See ``Plugin``. Raises StoreError for another fingerprint or an unusable folder."""
         assert isinstance(cache, TieredRadixCache), "the cache was made with tiers"
@@ -163,7 +164,7 @@ class TierPlugin(Plugin):
         return {"exchange": self.exchange}
 
     def _open_disk(
-        self, store: RecordStore, runner: Runner, tokenizer: Tokenizer | None, num_rows: int
+        self, store: RecordStore, runner: ModelRunner, tokenizer: Tokenizer | None, num_rows: int
     ) -> None:
         folder, memory = store.folder, runner.memory
         template = tokenizer and tokenizer.chat_template
@@ -194,7 +195,7 @@ class TierPlugin(Plugin):
             )
         self.adopt()
 
-    def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
+    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Fetcher | None:
         """See ``Plugin``. The fetcher reads from disk for waiting requests."""
         self._manager = manager
         if self.disk is None:
