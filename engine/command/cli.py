@@ -159,12 +159,12 @@ def _parser(arguments: Sequence[str]) -> Parser:
 
 def _plugin(verb: str) -> Any:
     if verb == "record":
-        from engine.plugins.record import command as record
+        from engine.plugins.record import proxy
 
-        return record
-    from engine.plugins.convert import command
+        return proxy
+    from engine.plugins.convert import converter
 
-    return command
+    return converter
 
 
 def _add_serve(serve: Parser) -> None:

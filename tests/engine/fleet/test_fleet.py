@@ -15,8 +15,7 @@ from engine import EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError
 from engine.messages import AskReport, AskView, OpenView
-from engine.plugins.replicas.replica import EngineReplica
-from engine.plugins.replicas.replicas_client import FleetChannel
+from engine.plugins.replicas.replicas_client import EngineReplica, FleetChannel
 from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
 from hybridcache.routing.registry import find_router
