@@ -9,9 +9,9 @@ Restart and disk tier share their records:
 - If there is no room, records without such rows are removed, the least recently used first.
 
 All methods are for the engine's thread. ``RecordStore`` is used by the disk thread alone, after the
-constructor. A damaged record is forgotten by ``settle``, with its continuations. If the file system
-refuses anything, or a job takes longer than ``DEADLINE_S``, the disk is off until the engine starts
-again: nothing is read or written any more, and all rows are lost.
+constructor. A damaged record is forgotten by ``settle``, with its continuations. If a job fails, or
+takes longer than ``DEADLINE_S``, the disk is off until the engine starts again: nothing is read or
+written any more, and all rows are lost.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Disk:
 
     @property
     def is_off(self) -> bool:
-        """True after the file system refused anything, or did not respond for ``DEADLINE_S``.
+        """True after a job failed, or the file system did not respond for ``DEADLINE_S``.
         Reported once."""
         started_s = self._started_s
         if started_s is not None and time.monotonic() - started_s > DEADLINE_S:
@@ -294,8 +294,8 @@ class Disk:
         """Run ``work`` in the disk thread, or end that if it is None. Urgent jobs are first, others
         in order of submission.
 
-        After an OSError, which is reported as "not possible to ``what``", the disk is off. The
-        result is None then.
+        After an error, which is reported as "not possible to ``what``", the disk is off. The result
+        is None then.
         """
         done: Future[Any] = Future()
         self._jobs.put((priority, next(self._numbers), what, work, done))
@@ -310,12 +310,10 @@ class Disk:
             self._started_s = time.monotonic()
             try:
                 done.set_result(None if self._failure else work())
-            except OSError as error:
-                self._turn_off(f"it was not possible to {what} ({error.strerror or error})")
-                done.set_result(None)
             except BaseException as error:
-                logger.exception("A job of the disk thread failed.")
-                done.set_exception(error)
+                reason = getattr(error, "strerror", None) or repr(error)
+                self._turn_off(f"it was not possible to {what} ({reason})")
+                done.set_result(None)
             self._started_s = None
             del work, done  # Contents of a record are released when nothing else has them.
 

@@ -139,6 +139,7 @@ class TierPlugin(Plugin):
         self._has_changes = False
         """True if something was computed since the policy state was saved."""
         self._saved_at, self._took_s = time.perf_counter(), 0.0
+        self._has_warned = False
 
     def size_cache(self, cache: CacheConfig, runner: ModelRunner) -> CacheConfig:
         self._sizes = sizes = TierSizes.of(self.config, runner.memory)
@@ -248,15 +249,16 @@ class TierPlugin(Plugin):
 
         def packed() -> bytes | None:
             data = pack(body)
-            if len(data) <= self._sizes.memory:
-                return data
-            logger.warning(
-                "The policy state is not written to %s: it would take %d of at most %d bytes.",
-                self.config.of(TierConfig).state_dir,
-                len(data),
-                self._sizes.memory,
-            )
-            return None
+            is_too_large = len(data) > self._sizes.memory
+            if is_too_large and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "The policy state is not written to %s: it would take %d of at most %d bytes.",
+                    self.config.of(TierConfig).state_dir,
+                    len(data),
+                    self._sizes.memory,
+                )
+            return None if is_too_large else data
 
         disk.write_file(NAME, packed)
         return None

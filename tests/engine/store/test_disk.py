@@ -173,7 +173,7 @@ def test_a_damaged_record_is_removed_with_its_descendants(tmp_path: Path) -> Non
 
 
 class FailingSystem:
-    """Faults of one system call in the disk's thread while ``number`` is set, with their count."""
+    """Faults of one system call in the disk's thread while ``number`` is set; 0: no memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
         self.number: int | None = None
@@ -184,7 +184,7 @@ class FailingSystem:
             if self.number is None or threading.current_thread().name != "disk":
                 return real(*args, **options)
             self.count += 1
-            raise OSError(self.number, os.strerror(self.number))
+            raise (OSError if self.number else MemoryError)(self.number, os.strerror(self.number))
 
         monkeypatch.setattr(os, call, attempt)
 
@@ -195,7 +195,7 @@ class FailingSystem:
         ("rename", errno.ENOSPC),
         ("rename", errno.EIO),
         ("open", errno.EMFILE),
-        ("open", errno.EACCES),
+        ("open", 0),
         ("unlink", errno.EROFS),
     ],
 )
