@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -162,7 +163,7 @@ def _refuse_unfit(label: str, found: type[Any], protocol: type[Any]) -> None:
 
 def _called(name: str) -> Any:
     """Return a method that calls the method ``name`` of the user's policy."""
-    return lambda self, *arguments: self._call(
+    return lambda self, *arguments: self.call(
         name, lambda policy: getattr(policy, name)(*arguments)
     )
 
@@ -173,7 +174,7 @@ def _noted(name: str) -> Any:
     The failure is kept, so that the operation of the cache is finished.
     """
 
-    def note(self: _Guard, *arguments: object) -> None:
+    def note(self: Guard, *arguments: object) -> None:
         if self.failure is None:
             try:
                 _called(name)(self, *arguments)
@@ -183,7 +184,7 @@ def _noted(name: str) -> Any:
     return note
 
 
-class _Guard:
+class Guard:
     """Caller of a user's methods. Their exceptions become a PolicyError with method and line."""
 
     def __init__(self, label: str, policy: Any) -> None:
@@ -200,7 +201,7 @@ class _Guard:
             raise AttributeError(name)
         return getattr(self._policy, name)
 
-    def _call(self, name: str, call: Callable[[Any], Any]) -> Any:
+    def call(self, name: str, call: Callable[[Any], Any]) -> Any:
         """Return the result of ``call``, which takes the user's policy and calls its method
         ``name``."""
         try:
@@ -220,7 +221,7 @@ class _Guard:
             raise PolicyError(f"{self._label!r}: {fault}") from error
 
 
-class GuardedEviction(_Guard, EvictionPolicy):
+class GuardedEviction(Guard, EvictionPolicy):
     """A user's eviction policy. Refuses a victim that is no candidate. O(1) in addition to it.
 
     After its first failure it is not called any more; see ``EvictionPolicy.failure``.
@@ -262,7 +263,7 @@ class GuardedEviction(_Guard, EvictionPolicy):
     def victim(self, kind: Kind | None) -> Item | None:
         if self.failure is None:
             try:
-                victim: Item | None = self._call("victim", lambda policy: policy.victim(kind))
+                victim: Item | None = self.call("victim", lambda policy: policy.victim(kind))
                 is_held = isinstance(victim, Hashable) and victim in self._held
                 if is_held and kind in (None, getattr(victim, "kind", None)):
                     return victim
@@ -279,7 +280,7 @@ class GuardedEviction(_Guard, EvictionPolicy):
         return next((item for item in self._held if kind in (None, item.kind)), None)
 
 
-class GuardedPlacement(_Guard, PlacementPolicy):
+class GuardedPlacement(Guard, PlacementPolicy):
     """A user's placement policy. Refuses malformed positions.
 
     The first failure of a notification is raised by the next ``plan``.
@@ -300,7 +301,7 @@ class GuardedPlacement(_Guard, PlacementPolicy):
             return [Placed(at, str(label)) for at, label in prefill.on_grid(wanted).items()]
 
         raise_failure(self.failure)
-        found: list[Placed] = self._call("plan", plan)
+        found: list[Placed] = self.call("plan", plan)
         return found
 
     def decode_interval(self) -> int | None:
@@ -308,11 +309,11 @@ class GuardedPlacement(_Guard, PlacementPolicy):
             found = policy.decode_interval()
             return None if found is None else require_index(found, "the interval", 1)
 
-        found: int | None = self._call("decode_interval", interval)
+        found: int | None = self.call("decode_interval", interval)
         return found
 
 
-class GuardedAdmission(_Guard, AdmissionPolicy):
+class GuardedAdmission(Guard, AdmissionPolicy):
     """A user's admission policy. Refuses requests that do not wait, and repeated requests."""
 
     arrived = _called("arrived")
@@ -324,8 +325,10 @@ class GuardedAdmission(_Guard, AdmissionPolicy):
     @property
     def wakes_at_s(self) -> float | None:  # type: ignore[override]
         """Attribute of the user's policy."""
-        wakes_at_s: float | None = self._policy.wakes_at_s
-        return wakes_at_s
+        at: float | None = self.call("wakes_at_s", lambda policy: policy.wakes_at_s)
+        if not isinstance(at, Real | None):
+            raise PolicyError(f"{self._label!r}: wakes_at_s must be a number or None (got {at!r})")
+        return at
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
         def order(policy: AdmissionPolicy) -> list[WaitingRequest]:
@@ -334,7 +337,7 @@ class GuardedAdmission(_Guard, AdmissionPolicy):
                 raise ValueError("return waiting requests, each at most once")
             return ordered
 
-        found: list[WaitingRequest] = self._call("order", order)
+        found: list[WaitingRequest] = self.call("order", order)
         return found
 
 

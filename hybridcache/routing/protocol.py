@@ -19,6 +19,7 @@ from hybridcache.policies.protocol import (
     require_boundaries,
     require_placement,
 )
+from hybridcache.policies.user import Guard
 from hybridcache.tokens import (
     require_bool,
     require_grid,
@@ -220,8 +221,8 @@ class Router:
             NoReplica: no replica is up.
             TypeError, ValueError: a field of the request is malformed, its id is that of a running
                 request, or ``now`` decreases. Nothing is counted.
-            ValueError: ``choose`` returned no ``Choice`` of a replica that is up, or a length that
-                is not one of the prompt.
+            ValueError: ``choose`` failed in an own router, or returned no ``Choice`` of a replica
+                that is up, or a length that is not one of the prompt.
         """
         if not isinstance(request, RouteRequest):
             raise TypeError(f"request must be a RouteRequest (got {type(request).__name__}).")
@@ -233,7 +234,11 @@ class Router:
         self._set_time(now)
         if not self.loads:
             raise NoReplica("No replica is up. Try again when one has joined.")
-        choice = self.choose(request, now)
+        if type(self).__module__.startswith("hybridcache.routing."):
+            choice = self.choose(request, now)
+        else:
+            guard = Guard(f"{type(self).__module__}:{type(self).__name__}", self)
+            choice = guard.call("choose", lambda own: own.choose(request, now))
         num_ids = len(request.tokens)
         is_choice = isinstance(choice, Choice) and choice.replica in self.loads
         if not is_choice or choice.expected_len not in range(num_ids + 1):

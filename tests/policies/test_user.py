@@ -21,6 +21,7 @@ from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
 from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
+from hybridcache.policies.user import GuardedAdmission
 from tests.cache.serving import hybrid, serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
@@ -157,6 +158,8 @@ def test_a_file_with_the_name_of_another_module_is_named() -> None:
 def test_an_object_that_is_no_policy_is_named() -> None:
     with pytest.raises(ValueError, match="it does not implement PlacementPolicy: give a name"):
         parse_placement(5)  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match=r"wakes_at_s must be a number or None \(got 'soon'\)"):
+        str(GuardedAdmission("own", type("Own", (), {"wakes_at_s": "soon"})).wakes_at_s)
     with pytest.raises(ValueError, match="end is named twice"):
         parse_placement("end,backoff,end")
     with pytest.raises(ValueError, match="'every' needs a whole number of at least 1"):
@@ -197,9 +200,7 @@ def test_a_policy_takes_parameters(policy: object) -> None:
     existing = list(Weighted.instances)
     cache = hybrid(100, 2, state_bytes=9, eviction=policy)
     created = cache.policy._policy
-    assert created.weight == 2.5 == cache.policy.weight and created not in existing, (
-        "the instance is shared by caches"
-    )
+    assert created.weight == 2.5 == cache.policy.weight and created not in existing
     runs = simulate("short?head=60", gib=(0.3, 0.5), policy=["lru", policy], bound=False).runs
     by_name = simulate(
         "short?head=60", gib=(0.3, 0.5), policy=f"{__name__}:Weighted(weight=2.5)", bound=False

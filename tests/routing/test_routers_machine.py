@@ -260,8 +260,6 @@ class NewestReplica(Router):
 
 
 class NotARouter:
-    """Class with the right method but without the base class."""
-
     choose = NewestReplica.choose
 
 
@@ -281,6 +279,9 @@ def test_a_custom_router_is_found_by_its_path() -> None:
         find_router(f"{here}:NotARouter")
     with pytest.raises(ValueError, match="already joined"):
         router.joined(0, 0)
+    router.joined("a", 0)
+    with pytest.raises(ValueError, match=r"choose raised TypeError: '>' not .*machine.py, line"):
+        router.route(RouteRequest(2, (1,)), 0)
     with pytest.raises(TypeError, match="override choose"):
         abstract = Router(spec())
         abstract.joined(0, 0)
