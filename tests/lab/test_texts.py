@@ -157,6 +157,7 @@ def test_unread_text_is_suggested_as_answer(words: str, end: str, tmp_path: Path
         ({"messages": [{"role": "robot", "content": "a"}]}, "role is 'robot', none of system"),
         ({"prompt": "b", "time": "2026-01-01T00:00:00"}, "it has a date without a zone, but the"),
         ({"role": "user", "content": "a"}, "field 'session' is missing"),
+        ({"prompt": "b", "answer": {"choices": [5]}}, r"choices is \[5\], not a list of objects"),
         ({"messages": [{"role": "user", "parts": ["a"]}]}, "field 'content' is missing"),
         *(
             ({"prompt": "b", "answer": answer}, "its answer is .*, not a text, a message")

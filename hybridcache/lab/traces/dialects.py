@@ -97,13 +97,13 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
         return _begun("".join(map(_output_item, response))), 0, ""
     if not isinstance(response, dict):
         raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
-    choice = (response.get("choices") or [{}])[0]
-    reason = STOP_REASONS.get(response.get("stop_reason") or choice.get("finish_reason"), "")
+    choice = Record(response).objects("choices")[0] if response.get("choices") else Record()
+    reason = STOP_REASONS.get(str(response.get("stop_reason") or choice.get("finish_reason")), "")
     message = response if "content" in response else choice.get("message", response.get("message"))
     if isinstance(message, dict):
         return message_text(Record(message)), 0, reason
     if "text" in choice:
-        return Record(choice).text("text"), 0, reason
+        return choice.text("text"), 0, reason
     usage = Record(response.get("usage") or {})
     if length := usage.first(("completion_tokens", "output_tokens")):
         return None, usage.whole(length), reason
