@@ -11,7 +11,7 @@ out. A ``Config`` records the keys that are read, so that a family can refuse th
 >>> format.read({"hidden_size": "64"})
 Traceback (most recent call last):
     ...
-hybridcache.geometry.sizes.SizesError: hidden_size in config.json must be int (got "64").
+hybridcache.geometry.sizes.SizesError: hidden_size in config.json must be an integer (got "64").
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ ROPE_KEYS: Mapping[str, Any] = {
 }
 """Keys of rotary embeddings, which may be nested; see ``rope`` in the engine."""
 
+WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
+WORDS |= {f"list[{k}]": f"a list of {WORDS[k].split()[1]}s" for k in ("int", "float", "str")}
+WORDS |= {"list": "a list", "dict": "an object", "None": "null"}
 FLOATS = ("Infinity", "-Infinity", "NaN")
 COMMON: Mapping[str, Any] = {
     "dtype": str | None,
@@ -171,7 +174,8 @@ def checked(name: str, value: Any, kind: Any) -> Any:
         SizesError: the value has another type.
     """
     if not fits(value, kind):
-        wanted = kind.__name__ if isinstance(kind, type) else kind
+        names = (kind.__name__ if isinstance(kind, type) else str(kind)).split(" | ")
+        wanted = " or ".join(WORDS[each] for each in names)
         raise SizesError(f"{name} in config.json must be {wanted} (got {json.dumps(value)}).")
     return float(value) if kind is float else value
 
