@@ -257,7 +257,7 @@ class EngineConfig(Settings):
     """Sampling parameters of a request that sets none; model: those of its
     generation_config.json."""
     seed: Annotated[int, SEED] = 0
-    """Seed of dummy weights, and of requests without a seed."""
+    """Seed of dummy weights, and of requests without a seed, such as all messages of a chat."""
 
     prefix_cache: Literal["hybrid", "none"] = "hybrid"
     """hybrid: KV, and checkpoints of states if the model has any; none: no cache."""

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         open_closed_streams()
         end_by_exception(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        warnings.showwarning = lambda text, *_, **__: print(f"engine: {text}", file=sys.stderr)
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # Before torch is imported.
     name, flags = "engine", set[str]()

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -288,6 +289,7 @@ class EngineWorker:
 def main(folder: str, config: str, address: str, log_level: str) -> int:
     """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
     log_to_stderr(log_level, "engine")
+    warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
     worker = EngineWorker(folder, sys.stdin.fileno())
     try:
         from engine.runner import build  # noqa: F401  # With torch, whose objects stay.
