@@ -161,12 +161,12 @@ def _parser(arguments: Sequence[str]) -> Parser:
 
 def _plugin(verb: str) -> Any:
     if verb == "record":
-        from engine.plugins.record import proxy
+        from engine.plugins.record import command as record
 
-        return proxy
-    from engine.plugins.convert import converter
+        return record
+    from engine.plugins.convert import command
 
-    return converter
+    return command
 
 
 def _add_serve(serve: Parser) -> None:

@@ -277,7 +277,7 @@ def recording(to: str, out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]
     """Yield (recording process, its address). It starts as under a shell that ignores SIGINT."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-        "import engine.plugins.record.proxy as r; r.GRACE_S = 1;"
+        "import engine.plugins.record.command as r; r.GRACE_S = 1;"
         "from engine.command.cli import main;"
         f"sys.exit(main({['record', '--to', to, '--out', str(out), '--port', '0']!r}))"
     )

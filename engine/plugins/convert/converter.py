@@ -5,7 +5,6 @@ The format of each weight is decided before any is read.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -23,7 +22,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from engine.hub import resolve_folder
 from engine.layers.linear import FULL_PRECISION
 from engine.weights.layer_names import INDEX_NAME, Names
 from engine.weights.model_config import ModelError, read_config
@@ -310,32 +308,3 @@ def _section(pieces: Sequence[FilePiece], scheme: Scheme) -> dict[str, Any]:
         "ignore": left,
         "kv_cache_scheme": None,
     }
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the command."""
-    parser.add_argument("model", help="model directory in full precision")
-    parser.add_argument("out", help="directory to create")
-    parser.add_argument(
-        "--to",
-        choices=("int8", "fp8"),
-        required=True,
-        help="int8: one scale per output channel, as in compressed-tensors; fp8: one per block of "
-        "128 x 128",
-    )
-    parser.add_argument(
-        "--ignore",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATTERN",
-        help="additional layers to leave unchanged: words of their names, such as "
-        "linear_attn.out_proj, or a regular expression after re:",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return the exit code of the process."""
-    source = Path(resolve_folder(arguments.model, with_weights=True))
-    print(convert(source, Path(arguments.out), arguments.to, arguments.ignore))
-    return 0

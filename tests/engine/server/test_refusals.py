@@ -26,7 +26,7 @@ from engine.errors import (
     RequestError,
     StepFailed,
 )
-from engine.plugins.replicas import replica
+from engine.plugins.replicas import replicas_client as fleet
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.settings import ServerConfig
@@ -224,8 +224,8 @@ SCENARIOS = (
 @pytest.mark.parametrize("kind", ["thread", "process", "replicas"])
 def test_refusals_of_each_kind_of_engine(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All scenarios share one engine, because a process is slow to start."""
-    monkeypatch.setattr(replica, "Engine", make_engine)
-    monkeypatch.setattr(replica, "screen_rows", lambda engine, address: [("oracle", address)])
+    monkeypatch.setattr(fleet, "Engine", make_engine)
+    monkeypatch.setattr(fleet, "screen_rows", lambda engine, address: [("oracle", address)])
 
     async def main() -> None:
         async with serving(kind, EngineConfig(max_running=1, max_queue=1)) as (engine, client):
