@@ -100,7 +100,6 @@ class Attention(Composite):
         return self._rotate_and_write(*heads, *pools, inputs.kv_indices, **options)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output, ``[num_rows, H]``."""
         if self.sizes.gated:
             gate = projected[: len(mixed), : self._widths[0]]
             mixed = self._activation.sigmoid_mul(mixed, gate)
@@ -196,5 +195,4 @@ class LatentAttention(Composite):
         return self._from_latent(inputs.by_part(attend)).flatten(1)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output, ``[num_rows, H]``."""
         return self._output(pad_rows(mixed, len(projected)))

@@ -231,13 +231,11 @@ class Composite:
     """Its own weights with their names, until it is sealed. Not set if there are none."""
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """See ``Layer``."""
         for layer in self.layers:
             yield from layer.parameters()
         yield from getattr(self, "own", ())
 
     def seal(self) -> None:
-        """See ``Layer``."""
         for layer in self.layers:
             layer.seal()
         self.own = []

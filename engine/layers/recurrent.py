@@ -79,6 +79,14 @@ class Recurrent(Composite):
         """Scan one part of the step, after the convolution."""
         raise NotImplementedError
 
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        gated = self._gated(mixed, projected[: len(mixed)])
+        return self._output(pad_rows(gated.flatten(1), len(projected)))
+
+    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """Return the input of the last product, from the results of ``mix`` and ``project``."""
+        raise NotImplementedError
+
 
 class ShortConv(Recurrent):
     """``out(C * conv(B * x))``; B, C and x are one product ``[B | C | x]``."""
@@ -109,10 +117,8 @@ class ShortConv(Recurrent):
     ) -> torch.Tensor:
         return x
 
-    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output, ``[num_rows, H]``."""
-        gate = projected[: len(mixed)].chunk(3, dim=-1)[1]
-        return self._output(pad_rows(gate * mixed, len(projected)))
+    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        return projected.chunk(3, dim=-1)[1] * mixed
 
 
 class GatedDeltaNet(Recurrent):
@@ -201,12 +207,9 @@ class GatedDeltaNet(Recurrent):
             *heads, *gates, states=states[0], max_beta=self._max_beta, **part.scan_inputs
         )
 
-    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output, ``[num_rows, H]``."""
-        first, width = self._widths[:2]
-        z = projected[: len(mixed), first : first + width]
-        gated = self._norm.gated_rms_norm(mixed, self._norm_weight, z.view(mixed.shape), self._eps)
-        return self._output(pad_rows(gated.flatten(1), len(projected)))
+    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        z = projected.split(self._widths, dim=-1)[1].view(mixed.shape)
+        return self._norm.gated_rms_norm(mixed, self._norm_weight, z, self._eps)
 
 
 class KimiDeltaAttention(Recurrent):
@@ -273,11 +276,9 @@ class KimiDeltaAttention(Recurrent):
             return self._kda.chunk_kda(*heads, *gates, states=states[0], **part.scan_inputs)
         return self._kda.decode_kda(*heads, *gates, states=states[0], **part.scan_inputs)
 
-    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output, ``[num_rows, H]``."""
-        gate = projected[: len(mixed)].split(self._widths, dim=-1)[2]
-        gated = self._sigmoid_mul(self._norm(mixed).flatten(1), gate)
-        return self._output(pad_rows(gated, len(projected)))
+    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        gate = projected.split(self._widths, dim=-1)[2]
+        return self._sigmoid_mul(self._norm(mixed).flatten(1), gate)
 
 
 class Mamba1(Recurrent):
@@ -362,10 +363,8 @@ class Mamba1(Recurrent):
         own = self._A, self._dt_bias, self._D
         return self._mamba1.decode_mamba1(x, B, C, dt, *own, states=states[0], **part.scan_inputs)
 
-    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output, ``[num_rows, H]``."""
-        z = projected[: len(mixed), self._inner :]
-        return self._output(pad_rows(self._gate(mixed, z), len(projected)))
+    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        return self._gate(mixed, projected[:, self._inner :])
 
 
 class Mamba2(Recurrent):
@@ -469,18 +468,10 @@ class Mamba2(Recurrent):
             *heads, *gates, D, states=states[0], limits=limits, **part.scan_inputs
         )
 
-    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output, ``[num_rows, H]``."""
-        mixed, z = mixed.flatten(1), projected[: len(mixed), : self.sizes.inner]
+    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        mixed, z = mixed.flatten(1), projected[:, : self.sizes.inner]
         if self._eps is None:
-            gated = self._activation.silu_mul(mixed, z)
-        else:
-            groups = len(mixed), self.sizes.num_groups, -1
-            gated = self._norm.gated_rms_norm(
-                mixed.view(groups),
-                self._norm_weight,
-                z.view(groups),
-                self._eps,
-                gate_first=self._gate_first,
-            ).flatten(1)
-        return self._output(pad_rows(gated, len(projected)))
+            return self._activation.silu_mul(mixed, z)
+        groups = len(mixed), self.sizes.num_groups, -1
+        options = self._norm_weight, z.view(groups), self._eps
+        return self._norm.gated_rms_norm(mixed.view(groups), *options, gate_first=self._gate_first)

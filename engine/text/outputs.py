@@ -48,14 +48,6 @@ class DraftCounts(Struct, array_like=True):
         """Return the present counts, which do not change with the request."""
         return DraftCounts(self.num_verified, {**self.drafted}, {**self.accepted})
 
-    @property
-    def acceptance_len(self) -> float | None:
-        """Mean number of tokens per verification: the accepted ones and the one that follows. None
-        before the first."""
-        if not self.num_verified:
-            return None
-        return 1 + sum(self.accepted.values()) / self.num_verified
-
     def count(self, source: str, num_drafted: int, num_accepted: int) -> None:
         """Count one draft with ``num_accepted`` accepted tokens at its beginning."""
         self.num_verified += 1

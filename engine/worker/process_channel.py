@@ -44,7 +44,7 @@ from engine.messages import (
 )
 from engine.server.settings import SWITCH_S
 from engine.text.tokenizer import Tokenizer
-from engine.worker.screen import start_screen
+from engine.worker.screen import screen_rows, screen_text
 from engine.worker.spawn import Spawned
 from hybridcache.command.extras import how_to_install
 from hybridcache.command.signals import log_to_stderr
@@ -298,7 +298,7 @@ def main(folder: str, config: str, address: str, log_level: str) -> int:
         engine = Engine(pickle.loads(bytes.fromhex(config)))
         if engine.config.warm_up:
             engine.prepare_grammars()
-        screen = start_screen(engine, address)
+        screen = screen_text(screen_rows(engine, address))
     except ModuleNotFoundError as error:
         worker.refuse(how_to_install(error, "engine"))
         return 2

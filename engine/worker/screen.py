@@ -12,18 +12,14 @@ from engine.text.tokenizer import IdTokenizer
 from hybridcache.geometry.units import counted, format_bytes
 
 
-def start_screen(engine: Engine, address: str) -> str:
-    """Return the start screen: model, memory, cache, kernels, the page and the address."""
-    return screen_text(screen_rows(engine, address))
-
-
 def screen_text(rows: Iterable[tuple[str, str]]) -> str:
     """Return rows (name, words) as lines."""
     return "\n".join(f"  {name:<13}{words}" for name, words in rows)
 
 
 def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
-    """Return the rows (name, words) of the start screen."""
+    """Return the rows (name, words) of the start screen: model, memory, cache, kernels, the page
+    and the address."""
     config, report = engine.config, engine.report()
     runner = engine.runner
     geometry, memory, sizes = runner.geometry, runner.memory, report.bytes

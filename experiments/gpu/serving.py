@@ -223,7 +223,8 @@ class Bench:
         self.answer(prompts, scale.num_output)
         done = self.answer(prompts, scale.num_output)
         full = [s for s in self.steps if not s.num_prefill_tokens and s.num_decode_tokens > streams]
-        lengths = [output.drafts.acceptance_len for output in done]
+        drafts = [output.drafts for output in done]
+        lengths = [1 + sum(d.accepted.values()) / max(d.num_verified, 1) for d in drafts]
         return {
             "measure": "verifying",
             "streams": streams,

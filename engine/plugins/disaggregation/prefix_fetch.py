@@ -220,7 +220,6 @@ class PeerFetch(Fetch):
         raise wire.TransferError(f"{message} with {counted(len(data), 'byte')} was not requested")
 
     def cancel(self) -> None:
-        """See ``Fetch``."""
         if not self.has_ended:
             self._fetcher.end(self)
 
@@ -257,7 +256,6 @@ class PeerFetcher:
         return is_worth_it and can_be_sent and self._choose() is not None
 
     def begin(self, request: Request, match: PrefixMatch) -> PeerFetch | None:
-        """See ``Fetcher``."""
         address, end, namespace = self._choose(), self._end(request), request.namespace
         if address is None:
             return None
@@ -315,7 +313,6 @@ class PeerFetcher:
         )
 
     def advance(self) -> None:
-        """See ``Fetcher``."""
         left = MAX_COPIED_BYTES
         for fetch in tuple(self._active):
             try:
@@ -346,12 +343,10 @@ class PeerFetcher:
         fetch.transferred = Transferred(fetch.num_fetched, needed_bytes, wire_bytes)
 
     def wait(self, timeout_s: float) -> None:
-        """See ``Fetcher``."""
         if self._active:
             self._active[0].connection.wait(timeout_s)
 
     def close(self) -> None:
-        """See ``Fetcher``."""
         for fetch in tuple(self._active):
             fetch.cancel()
 
@@ -360,7 +355,6 @@ class DecodePlugin(Plugin):
     """Has prompts computed by prefill engines (setting ``role`` decode)."""
 
     def open_manager(self, manager: CacheManager, runner: ModelRunner) -> PeerFetcher:
-        """See ``Plugin``."""
         self.counts = wire.TransferCounts()
         return PeerFetcher(manager, runner, self.config, self.counts)
 

@@ -329,7 +329,6 @@ class LeadingRunner(ModelRunner):
 
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """See ``ModelRunner.commit``."""
         with self._together(Order(batch, taken=tuple(taken))):
             super().commit(batch, taken)
 

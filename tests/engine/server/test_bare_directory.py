@@ -11,7 +11,7 @@ import pytest
 
 from engine import Engine, RequestSpec, SamplingParams, engine_config
 from engine.text.tokenizer import IdTokenizer
-from engine.worker.screen import start_screen
+from engine.worker.screen import screen_rows, screen_text
 from experiments.gpu.models import TINY, write_geometry
 
 from .conftest import Live, serving
@@ -40,7 +40,7 @@ def test_token_ids_are_served_without_a_tokenizer(live: Live) -> None:
     engine = live.engine
     assert isinstance(engine.tokenizer, IdTokenizer)
     assert engine.tokenizer.eos_token_ids == {299} and engine.tokenizer.vocab_size == 300
-    screen = start_screen(engine, "")
+    screen = screen_text(screen_rows(engine, ""))
     assert "tokenizer    none: prompts and answers are token ids" in screen
     assert f"a step at most; admission by {engine.config.admission}" in screen
     greedy = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -83,7 +83,7 @@ def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:
     (path / "generation_config.json").write_text(json.dumps(RECOMMENDED | {"eos_token_id": [7]}))
     engine = make_engine(path)
     assert engine.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    screen = start_screen(engine, "")
+    screen = screen_text(screen_rows(engine, ""))
     assert (
         "sampling     temperature 0.6, top_p 0.95, top_k 20, unless a request sets them" in screen
     )
