@@ -42,7 +42,7 @@ def make(config):
     runner = Runner({kv_tokens}, 16, max_model_len=4096)
     return Made(config, runner=runner, sampler=OracleSampler(), tokenizer=HFTokenizer())
 worker.Engine = make
-worker.start_screen = lambda made, address: "oracle at " + address
+worker.screen_rows = lambda made, address: [("oracle", address)]
 worker.leave(worker.main(*sys.argv[2:]))
 """
 """Code that starts a process with an oracle in place of a model, which is fast."""
@@ -63,7 +63,7 @@ def run(
     boot = BOOT.format(step=step, kv_tokens=kv_tokens)
     config = engine_config(**{"check": True} | settings)
     engine, screen = start_engine(config, spawn(config, "here", boot))
-    assert screen == "oracle at here"
+    assert screen.split() == ["oracle", "here"]
 
     async def main() -> None:
         engine.start()

@@ -85,7 +85,7 @@ sys.path[:] = json.loads(sys.argv[1])
 import engine.worker.process_channel as worker
 from tests.engine.server.test_refusals import make_engine
 worker.Engine = make_engine
-worker.start_screen = lambda made, address: "oracle at " + address
+worker.screen_rows = lambda made, address: [("oracle", address)]
 sys.exit(worker.main(*sys.argv[2:]))
 """
 
