@@ -33,9 +33,9 @@ from engine.errors import (
     EngineStopped,
     QueueFull,
     RequestError,
+    RunnerLost,
     StepFailed,
 )
-from engine.interfaces import RunnerLost
 from engine.messages import (
     Abort,
     AskCacheView,

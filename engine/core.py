@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.hub import display_name
-from engine.interfaces import Observer, StepReport
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import (
     Intake,
@@ -27,15 +26,8 @@ from engine.requests.request import (
     SamplingParams,
 )
 from engine.schedule.fetching import Fetcher
-from engine.schedule.report import CacheReport, PoolReport, cache_kind
-from engine.schedule.scheduler import (
-    EMPTY,
-    Batch,
-    BytesLost,
-    PendingTokens,
-    Scheduler,
-    StepHooks,
-)
+from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
+from engine.schedule.scheduler import EMPTY, Batch, BytesLost, PendingTokens, Scheduler, StepHooks
 from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -76,7 +68,7 @@ class EngineCore:
         self.sampling_defaults = intake.sampling_defaults
         self.max_model_len = intake.max_model_len
         """Maximum number of tokens of a prompt and its answer together."""
-        self.observers: list[Observer] = []
+        self.observers: list[Callable[[StepReport], None]] = []
         """Functions that are called after every step."""
         self.recent = BoundedMemory[str, Request](RECENT_BYTES)
         """Requests that ended last, by id."""

@@ -135,9 +135,9 @@ def load(config: EngineConfig) -> tuple[ModelRunner, Sampler, Tokenizer]:
 def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
     """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one. Does
     not import torch itself. ``vocab_size`` may be 0, not known yet, if ``config`` names one."""
-    from engine.text.tokenizer import HFTokenizer, IdTokenizer, named_eos
+    from engine.text.tokenizer import HFTokenizer, IdTokenizer, has_tokenizer, named_eos
 
-    if not names_tokenizer(config):
+    if not (config.tokenizer or has_tokenizer(config.model_dir)):
         return IdTokenizer(vocab_size, named_eos(config.model_dir))
     max_ids = vocab_size or None if config.tokenizer else None
     return HFTokenizer(Path(config.tokenizer or config.model_dir), max_ids)
@@ -154,13 +154,6 @@ def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Gra
         return Guides(tokenizer, vocab_size)
 
     return lambda grammar: guides().rule(grammar)
-
-
-def names_tokenizer(config: EngineConfig) -> bool:
-    """Return True if ``config`` names a tokenizer. Otherwise prompts are token ids."""
-    from engine.text.tokenizer import has_tokenizer
-
-    return config.tokenizer is not None or has_tokenizer(config.model_dir)
 
 
 def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin]) -> Scheduler:

@@ -21,6 +21,10 @@ WHY: dict[int, str] = {
 """Reasons of the signals with which the system ends a process."""
 
 
+class RunnerLost(RuntimeError):
+    """The runner can compute nothing any more; the message gives the reason in one sentence."""
+
+
 class WireError(msgspec.Struct, frozen=True, array_like=True):
     """A ``RequestError`` as plain data for MessagePack, JSON and pickle."""
 

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -61,23 +61,15 @@ def display_name(folder: Path) -> str:
     return folder.resolve().name
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def resolve_config(
-    config: EngineConfig, report: Callable[[str], object] = _to_stderr
-) -> EngineConfig:
+def resolve_config(config: EngineConfig) -> EngineConfig:
     """Return ``config`` with folders in place of hub names, downloading the files that are missing.
-    The name of the built-in model becomes None, unless there is a folder of that name.
-
-    ``report`` is called with one line per download, before it starts. Raises HubError.
-    """
+    The name of the built-in model becomes None, unless there is a folder of that name. Raises
+    HubError."""
     model, tokenizer = config.model, config.tokenizer
     if model == BUILTIN_NAME and not Path(model).exists():
         model = None
     if model is not None and is_hub_name(model):
-        model = _fetch(model, config.revision, report, config.load_format != "dummy")
+        model = _fetch(model, config.revision, config.load_format != "dummy")
     elif config.revision is not None:
         raise HubError(
             f"--revision {config.revision} needs a model of the hub, as in --model ORG/NAME "
@@ -97,12 +89,10 @@ def resolve_folder(model: str, with_weights: bool = False) -> str:
         return str(BUILTIN_DIR)
     if not is_hub_name(model):
         return model
-    return _fetch(model, None, _to_stderr, with_weights)
+    return _fetch(model, None, with_weights)
 
 
-def _fetch(
-    name: str, revision: str | None, report: Callable[[str], object], with_weights: bool
-) -> str:
+def _fetch(name: str, revision: str | None, with_weights: bool) -> str:
     """Return the folder of ``name`` on the hub with its config, tokenizer and templates, and
     ``with_weights`` with all files that the engine reads.
 
@@ -142,7 +132,8 @@ def _fetch(
                 except ModelError as error:
                     raise HubError(f"{name} is not downloaded: {error}") from None
                 commit, count = missing[0].commit_hash[:8], counted(len(missing), "file")
-                report(f"Downloading {name} (commit {commit}): {format_bytes(to_load)} in {count}.")
+                line = f"Downloading {name} (commit {commit}): {format_bytes(to_load)} in {count}."
+                print(line, file=sys.stderr, flush=True)
         return str(get(allow_patterns=[*SMALL_FILES, *weights]))
 
 

@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 
 from engine.errors import WireError
-from engine.interfaces import Exactness
 from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
 from engine.text.outputs import Answer, FinishReason, RequestOutput
@@ -97,6 +96,42 @@ ToEngine = (
     | OpenView
     | AskView
 )
+
+
+class Exactness(msgspec.Struct, frozen=True):
+    """Result of the check at the start that hits equal cold runs; see ``engine.runner.build``."""
+
+    digest: str = ""
+    """Digest of the checked numbers. Empty if nothing was checked."""
+    different: tuple[str, ...] = ()
+    """Results with different bits: ``hits``, ``batches``, ``logits``."""
+    rounded_to: str = ""
+    """Format to which checkpoints are rounded, so that hits differ. Empty if they are not."""
+
+    @property
+    def sentence(self) -> str:
+        if not self.digest:
+            return "not checked: Triton's kernels are checked on a GPU, with --warm-up"
+        if self.different:
+            return (
+                f"NOT exact with these kernels on this processor: {', '.join(self.different)} "
+                "differ from a cold run in the last bits; the server continues"
+            )
+        if self.rounded_to:
+            return (
+                f"NOT exact: checkpoints are rounded to {self.rounded_to}, so hits differ slightly "
+                "from cold runs; --checkpoint-dtype auto is exact"
+            )
+        return "hits on prompt tokens equal cold runs bit for bit (checked at the start)"
+
+    @property
+    def fingerprint(self) -> str:
+        """Value of ``system_fingerprint`` in responses. Engines with equal weights, settings and
+        fingerprints compute equal bits."""
+        if not self.digest:
+            return "unchecked"
+        is_exact = not self.different and not self.rounded_to
+        return f"{'exact' if is_exact else 'inexact'}-{self.digest[:12]}"
 
 
 class EngineFacts(msgspec.Struct, frozen=True, array_like=True):

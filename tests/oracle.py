@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import Engine, EngineConfig
-from engine.interfaces import Exactness
+from engine.messages import Exactness
 from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import KEPT, Batch, Newest, Scheduler, Segment

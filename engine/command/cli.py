@@ -14,12 +14,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from engine.command.flags import (
-    add_flags,
-    add_grouped_flags,
-    read_config,
-    with_flags,
-)
+from engine.command.flags import add_flags, add_grouped_flags, read_config, with_flags
 from engine.config import BUILTIN_PROMPTS, EngineConfig, check_no_foreign_kernels
 from engine.hub import resolve_config
 from engine.plugins import ENGINE, SERVER
@@ -90,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {how_to_install(error, 'engine')}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from engine.interfaces import RunnerLost
+        from engine.errors import RunnerLost
 
         if not isinstance(error, RunnerLost):
             raise

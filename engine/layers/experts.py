@@ -9,15 +9,7 @@ from dataclasses import replace
 import torch
 
 from engine.layers.blocks import MLP, Rows, pad_rows
-from engine.layers.linear import (
-    Build,
-    Composite,
-    Linear,
-    Parameter,
-    Part,
-    Storage,
-    as_kernels_take,
-)
+from engine.layers.linear import Build, Composite, Linear, Parameter, Part, Storage, as_kernels_take
 from hybridcache.geometry.sizes import ExpertsSizes, part
 
 Scales = torch.Tensor | None

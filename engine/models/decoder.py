@@ -31,13 +31,7 @@ from engine.layers.experts import SigmoidRouter
 from engine.layers.linear import Build, Composite, Layer, Linear, Parameter, Part, RankCut, RMSNorm
 from engine.layers.prediction import PredictionHead
 from engine.layers.rotary import read_rope
-from engine.weights.model_config import (
-    ModelConfig,
-    Served,
-    check_only,
-    mixer_of,
-    read_settings,
-)
+from engine.weights.model_config import ModelConfig, Served, check_only, mixer_of, read_settings
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes

@@ -14,12 +14,7 @@ from decimal import Decimal
 from math import prod
 from typing import Any, Literal
 
-from engine.text.answers import (
-    END_FUNCTION,
-    FUNCTION,
-    PARAMETER,
-    json_types,
-)
+from engine.text.answers import END_FUNCTION, FUNCTION, PARAMETER, json_types
 from engine.text.json_text import read_json
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, OPEN
 

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from engine.config import MAX_SCORED, TILE, EngineConfig
-from engine.interfaces import Exactness
 from engine.layers.linear import ALONE, Rank
+from engine.messages import Exactness
 from engine.runner.device import Device
 from engine.runner.loading import DTYPES, LoadedModel
 from engine.runner.memory import MemoryPlan, check_sizes

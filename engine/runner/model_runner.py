@@ -10,10 +10,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from engine.interfaces import Exactness
 from engine.layers.blocks import LayerInputs, Pools, pad_rows, padded_count
 from engine.layers.prediction import PredictionHead
 from engine.layers.rotary import RotaryTable
+from engine.messages import Exactness
 from engine.models.decoder import Decoder
 from engine.runner.backends import digest_of, digest_of_weights, machine_words
 from engine.runner.loading import LoadedModel

@@ -1,4 +1,4 @@
-"""Report on the sizes, rates and losses of the engine's cache."""
+"""Reports on a step, and on the sizes, rates and losses of the engine's cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,30 @@ from typing import Any
 from engine.config import EngineConfig
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.planner import AdmissionReport
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Times and sizes of one step."""
+
+    schedule_s: float
+    forward_s: float
+    sample_s: float
+    wait_s: float
+    """Time spent waiting for the device after the host's own work."""
+    commit_s: float
+    prefilled: tuple[tuple[int, int], ...]
+    """(start, end) of each computed part of a prompt."""
+    num_decode_tokens: int
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(end - start for start, end in self.prefilled)
+
+    @property
+    def computed_s(self) -> float:
+        """Time from the scheduled step to its tokens."""
+        return self.forward_s + self.sample_s + self.wait_s
 
 
 @dataclass(frozen=True, slots=True)

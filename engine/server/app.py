@@ -36,12 +36,7 @@ from engine.messages import StopAccepting
 from engine.plugins.diagnostics.explanations import Explanations, explanation
 from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, count_tokens, messages
 from engine.plugins.dialects.responses import Responses, ResponsesRequest
-from engine.plugins.dialects.tokens import (
-    DetokenizeRequest,
-    TokenizeRequest,
-    detokenize,
-    tokenize,
-)
+from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from engine.plugins.observe.server import Page
 from engine.plugins.replicas import ReplicasConfig
 from engine.server import access

@@ -27,22 +27,9 @@ from engine.requests.grammar import (
 )
 from engine.server.api_errors import APIError, of_value
 from engine.server.bodies import event, run
-from engine.server.context import (
-    AnsweredChat,
-    Call,
-    Writer,
-    finite,
-    new_id,
-    token_text,
-)
+from engine.server.context import AnsweredChat, Call, Writer, finite, new_id, token_text
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
-from engine.text.answers import (
-    AnswerForm,
-    AnswerReader,
-    Event,
-    ToolCall,
-    as_message,
-)
+from engine.text.answers import AnswerForm, AnswerReader, Event, ToolCall, as_message
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import TemplateError
 

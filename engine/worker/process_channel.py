@@ -30,20 +30,11 @@ import zmq
 
 from engine.async_engine import AsyncEngine, EngineChannel, EngineHost
 from engine.config import EngineConfig
-from engine.engine import Engine, load_tokenizer_of, names_tokenizer
-from engine.errors import FAILED, describe_exit
-from engine.interfaces import RunnerLost
-from engine.messages import (
-    EndEngine,
-    EngineFacts,
-    FromEngine,
-    Ready,
-    Refused,
-    ToEngine,
-    plain,
-)
+from engine.engine import Engine, load_tokenizer_of
+from engine.errors import FAILED, RunnerLost, describe_exit
+from engine.messages import EndEngine, EngineFacts, FromEngine, Ready, Refused, ToEngine, plain
 from engine.server.settings import SWITCH_S
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer, has_tokenizer
 from engine.worker.screen import screen_rows, screen_text
 from engine.worker.spawn import Spawned
 from hybridcache.command.extras import how_to_install
@@ -123,7 +114,8 @@ def start_engine(config: EngineConfig, spawned: Spawned) -> tuple[AsyncEngine, s
     screen). Raises ValueError if the model cannot be loaded."""
     sockets: Sockets[FromEngine] = Sockets(spawned.folder.name, is_server=True)
     try:
-        tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
+        is_named = config.tokenizer or has_tokenizer(config.model_dir)
+        tokenizer = load_tokenizer_of(config, 0) if is_named else None
         ready = _wait_for(spawned.process, sockets)
         tokenizer = tokenizer or load_tokenizer_of(config, ready.facts.vocab_size)
         channel = ProcessChannel(config, tokenizer, ready.facts, spawned, sockets)

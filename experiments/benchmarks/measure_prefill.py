@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.interfaces import StepReport
+from engine.schedule.report import StepReport
 from experiments.provenance import provenance
 from experiments.studies.common import positive
 

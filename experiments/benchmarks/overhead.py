@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.interfaces import StepReport
 from engine.messages import FromEngine, Outputs
 from engine.runner.sampler import Sampler
+from engine.schedule.report import StepReport
 from engine.schedule.scheduler import Batch
 from engine.text.tokenizer import HFTokenizer
 from engine.worker.process_channel import Sockets

@@ -41,11 +41,7 @@ from experiments.studies.common import positive, show
 stand_in()
 
 import torch  # noqa: E402
-from sglang.srt.mem_cache.base_prefix_cache import (  # noqa: E402
-    EvictParams,
-    InsertParams,
-    MatchPrefixParams,
-)
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
 from experiments.sglang.pools import CHUNK, World, new_world  # noqa: E402

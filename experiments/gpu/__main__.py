@@ -47,12 +47,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from experiments.provenance import (
-    ROOT,
-    code_hash,
-    known_records,
-    write_json_lines,
-)
+from experiments.provenance import ROOT, code_hash, known_records, write_json_lines
 
 Verdict = Literal["passed", "failed", "timed out", "stopped", "not begun", "skipped", "done before"]
 

@@ -30,13 +30,7 @@ from hybridcache.geometry.mixers import (
     MambaSizes,
     ShortConvSizes,
 )
-from hybridcache.geometry.sizes import (
-    ExpertsSizes,
-    LayerSizes,
-    MLPSizes,
-    ModelSizes,
-    SizesError,
-)
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MLPSizes, ModelSizes, SizesError
 
 BUILTIN = "builtin"
 """Name of the model of the engine. The presets do not include it."""

@@ -21,12 +21,7 @@ from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
 from hybridcache.command.signals import end_by_exception, open_closed_streams
 from hybridcache.geometry.units import counted
-from hybridcache.lab.figures import (
-    closed_loop_figure,
-    figure_path,
-    losses_figure,
-    sweep_figure,
-)
+from hybridcache.lab.figures import closed_loop_figure, figure_path, losses_figure, sweep_figure
 from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
 from hybridcache.lab.progress import shown_progress
 from hybridcache.lab.report import METRICS, find_metric, losses_table, stats_table, text_table

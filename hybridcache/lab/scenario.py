@@ -48,12 +48,7 @@ from hybridcache.geometry.times import (
 )
 from hybridcache.geometry.units import format_bytes
 from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.simulation.sizes import (
-    budget_bytes,
-    shares,
-    sizes,
-    working_set_bytes,
-)
+from hybridcache.lab.simulation.sizes import budget_bytes, shares, sizes, working_set_bytes
 from hybridcache.lab.simulation.step_times import MeasuredSteps, RooflineSteps, StepTimes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace

@@ -22,14 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from hybridcache.tokens import (
-    EMPTY,
-    PLAIN,
-    Indices,
-    Tokens,
-    common_prefix_len,
-    require_namespace,
-)
+from hybridcache.tokens import EMPTY, PLAIN, Indices, Tokens, common_prefix_len, require_namespace
 
 TOKEN_BYTES = 4
 """Bytes of one int32 token id."""

@@ -6,14 +6,7 @@ import torch
 
 from kernels.attention import reference
 from kernels.attention.sequences import Sequences
-from kernels.native import (
-    DTYPES,
-    address,
-    function,
-    has_whole_rows,
-    prompts_function,
-    whole_rows,
-)
+from kernels.native import DTYPES, address, function, has_whole_rows, prompts_function, whole_rows
 from kernels.packed import Packed
 
 __all__ = ["decode_attention", "prefill_attention", "verify_attention"]

@@ -38,16 +38,7 @@ import torch.nn.functional as F
 
 from kernels.gdn.reference import normalise, prepare, write_and_read
 from kernels.packed import Exports, Packed
-from kernels.tiles import (
-    Layout,
-    Tiles,
-    add_products,
-    decays_,
-    decode,
-    groups,
-    lay_out,
-    scan,
-)
+from kernels.tiles import Layout, Tiles, add_products, decays_, decode, groups, lay_out, scan
 
 
 def gates(

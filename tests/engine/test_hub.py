@@ -136,19 +136,21 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     thread.join()
 
 
-def test_only_the_needed_files_of_a_model_are_downloaded_once(hub: Hub) -> None:
-    lines: list[str] = []
-    config = resolve_config(EngineConfig(model=NAME, revision="v1", device="cpu"), lines.append)
+def test_only_the_needed_files_of_a_model_are_downloaded_once(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = resolve_config(EngineConfig(model=NAME, revision="v1", device="cpu"))
     folder = Path(config.model or "")
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     names = "config.json", "model.safetensors", "chat_template.jinja"
     assert hub.downloads() == {*names, "model.safetensors.index.json"}
     assert display_name(folder) == NAME and config.revision is None
-    [line] = lines
+    [line] = [one for one in capsys.readouterr().err.splitlines() if "Downloading" in one]
     assert f"Downloading {NAME} (commit aaaaaaaa)" in line and "in 1 file" in line
     hub.requests.clear()
-    again = resolve_config(EngineConfig(model=NAME, revision="v1"), lines.append)
-    assert (again.model, len(lines), hub.downloads()) == (config.model, 1, set())
+    again = resolve_config(EngineConfig(model=NAME, revision="v1"))
+    assert (again.model, hub.downloads()) == (config.model, set())
+    assert "Downloading" not in capsys.readouterr().err
 
 
 def test_an_unsupported_model_or_proxy_is_refused_before_the_download(
@@ -158,7 +160,7 @@ def test_an_unsupported_model_or_proxy_is_refused_before_the_download(
 
     hub.files["config.json"] = b'{"model_type": "whisper"}'
     with pytest.raises(HubError, match=f"{NAME} is not downloaded: .*'whisper'"):
-        resolve_config(EngineConfig(model=NAME), lambda _: None)
+        resolve_config(EngineConfig(model=NAME))
     assert hub.sent_bytes == 0
     close_session()
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # Its package is not installed.
@@ -182,7 +184,7 @@ def test_cached_models_are_used_without_the_hub(hub: Hub, monkeypatch: pytest.Mo
         resolve_config(EngineConfig(model=NAME))
     assert resolve_folder(NAME) == small
     hub.refusal = None
-    whole = resolve_config(EngineConfig(model=NAME), lambda _: None).model
+    whole = resolve_config(EngineConfig(model=NAME)).model
     hub.refusal = 503, ""
     assert resolve_config(EngineConfig(model=NAME)).model == whole
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")

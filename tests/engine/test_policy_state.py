@@ -12,10 +12,7 @@ from engine import Engine, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.plugins.tiers.plugin import NAME
 from hybridcache.export.warm_state import write_memory
-from tests.engine.test_hits_change_nothing import (
-    MakeEngine,
-    prompts,
-)
+from tests.engine.test_hits_change_nothing import MakeEngine, prompts
 from tests.waiting import wait_until
 
 ONE = SamplingParams(max_tokens=1, temperature=0)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from engine import Engine, SamplingParams
-from engine.interfaces import StepReport
 from engine.requests.request import SamplingInput
+from engine.schedule.report import StepReport
 from tests.engine.test_engine import ids, make_engine
 from tests.oracle import OracleDrawn, OracleSampler
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine import Engine, SamplingParams, engine_config
-from engine.interfaces import RunnerLost
+from engine.errors import RunnerLost
 from engine.plugins.tensor_parallel import coordinator
 from engine.plugins.tensor_parallel.coordinator import LeadingRunner, TorchGroup
 from engine.runner.device import Device

@@ -17,11 +17,7 @@ from hybridcache import Lease, LeaseRequest
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.placement import Adaptive, Placement
-from hybridcache.policies.protocol import (
-    EvictionPolicy,
-    PlacementPolicy,
-    PolicyError,
-)
+from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, PolicyError
 from hybridcache.policies.user import factory_of
 from tests.cache.serving import hybrid
 

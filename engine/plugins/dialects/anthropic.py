@@ -38,14 +38,7 @@ from engine.server.schemas import (
     as_tool,
     text_of,
 )
-from engine.text.answers import (
-    Event,
-    Finish,
-    ReasoningDelta,
-    TextDelta,
-    ToolCall,
-    joined,
-)
+from engine.text.answers import Event, Finish, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.json_text import read_json
 
 PING = named_event({"type": "ping"})

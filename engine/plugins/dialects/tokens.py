@@ -11,11 +11,7 @@ from engine.server.api_errors import APIError
 from engine.server.bodies import Body, json_response, run
 from engine.server.chat import render
 from engine.server.context import Call
-from engine.server.schemas import (
-    ChatRequest,
-    Messages,
-    TokenId,
-)
+from engine.server.schemas import ChatRequest, Messages, TokenId
 from engine.text.tokenizer import EncodeOptions
 
 

@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from engine.config import (
-    COUNT,
-    SECONDS,
-    ConfigError,
-    EngineConfig,
-    PluginConfig,
-    check_fields,
-)
+from engine.config import COUNT, SECONDS, ConfigError, EngineConfig, PluginConfig, check_fields
 
 FETCH_ABOVE, TIMEOUT_S = 256, 10.0
 

@@ -25,7 +25,6 @@ from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine, grammar_rules, load_tokenizer_of
 from engine.errors import STOPPED, EngineStopped, RequestError, StepFailed
 from engine.hub import resolve_config
-from engine.interfaces import StepReport
 from engine.messages import (
     Abort,
     AskCacheView,
@@ -43,7 +42,7 @@ from engine.messages import (
 )
 from engine.plugins.replicas import ROUTER, ReplicasConfig
 from engine.requests.request import RequestSpec, SamplingParams
-from engine.schedule.report import CacheReport
+from engine.schedule.report import CacheReport, StepReport
 from engine.server.settings import ServerConfig
 from engine.text.outputs import FinishReason, RequestOutput
 from engine.worker.screen import screen_rows, screen_text

@@ -32,8 +32,7 @@ import torch.distributed
 
 from engine.config import EngineConfig
 from engine.core import Plugin
-from engine.errors import describe_exit
-from engine.interfaces import RunnerLost
+from engine.errors import RunnerLost, describe_exit
 from engine.layers.linear import Rank
 from engine.models import read_model
 from engine.runner.build import load_runner

@@ -15,7 +15,6 @@ import numpy as np
 
 from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
-from engine.interfaces import StepReport
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk, Kind
 from engine.plugins.tiers.prefixes import RecordPart, covering
@@ -25,7 +24,7 @@ from engine.plugins.tiers.tier_copies import TierCopier
 from engine.runner.backends import digest_of
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.fetching import Fetcher
-from engine.schedule.report import FolderReport, OffloadReport, TierReport
+from engine.schedule.report import FolderReport, OffloadReport, StepReport, TierReport
 from engine.schedule.scheduler import KEPT
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy

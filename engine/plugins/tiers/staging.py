@@ -9,10 +9,10 @@ from itertools import starmap
 
 import numpy as np
 
-from engine.interfaces import StepReport
 from engine.plugins.tiers.disk import Disk, Read
 from engine.requests.request import Request
 from engine.schedule.fetching import Fetch, Fetcher
+from engine.schedule.report import StepReport
 from engine.schedule.scheduler import KEPT
 from hybridcache.allocators.moves import DISK, Copy, Transfer
 from hybridcache.api import PrefixMatch, Resumable

@@ -8,14 +8,7 @@ from functools import partial
 
 import torch
 
-from experiments.gpu.kernel_cases import (
-    LENGTHS,
-    Case,
-    Setup,
-    decode_case,
-    gates_case,
-    prompt_case,
-)
+from experiments.gpu.kernel_cases import LENGTHS, Case, Setup, decode_case, gates_case, prompt_case
 from kernels.gdn.fused import chunk_gdn
 from kernels.kda import fused, reference
 from kernels.packed import TILE, num_tiles

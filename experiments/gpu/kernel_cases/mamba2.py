@@ -11,14 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from experiments.gpu.kernel_cases import (
-    LENGTHS,
-    Case,
-    Setup,
-    decode_case,
-    gates_case,
-    prompt_case,
-)
+from experiments.gpu.kernel_cases import LENGTHS, Case, Setup, decode_case, gates_case, prompt_case
 from kernels.mamba2 import fused, reference
 from kernels.packed import TILE, num_tiles
 

@@ -37,12 +37,7 @@ from sglang.srt.mem_cache.events import KVCacheEventRecorder
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import default_radix_cache_factory
 from sglang.srt.mem_cache.utils import split_node_hash_value
-from sglang.srt.runtime_context import (
-    get_disagg,
-    get_memory,
-    get_parallel,
-    mamba_checkpoint_grid,
-)
+from sglang.srt.runtime_context import get_disagg, get_memory, get_parallel, mamba_checkpoint_grid
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
 
 from hybridcache.allocators.pools import SlotAllocator

@@ -7,12 +7,7 @@ from math import inf
 from typing import Any
 
 from hybridcache.geometry.config_format import Config, Field, table
-from hybridcache.geometry.mixers import (
-    AttentionSizes,
-    DeltaSizes,
-    LatentAttentionSizes,
-    MambaSizes,
-)
+from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes, LatentAttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import (
     MOST_LAYERS,
     ExpertsSizes,

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridcache.geometry.config_format import (
-    Config,
-    Field,
-    Format,
-    Values,
-    checked,
-    table,
-)
+from hybridcache.geometry.config_format import Config, Field, Format, Values, checked, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import DeltaSizes
 from hybridcache.geometry.sizes import ModelSizes, SizesError

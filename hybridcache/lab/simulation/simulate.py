@@ -51,12 +51,7 @@ from hybridcache.lab.report import (
 )
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import run_grid
-from hybridcache.lab.simulation.result import (
-    RunResult,
-    SweepRuns,
-    describe_times,
-    summarise,
-)
+from hybridcache.lab.simulation.result import RunResult, SweepRuns, describe_times, summarise
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace

@@ -22,12 +22,7 @@ from math import inf
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.policies.admission.base import (
-    AdmissionPolicy,
-    Load,
-    Session,
-    WaitingRequest,
-)
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
 from hybridcache.policies.protocol import end_of_prompt
 from hybridcache.tokens import Tokens
 

@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from engine.interfaces import Exactness
+from engine.messages import Exactness
 from engine.server import access
 from engine.server.settings import ServerConfig
 from tests.waiting import wait_until
