@@ -8,32 +8,20 @@ engine runs in its own process: its steps do not wait for this interpreter.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
-from msgspec import inspect
-from msgspec.inspect import ListType, LiteralType, StructType, UnionType
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.server.api_errors import (
-    MAX_QUOTED,
-    APIError,
-    note_error,
-    of_failure,
-    of_value,
-    quoted,
-    short,
-)
+from engine.server.api_errors import APIError, note_error, of_failure, of_value, quoted, short
 from engine.server.settings import ServerConfig
 from engine.text.json_text import read_json
 
@@ -98,9 +86,7 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
         if name in kind.NEUTRAL:
             value, allowed = given.pop(name), kind.NEUTRAL[name]
             if allowed is not None and value not in allowed:
-                *known, got = [json.dumps(each, ensure_ascii=False) for each in (*allowed, value)]
-                words = f"must be {' or '.join(known)} (got {short(got)})" if known else ""
-                raise APIError(400, f"'{name}' {words or 'is not supported'}: omit it.")
+                raise APIError(400, f"'{name}' is not supported: omit it.")
     for name, usual in kind.KINDS.items():
         if isinstance(entries := given.get(name), list):
             given[name] = [{"type": usual} | e if isinstance(e, dict) else e for e in entries]
@@ -154,59 +140,27 @@ def converted(value: Any, of_type: type[Result], place: str = "") -> Result:
     try:
         return msgspec.convert(value, of_type, str_keys=True)
     except msgspec.ValidationError as error:
-        raise of_validation(error, place, of_type, value) from None
+        raise of_validation(error, place) from None
 
 
-def _texts_at(of_type: Any, names: Sequence[str], value: Any) -> list[str]:
-    """Return the texts to which the part ``names`` of ``value``, an ``of_type``, is limited; [] if
-    it is not limited."""
-
-    def flat(kinds: Sequence[inspect.Type]) -> list[inspect.Type]:
-        return [k for one in kinds for k in (one.types if isinstance(one, UnionType) else (one,))]
-
-    found = flat([inspect.type_info(of_type)])
-    for name in names:
-        structs = [kind for kind in found if isinstance(kind, StructType)]
-        if isinstance(value, list):
-            value = value[int(name)]
-            found = flat([kind.item_type for kind in found if isinstance(kind, ListType)])
-        elif name == "type" and any(kind.tag for kind in structs):
-            return [str(kind.tag) for kind in structs]
-        else:
-            same = [kind for kind in structs if kind.tag in (None, value.get("type"))]
-            value = value.get(name)
-            fields = [field for kind in same for field in kind.fields if field.encode_name == name]
-            found = flat([field.type for field in fields])
-    return [str(text) for one in found if isinstance(one, LiteralType) for text in one.values]
-
-
-def of_validation(error: msgspec.ValidationError, place: str, of_type: Any, value: Any) -> APIError:
-    """Describe an ``error`` of ``msgspec`` in ``value``, at this ``place`` of a body and no
-    ``of_type``, in one sentence."""
+def of_validation(error: msgspec.ValidationError, place: str) -> APIError:
+    """Describe an ``error`` of ``msgspec`` at this ``place`` of a body in one sentence."""
     if isinstance(error.__cause__, ValueError):
         return of_value(error.__cause__)
     text, _, at = str(error).replace("`", "").partition(" - at ")
     what = "A name in " if at.startswith("key") else "A value of " if at.endswith("[...]") else ""
     path = at.rpartition("$")[2].removesuffix("[...]")
-    param, code = place + re.sub(r"\[(\d+)\]", r".\1", path), None
+    param, code = (place + re.sub(r"\[(\d+)\]", r".\1", path)), None
     if found := re.fullmatch(r"Object (missing required|contains unknown) field (.*)", text):
         param += f".{found[2]}"
         said = "is missing: add it"
         if found[1] == "contains unknown":
-            known = () if path else of_type.__struct_fields__
-            near = get_close_matches(found[2][:MAX_QUOTED], known, n=1, cutoff=0.75)
-            remedy = f"did you mean '{near[0]}'?" if near else "check its spelling or drop it."
-            said, code = f"is not a parameter: {remedy}", "unknown_parameter"
+            said, code = "is not a parameter: check its spelling or drop it", "unknown_parameter"
     else:
-        wrong = re.match(r"Invalid (?:enum )?value (.*)|Expected str.*, got (.*)", text)
-        texts = _texts_at(of_type, re.findall(r"\w+", path), value) if wrong else ()
-        if wrong and texts:
-            said = f"must be one of {', '.join(texts)} (got {short(wrong[1] or wrong[2])})"
-        else:
-            said = text.replace("Expected ", "must be ").replace("Invalid ", "must not be ")
+        said = re.sub("Invalid (enum )?value", "cannot be", text.replace("Expected ", "must be "))
+        said = f"{short(said, 120)}: see /openapi.json"
     param = param.removeprefix(".")
-    end = "" if said[-1] in ".?" else "."
-    return APIError(400, f"{what}{quoted(param)} {said}{end}", param=param, code=code)
+    return APIError(400, f"{what}{quoted(param)} {said}.", param=param, code=code)
 
 
 class ClientGone(APIError):

@@ -29,7 +29,6 @@ class CompletionRequest(Sampling, kw_only=True):
     add_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if len({*map(type, self.prompt)}) > 1:
             raise ValueError(
                 "'prompt' must be a text, a list of texts, a list of token ids or a list of such "

@@ -7,7 +7,6 @@ by name; one that would not (``user``, ``store``) is ignored.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -20,7 +19,6 @@ from msgspec import Meta
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
-from engine.server.api_errors import quoted
 from engine.server.bodies import Body, Part, check_nodes, converted, settled
 from engine.text.answers import MAX_NAME
 from engine.text.json_text import read_json
@@ -79,12 +77,10 @@ NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
 """Parameters that are not supported, with the values that have no effect; None stands for any."""
 
 
-class NamedSchema(Part, kw_only=True):
-    name: str | None = None
-    description: str | None = None
+class NamedSchema(msgspec.Struct, kw_only=True):
+    """A schema. ``strict`` is ignored: an answer always follows it."""
+
     schema: dict[str, Any] | bool | None = None
-    strict: bool | None = None
-    """Ignored: an answer always follows the schema."""
 
 
 class ResponseFormat(Part, kw_only=True):
@@ -118,11 +114,8 @@ MAKERS: dict[str, Callable[[Any], Grammar]] = {
 """Functions that make the grammar of a field of ``StructuredOutputs``."""
 
 
-class StreamOptions(Part, kw_only=True):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-    """Ignored: the usage comes at the end."""
-    include_obfuscation: bool | None = None
+class StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool = False
 
 
 class Metadata(msgspec.Struct, kw_only=True):
@@ -142,12 +135,6 @@ class OpenAIBody(Body, kw_only=True):
     top_p: TopP | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-
-    def __post_init__(self) -> None:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError(
-                "'stream_options' requires a streamed answer: set 'stream' to true, or omit it."
-            )
 
 
 class Sampling(OpenAIBody, kw_only=True):
@@ -183,7 +170,7 @@ class Sampling(OpenAIBody, kw_only=True):
 
     @property
     def includes_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def ends_session(self) -> bool:
@@ -219,26 +206,20 @@ class Sampling(OpenAIBody, kw_only=True):
         return [first.with_seed(self.seed + at) for at in range(self.n)]
 
 
-class CacheControl(Part, kw_only=True):
+class CacheControl(msgspec.Struct, kw_only=True):
     """Anthropic's mark: later prompts will share the text before it. ``ttl`` and ``scope`` are
     ignored, because the cache's policies decide on placement and eviction."""
 
     type: Literal["ephemeral"]
-    ttl: str | None = None
-    scope: str | None = None
 
 
-class TextPart(Part, kw_only=True, tag_field="type", tag="text"):
+class TextPart(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
     text: str
     cache_control: CacheControl | None = None
 
 
 KNOWN = ("role", "content", "tool_calls", "cache_control")
 """Names of a message that have a fixed form."""
-MAY_REPLACE = ("function_call", "reasoning_content", "reasoning", "refusal", "audio")
-"""Further names with which a message of the assistant may have no content."""
-
-
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 """Roles of OpenAI's API, without the old ``function``, which no template writes."""
 
@@ -263,9 +244,7 @@ class Message(msgspec.Struct, kw_only=True):
         if (calls := read.tool_calls) is not None:
             place = f"messages.{index}.tool_calls"
             read.tool_calls = [_call(call, f"{place}.{at}") for at, call in enumerate(calls)]
-        # Reasoning may be empty, because clients may drop its text.
-        has_more = read.tool_calls or any(extra.get(one) not in (None, []) for one in MAY_REPLACE)
-        if read.content is None and not (read.role == "assistant" and has_more):
+        if read.content is None and read.role != "assistant":
             raise ValueError(f"'messages.{index}' has no 'content': add its text.")
         return read
 
@@ -365,13 +344,9 @@ class EarlierCall(msgspec.Struct, kw_only=True):
 
 
 def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tools in the form in which the template reads them. Raises APIError 400 or
-    ValueError."""
+    """Return tools in the form in which the template reads them. Raises APIError 400."""
     tools = [_with_plain_function(tool) for tool in given]
     converted(tools, list[Tool], "tools")
-    names = Counter(tool["function"]["name"] for tool in tools)
-    if twice := [name for name, number in names.items() if number > 1]:
-        raise ValueError(f"Two of 'tools' have the name {quoted(twice[0])}: names must be unique.")
     return tools
 
 
@@ -430,28 +405,15 @@ class ChatRequest(Sampling, kw_only=True):
     """False to end the answer after its first call."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.messages = [
             Message.read(one, index) if isinstance(one, dict) else one
             for index, one in enumerate(self.messages)
         ]
         if self.tools is not None:
             self.tools = _read_tools(self.tools)
-        if taken := {"messages", "tools", "add_generation_prompt"}.intersection(
-            self.chat_template_kwargs or ()
-        ):
-            raise ValueError(
-                f"'chat_template_kwargs' contains '{min(taken)}', which is a field of the request: "
-                "set it there."
-            )
         if (effort := self.reasoning_effort) is not None:
             switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
             self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})
-        if self.max_tokens not in (None, self.limit):
-            raise ValueError(
-                f"'max_tokens' {self.max_tokens} and 'max_completion_tokens' {self.limit} are "
-                "different limits for the same answer: send one of them."
-            )
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' requires 'logprobs': set it to true.")
         is_answer = bool(self.messages) and self.messages[-1].role == "assistant"

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
@@ -53,31 +54,23 @@ request, so the prompt is made without it: otherwise no request would find a cac
 CHOICES: dict[str, Choice] = {"auto": "auto", "any": "required", "none": "none"}
 
 
-class Text(TextPart, kw_only=True, tag_field="type", tag="text"):
-    citations: Annotated[list[Any], Meta(max_length=0)] | None = None
-    parsed_output: Any = None
-    """Added by Anthropic's client according to the requested format; ignored."""
-
-
-class Thinking(Part, kw_only=True, tag_field="type", tag="thinking"):
+class Thinking(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
     """Thinking of an earlier answer. Its signature is not checked, because clients may write
     thinking themselves."""
 
     thinking: str
-    signature: str | None = None
 
 
-class ToolUse(Part, kw_only=True, tag_field="type", tag="tool_use"):
+class ToolUse(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_use"):
     id: str
     name: str
     input: dict[str, Any]
     cache_control: CacheControl | None = None
-    caller: dict[str, Any] | None = None
 
 
-class ToolResult(Part, kw_only=True, tag_field="type", tag="tool_result"):
+class ToolResult(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_result"):
     tool_use_id: str
-    content: str | list[Text] | None = None
+    content: str | list[TextPart] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
@@ -97,13 +90,14 @@ class ToolResult(Part, kw_only=True, tag_field="type", tag="tool_result"):
         )
 
 
-class Turn(Part, kw_only=True):
+Block = TextPart | Thinking | ToolUse | ToolResult
+
+
+class Turn(msgspec.Struct, kw_only=True):
     """One message, in blocks."""
 
     role: Literal["user", "assistant", "system"]
-    content: (
-        str | Annotated[list[Text | Thinking | ToolUse | ToolResult], Meta(max_length=MAX_MESSAGES)]
-    )
+    content: str | Annotated[list[Block], Meta(max_length=MAX_MESSAGES)]
 
     def as_messages(self) -> list[Message]:
         """Return the chat messages of this message, in the order of its blocks."""
@@ -112,12 +106,12 @@ class Turn(Part, kw_only=True):
         is_answer, is_after_call, parts = self.role == "assistant", False, list[TextPart]()
         messages, thoughts = [Message(role=self.role, content=parts)], list[str]()
         for block in self.content:
-            if not isinstance(block, Text) and isinstance(block, ToolResult) == is_answer:
+            if not isinstance(block, TextPart) and isinstance(block, ToolResult) == is_answer:
                 role = "user" if is_answer else "assistant"
                 kind = block.__struct_config__.tag
                 raise ValueError(f"A '{kind}' must be in a message of the {role}.")
             match block:
-                case Text(text=text, cache_control=mark):
+                case TextPart(text=text, cache_control=mark):
                     if parts and is_after_call:  # Calls divide the text of one answer.
                         last = parts.pop()
                         text, mark = last.text + text, mark or last.cache_control
@@ -140,9 +134,8 @@ class Turn(Part, kw_only=True):
         return [one for one in messages if one.content or not has_results or one.role == "tool"]
 
 
-class Tool(Part, kw_only=True):
-    """A custom tool. ``defer_loading`` is ignored, and so is ``eager_input_streaming``: input is
-    sent when it is complete."""
+class Tool(msgspec.Struct, kw_only=True):
+    """A custom tool."""
 
     type: Literal["custom"] | None = None
     name: Name
@@ -150,9 +143,6 @@ class Tool(Part, kw_only=True):
     input_schema: dict[str, Any]
     cache_control: CacheControl | None = None
     strict: bool | None = None
-    eager_input_streaming: bool | None = None
-    defer_loading: bool | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
 
     def as_tool(self) -> dict[str, Any]:
         mark = {} if self.cache_control is None else {"cache_control": {"type": "ephemeral"}}
@@ -163,12 +153,6 @@ class ToolChoice(Part, kw_only=True):
     type: Literal["auto", "any", "tool", "none"]
     name: Name | None = None
     disable_parallel_tool_use: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.type == "tool") != (self.name is not None):
-            raise ValueError(
-                "A 'tool_choice' must have a 'name' if its type is 'tool', and only then."
-            )
 
 
 class ThinkingConfig(Part, kw_only=True):
@@ -203,7 +187,7 @@ class CountRequest(Body, kw_only=True):
 
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
-    system: str | Annotated[list[Text], Meta(max_length=MAX_MESSAGES)] | None = None
+    system: str | Annotated[list[TextPart], Meta(max_length=MAX_MESSAGES)] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
@@ -236,8 +220,8 @@ class CountRequest(Body, kw_only=True):
     def as_chat(self, **sampling: Any) -> ChatRequest:
         """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
         not supported. O(blocks)."""
-        system = [Text(text=self.system)] if isinstance(self.system, str) else self.system or ()
-        parts: list[TextPart] = [one for one in system if not one.text.startswith(BILLING)]
+        system = [TextPart(text=self.system)] if isinstance(self.system, str) else self.system
+        parts = [one for one in system or () if not one.text.startswith(BILLING)]
         messages = [Message(role="system", content=parts)] if parts else []
         for turn in self.messages:
             messages += turn.as_messages()
@@ -255,7 +239,7 @@ class CountRequest(Body, kw_only=True):
         return ChatRequest(
             messages=messages,
             tools=None if self.tools is None else [tool.as_tool() for tool in self.tools],
-            tool_choice=NamedTool.of(choice.name) if choice.name else CHOICES[choice.type],
+            tool_choice=CHOICES.get(choice.type) or NamedTool.of(choice.name or ""),
             parallel_tool_calls=not choice.disable_parallel_tool_use,
             chat_template_kwargs=switches or None,
             response_format=form,
@@ -273,16 +257,6 @@ class MessagesRequest(CountRequest, kw_only=True):
     top_p: TopP | None = None
     top_k: TopK | None = None
     stop_sequences: Stops | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        budget = self.thinking and self.thinking.budget_tokens
-        # With tools, the budget may be that of a whole turn (interleaved thinking).
-        if budget and budget >= self.max_tokens and not self.tools:
-            raise ValueError(
-                f"'thinking.budget_tokens' must be below 'max_tokens', {self.max_tokens} (got "
-                f"{budget})."
-            )
 
     def as_chat(self, **sampling: Any) -> ChatRequest:
         return super().as_chat(

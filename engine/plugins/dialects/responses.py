@@ -59,6 +59,8 @@ NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
     "max_tool_calls": (),
     "top_logprobs": (0,),
     "context_management": ([],),
+    "include": ([], ["reasoning.encrypted_content"]),
+    "client_metadata": None,
 }
 """Parameters of OpenAI's API that are not supported, with the values that have no effect."""
 
@@ -70,70 +72,41 @@ REPEATED = (
 """Parameters that a response repeats as they were sent."""
 
 
-class ContentPart(Part, kw_only=True, omit_defaults=True):
+class ContentPart(msgspec.Struct, kw_only=True):
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
-    parsed: Any = None
-    """Added by OpenAI's client according to the requested format; ignored."""
 
 
-class ReasoningPart(Part, kw_only=True):
-    type: Literal["reasoning_text", "summary_text"]
+class ReasoningPart(msgspec.Struct, kw_only=True):
     text: str
 
 
 Content = str | Annotated[list[ContentPart], Meta(max_length=MAX_MESSAGES)]
 
 
-class Item(Part, kw_only=True, tag_field="type", omit_defaults=True):
-    id: str | None = None
-    status: str | None = None
-
-
-class MessageItem(Item, kw_only=True, tag="message"):
+class MessageItem(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
-    phase: str | None = None
 
 
-class ReasoningItem(Item, kw_only=True, tag="reasoning"):
-    summary: list[ReasoningPart] | None = None
-    content: list[ReasoningPart] | None = None
-    encrypted_content: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.encrypted_content is not None and not self.content:
-            raise ValueError("Encrypted reasoning in 'input' is not supported: remove it.")
+class ReasoningItem(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning"):
+    summary: list[ReasoningPart] = []
+    content: list[ReasoningPart] = []
 
 
-class CallItem(Item, kw_only=True, tag="function_call"):
+class CallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="function_call"):
     call_id: str
     name: str
     arguments: str
     namespace: str | None = None
-    caller: dict[str, Any] | None = None
-    parsed_arguments: Any = None
-    """Added by OpenAI's client; ignored."""
 
 
-class ResultItem(Item, kw_only=True, tag="function_call_output"):
+class ResultItem(msgspec.Struct, kw_only=True, tag_field="type", tag="function_call_output"):
     call_id: str
     output: Content
 
 
 AnyItem = MessageItem | ReasoningItem | CallItem | ResultItem
-Included = Literal[
-    "reasoning.encrypted_content",
-    "file_search_call.results",
-    "web_search_call.results",
-    "web_search_call.action.sources",
-    "computer_call_output.output.image_url",
-    "code_interpreter_call.outputs",
-]
-"""Values of ``include``: parts of items that answers never contain. Reasoning is returned as text
-and never encrypted."""
 
 
 def _joined(namespace: str | None, name: str) -> str:
@@ -141,19 +114,17 @@ def _joined(namespace: str | None, name: str) -> str:
     return name if namespace is None else f"{namespace}__{name}"
 
 
-class FunctionTool(Part, kw_only=True, tag_field="type", tag="function"):
+class FunctionTool(msgspec.Struct, kw_only=True, tag_field="type", tag="function"):
     """A function."""
 
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    defer_loading: bool | None = None
 
     def as_told(self) -> dict[str, Any]:
         """Return the tool as part of a response, in which a missing schema is empty."""
         told: dict[str, Any] = msgspec.to_builtins(self)
-        del told["defer_loading"]  # Ignored, and never null in OpenAI's API.
         return told | {"parameters": self.parameters or {}, "strict": bool(self.strict)}
 
     def as_tool(self, namespace: str | None = None, description: str | None = None) -> Any:
@@ -162,7 +133,7 @@ class FunctionTool(Part, kw_only=True, tag_field="type", tag="function"):
         return as_tool(name, said or None, self.parameters, self.strict)
 
 
-class NamespaceTool(Part, kw_only=True, tag_field="type", tag="namespace"):
+class NamespaceTool(msgspec.Struct, kw_only=True, tag_field="type", tag="namespace"):
     """Functions with a common name before theirs, as Codex groups the tools of a server."""
 
     name: Name
@@ -182,18 +153,12 @@ class NamedFunction(Part, kw_only=True):
     name: Name
 
 
-Summary = Literal["auto", "concise", "detailed"]
-
-
-class Reasoning(Part, kw_only=True):
-    """Reasoning options. ``summary`` is ignored: reasoning is returned unchanged."""
+class Reasoning(msgspec.Struct, kw_only=True):
+    """Reasoning options. Others are ignored: reasoning is returned unchanged, and the template
+    decides on that of earlier turns."""
 
     effort: Effort | None = None
     """``reasoning_effort`` of a chat."""
-    summary: Summary | None = None
-    generate_summary: Summary | None = None
-    context: Literal["auto", "all_turns"] | None = None
-    """Ignored: the template decides on the reasoning of earlier turns."""
 
 
 class TextFormat(Part, kw_only=True, omit_defaults=True):
@@ -211,10 +176,8 @@ class TextFormat(Part, kw_only=True, omit_defaults=True):
         return ResponseFormat(type=self.type, json_schema=NamedSchema(schema=self.schema))
 
 
-class TextConfig(Part, kw_only=True):
+class TextConfig(msgspec.Struct, kw_only=True):
     format: TextFormat | None = None
-    verbosity: str | None = None
-    """Ignored: local models have no such switch."""
 
 
 class ResponsesRequest(OpenAIBody, kw_only=True):
@@ -234,9 +197,6 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     metadata: dict[str, str] | None = None
-    # These change no answer. Codex sends the last one.
-    include: list[Included] | None = None
-    client_metadata: dict[str, str] | None = None
 
     @property
     def items(self) -> list[AnyItem]:
@@ -307,7 +267,7 @@ def _messages(
                 messages.append(Message(role=role, content=text_of(item.content)))
             case ReasoningItem():
                 last = _assistant(messages, lambda last: last == Message(role="assistant"))
-                thoughts = "\n".join(part.text for part in item.content or item.summary or ())
+                thoughts = "\n".join(part.text for part in item.content or item.summary)
                 last.extra = {"reasoning_content": thoughts}
             case CallItem():
                 name = _joined(item.namespace, item.name)

@@ -91,7 +91,7 @@ def test_request_at_the_limits_is_served(live: Live) -> None:
         ("/v1/completions", {"prompt": "x", "model": "m" * 2**20}),
         ("/v1/completions", {"prompt": "x", "n" * 2**20: 1}),
         ("/v1/completions", {"prompt": "x", "n": "9" * 2**20}),
-        ("/v1/completions", {"prompt": "x", "stream_options": {"s" * 2**20: 1}}),
+        ("/v1/completions", {"prompt": "x", "structured_outputs": {"s" * 2**20: 1}}),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "t" * 2**20}]}]},
