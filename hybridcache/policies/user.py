@@ -11,17 +11,15 @@ import copy
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
-from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 from hybridcache.policies.protocol import (
     EvictionPolicy,
     Item,
@@ -53,9 +51,7 @@ class OwnPolicy:
 def load(spec: str, protocol: type[Any]) -> OwnPolicy:
     """Load ``module:Class`` or ``module:Class(alpha=2)``, a subclass of ``protocol``.
 
-    Arguments are Python literals. Raises ValueError with one sentence if the module or the class is
-    not found or does not fit.
-    """
+    Arguments are Python literals. Raises ValueError if it is not found or does not fit."""
     module_name, _, class_name = spec.partition(":")
     arguments: list[Any] = []
     keywords: dict[str, Any] = {}
@@ -78,25 +74,16 @@ def load(spec: str, protocol: type[Any]) -> OwnPolicy:
 
 
 def import_module(spec: str, module_name: str) -> ModuleType:
-    """Import the module of ``spec``. Raises ValueError.
-
-    It is installed or in the working directory, which is appended to ``sys.path`` because installed
-    commands start without it.
-    """
+    """Import the module of ``spec``, installed or in the working directory. Raises ValueError."""
     here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
+    if here not in sys.path and "" not in sys.path:  # Installed commands start without it.
         sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except Exception as error:  # a user's module can raise anything
-        hint = "; leave out .py" if module_name.endswith(".py") else ""
         raise ValueError(
-            f"{spec!r}: no module {module_name!r} can be imported ({error}){hint}"
+            f"{spec!r}: no module {module_name!r} can be imported ({error})"
         ) from error
-    path, file = Path(f"{module_name.replace('.', '/')}.py"), getattr(module, "__file__", None)
-    if path.is_file() and (file is None or not path.samefile(file)):
-        raise ValueError(f"{spec!r}: another module is called {module_name!r}: rename {path}")
-    return module
 
 
 def own_policy(given: object) -> OwnPolicy:
@@ -125,8 +112,8 @@ def _name_of(make: Callable[..., Any]) -> str:
 def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
     """Return the factory of the policy that ``given`` is or makes, guarded unless it is built in.
 
-    The factory raises ValueError if the policy cannot be created, or does not implement
-    ``protocol``, one of the three interfaces of policies.
+    ``protocol`` is one of the three interfaces of policies. The factory raises ValueError if the
+    policy cannot be created, or does not implement it.
     """
     own = own_policy(given)
     if isinstance(own.make, type) and is_built_in(own.make) and issubclass(own.make, protocol):
@@ -141,8 +128,6 @@ def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
                 "arguments defaults, or write Class(alpha=2)"
             ) from error
         _refuse_unfit(own.label, type(policy), protocol)
-        if isinstance(policy, ScorePolicy | SampledPolicy) and not hasattr(policy, "now"):
-            raise ValueError(f"{own.label!r}: its __init__ must call super().__init__()")
         return policy if is_built_in(type(policy)) else GUARDS[protocol](own.label, policy)
 
     return make
@@ -169,10 +154,8 @@ def _called(name: str) -> Any:
 
 
 def _noted(name: str) -> Any:
-    """Return a method that calls the method ``name`` of the user's policy until one fails.
-
-    The failure is kept, so that the operation of the cache is finished.
-    """
+    """Return a method that calls the method ``name`` of the user's policy until a call fails, and
+    stores the failure."""
 
     def note(self: Guard, *arguments: object) -> None:
         if self.failure is None:
@@ -202,8 +185,7 @@ class Guard:
         return getattr(self._policy, name)
 
     def call(self, name: str, call: Callable[[Any], Any]) -> Any:
-        """Return the result of ``call``, which takes the user's policy and calls its method
-        ``name``."""
+        """Return ``call(policy)``, which calls the method ``name`` of the user's policy."""
         try:
             return call(self._policy)
         except PolicyError:
@@ -213,7 +195,6 @@ class Guard:
             own = [frame for frame in frames if not frame.filename.startswith(PACKAGE)]
             fault = f"{type(error).__name__}: {error}"
             if own:
-                # The method of the user may have been called by one of its base class.
                 where = f"{Path(own[0].filename).name}, line {own[0].lineno}"
                 fault = f"{own[0].name} raised {fault} ({where})"
             else:
@@ -261,20 +242,19 @@ class GuardedEviction(Guard, EvictionPolicy):
         return self._held
 
     def victim(self, kind: Kind | None) -> Item | None:
+        def victim(policy: EvictionPolicy) -> Item | None:
+            chosen = policy.victim(kind)
+            if chosen in self._held and kind in (None, chosen.kind):
+                return chosen
+            # Without a victim memory would never be freed, and requests would wait for ever.
+            if chosen is not None or (self._held if kind is None else self._num_held[kind]):
+                raise ValueError(f"victim returned {chosen!r} for {kind!r}, which is no candidate")
+            return None
+
         if self.failure is None:
             try:
-                victim: Item | None = self.call("victim", lambda policy: policy.victim(kind))
-                is_held = isinstance(victim, Hashable) and victim in self._held
-                if is_held and kind in (None, getattr(victim, "kind", None)):
-                    return victim
-                # Without a victim memory would never be freed, and requests would wait for ever.
-                if victim is None and not (self._held if kind is None else self._num_held[kind]):
-                    return None
-                self.failure = PolicyError(
-                    f"{self._label!r}: victim returned {victim!r} for {kind!r}, which is not a "
-                    "candidate of that kind; return an item that was added and not discarded "
-                    "since, or None if there is none"
-                )
+                found: Item | None = self.call("victim", victim)
+                return found
             except PolicyError as error:
                 self.failure = error
         return next((item for item in self._held if kind in (None, item.kind)), None)
@@ -294,11 +274,8 @@ class GuardedPlacement(Guard, PlacementPolicy):
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         def plan(policy: PlacementPolicy) -> list[Placed]:
-            wanted = list(islice(policy.plan(prefill), prefill.prompt_len))
-            for position, _ in wanted:
-                if not 0 <= position <= prefill.prompt_len:
-                    raise ValueError(f"position {position} is not in 0 to {prefill.prompt_len}")
-            return [Placed(at, str(label)) for at, label in prefill.on_grid(wanted).items()]
+            wanted = prefill.on_grid(policy.plan(prefill))
+            return [Placed(position, str(label)) for position, label in wanted.items()]
 
         raise_failure(self.failure)
         found: list[Placed] = self.call("plan", plan)
@@ -324,10 +301,7 @@ class GuardedAdmission(Guard, AdmissionPolicy):
 
     @property
     def wakes_at_s(self) -> float | None:  # type: ignore[override]
-        """Attribute of the user's policy."""
-        at: float | None = self.call("wakes_at_s", lambda policy: policy.wakes_at_s)
-        if not isinstance(at, Real | None):
-            raise PolicyError(f"{self._label!r}: wakes_at_s must be a number or None (got {at!r})")
+        at: float | None = self._policy.wakes_at_s
         return at
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:

