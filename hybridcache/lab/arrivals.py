@@ -81,14 +81,13 @@ def parse_starts(text: str) -> Starts:
 
 def interleave(
     sessions: Iterable[Sequence[TraceRequest]],
-    starts: Starts | None,
+    starts: Starts,
     pauses: Pauses | None = None,
     *,
     unit: int = 1,
     seed: int = 0,
 ) -> Iterator[TraceRequest]:
     """Merge sessions by time: session k starts at the k-th start, its turns follow after pauses.
-    Without ``starts`` each session starts at its first timestamp, and they are in that order.
 
     Without ``pauses`` each request keeps the distance to its session's first that its timestamp
     says. Ties go to the session that started first. O(log(open sessions)) a request; only open
@@ -106,9 +105,7 @@ def interleave(
             else:
                 heapq.heappop(heap)
 
-    drawn = starts.times(rng) if starts else None
-    for number, session in enumerate(sessions):
-        start = next(drawn) if drawn else session[0].timestamp_s if session else 0.0
+    for number, (session, start) in enumerate(zip(sessions, starts.times(rng), strict=False)):
         if not session:
             continue
         times, now = [], start

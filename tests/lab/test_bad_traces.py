@@ -136,22 +136,19 @@ def test_wrong_field_values_are_read_or_reported(reader: str, tmp_path: Path) ->
         (b'\n{"tokens": [1]', "line 2: not JSON .*column 15"),
         (b"\xff\xff\x00", "no text in UTF-8"),
         ("{}".encode("utf-16"), "no text in UTF-8: unpack it or convert it"),
-        (b'["\xff"]', "line 1, record 1: not UTF-8"),
+        (b'["\xff"]', "line 1, record 1: damaged, or not UTF-8"),
         (b"PK\3\4\0", "no text in UTF-8: unpack it or convert it"),
         (gzip.compress(b"PAR1\0"), "no text in UTF-8: unpack it"),
         (b"", "there is no record"),
         (b"[]", "there is no record"),
         (b"[1, 2]", "line 1, record 1: a JSON object was expected, not int"),
         (b'[\n{"id" 1}]', "line 2, record 1: not JSON"),
-        (gzip.compress(b'{"tokens": [1]}\n')[:15], "line 1: the gzip file is damaged"),
-        (gzip.compress(b'[{"id": "x"}]')[:18], "line 1, record 1: the gzip file is damaged"),
+        (gzip.compress(b'{"tokens": [1]}\n')[:15], "line 1: damaged, or not UTF-8"),
+        (gzip.compress(b'[{"id": "x"}]')[:18], "line 1, record 1: damaged, or not UTF-8"),
         (b'{"what": 1}', "no format recognises its fields .what.; a file of texts"),
-        (b"session,session,prompt\na,b,c\n", "3 columns, and 'session' twice"),
-        (b"role,content\nuser,a\n", "a single message needs a session"),
         (b"who,what\n1,2\n", "no format recognises its columns .who, what.*Counts of tokens"),
-        (b"time;prompt\n0;hello\n", "separated by semicolons: use commas"),
-        (b"time\tprompt\n0\thello, you\n", "its columns are separated by tabs: use commas"),
-        (b"time,pr\xe4mpt\n0,a\n", "line 1: not UTF-8"),
+        (b"time;prompt\n0;hello\n", "no format recognises its columns .time;prompt"),
+        (b"time,pr\xe4mpt\n0,a\n", "line 1: damaged, or not UTF-8"),
     ],
 )
 def test_file_that_no_reader_can_read_is_refused(
@@ -181,7 +178,7 @@ def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(tmp_path: Path)
     found = [int(request.tokens[0]) for request in trace.kept()]
     assert found == list(range(len(found))) and 100 < len(found) < 40_000
     assert trace.bad.count == 1 and trace.bad.first == refusal(str(path))
-    assert f"line {len(found) + 1}: the gzip file is damaged: everything from" in trace.bad.first
+    assert f"line {len(found) + 1}: damaged, or not UTF-8: everything from" in trace.bad.first
     array = json.dumps([SEGMENTS[2] | {"id": f"{number}_0"} for number in range(2_000)])
     path.write_bytes(gzip.compress(array.encode())[:-2_000])
     assert 100 < len(list(open_trace(f"{path}?tokenizer=bytes", skip_bad=True))) < 2_000
@@ -306,16 +303,13 @@ def test_empty_first_prompt_of_a_table_is_a_bad_record(
     assert trace.bad.first.endswith(", up to line 5")
     path.write_text(f"{header}\n0,{'a' * 200_000}\n")
     assert len(next(iter(open_trace(spec))).tokens) == 200_000
-    path.write_text(f"{header}\n0,7\n1,\n")
-    with pytest.raises(ValueError, match="the first prompt is the number 7"):
-        open_trace(spec)
 
 
 def test_conversations_read_as_requests_are_announced(tmp_path: Path) -> None:
     """The first record decides the format; here it ends with a user's message."""
     said = GOOD["conversations"]["messages"]
     path = lines(tmp_path / "t.jsonl", {"messages": said[:1]}, {"messages": said})
-    message = f"1 prompt without an answer end.*conversations:{path}"
+    message = "1 prompt without an answer end.*conversations:FILE"
     with pytest.warns(TraceFieldsWarning, match=message):
         assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 2
     batch = {"custom_id": "r1", "method": "POST", "url": "/v1/x", "body": {"messages": said[:1]}}

@@ -86,7 +86,6 @@ def test_wrong_flag_or_name_gives_one_line_with_a_suggestion(
             {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")]},
             "starts of sessions (starts=poisson:1), and pauses (pause=60)",
         ),
-        ({"messages": [{"role": one, "content": "x", "ts": 1} for one in ("user", "model")]}, ""),
         (agent_session("a", 0, 0, [agent_request(0, 64, 1)]), "starts of sessions (starts=fixed"),
     ],
 )

@@ -206,15 +206,14 @@ def test_every_speaker_of_sharegpt_has_a_role(tmp_path: Path) -> None:
 
     called, seen = ("function_call", "F"), ("observation", "O")
     spec = wrote(("Human", "H"), called, seen, ("GPT", "G"), ("human", "more?"), system="S")
-    with pytest.warns(TraceFieldsWarning, match="1 conversation without the messages after"):
-        first, second = open_trace(spec)
+    first, second = open_trace(spec)
     plain = load_chat_text("bytes")
     texts = ["system\nS", "user\nH", "assistant\nF", "tool\nO", "assistant\n"]
     framed = "<|im_end|>\n".join(f"<|im_start|>{text}" for text in texts)
     assert second.tokens.tolist() == plain.encode(framed).tolist()
     assert common(first, second) == len(first.tokens)
-    for said, why in (([("gpt", "G")], "no answer follows"), ([], "it has no message")):
-        with pytest.warns(TraceFieldsWarning, match=f"1 conversation left out, because {why}"):
+    for said in ([("gpt", "G")], []):
+        with pytest.warns(TraceFieldsWarning, match="1 conversation left out, because no answer"):
             assert not [*open_trace(wrote(*said))]
     with pytest.raises(BadRecordError, match="from is 'alien', none of human, user"):
         [*open_trace(wrote(("human", "H"), ("alien", "yo")))]

@@ -29,7 +29,6 @@ from hybridcache.lab.traces.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.conversations import ConversationsReader, TauBenchReader
 from hybridcache.lab.traces.fetch import find_published, packaged_file, path_of
 from hybridcache.lab.traces.frame import (
-    COUNTS_ALONE,
     DAMAGED,
     FileReader,
     csv_lines,
@@ -201,6 +200,13 @@ def head_of(path: Path) -> bytes:
     return head.lstrip()
 
 
+COUNTS_ALONE = (
+    '. Counts of tokens do not tell which prompts agree: the tutorial "Your own trace" turns them '
+    "into a trace"
+)
+"""End of the error about a table that may hold counts instead of texts."""
+
+
 def recognise(path: Path) -> str:
     """Return the word for the format of a file, detected from its first record. Raises ValueError
     if the file has no record, or one of an unknown format."""
@@ -222,7 +228,7 @@ def recognise(path: Path) -> str:
         return OwnReader.word  # its error names the value
     kind, form, formats = "field", "messages", f"; formats: {', '.join(READERS)}"
     if is_csv:
-        kind, form, formats = "column", "csv", f". {COUNTS_ALONE}"
+        kind, form, formats = "column", "csv", COUNTS_ALONE
     raise ValueError(
         f"{path}: no format recognises its {kind}s ({', '.join(first) or 'none'}); a file of texts "
         f"has a {kind} prompt or messages, or {kind}s role, content and session, or is named "

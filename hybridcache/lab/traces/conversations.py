@@ -4,7 +4,6 @@ for fine-tuning, and the trajectories of tau-bench (sierra-research/tau-bench)."
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import ClassVar
@@ -12,33 +11,14 @@ from typing import ClassVar
 from hybridcache.lab.arrivals import Pauses, Starts
 from hybridcache.lab.trace import BadRecords, TraceRequest
 from hybridcache.lab.traces.dialects import plain_chat, role_of
-from hybridcache.lab.traces.frame import (
-    UNANSWERED,
-    UNUSED_REST,
-    Line,
-    Notes,
-    Record,
-    SessionReader,
-    TraceClock,
-    json_array,
-)
-from hybridcache.lab.traces.messages import (
-    EMPTY,
-    NAMES,
-    NULL,
-    Conversation,
-    Named,
-    is_null,
-    spelled,
-    unread_of_empty,
-)
+from hybridcache.lab.traces.frame import UNANSWERED, Line, Notes, Record, SessionReader, json_array
+from hybridcache.lab.traces.messages import NAMES, Conversation, spelled
 from hybridcache.lab.traces.text import load_chat_text
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationsReader(SessionReader):
-    """Conversations of a fine-tuning file; turns follow after ``pause``, unless all messages have
-    times: a request arrives with the message before its answer."""
+    """Conversations of a fine-tuning file. Turns follow after ``pause``."""
 
     word: ClassVar[str] = "conversations"
     tokenizer: str = ""
@@ -54,9 +34,7 @@ class ConversationsReader(SessionReader):
         return is_whole and record.first(NAMES["answer"]) is None
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
-        chat = load_chat_text(self.tokenizer, self.template)
-        numbers, clock = count(1), TraceClock()
-        has_times = self.has_times
+        chat, numbers = load_chat_text(self.tokenizer, self.template), count(1)
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             number, found, record = next(numbers), list[TraceRequest](), spelled(record)
@@ -66,45 +44,17 @@ class ConversationsReader(SessionReader):
             conversation = Conversation(chat, name)
             conversation.said += said[:num_added]
             for message, one in zip(said[num_added:], messages, strict=True):
-                is_timed = has_times and message["role"] != "system"
-                now_s = Named(one, {}).time_s(clock) if is_timed else None
-                request = conversation.add(message, one, now_s)
+                request = conversation.add(message, one, None)
                 found += [] if request is None else [request]
-            problems = self.unread(record, messages, has_times) if found else [UNANSWERED]
-            for problem in problems:
-                notes.count(problem)
+            if not found:
+                notes.count(UNANSWERED)
             yield found
 
         return parse
 
-    @property
-    def has_times(self) -> bool:
-        """True if all messages of the first conversation but its system message have a time, and no
-        other times are set."""
-        usual, messages = type(self)(self.path), list[Record]()
-        with suppress(KeyError, ValueError):
-            messages = self.conversation(spelled(self.first), 1)[1]
-        messages = [one for one in messages if role_of(one) != "system"]
-        is_usual = (self.starts, self.pause) == (usual.starts, usual.pause)
-        return is_usual and bool(messages) and all(one.first(NAMES["time"]) for one in messages)
-
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         """Return (session, messages) of the ``number``-th record."""
         return number, [spelled(message) for message in record.objects("messages")]
-
-    def unread(self, record: Record, messages: list[Record], has_times: bool) -> Iterator[str]:
-        """Yield descriptions of contents that no request shows, for ``Notes.count``."""
-        if role_of(messages[-1]) != "assistant":
-            yield UNUSED_REST
-        if any(map(is_null, messages)):
-            yield f"with messages {NULL}"
-        empty = {name for one in messages for name in unread_of_empty(one, NAMES["time"])}
-        if empty:
-            yield f"where {EMPTY}: {', '.join(sorted(empty))}"
-        times = filter(None, (one.first(NAMES["time"]) for one in (record, *messages)))
-        if not has_times and (time := next(times, None)):
-            rule = "starts= and pause= set the times unless all messages have one"
-            yield f"where {time} is not read: {rule}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +76,3 @@ class TauBenchReader(ConversationsReader):
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         name = f"task {record.key('task_id')}, trial {record.key('trial')}"
         return name, record.objects("traj")
-
-    def unread(self, record: Record, messages: list[Record], has_times: bool) -> Iterator[str]:
-        return iter(())  # A customer has the last word.

@@ -104,9 +104,10 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
         return message_text(Record(message)), 0, reason
     if "text" in choice:
         return choice.text("text"), 0, reason
-    usage = Record(response.get("usage") or {})
-    if length := usage.first(("completion_tokens", "output_tokens")):
-        return None, usage.whole(length), reason
+    if isinstance(usage := response.get("usage"), dict):
+        usage = Record(usage)
+        if length := usage.first(("completion_tokens", "output_tokens")):
+            return None, usage.whole(length), reason
     raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
 
 

@@ -34,24 +34,18 @@ from hybridcache.tokens import Tokens
 
 LONGEST = 1 << 24
 """Longest plausible prompt or answer in a trace, in tokens."""
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
-"""Errors raised when reading a truncated or damaged gzip file."""
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError)
+"""Errors raised when reading a truncated or damaged gzip file, or a text that is not UTF-8."""
 WINDOW, WINDOW_IDS = 1024, 1 << 24
 """Requests read ahead of the one that is yielded, and ids in their prompts and answers. A request
 can be moved before at most that many others."""
-COUNTS_ALONE = (
-    'Counts of tokens do not tell which prompts agree: the tutorial "Your own trace" turns them '
-    "into a trace"
-)
-"""End of errors about files that hold counts instead of texts or ids."""
 ONE_SECOND = "one second from each record to the next"
 """Times of records without one."""
 UNANSWERED = "left out, because no answer follows a question"
-UNUSED_REST = "without the messages after the last answer"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
 _BINARY = re.compile(rb"[\0-\b\x0e-\x1a\x1c-\x1f]|\xff\xfe|\xfe\xff")
 """Characters that no text in UTF-8 has: of archives, of Parquet and Arrow files, and of UTF-16."""
-_DAMAGE = "the gzip file is damaged: everything from this line on is lost"
+_DAMAGE = "damaged, or not UTF-8: everything from this line on is lost"
 _PER_LINE = ": write one object per line, without an array around them"
 _CHUNK = 1 << 16
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
@@ -220,28 +214,21 @@ def request_of_blocks(
 
 
 class Notes:
-    """Warnings about one pass over the file at ``path``, each given once."""
+    """Counts of one pass over the file at ``path``, which are warnings at its end."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = path
-        self._given = set[str]()
-        self._counts = Counter[str]()
+        self._counts = Counter[tuple[str, str]]()
 
-    def count(self, message: str) -> None:
-        """Count a conversation for the warning ``message`` at the end of the pass."""
-        self._counts[message] += 1
+    def count(self, message: str, unit: str = "conversation") -> None:
+        """Count a conversation, or another ``unit``, for the warning ``message``."""
+        self._counts[unit, message] += 1
 
     def after(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-        """Yield ``requests``, the whole pass, and then give the counted warnings."""
+        """Yield ``requests``, the whole pass, and then give the warnings."""
         yield from requests
-        for message, number in self._counts.items():
-            warn(f"{self._path}: {counted(number, 'conversation')} {message}")
-
-    def warn(self, kind: str, message: str) -> None:
-        """Give a warning unless there was one of its ``kind``."""
-        if kind not in self._given:
-            self._given.add(kind)
-            warn(f"{self._path}: {message}")
+        for (unit, message), number in self._counts.items():
+            warn(f"{self._path}: {counted(number, unit)} {message}")
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -280,10 +267,9 @@ def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
 
 @contextmanager
 def open_text(path: str | Path) -> Iterator[io.TextIOWrapper]:
-    """Open a file of UTF-8 as ``open_bytes`` does. Other bytes become surrogates, so that the
-    record with them can be named."""
+    """Open a file of UTF-8 as ``open_bytes`` does."""
     with open_bytes(path) as file:
-        yield io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
+        yield io.TextIOWrapper(file, "utf-8", newline="")
 
 
 def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
@@ -359,10 +345,7 @@ def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]
                 bad.report(path, where, problem)
                 return
             number += 1
-            if _is_utf8(waiting[start:end]):
-                yield from _objects(path, where, value, bad)
-            else:
-                bad.report(path, where, "not UTF-8")
+            yield from _objects(path, where, value, bad)
             line += waiting.count("\n", start, end)
             place, blank = end, _BLANK
 
@@ -375,13 +358,13 @@ def looks_like_csv(head: bytes) -> bool:
 
 def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
     """Yield (line number, {column: text}) for every row of comma-separated values under a header
-    line. Rows of another length, with a quote that is not closed, or not in UTF-8 are reported."""
+    line. Rows of another length, or with a quote that is not closed, are reported."""
     csv.field_size_limit(LONGEST)  # of the whole process: 128 KiB of text are its default
     with open_text(path) as file:
         rows = csv.reader(file, strict=True)
         names: list[str] = []
         while True:
-            line, problem, row = rows.line_num + 1, "", None
+            line = rows.line_num + 1
             try:
                 row = next(rows, None)
             except DAMAGED as error:
@@ -389,33 +372,16 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
                 return
             except csv.Error as error:
                 problem = f"not comma-separated values ({error}), up to line {rows.line_num}"
-            if row is None and not problem:
-                return
-            if row is not None and not _is_utf8(",".join(row)):
-                problem = "not UTF-8"
-            elif names and row and len(row) != len(names):
-                problem = f"{len(row)} fields under {len(names)} names"
-            if problem:
                 bad.report(path, line, problem)
-                if not names:
-                    return
-            elif not names:
-                names = row or []
-                for mark, word in ((";", "semicolons"), ("\t", "tabs")):
-                    if len(names) == 1 and mark in names[0]:
-                        raise ValueError(f"{path}: its columns are separated by {word}: use commas")
-                twice = [name for name, count in Counter(names).items() if name and count > 1]
-                if twice:
-                    raise ValueError(f"{path}: {len(names)} columns, and {twice[0]!r} twice")
+                continue
+            if row is None:
+                return
+            if not names:
+                names = row
+            elif row and len(row) != len(names):
+                bad.report(path, line, f"{len(row)} fields under {len(names)} names")
             elif row:
                 yield line, Record(pair for pair in zip(names, row, strict=True) if pair[0])
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 # --- Readers ------------------------------------------------------------------------------------
@@ -476,21 +442,17 @@ class FileReader:
     def __call__(self) -> Iterator[TraceRequest]:
         """Yield the requests in order of time. Raises BadRecordError, which names the record, if
         one cannot be read."""
-        parse = self.parser(Notes(self.path))
-        return in_order(self.path, self.records(self.bad), parse, self.bad)
+        notes = Notes(self.path)
+        records, parse = self.records(self.bad), self.parser(notes)
+        return notes.after(in_order(self.path, records, parse, self.bad))
 
 
 @dataclass(frozen=True, slots=True)
 class SessionReader(FileReader):
-    """Reader of sessions without arrival times, which ``starts`` sets, unless they have them."""
+    """Reader of sessions without arrival times, which ``starts`` sets."""
 
     starts: Starts = field(default_factory=lambda: Starts("poisson", 1.0))
     seed: int = 0
-
-    @property
-    def has_times(self) -> bool:
-        """True if the sessions have the file's times."""
-        return False
 
     @property
     def pause(self) -> Pauses | None:
@@ -499,37 +461,15 @@ class SessionReader(FileReader):
 
     @property
     def invented_times(self) -> str:
-        if self.has_times:
-            return ""
         pauses = "" if self.pause is None else f", and pauses (pause={self.pause.median_s:g})"
         return f"starts of sessions (starts={self.starts}){pauses}"
 
     def __call__(self) -> Iterator[TraceRequest]:
-        notes, records = Notes(self.path), self.records(self.bad)
-        parse = self.parser(notes)
-        if not self.has_times:
-            turns = (session for _, session in parsed(self.path, records, parse, self.bad))
-            starts, pause = self.starts, self.pause
-            return notes.after(interleave(turns, starts, pause, unit=self.unit, seed=self.seed))
-        sessions, numbers = dict[Hashable, list[TraceRequest]](), count()
-
-        def first(record: Record) -> Iterator[TraceRequest]:
-            for session in filter(None, parse(record)):
-                number = next(numbers)
-                sessions[number] = session
-                yield session[0]._replace(session=number)
-
-        by_start = in_order(self.path, records, first, self.bad)
-        found = interleave((sessions.pop(one.session) for one in by_start), None)
-        return notes.after(from_first(found))
-
-
-def from_first(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-    """Yield requests with times that count from the first."""
-    began_s: float | None = None
-    for request in requests:
-        began_s = request.timestamp_s if began_s is None else began_s
-        yield request._replace(timestamp_s=request.timestamp_s - began_s)
+        notes = Notes(self.path)
+        records, parse = self.records(self.bad), self.parser(notes)
+        turns = (session for _, session in parsed(self.path, records, parse, self.bad))
+        starts, pause = self.starts, self.pause
+        return notes.after(interleave(turns, starts, pause, unit=self.unit, seed=self.seed))
 
 
 def parsed(

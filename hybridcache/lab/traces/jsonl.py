@@ -113,7 +113,7 @@ class OwnReader(FileReader):
             number, known = next(numbers), PLAIN.keys() | OTHERS
             if unknown := ", ".join(name for name in record if name not in known | TEXTS):
                 read = ", ".join(sorted(known))
-                notes.warn("unused", f"unused fields: {unknown}; fields that are read: {read}")
+                notes.count(f"with fields that are not read: {unknown}; known: {read}", "record")
             for one, other in exclusive:
                 if one in record and other in record:
                     raise ValueError(f"it has both {one} and {other}: give one of them")

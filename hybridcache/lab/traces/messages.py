@@ -9,7 +9,7 @@ A record is one of two kinds:
 
 Times are seconds, or milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601. They
 count from the first request. Without a session, a prompt continues the session whose last prompt it
-begins with. Failed requests are left out and counted, and so are fields that are not read.
+begins with. Failed requests are left out and counted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import json
 import math
 import re
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -30,15 +29,13 @@ from sortedcontainers import SortedDict
 
 from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, Unnamed
-from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat, role_of
+from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import (
-    COUNTS_ALONE,
     ONE_SECOND,
     FileReader,
     Record,
     TraceClock,
     csv_lines,
-    from_first,
     in_order,
     shown,
     warn,
@@ -69,34 +66,20 @@ OF_MESSAGES = ("session", "time", "system", "tools", "model", "tenant", "status"
 """Fields that a record of a single message may have."""
 PARTS = {"content": list, "tool_calls": list, "function_call": dict}
 """Fields of a single message that may be JSON text, as in a CSV file."""
-CONTENTS = (*PARTS, "reasoning_content")
-"""Fields of a message that hold its text."""
-EMPTY = (
-    f"messages of an assistant have no {', '.join(CONTENTS)}, and these fields of them are not read"
-)
-NULL = "without a content, other than an assistant's, read as empty"
 ABSENT = {"session": "prompts that continue another", "answer": "unknown"}
 """Rules for fields that are absent."""
 BODIES = ("request", "request_body", "body")
 """Names of an object that holds the fields of a request."""
 SPELLINGS = {
     name.replace("_", ""): name
-    for name in ("role", *CONTENTS, *BODIES, *(each for names in NAMES.values() for each in names))
+    for name in (
+        *("role", "reasoning_content", *PARTS, *BODIES),
+        *(each for names in NAMES.values() for each in names),
+    )
 }
 """Names of fields by their letters."""
-PARAMETERS = frozenset(
-    (
-        *("id", "object", "user", "n", "seed", "stop", "stream", "stream_options", "type", "index"),
-        *("custom_id", "method", "url"),  # of OpenAI's batches
-        *("temperature", "top_p", "top_k", "logprobs", "metadata", "tool_choice", "request_id"),
-        *("response_format", "presence_penalty", "frequency_penalty"),
-    )
-)
-"""Names without a meaning for a cache. They are not counted as unread fields."""
 FEWEST = 10
 """Requests without any continued prompt from which on a warning is given."""
-_LETTERS = re.compile(r"[^\W\d_]{2}")
-"""Part of a word; numbers and dates have none."""
 FAILED = "record", "of failed requests left out (status 400 or more, error or failed)"
 NOT_ANSWERED = "message", "without an answer left out"
 WHOLE = (
@@ -104,7 +87,10 @@ WHOLE = (
     "without an answer end with an assistant's message: if each is a whole conversation, and its "
     "assistant's messages are the answers, read the file as conversations:FILE",
 )
-WHOLE_TEXT = "a prompt must be the whole text that was sent to the model, earlier turns included"
+NOT_CONTINUED = (
+    "most prompts do not begin with an earlier prompt of their session: a prompt must be the whole "
+    "text that was sent to the model, earlier turns included"
+)
 
 
 def spelled(record: Record, kept: Collection[str] = ()) -> Record:
@@ -121,20 +107,6 @@ def spelled(record: Record, kept: Collection[str] = ()) -> Record:
 @cache
 def _usual(name: str) -> str:
     return SPELLINGS.get(re.sub(r"[\s_-]", "", name).lower(), name)
-
-
-def unread_of_empty(message: Record, known: Collection[str] = ()) -> set[str]:
-    """Return the names of fields, other than ``known``, that are not read in an assistant's message
-    without contents; empty for another message."""
-    if role_of(message) != "assistant" or any(message.get(name) for name in CONTENTS):
-        return set()
-    others = message.keys() - PARAMETERS - {"role", "name", *known}
-    return {name for name in others if message[name]}
-
-
-def is_null(message: Record) -> bool:
-    """Return True if the content of a message is null, and it is not an assistant's."""
-    return role_of(message) != "assistant" and message.get("content", "") is None
 
 
 class Named(Record):
@@ -194,28 +166,12 @@ class Named(Record):
                     message[name] = value
         return message
 
-    def describe(self, spec: str) -> str:
-        """Return the names that are read for each field, and the rules for those without one.
-
-        ``spec`` is the file with the reader's name. ValueError if there is no prompt to read.
-        """
+    def describe(self) -> str:
+        """Return the names that are read for each field, and the rules for those without one."""
         if self.is_message:
-            if "session" not in self.used:
-                raise ValueError(
-                    f"a single message needs a session ({', '.join(self.record)}): name it as in "
-                    f"{spec}?session=COLUMN"
-                )
             found = [f"{name}={name}" for name in ("role", *PARTS) if name in self.record]
             found += [f"{name}={self.used[name]}" for name in OF_MESSAGES if name in self.used]
             return f"{', '.join(found)} (an answer is a request after all messages of its session)"
-        if not (self.is_request or self.has_prompt):
-            raise ValueError(
-                f"there is no column prompt or messages ({', '.join(self.record)}): name it as in "
-                f"{spec}?prompt=COLUMN. {COUNTS_ALONE}"
-            )
-        prompt = self.get("prompt")
-        if isinstance(prompt, str) and prompt.strip().isdecimal():
-            raise ValueError(f"the first prompt is the number {prompt}. {COUNTS_ALONE}")
         found = [f"{name}={column}" for name, column in self.used.items()]
         known = self.used.keys() | ({"answer"} if "length" in self.used else set())
         found += [f"{name}=none ({rule})" for name, rule in ABSENT.items() if name not in known]
@@ -309,31 +265,25 @@ class Conversation:
 
 
 class PromptParser:
-    """Converts records to requests, assembles single messages to prompts, and counts prompts that
-    continue no session and fields without a use."""
+    """Converts records to requests, and assembles single messages to prompts."""
 
     def __init__(self, chat: ChatText, names: dict[str, str]) -> None:
         self._chat, self._names = chat, names
         self._fresh, self._clock, self._continued = FreshIds(), TraceClock(), Continued()
         self._last: dict[str | int, tuple[int, int, float]] = {}
         """Length, hash and time of the last prompt of a named session."""
-        self._newest_s, self._is_sorted = -math.inf, True
-        self._unread, self._num_chars = Counter[str](), Counter[str]()
-        """Number of values of each field without a use, and of characters of those with words."""
+        self._unread = set[str]()
+        """Names of fields without a use."""
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
-        self._num_unnamed = 0
-        """Number of prompts without a session."""
-        self._left_out = dict.fromkeys((FAILED, NOT_ANSWERED, ("message", NULL), WHOLE), 0)
+        self._counts = dict.fromkeys((FAILED, NOT_ANSWERED, WHOLE), 0)
         """Numbers of records, messages or prompts that a warning counts."""
-        self._of_empty = Counter[str]()
-        """Number of values that are not read in an assistant's messages without contents."""
         self._conversations = dict[str | int, Conversation]()
 
     def parse(self, raw: Record) -> Iterator[TraceRequest]:
         """Yield the request of a record; none if it failed, or is a message without an answer."""
         record = Named(raw, self._names)
         if record.has_failed:
-            self._left_out[FAILED] += 1
+            self._counts[FAILED] += 1
             return
         if record.is_message:
             yield from self._message(record)
@@ -342,12 +292,8 @@ class PromptParser:
         session = None if session == "" else session  # as the empty field of a CSV
         request, said = self._request(record)
         now, namespace = record.time_s(self._clock), record.namespace()
-        known = {*record.used.values(), *PARAMETERS}
-        for name, value in record.record.items():
-            if value is not None and name not in known:
-                self._unread[name] += 1
-                is_text = isinstance(value, str) and _LETTERS.search(value)
-                self._num_chars[name] += len(value) if is_text else 0
+        given = {name for name, value in record.record.items() if value is not None}
+        self._unread |= given - {*record.used.values()}
         request = request._replace(session=self._session(session, namespace, said, now))
         yield request._replace(timestamp_s=now, namespace=namespace)
 
@@ -356,18 +302,14 @@ class PromptParser:
     ) -> Hashable:
         """Return the session of the next prompt: ``name``, or by its text if that is None."""
         self._num_requests += 1
-        self._is_sorted &= now_s >= self._newest_s
-        self._newest_s = max(self._newest_s, now_s)
         if name is None:
             number, continues = self._continued.session(f"{namespace}\0{said}")
             self._num_continued += continues
-            self._num_unnamed += 1
             return Unnamed(number)
         size, digest, before_s = self._last.get(name, (0, 0, -math.inf))
-        if size and now_s >= before_s:
-            self._num_later += 1
-            self._num_continued += hash(said[:size]) == digest
         if now_s >= before_s:
+            self._num_later += size > 0
+            self._num_continued += size > 0 and hash(said[:size]) == digest
             self._last[name] = len(said), hash(said), now_s
         return name
 
@@ -379,16 +321,14 @@ class PromptParser:
             length = record.whole("length")
         if "messages" in record:
             messages = [spelled(message) for message in record.objects("messages")]
-            for message in messages:
-                self._of_empty.update(unread_of_empty(message))
-                self._left_out["message", NULL] += is_null(message)
             said = plain_chat(messages, record.get("system"), record.get("tools"))
-            self._left_out[WHOLE] += answer is None and said[-1]["role"] == "assistant"
+            self._counts[WHOLE] += answer is None and said[-1]["role"] == "assistant"
             request = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
             # A text that begins with the text of every earlier part of the chat.
             text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
         elif not (record.is_request or record.has_prompt):
-            raise ValueError(f"there is no prompt in it ({', '.join(record.record) or 'no field'})")
+            names = ", ".join(record.record) or "no field"
+            raise ValueError(f"there is no prompt in it ({names}): name it as in ?prompt=NAME")
         else:
             prompt = record.get("prompt") or ""
             text = prompt if isinstance(prompt, str) else ""
@@ -418,8 +358,6 @@ class PromptParser:
         """Add a message to the conversation of its session; yield a request if it is an answer."""
         session, message = record.key("session"), record.message()
         conversation = self._conversations.get(session) or Conversation(self._chat, session)
-        self._of_empty.update(unread_of_empty(message, record.used.values()))
-        self._left_out["message", NULL] += is_null(message)
         is_first = not conversation.said
         leading = (record.get("system"), record.get("tools")) if is_first else ()
         *system, said = plain_chat([message], *leading)
@@ -433,37 +371,26 @@ class PromptParser:
             when_s = request.timestamp_s if "time" in record else now_s
             yield request._replace(timestamp_s=when_s, namespace=namespace)
 
-    def problems(self, spec: str) -> Iterator[str]:
-        """Describe what was left out or not used, with counts. ``spec`` is the file with the
-        reader's name."""
+    def problems(self) -> Iterator[str]:
+        """Describe what was left out or not used."""
         unanswered = sum(one.num_unanswered for one in self._conversations.values())
-        for (unit, words), number in (self._left_out | {NOT_ANSWERED: unanswered}).items():
+        for (unit, words), number in (self._counts | {NOT_ANSWERED: unanswered}).items():
             if number:
-                yield f"{counted(number, unit)} {words}".replace("FILE", spec.partition(":")[2])
-        if self._num_later > 2 * self._num_continued:
-            missed = self._num_later - self._num_continued
-            yield (
-                f"{missed:,} of {self._num_later:,} later prompts of a session do not begin with "
-                f"the prompt before: {WHOLE_TEXT}"
-            )
-        elif not self._last and self._continued.count >= FEWEST and not self._num_continued:
-            by_time = "sort the lines by time, because sessions are found in their order"
-            yield (
-                f"no prompt begins with an earlier one, so {self._num_requests:,} requests are "
-                f"{self._continued.count:,} sessions: {WHOLE_TEXT if self._is_sorted else by_time}"
-            )
-        if self._last and self._num_unnamed:
-            unnamed = f"{self._num_unnamed:,} of {self._num_requests:,} records have no session"
-            yield f"{unnamed}: each continues the prompt that it begins with"
-        if self._of_empty:
-            names = ", ".join(f"{name} ({n:,})" for name, n in sorted(self._of_empty.items()))
-            yield f"{EMPTY}: {names}"
+                yield f"{counted(number, unit)} {words}"
+        is_new = not self._last and self._continued.count >= FEWEST and not self._num_continued
+        if is_new or self._num_later > 2 * self._num_continued:
+            yield NOT_CONTINUED
         if self._unread and not self._num_answers and self._num_requests:
-            counts = self._unread.most_common()
-            names = ", ".join(f"{name} ({count:,})" for name, count in counts)
-            [(name, has_words)] = self._num_chars.most_common(1)
-            hint = f"; name one as in {spec}?answer={name}" if has_words else ""
-            yield f"no answer was found, and these fields are not read: {names}{hint}"
+            names = ", ".join(sorted(self._unread))
+            yield f"no answer was found; name its field as in ?answer=NAME: {names} are not read"
+
+
+def from_first(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
+    """Yield requests with times that count from the first."""
+    began_s: float | None = None
+    for request in requests:
+        began_s = request.timestamp_s if began_s is None else began_s
+        yield request._replace(timestamp_s=request.timestamp_s - began_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,7 +418,7 @@ class MessagesReader(FileReader):
     def __call__(self) -> Iterator[TraceRequest]:
         parser = PromptParser(load_chat_text(self.tokenizer, self.template), self._names)
         yield from from_first(in_order(self.path, self.records(self.bad), parser.parse, self.bad))
-        if problems := "; ".join(parser.problems(f"{self.word}:{self.path}")):
+        if problems := "; ".join(parser.problems()):
             warn(f"{self.path}: {problems}")
 
     @property
@@ -514,15 +441,9 @@ class MessagesReader(FileReader):
         return "" if has_time else ONE_SECOND
 
     def describe(self) -> str:
-        """Return the names that are read for each field in the first records. ValueError if there
-        is nothing to read."""
+        """Return the names that are read for each field in the first records."""
         first = self.first
-        if not first:
-            return ""
-        try:
-            return Named(first, self._names).describe(f"{self.word}:{self.path}")
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
+        return Named(first, self._names).describe() if first else ""
 
 
 @dataclass(frozen=True, slots=True)

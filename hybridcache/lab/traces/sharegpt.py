@@ -21,7 +21,6 @@ from hybridcache.lab.traces.dialects import Chat
 from hybridcache.lab.traces.frame import (
     CUT,
     UNANSWERED,
-    UNUSED_REST,
     Line,
     Notes,
     Record,
@@ -96,9 +95,6 @@ class ShareGPTReader(SessionReader):
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             found, said = [], record["messages"]
-            if not said:
-                notes.count("left out, because it has no message")
-                return
             for place, (before, message) in enumerate(pairwise(said), 1):
                 if before["role"] in ("user", "tool") and message["role"] == "assistant":
                     turn = chat.turn(said[:place], message["content"])
@@ -109,8 +105,6 @@ class ShareGPTReader(SessionReader):
             else:
                 if not found:
                     notes.count(UNANSWERED)
-                elif said[-1]["role"] != "assistant":
-                    notes.count(UNUSED_REST)
             yield found
 
         return parse
