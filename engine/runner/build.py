@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -220,15 +220,11 @@ def measure(runner: ModelRunner) -> int:
     return num_bytes + max(0, before - device.free_bytes())
 
 
-def captures(runner: ModelRunner) -> tuple[list[Callable[[], None]], ...]:
+def captures(runner: ModelRunner) -> list[list[Callable[[], None]]]:
     """Return functions that capture each decode graph, each verify graph, and each bucket of
     prefill graphs, largest of each kind first."""
-    (decodes, prefills), verifies = runner.graphs, runner.verify_graphs
-    return (
-        [partial(decodes.capture, bucket) for bucket in decodes.buckets] if decodes else [],
-        [partial(verifies.capture, bucket) for bucket in verifies.buckets] if verifies else [],
-        [partial(prefills.capture, size) for size in prefills.buckets] if prefills else [],
-    )
+    kinds: list[Any] = [kind for kind in runner.graphs if kind is not None]
+    return [[partial(kind.capture, bucket) for bucket in kind.buckets] for kind in kinds]
 
 
 def lengths(most: int) -> list[int]:

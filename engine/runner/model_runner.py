@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from engine.layers.blocks import LayerInputs, Pools, pad_rows, padded_count
+from engine.layers.blocks import LayerInputs, pad_rows, padded_count
 from engine.layers.prediction import PredictionHead
 from engine.layers.rotary import RotaryTable
 from engine.messages import Exactness
@@ -20,6 +20,7 @@ from engine.runner.loading import LoadedModel
 from engine.runner.memory import Memory, MemoryPlan
 from engine.runner.steps import (
     DecodeGraphs,
+    Graphs,
     PrefillGraphs,
     Record,
     Replay,
@@ -180,20 +181,6 @@ class WarmUp:
         return f"{graphs} and {steps} in {format_seconds(self.seconds)}, {size}"
 
 
-class Forward:
-    """Computes the hidden states of a step, and runs the multi-token head on them. Graphs keep it;
-    it refers to no graph."""
-
-    def __init__(self, model: Decoder, pools: Sequence[Pools], predictor: Predictor | None) -> None:
-        self._model, self._pools, self._predictor = model, pools[: len(model.mixers)], predictor
-
-    def __call__(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
-        hidden = self._model.forward(token_ids, step, self._pools)
-        if self._predictor is not None:
-            self._predictor.follow(token_ids, hidden, step)
-        return hidden
-
-
 class ModelRunner:
     """Owns the memory of a loaded model, and computes one Batch after the other. Independent of
     cache and requests."""
@@ -244,7 +231,6 @@ class ModelRunner:
         self._predictor: Predictor | None = None
         if loaded.head is not None:
             self._predictor = Predictor(loaded.head, self.model, self.step_inputs)
-        self._forward = Forward(self.model, self.tensors.pools, self._predictor)
         self.warmed: WarmUp | None = None
         """Result of the warm-up, or None if there was none (disabled, or on a CPU)."""
         self.exactness = Exactness()
@@ -283,33 +269,35 @@ class ModelRunner:
         and for reference kernels: they read lengths on the host, so a graph would repeat the
         captured lengths.
         """
-        self.graphs: tuple[DecodeGraphs | None, PrefillGraphs | None] = None, None
-        self.verify_graphs: VerifyGraphs | None = None
+        self.graphs = Graphs()
         if word == "off":
             return
         if record is None and self.device.is_cpu and word != "all" and self._record_decode():
             return
         if record is None:
-            obstacle = self._graph_obstacle()
-            if obstacle is not None:
-                if word == "auto":
-                    return
+            others = [name for name, used in self.kernels.words().items() if used != "fused"]
+            obstacle = ""
+            if self.device.traits.graph_class is None:
+                obstacle = f"{self.device.describe()} has no graphs"
+            elif others:
+                obstacle = (
+                    f"graphs require Triton kernels, which are not used for {', '.join(others)}"
+                )
+            if obstacle and word == "auto":
+                return
+            if obstacle:
                 raise ModelError(f"{obstacle}; use --graphs off.")
             record = self.device.recorder()
-        decodes, self.verify_graphs = self._decode_graphs(record)
-        prefills = None
+        self.graphs = self._decode_graphs(record)
         if word != "decode":
             prefills = PrefillGraphs(
                 self.model, self.tensors, record, most_tokens=self.most_step_tokens
             )
-        self.graphs = decodes, prefills
+            self.graphs = self.graphs._replace(prefills=prefills)
 
-    def _decode_graphs(
-        self, record: Record, *, is_native: bool = False
-    ) -> tuple[DecodeGraphs, VerifyGraphs | None]:
+    def _decode_graphs(self, record: Record, *, is_native: bool = False) -> Graphs:
         """Make the graphs of steps without drafts, and of steps with drafts."""
-        parts = self.model, self._forward, self.step_inputs
-        decodes = DecodeGraphs(*parts, record)
+        parts = self.model, self._forward, self.step_inputs, record
         buckets = verify_buckets(
             self.model,
             self.table,
@@ -317,40 +305,26 @@ class ModelRunner:
             max_verified=self.num_step_states,
             is_native=is_native,
         )
-        if not buckets:
-            return decodes, None
         longest = min(1 + self._config.drafts.max_len, self.max_model_len)
-        verifies = VerifyGraphs(
-            *parts, record, buckets=buckets, longest=longest, is_native=is_native
-        )
-        return decodes, verifies
+        verifies = VerifyGraphs(*parts, buckets=buckets, longest=longest) if buckets else None
+        return Graphs(DecodeGraphs(*parts), verifies)
 
     @torch.inference_mode()
     def _record_decode(self) -> bool:
         """Record decode steps if all their kernels are native. Returns True if they are."""
         if self.kernels.words().get("linear") != "native":
             return False
-        decodes, verify_graphs = self._decode_graphs(record_native, is_native=True)
+        graphs = self._decode_graphs(record_native, is_native=True)
         try:
-            decodes.capture(decodes.buckets[-1])
-            if verify_graphs is not None:
-                verify_graphs.capture(verify_graphs.buckets[-1])
-                self.verify_graphs = verify_graphs
+            for kind in (graphs.decodes, graphs.verifies):
+                if kind is not None:
+                    kind.capture(kind.buckets[-1])
             if self._predictor is not None:
                 self._predictor.record(record_native)
         except NotRecordableError:
             return False
-        self.graphs = decodes, None
+        self.graphs = graphs
         return True
-
-    def _graph_obstacle(self) -> str | None:
-        """Return the reason why graphs cannot be captured, or None if they can."""
-        if self.device.traits.graph_class is None:
-            return f"{self.device.describe()} has no graphs"
-        others = [name for name, word in self.kernels.words().items() if word != "fused"]
-        if others:
-            return f"graphs require Triton kernels, which are not used for {', '.join(others)}"
-        return None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
@@ -369,6 +343,13 @@ class ModelRunner:
         num_staged = len(self.tensors.checkpoints.staging)
         parts = [self._forward_piece(one, drawn) for one in pieces(batch, num_staged)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _forward(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
+        """Compute the hidden states of a step, and run the multi-token head on them."""
+        hidden = self.model.forward(token_ids, step, self.tensors.pools[: len(self.model.mixers)])
+        if self._predictor is not None:
+            self._predictor.follow(token_ids, hidden, step)
+        return hidden
 
     def _forward_piece(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         # One after the other, because a move may read rows that another wrote.
@@ -456,15 +437,10 @@ class ModelRunner:
 
         device = self.device.torch_device
         rows = logit_rows(batch.segments)
-        decodes, prefills = self.graphs
         last = batch.segments[-1]  # After segments without drafts, and decodes.
-        if last.is_decode:
-            logits: torch.Tensor | None = None
-            if last.num_drafts:
-                if self.verify_graphs is not None and not batch.late_tokens:
-                    logits = self.verify_graphs.run(batch.segments)
-            elif decodes is not None:
-                logits = decodes.run(batch.segments, patch)
+        graphs = self.graphs.verifies if last.num_drafts else self.graphs.decodes
+        if last.is_decode and graphs is not None:
+            logits = graphs.run(batch.segments, patch)
             if logits is not None:
                 if len(rows) == len(logits):
                     return logits
@@ -472,8 +448,8 @@ class ModelRunner:
         token_ids, step = self.step_inputs.of(batch)
         patch(token_ids)
         hidden: torch.Tensor | None = None
-        if prefills is not None:
-            hidden = prefills.run(token_ids, step)
+        if self.graphs.prefills is not None:
+            hidden = self.graphs.prefills.run(token_ids, step)
         if hidden is None:
             hidden = self._forward(token_ids, step)
         elif self._predictor is not None:

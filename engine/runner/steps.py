@@ -21,10 +21,12 @@ to buffers that all buckets share.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -259,6 +261,9 @@ Record = Callable[[Callable[[], None]], Replay]
 Forward = Callable[[torch.Tensor, LayerInputs], torch.Tensor]
 """Computes hidden states ``[num_rows, H]`` of token ids ``[num_rows]`` and advances the pools."""
 
+Bucket = tuple[int, int]
+"""(tokens, KV bound)."""
+
 KV_BOUNDS = (2048, 8192, 32768, 131072)
 """Maximum numbers of tokens that a decode graph attends to. With a single bound, every step would
 read the longest."""
@@ -295,97 +300,138 @@ def decode_buckets(max_running: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-class DecodeGraphs:
-    """Graphs of steps with decodes only."""
+class StepGraphs(ABC):
+    """Graphs of steps of decodes, one per bucket.
+
+    ``record`` executes the work once, so the first step of a bucket is both computed and captured.
+    """
 
     def __init__(
-        self, model: Decoder, forward: Forward, inputs: StepInputs, record: Record
+        self,
+        model: Decoder,
+        forward: Forward,
+        inputs: StepInputs,
+        record: Record,
+        buckets: Sequence[Bucket],
+        *tables: npt.NDArray[Any],
     ) -> None:
+        """``buckets``: largest first. ``tables``: inputs of the step on the host; the first has the
+        token ids in its first row."""
         self._forward, self._head, self._record = forward, model.head, record
         self._table, self._rotary = inputs.table, inputs.rotary
-        table = inputs.table
-        self._sizes = decode_buckets(table.padding_row)
-        self._bounds = kv_bounds(table.host.shape[1])
-        self._replays: dict[tuple[int, int], Replay] = {}
-        slot = inputs.memory.padding_slot or 0
-        column = np.array([0, 0, inputs.memory.padding_row, table.padding_row, 1, slot, 0])
-        most = self._sizes[-1]
-        self._padding = upload(
-            np.repeat(column[:, None], most, axis=1), torch.int64, table.device.device
-        )
-        self._inputs = self._padding.clone()
-        """int64[7, D]: token, position, KV index, row, KV length and slot of each sequence, and one
-        if it is not padding."""
-        self._logits = model.embedding.weight.new_empty(most, model.config.vocab_size)
+        self._replays: dict[Bucket, Replay | None] = dict.fromkeys(buckets)
+        self._sizes, self._bounds = (sorted(set(part)) for part in zip(*buckets, strict=True))
+        self._host_tables = tables
+        device = self._table.device.device
+        self._tables = [torch.from_numpy(table).to(device) for table in tables]
+        """The same tables in the memory that kernels read; on a CPU, the same memory."""
+        self._logits = model.embedding.weight.new_empty(self._sizes[-1], model.config.vocab_size)
 
     @property
-    def buckets(self) -> list[tuple[int, int]]:
-        """List (sequences, KV bound) of every graph, largest first."""
-        return [(size, bound) for size in self._sizes[::-1] for bound in self._bounds[::-1]]
+    def buckets(self) -> list[Bucket]:
+        """List the buckets, largest first."""
+        return list(self._replays)
 
     def run(
         self, segments: Sequence[Segment], patch: Callable[[torch.Tensor], None]
     ) -> torch.Tensor | None:
-        """Compute logits ``[len(segments), vocab]``, or return None if there are more sequences
-        than in any bucket.
+        """Compute the logits of every token, ``[num_tokens, vocab]``, or return None if the step
+        does not fit into a bucket.
 
         ``patch`` writes tokens that only the device has into the token ids.
         """
-        count = len(segments)
+        count = sum([len(segment.token_ids) for segment in segments])
         size = bucket_for(count, self._sizes)
-        if size is None:
+        bound = bucket_for(max([segment.end for segment in segments]), self._bounds)
+        if size is None or bound is None or (size, bound) not in self._replays:
             return None
-        host = self._table.host
-        columns = [
-            (
-                int(segment.token_ids[0]),
-                segment.start,
-                host[segment.row, segment.start],
-                segment.row,
-                segment.end,
-                segment.slot or 0,
-                1,
-            )
-            for segment in segments
-        ]
-        values = np.array(columns, dtype=np.int64).T.copy()
-        bound = bucket_for(int(values[4].max()), self._bounds)
-        assert bound is not None, "a sequence is longer than its row of the table"
-        if (size, bound) not in self._replays:
-            self.capture((size, bound))
-        self._inputs[:, :count].copy_(upload(values, torch.int64, self._table.device.device))
-        if count < size:
-            self._inputs[:, count:size].copy_(self._padding[:, count:size])
-        patch(self._inputs[0])
-        self._replays[size, bound]()
+        self._load(segments, size)
+        patch(self._tables[0][0])
+        replay = self._replays[size, bound]
+        if replay is None:
+            self._replays[size, bound] = self._recorded(size, bound)
+        else:
+            replay()
         return self._logits[:count].clone()
 
-    def capture(self, bucket: tuple[int, int]) -> None:
+    def capture(self, bucket: Bucket) -> None:
         """Capture the graph of one of the ``buckets``, computed on padding."""
-        size, bound = bucket
-        self._inputs.copy_(self._padding)
+        self._load((), bucket[0])
+        self._replays[bucket] = self._recorded(*bucket)
+
+    def _load(self, segments: Sequence[Segment], size: int) -> None:
+        self._fill(segments, size)
+        for host, table in zip(self._host_tables, self._tables, strict=True):
+            if table.device.type != "cpu":
+                table.copy_(upload(host, table.dtype, table.device))
+
+    def _recorded(self, size: int, bound: int) -> Replay:
+        """Compute the step in the tables, and return the function that computes the next one."""
+        token_ids, positions, kv_indices, live = self._tables[0][:4, :size].unbind()
+        padding = (self._table.padding_row,) * size, (bound,) * size
+        make_part = self._part(size, partial(Sequences, *padding))
 
         def work() -> None:
-            columns = self._inputs[:, :size].unbind()
-            token_ids, positions, kv_indices, rows, kv_lens, slots, live = columns
-            sequences = Sequences(
-                rows=(self._table.padding_row,) * size,
-                kv_lens=(bound,) * size,
-                row_table=rows.int(),
-                kv_len_table=kv_lens.int(),
-            )
             step = LayerInputs(
                 num_tokens=size,
                 num_rows=size,
                 angles=self._rotary(positions),
                 kv_indices=kv_indices,
                 table=self._table.device,
-                parts=[DecodePart(sequences, slots.int())],
+                parts=[make_part()],
                 live=live,
             )
             self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
 
-        self._replays[bucket] = self._record(work)
+        return self._record(work)
+
+    @abstractmethod
+    def _fill(self, segments: Sequence[Segment], size: int) -> None:
+        """Write the inputs of ``segments``, and padding up to ``size`` tokens, into the host's
+        tables."""
+
+    @abstractmethod
+    def _part(self, size: int, bounded: Callable[..., Sequences]) -> Callable[[], StepPart]:
+        """Return the function that makes the step's only part from the tables, for a capture.
+        ``bounded`` makes ``Sequences`` with the bucket's bounds."""
+
+
+class DecodeGraphs(StepGraphs):
+    """Graphs of steps with decodes only."""
+
+    def __init__(
+        self, model: Decoder, forward: Forward, inputs: StepInputs, record: Record
+    ) -> None:
+        table = inputs.table
+        sizes, bounds = decode_buckets(table.padding_row), kv_bounds(table.host.shape[1])
+        buckets = [(size, bound) for size in sizes[::-1] for bound in bounds[::-1]]
+        columns = np.zeros((7, sizes[-1]), np.int64)
+        """Id, position and KV index of each sequence's token, one if it is not padding; the
+        sequence's row, KV length and slot."""
+        super().__init__(model, forward, inputs, record, buckets, columns)
+        slot = inputs.memory.padding_slot or 0
+        self._padding = 0, 0, inputs.memory.padding_row, 0, table.padding_row, 1, slot
+
+    def _fill(self, segments: Sequence[Segment], size: int) -> None:
+        host = self._table.host
+        columns = [
+            (
+                segment.token_ids[0],
+                segment.start,
+                host[segment.row, segment.start],
+                1,
+                segment.row,
+                segment.end,
+                segment.slot or 0,
+            )
+            for segment in segments
+        ]
+        columns += [self._padding] * (size - len(segments))
+        self._host_tables[0][:, :size] = np.array(columns, dtype=np.int64).T
+
+    def _part(self, size: int, bounded: Callable[..., Sequences]) -> Callable[[], StepPart]:
+        rows, kv_lens, slots = self._tables[0][4:, :size].unbind()
+        return lambda: DecodePart(bounded(rows.int(), kv_lens.int()), slots.int())
 
 
 class PrefillGraphs:
@@ -472,8 +518,6 @@ class PrefillGraphs:
 
 NATIVE_SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64)
 """Numbers of tokens, including every length of one sequence with drafts of default length."""
-Bucket = tuple[int, int]
-"""(tokens, KV bound)."""
 
 
 def verify_buckets(
@@ -504,12 +548,11 @@ def verify_buckets(
     ]
 
 
-class VerifyGraphs:
-    """Graphs of steps with drafts, one per number of tokens, for any number of sequences.
+class VerifyGraphs(StepGraphs):
+    """Graphs of steps with drafts, for any number of sequences.
 
     Kernels read the start and length of each sequence from memory. A sequence without drafts has
-    one token, and its state is updated in its own slot. ``record`` also executes the recorded step
-    exactly once, so states that are updated in place are not advanced twice.
+    one token, and its state is updated in its own slot.
 
     A graph of native kernels, on a CPU, is correct for all sizes. Triton kernels are launched for
     bounds: KV lengths up to a bucket's, sequences of at most ``longest`` tokens, and all tokens in
@@ -526,53 +569,22 @@ class VerifyGraphs:
         *,
         buckets: Sequence[Bucket],
         longest: int,
-        is_native: bool,
     ) -> None:
-        """``buckets``: of ``verify_buckets``, at least one. ``longest``: most tokens of a sequence.
-        ``is_native``: the kernels read the host's memory."""
-        self._forward, self._head, self._memory = forward, model.head, inputs.memory
-        self._running, self._longest, self._record = inputs.running, longest, record
-        self._table, self._rotary = inputs.table, inputs.rotary
-        self.buckets = buckets
-        self._sizes, self._bounds = (sorted(set(part)) for part in zip(*buckets, strict=True))
-        self._replays: dict[Bucket, Replay] = {}
-        most, device = self._sizes[-1], self._table.device.device
+        """``buckets``: of ``verify_buckets``, at least one. ``longest``: most tokens of a
+        sequence."""
+        self._memory, self._running, self._longest = inputs.memory, inputs.running, longest
+        most = buckets[0][0]
+        tokens = np.zeros((5, most), np.int64)
+        """Id, position and KV index of each token, one if it is not padding, and the index of the
+        token before it."""
         # Rows of a multiple of 16 bytes, because kernels are compiled for aligned tables.
-        self._host_tokens = np.zeros((5, most), np.int64)
-        """Id, position and KV index of each token, the index of the token before it, and one if it
-        is not padding."""
-        self._host_tables = np.zeros((7, padded_count(most + 1, 4)), np.int32)
+        tables = np.zeros((7, padded_count(most + 1, 4)), np.int32)
         """Slot of the state after each token, its row and KV length; row, KV length and slot of
         each sequence; start of each sequence."""
-        self._is_native = is_native
-        host = torch.from_numpy(self._host_tokens), torch.from_numpy(self._host_tables)
-        self._tokens, self._tables = (x.to(device, copy=not is_native) for x in host)
-        """The same tables in the memory that kernels read."""
-        self._logits = model.embedding.weight.new_empty(most, model.config.vocab_size)
-
-    def run(self, segments: Sequence[Segment]) -> torch.Tensor | None:
-        """Compute the logits of every token, ``[num_tokens, vocab]``, or return None if the step
-        does not fit into a bucket."""
-        count = sum(len(segment.token_ids) for segment in segments)
-        size = bucket_for(count, self._sizes)
-        bound = bucket_for(max(segment.end for segment in segments), self._bounds)
-        if size is None or bound is None or (size, bound) not in self.buckets:
-            return None
-        self._fill(segments, size)
-        if (size, bound) in self._replays:
-            self._replays[size, bound]()
-        else:
-            self._replays[size, bound] = self._recorded(size, bound)
-        return self._logits[:count].clone()
-
-    def capture(self, bucket: Bucket) -> None:
-        """Capture the graph of one of the ``buckets``, computed on padding."""
-        self._fill((), bucket[0])
-        self._replays[bucket] = self._recorded(*bucket)
+        super().__init__(model, forward, inputs, record, buckets, tokens, tables)
 
     def _fill(self, segments: Sequence[Segment], size: int) -> None:
-        """Write the inputs of ``segments``, and padding sequences up to ``size`` tokens."""
-        tokens, tables = self._host_tokens, self._host_tables
+        tokens, tables = self._host_tables
         memory, host = self._memory, self._table.host
         step_slots = iter(self._running.step_slots)
         lengths = [len(segment.token_ids) for segment in segments]
@@ -589,7 +601,7 @@ class VerifyGraphs:
             tables[3:6, b] = segment.row, segment.end, self._running.at(slot)
         count, slot, live = firsts[-1], memory.padding_slot or 0, len(segments)
         row = self._table.padding_row
-        tokens[3, :count], tokens[4, :count] = tokens_before(lengths, size), 1
+        tokens[3, :count], tokens[4, :count] = 1, tokens_before(lengths, size)
         for part, padding in zip(tokens, (0, 0, memory.padding_row, 0, 0), strict=True):
             part[count:size] = padding
         tables[0, count:size], tables[1, count:size] = slot, row
@@ -601,39 +613,18 @@ class VerifyGraphs:
         firsts = running_sum([*lengths, *added])
         tables[6, : len(firsts)] = firsts
         tables[6, len(firsts) : size + 1] = size
-        if not self._is_native:
-            device = self._tokens.device
-            self._tokens.copy_(upload(tokens, torch.int64, device))
-            self._tables.copy_(upload(tables, torch.int32, device))
 
-    def _recorded(self, size: int, bound: int) -> Replay:
-        """Compute the step in the input tables, and return the function that computes the next
-        one."""
-        token_ids, positions, kv_indices, before, live = self._tokens[:, :size].unbind()
-        step_slots, token_rows, token_kv_lens = self._tables[:3, :size].unbind()
-        rows, kv_lens, slots = self._tables[3:6, :size].unbind()
+    def _part(self, size: int, bounded: Callable[..., Sequences]) -> Callable[[], StepPart]:
+        tables = self._tables[1]
+        step_slots, token_rows, token_kv_lens, rows, kv_lens, slots = tables[:6, :size].unbind()
         bounds = _in_pieces(size, self._longest)
         bounds += [0] * (size - len(bounds))
-        packed = replace(
-            Packed.from_lengths(bounds, self._tokens.device), cu_seqlens=self._tables[6, : size + 1]
-        )
-        padding = (self._table.padding_row,) * size, (bound,) * size
-        sequences = Sequences(*padding, row_table=rows, kv_len_table=kv_lens)
-        tokens = Sequences(*padding, row_table=token_rows, kv_len_table=token_kv_lens)
-
-        def work() -> None:
-            step = LayerInputs(
-                num_tokens=size,
-                num_rows=size,
-                angles=self._rotary(positions),
-                kv_indices=kv_indices,
-                table=self._table.device,
-                parts=[VerifyPart(packed, sequences, tokens, slots, step_slots, before)],
-                live=live,
-            )
-            self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
-
-        return self._record(work)
+        packed = Packed.from_lengths(bounds, tables.device)
+        packed = replace(packed, cu_seqlens=tables[6, : size + 1])
+        sequences, tokens = bounded(rows, kv_lens), bounded(token_rows, token_kv_lens)
+        before = self._tables[0][4, :size]
+        part = VerifyPart(packed, sequences, tokens, slots, step_slots, before)
+        return lambda: part
 
 
 def _in_pieces(num_tokens: int, longest: int) -> list[int]:
@@ -644,3 +635,11 @@ def _in_pieces(num_tokens: int, longest: int) -> list[int]:
     """
     whole, rest = divmod(num_tokens, longest)
     return [longest] * whole + [rest] * (rest > 0)
+
+
+class Graphs(NamedTuple):
+    """Graphs of each kind of step, or None for steps that are launched kernel by kernel."""
+
+    decodes: DecodeGraphs | None = None
+    verifies: VerifyGraphs | None = None
+    prefills: PrefillGraphs | None = None

@@ -37,6 +37,7 @@ from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
+from engine.runner.steps import Graphs
 from engine.schedule.report import StepReport
 from engine.text.outputs import RequestOutput
 from experiments.benchmarks.serving import (
@@ -280,16 +281,16 @@ def measure(path: str, dry: bool, scale: Scale, **options: Any) -> Iterator[tupl
     bench = Bench(path, dry, scale, **options)
     runner = bench.runner
     yield "start", lambda: bench.start() | options
-    decodes, prefills = runner.graphs
-    uses = {"all": (decodes, prefills), "decode": (decodes, None), "off": (None, None)}
-    for graphs in uses if decodes is not None else ("off",):
+    captured = runner.graphs
+    uses = {"all": captured, "decode": Graphs(captured.decodes), "off": Graphs()}
+    for graphs in uses if captured.decodes is not None else ("off",):
         runner.graphs = uses[graphs]
         setting = {"graphs": graphs, **options}
         for streams in scale.streams:
             work = partial(bench.decoding, streams, scale)
             yield f"decoding {streams}, graphs {graphs}", lambda: work() | setting  # noqa: B023
         yield f"prefix hit, graphs {graphs}", lambda: bench.hit(scale) | setting  # noqa: B023
-    runner.graphs = decodes, prefills
+    runner.graphs = captured
     yield "exact", lambda: price(runner, bench.config, scale) | options
     bench.close()
 
@@ -342,10 +343,10 @@ def drafted(path: str, dry: bool, scale: Scale) -> Iterator[tuple[str, Work]]:
     without graphs."""
     bench = Bench(path, dry, scale, draft="tree:4", max_running=MAX_DRAFTED)
     runner = bench.runner
-    graphs, verifies = runner.graphs, runner.verify_graphs
-    uses: dict[str, Any] = {"all": (graphs, verifies), "pieces": (graphs, None)}
-    uses = (uses if verifies is not None else {}) | {"off": ((None, None), None)}
-    for name, (runner.graphs, runner.verify_graphs) in uses.items():
+    captured = runner.graphs
+    uses = {"all": captured, "pieces": captured._replace(verifies=None)}
+    uses = (uses if captured.verifies is not None else {}) | {"off": Graphs()}
+    for name, runner.graphs in uses.items():
         for count in sorted({min(count, MAX_DRAFTED) for count in scale.streams}):
             work = partial(bench.verifying, count, scale)
             yield f"verifying {count}, {name}", lambda: work() | {"graphs": name}  # noqa: B023

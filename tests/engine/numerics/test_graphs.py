@@ -174,14 +174,14 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
     monkeypatch.setattr("engine.runner.steps.KV_BOUNDS", (10, 40))
     recorder = Recorder()
     driver.runner.use_graphs("decode", recorder)
-    graphs = driver.runner.verify_graphs
+    graphs = driver.runner.graphs.verifies
     assert graphs.buckets == [(size, kv) for size in (32, 16, 8, 4) for kv in (96, 40, 10)]
     assert_equal_results(expected, driver.verify(VERIFIED, STEPS))
     used = [(8, 10), (32, 40), (4, 40), (8, 40)]
     assert recorder.num_recorded == len(used) + 1  # One for a step without drafts.
     driver.runner.use_graphs("decode", recorder)
     for bucket in used:
-        driver.runner.verify_graphs.capture(bucket)
+        driver.runner.graphs.verifies.capture(bucket)
     driver.reset()
     assert_equal_results(expected, driver.verify(VERIFIED, STEPS))
     assert recorder.num_recorded == 2 * (len(used) + 1)
@@ -197,7 +197,7 @@ def test_graphs_of_pieces_change_no_bit(kind, tmp_path):
     plain = driver.cold_and_mixed(tokens)
     driver.reset()
     driver.runner.use_graphs("all", recorder)
-    driver.runner.graphs = None, driver.runner.graphs[1]
+    driver.runner.graphs = driver.runner.graphs._replace(decodes=None)
     assert all(map(torch.equal, driver.cold_and_mixed(tokens), plain))
     assert recorder.num_recorded > 1 and torch.equal(plain[1][1:], plain[0][64:])
 
@@ -298,6 +298,6 @@ def test_launches_of_a_decode_step_are_those_of_the_documentation(tmp_path, monk
         for num_tokens in (8, 64):
             names.clear()
             with torch.inference_mode():
-                runner.graphs[0].capture((num_tokens, 2048))
+                runner.graphs.decodes.capture((num_tokens, 2048))
             found[num_tokens] = dict(names)
     assert found == {8: LAUNCHES, 64: LAUNCHES | SORTING}

@@ -49,11 +49,11 @@ def decode_logits(runner, prompts, num_steps) -> list[list[torch.Tensor]]:
 @FORMATS
 def test_batches_and_recording_change_no_bit(dtype, quantization) -> None:
     runner = make_runner(dtype, quantization=quantization)
-    assert (runner.graphs[0] is not None) == IS_RECORDED
+    assert (runner.graphs.decodes is not None) == IS_RECORDED
     prompts = [random_tokens(length, length) for length in (100, 64, 7)]
     batched = decode_logits(runner, prompts, 3)
     runner.use_graphs("off")
-    assert runner.graphs == (None, None)
+    assert runner.graphs == (None, None, None)
     for rank, prompt in enumerate(prompts):
         single = decode_logits(runner, [prompt], 3)
         for step, [logits] in enumerate(single):
@@ -69,12 +69,12 @@ def test_recorded_verification_changes_no_bit(dtype, quantization) -> None:
     ``test_verify.py`` compares verification with single steps.
     """
     runner = make_runner(dtype, quantization=quantization, draft="tree:8")
-    assert (runner.verify_graphs is not None) == IS_RECORDED
+    assert (runner.graphs.verifies is not None) == IS_RECORDED
     driver = Driver(runner, scatter_seed=3)
     recorded = driver.verify(VERIFIED, STEPS)
     driver.reset()
     runner.use_graphs("off")
-    assert runner.verify_graphs is None
+    assert runner.graphs.verifies is None
     assert_equal_results(driver.verify(VERIFIED, STEPS), recorded)
 
 

@@ -115,11 +115,11 @@ def test_pools_leave_memory_for_graphs(monkeypatch, tmp_path, cached_mib, draft)
     with stubbed(monkeypatch) as (device, _):
         device.counts["cached MiB"] = cached_mib
         runner = make_engine(tmp_path, draft=draft).runner
-        num_graphs = 4 + 3 * len(runner.graphs[1].buckets)  # Three pieces for two layers.
-        if runner.verify_graphs is not None:
-            assert runner.verify_graphs.buckets == [(size, 600) for size in (32, 16, 8, 4)]
+        num_graphs = 4 + 3 * len(runner.graphs.prefills.buckets)  # Three pieces for two layers.
+        if runner.graphs.verifies is not None:
+            assert runner.graphs.verifies.buckets == [(size, 600) for size in (32, 16, 8, 4)]
             num_graphs += 4
-        assert (runner.verify_graphs is None) == (draft == "none")
+        assert (runner.graphs.verifies is None) == (draft == "none")
         needed = 2**20 * (64 + num_graphs)
         assert runner.warmed.num_bytes == needed
         budget = int((FREE_BYTES - needed) * ACCELERATOR_SHARE)
@@ -132,7 +132,7 @@ def test_the_largest_graph_has_the_rows_of_the_largest_step(monkeypatch, tmp_pat
         settings = {"draft": "mtp:2", "max_running": 5, "token_budget": 199}
         runner = make_engine(tmp_path, max_model_len=200, **settings).runner
         assert runner.most_step_tokens == 211
-        assert runner.graphs[1].buckets[0] == 212
+        assert runner.graphs.prefills.buckets[0] == 212
 
 
 def test_guesses_at_every_position_need_no_compilation(monkeypatch, tmp_path) -> None:
