@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.runner.device import TRAITS, Device
+from engine.runner.device import Device
 
 FREE_BYTES = 2**30
 
@@ -29,7 +29,6 @@ class StubDevice(Device):
     """Stand-in for an accelerator with graphs and Triton. Its tensors are on the CPU."""
 
     torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    traits: Any = TRAITS["cuda"]
     counts: Counter[str] = field(default_factory=Counter)
     threads: set[int] = field(default_factory=set)
     """Threads that made it their current device."""

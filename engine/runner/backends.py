@@ -63,7 +63,7 @@ class Kernels(dict[str, ModuleType]):
         """
         check_no_foreign_kernels()
         word: Backend = "reference"
-        if device.traits.has_triton:
+        if not device.is_cpu:
             if importlib.util.find_spec("triton") is not None:
                 word = "fused"
             else:
@@ -72,7 +72,7 @@ class Kernels(dict[str, ModuleType]):
                     "slower. Builds of torch for GPUs depend on it.",
                     device.describe(),
                 )
-        elif device.is_cpu and native.shared_library() is not None:
+        elif native.shared_library() is not None:
             word = "native"
         words: dict[str, Backend] = {
             name: word if word in backends else "reference"

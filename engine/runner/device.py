@@ -1,4 +1,4 @@
-"""Table of devices and their features. No other module names a device."""
+"""Devices, their memory and graphs, and copies from them to the host."""
 
 from __future__ import annotations
 
@@ -20,54 +20,29 @@ from hybridcache.geometry.units import counted
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceTraits:
-    """Features of one kind of device."""
-
-    has_triton: bool
-    graph_class: str | None
-    """Name of the graph class in the device's module, which also has a context manager ``graph``.
-    None if the device has no graphs."""
-    default_dtype: torch.dtype
-
-
-TRAITS = {
-    "cpu": DeviceTraits(False, None, torch.float32),
-    "cuda": DeviceTraits(True, "CUDAGraph", torch.bfloat16),
-    "xpu": DeviceTraits(True, None, torch.bfloat16),
-}
-OTHER = DeviceTraits(False, None, torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
 class Device:
-    """One device and its traits."""
+    """The CPU, or a GPU with Triton and graphs."""
 
     torch_device: torch.device
-    traits: DeviceTraits
 
     @classmethod
     def resolve(cls, name: str | None) -> Device:
-        """Return the device of the given name (``cpu``, ``cuda``, ``cuda:1`` ...), else the
-        accelerator found, else the CPU. Raises ModelError."""
+        """Return the device of the given name (``cpu``, ``cuda``, ``cuda:1`` ...), else the GPU
+        found, else the CPU. Raises ModelError."""
         if name is None:
-            found = torch.accelerator.current_accelerator(check_available=True)
-            device = torch.device("cpu") if found is None or found.type not in TRAITS else found
-        else:
-            try:
-                device = torch.device(name)
-            except RuntimeError:
-                raise ModelError(f"unknown device {name!r}; use cpu, for example.") from None
-        if device.type != "cpu":
-            try:
-                module = torch.get_device_module(device)
-                count = module.device_count() if module.is_available() else 0
-            except (RuntimeError, AttributeError):
-                count = 0
-            if (device.index or 0) >= count:
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ModelError(f"unknown device {name!r}; use cpu, for example.")
+        if device.type == "cuda":
+            if (device.index or 0) >= torch.cuda.device_count():
                 raise ModelError(f"the device {name!r} is not available; use cpu, for example.")
-            if device.index is None and hasattr(module, "current_device"):
-                device = torch.device(device.type, module.current_device())
-        return cls(device, TRAITS.get(device.type, OTHER))
+            if device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+        return cls(device)
 
     def of_rank(self, number: int) -> Device:
         """Return the device of one of several ranks. Each rank has a separate device, except that
@@ -100,10 +75,9 @@ class Device:
     def supports(self, quantization: str | None) -> bool:
         """Return True if weights in this 8-bit format can be multiplied on the device, or if it is
         None."""
-        if quantization != "fp8" or not self.traits.has_triton:
+        if quantization != "fp8" or self.is_cpu:
             return True
-        capability = getattr(self.module, "get_device_capability", lambda device: (0, 0))
-        return bool(capability(self.torch_device) >= (8, 9))
+        return bool(self.module.get_device_capability(self.torch_device) >= (8, 9))
 
     def free_bytes(self) -> int:
         """Return the available memory in bytes."""
@@ -145,8 +119,6 @@ class Device:
         on the same memory. Graphs of one recorder overwrite each other's memory: one graph is
         replayed at a time, and its results are read before the next replay.
         """
-        graph_class = self.traits.graph_class
-        assert graph_class is not None
         pool = self.module.graph_pool_handle()
         # By default, all graphs of a process share a stream, of the device with the first one.
         stream = self.module.Stream(self.torch_device)
@@ -154,7 +126,7 @@ class Device:
         def record(work: Callable[[], None]) -> Callable[[], None]:
             work()
             self.synchronize()
-            graph = getattr(self.module, graph_class)()
+            graph = self.module.CUDAGraph()
             # Threads of tiers and transfers may call the device at the same time.
             options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
             with self.module.graph(graph, **options):
@@ -221,37 +193,18 @@ def host_free_bytes() -> int:
     return max(0, min([free, *_group_rooms()]))
 
 
-GROUP_FILES = {
-    "": ("", ("memory.max", "memory.high"), "memory.current", "inactive_file"),
-    "memory": (
-        "memory",
-        ("memory.limit_in_bytes",),
-        "memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
-}
-"""By controller in ``/proc/self/cgroup`` (none in version 2 of control groups, its name in version
-1): folder of the groups, files of limits and of memory in use, and the entry of ``memory.stat``
-with the part of it that the system can take back."""
-
-
 def _group_rooms() -> Iterator[int]:
-    """Yield the bytes that each limit of this process's control groups leaves, those of parent
-    groups included. A container may see its own group as the root of all."""
-    lines = []
+    """Yield the bytes that each limit of this process's control group (version 2) and its parents
+    leaves. A container may see its own group as the root of all."""
+    root, groups = SYSTEM / "sys/fs/cgroup", ""
     with suppress(OSError):
-        lines = (SYSTEM / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
-    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1):
-        for controller in GROUP_FILES.keys() & controllers.split(","):
-            place, limits, used, idle = GROUP_FILES[controller]
-            root = SYSTEM / "sys/fs/cgroup" / place
-            group = root / path.lstrip("/")
-            for folder in (group, *group.parents):
-                if not folder.is_relative_to(root):
-                    break
-                for name in limits:
-                    with suppress(OSError, ValueError, KeyError):  # "max" is no limit.
-                        limit = int((folder / name).read_text())
-                        stat = (folder / "memory.stat").read_text().splitlines()
-                        free = int(dict(line.split() for line in stat)[idle])
-                        yield limit - int((folder / used).read_text()) + free
+        groups = (SYSTEM / "proc/self/cgroup").read_text(errors="surrogateescape")
+    for path in re.findall("^0::/(.*)$", groups, re.MULTILINE):
+        group = root / path
+        for folder in (one for one in (group, *group.parents) if one.is_relative_to(root)):
+            for name in ("memory.max", "memory.high"):
+                with suppress(OSError, ValueError, KeyError):  # "max" is no limit.
+                    limit = int((folder / name).read_text())
+                    stat = (folder / "memory.stat").read_text().splitlines()
+                    reclaimable = int(dict(line.split() for line in stat)["inactive_file"])
+                    yield limit - int((folder / "memory.current").read_text()) + reclaimable

@@ -277,7 +277,7 @@ class ModelRunner:
         if record is None:
             others = [name for name, used in self.kernels.words().items() if used != "fused"]
             obstacle = ""
-            if self.device.traits.graph_class is None:
+            if self.device.is_cpu:
                 obstacle = f"{self.device.describe()} has no graphs"
             elif others:
                 obstacle = (

@@ -126,7 +126,7 @@ class Clock:
             run()
         host_s = (time.perf_counter() - begin) / CALLS
         self._device.synchronize()
-        if self._resolved.traits.graph_class is None:
+        if self._resolved.is_cpu:
             return Prepared(run, host_s, False)
         stream = self._device.current_stream()
         try:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from engine.plugins.tiers import tier_copies
 from engine.plugins.tiers.tier_copies import BLOCK_BYTES, MIN_RUN_BYTES, TierCopier, copy_rows
-from engine.runner.device import TRAITS
 from hybridcache.tokens import Indices
 
 ROWS = 4000
@@ -78,12 +77,11 @@ def test_rows_of_any_size_are_copied_in_runs_and_singly(row_bytes: int) -> None:
         assert np.array_equal(tier_copies._gathered(rows, src.astype(np.int32)), rows[src])
 
 
-def stub_device(module: MagicMock, kind: str, is_locked: bool = True) -> SimpleNamespace:
+def stub_device(module: MagicMock, is_locked: bool) -> SimpleNamespace:
     """Return a device whose streams are those of ``module``."""
     return SimpleNamespace(
         is_cpu=False,
         module=module,
-        traits=TRAITS[kind],
         register=lambda host: is_locked,
         synchronize=lambda: None,
     )
@@ -102,7 +100,7 @@ def test_scattered_rows_of_locked_memory_are_gathered_by_a_kernel(
     is_locked: bool, src: range, is_gathered: bool
 ) -> None:
     fused = pytest.importorskip("kernels.cache_write.fused")
-    device = stub_device(MagicMock(stream=lambda stream: nullcontext()), "cuda", is_locked)
+    device = stub_device(MagicMock(stream=lambda stream: nullcontext()), is_locked)
     with (
         patch.object(fused, "gather_rows", wraps=fused.gather_rows) as gather,
         patch.object(torch.Tensor, "record_stream", lambda x, stream: None),
@@ -131,7 +129,7 @@ def test_loads_do_not_wait_for_the_current_step() -> None:
         return empty(*shape, **options)
 
     module = MagicMock(stream=use, current_stream=lambda: active[-1] if active else main)
-    device = stub_device(module, "cpu")
+    device = stub_device(module, is_locked=False)
     empty = torch.empty
     with patch.object(torch.Tensor, "record_stream", lambda x, stream: None):
         memory = SimpleNamespace(slab_rows=1)

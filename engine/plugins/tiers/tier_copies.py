@@ -158,7 +158,7 @@ class TierCopier:
     def _find_gather(self) -> GatherRows | None:
         """Return the kernel that gathers rows of the host's page-locked memory, or None if the
         device cannot run it or cannot read that memory."""
-        if not self._device.traits.has_triton or importlib.util.find_spec("triton") is None:
+        if self._device.is_cpu or importlib.util.find_spec("triton") is None:
             return None
         gather_rows: GatherRows = importlib.import_module("kernels.cache_write.fused").gather_rows
         num_rows = min(2, len(self.host))

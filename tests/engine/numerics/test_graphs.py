@@ -17,7 +17,7 @@ import torch
 
 from engine import engine_config
 from engine.runner.build import load_runner
-from engine.runner.device import TRAITS, Device
+from engine.runner.device import Device
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from kernels.attention import fused
 from kernels.moe import fused as moe
@@ -237,7 +237,7 @@ def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
         synchronize=lambda device: calls.append("synchronize"),
     )
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    record = Device(torch.device("cuda:0"), TRAITS["cuda"]).recorder()
+    record = Device(torch.device("cuda:0")).recorder()
     first, second = record(lambda: calls.append("first")), record(lambda: None)
     first()
     second()
