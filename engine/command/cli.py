@@ -233,13 +233,13 @@ def _serve(arguments: argparse.Namespace) -> int:
             from engine.worker.process_channel import start_engine
 
             start = partial(start_engine, engine_config, spawned)
-        from engine.server.access import ServerKeys  # Half a second, while the process starts.
+        from engine.server.access import Access  # Half a second, while the process starts.
         from engine.server.app import serve
 
-        keys = ServerKeys.of(server_config)
+        access = Access(server_config)
         engine, screen = start()
         _show(screen, server_config)
-        serve(engine, server_config, listener, keys, lambda: engine.failure is not None)
+        serve(engine, server_config, listener, access, lambda: engine.failure is not None)
     if engine.failure is not None:
         print(f"engine serve: {engine.failure}", file=sys.stderr)
         return 1

@@ -1,5 +1,5 @@
-"""Access of clients: their connections, API keys, the operator, CORS, request ids and the log of
-requests, and the tenants that own requests."""
+"""Access of clients: API keys, tenants, the operator, connections, CORS, request ids and the log of
+requests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import secrets
 import sys
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
@@ -30,7 +29,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from engine.server.api_errors import ANTHROPIC, APIError
+from engine.server.api_errors import ANTHROPIC, APIError, short
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.json_text import REPLACEMENT
 from hybridcache.command.signals import log_to_stderr
@@ -43,32 +42,37 @@ FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "v
 """Headers that proxies add. Clients of a proxy are not on this machine."""
 OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
 """Beginnings of the paths that only the operator may use."""
+SECRET_FILE, SECRET_BYTES = "salt-secret", 32
+"""Name and size of the file with the key of the hashes of salts."""
 KEY = re.compile(rb"[\x21-\x7e]+")
 NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 """Pattern of the ids that clients may send in ``X-Request-Id``."""
 
 
-# --- Keys -----------------------------------------------------------------------------------------
+# --- Keys and tenants -----------------------------------------------------------------------------
+
+SALT_HEADER = "x-cache-salt"
+"""Header for the salt of a request, as an alternative to ``cache_salt`` in the body, on every
+method."""
 
 
 @dataclass(frozen=True, slots=True)
-class ServerKeys:
-    """Keys of one server."""
+class Tenant:
+    """Owner of requests and of the answers to them."""
 
-    accepted: Sequence[bytes]
-    """Distinct keys of which a request needs one, the operator's included; empty if no key is
-    required."""
-    operator: bytes | None
-    """Key of the operator, or None if its requests are distinguished by their address."""
-    are_salts: bool
-    """True if requests with different keys share no cache entries. By default they do not if
-    clients have several keys, because the number of reused tokens reveals shared prompts."""
+    key: int | None = None
+    """Index of the API key among those of the server, or None if the server requires none."""
+    namespace: str | None = None
+    """Keyed hash of the salt, or None if the request has no salt. The cache uses only this part."""
 
-    @classmethod
-    def of(cls, config: ServerConfig) -> ServerKeys:
+
+class Access:
+    """API keys of one server, and the tenants that keys and salts distinguish."""
+
+    def __init__(self, config: ServerConfig) -> None:
         """Read the keys. Raises ValueError if a file cannot be read or is empty, or a key cannot be
         sent in a header."""
-        accepted, operator = list[bytes](), None
+        accepted = list[bytes]()
         if (named := os.environ.get(API_KEY_VARIABLE)) is not None:
             accepted += _sendable([named.encode()], API_KEY_VARIABLE)
         if config.api_key_file is not None:
@@ -76,16 +80,68 @@ class ServerKeys:
         if config.salt_by_key and not accepted:
             message = f"--salt-by-key needs keys: give --api-key-file or {API_KEY_VARIABLE}."
             raise ValueError(message)
-        are_salts = config.salt_by_key
-        if are_salts is None:
-            are_salts = len(set(accepted)) > 1
+        self._are_salts = config.salt_by_key
+        """True if requests with different keys share no cache entries. By default they do not if
+        clients have several keys, because the number of reused tokens reveals shared prompts."""
+        if self._are_salts is None:
+            self._are_salts = len(set(accepted)) > 1
+        self._operator: bytes | None = None
+        """Key of the operator, or None if its requests are distinguished by their address."""
         if (file := config.admin_key_file) is not None:
-            operator, *more = _read_keys("--admin-key-file", file)
+            self._operator, *more = _read_keys("--admin-key-file", file)
             if more:
                 message = f"--admin-key-file {file} has {1 + len(more)} keys"
                 raise ValueError(f"{message}; it must contain a single key.")
-            accepted += [operator] if accepted else []
-        return cls(list(dict.fromkeys(accepted)), operator, are_salts)
+            accepted += [self._operator] if accepted else []
+        self.accepted = list(dict.fromkeys(accepted))
+        """Distinct keys of which a request needs one, the operator's included; empty if no key is
+        required."""
+        self._secret = secrets.token_bytes(SECRET_BYTES)
+
+    def keep_secret(self, folder: str) -> None:
+        """Use the secret of ``folder``, in which the cache is kept for the next start. It is there
+        in a file for its owner only, and is written if it is missing."""
+        file = Path(folder) / SECRET_FILE
+        why = f"it does not have {SECRET_BYTES} bytes"
+        try:
+            private = partial(os.open, mode=0o600)
+            with suppress(FileExistsError), open(file, "xb", opener=private) as new:
+                new.write(self._secret)
+            if len(kept := file.read_bytes()) == SECRET_BYTES:
+                self._secret = kept
+                return
+        except OSError as error:
+            why = str(error.strerror)
+        logger.warning(
+            "%s cannot be used (%s): entries of requests with a salt, or with one of "
+            "several keys, get lost.",
+            file,
+            why,
+        )
+
+    def tenant(self, scope: Scope, salt: str | None = None) -> Tenant:
+        """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
+        salts differ, or one is empty or not text.
+
+        Salts are secret and namespaces are visible, so they are hashed with a secret key, which
+        prevents guessing of salts.
+        """
+        name = SALT_HEADER.encode()
+        values = (value for header, value in scope["headers"] if header == name)
+        given = {value.decode(errors="replace") for value in values}
+        given |= set() if salt is None else {salt}
+        # Invalid characters are decoded as U+FFFD, which would make different salts equal.
+        if len(given) > 1 or any(not one or REPLACEMENT in one for one in given):
+            message = f"A request has one salt, as 'cache_salt' or {SALT_HEADER}: a text that is "
+            message += "not empty and does not contain U+FFFD, the sign of invalid characters."
+            raise APIError(400, message)
+        place: int | None = scope.get("state", {}).get("api_key")
+        # The key itself: its index is that of another key once the file of keys has changed.
+        by_key = [self.accepted[place].hex()] if self._are_salts and place is not None else []
+        if not by_key and not given:
+            return Tenant(place)
+        parts = json.dumps([by_key, *given]).encode()
+        return Tenant(place, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
 
     def place(self, scope: Scope) -> int | None:
         """Return the index of the request's key, or None if it is invalid, in time independent of
@@ -97,10 +153,9 @@ class ServerKeys:
 
     def refusal(self, scope: Scope) -> APIError:
         """Return the answer to a request without a valid key for its path."""
-        is_reserved = self.operator is not None and scope["path"].startswith(OPERATORS)
+        is_reserved = self._operator is not None and scope["path"].startswith(OPERATORS)
         source = "--admin-key-file" if is_reserved else f"--api-key-file or {API_KEY_VARIABLE}"
-        wrong = ": the key of this request is another" if _given_key(scope) else ""
-        message = f"Send a key of {source} as Authorization: Bearer KEY{wrong}."
+        message = f"Send a valid key of {source} as Authorization: Bearer KEY."
         challenge = {"WWW-Authenticate": "Bearer"}
         return APIError(401, message, code="invalid_api_key", headers=challenge)
 
@@ -112,8 +167,8 @@ class ServerKeys:
         names. A foreign page in a local browser has a different ``Origin``, or a different ``Host``
         if its name was rebound to this address.
         """
-        if self.operator is not None:
-            if not hmac.compare_digest(_given_key(request.scope), self.operator):
+        if self._operator is not None:
+            if not hmac.compare_digest(_given_key(request.scope), self._operator):
                 raise self.refusal(request.scope)
             return
         headers = request.headers
@@ -207,10 +262,10 @@ class ClientConnection(H11Protocol):
 # --- Middleware and the log -----------------------------------------------------------------------
 
 
-def install(app: Starlette, config: ServerConfig, keys: ServerKeys) -> None:
+def install(app: Starlette, config: ServerConfig, access: Access) -> None:
     """Add the middleware to ``app``, the last one outermost."""
     is_logged = sys.stderr.isatty() if config.log_requests is None else config.log_requests
-    app.add_middleware(Requests, keys=keys, is_logged=is_logged)
+    app.add_middleware(Requests, access=access, is_logged=is_logged)
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -222,7 +277,7 @@ def install(app: Starlette, config: ServerConfig, keys: ServerKeys) -> None:
 
 
 PROBES = ("/health", "/metrics")
-"""Paths that monitors poll; their lines have the level DEBUG."""
+"""Paths that monitors poll and that are not logged."""
 MAX_PATH = 200
 """Maximum length of a path in a line."""
 
@@ -230,28 +285,21 @@ MAX_PATH = 200
 def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> None:
     """Write the line of a request. ``status`` is 0 if the client left before the answer began;
     ``is_sent``: it got the whole answer."""
-    path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")  # No control characters.
-    state, sent = scope["state"], "" if is_sent else "not sent completely"
-    notes = filter(None, (state.get("answer_id"), sent, state.get("error")))
-    said = "".join(f"  {note}" for note in notes)
-    counts = state.get("num_tokens")
-    request_log.log(
-        logging.DEBUG if scope["path"] in PROBES else logging.INFO,
-        "%s %s %d%s  %.0f ms%s",
-        scope["method"],
-        path if len(path) <= MAX_PATH else path[:MAX_PATH] + "...",
-        status or 499,
-        "  prompt {:,}  cached {:,}  answer {:,}".format(*counts) if counts else "",
-        1000 * (time.perf_counter() - began_s),
-        "".join(letter if letter.isprintable() else "?" for letter in said),
-    )
+    state, counts = scope["state"], ""
+    if num_tokens := state.get("num_tokens"):
+        counts = "  prompt {:,}  cached {:,}  answer {:,}".format(*num_tokens)
+    line = f"{scope['method']} {short(scope['path'], MAX_PATH)} {status or 499}{counts}"
+    line += f"  {1000 * (time.perf_counter() - began_s):.0f} ms"
+    notes = (state.get("answer_id"), "" if is_sent else "not sent completely", state.get("error"))
+    line += "".join(f"  {note}" for note in notes if note)
+    request_log.info("%s", "".join(letter if letter.isprintable() else "?" for letter in line))
 
 
 def set_up_logging(level: str) -> None:
     """Send the log of engine and HTTP server from ``level`` on to the standard error output.
     Request lines, if enabled, do not depend on ``level``."""
     log_to_stderr(level, "engine", "uvicorn")
-    request_log.setLevel(min(logging.getLogger("engine").level, logging.INFO))
+    request_log.setLevel(logging.INFO)
 
 
 UNREAD_S = 120.0
@@ -267,8 +315,8 @@ class Requests:
     in the state of the ASGI scope: ``answer_id``, ``error``, and ``num_tokens`` of prompt, cache
     and answer."""
 
-    def __init__(self, app: ASGIApp, keys: ServerKeys, is_logged: bool) -> None:
-        self._app, self._keys, self._is_logged = app, keys, is_logged
+    def __init__(self, app: ASGIApp, access: Access, is_logged: bool) -> None:
+        self._app, self._access, self._is_logged = app, access, is_logged
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -278,10 +326,10 @@ class Requests:
         name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
         app, state = self._app, scope.setdefault("state", {})
         state["request_id"] = name.decode("ascii")
-        if self._keys.accepted and scope["path"] not in OPEN:
-            state["api_key"] = self._keys.place(scope)
+        if self._access.accepted and scope["path"] not in OPEN:
+            state["api_key"] = self._access.place(scope)
             if state["api_key"] is None:
-                app = self._keys.refusal(scope).response(scope)
+                app = self._access.refusal(scope).response(scope)
         headers = [(b"x-request-id", name)]
         if scope["path"].startswith(ANTHROPIC):
             headers.append((b"request-id", name))
@@ -302,79 +350,5 @@ class Requests:
             status = status or 500
             raise
         finally:
-            if self._is_logged:
+            if self._is_logged and scope["path"] not in PROBES:
                 _log_request(scope, status, is_sent, began_s)
-
-
-# --- Tenants --------------------------------------------------------------------------------------
-
-SALT_HEADER = "x-cache-salt"
-"""Header for the salt of a request, as an alternative to ``cache_salt`` in the body, on every
-method."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """Owner of requests and of the answers to them."""
-
-    key: int | None = None
-    """Index of the API key among those of the server, or None if the server requires none."""
-    namespace: str | None = None
-    """Keyed hash of the salt, or None if the request has no salt. The cache uses only this part."""
-
-
-SECRET_FILE, SECRET_BYTES = "salt-secret", 32
-"""Name and size of the file in a kept folder with the key of the hashes of salts."""
-
-
-def _read_secret(folder: str | None) -> bytes:
-    """Return the key with which salts are hashed: a new one, or the one of ``folder``, in which the
-    cache is kept for the next start. It is there in a file for its owner only."""
-    made = secrets.token_bytes(SECRET_BYTES)
-    if folder is None:
-        return made
-    file, why, kept = Path(folder) / SECRET_FILE, "", made
-    try:
-        private = partial(os.open, mode=0o600)
-        with suppress(FileExistsError), open(file, "xb", opener=private) as new:
-            new.write(made)
-            why = "was missing" if any(Path(folder).glob("*.record")) else ""
-        kept = file.read_bytes()
-        if len(kept) != SECRET_BYTES:
-            why = f"cannot be used (it has {len(kept)} bytes and not {SECRET_BYTES}; delete it)"
-    except OSError as error:
-        why = f"cannot be used ({error.strerror})"
-    if why:
-        words = "%s %s: entries of requests with a salt, or with one of several keys, get lost."
-        logger.warning(words, file, why)
-    return kept if len(kept) == SECRET_BYTES else made
-
-
-class Tenants:
-    """Distinguishes tenants. Salts are secret and namespaces are visible, so they are hashed with a
-    secret key, which prevents guessing of salts."""
-
-    def __init__(self, keys: ServerKeys, kept_folder: str | None) -> None:
-        """``kept_folder``: folder in which the cache is kept for the next start."""
-        self._secret = _read_secret(kept_folder)
-        self._keys = keys.accepted if keys.are_salts else ()
-
-    def of(self, scope: Scope, salt: str | None = None) -> Tenant:
-        """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
-        salts differ, or one is empty or not text."""
-        name = SALT_HEADER.encode()
-        values = (value for header, value in scope["headers"] if header == name)
-        given = {value.decode(errors="replace") for value in values}
-        given |= set() if salt is None else {salt}
-        # Invalid characters are decoded as U+FFFD, which would make different salts equal.
-        if len(given) > 1 or any(not one or REPLACEMENT in one for one in given):
-            message = f"A request has one salt, as 'cache_salt' or {SALT_HEADER}: a text that is "
-            message += "not empty and does not contain U+FFFD, the sign of invalid characters."
-            raise APIError(400, message)
-        place: int | None = scope.get("state", {}).get("api_key")
-        # The key itself: its index is that of another key once the file of keys has changed.
-        by_key = [self._keys[place].hex()] if self._keys and place is not None else []
-        if not by_key and not given:
-            return Tenant(place)
-        parts = json.dumps([by_key, *given]).encode()
-        return Tenant(place, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])

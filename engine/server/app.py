@@ -39,8 +39,7 @@ from engine.plugins.dialects.responses import Responses, ResponsesRequest
 from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from engine.plugins.observe.server import Page
 from engine.plugins.replicas import ReplicasConfig
-from engine.server import access
-from engine.server.access import HEADERS_S, ClientConnection, ServerKeys
+from engine.server.access import HEADERS_S, Access, ClientConnection, install, set_up_logging
 from engine.server.api_errors import HANDLERS, APIError
 from engine.server.bodies import Body, json_response
 from engine.server.chat import chat
@@ -101,10 +100,10 @@ class Server(uvicorn.Server):
         engine: AsyncEngine,
         config: ServerConfig,
         must_end: Callable[[], bool] = lambda: False,
-        keys: ServerKeys | None = None,
+        access: Access | None = None,
     ) -> None:
         """``must_end`` is called ten times per second; True ends the server."""
-        self.app = create_app(engine, config, keys)
+        self.app = create_app(engine, config, access)
         super().__init__(
             uvicorn.Config(
                 self.app,
@@ -125,14 +124,12 @@ class Server(uvicorn.Server):
         self._engine, self._page = engine, self.app.state.page
         self._drain_s = config.drain_s
         self._must_end = must_end
-        self._hurry: Callable[[], object] | None = None
-        """Ends the drain; None before it begins."""
+        self._is_hurried = False
+        """True after a second signal, which ends the drain."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, or end the drain: requests that are left get an error instead of being dropped."""
-        self.should_exit = True
-        if self._hurry is not None:
-            self._hurry()
+        self._is_hurried, self.should_exit = self.should_exit, True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -143,6 +140,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self._must_end()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.should_exit = True  # A signal from now on is the second one.
         self._page.close()
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
@@ -151,25 +149,19 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         """Stop serving other engines at once, and all requests after ``drain_s``, or at a second
         signal."""
-        num_left = len(self.server_state.tasks)
         if self._engine.failure is None:  # Else the command prints the reason.
-            rest = "no request is running"
-            if num_left:
-                rest = f"{counted(num_left, 'request')} may run for {self._drain_s:g} s more "
-                rest += "(--drain-s), or until a second signal"
-            logger.warning("Stopping: new requests are refused; %s.", rest)
-        loop = asyncio.get_running_loop()
+            logger.warning(
+                "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
+                "until a second signal.",
+                counted(len(self.server_state.tasks), "request"),
+                self._drain_s,
+            )
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._drain_s) as drain:
-
-                def end_drain() -> None:
-                    if not drain.expired():
-                        drain.reschedule(loop.time())
-
-                self._hurry = partial(loop.call_soon_threadsafe, end_drain)
+            async with asyncio.timeout(self._drain_s):
                 with suppress(EngineStopped):
                     await self._engine.ask(StopAccepting())
-                await asyncio.Event().wait()
+                while not self._is_hurried:
+                    await asyncio.sleep(0.1)
         if num_left := len(self.server_state.tasks):
             logger.warning("%s not ended: broken off.", counted(num_left, "request"))
         await asyncio.to_thread(self._engine.stop)
@@ -179,7 +171,7 @@ def serve(
     engine: AsyncEngine,
     config: ServerConfig,
     listener: socket.socket,
-    keys: ServerKeys,
+    access: Access,
     must_end: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve on ``listener`` until SIGTERM, SIGINT, SIGHUP (unless it is ignored, as by ``nohup``)
@@ -190,14 +182,14 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: told.append(number))
-    access.set_up_logging(config.log_level)
+    set_up_logging(config.log_level)
     sys.setswitchinterval(SWITCH_S)
     # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
     # second per run.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    Server(engine, config, lambda: bool(told) or must_end(), keys).run(sockets=[listener])
+    Server(engine, config, lambda: bool(told) or must_end(), access).run(sockets=[listener])
 
 
 # --- Application ----------------------------------------------------------------------------------
@@ -207,16 +199,16 @@ HEALTH_WAIT_S = 0.2
 
 
 def create_app(
-    engine: AsyncEngine, config: ServerConfig, keys: ServerKeys | None = None
+    engine: AsyncEngine, config: ServerConfig, access: Access | None = None
 ) -> Starlette:
-    """Make the application that serves ``engine``. The engine starts and stops with it. ``keys``
-    are those of ``config``, if they were read before."""
-    keys = keys or ServerKeys.of(config)
+    """Make the application that serves ``engine``. The engine starts and stops with it.
+    ``access``: the keys of ``config``, if they were read before."""
+    access = access or Access(config)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
-    context = ServingContext(engine, config, keys, explanations.remember)
+    context = ServingContext(engine, config, access, explanations.remember)
     responses = Responses(context)
     page = Page(context, config.of(ReplicasConfig).replicas)
     bodies: dict[str, tuple[type[Body], Answer]] = {
@@ -254,7 +246,7 @@ def create_app(
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.metrics, app.state.page = context.metrics, page
-    access.install(app, config, keys)
+    install(app, config, access)
     return app
 
 
@@ -317,13 +309,13 @@ def _operator_routes(context: ServingContext) -> list[Route]:
     """Return the operator's paths, which show or empty the cache of all clients."""
 
     async def cache(request: Request) -> Response:
-        context.keys.check_operator(request)
+        context.access.check_operator(request)
         if request.query_params:
             raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
         return json_response(await context.engine.cache_view())
 
     async def reset(request: Request) -> Response:
-        context.keys.check_operator(request)
+        context.access.check_operator(request)
         await context.engine.reset_prefix_cache()
         return json_response({"reset": True})
 

@@ -25,7 +25,7 @@ from engine.errors import ContextOverflow, RequestError
 from engine.requests.chat_prompt import Replay
 from engine.requests.grammar import MAX_CHARS, Grammar
 from engine.requests.request import RequestSpec
-from engine.server.access import ServerKeys, Tenant, Tenants
+from engine.server.access import Access, Tenant
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
 from engine.server.bodies import (
     DONE,
@@ -82,12 +82,13 @@ class ServingContext:
         self,
         engine: AsyncEngine,
         config: ServerConfig,
-        keys: ServerKeys,
+        access: Access,
         remember: Callable[[AnsweredChat], None],
     ) -> None:
         """``remember`` stores a chat that was answered, for explanations."""
-        self.engine, self.config, self.keys, self.remember = engine, config, keys, remember
-        self.tenants = Tenants(keys, engine.config.kept_folder)
+        self.engine, self.config, self.access, self.remember = engine, config, access, remember
+        if (folder := engine.config.kept_folder) is not None:
+            access.keep_secret(folder)
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),
@@ -117,7 +118,7 @@ class ServingContext:
         async def operation(request: Request) -> Response:
             body, size = await read_body(request, kind, self.config)
             self.check_model(body.model)
-            tenant = self.tenants.of(request.scope, body.cache_salt)
+            tenant = self.access.tenant(request.scope, body.cache_salt)
             return await answer(Call(self, request, size, tenant), body)
 
         return Route(path, operation, methods=["POST"])

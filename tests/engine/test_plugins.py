@@ -21,7 +21,7 @@ from engine.command import cli
 from engine.server import app
 from engine.server.settings import ServerConfig
 cli._parser(["serve"])
-app.ServerKeys.of(ServerConfig())
+app.Access(ServerConfig())
 seen.append(loaded())
 print(json.dumps([*seen, has_triton]))
 """

@@ -354,7 +354,7 @@ class Responses:
         response_id = request.path_params["response_id"]
         if request.query_params.get("stream", "false").lower() == "true":
             raise APIError(400, "'stream' is not supported: omit it.")
-        key = self._context.tenants.of(request.scope), response_id
+        key = self._context.access.tenant(request.scope), response_id
         stored = self._store.get(key)
         if stored is None:
             raise APIError(

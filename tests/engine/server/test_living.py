@@ -205,9 +205,6 @@ def test_requests_unfinished_after_a_drain_get_an_error(
                 live.server.should_exit = True
             else:
                 live.server.handle_exit(signal.SIGINT, None)
-                while live.server._hurry is None:
-                    await asyncio.sleep(0.01)
-                live.server.handle_exit(signal.SIGINT, None)
                 live.server.handle_exit(signal.SIGINT, None)
             return await asyncio.gather(*tasks)
 
