@@ -30,6 +30,7 @@ import sys
 from array import array
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from engine.requests.request import RequestSpec
@@ -39,7 +40,6 @@ from engine.text.tokenizer import (
     CLOSE,
     OPEN,
     PROBE,
-    EncodeOptions,
     IdTokenizer,
     Message,
     TemplateError,
@@ -218,7 +218,7 @@ def render_chat(
 
     ``tokenizer.control_tokens`` inside the chat's texts (contents, names, arguments, tools) are
     encoded as text, so that a client cannot forge turns. ``namespace`` is that of the request, and
-    of ``EncodeOptions``. With ``continues_last``, the prompt ends with the content of the last
+    of ``Tokenizer.encode``. With ``continues_last``, the prompt ends with the content of the last
     message.
 
     Raises TemplateError if the model has no chat template, or if the template rejects the chat.
@@ -238,7 +238,9 @@ def render_chat(
             chat, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
         )
 
-    how = EncodeOptions(add_special_tokens=False, mark=mark, namespace=namespace)
+    encode_text = partial(
+        tokenizer.encode, add_special_tokens=False, mark=mark, namespace=namespace
+    )
 
     written = render(messages)
     sampled = dict(sampled or {})
@@ -247,7 +249,7 @@ def render_chat(
     splices = find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
 
     def encode(text: str) -> Tokens:
-        return as_tokens(splices.encode(text, lambda piece: tokenizer.encode(piece, how)))
+        return as_tokens(splices.encode(text, encode_text))
 
     text = splices.apply(written)
     if continues_last:

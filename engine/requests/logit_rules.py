@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engine.text.tokenizer import AS_TEXT, CLOSE, OPEN
+from engine.text.tokenizer import CLOSE, OPEN
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ class ReasoningBudget(LogitRule):
         """``budget``: tokens of reasoning, not counting ``<think>`` in the answer."""
         self._tokenizer = tokenizer
         self._is_open = self._text(prompt[-TAIL:]).rstrip().endswith(OPEN)
-        opening = [] if self._is_open else tokenizer.encode(OPEN, AS_TEXT)
+        opening = [] if self._is_open else tokenizer.encode(OPEN, add_special_tokens=False)
         self.first = budget + len(opening)
         """Number of the draw at which reasoning ends."""
-        self._ids = tokenizer.encode(END, AS_TEXT)
+        self._ids = tokenizer.encode(END, add_special_tokens=False)
         self._masks = [packed([token], vocab_size) for token in self._ids]
 
     def mask(self, draw: int, answer: Tokens) -> Mask | None:

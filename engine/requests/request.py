@@ -40,7 +40,7 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
-from engine.text.tokenizer import CLOSE, MAX_CONTEXT, IdTokenizer, read_json
+from engine.text.tokenizer import CLOSE, IdTokenizer, read_json
 from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
@@ -535,8 +535,9 @@ class Intake:
         name = f"request-{arrival}" if spec.request_id is None else spec.request_id
         text_stream = None
         if self.tokenizer is not None:
-            before = () if spec.answer_starts_text else prompt[-MAX_CONTEXT:].tolist()
-            decoder = self.tokenizer.stream_decoder(sampling.skip_special_tokens, before)
+            decoder = self.tokenizer.stream_decoder(
+                sampling.skip_special_tokens, spec.answer_starts_text
+            )
             text_stream = TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)
         rules = list[LogitRule]()
         if spec.grammar is not None:

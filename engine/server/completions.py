@@ -15,7 +15,7 @@ from engine.server.bodies import event
 from engine.server.context import Call, Writer, finite, new_id, token_text
 from engine.server.schemas import Count, NumScores, Sampling, TokenId
 from engine.text.outputs import SampledToken
-from engine.text.tokenizer import MAX_CONTEXT, EncodeOptions, StreamDecoder
+from engine.text.tokenizer import StreamDecoder
 
 
 class CompletionRequest(Sampling, kw_only=True):
@@ -52,8 +52,7 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
     """Answer one completion request."""
     context, namespace = call.context, call.tenant.namespace
     writer = _CompletionWriter(call, body)
-    how = EncodeOptions(body.add_special_tokens, namespace=namespace)
-    prompts = await context.encode(body.prompts, how)
+    prompts = await context.encode(body.prompts, body.add_special_tokens, namespace)
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
     num_scores = (body.logprobs or 0) if scores_prompt else None
     specs = [RequestSpec(ids, namespace=namespace, prompt_logprobs=num_scores) for ids in prompts]
@@ -102,8 +101,7 @@ class _CompletionWriter(Writer):
         if is_first:
             told |= self._ids("prompt_token_ids", output.prompt_token_ids)
             if body.logprobs is not None:
-                before = () if body.echo else output.prompt_token_ids[-MAX_CONTEXT:].tolist()
-                self._decoders[index] = tokenizer.stream_decoder(self._skips_special, before)
+                self._decoders[index] = tokenizer.stream_decoder(self._skips_special, body.echo)
             if body.echo:
                 prompt = output.prompt_token_ids.tolist()
                 text = tokenizer.decode(prompt, self._skips_special) + text

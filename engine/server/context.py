@@ -8,7 +8,15 @@ import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Hashable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -43,7 +51,7 @@ from engine.server.schemas import Message, Sampling
 from engine.server.settings import ServerConfig
 from engine.text.answers import AnswerForm
 from engine.text.outputs import RequestOutput, Transferred
-from engine.text.tokenizer import CLOSE, EncodeOptions, Tokenizer, as_tokens
+from engine.text.tokenizer import CLOSE, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
@@ -136,14 +144,17 @@ class ServingContext:
     async def encode(
         self,
         prompts: Sequence[str | list[int]],
-        how: EncodeOptions,
+        add_special_tokens: bool,
+        namespace: Hashable,
     ) -> list[Tokens]:
         """Return the ids of each prompt as an array that all its choices share. Long ones are
         encoded in a thread. Raises APIError 400 for a text that the tokenizer rejects."""
 
         def work() -> list[Tokens]:
-            encode = self.tokenizer.encode
-            ids = (encode(one, how) if isinstance(one, str) else one for one in prompts)
+            encode = partial(
+                self.tokenizer.encode, add_special_tokens=add_special_tokens, namespace=namespace
+            )
+            ids = (encode(one) if isinstance(one, str) else one for one in prompts)
             return [as_tokens(one) for one in ids]
 
         try:

@@ -220,9 +220,9 @@ class TextStream:
 
     Text that may be the beginning of a stop string is held back, so that no text is ever retracted.
 
-    >>> from engine.text.tokenizer import ByteStreamDecoder
-    >>> decoder = ByteStreamDecoder([b"so ", b"</e", b"n ", b"</end> x"].__getitem__, frozenset())
-    >>> stream = TextStream(decoder, ["</end>"])
+    >>> from engine.text.tokenizer import StreamDecoder
+    >>> pieces = [b"so ", b"</e", b"n ", b"</end> x"]
+    >>> stream = TextStream(StreamDecoder(lambda token, _: pieces[token]), ["</end>"])
     >>> [stream.push(token) for token in range(4)]
     [('so ', False), ('', False), ('</en ', False), ('', True)]
     """

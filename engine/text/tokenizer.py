@@ -1,8 +1,5 @@
-"""Tokenizers: their chat templates, that of a Hugging Face directory, that of models without one,
-and decoders of streams.
-
-``decode`` and the pieces of a ``StreamDecoder`` give the same text, and no piece ends inside a
-UTF-8 sequence.
+"""Tokenizers: that of a Hugging Face directory, that of models without one, chat templates, and
+decoders of streams.
 """
 
 from __future__ import annotations
@@ -10,12 +7,13 @@ from __future__ import annotations
 import codecs
 import datetime
 import json
+import pickle
 import re
 import sys
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,6 @@ import numpy as np
 
 from engine.config import BUILTIN_DIR
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.json_text import REPLACEMENT
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -161,96 +158,97 @@ PIECE = 1 << 16
 
 
 def as_tokens(token_ids: Sequence[int]) -> Tokens:
-    """Return ``token_ids`` as int32[n]. Raises ValueError if one does not fit. O(n), in pieces
-    between which other threads can run."""
-    try:
-        firsts = range(0, max(1, len(token_ids)), PIECE)
-        return np.concatenate(
-            [np.asarray(token_ids[first : first + PIECE], np.int32) for first in firsts]
-        )
-    except OverflowError:
-        raise ValueError("prompt must contain token ids below 2**31.") from None
+    """Return ``token_ids`` as int32[n]. O(n), in pieces between which other threads can run."""
+    firsts = range(0, max(1, len(token_ids)), PIECE)
+    return np.concatenate(
+        [np.asarray(token_ids[first : first + PIECE], np.int32) for first in firsts]
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class EncodeOptions:
-    """Options of ``Tokenizer.encode``."""
-
-    add_special_tokens: bool = True
-    """Also return the tokens that the model expects around a text, such as a BOS."""
-    mark: str | None = None
-    """Character that is not part of the text; it separates the text on either side."""
-    namespace: Hashable = None
-    """Namespace of cached pieces. The time of encoding does not reveal pieces of other
-    namespaces."""
-
-
-AS_PROMPT = EncodeOptions()
-AS_TEXT = EncodeOptions(add_special_tokens=False)
-
-
-class ByteStreamDecoder:
+class StreamDecoder:
     """Converts the tokens of one request to text, which is returned only when later tokens cannot
-    change it. For vocabularies of byte strings: an incremental UTF-8 decoder. O(1) per token."""
+    change it: the bytes of an unfinished character wait. O(1) per token."""
 
-    def __init__(self, token_bytes: Callable[[int], bytes], hidden: frozenset[int]) -> None:
-        self._token_bytes = token_bytes
-        self._hidden = hidden
+    def __init__(
+        self,
+        token_bytes: Callable[[int, bool], bytes],
+        hidden: frozenset[int] = frozenset(),
+        starts_text: bool = True,
+    ) -> None:
+        """See ``Tokenizer.token_bytes``. Tokens in ``hidden`` have no text."""
+        self._token_bytes, self._hidden, self._starts_text = token_bytes, hidden, starts_text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Return the text that is certain with this token. Bytes of an unfinished character wait
-        for the next token."""
-        return "" if token_id in self._hidden else self._utf8.decode(self._token_bytes(token_id))
+        """Return the text that is certain with this token."""
+        if token_id in self._hidden:
+            return ""
+        new = self._token_bytes(token_id, self._starts_text)
+        self._starts_text = False
+        return self._utf8.decode(new)
 
     def flush(self) -> str:
         """Return the bytes held back as replacement characters, after the last token."""
         return self._utf8.decode(b"", final=True)
 
 
-MAX_CONTEXT = 8
-"""Tokens before an answer that its first text depends on: a space and its neighbours."""
+class Tokenizer(ABC):
+    """Converts text to tokens, and tokens to text."""
+
+    special_tokens: tuple[str, ...] = ()
+    """Strings that always become one token and split the text around them. The text on either side
+    can be encoded independently."""
+    control_tokens: tuple[str, ...] = ()
+    """Special tokens that never occur in a text, such as those at the beginning and end of a turn.
+    (``<think>`` is a token, but part of the text.)"""
+    control_ids: frozenset[int] = frozenset()
+    hidden_ids: frozenset[int] = frozenset()
+    """Special tokens, which are not shown."""
+    eos_token_ids: frozenset[int]
+    """Ids that end an answer."""
+    vocab_size: int
+    """Highest id plus one. The model's own table may be longer."""
+    chat_template: ChatTemplate | None = None
+
+    @abstractmethod
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        mark: str | None = None,
+        namespace: Hashable = None,
+    ) -> list[int]:
+        """Return the ids of ``text``. O(len(text)).
+
+        ``add_special_tokens``: also the tokens that the model expects around a text, such as a BOS.
+        ``mark``: a character that is not part of the text, and separates the text on either side.
+        ``namespace``: the time of encoding does not reveal texts of other namespaces.
+        """
+
+    @abstractmethod
+    def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
+        """Return the bytes of one token, special tokens included; b"" for an id without text. Some
+        vocabularies have tokens that lose a space if a text starts with them."""
+
+    def stream_decoder(
+        self, skip_special_tokens: bool = True, starts_text: bool = True
+    ) -> StreamDecoder:
+        """Return a decoder of the next tokens of a text."""
+        hidden = self.hidden_ids if skip_special_tokens else frozenset()
+        return StreamDecoder(self.token_bytes, hidden, starts_text)
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of ``token_ids``, with U+FFFD for invalid bytes."""
+        decoder = self.stream_decoder(skip_special_tokens)
+        return "".join([*map(decoder.push, token_ids), decoder.flush()])
+
+    def as_json(self) -> str | None:
+        """Return the contents of the ``tokenizer.json``, or None if there is none."""
+        return None
 
 
-class WindowStreamDecoder:
-    """Decoder for other vocabularies, in which a token's text depends on its neighbours; see
-    ``ByteStreamDecoder``. Decodes a short window twice.
-
-    The window starts one emission back, so that the boundary is decoded with its context. A
-    character has at most four bytes: at the fourth token in a row that ends in a replacement
-    character, it is final and no longer held back.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
-        self._decode = decode
-        self._window = [*before[-MAX_CONTEXT:]]
-        self._num_emitted = len(self._window)
-        self._emitted_text = decode(self._window)
-        self._num_waiting = 0
-
-    def push(self, token_id: int) -> str:
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        new = text[len(self._emitted_text) :]
-        self._num_waiting = self._num_waiting % 4 + 1 if new.endswith(REPLACEMENT) else 0
-        return self._emit(text) if new and self._num_waiting in (0, 4) else ""
-
-    def _emit(self, text: str) -> str:
-        new = text[len(self._emitted_text) :]
-        self._window = self._window[self._num_emitted :]
-        self._num_emitted = len(self._window)
-        self._emitted_text = self._decode(self._window)
-        return new
-
-    def flush(self) -> str:
-        text = self._decode(self._window)
-        return self._emit(text) if len(text) > len(self._emitted_text) else ""
-
-
-StreamDecoder = ByteStreamDecoder | WindowStreamDecoder
-
-
-class IdTokenizer:
+class IdTokenizer(Tokenizer):
     """Tokenizer for models without one: writes each id in decimal, after a space.
 
     >>> tokenizer = IdTokenizer(320, frozenset({2}))
@@ -258,53 +256,33 @@ class IdTokenizer:
     ([17, 4], ' 17 4')
     """
 
-    special_tokens: tuple[str, ...] = ()
-    control_tokens: tuple[str, ...] = ()
-    control_ids: frozenset[int] = frozenset()
-    chat_template: ChatTemplate | None = None
-
     def __init__(self, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        self.vocab_size = vocab_size
-        self.eos_token_ids = eos_token_ids
+        self.vocab_size, self.eos_token_ids = vocab_size, eos_token_ids
 
-    def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
-        """Return the ids in ``text``. Raises ValueError if the text is not a list of numbers."""
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """Return the ids in ``text``. Raises ValueError for any other text."""
         try:
-            return [int(word) for word in text.split()]
-        except ValueError:
+            return [int(np.int32(word)) for word in text.split()]
+        except (ValueError, OverflowError):
             raise ValueError(
-                "prompt must be token ids, or a text of numbers, because this model has no "
+                "prompt must be token ids, or a text of them as numbers, because this model has no "
                 "tokenizer."
             ) from None
 
-    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return "".join(f" {token_id}" for token_id in token_ids)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self.decode([token_id]).encode()
-
-    def stream_decoder(
-        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
-    ) -> StreamDecoder:
-        return ByteStreamDecoder(self.token_bytes, frozenset())
-
-    def as_json(self) -> None:
-        return None
+    def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
+        return f" {token_id}".encode()
 
 
 ENTRY_BYTES = 256
 """Approximate size of a cache entry without its text and ids."""
 REMEMBERED_BYTES = 32 << 20
-"""Limit of the cache of text pieces between special tokens, with their ids. A piece that needs more
-than a quarter of it is not stored."""
-LONG = 4096
-"""Minimum number of characters of a long text."""
+"""Limit of the cache of text pieces between special tokens, with their ids."""
 WORD_JOINER = "\u2060"
 _FALLBACK = re.compile("<0x([0-9A-F]{2})>")
 """Token of one byte in vocabularies that are not byte-level."""
 
 
-class HFTokenizer:
+class HFTokenizer(Tokenizer):
     """A ``tokenizer.json`` with the template, special tokens and end tokens of its directory.
 
     Uses only the ``tokenizers`` library. ``transformers`` is used only for a directory without a
@@ -318,7 +296,6 @@ class HFTokenizer:
         settings = read_json(model_dir / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        """Highest id plus one. The model's own table may be longer."""
         plain = self._backend.get_vocab(with_added_tokens=False)
         # The model's table may be padded, and a few added tokens past its end are never used.
         if max_ids is not None and (num_ids := max(plain.values(), default=-1) + 1) > max_ids:
@@ -331,83 +308,64 @@ class HFTokenizer:
             for token in added.values()
             if not (token.lstrip or token.rstrip or token.single_word or token.normalized)
         )
-        """Strings that always become one token and split the text around them. The text on either
-        side can be encoded independently."""
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self._hidden = frozenset(
+        self.hidden_ids = frozenset(
             token_id
             for token_id, token in added.items()
             if token.special and token.content not in MARKS
         )
+        self.control_ids = frozenset(i for i in self.hidden_ids if len(self._added[i]) > 1)
+        self.control_tokens = tuple(self._added[i] for i in self.control_ids)
         own_eos = self._backend.token_to_id(_content(settings.get("eos_token")) or "")
         self.eos_token_ids = named_eos(model_dir) | (set() if own_eos is None else {own_eos})
-        """Ids that end an answer."""
         self.chat_template = _find_template(model_dir, settings)
-        described = json.loads(self._backend.to_str())
-        self._is_byte_level = (described["decoder"] or {}).get("type") == "ByteLevel"
+        self._is_byte_level = type(self._backend.decoder).__name__ == "ByteLevel"
         # Texts on either side of a special token are encoded independently, except by a tokenizer
         # that treats the first word of a text differently.
-        splitter = described["pre_tokenizer"] or {}
-        parts = splitter.get("pretokenizers", [splitter])
-        adds_space = any(part.get("add_prefix_space", False) for part in parts)
-        has_walls = self._is_byte_level and not adds_space
+        adds_space = b'"add_prefix_space":true' in pickle.dumps(self._backend.pre_tokenizer)
         # With a group, so that splitting keeps the special tokens.
         walls = f"({any_of(self.special_tokens).pattern})"
-        self._walls = re.compile(walls) if has_walls and self.special_tokens else None
-        self.control_ids = frozenset(i for i in self._hidden if len(self._added[i]) > 1)
-        self.control_tokens = tuple(self._added[i] for i in self.control_ids)
-        """Special tokens that never occur in a text, such as those at the beginning and end of a
-        turn. (``<think>`` is a token, but part of the text.)"""
+        self._walls = re.compile(walls) if self._is_byte_level and not adds_space else None
         self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)
         """Token ids of text pieces, by namespace."""
 
-    def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
-        """Return the ids of ``text``. The pieces of a chat are cached, so its next turn costs only
-        the new text. O(len(text)).
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        mark: str | None = None,
+        namespace: Hashable = None,
+    ) -> list[int]:
+        """Return the ids of ``text``; see ``Tokenizer``. The pieces of a chat are cached, so its
+        next turn costs only the new text.
 
         If the tokenizer treats the first word of a text differently, pieces cannot be encoded
         independently. A mark then becomes a word joiner, which is invisible.
         """
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        if self._walls is None or how.add_special_tokens:
-            if how.mark is not None:
-                clean = clean.replace(how.mark, WORD_JOINER)
-            return self._encode_alone(clean, how.add_special_tokens)
+        if self._walls is None or add_special_tokens:
+            clean = clean if mark is None else clean.replace(mark, WORD_JOINER)
+            return self._encode_alone(clean, add_special_tokens)
         token_ids: list[int] = []
         for piece in self._walls.split(clean):
-            for part in piece.split(how.mark) if how.mark is not None else (piece,):
-                if not part:
-                    continue
-                known = self._pieces.get((how.namespace, part))
+            for part in (piece,) if mark is None else piece.split(mark):
+                known = self._pieces.get((namespace, part))
                 if known is None:
                     known = array("i", self._encode_alone(part, add_special_tokens=False))
                     size = sys.getsizeof(part) + sys.getsizeof(known) + ENTRY_BYTES
-                    if size <= self._pieces.limit_bytes // 4:
-                        self._pieces.put((how.namespace, part), known, size)
+                    self._pieces.put((namespace, part), known, size)
                 token_ids.extend(known)
         return token_ids
 
     def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Encode one text. A long text is encoded as a batch of one, because the library then lets
-        other threads run, without offsets, which take three quarters of the time."""
-        if len(text) > LONG:
-            encode = self._backend.encode_batch_fast
-            ids: list[int] = encode([text], add_special_tokens=add_special_tokens)[0].ids
-        else:
-            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Encode one text as a batch, because the library then lets other threads run, without
+        offsets, which take most of the time."""
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
-    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of ``token_ids``. Ids without text (padding of the vocabulary) give none,
-        invalid bytes give U+FFFD."""
-        hidden = self._hidden if skip_special_tokens else frozenset()
-        shown = [i for i in token_ids if i not in hidden]
-        if not self._is_byte_level:
-            return str(self._backend.decode(shown, skip_special_tokens=False))
-        return b"".join(map(self.token_bytes, shown)).decode("utf-8", "replace")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one token, special tokens included."""
+    def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._backend.id_to_token(token_id)
@@ -416,31 +374,16 @@ class HFTokenizer:
         if not self._is_byte_level:
             if byte := _FALLBACK.fullmatch(token):
                 return bytes.fromhex(byte[1])
-            # After another token, because a text loses the space at its beginning.
             alone, twice = (self._backend.decode([token_id] * n, False) for n in (1, 2))
-            return str(twice[len(alone) :]).encode()
+            return str(alone if starts_text else twice[len(alone) :]).encode()
         try:
             return bytes(map(_BYTE_OF.__getitem__, token))
         except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.
             return token.encode()
 
-    def stream_decoder(
-        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
-    ) -> StreamDecoder:
-        """Return a decoder of the tokens that follow ``before``. It does not return their text."""
-        if self._is_byte_level:
-            hidden = self._hidden if skip_special_tokens else frozenset()
-            return ByteStreamDecoder(self.token_bytes, hidden)
-        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
-        return WindowStreamDecoder(decode, before)
-
     def as_json(self) -> str:
-        """Return the contents of the ``tokenizer.json``."""
         described: str = self._backend.to_str()
         return described
-
-
-Tokenizer = HFTokenizer | IdTokenizer
 
 
 def named_eos(model_dir: Path) -> frozenset[int]:

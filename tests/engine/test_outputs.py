@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.text.outputs import TextStream
-from engine.text.tokenizer import ByteStreamDecoder, HFTokenizer
+from engine.text.tokenizer import HFTokenizer, StreamDecoder
 
 letters = st.text("abé", max_size=40)
 
@@ -41,7 +41,7 @@ def test_pieces_add_up_to_the_text_before_the_first_stop_string(text: str, stop:
 
 def stream_of(*stop: str, piece: str = "-") -> TextStream:
     """Return a stream of tokens with the text ``piece``."""
-    return TextStream(ByteStreamDecoder(lambda _: piece.encode(), frozenset()), stop)
+    return TextStream(StreamDecoder(lambda *_: piece.encode()), stop)
 
 
 @given(letters, st.lists(st.text("abé", min_size=1, max_size=4), min_size=1), st.data())

@@ -81,7 +81,7 @@ def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         tokenizer,
         "encode",
-        lambda text, options: encoded.append(len(text)) or encode(text, options),
+        lambda text, **options: encoded.append(len(text)) or encode(text, **options),
     )
     chat = [*CHAT, {"role": "assistant", "content": "word " * 20_000}, CHAT[-1]]
     render_chat(tokenizer, chat)

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from engine import engine_config
 from engine.engine import load_tokenizer_of
-from engine.text.tokenizer import AS_TEXT, ChatTemplate, EncodeOptions, HFTokenizer, Tokenizer
+from engine.text.tokenizer import ChatTemplate, HFTokenizer, Tokenizer
 
 CORPUS = [
     "hello world, hello caché",
@@ -101,7 +101,9 @@ def test_directories_round_trip_whole_and_in_pieces(model_dir: Path, text: str) 
     reference = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     assert token_ids == reference.encode(text).ids
     assert tokenizer.decode(token_ids) == reference.decode(token_ids) == text
-    in_bytes = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, AS_TEXT)))
+    in_bytes = b"".join(
+        map(tokenizer.token_bytes, tokenizer.encode(text, add_special_tokens=False))
+    )
     assert in_bytes.decode().removeprefix(" ") == text
     assert "".join(_pieces(tokenizer, token_ids)) == text
 
@@ -130,8 +132,8 @@ def test_remembered_pieces_equal_an_encoding_of_the_whole(
     tokenizer = _loaded(model_dir)
     text = "".join(parts).encode("utf-8", "replace").decode()
     whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
-    assert tokenizer.encode(text, AS_TEXT) == whole
-    assert tokenizer.encode(text, AS_TEXT) == whole, "read from memory"
+    assert tokenizer.encode(text, add_special_tokens=False) == whole
+    assert tokenizer.encode(text, add_special_tokens=False) == whole, "read from memory"
 
 
 @functools.cache
@@ -142,15 +144,18 @@ def _loaded(model_dir: Path) -> HFTokenizer:
 def test_a_marked_special_token_is_text(model_dir: Path) -> None:
     """Check that the text has no special token, and reads the same without the mark."""
     tokenizer = HFTokenizer(model_dir)
-    special = tokenizer.encode(EOS, AS_TEXT)[-1]
+    special = tokenizer.encode(EOS, add_special_tokens=False)[-1]
     marked = f"hello<\ue001{EOS[1:]} world{EOS}"
-    token_ids = tokenizer.encode(marked, EncodeOptions(add_special_tokens=False, mark="\ue001"))
+    token_ids = tokenizer.encode(marked, add_special_tokens=False, mark="\ue001")
     assert token_ids.count(special) == 1 and token_ids[-1] == special
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
     assert text.replace("\u2060", "") == f"hello{EOS} world{EOS}"
-    both = tokenizer.encode(f"<|im_start|>{EOS}", AS_TEXT)
+    both = tokenizer.encode(f"<|im_start|>{EOS}", add_special_tokens=False)
     assert tokenizer.control_ids == set(both)
-    assert tokenizer.decode([*both, *tokenizer.encode("<think>", AS_TEXT)]) == "<think>"
+    assert (
+        tokenizer.decode([*both, *tokenizer.encode("<think>", add_special_tokens=False)])
+        == "<think>"
+    )
     assert tokenizer._is_byte_level == ("\u2060" not in text)
 
 
@@ -163,7 +168,7 @@ def test_remembered_pieces_are_not_shared_between_namespaces(tmp_path: Path) -> 
         encoded.append(text) or encode_text(text, **flags)
     )
     for namespace in (None, "a", "b", None, "a", "b"):
-        tokenizer.encode("a canary", EncodeOptions(add_special_tokens=False, namespace=namespace))
+        tokenizer.encode("a canary", add_special_tokens=False, namespace=namespace)
     assert encoded == ["a canary"] * 3
 
 

@@ -12,7 +12,6 @@ from engine.server.bodies import Body, json_response, run
 from engine.server.chat import render
 from engine.server.context import Call
 from engine.server.schemas import ChatRequest, Messages, TokenId
-from engine.text.tokenizer import EncodeOptions
 
 
 class TokenizeRequest(ChatRequest, kw_only=True):
@@ -42,8 +41,9 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
         prompt = await render(call, body)
         tokens, answer["boundaries"] = prompt.tokens, list(prompt.spec.boundaries.positions)
     else:
-        how = EncodeOptions(body.add_special_tokens, namespace=call.tenant.namespace)
-        [tokens] = await context.encode([body.prompt or ""], how)
+        [tokens] = await context.encode(
+            [body.prompt or ""], body.add_special_tokens, call.tenant.namespace
+        )
     return await run(
         len(tokens),
         lambda: json_response(answer | {"count": len(tokens), "tokens": tokens.tolist()}),

@@ -23,7 +23,6 @@ import numpy as np
 from engine.requests.grammar import CALL, Grammar, GrammarError, TooComplex
 from engine.requests.logit_rules import Draws, LogitRule, Mask, Ruling
 from engine.text.bounded_memory import BoundedMemory
-from engine.text.tokenizer import AS_TEXT
 from hybridcache.command.extras import how_to_install
 from hybridcache.tokens import Tokens
 
@@ -258,7 +257,7 @@ class _ByteVocabulary:
     def __call__(self, text: bytes) -> list[int]:
         """Return the tokens of the only text that may follow. It may begin inside a character."""
         # Behind another character, because some tokenizers add a space to the beginning of a text.
-        ids = self._encode(f"{BEFORE}{text.decode('utf-8', 'replace')}", AS_TEXT)
+        ids = self._encode(f"{BEFORE}{text.decode('utf-8', 'replace')}", add_special_tokens=False)
         ends = (n for n, i in enumerate(ids, 1) if self.tokens[i].endswith(BEFORE.encode()))
         ids = ids[next(ends, 0) :]
         is_same = b"".join(self.tokens[i] for i in ids) == text

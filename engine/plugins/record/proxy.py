@@ -23,7 +23,7 @@ from engine.requests.chat_prompt import no_chat, render_chat
 from engine.server.api_errors import APIError
 from engine.server.bodies import ClientGone, settled, unless_gone
 from engine.server.schemas import Message
-from engine.text.tokenizer import AS_TEXT, Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 Fields = Mapping[str, Any]
 
@@ -181,7 +181,8 @@ class TraceWriter:
         whole = render_chat(tokenizer, chat, add_generation_prompt=False, **how).tokens.tolist()
         ends = tokenizer.eos_token_ids
         if whole[: len(ids)] != ids or len(whole) == len(ids):
-            return ids, boundaries, tokenizer.encode(said, AS_TEXT) + sorted(ends)[:has_end]
+            output = tokenizer.encode(said, add_special_tokens=False)
+            return ids, boundaries, output + sorted(ends)[:has_end]
         last = max((at for at, one in enumerate(whole) if one in ends), default=len(whole))
         return ids, boundaries, whole[len(ids) : max(len(ids), last + has_end)]
 

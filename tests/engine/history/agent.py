@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.text.tokenizer import AS_TEXT, HFTokenizer
+from engine.text.tokenizer import HFTokenizer
 
 TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\n' }}
@@ -84,7 +84,9 @@ def sampled_like(tokenizer: HFTokenizer, text: str, seed: int) -> list[int]:
     """Return ids of ``text`` that the tokenizer would not choose, like those sampled from a
     model."""
     draw = random.Random(seed)
-    while (token_ids := _cut_ids(tokenizer, text, draw)) == tokenizer.encode(text, AS_TEXT):
+    while (token_ids := _cut_ids(tokenizer, text, draw)) == tokenizer.encode(
+        text, add_special_tokens=False
+    ):
         pass
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
     return token_ids
@@ -97,7 +99,7 @@ def _cut_ids(tokenizer: HFTokenizer, text: str, draw: random.Random) -> list[int
         start = 0
         while start < len(piece):
             end = start + draw.randrange(4, 40) if not piece.startswith("<") else len(piece)
-            token_ids += tokenizer.encode(piece[start:end], AS_TEXT)
+            token_ids += tokenizer.encode(piece[start:end], add_special_tokens=False)
             start = end
     return token_ids
 
