@@ -1,9 +1,5 @@
 """Selection of kernel implementations: PyTorch (``reference``), Triton (``fused``), or C++
-(``native``), and properties of weights and machine that identify a runner.
-
-``native`` requires a CPU and the library of ``kernels.library``. ``Kernels`` is chosen once, at
-start, and passed to the layers. A kernel is loaded when the first layer uses it.
-"""
+(``native``, on a CPU), and properties of weights and machine that identify a runner."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ import importlib.util
 import logging
 import os
 import pkgutil
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -42,83 +37,67 @@ def backends_of() -> dict[str, tuple[Backend, ...]]:
             files = pkgutil.iter_modules(importlib.import_module(f"kernels.{folder.name}").__path__)
             names = {file.name for file in files}
             found[folder.name] = tuple(word for word in BACKENDS if word in names)
-    return dict(sorted(found.items()))
+    return found
 
 
 class Kernels(dict[str, ModuleType]):
     """Modules of the kernels in use, by name. Modules of all backends have functions with the same
     signatures. A module is loaded on first use. Raises ModelError if it cannot be loaded."""
 
-    def __init__(self, chosen: Mapping[str, Backend]) -> None:
-        super().__init__()
-        self._chosen = dict(chosen)
-
-    @classmethod
-    def choose(cls, device: Device, overrides: str = "") -> Kernels:
+    def __init__(self, device: Device, overrides: str = "") -> None:
         """Choose a backend for each kernel.
 
-        ``fused`` if the device supports Triton, it is installed and the kernel has it; ``native``
-        on a CPU with the native library if the kernel has it; else ``reference``. ``overrides`` are
-        written as ``attention=reference,gdn=fused``. Raises ModelError.
+        ``fused`` on a GPU if Triton is installed and the kernel has it; ``native`` on a CPU with a
+        C++ compiler if the kernel has it; else ``reference``. ``overrides`` are written as
+        ``attention=reference,gdn=fused``. Raises ModelError.
         """
+        super().__init__()
         check_no_foreign_kernels()
         word: Backend = "reference"
-        if not device.is_cpu:
-            if importlib.util.find_spec("triton") is not None:
-                word = "fused"
-            else:
-                logger.warning(
-                    "Triton is not installed, so %s computes with PyTorch's operations, which are "
-                    "slower. Builds of torch for GPUs depend on it.",
-                    device.describe(),
-                )
-        elif native.shared_library() is not None:
-            word = "native"
-        words: dict[str, Backend] = {
+        if device.is_cpu:
+            word = "reference" if native.shared_library() is None else "native"
+        elif importlib.util.find_spec("triton") is not None:
+            word = "fused"
+        else:
+            logger.warning(
+                "Triton is not installed, so %s computes with PyTorch's operations, which are "
+                "slower. Builds of torch for GPUs depend on it.",
+                device.describe(),
+            )
+        self._chosen: dict[str, Backend] = {
             name: word if word in backends else "reference"
             for name, backends in backends_of().items()
         }
-        asked = parse_overrides(overrides)
-        for name, wanted in asked.items():  # Report a wrong override at once.
-            _load(name, wanted)
-        return cls(words | asked)
+        for item in filter(None, (part.strip() for part in overrides.split(","))):
+            name, _, wanted = item.partition("=")
+            found = [one for one in backends_of().get(name, ()) if one == wanted]
+            if not found:
+                known = ", ".join(f"{n}={'|'.join(words)}" for n, words in backends_of().items())
+                raise ModelError(f"--kernels {item!r} is not one of {known}.")
+            self._chosen[name] = found[0]
+            self._load(name)  # Reports a backend that cannot be loaded at once.
 
     def __missing__(self, name: str) -> ModuleType:
-        self[name] = _load(name, self._chosen[name])
+        self[name] = self._load(name)
         return self[name]
 
     def words(self) -> dict[str, str]:
         """Return the backend of each kernel that is in use."""
         return {name: word for name, word in self._chosen.items() if name in self}
 
+    def _load(self, name: str) -> ModuleType:
+        word = self._chosen[name]
+        try:
+            if word == "native" and native.shared_library() is None:
+                raise ImportError("no working C++ compiler was found")
+            return importlib.import_module(f"kernels.{name}.{word}")
+        except ImportError as error:
+            raise ModelError(f"kernel {name} cannot be loaded as {word}: {error}.") from None
+
 
 def override_all(word: Backend) -> str:
     """Return the overrides that select a backend for every kernel that has it, on any device."""
     return ",".join(f"{name}={word}" for name, words in backends_of().items() if word in words)
-
-
-def parse_overrides(text: str) -> dict[str, Backend]:
-    """Parse overrides such as ``attention=reference,gdn=fused``. Raises ModelError."""
-    chosen: dict[str, Backend] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, _, word = item.partition("=")
-        found = [one for one in backends_of().get(name, ()) if one == word]
-        if not found:
-            known = ", ".join(f"{name}={'|'.join(words)}" for name, words in backends_of().items())
-            raise ModelError(f"--kernels {item!r} is not one of {known}.")
-        chosen[name] = found[0]
-    return chosen
-
-
-def _load(name: str, word: Backend) -> ModuleType:
-    if word == "native" and native.shared_library() is None:
-        raise ModelError(
-            f"kernel {name} cannot be loaded as native: no working C++ compiler was found."
-        )
-    try:
-        return importlib.import_module(f"kernels.{name}.{word}")
-    except ImportError as error:
-        raise ModelError(f"kernel {name} cannot be loaded as {word}: {error}.") from None
 
 
 CHUNK_BYTES = 1 << 24
@@ -129,10 +108,8 @@ def digest_of(data: bytes) -> str:
 
 
 def digest_of_weights(model_dir: Path) -> str:
-    """Return a digest of all bytes of the model's weight files, without their names.
-
-    O(bytes), at reading speed. Raises WeightsError and OSError.
-    """
+    """Return a digest of all bytes of the model's weight files. O(bytes), at reading speed. Raises
+    WeightsError and OSError."""
 
     def digest_at(chunk: tuple[Path, int]) -> str:
         with open(chunk[0], "rb") as file:
@@ -155,11 +132,8 @@ LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INST
 
 
 def machine_words(device: torch.device) -> dict[str, str]:
-    """Return the properties of hardware and library that may change rounding.
-
-    On a CPU: the instruction sets that PyTorch and its libraries may use, and the method of each
-    native operation.
-    """
+    """Return the properties of hardware and library that may change rounding: on a CPU, the
+    instruction sets that may be used, and the method of each native operation."""
     words = {"torch": str(torch.__version__)}
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name(device)

@@ -378,7 +378,7 @@ class LoadedModel:
             config = config if device.is_cpu else replace(config, graphs="off")
         device.make_current()
         config = config.settled(on_cpu=device.is_cpu)
-        kernels = Kernels.choose(device, config.kernels)
+        kernels = Kernels(device, config.kernels)
         if not device.supports(config.quantization):
             raise ModelError(f"{device.describe()} does not support fp8; use --quantization int8.")
         raw = read_config(config.model_dir)

@@ -1,9 +1,7 @@
-"""Sampler: draws tokens from logits. A draw depends only on the request's logits, its seed and its
-length.
+"""Sampler: draws tokens from logits.
 
-A draw is one number in [0, 1), made from (seed, number of the draw), which is looked up in the
-cumulative distribution. No generator state is stored, so a request that is moved, preempted or
-batched differently draws the same tokens.
+A draw looks up one number in [0, 1), made from (seed, number of the draw), in the cumulative
+distribution. So a request that is moved, preempted or batched differently draws the same tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +19,10 @@ from kernels.upload import upload
 
 MASK = 2**64 - 1
 ONE = 2**52
-"""Probability 1 as an integer. Probabilities are multiplied by it and rounded down before they are
-summed. Integer sums are exact in any order, while a device chooses its order of floating-point sums
-by the number of rows."""
+"""Probability 1 as an integer. Sums of rounded integers are exact in any order, while a device
+chooses its order of floating-point sums by the number of rows."""
 TOP_WIDTHS = (64, 1024)
-"""Numbers of columns kept for a top_k; the first that is large enough is used. Few, to have few
-groups."""
+"""Numbers of columns kept for a top_k; the first that is large enough is used."""
 
 
 class Drawn:
@@ -42,14 +38,12 @@ class Drawn:
         """``sound``: bool ``[rows]``, True if a row's logits are numbers.
 
         ``wanted``: number of alternatives to report for each row, or None to report no
-        log-probability. ``scores`` of the rows with a number: own ``[rows]``, of the most likely
-        tokens ``[rows, n]``, and the ids of these.
+        log-probability. ``scores``: results of ``_score`` for the other rows.
         """
         self.tokens = tokens
         """int64 ``[rows]``, on the device: valid token ids, even for invalid logits."""
         self._wanted = wanted
-        known = tokens.where(sound, NO_TOKEN)
-        self._copies = HostCopy(known, *(scores or ()))
+        self._copies = HostCopy(tokens.where(sound, NO_TOKEN), *(scores or ()))
 
     def wait(self) -> list[SampledToken]:
         """Wait for one token per row. It is ``NO_TOKEN`` for a row without valid logits."""
@@ -80,9 +74,9 @@ class Sampler:
         logits = _pick(logits, rows)
         tokens, sound = self._choose(logits, requests), _are_numbers(logits)
         wanted = [request.params.logprobs for request in requests]
-        if wanted.count(None) == len(wanted):
-            return Drawn(tokens, sound, wanted)
         told = [row for row, num_top in enumerate(wanted) if num_top is not None]
+        if not told:
+            return Drawn(tokens, sound, wanted)
         most = max(num_top or 0 for num_top in wanted)
         scores = _score(_pick(logits, told), _pick(tokens, told), most)
         return Drawn(tokens, sound, wanted, scores)
@@ -119,11 +113,8 @@ class Sampler:
 
 
 def _are_numbers(logits: torch.Tensor) -> torch.Tensor:
-    """Return True for rows with valid logits: bool ``[rows]``.
-
-    False if a logit is NaN or infinity, or all are minus infinity. The largest of a row is NaN if
-    one of them is.
-    """
+    """Return False for rows in which a logit is NaN or infinity, or all are minus infinity: bool
+    ``[rows]``. The largest of a row is NaN if one of them is."""
     return logits.amax(dim=-1).isfinite()
 
 
@@ -142,9 +133,7 @@ def _width(params: SamplingParams, vocab_size: int) -> int | None:
     if params.is_greedy:
         return 0
     if params.top_k is not None:
-        return next(
-            (width for width in TOP_WIDTHS if params.top_k <= width < vocab_size), vocab_size
-        )
+        return min([w for w in TOP_WIDTHS if w >= params.top_k] + [vocab_size])
     return vocab_size if params.top_p < 1 else None
 
 
@@ -195,11 +184,8 @@ def _draw(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tens
 def _filter(
     scores: torch.Tensor, requests: Sequence[SamplingInput], width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply top_k, then top_p, then min_p.
-
-    Returns (ids, probabilities) ``[rows, width]``, most likely first, with probability 0 for
-    excluded tokens. No row's top_k is greater than ``width``.
-    """
+    """Apply top_k, then top_p, then min_p. Returns (ids, probabilities) ``[rows, width]``, most
+    likely first, with probability 0 for excluded tokens."""
     ids = _most_likely(scores, width)
     params = [request.params for request in requests]
     tempered = scores.gather(1, ids) / _column([p.temperature for p in params], scores)

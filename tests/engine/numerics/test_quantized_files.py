@@ -103,7 +103,7 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
     """Triton multiplies blocks of 128 x 128 directly; reordered rows keep their scales."""
     pytest.importorskip("kernels.linear.fused")
     interpreter.repair()
-    kernels = Kernels.choose(Device.resolve("cpu"), "linear=fused")
+    kernels = Kernels(Device.resolve("cpu"), "linear=fused")
     device, dtype = torch.device("cpu"), torch.float32
     parts = [
         Part("m.in_proj_qkvz", 330, torch.randperm(330)),

@@ -108,7 +108,7 @@ def test_dummy_weights_depend_only_on_the_seed(checkpoint, drivers):
 @pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5"])
 def test_gates_of_8_bit_models_keep_full_precision(model_type):
     family, config = read_model(TINY | {"model_type": model_type})
-    kernels = Kernels.choose(Device.resolve("cpu"))
+    kernels = Kernels(Device.resolve("cpu"))
     hidden = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
     projected = []
     for quantization in (None, "int8"):
