@@ -19,7 +19,6 @@ every use.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from math import lcm
 from typing import Any
@@ -54,22 +53,13 @@ from hybridcache.radix.tree import (
     members,
     read_ghosts,
 )
-from hybridcache.tokens import (
-    EMPTY,
-    INT32,
-    Indices,
-    Tokens,
-    require_bool,
-    require_index,
-    require_int32,
-)
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
 
 EVICTED = (
     "the node of this match or result was evicted: match again, and lock the node before the next "
     "eviction"
 )
 FOREIGN = "this node or match belongs to another cache: match the tokens in this one"
-WRONG_LOCK = "expected the result of lock of this cache, not of another (got {!r})"
 
 STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", "session_end"})
 """Reasons why an answer ended, as ``Lease.finish`` and ``label_tip`` take them."""
@@ -113,19 +103,6 @@ class LockHandle:
     def __exit__(self, *_: object) -> None:
         self.cache.unlock(self)
 
-    def __del__(self) -> None:
-        if self.node is not None:
-            warnings.warn(
-                "a lock was dropped: pass it to cache.unlock, or its path is never evicted",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
-
-
-LISTS = (tuple, list)
-"""Types of the checkpoints and labels of an insertion."""
-
 
 class HybridRadixCache:
     """Prefix cache for models with linear-attention layers: resumes where KV *and* a state exist.
@@ -136,9 +113,9 @@ class HybridRadixCache:
     stored. With ``keeps=False`` nothing is stored: the cache is an allocator of rows and slots.
 
     ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these.
-    Requests in different namespaces share nothing. All methods raise ValueError for other tokens
-    and namespaces, and for a node that was evicted or belongs to another cache. Other arguments of
-    a wrong type raise TypeError. Nothing is changed then. A cache is not thread-safe.
+    Requests in different namespaces share nothing. All methods raise ValueError, with nothing
+    changed, for other tokens and namespaces, and for a node that was evicted or belongs to another
+    cache. A lock that is never returned keeps its path forever. A cache is not thread-safe.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -404,14 +381,7 @@ class HybridRadixCache:
         A request that ``resumes`` after a preemption was counted before, so ``stats`` stays as it
         is. O(1), plus the nodes between the checkpoint and the ghost that was missed.
         """
-        if not isinstance(match, PrefixMatch):
-            raise TypeError(f"match must be the result of match (got {match!r}).")
-        if type(resumes) is not bool:
-            require_bool(resumes, "resumes")
-        last = self._usable(match.node)
-        missed = match.missed
-        if missed is not None and missed.item_bytes is not self.item_bytes:
-            raise ValueError(FOREIGN)
+        last, missed = self._usable(match.node), match.missed
         self.now += 1
         if not resumes:
             self.stats.record(match)
@@ -491,12 +461,10 @@ class HybridRadixCache:
             ValueError: another cache returned it, or it is not a handle.
         """
         if not isinstance(handle, LockHandle) or handle.cache is not self:
-            raise ValueError(WRONG_LOCK.format(handle))
+            raise ValueError(f"expected the result of lock of this cache (got {handle!r})")
         node = handle.node
         if node is None:
             return
-        if not node.locks:
-            raise ValueError("this node is not locked in this cache")
         handle.node = None
         old = handle.superseded
         if old is not None:
@@ -539,13 +507,8 @@ class HybridRadixCache:
         """Take rows for ``num_tokens`` tokens in whole pages, evicting as needed.
 
         Returns None, with nothing evicted, if that many are not available. O(num_tokens), plus
-        O(log n) per evicted item.
-
-        Raises:
-            ValueError: ``num_tokens`` is negative.
+        O(log n) per evicted item. Raises ValueError for a negative number.
         """
-        if type(num_tokens) is not int:
-            num_tokens = require_index(num_tokens, "num_tokens")
         pages = self._pages
         rows = pages.allocate(num_tokens)
         if rows is None:
@@ -567,20 +530,14 @@ class HybridRadixCache:
         slot. Until that lock is returned, the checkpoint at or above its node counts as superseded,
         unless other tokens are cached below the node. So it can be evicted in favour of the new
         one. O(nodes up to that checkpoint).
-
-        Raises:
-            ValueError: ``replaces`` is not a lock of this cache.
         """
-        if replaces is not None:
-            if not isinstance(replaces, LockHandle) or replaces.cache is not self:
-                raise ValueError(WRONG_LOCK.format(replaces))
+        if replaces is not None and replaces.superseded is None:
             node = replaces.node
-            if replaces.superseded is None and node is not None and not node.children:
-                before = last_checkpoint(node)
-                if before is not None:
-                    replaces.superseded = before
-                    before.num_successors += 1
-                    self._review(before.node)
+            before = None if node is None or node.children else last_checkpoint(node)
+            if before is not None:
+                replaces.superseded = before
+                before.num_successors += 1
+                self._review(before.node)
         slots, budget = self._slots, self._slots.budget
         slot = slots.allocate()
         if slot is None:
@@ -597,18 +554,12 @@ class HybridRadixCache:
     def free_kv(self, kv_indices: Indices) -> None:
         """Return held rows: rows from ``allocate_kv`` that were never published. O(rows).
 
-        Rows that are free or of the cache are found only by ``check``, with two exceptions: they
-        are more than all callers hold, or the last one was freed last (the same rows twice).
+        Rows that are free or of the cache are found only by ``check``.
 
         Raises:
-            ValueError: ``kv_indices`` is not int32[n] of whole pages in range, or one of the two
-                exceptions. Nothing is freed.
+            ValueError: ``kv_indices`` is not int32[n] of whole pages in range. Nothing is freed.
         """
-        pages = self._pages
-        num_held = pages.num_taken - self.cached_tokens
-        if getattr(kv_indices, "ndim", 0) == 1 and len(kv_indices) > num_held:
-            raise ValueError(f"{len(kv_indices)} rows given back, but only {num_held} are held")
-        pages.free(kv_indices)
+        self._pages.free(kv_indices)
 
     def free_slot(self, slot: int) -> None:
         """Return a held slot: one from ``allocate_slot`` that no ``insert`` has taken. O(1).
@@ -616,8 +567,6 @@ class HybridRadixCache:
         Raises:
             ValueError: the slot is out of range, free or of the cache.
         """
-        if type(slot) is not int:
-            slot = require_index(slot, "slot")
         if 0 <= slot < len(self._is_cached) and self._is_cached[slot]:
             raise ValueError(f"slot {slot} is the cache's, from insert until its eviction")
         self._slots.free(slot)
@@ -625,17 +574,11 @@ class HybridRadixCache:
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
         """Evict until that much was freed or nothing evictable remains. O(log n) per item.
 
-        Raises:
-            ValueError: a number is negative.
-
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
         >>> cache.evict(num_tokens=50, num_slots=1)
         Eviction(num_tokens=0, num_slots=0)
         """
-        for what, number in (("num_tokens", num_tokens), ("num_slots", num_slots)):
-            if type(number) is not int or number < 0:
-                require_index(number, what, 0)
         stats = self.stats
         tokens, slots = stats.evicted_tokens, stats.evicted_slots
         while stats.evicted_tokens - tokens < num_tokens and self._evict_one("kv"):
@@ -652,17 +595,19 @@ class HybridRadixCache:
         taken but not carried out is forgotten, because its rows and states are lost.
 
         Raises:
-            RuntimeError: there is such a plan, and leases are running or nodes are locked. Nothing
-                is changed.
+            RuntimeError: there is such a plan, and something is held or locked. Nothing is changed.
         """
-        plan, is_used = self.steps.open_plan, self.steps.num_open or self._locked_len
+        plan = self.steps.open_plan
+        is_used = (
+            self._locked_len
+            or self._pages.num_taken > self.cached_tokens
+            or self._slots.num_taken > self.num_checkpoints
+        )
         if plan is not None and not plan.is_done and is_used:
             raise RuntimeError(NOT_CARRIED_OUT)
         while self._evict_one(None):
             pass
         self.ghosts.clear()
-        if plan is not None:
-            plan.was_begun = True
         self.steps.open_plan = None
 
     def take_step(self) -> StepPlan:
@@ -805,19 +750,29 @@ class HybridRadixCache:
         owned_from) instead of O(n). A new checkpoint or fork adds the nodes up to the nearest
         checkpoint above.
 
-        Three facts are not checked, because it would cost a pass over the rows: that the caller
-        holds the rows, that the tree owns those below ``owned_from``, and that ``after`` belongs to
-        these tokens and this namespace. ``check`` finds rows and slots with two owners.
+        Not checked: that the caller holds the rows, that the tree owns those below ``owned_from``,
+        and that ``after`` belongs to these tokens and this namespace. ``check`` finds rows and
+        slots out of range or with two owners.
 
         Raises:
-            ValueError: ``kv_indices`` is not int32[n], the first or last held row is out of range,
-                the tree has fewer tokens than ``owned_from``, ``after`` is not locked, checkpoints
-                or labels are malformed, or a slot is free or the cache's.
+            ValueError: ``kv_indices`` is not int32[n], the tree has fewer tokens than
+                ``owned_from``, ``after`` is not locked, or a slot is free or the cache's.
         """
+        if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
+        is_array = type(kv_indices) is np.ndarray
+        if not is_array or kv_indices.dtype is not INT32 or kv_indices.ndim != 1:
+            require_int32(kv_indices, "KV indices")
+        if len(kv_indices) != len(tokens):
+            raise ValueError(
+                f"{len(kv_indices)} kv_indices for {len(tokens)} tokens: give one each"
+            )
         base = self._usable(after)
-        self._refuse_bad_insert(tokens, kv_indices, checkpoints, owned_from, labels)
         if base is not None and not base.locks:
             raise ValueError("after is not locked: keep its lock until insert returns")
+        for _, slot in checkpoints:
+            if self._is_cached[slot] or not self._slots.is_taken[slot]:
+                raise ValueError(f"slot {slot} is free or the cache's: take one with allocate_slot")
         rejected: tuple[int, ...] = ()
         if not self._has_states or not self._keeps:
             rejected, checkpoints = tuple(slot for _, slot in checkpoints), ()
@@ -863,17 +818,11 @@ class HybridRadixCache:
         """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
         ``node``.
 
-        Replaces an earlier stop reason. Does nothing if ``stop_reason`` is empty, if there is no
-        checkpoint, or if the path forks below it, because then it serves other conversations too.
-        O(nodes between).
-
-        Raises:
-            ValueError: ``stop_reason`` is neither one of ``STOP_REASONS`` nor empty.
+        Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
+        forks below it, because then it serves other conversations too. O(nodes between).
         """
         last = self._usable(node)
-        if stop_reason != "":
-            require_stop_reason(stop_reason)
-        while stop_reason and last is not None and not isinstance(last.children, dict):
+        while last is not None and not isinstance(last.children, dict):
             tip = last.checkpoint
             if tip is not None:
                 label = f"{tip.label.partition('/')[0]}/{stop_reason}"
@@ -882,65 +831,6 @@ class HybridRadixCache:
                     self.policy.on_relabelled(tip)
                 return
             last = last.parent
-
-    def _refuse_bad_insert(
-        self,
-        tokens: Tokens,
-        kv_indices: Indices,
-        checkpoints: Sequence[tuple[int, int]],
-        owned_from: int,
-        labels: Sequence[str],
-    ) -> None:
-        """Raise ValueError or TypeError for arguments that are wrong regardless of the tree.
-        O(checkpoints)."""
-        if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
-            require_int32(tokens, "tokens")
-        is_array = type(kv_indices) is np.ndarray
-        if not is_array or kv_indices.dtype is not INT32 or kv_indices.ndim != 1:
-            require_int32(kv_indices, "KV indices")
-        if type(owned_from) is not int:
-            require_index(owned_from, "owned_from")
-        num_tokens = len(tokens)
-        if len(kv_indices) != num_tokens:
-            raise ValueError(
-                f"kv_indices must have one index per token (got {len(kv_indices)} for {num_tokens} "
-                "tokens)"
-            )
-        if not isinstance(checkpoints, LISTS):
-            raise TypeError(f"checkpoints must be a list of pairs (got {checkpoints!r})")
-        if labels and (len(labels) != len(checkpoints) or {*map(type, labels)} != {str}):
-            raise ValueError(
-                "labels must be empty or a string per checkpoint (got "
-                f"{labels!r} for {len(checkpoints)} checkpoints)"
-            )
-        is_cached, is_taken = self._is_cached, self._slots.is_taken
-        slots: set[int] = set()
-        for one in checkpoints:
-            position, slot = one if isinstance(one, LISTS) and len(one) == 2 else (None, None)
-            if not (type(slot) is type(position) is int and 0 <= slot < len(is_cached)):
-                raise ValueError(
-                    "a checkpoint must be (position: int, slot: int) with 0 <= slot < "
-                    f"{len(is_cached)} (got {one!r})"
-                )
-            if is_cached[slot] or not is_taken[slot] or slot in slots:
-                raise ValueError(
-                    f"slot {slot} is free, the cache's or given twice: take one with allocate_slot"
-                )
-            slots.add(slot)
-        num_tokens -= num_tokens % self.page_size
-        if not 0 <= owned_from <= num_tokens:
-            raise ValueError(
-                f"owned_from must be from 0 to {num_tokens}, the whole pages given (got "
-                f"{owned_from})"
-            )
-        if owned_from < len(kv_indices):  # not all rows, because a pass over them costs more
-            first, last = kv_indices.item(owned_from), kv_indices.item(-1)
-            num_rows = self._pages.capacity
-            if not (0 <= first < num_rows and 0 <= last < num_rows):
-                raise ValueError(
-                    f"KV indices must be rows from 0 to {num_rows - 1}, as allocate_kv returned "
-                    f"them (got {first} to {last})"
-                )
 
     def _append(
         self,
@@ -1118,10 +1008,6 @@ class HybridRadixCache:
             ValueError: it is already subscribed, to this cache or another.
             Exception: the error of the listener, which is then not subscribed.
         """
-        if not isinstance(listener, Listener):
-            raise TypeError(
-                f"listener must be a Listener (got {listener!r}): wrap a function in EventStream"
-            )
         if listener.followed is not None:
             raise ValueError(
                 "this listener is subscribed already, to this cache or another: unsubscribe it "
@@ -1181,9 +1067,6 @@ class HybridRadixCache:
         Raises:
             AssertionError: an invariant fails; the message names the first.
         """
-        for what, number in (("held_tokens", held_tokens), ("held_slots", held_slots)):
-            if number is not None:
-                require_index(number, what)
         self._tree.check(self.ghosts)
         segments, checkpoints = list[Segment](), list[Checkpoint]()
         for node in self._tree.nodes():

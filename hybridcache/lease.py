@@ -18,36 +18,23 @@ carried out, or TypeError for a wrong type. Nothing is changed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable
-from contextlib import suppress
-from threading import get_ident
 from typing import NamedTuple, overload
 
 import numpy as np
 
 from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
-from hybridcache.cache import HybridRadixCache, LockHandle, require_cache, require_stop_reason
+from hybridcache.cache import HybridRadixCache, LockHandle, require_stop_reason
 from hybridcache.policies.protocol import (
     FetchRule,
     PlacementPolicy,
     Prefill,
     PromptBoundaries,
-    require_boundaries,
-    require_fetch_rule,
     require_placement,
 )
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import (
-    EMPTY,
-    INT32,
-    Indices,
-    Tokens,
-    require_bool,
-    require_index,
-    require_int32,
-)
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -100,7 +87,7 @@ class LeaseRequest(NamedTuple):
     table_row: int | None = None
     """Row of this request in the caller's request table, or None. With it, ``cache.take_step()``
     lists every position with a new or changed KV row (``RowWrite``). No two running requests have
-    the same one."""
+    the same one; this is not checked."""
     own_slot: int | None = None
     """State slot of the request, if running states are stored outside of the cache's memory. If
     None, a slot of the cache is taken, and may be donated. An own slot is not donated, and no two
@@ -122,56 +109,13 @@ NEEDS_STATES = (
     "a request without states reuses nothing in a hybrid cache: build the cache with "
     "prefix_cache='radix', or pass stateful=True"
 )
-OTHER_THREAD = (
-    "another thread has running leases of this cache, which is for one thread at a time: use it "
-    "from that thread, or end its leases first."
-)
-NOT_READY = (
-    "tokens up to {} were computed before a step plan restored the state that they follow, or "
-    "moved the entries in their rows or slots, so these are lost: abort all leases, unlock all "
-    "nodes and call cache.reset(). Call cache.take_step().carry_out(memory) after all begin, "
-    "extend and take_checkpoint_slots of a step, before computing, or .done() without tensors"
+NOT_RESTORED = (
+    "tokens up to {} were computed before a step plan restored the state that they follow: abort "
+    "all leases, unlock all nodes and call cache.reset(). Call cache.take_step().carry_out(memory) "
+    "after all begin, extend and take_checkpoint_slots of a step, before computing, or .done() "
+    "without tensors"
 )
 ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
-
-
-def _refuse_bad_begin(
-    cache: HybridRadixCache,
-    placement: PlacementPolicy,
-    request: LeaseRequest,
-    exchange: FetchRule | None,
-) -> None:
-    """Raise the errors of ``begin`` for wrong arguments, which would fail later in another call.
-    O(boundaries)."""
-    if not isinstance(cache, HybridRadixCache):
-        require_cache(cache)
-    if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
-        require_placement(placement)
-    if not isinstance(request, LeaseRequest):
-        raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
-    for what, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
-        if number is not None and (what, require_index(number, what, 0)) in cache.steps.numbers:
-            raise ValueError(
-                f"{what} {number} is that of a running lease: give each its own, or end the "
-                "other lease first."
-            )
-    for what in ("stateful", "reuse", "exact", "resumes"):
-        if type(getattr(request, what)) is not bool:
-            require_bool(getattr(request, what), what)
-    if request.stateful and not cache.item_bytes.state:
-        raise ValueError(NO_STATES)
-    if not request.stateful and cache.needs_states:
-        raise ValueError(NEEDS_STATES)
-    if exchange is not None:
-        require_fetch_rule(exchange)
-    require_boundaries(request.boundaries)
-    if cache.steps.num_open and cache.steps.thread != get_ident():
-        raise RuntimeError(OTHER_THREAD)
-    tokens = request.tokens
-    if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
-        require_int32(tokens, "tokens")
-    if not len(tokens):
-        raise ValueError("a request needs at least one token (got no tokens)")
 
 
 class Lease:
@@ -180,10 +124,7 @@ class Lease:
     Made by ``begin``. After ``finish``, ``preempt`` or ``abort`` it holds nothing: ``kv_indices``
     is empty and ``state_slot`` is None. ``abort`` then does nothing, and every other call that
     takes, plans or publishes raises ValueError. ``match``, ``cached_len``, ``losses`` and
-    ``is_counted`` keep their values. The results of ``is_saving_at`` and
-    ``num_quiet_tokens`` then mean nothing.
-
-    In a ``with`` block, a lease that has not ended is aborted at the end of the block.
+    ``is_counted`` keep their values. A ``with`` block aborts a lease that has not ended.
 
     The placement policy is notified of each planned checkpoint, whether saved or dropped.
 
@@ -211,10 +152,10 @@ class Lease:
         request: LeaseRequest,
         prompt: bytes,
         match: PrefixMatch,
-        receipt: LockHandle,
+        lock: LockHandle,
         state_slot: int | None,
     ) -> None:
-        """Take ownership of ``receipt`` (a lock on ``match.node``) and of ``state_slot``; see
+        """Take ownership of ``lock``, which is on ``match.node``, and of ``state_slot``; see
         ``begin``. ``prompt`` has the bytes of ``request.tokens``."""
         cached_len = match.cached_len
         self.cache = cache
@@ -222,7 +163,7 @@ class Lease:
         self._placement = placement
         self._request = request
         self._prompt = prompt
-        self._receipt = receipt
+        self._lock = lock
         self._step = cache.checkpoint_grid
         self._has_ended = False
         self.match = match
@@ -258,18 +199,12 @@ class Lease:
         """The one checkpoint of decode. It is overwritten at each crossing."""
         self._overwritten: Saved | None = None
         """Earlier contents of the rolling slot, until they are overwritten for certain."""
-        self._numbers = {("table_row", request.table_row), ("own_slot", request.own_slot)}
-        steps = cache.steps
-        steps.num_open += 1
-        steps.thread = get_ident()
-        steps.numbers |= self._numbers
         if cache.arena is not None:
             cache.arena.holders[self] = None
         if cached_len and request.table_row is not None:
             self._note_changed(request.table_row, 0, cached_len)
         if match.resumed is not None and state_slot is not None:
-            steps.restores[self] = match.resumed.slot, state_slot
-            steps.not_ready[self] = cached_len
+            cache.steps.restores[self] = match.resumed.slot, state_slot
 
     @classmethod
     def begin(
@@ -282,10 +217,10 @@ class Lease:
         """Match the tokens, lock the result, take a state slot, and load from tiers if that saves
         time.
 
-        Returns None, with nothing held, if no slot is available: keep the request in the queue. A
-        cache that cannot hold a single state raises ValueError instead. If the only available slot
-        is that of the matching checkpoint, the request resumes from the next shallower one, and
-        ``losses.refused`` counts the difference. With ``reuse=False`` it counts the whole match.
+        Returns None, with nothing held, if no slot is available: keep the request in the queue. If
+        the only available slot is that of the matching checkpoint, the request resumes from the
+        next shallower one, and ``losses.refused`` counts the difference. With ``reuse=False`` it
+        counts the whole match.
 
         ``placement`` is one object for all requests of a cache, because it can learn.
         ``parse_placement`` makes one. ``exchange`` decides which offloaded prefixes to load.
@@ -294,57 +229,59 @@ class Lease:
 
         Raises:
             ValueError: the tokens are empty or not int32[n]; the namespace is malformed; the
-                boundaries are negative or not ascending; ``table_row`` or ``own_slot`` is negative
-                or that of a running lease; or the request has a state and the cache is a radix
-                cache or has no slots; or it has none and the cache is a hybrid one.
-            TypeError: an argument is of another type.
+                request has a state and the cache has no memory for one; or it has none and the
+                cache is a hybrid one.
+            TypeError: ``placement`` is not one of ``parse_placement``.
             PolicyError: an own eviction policy has failed. Nothing is held.
-            RuntimeError: leases of another thread are running.
         """
-        _refuse_bad_begin(cache, placement, request, exchange)
+        if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
+            require_placement(placement)
+        tokens, namespace, slot = request.tokens, request.namespace, request.own_slot
+        if not request.stateful:
+            slot = None
+            if cache.needs_states:
+                raise ValueError(NEEDS_STATES)
+        elif not cache.item_bytes.state or (slot is None and not cache.num_slots):
+            raise ValueError(NO_STATES)
+        if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
+        if not len(tokens):
+            raise ValueError("a request needs at least one token (got no tokens)")
         # The caller may change its array before the tokens are published.
-        prompt = request.tokens.tobytes()
-        tokens, namespace = np.frombuffer(prompt, np.int32), request.namespace
+        prompt = tokens.tobytes()
+        tokens = np.frombuffer(prompt, np.int32)
         match = found = cache.match(tokens, namespace)
         if not request.reuse:
             match = found._replace(cached_len=0, node=None, resumed=None, loadable=())
-        slot = request.own_slot if request.stateful else None
-        receipt = cache.lock(match.node)
-        try:
-            if request.stateful and slot is None:
+        # Nothing is held yet, so the exchange of a user may raise.
+        best = None if exchange is None else match.best_load(exchange)
+        lock = cache.lock(match.node)
+        if request.stateful and slot is None:
+            slot = cache.allocate_slot()
+            if slot is None and match.cached_len:
+                # The only slot may be that of the checkpoint just locked.
+                cache.unlock(lock)
                 slot = cache.allocate_slot()
-                if slot is None and match.cached_len:
-                    # The only slot may be that of the checkpoint just locked.
-                    cache.unlock(receipt)
-                    slot = cache.allocate_slot()
-                    again = cache.match(tokens, namespace)
-                    match = found._replace(
-                        cached_len=again.cached_len,
-                        node=again.node,
-                        resumed=again.resumed,
-                        loadable=again.loadable,
-                    )
-                    receipt = cache.lock(match.node)
-                if slot is None:
-                    if not cache.num_slots:
-                        raise ValueError(NO_STATES)
-                    cache.unlock(receipt)
-                    return None
-            best = None if exchange is None else match.best_load(exchange)
-            if best is not None and cache.fetch(best):
-                match, before = cache.match(tokens, namespace), receipt
-                receipt = cache.lock(match.node)
-                cache.unlock(before)
-        except BaseException:  # of a policy or of the exchange
-            cache.unlock(receipt)
-            if slot is not None and slot != request.own_slot:
-                cache.free_slot(slot)
-            raise
+                again = cache.match(tokens, namespace)
+                match = found._replace(
+                    cached_len=again.cached_len,
+                    node=again.node,
+                    resumed=again.resumed,
+                    loadable=again.loadable,
+                )
+                lock = cache.lock(match.node)
+            if slot is None:
+                cache.unlock(lock)
+                return None
+        if best is not None and cache.fetch(best):
+            match, before = cache.match(tokens, namespace), lock
+            lock = cache.lock(match.node)
+            cache.unlock(before)
         step = None if cache.offload is None else cache.checkpoint_grid
         if match is not found or step is not None:
             loadable_len = match.loadable[-1].position if match.loadable else 0
             match = match._replace(losses=losses_of(found, match.cached_len, loadable_len, step))
-        return cls(cache, placement, request, prompt, match, receipt, slot)
+        return cls(cache, placement, request, prompt, match, lock, slot)
 
     def __enter__(self) -> Lease:
         """Return the lease, to be aborted at the end of the block unless it has ended before."""
@@ -352,21 +289,6 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
-
-    def __del__(self) -> None:
-        if getattr(self, "_has_ended", True):
-            return
-        self._receipt.node = None  # One warning is enough.
-        if self.cache.arena is not None:
-            self.cache.arena.dropped.append(self._rows[self.published_len : self.extended_len])
-        self.cache.steps.close(self, self._numbers)
-        warnings.warn(
-            f"{self!r} was dropped: call finish, preempt or abort, or its rows, slot and lock stay "
-            "taken",
-            ResourceWarning,
-            source=self,
-            stacklevel=2,
-        )
 
     def __repr__(self) -> str:
         if self._has_ended:
@@ -387,7 +309,7 @@ class Lease:
     @property
     def node(self) -> NodeHandle | None:
         """Node that ends at ``published_len``, which the lease has locked. None at 0."""
-        return self._receipt.node
+        return self._lock.node
 
     @property
     def kv_indices(self) -> Indices:
@@ -398,7 +320,7 @@ class Lease:
         """
         if self._unread_len:
             unread_len, self._unread_len, self._indexed_len = self._unread_len, 0, 0
-            self._rows[:unread_len] = self.cache.gather(self._receipt.node)[:unread_len]
+            self._rows[:unread_len] = self.cache.gather(self._lock.node)[:unread_len]
         rows = self._rows[: self.extended_len]
         rows.flags.writeable = False
         return rows
@@ -431,13 +353,8 @@ class Lease:
         """Return the number of decode steps for which the row and slot calls have no effect.
 
         During that many tokens after ``computed_len``, ``extend`` and ``take_checkpoint_slots``
-        need not be called. It says nothing about ``publish``, which decode does not need. O(1).
-
-        Raises:
-            ValueError: ``computed_len`` is negative.
+        need not be called. O(1).
         """
-        if type(computed_len) is not int or computed_len < 0:
-            computed_len = require_index(computed_len, "computed_len", 0)
         num_rows, interval = max(self.extended_len - computed_len, 0), self._interval
         rest = num_rows if interval is None else interval - 1 - computed_len % interval
         return min(num_rows, rest)
@@ -450,16 +367,11 @@ class Lease:
         Returns False, with nothing changed, if that many rows are not available: preempt another
         request. The first success counts the lease as a use of the cache (``touch``) and plans its
         checkpoints. So a request that is refused, aborted and begun again is counted once. O(new
-        rows), plus O(log n) per evicted item.
-
-        Raises:
-            ValueError: ``to_len`` is negative, or the lease has ended.
-            PolicyError: an own placement policy has failed. The rows are taken.
+        rows), plus O(log n) per evicted item. Raises PolicyError if an own placement policy has
+        failed; the rows are then taken.
         """
         if self._has_ended:
             raise ValueError(ENDED)
-        if type(to_len) is not int or to_len < 0:
-            to_len = require_index(to_len, "to_len", 0)
         start = self.extended_len
         if to_len <= start:
             return True
@@ -477,8 +389,6 @@ class Lease:
         table_row = self._request.table_row
         if table_row is not None:
             self._note_changed(table_row, start, end)
-        if self.cache.steps.transfers:
-            self.cache.steps.note_taken(self, start)
         if start == self.cached_len:
             self._count()
         return True
@@ -557,9 +467,6 @@ class Lease:
         """
         if self._has_ended:
             raise ValueError(ENDED)
-        position = require_index(position, "position")
-        if not isinstance(label, str):
-            raise TypeError(f"label must be a string (got {label!r}).")
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
             self._planned.setdefault(position, label)
@@ -586,16 +493,7 @@ class Lease:
         ``max_slots`` limits the new slots, for callers that limit the number of slabs emptied per
         step. Returns None if more are needed, which is never so without a limit. Those taken are
         kept: call again in the next step.
-
-        Raises:
-            ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``), or
-                ``start`` is less than ``published_len`` or more than ``end``, or ``max_slots`` is
-                negative.
         """
-        if type(start) is not int or type(end) is not int:
-            start, end = require_index(start, "start"), require_index(end, "end")
-        if max_slots is not None and (type(max_slots) is not int or max_slots < 0):
-            max_slots = require_index(max_slots, "max_slots", 0)
         if end > self.extended_len or self._has_ended:
             raise self._misuse(end)
         if not self.published_len <= start <= end:
@@ -615,8 +513,6 @@ class Lease:
                     break
                 del self._planned[position]
                 self._pending[position, slot] = label
-                if self.cache.steps.transfers:
-                    self.cache.steps.note_taken(self, start)
                 num_taken += 1
         return tuple(saved for saved in sorted(self._pending) if start < saved[0] <= end)
 
@@ -629,11 +525,9 @@ class Lease:
         rolling = self._rolling
         if rolling is None and max_slots is not None and max_slots <= 0:
             return None
-        slot = self.cache.allocate_slot(self._receipt) if rolling is None else rolling[1]
+        slot = self.cache.allocate_slot(self._lock) if rolling is None else rolling[1]
         if slot is None:
             return ()
-        if rolling is None and self.cache.steps.transfers:
-            self.cache.steps.note_taken(self, start)
         if rolling is None or rolling[0] != position:
             self._overwritten, self._rolling = rolling, (position, slot)
         return ((position, slot),)
@@ -646,14 +540,7 @@ class Lease:
         predecessor, because the step may have overwritten it. With ``unwritten`` the predecessor is
         kept. Pass it only if your engine writes checkpoint slots after acceptance, for positions up
         to ``computed_len``. O(1).
-
-        Raises:
-            ValueError: the lease has ended, tokens past ``computed_len`` are published, or it has
-                no rows for that many tokens.
         """
-        if type(computed_len) is not int:
-            computed_len = require_index(computed_len, "computed_len")
-        require_bool(unwritten, "unwritten")
         if self._has_ended or not self.published_len <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
         if self._rolling is not None and self._rolling[0] > computed_len:
@@ -683,10 +570,9 @@ class Lease:
                 from the tokens of the request; ``computed_len`` is less than ``published_len``, or
                 more than there are tokens or rows.
             RuntimeError: the last step plan was taken but not carried out; or no step plan was
-                taken that restores the state from which the request resumes, or that moves what
-                was in its rows and slots.
+                taken that restores the state from which the request resumes.
         """
-        computed_len = self._checked_len(tokens, computed_len)
+        self._require_computed(tokens, computed_len)
         first = self.published_len
         if self._request.exact:
             computed_len = min(computed_len, self.prompt_len)
@@ -707,16 +593,10 @@ class Lease:
         ``stop_reason`` says why the answer ended ("tool_use", "end_turn", "stop_sequence",
         "length"). It is "session_end" if no further turn will come, and empty if it is not known.
         Learning eviction policies distinguish these reasons by the label of the conversation's tip
-        (``HybridRadixCache.label_tip``).
-
-        Raises:
-            ValueError, RuntimeError: as for ``publish``. The lease goes on.
-            ValueError: as for ``abort``. The lease has ended.
-            ValueError: ``stop_reason`` is another text (``STOP_REASONS``). The lease goes on.
+        (``HybridRadixCache.label_tip``). Raises the errors of ``publish``, and ValueError for
+        another ``stop_reason``. The lease then goes on.
         """
-        computed_len = self._checked_len(tokens, computed_len)
-        if type(donate) is not bool:
-            require_bool(donate, "donate")
+        self._require_computed(tokens, computed_len)
         if stop_reason != "":
             require_stop_reason(stop_reason)
         if computed_len > self.prompt_len:
@@ -730,32 +610,21 @@ class Lease:
 
         The own slot becomes a checkpoint at any grid position, so it must contain the state after
         ``computed_len`` tokens. If a step computes ahead, call ``finish(..., donate=False)``
-        instead. Begin again with ``LeaseRequest(tokens, resumes=lease.is_counted)``.
-
-        Raises:
-            ValueError, RuntimeError: as for ``publish``. The lease goes on.
-            ValueError: as for ``abort``. The lease has ended.
+        instead. Begin again with ``LeaseRequest(tokens, resumes=lease.is_counted)``. Raises the
+        errors of ``publish``; the lease then goes on.
         """
-        computed_len = self._checked_len(tokens, computed_len)
+        self._require_computed(tokens, computed_len)
         self._end(tokens, computed_len, True, "")
 
     def abort(self) -> None:
-        """Free everything held and end the lease. Published tokens stay in the tree.
-
-        Does nothing if the lease has ended.
-
-        Raises:
-            ValueError: the caller has freed rows or slots of the lease. It has ended nevertheless.
-        """
+        """Free everything held and end the lease, unless it has ended. Published tokens stay in the
+        tree."""
         if not self._has_ended:
             self._end(EMPTY, 0, False, "")
 
     def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str) -> None:
         """Publish the computed tokens and their checkpoints, and return everything else that is
-        held. With ``donate`` the own slot is one of these checkpoints, if it can be.
-
-        The lease has ended even if the caller has freed its rows or slots.
-        """
+        held. With ``donate`` the own slot is one of these checkpoints, if it can be."""
         cache, placement, own_slot = self.cache, self._placement, self.state_slot
         published_len = computed_len
         if self._request.exact:
@@ -774,39 +643,31 @@ class Lease:
             own_slot = None
         self._planned, self._rolling = {}, None
         num_dropped = 0
-        try:
-            for (position, slot), label in pending.items():
-                if position > published_len:
-                    cache.free_slot(slot)
-                    placement.on_dropped(position, label)
-                    num_dropped += 1
-            for position, label in planned.items():
+        for (position, slot), label in pending.items():
+            if position > published_len:
+                cache.free_slot(slot)
                 placement.on_dropped(position, label)
-            tip: NodeHandle | None = self._receipt.node
-            if num_dropped < len(pending) or published_len > self.published_len:
-                tip, _ = self._insert(tokens, published_len, is_last=True)
-            if stop_reason:
-                cache.label_tip(tip, stop_reason)
-        except BaseException:  # The caller has freed one of the slots.
-            for _, slot in pending:
-                with suppress(ValueError):  # It is free or the cache's by now.
-                    cache.free_slot(slot)
-            raise
-        finally:
-            held = self._rows[self.published_len : self.extended_len]
-            self.state_slot, self._has_ended, self._pending = None, True, {}
-            self._rows, self._prompt = EMPTY, b""  # Planners keep ended leases.
-            self.extended_len = self.published_len = self._unread_len = 0
-            cache.steps.close(self, self._numbers)
-            if cache.arena is not None:
-                del cache.arena.holders[self]
-            cache.unlock(self._receipt)
-            try:
-                if own_slot is not None:
-                    cache.free_slot(own_slot)
-            finally:
-                if len(held):
-                    cache.free_kv(held)
+                num_dropped += 1
+        for position, label in planned.items():
+            placement.on_dropped(position, label)
+        tip: NodeHandle | None = self._lock.node
+        if num_dropped < len(pending) or published_len > self.published_len:
+            tip, _ = self._insert(tokens, published_len, is_last=True)
+        if stop_reason:
+            cache.label_tip(tip, stop_reason)
+        held = self._rows[self.published_len : self.extended_len]
+        self.state_slot, self._has_ended, self._pending = None, True, {}
+        self._rows, self._prompt = EMPTY, b""  # Planners keep ended leases.
+        self.extended_len = self.published_len = self._unread_len = 0
+        cache.steps.restores.pop(self, None)
+        cache.steps.row_writes.pop(self, None)
+        if cache.arena is not None:
+            del cache.arena.holders[self]
+        cache.unlock(self._lock)
+        if own_slot is not None:
+            cache.free_slot(own_slot)
+        if len(held):
+            cache.free_kv(held)
 
     def _insert(
         self, tokens: Tokens, computed_len: int, is_last: bool = False
@@ -817,7 +678,7 @@ class Lease:
         Returns the node that ends at the new ``published_len``, and the number of duplicate rows.
         These, and the slots that the tree has not taken, are freed.
         """
-        cache, first, before = self.cache, self.published_len, self._receipt
+        cache, first, before = self.cache, self.published_len, self._lock
         saved: dict[Saved, str] = {}
         later: dict[Saved, str] = {}
         for one, label in self._pending.items():
@@ -841,8 +702,8 @@ class Lease:
                 self._note_changed(self._request.table_row, first, end)
         self._pending = later
         if not is_last:
-            self._receipt = receipt = cache.lock(node)
-            receipt.superseded, before.superseded = before.superseded, None
+            self._lock = lock = cache.lock(node)
+            lock.superseded, before.superseded = before.superseded, None
             cache.unlock(before)
         for (position, slot), label in saved.items():
             if slot in rejected_slots:
@@ -852,14 +713,12 @@ class Lease:
                 self._placement.on_saved(position, label)
         return node, num_duplicates
 
-    def _checked_len(self, tokens: Tokens, computed_len: int) -> int:
-        """Return ``computed_len``. Raise ValueError unless that many ``tokens`` can be published,
-        and RuntimeError if the last plan was not carried out or the state was never restored.
+    def _require_computed(self, tokens: Tokens, computed_len: int) -> None:
+        """Raise ValueError unless that many ``tokens`` can be published, and RuntimeError if the
+        last plan was not carried out or the state was never restored.
 
         O(prompt tokens to publish), a comparison of bytes.
         """
-        if type(computed_len) is not int:
-            computed_len = require_index(computed_len, "computed_len")
         first = self.published_len
         if self._has_ended or not first <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
@@ -874,8 +733,8 @@ class Lease:
         if computed_len > first:
             if steps.open_plan is not None and not steps.open_plan.is_done:
                 raise RuntimeError(NOT_CARRIED_OUT)
-            if steps.not_ready and computed_len > steps.not_ready.get(self, computed_len):
-                raise RuntimeError(NOT_READY.format(computed_len))
+            if self in steps.restores:
+                raise RuntimeError(NOT_RESTORED.format(computed_len))
         end = min(computed_len, self.prompt_len)
         if first < end:
             new = np.ascontiguousarray(tokens[first:end])
@@ -884,7 +743,6 @@ class Lease:
                     f"tokens {first} to {end} are not those of the LeaseRequest, as they were at "
                     "begin: pass its tokens, followed by those generated so far"
                 )
-        return computed_len
 
     def _misuse(self, length: int) -> ValueError:
         """Return the error of a call for ``length`` tokens on a lease that cannot have them."""

@@ -29,8 +29,6 @@ follow.
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import numpy as np
 import numpy.typing as npt
 
@@ -83,10 +81,8 @@ class ArenaAllocator(PageAllocator):
         self.free_slabs = list(range(self.num_slabs - 1, -1, -1))
         """Slabs that a slot can get without a search, the next one last."""
         self.slots = ArenaSlots(self)
-        self.holders: WeakKeyDictionary[RowHolder, None] = WeakKeyDictionary()
-        """Holders that are notified of moves, in this order. This keeps none of them alive."""
-        self.dropped: list[Indices] = []
-        """Rows of leases that were dropped, which stay taken."""
+        self.holders: dict[RowHolder, None] = {}
+        """Holders that are notified of moves, in this order."""
         self.num_moves = 0
         """Number of slabs emptied so far."""
         self.num_moved_rows = 0
@@ -163,7 +159,6 @@ class ArenaAllocator(PageAllocator):
         self.num_moved_rows += len(src)
         move = Move(slab, src, dst, new_rows)
         claimed = sum([holder.rows_moved(move) for holder in self.holders])
-        claimed += sum([len(move.rename(rows)) for rows in self.dropped])
         if claimed != len(src):
             raise RuntimeError(
                 f"{len(src)} rows of slab {slab} moved, but holders claim {claimed}: "

@@ -154,9 +154,9 @@ class StepMemory(Protocol):
 
 
 SPENT = (
-    "this step plan was carried out, failed half-way or was forgotten by reset: doing its work "
-    "again destroys rows. Take one plan per step with cache.take_step(). After a failure abort all "
-    "leases, unlock all nodes and call cache.reset()"
+    "this step plan was carried out or failed half-way: doing its work again destroys rows. Take "
+    "one plan per step with cache.take_step(). After a failure abort all leases, unlock all nodes "
+    "and call cache.reset()"
 )
 NOT_CARRIED_OUT = (
     "the last step plan was taken but not carried out, so rows and states are not what the cache "
@@ -196,7 +196,7 @@ class StepPlan:
     is_done: bool = False
     """True once the plan was carried out."""
     was_begun: bool = False
-    """True once any of its work may have been done, or if ``reset`` has forgotten the plan."""
+    """True once any of its work may have been done."""
 
     def __bool__(self) -> bool:
         """Return True if any work is due."""
@@ -205,12 +205,8 @@ class StepPlan:
     def carry_out(self, memory: StepMemory) -> None:
         """Call the method of ``memory`` for each piece of work, in order, and note that it is done.
 
-        Drops are skipped. O(work).
-
-        Raises:
-            RuntimeError: the plan was carried out before, a call failed half-way, or ``reset`` has
-                forgotten the plan.
-            AttributeError: ``memory`` lacks a method that the plan needs.
+        Drops are skipped. O(work). Raises RuntimeError if the plan was carried out before, or if a
+        call failed half-way.
         """
         if self.is_done or self.was_begun:
             raise RuntimeError(SPENT)
@@ -227,13 +223,7 @@ class StepPlan:
         self.is_done = True
 
     def done(self) -> None:
-        """Note that all of the work is done, or queued before the step on the same device. O(1).
-
-        Raises:
-            RuntimeError: a ``carry_out`` failed half-way, or ``reset`` has forgotten the plan.
-        """
-        if self.was_begun and not self.is_done:
-            raise RuntimeError(SPENT)
+        """Note that all of the work is done, or queued before the step on the same device. O(1)."""
         self.is_done = True
 
 
@@ -244,10 +234,6 @@ class StepQueue:
     """
 
     def __init__(self) -> None:
-        self.num_open = self.thread = 0
-        """Number of running leases, and the thread that began the last one."""
-        self.numbers: set[tuple[str, int | None]] = set()
-        """("table_row", number) and ("own_slot", number) of the running leases."""
         self.num_moves = 0
         """Slabs emptied since the last ``take``. A scheduler that allows at most one per step stops
         adding requests to the step when it is 1."""
@@ -255,9 +241,6 @@ class StepQueue:
         """Transfers that no plan contains yet."""
         self.restores: dict[Any, tuple[int, int]] = {}
         """(checkpoint slot, own slot) of each lease with a restore that no plan contains yet."""
-        self.not_ready: dict[Any, int] = {}
-        """First position of each lease that cannot be computed yet: no plan contains its restore,
-        or the transfers that were due when its rows or slots were taken."""
         self.row_writes: dict[Any, tuple[int, int, int]] = {}
         """(table row, start, end) of the changed rows of each lease that no plan contains yet."""
         self.open_plan: StepPlan | None = None
@@ -269,25 +252,12 @@ class StepQueue:
         self.num_moves += 1
         return 0
 
-    def note_taken(self, lease: Any, start: int) -> None:
-        """Note that ``lease`` took rows or slots to compute from ``start`` on. O(1)."""
-        if self.transfers:
-            self.not_ready[lease] = min(start, self.not_ready.get(lease, start))
-
     def due_row_writes(self) -> tuple[RowWrite, ...]:
         """Return the row writes of the next plan, which stay due. O(rows written)."""
         return tuple(
             RowWrite(table_row, start, lease.kv_indices[start:end].copy())
             for lease, (table_row, start, end) in self.row_writes.items()
         )
-
-    def close(self, lease: Any, numbers: set[tuple[str, int | None]]) -> None:
-        """Forget ``lease``, which has ended, with its restore, row write and ``numbers``. O(1)."""
-        self.num_open -= 1
-        self.numbers -= numbers
-        self.restores.pop(lease, None)
-        self.not_ready.pop(lease, None)
-        self.row_writes.pop(lease, None)
 
     def take(self) -> StepPlan:
         """Return the plan and begin an empty one. O(transfers + rows written).
@@ -304,12 +274,10 @@ class StepQueue:
         self.transfers, self.num_moves = [], 0
         self.row_writes.clear()
         self.restores.clear()
-        self.not_ready.clear()
         self.open_plan = plan
         return plan
 
     def take_transfers(self) -> tuple[Transfer, ...]:
         """Return the transfers alone and forget them; the rest stays due."""
         transfers, self.transfers, self.num_moves = tuple(self.transfers), [], 0
-        self.not_ready.clear()
         return transfers

@@ -71,8 +71,7 @@ class PageAllocator(BaseAllocator):
 
     Capacity and counts are in rows (tokens). The stack is one int32 array with its height, so that
     taking or freeing many pages is one copy. Its lowest ``_num_implied`` entries are equal to their
-    positions and not written, so memory and time depend on the pages that were ever allocated. They
-    are written from the top, at least ``BLOCK`` at once.
+    positions and not written, because a disk tier has many rows and is mostly empty.
 
     >>> pages = PageAllocator(8, page_size=4)
     >>> rows = pages.allocate(5)
@@ -103,29 +102,26 @@ class PageAllocator(BaseAllocator):
     def allocate(self, num_tokens: int) -> Indices | None:
         """Return rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]. O(n).
 
-        Returns None if that many are not free.
-
-        Raises:
-            ValueError: ``num_tokens`` is negative.
+        Returns None if that many are not free. Raises ValueError for a negative number.
         """
         num_pages = -(-num_tokens // self.page_size)
-        if num_pages > self._height:
+        top = self._height
+        if num_pages > top:
             return None
         if num_tokens < 0:
             raise ValueError(f"num_tokens must not be negative (got {num_tokens}).")
         if self.budget is not None and num_pages * self.page_size > self.num_free:
             return None
-        top = self._height
         if top - num_pages < self._num_implied:
             first = max(0, min(top - num_pages, self._num_implied - BLOCK))
             self._stack[first : self._num_implied] = np.arange(first, self._num_implied)
             self._num_implied = first
         pages = self._stack[top - num_pages : top]
-        num_rows = num_pages * self.page_size
+        num_rows = len(pages) * self.page_size
         if self.budget is not None:
             self.budget.free_bytes -= num_rows * self.unit_bytes
         self.num_taken += num_rows
-        self._height = top - num_pages
+        self._height = top - len(pages)
         return pages.copy() if self.page_size == 1 else self.rows_of(pages)
 
     def rows_of(self, pages: Indices) -> Indices:
@@ -135,38 +131,29 @@ class PageAllocator(BaseAllocator):
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
     def _free_pages(self) -> Indices:
-        """Return the content of the stack, with implied entries. O(capacity)."""
+        """Return all free pages, unordered. O(capacity)."""
         implied = np.arange(self._num_implied, dtype=np.int32)
         return np.concatenate([implied, self._stack[self._num_implied : self._height]])
 
     def free(self, rows: Indices, is_trusted: bool = False) -> None:
         """Return ``rows``, which were allocated, to the pool: whole pages in row order. O(n).
 
-        A page that is free already is found here only if it is the last of ``rows`` and was freed
-        last. ``check`` finds the others, because it takes a search. Rows that the cache itself kept
-        are trusted: nothing is checked.
+        ``check`` finds pages that were free already. Rows that the cache itself kept are trusted:
+        nothing is checked.
 
         Raises:
-            ValueError: rows that are not int32[n], partial pages, a row out of range, more rows
-                than are allocated, or that page is free. Nothing is freed.
+            ValueError: rows that are not int32[n], partial pages, a row out of range, or more rows
+                than are allocated. Nothing is freed.
         """
         if not is_trusted:
             require_int32(rows, "rows")
-            if not len(rows):
-                return
-            first, last = rows.item(0), rows.item(-1)
-            if rows.view(np.uint32).max() >= self.capacity:  # Negative ones are large.
-                raise ValueError(f"rows {first}..{last} are not of this pool of {self.capacity}")
-            if len(rows) % self.page_size or first % self.page_size or (last + 1) % self.page_size:
-                raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
             if len(rows) > self.num_taken:
                 raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are allocated")
-            top = self._height - 1
-            freed_last = self._stack.item(top) if top >= self._num_implied else top
-            if last // self.page_size == freed_last:
-                raise ValueError(
-                    f"rows {first}..{last} given back, of which the last is free already"
-                )
+            largest = rows.view(np.uint32).max(initial=0)  # Negative ones are large.
+            if len(rows) and largest >= self.capacity:
+                raise ValueError(f"row {largest} is not of this pool of {self.capacity}")
+            if len(rows) % self.page_size or (rows[:1] % self.page_size).any():
+                raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
         if self.budget is not None:
             self.budget.free_bytes += len(rows) * self.unit_bytes
         self.num_taken -= len(rows)
@@ -184,7 +171,6 @@ class PageAllocator(BaseAllocator):
     def check(self, num_reserved: int = 0) -> None:
         """Check that every free page is in range and listed once. ``num_reserved`` unused rows are
         not free. O(capacity)."""
-        assert 0 <= self._num_implied <= self._height, f"{self._num_implied} entries are implied"
         free = self._free_pages()
         assert 0 <= self._height <= len(self._stack), f"stack height {self._height}"
         if len(free):

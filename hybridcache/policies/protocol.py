@@ -141,14 +141,6 @@ class FetchRule(Protocol):
         """
 
 
-def require_fetch_rule(rule: object) -> None:
-    """Raise TypeError unless ``rule`` is a ``FetchRule`` or None. O(1)."""
-    if rule is not None and (
-        isinstance(rule, type) or not callable(getattr(rule, "seconds_saved", None))
-    ):
-        raise TypeError(f"exchange must have the method seconds_saved, or be None (got {rule!r}).")
-
-
 class Placed(NamedTuple):
     """Checkpoint position with the label of its rule (``Item.label``)."""
 

@@ -144,14 +144,7 @@ LENGTHS: dict[str, list[tuple[Any, ...]]] = {
     ],
     "10 tokens are published": [("publish", 9), ("finish", 9), ("preempt", 9), ("roll_back", 9)],
     "to end": [("take_checkpoint_slots", 15, 10)],
-    "start must be": [("take_checkpoint_slots", 9, 20), ("take_checkpoint_slots", 10.0, 20)],
-    "to_len must": [("extend", True), ("extend", 30.5), ("extend", -3)],
-    "computed_len must": [
-        *(("roll_back", "9"), ("publish", 10.0), ("finish", 10.0)),
-        *(("num_quiet_tokens", wrong) for wrong in ("a", None, -1, 20.5)),
-    ],
-    "unwritten must": [("roll_back", 12, 1)],
-    "label must": [("plan_checkpoint", 8, 3)],
+    "start must be": [("take_checkpoint_slots", 9, 20)],
 }
 """Calls with invalid numbers of a lease of 20 rows and 10 published tokens, by their message."""
 
@@ -168,9 +161,8 @@ def test_invalid_lengths_are_refused_and_the_lease_stays_usable(message: str) ->
         text = [prompt] * (call in ("publish", "finish", "preempt"))
         with pytest.raises((ValueError, TypeError), match=message):
             getattr(lease, call)(*text, *numbers)
-    for wrong in ({"stop_reason": 3}, {"stop_reason": "banana"}, {"donate": "no"}):
-        with pytest.raises((ValueError, TypeError), match=f"{next(iter(wrong))} must be"):
-            lease.finish(prompt, 20, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stop_reason must be"):
+        lease.finish(prompt, 20, stop_reason="banana")
     assert cache.render() == before
     check(cache, lease)
     lease.finish(prompt, 20)
@@ -180,26 +172,9 @@ def test_invalid_lengths_are_refused_and_the_lease_stays_usable(message: str) ->
 
 def test_begin_refuses_invalid_arguments_immediately() -> None:
     cache, placement, request = make_cache(), parse_placement("backoff"), LeaseRequest(tokens(9))
-    refused: list[tuple[str, tuple[Any, ...]]] = [
-        ("LeaseRequest", (placement, tokens(9))),
-        ("at least one token", (placement, LeaseRequest(tokens(0)))),
-        ("int32", (placement, LeaseRequest([1, 2]))),  # type: ignore[arg-type]
-    ]
-    wrong: dict[str, tuple[Any, ...]] = {
-        "reuse": ("no",),
-        "boundaries": (
-            (),
-            *map(PromptBoundaries, ((4, 2), (-1,), [3, 2], 5, {1}, (2.5,), "ab")),
-            PromptBoundaries((), 1),
-        ),
-        "table_row": ("a", -1),
-        "own_slot": ("a", -1),
-    }
-    for name, values in wrong.items():
-        refused += [(name, (placement, request._replace(**{name: value}))) for value in values]
-    for named, arguments in refused:
-        with pytest.raises((ValueError, TypeError), match=named):
-            Lease.begin(cache, *arguments)
+    for named, wrong in (("at least one token", tokens(0)), ("int32", [1, 2])):
+        with pytest.raises(ValueError, match=named):
+            Lease.begin(cache, placement, LeaseRequest(wrong))  # type: ignore[arg-type]
     for memory in ("arena", "budget"):
         small = CacheConfig(memory=memory, total_bytes=60, kv_bytes_per_token=4, state_bytes=64)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="needs room for one"):
