@@ -278,7 +278,6 @@ class _ChatWriter(ChatWriter):
     def __init__(self, call: Call, body: ChatRequest, answer_id: str) -> None:
         super().__init__(call, body, answer_id)
         self.KIND = "chat.completion.chunk" if body.stream else "chat.completion"
-        self.LIMIT = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         self._num_calls = Counter[int]()
         """Number of calls of each answer that were written."""
 

@@ -64,7 +64,7 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
 class _CompletionWriter(Writer):
     """Writes completions. The first part of each choice has the echoed prompt."""
 
-    KIND, PROMPT, LIMIT = "text_completion", "prompt", "max_tokens"
+    KIND, PROMPT = "text_completion", "prompt"
     _body: CompletionRequest
 
     def __init__(self, call: Call, body: CompletionRequest) -> None:

@@ -4,7 +4,6 @@ which submits a request and writes its outputs whole or as a stream."""
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -55,8 +54,6 @@ from engine.text.tokenizer import CLOSE, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class AnsweredChat:
@@ -104,9 +101,6 @@ class ServingContext:
         )
         self.model_name = config.served_model_name or engine.facts.model_name
         self.metrics = Metrics(engine.channel.pid)
-        if (limit := config.default_max_tokens or 0) > engine.facts.max_model_len:
-            words = "--default-max-tokens %d is above the context length, so the limit is that."
-            logger.warning(words, limit)
         self.created = int(time.time())
 
     @property
@@ -214,9 +208,8 @@ class Writer(ABC):
     """Kind of the answers of OpenAI's completions."""
     PAUSE = PAUSE
     """Event that fills silence."""
-    PROMPT, LIMIT = "messages", ""
-    """Names of the prompt and of the answer's limit in the body. Without a name, the limit may be
-    more than the context."""
+    PROMPT = "messages"
+    """Name of the prompt in the body."""
 
     def __init__(self, call: Call, body: Sampling, answer_id: str, num_prompts: int = 1) -> None:
         """Raises APIError 400 if there are more answers than the queue can hold, so a retry would
@@ -283,12 +276,8 @@ class Writer(ABC):
         Raises APIError if a value is out of range, or the engine refuses a choice.
         """
         context, body, engine = self._context, self._body, self._context.engine
-        name, most = self.LIMIT, engine.facts.max_model_len
-        if name and limit is not None and limit > most:  # A shorter prompt would not help.
-            message = f"'{name}' must be at most {most}, this model's context length (got {limit})"
-            raise APIError(400, f"{message}: lower {name}.")
         limit = context.config.default_max_tokens if limit is None else limit
-        room = most - (limit or 0)
+        room = engine.facts.max_model_len - (limit or 0)
         samplings = cache(
             partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )

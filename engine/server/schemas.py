@@ -34,8 +34,8 @@ Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 AnswerLimit = Annotated[int, Meta(ge=1, extra_json_schema={"maximum": MAX_COUNT})]
-"""Number of tokens of an answer. ``Writer.submit`` refuses more than the context
-length, with an error that names it."""
+"""Number of tokens of an answer, which ends at the latest with the context. Clients send limits of
+larger models."""
 Temperature = Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, le=MAX_COUNT)]
@@ -83,17 +83,25 @@ class NamedSchema(msgspec.Struct, kw_only=True):
     schema: dict[str, Any] | bool | None = None
 
 
-class ResponseFormat(Part, kw_only=True):
+class ResponseFormat(Part, kw_only=True, omit_defaults=True):
+    """Form of an answer. A chat has the schema in ``json_schema``, other dialects have its fields
+    on one level."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
 
     def grammar(self) -> Grammar:
         """Return the grammar of a type other than text. Raises GrammarError."""
         if self.type == "json_object":
             return Grammar.of_schema({"type": "object"})
-        if self.json_schema is None or self.json_schema.schema is None:
+        schema = self.schema if self.json_schema is None else self.json_schema.schema
+        if schema is None:
             raise GrammarError("type json_schema requires a 'schema'.")
-        return Grammar.of_schema(self.json_schema.schema)
+        return Grammar.of_schema(schema)
 
 
 class StructuredOutputs(Part, kw_only=True):

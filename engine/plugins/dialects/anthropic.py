@@ -28,7 +28,6 @@ from engine.server.schemas import (
     Message,
     Metadata,
     Name,
-    NamedSchema,
     NamedTool,
     ResponseFormat,
     Stops,
@@ -103,13 +102,9 @@ class Turn(msgspec.Struct, kw_only=True):
         """Return the chat messages of this message, in the order of its blocks."""
         if isinstance(self.content, str):
             return [Message(role=self.role, content=self.content)]
-        is_answer, is_after_call, parts = self.role == "assistant", False, list[TextPart]()
+        is_after_call, parts = False, list[TextPart]()
         messages, thoughts = [Message(role=self.role, content=parts)], list[str]()
         for block in self.content:
-            if not isinstance(block, TextPart) and isinstance(block, ToolResult) == is_answer:
-                role = "user" if is_answer else "assistant"
-                kind = block.__struct_config__.tag
-                raise ValueError(f"A '{kind}' must be in a message of the {role}.")
             match block:
                 case TextPart(text=text, cache_control=mark):
                     if parts and is_after_call:  # Calls divide the text of one answer.
@@ -164,15 +159,10 @@ class ThinkingConfig(Part, kw_only=True):
     """``omitted``: thinking blocks have a signature and no text."""
 
 
-class JSONFormat(Part, kw_only=True):
-    type: Literal["json_schema"]
-    schema: dict[str, Any]
-
-
 class OutputConfig(Part, kw_only=True):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     """Variable ``reasoning_effort`` of the template."""
-    format: JSONFormat | None = None
+    format: ResponseFormat | None = None
 
 
 class CountRequest(Body, kw_only=True):
@@ -232,17 +222,13 @@ class CountRequest(Body, kw_only=True):
             switches["reasoning_effort"] = config.effort
         if self.thinking is not None and self.thinking.type != "adaptive":
             switches["enable_thinking"] = self.thinking.type == "enabled"
-        form = None
-        if config.format is not None:
-            named = NamedSchema(schema=config.format.schema)
-            form = ResponseFormat(type="json_schema", json_schema=named)
         return ChatRequest(
             messages=messages,
             tools=None if self.tools is None else [tool.as_tool() for tool in self.tools],
             tool_choice=CHOICES.get(choice.type) or NamedTool.of(choice.name or ""),
             parallel_tool_calls=not choice.disable_parallel_tool_use,
             chat_template_kwargs=switches or None,
-            response_format=form,
+            response_format=config.format,
             metadata=self.metadata,
             **sampling,
         )
@@ -270,11 +256,7 @@ class MessagesRequest(CountRequest, kw_only=True):
 
 
 async def messages(call: Call, body: MessagesRequest) -> Response:
-    """Answer one request.
-
-    ``max_tokens`` may be more than the context. It is required, so clients send that of Anthropic's
-    models: Claude Code 32,000, pydantic-ai 16,384.
-    """
+    """Answer one request."""
     chat = await chat_of(call, body.as_chat)
     return await _MessagesWriter(call, chat, body).answer(body.stream)
 

@@ -32,7 +32,6 @@ from engine.server.schemas import (
     Message,
     Metadata,
     Name,
-    NamedSchema,
     NamedTool,
     OpenAIBody,
     ResponseFormat,
@@ -161,23 +160,8 @@ class Reasoning(msgspec.Struct, kw_only=True):
     """``reasoning_effort`` of a chat."""
 
 
-class TextFormat(Part, kw_only=True, omit_defaults=True):
-    """``response_format`` of a chat with the fields of its schema on one level."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    def of_chat(self) -> ResponseFormat:
-        if self.type != "json_schema":
-            return ResponseFormat(type=self.type)
-        return ResponseFormat(type=self.type, json_schema=NamedSchema(schema=self.schema))
-
-
 class TextConfig(msgspec.Struct, kw_only=True):
-    format: TextFormat | None = None
+    format: ResponseFormat | None = None
 
 
 class ResponsesRequest(OpenAIBody, kw_only=True):
@@ -231,7 +215,6 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
         choice: Any = self.tool_choice
         if isinstance(choice, NamedFunction):
             choice = NamedTool.of(choice.name)
-        asked = None if self.text is None else self.text.format
         return ChatRequest(
             messages=messages,
             tools=list(self._functions()) or None,
@@ -241,7 +224,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
             temperature=self.temperature,
             top_p=self.top_p,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
-            response_format=None if asked is None else asked.of_chat(),
+            response_format=(self.text or TextConfig()).format,
             metadata=converted(self.metadata or {}, Metadata, "metadata"),
         )
 
@@ -372,7 +355,7 @@ class Responses:
 class _ResponsesWriter(PartWriter):
     """Writes one response."""
 
-    PROMPT, LIMIT, FORMAT = "input", "max_output_tokens", "text.format"
+    PROMPT, FORMAT = "input", "text.format"
 
     def __init__(
         self,
@@ -392,7 +375,7 @@ class _ResponsesWriter(PartWriter):
         """Open item."""
         self._pieces: list[str] = []
         """Its text."""
-        asked = (body.text and body.text.format) or TextFormat(type="text")
+        asked = (body.text and body.text.format) or ResponseFormat(type="text")
         self._head = {
             "id": self.answer_id,
             "object": "response",
