@@ -367,8 +367,9 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.write_scenario:
         return _write_scenario(options, scenarios)
     metrics = options.metric.split(",")
-    for flag in _given_flags(options, ALONE) if options.closed_loop else ():
-        raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
+    for name in ALONE if options.closed_loop else ():
+        if getattr(options, name) != options.parser.get_default(name):
+            raise ValueError(f"--{name} has no meaning with --closed-loop: leave it out")
     for word in metrics:
         find_metric(word)
     if options.figure:
@@ -400,7 +401,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
-    """Write the settings to a new file, and name the flags that are not part of it."""
+    """Write the settings to a new file."""
     path: Path = options.write_scenario
     if len(scenarios) > 1:
         raise ValueError("--write-scenario writes the settings of one trace: name one")
@@ -408,20 +409,7 @@ def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) 
         raise ValueError(f"--write-scenario {path}: the file exists: remove it, or name another")
     make_folder(path).write_text(scenarios[0].to_toml(), encoding="utf-8")
     print(f"scenario: {path}")
-    known = {one.name for one in fields(Scenario)} | {"scenario", "write_scenario"}
-    others = _given_flags(options, [name for name in vars(options) if name not in known])
-    if others:
-        print(f"not part of a scenario, so give them with it: {' '.join(others)}")
     return 0
-
-
-def _given_flags(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """Return the flags of the options ``names`` that have another value than their default."""
-    return [
-        "--no-bound" if name == "bound" else f"--{name.replace('_', '-')}"
-        for name in names
-        if getattr(options, name) != options.parser.get_default(name)
-    ]
 
 
 def _draw(

@@ -116,25 +116,15 @@ SERVE = {
     "disk_gib": ("state-dir DIR --disk-gib", 0.0),
 }
 """Flags of ``engine serve`` and their defaults, by the setting."""
-STATE_DTYPES = ("float32", "bfloat16")
-"""Precisions of running states in ``engine serve``."""
 
 
 def serve_flags(run: RunResult) -> str:
-    """Return the settings of ``run`` as flags of ``engine serve``, and name those that it does not
-    have."""
-    config = run.config
+    """Return the settings of ``run`` as flags of ``engine serve``."""
     flags = f"--cache-gib {run.gib:.4g}"
     for name, (flag, usual) in SERVE.items():
-        value = config[name]
-        if value != usual and not (name == "state_dtype" and value not in STATE_DTYPES):
+        if (value := run.config[name]) != usual:
             flags += f" --{flag} {shlex.quote(str(value))}"
-    memory, state_dtype = config["memory"], config["state_dtype"]
-    lacking = [f"--memory {memory}"] * (memory != "arena")
-    lacking += [f"--state-dtype {state_dtype}"] * (state_dtype not in STATE_DTYPES)
-    if config["priority_classes"] is False and not orders_classes(str(config["policy"])):
-        lacking.append("--no-priority-classes")
-    return f"{flags} (engine serve has no {', '.join(lacking)})" if lacking else flags
+    return flags
 
 
 def orders_classes(policy: str) -> bool:
@@ -159,25 +149,18 @@ LOOP_METRICS = (
 
 
 def classes_notes(has_classes: Mapping[str, bool | None]) -> list[str]:
-    """Name the policies with and without priority classes; None for a rebuilt system."""
+    """Say which policies have no priority classes, if others have; None for a rebuilt system."""
     first, all_items = (
         ", ".join(name for name, has in has_classes.items() if has is classes)
         for classes in (True, False)
     )
-    notes = []
-    if first:
-        notes.append(
-            "evicted first: unreachable KV, then superseded checkpoints, then the policy's choice: "
-            f"{first}"
-        )
-    if all_items:
-        notes.append(f"evicted: the policy's choice among all items: {all_items}")
-    if first and all_items:
-        notes.append(
-            "these policies differ in priority classes, which can cost hits; simulate with "
-            "priority_classes=False (--no-priority-classes) compares them without"
-        )
-    return notes
+    if not first or not all_items:
+        return []
+    return [
+        f"evicted first by {first}, but not by {all_items}: unreachable KV, then superseded "
+        "checkpoints; this can cost hits: priority_classes=False (--no-priority-classes) compares "
+        "all without"
+    ]
 
 
 def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
@@ -185,23 +168,10 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes.append(f"prefill times: {result.times}")
-        hits = [run for run in result.runs if run.hits]
-        saved = [run.seconds_saved + run.copy_seconds for run in hits]
-        worth = [run.token_hit_rate * (run.seconds + run.seconds_saved) for run in hits]
-        if hits and all(few < 0.1 * many for few, many in zip(saved, worth, strict=True)):
-            notes.append("hits save little time here: a short prefill mostly reads the weights")
     for memory in dict.fromkeys(UNCHARGED.values()):
         users = (run for run in result.runs if UNCHARGED.get(run.config["baseline"]) == memory)
         if names := ", ".join(dict.fromkeys(run.label for run in users)):
             notes.append(f"in addition to their GiB, not counted: {memory} ({names})")
-    waiting = [run.losses.not_fetched / run.prompt_tokens for run in result.runs if run.losses]
-    if max(waiting, default=0.0) >= 0.01:
-        notes.append(
-            f"lower tiers held up to {max(waiting):.1%} of the tokens: these were computed, because"
-            " that takes less time than loading them"
-        )
-    has_states = result.geometry.state_bytes > 0
-    notes += dict.fromkeys(filter(None, (no_hit_note(run, has_states) for run in result.runs)))
     return [*notes, *result.trace_notes]
 
 
@@ -215,27 +185,7 @@ def interval_notes(result: SweepRuns) -> list[str]:
         return [f"no intervals: {counted(num_sessions, 'session')}, fewer than {FEWEST_UNITS}"]
     cut = ", [low, high] if a limit is cut at 0 or 100 %"
     is_cut = any(run.interval.is_cut for run in result.runs)
-    notes = [f"±: 95 % interval over {counted(num_sessions, 'session')}{cut * is_cut}"]
-    if all(one.requests == 1 for run in result.runs for one in run.by_session):
-        notes.append(
-            "every session has one request: if the trace does not tell which requests belong "
-            "together, these intervals are too narrow"
-        )
-    return notes
-
-
-def no_hit_note(run: RunResult, has_states: bool) -> str:
-    """Explain a competitor that cannot hit because its page, or the grid of checkpoints, is longer
-    than every prompt; else empty."""
-    page, name = run.page_tokens, "its pages have"
-    if run.config["baseline"] is None and has_states:
-        page, name = run.config["grid"], "checkpoints are saved every"
-    if run.hits or page is None or run.longest_prompt > page:
-        return ""
-    return (
-        f"no hit is possible with {run.label}: {name} {page:,} tokens, and the longest prompt "
-        f"has {run.longest_prompt:,}"
-    )
+    return [f"±: 95 % interval over {counted(num_sessions, 'session')}{cut * is_cut}"]
 
 
 def marked(run: RunResult, word: str) -> str:

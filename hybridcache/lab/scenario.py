@@ -31,7 +31,6 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from numbers import Integral, Real
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
@@ -70,11 +69,6 @@ from hybridcache.policies.registry import (
 )
 from hybridcache.policies.user import OwnPolicy, import_module, own_policy
 
-OTHERS = (
-    ": open_trace takes skip_bad, simulate takes bound and optimum, optimum takes counts_running, "
-    "and simulate and closed_loop take processes, ray and resume_from (--output)"
-)
-"""Hint for arguments that are no settings of a scenario."""
 ALL = "all"
 """Name of all built-in eviction policies together."""
 GIB_SPEC = "2:200:15"
@@ -286,16 +280,8 @@ class Scenario:
         for name in ("gib", "rate"):
             if (given := getattr(self, name)) is not _defaults()[name]:
                 sizes(given, name)
-        seeds, admission = _each(self.seeds), self.admission
-        if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in seeds):
-            raise ValueError(f"seeds must be whole numbers (got {self.seeds!r}).")
-        if min(seeds, default=0) < 0:
-            raise ValueError(f"seeds must be at least 0 (got {self.seeds!r}).")
-        policies = split_specs(admission) if isinstance(admission, str) else _each(admission)
-        for name, values in (("seeds", seeds), ("admission", list(map(str, policies)))):
-            for value in values:
-                if values.count(value) > 1:
-                    raise ValueError(f"{name} has {value} twice: give each once.")
+        if not all(type(one) is int and one >= 0 for one in _each(self.seeds)):
+            raise ValueError(f"seeds must be whole numbers of at least 0 (got {self.seeds!r}).")
         if self.memory not in MEMORIES:
             raise ValueError(f"memory {self.memory!r} is none of {', '.join(MEMORIES)}")
         share = self.kv_share
@@ -303,10 +289,6 @@ class Scenario:
             raise ValueError(f"kv_share {share} is for memory 'pools' (got {self.memory!r})")
         if self.memory == "pools" and (share is None or not 0 < share <= 1):
             raise ValueError(f"memory 'pools' needs a kv_share above 0, at most 1 (got {share})")
-        for tier in ("host", "disk"):
-            gb_s, size = f"{tier}_gb_s", getattr(self, f"{tier}_gib")
-            if getattr(self, gb_s) != _defaults()[gb_s] and not size:
-                raise ValueError(f"{gb_s} is the speed of a tier: give its size with {tier}_gib")
 
     @classmethod
     def of(cls, given: Scenario | str | Trace, settings: dict[str, Any]) -> Scenario:
@@ -315,8 +297,7 @@ class Scenario:
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
             if name not in known:
-                hint = did_you_mean(name, known) or OTHERS
-                raise TypeError(f"there is no setting {name!r}{hint}")
+                raise TypeError(f"there is no setting {name!r}{did_you_mean(name, known)}")
         if isinstance(given, Scenario):
             return replace(given, **settings)
         return cls(given, **settings)
@@ -658,35 +639,21 @@ def _policy(one: Any) -> str | OwnPolicy:
 
 
 def sources_of(policies: Iterable[str]) -> str:
-    """Return the sources of the modules of the user's own policies among ``policies``."""
-    return "".join(source_of(spec) for policy in policies for spec in split_specs(policy))
-
-
-def source_of(spec: str) -> str:
-    """Return the source of the module in a spec like ``module:Class``; empty for built-in policies,
-    including numbered ones such as ``marconi:2``.
-
-    Raises:
-        ValueError: the source cannot be read.
-    """
-    module_name, colon, rest = spec.strip().partition(":")
-    if not colon or module_name in EVICTION_NAMES | PLACEMENT_NAMES | ADMISSION_NAMES:
-        return ""
-    try:
-        module = import_module(spec, module_name)
-        return _source(module, getattr(module, rest.partition("(")[0], None))
-    except (OSError, TypeError) as error:
-        raise ValueError(
-            f"{spec!r}: its source cannot be read, so stored runs cannot be matched with this "
-            "class; put the class in a file, or store no runs"
-        ) from error
-
-
-@cache
-def _source(module: ModuleType, _made_of_it: object) -> str:
-    """Return the source of a module, once for each class made of it: its file may be edited while
-    the class stays as it is."""
-    return inspect.getsource(module)
+    """Return the sources of the modules of the user's own policies among ``policies``. ValueError
+    if one cannot be read."""
+    found = ""
+    for spec in (spec for policy in policies for spec in split_specs(policy)):
+        module_name, colon, _ = spec.strip().partition(":")
+        if not colon or module_name in EVICTION_NAMES | PLACEMENT_NAMES | ADMISSION_NAMES:
+            continue  # such as marconi:2
+        try:
+            found += inspect.getsource(import_module(spec, module_name))
+        except (OSError, TypeError) as error:
+            raise ValueError(
+                f"{spec!r}: its source cannot be read, so stored runs cannot be matched with this "
+                "class; put the class in a file, or store no runs"
+            ) from error
+    return found
 
 
 def _spec_of(own: Any) -> str | None:

@@ -24,7 +24,7 @@ from hybridcache.lab.leaderboard import Split, leaderboard
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
-from hybridcache.lab.traces import open_trace, recognise, text
+from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.frame import UNANSWERED, TraceFieldsWarning, TraceOrderWarning
 from hybridcache.lab.traces.jsonl import write_own
 from hybridcache.lab.traces.messages import Continued
@@ -198,15 +198,6 @@ def test_single_messages_are_assembled_to_prompts(
     assert [(text_of(one), answer_text(one)) for one in found[:2]] == [
         (text_of(one), answer_text(one)) for one in whole
     ]
-
-
-def test_tokens_of_recent_texts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "KEPT_CHARS", 5)
-    asked = list[str]()
-    chat = text.ChatText(lambda words: asked.append(words) or [1], {})
-    for words in ("aa", "bb", "aa", "cc", "aa", "bb"):
-        chat.encode(words)
-    assert asked == ["aa", "bb", "cc", "bb"]
 
 
 def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:

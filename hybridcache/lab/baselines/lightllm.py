@@ -54,7 +54,6 @@ class LightllmCache:
         big_page: int | None = None,
     ) -> None:
         self.page = max(1, page // config.unit)
-        self.page_tokens = self.page * config.unit
         self.big_page = None if big_page is None else big_page // config.unit
         if self.big_page is not None and self.big_page % self.page:
             raise ValueError(f"big_page {big_page} is not a multiple of page {page}")

@@ -102,7 +102,6 @@ class VllmCache:
         self.block_size = self.block_tokens // config.unit
         """Tokens of the trace per block."""
         self.unit = self.block_size if match_unit is None else max(1, match_unit // config.unit)
-        self.page_tokens = self.unit * config.unit
         """Tokens of the trace per match unit; divides the block."""
         if retention is not None and (retention < 0 or retention % self.block_tokens):
             raise ValueError(

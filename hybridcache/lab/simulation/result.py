@@ -141,10 +141,6 @@ class RunResult(_Run):
     """Sessions in the order of their first requests."""
     control_us: float
     """Microseconds per request in the cache's own code, mean. Not reproducible; all else is."""
-    longest_prompt: int
-    """Tokens of the longest prompt."""
-    page_tokens: int | None = None
-    """Tokens of the smallest prefix that a rebuilt peer can reuse; None for our own cache."""
     moved_slabs: int | None = None
     """Slabs that were emptied for a state. None, here and below, if the memory is not an arena."""
     moved_kv_bytes: int | None = None
@@ -364,8 +360,6 @@ def summarise(
         else None,
         by_session=_sessions(log),
         control_us=log.control_s / max(len(lengths), 1) * 1e6,
-        longest_prompt=int(lengths.max(initial=0)),
-        page_tokens=counters.get("page_tokens"),
     )
 
 

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 from hybridcache.geometry.times import MeasuredTimes, Roofline
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.figures import losses_figure, optimum_figure, sweep_figure
-from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.optimum import Optimum, best_plan
 from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.progress import Progress, shown_progress
@@ -156,16 +155,11 @@ class SimulationResult(SweepRuns):
         ]
         has_most = f"{first} has the most hits in the mean of {counted(len(best), 'size')}"
         if equal:
-            has_intervals = all(len(run.by_session) >= FEWEST_UNITS for run in best.values())
-            word = "by the intervals not different" if has_intervals else "equal"
-            has_most += f" ({word}: {', '.join(equal)})"
+            has_most += f" (not different: {', '.join(equal)})"
         enough = max(run.token_hit_rate for run in best.values()) - TIE
         served = min(
             (run for run in best.values() if run.token_hit_rate > enough), key=lambda run: run.gib
         )
-        grid = served.config["grid"]
-        if grid not in (16, 32) and grid % 64:  # no positions at which the engine's kernels end
-            return has_most + more
         if not model:
             model = self.geometry.name
             model = model if model == "builtin" else f"ORG/{model}"

@@ -172,8 +172,7 @@ class BaselineTarget:
         return self.baseline.begin(request.tokens, request.namespace)
 
     def counters(self) -> dict[str, int]:
-        # Peers without pages reuse single tokens.
-        return {"page_tokens": getattr(self.baseline, "page_tokens", 1)}
+        return {}
 
 
 Target = LeaseTarget | BaselineTarget

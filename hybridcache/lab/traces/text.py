@@ -12,9 +12,8 @@ import importlib.util
 import itertools
 import re
 import unicodedata
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,8 +47,8 @@ TEMPLATES = {"chatml": CHATML, "thinking": THINKING}
 
 _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 SYSTEM_ROLES = ("system", "developer")
-KEPT_CHARS = 1 << 25
-"""Characters of texts whose tokens are kept, for prompts that repeat them."""
+KEPT_TEXTS = 1 << 13
+"""Texts between special tokens whose tokens are kept."""
 _PROBE = "\ue000"
 """Placeholder for future text: a character that no template writes and no tokenizer merges with a
 neighbour."""
@@ -72,7 +71,8 @@ class ChatText:
         self._specials = dict(specials)
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._walls = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        self._encode, self._recent, self._num_chars = encode, OrderedDict[str, Tokens](), 0
+        # Prompts repeat most of their texts.
+        self._piece = lru_cache(KEPT_TEXTS)(lambda text: np.asarray(encode(text), np.int32))
 
     @cached_property
     def _template(self) -> Any:
@@ -106,16 +106,6 @@ class ChatText:
         if start < len(text):
             parts.append(self._piece(text[start:]))
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-    def _piece(self, text: str) -> Tokens:
-        """Return the tokens of a text without special tokens. Recent ones are kept."""
-        if text not in self._recent:
-            self._recent[text] = np.asarray(self._encode(text), np.int32)
-            self._num_chars += len(text)
-        self._recent.move_to_end(text)
-        while self._num_chars > KEPT_CHARS and len(self._recent) > 1:
-            self._num_chars -= len(self._recent.popitem(last=False)[0])
-        return self._recent[text]
 
     def turn(
         self, messages: Sequence[Message], answer: str, *, tools: bool = False, is_cut: bool = False
