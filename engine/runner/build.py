@@ -55,12 +55,8 @@ def _load(config: EngineConfig, rank: Rank, kind: type[ModelRunner]) -> ModelRun
         _rehearsed_bytes(loaded) if warms_up else loaded.step_state_bytes + loaded.own_state_bytes
     )
     plan = loaded.plan(page_size=config.page_size).fit(
-        loaded.device,
-        config.cache_bytes.get("cache_gib"),
-        reserved_bytes=reserved_bytes,
-        num_ranks=rank.count,
+        loaded.device, config.cache_bytes.get("cache_gib"), reserved_bytes, rank
     )
-    plan = plan.agreed(rank, loaded.device)
     runner = kind(loaded, plan, _max_model_len(loaded, plan))
     runner.exactness = exactness
     if warms_up:

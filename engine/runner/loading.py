@@ -30,7 +30,7 @@ from engine.runner.memory import (
 )
 from engine.weights.layer_names import model_name
 from engine.weights.model_config import ModelConfig, ModelError, read_config
-from engine.weights.scheme import SCALE_DTYPES, Quantization, Scheme, read_quantization
+from engine.weights.scheme import Scheme, read_quantization
 from engine.weights.tensor_files import (
     FULL_DTYPES,
     WeightsError,
@@ -52,8 +52,7 @@ SKIPPED = ("model.visual.", "visual.")
 STACKED_EXPERTS = "experts.gate_up_proj", "block_sparse_moe.input_linear.weight"
 """Endings of the names of tensors that contain all experts of a layer."""
 TIED_HEAD = "lm_head.weight"
-"""Copy of the embedding if a model ties them. Files may or may not contain it, and lists of modules
-may name it in both cases."""
+"""Copy of the embedding if a model ties them; files may or may not contain it."""
 OFFSET = "weight_offset"
 """Last part of the name of zero points, which ModelSlim also writes if all are 0."""
 DUMMY_STD = 0.02
@@ -62,15 +61,8 @@ DUMMY_STD = 0.02
 class WeightFiles:
     """Tensors of the safetensors files of one model directory."""
 
-    def __init__(
-        self,
-        model_dir: Path,
-        quantization: Quantization | None = None,
-        *,
-        with_head: bool = False,
-    ) -> None:
+    def __init__(self, model_dir: Path, *, with_head: bool = False) -> None:
         """Map the files. Raises WeightsError if the head is requested and there is none."""
-        self._quantization = quantization
         self._started = time.monotonic()
         self.tensors: dict[str, torch.Tensor] = {}
         self.skipped: list[str] = []
@@ -87,91 +79,58 @@ class WeightFiles:
             )
 
     def ties(self, embedding: str) -> bool:
-        """Return True if the head has the weights of the tensor ``embedding``, for a model that
-        ties them unless its files have others. A head without an embedding in the files is used for
-        both."""
+        """Return True unless the files have a head that differs from the tensor ``embedding``."""
         head, own = self.tensors.get(TIED_HEAD), self.tensors.get(embedding)
-        if head is None:
-            return True
-        if own is None:
-            self.tensors[embedding] = self.tensors.pop(TIED_HEAD)
+        if head is None or own is None:
             return True
         return own.dtype is head.dtype and torch.equal(own, head)
 
-    def check(
-        self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool, sizes: str = ""
-    ) -> None:
-        """Check that every parameter has its tensor and every tensor its parameter.
-
-        ``sizes`` lists the keys of config.json that determine shapes. Raises WeightsError with the
-        names of all that do not match.
-        """
+    def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
+        """Raise WeightsError with the names of all parameters without a tensor of their shape and
+        type, and of all tensors without a parameter."""
         wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
-        schemes: dict[str, Scheme | None] = {}
+        dtypes: dict[str, tuple[torch.dtype, ...]] = {}
+        known = {TIED_HEAD} if tied else set[str]()
         for name, parameter in parameters:
-            shape, scheme = parameter.shape, parameter.scheme
-            wanted[name], schemes[name] = (shape,), scheme
+            scheme = parameter.scheme
+            wanted[name], dtypes[name] = (parameter.shape,), FULL_DTYPES
             if scheme is not None:
-                wanted[name_beside(name, scheme.scale_name)] = scale_shapes(scheme, *shape)
+                dtypes[name] = (scheme.dtype,)
+                wanted[name_beside(name, scheme.scale_name)] = scale_shapes(
+                    scheme, *parameter.shape
+                )
+                known.add(name_beside(name, OFFSET))
             _check_whole_blocks(name, parameter)
-        self._check_dtypes(schemes)
-        offsets = {
-            name_beside(name, OFFSET) for name, scheme in schemes.items() if scheme is not None
+        found = self.tensors
+        complaints = {
+            "missing": sorted(wanted.keys() - found.keys()),
+            "unexpected": sorted(found.keys() - wanted.keys() - known),
+            "of the wrong shape": [
+                f"{name} is {list(found[name].shape)} instead of {list(wanted[name][0])}"
+                for name in sorted(wanted.keys() & found.keys())
+                if found[name].shape not in wanted[name]
+            ],
+            "of a type that quantization_config does not give": [
+                f"{name} is {dtype_name(found[name].dtype)}"
+                for name in sorted(dtypes.keys() & found.keys())
+                if found[name].dtype not in dtypes[name]
+            ],
         }
-        unexpected = sorted(set(self.tensors) - set(wanted) - offsets)
-        if tied and TIED_HEAD in unexpected:
-            unexpected.remove(TIED_HEAD)
-        missing = sorted(set(wanted) - set(self.tensors))
-        misshaped = [
-            f"{name} is {list(self.tensors[name].shape)} instead of {list(shapes[0])}"
-            for name, shapes in sorted(wanted.items())
-            if name in self.tensors and self.tensors[name].shape not in shapes
-        ]
-        complaints = [
-            f"{len(names)} {kind}: {enumerated(names)}"
-            for kind, names in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("of the wrong shape", misshaped),
-            )
-            if names
-        ]
-        if complaints:
+        sentences = [f"{len(v)} {kind}: {enumerated(v)}" for kind, v in complaints.items() if v]
+        if sentences:
             raise WeightsError(
-                f"the checkpoint's tensors do not match its config.json: {'; '.join(complaints)}"
-                + (f"; its sizes are {sizes}." if sizes else ".")
-            )
-
-    def _check_dtypes(self, schemes: Mapping[str, Scheme | None]) -> None:
-        """Check that the tensors in 8 bits are those that config.json lists."""
-        plain, coded = [], []
-        for name in sorted(schemes.keys() & self.tensors.keys()):
-            scheme, dtype = schemes[name], self.tensors[name].dtype
-            if scheme is not None and dtype is not scheme.dtype:
-                plain.append(f"{name} is {dtype_name(dtype)}")
-            elif scheme is None and dtype not in FULL_DTYPES:
-                coded.append(f"{name} is {dtype_name(dtype)}")
-        if plain:
-            assert self._quantization is not None
-            raise WeightsError(
-                f"config.json lists {len(plain)} weights as {self._quantization.describe()}, "
-                f"but their type differs ({enumerated(plain)}): list them under "
-                f"{self._quantization.ignore_key}."
-            )
-        if coded:
-            raise WeightsError(
-                "config.json has no quantization_config for weights of these types: "
-                f"{enumerated(coded)}."
+                f"the checkpoint's tensors do not match its config.json: {'; '.join(sentences)}."
             )
 
     def fill(self, layer: Layer) -> None:
         """Copy the tensors of one layer to their targets, and check their numbers. Raises
         WeightsError."""
         for name, parameter in layer.parameters():
-            tensor, scale = self.tensors[name], None
-            if parameter.scheme is not None:
-                scale = self.tensors[name_beside(name, parameter.scheme.scale_name)]
-                check_scale(name, tensor, scale, parameter.scheme)
+            tensor, scale, scheme = self.tensors[name], None, parameter.scheme
+            if scheme is not None:
+                scale_name = name_beside(name, scheme.scale_name)
+                scale = self.tensors[scale_name]
+                check_numbers(scale_name, scheme.row_scales(scale, *tensor.shape))
                 offset = self.tensors.get(name_beside(name, OFFSET))
                 if offset is not None and offset.count_nonzero():
                     raise WeightsError(
@@ -195,40 +154,15 @@ class WeightFiles:
 
 def check_numbers(name: str, tensor: torch.Tensor) -> None:
     """Raise WeightsError if a number of the tensor is NaN or infinite. One pass at memory speed."""
-    if not tensor.numel():
-        return
+    is_sound = True
     if tensor.dtype is torch.float8_e4m3fn:  # NaN is 0x7f or 0xff.
-        codes = tensor.view(torch.uint8), tensor.view(torch.int8)
-        is_sound = int(codes[0].max()) < 0xFF and int(codes[1].max()) < 0x7F
-    elif tensor.dtype.is_floating_point:
+        is_sound = not (tensor.view(torch.uint8) & 0x7F).eq(0x7F).any()
+    elif tensor.dtype.is_floating_point and tensor.numel():
         is_sound = all(bound.isfinite() for bound in tensor.aminmax())
-    else:
-        is_sound = True
     if not is_sound:
         raise WeightsError(
             f"{name} contains NaN or infinite numbers: the file is damaged, or its writer failed; "
             "download it again."
-        )
-
-
-def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> None:
-    """Raise WeightsError if a scale of the weight ``name`` is not a positive number. A scale of
-    zero is allowed if all its weights are zero."""
-    own = name_beside(name, scheme.scale_name)
-    if scale.dtype not in SCALE_DTYPES:
-        raise WeightsError(
-            f"{own} has type {dtype_name(scale.dtype)}: scales must be float32, bfloat16 or "
-            "float16."
-        )
-    rows = scheme.row_scales(scale, *stored.shape)
-    is_sound = bool((rows.isfinite() & (rows >= 0)).all())
-    for row, block in (rows == 0).nonzero().tolist():
-        columns = scheme.block[1] or stored.shape[1]
-        is_sound &= not stored[row, block * columns : (block + 1) * columns].float().any()
-    if not is_sound:
-        raise WeightsError(
-            f"{own} contains scales that are NaN, infinite or negative, or zero for weights that "
-            "are not zero: the file is damaged, or its writer failed; download it again."
         )
 
 
@@ -296,12 +230,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_model(
     settings: EngineConfig, family: type[Decoder], config: ModelConfig, build: Build
 ) -> tuple[Decoder, PredictionHead | None, str]:
-    """Build the model that ``settings`` name, with its weights, and with its multi-token head if
-    it is used.
+    """Build the model that ``settings`` name, and its multi-token head if it is used, with their
+    weights. Also returns the number and the source of these.
 
-    Returns both, and a description of the number and the source of the weights. Raises
-    WeightsError before any tensor is read if the weight files do not match the config or have no
-    head. Raises ModelError if the family's head is not supported.
+    Raises WeightsError before any tensor is read if the weight files do not match the config, and
+    ModelError if the family's head is not supported.
     """
     outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
     with_head = settings.drafts.head_len > 0
@@ -311,7 +244,7 @@ def load_model(
         model = family(config, build, dummy.fill)
         head = _head(model, dummy.fill) if with_head else None
         return model, head, f"{counted}; seeded (seed {settings.seed}), untrained"
-    files = WeightFiles(settings.model_dir, build.weights.files, with_head=with_head)
+    files = WeightFiles(settings.model_dir, with_head=with_head)
     files.tensors = family.published(files.tensors)
     if config.tie_embeddings:
         config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
@@ -320,7 +253,7 @@ def load_model(
     parameters = plan.parameters()
     if with_head:
         parameters = chain(parameters, _head(plan).parameters())
-    files.check(parameters, tied=config.tie_embeddings, sizes=config.described_sizes)
+    files.check(parameters, tied=config.tie_embeddings)
     model = family(config, build, files.fill, stacked_experts=is_stacked)
     head = _head(model, files.fill) if with_head else None
     note = files.note() + build.weights.note()
@@ -385,9 +318,6 @@ class LoadedModel:
         family, model_config = read_model(raw)
         sizes = shared_sizes(model_config, rank.count)
         word = model_config.dtype if config.dtype == "auto" else config.dtype
-        is_known = getattr(getattr(torch, word, None), "is_floating_point", None) is True
-        if word != "auto" and not is_known:
-            raise ModelError(f"dtype {word!r} in config.json is unknown: use --dtype bfloat16.")
         dtype = DTYPES.get(word, torch.float32 if device.is_cpu else torch.bfloat16)
         has_sums = sizes.size_of("recurrent") > 0
         build = Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank)
@@ -420,8 +350,8 @@ class LoadedModel:
         )
 
     def excerpt(self, max_running: int) -> LoadedModel:
-        """Return a model with the first layer of each kind, which shares its weights. Steps are not
-        recorded, and there are no drafts."""
+        """Return a model with the first layer of each kind, without drafts, which shares its
+        weights. Its steps are not recorded."""
         first = {sizes: rank for rank, sizes in reversed([*enumerate(self.sizes.layers)])}
         ranks = sorted(first.values())
         layers = tuple(self.sizes.layers[rank] for rank in ranks)

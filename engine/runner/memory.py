@@ -1,8 +1,5 @@
 """Sizes of the memory for KV and states that fit on a device, and its tensors: rows and states in
-an arena, and checkpoints with fewer bits.
-
-Allocators assign rows and slots. This module does not use the assignment.
-"""
+an arena, and checkpoints with fewer bits."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import torch
 
 from engine.config import ConfigError, EngineConfig
 from engine.layers.blocks import Pools
-from engine.layers.linear import Rank
+from engine.layers.linear import ALONE, Rank
 from engine.runner.device import Device, host_free_bytes
 from engine.weights.model_config import ModelError
 from hybridcache.allocators.arena import slab_rows
@@ -59,25 +56,20 @@ class MemoryPlan(MemorySizes):
         return cls("arena", num_rows, num_slots, row_bytes, state_bytes, page_size, owns_states)
 
     def fit(
-        self,
-        device: Device,
-        cache_bytes: int | None,
-        *,
-        reserved_bytes: int = 0,
-        num_ranks: int = 1,
+        self, device: Device, cache_bytes: int | None, reserved_bytes: int = 0, rank: Rank = ALONE
     ) -> MemoryPlan:
-        """Return the sizes of this arena, the smallest one, enlarged for one rank on ``device``;
-        ``cache_bytes`` are for all ``num_ranks``.
+        """Return the sizes of this arena, the smallest one, enlarged to what fits on every rank;
+        ``cache_bytes`` are for all ranks.
 
         The default on a CPU is a quarter of the memory that is free after ``reserved_bytes``, at
-        most 4 GiB, and on other devices 90 % of it. Raises ModelError with the number of bytes that
-        are needed.
+        most 4 GiB, and on a GPU 90 % of it. Raises ModelError with the number of bytes that are
+        needed.
         """
         if cache_bytes is not None:
-            cache_bytes //= num_ranks
+            cache_bytes //= rank.count
         elif device.is_cpu:  # Its ranks share it.
             free_bytes = device.free_bytes() - reserved_bytes
-            cache_bytes = min(int(free_bytes * CPU_SHARE), CPU_MAX_BYTES) // num_ranks
+            cache_bytes = min(int(free_bytes * CPU_SHARE), CPU_MAX_BYTES) // rank.count
         else:
             free_bytes = device.unused_bytes() - reserved_bytes
             cache_bytes = max(0, int(free_bytes * ACCELERATOR_SHARE))
@@ -89,17 +81,11 @@ class MemoryPlan(MemorySizes):
                 f"{format_bytes(cache_bytes)} hold {num_rows} tokens of this model; at least "
                 f"{MIN_KV_TOKENS} tokens{states}, {least} GiB, are needed."
             )
+        if rank.group is not None:
+            own = torch.tensor([num_rows], device=device.torch_device)
+            num_rows = int(torch.cat(rank.group.gather(own)).min())
         num_slots = num_rows // self.slab_rows if self.is_stateful else 0
         return replace(self, num_kv_tokens=num_rows, num_slots=num_slots)
-
-    def agreed(self, rank: Rank, device: Device) -> MemoryPlan:
-        """Return sizes that fit on every rank: those of the rank with the least memory."""
-        if rank.group is None:
-            return self
-        own = [self.num_kv_tokens, self.num_slots]
-        counts = torch.tensor(own, dtype=torch.int64, device=device.torch_device)
-        tokens, slots = torch.stack(rank.group.gather(counts)).amin(0).tolist()
-        return replace(self, num_kv_tokens=tokens, num_slots=slots)
 
 
 def check_sizes(config: EngineConfig, device: Device) -> None:
@@ -155,15 +141,14 @@ class Checkpoints:
     """Checkpoints with fewer bits than running states (``--checkpoint-dtype``).
 
     States are narrowed when they are saved and widened when they are restored. Running states then
-    have separate slots outside the cache's memory, one per row of the request table, and the
-    cache's slots hold checkpoints only. The bytes of a slot are: the conv states unchanged, the
-    codes of all recurrent states, and their scales.
+    have separate slots outside the cache's memory, one per row of the request table. A slot of the
+    cache holds the conv states unchanged, the codes of all recurrent states, and their scales.
     """
 
     slots: torch.Tensor
     """uint8 ``[S + 1, slot bytes]``, rows of any stride; the last row is for padding."""
-    states: tuple[tuple[torch.Tensor, bool], ...]
-    """Running states ``[L, own slots, ...]``, each with True if they are recurrent."""
+    forms: Sequence[tuple[torch.Tensor, Form]]
+    """Running states ``[L, own slots, ...]``, each with its layout in a slot."""
     format: CheckpointFormat
     staging: range
     """Own slots for states that a prefill exports, until they are saved."""
@@ -173,7 +158,7 @@ class Checkpoints:
         slot)."""
         if copies:
             sources, targets = self._indices(copies)
-            for pool, form in self._forms():
+            for pool, form in self.forms:
                 kernel.narrow_states(pool, sources, self.slots, targets, form)
 
     def restore(self, copies: Sequence[tuple[int, int]], kernel: ModuleType) -> None:
@@ -181,36 +166,34 @@ class Checkpoints:
         slot)."""
         if copies:
             sources, targets = self._indices(copies)
-            for pool, form in self._forms():
+            for pool, form in self.forms:
                 kernel.widen_states(self.slots, sources, pool, targets, form)
-
-    def _forms(self) -> Iterator[tuple[torch.Tensor, Form]]:
-        """Yield the layout of each pool's states in a slot: conv states unchanged, codes of
-        recurrent ones, then their scales."""
-        codes, num_bytes = CODES[self.format.dtype], {False: 0, True: 0}
-        for pool, is_recurrent in self.states:
-            dtype = codes if is_recurrent else pool.dtype
-            num_bytes[is_recurrent] += pool[:, 0].numel() * dtype.itemsize
-        first, first_code = 0, aligned(num_bytes[False])
-        first_scale = first_code + aligned(num_bytes[True])
-        for pool, is_recurrent in self.states:
-            size = pool[:, 0].numel()
-            if not is_recurrent:
-                yield pool, Form(pool.dtype, None, first, 0)
-                first += size * pool.element_size()
-                continue
-            dims: tuple[int, ...] | None = None
-            if self.format.per is not None:  # Dimensions along which scales differ.
-                dims = (0, 1, *(2 + dim for dim in self.format.kept_dims(pool.dim() - 2)))
-            yield pool, Form(codes, dims, first_code, first_scale)
-            first_code += size * codes.itemsize
-            if dims is not None:
-                scaled = math.prod(n for d, n in enumerate(pool.shape[2:], 2) if d in dims)
-                first_scale += 4 * len(pool) * scaled
 
     def _indices(self, copies: Sequence[tuple[int, int]]) -> torch.Tensor:
         pairs = np.array(copies, dtype=np.int64).T.copy()
         return upload(pairs, torch.int64, self.slots.device)
+
+
+def _forms(
+    states: Mapping[Spec, torch.Tensor], format: CheckpointFormat
+) -> Iterator[tuple[torch.Tensor, Form]]:
+    """Yield the running states, each with its layout in a slot of ``Checkpoints``."""
+    recurrent = [pool for spec, pool in states.items() if spec.kind == "recurrent"]
+    codes, first = CODES[format.dtype], 0
+    for pool in (pool for spec, pool in states.items() if spec.kind == "conv"):
+        yield pool, Form(pool.dtype, None, first, 0)
+        first += pool[:, 0].nbytes
+    first = aligned(first)
+    num_codes = sum(pool[:, 0].numel() for pool in recurrent)
+    first_scale = first + aligned(num_codes * codes.itemsize)
+    for pool in recurrent:
+        dims: tuple[int, ...] | None = None
+        if format.per is not None:  # Dimensions along which scales differ.
+            dims = (0, 1, *(2 + dim for dim in format.kept_dims(pool.dim() - 2)))
+        yield pool, Form(codes, dims, first, first_scale)
+        first += pool[:, 0].numel() * codes.itemsize
+        if dims is not None:
+            first_scale += 4 * len(pool) * math.prod(pool.shape[dim] for dim in dims[2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,95 +249,51 @@ class Memory:
         After the last row of the arena, the first whole slab is the padding slot, followed by the
         step slots, the padding row and the scratch rows. In a slot, all conv states come first.
         """
-        mixers = [
-            [_Kept(spec, state_dtype if spec.kind == "recurrent" else dtype) for spec in specs]
-            for specs in keeps
-        ]
+        dtypes = {"kv": dtype, "conv": dtype, "recurrent": state_dtype}
         slab = plan.slab_rows
-        owns_states = checkpoints is not None and plan.owns_states
         padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
-        num_slots = padding_slot + 1 + (0 if owns_states else num_step_states)
+        num_slots = padding_slot + 1 + (num_step_states if checkpoints is None else 0)
         padding_row = num_slots * slab if slab else plan.num_kv_tokens
         shape = padding_row + 1 + num_scratch_rows, plan.row_bytes
         rows = allocate(shape, torch.uint8, device)
-        own: dict[_Kept, torch.Tensor] = {}
-        if owns_states:
-            # One tensor for each name, shape and dtype, so that few tensors hold all states.
+        slots = rows[: num_slots * slab].view(num_slots, -1) if slab else rows[:0]
+        own: dict[Spec, torch.Tensor] = {}
+        if checkpoints is not None:
+            # One tensor for each kind of state, so that few tensors hold all.
             num_own = num_own_states + 1 + num_step_states + num_staged
-            groups = Counter(kept for mixer in mixers for kept in mixer if kept.spec.kind != "kv")
+            counts = Counter(spec for specs in keeps for spec in specs if spec.kind != "kv")
             own = {
-                kept: allocate((count, num_own, *kept.spec.shape), kept.dtype, device)
-                for kept, count in groups.items()
+                spec: allocate((count, num_own, *spec.shape), dtypes[spec.kind], device)
+                for spec, count in counts.items()
             }
-        pools = _pools(mixers, rows, plan, num_slots, own)
+        layers = {spec: iter(tensor) for spec, tensor in own.items()}
+        num_conv = sum(spec.size for specs in keeps for spec in specs if spec.kind == "conv")
+        first = {"kv": 0, "conv": 0, "recurrent": aligned(num_conv * dtype.itemsize)}
+
+        def pool(spec: Spec) -> torch.Tensor:
+            """Return a layer of ``own``, or the next view of the arena's rows or slots."""
+            if spec in layers:
+                return next(layers[spec])
+            units, begin = rows if spec.kind == "kv" else slots, first[spec.kind]
+            first[spec.kind] += spec.size * dtypes[spec.kind].itemsize
+            part = units[:, begin : first[spec.kind]]
+            return part.view(dtypes[spec.kind]).unflatten(1, spec.shape)
+
+        pools = tuple(tuple(map(pool, specs)) for specs in keeps)
         if not slab:
             return Memory(pools, padding_row, None, range(0), (), rows)
-        slots = _view(rows, torch.uint8, (num_slots, plan.state_bytes), plan.slot_bytes)
-        if checkpoints is None or not owns_states:
+        slots = slots[:, : plan.state_bytes]
+        if checkpoints is None:
             steps = range(padding_slot + 1, num_slots)
             return Memory(pools, padding_row, padding_slot, steps, (slots[None],), rows)
-        first = num_own_states + 1
-        steps = range(first, first + num_step_states)
+        steps = range(num_own_states + 1, num_own_states + 1 + num_step_states)
         staging = range(steps.stop, steps.stop + num_staged)
-        states = tuple((tensor, kept.spec.kind == "recurrent") for kept, tensor in own.items())
-        saved = Checkpoints(slots, states, checkpoints, staging)
+        saved = Checkpoints(slots, tuple(_forms(own, checkpoints)), checkpoints, staging)
         return Memory(pools, padding_row, num_own_states, steps, tuple(own.values()), rows, saved)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """One declared tensor of a mixer, with its dtype."""
-
-    spec: Spec
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes for one token or sequence."""
-        return self.spec.size * self.dtype.itemsize
-
-
-def _pools(
-    mixers: Sequence[Sequence[_Kept]],
-    rows: torch.Tensor,
-    plan: MemorySizes,
-    num_slots: int,
-    own: Mapping[_Kept, torch.Tensor],
-) -> tuple[Pools, ...]:
-    """Return the pools of each mixer: layers of ``own``, and views of an arena."""
-    layers = {kept: iter(tensor) for kept, tensor in own.items()}
-    num_conv = sum(k.num_bytes for mixer in mixers for k in mixer if k.spec.kind == "conv")
-    place = {"kv": 0, "conv": 0, "recurrent": aligned(num_conv)}
-
-    def pool(kept: _Kept) -> torch.Tensor:
-        if kept in layers:
-            return next(layers[kept])
-        kind = kept.spec.kind
-        first = place[kind]
-        place[kind] += kept.num_bytes
-        unit, count = (plan.row_bytes, len(rows)) if kind == "kv" else (plan.slot_bytes, num_slots)
-        return _view(rows, kept.dtype, (count, *kept.spec.shape), unit, first)
-
-    return tuple(tuple(pool(kept) for kept in mixer) for mixer in mixers)
-
-
-def _view(
-    rows: torch.Tensor,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    unit_bytes: int,
-    first_byte: int = 0,
-) -> torch.Tensor:
-    """Return a view ``[units, ...]`` of an arena, starting at ``first_byte`` of every unit (a row
-    or a slab)."""
-    inner = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]
-    strides = (unit_bytes // dtype.itemsize, *inner)
-    return rows.flatten().view(dtype).as_strided(shape, strides, first_byte // dtype.itemsize)
-
-
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
-    """Allocate zeros. On a CPU, pages take memory only when they are written. Raises ModelError if
-    there is not enough memory."""
+    """Allocate zeros. On a CPU, pages take memory when they are written. Raises ModelError."""
     num_bytes = math.prod(shape) * dtype.itemsize
     try:
         if not device.is_cpu:

@@ -77,8 +77,6 @@ class ModelConfig:
     logit_multiplier: float = 1.0
     own: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Values of config.json that only the family's layers use, by key."""
-    described_sizes: str = field(default="", compare=False)
-    """Keys of config.json that determine shapes of tensors, for errors."""
 
     @property
     def vocab_size(self) -> int:
@@ -131,7 +129,6 @@ def read_settings(
         dtype=(dtype or older or "float32").removeprefix("torch."),
         attention_bias=bool(config.get("attention_bias")),
         own={key: config[key] for key in own if key in config},
-        described_sizes=config.describe_sizes(),
     )
 
 

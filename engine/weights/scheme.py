@@ -18,9 +18,6 @@ from kernels.linear.reference import STORAGE, Format
 BAND_ELEMENTS = 2**20
 """Number of weights that are dequantised at a time, so that the float32 copy is small."""
 
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
-"""Supported dtypes of scales in files. Those of one byte are exponents (ue8m0)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
@@ -62,7 +59,7 @@ class Scheme:
     def row_scales(self, scale: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
         """Expand the scales of a file to one line per row: float32 ``[num_rows, blocks of
         columns]``. Rows can then be read in any order."""
-        if scale.dtype is torch.uint8:
+        if scale.dtype is torch.uint8:  # exponents (ue8m0)
             scale = scale.view(torch.float8_e8m0fnu)
         grid = scale.float().reshape(self.scale_shape(num_rows, num_columns))
         rows = self.block[0]
@@ -96,8 +93,7 @@ class Quantization:
     groups: tuple[tuple[Scheme, Names | None], ...]
     """Schemes, each with its modules, or None for every linear layer."""
     ignored: Names
-    ignore_key: str
-    """Key of config.json that lists modules in full precision."""
+    """Modules in full precision."""
 
     def scheme(self, module: str) -> Scheme | None:
         """Return the format of the linear layer ``module``, or None for full precision."""
@@ -162,7 +158,7 @@ def _fp8(section: Mapping[str, Any]) -> Quantization:
     key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
     scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
     ignored = Names.of(section.get(key) or ("lm_head",), anywhere=True)
-    return Quantization(((scheme, None),), ignored, key)
+    return Quantization(((scheme, None),), ignored)
 
 
 def _block(size: Any, name: str) -> tuple[int, int]:
@@ -191,7 +187,7 @@ def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
         targets = group.get("targets") or ()
         parsed.append((scheme, None if "Linear" in targets else Names.of(targets)))
     ignored = Names.of(section.get("ignore") or ())
-    return Quantization(tuple(parsed), ignored, "ignore")
+    return Quantization(tuple(parsed), ignored)
 
 
 def _check_only(
@@ -251,4 +247,4 @@ def _model_slim(path: Path) -> Quantization | None:
     if not quantized.names:
         return None
     scheme = Scheme("int8", (1, None), "weight_scale")
-    return Quantization(((scheme, quantized),), Names.of(()), MODEL_SLIM_FILE)
+    return Quantization(((scheme, quantized),), Names.of(()))

@@ -106,12 +106,10 @@ class Format:
             for near in get_close_matches(key, sorted(kinds.keys() - given), 1, 0.9):
                 text = f"config.json: {key} is not read, did you mean {near}? It has its default."
                 warnings.warn(text, stacklevel=2)
-        stated = values.copy()
         if values.get("num_key_value_heads", 0) is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
         self.complete(values)
-        missing = tuple(n for n, kind in self.extras.items() if kind is int and n not in given)
-        return Config(values, stated, defaults, frozenset(given), missing)
+        return Config(values, defaults, frozenset(given))
 
 
 @dataclass(eq=False)
@@ -119,11 +117,9 @@ class Config(UserDict[str, Any]):
     """Values of one model, including all fields. Records the names that were looked up."""
 
     data: Values
-    _stated: Values
     _defaults: Mapping[str, Any]
     given: frozenset[str]
     """Names of fields and extras in the file, after resolving aliases."""
-    _missing: tuple[str, ...]
     _read: set[str] = field(default_factory=set)
 
     def __getitem__(self, name: str) -> Any:
@@ -133,19 +129,6 @@ class Config(UserDict[str, Any]):
     def ignore(self, *names: str) -> None:
         """Mark names as read because they have no effect in this model."""
         self._read.update(names)
-
-    def describe_sizes(self) -> str:
-        """Describe the values that determine tensor shapes, from the file or its defaults.
-
-        Lists and objects appear by name only.
-        """
-        parts = []
-        for name, value in sorted(self._stated.items()):
-            is_factor = isinstance(value, float) and name in self.data
-            if name not in COMMON and not is_factor:
-                shown = "" if isinstance(value, list | dict) else f" {json.dumps(value)}"
-                parts.append(f"{name}{shown}{'' if name in self.given else ' (default)'}")
-        return ", ".join((*parts, *(f"{name} (missing)" for name in self._missing)))
 
     def unread(self) -> dict[str, Any]:
         """Return values of the file that were never read and differ from transformers' default."""

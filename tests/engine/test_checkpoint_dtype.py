@@ -67,7 +67,7 @@ def test_slots_have_the_size_that_the_geometry_gives(tmp_path: Path, spec: str) 
     runner = drafting_engine(tmp_path, **budget).runner
     held = runner.tensors.checkpoints
     assert runner.memory.state_bytes == runner.geometry.state_bytes == held.slots.shape[1]
-    conv, recurrent = (states for states, _ in held.states)
+    conv, recurrent = (states for states, _ in held.forms)
     format = CheckpointFormat.parse(spec)
     size = recurrent[:, 0].numel() * CODE_BYTES[format.dtype]
     size += 4 * len(recurrent) * format.num_scales(tuple(recurrent.shape[2:]))

@@ -129,7 +129,7 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
         for rounds in (False, True)
     )
     for layer in (quantised, rounding):
-        weight_files = WeightFiles(tmp_path, files)
+        weight_files = WeightFiles(tmp_path)
         weight_files.check(layer.parameters(), tied=False)
         weight_files.fill(layer)
     assert {parameter.target.dtype for _, parameter in quantised.parameters()} == {
@@ -195,19 +195,15 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ),
         (
             lambda tensors, _: tensors[f"{UP}_scale_inv"].fill_(float("nan")),
-            "up_proj.weight_scale_inv contains scales that are NaN",
-        ),
-        (
-            lambda tensors, _: tensors[f"{UP}_scale_inv"].zero_(),
-            "or zero for weights",
+            "up_proj.weight_scale_inv contains NaN",
         ),
         (
             lambda tensors, _: tensors.update({UP: tensors[UP].float()}),
-            r"but their type differs \(model\.layers\.1\.mlp\.up_proj\.weight is float32\)",
+            r"does not give: model\.layers\.1\.mlp\.up_proj\.weight is float32",
         ),
         (
             lambda _, section: section["modules_to_not_convert"].append(UP.removesuffix(".weight")),
-            r"no quantization_config for weights of these types: .*up_proj.weight is float8_e4m3fn",
+            r"does not give: .*up_proj.weight is float8_e4m3fn",
         ),
     ],
 )
