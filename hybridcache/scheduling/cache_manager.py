@@ -1,7 +1,6 @@
 """Leases of the running requests, rows of the request table, and copies for the next batch.
 
-Ownership of KV rows and slots belongs to the lease (``hybridcache/lease.py`` has the map). The
-cache manager gives each request a lease and turns its changes into work for the next batch.
+KV rows and slots belong to the lease (``hybridcache/lease.py`` has the map).
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Indices, require_bool, require_index
+from hybridcache.tokens import Indices, require_index
 
 TableRow = Callable[[int, int], Indices]
-"""Function of (row, end). Returns the KV indices that a runner was given for positions of a row
-below ``end``, possibly fewer."""
+"""Function of (row, end): KV indices that a runner was given for the positions of a row below
+``end``, possibly fewer."""
 DECODE_PIECE = 32
 """Tokens of KV allocated at once while decoding, so that most steps allocate nothing."""
 MAX_MOVES = 1
@@ -54,14 +53,10 @@ class CacheManager:
                 memory of the cache.
             exchange: decides which offloaded prefixes to load; None to load nothing.
 
-        Raises:
-            TypeError, ValueError: a number or a flag is of another type, or ``num_rows`` less than
-                1. ``begin`` raises those of the other arguments, as ``Lease.begin`` does.
+        Raises TypeError or ValueError unless ``num_rows`` is an integer of 1 or more. ``begin``
+        raises those of the other arguments, as ``Lease.begin`` does.
         """
         require_index(num_rows, "num_rows", 1)
-        flags = {"stateful": stateful, "exact": exact, "owns_states": owns_states}
-        for what, flag in flags.items():
-            require_bool(flag, what)
         self.cache = cache
         self.placement = placement
         self.stateful = stateful
@@ -144,11 +139,8 @@ class CacheManager:
                 return saves
 
     def roll_back(self, request: ScheduledRequest) -> None:
-        """Discard the work of the last step at and after ``computed_len``.
-
-        For an engine that writes checkpoints after acceptance (``unwritten`` in
-        ``Lease.roll_back``).
-        """
+        """Discard the work of the last step at and after ``computed_len``, for an engine that
+        writes checkpoints after acceptance."""
         lease, _ = request.claims
         lease.roll_back(request.computed_len, True)
 
@@ -202,8 +194,8 @@ class CacheManager:
         return bool(self.cache.steps.transfers)
 
     def take_step(self) -> StepPlan:
-        """Return the work on the tensors that the next batch does before it computes, once. Call
-        its ``carry_out``, or ``step_done`` when the batch was given to the device."""
+        """Return the tensor work of the next batch, to be done before it computes. Call its
+        ``carry_out``, or ``step_done`` when the batch was given to the device."""
         self._step = step = self.cache.take_step()
         if step.row_writes:  # Cut at the request table's width: a lease has whole pages of rows.
             clipped = [w.up_to(self._requests[w.table_row].max_len) for w in step.row_writes]
@@ -211,7 +203,7 @@ class CacheManager:
         return step
 
     def step_done(self) -> None:
-        """Note that the last batch was given to the device, which orders its work. O(1)."""
+        """Record that the last batch was given to the device, which orders its work. O(1)."""
         self._step.done()
 
     def lost_moves(self) -> bool:
@@ -245,17 +237,16 @@ class CacheManager:
 
     def check(self, table_row: TableRow) -> None:
         """Recompute every invariant of the cache and of the rows, and ``free + cached + held ==
-        total``. ``table_row(row, end)`` returns the KV indices that the runner was given for the
-        positions of a row below ``end``. Raises AssertionError if one fails. O(cache)."""
+        total``. Raises AssertionError if one fails. O(cache)."""
         self.cache.check(*self.held())
         rows = sorted([*self._free_rows, *self._requests])
         assert rows == list(range(self.num_rows)), "a table row has no owner, or two"
         self.check_rows(table_row)
 
     def check_rows(self, table_row: TableRow) -> None:
-        """Check that the runner's request table lists the lease's rows for every request, with the
-        writes of the next batch included (``table_row``: see ``check``). Raises AssertionError
-        otherwise. Call only between two steps. O(tokens of the running requests)."""
+        """Check that the runner's request table lists the lease's rows of every request, with the
+        writes of the next batch. Raises AssertionError otherwise. Call only between two steps.
+        O(tokens of the running requests)."""
         assert not self.cache.steps.restores, "a state copy was claimed, but no batch took it"
         writes = {write.table_row: write for write in self.cache.steps.due_row_writes()}
         for row, request in self._requests.items():

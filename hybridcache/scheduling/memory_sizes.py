@@ -23,18 +23,16 @@ class MemorySizes:
     num_slots: int
     """State slots of the pool, or slabs of the arena; 0 if the model is attention-only."""
     row_bytes: int
-    """Bytes of one token's keys and values in all full-attention layers."""
+    """Bytes of one token's keys and values."""
     state_bytes: int
     """Bytes of one state; 0 if the model is attention-only."""
     page_size: int = 1
-    """Tokens per page of KV."""
     owns_states: bool = False
     """True if running states are stored outside this memory, one per row of the request table. The
     slots then hold checkpoints only."""
 
     @property
     def is_stateful(self) -> bool:
-        """False if the model is attention-only."""
         return self.state_bytes > 0
 
     @property
@@ -52,7 +50,6 @@ class MemorySizes:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all rows and slots."""
         num_bytes = self.num_kv_tokens * self.row_bytes
         return num_bytes + (0 if self.slab_rows else self.num_slots * self.state_bytes)
 

@@ -3,12 +3,9 @@
 Every step serves the running requests from the oldest to the youngest: one token for each decode,
 and a chunk for each prefill from the rest of the token budget (64 at least). Then it admits waiting
 requests. Chunks end on the absolute tile grid or at the end of the prompt, so a prompt is always
-computed in the same tiles.
-
-The last quarter of that budget is reserved for prefills that fit in it whole, so that a short one
-does not wait for an earlier long one. The unused part goes to the other prefills in the same step.
-A short request is admitted before an earlier long one only if a place to run is left for each
-request that it passes.
+computed in the same tiles. The last quarter of the budget is reserved for prefills that fit in it
+whole; its unused part goes to the others in the same step. A short request is admitted before an
+earlier long one only if a place to run is left for each request that it passes.
 
 Memory. If a request finds no memory, the youngest running request younger than itself is preempted.
 Without a younger one, the request sits the step out. The oldest request can always continue,
@@ -34,8 +31,8 @@ from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.admission.sessions import Sessions
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.request import ScheduledRequest, require_request
-from hybridcache.tokens import common_prefix_len, require_bool, require_index
+from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.tokens import common_prefix_len, require_index
 
 TILE = 64
 """Tokens per tile of every kernel, unless the grid is finer. Prefill chunks end at absolute
@@ -104,7 +101,7 @@ class Holding(Generic[Q]):
 
     @property
     def requests(self) -> set[Q]:
-        """Waiting requests that are held or have a load in progress."""
+        """Waiting requests that are held or being loaded."""
         return set()
 
     def is_holding(self, request: Q) -> bool:
@@ -124,14 +121,12 @@ class AdmissionReport:
     """State of the queue and of the policy that orders it."""
 
     live_sessions: int
-    """Sessions with an open request, or idle for a short time (``Sessions.num_live``). Replicas are
-    summed, so a session that moved counts at each of them."""
+    """Sessions with an open request, or idle for a short time (``Sessions.num_live``)."""
     waiting_sessions: int
-    """Sessions with a waiting request."""
     oldest_wait_s: float
     """Age of the oldest waiting request."""
     figures: Mapping[str, float | str]
-    """Figures of the policy by name: its limit, and why it last moved."""
+    """Figures of the policy (``AdmissionPolicy.report``)."""
 
 
 class StepPlanner(Generic[R]):
@@ -209,17 +204,14 @@ class StepPlanner(Generic[R]):
             clock: function that returns seconds.
 
         Raises:
-            TypeError, ValueError: an argument is of another type, a number is less than 1, or
-                ``max_running`` more than the manager's rows.
+            TypeError, ValueError: a number is no integer of 1 or more, or ``max_running`` is more
+                than the manager's rows.
         """
-        if not isinstance(admission, AdmissionPolicy):
-            raise TypeError(f"admission must be made by make_admission (got {admission!r}).")
         for what, number in (("max_running", max_running), ("token_budget", token_budget)):
             require_index(number, what, 1)
         if max_running > manager.num_rows:
             most = f"at most {manager.num_rows}, the num_rows of the manager"
             raise ValueError(f"max_running must be {most} (got {max_running}).")
-        require_bool(shares, "shares")
         self._manager = manager
         self._longest = manager.memory.max_request_len
         self.admission = admission
@@ -254,12 +246,10 @@ class StepPlanner(Generic[R]):
 
     @property
     def num_waiting(self) -> int:
-        """Number of waiting requests."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Number of running requests."""
         return len(self._running)
 
     def has_work(self) -> bool:
@@ -269,13 +259,9 @@ class StepPlanner(Generic[R]):
     def add(self, request: R) -> None:
         """Add ``request`` to the waiting requests.
 
-        Raises:
-            ValueError: a waiting or running request has the same ``arrival``, or it is this one; it
-                is in another planner; its answer has ended; or it can be longer than
-                ``manager.memory.max_request_len``, so that it would never end.
-            TypeError: it is no ``ScheduledRequest``.
+        Raises ValueError if a waiting or running request has the same ``arrival``, or if the
+        request can be longer than ``manager.memory.max_request_len``, so that it would never end.
         """
-        require_request(request)
         for requests in (self._waiting, self._running):
             place = bisect_left(requests, request.arrival, key=_age)
             if place < len(requests) and requests[place].arrival == request.arrival:
@@ -283,10 +269,6 @@ class StepPlanner(Generic[R]):
                     f"arrival {request.arrival} is that of a waiting or running request: add each "
                     "request once, with an arrival of its own"
                 )
-        if request.is_added:
-            raise ValueError(f"request {request.request_id} waits or runs in another planner")
-        if request.prompt_len < request.num_tokens >= request.max_len:
-            raise ValueError(f"request {request.request_id} has ended: it has max_len tokens")
         if request.max_len > self._longest:
             raise ValueError(
                 f"request {request.request_id} has max_len {request.max_len}, more than fits in "
@@ -302,13 +284,11 @@ class StepPlanner(Generic[R]):
             choice_of=request.spec.choice_of,
         )
         insort(self._waiting, request, key=_age)
-        request.is_added = True
         self.admission.arrived(request, self._load)
 
     def remove(self, request: R) -> None:
         """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards. Does
-        nothing if it has left, or was never added. Raises TypeError if it is no request."""
-        require_request(request)
+        nothing if it has left, or was never added."""
         if request in self._running:
             self._manager.abort(request)
             self._running.remove(request)
@@ -369,8 +349,6 @@ class StepPlanner(Generic[R]):
         prefill. An engine that works one step ahead sets ``scheduled_len`` when it plans a step.
         Raises ValueError if ``end`` is below the computed tokens or above those with rows."""
         lease, _ = request.claims
-        if type(end) is not int:
-            end = require_index(end, "end")
         if not request.computed_len <= end <= lease.extended_len:
             raise ValueError(
                 f"end must be from {request.computed_len} to {lease.extended_len}, the tokens that "
@@ -382,10 +360,8 @@ class StepPlanner(Generic[R]):
         request.scheduled_len = max(request.scheduled_len, end)
 
     def leave(self, request: R, publishes: bool = True) -> None:
-        """Finish running ``request`` after its last token: publish everything and free its claims.
-        Raises ValueError if it does not run here."""
-        if request not in self._running:
-            raise ValueError(f"request {request.request_id} does not run in this planner")
+        """Finish running ``request`` after its last token: publish everything and free its
+        claims."""
         if publishes:
             self._manager.finish(request)
         else:
@@ -426,7 +402,6 @@ class StepPlanner(Generic[R]):
         )
 
     def _has_left(self, request: R) -> None:
-        request.is_added = False
         self._load.now_s = self._clock()
         if not self.has_work():
             self._account()
@@ -489,12 +464,9 @@ class StepPlanner(Generic[R]):
         insort(self._waiting, request, key=_age)
 
     def _candidates(self) -> Iterator[R]:
-        """Yield waiting requests in the policy's order, up to the limits of one step.
-
-        At most ``2 * max_running`` requests that are ready to run, and ``8 * max_running`` in all.
-        Requests held for a load cost O(1) each and count for neither limit, so they never hide the
-        requests behind them.
-        """
+        """Yield waiting requests in the policy's order: at most ``2 * max_running`` that are ready
+        to run, and ``8 * max_running`` in all. Requests held for a load count for neither, so they
+        never hide the requests behind them."""
         waiting = self.admission.order(tuple(self._waiting), self._load)
         candidates = cast("tuple[R, ...]", tuple(islice(waiting, len(self._waiting))))
         self._withholds_all = not candidates
@@ -510,11 +482,8 @@ class StepPlanner(Generic[R]):
 
     def _admit(self, candidates: Iterable[R], ends: dict[R, int], budget: PrefillBudget) -> list[R]:
         """Admit waiting requests in the given order, except those that follow a running prefill.
-        Returns the requests that were passed over because the budget was too small.
-
-        Followers are detected even if no request can be admitted, so that their leader saves its
-        state in time.
-        """
+        Returns those that were passed over because the budget was too small. Followers are detected
+        even if none can be admitted, so that their leader saves its state in time."""
         self._is_full &= bool(self._running)
         passed: list[R] = []
         for request in candidates:
@@ -539,7 +508,7 @@ class StepPlanner(Generic[R]):
 
     def _fits(self, request: R, budget: PrefillBudget) -> bool:
         """Return whether waiting ``request`` could compute anything. O(its length) if only a short
-        request could, else O(1)."""
+        one could, else O(1)."""
         if budget.room(request.wants_scores) >= TILE:
             return True
         rest = request.num_tokens
@@ -581,8 +550,8 @@ class StepPlanner(Generic[R]):
         return True
 
     def check(self) -> None:
-        """Check that exactly the running requests have a lease and that both lists are in order of
-        age. Raises AssertionError otherwise. Call only between two steps. O(requests)."""
+        """Raise AssertionError unless exactly the running requests have a lease, and both lists are
+        in order of age. Call only between two steps. O(requests)."""
         for requests, have_leases in ((self._waiting, False), (self._running, True)):
             ages = [_age(request) for request in requests]
             assert ages == sorted(set(ages)), "requests out of order"
@@ -602,25 +571,21 @@ class StepPlanner(Generic[R]):
 class Sharing:
     """Prefix sharing between requests that arrive together.
 
-    Two prompts with the same beginning that are prefilled side by side would both compute it. So a
-    waiting request *follows* a running prefill, its leader, as long as the leader has still to pass
-    a position from which the follower could resume. The leader saves its state there, which it
-    would not do otherwise. Leaders are running requests, older work goes first, and a preempted or
-    finished leader has no followers. So no request waits for one that makes no progress.
+    A waiting request *follows* a running prefill, its leader, as long as the leader has still to
+    pass a position from which the follower could resume, and makes the leader save its state there.
+    Older work goes first, and a preempted or finished leader has no followers, so no request waits
+    for one that makes no progress.
     """
 
     def __init__(self, manager: CacheManager) -> None:
         self._manager = manager
         self._leaders: list[ScheduledRequest] = []
-        """Running requests, those that prefill among them."""
         self._points: dict[ScheduledRequest, dict[Lease, list[int]]] = {}
-        """Waiting requests with the leases of the leaders that they were compared with, each with
-        the positions from which the request could resume if the leader saved its state there,
-        ascending."""
+        """By waiting request and lease of a leader that it was compared with: the positions from
+        which the request could resume if the leader saved its state there, ascending."""
 
     @property
     def followers(self) -> Set[ScheduledRequest]:
-        """Waiting requests that were compared with leaders."""
         return self._points.keys()
 
     def follows(self, request: ScheduledRequest) -> bool:
@@ -633,18 +598,14 @@ class Sharing:
         self._points.pop(request, None)
 
     def let_in(self, request: ScheduledRequest) -> None:
-        """Register ``request`` as running: it follows no leader any more, and others may follow
-        it."""
+        """Register ``request`` as running: it follows no leader, and others may follow it."""
         self.forget(request)
         self._leaders = [one for one in self._leaders if one.is_prefilling and one is not request]
         self._leaders.append(request)
 
     def goal(self, request: ScheduledRequest) -> int:
-        """Return the deepest position from which a leader will make ``request`` resumable, or 0.
-
-        Plans a checkpoint at that position in each leader that is followed. O(leaders), and O(its
-        length) for each that is new.
-        """
+        """Return the deepest position from which a leader will make ``request`` resumable, or 0,
+        and plan a checkpoint there. O(leaders), and O(its length) for each that is new."""
         if request.wants_scores:
             return 0
         goal, stateful, known = 0, self._manager.stateful, self._points.setdefault(request, {})
@@ -666,8 +627,7 @@ class Sharing:
         return goal
 
     def _shared_points(self, request: ScheduledRequest, leader: ScheduledRequest) -> list[int]:
-        """Return the positions from which ``request`` could resume if ``leader`` saved its state
-        there, ascending. O(shared prefix)."""
+        """Return the positions described at ``_points``. O(shared prefix)."""
         grid, theirs, at = self._manager.cache.checkpoint_grid, leader.tokens, leader.computed_len
         # If the next token that the leader computes differs, no later part is shared.
         if at >= request.num_tokens or theirs[at] != request.tokens[at]:

@@ -10,15 +10,8 @@ import numpy as np
 from hybridcache.api import Losses
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import WaitingRequest
-from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
-from hybridcache.tokens import (
-    Tokens,
-    require_bool,
-    require_index,
-    require_int32,
-    require_namespace,
-    require_seconds,
-)
+from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.tokens import Tokens, require_index, require_int32
 
 
 class RequestFields(Protocol):
@@ -33,8 +26,7 @@ class RequestFields(Protocol):
         """Requests of different namespaces share nothing."""
 
     @property
-    def boundaries(self) -> PromptBoundaries:
-        """Positions that later prompts keep, and whether they keep the answer."""
+    def boundaries(self) -> PromptBoundaries: ...
 
     @property
     def ends_session(self) -> bool:
@@ -67,42 +59,29 @@ class ScheduledRequest(WaitingRequest):
     ) -> None:
         """
         Args:
-            spec: its fields, with a name.
+            spec: its fields.
             prompt: int32[n], at least one token. It is copied.
             arrival: rank among all requests: older is smaller.
             arrival_s: time of arrival, of the planner's clock.
             max_len: most tokens of prompt and answer together.
 
         Raises:
-            TypeError, ValueError: the prompt is empty or not int32[n], or longer than ``max_len``;
-                positions of the spec are negative, or its boundaries not ascending; another field
-                is malformed; ``arrival`` is not an integer, or ``arrival_s`` no finite number.
+            TypeError, ValueError: the prompt is empty or not int32[n], or longer than ``max_len``.
+                ``Lease.begin`` raises those of other fields.
         """
         require_int32(prompt, "prompt")
-        if not isinstance(spec.request_id, str):
-            raise TypeError(f"request_id must be a string (got {spec.request_id!r}).")
         if not 0 < len(prompt) <= require_index(max_len, "max_len"):
             raise ValueError(
                 f"a prompt must have from 1 to max_len tokens (got {len(prompt)}, and max_len is "
                 f"{max_len})"
             )
-        require_index(arrival, "arrival")
-        require_seconds(arrival_s, "arrival_s")
-        if spec.choice_of is not None and not isinstance(spec.choice_of, str):
-            raise TypeError(f"choice_of must be a request_id, or None (got {spec.choice_of!r}).")
-        require_bool(spec.ends_session, "ends_session")
-        require_namespace(spec.namespace)
-        if not isinstance(spec.save_at, Sequence):
-            raise TypeError(f"save_at must be a sequence of positions (got {spec.save_at!r}).")
         for position in spec.save_at:
             require_index(position, "each of save_at", 0)
-        require_boundaries(spec.boundaries)
         super().__init__(
             arrival=arrival, arrival_s=arrival_s, num_tokens=len(prompt), max_len=max_len
         )
         self.spec = spec
-        self.request_id = spec.request_id
-        """Name of the request."""
+        self.request_id = str(spec.request_id)
         self._buffer = np.empty(min(len(prompt) + 256, max_len), np.int32)
         self._buffer[: len(prompt)] = prompt
         self.prompt_len = len(prompt)
@@ -118,14 +97,11 @@ class ScheduledRequest(WaitingRequest):
         """Tokens of KV that were fetched for it; None if no fetch was considered yet."""
         self.scheduled_s: float | None = None
         """Time of its first admission."""
-        self.is_added = False
-        """True while it waits or runs in a planner."""
         self.is_counted = False
         """True if an earlier lease of this request is counted in the cache's statistics."""
 
     @property
     def namespace(self) -> Hashable:
-        """Requests of different namespaces share nothing."""
         return self.spec.namespace
 
     @property
@@ -134,12 +110,8 @@ class ScheduledRequest(WaitingRequest):
         return self._buffer[: self.num_tokens]
 
     def append(self, token_id: int) -> None:
-        """Add the newest token of the answer. O(1) amortised. Raises TypeError if it is not an
-        integer, and ValueError if it is no token id, or the request has ``max_len`` tokens."""
-        if type(token_id) is not int:
-            token_id = require_index(token_id, "token_id")
-        if not 0 <= token_id < 1 << 31:
-            raise ValueError(f"token_id must be in [0, 2**31) (got {token_id}).")
+        """Add the newest token of the answer. O(1) amortised. Raises ValueError if the request has
+        ``max_len`` tokens."""
         if self.num_tokens == len(self._buffer):
             if self.num_tokens == self.max_len:
                 raise ValueError(
@@ -170,16 +142,9 @@ class ScheduledRequest(WaitingRequest):
 
     @property
     def stop_reason(self) -> str:
-        """Reason why the answer ended, as ``Lease.finish`` takes it. Empty if it is not known. An
-        engine that knows it overrides this property and ``restart``."""
+        """Reason why the answer ended, as ``Lease.finish`` takes it; empty if it is not known."""
         return "session_end" if self.spec.ends_session else ""
 
     def restart(self) -> None:
         """Discard partial results of the prompt before its computation begins, for the first time
         or again."""
-
-
-def require_request(request: object) -> None:
-    """Raise TypeError unless ``request`` is a ``ScheduledRequest``."""
-    if not isinstance(request, ScheduledRequest):
-        raise TypeError(f"request must be a ScheduledRequest (got {request!r}).")
