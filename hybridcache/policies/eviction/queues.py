@@ -3,58 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
-from collections.abc import Iterator
 from typing import ClassVar
+
+from sortedcontainers import SortedDict
 
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 RETURN_WITHIN = 16
-"""Number of requests after a ghost hit within which a new checkpoint at its position counts as the
-returned one."""
+"""Requests after a ghost hit within which a new checkpoint at its position counts as returned."""
 
 
 class Queue:
-    """Candidates in order of their tickets, oldest first.
+    """Candidates in order of their tickets, oldest first. O(log n).
 
-    An item gets a ticket when it is added. After a lock it returns to its old place. O(log n), and
-    a move of at most n machine words: faster than a sorted dictionary.
+    An item gets a ticket when it is added. After a lock it returns to its old place.
     """
 
     def __init__(self) -> None:
-        self._tickets: list[int] = []
-        self._items: dict[int, tuple[Item, int]] = {}
+        self.entries: SortedDict[int, tuple[Item, int]] = SortedDict()
         """(item, its size when it entered) by ticket."""
         self.num_bytes = 0
         """Sum of these sizes."""
 
     def __len__(self) -> int:
-        return len(self._tickets)
-
-    def __iter__(self) -> Iterator[Item]:
-        """Iterate over the items, unordered."""
-        return (item for item, _ in self._items.values())
+        return len(self.entries)
 
     def put(self, ticket: int, item: Item) -> None:
         """Add ``item`` at the place of ``ticket``, new or old."""
-        num_bytes = item.size_bytes
-        insort(self._tickets, ticket)
-        self._items[ticket] = item, num_bytes
-        self.num_bytes += num_bytes
+        self.entries[ticket] = item, item.size_bytes
+        self.num_bytes += item.size_bytes
 
     def remove(self, ticket: int) -> None:
-        """Remove the item of ``ticket``. Raises KeyError if there is none."""
-        self.num_bytes -= self._items.pop(ticket)[1]
-        del self._tickets[bisect_left(self._tickets, ticket)]
+        self.num_bytes -= self.entries.pop(ticket)[1]
 
     def oldest(self) -> Item | None:
-        """Return the item at the old end, or None if empty."""
-        return self._items[self._tickets[0]][0] if self._tickets else None
+        return self.entries.peekitem(0)[1][0] if self.entries else None
 
     def after(self, ticket: int) -> Item:
         """Return the first item at or after ``ticket``, cyclically. Requires a non-empty queue."""
-        place = bisect_left(self._tickets, ticket) % len(self._tickets)
-        return self._items[self._tickets[place]][0]
+        place = self.entries.bisect_left(ticket) % len(self.entries)
+        item: Item = self.entries.peekitem(place)[1][0]
+        return item
 
 
 class Record:
@@ -64,7 +53,6 @@ class Record:
 
     def __init__(self, owner: QueuePolicy, queue: Queue, ticket: int, uses: int) -> None:
         self.owner = owner
-        """Instance that the item belongs to. A change of priority class moves it to another."""
         self.queue = queue
         self.ticket = ticket
         self.uses = uses
@@ -72,19 +60,11 @@ class Record:
 
 
 class QueuePolicy(ABC):
-    """Base of queue policies.
+    """Base of queue policies, with one instance per kind (``BothKinds``). Shares are in bytes held.
 
-    A subclass defines the queue of a new item (``enter``), the effect of a use (``used``), and the
-    candidate to evict (``choose``).
-
-    Adaptation to two kinds and unequal sizes:
-
-    - Each kind has a separate instance (``BothKinds``), and shares are in bytes held.
-    - Uses during a lock are applied when the item returns.
-    - An item that changes its priority class (``priority_classes.py``) is new to the other
-      instance.
-    - Ghosts are identified by position, not by path: the next new checkpoint at that position
-      within 16 requests counts as the returned one.
+    Uses during a lock are applied when the item returns. An item that changes its priority class
+    (``priority_classes.py``) is new to the other instance. Ghosts are identified by position, not
+    by path (``RETURN_WITHIN``).
     """
 
     def __init__(self) -> None:
@@ -117,19 +97,15 @@ class QueuePolicy(ABC):
         queue.put(record.ticket, item)
 
     def add(self, item: Item) -> None:
-        """Add a new item, or return an unlocked one to its place. O(log n)."""
         self._now = max(self._now, item.last_used)
         record: Record | None = item.memo
         if record is None or record.owner is not self:
             queue = self.enter(item, self._returned(item))
             item.memo = record = Record(self, queue, self._ticket(), item.uses)
-            record.queue.put(record.ticket, item)
-        else:
-            record.queue.put(record.ticket, item)
-            self.touch(item)
+        record.queue.put(record.ticket, item)
+        self.touch(item)
 
     def touch(self, item: Item) -> None:
-        """Call ``used`` once if ``uses`` has grown."""
         self._now = max(self._now, item.last_used)
         record: Record = item.memo
         if item.uses > record.uses:
@@ -137,21 +113,17 @@ class QueuePolicy(ABC):
             self.used(item, record)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """Remove ``item`` from its queue. Its record keeps the place. O(log n)."""
         record: Record = item.memo
         record.queue.remove(record.ticket)
         self.gone(item, record, evicted)
 
     def on_ghost_hit(self, item: Item) -> None:
-        """Store the record of a ghost until its return. Ghosts without a memo are ignored."""
         if item.memo is not None:
             self._asked_back[item.position] = (item.memo, self._now)
 
     def _returned(self, item: Item) -> Record | None:
-        """Return the ghost's record if ``item`` is a returned ghost.
-
-        Items from another priority class do not count as returned.
-        """
+        """Return the ghost's record if ``item`` is a returned ghost, and not from another priority
+        class."""
         if item.memo is not None:
             return None
         ghost, when = self._asked_back.pop(item.position, (None, 0))
@@ -163,19 +135,18 @@ class QueuePolicy(ABC):
 
 
 class BothKinds(EvictionPolicy):
-    """Policy with one instance for KV and one for checkpoints (``both_kinds``).
-
-    With a shared budget, the less recently used of both victims is evicted.
-    """
+    """Policy with one instance for KV and one for checkpoints. With a shared budget, the less
+    recently used of both victims is evicted."""
 
     orders_classes = False
 
     queues: ClassVar[type[QueuePolicy]]
-    """Class of both instances."""
 
     def __init__(self) -> None:
-        make = type(self).queues
-        self._policies: dict[Kind, QueuePolicy] = {"kv": make(), "checkpoint": make()}
+        self._policies: dict[Kind, QueuePolicy] = {
+            "kv": self.queues(),
+            "checkpoint": self.queues(),
+        }
 
     def add(self, item: Item) -> None:
         self._policies[item.kind].add(item)
@@ -222,7 +193,6 @@ class Clock(QueuePolicy):
         self.ring = Queue()
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """Enter behind the hand."""
         return self.ring
 
     def choose(self) -> Item | None:
@@ -250,7 +220,6 @@ class Sieve(QueuePolicy):
         self._chosen: Item | None = None
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """Enter at the young end."""
         return self.queue
 
     def choose(self) -> Item | None:
@@ -293,10 +262,7 @@ class S3Fifo(QueuePolicy):
         self.small, self.main = Queue(), Queue()
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """Enter ``small``, or ``main`` if a ghost of ``small`` returns.
-
-        Items evicted from ``main`` count as new.
-        """
+        """Enter ``small``, or ``main`` if a ghost of ``small`` returns."""
         if ghost is None or not isinstance(ghost.owner, type(self)):
             return self.small
         return self.main if ghost.queue is ghost.owner.small else self.small
@@ -306,11 +272,8 @@ class S3Fifo(QueuePolicy):
         record.mark = min(record.mark + 1, 3)
 
     def choose(self) -> Item | None:
-        """Return an item from ``small`` if it has its share or more, else from ``main``.
-
-        It is the oldest one. If it was used, in ``small`` more than once, it is moved to ``main``
-        instead: lazy promotion and reinsertion.
-        """
+        """Return the oldest of ``small`` if that has its share or more, else of ``main``. If it was
+        used, in ``small`` more than once, it moves to ``main`` instead."""
         while True:
             total = self.small.num_bytes + self.main.num_bytes
             is_full = self.small.num_bytes >= SMALL_SHARE * total
@@ -384,10 +347,8 @@ class ARC(QueuePolicy):
         self.num_ghosts[from_recent] = max(0, self.num_ghosts[from_recent] - 1)
 
     def _remembered(self, from_recent: bool) -> int:
-        """Return |B1| or |B2|, at least 1, with the paper's bounds.
-
-        T1 with B1, and B1 with B2, may not exceed the size of the cache.
-        """
+        """Return |B1| or |B2|, at least 1. T1 with B1, and B1 with B2, may not exceed the size of
+        the cache."""
         recent = min(self.num_ghosts[True], len(self.frequent))
         if from_recent:
             return max(1, recent)
@@ -423,7 +384,6 @@ class WTinyLFU(QueuePolicy):
         """(incumbent to evict, newcomer that takes its place in main)."""
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """Enter the window."""
         return self.window
 
     def add(self, item: Item) -> None:
@@ -434,10 +394,8 @@ class WTinyLFU(QueuePolicy):
             item.memo.mark = ghost.mark + 1
 
     def used(self, item: Item, record: Record) -> None:
-        """Count a use, and move the item in the window or to the protected queue.
-
-        Overflow of the protected queue returns to probation.
-        """
+        """Count a use, and move the item in the window or to the protected queue, whose overflow
+        returns to probation."""
         record.mark += 1
         self._uses += 1
         self.move(item, self.window if record.queue is self.window else self.protected)
@@ -450,7 +408,7 @@ class WTinyLFU(QueuePolicy):
         if self._uses > AGE_AFTER * sum(map(len, queues)):
             self._uses = 0
             for queue in queues:
-                for held in queue:
+                for held, _ in queue.entries.values():
                     held.memo.mark //= 2
 
     def choose(self) -> Item | None:
