@@ -76,16 +76,10 @@ class End(PlacementPolicy):
     there."""
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        """Return no positions: nothing is saved during prefill."""
         return ()
 
     def decode_interval(self) -> int | None:
-        """Return 1: save at every grid position. The caller keeps only the newest checkpoint."""
         return 1
-
-
-STATELESS = (Branch, Boundary, Backoff, Every, End)
-"""Rules that ignore all notifications."""
 
 
 class Placement(PlacementPolicy):
@@ -97,10 +91,6 @@ class Placement(PlacementPolicy):
     def __init__(self, rules: tuple[PlacementPolicy, ...]) -> None:
         self._rules = rules
         self.is_guarded = all(rule.is_guarded for rule in rules)
-        self._learning = [rule for rule in rules if type(rule) not in STATELESS]
-        fixed = [rule.decode_interval() for rule in rules if type(rule) in STATELESS]
-        self._interval = min((one for one in fixed if one is not None), default=None)
-        """Shortest interval of the rules without learning, which does not change."""
 
     @property
     def rules(self) -> tuple[PlacementPolicy, ...]:
@@ -113,32 +103,28 @@ class Placement(PlacementPolicy):
         return placed
 
     def decode_interval(self) -> int | None:
-        """Return the shortest interval of any rule. The caller rounds it up to the grid."""
-        shortest = self._interval
-        for rule in self._learning:
-            interval = rule.decode_interval()
-            if interval is not None and (shortest is None or interval < shortest):
-                shortest = interval
-        return shortest
+        """Return the shortest interval of any rule."""
+        intervals = [rule.decode_interval() for rule in self._rules]
+        return min((one for one in intervals if one is not None), default=None)
 
     def on_prefill(self, prefill: Prefill) -> None:
-        for rule in self._learning:
+        for rule in self._rules:
             rule.on_prefill(prefill)
 
     def on_hit(self, item: Item) -> None:
-        for rule in self._learning:
+        for rule in self._rules:
             rule.on_hit(item)
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        for rule in self._learning:
+        for rule in self._rules:
             rule.on_ghost_hit(item, num_tokens)
 
     def on_saved(self, position: int, label: str) -> None:
-        for rule in self._learning:
+        for rule in self._rules:
             rule.on_saved(position, label)
 
     def on_dropped(self, position: int, label: str) -> None:
-        for rule in self._learning:
+        for rule in self._rules:
             rule.on_dropped(position, label)
 
 
@@ -295,23 +281,17 @@ class Adaptive(PlacementPolicy):
         """Latest prefill and its plan, until ``plan`` returns it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the learned state as plain data."""
         numbers = {name: value for name, value in vars(self).items() if name not in UNSAVED}
         accounts = [[label, dict(vars(account))] for label, account in self._accounts.items()]
         return {"accounts": accounts} | numbers
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the learned state by the result of ``state_dict``."""
         self._accounts, self._latest = {}, None
         for label, fields in state["accounts"]:
             account = self._accounts[label] = _Account(label, 0.0, 0, 0.0)
             vars(account).update(fields)
         for name in vars(self).keys() - UNSAVED:
             setattr(self, name, state[name])
-
-    def num_saved(self) -> dict[str, float]:
-        """Return the saved checkpoints counted so far, by label; large counts have faded."""
-        return {label: account.placed - 1.0 for label, account in self._accounts.items()}
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         latest = self._latest
@@ -324,7 +304,6 @@ class Adaptive(PlacementPolicy):
         return 1 if self._saves_answer else None
 
     def on_prefill(self, prefill: Prefill) -> None:
-        """Count the prompt and its possible labels."""
         self._num_prompts = min(self._num_prompts + 1, MEMORY)
         self._mean_prompt += (prefill.prompt_len - self._mean_prompt) / self._num_prompts
         if prefill.free_slots is not None:
@@ -378,8 +357,7 @@ class Adaptive(PlacementPolicy):
         back_offs: list[Placed],
         bars: tuple[float, float],
     ) -> tuple[list[Placed], bool]:
-        """Return the positions to save, by descending priority, and whether to save the end of the
-        answer."""
+        """Return the positions to save, by descending priority, and whether to save the answer."""
         cached_len, free_slots = prefill.cached_len, prefill.free_slots
         wanted: list[Placed] = []
         num_positions = len(shared) + len(back_offs) + 2
@@ -469,7 +447,7 @@ class Adaptive(PlacementPolicy):
         return account.pays(bars)
 
     def _bars(self) -> tuple[float, float]:
-        """Return the earnings, and the tokens from real hits, per checkpoint above which a label
+        """Return the earnings, and the tokens of real hits, per checkpoint above which a label
         pays."""
         copy, forks = COPY * self._mean_prompt, self._accounts.get("branch")
         used = inf if forks is None or forks.placed < FEW else forks.used / forks.placed + copy
@@ -478,10 +456,8 @@ class Adaptive(PlacementPolicy):
 
 
 def _positions(prefill: Prefill) -> tuple[tuple[int, ...], list[Placed]]:
-    """Return the shared boundaries of ``prefill`` and its back-offs, deepest first. O(log prompt).
-
-    A boundary at the end of the prompt itself is not shared; the first back-off is there.
-    """
+    """Return the shared boundaries of ``prefill`` and its back-offs, deepest first. O(log
+    prompt)."""
     shared = prefill.boundaries
     longest = max(1, min(HEADER, prefill.grid - 1))
     own_end = end_of_prompt(prefill.prompt_len, shared, longest)

@@ -106,19 +106,14 @@ def known_names(table: Mapping[str, Entry]) -> list[str]:
 
 
 def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
-    """Return a factory of the eviction policy that ``spec`` names, makes or is.
-
-    Raises:
-        ValueError: the name is unknown, or a class lacks methods. The message lists them.
-    """
+    """Return a factory of the eviction policy that ``spec`` names, makes or is. Raises ValueError
+    if the name is unknown or the class does not fit."""
     return _maker("eviction policy", EVICTION_NAMES, spec, EvictionPolicy)
 
 
 def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
-    """Parse a placement such as ``"branch,boundary,backoff,every:1024"``.
-
-    ``"none"`` (alone) saves nothing. A user's placement policy can be given as a class, a factory
-    function or an instance.
+    """Parse a placement such as ``"branch,boundary,backoff,every:1024"``, or a user's policy given
+    as a class, a factory function or an instance. ``"none"`` (alone) saves nothing.
 
     Raises:
         ValueError: a name is unknown, or its number is missing, superfluous or wrong.
@@ -131,8 +126,6 @@ def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
     parts = split_specs(spec)
     if "none" in parts:
         raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
-    if twice := next((part for part in parts if parts.count(part) > 1), None):
-        raise ValueError(f"{spec!r}: {twice} is named twice")
     rules: list[PlacementPolicy] = [
         _maker("checkpoint placement", PLACEMENT_NAMES, part, PlacementPolicy)() for part in parts
     ]
@@ -140,11 +133,8 @@ def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
 
 
 def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
-    """Return a new admission policy that ``spec`` names, makes or is.
-
-    Raises:
-        ValueError: the name is unknown, or a class lacks methods. The message lists them.
-    """
+    """Return a new admission policy that ``spec`` names, makes or is. Raises ValueError if the name
+    is unknown or the class does not fit."""
     policy: AdmissionPolicy = _maker("admission policy", ADMISSION_NAMES, spec, AdmissionPolicy)()
     return policy
 

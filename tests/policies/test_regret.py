@@ -161,7 +161,9 @@ def test_the_placement_counts_only_checkpoints_that_were_saved(
         else:
             cache.take_step().done()
             lease.finish(prompt, 500)
-    assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
+    assert (
+        0 < sum(one.placed - 1 for one in learned._accounts.values()) == cache.stats.inserted_slots
+    )
 
 
 @pytest.mark.full
@@ -219,6 +221,6 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
     learned = Adaptive()
     learned.on_saved(60, "decode/tool_use")
     learned.on_hit(FakeItem("tip", label="decode/tool_use"))
-    assert learned.num_saved().keys() == {"decode"}, (
+    assert learned._accounts.keys() == {"decode"}, (
         "a placement policy decides before the stop reason is known"
     )

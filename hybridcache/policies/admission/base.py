@@ -1,5 +1,4 @@
-"""Contract of an admission policy: its view of waiting requests, sessions and memory. Policies
-without a history: by arrival, by the cached part of prompts, by sessions."""
+"""Interface of admission policies, and policies without a history."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ class Session:
 
 
 class WaitingRequest:
-    """Part of a request that admission policies read. The scheduler writes it
-    (``scheduling.request.ScheduledRequest``)."""
+    """Part of a ``ScheduledRequest`` that admission policies read."""
 
     def __init__(self, *, arrival: int, arrival_s: float, num_tokens: int, max_len: int) -> None:
         self.arrival = arrival
@@ -83,8 +81,7 @@ class WaitingRequest:
 
 @dataclass(kw_only=True, eq=False)
 class Load:
-    """The state of the server as a policy sees it. Read-only: the scheduler changes the collections
-    and ``now_s``."""
+    """State of the server as a policy sees it. Read-only."""
 
     now_s: float = 0.0
     """Time of the step."""
@@ -97,20 +94,19 @@ class Load:
     idle_sessions: Collection[Session]
     """Other sessions that are remembered; the one idle for longest first."""
     cached_len: Callable[[WaitingRequest], int]
-    """Function of a waiting request. Returns its tokens that are cached now, or could be loaded
-    from another tier. Counts as no use of the cache. O(1) while the cache has not changed since the
-    last call, else O(length)."""
+    """Function of a waiting request: its tokens that are cached now, or could be loaded from a
+    tier. No use of the cache. O(1) while the cache has not changed since the last call, else
+    O(length)."""
     footprint: Callable[[Session], float]
-    """Function of a session. Returns the part of the memory, 0 to 1, that its text takes. Includes
-    one checkpoint and excludes text shared with other sessions."""
+    """Function of a session: the part of the memory, 0 to 1, that its text and one checkpoint take,
+    without text shared with other sessions."""
 
 
 class AdmissionPolicy:
-    """Decides in which order waiting requests are admitted, and which must wait.
+    """Order in which waiting requests are admitted, and choice of those that must wait.
 
-    The base class admits the oldest first and withholds none. Subclasses override the methods they
-    need. The scheduler admits the requests given by ``order`` as long as there are places, token
-    budget and memory.
+    The base class admits the oldest first. The scheduler admits the requests given by ``order`` as
+    long as there are places, token budget and memory.
 
     The scheduler keeps these invariants for every policy:
 
@@ -161,8 +157,8 @@ a long prompt: one of 100,000 tokens is passed 1,562 times."""
 
 
 class _Ranked(AdmissionPolicy):
-    """Admits the waiting request of the lowest rank first, among the oldest ``LOOK_AHEAD``. The
-    oldest one goes before them once it has waited ``MOST_WAIT_S``."""
+    """Admit the lowest rank first, among the oldest ``LOOK_AHEAD`` requests. The oldest one goes
+    before them once it has waited ``MOST_WAIT_S``."""
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         is_late = bool(waiting) and load.now_s - waiting[0].arrival_s >= MOST_WAIT_S
@@ -176,9 +172,8 @@ class _Ranked(AdmissionPolicy):
 
 
 class CachedFirst(_Ranked):
-    """Admit the request with the fewest uncached tokens first; each pass counts as 64 fewer.
-
-    The oldest request goes first once it has waited for two minutes.
+    """Admit the request with the fewest uncached tokens first; each pass counts as 64 fewer. The
+    oldest request goes first once it has waited for two minutes.
 
     Source: shortest job first, by the number of tokens left to compute.
     """
@@ -189,9 +184,8 @@ class CachedFirst(_Ranked):
 
 
 class LongestMatch(_Ranked):
-    """Admit the request with the most cached tokens first; each pass counts as 64 more.
-
-    The oldest request goes first once it has waited for two minutes.
+    """Admit the request with the most cached tokens first; each pass counts as 64 more. The oldest
+    request goes first once it has waited for two minutes.
 
     Source: SGLang's ``lpm``, with the ageing of its pull requests 31723 and 33210.
     """

@@ -3,12 +3,9 @@ policy that keeps resident sessions in memory.
 
 A session is a conversation or an agent's run. Its requests never overlap. Each prompt begins with
 the previous prompt, possibly without its last few tokens if a chat template rewrites them. So each
-session leaves one *anchor*: the part of its newest prompt with which the next prompt is expected to
-begin. A prompt belongs to the session of the longest anchor that it begins with.
-
-A session with an open request takes no other: a second request on the same prefix (a fork, a
-subagent) begins another session. Exceptions are the choices of one answer, which the embedder
-declares (``choice_of``). Prompts that share only a system prompt share no anchor.
+session leaves an *anchor*: the part of its newest prompt with which the next one is expected to
+begin. A prompt belongs to the session of the longest anchor that it begins with, unless a request
+of that session is open. Exceptions are the choices of one answer (``choice_of``).
 """
 
 from __future__ import annotations
@@ -38,9 +35,9 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Sessions:
-    """Assigns requests to sessions, numbered in the order in which they began.
+    """Assigns requests to sessions, numbered in the order in which they began. Tenants share none.
 
-    Tenants (namespaces) share none. Memory is O(``MAX_KNOWN`` + open requests).
+    Memory is O(``MAX_KNOWN`` + open requests).
     """
 
     def __init__(self, max_known: int = MAX_KNOWN) -> None:
@@ -110,8 +107,8 @@ class Sessions:
         return session
 
     def left(self, session: Session, num_tokens: int, now_s: float) -> None:
-        """Remove a request of ``session`` that was answered or aborted. Its text has ``num_tokens``
-        tokens. Amortised O(log sessions)."""
+        """Remove a request of ``session`` that was answered or aborted, with a text of
+        ``num_tokens``."""
         session.num_open -= 1
         session.num_tokens = max(session.num_tokens, num_tokens)
         if session.num_open:
@@ -124,8 +121,8 @@ class Sessions:
             self._forget(oldest)
 
     def end(self, request_id: str) -> Session | None:
-        """End and forget the idle session with ``request_id`` as its newest request, and return it.
-        None if there is no such session. O(1)."""
+        """End, forget and return the idle session with ``request_id`` as its newest request. None
+        if there is no such session."""
         session = self._by_newest.get(request_id)
         if session is None or session not in self.idle:
             return None
@@ -155,11 +152,8 @@ class Sessions:
 
 
 def anchor_lens(prompt_len: int, boundaries: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the candidate lengths of the part shared with the session's next prompt.
-
-    A boundary near the end is the position where, by the chat template, the next prompt diverges
-    from this one. Without such a boundary, the next prompt continues this one, or diverges a few
-    tokens before its end.
+    """Return the candidate lengths of the part shared with the session's next prompt: a boundary
+    near the end; else all of it, or all but a few tokens.
 
     >>> anchor_lens(1000, (300, 995)), anchor_lens(1000, (300,)), anchor_lens(5, ())
     ((995,), (992, 1000), (5,))
@@ -188,7 +182,6 @@ class _Anchors:
         session.anchors.append((length, prefix_hash))
 
     def remove(self, session: Session) -> None:
-        """Remove the anchors of ``session``, if it has any."""
         for length, _ in session.anchors:
             at = bisect_left(self.lengths, length)
             while self._owners[at] is not session:
@@ -197,9 +190,9 @@ class _Anchors:
         session.anchors.clear()
 
     def find(self, hashes: npt.NDArray[np.uint64]) -> tuple[Session | None, int]:
-        """Return the session without an open request that has the longest anchor among the prefixes
-        with these hashes, the newest of several, and that anchor's length; (None, 0) if there is
-        none. O(anchors), vectorised."""
+        """Return the session without an open request that has the longest anchor among these prefix
+        hashes, the newest of several, and the anchor's length; (None, 0) if there is none.
+        O(anchors), vectorised."""
         count = bisect_right(self.lengths, len(hashes))
         if not count:
             return None, 0
@@ -342,13 +335,11 @@ class SessionGate(AdmissionPolicy):
     @property
     def _worth(self) -> float:
         """Number of requests that are answered if sessions are kept in memory, relative to the
-        number if their prompts are repeated. Below ``least_worth``, nothing is withheld.
-        ``least_worth`` if nothing is known.
+        number if their prompts are repeated. ``least_worth`` if nothing is known.
 
         With n sessions in memory, one request of each is answered in every cycle of a pause and an
-        answer. Without memory for them, one request is answered in the time of a whole prompt.
-        Prompts that are computed during an answer do not count: with them, answers would be long
-        where sessions are not kept, and the number would stay low for that reason alone.
+        answer; without, one request in the time of a whole prompt. Prompts that are computed during
+        an answer do not count, or the number would stay low where sessions are not kept.
         """
         if not self._held_s:
             return self._least_worth
@@ -408,8 +399,7 @@ class SessionGate(AdmissionPolicy):
     def _has_room(
         self, first: WaitingRequest, entering: Sequence[WaitingRequest], load: Load
     ) -> bool:
-        """Return whether ``first`` fits next to the sessions that are resident and were active
-        recently. O(sessions)."""
+        """Return whether ``first`` fits next to recently active resident sessions. O(sessions)."""
         outside = {request.session for request in entering}
         taken = 0.0
         for session in load.open_sessions:
@@ -423,8 +413,7 @@ class SessionGate(AdmissionPolicy):
         return not taken or taken + load.footprint(first.session) <= self._limit
 
     def _move_limit(self, now_s: float, factor: float, step: float) -> None:
-        """Change the share of the memory that sessions may fill, once in a cycle of a pause and an
-        answer."""
+        """Change the share of the memory that sessions may fill, once per cycle."""
         if now_s >= self._moves_at_s:
             self._limit = min(1.0, max(LEAST_LIMIT, factor * self._limit + step))
             self._moves_at_s = now_s + self._pause_s + self._answer_s
@@ -513,8 +502,8 @@ def _averaged(average: float, value: float) -> float:
 
 
 def _lost_len(session: Session, cached_len: int) -> int:
-    """Return the number of uncached tokens of the session's previous prompt, without the beginning
-    that it shared with others."""
+    """Return the uncached tokens of the session's previous prompt, without the beginning that it
+    shared with others."""
     return max(0, session.known_len - max(cached_len, session.shared_len))
 
 

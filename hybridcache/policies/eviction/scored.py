@@ -1,6 +1,6 @@
 """Policies with one score per item, ordered by a heap or by sampling, and their base classes.
 
-A user's policy, to be named on the command line as ``module:Class``:
+A user's policy:
 
 >>> class ShallowLast(ScorePolicy):
 ...     'Evicts the deepest item first.'
@@ -55,13 +55,9 @@ class ScorePolicy(EvictionPolicy):
         """Return the value of keeping ``item``, in any unit."""
 
     def evicted(self, item: Item, score: Score) -> None:
-        """Process the eviction of this policy's victim. ``score`` is its last score.
-
-        A hook for policies with ageing.
-        """
+        """Process the eviction of this policy's victim. ``score`` is its last score."""
 
     def add(self, item: Item) -> None:
-        """Add a candidate, or compute its score again after a use. O(log n) amortised."""
         self.now = max(self.now, item.last_used)
         heap, entries = self._heaps[item.kind], self._entries[item.kind]
         entries[item] = entry = (_checked(self, item), item.serial, item)
@@ -73,7 +69,6 @@ class ScorePolicy(EvictionPolicy):
     touch = add
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """Mark the entry as stale. Calls ``evicted`` for the latest victim. O(1)."""
         entry = self._entries[item.kind].pop(item)
         if self._chosen is entry:
             self._chosen = None
@@ -81,11 +76,9 @@ class ScorePolicy(EvictionPolicy):
                 self.evicted(item, entry[0])
 
     def candidates(self) -> Iterable[Item]:
-        """Return all candidates, unordered. O(n)."""
         return chain(*self._entries.values())
 
     def victim(self, kind: Kind | None) -> Item | None:
-        """Return the top of one heap or of both, after updating its score. O(log n) amortised."""
         kinds: tuple[Kind, ...] = ("kv", "checkpoint") if kind is None else (kind,)
         tops = [top for each in kinds if (top := self._top(each)) is not None]
         self._chosen = min(tops, key=lambda entry: (entry[0], entry[1])) if tops else None
@@ -139,18 +132,15 @@ class SampledPolicy(EvictionPolicy):
         """Process the eviction of this policy's victim."""
 
     def add(self, item: Item) -> None:
-        """Add a candidate. O(1)."""
         self.now = max(self.now, item.last_used)
         bag = self._bags[item.kind]
         self._places[item] = len(bag)
         bag.append(item)
 
     def touch(self, item: Item) -> None:
-        """Advance the clock. Scores are computed only for victims."""
         self.now = max(self.now, item.last_used)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """Remove a candidate. Calls ``evicted`` for the latest victim. O(1)."""
         bag = self._bags[item.kind]
         place, last = self._places.pop(item), bag.pop()
         if last is not item:
@@ -162,7 +152,6 @@ class SampledPolicy(EvictionPolicy):
                 self.evicted(item)
 
     def candidates(self) -> Iterable[Item]:
-        """Return all candidates, unordered. O(n)."""
         return chain(*self._bags.values())
 
     def victim(self, kind: Kind | None) -> Item | None:
@@ -225,8 +214,7 @@ class FIFO(ScorePolicy):
 class Random(SampledPolicy):
     """Evict a uniformly random candidate. Deterministic for a given seed.
 
-    Source: folklore. Random eviction has a competitive bound, which makes it a useful control on
-    loops, where LRU has no hits.
+    Source: folklore; a control on loops, where LRU has no hits.
     Candidates: leaf KV, any unlocked checkpoint. Refresh: none.
     Two kinds: drawn together, so the kind with more candidates loses more.
     """
@@ -240,10 +228,8 @@ class Random(SampledPolicy):
 
 
 class _Ageing(ScorePolicy):
-    """Scores on top of an age: the last victim's score, as of the item's latest use.
-
-    So items with many old uses expire.
-    """
+    """Scores on top of an age: the last victim's score, as of the item's latest use. So items with
+    many old uses expire."""
 
     orders_classes = False
 
@@ -265,15 +251,12 @@ class _Ageing(ScorePolicy):
 class LFU(_Ageing):
     """Evict the least used item; new items start at the score of the last victim (LFU-DA).
 
-    This ageing lets items with many old uses expire.
-
     Source: Arlitt et al., "Evaluating content management techniques for Web proxy caches", 2000.
     Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
     Two kinds: one order over both. Sizes are ignored (``gdsf`` adds sizes and costs).
     """
 
     def score(self, item: Item) -> float:
-        """Return uses + age at the latest use."""
         return item.uses + 1 + self.age_of(item)
 
 
@@ -314,11 +297,8 @@ class LHD(SampledPolicy):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         shape = (2 * NUM_CLASSES, NUM_AGES)
-        self._hits: npt.NDArray[np.float64] = np.zeros(shape)
-        self._evictions: npt.NDArray[np.float64] = np.zeros(shape)
-        self._density: npt.NDArray[np.float64] = np.tile(
-            1.0 / (1 << np.arange(NUM_AGES)), (shape[0], 1)
-        )
+        self._hits, self._evictions = np.zeros(shape), np.zeros(shape)
+        self._density = np.tile(1.0 / (1 << np.arange(NUM_AGES)), (shape[0], 1))
         self._events = 0
 
     def score(self, item: Item) -> float:
@@ -371,10 +351,7 @@ def _age_bin(age: int) -> int:
 
 
 class Columns:
-    """Items with three numbers each, so that a victim is one vector expression.
-
-    Removal moves the last item into the gap: O(1).
-    """
+    """Items with three numbers each, so that a victim is one vector expression."""
 
     def __init__(self) -> None:
         self.items: list[Item] = []
@@ -385,12 +362,6 @@ class Columns:
         """Logical time of the last use, or of the entry into the class."""
         self.worths: npt.NDArray[np.float64] = np.zeros(64)
         """Value of a use per byte."""
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __contains__(self, item: Item) -> bool:
-        return item in self.places
 
     def rows(self) -> list[list[Any]]:
         """Return [serial, cell, time, worth] of each item, in their order."""
@@ -463,7 +434,6 @@ class Marconi(EvictionPolicy):
         self._columns: dict[Kind, Columns] = {"kv": Columns(), "checkpoint": Columns()}
 
     def add(self, item: Item) -> None:
-        """Add a candidate, or update it after a use. Dead KV has a separate queue. O(1)."""
         if item.dead:
             self._dead[item] = None
         else:
@@ -472,7 +442,6 @@ class Marconi(EvictionPolicy):
     touch = add
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """Remove a candidate. O(1)."""
         if item in self._dead:
             del self._dead[item]
         else:
@@ -487,12 +456,9 @@ class Marconi(EvictionPolicy):
         return self._least(self._columns["checkpoint"]) or self._least(self._columns["kv"])
 
     def _least(self, columns: Columns) -> Item | None:
-        """Return the candidate with the least score.
-
-        Its value can be outdated (too low) after an eviction above. Then it is updated and the
-        search repeated.
-        """
-        count = len(columns)
+        """Return the candidate with the least score. A value that is too low after an eviction
+        above is updated, and the search repeated."""
+        count = len(columns.items)
         if not count:
             return None
         recency = _normalised(columns.times[:count].astype(np.float64))
@@ -512,8 +478,6 @@ def efficiency(item: Item) -> float:
     return item.span * (1 + middle / ATTENTION_TOKENS) / item.size_bytes
 
 
-def _normalised(
-    values: np.ndarray[tuple[int], np.dtype[np.float64]],
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _normalised(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if high > low else np.zeros_like(values)

@@ -66,7 +66,7 @@ _ROW_MASK = (1 << _ROW_BITS) - 1
 
 SAVED = (
     *("now", "_parents", "_priors", "_events", "_reached", "_partial", "index", "_unused"),
-    *("_oldest", "_num_opened", "_changes", "_refreshed_at", "_ended", "_used"),
+    *("_num_opened", "_changes", "_refreshed_at", "_ended", "_used"),
 )
 """Attributes of ``Hazards`` that are saved as they are."""
 
@@ -79,10 +79,9 @@ def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
 
 
 class _Generation(NamedTuple):
-    """Rows with keys of equal length, either all with a model or all without."""
+    """Rows with keys of equal ``length``, either all with a model or all without."""
 
     length: int
-    """Length of the keys."""
     rows: Ints
     """Rows, grouped by parent."""
     parents: Ints
@@ -90,9 +89,8 @@ class _Generation(NamedTuple):
     models: Ints | None
     """Model of each row, or None for rows that begin with the hazard of their parent."""
     heirs: Ints
-    """Distinct parents."""
+    """Distinct parents; ``first`` has the place of the first row of each."""
     first: Ints
-    """First row of each parent, as an index of ``rows``."""
     facts: Ints
     """Number of each row's last fact, from 0; with ``models``, of its parent."""
 
@@ -136,11 +134,8 @@ class Hazards:
         self._open = array("q", [-1]) * max_open
         """Code of each open stage, or -1 for unused places."""
         self._unused = list(range(max_open))
-        self._places: dict[int, int] = {}
+        self._places: OrderedDict[int, int] = OrderedDict()
         """Place of each open stage in ``_open``, oldest stage first."""
-        self._oldest = 0
-        """Lower bound of the open stages. Finding the first key of a dictionary takes more than
-        O(1) after many removals in front of it."""
         self._num_opened = 0
         self._changes = 0
         self._refreshed_at = 0
@@ -150,7 +145,7 @@ class Hazards:
         """Codes of those that ended in a use."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all classes, counts and open stages, as plain data and arrays. O(size)."""
+        """Return the learned state as plain data and arrays. O(size)."""
         return {
             "keys": list(self.rows),
             "models": list(self._models.items()),
@@ -160,13 +155,12 @@ class Hazards:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace everything by the result of ``state_dict``, which is not used elsewhere then.
-        O(size)."""
+        """Replace the learned state by the result of ``state_dict``, without a copy. O(size)."""
         self.rows = {}
         for key in state["keys"]:  # JSON has lists in place of tuples
             facts = tuple(tuple(fact) if isinstance(fact, list) else fact for fact in key)
             self.rows[facts] = len(self.rows)
-        self._models, self._places = dict(state["models"]), dict(state["places"])
+        self._models, self._places = dict(state["models"]), OrderedDict(state["places"])
         self._open, self._generations = array("q", state["open"].tolist()), None
         for name in SAVED:
             setattr(self, name, state[name])
@@ -207,9 +201,7 @@ class Hazards:
         stage = self._num_opened
         self._num_opened = stage + 1
         if not self._unused:
-            while self._oldest not in self._places:
-                self._oldest += 1
-            self.close(self._oldest, now, used=False)
+            self.close(next(iter(self._places)), now, used=False)
         place = self._places[stage] = self._unused.pop()
         self._open[place] = now << _ROW_BITS | row
         return stage
@@ -256,10 +248,8 @@ class Hazards:
         return True
 
     def _hazards(self, now: int, num_bins: int = NUM_BINS) -> Floats:
-        """Return uses per unit of time at risk, by row and bin, for the first ``num_bins`` bins.
-
-        No stage is older than these bins.
-        """
+        """Return uses per unit of time at risk, by row and bin. No stage is older than the first
+        ``num_bins`` bins."""
         if self._generations is None:
             self._generations = _sorted_by_parent(self.rows, self._parents, self._models)
         self._count_ended()
@@ -383,10 +373,8 @@ def _level(uses: Floats, foretold: Floats, doubt: float, added: float) -> Floats
 
 
 def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
-    """Return ``max over T of P(use within T) / E[time until then]`` by row and first bin.
-
-    T is the end of one of the bins of ``hazard``. The result has ``num_bins`` columns.
-    """
+    """Return ``max over T of P(use within T) / E[time until then]`` by row and first bin, for the
+    first ``num_bins``. T is the end of one of the bins of ``hazard``."""
     num_ends = hazard.shape[1]
     num_bins = min(num_bins, num_ends)
     widths = WIDTHS[:num_ends, None]
@@ -415,10 +403,8 @@ def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
 
 SUPERSEDED_PRIOR = 0.125
 """Assumed hazard of superseded checkpoints relative to others of their label, without evidence.
-
-With a separate hazard, superseded checkpoints would outlast tips in a new cache: time without a use
-lowers the hazard of tips, which are many, and not that of the first superseded checkpoint.
-"""
+With a hazard of their own they would outlast tips in a new cache, because time without a use lowers
+that of tips, which are many."""
 COMMON = frozenset(
     {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1", "rejoin"}
 )
@@ -453,8 +439,7 @@ class _Memo:
         self.uses = item.uses
         self.superseded = item.superseded
         self.turn = 0
-        """Number of earlier tips in the lineage. It goes on through forks, because a conversation
-        does: its prompts may end at one."""
+        """Number of earlier tips in the lineage, through forks too: a prompt may end at one."""
         before = item.predecessor
         if before is not None and isinstance(before.memo, _Memo):
             is_tip = before.label not in FORKS and (before.uses > 0 or not before.superseded)
@@ -520,7 +505,6 @@ class Survival(EvictionPolicy):
         return lower
 
     def candidates(self) -> Iterable[Item]:
-        """Return all candidates, unordered. O(n)."""
         return chain(self._checkpoints.items, self._kv.items, self._dead, self._idle_kv or ())
 
     def state_dict(self) -> dict[str, Any]:
@@ -647,11 +631,8 @@ class Survival(EvictionPolicy):
             self.hazards.close(memo.stage, now, used=True)
 
     def on_ghost_hit_above(self, item: Item) -> None:
-        """Count a use of ``item``, unless it was evicted while superseded.
-
-        Without its eviction the request would have resumed from it. Its value next to a deeper
-        checkpoint ended when that one was evicted too.
-        """
+        """Count a use of ``item``, unless it was evicted while superseded: its value next to a
+        deeper checkpoint ended when that one was evicted too."""
         memo = item.memo
         if isinstance(memo, _Memo):
             now = self.hazards.now + (not self._just_used)
@@ -683,9 +664,8 @@ class Survival(EvictionPolicy):
         """End the stage of ``item``, with ``used`` as in ``Hazards.close``, and begin one in its
         present class.
 
-        An item that stands in for an evicted tip had its own continuation already. It is used by
-        the request that the tip waits for, or by a fork, as superseded items are. The class with
-        the higher index counts.
+        An item that stands in for an evicted tip is used by the request that the tip waits for, or
+        by a fork, as superseded items are. The class with the higher index counts.
         """
         hazards = self.hazards
         hazards.close(memo.stage, item.last_used if used else hazards.now, used)
@@ -713,8 +693,8 @@ class Survival(EvictionPolicy):
         memo.stage = hazards.open(row, memo.active)
 
     def _least(self, columns: Columns) -> Item | None:
-        """Return the candidate with the least value per byte, or None. Corrects outdated values of
-        chosen candidates."""
+        """Return the candidate with the least value per byte, or None. Outdated values of chosen
+        candidates are corrected."""
         count = len(columns.items)
         if not count:
             return None
@@ -740,8 +720,7 @@ class Survival(EvictionPolicy):
 
 
 def _class_of(item: Item, turn: int) -> Class:
-    """Return the class of ``item``, from coarse to fine. Classes with little evidence use the
-    hazards of the coarser class."""
+    """Return the class of ``item``, from coarse to fine."""
     uses, position = item.uses, item.position
     label, _, stop_reason = item.label.partition("/")
     octave = position.bit_length()
