@@ -136,16 +136,15 @@ class ArenaAllocator(PageAllocator):
 
         The remaining holes are stacked again, with those of the fullest slabs on top.
         """
-        first = slab * self._slab_pages
-        pages, is_inside = self._stacked(), slabs == slab
+        first, num_inside = slab * self._slab_pages, int(counts[slab])
+        counts[slab] = self._slab_pages  # more than in any other slab: its holes come last
+        # Keys of 16 bits are sorted in linear time.
+        keys = counts.astype(np.uint16 if self._slab_pages < 1 << 16 else np.intp).take(slabs)
+        pages = self._stacked().take(keys.argsort(kind="stable"))
+        holes = pages[:-num_inside]
         is_living = np.ones(self._slab_pages, np.bool_)
-        is_living[pages[is_inside].astype(np.intp) - first] = False
+        is_living[pages[-num_inside:] - first] = False
         living = np.flatnonzero(is_living)
-        is_outside = ~is_inside
-        keys = counts.take(slabs[is_outside])
-        if self._slab_pages < 1 << 16:
-            keys = keys.astype(np.uint16)  # sorted in linear time
-        holes = pages[is_outside].take(keys.argsort(kind="stable"))
         self._restack(holes[: len(living) - 1 : -1])
         src = self.rows_of(living.astype(np.int32) + np.int32(first))
         dst = self.rows_of(holes[: len(living)])
@@ -278,16 +277,12 @@ class RowIndex:
             self.new.clear()
         serials = self._serials.take(move.src)
         self._serials[move.dst.astype(np.intp)] = serials
-        # A row that left the tree keeps the serial of a segment that is gone, or has lost it.
-        found = [self._known.get(serial) for serial in np.unique(serials).tolist()]
-        arrays = [segment.rows for segment in found if segment is not None]
-        if not arrays:
-            return 0
-        renamed = np.concatenate(arrays)
-        num_owned = len(move.rename(renamed))
-        ends = np.cumsum(list(map(len, arrays)))
-        for rows, part in zip(arrays, np.split(renamed, ends[:-1]), strict=True):
-            rows[:] = part
+        ends = np.flatnonzero(serials[1:] != serials[:-1])
+        num_owned = 0
+        for serial in {*serials[ends].tolist(), serials.item(-1)}:
+            # A row that left the tree keeps the serial of a segment that is gone, or has lost it.
+            if (segment := self._known.get(serial)) is not None:
+                num_owned += len(move.rename(segment.rows))
         return num_owned
 
     def check(self, segments: list[Segment]) -> None:
