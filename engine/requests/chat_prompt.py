@@ -1,20 +1,17 @@
 """Conversion of chats to prompts: the text of the template, the tokens that were sampled for
 earlier answers, and the positions at which the next prompt will differ.
 
-A chat template does not only append: it drops the end of the generation header and the reasoning of
-earlier turns. The next prompt of a chat with reasoning thus differs a few tokens before the end of
-this one. A checkpoint at the exact end would never be used again. The position is found with the
-template: the history is rendered as in the next turn, and the common prefix is taken.
+A template drops the end of the generation header and the reasoning of earlier turns, so the next
+prompt of a chat differs before the end of this one, and a checkpoint at the exact end would never
+be used again. So the history is rendered as in the next turn, and the common prefix is taken.
 
-When a client sends an answer back, the template writes it again and the tokenizer encodes it again.
-Its JSON may be spaced differently and its words split differently, so the prompt would differ from
-the cached one where the answer begins. If the sampled tokens are known, they are used instead
-(``Replay``), and all text around them stays as the template writes it. A turn is replaced only if
+When a client sends an answer back, its JSON may be spaced and its words split differently, so the
+prompt would differ from the cached one where the answer begins. If the sampled tokens are known,
+they are used instead (``Replay``). A turn is replaced only if
 
 - the chat before it, its text and its calls are the same as when it was sampled;
 - the template writes the message exactly once, in a separate turn (from the last control token
-  before it to the next end token);
-- nothing else in the prompt depends on a character that is added to the message;
+  before it to the next end token), and nothing else depends on a character added to it;
 - the turn begins with the end of the prompt that it was sampled for (``header``), and contains its
   reasoning if there was any. Templates that drop either from history are followed, unless
   ``keeps_thinking`` is set.
@@ -28,10 +25,13 @@ import json
 import re
 import sys
 from array import array
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
+
+import numpy as np
 
 from engine.requests.request import RequestSpec
 from engine.text.bounded_memory import BoundedMemory
@@ -50,10 +50,8 @@ from engine.text.tokenizer import (
 from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
-MARK_CODES = range(0xE001, 0xF900)
-"""Characters that may be inserted into a control token that is text. Private use, as the probe."""
-
-
+MARK = "\ufdd0"
+"""Character inside a control token that is text. No character has this code, so no text has it."""
 KEEPS_THINKING = "preserve_thinking"
 """Template variable of newer templates; emulated for templates that do not support it."""
 ENTRY_BYTES = 512
@@ -213,7 +211,7 @@ def render_chat(
     """Render and encode a chat.
 
     ``sampled`` has the sampled turns by the index of their message. Their tokens are used under the
-    conditions of ``find_splices``; with ``keeps_thinking`` also where the template drops reasoning
+    conditions of this module; with ``keeps_thinking`` also where the template drops reasoning
     from history, so that the prompt differs from the template's.
 
     ``tokenizer.control_tokens`` inside the chat's texts (contents, names, arguments, tools) are
@@ -228,53 +226,73 @@ def render_chat(
     template = tokenizer.chat_template
     if template is None:
         raise TemplateError(no_chat(tokenizer))
-    mark, (messages, tools, variables, cuts) = mark_control_tokens(
+    messages, tools, variables, cuts = mark_control_tokens(
         tokenizer.control_tokens, (messages, tools, variables, cuts)
     )
-    cuts = [Cut(*cut) for cut in cuts]
-
-    def render(chat: Sequence[Message]) -> str:
-        return template.render(
-            chat, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
-        )
-
-    encode_text = partial(
-        tokenizer.encode, add_special_tokens=False, mark=mark, namespace=namespace
+    render = partial(
+        template.render,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        variables=variables,
     )
-
-    written = render(messages)
-    sampled = dict(sampled or {})
+    encode_text = partial(
+        tokenizer.encode, add_special_tokens=False, mark=MARK, namespace=namespace
+    )
+    text = render(messages)
+    walls = [*any_of(tokenizer.special_tokens).finditer(text)]
+    control_tokens = {*tokenizer.control_tokens}
+    controls = [wall for wall in walls if wall[0] in control_tokens]
+    turns = dict(sampled or {})
     if continues_last:
-        sampled.pop(len(messages) - 1, None)
-    splices = find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
-
-    def encode(text: str) -> Tokens:
-        return as_tokens(splices.encode(text, encode_text))
-
-    text = splices.apply(written)
+        turns.pop(len(messages) - 1, None)
+    spans = [*_find_spans(tokenizer, render, messages, text, turns, controls, keeps_thinking)]
+    ending = text[-64:].rstrip() if add_generation_prompt else ""
     if continues_last:
         text = _up_to_content(text, messages[-1])
-    tokens = encode(text)
+
+    def encode(text: str, start: int = 0, known_len: int | None = None) -> Tokens:
+        """Return the tokens of ``text[start:]``, with sampled tokens in place of the turns that end
+        in the known part of it."""
+        ids = list[int]()
+        for span in spans:
+            if start <= span.start and span.end <= (len(text) if known_len is None else known_len):
+                ids += [*encode_text(text[start : span.start]), *encode_text(span.turn.header)]
+                ids += span.turn.token_ids
+                start = span.end
+        return as_tokens(ids + encode_text(text[start:]))
+
+    tokens, wall_ends = encode(text), [wall.end() for wall in walls]
 
     def shared(future: Sequence[Message]) -> list[int]:
         """Return the number of tokens that a later chat shares with this one, or [] if the template
-        rejects it."""
+        rejects it.
+
+        The texts are compared first. Then only the text after the last special token of their
+        common part is encoded, because the text is split at special tokens.
+        """
         try:
-            later = splices.apply(render(future))
+            later = render(future)
         except TemplateError:
             return []
-        return [common_token_prefix(encode, tokenizer.special_tokens, text, tokens, later)]
+        same = common_prefix_len(_codes(text), _codes(later))
+        known_len = min([same, *(span.start for span in spans if span.close > same)])
+        number = bisect(wall_ends, known_len)
+        split = walls[number - 1].start() if number else 0
+        if split <= len(text) // 2:
+            num_before = len(encode(text[:split]))
+        else:
+            num_before = len(tokens) - len(encode(text, split))
+        end = encode(later, split, known_len)
+        return [num_before + common_prefix_len(tokens[num_before:], end)]
 
-    ending = written[-64:].rstrip() if add_generation_prompt else ""
     continued = _content(messages[-1]) if continues_last else ""
     is_thinking = ending.endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE)
     other, *longer = _futures(messages, bool(tools), thinks=not ending.endswith(CLOSE))
-    cut_at = [end for cut in cuts for end in shared(_future_behind(cut, messages))]
+    cut_at = [end for cut in cuts for end in shared(_future_behind(messages, *cut))]
     kept = {end for future in longer for end in shared(future)}
     if keeps_thinking and add_generation_prompt:
         kept.add(len(tokens))
-    turn = _last(control_pattern(tokenizer), text, len(text)) if add_generation_prompt else None
-    header = "" if turn is None else text[turn:]
+    header = text[controls[-1].start() :] if add_generation_prompt and controls else ""
     spec = RequestSpec(
         tokens,
         namespace=namespace,
@@ -282,6 +300,11 @@ def render_chat(
         answer_starts_text=not continues_last,
     )
     return ChatPrompt(spec, tuple(cut_at), is_thinking, header)
+
+
+def _codes(text: str) -> Tokens:
+    """Return the code of each character: int32[n]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.int32)
 
 
 def _content(message: Message) -> str:
@@ -315,128 +338,50 @@ def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> lis
     return futures
 
 
-def _future_behind(cut: Cut, messages: Sequence[Message]) -> list[Message]:
-    """Return a chat that equals this one up to ``cut``, and differs right after it."""
+def _future_behind(
+    messages: Sequence[Message], index: int | None, content: str | None
+) -> list[Message]:
+    """Return a chat that equals this one up to a ``Cut``, and differs right after it."""
     ask: Message = {"role": "user", "content": PROBE}
-    if cut.message is None:
+    if index is None:
         return [{"role": "system", "content": PROBE}, ask]
-    before, last = list(messages[: cut.message]), messages[cut.message]
-    if cut.content is None and last["role"] == "assistant":
+    before, last = list(messages[:index]), messages[index]
+    if content is None and last["role"] == "assistant":
         after = {"role": "tool", "content": PROBE} if last.get("tool_calls") else ask
         return [*before, last, after]
-    content = last["content"] if cut.content is None else cut.content
+    content = last["content"] if content is None else content
     chat: list[Message] = [*before, {**last, "content": content + PROBE}]
     return chat if any(message["role"] == "user" for message in chat) else [*chat, ask]
 
 
-def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str | None, Any]:
-    """Return (mark, ``value`` with marks in its texts that prevent control tokens).
+def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> Any:
+    """Return ``value`` with ``MARK`` in its texts, so that none can become a control token, alone
+    or with adjacent text. O(size of ``value``).
 
-    With the marks, no text can become a control token, alone or with adjacent text. The mark is a
-    character that does not occur in ``value``, or None if no mark is needed. O(size of ``value``).
-    Raises TemplateError if the value is nested too deep, or has all characters that could be one.
+    A control token is inside a text, or the text ends with a beginning of the token, or it starts
+    with an end of it.
     """
-    try:
-        texts, cuts = list[str](), _Cuts(control_tokens)
-        _each_text(value, texts.append)
-        if all(cuts.marked(text, PROBE) == text for text in texts):
-            return None, value
-        marks = (chr(code) for code in MARK_CODES)
-        mark = next((mark for mark in marks if not any(mark in text for text in texts)), None)
-        if mark is None:
-            raise TemplateError("its texts have every private-use character: remove some.")
-        return mark, _each_text(value, lambda text: cuts.marked(text, mark))
-    except RecursionError as error:
-        raise TemplateError("something in it is nested too deep.") from error
+    heads = tuple({token[:end] for token in control_tokens for end in range(1, len(token))})
+    tails = tuple({token[start:] for token in control_tokens for start in range(1, len(token))})
 
+    def marked(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            # Names that templates may use, such as ``text``, stay as they are.
+            return {
+                name if str(name).isidentifier() else marked(name): marked(entry)
+                for name, entry in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [marked(entry) for entry in value]
+        if not isinstance(value, str):
+            return value
+        before, after = MARK * value.startswith(tails), MARK * value.endswith(heads)
+        for token in control_tokens:
+            while token in value:  # Again for tokens that overlapped.
+                value = value.replace(token, token[0] + MARK + token[1:])
+        return before + value + after
 
-class _Cuts:
-    """Places at which a text must be cut, independent of the text that a template writes around it.
-
-    There are three cases for a control token that shares a character with the text. It is inside
-    the text. Or it begins in the text, so that the text ends with a beginning of the token. Or it
-    begins before the text, so that the text starts with an end of the token, or is its middle.
-    """
-
-    def __init__(self, control_tokens: Sequence[str]) -> None:
-        self._tokens = tokens = [token for token in control_tokens if len(token) > 1]
-        self._heads = tuple({token[:end] for token in tokens for end in range(1, len(token))})
-        self._tails = tuple({token[start:] for token in tokens for start in range(1, len(token))})
-
-    def marked(self, text: str, mark: str) -> str:
-        is_middle = text != "" and any(text in token for token in self._tokens)
-        before = mark if is_middle or text.startswith(self._tails) else ""
-        after = mark if text.endswith(self._heads) else ""
-        for token in self._tokens:
-            while token in text:  # Again for tokens that overlapped.
-                text = text.replace(token, token[0] + mark + token[1:])
-        return before + text + after
-
-
-def _each_text(value: Any, change: Callable[[str], Any]) -> Any:
-    """Return a copy of ``value`` in which ``change`` was applied to every text."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {
-            name if _is_plain(name) else change(name): _each_text(entry, change)
-            for name, entry in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_each_text(entry, change) for entry in value]
-    return value
-
-
-def _is_plain(name: Any) -> bool:
-    """Return True for names that templates may use, such as ``text``: they stay as they are."""
-    return not isinstance(name, str) or name.isidentifier()
-
-
-def common_token_prefix(
-    encode: Callable[[str], Tokens],
-    special_tokens: Sequence[str],
-    text: str,
-    tokens: Tokens,
-    later: str,
-) -> int:
-    """Return the number of leading ``tokens`` of ``text`` that the encoding of ``later`` begins
-    with.
-
-    The texts are compared first. Then only the text after the last special token of their common
-    part is encoded, because the text is split at special tokens. O(len(text)) comparisons, and
-    encoding of the shorter side of the split.
-    """
-    shared = _common_prefix(text, later)
-    split = _last(any_of(special_tokens), text, shared) or 0
-    if split <= len(text) // 2:
-        start = len(encode(text[:split]))
-    else:
-        start = len(tokens) - len(encode(text[split:]))
-    return start + common_prefix_len(tokens[start:], encode(later[split:]))
-
-
-def _common_prefix(first: str, second: str) -> int:
-    """Return the length of the common prefix, by bisection over slices: O(n) memory comparison,
-    O(log n) in Python."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _last(pattern: re.Pattern[str], text: str, end: int) -> int | None:
-    """Return the start of the last match that is complete in ``text[:end]``, or None."""
-    window = 1024
-    while True:
-        begin = max(0, end - window)
-        starts = [found.start() for found in pattern.finditer(text, begin, end)]
-        if starts or not begin:
-            return starts[-1] if starts else None
-        window *= 8
+    return marked(value)
 
 
 def said_by(message: Mapping[str, Any]) -> list[Any]:
@@ -470,85 +415,54 @@ FIRST, LAST = 0x100000, 0x10FFFD
 _PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
 
 
-Span = tuple[int, int, SampledTurn]
-"""Start and end of a turn in a rendered chat, and the tokens that replace it."""
+class Span(NamedTuple):
+    """Turn in a rendered chat that is replaced by sampled tokens."""
+
+    start: int
+    end: int
+    """Start of the token that ends the turn."""
+    close: int
+    """End of that token."""
+    turn: SampledTurn
 
 
-class Splices:
-    """Turns of one rendered chat that are replaced by sampled tokens."""
-
-    def __init__(self, text: str, spans: Sequence[Span]) -> None:
-        """``spans`` of ``text``, ascending."""
-        self._text = text
-        self._spans = spans
-
-    def apply(self, text: str) -> str:
-        """Return ``text`` with a character in place of each turn that it shares with the chat.
-
-        ``text`` is a rendering that begins as the chat does. O(turns) comparisons.
-        """
-        pieces, end = [], 0
-        for number, (start, until, _) in enumerate(self._spans):
-            if text[end : until + 1] != self._text[end : until + 1]:
-                break
-            pieces += [text[end:start], chr(FIRST + number)]
-            end = until
-        return "".join((*pieces, text[end:]))
-
-    def encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Return the ids of a text that ``apply`` made."""
-        if not self._spans:
-            return encode(text)
-        token_ids: list[int] = []
-        for number, piece in enumerate(_PLACES.split(text)):
-            if number % 2:
-                turn = self._spans[ord(piece) - FIRST][2]
-                token_ids += encode(turn.header)
-                token_ids += turn.token_ids
-            elif piece:
-                token_ids += encode(piece)
-        return token_ids
-
-
-NO_SPLICES = Splices("", ())
-
-
-def find_splices(
+def _find_spans(
     tokenizer: Tokenizer,
     render: Callable[[Sequence[Message]], str],
     messages: Sequence[Message],
     text: str,
     turns: Mapping[int, SampledTurn],
+    controls: Sequence[re.Match[str]],
     keeps_thinking: bool,
-) -> Splices:
-    """Return the turns that can be replaced in ``text``, the rendering of ``messages``.
+) -> Iterator[Span]:
+    """Yield the turns that can be replaced in ``text``, the rendering of ``messages``, in order.
 
-    ``turns`` are given by the index of their message. Takes one render, and O(len(text)) per turn.
+    ``turns`` are given by the index of their message; ``controls`` are the control tokens of the
+    text. Takes one render.
     """
-    if not turns or len(messages) > LAST - FIRST or _PLACES.search(text):
-        return NO_SPLICES
-    ends = _ends(tokenizer)
-    if ends is None:
-        return NO_SPLICES
+    if not turns or _PLACES.search(text):
+        return
     marked = list(messages)
     for index in turns:
         marked[index] = _marked(messages[index], chr(FIRST + index))
     pieces = _PLACES.split(render(marked))
     if "".join(pieces[::2]) != text:
-        return NO_SPLICES
-    control, spans, at, last = control_pattern(tokenizer), list[Span](), 0, 0
+        return
+    ends = {tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.eos_token_ids}
+    control_starts, at, last = [control.start() for control in controls], 0, 0
     for before, place in zip(pieces[::2], pieces[1::2], strict=False):
         at += len(before)
-        starts = [found.start() for found in control.finditer(text, last, at)]
-        end = ends.search(text, at)
-        if not starts or end is None or pieces.count(place) > 1:
+        number = bisect(control_starts, at)
+        later = (controls[index] for index in range(number, len(controls)))
+        close = next((one for one in later if one[0] in ends), None)
+        if not number or control_starts[number - 1] < last or close is None:
             continue
-        start, last, turn = starts[-1], end.start(), turns[ord(place) - FIRST]
-        if keeps_thinking or (
+        start, last, turn = control_starts[number - 1], close.start(), turns[ord(place) - FIRST]
+        is_whole = (
             text.startswith(turn.header, start) and turn.reasoning.strip() in text[start:last]
-        ):
-            spans.append((start, last, turn))
-    return Splices(text, spans)
+        )
+        if pieces.count(place) == 1 and (keeps_thinking or is_whole):
+            yield Span(start, last, close.end(), turn)
 
 
 def _marked(message: Message, mark: str) -> Message:
@@ -561,18 +475,3 @@ def _marked(message: Message, mark: str) -> Message:
             called = {**call, "function": {**call["function"], "name": mark + name}}
             return {**message, "tool_calls": [called, *others]}
     return {**message, "content": content[: len(content) - len(kept)] + mark + kept}
-
-
-def _ends(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Return a pattern of the tokens that end an answer, or None if the text cannot be split at
-    them."""
-    walls = set(tokenizer.special_tokens) & set(tokenizer.control_tokens)
-    texts = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.eos_token_ids]
-    known = [text for text in texts if text in walls]
-    return any_of(known) if known else None
-
-
-def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Return a pattern of the tokens that begin and end turns."""
-    walls = set(tokenizer.special_tokens)
-    return any_of(text for text in tokenizer.control_tokens if text in walls)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.requests.chat_prompt import render_chat
+from engine.requests.chat_prompt import mark_control_tokens, render_chat
 from engine.text.tokenizer import ChatTemplate, HFTokenizer, TemplateError
 from hybridcache.tokens import common_prefix_len
 from tests.engine.history.agent import TEMPLATE
@@ -72,6 +72,12 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     later = render_chat(tokenizer, [*chat, *turn], tools=tools, variables=variables)
     ids = (one.tokens for one in (prompt, later))
     assert common_prefix_len(*ids) in prompt.spec.boundaries.positions
+
+
+def test_roles_stay_roles() -> None:
+    """Guard against templates with control tokens such as ``<|im_user|>``, which compare roles."""
+    chat = [{"role": "user", "content": "user"}]
+    assert mark_control_tokens(["<|im_user|>", "<|im_end|>"], chat) == chat
 
 
 def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
