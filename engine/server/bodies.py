@@ -77,10 +77,7 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
         if not isinstance(given, dict):
             raise ValueError("it has no names and values between { and }")
     except ValueError as error:
-        why = str(error)
-        if isinstance(error, UnicodeDecodeError):
-            why = f"it is not UTF-8 from byte {error.start:,} on"
-        raise APIError(400, f"The body cannot be read ({why}): send one JSON object.") from None
+        raise APIError(400, f"The body cannot be read ({error}): send one JSON object.") from None
     given = settled(given)
     for name in [*given]:
         if name in kind.NEUTRAL:

@@ -18,13 +18,7 @@ from msgspec import structs
 from starlette.responses import Response
 
 from engine.requests.chat_prompt import ChatPrompt, no_chat
-from engine.requests.grammar import (
-    Grammar,
-    GrammarError,
-    grammar_of_calls,
-    grammar_of_strict_calls,
-    tag,
-)
+from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls
 from engine.server.api_errors import APIError, of_value
 from engine.server.bodies import event, run
 from engine.server.context import AnsweredChat, Call, Writer, finite, new_id, token_text
@@ -51,12 +45,6 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
     if form.calls is None:
         message = "This model's form of calls is not supported: omit 'tools', or read calls in the "
         raise APIError(400, message + "text with 'tool_choice' 'none'.", param="tools")
-    if form.calls.FORM == "xml":
-        try:
-            for tool in body.tools:
-                tag(tool["function"]["name"])
-        except GrammarError as error:
-            raise APIError(400, f"'tools': {error}") from None
     return body.tools
 
 

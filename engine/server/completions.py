@@ -43,10 +43,6 @@ class CompletionRequest(Sampling, kw_only=True):
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
-    @property
-    def shows_prompt(self) -> bool:
-        return self.echo or self.return_token_ids
-
 
 async def complete(call: Call, body: CompletionRequest) -> Response:
     """Answer one completion request."""

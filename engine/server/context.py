@@ -277,25 +277,25 @@ class Writer(ABC):
         """
         context, body, engine = self._context, self._body, self._context.engine
         limit = context.config.default_max_tokens if limit is None else limit
-        room = engine.facts.max_model_len - (limit or 0)
+        room, valid = engine.facts.max_model_len - (limit or 0), list[RequestSpec]()
         samplings = cache(
             partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )
-        valid = list[RequestSpec]()
         self._stream = engine.stream(context.metrics.observe)
         self._call.request.state.answer_id = self.answer_id
         try:
             for spec in prompts:
-                first = f"{self.answer_id}-{len(valid)}" if valid else self.answer_id
-                choices = samplings(limit if len(spec.prompt) <= room else None)
-                for number, sampling in enumerate(choices):
+                first = None
+                for sampling in samplings(limit if len(spec.prompt) <= room else None):
+                    request_id = f"{self.answer_id}-{len(valid)}" if valid else self.answer_id
                     choice = structs.replace(
                         spec,
                         sampling=sampling,
                         ends_session=body.ends_session,
-                        request_id=f"{self.answer_id}-{len(valid)}" if number else first,
-                        choice_of=first if number else None,
+                        request_id=request_id,
+                        choice_of=first,
                     )
+                    first = first or request_id
                     valid.append(engine.validate(choice))
                     await asyncio.sleep(0)  # Let the event loop run between two choices.
             grammar = await context.grammar_of(forms, is_thinking)
@@ -399,10 +399,7 @@ class Writer(ABC):
             keep_alive_s, headers = context.config.keep_alive_s, self._cache_headers
             return EventStream(self._events(), headers, self.failed, keep_alive_s, self.PAUSE)
         await unless_gone(self._call.request.receive, self._finish())
-        size = 0
-        for output in self.outputs:
-            size += len(output.output) * (1 + (output.logprobs is not None))
-            size += len(output.prompt_token_ids) * self._body.shows_prompt
+        size = sum(len(one.output) + len(one.prompt_token_ids) for one in self.outputs)
         response = await run(size, lambda: json_response(self.whole()))
         response.headers.update(self._cache_headers())
         return response
@@ -411,8 +408,7 @@ class Writer(ABC):
         """Yield the stream, one piece per output."""
         async with aclosing(self.news()) as news:
             async for index, is_first in news:
-                is_long = is_first and self._body.shows_prompt
-                size = len(self._latest[index].prompt_token_ids) if is_long else 0
+                size = len(self._latest[index].prompt_token_ids) if is_first else 0
                 work = partial(b"".join, self.write(index, is_first))
                 if written := await run(size, work):
                     yield written

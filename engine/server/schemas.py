@@ -65,14 +65,7 @@ NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
     **dict.fromkeys(("store", "verbosity", "spaces_between_special_tokens")),
     "best_of": (1,),
     "priority": (0,),
-    "suffix": ("",),
-    "functions": ([],),
-    "function_call": ("auto", "none"),
     "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "chat_template": (),
 }
 """Parameters that are not supported, with the values that have no effect; None stands for any."""
 
@@ -170,11 +163,6 @@ class Sampling(OpenAIBody, kw_only=True):
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool = False
     metadata: Metadata | None = None
-
-    @property
-    def shows_prompt(self) -> bool:
-        """True if the answer contains the prompt."""
-        return self.return_token_ids
 
     @property
     def includes_usage(self) -> bool:

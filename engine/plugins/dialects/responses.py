@@ -53,9 +53,6 @@ KINDS: dict[Kind, tuple[str, str]] = {
 NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
     "background": (False,),
     "truncation": ("disabled",),
-    "conversation": (),
-    "prompt": (),
-    "max_tool_calls": (),
     "top_logprobs": (0,),
     "context_management": ([],),
     "include": ([], ["reasoning.encrypted_content"]),

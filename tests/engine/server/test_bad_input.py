@@ -276,7 +276,7 @@ def test_broken_body_is_refused(live: Live, payload: bytes) -> None:
         answer = httpx.post(live.url + path, content=payload, headers=kind, timeout=120)
         message = answer.json()["error"]["message"]
         assert answer.status_code == 400 and len(message) < 300
-        assert path == "/v1/messages" or ("is not UTF-8" in message) == (b"\xff" in payload)
+        assert path == "/v1/messages" or ("utf-8" in message) == (b"\xff" in payload)
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])

@@ -180,8 +180,6 @@ def test_strict_tool_call_follows_its_schema(
     bad = {"name": "f", "strict": True, "parameters": {"properties": {"a": {"pattern": "(a"}}}}
     refused = live.post(dialect.path, dialect.body(CHAT, tools=[bad]))
     assert refused.status_code == 400 and "'f'" in refused.json()["error"]["message"]
-    no_tag = live.post(dialect.path, dialect.body(CHAT, tools=[{"name": "a<b", "parameters": {}}]))
-    assert no_tag.status_code == (400 if template else 200)
 
 
 @DIALECT
