@@ -361,9 +361,6 @@ def _scenarios(options: argparse.Namespace) -> list[Scenario]:
 def _simulate(options: argparse.Namespace) -> int:
     """Replay every trace, or serve it in closed loop, and print tables."""
     scenarios = _scenarios(options)
-    if not options.closed_loop:
-        for scenario in scenarios:
-            scenario.refuse_load()
     if options.write_scenario:
         return _write_scenario(options, scenarios)
     metrics = options.metric.split(",")

@@ -175,13 +175,14 @@ def short(seed: int = 0, boundaries: bool = True) -> Requests:
     return _rounds(writer, systems, 3, lambda: 60, lambda: 60)
 
 
+@generator
 def conversations(
     live: int = 64,
     num_conversations: int = 2000,
     turns: int = 5,
     seed: int = 0,
     boundaries: bool = True,
-) -> Trace:
+) -> Requests:
     """Generate the tree-cost workload: 16 system prompts of 500 tokens. A turn adds n =
     U{200..1,000} tokens, floor(2n/3) of them the user's.
 
@@ -189,17 +190,6 @@ def conversations(
     replaced. The defaults give 10,000 requests of about 2,100 tokens; 20 conversations of 200 turns
     are the long variant (mean prompt 61,000).
     """
-    name = f"conversations-{live}" if turns == 5 else f"conversations-{live}x{turns}"
-    arguments = live, num_conversations, turns, seed, boundaries
-    return Trace(name, 1, partial(_conversations, *arguments))
-
-
-GENERATORS["conversations"] = conversations
-
-
-def _conversations(
-    live: int, num_conversations: int, turns: int, seed: int, boundaries: bool
-) -> Requests:
     writer = Writer(seed, boundaries)
     systems = [writer.text(500) for _ in range(16)]
     opened = min(live, num_conversations)

@@ -58,13 +58,6 @@ BUILT_IN = tuple(sorted(EVICTION_NAMES))
 """Eviction policies on the board, each with the default placement."""
 
 
-SPLIT_FORM = (
-    'it has model = "qwen3-next", seeds = [1, 2], a table [gib] of sizes, "short" = [0.3, 1], and '
-    'perhaps a table [closed-loop] of sizes and rates, "short" = [[1, 2]]'
-)
-"""Description of the file of a split, for errors."""
-
-
 @dataclass(frozen=True, slots=True)
 class Split:
     """Traces, sizes and seeds on which policies are compared."""
@@ -109,7 +102,7 @@ class Split:
             return cls(source.name if path else "evaluation", closed_loop=loops, **read)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             fault = str(error).removeprefix(f"{cls.__name__}.__init__() ")
-            raise ValueError(f"{path or source.name}: {fault}; {SPLIT_FORM}") from None
+            raise ValueError(f"{path or source.name}: {fault}") from None
 
     def head(self, num_seeds: int | None) -> Split:
         """Return the split with its first seeds."""

@@ -7,7 +7,6 @@ builds a plan on it, and a verifier of plans.
 from __future__ import annotations
 
 import heapq
-import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -357,10 +356,8 @@ class Optimum:
 
     trace: str
     """Name of the trace."""
-    capacity_bytes: int
-    """Memory for KV and states."""
     gib: float
-    """Memory as it was asked for, GiB."""
+    """Memory for KV and states, GiB."""
     num_requests: int
     """Number of requests."""
     prompt_tokens: int
@@ -371,8 +368,6 @@ class Optimum:
     """Token hit rate of an infinite token-granular cache, which no plan exceeds."""
     cached_tokens: npt.NDArray[np.int64]
     """Tokens that each request skips under the plan: int64[requests]."""
-    wall_s: float
-    """Seconds of the computation."""
     recipe: str
     """Trace as ``open_trace`` takes it, options and seed included."""
 
@@ -407,7 +402,6 @@ def best_plan(
         raise ValueError(
             f"the grid ({grid}) must divide or be divided by the trace's unit ({trace.unit})"
         )
-    began = time.perf_counter()
     requests = list(trace)
     if not requests:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
@@ -428,13 +422,11 @@ def best_plan(
     cached = plan.cached_lens * trace.unit
     return Optimum(
         trace=trace.name,
-        capacity_bytes=capacity_bytes,
         gib=gib,
         num_requests=len(requests),
         prompt_tokens=prompt_tokens,
         reached=float(cached.sum()) / prompt_tokens,
         bound=bound_tokens / prompt_tokens,
         cached_tokens=cached,
-        wall_s=time.perf_counter() - began,
         recipe=trace.full_name,
     )

@@ -49,7 +49,6 @@ METRICS: dict[str, Metric] = {
     "request-hit": Metric("request hit rate, %", lambda run: 100 * run.request_hit_rate),
     "bound": Metric("share of the bound, %", lambda run: _percent(run.share_of_bound)),
     "optimum": Metric("% of best plan", lambda run: _percent(run.share_of_optimum)),
-    "flops": Metric("FLOPs saved, %", lambda run: 100 * run.flops_saved_rate),
     "seconds": Metric("prefill seconds spent", lambda run: run.seconds, "{:.3g}"),
     "seconds-saved": Metric("prefill seconds saved", lambda run: run.seconds_saved, "{:.3g}"),
     "ttft-mean": Metric("mean TTFT, ms", lambda run: 1e3 * run.ttft_mean_s),
@@ -58,12 +57,6 @@ METRICS: dict[str, Metric] = {
     "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95]),
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
     "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
-    "reuse": Metric(
-        "resumes per checkpoint made",
-        lambda run: run.hits / run.checkpoints_made if run.checkpoints_made else None,
-        "{:.2f}",
-    ),
-    "copied": Metric("state bytes copied, GiB", lambda run: _gib(run.copied_bytes)),
     "written": Metric("KV bytes written, GiB", lambda run: _gib(run.written_kv_bytes)),
     "control": Metric("cache code, us a request", lambda run: run.control_us, "{:.0f}"),
 }

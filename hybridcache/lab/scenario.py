@@ -122,7 +122,7 @@ MOST_USED, MEMORY, TIERS, LOAD = (
 """Groups of settings. Those of ``TIERS`` and some of ``MEMORY`` concern replays alone, those of
 ``LOAD`` closed loops alone."""
 REPLAY_ONLY = (
-    *("priority_classes", "checkpoint_dtype", "servers", "tpot_s"),
+    *("baseline", "priority_classes", "checkpoint_dtype", "servers", "tpot_s"),
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
 """Settings without a meaning in closed loop."""

@@ -56,8 +56,7 @@ class SteppedRequest(LeasedRequest):
                 ahead = max(following, min(rows + DECODE_PIECE, max_len))
                 if not (lease.extend(ahead) or lease.extend(following)):
                     return at
-            slots = lease.take_checkpoint_slots(following - 1, following)
-            self._target.num_exports += len(slots or ())
+            lease.take_checkpoint_slots(following - 1, following)
             at = following
         self._target.cache.take_step().done()
         return at

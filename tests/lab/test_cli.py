@@ -50,7 +50,10 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --gib 1:4:1", "as low:high:points (low first, 2 or more)"),
         ("simulate --trace short --gib 1e9", "are more than the 2147483648 that int32"),
         ("simulate --trace short --gib 1 --policy lruu", "'lruu', did you mean 'lru'?"),
-        ("simulate --closed-loop --trace short --baseline vllm", "no lease and no planner"),
+        (
+            "simulate --closed-loop --trace short --baseline vllm",
+            "baseline has no meaning in closed loop",
+        ),
         ("simulate --trace short --closed-loop --admission session", "did you mean 'sessions'?"),
         ("simulate --trace short --gib 1 --metric hitt", "'hitt', did you mean 'hit'?"),
         ("simulate --trace short --seeds 1 2", ": 2: join several values with commas"),
@@ -281,4 +284,4 @@ def test_optimum_prints_a_table_or_lines(capsys: pytest.CaptureFixture[str]) -> 
     whole = run(capsys, *base)[1]
     assert run(capsys, *base, "--counts-running")[1].split()[:-1] != whole.split()[:-1]
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["capacity_bytes"] for line in lines] == [2 << 30, 4 << 30]
+    assert [line["gib"] for line in lines] == [2, 4]

@@ -119,8 +119,6 @@ def test_baseline_stays_below_the_bound_and_has_no_unknown_figures(baseline: str
     )
     result = summarise(cell, log, target, trace.full_name)
     assert result.losses is None and result.checkpoints_made is None
-    record = result.as_record()
-    assert record["checkpoint_copies"] is None, "an unknown figure must not be 0"
 
 
 def test_requests_that_do_not_fit_are_bypassed() -> None:
@@ -331,7 +329,7 @@ def test_functions_of_the_laboratory_take_a_scenario() -> None:
         by_name = {"gib": 2} | others
         first, again = function(scenario), function("short?head=30", **by_name)
         for one, two in zip(first.to_dicts(), again.to_dicts(), strict=True):
-            ignored = {"control_us": 0, "wall_s": 0}
+            ignored = {"control_us": 0}
             assert one | ignored == two | ignored and "head=30" in one["trace"]
         with pytest.raises(TypeError, match="no setting 'polcy', did you mean 'policy'"):
             function("short?head=9", polcy="lru")

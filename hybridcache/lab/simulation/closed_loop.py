@@ -338,7 +338,6 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         num_preemptions=sum(one.num_preemptions for one in answered),
         token_budget=cell.token_budget,
         tells_ends=cell.tells_ends,
-        num_sessions=len({one.place for one in answered}),
         config=identify(cell, trace.full_name, served.priority_classes)
         | {
             "max_running": cell.max_running or MAX_RUNNING,
@@ -388,11 +387,6 @@ class ClosedLoopResult:
             model = first.config["model"]
             title = f"{first.trace}, {model}, {gib:.3g} GiB, {label}: {requests} in closed loop"
             notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
-            if first.num_sessions == first.num_requests:
-                notes.append(
-                    "no session has a second request: requests wait for no answer, so this is an "
-                    "open loop at that many requests a second"
-                )
             refused = max(run.num_refused for run in chosen)
             if refused:
                 notes.append(f"left out: {counted(refused, 'request')} longer than the memory")
@@ -446,11 +440,6 @@ def closed_loop(
     ['oldest']
     """
     asked = Scenario.of(scenario, settings)
-    asked.refuse(
-        ["baseline"],
-        "has no meaning in closed loop, because rebuilt systems have no lease and no planner: "
-        "leave it out",
-    )
     asked.refuse(REPLAY_ONLY, "has no meaning in closed loop: leave it out")
     opened, geometry = asked.opened(), asked.geometry()
     known = asked.step_times(geometry)

@@ -114,10 +114,6 @@ class RunResult(_Run):
     """Prompt tokens that were reused."""
     losses: Losses | None
     """Tokens not reused, by cause; None where the target does not say."""
-    flops: int
-    """FLOPs of the prefills."""
-    flops_saved: int
-    """FLOPs that reuse saved."""
     seconds: float
     """Prefill time that was spent, with the copies from lower tiers that it waited for."""
     seconds_saved: float
@@ -129,10 +125,6 @@ class RunResult(_Run):
     checkpoints_made: int | None
     """Checkpoints that entered the cache; None, here and below, where the target does not say
     (rebuilt peers), which is not 0."""
-    checkpoint_copies: int | None
-    """States written by prefills and decodes; donated ones cost no copy."""
-    copied_bytes: int | None
-    """Bytes of copied states: one copy per checkpoint written and one per request that resumed."""
     written_kv_bytes: int | None
     """Bytes of KV that entered the cache."""
     evicted_checkpoints: int | None
@@ -182,12 +174,6 @@ class RunResult(_Run):
         return self.hits / self.requests if self.requests else 0.0
 
     @property
-    def flops_saved_rate(self) -> float:
-        """Saved share of the FLOPs, 0 to 1."""
-        total = self.flops + self.flops_saved
-        return self.flops_saved / total if total else 0.0
-
-    @property
     def share_of_bound(self) -> float | None:
         """Share of the tokens of an infinite cache; None if it was not computed."""
         return self.cached_tokens / self.bound_tokens if self.bound_tokens else None
@@ -207,7 +193,6 @@ class RunResult(_Run):
             "losses": None if self.losses is None else self.losses._asdict(),
             "token_hit_rate": self.token_hit_rate,
             "request_hit_rate": self.request_hit_rate,
-            "flops_saved_rate": self.flops_saved_rate,
             "share_of_bound": self.share_of_bound,
             "share_of_optimum": self.share_of_optimum,
         }
@@ -287,8 +272,6 @@ class ClosedLoopRun(_Run):
     """Most tokens in a step."""
     tells_ends: bool
     """True if clients say when a session has ended."""
-    num_sessions: int
-    """Sessions with an answered request."""
     config: dict[str, Any]
     """Settings of the run's cache, as plain text and numbers."""
 
@@ -322,38 +305,28 @@ def summarise(
     times = scenario.prefill_times(geometry)
     lengths = np.frombuffer(log.prompt_tokens, np.int64)
     cached = np.frombuffer(log.cached_tokens, np.int64)
-    flops_saved = int(_flops(geometry, cached))
     ttft = np.asarray(log.ttft_s, dtype=np.float64)
-    resumed = int((cached > 0).sum())
-    made, copies = counters.get("inserted_slots"), counters.get("checkpoint_copies")
-    moved = counters.get("moved_tokens")
-    written = counters.get("inserted_tokens")
-    copied = sum(log.copy_s)
+    row_bytes, copied = log.unit * geometry.kv_bytes_per_token, sum(log.copy_s)
+    written, moved = counters.get("inserted_tokens"), counters.get("moved_tokens")
     spent = sum(prefill_seconds(times, cached, lengths)) + copied
     cold = sum(prefill_seconds(times, np.zeros_like(lengths), lengths))
     return RunResult(
         config=identify(scenario, trace, target.priority_classes),
         requests=len(lengths),
-        hits=resumed,
+        hits=int((cached > 0).sum()),
         bypassed=log.num_bypassed,
         prompt_tokens=int(lengths.sum()),
         cached_tokens=int(cached.sum()),
         losses=log.losses if log.has_causes else None,
-        flops=int(_flops(geometry, lengths)) - flops_saved,
-        flops_saved=flops_saved,
         seconds=spent,
         seconds_saved=cold - spent,
         ttft_s=percentiles(ttft),
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
-        checkpoints_made=made,
-        checkpoint_copies=copies,
-        copied_bytes=None if copies is None else (copies + resumed) * geometry.state_bytes,
-        written_kv_bytes=None
-        if written is None
-        else written * log.unit * geometry.kv_bytes_per_token,
+        checkpoints_made=counters.get("inserted_slots"),
+        written_kv_bytes=None if written is None else written * row_bytes,
         evicted_checkpoints=counters.get("evicted_slots"),
         moved_slabs=counters.get("moved_slabs"),
-        moved_kv_bytes=None if moved is None else moved * log.unit * geometry.kv_bytes_per_token,
+        moved_kv_bytes=None if moved is None else moved * row_bytes,
         copy_seconds=copied,
         tier_bytes={name: size for name, size in counters.items() if name.endswith("_bytes")}
         if scenario.host_gib or scenario.disk_gib
@@ -370,15 +343,6 @@ def _sessions(log: RequestLog) -> tuple[SessionResult, ...]:
         losses = log.losses_of(sums) if log.has_causes else None
         found.append(SessionResult(name, requests, prompt, cached, losses))
     return tuple(found)
-
-
-def _flops(geometry: ModelGeometry, ends: Any) -> int:
-    """Return the FLOPs of computing the first ``ends[i]`` tokens, summed over i. They exceed 64
-    bits, so they are Python integers. Squares of 2**14 lengths (2**24 at most) do not."""
-    tokens = int(ends.sum())
-    parts = (ends[first : first + (1 << 14)] for first in range(0, len(ends), 1 << 14))
-    pairs = sum((int(part @ part) + int(part.sum())) // 2 for part in parts)
-    return tokens * geometry.flops_per_token + pairs * geometry.attention_flops_per_pair
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,8 +203,7 @@ class OptimumResult(Sequence[Optimum]):
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a flat dictionary per size: settings, ``gib``, ``reached`` and ``bound`` as token
         hit rates. O(sizes)."""
-        names = ["capacity_bytes", "gib", "num_requests", "prompt_tokens"]
-        names += ["reached", "bound", "gap", "wall_s"]
+        names = ("gib", "num_requests", "prompt_tokens", "reached", "bound", "gap")
         return [
             {"trace": plan.recipe, **{name: getattr(plan, name) for name in names}, **self.settings}
             for plan in self.plans
@@ -215,9 +214,9 @@ class OptimumResult(Sequence[Optimum]):
         rows = []
         for best in self.plans:
             shares = (f"{100 * part:.2f}" for part in (best.reached, best.bound, best.gap))
-            rows.append([f"{best.gib:.3g}", *shares, f"{best.wall_s:.1f}"])
+            rows.append([f"{best.gib:.3g}", *shares])
         requests = counted(self.plans[0].num_requests, "request")
-        table = text_table(["GiB", "reached, %", "bound, %", "gap, %", "seconds"], rows)
+        table = text_table(["GiB", "reached, %", "bound, %", "gap, %"], rows)
         title = f"{self.plans[0].trace}, {self.settings['model']}: {requests}"
         note = "reached: by a greedy plan, which is not always the optimum"
         return "\n".join([title, table, note, *self.trace_notes])

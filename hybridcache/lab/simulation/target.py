@@ -31,7 +31,6 @@ class LeaseTarget:
         self.exchange = scenario.exchange(geometry, unit)
         self.placement = scenario.placement(unit)
         self.request_type: type[LeasedRequest] = LeasedRequest
-        self.num_exports = 0
         self.uncomputed = 1 if unit == 1 else 0
         """Tokens at an answer's end that have no KV: the last sampled token is never computed; in
         units of many tokens it is within the last one."""
@@ -85,7 +84,7 @@ class LeaseTarget:
         in the last request."""
         raise_failure(self.cache.policy.failure)
         lower, arena = self.cache.offload, self.cache.arena
-        found = self.cache.stats.as_dict() | {"checkpoint_copies": self.num_exports}
+        found = self.cache.stats.as_dict()
         if lower is not None:
             for (src, dst), rows in lower.copied_rows.items():
                 found[f"{src}_to_{dst}_bytes"] = rows * lower.row_bytes
@@ -117,7 +116,7 @@ class LeasedRequest:
         it is refused."""
         if not self._lease.extend(end):
             return False
-        self._target.num_exports += len(self._lease.take_checkpoint_slots(start, end) or ())
+        self._lease.take_checkpoint_slots(start, end)
         self._target.cache.take_step().done()  # There are no tensors.
         return True
 
