@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -251,26 +252,20 @@ def _change(
     later: AnsweredChat,
     at: int,
     is_in_answer: bool,
-    with_ids: bool = False,
 ) -> tuple[str, str | None]:
     """Return (one of ``CHANGED``, part of the later request) of two chats with different prompts.
 
     They share ``at`` tokens. ``is_in_answer``: they differ in the turn of the earlier answer, or
-    behind it. Ids of calls count ``with_ids``, or without another difference before the answer,
-    because few templates write them. Of several fields that differ, the one whose change is first
-    in the text of ``template`` is returned; fields that it does not write do not count.
+    behind it. Of several fields that differ, the one whose change is first in the text of
+    ``template`` is returned; fields that it does not write do not count, nor do ids of calls.
     """
-    was, now = (
-        chat.messages if with_ids else [*map(_without_ids, chat.messages)]
-        for chat in (earlier, later)
-    )
+    was, now = ([*map(_without_ids, chat.messages)] for chat in (earlier, later))
     first, skipped = _system_len(earlier), _system_len(later)
     old, new = was[first:], now[skipped:]
     kept, replaced = earlier.messages[first:], later.messages[skipped:][: len(old)]
     sent: dict[str, Any] = {"messages": earlier.messages, "tools": earlier.tools}
     sent["variables"] = earlier.variables
-    found: list[tuple[str, str, dict[str, Any]]] = []
-    """Each field that differs: its name, its part that differs, and its later value."""
+    found: list[tuple[str, str, dict[str, Any]]] = []  # Name, part and later value of each.
     if path := _path("tools", earlier.tools or (), later.tools or ()):
         found.append(("tools", path, {"tools": later.tools}))
     if path := _path("messages", was[:first], now[:skipped]):
@@ -281,15 +276,12 @@ def _change(
     if before != after:
         name = min(n for n, _ in before.items() ^ after.items())
         found.append(("variables", f"chat_template_kwargs.{name}", {"variables": later.variables}))
-    written = _written(template, sent) if found else None
+    written = _written(template, sent) if found else ""
     places = [_parting(written, _written(template, sent | field)) for _, _, field in found]
-    seen = [place for place in places if place is not None]
-    if seen:
+    if seen := [place for place in places if place is not None]:
         return found[places.index(min(seen))][:2]
     if not is_in_answer:
-        if with_ids:
-            return "template", None
-        return _change(template, earlier, later, at, is_in_answer, True)
+        return "template", None
     index = len(earlier.messages)
     answer = f"messages[{index}]"
     if index >= len(later.messages):
@@ -303,21 +295,17 @@ def _change(
     return "replay" if is_kept else "template", answer
 
 
-def _written(template: ChatTemplate | None, chat: Mapping[str, Any]) -> str | None:
-    """Return the text of a chat, or None if the template rejects it."""
-    try:
-        return None if template is None else template.render(**chat, add_generation_prompt=True)
-    except TemplateError:
-        return None
+def _written(template: ChatTemplate | None, chat: Mapping[str, Any]) -> str:
+    """Return the text of a chat; empty if the template rejects it."""
+    with suppress(TemplateError):
+        return "" if template is None else template.render(**chat, add_generation_prompt=True)
+    return ""
 
 
-def _parting(was: str | None, now: str | None) -> int | None:
-    """Return where two texts differ, 0 if one is not known, or None if they are equal."""
-    if was is None or now is None:
-        return 0
-    pairs = enumerate(zip(was, now, strict=False))
-    at = next((at for at, (old, new) in pairs if old != new), min(len(was), len(now)))
-    return None if was == now else at
+def _parting(was: str, now: str) -> int | None:
+    """Return where two texts differ, or None if they are equal. A text that is not known differs
+    at 0."""
+    return None if was == now != "" else _common_len(was, now)
 
 
 def _without_ids(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,14 +325,14 @@ def _continues(earlier: AnsweredChat, later: AnsweredChat) -> bool:
     """Return True if the messages of ``later`` are those of ``earlier`` and further ones, or have
     two of them in common, whatever the system message is. O(messages)."""
     old, new = earlier.messages[_system_len(earlier) :], later.messages[_system_len(later) :]
-    num_common = _common_len(old, new)
+    num_common = _common_len([*map(_fields, old)], [*map(_fields, new)])
     return num_common > 1 or len(new) > num_common == len(old) == 1
 
 
-def _common_len(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> int:
-    """Return the number of equal messages or tools at the beginning of both."""
+def _common_len(old: Sequence[Any], new: Sequence[Any]) -> int:
+    """Return the number of equal entries at the beginning of both."""
     pairs = enumerate(zip(old, new, strict=False))
-    return next((i for i, (a, b) in pairs if _fields(a) != _fields(b)), min(len(old), len(new)))
+    return next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
 
 
 def _path(
@@ -352,13 +340,14 @@ def _path(
 ) -> str | None:
     """Return the first entry that differs, or None if all are equal; of a message that both have,
     also its field."""
-    index = _common_len(old, new)
+    olds, news = [*map(_fields, old)], [*map(_fields, new)]
+    index = _common_len(olds, news)
     if index == max(len(old), len(new)):
         return None
     path = f"{name}[{index + skipped}]"
     if name == "tools" or index >= min(len(old), len(new)):
         return path
-    before, after = _fields(old[index]), _fields(new[index])
+    before, after = olds[index], news[index]
     differs = (field for field in after | before if after.get(field) != before.get(field))
     return f"{path}.{next(differs)}"
 
