@@ -1,9 +1,9 @@
 """Offload tiers: host memory and disk for entries evicted from the device.
 
-Imported only by a configuration with tiers. An entry evicted from one tier is offered to the next.
-The tree keeps its shape: a node that left the device is a tombstone or a ghost, and its KV and
-state can be in a lower tier (``RadixNode.offloaded``). Each is in one tier only: when it is loaded
-or computed again on the device, it leaves its tier.
+An entry evicted from one tier is offered to the next. The tree keeps its shape: a node that left
+the device is a tombstone or a ghost, and its KV and state can be in a lower tier
+(``RadixNode.offloaded``). Each is in one tier only: when it is loaded or computed again on the
+device, it leaves its tier.
 
 A tier consists of rows, which never move. The KV of a token takes one row; a state takes as many as
 hold its bytes. Rules:
@@ -21,16 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop
 from hybridcache.allocators.pools import PageAllocator, are_distinct
 from hybridcache.api import PrefixMatch, Resumable
-from hybridcache.cache import FOREIGN, HybridRadixCache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, raise_failure
-from hybridcache.radix.tree import Checkpoint, GhostList, RadixNode, members
+from hybridcache.radix.tree import Checkpoint, GhostList, Kind, RadixNode, members
 from hybridcache.tokens import EMPTY, Indices, Tokens, require_int32
 
 
@@ -89,8 +89,8 @@ def _next_state(node: RadixNode) -> RadixNode | None:
 class OffloadedCheckpoint(Checkpoint):
     """State in an offload tier. It has no slot.
 
-    ``superseded`` is True if a deeper state, in any tier, is on its unforked path. It is updated
-    only when it matters: when this item or a deeper one is stored, and before it is evicted.
+    ``superseded`` is updated only when this item or a deeper one is stored, and before it is
+    evicted.
     """
 
     __slots__ = ("rows", "tier")
@@ -125,10 +125,7 @@ class OffloadedCheckpoint(Checkpoint):
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its state, and of the KV that its tier holds for it alone.
-
-        O(nodes of that KV).
-        """
+        """Bytes of its state, and of the KV that its tier holds for it alone. O(nodes of it)."""
         node, item_bytes = self.node, self.item_bytes
         if node.kv is not None:
             # It has just left the device: where it was a leaf, its tail is about to follow.
@@ -149,8 +146,8 @@ class OffloadedCheckpoint(Checkpoint):
         return item_bytes.state + num_tokens * item_bytes.kv_token
 
     def __lt__(self, other: object) -> bool:
-        """Return False: items with one serial are equal. A state that is stored again has the
-        serial of its first item, which a policy's heap may still hold."""
+        """Return False, because a state that is stored again has the serial of its first item,
+        which a policy's heap may still hold."""
         return False
 
     __gt__ = __lt__
@@ -160,13 +157,11 @@ class OffloadedCheckpoint(Checkpoint):
 
 
 class Tier(NamedTuple):
-    """One offload tier."""
+    """One offload tier, with the allocator of its rows and the eviction policy of its states."""
 
     name: str
     pages: PageAllocator
-    """Allocator of its rows."""
     policy: EvictionPolicy
-    """Eviction policy of the states stored in it."""
     is_shared: bool = False
     """True if the policy shares the learned state of the device's (``EvictionPolicy.for_tier``).
     Then only the device's is notified of uses and ghost hits, and items keep their memos."""
@@ -214,14 +209,10 @@ class OffloadTiers(GhostList):
             super().split(upper, lower)
             return
         cut = upper.end - upper.start
-        above = self._entry(upper)
+        above = self.entry(upper)
         above.kv, above.kv_tier = entry.kv[:cut].copy(), entry.kv_tier
         above.num_children[entry.kv_tier] = 1
         entry.kv = entry.kv[cut:].copy()
-
-    def stop_offloading(self, name: str) -> None:
-        """Offload nothing more to the tier ``name``."""
-        self.closed.add(self.names.index(name))
 
     def add_state(self, was: Checkpoint, first: int, src_tier: str, src: Indices) -> None:
         """Store the state of ``was``, which is leaving ``src_tier``, in tier ``first`` or a lower
@@ -234,7 +225,7 @@ class OffloadTiers(GhostList):
             state = OffloadedCheckpoint(was, number, EMPTY)
             if tier.is_shared:
                 state.memo = was.memo
-            entry = self._entry(node)
+            entry = self.entry(node)
             entry.state = state
             tier.policy.add(state)
             while (rows := tier.pages.allocate(self.state_rows)) is None:
@@ -244,7 +235,7 @@ class OffloadTiers(GhostList):
                 self._evict(victim)
             if rows is not None:
                 state.rows = rows
-                self._copy("checkpoint", src_tier, src, tier.name, rows, node)
+                self.copy("checkpoint", src_tier, src, tier.name, rows, node)
                 above = _next_state(node)  # superseded now, unless the path forks
                 if above is not None and above.checkpoint is None:
                     self._review(above.offloaded.state)
@@ -257,15 +248,15 @@ class OffloadTiers(GhostList):
         """Store the KV of ``node``, which is leaving ``src_tier``, in the tier that needs it,
         ``first`` or a lower one.
 
-        Returns False if none needs it or there is no room. In the latter case, the states that need
-        it are dropped too.
+        Returns False if none needs it, or if there is no room. Then the states that need it are
+        dropped too.
         """
         while node.offloaded is not None and (number := node.offloaded.nearest) is not None:
             number = max(number, first)
             tier, is_closed = self.tiers[number], number in self.closed
             if not is_closed and (rows := tier.pages.allocate(len(src))) is not None:
                 self.hold_kv(node, number, rows)
-                self._copy("kv", src_tier, src, tier.name, rows, node)
+                self.copy("kv", src_tier, src, tier.name, rows, node)
                 return True
             victim = None if is_closed else self._victim(number)
             if victim is None:
@@ -384,25 +375,12 @@ class OffloadTiers(GhostList):
         state.uses -= 1
         self.loading = state
 
-    def load_kv(self, node: RadixNode, rows: Indices) -> None:
-        """Copy the offloaded KV of ``node`` to ``rows`` of the device, and free it. O(rows)."""
-        entry: OffloadedEntry = node.offloaded
-        assert entry.kv is not None
-        self._copy("kv", self.names[entry.kv_tier], entry.kv, DEVICE, rows, node)
-        self.drop_kv(node)
-
-    def load_state(self, state: OffloadedCheckpoint, slot: int) -> None:
-        """Copy ``state`` to ``slot`` of the device, and free it. O(rows of a state)."""
-        dst = np.array([slot], np.int32)
-        self._copy("checkpoint", self.names[state.tier], state.rows, DEVICE, dst, state.node)
-        self.drop_state(state.node)
-
     def drop_lost(self, name: str, is_lost: Callable[[Indices], bool]) -> None:
-        """Remove entries that the tier ``name`` can no longer read.
+        """Remove entries that the tier ``name`` can no longer read, with those that depend on them.
 
-        ``is_lost`` is called with the rows of one state, or of the KV of one node. Entries that
-        depend on them are freed too, in this tier and in those after it. Call it only if no
-        transfers are pending, because rows that a transfer is about to fill are not lost. O(tree).
+        ``is_lost`` is called with the rows of one state, or of the KV of one node. Call it only if
+        no transfers are pending, because rows that a transfer is about to fill are not lost.
+        O(tree).
         """
         number = self.names.index(name)
         for node in list(self.tree.nodes()):  # parents first
@@ -430,7 +408,7 @@ class OffloadTiers(GhostList):
                 self._forget(node)
         super().clear()
 
-    def _entry(self, node: RadixNode) -> OffloadedEntry:
+    def entry(self, node: RadixNode) -> OffloadedEntry:
         entry: OffloadedEntry | None = node.offloaded
         if entry is None:
             entry = node.offloaded = OffloadedEntry(len(self.tiers))
@@ -440,17 +418,12 @@ class OffloadTiers(GhostList):
         if node.offloaded is not None and node.offloaded.is_empty:
             node.offloaded = None
 
-    def hold_state(self, state: OffloadedCheckpoint) -> None:
-        """Attach ``state``, which has its rows, to its node."""
-        self._entry(state.node).state = state
-        self.tiers[state.tier].policy.add(state)
-
     def hold_kv(self, node: RadixNode, number: int, rows: Indices) -> None:
         """Attach ``rows`` of tier ``number`` to ``node``, a ghost."""
-        entry, parent = self._entry(node), node.parent
+        entry, parent = self.entry(node), node.parent
         assert entry.kv is None and parent is not None
         entry.kv, entry.kv_tier = rows, number
-        self._entry(parent).num_children[number] += 1
+        self.entry(parent).num_children[number] += 1
 
     def _let_go_of_kv(self, node: RadixNode) -> None:
         """Detach the rows of ``node``. The caller then owns them."""
@@ -471,15 +444,10 @@ class OffloadTiers(GhostList):
         if tier.name == DISK:
             self._steps.transfers.append(Drop(DISK, rows))
 
-    def _copy(
-        self,
-        kind: Literal["kv", "checkpoint"],
-        src_tier: str,
-        src: Indices,
-        dst_tier: str,
-        dst: Indices,
-        node: RadixNode,
+    def copy(
+        self, kind: Kind, src_tier: str, src: Indices, dst_tier: str, dst: Indices, node: RadixNode
     ) -> None:
+        """Put a copy of the KV of ``node``, or of the state at its end, into the next plan."""
         num_rows = len(src) if kind == "kv" else self.state_rows
         key = src_tier, dst_tier
         self.copied_rows[key] = self.copied_rows.get(key, 0) + num_rows
@@ -642,17 +610,9 @@ class TieredRadixCache(HybridRadixCache):
 
         The new rows are valid at once; the bytes follow with the next ``take_step``. O(tokens
         loaded), plus evictions that make room.
-
-        Raises:
-            TypeError: it is not a ``Resumable``.
-            ValueError: it is from another cache.
         """
-        if not isinstance(resumable, Resumable):
-            raise TypeError(f"resumable must be one of match.loadable (got {resumable!r}).")
         target, offload = resumable.node, self.offload
         state = None if target.offloaded is None else target.offloaded.state
-        if any(one and one.item_bytes is not self.item_bytes for one in (target.kv, state)):
-            raise ValueError(FOREIGN)
         if state is None:
             return False
         if target.lost_checkpoint is not None:
@@ -668,10 +628,8 @@ class TieredRadixCache(HybridRadixCache):
             is_there = offload.loading is state
             if slot is not None and rows is not None and is_there:
                 self.is_loading = True
-                try:
-                    self._load(state, path[::-1], rows, slot)
-                finally:
-                    self.is_loading = False
+                self._load(state, path[::-1], rows, slot)
+                self.is_loading = False
                 return True
             if slot is not None:
                 self.free_slot(slot)
@@ -686,19 +644,24 @@ class TieredRadixCache(HybridRadixCache):
         self, state: OffloadedCheckpoint, path: list[RadixNode], rows: Indices, slot: int
     ) -> None:
         """Make the ghosts of ``path`` resident in ``rows``, and ``state`` in ``slot``."""
-        start, target = 0, state.node
+        offload, start, target = self.offload, 0, state.node
         base = path[0].parent if path else None
         if base is not None and base.kv is not None and base.children is None:
             self._withdraw(base.kv)
         for node in path:
             end = start + node.end - node.start
-            self.offload.load_kv(node, rows[start:end])
+            entry: OffloadedEntry = node.offloaded
+            assert entry.kv is not None
+            tier = offload.names[entry.kv_tier]
+            offload.copy("kv", tier, entry.kv, DEVICE, rows[start:end], node)
+            offload.drop_kv(node)
             self._tree.revive(node)
             self._store_rows(node, rows[start:end].copy())
             start = end
         if base is not None and isinstance(base.children, dict):
             self._review(base)
-        self.offload.load_state(state, slot)
+        dst = np.array([slot], np.int32)
+        offload.copy("checkpoint", offload.names[state.tier], state.rows, DEVICE, dst, target)
         self._store_checkpoint(target, slot, state.label, not path, state.uses)
         if path and target.children is None and target.kv is not None:
             self.policy.add(target.kv)
@@ -735,17 +698,12 @@ class TieredRadixCache(HybridRadixCache):
         rows, or reads its own files for them. O(n).
 
         Raises:
-            ValueError: ``tokens`` is not int32[n], n is not a multiple of the grid and the page, or
-                there is no such tier.
+            ValueError: ``tokens`` is not int32[n], or n is not a positive multiple of
+                ``checkpoint_grid``.
         """
         require_int32(tokens, "tokens")
-        if tier not in self.offload.names:
-            raise ValueError(f"tier must be one of {', '.join(self.offload.names)} (got {tier!r})")
         if not len(tokens) or len(tokens) % self.checkpoint_grid:
-            raise ValueError(
-                "the number of tokens must be a positive multiple of the grid in whole pages, "
-                f"{self.checkpoint_grid} (got {len(tokens)})"
-            )
+            raise ValueError(f"{len(tokens)} tokens do not end on {self.checkpoint_grid}.")
         tree, offload = self._tree, self.offload
         number = offload.names.index(tier)
         pages = offload.tiers[number].pages
@@ -790,8 +748,9 @@ class TieredRadixCache(HybridRadixCache):
         if was is None:
             was = Checkpoint(target, -1, self.now, self.num_items, self.item_bytes, "")
             self.num_items += 1
-        was.stored = OffloadedCheckpoint(was, number, state_rows)
-        offload.hold_state(was.stored)
+        state = was.stored = OffloadedCheckpoint(was, number, state_rows)
+        offload.entry(target).state = state
+        offload.tiers[number].policy.add(state)
         return start, kv_rows, state_rows
 
     def touch(self, match: PrefixMatch, resumes: bool = False) -> None:

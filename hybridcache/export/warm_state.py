@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
-from hybridcache.cache import HybridRadixCache, require_cache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
@@ -50,12 +50,8 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     """Serialize the remembered state of ``cache`` and of the ``placement`` rules. O(tree).
 
     The most recently used nodes are written, within the cache's limit for ghosts. The state of
-    users' own policies is not. Raises TypeError for a placement that is not a sequence of rules.
+    users' own policies is not.
     """
-    require_cache(cache)
-    is_list = isinstance(placement, Sequence)
-    if not is_list or not all(isinstance(rule, PlacementPolicy) for rule in placement):
-        raise TypeError(f"placement must be the rules, as placement.rules (got {placement!r}).")
     nodes = _latest(cache)
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
@@ -132,8 +128,6 @@ def unpack(data: bytes) -> Memory:
 
     What passes the checksum is trusted: ``write_memory`` of this version wrote it.
     """
-    if not isinstance(data, bytes):
-        raise TypeError(f"data must be the bytes of a file (got {type(data).__name__}).")
     if not data.startswith(MAGIC):
         raise ValueError("the warm state is damaged, or was written by another version")
     try:
@@ -180,8 +174,6 @@ class Memory:
         self._plain = plain
         self._items: list[tuple[Checkpoint, bool]] = []
         """Checkpoints of the file, each with a flag: superseded in its tier when saved."""
-        self._cache: HybridRadixCache | None = None
-        """Cache that ``recall_tree`` restored."""
 
     def recall_tree(self, cache: HybridRadixCache) -> None:
         """Restore the tokens as ghosts, and the clock. O(nodes).
@@ -225,29 +217,23 @@ class Memory:
             cache.ghosts.add(node)
         cache.now += plain["now"]
         cache.num_items += plain["num_items"]
-        self._cache = cache
 
     def recall_policies(
         self, cache: HybridRadixCache, placement: Sequence[PlacementPolicy] = ()
     ) -> list[str]:
-        """Restore the state of the cache's eviction policies and of the ``placement`` rules.
+        """Restore the state of the cache's eviction policies and of the ``placement`` rules, before
+        the first request.
 
         Returns the names of the tiers whose policy does not fit its saved state, and ``placement``
         if the rules do not. Users' own policies start anew, because their state is not saved, and
         are not named. O(memory).
-
-        Raises:
-            ValueError: ``recall_tree`` did not restore this cache before, or it has served requests
-                since.
         """
-        if cache is not self._cache:
-            raise ValueError("call recall_tree with this cache before recall_policies.")
-        if any(node.kv or node.checkpoint for node in cache.iter_nodes()):
-            raise ValueError("call recall_policies before the first request is published.")
         unfit, memos, saved = list[str](), dict[int, Any](), self._plain["policies"]
+        stored = [node.offloaded.state for node in cache.iter_nodes() if node.offloaded]
         for name, number, policy in _levels(cache):
             if DEVICE in saved and isinstance(policy, Survival):
-                self._recall_policy(name, number, policy, memos)
+                states = {one.serial: one for one in stored if one and one.tier == number}
+                self._recall_policy(name, number, policy, states, memos)
             elif name in saved:
                 unfit.append(name)
         rules = [rule for rule in placement if isinstance(rule, Adaptive)]
@@ -261,15 +247,16 @@ class Memory:
         return unfit
 
     def _recall_policy(
-        self, name: str, number: int, policy: Survival, known_memos: dict[int, Any]
+        self,
+        name: str,
+        number: int,
+        policy: Survival,
+        states: dict[int, OffloadedCheckpoint],
+        known_memos: dict[int, Any],
     ) -> None:
-        """Restore the policy of one level. Levels share the memos of items with equal serials, and
-        a level that the file does not have begins with an empty policy."""
-        assert self._cache is not None
-        stored = (n.offloaded.state for n in self._cache.iter_nodes() if n.offloaded is not None)
-        states: dict[int, OffloadedCheckpoint] = {
-            state.serial: state for state in stored if state is not None and state.tier == number
-        }
+        """Restore the policy of one level with its ``states`` by serial. Levels share the memos of
+        items with equal serials, and a level that the file does not have begins with an empty
+        policy."""
         memos: dict[int, Any] = {}
         for serial, state in self._plain["memos"].get(name, ()):
             memos[serial] = known_memos.get(serial) or policy.memo_of(state)

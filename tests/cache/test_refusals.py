@@ -15,7 +15,6 @@ from hybridcache.allocators.moves import StepMemory
 from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream, Mirror
-from hybridcache.export.warm_state import pack, unpack, write_memory
 from hybridcache.policies.placement import End, Placement
 from hybridcache.policies.protocol import Prefill, PromptBoundaries
 from hybridcache.policies.registry import make_admission
@@ -69,13 +68,6 @@ publish(OTHER, ids("abcde"), [5])
 FOUND_ELSEWHERE = OTHER.match(ids("abcdef"))
 
 
-def recall_late(cache, rows):
-    fresh, memory = hybrid(), unpack(pack(write_memory(hybrid())))
-    memory.recall_tree(fresh)
-    publish(fresh, ids("abcde"))
-    memory.recall_policies(fresh)
-
-
 def insert(*checkpoints, **options):
     """Return a call that inserts five tokens. The caller holds their rows and slots 1 and 2."""
     return lambda cache, rows: cache.insert(ids("abcde"), rows, list(checkpoints), **options)
@@ -96,12 +88,6 @@ REFUSED = {
     "another's node": ("another", lambda cache, rows: cache.gather(FOUND_ELSEWHERE.node)),
     "a used node": ("another", lambda cache, rows: cache.refresh(FOUND_ELSEWHERE.node)),
     "a node as base": ("another", insert(owned_from=5, after=FOUND_ELSEWHERE.node)),
-    "policies before the tree": (
-        "recall_tree",
-        lambda cache, rows: unpack(pack(write_memory(cache))).recall_policies(cache),
-    ),
-    "policies after a request": ("before the first", recall_late),
-    "a bare placement": ("placement.rules", lambda cache, rows: write_memory(cache, PLACEMENT)),
     "no event": ("EventStream", lambda cache, rows: Mirror(1).apply({"id": 1})),
     "a listener of another cache": ("another", lambda cache, rows: cache.subscribe(FOLLOWS)),
 }
@@ -275,11 +261,6 @@ def mirror(page_size):
     cache.subscribe(EventStream(Mirror(page_size).apply))
 
 
-def tiered():
-    host = {"kv_bytes_per_token": 4, "state_bytes": 64, "host_bytes": 9000}
-    return build_prefix_cache(CacheConfig(num_kv_tokens=200, num_slots=4, grid=8, **host))
-
-
 def on_grid(plan):
     Prefill(200, 0, 0, 0, (), 64).on_grid(plan)
 
@@ -318,9 +299,6 @@ WRONG = (
     *((asking, {"save_at": value}) for value in ((4.0,), ("a",), (-4,))),
     *((begin, {"placement": value}) for value in OWN_PLACEMENTS),
     (Outbox, {"cache": parse_placement("end")}),
-    (tiered().fetch, {"resumable": None}),
-    (unpack, {"data": "text"}),
-    (write_memory, {"cache": None}),
     (Outbox(hybrid()).since, {"sequence": "x"}),
     (hybrid(page_size=4).allocate_kv, {"num_tokens": -3}),
     (begin, {"stateful": False}),
@@ -329,7 +307,6 @@ WRONG = (
     *((mirror, {"page_size": value}) for value in (1, 3, 8)),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "grid": None}),
-    *((partial(write_memory, hybrid()), {"placement": v}) for v in ("adaptive", [None], 5)),
     (build, {"total_bytes": 8000, "kv_bytes_per_token": 0}),
     (CacheConfig, {"kv_bytes_per_token": 8, "total_bytes": 8000}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "kv_bytes_per_token": 8, "host_bytes": 99}),

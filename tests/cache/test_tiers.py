@@ -44,8 +44,6 @@ def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
         if uses % 2:
             cache.evict(num_tokens=4)
             [found] = cache.match(ids("abcdX")).loadable
-            with pytest.raises(ValueError, match="another cache"):
-                tiered().fetch(found)
             cache.fetch(found)
         match = cache.match(ids("abcdX"))
         cache.touch(match)

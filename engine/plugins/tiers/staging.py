@@ -137,7 +137,7 @@ class Staging(Fetcher):
         disk, offload, steps = self._disk, self._manager.cache.offload, self._manager.cache.steps
         disk.settle()
         if disk.is_off:
-            offload.stop_offloading(DISK)
+            offload.closed.add(offload.names.index(DISK))
             done = self._readings
         if disk.has_lost_rows:
             if not all(map(is_kept, steps.transfers)):
