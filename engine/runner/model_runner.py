@@ -187,25 +187,25 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, plan: MemoryPlan, max_model_len: int) -> None:
         """Allocate the memory of ``plan``, and make the tables and graphs for it."""
-        config = loaded.settings
-        self.loaded, self._config = loaded, config
-        self.rank, self.device, self.kernels = loaded.rank, loaded.device, loaded.kernels
-        self.config, self.sizes, self.geometry = loaded.config, loaded.sizes, loaded.geometry
-        self.dtype, self.state_dtype = loaded.dtype, loaded.state_dtype
-        self.model = loaded.model
+        config, self.loaded = loaded.settings, loaded
+        self.device, self.kernels, self.model = loaded.device, loaded.kernels, loaded.model
+        self.config, self.geometry, self.dtype = loaded.config, loaded.geometry, loaded.dtype
+        self.vocab_size = self.config.vocab_size
         self.step_state_bytes = loaded.step_state_bytes
         self.num_step_states, self.num_guesses = config.num_step_states, config.drafts.head_len
         self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
         self.memory, self.max_model_len = plan, max_model_len
-        self.pool_specs = [step.block.keeps for step in self.model.mixers]
+        self.is_asynchronous = not self.device.is_cpu
+        """True if ``forward`` returns before the device is done."""
+        self._keeps = [step.block.keeps for step in self.model.mixers]
         """Declared tensors of each entry of ``tensors.pools``."""
         if loaded.head is not None:
-            self.pool_specs.append(loaded.head.keeps)
+            self._keeps.append(loaded.head.keeps)
         self.tensors = Memory.allocate(
             plan,
-            self.pool_specs,
+            self._keeps,
             self.dtype,
-            self.state_dtype,
+            loaded.state_dtype,
             self.device,
             num_step_states=self.num_step_states,
             num_scratch_rows=self.num_guesses * self.max_running_rows,
@@ -215,8 +215,7 @@ class ModelRunner:
         )
         self.running = RunningStates(self.tensors.step_slots)
         self._cache_write, self._state_copy = (
-            self.kernels["cache_write"],
-            self.kernels["state_copy"],
+            self.kernels[name] for name in ("cache_write", "state_copy")
         )
         self._transfer: Callable[[Transfer], None] | None = None
         """Executes a transfer between tiers; None if there is only the device."""
@@ -240,18 +239,7 @@ class ModelRunner:
         """Copy displaced states back to the slots of their requests, except those of the own slots
         ``but`` and of a step that is not committed yet."""
         self.device.make_current()  # The calling thread may be a new one, as in ``forward``.
-        if displaced := self.running.displaced(but):
-            self._copy_states(displaced)
-            self.running.mark_returned(displaced)
-
-    @property
-    def is_asynchronous(self) -> bool:
-        """True if ``forward`` returns before the device is done."""
-        return not self.device.is_cpu
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
+        self._copy_states(self.running.take_displaced(but))
 
     def table_row(self, row: int, end: int) -> Indices:
         """Return the KV indices of the positions of ``row`` below ``end``: a view of the host's
@@ -298,16 +286,17 @@ class ModelRunner:
     def _decode_graphs(self, record: Record, *, is_native: bool = False) -> Graphs:
         """Make the graphs of steps without drafts, and of steps with drafts."""
         parts = self.model, self._forward, self.step_inputs, record
+        if not self.num_step_states:
+            return Graphs(DecodeGraphs(*parts))
         buckets = verify_buckets(
             self.model,
             self.table,
-            self.sizes,
+            self.loaded.sizes,
             max_verified=self.num_step_states,
             is_native=is_native,
         )
-        longest = min(1 + self._config.drafts.max_len, self.max_model_len)
-        verifies = VerifyGraphs(*parts, buckets=buckets, longest=longest) if buckets else None
-        return Graphs(DecodeGraphs(*parts), verifies)
+        longest = min(1 + self.loaded.settings.drafts.max_len, self.max_model_len)
+        return Graphs(DecodeGraphs(*parts), VerifyGraphs(*parts, buckets=buckets, longest=longest))
 
     @torch.inference_mode()
     def _record_decode(self) -> bool:
@@ -338,15 +327,14 @@ class ModelRunner:
         self.device.make_current()  # The calling thread may be a new one.
         if self.num_step_states:
             self._place(batch)
-        if self.tensors.checkpoints is None:
-            return self._forward_piece(batch, drawn)
-        num_staged = len(self.tensors.checkpoints.staging)
-        parts = [self._forward_piece(one, drawn) for one in pieces(batch, num_staged)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        saved = self.tensors.checkpoints
+        parts = [batch] if saved is None else pieces(batch, len(saved.staging))
+        logits = [self._forward_piece(part, drawn) for part in parts]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def _forward(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
         """Compute the hidden states of a step, and run the multi-token head on them."""
-        hidden = self.model.forward(token_ids, step, self.tensors.pools[: len(self.model.mixers)])
+        hidden = self.model.forward(token_ids, step, self.tensors.pools)
         if self._predictor is not None:
             self._predictor.follow(token_ids, hidden, step)
         return hidden
@@ -478,10 +466,10 @@ class ModelRunner:
         return cast("float | None", made.host_bytes_per_s)
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
-        """Describe everything that the bits of KV and states depend on, and their layout: engines
-        that share these can exchange them. O(bytes of the weights), unless their saved digest is
-        given."""
-        config, weights = self._config, f"dummy, seed {self._config.seed}"
+        """Describe everything that the bits of KV and states depend on, and their layout. O(bytes
+        of the weights), unless their saved digest is given."""
+        config = self.loaded.settings
+        weights = f"dummy, seed {config.seed}"
         if config.load_format != "dummy":
             weights = weights_digest or digest_of_weights(config.model_dir)
         checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
@@ -489,7 +477,7 @@ class ModelRunner:
         quantization = config.quantization or "none"
         saved, sizes = self.tensors.checkpoints, self.memory
         layout = [f"{sizes.row_bytes} {sizes.state_bytes} {'' if saved is None else saved.format}"]
-        for pools, specs in zip(self.tensors.pools, self.pool_specs, strict=True):
+        for pools, specs in zip(self.tensors.pools, self._keeps, strict=True):
             both = zip(pools, specs, strict=True)
             layout += [f"{spec.name}{spec.shape}{pool.dtype}" for pool, spec in both]
         return {

@@ -1,22 +1,9 @@
-"""Steps as tensors: the KV rows and states of running requests, the inputs of a batch, and device
-graphs of steps, with the warm-up before the first request that captures them.
+"""Steps as tensors: KV rows and states of running requests, the inputs of a batch, and graphs.
 
-The launches of a graph are captured once and replayed, to reduce the host's work per step.
-
-A graph repeats the same launches on the same memory. Therefore inputs are copied into buffers with
-fixed addresses, and sizes are rounded up to buckets. The unused entries are padding, which reads
-and writes the padding rows and slots of the pools, and is not routed to experts.
-
-- `DecodeGraphs`: a step with decodes only is one graph.
-- `VerifyGraphs`: a step of decodes, some of them with drafts, is one graph.
-- `PrefillGraphs`: any other step has one graph per dense piece, from one mixer to the next. The
-  mixers in between are launched one by one, because their launches depend on the sequences'
-  lengths.
-
-Graphs are captured during warm-up, largest first so that the others fit into its memory. Without a
-warm-up, a graph is captured when its bucket first occurs. ``record`` is the result of
-`Device.recorder`. The memory of a graph is overwritten by the next replay, so results are written
-to buffers that all buckets share.
+A graph repeats captured launches on the same memory, which saves the host's work. So inputs are
+copied into buffers with fixed addresses, and sizes are rounded up to buckets. The unused entries
+are padding, which reads and writes the padding rows and slots, and is not routed to experts. The
+memory of a graph is overwritten by the next replay, so results are written to shared buffers.
 """
 
 from __future__ import annotations
@@ -35,7 +22,6 @@ import torch
 from engine.layers.blocks import (
     DecodePart,
     LayerInputs,
-    Mixer,
     PrefillPart,
     Rows,
     StepPart,
@@ -63,8 +49,7 @@ class RunningStates:
     A verification writes the state after each of its tokens into a step slot. The accepted state
     stays there: it is displaced. The sequence's next verification reads it from there, and uses the
     own slot, which is then unused, as one of its step slots. So a step needs one step slot for each
-    verified token, however many states are displaced. Before any other operation the state is
-    copied back to the sequence's own slot.
+    verified token. Before any other operation the state is copied back to the own slot.
     """
 
     def __init__(self, step_slots: Sequence[int]) -> None:
@@ -84,22 +69,19 @@ class RunningStates:
         """Slots of the states after each token, for each sequence of the last verification."""
         return [slots for _, slots in self._verified]
 
-    def displaced(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
-        """Return (step slot, own slot) of the displaced states that must be copied back.
+    def take_displaced(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
+        """Return (step slot, own slot) of the displaced states, which must be copied back next.
 
-        Sequences in ``but`` and those being verified are left out. Call ``mark_returned`` after the
-        copies.
+        Sequences in ``but`` and those being verified are left out.
         """
         if not self._displaced:
             return []
         stay = {*but, *(own for own, _ in self._verified)}
-        return [(step, own) for own, step in self._displaced.items() if own not in stay]
-
-    def mark_returned(self, copied: Sequence[tuple[int, int]]) -> None:
-        """Record that the copies returned by ``displaced`` were made."""
-        for step, own in copied:
+        copies = [(step, own) for own, step in self._displaced.items() if own not in stay]
+        for step, own in copies:
             del self._displaced[own]
             self._free.append(step)
+        return copies
 
     def drop_verified(self) -> None:
         """Drop the states of the last verification, if its step failed before the commit."""
@@ -110,11 +92,8 @@ class RunningStates:
         self._verified = []
 
     def verify(self, sequences: Sequence[tuple[int, int]]) -> None:
-        """Assign ``step_slots`` to each of these (own slot, number of tokens).
-
-        No other state is displaced. Raises AssertionError if there are more tokens than step
-        slots.
-        """
+        """Assign ``step_slots`` to each of these (own slot, number of tokens). No other state is
+        displaced."""
         for own, count in sequences:
             last = [own] if own in self._displaced else []
             first = len(self._free) - count + len(last)
@@ -136,8 +115,7 @@ class RunningStates:
         self._verified = []
 
     def check(self) -> None:
-        """Raise AssertionError unless every step slot is free, holds the state of one sequence, or
-        is assigned to one token."""
+        """Verify that every step slot is free, has one sequence's state, or is one token's."""
         given = [slot for own, slots in self._verified for slot in slots if slot != own]
         held = [*self._free, *self._displaced.values(), *given]
         assert len(held) == len(self._step_slots) and set(held) == self._step_slots
@@ -272,32 +250,24 @@ PREFILL_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 nothing."""
 
 
-def prefill_buckets(most_tokens: int) -> tuple[int, ...]:
-    """Return the buckets below ``most_tokens``, and ``most_tokens`` itself, the size of the largest
-    step."""
-    smaller = tuple(bucket for bucket in PREFILL_BUCKETS if bucket < most_tokens)
-    return (*smaller, most_tokens) if most_tokens <= PREFILL_BUCKETS[-1] else PREFILL_BUCKETS
-
-
 def bucket_for(size: int, buckets: Sequence[int]) -> int | None:
-    """Return the smallest bucket of at least ``size``, or None if all are smaller. ``buckets``
-    ascend."""
+    """Return the smallest bucket of at least ``size``, or None. ``buckets`` ascend."""
     rank = bisect_left(buckets, size)
     return buckets[rank] if rank < len(buckets) else None
 
 
-def kv_bounds(max_model_len: int) -> tuple[int, ...]:
-    """Return the values of ``KV_BOUNDS`` below ``max_model_len``, followed by ``max_model_len``."""
-    return (*(bound for bound in KV_BOUNDS if bound < max_model_len), max_model_len)
+def up_to(most: int, buckets: Sequence[int]) -> list[int]:
+    """Return the ``buckets`` below ``most``, followed by ``most``."""
+    return [*(bucket for bucket in buckets if bucket < most), most]
 
 
-def decode_buckets(max_running: int) -> tuple[int, ...]:
+def decode_buckets(max_running: int) -> list[int]:
     """Return 1, 2, 4, 8, then multiples of 8 up to 64 and of 32 beyond, until ``max_running`` is
     reached."""
     sizes = [1, 2, 4]
     while sizes[-1] < max_running:
         sizes.append(sizes[-1] + (4 if sizes[-1] < 8 else 8 if sizes[-1] < 64 else 32))
-    return tuple(sizes)
+    return sizes
 
 
 class StepGraphs(ABC):
@@ -403,7 +373,7 @@ class DecodeGraphs(StepGraphs):
         self, model: Decoder, forward: Forward, inputs: StepInputs, record: Record
     ) -> None:
         table = inputs.table
-        sizes, bounds = decode_buckets(table.padding_row), kv_bounds(table.host.shape[1])
+        sizes, bounds = decode_buckets(table.padding_row), up_to(table.host.shape[1], KV_BOUNDS)
         buckets = [(size, bound) for size in sizes[::-1] for bound in bounds[::-1]]
         columns = np.zeros((7, sizes[-1]), np.int64)
         """Id, position and KV index of each sequence's token, one if it is not padding; the
@@ -436,35 +406,32 @@ class DecodeGraphs(StepGraphs):
 
 class PrefillGraphs:
     """Graphs of steps with prefills: one up to the first mixer, one between each two, and one after
-    the last."""
+    the last. Mixers are launched one by one, because their launches depend on lengths."""
 
     def __init__(self, model: Decoder, memory: Memory, record: Record, *, most_tokens: int) -> None:
         self._model, self._pools, self._record = model, memory.pools, record
         # The rows of a step are padded to this multiple, also those of the largest step.
         multiple: int = model.build.kernels["linear"].ROWS
-        self._sizes = prefill_buckets(padded_count(most_tokens, multiple))
+        largest = min(padded_count(most_tokens, multiple), PREFILL_BUCKETS[-1])
+        self._sizes = up_to(largest, PREFILL_BUCKETS)
         self._replays: dict[int, list[Replay]] = {}
         weight = model.embedding.weight
-        self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=weight.device)
+        self._token_ids = torch.zeros(largest, dtype=torch.int64, device=weight.device)
         ones = torch.ones_like(self._token_ids)
         self._live, self._steps = ones, torch.cat([ones, torch.zeros_like(ones)])
         """See ``Rows.live``, and its values for every number of tokens."""
-        self._residual = weight.new_zeros(self._sizes[-1], weight.shape[1])
+        self._residual = weight.new_zeros(largest, weight.shape[1])
         self._hidden = torch.zeros_like(self._residual)
-        self._buffers: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        """Input and output buffers of mixers by size; mixers of the same sizes share them."""
-        for step in model.mixers:
-            size, shape = step.block.projected_size, step.block.mixed_shape
-            if (size, *shape) not in self._buffers:
-                self._buffers[size, *shape] = (
-                    weight.new_zeros(self._sizes[-1], size),
-                    weight.new_zeros(self._sizes[-1], *shape),
-                )
+        self._mixers = [step.block for step in model.mixers]
+        shapes = [((mixer.projected_size,), mixer.mixed_shape) for mixer in self._mixers]
+        made = {pair: [weight.new_zeros(largest, *shape) for shape in pair] for pair in set(shapes)}
+        self._buffers = [made[pair] for pair in shapes]
+        """Input and output of each mixer; mixers of the same sizes share them."""
 
     @property
     def buckets(self) -> list[int]:
         """List the number of tokens of every bucket, largest first."""
-        return list(self._sizes[::-1])
+        return self._sizes[::-1]
 
     def run(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor | None:
         """Compute hidden states as ``Decoder.forward`` does, or return None if there are more
@@ -480,11 +447,11 @@ class PrefillGraphs:
         self._live[:size].copy_(self._steps[first : first + size])
         step = replace(step, num_rows=size)
         *replays, last = self._replays[size]
-        pools_of = self._pools[: len(replays)]
-        for replay, mixer, pools in zip(replays, self._mixers, pools_of, strict=True):
+        for rank, replay in enumerate(replays):
             replay()
-            projected, mixed = self._buffers_of(mixer)
-            mixed[: step.num_tokens].copy_(mixer.mix(projected[:size], step, pools))
+            projected, mixed = self._buffers[rank]
+            out = self._mixers[rank].mix(projected[:size], step, self._pools[rank])
+            mixed[: step.num_tokens].copy_(out)
         last()
         return self._hidden[:size]
 
@@ -493,26 +460,18 @@ class PrefillGraphs:
         ranks = range(len(self._mixers) + 1)
         self._replays[size] = [self._record(partial(self._piece, rank, size)) for rank in ranks]
 
-    @property
-    def _mixers(self) -> list[Mixer]:
-        return [step.block for step in self._model.mixers]
-
-    def _buffers_of(self, mixer: Mixer) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._buffers[mixer.projected_size, *mixer.mixed_shape]
-
     def _piece(self, rank: int, size: int) -> None:
         """Compute the layers between the mixers ``rank - 1`` and ``rank``."""
-        mixers, residual = self._mixers, self._residual[:size]
-        rows = Rows(size, self._live[:size])
+        rows, residual = Rows(size, self._live[:size]), self._residual[:size]
         if rank == 0:
             out, stream = self._model.start(self._token_ids[:size], rows)
         else:
-            projected, mixed = (x[:size] for x in self._buffers_of(mixers[rank - 1]))
+            projected, mixed = (x[:size] for x in self._buffers[rank - 1])
             out, stream = self._model.resume(rank - 1, mixed, projected, residual, rows)
-        if rank == len(mixers):
+        if rank == len(self._mixers):
             self._hidden[:size].copy_(out)
         else:
-            self._buffers_of(mixers[rank])[0][:size].copy_(out)
+            self._buffers[rank][0][:size].copy_(out)
             residual.copy_(stream)
 
 
@@ -527,11 +486,8 @@ def verify_buckets(
     sequences with drafts, and sequences without.
 
     Native kernels need a single KV bound. For Triton kernels, the numbers of tokens are powers of
-    two for which each attention of this rank's ``sizes`` is one chunk. No buckets if nothing is
-    verified.
+    two for which each attention of this rank's ``sizes`` is one chunk.
     """
-    if not max_verified:
-        return []
     max_running, max_model_len = table.padding_row, table.host.shape[1]
     if is_native:
         return [(size, max_model_len) for size in NATIVE_SIZES[::-1]]
@@ -543,21 +499,18 @@ def verify_buckets(
     return [
         (count, bound)
         for count in counts[::-1]
-        for bound in kv_bounds(max_model_len)[::-1]
+        for bound in up_to(max_model_len, KV_BOUNDS)[::-1]
         if all(kernels["attention"].is_one_chunk(count, bound, *each) for each in heads)
     ]
 
 
 class VerifyGraphs(StepGraphs):
-    """Graphs of steps with drafts, for any number of sequences.
+    """Graphs of steps of decodes, some with drafts, for any number of sequences.
 
     Kernels read the start and length of each sequence from memory. A sequence without drafts has
-    one token, and its state is updated in its own slot.
-
-    A graph of native kernels, on a CPU, is correct for all sizes. Triton kernels are launched for
-    bounds: KV lengths up to a bucket's, sequences of at most ``longest`` tokens, and all tokens in
-    one chunk of attention (`kernels.attention.splits.is_one_chunk`). Padding sequences keep these
-    bounds. A step beyond them is launched kernel by kernel.
+    one token, and its state is updated in its own slot. Triton kernels are launched for bounds: KV
+    lengths up to a bucket's, sequences of at most ``longest`` tokens, and all tokens in one chunk
+    of attention (`kernels.attention.splits.is_one_chunk`). Padding sequences keep these bounds.
     """
 
     def __init__(

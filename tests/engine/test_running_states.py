@@ -21,10 +21,8 @@ class RunningStatesMachine(RuleBasedStateMachine):
         self.positions = dict.fromkeys(OWN, 0)
 
     def return_states(self, but: set[int]) -> None:
-        copies = self.running.displaced(but)
-        for step, own in copies:
+        for step, own in self.running.take_displaced(but):
             self.slots[own] = self.slots[step]
-        self.running.mark_returned(copies)
 
     @rule(
         lengths=st.dictionaries(st.sampled_from(OWN), st.integers(2, 9), max_size=4),
