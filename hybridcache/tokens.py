@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Hashable
-from math import isfinite, lcm
+from math import lcm
 from operator import index
 
 import numpy as np
@@ -61,12 +61,6 @@ def require_bool(value: object, what: str) -> None:
         raise TypeError(f"{what} must be True or False (got {value!r}).")
 
 
-def require_seconds(value: object, what: str) -> None:
-    """Raise TypeError unless ``value`` is a finite number."""
-    if not isinstance(value, int | float) or not isfinite(value):
-        raise TypeError(f"{what} must be a finite number of seconds (got {value!r}).")
-
-
 def require_grid(grid: int, page_size: int) -> None:
     """Raise ValueError unless one of the two numbers divides the other."""
     if grid % page_size and page_size % grid:
@@ -74,13 +68,6 @@ def require_grid(grid: int, page_size: int) -> None:
             f"grid {grid} must be a multiple of page_size {page_size}, or divide it: checkpoints "
             f"are saved at common multiples, here only at those of {lcm(grid, page_size)} tokens"
         )
-
-
-def require_id_tuple(tokens: object, what: str) -> None:
-    """Raise TypeError unless ``tokens`` is a tuple of integers. O(its length)."""
-    if type(tokens) is not tuple or not {*map(type, tokens)} <= {int}:
-        found = type(tokens).__name__
-        raise TypeError(f"{what} must be a tuple of integers, as array.tolist() has (got {found}).")
 
 
 def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:

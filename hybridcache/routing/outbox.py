@@ -7,9 +7,8 @@ from collections import deque
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from hybridcache.cache import HybridRadixCache, require_cache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import Event, EventStream
-from hybridcache.tokens import require_index
 
 KEPT = 256
 """Number of stored batches."""
@@ -24,8 +23,7 @@ class EventBatch(NamedTuple):
 
 
 class Outbox:
-    """Event batches of one cache, for one reader: ``restart`` numbers from 0 again, which another
-    reader could not notice.
+    """Event batches of one cache, for one reader.
 
     ``flush`` and ``restart`` must be called by the thread that drives the cache, between cache
     operations. The other methods can be called from any thread.
@@ -42,10 +40,9 @@ class Outbox:
     """
 
     def __init__(self, cache: HybridRadixCache, kept: int = KEPT) -> None:
-        require_cache(cache)
         self._cache = cache
         self._lock = threading.Lock()
-        self._batches: deque[EventBatch] = deque(maxlen=require_index(kept, "kept", 1))
+        self._batches: deque[EventBatch] = deque(maxlen=kept)
         self._covered: list[Hashable] = []
         self._next_sequence = 0
         self._watch()
@@ -56,12 +53,7 @@ class Outbox:
         self._cache.subscribe(self._stream)
 
     def cover(self, request: Hashable) -> None:
-        """Record that the prompt of ``request`` is computed.
-
-        The next batch covers the KV and checkpoints that it stored. Raises TypeError if it is not
-        hashable.
-        """
-        hash(request)
+        """Record that the prompt of ``request`` is computed, so that the next batch covers it."""
         with self._lock:
             self._covered.append(request)
 
@@ -78,11 +70,8 @@ class Outbox:
             return True
 
     def since(self, sequence: int) -> list[EventBatch] | None:
-        """Return the batches from number ``sequence`` on.
-
-        Returns None if that batch is no longer stored or never existed: call ``restart``.
-        """
-        sequence = require_index(sequence, "sequence")
+        """Return the batches from number ``sequence`` on. None if that batch is no longer stored or
+        never existed: call ``restart``."""
         with self._lock:
             if sequence == self._next_sequence:
                 return []
@@ -92,10 +81,7 @@ class Outbox:
             return [batch for batch in self._batches if batch.sequence >= sequence]
 
     def restart(self) -> None:
-        """Start again with a batch 0 that describes the whole cache. O(tokens cached).
-
-        Must be called by the thread that drives the cache.
-        """
+        """Start again with a batch 0 that describes the whole cache. O(tokens cached)."""
         self._cache.unsubscribe(self._stream)
         with self._lock:
             self._batches.clear()

@@ -16,8 +16,6 @@ from hybridcache.tokens import common_tuple_len
 
 MOST_BUSY = 0.95
 """Upper bound of the estimated utilisation. Above it queues grow without limit."""
-
-
 EVIDENCE = 4.0
 """Checkpoints per label that are assumed saved before any event arrives."""
 RECENT = 64.0
@@ -47,7 +45,7 @@ class SavedShares:
         self._saved[label] += 1.0
 
     def is_saved(self, label: str) -> bool:
-        """Return True if at least half of the planned checkpoints of ``label`` are saved."""
+        """Return whether at least half of the planned checkpoints of ``label`` are saved."""
         return 2 * (self._saved[label] + EVIDENCE) >= self._planned[label] + EVIDENCE
 
 
@@ -131,29 +129,22 @@ class CheckpointSeconds(Router):
         return num_ids * self.spec.kv_bytes + num_states * self.spec.state_bytes
 
     def pressures(self, now: float) -> dict[ReplicaId, float]:
-        """Return the relative value of memory on each replica: 1 at the mean overwrite rate.
-        O(replicas).
-
-        It is the square root of the rate, as for cache misses (Hartstein et al., "Cache miss
-        behavior: is it sqrt(2)?", 2006).
-        """
+        """Return the relative value of memory on each replica: the square root of its overwrite
+        rate, 1 at the mean (Hartstein et al., "Cache miss behavior: is it sqrt(2)?", 2006)."""
         rates = {replica: own.rate(now) for replica, own in self.write_rates.items()}
         mean = sum(rates.values()) / max(len(rates), 1)
         return {replica: math.sqrt(rate / mean) if mean else 1.0 for replica, rate in rates.items()}
 
     def utilisation(self, now: float) -> float:
-        """Return the fraction of time that the replicas spend on prefill, at most ``MOST_BUSY``.
-        O(replicas).
-
-        Estimated from the requests sent to them.
-        """
+        """Return the fraction of time that the replicas spend on prefill, at most ``MOST_BUSY``,
+        estimated from the requests sent to them."""
         work_s = sum(own.work_s for own in self.write_rates.values())
         seconds = sum(now - own.since_s for own in self.write_rates.values())
         return min(work_s / seconds, MOST_BUSY) if seconds > 0 else 0.0
 
     def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
-        """Return the positions at which computing a prompt from ``cached_len`` saves checkpoints.
-        O(positions)."""
+        """Return the positions at which computing a prompt from ``cached_len`` saves
+        checkpoints."""
         if self.spec.placement is None or not self.spec.stateful:
             return [len(request.tokens)]
         planned = self._plan(request, cached_len, kv_match_len)
@@ -182,11 +173,8 @@ class CheckpointSeconds(Router):
         events: Iterable[Event],
         covered: Iterable[Hashable] = (),
     ) -> None:
-        """Apply a batch of events to the mirror of ``replica``.
-
-        Batch 0 resets the mirror: a replica sends it first, and again if a batch that was requested
-        again is no longer stored. Events of a replica that has left are ignored.
-        """
+        """Apply a batch of events to the mirror of ``replica``, which batch 0 resets. Events of a
+        replica that has left are ignored."""
         if replica not in self.mirrors:
             return
         events = tuple(events)
@@ -253,8 +241,8 @@ def depth_after(prompts: InFlight, request: RouteRequest) -> int:
 class WriteRate:
     """Log of the bytes stored on one replica and of the prefill seconds that they took.
 
-    It covers the last ``capacity_bytes`` written. Under LRU, the next eviction victim has been
-    unused for about that period. ``sent`` is O(1) amortised, the other methods O(1).
+    It covers the last ``capacity_bytes`` written: under LRU, the next victim has been unused for
+    about that period.
 
     >>> write_rate = WriteRate(100, now=0.0)
     >>> for second in range(1, 5):
@@ -270,7 +258,6 @@ class WriteRate:
         """Entries (time, total bytes, total seconds), the oldest first. Totals are cumulative."""
 
     def sent(self, num_bytes: int, seconds: float, now: float) -> None:
-        """Add one request. ``now`` must not decrease between calls."""
         self._bytes += num_bytes
         self._seconds += seconds
         if self._capacity is None or not num_bytes:
@@ -292,10 +279,8 @@ class WriteRate:
         return self._seconds - self._log[0][2]
 
     def rate(self, now: float) -> float:
-        """Return the bytes per second since ``since_s``, or 0 if no time has passed.
-
-        Periods under a microsecond count as one: a quotient by less can overflow.
-        """
+        """Return the bytes per second since ``since_s``, or 0 if no time has passed. Periods under
+        a microsecond count as one."""
         since, before, _ = self._log[0]
         return (self._bytes - before) / max(now - since, 1e-6) if now > since else 0.0
 
@@ -312,9 +297,8 @@ class WriteRate:
 
 
 def rendezvous(key: bytes, replicas: Iterable[ReplicaId]) -> ReplicaId:
-    """Return the highest-ranked replica for ``key`` (Thaler and Ravishankar, 1998). O(replicas).
-
-    When a replica leaves or joins, only its own keys move. Raises ValueError without replicas.
+    """Return the highest-ranked replica for ``key`` (Thaler and Ravishankar, 1998). When a replica
+    leaves or joins, only its own keys move. O(replicas).
 
     >>> rendezvous(b"a", (0, 1, 2)) == rendezvous(b"a", (2, 1, 0))
     True

@@ -42,12 +42,8 @@ class TextTree:
     def match(
         self, tokens: tuple[int, ...], namespace: Hashable = None
     ) -> tuple[int, dict[ReplicaId, int]]:
-        """Match a prompt.
-
-        Returns:
-            The length of the longest known prefix, and the length that was sent to each replica.
-            Replicas without a match are absent.
-        """
+        """Return the length of the longest known prefix, and the length that was sent to each
+        replica with a match."""
         reached: dict[ReplicaId, int] = {}
         node = self._roots.get(namespace)
         end = 0
@@ -93,7 +89,7 @@ class TextTree:
         self._evict(replica, 0)
 
     def _split(self, lower: _TextNode, at: int) -> _TextNode:
-        """Split ``lower`` after ``at`` tokens. Returns the new parent with the first part."""
+        """Split ``lower`` after ``at`` tokens. Returns the new parent."""
         assert lower.parent is not None
         upper = _TextNode(lower.tokens[:at], lower.parent)
         upper.last_use = dict(lower.last_use)
@@ -103,8 +99,7 @@ class TextTree:
         return upper
 
     def _evict(self, replica: ReplicaId, wanted: int) -> None:
-        """Reduce the record of ``replica`` to ``wanted`` tokens. O(tree log tree), once per tenth
-        of the limit inserted."""
+        """Reduce the record of ``replica`` to ``wanted`` tokens. O(tree log tree)."""
         nodes = [node for node in self._leaves_first() if replica in node.last_use]
         # A parent is used whenever its child is: a stable sort keeps leaves before their parents.
         nodes.sort(key=lambda node: node.last_use[replica])
@@ -152,10 +147,8 @@ BALANCE_ABS, BALANCE_REL = 64, 1.5
 
 
 class CacheAware(Router):
-    """Rule ``cache_aware`` of SGLang's gateway, with its defaults.
-
-    It estimates the contents of caches from the prompts that it sent. The gateway counts
-    characters; this counts tokens.
+    """Rule ``cache_aware`` of SGLang's gateway, with its defaults, but counting tokens in place of
+    characters. It estimates the contents of caches from the prompts that it sent.
 
     - While one replica has over ``BALANCE_ABS`` requests more than another, and over
       ``BALANCE_REL`` times as many, choose the least loaded replica.

@@ -18,7 +18,6 @@ from hybridcache.export.events import EventStream, Mirror
 from hybridcache.policies.placement import End, Placement
 from hybridcache.policies.protocol import Prefill, PromptBoundaries
 from hybridcache.policies.registry import make_admission
-from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import ROUTERS, find_router
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -88,7 +87,6 @@ REFUSED = {
     "another's node": ("another", lambda cache, rows: cache.gather(FOUND_ELSEWHERE.node)),
     "a used node": ("another", lambda cache, rows: cache.refresh(FOUND_ELSEWHERE.node)),
     "a node as base": ("another", insert(owned_from=5, after=FOUND_ELSEWHERE.node)),
-    "no event": ("EventStream", lambda cache, rows: Mirror(1).apply({"id": 1})),
     "a listener of another cache": ("another", lambda cache, rows: cache.subscribe(FOLLOWS)),
 }
 """Wrong calls, each with a part of its message."""
@@ -253,12 +251,6 @@ def begin(**changes):
     Lease.begin(cache, placement, LeaseRequest(**arguments), exchange)
 
 
-def mirror(page_size):
-    cache = hybrid(page_size=4)
-    cache.subscribe(EventStream(Mirror(4).apply))
-    for tokens in ("abcd", "aXcd"):
-        publish(cache, ids(tokens))
-    cache.subscribe(EventStream(Mirror(page_size).apply))
 
 
 def on_grid(plan):
@@ -286,7 +278,6 @@ class OwnPlacement(End):
     """Policy of a user that nothing guards."""
 
 
-NO_IDS = (np.arange(9, dtype=np.int32), "abc", (1.5,))
 OWN_PLACEMENTS = ("backoff", None, OwnPlacement, OwnPlacement(), Placement((OwnPlacement(),)))
 
 
@@ -298,13 +289,8 @@ WRONG = (
     *((scheduled, {"max_len": value}) for value in (4, "a")),
     *((asking, {"save_at": value}) for value in ((4.0,), ("a",), (-4,))),
     *((begin, {"placement": value}) for value in OWN_PLACEMENTS),
-    (Outbox, {"cache": parse_placement("end")}),
-    (Outbox(hybrid()).since, {"sequence": "x"}),
     (hybrid(page_size=4).allocate_kv, {"num_tokens": -3}),
     (begin, {"stateful": False}),
-    *((partial(Outbox, hybrid()), {"kept": value}) for value in (0, -1, "3")),
-    *((Mirror, {"page_size": value}) for value in (0, "a")),
-    *((mirror, {"page_size": value}) for value in (1, 3, 8)),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "priority_classes": "no"}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "grid": None}),
     (build, {"total_bytes": 8000, "kv_bytes_per_token": 0}),
@@ -312,15 +298,7 @@ WRONG = (
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "kv_bytes_per_token": 8, "host_bytes": 99}),
     (CacheConfig, {"num_kv_tokens": 9, "num_slots": 1, "memory": "arena"}),
     (on_grid, {"plan": (("a", "b"),)}),
-    (EventStream, {"sink": 5}),
-    *((partial(route, name=name), {"tokens": value}) for name in ROUTERS for value in NO_IDS),
     *((partial(route, name=name), {"id": 0}) for name in ROUTERS),
-    *((route, {"now": value}) for value in (float("nan"), "x", 0.5)),
-    *((route, {"namespace": 1.5}), (route, {"boundaries": (9, 3)})),
-    *((replicas, {"times": value}) for value in (None, PerToken)),
-    *((replicas, {"grid": value}) for value in (0, "8")),
-    *((replicas, {name: -1}) for name in ("kv_bytes", "capacity_bytes", "unit")),
-    *((replicas, {"page_size": 3}), (replicas, {"placement": "adaptive"})),
     *((find_router, {"router": value}) for value in (None, 5, End)),
     (planner, {"max_running": 3}),
     (Mirror(1).match, {"tokens": [1.5]}),

@@ -252,11 +252,10 @@ def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
 
 
 class NewestReplica(Router):
-    """Router that always chooses the newest replica, with a wrong length if that is negative."""
+    """Router that always chooses the newest replica, and one that is not up if it is alone."""
 
     def choose(self, request, now):
-        newest = max(self.loads)
-        return Choice(newest, min(newest, 0))
+        return Choice(max(self.loads) if len(self.loads) > 1 else "away")
 
 
 class NotARouter:
@@ -268,7 +267,7 @@ def test_a_custom_router_is_found_by_its_path() -> None:
     assert find_router(NewestReplica) is NewestReplica
     router = find_router(f"{here}:NewestReplica")(spec())
     router.joined(-1, 0)
-    with pytest.raises(ValueError, match="a length from 0 to 1"):
+    with pytest.raises(ValueError, match="must return a Choice of a replica"):
         router.route(RouteRequest(1, (1,)), 0)
     router.joined(0, 0)
     router.joined(1, 0)
@@ -277,12 +276,3 @@ def test_a_custom_router_is_found_by_its_path() -> None:
         find_router("best")
     with pytest.raises(ValueError, match="Router: give a name, or a class derived from"):
         find_router(f"{here}:NotARouter")
-    with pytest.raises(ValueError, match="already joined"):
-        router.joined(0, 0)
-    router.joined("a", 0)
-    with pytest.raises(ValueError, match=r"choose raised TypeError: '>' not .*machine.py, line"):
-        router.route(RouteRequest(2, (1,)), 0)
-    with pytest.raises(TypeError, match="override choose"):
-        abstract = Router(spec())
-        abstract.joined(0, 0)
-        abstract.route(RouteRequest(1, (1,)), 0)
