@@ -251,8 +251,6 @@ def begin(**changes):
     Lease.begin(cache, placement, LeaseRequest(**arguments), exchange)
 
 
-
-
 def on_grid(plan):
     Prefill(200, 0, 0, 0, (), 64).on_grid(plan)
 
