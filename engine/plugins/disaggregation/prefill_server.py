@@ -91,7 +91,7 @@ class Outgoing:
         if self._sent < self.end:
             return
         if match.checkpoint is not None:
-            self._put(wire.State(), unit.read_rows(unit.slot_rows(match.checkpoint)))
+            self._put(unit.read_rows(unit.slot_rows(match.checkpoint)))
         counts, num_tokens = self.server.counts, self.end - self.ask.start
         counts.prefixes += 1
         counts.tokens += num_tokens
@@ -112,16 +112,16 @@ class Outgoing:
         step = max(1, PIECE_BYTES // unit.row_bytes)
         while (start := self._sent) < until and self.has_room:
             self._sent = end = min(start + step, until)
-            self._put(wire.Rows(start, end), unit.read_rows(rows[start:end]))
+            self._put(unit.read_rows(rows[start:end]))
 
     @property
     def has_room(self) -> bool:
         return self.num_queued_bytes - self.num_taken_bytes < MAX_QUEUED_BYTES
 
-    def _put(self, message: wire.ToDecode, copied: HostCopy) -> None:
+    def _put(self, copied: HostCopy) -> None:
         self.num_queued_bytes += copied.num_bytes
         self.moved_s = time.monotonic()
-        self.server.unsent.append((self.peer, message, copied))
+        self.server.unsent.append((self.peer, copied))
 
 
 class PrefillServer(Plugin):
@@ -135,14 +135,14 @@ class PrefillServer(Plugin):
         super().__init__(config)
         self.settings = config.of(DisaggregationConfig)
         self._timeout_s, self.counts = self.settings.transfer_timeout_s, wire.TransferCounts()
-        self.unsent: deque[tuple[bytes, wire.ToDecode, HostCopy]] = deque()
-        """Connection, message and bytes of messages that wait for these bytes."""
+        self.unsent: deque[tuple[bytes, HostCopy]] = deque()
+        """Connection and bytes of ``Data`` that wait for these bytes."""
         self._numbers = itertools.count()
         self._checks_s = 0.0
         """Time of the next ``_check_sessions``."""
         self._is_accepting = True
         self._sessions: dict[bytes, Outgoing] = {}
-        """Accepted prefixes without an ``End``, by connection."""
+        """Accepted prefixes by connection, until that is closed."""
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
         """Start listening. Raises ConfigError if the address is not available."""
@@ -188,10 +188,10 @@ class PrefillServer(Plugin):
 
     def _send_ready(self) -> None:
         """Send the queued messages with bytes that have arrived from the device."""
-        while self.unsent and self.unsent[0][2].is_done:
-            peer, message, copied = self.unsent.popleft()
+        while self.unsent and self.unsent[0][1].is_done:
+            peer, copied = self.unsent.popleft()
             if peer in self._sessions:
-                self._send(peer, message, copied)
+                self._send(peer, wire.Data(), copied)
 
     def _receive(self, peer: bytes, message: wire.ToPrefill) -> None:
         """Handle one message. Raises ValueError if it is malformed."""
@@ -205,8 +205,6 @@ class PrefillServer(Plugin):
                 if message.num_bytes > session.num_taken_bytes:
                     session.num_taken_bytes = min(message.num_bytes, session.num_queued_bytes)
                     session.moved_s = time.monotonic()
-            case wire.End():
-                self._drop(peer)
 
     def _receive_ask(self, peer: bytes, ask: wire.Ask) -> None:
         """Begin a prefix, or refuse it. Raises ValueError if malformed."""
@@ -288,7 +286,7 @@ class PrefillServer(Plugin):
 
     def wait(self) -> None:
         if self.unsent:
-            self.unsent[0][2].wait()
+            self.unsent[0][1].wait()
         elif self.has_work:
             self._router.poll(round(1e3 * IDLE_S))
 

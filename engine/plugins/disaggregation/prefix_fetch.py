@@ -196,28 +196,25 @@ class PeerFetch(Fetch):
             message, data = received
             if isinstance(message, wire.Failed):
                 raise RequestError.from_wire(message.error)
-            if not isinstance(message, wire.Alive):
-                self._write(message, data)
+            if isinstance(message, wire.Data):
+                self._write(data)
                 self._num_bytes += len(data)
                 connection.send(wire.Taken(self._num_bytes))
         return self._num_bytes - before
 
-    def _write(self, message: wire.Rows | wire.State, data: memoryview) -> None:
-        """Copy ``data``, which must be the next rows or the state, to their current place. Raises
+    def _write(self, data: memoryview) -> None:
+        """Copy ``data``, which must be whole rows or the state, to their current place. Raises
         TransferError for anything else."""
         unit, slot = self._unit, self.arrival.slot
-        if isinstance(message, wire.Rows):
-            start, end = message.start, message.end
-            num_bytes = (end - start) * unit.row_bytes
-            if self._next == start < end <= self.end and len(data) == num_bytes:
-                rows = self.arrival.rows[start - self.start : end - self.start]
-                unit.write_rows(rows, _tensor(data))
-                self._next = end
-                return
+        num_rows, rest = divmod(len(data), unit.row_bytes)
+        if num_rows and not rest and self._next + num_rows <= self.end:
+            first = self._next - self.start
+            unit.write_rows(self.arrival.rows[first : first + num_rows], _tensor(data))
+            self._next += num_rows
         elif slot is not None and self._next == self.end and len(data) == unit.state_bytes:
             unit.write_rows(unit.slot_rows(slot), _tensor(data))
-            return
-        raise wire.TransferError(f"{message} with {counted(len(data), 'byte')} was not requested")
+        else:
+            raise wire.TransferError(f"{counted(len(data), 'byte')} of data were not requested")
 
     def cancel(self) -> None:
         if not self.has_ended:

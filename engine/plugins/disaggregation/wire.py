@@ -1,15 +1,14 @@
 """Messages between two engines over ZeroMQ.
 
 A prefill engine has one ROUTER socket. A decode engine opens a DEALER socket for each prefix, sends
-``Ask``, and receives any number of ``Rows``, then ``State``, each followed by a frame with its
-bytes, or ``Failed``. It confirms each with ``Taken`` and sends ``End`` at its own end.
-``PrefixBuffer`` converts between bytes and memory: the arena rows of tokens, and those of the state
-at the end of a prefix, both with the parts of a multi-token head.
+``Ask``, and receives frames of ``Data``: the KV of all tokens in order, then the state, or
+``Failed``. It confirms each with ``Taken``, and closes the connection at the end. ``PrefixBuffer``
+converts between bytes and memory: the arena rows of tokens, and those of the state at the end of a
+prefix, both with the parts of a multi-token head.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -66,25 +65,13 @@ class Ask(TransferMessage, frozen=True):
 
 
 class Taken(TransferMessage, frozen=True):
-    """Confirmation of rows and of the state."""
+    """Confirmation of all bytes received so far."""
 
     num_bytes: Annotated[int, msgspec.Meta(ge=0)]
-    """Bytes of all of them received so far."""
 
 
-class End(TransferMessage, frozen=True):
-    """The decode engine expects no more messages."""
-
-
-class Rows(TransferMessage, frozen=True):
-    """KV of positions ``start`` to ``end``. Its bytes follow in a second frame."""
-
-    start: int
-    end: int
-
-
-class State(TransferMessage, frozen=True):
-    """State at the end of the prefix. Its bytes follow in a second frame."""
+class Data(TransferMessage, frozen=True):
+    """The next rows, or at last the state. The bytes follow in a second frame."""
 
 
 class Alive(TransferMessage, frozen=True):
@@ -97,8 +84,8 @@ class Failed(TransferMessage, frozen=True):
     error: WireError
 
 
-ToPrefill = Ask | Taken | End
-ToDecode = Rows | State | Alive | Failed
+ToPrefill = Ask | Taken
+ToDecode = Data | Alive | Failed
 ENCODER = msgspec.msgpack.Encoder(enc_hook=plain)
 FOR_PREFILL: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)
 FOR_DECODE: msgspec.msgpack.Decoder[ToDecode] = msgspec.msgpack.Decoder(ToDecode)
@@ -152,8 +139,7 @@ class Connection:
     ) -> None:
         """Start to connect. ``max_bytes``: maximum size of a message. Raises TransferError if there
         is no such address."""
-        self._timeout_s = timeout_s
-        self._heard_s = time.monotonic()
+        self._timeout_s, self._heard_s = timeout_s, time.monotonic()
         self.num_bytes = 0
         """Bytes sent and received."""
         self._socket = open_socket(context, zmq.DEALER, address[0], timeout_s)
@@ -180,11 +166,7 @@ class Connection:
 
     def receive(self) -> tuple[ToDecode, memoryview] | None:
         """Return the next message and its bytes, which keep ZeroMQ's memory alive, or None if
-        nothing has arrived.
-
-        Raises TransferError if the other side has gone, is silent for too long, or sends anything
-        else.
-        """
+        nothing has arrived. Raises TransferError if nothing will arrive."""
         is_lost = int(self._events.get(zmq.EVENTS)) & zmq.POLLIN  # Read before the messages.
         now = time.monotonic()
         try:
@@ -204,15 +186,12 @@ class Connection:
             raise TransferError(f"the other side is unclear ({error})") from error
 
     def close(self) -> None:
-        """Send ``End`` and close the connection."""
-        with contextlib.suppress(TransferError):
-            self.send(End())
         self._socket.disable_monitor()
         self._events.close()
         self._socket.close()
 
 
-PROTOCOL = "7"
+PROTOCOL = "8"
 """Version of the messages between two engines."""
 PIECE_BYTES = 4 << 20
 """Maximum size of one message, except for a state and the KV of a single token."""

@@ -13,7 +13,7 @@ import pytest
 
 from engine import Engine
 from engine.plugins.disaggregation.prefix_fetch import PeerFetch
-from engine.plugins.disaggregation.wire import PrefixBuffer, Rows, State
+from engine.plugins.disaggregation.wire import PrefixBuffer
 from tests.engine.transfer.pair import (
     GREEDY,
     assert_same,
@@ -65,12 +65,12 @@ def test_a_prefill_engine_killed_during_a_transfer_loses_no_token(
     engine = decode_engine(prefill[1])
     write, num_messages = PeerFetch._write, 0
 
-    def kill_at_third_message(self: PeerFetch, message: Rows | State, data: memoryview) -> None:
+    def kill_at_third_message(self: PeerFetch, data: memoryview) -> None:
         nonlocal num_messages
         num_messages += 1
         if num_messages == 3:
             os.kill(prefill[0], signal.SIGKILL)
-        write(self, message, data)
+        write(self, data)
 
     monkeypatch.setattr(PeerFetch, "_write", kill_at_third_message)
     prompts = [text(10, 900), text(11, 200)]
