@@ -14,10 +14,10 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
@@ -38,8 +38,7 @@ from engine.errors import (
 )
 from engine.messages import (
     Abort,
-    AskCacheView,
-    AskReport,
+    Ask,
     AskView,
     Compile,
     EndEngine,
@@ -50,12 +49,10 @@ from engine.messages import (
     Outputs,
     Question,
     Reply,
-    ResetCache,
-    StopAccepting,
     ToEngine,
 )
 from engine.requests.grammar import Grammar
-from engine.requests.request import Intake, Prompt, Request, RequestSpec, SamplingParams
+from engine.requests.request import Intake, Prompt, RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
 from engine.text.outputs import Answer, FinishReason, RequestOutput
 
@@ -79,16 +76,12 @@ class EngineHost:
         """``send`` passes a message to the front end, from any thread and without waiting."""
         self.engine, self._send = engine, send
         self._commands: deque[Callable[[], None]] = deque()
-        self._num_received = 0
-        """Number of requests that were queued in the engine, or failed before."""
-        self._last_counts = (0, 0)
         self._views: dict[int, Any] = {}
         self._numbers = itertools.count()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._wake = threading.Condition()
+        self._wake = threading.Condition()  # With a lock that its owner may take again.
         self._is_open = True
         self._must_stop = False
-        self._is_closed = False
         self._last_step_failed = False
         self.failure: str | None = None
         """Reason of an unexpected end, or None."""
@@ -107,8 +100,7 @@ class EngineHost:
             case RequestSpec():
                 self._submit(message)
             case Abort():
-                with suppress(EngineStopped):
-                    self.call_soon(lambda: self._abort(message))
+                self.call_soon(lambda: self._abort(message))
             case EndEngine():
                 with self._wake:
                     self._is_open = False
@@ -119,18 +111,13 @@ class EngineHost:
                 with suppress(RuntimeError):  # The engine ends, and with it all questions.
                     self._compiler.submit(self._reply, message, lambda: compiling(message.grammar))
             case _:
-                try:
-                    self.call_soon(lambda: self._reply(message, lambda: self._answer(message)))
-                except EngineStopped as error:
-                    self._send(Reply(message.number, error=error.to_wire()))
+                self.call_soon(lambda: self._reply(message, lambda: self._answer(message)))
 
     def call_soon(self, command: Callable[[], None]) -> None:
-        """Run ``command`` before the next step. Safe to call from any thread. Raises
-        EngineStopped if ``run`` has ended."""
+        """Run ``command`` before the next step, unless the engine ends first."""
         with self._wake:
-            if self._is_closed:
-                raise EngineStopped("The engine has stopped.")
-            self._queue(command)
+            self._commands.append(command)
+            self._wake.notify()
 
     def _submit(self, spec: RequestSpec) -> None:
         """Queue a request before the next step, or send its failure."""
@@ -140,22 +127,9 @@ class EngineHost:
             with self._wake:
                 if not self._is_open:
                     raise EngineStopped(self.failure or STOPPING)
-                self._queue(lambda: self._arrive(request))
+                self.call_soon(lambda: self.engine.enqueue(request))
         except Exception as error:
-            self._fail(spec.request_id, error)
-
-    def _arrive(self, request: Request) -> None:
-        if not self.engine.has_room:  # The state that the front end has checked was older.
-            self._fail(request.request_id, QueueFull(self.engine.config.max_queue))
-            return
-        self.engine.enqueue(request)
-        with self._wake:
-            self._num_received += 1
-
-    def _fail(self, request_id: str, error: Exception) -> None:
-        with self._wake:
-            self._num_received += 1
-            self._deliver([RequestOutput.failed(request_id, RequestError.of(error))])
+            self._deliver([RequestOutput.failed(spec.request_id, RequestError.of(error))])
 
     def _abort(self, message: Abort) -> None:
         output = self.engine.abort(message.request_id, message.reason)
@@ -166,16 +140,16 @@ class EngineHost:
         """Return the value of the reply to ``question``."""
         engine, views = self.engine, self._views
         match question:
-            case AskReport():
+            case Ask("report"):
                 return engine.report()
-            case AskCacheView():
+            case Ask("cache_view"):
                 return engine.cache_view()
-            case ResetCache():
+            case Ask("reset_cache"):
                 engine.reset_prefix_cache()
+            case Ask("stop_accepting"):
+                engine.disconnect(at_once=False)
             case EndSession():
                 engine.end_session(question.request_id)
-            case StopAccepting():
-                engine.disconnect(at_once=False)
             case OpenView():
                 number = next(self._numbers)
                 views[number] = watch(engine)
@@ -196,14 +170,9 @@ class EngineHost:
         except Exception as error:
             self._send(Reply(question.number, error=RequestError.of(error).to_wire()))
 
-    def _queue(self, command: Callable[[], None]) -> None:
-        """Queue ``command`` for the thread, before its next step. The caller holds ``_wake``."""
-        self._commands.append(command)
-        self._wake.notify()
-
     def run(self) -> None:
-        """Step until ``EndEngine``, or until the engine fails. All requests have an answer or an
-        error afterwards."""
+        """Step until ``EndEngine``, or until the engine fails. The front end fails all requests and
+        questions that are left then."""
         try:
             while self._run_commands():
                 self._step()
@@ -215,7 +184,11 @@ class EngineHost:
             self.failure = FAILED
             logger.exception("The engine failed; it answers nothing from here on.")
         finally:
-            self.close()
+            with suppress(Exception):
+                self.engine.disconnect(at_once=True)
+            with self._wake:
+                self._is_open = False
+            self._compiler.shutdown(wait=False, cancel_futures=True)
 
     def _step(self) -> None:
         """Run one step and deliver its outputs. Raises if this step and the previous one both
@@ -254,7 +227,7 @@ class EngineHost:
             if not is_open:
                 engine.disconnect(at_once=False)
             for _ in range(num_commands):
-                self._commands.popleft()()  # If it raises, close runs the commands after it.
+                self._commands.popleft()()
             if must_stop:
                 return False
             if engine.has_work():
@@ -264,41 +237,18 @@ class EngineHost:
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         """Send the outputs of a step."""
-        with self._wake:  # Counts are sent in the order in which they were true.
-            counts = self._num_received, self.engine.num_waiting
-            if outputs or counts != self._last_counts:
-                self._last_counts = counts
-                self._send(Outputs(*counts, tuple(outputs)))
-
-    def close(self) -> None:
-        """End the host after ``run``, or in place of it: requests of the front end fail when it
-        learns of the end."""
-        with suppress(Exception):
-            self.engine.disconnect(at_once=True)
-        with self._wake:
-            self._is_open, self._is_closed = False, True
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            try:
-                command()
-            except Exception:
-                logger.exception("A command failed that was left when the engine ended.")
-        self._compiler.shutdown(wait=False, cancel_futures=True)
-
-
-Result = TypeVar("Result")
+        if outputs:
+            self._send(Outputs(tuple(outputs)))
 
 
 class RequestStream:
-    """Outputs of the requests of one reader: ``async for output in stream``. Belongs to the event
-    loop it was made in."""
+    """Outputs of the requests of one reader: ``async for output in stream``."""
 
     def __init__(
         self,
         on_abort: Callable[[str, FinishReason], None],
         on_end: Callable[[RequestOutput], object],
     ) -> None:
-        self.loop = asyncio.get_running_loop()
         self.answers: dict[str, Answer] = {}
         """Answer of each request by its id, in the order of submission."""
         self._on_abort, self._on_end = on_abort, on_end
@@ -337,7 +287,7 @@ class RequestStream:
         self._num_left += 1
 
     def put(self, output: RequestOutput) -> None:
-        """Queue ``output`` for the reader. Must be called in the stream's event loop."""
+        """Queue ``output`` for the reader."""
         if output.answer is None:  # An engine in this process sends its own answer.
             output = self.answers[output.request_id].add(output)
         if output.is_finished:
@@ -352,6 +302,7 @@ class EngineChannel(ABC):
     config: EngineConfig
     tokenizer: Tokenizer | None
     facts: EngineFacts
+    num_engines: int = 1
 
     @property
     @abstractmethod
@@ -410,26 +361,21 @@ class ThreadChannel(EngineChannel):
         self.host.receive(message)
 
     async def drain(self) -> None:
-        self.send(EndEngine(at_once=False))
-        if self._thread.ident is None:
-            self._join()
-        else:  # Not self._join: the helper thread may keep its function, and so all memory.
-            await asyncio.to_thread(self._thread.join)
+        self._end(at_once=False)
+        await asyncio.to_thread(self._thread.join)
 
     def stop(self) -> None:
-        self.send(EndEngine(at_once=True))
-        self._join()
+        self._end(at_once=True)
+        self._thread.join()
 
-    def _join(self) -> None:
-        if self._thread.ident is not None:
-            self._thread.join()
-        else:
-            self.host.close()
-            self._front.closed(None)
+    def _end(self, *, at_once: bool) -> None:
+        self.send(EndEngine(at_once))
+        if self._thread.ident is None:
+            self._thread.start()
 
 
 class AsyncEngine:
-    """Submits requests to an engine, and follows their outputs.
+    """Submits requests to an engine, and follows their outputs, in one event loop.
 
     Coroutines raise EngineStopped after the engine's end.
     """
@@ -447,12 +393,11 @@ class AsyncEngine:
         )
         self.sampling_defaults = self._intake.sampling_defaults
         """Sampling parameters that the model's files recommend."""
-        self._num_sent = self._num_received = self._num_waiting = 0
         self._streams: dict[str, RequestStream] = {}
         self._replies: dict[int, Future[Any]] = {}
         self._numbers = itertools.count()
-        self._is_open = True
-        self._end: str | None = None
+        self._is_open, self._has_ended = True, False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.failure: str | None = None
         """Reason of an unexpected end of the engine, or None."""
         self.channel.connect(self)
@@ -464,6 +409,7 @@ class AsyncEngine:
 
     def start(self) -> None:
         """Begin to serve. Called once, in the event loop."""
+        self._loop = asyncio.get_running_loop()
         self.channel.start()
 
     def submit(
@@ -491,15 +437,14 @@ class AsyncEngine:
         request_id = spec.request_id or f"request-{next(self._numbers)}"
         if request_id in self._streams:
             raise DuplicateId(request_id)
-        # Requests on their way to the engine also wait.
-        if self._num_waiting + self._num_sent - self._num_received >= self.config.max_queue:
+        max_running = self.channel.num_engines * self.config.max_running
+        if len(self._streams) >= max_running + self.config.max_queue:
             raise QueueFull(self.config.max_queue)
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
         stream = self._streams[request_id] = stream or self.stream()
         stream.open(request_id, tokens)
         sent = {"prompt": tokens, "request_id": request_id, "arrival_s": time.perf_counter()}
         self.channel.send(structs.replace(spec, **sent))
-        self._num_sent += 1
         return stream
 
     def stream(
@@ -535,26 +480,23 @@ class AsyncEngine:
             case Reply():
                 self._answered(message)
             case Outputs():
-                self._num_received, self._num_waiting = message.num_received, message.num_waiting
                 self._deliver(message.news)
 
-    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        """Queue outputs in the event loops of their streams, with one call per loop. Closed loops
-        are skipped."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = {}
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        """Queue outputs in their streams, in the event loop."""
+        if asyncio._get_running_loop() is self._loop:
+            self._put(outputs)
+        elif self._loop is not None:
+            with suppress(RuntimeError):  # The loop is closed.
+                self._loop.call_soon_threadsafe(self._put, outputs)
+
+    def _put(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
+            stream = self._streams.get(output.request_id)
             if output.is_finished:
-                stream = self._streams.pop(output.request_id, None)
-            else:
-                stream = self._streams.get(output.request_id)
+                self._streams.pop(output.request_id, None)
             if stream is not None:
-                by_loop.setdefault(stream.loop, []).append((stream, output))
-        for loop, theirs in by_loop.items():
-            if loop is asyncio._get_running_loop():
-                _put(theirs)
-            elif not loop.is_closed():
-                with suppress(RuntimeError):
-                    loop.call_soon_threadsafe(_put, theirs)
+                stream.put(output)
 
     def _answered(self, said: Reply) -> None:
         reply = self._replies.pop(said.number, None)
@@ -567,8 +509,7 @@ class AsyncEngine:
 
     def closed(self, failure: str | None) -> None:
         """Fail all pending requests and questions: the engine has ended."""
-        self.failure, self._end = failure, failure or "The engine has stopped."
-        self._is_open = False
+        self.failure, self._is_open, self._has_ended = failure, False, True
         error = EngineStopped(failure or STOPPED)
         self._deliver([RequestOutput.failed(each, error) for each in tuple(self._streams)])
         for number in tuple(self._replies):
@@ -580,8 +521,8 @@ class AsyncEngine:
         number = next(self._numbers)
         reply = self._replies[number] = Future[Any]()
         try:
-            if self._end is not None:  # Read last: ``closed`` in another thread answers the rest.
-                raise EngineStopped(self._end)
+            if self._has_ended:  # Read last: ``closed`` in another thread answers the rest.
+                raise EngineStopped(self.failure or STOPPED)
             self.channel.send(cast("ToEngine", structs.replace(question, number=number)))
         except BaseException:
             self._replies.pop(number, None)
@@ -594,33 +535,16 @@ class AsyncEngine:
 
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""
-        found = await self.ask(AskReport())
+        found = await self.ask(Ask("report"))
         return found if isinstance(found, CacheReport) else msgspec.convert(found, CacheReport)
 
     async def cache_view(self) -> dict[str, Any]:
         """See ``Engine.cache_view``."""
-        return cast("dict[str, Any]", await self.ask(AskCacheView()))
+        return cast("dict[str, Any]", await self.ask(Ask("cache_view")))
 
     async def reset_prefix_cache(self) -> None:
         """See ``Engine.reset_prefix_cache``."""
-        await self.ask(ResetCache())
-
-    async def call(self, function: Callable[[Engine], Result]) -> Result:
-        """Return ``function(engine)`` for an engine of this process, called in its thread between
-        two steps. Raises EngineStopped if it has ended."""
-        assert isinstance(self.channel, ThreadChannel), "the engine is in another process"
-        host, answer = self.channel.host, Future[Result]()
-
-        def run() -> None:
-            if not answer.set_running_or_notify_cancel():
-                return
-            try:
-                answer.set_result(function(host.engine))
-            except Exception as error:
-                answer.set_exception(error)
-
-        host.call_soon(run)
-        return await asyncio.wrap_future(answer)
+        await self.ask(Ask("reset_cache"))
 
     async def drain(self) -> None:
         """Accept no more requests, finish those in progress, and end the engine."""
@@ -632,8 +556,3 @@ class AsyncEngine:
         EngineStopped. Safe to call from any thread."""
         self._is_open = False
         self.channel.stop()
-
-
-def _put(outputs: Sequence[tuple[RequestStream, RequestOutput]]) -> None:
-    for stream, output in outputs:
-        stream.put(output)

@@ -290,7 +290,7 @@ class EngineConfig(Settings):
     """Policy that admits waiting requests: sessions (resident ones first, others as the cache
     permits), oldest, cached-first, longest-match, live:N (sessions at a time), or module:Class."""
     max_queue: Annotated[int, COUNT] = 1024
-    """Requests that may wait, also for their first step; further ones are refused."""
+    """Requests in progress beyond --max-running; further ones are refused."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Prepare the next step while the device computes this one, except for steps with drafts; auto:
     on devices that compute asynchronously."""

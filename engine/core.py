@@ -140,19 +140,14 @@ class EngineCore:
         self._scheduler.add(request)
 
     @property
-    def num_waiting(self) -> int:
-        """Number of requests in the queue."""
-        return self._scheduler.num_waiting
-
-    @property
     def requests(self) -> Collection[Request]:
         """Waiting and running requests."""
         return self._requests.values()
 
     @property
     def has_room(self) -> bool:
-        """True if one more request may wait."""
-        return self._scheduler.num_waiting < self.config.max_queue
+        """True if one more request may be queued."""
+        return len(self._requests) < self.config.max_running + self.config.max_queue
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
         """End a request at once with ``reason``; its memory is free when this returns. Returns its

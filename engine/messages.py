@@ -45,26 +45,16 @@ class Compile(Question, frozen=True):
     grammar: Grammar
 
 
-class AskReport(Question, frozen=True):
-    """See ``Engine.report``."""
+class Ask(Question, frozen=True):
+    """Call ``Engine.report``, ``cache_view``, ``reset_prefix_cache`` or ``disconnect``."""
 
-
-class AskCacheView(Question, frozen=True):
-    """See ``Engine.cache_view``."""
-
-
-class ResetCache(Question, frozen=True):
-    """See ``Engine.reset_prefix_cache``."""
+    topic: Literal["report", "cache_view", "reset_cache", "stop_accepting"]
 
 
 class EndSession(Question, frozen=True):
     """See ``Engine.end_session``."""
 
     request_id: str
-
-
-class StopAccepting(Question, frozen=True):
-    """See ``Engine.disconnect``: work in progress is finished."""
 
 
 class OpenView(Question, frozen=True):
@@ -83,19 +73,7 @@ class AskView(Question, frozen=True):
     node: int = 0
 
 
-ToEngine = (
-    RequestSpec
-    | Abort
-    | EndEngine
-    | Compile
-    | AskReport
-    | AskCacheView
-    | ResetCache
-    | EndSession
-    | StopAccepting
-    | OpenView
-    | AskView
-)
+ToEngine = RequestSpec | Abort | EndEngine | Compile | Ask | EndSession | OpenView | AskView
 
 
 class Exactness(msgspec.Struct, frozen=True):
@@ -160,9 +138,6 @@ class Refused(EngineMessage, frozen=True):
 class Outputs(EngineMessage, frozen=True):
     """All outputs of one step."""
 
-    num_received: int
-    """Number of requests received so far."""
-    num_waiting: int
     news: tuple[RequestOutput, ...]
 
 

@@ -32,7 +32,7 @@ from starlette.routing import Route
 
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
-from engine.messages import StopAccepting
+from engine.messages import Ask
 from engine.plugins.diagnostics.explanations import Explanations, explanation
 from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, count_tokens, messages
 from engine.plugins.dialects.responses import Responses, ResponsesRequest
@@ -159,7 +159,7 @@ class Server(uvicorn.Server):
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
                 with suppress(EngineStopped):
-                    await self._engine.ask(StopAccepting())
+                    await self._engine.ask(Ask("stop_accepting"))
                 while not self._is_hurried:
                     await asyncio.sleep(0.1)
         if num_left := len(self.server_state.tasks):

@@ -12,7 +12,7 @@ import pytest
 
 from engine import AsyncEngine, Engine, QueueFull, RequestOutput, SamplingParams, engine_config
 from engine.errors import DuplicateId, EngineStopped, StepFailed
-from engine.messages import AskReport
+from engine.messages import Ask
 from engine.requests.request import RequestSpec
 from engine.schedule.scheduler import Batch
 from tests.engine.test_scheduler_machine import answer
@@ -83,7 +83,7 @@ def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
         runner.allow()
         outputs = await reader
         assert outputs[-1].finish_reason == "abort"
-        assert await engine.call(lambda e: e.report().kv.held) == 0
+        assert (await engine.report()).kv.held == 0
 
     serve(scenario, gated=True)
 
@@ -114,7 +114,7 @@ def test_an_idle_engine_drains() -> None:
         await asyncio.sleep(0.02)
         engine._numbers = (engine.closed(None) or 0 for _ in range(1))  # Ends during the call.
         with pytest.raises(EngineStopped):
-            await engine.ask(AskReport())
+            await engine.ask(Ask("report"))
         await engine.drain()
         assert not engine.is_alive
 
@@ -142,10 +142,7 @@ class FailingRunner(OracleRunner):
 
 async def act(engine: AsyncEngine, draw: random.Random) -> None:
     """Send a request and read all of its answer, or leave it in one of several ways."""
-    way = draw.choice(("whole", "whole", "abort", "drop", "cancel", "call", "reset"))
-    if way == "call":
-        with pytest.raises(ZeroDivisionError):
-            await engine.call(lambda _: 1 // 0)
+    way = draw.choice(("whole", "whole", "abort", "drop", "cancel", "reset"))
     if way == "reset":
         await engine.reset_prefix_cache()
     prompt = [draw.randrange(3)] * draw.choice((5, 64, 130)) + [draw.randrange(9)] * 40

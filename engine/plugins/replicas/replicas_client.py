@@ -13,22 +13,21 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from msgspec import structs
 
-from engine.async_engine import AsyncEngine, EngineChannel, RequestStream
+from engine.async_engine import AsyncEngine, EngineChannel, RequestStream, ThreadChannel
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine, grammar_rules, load_tokenizer_of
 from engine.errors import STOPPED, EngineStopped, RequestError, StepFailed
 from engine.hub import resolve_config
 from engine.messages import (
     Abort,
-    AskCacheView,
-    AskReport,
+    Ask,
     AskView,
     Compile,
     EndEngine,
@@ -37,12 +36,11 @@ from engine.messages import (
     Outputs,
     Question,
     Reply,
-    ResetCache,
     ToEngine,
 )
 from engine.plugins.replicas import ROUTER, ReplicasConfig
 from engine.requests.request import RequestSpec, SamplingParams
-from engine.schedule.report import CacheReport, StepReport
+from engine.schedule.report import CacheReport
 from engine.server.settings import ServerConfig
 from engine.text.outputs import FinishReason, RequestOutput
 from engine.worker.screen import screen_rows, screen_text
@@ -58,16 +56,10 @@ TRIAL_TOKENS = 512
 """Length of the prompt for the measurement at the start."""
 ALIVE_S = 2.0
 """Interval in which the reader of events learns that the engine has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaFacts:
-    """Facts about the engines for the server and its router."""
-
-    engine: EngineFacts
-    spec: ReplicaSpec
-    screen: tuple[tuple[str, str], ...]
-    """Rows of the start screen of one engine."""
+MAX_BATCHES = 1 << 20
+"""Number of batches of events that are stored for their reader. A slower one loses the replica."""
+Facts = tuple[EngineFacts, ReplicaSpec, list[tuple[str, str]]]
+"""Facts about an engine for the server and its router, and rows of its start screen."""
 
 
 class EngineReplica:
@@ -80,31 +72,31 @@ class EngineReplica:
         self._times = self._timed()
         self._engine.reset_prefix_cache()
         self._engine.cache.stats.clear()
-        self._outbox = Outbox(self._engine.cache)
+        self._outbox = Outbox(self._engine.cache, MAX_BATCHES)
+        self._outbox.restart()  # With a first batch, which says that this replica is up.
         self._news = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         """Event loop of the reader of events."""
-        self._engine.observers.append(self._stepped)
-        self._async = AsyncEngine(self._engine)
+        self._engine.observers.append(lambda report: self._flush())
+        channel = ThreadChannel(self._engine)
+        self._host, self._async = channel.host, AsyncEngine(channel)
         self._async.start()
 
     def _timed(self) -> MeasuredTimes:
         """Time a prefill, the second of two. Others take a time in proportion to their length."""
         length = min(TRIAL_TOKENS, self._engine.max_model_len - 1)
         for first in (0, 1):
-            prompt = (
-                np.arange(first, first + length, dtype=np.int32) % self._engine.runner.vocab_size
-            )
+            prompt = np.arange(first, first + length) % self._engine.runner.vocab_size
             start = time.perf_counter()
             self._engine.generate([prompt], SamplingParams(max_tokens=1))
         return MeasuredTimes((0,), (0, length), ((0.0, time.perf_counter() - start),))
 
-    def _stepped(self, report: StepReport) -> None:
-        """Publish the events of a step. Called in the engine's thread."""
+    def _flush(self) -> None:
+        """Publish the events since the last call. Called in the engine's thread."""
         if self._outbox.flush() and self._loop is not None:
             self._loop.call_soon_threadsafe(self._news.set)
 
-    async def facts(self, address: str) -> ReplicaFacts:
+    async def facts(self, address: str) -> Facts:
         """Return the facts of this replica, behind a server at ``address``."""
         memory, cache = self._engine.runner.memory, self._engine.cache
         report, rules = await self._async.report(), self._engine.config.checkpoints
@@ -120,7 +112,7 @@ class EngineReplica:
         )
         rows = screen_rows(self._engine, address)
         rows[1:1] = [("prefill", f"{1 / self._times.seconds(0, 1):,.0f} tokens/s, measured")]
-        return ReplicaFacts(self._async.facts, spec, tuple(rows))
+        return self._async.facts, spec, rows
 
     async def generate(self, spec: RequestSpec) -> AsyncIterator[RequestOutput]:
         """Yield outputs without the prompt and without earlier tokens, which the server has.
@@ -136,7 +128,7 @@ class EngineReplica:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
                     self._outbox.cover(spec.request_id)
-                    await self._flush()
+                    self._host.call_soon(self._flush)
                 yield structs.replace(output, answer=None)
         except Exception as error:
             yield RequestOutput.failed(spec.request_id, RequestError.of(error))
@@ -144,25 +136,20 @@ class EngineReplica:
             if stream is not None:
                 stream.abort()
 
-    async def _flush(self) -> None:
-        if await self._async.call(lambda _: self._outbox.flush()):
-            self._news.set()
-
     async def events(self) -> AsyncIterator[EventBatch]:
         """Yield the changes of the cache as they occur, for one reader, until the engine ends. The
         first batch describes the whole cache."""
         self._loop = asyncio.get_running_loop()
-        due, batches = 0, None
+        due = 0
         while self._async.is_alive:
-            if batches is None:  # At the start, or if the reader was too slow.
-                await self._async.call(lambda _: self._outbox.restart())
-                due = 0
             self._news.clear()
             batches = self._outbox.since(due)
-            for batch in batches or ():
+            if batches is None:
+                raise RuntimeError("the router has missed events")
+            for batch in batches:
                 yield batch
                 due = batch.sequence + 1
-            if batches == []:
+            if not batches:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._news.wait(), ALIVE_S)
 
@@ -172,51 +159,44 @@ class EngineReplica:
             # The last output of the request follows the others.
             return self._async.abort(message.request_id, message.reason)
         reply = await self._async.ask(message)
-        if isinstance(message, ResetCache):
-            await self._flush()
+        self._host.call_soon(self._flush)  # The question may have emptied the cache.
         return reply
 
 
-def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:
-    """Return one report with sums of sizes and counts, and with rates of the sums.
+OF_EACH = ("grid", "page_size", "figures")
+"""Fields of reports that are equal in all replicas, or cannot be added."""
 
-    Settings are those of the first report. ``gone`` has the ``usage`` of replicas that have ended,
-    so that counters never fall.
-    """
+
+def summed(reports: Sequence[CacheReport], gone: Counter[str]) -> CacheReport:
+    """Return one report with sums of sizes and counts, and with rates of the sums. ``gone`` has the
+    ``usage`` of replicas that have ended, so that counters never fall."""
     total = cast("CacheReport", _sum(reports))
-    total.usage.update((name, total.usage[name] + gone.get(name, 0)) for name in total.usage)
-    usage, first = total.usage, reports[0]
+    usage = {name: count + gone[name] for name, count in total.usage.items()}
+    oldest_wait_s = max(each.queue.oldest_wait_s for each in reports)
     return replace(
         total,
-        grid=first.grid,
-        page_size=first.page_size,
-        queue=replace(
-            total.queue,
-            oldest_wait_s=max(each.queue.oldest_wait_s for each in reports),
-            figures=first.queue.figures,
-        ),
-        token_hit_rate=_rate(usage["cached_tokens"], usage["prompt_tokens"]),
-        request_hit_rate=_rate(usage["hits"], usage["requests"]),
+        usage=usage,
+        queue=replace(total.queue, oldest_wait_s=oldest_wait_s),
+        token_hit_rate=usage["cached_tokens"] / max(usage["prompt_tokens"], 1),
+        request_hit_rate=usage["hits"] / max(usage["requests"], 1),
     )
 
 
-def _sum(values: Sequence[Any]) -> Any:
+def _sum(values: Sequence[Any], name: str = "") -> Any:
     """Add up numbers, also inside of other values; take the first of anything else."""
     first, kind = values[0], cast("Any", type(values[0]))
+    if name in OF_EACH:
+        return first
     if isinstance(first, int | float):
         return sum(values)
     if isinstance(first, dict):
-        return {name: _sum([each[name] for each in values]) for name in first}
+        return {key: _sum([each[key] for each in values]) for key in first}
     if is_dataclass(first):
-        columns = [[getattr(each, field.name) for each in values] for field in fields(first)]
-        return kind(*map(_sum, columns))
+        names = [field.name for field in fields(first)]
+        return kind(*(_sum([getattr(each, name) for each in values], name) for name in names))
     if isinstance(first, tuple) and first and is_dataclass(first[0]):
         return tuple(_sum(same) for same in zip(*values, strict=True))
     return first
-
-
-def _rate(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
 
 
 START_S = 600.0
@@ -248,40 +228,26 @@ class Progress:
         self.replica: Any = None
         """Actor that computes it, or None if none was chosen yet."""
         self._tokens: list[int] = []
-        self._num_chars = 0
-        self._at_token = self._at_char = 0
-        """Tokens and characters that the present replica has sent."""
         self._last = RequestOutput(request_id)
 
-    @property
-    def has_begun(self) -> bool:
-        """True if the present replica has sent a token."""
-        return self._at_token > 0
-
-    def restart(self) -> None:
-        """Expect the answer from its beginning."""
-        self._at_token = self._at_char = 0
-
-    def add(self, delta: RequestOutput) -> RequestOutput | None:
+    def add(self, output: RequestOutput) -> RequestOutput | None:
         """Return the new part of the next output, or None if a repeated token is another one.
         O(new tokens)."""
-        tokens, text = delta.new_token_ids, delta.new_text
-        repeated = self._tokens[self._at_token : self._at_token + len(tokens)]
+        tokens, text = output.new_token_ids, output.new_text
+        start = output.num_tokens - len(tokens)
+        repeated = self._tokens[start : start + len(tokens)]
         if repeated != list(tokens[: len(repeated)]):
             return None
-        num_chars = min(len(text), self._num_chars - self._at_char)
-        self._at_token += len(tokens)
-        self._at_char += len(text)
+        num_chars = max(0, self._last.num_chars - (output.num_chars - len(text)))
         new = tokens[len(repeated) :]
         self._tokens += new
-        self._num_chars = max(self._num_chars, self._at_char)
         self._last = structs.replace(
-            delta,
+            output,
             new_token_ids=new,
             new_text=text[num_chars:],
-            new_logprobs=delta.new_logprobs[len(repeated) :],
+            new_logprobs=output.new_logprobs[len(repeated) :],
             num_tokens=len(self._tokens),
-            num_chars=self._num_chars,
+            num_chars=max(self._last.num_chars, output.num_chars),
         )
         return self._last
 
@@ -313,7 +279,7 @@ class FleetChannel(EngineChannel):
         replicas: Mapping[str, Any],
     ) -> None:
         """``replicas``: those that ``fleet`` has started, by name."""
-        self.config, self.facts = config, facts
+        self.config, self.facts, self.num_engines = config, facts, len(replicas)
         self.tokenizer = load_tokenizer_of(config, facts.vocab_size)
         self._compile = grammar_rules(self.tokenizer, facts.vocab_size)
         self._compiling = asyncio.Lock()
@@ -325,8 +291,6 @@ class FleetChannel(EngineChannel):
             self._join(name, replica)
         self._names = map("replica-{}".format, itertools.count(len(replicas)))
         self._requests: dict[str, Progress] = {}
-        self._num_taken = 0
-        """Number of requests that were sent here."""
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         """Followers of replicas, questions and early ends in progress."""
@@ -403,7 +367,6 @@ class FleetChannel(EngineChannel):
             sampling = sampling.with_seed(self.config.seed + next(self._numbers))
         spec = structs.replace(spec, sampling=sampling, arrival_s=None)
         request = self._requests[request_id] = Progress(spec, request_id)
-        self._num_taken += 1
         request.task = self._run(self._follow_answer(request))
 
     async def _abort(self, message: Abort) -> None:
@@ -431,6 +394,7 @@ class FleetChannel(EngineChannel):
         route = RouteRequest(request_id, tokens, spec.namespace, known)
         outputs = None
         for _ in range(MAX_DEATHS):
+            has_begun = False
             try:
                 while not self.members:
                     await asyncio.sleep(RETRY_S)
@@ -439,7 +403,8 @@ class FleetChannel(EngineChannel):
                 outputs = request.replica.generate.remote(spec)
                 async for following in outputs:
                     output = await following
-                    if not request.has_begun and output.new_token_ids:
+                    if not has_begun and output.new_token_ids:
+                        has_begun = True
                         router.prefilled(request_id, time.monotonic())
                     whole = request.add(output)
                     if whole is None:
@@ -461,7 +426,6 @@ class FleetChannel(EngineChannel):
                     return
             logger.warning("request %s lost its replica and starts again", request_id)
             router.ended(request_id, time.monotonic())
-            request.restart()
             await asyncio.sleep(RETRY_S)  # Until the replica is known to be gone.
         self._fail(request, request.broken_off)
 
@@ -476,8 +440,7 @@ class FleetChannel(EngineChannel):
             self._deliver(last)
 
     def _deliver(self, output: RequestOutput) -> None:
-        num_waiting = sum(not request.has_begun for request in self._requests.values())
-        self._front.receive(Outputs(self._num_taken, num_waiting, (output,)))
+        self._front.receive(Outputs((output,)))
 
     async def _answer(self, question: Question) -> None:
         try:
@@ -491,18 +454,18 @@ class FleetChannel(EngineChannel):
         if none responds.
 
         Counts of ended replicas are kept. ``EndSession`` has no effect: only the last request of a
-        session declares its end. Nor has ``StopAccepting``, because replicas have no role.
+        session declares its end. Nor has "stop_accepting", because replicas have no role.
         """
         match question:
             case Compile():  # Replicas compile the grammar again when they receive it.
                 async with self._compiling:
                     await asyncio.to_thread(self._compile, question.grammar)
-            case AskReport():
-                return await self._report(question)
-            case AskCacheView():
+            case Ask("report"):
+                return await self._report()
+            case Ask("cache_view"):
                 replicas = await self._each(question)
-                return (await self._report(AskReport())).as_dict() | {"replicas": replicas}
-            case ResetCache():
+                return (await self._report()).as_dict() | {"replicas": replicas}
+            case Ask("reset_cache"):
                 await self._each(question)
             case OpenView():
                 return await self._open_view(question)
@@ -530,8 +493,8 @@ class FleetChannel(EngineChannel):
             logger.info("replica %s did not answer %s: %s", name, question, error)
             raise EngineStopped(f"Replica {name} does not answer: {_cause(error)}") from error
 
-    async def _report(self, question: AskReport) -> CacheReport:
-        found = await self._each(question)
+    async def _report(self) -> CacheReport:
+        found = await self._each(Ask("report"))
         self._reports |= {name: one for name, one in found.items() if name in self.members}
         return summed(list(found.values()), self._gone)
 
@@ -612,11 +575,11 @@ class RayFleet:
         """Return a new replica, which is loading its model."""
         return self._class.options(name=name).remote(self._config)
 
-    def facts(self, replicas: Iterable[Any], address: str) -> ReplicaFacts:
+    def facts(self, replicas: Iterable[Any], address: str) -> Facts:
         """Wait until all ``replicas`` have loaded their models, and return the facts of the
         first."""
         loading = [replica.facts.remote(address) for replica in replicas]
-        found: ReplicaFacts = self._ray.get(loading, timeout=START_S)[0]
+        found: Facts = self._ray.get(loading, timeout=START_S)[0]
         return found
 
     def end(self, replica: Any) -> None:
@@ -705,13 +668,11 @@ def start_replicas(
     try:
         names = map("replica-{}".format, range(settings.replicas))
         replicas = {name: fleet.start(name) for name in names}
-        facts = fleet.facts(replicas.values(), address)
-        router = make_router(facts.spec)
-        engine = AsyncEngine(FleetChannel(config, fleet, router, facts.engine, replicas))
+        facts, spec, (model, *of_each) = fleet.facts(replicas.values(), address)
+        engine = AsyncEngine(FleetChannel(config, fleet, make_router(spec), facts, replicas))
     except BaseException:
         fleet.close()
         raise
-    model, *of_each = facts.screen
     each = "one core and one GPU each" if "num_gpus" in fleet.needs else "one core each"
     words = f"{settings.replicas} on Ray, {each}; the facts below are those of one"
     rows = [model, ("replicas", words), ("router", settings.router or ROUTER), *of_each]

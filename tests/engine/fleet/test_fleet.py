@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 from engine import EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError
-from engine.messages import AskReport, AskView, OpenView
+from engine.messages import Ask, AskView, OpenView
 from engine.plugins.replicas.replicas_client import EngineReplica, FleetChannel
 from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
@@ -98,9 +99,9 @@ class LocalFleet:
 async def serve(fleet: LocalFleet, count: int, router: str = "checkpoint") -> AsyncEngine:
     """Return a started engine with ``count`` replicas."""
     replicas = {name: fleet.start(name) for name in map("replica-{}".format, range(count))}
-    facts = await replicas["replica-0"].replica.facts("127.0.0.1")
-    made = find_router(router)(facts.spec)
-    engine = AsyncEngine(FleetChannel(fleet.config, fleet, made, facts.engine, replicas))
+    facts, spec, _ = await replicas["replica-0"].replica.facts("127.0.0.1")
+    made = find_router(router)(spec)
+    engine = AsyncEngine(FleetChannel(fleet.config, fleet, made, facts, replicas))
     engine.start()
     return engine
 
@@ -263,13 +264,13 @@ def test_aborts_limits_and_the_end_of_a_fleet(monkeypatch: pytest.MonkeyPatch) -
         await wait_until(lambda: not engine.channel._requests)
         [actor] = fleet.replicas.values()
         async with asyncio.timeout(120):
-            while (await actor.tell.remote(AskReport())).num_running:
+            while (await actor.tell.remote(Ask("report"))).num_running:
                 await asyncio.sleep(0.01)
         with pytest.raises(ValueError, match="maximum context length"):
             engine.submit(make_spec(max_tokens=100_000))
         waiting = [engine.submit(make_spec(max_tokens=700)) for _ in range(2)]
         with monkeypatch.context() as patch, pytest.raises(QueueFull):
-            patch.setattr(engine, "_num_waiting", CONFIG.max_queue)
+            patch.setattr(engine, "config", replace(CONFIG, max_running=1, max_queue=1))
             engine.submit(make_spec())
         engine.stop()
         for each in waiting:

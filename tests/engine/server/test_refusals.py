@@ -10,7 +10,6 @@ import asyncio
 import pickle
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -161,14 +160,9 @@ async def check_status_and_body_of_refusals(
     assert bool(await metric(client, "engine_process_")) == (kind != "replicas")
 
 
-async def check_queue_filled_behind_the_server(
-    engine: Any, client: httpx.AsyncClient, kind: str
-) -> None:
-    """Check the 429 of a queue that preemptions fill between two reports to the server."""
+async def check_queue_is_full(engine: AsyncEngine, client: httpx.AsyncClient, kind: str) -> None:
+    """Check the 429 of a full queue."""
     before = await metric(client, "engine_rejected_requests_total")
-    config = engine.config
-    if kind != "thread":
-        engine.config = replace(config, max_queue=100)
     streams = []
     for token in (1, 2):
         streams.append(engine.submit(RequestSpec([token], ENDLESS)))
@@ -185,8 +179,6 @@ async def check_queue_filled_behind_the_server(
         stream.abort()
         finals = [output.finish_reason async for output in stream]
         assert finals[-1] == "abort", "an abort is reported"
-    if kind != "thread":
-        engine.config = config
 
 
 async def check_duplicate_id_is_refused(
@@ -216,7 +208,7 @@ async def check_duplicate_id_is_refused(
 ENDLESS = SamplingParams(max_tokens=15_000, ignore_eos=True)
 SCENARIOS = (
     check_status_and_body_of_refusals,
-    check_queue_filled_behind_the_server,
+    check_queue_is_full,
     check_duplicate_id_is_refused,
 )
 

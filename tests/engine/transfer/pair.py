@@ -53,7 +53,7 @@ def prefill_thread(**settings: object) -> Iterator[Engine]:
     """Run a prefill engine in a thread of this process."""
     engine = Engine(prefill_config(**settings))
     running = AsyncEngine(engine)
-    running.start()
+    running.channel.start()
     try:
         yield engine
     finally:
