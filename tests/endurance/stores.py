@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.plugins.tiers.records import RecordStore, record_bytes
+from engine.plugins.tiers.records import RecordStore, record_bytes, record_name
 from tests.selection import ROOT
 
 FIELDS = {"writer": "tests.endurance.stores"}
@@ -47,7 +47,7 @@ def write_until_killed(folder: Path, seed: int) -> None:
         while sum(sizes.values()) + room > MAX_BYTES or (sizes and choose.random() < 0.3):
             gone = choose.choice(list(sizes))
             print("-", gone, flush=True)
-            store.remove(gone)
+            store.remove_file(record_name(gone))
             del sizes[gone]
         meta, payload = str(number).encode(), payload_of(number)
         store.write(number, meta, payload)

@@ -1,17 +1,14 @@
 """Disk tier: the records of one store as prefixes, and the rows of the cache's disk tier.
 
-Restart and disk tier share their records:
-
-- Everything that a request publishes is written in the background (``write_through``), so a killed
-  process loses only entries that were not written yet.
-- The rows that the cache offloads to its disk tier (``offload``) point into these records, which
-  mostly exist by then. A record stays as long as a row points into it.
-- If there is no room, records without such rows are removed, the least recently used first.
+Everything that a request publishes is written in the background (``write_through``). The rows that
+the cache offloads to its disk tier (``offload``) point into these records, which mostly exist by
+then. A record stays as long as a row points into it; others are removed when there is no room, the
+least recently used first.
 
 All methods are for the engine's thread. ``RecordStore`` is used by the disk thread alone, after the
 constructor. A damaged record is forgotten by ``settle``, with its continuations. If a job fails, or
-takes longer than ``DEADLINE_S``, the disk is off until the engine starts again: nothing is read or
-written any more, and all rows are lost.
+takes longer than ``DEADLINE_S``, the disk is off until the engine starts again, and all rows are
+lost.
 """
 
 from __future__ import annotations
@@ -25,17 +22,17 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, wait
 from functools import partial
 from queue import PriorityQueue
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.plugins.tiers.prefixes import Item, Prefixes, RecordPart, covering
-from engine.plugins.tiers.records import RecordStore, record_bytes
+from engine.plugins.tiers.records import RecordStore, record_bytes, record_name
+from hybridcache.radix.tree import Kind
 from hybridcache.tokens import Indices, Tokens
 
-Kind = Literal["kv", "checkpoint"]
 Rows = npt.NDArray[np.uint8]
 """``[n, row_bytes]``."""
 FutureRows = Callable[[], Rows]
@@ -69,14 +66,10 @@ class Disk:
     def __init__(
         self, store: RecordStore, *, max_bytes: int, row_bytes: int, state_rows: int, num_rows: int
     ) -> None:
-        """Load the index of ``store``. O(records); no payload is read. Raises StoreError as
-        ``scan``.
+        """Load the index of ``store``. Raises StoreError as ``scan``. O(records).
 
-        Args:
-          max_bytes: limit of the disk space of all records.
-          row_bytes: size of one row of the tier.
-          state_rows: number of rows of one state.
-          num_rows: number of rows of the cache's disk tier.
+        All records take at most ``max_bytes``. The tier has ``num_rows`` rows, and a state takes
+        ``state_rows`` of them.
         """
         self.max_bytes, self.row_bytes, self.state_rows = max_bytes, row_bytes, state_rows
         self._store = store
@@ -114,7 +107,7 @@ class Disk:
             if self.prefixes.add(record.id, item):
                 self.num_bytes += self._size(item)
             else:
-                self._remove(record.id)
+                self.remove_file(record_name(record.id))
         self.num_errors += store.num_damaged
         self._next_id = store.next_id
         # The limit may have been higher in an earlier process. KV without a state behind it cannot
@@ -126,8 +119,7 @@ class Disk:
 
     @property
     def is_off(self) -> bool:
-        """True after a job failed, or the file system did not respond for ``DEADLINE_S``.
-        Reported once."""
+        """True after a job failed, or the file system did not respond for ``DEADLINE_S``."""
         started_s = self._started_s
         if started_s is not None and time.monotonic() - started_s > DEADLINE_S:
             self._turn_off(f"its file system has not responded for {DEADLINE_S:.0f} s")
@@ -210,11 +202,9 @@ class Disk:
         return [self._read(number) for number in ids]
 
     def load(self, rows: Indices) -> list[tuple[int, Rows]] | None:
-        """Read ``rows``, which then point nowhere.
-
-        Waits for the disk if they were not staged. Returns views of the records that were read, as
-        (index of the first in ``rows``, bytes from there on), or None if some cannot be read.
-        """
+        """Read ``rows``, which then point nowhere, as pairs of the index of the first in ``rows``
+        and the bytes from there on. None if some cannot be read. Waits for the disk if they were
+        not staged."""
         parts, is_lost = self.prefixes.parts(rows), self.is_lost(rows)
         self.prefixes.unbind(rows, is_use=True)
         if is_lost:
@@ -247,20 +237,12 @@ class Disk:
             for number in self.prefixes.lose(damaged):
                 self._forget(number)
 
-    def write_file(self, name: str, content: Callable[[], bytes | None]) -> None:
-        """Replace a file in the folder, in the background.
-
-        ``content`` is called in the disk thread; if it returns None, the file is not written.
-        """
-
-        def write() -> None:
-            if (data := content()) is not None:
-                self._store.write_file(name, data)
-
-        self._submit(write, f"write the file {name}")
+    def write_file(self, name: str, content: Callable[[], bytes]) -> None:
+        """Replace a file in the folder. ``content`` is called in the disk thread."""
+        self._submit(lambda: self._store.write_file(name, content()), f"write the file {name}")
 
     def remove_file(self, name: str) -> None:
-        """Remove a file from the folder, in the background."""
+        """Queue the removal of a file from the folder."""
         self._submit(partial(self._store.remove_file, name), f"remove the file {name}")
 
     def flush(self) -> bool:
@@ -292,11 +274,8 @@ class Disk:
         self, work: Callable[[], Any] | None, what: str = "", priority: int = NORMAL
     ) -> Future[Any]:
         """Run ``work`` in the disk thread, or end that if it is None. Urgent jobs are first, others
-        in order of submission.
-
-        After an error, which is reported as "not possible to ``what``", the disk is off. The result
-        is None then.
-        """
+        in order of submission. An error, "not possible to ``what``", turns the disk off; the result
+        is then None."""
         done: Future[Any] = Future()
         self._jobs.put((priority, next(self._numbers), what, work, done))
         return done
@@ -354,11 +333,7 @@ class Disk:
     def _forget(self, number: int) -> None:
         """Remove a record that is not in use."""
         self.num_bytes -= self._size(self.prefixes.remove(number))
-        self._remove(number)
-
-    def _remove(self, number: int) -> None:
-        """Queue the removal of a record's file, which may never have been written."""
-        self._submit(partial(self._store.remove, number), "remove a record")
+        self.remove_file(record_name(number))
 
     def _read(self, number: int) -> Read:
         """Read a record, unless it was read or is being read already."""

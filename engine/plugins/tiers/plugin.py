@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.plugins.tiers import TierConfig
-from engine.plugins.tiers.disk import Disk, Kind
+from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.prefixes import RecordPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging, is_kept
@@ -34,9 +34,8 @@ from hybridcache.config import CacheConfig
 from hybridcache.export.warm_state import Memory, pack, unpack, write_memory
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.radix.tree import RadixNode
+from hybridcache.radix.tree import Kind, RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory_sizes import MemorySizes
 from hybridcache.tiers import TieredRadixCache, path_of
 from hybridcache.tokens import EMPTY, Indices
 
@@ -77,44 +76,9 @@ FREE_SHARE = 0.9
 ROWS_SHARE = 0.875
 """Maximum share of rows in a folder. The rest is for tokens, heads and partly filled blocks."""
 REMEMBERED, MAX_REMEMBERED_BYTES = 32, 1 << 25
-"""Size of the file of policy state: the folder's size divided by this number, and its maximum."""
+"""Room for the file of policy state: the folder's size divided by this number, and its maximum."""
 
 logger = logging.getLogger(__name__)
-
-
-class TierSizes(NamedTuple):
-    """Sizes in bytes of the host and disk tiers and of the folder's parts."""
-
-    host: int = 0
-    disk: int = 0
-    store: int = 0
-    """Size of all records."""
-    memory: int = 0
-    """Maximum size of the policy state file, of which there may be two for a moment."""
-
-    @classmethod
-    def of(cls, config: EngineConfig, memory: MemorySizes) -> TierSizes:
-        """Return the sizes that ``config`` selects. Raises ConfigError if it allows no tiers."""
-        tiers = config.of(TierConfig)
-        if not memory.slab_rows or config.prefix_cache != "hybrid":
-            raise ConfigError(
-                "host and disk tiers require a model with states, the hybrid prefix cache and one "
-                "arena: omit host_gib and state_dir."
-            )
-        host = int((tiers.host_gib or 0) * GIB)
-        least = (memory.slab_rows + memory.page_size) * memory.row_bytes
-        if tiers.host_gib is not None:
-            _check_tier("host_gib", host, least)
-        if tiers.state_dir is None:
-            return cls(host)
-        above = memory.total_bytes + host
-        folder = _folder_bytes(Path(tiers.state_dir), tiers.disk_gib, int(above * USUAL_DISK))
-        remembered = min(folder // REMEMBERED, MAX_REMEMBERED_BYTES)
-        store = folder - 2 * remembered
-        usable = int(store * ROWS_SHARE)
-        disk = max(0, usable // 2, usable - above)
-        _check_tier("state_dir" if tiers.disk_gib is None else "disk_gib", disk, least)
-        return cls(host, disk, store, remembered)
 
 
 class TierPlugin(Plugin):
@@ -127,7 +91,8 @@ class TierPlugin(Plugin):
     def __init__(self, config: EngineConfig) -> None:
         """Raise StoreError if the folder cannot be used: before the model is loaded."""
         super().__init__(config)
-        self._sizes = TierSizes()
+        self._store_bytes = 0
+        """Maximum size of all records."""
         state_dir = config.of(TierConfig).state_dir
         weights_dir = None if config.load_format == "dummy" else config.model_dir
         self._store = None if state_dir is None else RecordStore(Path(state_dir), weights_dir)
@@ -138,11 +103,28 @@ class TierPlugin(Plugin):
         self._has_changes = False
         """True if something was computed since the policy state was saved."""
         self._saved_at, self._took_s = time.perf_counter(), 0.0
-        self._has_warned = False
 
     def size_cache(self, cache: CacheConfig, runner: ModelRunner) -> CacheConfig:
-        self._sizes = sizes = TierSizes.of(self.config, runner.memory)
-        return replace(cache, host_bytes=sizes.host, disk_bytes=sizes.disk)
+        """Add the tiers that the settings select. Raises ConfigError if none are possible."""
+        memory, tiers = runner.memory, self.config.of(TierConfig)
+        if not memory.slab_rows or self.config.prefix_cache != "hybrid":
+            raise ConfigError(
+                "host and disk tiers require a model with states, the hybrid prefix cache and one "
+                "arena: omit host_gib and state_dir."
+            )
+        host, disk = int((tiers.host_gib or 0) * GIB), 0
+        least = (memory.slab_rows + memory.page_size) * memory.row_bytes
+        if tiers.host_gib is not None:
+            _check_tier("host_gib", host, least)
+        if tiers.state_dir is not None:
+            above = memory.total_bytes + host
+            folder = _folder_bytes(Path(tiers.state_dir), tiers.disk_gib, int(above * USUAL_DISK))
+            # There may be two files of the policy state for a moment.
+            self._store_bytes = folder - 2 * min(folder // REMEMBERED, MAX_REMEMBERED_BYTES)
+            usable = int(self._store_bytes * ROWS_SHARE)
+            disk = max(0, usable // 2, usable - above)
+            _check_tier("state_dir" if tiers.disk_gib is None else "disk_gib", disk, least)
+        return replace(cache, host_bytes=host, disk_bytes=disk)
 
     def open_cache(
         self, cache: HybridRadixCache, runner: ModelRunner, tokenizer: Tokenizer | None
@@ -176,7 +158,7 @@ class TierPlugin(Plugin):
         store.open({**runner.identity(store.weights_digest), **digests})
         self.disk = disk = Disk(
             store,
-            max_bytes=self._sizes.store,
+            max_bytes=self._store_bytes,
             row_bytes=memory.row_bytes,
             state_rows=memory.slab_rows,
             num_rows=num_rows,
@@ -245,21 +227,7 @@ class TierPlugin(Plugin):
         body = write_memory(self._cache, self._placement)
         self._has_changes, self._saved_at = False, time.perf_counter()
         self._took_s = self._saved_at - start
-
-        def packed() -> bytes | None:
-            data = pack(body)
-            is_too_large = len(data) > self._sizes.memory
-            if is_too_large and not self._has_warned:
-                self._has_warned = True
-                logger.warning(
-                    "The policy state is not written to %s: it would take %d of at most %d bytes.",
-                    self.config.of(TierConfig).state_dir,
-                    len(data),
-                    self._sizes.memory,
-                )
-            return None if is_too_large else data
-
-        disk.write_file(NAME, packed)
+        disk.write_file(NAME, lambda: pack(body))
         return None
 
     def usage(self) -> OffloadReport:

@@ -8,19 +8,15 @@ Layout of ``<id in 16 hex digits>.record``, little-endian:
 
 All CRCs are CRC-32 (zlib). That of the rest begins with the digest of the fingerprint and the id,
 so a file from another folder or of another name is as bad as a damaged one. A file is written under
-another name (``.part``) and renamed when it is complete. So a killed process leaves complete
-records, and at most one ``.part`` file that the next start removes. Nothing is synced per record.
-After a power loss a file may be shorter than its head says, or contain other bytes. Therefore
-opening checks the size of each file and the CRC of head and meta, and reading checks both CRCs.
+another name (``.part``) and renamed when it is complete, so a killed process leaves complete
+records. Nothing is synced per record, so opening checks sizes and heads, and reading all bytes.
 
 Ids are never reused, also by later processes. So a file that an unfinished unlink restores cannot
 be mistaken for the parent of another record.
 
-The fingerprint has all properties that the bytes of the records depend on, field by field.
-``fingerprint.json`` is written before the first record: ``{"digest": hex, "fields": {...},
-"files": [[path, bytes, mtime, ctime, inode], ...]}``, with the files of the weights, and times in
-nanoseconds. If any field differs, opening fails and the folder is left unchanged. While the files
-are the same, the field ``weights`` need not be computed again.
+``fingerprint.json`` is ``{"digest": hex, "fields": {...}, "files": [[path, bytes, mtime, ctime,
+inode], ...]}``: all properties that the bytes of the records depend on, and the files of the
+weights. While these are the same, the field ``weights`` need not be computed again.
 
 All paths are relative to a descriptor of the folder: a folder that was deleted or replaced at run
 time gives errors, and its successor is not written.
@@ -28,7 +24,6 @@ time gives errors, and its successor is not written.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -81,9 +76,8 @@ class RecordStore:
     """The records of one folder. Call ``open`` and then ``scan``, once each."""
 
     def __init__(self, folder: Path, weights_dir: Path | None = None) -> None:
-        """Lock the folder if there is one. A new one is made by ``open``, so that a start that is
-        refused before leaves none. Raises StoreError if another process uses it, or if it cannot be
-        made or written.
+        """Make and lock the folder. Raises StoreError if another process uses it, or if it cannot
+        be made or written.
 
         ``weights_dir`` has the files of the model's weights, which are not loaded yet; see
         ``weights_digest``."""
@@ -93,28 +87,31 @@ class RecordStore:
             stat = path.stat()
             times = stat.st_mtime_ns, stat.st_ctime_ns
             self._files.append([str(path), stat.st_size, *times, stat.st_ino])
-        self._claims: list[int] = []
-        """Descriptors of the folder and its lock."""
         self._digest = b""
         self.next_id = time.time_ns()
         """Larger than every id used so far by an earlier process."""
         self.num_damaged = 0
         """Number of damaged record files that ``scan`` found."""
+        self._claims: list[int] = []
+        """Descriptors of the folder and its lock."""
         try:
-            existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-            if not existing.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            if not os.access(existing, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            if existing == folder:
-                self._claim()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            self._claims.append(self._folder_fd)
+            self._claims.append(self._open_fd(LOCK_NAME, os.O_RDWR | os.O_CREAT))
+            fcntl.flock(self._claims[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise StoreError(
+                f"Another engine uses {folder}: stop it, or give this one another --state-dir."
+            ) from None
         except OSError as error:
+            self.close()
             raise _unusable(folder, error) from error
 
     @property
     def weights_digest(self) -> str | None:
-        """Field ``weights`` of the folder's fingerprint, or None if it was computed from files that
-        are not the same as at the start of this process."""
+        """Field ``weights`` of the folder's fingerprint, or None if the files differ."""
         stored = self._fingerprint()
         if stored is None or not self._files or stored.get("files") != self._files:
             return None
@@ -124,17 +121,13 @@ class RecordStore:
     def open(self, fields: Mapping[str, str]) -> RecordStore:
         """Check the fingerprint of the folder, or write that of a new one. Returns the store.
 
-        ``fields`` is the fingerprint: everything that the bytes of a record depend on. Raises
-        StoreError if the folder belongs to another fingerprint or format, or cannot be written.
-        Nothing in it was changed then.
+        Raises StoreError, with nothing changed, if the folder belongs to other ``fields`` or
+        another format, or cannot be written.
         """
         ours = {"format": FORMAT, **fields}
         self._digest = digest_of(ours)
         wanted = {"digest": self._digest.hex(), "fields": ours, "files": self._files}
         try:
-            if not self._claims:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._claim()
             stored = self._fingerprint()
             if stored is None and any(map(FILE.fullmatch, os.listdir(self._folder_fd))):
                 raise StoreError(
@@ -155,11 +148,8 @@ class RecordStore:
         return self
 
     def scan(self) -> Iterator[Record]:
-        """Yield all complete records, by ascending id.
-
-        Their other files are removed. O(records); no payload is read. Raises StoreError if a file
-        cannot be read or removed.
-        """
+        """Yield all complete records, by ascending id, and remove the others. O(records); no
+        payload is read. Raises StoreError if a file cannot be read or removed."""
         try:
             for name in sorted(os.listdir(self._folder_fd)):
                 match = FILE.fullmatch(name)
@@ -185,12 +175,12 @@ class RecordStore:
             )
 
     def write(self, record_id: int, meta: bytes, payload: Bytes) -> None:
-        """Write one record with a new id, ``next_id`` or larger. Raises OSError; no part of the
-        record is left then."""
+        """Write one record with a new id, ``next_id`` or larger. Raises OSError; nothing is left
+        then."""
         view = memoryview(payload).cast("B")
         sizes = SIZES.pack(len(meta), len(view), zlib.crc32(view))
         head = sizes + CRC.pack(self._crc(record_id, sizes + meta))
-        self._replace(_name(record_id), (head + meta, view), is_synced=False)
+        self._replace(record_name(record_id), (head + meta, view), is_synced=False)
 
     def read(self, record_id: int, out: memoryview) -> bool:
         """Read the payload of a record into ``out``, which has its length.
@@ -198,7 +188,7 @@ class RecordStore:
         Returns False if the file does not contain the bytes that were written, or is gone. Raises
         OSError if it cannot be read.
         """
-        with suppress(FileNotFoundError), self._open(_name(record_id), "rb") as file:
+        with suppress(FileNotFoundError), self._open(record_name(record_id), "rb") as file:
             record = self._parse(record_id, file)
             return (
                 record is not None
@@ -206,10 +196,6 @@ class RecordStore:
                 and record.payload_crc == zlib.crc32(out)
             )
         return False
-
-    def remove(self, record_id: int) -> None:
-        """Remove a record, if it was written. Raises OSError."""
-        self.remove_file(_name(record_id))
 
     def remove_file(self, name: str) -> None:
         """Remove a file from the folder, if it exists. Raises OSError."""
@@ -225,21 +211,6 @@ class RecordStore:
         """Release the folder. No record needs it to be complete."""
         while self._claims:
             os.close(self._claims.pop())
-
-    def _claim(self) -> None:
-        """Open and lock the folder. Raises StoreError if another process has it, else OSError."""
-        self._folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        self._claims = [self._folder_fd]
-        try:
-            self._claims.append(self._open_fd(LOCK_NAME, os.O_RDWR | os.O_CREAT))
-            fcntl.flock(self._claims[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.close()
-            if not isinstance(error, BlockingIOError):
-                raise
-            raise StoreError(
-                f"Another engine uses {self.folder}: stop it, or give this one another --state-dir."
-            ) from None
 
     def _fingerprint(self) -> dict[str, Any] | None:
         """Return the content of ``fingerprint.json``, or None if it is missing or damaged. Raises
@@ -310,5 +281,6 @@ def record_bytes(meta_bytes: int, payload_bytes: int) -> int:
     return -(-(HEAD_BYTES + meta_bytes + payload_bytes) // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def _name(record_id: int) -> str:
+def record_name(record_id: int) -> str:
+    """Return the file name of a record."""
     return f"{record_id:016x}.record"
