@@ -22,12 +22,11 @@ STATE = -1
 
 
 class RecordPart(NamedTuple):
-    """Consecutive rows of one record: of a state, or one for each token of a run."""
+    """Consecutive rows of one record from ``offset`` on; ``id`` is 0 for rows that point nowhere.
+    A run has a row per token."""
 
     id: int
-    """Id of the record, or 0 for rows that point nowhere."""
     offset: int
-    """Index of the first row in the record."""
     num_rows: int
 
 
@@ -71,11 +70,8 @@ class Item(NamedTuple):
 
 
 class Prefixes:
-    """Items by id.
-
-    An item is in use while it has children, or while a row of the tier points into it. Rows that
-    are together in a record are requested together, so methods for rows work on runs of rows.
-    """
+    """Items by id. An item is in use while it has children, or while a row of the tier points into
+    it."""
 
     def __init__(self, num_rows: int) -> None:
         self.items: dict[int, Item] = {}
@@ -108,8 +104,8 @@ class Prefixes:
         return item
 
     def lose(self, numbers: Iterable[int]) -> list[int]:
-        """Unbind the rows of existing items and of all descendants. Returns their ids, in an order
-        in which they can be removed. O(all items + rows of the tier)."""
+        """Unbind the rows of existing items and of all descendants. Returns their ids, children
+        first. O(all items + rows of the tier)."""
         gone = {number for number in numbers if number in self.items}
         for other in sorted(self.items):  # A parent has a smaller id.
             if self.items[other].parent in gone:
@@ -134,10 +130,7 @@ class Prefixes:
 
     def newest_states(self, room: int, state_rows: int) -> list[int]:
         """Return the newest states, newest first: as many as fit into ``room`` rows together with
-        their KV.
-
-        O(states + runs on their paths).
-        """
+        their KV. O(states + runs on their paths)."""
         covered: dict[int, int] = {}
         found = []
         for number in sorted(self.items, reverse=True):
@@ -179,8 +172,8 @@ class Prefixes:
             first += piece.num_rows
 
     def unbind(self, rows: Indices, *, is_use: bool = False) -> None:
-        """Unbind ``rows``. Records that are not in use then are the first to be removed, or with
-        ``is_use`` the last. O(rows)."""
+        """Unbind ``rows``. Records that are then not in use are the first to be removed, or the
+        last with ``is_use``. O(rows)."""
         found, counts = np.unique(self._records[rows], return_counts=True)
         for number, count in zip(found.tolist(), counts.tolist(), strict=True):
             self._use(number, -count, is_use)

@@ -1,5 +1,5 @@
-"""Staging: records on disk that a waiting request needs are read before it is admitted, so that no
-step waits for a disk."""
+"""Reads of records on disk before the request that needs them is admitted, so that no step waits
+for a disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.schedule.fetching import Fetch, Fetcher
 from engine.schedule.report import StepReport
 from engine.schedule.scheduler import KEPT
 from hybridcache.allocators.moves import DISK, Copy, Transfer
-from hybridcache.api import PrefixMatch, Resumable
+from hybridcache.api import PrefixMatch
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.policies.protocol import FetchRule
 from hybridcache.radix.tree import RadixNode
@@ -32,10 +32,8 @@ SPREAD = 0.1
 class MeasuredExchange:
     """``FetchRule`` that is measured while the engine serves.
 
-    The number of operations of a step follows from the model's geometry. The fixed cost of a step
-    and the cost of one operation are those of the line through the prefill steps so far, recent
-    ones weighted most. A load saves only the operations. Before the first measurement, every load
-    is tried.
+    The fixed cost of a step and the cost of one operation are those of the line through the prefill
+    steps so far, recent ones weighted most. A load saves only the operations.
     """
 
     def __init__(
@@ -95,13 +93,7 @@ class Reading(Fetch):
 
     def __init__(self, request: Request, end: int, num_tokens: int, reads: list[Read]) -> None:
         super().__init__(end)
-        self._request, self.num_tokens, self.reads = request, num_tokens, reads
-
-    @property
-    def is_needed(self) -> bool:
-        """True if the records were not used yet, and will be."""
-        request = self._request
-        return bool(self.reads) and request.lease is None and request.finish_reason is None
+        self.request, self.num_tokens, self.reads = request, num_tokens, reads
 
     def cancel(self) -> None:
         self.reads = []
@@ -119,10 +111,11 @@ class Staging(Fetcher):
         return sum(not reading.has_ended for reading in self._readings) < MAX_READS
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
-        return self._best(match) is not None
+        best = match.best_load(self._exchange)
+        return best is not None and best.num_bytes[DISK] > 0
 
     def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
-        best = self._best(match)
+        best = match.best_load(self._exchange)
         assert best is not None, "a load is begun only if it is wanted"
         tier = self._manager.cache.offload.names.index(DISK)
         reads = self._disk.stage(_disk_rows(best.node, tier))
@@ -132,7 +125,7 @@ class Staging(Fetcher):
 
     def advance(self) -> None:
         """See ``Fetcher``. Entries that cannot be read are dropped from the tree first, so that no
-        request waits for them again: all of them if the disk is off."""
+        request waits for them again."""
         done = [one for one in self._readings if all(read.done() for read in one.reads)]
         disk, offload, steps = self._disk, self._manager.cache.offload, self._manager.cache.steps
         disk.settle()
@@ -146,7 +139,11 @@ class Staging(Fetcher):
             disk.has_lost_rows = False
         for reading in done:
             reading.has_ended, reading.num_fetched = True, reading.num_tokens
-        self._readings = [reading for reading in self._readings if reading.is_needed]
+        self._readings = [
+            one
+            for one in self._readings
+            if one.reads and one.request.lease is None and one.request.finish_reason is None
+        ]
 
     def wait(self, timeout_s: float) -> None:
         for reading in self._readings:
@@ -156,11 +153,6 @@ class Staging(Fetcher):
 
     def close(self) -> None:
         pass
-
-    def _best(self, match: PrefixMatch) -> Resumable | None:
-        """Return the best resumable position, or None if nothing of it is on disk."""
-        best = match.best_load(self._exchange)
-        return best if best is not None and best.num_bytes[DISK] else None
 
 
 def _disk_rows(target: RadixNode, tier: int) -> Indices:

@@ -1,11 +1,10 @@
 """Copies between the device, host memory and disk.
 
-A state is stored in a slab of the arena, which consists of rows, so all transfers between tiers
-copy rows: ``[n, row_bytes]``. On an accelerator, offloaded rows are gathered on the device, in
-order with its other work, and copied to the host in a separate stream while the next steps compute.
-Loaded rows are copied in that stream too; only their last move, within the device, is in order with
-the steps. Host memory is allocated in the configured size and page-locked as it is: torch's own
-pinned memory comes in powers of two, up to twice the size.
+All transfers copy rows, ``[n, row_bytes]``; a state consists of the rows of a slab. On an
+accelerator, offloaded rows are gathered on the device, in order with its other work, and copied to
+the host in a separate stream while the next steps compute. Loaded rows are copied in that stream
+too; only their last move, within the device, is in order with the steps. Host memory is allocated
+and then page-locked, because torch's own pinned memory comes in powers of two.
 """
 
 from __future__ import annotations
@@ -213,11 +212,9 @@ def _gathered(rows: Rows, src: Indices) -> Rows:
 
 
 def copy_rows(to: Rows, dst: Indices, rows: Rows, src: Indices) -> None:
-    """Compute ``to[dst] = rows[src]``, run by run, which reads and writes once, unless runs are
-    short.
+    """Compute ``to[dst] = rows[src]``, run by run unless runs are short.
 
-    Single rows are copied as items of one type: indexing by bytes costs ten times as much, in torch
-    and here.
+    Single rows are copied as items of one type: indexing by bytes costs ten times as much.
     """
     whole = np.dtype((np.void, rows.shape[1]))
     target, source = to.view(whole)[:, 0], rows.view(whole)[:, 0]
