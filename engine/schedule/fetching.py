@@ -1,13 +1,8 @@
 """Waiting requests with a prefix to load from another engine, host memory or a disk.
 
-Each waiting request is checked once before it is admitted. If a ``Fetcher`` can load more of its
-prompt than the cache holds, the request is held until that load has ended, successfully or not.
-Then it is admitted like any other and computes the rest. A request is held for one of three
-reasons: its own load is in progress, another request's load brings the same prefix, or all load
-slots are taken.
-
-A request that loads nothing is never held: requests behind a held one are admitted as if it were
-not there, and running requests do not wait.
+A waiting request is held until its load has ended, successfully or not, while another request's
+load brings the same prefix, or while all load slots are taken. Then it is admitted like any other
+and computes the rest. Requests behind a held one are admitted as if it were not there.
 """
 
 from __future__ import annotations
@@ -25,8 +20,7 @@ from hybridcache.scheduling.planner import Holding
 from hybridcache.tokens import common_prefix_len
 
 IDLE_S = 0.01
-"""Maximum wait for a load in a step with nothing to compute. Commands of callers run between two
-steps."""
+"""Maximum wait for a load in a step with nothing to compute."""
 
 
 @dataclass(eq=False)
@@ -36,43 +30,35 @@ class Fetch(ABC):
     end: int
     """Length of the prefix that is loaded."""
     has_ended: bool = False
-    """True if the load is complete or was given up."""
+    """True if the load is complete or given up."""
     num_fetched: int = 0
-    """Number of tokens of KV that were loaded into the cache; 0 if the load was given up."""
+    """Tokens of KV that were loaded into the cache; 0 if the load was given up."""
     transferred: Transferred | None = None
-    """Statistics of the transfer after the end, or None if no other engine is involved."""
+    """Statistics after the end of a transfer from another engine."""
 
     @abstractmethod
     def cancel(self) -> None:
-        """End the load, because no request waits for it. Its memory is free when this returns."""
+        """End the load. Its memory is free when this returns."""
 
 
 class Fetcher(Protocol):
-    """Loads prefixes into the cache. Called in the engine's thread only, between two steps or, to
-    begin a load, while a step is planned."""
+    """Loads prefixes into the cache. Called in the engine's thread, between two steps or, to begin
+    a load, while a step is planned."""
 
     @property
     def has_room(self) -> bool:
         """True if another load may begin."""
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
-        """Return True if ``begin`` would load anything for ``request``.
-
-        ``match`` is the request's prefix in the cache. Allocates no memory and does not depend on
-        ``has_room``.
-        """
+        """Return True if ``begin`` would load anything after ``match``, the prefix of ``request``
+        in the cache. Does not depend on ``has_room``."""
 
     def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
-        """Start to load the part of the prompt of ``request`` after ``match``, its prefix in the
-        cache.
-
-        Called directly after ``wants`` returned True, with ``has_room`` True. Returns None for lack
-        of memory. May evict cached entries.
-        """
+        """Start to load the part of the prompt after ``match``. Called directly after ``wants``,
+        with ``has_room`` True. Returns None for lack of memory. May evict cached entries."""
 
     def advance(self) -> None:
-        """Copy arrived data into rows and slots, and publish complete loads. Must take a bounded
-        time, because running requests wait for it."""
+        """Copy arrived data into rows and slots, and publish complete loads, in a bounded time."""
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until data has arrived for ``advance``."""
@@ -99,8 +85,7 @@ class Fetching(StepHooks, Holding[Request]):
         return {*self._pending, *self._held}
 
     def is_holding(self, request: Request) -> bool:
-        """Return True if ``holds`` would be True again, without reading the tokens of waiting
-        ``request``. O(1)."""
+        """Return True if ``holds`` would be True again. O(1)."""
         fetch = self._pending.get(request)
         if fetch is not None:
             return not fetch.has_ended
@@ -112,11 +97,8 @@ class Fetching(StepHooks, Holding[Request]):
         return other in self._pending and not self._pending[other].has_ended
 
     def holds(self, request: Request) -> bool:
-        """Return True if waiting ``request`` must wait for a load. Begins its load if one is due
-        and a slot is free.
-
-        O(1) while nothing changed for the request, else O(its length).
-        """
+        """Return True if ``request`` must wait for a load. Begins its load if one is due and a slot
+        is free. O(1) while nothing changed for the request, else O(its length)."""
         if self.is_holding(request):
             return True
         self._held.pop(request, None)
@@ -139,11 +121,7 @@ class Fetching(StepHooks, Holding[Request]):
         return True
 
     def _loading_for_another(self, request: Request, kv_match_len: int) -> Request | None:
-        """Return a request with a load that covers more than ``kv_match_len`` of ``request``, or
-        None.
-
-        ``kv_match_len`` is the cached length.
-        """
+        """Return a request whose load covers more of ``request`` than the cache, or None."""
         least = kv_match_len + self._manager.cache.checkpoint_grid
         for other, fetch in self._pending.items():
             if (

@@ -39,8 +39,7 @@ class StepReport:
 class PoolReport:
     """Usage of one pool, in KV rows, state slots or bytes. ``free + cached + held == total``.
 
-    In an arena, free memory is available to rows and slots alike, so their totals change with its
-    use. The total of the bytes does not.
+    In an arena, free memory is available to rows and slots alike, so their totals change.
     """
 
     total: int
@@ -84,10 +83,9 @@ class FolderReport:
     kept: int
     """Bytes that can be read from the folder, including entries that are also in a faster tier."""
     skipped: int
-    """Number of runs and states not written since the start, for lack of room or time, or after an
-    error."""
+    """Number of runs and states not written, for lack of room or time, or after an error."""
     errors: int = 0
-    """Number of file system errors and damaged records since the start."""
+    """Number of file system errors and damaged records."""
     problem: str | None = None
     """Reason why the folder is not used any more, or None if it is."""
 
@@ -111,8 +109,7 @@ class CacheReport:
     grid: int
     page_size: int
     memory: str
-    """``arena`` if KV rows and state slots share one memory, ``pools`` if each has a separate
-    one."""
+    """``arena`` if KV rows and state slots share one memory, else ``pools``."""
     bytes: PoolReport
     kv: PoolReport
     slots: PoolReport
@@ -121,15 +118,13 @@ class CacheReport:
     token_hit_rate: float
     request_hit_rate: float
     usage: dict[str, int]
-    """Counters since the start: requests, hits, prompt and cached tokens, tokens lost by cause, and
-    insertions and evictions. Requests with scores of their prompt use no cache and do not count."""
+    """Counters since the start: requests, hits, prompt and cached tokens, tokens lost by cause,
+    insertions and evictions. Requests with scores of their prompt do not count."""
     admission: str
     """Policy that orders waiting requests."""
     queue: AdmissionReport
     transfers: dict[str, int] | None = None
-    """Bytes and prefixes exchanged with other engines since the start, by the names of
-    ``TransferCounts``. None if there is no exchange."""
-
+    """``TransferCounts`` since the start, or None if there is no exchange with other engines."""
     offload: OffloadReport | None = None
     """Tiers outside the device, or None if there are none."""
 
@@ -138,7 +133,6 @@ class CacheReport:
 
 
 def cache_kind(config: EngineConfig, memory: MemorySizes) -> str:
-    """Return the kind of cache in use: ``hybrid``, ``radix`` for a model without states, or
-    ``none``."""
+    """Return ``hybrid``, ``radix`` for a model without states, or ``none``."""
     is_radix = config.prefix_cache == "hybrid" and not memory.is_stateful
     return "radix" if is_radix else config.prefix_cache

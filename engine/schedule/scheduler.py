@@ -1,15 +1,13 @@
 """Steps of an engine: one step as data (``Batch``, of segments, with its results), the hooks around
-steps, drafts, and the scheduler, which applies the rules of ``StepPlanner``, builds batches and
-commits their results.
-
-With speculation, draft tokens are added to the one token of a decoding request.
-"""
+steps, and the scheduler, which applies the rules of ``StepPlanner``, builds batches and commits
+their results."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -61,7 +59,7 @@ class Segment(Struct, frozen=True):
     ``num_drafts``."""
 
     row: int
-    """Row in the RequestTable, which already lists a KV index for every position up to ``end``."""
+    """Row in the RequestTable, which has a KV index for every position up to ``end``."""
     slot: int | None
     """State slot of the request, read and written in place; None for attention-only models."""
     token_ids: npt.NDArray[np.int32]
@@ -80,13 +78,11 @@ class Segment(Struct, frozen=True):
     namespace: Hashable = None
     """Namespace of the request's prefixes. Only a runner that verifies its reads uses it."""
     num_drafts: int = 0
-    """Number of draft tokens at the end of a decode. ``ModelRunner.commit`` writes its state and
-    its exports."""
+    """Draft tokens at the end of a decode. ``ModelRunner.commit`` writes its state and exports."""
     request: Request = None  # type: ignore[assignment]
     """Request of the tokens; set in every segment that the scheduler makes."""
     lease: object = None
-    """Lease of the request when the step was planned. If the request has lost it in the meantime,
-    the results of the step do not apply to it."""
+    """Lease of the request when the step was planned. The results apply only if it still has it."""
     samples: bool = False
     """True if the logits of the last position give the next token."""
     drafter: str = ""
@@ -143,8 +139,8 @@ class Segment(Struct, frozen=True):
     def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
         """Return the tokens that the step gave the request: the accepted drafts and one more.
 
-        Consumes all tokens that were drawn for the segment. Each was drawn as if the drafts before
-        it were accepted.
+        Consumes all tokens that were drawn for the segment, each as if the drafts before it were
+        accepted.
         """
         if not self.samples:
             return []
@@ -170,8 +166,7 @@ class Batch:
     its results. Other processes receive it without results.
 
     Before the forward pass, ``moves``, ``row_writes`` and ``restores`` are executed, in this order.
-    A batch without segments is executed for its moves only. A batch with neither segments nor moves
-    is never executed and contains no copies.
+    A batch with neither segments nor moves is never executed and contains no copies.
     """
 
     segments: tuple[Segment, ...]
@@ -180,14 +175,11 @@ class Batch:
     row_writes: tuple[tuple[int, int, npt.NDArray[np.int32]], ...] = ()
     """RequestTable updates before the forward pass: (row, start, KV indices)."""
     late_tokens: tuple[tuple[int, int], ...] = ()
-    """Decode tokens that are only on the device so far: (segment, row among the tokens drawn by the
-    previous step)."""
+    """Decode tokens that are only on the device: (segment, row of the last step's drawn tokens)."""
     moves: tuple[Transfer, ...] = ()
-    """Moves of arena rows and transfers between tiers, in this order; see
-    ``hybridcache.allocators.moves``."""
+    """Moves of arena rows and transfers between tiers, in this order."""
     drawn: PendingTokens | None = None
-    """Next token of each segment that samples, and one after each of its drafts; None if no segment
-    samples, and before they are drawn."""
+    """Next token of each segment that samples, and one after each of its drafts; or None."""
     scores: Sequence[PendingTokens] = ()
     """Prompt tokens with their log-probabilities, for each segment that scores."""
 
@@ -205,46 +197,37 @@ class Batch:
 
 
 def pieces(batch: Batch, max_exports: int) -> list[Batch]:
-    """Split a batch so that prefills export at most ``max_exports`` checkpoints (1 or more) in each
-    part.
+    """Split a batch into parts that are executed one after the other, so that the prefills of each
+    export at most ``max_exports`` checkpoints (1 or more).
 
-    The parts are executed one after the other. A prefill is cut after a checkpoint, which is on the
-    grid, so no bit changes. The rows of logits of all parts together are those of ``batch``.
+    A prefill is cut after a checkpoint, which is on the grid, so no bit changes. The rows of logits
+    of all parts together are those of ``batch``.
     """
+    if sum(len(one.exports) for one in batch.segments if not one.is_decode) <= max_exports:
+        return [batch]
     parts: list[list[Segment]] = [[]]
     room = max_exports
     for segment in batch.segments:
-        rest = structs.replace(segment, exports=tuple(sorted(segment.exports)))
-        while not rest.is_decode and len(rest.exports) > room:
-            if room:
-                position, _ = rest.exports[room - 1]
-                first, rest = _cut(rest, position)
-                parts[-1].append(first)
-            parts.append([])
-            room = max_exports
-        parts[-1].append(rest)
-        room -= 0 if rest.is_decode else len(rest.exports)
-    if len(parts) == 1:
-        return [batch]
-    return [replace(batch, segments=tuple(parts[0])), *(Batch(tuple(part)) for part in parts[1:])]
-
-
-def _cut(segment: Segment, position: int) -> tuple[Segment, Segment]:
-    """Split a prefill at ``position``."""
-    tokens, exports = segment.token_ids, segment.exports
-    first = structs.replace(
-        segment,
-        token_ids=tokens[: position - segment.start],
-        exports=tuple(export for export in exports if export[0] <= position),
-        logits="all" if segment.logits == "all" else "none",
-    )
-    rest = structs.replace(
-        segment,
-        token_ids=tokens[position - segment.start :],
-        start=position,
-        exports=tuple(export for export in exports if export[0] > position),
-    )
-    return first, rest
+        exports = sorted(segment.exports)
+        cut_after = [] if segment.is_decode else exports[max_exports - 1 : -1 : max_exports]
+        bounds = [segment.start, *(position for position, _ in cut_after), segment.end]
+        for start, end in pairwise(bounds):
+            own = tuple(export for export in exports if start < export[0] <= end)
+            piece = structs.replace(
+                segment,
+                token_ids=segment.token_ids[start - segment.start : end - segment.start],
+                start=start,
+                exports=own,
+                logits="none" if end < segment.end and segment.logits == "last" else segment.logits,
+            )
+            num_exports = 0 if segment.is_decode else len(own)
+            if num_exports > room:
+                parts.append([])
+                room = max_exports
+            parts[-1].append(piece)
+            room -= num_exports
+    first, *others = map(tuple, parts)
+    return [replace(batch, segments=first), *map(Batch, others)]
 
 
 def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
@@ -261,8 +244,7 @@ def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
 
 
 class Newest(NamedTuple):
-    """Newest token of a request, which is not computed yet, and where the device stores the tokens
-    before it."""
+    """Newest token of a request, which is not computed yet, and the place of those before it."""
 
     row: int
     """Row in the request table."""
@@ -292,21 +274,19 @@ class StepHooks:
         """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
 
     def on_step_failed(self, *, was_lost: bool) -> None:
-        """End work that depends on the step, which failed with unknown results. ``was_lost``: the
-        contents of all rows are unknown too, and the cache is emptied next."""
+        """End work that depends on the failed step. ``was_lost``: the contents of all rows are
+        unknown too, and the cache is emptied next."""
 
     def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """Update the plugin after the cache was emptied. ``was_lost``: its rows were lost, and no
-        caller requested it."""
+        """Update the plugin. ``was_lost``: rows were lost, and no caller emptied the cache."""
 
     def on_idle(self) -> float | None:
-        """Do background work. Returns the seconds until the next task is due, or None if there is
-        none."""
+        """Do background work. Returns the seconds until the next task is due, or None."""
         return None
 
     def disconnect(self, *, at_once: bool) -> None:
-        """Accept no more work from other processes. End all work done for them or requested from
-        them ``at_once``, or finish it. May be called repeatedly."""
+        """Accept no more work from other processes. End ``at_once`` all work done for them or
+        requested from them, or finish it. May be called repeatedly."""
 
     def close(self) -> None:
         """Complete pending writes and end other processes, after the last step."""
@@ -317,8 +297,7 @@ class StepHooks:
 
 
 class DraftPlanner(StepHooks):
-    """Decides which decoding requests get drafts, and how long the drafts are. By default, none
-    do."""
+    """Decides which decoding requests get drafts, by default none."""
 
     @property
     def requests(self) -> Set[Request]:
@@ -326,8 +305,7 @@ class DraftPlanner(StepHooks):
         return frozenset()
 
     def propose(self, decoding: Iterable[tuple[Request, int]]) -> dict[Request, Draft]:
-        """Return drafts for some of the decoding (request, maximum number of tokens that still
-        fit). Called once per step."""
+        """Return drafts for some of the decoding (request, maximum length), once per step."""
         return {}
 
     def may_guess(self, running: Iterable[Request]) -> bool:
@@ -335,8 +313,8 @@ class DraftPlanner(StepHooks):
         return False
 
     def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
-        """Record how many drafts of ``segment`` were accepted. ``num_new`` tokens of the step are
-        part of the answer, which may have ended inside the draft."""
+        """Record how many drafts of ``segment`` were accepted. The answer, which may have ended
+        inside the draft, got ``num_new`` tokens."""
 
     def forget(self, request: Request) -> None:
         """Drop the state of a request that has ended."""
@@ -356,16 +334,14 @@ class Scheduler(StepPlanner[Request]):
         fetching: Holding[Request] | None = None,
         **options: Any,
     ) -> None:
-        """Prepare the scheduler. With ``drafting``, decoding requests may get several tokens per
-        step. ``options`` are those of ``StepPlanner``."""
+        """``options`` are those of ``StepPlanner``."""
         super().__init__(manager, fetching=fetching, **options)
         self.manager = manager
         self.hooks = tuple(part for part in (fetching, drafting) if isinstance(part, StepHooks))
         self._drafting, self._may_draft = drafting or DraftPlanner(), drafting is not None
         self._verifies = False
         self.progressed: list[Request] = []
-        """Requests with something to report. After a failed commit, these are the requests that it
-        had processed. Emptied by the caller."""
+        """Requests with something to report, also after a failed commit. Emptied by the caller."""
 
     @property
     def must_commit(self) -> bool:
@@ -374,7 +350,7 @@ class Scheduler(StepPlanner[Request]):
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End ``request`` at once, in any state, and publish the computed tokens: a client that
-        ends an answer often goes on from it. Its rows, pages and slots are free afterwards."""
+        ends an answer often goes on from it."""
         if request in self.progressed:
             self.progressed.remove(request)
         if request.finish_reason is not None:
@@ -390,12 +366,8 @@ class Scheduler(StepPlanner[Request]):
         self._drafting.forget(request)
 
     def recover(self) -> tuple[Request, ...]:
-        """Requeue the running requests after a failed step, which left the contents of their states
-        unknown.
-
-        They continue from published entries. Returns them, except those that had their last token
-        already.
-        """
+        """Requeue the running requests after a failed step, which left their states unknown. They
+        continue from published entries. Returns those without their last token."""
         interrupted = []
         for request in tuple(self._running):
             if request.finish_reason is None:
@@ -415,11 +387,9 @@ class Scheduler(StepPlanner[Request]):
     def schedule(self) -> Batch:
         """Choose the next step's segments and claim the memory for it.
 
-        A step may be scheduled before the previous one is committed. Requests then continue from
-        ``scheduled_len``, with tokens that are only on the device. No request is preempted.
-
-        Such a step is empty if memory is short, if the previous step has drafts, or if a request is
-        due for a draft, which follows the newest token. The previous step is then committed first.
+        A step may be scheduled before the previous one is committed, with tokens that are only on
+        the device. No request is then preempted. It is empty if the previous one must be committed
+        first: if memory is short, the previous step has drafts, or a request is due for a draft.
         """
         if self.must_commit or (self._num_in_flight and self._must_wait):
             return EMPTY
@@ -464,8 +434,7 @@ class Scheduler(StepPlanner[Request]):
         )
 
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
-        """Return drafts for requests that compute their newest token, if there is memory for them.
-        No request is preempted for a draft."""
+        """Return drafts for requests that compute their newest token, if there is memory."""
         # A draft follows the newest token, which a step in flight has yet to draw.
         drafts = self._drafting.propose(
             (request, request.max_len - 1 - end)
@@ -490,10 +459,9 @@ class Scheduler(StepPlanner[Request]):
 
         ``sampled`` has one token for each segment that samples and each of its drafts. ``scored``
         has the log-probabilities for each segment that scores. Both are in the step's order. A
-        request with an invalid token or NaN logits ends alone, with its ``error``.
+        request with NaN logits ends alone, with its ``error``.
 
-        Returns the number of computed tokens that count for each segment with drafts, in the step's
-        order.
+        Returns the number of computed tokens that count for each segment with drafts.
         """
         self._num_in_flight -= bool(step.segments)
         taken: list[int] = []
@@ -536,10 +504,7 @@ class Scheduler(StepPlanner[Request]):
 
     def _settle(self, segment: Segment, num_accepted: int, num_new: int) -> int:
         """Move a request to the end of the accepted part of its draft. Returns the number of the
-        segment's tokens that count.
-
-        The newest token is not computed. Tokens after a stop do not count: ``num_new`` are part of
-        the answer.
+        segment's tokens that count: ``num_new`` are part of the answer, the newest is not computed.
         """
         request = segment.request
         request.computed_len = request.scheduled_len = request.num_tokens - 1
