@@ -230,20 +230,6 @@ class Message(msgspec.Struct, kw_only=True):
     cache_control: CacheControl | None = None
     extra: dict[str, Any] = {}
 
-    @classmethod
-    def read(cls, given: dict[str, Any], index: int) -> Message:
-        """Return the message of this index. Raises APIError 400 or ValueError."""
-        extra = given.copy()
-        known = {name: extra.pop(name) for name in KNOWN if name in extra}
-        read = converted(known, cls, f"messages.{index}")
-        read.extra = extra
-        if (calls := read.tool_calls) is not None:
-            place = f"messages.{index}.tool_calls"
-            read.tool_calls = [_call(call, f"{place}.{at}") for at, call in enumerate(calls)]
-        if read.content is None and read.role != "assistant":
-            raise ValueError(f"'messages.{index}' has no 'content': add its text.")
-        return read
-
     def as_template_input(self) -> dict[str, Any]:
         """Return the message for a chat template: content as one string."""
         message: dict[str, Any] = {"role": self.role, **self.extra}
@@ -282,24 +268,21 @@ def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | No
     return [cut for cut in cuts if cut != Cut(len(messages) - 1)]
 
 
-def _call(given: dict[str, Any], place: str) -> dict[str, Any]:
-    call = _with_plain_function(given)
-    if call.get("name") is None:  # Templates also take calls without a nested function.
-        converted(call, EarlierCall, place)
-    function = call.get("function")
-    if isinstance(function, dict) and isinstance(text := function.get("arguments") or "", str):
-        return call | {"function": function | {"arguments": parsed_arguments(text)}}
-    return call
-
-
-def _with_plain_function(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a call or a tool with an empty object in place of an empty list in its function, as a
-    client in PHP sends it."""
-    function = entry.get("function")
-    if not isinstance(function, dict):
-        return entry
-    named = function.items()
-    return entry | {"function": {name: {} if value == [] else value for name, value in named}}
+def read_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Return the messages of a chat. Raises APIError 400 or ValueError."""
+    known = [{name: one[name] for name in KNOWN if name in one} for one in given]
+    messages = converted(known, list[Message], "messages")
+    for index, (one, sent) in enumerate(zip(messages, given, strict=True)):
+        if one.content is None and one.role != "assistant":
+            raise ValueError(f"'messages.{index}' has no 'content': add its text.")
+        one.extra = {name: value for name, value in sent.items() if name not in KNOWN}
+        for call in one.tool_calls or ():
+            if isinstance(function := call.get("function"), dict):
+                arguments = function.get("arguments") or {}  # PHP writes {} as [].
+                if isinstance(arguments, str):
+                    arguments = parsed_arguments(arguments)
+                call["function"] = function | {"arguments": arguments}
+    return messages
 
 
 def parsed_arguments(text: str) -> dict[str, Any]:
@@ -327,23 +310,13 @@ class Tool(msgspec.Struct, kw_only=True):
     function: Function
 
 
-class CalledFunction(msgspec.Struct, kw_only=True):
-    name: str
-    arguments: str | dict[str, Any] | None = None
-
-
-class EarlierCall(msgspec.Struct, kw_only=True):
-    """Fields of an earlier call with a fixed form. Any name and type are valid: agents send broken
-    calls back, and clients in Go send an empty type."""
-
-    function: CalledFunction
-
-
 def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return tools in the form in which the template reads them. Raises APIError 400."""
-    tools = [_with_plain_function(tool) for tool in given]
-    converted(tools, list[Tool], "tools")
-    return tools
+    for tool in given:
+        if isinstance(function := tool.get("function"), dict) and function.get("parameters") == []:
+            function["parameters"] = {}  # PHP writes {} as [].
+    converted(given, list[Tool], "tools")
+    return [*given]
 
 
 Choice = Literal["none", "auto", "required"]
@@ -401,10 +374,9 @@ class ChatRequest(Sampling, kw_only=True):
     """False to end the answer after its first call."""
 
     def __post_init__(self) -> None:
-        self.messages = [
-            Message.read(one, index) if isinstance(one, dict) else one
-            for index, one in enumerate(self.messages)
-        ]
+        given: Any = self.messages
+        if given and isinstance(given[0], dict):
+            self.messages = read_messages(given)
         if self.tools is not None:
             self.tools = _read_tools(self.tools)
         if (effort := self.reasoning_effort) is not None:

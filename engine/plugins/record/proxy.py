@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from engine.requests.chat_prompt import no_chat, render_chat
 from engine.server.api_errors import APIError
 from engine.server.bodies import ClientGone, settled, unless_gone
-from engine.server.schemas import Message
+from engine.server.schemas import read_messages
 from engine.text.tokenizer import Tokenizer
 
 Fields = Mapping[str, Any]
@@ -164,8 +164,8 @@ class TraceWriter:
     ) -> tuple[list[int], list[int], list[int]]:
         """Return (ids of the prompt, known boundaries, ids of ``answer`` behind it, as the next
         prompt has them). Raises ValueError if the chat cannot be rendered."""
-        given = enumerate([*body["messages"], answer])
-        chat = [Message.read(one, index).as_template_input() for index, one in given]
+        messages = read_messages([*body["messages"], answer])
+        chat = [message.as_template_input() for message in messages]
         tokenizer, tools = self._tokenizer, body.get("tools")
         said = _text(chat[-1])
         if tokenizer is None:

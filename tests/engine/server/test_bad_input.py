@@ -122,8 +122,6 @@ def test_values_of_a_body_are_counted_outside_of_texts(value: Any, is_ascii: boo
     assert num_nodes(json.dumps(value, ensure_ascii=is_ascii).encode()) == count(value)
 
 
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 FUNCTION = {"type": "function", "function": TOOL}
 TEXT = {"type": "text", "text": "x"}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
@@ -177,10 +175,6 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
                 f"function.{name}",
             )
             for name, value in (("parameters", [1]), ("strict", "yes"), ("name", "f" * 257))
-        ),
-        *(
-            ({"messages": [*CHAT, CALLED | {"tool_calls": [{"function": function}]}]}, "function")
-            for function in (None, {"name": 5}, {"name": "f", "arguments": 5})
         ),
         (
             {"messages": [{"role": "user", "content": "x " * 9999}], "response_format": FOO},
