@@ -35,14 +35,8 @@ class CheckpointFormat:
 
     @classmethod
     def parse(cls, spec: str) -> CheckpointFormat | None:
-        """Parse ``bfloat16``, ``int8`` or ``fp8``, the last two with an optional scaling.
-
-        Scalings are ``:head``, ``:row`` and ``:column`` (the default). Returns None for ``auto``:
-        checkpoints then have the format of the running states.
-
-        Raises:
-            ValueError: the format is unknown.
-        """
+        """Parse ``bfloat16``, ``int8`` or ``fp8``, the last two with ``:head``, ``:row`` or
+        ``:column`` or without. Returns None for ``auto``, the format of the running states."""
         if spec == "auto":
             return None
         dtype, colon, per = spec.partition(":")
@@ -61,12 +55,10 @@ class CheckpointFormat:
 
     def kept_dims(self, num_dims: int) -> tuple[int, ...]:
         """Return the dimensions along which scales differ."""
-        last = num_dims - 1
-        return {
-            "head": (0,),
-            "row": tuple(range(last)),
-            "column": (*range(last - 1), last),
-        }[self.per or DEFAULT_SCALING]
+        if self.per == "head":
+            return (0,)
+        *outer, row, last = range(num_dims)
+        return (*outer, row if self.per == "row" else last)
 
     def num_scales(self, shape: tuple[int, ...]) -> int:
         """Return the number of scales of one state."""
@@ -75,8 +67,7 @@ class CheckpointFormat:
         return math.prod(shape[dim] for dim in self.kept_dims(len(shape)))
 
     def num_bytes(self, sizes: ModelSizes, conv_bytes: int) -> int:
-        """Size of one checkpoint: ``conv_bytes`` of conv states, codes and scales of recurrent
-        states."""
+        """Return the size of a checkpoint with ``conv_bytes`` of conv states."""
         shapes = [spec.shape for spec in sizes.specs() if spec.kind == "recurrent"]
         codes = sizes.size_of("recurrent") * CODE_BYTES[self.dtype]
         scales = sum(map(self.num_scales, shapes)) * SCALE_BYTES

@@ -1,8 +1,7 @@
 """Reader of ``config.json`` with the names, types, defaults and aliases of transformers.
 
 A ``Format`` lists the fields of one ``model_type``. Reading returns a ``Config`` in which every
-field has a value, so callers need no defaults. Keys that transformers does not use either are left
-out. A ``Config`` records the keys that are read, so that a family can refuse the others.
+field has a value. It records the keys that are read, so that a family can refuse the others.
 
 >>> format = Format(table(hidden_size=64, rms_norm_eps=1e-6), aliases={"d_model": "hidden_size"})
 >>> config = format.read({"d_model": 32, "colour": "red"})
@@ -64,10 +63,8 @@ class Field:
 
 
 def table(**defaults: Any) -> Mapping[str, Field]:
-    """Build a table of fields from ``name=default`` or ``name=Field(...)``.
-
-    A ``Field`` is needed if the type of the default is not the only valid type.
-    """
+    """Build a table of fields from ``name=default``, or ``name=Field(...)`` if the type of the
+    default is not the only valid one."""
     return {
         name: default if isinstance(default, Field) else Field(type(default), default)
         for name, default in defaults.items()
@@ -88,11 +85,8 @@ class Format:
     """Callback that fills in derived fields and removes the values it has used."""
 
     def read(self, raw: Mapping[str, Any]) -> Config:
-        """Read the text part of a ``config.json``.
-
-        Raises:
-            SizesError: a value has the wrong type.
-        """
+        """Read the text part of a ``config.json``. Raises SizesError for a value of the wrong
+        type."""
         defaults = {name: own.default for name, own in self.fields.items()}
         kinds = {**COMMON, **self.extras}
         kinds |= {name: own.kind for name, own in self.fields.items()}
@@ -151,11 +145,8 @@ def _decoded(value: Any) -> Any:
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
-    """Return ``value`` if it has type ``kind``; convert an integer if ``kind`` is float.
-
-    Raises:
-        SizesError: the value has another type.
-    """
+    """Return ``value`` if it has type ``kind``; convert an integer if ``kind`` is float. Raises
+    SizesError if it has another type."""
     if not fits(value, kind):
         names = (kind.__name__ if isinstance(kind, type) else str(kind)).split(" | ")
         wanted = " or ".join(WORDS[each] for each in names)

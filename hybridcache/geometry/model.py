@@ -44,16 +44,14 @@ class ModelGeometry:
     name: str
     """Name of the preset, or of the configuration."""
     num_full_layers: int
-    """Number of full-attention layers. Each stores one KV row per token."""
+    """Layers that store one KV row per token."""
     num_linear_layers: int
-    """Number of linear-attention layers (GDN, KDA, Mamba ...). Each stores one state per sequence.
-    0 for an attention-only model."""
+    """Layers that store one state per sequence (GDN, KDA, Mamba ...)."""
     kv_bytes_per_token: int
-    """Size of the keys and values of one token in all full-attention layers."""
     recurrent_elements: int
-    """Number of values in the recurrent state of one sequence."""
+    """Number of values in the recurrent states of one sequence."""
     conv_bytes: int
-    """Size of the conv state of one sequence."""
+    """Size of the conv states of one sequence."""
     state_dtype: str
     """Dtype of the recurrent state, a key of ``DTYPE_BYTES``. int8 includes one fp32 scale per
     128 numbers."""
@@ -76,11 +74,8 @@ class ModelGeometry:
 
     @classmethod
     def preset(cls, name: str, **dtypes: str) -> ModelGeometry:
-        """Return a bundled model by name or by an unambiguous prefix of it (``qwen3-next``).
-
-        Raises:
-            ValueError: no preset or several presets match. The message lists the names.
-        """
+        """Return a bundled model by name or by an unambiguous prefix of it (``qwen3-next``). Raises
+        ValueError if none or several match."""
         full_name = preset_name(name)
         preset = presets()[full_name]
         dtypes = {"state_dtype": preset.get("state_dtype", "float32")} | dtypes
@@ -99,7 +94,7 @@ class ModelGeometry:
     def from_config(
         cls, config: Mapping[str, Any], name: str = "model", **dtypes: str
     ) -> ModelGeometry:
-        """Read a Hugging Face ``config.json`` given as a dict, with or without ``text_config``.
+        """Read a parsed Hugging Face ``config.json``, with or without ``text_config``.
 
         Args:
             config: The parsed file.
@@ -109,8 +104,7 @@ class ModelGeometry:
                 states).
 
         Raises:
-            ValueError: the config does not describe a language model, or it has a layer type that
-                is not supported.
+            ValueError: the config does not describe a supported language model.
         """
         text = text_part(config)
         try:
@@ -134,12 +128,10 @@ class ModelGeometry:
         """Read a preset by its name, a ``config.json``, the directory of one, or ``builtin``, the
         model that the engine contains.
 
-        The result is named after the file, or after the directory if the file is ``config.json``.
-
         Raises:
             OSError: the file cannot be read.
-            ValueError: no preset has this name; or the file is not the config of a supported
-                model, and the message has the path; or the engine is not installed.
+            ValueError: no preset has this name, the file is not the config of a supported model, or
+                the engine is not installed.
         """
         if name == BUILTIN and not Path(name).exists():
             engine = find_spec("engine")
@@ -157,8 +149,6 @@ class ModelGeometry:
                 config = json.loads(path.read_text(encoding="utf-8"))
                 name = path.resolve().parent.name if path.stem == "config" else path.stem
                 return cls.from_config(config, name, **dtypes)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: not valid JSON ({error})") from error
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
         return cls.preset(name, **dtypes)
@@ -205,10 +195,7 @@ class ModelGeometry:
 
     @property
     def state_bytes(self) -> int:
-        """Size of one checkpoint: conv and recurrent states of all linear layers.
-
-        0 for an attention-only model.
-        """
+        """Size of one checkpoint: conv and recurrent states of all linear layers."""
         if self.checkpoint_bytes is not None:
             return self.checkpoint_bytes
         return self.recurrent_bytes + self.conv_bytes
@@ -258,13 +245,8 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def preset_name(name: str) -> str:
-    """Resolve ``name`` to the full name of one preset.
-
-    ``name`` is a name or the beginning of one. Case and punctuation are ignored.
-
-    Raises:
-        ValueError: no preset or several presets match. The message lists the names.
-    """
+    """Return the full name of the preset that ``name`` is or begins, ignoring case and punctuation.
+    Raises ValueError if none or several match."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())

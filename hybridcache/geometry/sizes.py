@@ -51,10 +51,8 @@ class Divisible:
     """Fields that are divided, or 1 if each unit is replicated on several ranks."""
 
     def share(self, count: int) -> Self:
-        """Return the sizes that one of ``count`` ranks computes and stores.
-
-        Raises SizesError if they cannot be divided evenly.
-        """
+        """Return the sizes that one of ``count`` ranks computes and stores. Raises SizesError if
+        they cannot be divided evenly."""
         own: dict[str, int] = {}
         for name in (*self.divided, *self.copied):
             size: int = getattr(self, name)
@@ -81,8 +79,7 @@ class MixerSizes(Divisible, ABC):
 
     @abstractmethod
     def num_params(self, hidden: int) -> int:
-        """Return the number of weights that a token is multiplied with, for a model of width
-        ``hidden``."""
+        """Return the weights that a token is multiplied with in a model of width ``hidden``."""
 
 
 def part(size: int, count: int, what: str) -> int:
@@ -147,7 +144,6 @@ class LayerSizes:
         return tuple(spec for mixer in self.mixers for spec in mixer.keeps)
 
     def share(self, count: int) -> LayerSizes:
-        """Divide all parts over ``count`` ranks; see ``Divisible.share``."""
         mixers = tuple(mixer.share(count) for mixer in self.mixers)
         return LayerSizes(mixers, None if self.mlp is None else self.mlp.share(count))
 
@@ -160,7 +156,7 @@ class ModelSizes:
     vocab: int
     layers: tuple[LayerSizes, ...]
     beside: tuple[Spec, ...] = ()
-    """Tensors stored outside the layers: keys, values and hidden vector of a multi-token head."""
+    """Tensors stored outside the layers, by a multi-token head."""
 
     def specs(self) -> Iterator[Spec]:
         """Yield the stored tensors of all layers in order, then those outside the layers."""
@@ -170,7 +166,6 @@ class ModelSizes:
 
     @property
     def mixers(self) -> tuple[MixerSizes, ...]:
-        """Mixers of all layers."""
         return tuple(mixer for layer in self.layers for mixer in layer.mixers)
 
     @property
@@ -190,8 +185,5 @@ class ModelSizes:
         return mixers + sum(active for active, _ in mlps), mixers + sum(total for _, total in mlps)
 
     def share(self, count: int) -> ModelSizes:
-        """Divide the layers over ``count`` ranks of a tensor-parallel model.
-
-        Width and vocabulary stay whole. Raises SizesError if a layer cannot be divided evenly.
-        """
+        """Divide the layers over ``count`` ranks. Width and vocabulary stay whole."""
         return replace(self, layers=tuple(layer.share(count) for layer in self.layers))

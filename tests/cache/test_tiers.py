@@ -108,18 +108,6 @@ def test_exchange_subtracts_copy_time_from_saved_prefill_time():
         (0, {"host": 0, "disk": 20}, -LATENCY_S["disk"]),
     ):
         assert exchange.seconds_saved(start, 8, 12, num_bytes) == pytest.approx(seconds)
-    for field, wrong in (
-        ("bytes_per_s", {"host": 0.0}),
-        ("bytes_per_s", {"hosts": 1.0}),
-        ("bytes_per_s", {"host": "1"}),
-        ("unit", 0),
-    ):
-        with pytest.raises((ValueError, TypeError), match=field):
-            Exchange(PerToken(), **{field: wrong})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"must have a method seconds\(start, end\)"):
-        Exchange(None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="bytes_per_s must have an entry for disk"):
-        Exchange(PerToken(), {"host": 1.0}).copy_seconds({"host": 3, "disk": 4, "far": 0})
 
 
 def test_a_state_can_be_adopted_on_kv_that_was_loaded_from_disk():

@@ -23,14 +23,9 @@ COMPOSITES = ("qwen3_5", "qwen3_5_moe")
 
 
 def text_part(config: Fields) -> Fields:
-    """Return the language model's part of a ``config.json``.
-
-    This is ``text_config`` if there is one, with ``tie_word_embeddings`` and ``dtype`` of the
-    outer level.
-
-    Raises:
-        ValueError: the config or its ``text_config`` is not an object.
-    """
+    """Return the language model's part of a ``config.json``: ``text_config`` if there is one, with
+    ``tie_word_embeddings`` and ``dtype`` of the outer level. Raises ValueError if it is no
+    object."""
     if not isinstance(config, Mapping):
         raise ValueError(f"must be a JSON object, not {type(config).__name__}")
     text = config.get("text_config")
@@ -50,9 +45,8 @@ def text_part(config: Fields) -> Fields:
 
 
 def read(text: Fields) -> tuple[ModelSizes, Config | None]:
-    """Return the sizes of a model's text part, and the config that they were read from.
-
-    The config is None if no module reads the model type.
+    """Return the sizes of a model's text part, and the config that they were read from, or None if
+    no module reads the model type.
 
     Raises:
         KeyError: a required key is missing.
@@ -87,11 +81,8 @@ READERS: dict[str, Callable[[Fields], MixerSizes]] = {
 
 
 def _by_layer_types(text: Fields) -> ModelSizes:
-    """Compute the sizes of a model of an unknown type, with an MLP or experts in every layer.
-
-    If ``layer_types`` is missing, every ``full_attention_interval``-th layer is full attention.
-    Raises SizesError for an unknown layer type.
-    """
+    """Compute the sizes of a model of an unknown type, with an MLP or experts in every layer. If
+    ``layer_types`` is missing, every ``full_attention_interval``-th layer is full attention."""
     _attention(text)
     if text.get("layer_types"):
         types = fields.sorts(text, READERS)

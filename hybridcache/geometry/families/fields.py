@@ -60,11 +60,8 @@ LEGACY_LAYER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"
 
 
 def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
-    """Build a model from its layers.
-
-    Raises:
-        SizesError: a stored tensor has a dimension below 1, or an MLP has no width.
-    """
+    """Build a model from its layers. Raises SizesError if a stored tensor has a dimension below 1,
+    or an MLP has no width."""
     made = ModelSizes(hidden(text), int(text.get("vocab_size", 0)), layers)
     for spec in made.specs():
         if min(spec.shape) < 1:
@@ -95,9 +92,6 @@ def by_type(
         text: Fields of the config.
         mixers: Mixer of each type.
         mlps: Feed-forward block of all layers, or one block per layer.
-
-    Raises:
-        SizesError: a type is unknown, or their number is not the number of layers.
     """
     types = sorts(text, mixers)
     each = mlps if isinstance(mlps, Sequence) else [mlps] * len(types)
@@ -123,11 +117,8 @@ def num_layers(text: Fields) -> int:
 
 
 def sorts(text: Fields, known: Collection[str], name: str = "layer_types") -> list[str]:
-    """Return one type per layer, with legacy names replaced.
-
-    Raises:
-        SizesError: a type is not in ``known``, or their number is not the number of layers.
-    """
+    """Return one type per layer, with legacy names replaced. Raises SizesError if a type is not in
+    ``known``, or their number is not the number of layers."""
     given = text[name] or ()
     words = [word if word in known else LEGACY_LAYER_TYPES.get(word, word) for word in given]
     unknown = {spelled for spelled, word in zip(given, words, strict=True) if word not in known}
@@ -148,9 +139,6 @@ def fill_mamba_head_dim(values: dict[str, Any], inner: int | None, name: str) ->
         values: Fields of the config, changed in place.
         inner: Channels of all heads, or None for ``mamba_expand`` times the hidden size.
         name: Key that states ``inner``, for error messages.
-
-    Raises:
-        SizesError: heads and channels do not agree.
     """
     expand = values.pop("mamba_expand")
     inner = expand * values["hidden_size"] if inner is None else inner
@@ -282,12 +270,8 @@ def _first(text: Fields, *names: str) -> str:
 
 
 def size_of(text: Fields, name: str, default: int | None = None) -> int:
-    """Return a size of at least one, or ``default`` if the file has no value.
-
-    Raises:
-        SizesError: the size is less than one.
-        KeyError: there is neither a value nor a default.
-    """
+    """Return a size of at least one, or ``default`` if the file has no value. Raises KeyError if
+    there is neither."""
     value = text[name] if default is None else text.get(name)
     return check_size(name, int(default if value is None else value))  # type: ignore[arg-type]
 

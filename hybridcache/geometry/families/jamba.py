@@ -50,11 +50,7 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """Compute the sizes.
-
-    A layer has attention (or experts) if its number modulo the period equals the offset. All Mamba
-    channels are declared as one head because only their number matters.
-    """
+    """Compute the sizes. All Mamba channels are declared as one head."""
     mamba = MambaSizes(
         num_heads=1,
         head_dim=fields.size_of(config, "mamba_expand") * fields.hidden(config),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hybridcache.geometry.times import MeasuredTimes, Roofline, locate
+from hybridcache.geometry.times import MeasuredTimes, Roofline, interpolated, locate
 
 
 class StepTimes(Protocol):
@@ -76,11 +76,8 @@ class MeasuredSteps:
         return self.table.describe()
 
     def _decode_s(self, num_decodes: int) -> float:
-        index, part = locate(self.table.decodes, num_decodes)
-        line = self.table.decode_s
-        if len(line) == 1:
-            return line[0]
-        return max(0.0, line[index] + part * (line[index + 1] - line[index]))
+        place = locate(self.table.decodes, num_decodes)
+        return max(0.0, interpolated(self.table.decode_s, place))
 
     def step_seconds(
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
