@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from msgspec import structs
 from starlette.responses import Response
 
@@ -21,7 +20,7 @@ from engine.requests.chat_prompt import ChatPrompt, no_chat
 from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls
 from engine.server.api_errors import APIError, of_value
 from engine.server.bodies import event, run
-from engine.server.context import AnsweredChat, Call, Writer, finite, new_id, token_text
+from engine.server.context import Call, Writer, finite, new_id, token_text
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
 from engine.text.answers import AnswerForm, AnswerReader, Event, ToolCall, as_message
 from engine.text.outputs import RequestOutput, SampledToken
@@ -61,11 +60,10 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
         for message in messages:
             if message["role"] == "developer" and not has_developer:
                 message["role"] = "system"
-        tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
         return context.history.render(
             messages,
             tenant,
-            tools=tools,
+            tools=body.plain_tools or None,
             variables=body.chat_template_kwargs,
             add_generation_prompt=body.add_generation_prompt is not False
             and not body.continue_final_message,
@@ -101,15 +99,6 @@ async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest
         if message.role == "system":
             message.role = "user"
     return body
-
-
-def _plain(tool: dict[str, object]) -> dict[str, object]:
-    """Return a tool without the fields that are meant for the server, such as ``cache_control`` and
-    ``strict``."""
-    plain = {name: value for name, value in tool.items() if name != "cache_control"}
-    if isinstance(function := plain.get("function"), dict):
-        plain["function"] = {name: value for name, value in function.items() if name != "strict"}
-    return plain
 
 
 def _forms(
@@ -191,22 +180,9 @@ class ChatWriter(Writer):
     def ended(self) -> None:
         """Also remember the chat with its first answer, for explanations."""
         super().ended()
-        first, body = self._latest.get(0), self._body
-        if first is not None and first.losses is not None:
-            answered = AnsweredChat(
-                self.answer_id,
-                self._call.tenant,
-                body.messages,
-                [_plain(tool) for tool in body.tools or ()],
-                body.chat_template_kwargs,
-                self._call.size,
-                np.concatenate((first.prompt_token_ids, first.output)),
-                len(first.prompt_token_ids),
-                first.cached_len,
-                first.losses,
-                as_message(self.readers[0].events),
-            )
-            self._context.remember(answered)
+        if first := self._latest.get(0):
+            message = as_message(self.readers[0].events)
+            self._context.remember(self.answer_id, self._call, self._body, first, message)
 
 
 class PartWriter(ChatWriter):

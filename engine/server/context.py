@@ -18,7 +18,7 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -46,38 +46,13 @@ from engine.server.bodies import (
     unless_gone,
 )
 from engine.server.metrics import Metrics
-from engine.server.schemas import Message, Sampling
+from engine.server.schemas import ChatRequest, Sampling
 from engine.server.settings import ServerConfig
 from engine.text.answers import AnswerForm
 from engine.text.outputs import RequestOutput, Transferred
 from engine.text.tokenizer import CLOSE, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
-
-
-@dataclass(frozen=True)
-class AnsweredChat:
-    """A chat with its first answer, so that a later one's cache misses can be explained."""
-
-    answer_id: str
-    tenant: Tenant
-    sent: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]] | None
-    variables: Mapping[str, Any] | None
-    size: int
-    """Bytes of its body."""
-    tokens: np.ndarray
-    """Prompt and answer, int32[n]."""
-    prompt_len: int
-    cached_len: int
-    losses: Losses
-    message: Mapping[str, Any]
-    """The answer as a message."""
-
-    @cached_property
-    def messages(self) -> list[dict[str, Any]]:
-        """Messages as the template reads them."""
-        return [message.as_template_input() for message in self.sent]
 
 
 class ServingContext:
@@ -88,9 +63,10 @@ class ServingContext:
         engine: AsyncEngine,
         config: ServerConfig,
         access: Access,
-        remember: Callable[[AnsweredChat], None],
+        remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Any]], None],
     ) -> None:
-        """``remember`` stores a chat that was answered, for explanations."""
+        """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
+        message."""
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
         if (folder := engine.config.kept_folder) is not None:
             access.keep_secret(folder)

@@ -392,6 +392,17 @@ class ChatRequest(Sampling, kw_only=True):
             )
 
     @property
+    def plain_tools(self) -> list[dict[str, Any]]:
+        """Tools without the fields that are meant for the server."""
+        return [
+            {
+                **{name: value for name, value in tool.items() if name != "cache_control"},
+                "function": {n: value for n, value in tool["function"].items() if n != "strict"},
+            }
+            for tool in self.tools or ()
+        ]
+
+    @property
     def limit(self) -> int | None:
         """Maximum number of tokens of an answer, by either name, or None if only the context limits
         it."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,12 @@ from starlette.responses import Response
 from engine.requests.chat_prompt import said_by
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import json_response
-from engine.server.context import AnsweredChat, ServingContext
+from engine.server.context import Call, ServingContext
+from engine.server.schemas import ChatRequest, Message
 from engine.text.bounded_memory import BoundedMemory
+from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
+from hybridcache.api import Losses
 from hybridcache.geometry.units import counted
 from hybridcache.tokens import common_prefix_len
 
@@ -86,6 +90,29 @@ ADVICE = {
 """Advice by the cause of an explanation."""
 
 
+@dataclass(frozen=True)
+class AnsweredChat:
+    """A chat with its first answer."""
+
+    answer_id: str
+    namespace: str | None
+    sent: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any] | None
+    tokens: np.ndarray
+    """Prompt and answer, int32[n]."""
+    prompt_len: int
+    cached_len: int
+    losses: Losses
+    message: Mapping[str, Any]
+    """The answer as a message."""
+
+    @cached_property
+    def messages(self) -> list[dict[str, Any]]:
+        """Messages as the template reads them."""
+        return [message.as_template_input() for message in self.sent]
+
+
 def _cause(lost: dict[str, int], parting: dict[str, Any] | None, known_len: int) -> str | None:
     """Return the cause that cost the most tokens, or None if all shared tokens were read.
 
@@ -111,10 +138,30 @@ class Explanations:
         self.memory = BoundedMemory[str, AnsweredChat](limit_bytes)
         """Chats by the id of their answer, in the order of their ends."""
 
-    def remember(self, chat: AnsweredChat) -> None:
-        """Store a chat that was answered. O(1)."""
-        num_bytes = ENTRY_BYTES + chat.size + chat.tokens.nbytes
-        self.memory.put(chat.answer_id, chat, num_bytes)
+    def remember(
+        self,
+        answer_id: str,
+        call: Call,
+        body: ChatRequest,
+        output: RequestOutput,
+        message: Mapping[str, Any],
+    ) -> None:
+        """Store a chat with its first answer, as output and as ``message``. O(tokens)."""
+        if output.losses is None:
+            return
+        chat = AnsweredChat(
+            answer_id,
+            call.tenant.namespace,
+            body.messages,
+            body.plain_tools,
+            body.chat_template_kwargs,
+            np.concatenate((output.prompt_token_ids, output.output)),
+            len(output.prompt_token_ids),
+            output.cached_len,
+            output.losses,
+            message,
+        )
+        self.memory.put(answer_id, chat, ENTRY_BYTES + call.size + chat.tokens.nbytes)
 
     def look_up(self, name: str, earlier_name: str | None) -> dict[str, Any] | None:
         """Explain a chat, by default in comparison with the earlier one that shares the most
@@ -125,7 +172,7 @@ class Explanations:
         if earlier_name is None:
             earlier = self.nearest(later)
         elif (earlier := self.memory.get(earlier_name, is_use=False)) is None or (
-            earlier.tenant.namespace != later.tenant.namespace
+            earlier.namespace != later.namespace
         ):
             return None
         compared_with = None if earlier is None else earlier.answer_id
@@ -146,7 +193,7 @@ class Explanations:
         best, best_len = None, 0
         continued = None
         for other in listed[max(at - NEAREST, 0) : at]:
-            if other.tenant.namespace != later.tenant.namespace:
+            if other.namespace != later.namespace:
                 continue
             shared = common_prefix_len(other.tokens, later.tokens[: later.prompt_len])
             if shared and shared >= best_len:
@@ -239,7 +286,7 @@ class Explanations:
         left, right = earlier.tokens, later.tokens[: later.prompt_len]
         spans = right[max(at - SHOWN, 0) : at], left[at : at + SHOWN], right[at : at + SHOWN]
         texts: list[str | None] = [None] * 3
-        if later.tenant.namespace is None:
+        if later.namespace is None:
             decode = partial(self._tokenizer.decode, skip_special_tokens=False)
             texts = [decode(span.tolist()) for span in spans]
         names = ("before", "was", "now")
@@ -266,7 +313,7 @@ def _change(
     sent: dict[str, Any] = {"messages": earlier.messages, "tools": earlier.tools}
     sent["variables"] = earlier.variables
     found: list[tuple[str, str, dict[str, Any]]] = []  # Name, part and later value of each.
-    if path := _path("tools", earlier.tools or (), later.tools or ()):
+    if path := _path("tools", earlier.tools, later.tools):
         found.append(("tools", path, {"tools": later.tools}))
     if path := _path("messages", was[:first], now[:skipped]):
         found.append(("system", path, {"messages": later.messages[:skipped] + kept}))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from msgspec import structs
 
@@ -15,8 +15,7 @@ from engine import RequestSpec
 from engine.plugins.diagnostics.explanations import Explanations
 from engine.requests.chat_prompt import render_chat
 from engine.server.access import Tenant
-from engine.server.context import AnsweredChat
-from engine.server.schemas import KNOWN, Message
+from engine.server.schemas import ChatRequest
 from engine.text.answers import AnswerForm, AnswerReader, as_message
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import ChatTemplate, HFTokenizer
@@ -284,19 +283,13 @@ def store(
     answer: Chat,
     namespace: str | None = None,
 ) -> None:
-    sent = []
-    for message in body.get("messages", ()):
-        known = {key: value for key, value in message.items() if key in KNOWN}
-        sent.append(Message(**known, extra={k: v for k, v in message.items() if k not in KNOWN}))
-    assert output.losses is not None
-    tokens, prompt = output.output, output.prompt_token_ids
-    explanations.remember(
-        AnsweredChat(
-            name, Tenant(0, namespace), sent, body.get("tools"),
-            body.get("variables"), 100, np.concatenate((prompt, tokens)), len(prompt),
-            output.cached_len, output.losses, answer,
-        )
-    )  # fmt: skip
+    chat = ChatRequest(
+        messages=copy.deepcopy(body.get("messages", [])),
+        tools=body.get("tools"),
+        chat_template_kwargs=body.get("variables"),
+    )
+    call: Any = SimpleNamespace(tenant=Tenant(0, namespace), size=100)
+    explanations.remember(name, call, chat, output, answer)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
