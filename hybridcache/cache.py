@@ -239,8 +239,9 @@ class HybridRadixCache:
         seen_len = kv_match_len
         missed: Checkpoint | None = None
         forks = inside is not None or node is root or bool(node.children)
+        deepest = node
         if inside is None and node.ghosts:
-            seen_len, missed, forks = read_ghosts(self._tree, node, tokens)
+            deepest, seen_len, missed, forks = read_ghosts(self._tree, node, tokens)
         reachable = min(kv_match_len, num_tokens - 1)
         grid_len = reachable - reachable % self.checkpoint_grid
         checkpoint: Checkpoint | None = None
@@ -248,8 +249,8 @@ class HybridRadixCache:
         if not self._has_states:
             cached_len = saved_len = grid_len = max(grid_len, 0)
             if cached_len:
-                deepest = PathPart(node if inside is None else inside, cached_len).last()
-                last = PathPart(deepest, cached_len)
+                end = PathPart(node if inside is None else inside, cached_len).last()
+                last = PathPart(end, cached_len)
         else:
             lost_len = 0
             while node is not root:
@@ -282,7 +283,8 @@ class HybridRadixCache:
             namespace,
             missed,
             checkpoint,
-            forks=forks,
+            () if self.offload is None else self.offload.loadable(deepest, cached_len, num_tokens),
+            forks,
         )
 
     def gather(self, node: NodeHandle | None) -> Indices:

@@ -241,7 +241,7 @@ class Lease:
             slot = None
             if cache.needs_states:
                 raise ValueError(NEEDS_STATES)
-        elif not cache.item_bytes.state or (slot is None and not cache.num_slots):
+        elif not cache.item_bytes.state:
             raise ValueError(NO_STATES)
         if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
@@ -272,6 +272,8 @@ class Lease:
                 lock = cache.lock(match.node)
             if slot is None:
                 cache.unlock(lock)
+                if not cache.num_slots:
+                    raise ValueError(NO_STATES)
                 return None
         if best is not None and cache.fetch(best):
             match, before = cache.match(tokens, namespace), lock
@@ -514,7 +516,7 @@ class Lease:
                 del self._planned[position]
                 self._pending[position, slot] = label
                 num_taken += 1
-        return tuple(saved for saved in sorted(self._pending) if start < saved[0] <= end)
+        return tuple([saved for saved in sorted(self._pending) if start < saved[0] <= end])
 
     def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
         """Move the rolling checkpoint to the last position in (start, end] at which decode saves a

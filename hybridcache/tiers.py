@@ -214,6 +214,33 @@ class OffloadTiers(GhostList):
         above.num_children[entry.kv_tier] = 1
         entry.kv = entry.kv[cut:].copy()
 
+    def loadable(
+        self, deepest: RadixNode, cached_len: int, num_tokens: int
+    ) -> tuple[Resumable, ...]:
+        """Return the positions past ``cached_len`` on the path to ``deepest`` that could be loaded.
+        O(nodes)."""
+        path = []
+        for tier in self.tiers:
+            if tier.policy.failure is not None:
+                raise_failure(tier.policy.failure)
+        while deepest.parent is not None and deepest.end > cached_len:
+            path.append(deepest)
+            deepest = deepest.parent
+        loadable, num_rows = [], [0] * len(self.tiers)
+        for node in reversed(path):
+            entry: OffloadedEntry | None = node.offloaded
+            if node.kv is None:
+                if entry is None or entry.kv is None:
+                    break
+                num_rows[entry.kv_tier] += len(entry.kv)
+            if entry is not None and entry.state is not None and node.end < num_tokens:
+                rows = list(num_rows)
+                rows[entry.state.tier] += self.state_rows
+                num_bytes = [num * self.row_bytes for num in rows]
+                by_tier = dict(zip(self.names, num_bytes, strict=True))
+                loadable.append(Resumable(node.end, node, by_tier))
+        return tuple(loadable)
+
     def add_state(self, was: Checkpoint, first: int, src_tier: str, src: Indices) -> None:
         """Store the state of ``was``, which is leaving ``src_tier``, in tier ``first`` or a lower
         one, unless none takes it."""
@@ -574,35 +601,6 @@ class TieredRadixCache(HybridRadixCache):
         """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows. The cache
         must be empty."""
         self.offload = self.ghosts = OffloadTiers(self, tiers, state_rows)
-
-    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """Look up ``tokens`` as in ``HybridRadixCache.match``, with the positions that could be
-        loaded. O(n)."""
-        for tier in self.offload.tiers:
-            if (failure := tier.policy.failure) is not None:
-                raise_failure(failure)
-        found = super().match(tokens, namespace)
-        node, inside, _ = self._tree.walk(self._tree.root(namespace), tokens)
-        if inside is None and node.ghosts:
-            node, _, _ = self._tree.walk(node, tokens[node.end :], ghosts=True)
-        path = []
-        while node.parent is not None and node.end > found.cached_len:
-            path.append(node)
-            node = node.parent
-        offload, loadable, num_rows = self.offload, [], [0] * len(self.offload.tiers)
-        for node in reversed(path):
-            entry: OffloadedEntry | None = node.offloaded
-            if node.kv is None:
-                if entry is None or entry.kv is None:
-                    break
-                num_rows[entry.kv_tier] += len(entry.kv)
-            if entry is not None and entry.state is not None and node.end < found.num_tokens:
-                rows = list(num_rows)
-                rows[entry.state.tier] += offload.state_rows
-                num_bytes = [num * offload.row_bytes for num in rows]
-                by_tier = dict(zip(offload.names, num_bytes, strict=True))
-                loadable.append(Resumable(node.end, node, by_tier))
-        return found._replace(loadable=tuple(loadable)) if loadable else found
 
     def fetch(self, resumable: Resumable) -> bool:
         """Load ``resumable``, of the latest ``match``, to the device. Returns False if there is no

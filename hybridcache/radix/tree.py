@@ -625,22 +625,20 @@ GHOST_NODE_BYTES = 640
 
 def read_ghosts(
     tree: RadixTree, node: RadixNode, tokens: Tokens
-) -> tuple[int, Checkpoint | None, bool]:
+) -> tuple[RadixNode, int, Checkpoint | None, bool]:
     """Follow ``tokens`` through the ghosts below ``node``, the end of their resident part. O(n).
 
-    ``node`` must have ghosts.
-
-    Returns the length of the tokens seen before, the deepest evicted checkpoint on the way that
-    could be resumed from (or None), and whether other tokens were seen to follow.
+    Returns the deepest node, the length of the tokens seen before, the deepest evicted checkpoint
+    on the way that could be resumed from (or None), and whether other tokens were seen to follow.
     """
-    ghost, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
-    forks = inside is not None or bool(ghost.ghosts)
-    while ghost is not node:
-        if ghost.lost_checkpoint is not None and ghost.end < len(tokens):
-            return length, ghost.lost_checkpoint, forks
+    last, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
+    forks, missed, ghost = inside is not None or bool(last.ghosts), None, last
+    while missed is None and ghost is not node:
+        if ghost.end < len(tokens):
+            missed = ghost.lost_checkpoint
         assert ghost.parent is not None
         ghost = ghost.parent
-    return length, None, forks
+    return last, length, missed, forks
 
 
 class GhostList:
