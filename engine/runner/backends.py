@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import importlib.util
 import logging
-import os
 import pkgutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,11 +20,12 @@ from engine.config import check_no_foreign_kernels
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import find_files
-from kernels import library, native
+from kernels import native
 
 Backend = Literal["reference", "fused", "native"]
 logger = logging.getLogger(__name__)
 BACKENDS: tuple[Backend, ...] = ("reference", "fused", "native")
+CHUNK_BYTES = 1 << 24
 
 
 @cache
@@ -100,9 +100,6 @@ def override_all(word: Backend) -> str:
     return ",".join(f"{name}={word}" for name, words in backends_of().items() if word in words)
 
 
-CHUNK_BYTES = 1 << 24
-
-
 def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -116,34 +113,20 @@ def digest_of_weights(model_dir: Path) -> str:
             file.seek(chunk[1])
             return digest_of(file.read(CHUNK_BYTES))
 
-    chunks = [
-        (file, first)
-        for file in find_files(model_dir)
-        for first in range(0, file.stat().st_size, CHUNK_BYTES)
-    ]
+    files = find_files(model_dir)
+    chunks = [(f, first) for f in files for first in range(0, f.stat().st_size, CHUNK_BYTES)]
     with ThreadPoolExecutor() as pool:
         return digest_of("".join(pool.map(digest_at, chunks)).encode())
 
 
-VECTOR_SETS = ("avx", "amx", "fma", "sve", "asimd", "bf16")
-"""Beginnings of the names of vector and matrix instruction sets."""
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
-"""Environment variables that restrict the instructions of PyTorch's libraries."""
-
-
 def machine_words(device: torch.device) -> dict[str, str]:
-    """Return the properties of hardware and library that may change rounding: on a CPU, the
-    instruction sets that may be used, and the method of each native operation."""
+    """Return the properties of hardware and libraries that may change rounding."""
     words = {"torch": str(torch.__version__)}
     if device.type != "cpu":
         name = torch.get_device_module(device).get_device_name(device)
         return words | {"device": f"{device.type}, {name}"}
-    limits = (f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ)
     methods = native.kernel_choices() if native.shared_library() is not None else {}
     return words | {
-        "device": ", ".join(("cpu", torch.backends.cpu.get_cpu_capability(), *limits)),
-        "instructions": ",".join(
-            sorted(name for name in library.instructions() if name.startswith(VECTOR_SETS))
-        ),
+        "device": f"cpu, {torch.backends.cpu.get_cpu_capability()}",
         "native methods": ",".join(f"{name}={word}" for name, word in sorted(methods.items())),
     }

@@ -1,6 +1,5 @@
-"""Builds a model runner in two phases: the weights, then the memory from a plan. Checks that hits
-equal cold runs on this machine, and captures graphs and compiles kernels before the first request.
-"""
+"""Builds a model runner: the weights, then the memory from a plan. Checks that hits equal cold runs
+on this machine, and captures graphs and compiles kernels before the first request."""
 
 from __future__ import annotations
 
@@ -33,35 +32,31 @@ def load_runner(
     device = Device.resolve(config.device)
     check_sizes(config, device)  # Before anything slow.
     try:
-        return _load(config, rank, kind)
+        loaded = LoadedModel.load(config, rank)
+        config = loaded.settings
+        check_sizes(config, loaded.device)
+        warms_up = config.warm_up and not loaded.device.is_cpu
+        # Triton's kernels take seconds to compile, and to interpret on a CPU. What the check leaves
+        # allocated counts as used memory below.
+        is_checked = warms_up or "fused" not in loaded.kernels.words().values()
+        exactness = check_exactness(loaded) if is_checked else Exactness()
+        reserved_bytes = loaded.step_state_bytes + loaded.own_state_bytes
+        if warms_up:
+            reserved_bytes = _rehearsed_bytes(loaded)
+        plan = loaded.plan(page_size=config.page_size).fit(
+            loaded.device, config.cache_bytes.get("cache_gib"), reserved_bytes, rank
+        )
+        runner = kind(loaded, plan, _max_model_len(loaded, plan))
+        runner.exactness = exactness
+        if warms_up:
+            runner.warmed = warm_up(runner)
+        return runner
     except torch.OutOfMemoryError:
         raise ModelError(
             f"{device.torch_device} has too little memory for weights, graphs and the largest "
             "step: lower --cache-gib or --token-budget, or use --graphs off, --quantization or "
             "--tp."
         ) from None
-
-
-def _load(config: EngineConfig, rank: Rank, kind: type[ModelRunner]) -> ModelRunner:
-    loaded = LoadedModel.load(config, rank)
-    config = loaded.settings
-    check_sizes(config, loaded.device)
-    warms_up = config.warm_up and not loaded.device.is_cpu
-    # Triton's kernels take seconds to compile, and to interpret on a CPU. What the check leaves
-    # allocated counts as used memory below.
-    is_checked = warms_up or "fused" not in loaded.kernels.words().values()
-    exactness = check_exactness(loaded) if is_checked else Exactness()
-    reserved_bytes = (
-        _rehearsed_bytes(loaded) if warms_up else loaded.step_state_bytes + loaded.own_state_bytes
-    )
-    plan = loaded.plan(page_size=config.page_size).fit(
-        loaded.device, config.cache_bytes.get("cache_gib"), reserved_bytes, rank
-    )
-    runner = kind(loaded, plan, _max_model_len(loaded, plan))
-    runner.exactness = exactness
-    if warms_up:
-        runner.warmed = warm_up(runner)
-    return runner
 
 
 def _rehearsed_bytes(loaded: LoadedModel) -> int:
@@ -98,10 +93,8 @@ NUM_REQUESTS = 5
 def check_exactness(loaded: LoadedModel) -> Exactness:
     """Compute hits and cold runs with one layer of each kind, and compare all bits.
 
-    A prompt is computed in one step, from a state at position 64 in a batch with another prompt,
-    and token by token after it. The digest of all rows is part of the identity of a store: it
-    changes with anything that changes bits, for example another instruction set, version of a
-    library, or number of threads.
+    The digest of all rows is part of the identity of a store: it changes with anything that changes
+    bits, for example another instruction set or version of a library.
     """
     loaded.device.make_current()
     digest, different = hashlib.blake2b(digest_size=16), []
@@ -164,12 +157,10 @@ def _results(excerpt: LoadedModel) -> Iterator[tuple[str, torch.Tensor, torch.Te
 
 @torch.inference_mode()
 def warm_up(runner: ModelRunner) -> WarmUp:
-    """Capture every graph that ``runner`` may replay, largest first, and compile all other
-    kernels.
+    """Capture every graph that ``runner`` may replay, and compile all other kernels.
 
     The launch parameters of a kernel change with the number of tokens, at powers of two. So one
-    step in every octave of lengths is rehearsed, and a later step of any length finds its kernels
-    compiled. All steps are computed on padding: they read and write no request's memory.
+    step in every octave of lengths is rehearsed, on padding: no request's memory is written.
     """
     began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
     graphs = [capture for kind in captures(runner) for capture in kind]
@@ -195,10 +186,8 @@ def measure(runner: ModelRunner) -> int:
     """Measure the additional bytes that graphs and the largest step take.
 
     The first graph of each kind takes the memory that all share; the second is used to estimate
-    each further one. Before each reading except the last, torch releases its cached memory.
-    Otherwise memory cached during loading would count as used until a capture releases it, and
-    graphs would seem to take nothing. The memory that the step leaves cached is needed by it, and
-    counts.
+    each further one. Memory that was cached during loading must not count as used before, but the
+    memory that the step leaves cached is needed by it.
     """
     device = runner.device
     before, num_bytes = device.unused_bytes(), 0
@@ -217,8 +206,7 @@ def measure(runner: ModelRunner) -> int:
 
 
 def captures(runner: ModelRunner) -> list[list[Callable[[], None]]]:
-    """Return functions that capture each decode graph, each verify graph, and each bucket of
-    prefill graphs, largest of each kind first."""
+    """Return functions that capture each graph of each kind, largest first."""
     kinds: list[Any] = [kind for kind in runner.graphs if kind is not None]
     return [[partial(kind.capture, bucket) for bucket in kind.buckets] for kind in kinds]
 

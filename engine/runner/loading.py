@@ -1,5 +1,4 @@
-"""The first phase of a model runner: a model with its weights, read from safetensors files or
-seeded, and everything else that does not depend on the sizes of its memory."""
+"""The first phase of a model runner: a model with its weights, from files or seeded."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +184,8 @@ def name_beside(name: str, word: str) -> str:
 
 
 def scale_shapes(scheme: Scheme, num_rows: int, num_columns: int) -> tuple[tuple[int, ...], ...]:
-    """Return the allowed shapes of the scales of a weight ``[num_rows, num_columns]``. One scale
-    per row or for all may also lack the last dimensions."""
+    """Return the allowed shapes of a weight's scales. One per row or for all may also lack the last
+    dimensions."""
     shape = scheme.scale_shape(num_rows, num_columns)
     if scheme.block[1] is not None:
         return (shape,)
@@ -237,48 +235,39 @@ def load_model(
     ModelError if the family's head is not supported.
     """
     outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
-    with_head = settings.drafts.head_len > 0
-    if settings.load_format == "dummy":
-        counted = _counted(family(config, outline), with_head)
-        dummy = Dummy(settings.seed)
-        model = family(config, build, dummy.fill)
-        head = _head(model, dummy.fill) if with_head else None
-        return model, head, f"{counted}; seeded (seed {settings.seed}), untrained"
-    files = WeightFiles(settings.model_dir, with_head=with_head)
-    files.tensors = family.published(files.tensors)
-    if config.tie_embeddings:
-        config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
-    is_stacked = any(name.endswith(STACKED_EXPERTS) for name in files.tensors)
+    with_head, files, is_stacked = settings.drafts.head_len > 0, None, False
+    fill: Fill = Dummy(settings.seed).fill
+    if settings.load_format != "dummy":
+        files = WeightFiles(settings.model_dir, with_head=with_head)
+        fill, files.tensors = files.fill, family.published(files.tensors)
+        is_stacked = any(name.endswith(STACKED_EXPERTS) for name in files.tensors)
+        if config.tie_embeddings:
+            config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
     plan = family(config, outline, stacked_experts=is_stacked)
-    parameters = plan.parameters()
-    if with_head:
-        parameters = chain(parameters, _head(plan).parameters())
-    files.check(parameters, tied=config.tie_embeddings)
-    model = family(config, build, files.fill, stacked_experts=is_stacked)
-    head = _head(model, files.fill) if with_head else None
-    note = files.note() + build.weights.note()
-    return model, head, f"{_counted(plan, with_head)}; {note}"
+    parts: list[Layer | Decoder] = [plan, _head(plan)] if with_head else [plan]
+    parameters = [pair for part in parts for pair in part.parameters()]
+    num_weights = sum(math.prod(parameter.shape) for _, parameter in parameters)
+    counted = f"{format_count(num_weights)} parameters"  # Those of all ranks.
+    if files is not None:
+        files.check(parameters, tied=config.tie_embeddings)
+    model = family(config, build, fill, stacked_experts=is_stacked)
+    head = _head(model) if with_head else None
+    if head is not None:
+        fill(head)
+        head.seal()
+    if files is None:
+        return model, head, f"{counted}; seeded (seed {settings.seed}), untrained"
+    return model, head, f"{counted}; {files.note()}{build.weights.note()}"
 
 
-def _counted(plan: Decoder, with_head: bool) -> str:
-    """Describe the number of weights in all tensors, including embeddings, a multi-token head and
-    the parts of all ranks."""
-    parts: list[Decoder | PredictionHead] = [plan, _head(plan)] if with_head else [plan]
-    shapes = [parameter.shape for part in parts for _, parameter in part.parameters()]
-    return f"{format_count(sum(map(math.prod, shapes)))} parameters"
-
-
-def _head(model: Decoder, fill: Fill | None = None) -> PredictionHead:
-    """Make the head of ``model``, with weights if ``fill`` is given."""
+def _head(model: Decoder) -> PredictionHead:
+    """Make the head of ``model``, without weights."""
     head = model.prediction_head()
     if head is None:
         raise ModelError(
             f"--draft mtp requires a multi-token head, which is not supported for "
             f"{type(model).__name__}: use --draft tree, or none."
         )
-    if fill is not None:
-        fill(head)
-        head.seal()
     return head
 
 
@@ -395,8 +384,7 @@ class LoadedModel:
 
     @property
     def own_state_bytes(self) -> int:
-        """Bytes of running and exported states that are outside the cache's memory, with a
-        checkpoint format."""
+        """Bytes of running and exported states, if they are outside the cache's memory."""
         if self.checkpoints is None:
             return 0
         return (self.num_staged + self.settings.max_running) * self.state_bytes
@@ -409,8 +397,7 @@ def _weight_spec(
     dtype: torch.dtype,
     kernels: Kernels,
 ) -> WeightSpec:
-    """Return the format of the weights. Raises ModelError if the files are quantised in a way that
-    is not supported."""
+    """Return the format of the weights. Raises ModelError if it is not supported."""
     place = device.torch_device, dtype, config.quantization
     if config.fp8_activations:
         fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
@@ -436,8 +423,7 @@ def _weight_spec(
 
 
 def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:
-    """Return the sizes of one of ``num_ranks``. Raises ModelError if they cannot be divided
-    evenly."""
+    """Return the sizes of one of ``num_ranks``. Raises ModelError."""
     try:
         return config.sizes.share(num_ranks)
     except SizesError as error:

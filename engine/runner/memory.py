@@ -89,10 +89,7 @@ class MemoryPlan(MemorySizes):
 
 
 def check_sizes(config: EngineConfig, device: Device) -> None:
-    """Raise ConfigError if the sizes of ``config`` exceed the memory that is available now.
-
-    Called before the weights are read, and again when they have taken their part.
-    """
+    """Raise ConfigError if the sizes of ``config`` exceed the memory that is available now."""
     own, host = config.cache_bytes, config.host_bytes
     checks = [(own | host, host_free_bytes(), "memory")]
     if not device.is_cpu:
@@ -122,8 +119,8 @@ def state_slot_bytes(
     state_dtype: torch.dtype = torch.float32,
     checkpoints: CheckpointFormat | None = None,
 ) -> int:
-    """Return the bytes of one sequence's conv and recurrent states in all layers, or of a
-    checkpoint in the format ``checkpoints``. 0 for an attention-only model."""
+    """Return the bytes of one sequence's states in all layers, or of a checkpoint of them in the
+    format ``checkpoints``. 0 for an attention-only model."""
     num_conv, num_recurrent = sizes.size_of("conv"), sizes.size_of("recurrent")
     if checkpoints is not None:
         return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
@@ -131,8 +128,8 @@ def state_slot_bytes(
 
 
 STAGING_BYTES = GIB
-"""Memory for states that prefills export, until they are narrowed. At least one state fits. A step
-that exports more states is computed in pieces."""
+"""Memory for states that prefills export, until they are narrowed. A step that exports more is
+computed in pieces."""
 CODES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -198,11 +195,8 @@ def _forms(
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Tensors of a ``MemoryPlan``.
-
-    The padding row and the padding slot share no byte with an allocated row or slot, nor with each
-    other.
-    """
+    """Tensors of a ``MemoryPlan``. The padding row and the padding slot share no byte with another
+    row or slot."""
 
     pools: tuple[Pools, ...]
     """Pools of each mixer."""
@@ -239,12 +233,11 @@ class Memory:
         num_own_states: int = 0,
         num_staged: int = 0,
     ) -> Memory:
-        """Allocate zeros for mixers that declare ``keeps``.
+        """Allocate zeros for mixers that declare ``keeps``. Raises ModelError.
 
-        There is room for the states of ``num_step_states`` verified tokens, and for
-        ``num_scratch_rows`` after the padding row. With ``checkpoints`` in a separate format,
-        ``num_own_states`` running states and ``num_staged`` exported ones are allocated next to
-        the arena. Raises ModelError if there is not enough memory.
+        There is room for the states of ``num_step_states`` verified tokens. With ``checkpoints`` in
+        a separate format, ``num_own_states`` running states and ``num_staged`` exported ones are
+        allocated next to the arena.
 
         After the last row of the arena, the first whole slab is the padding slot, followed by the
         step slots, the padding row and the scratch rows. In a slot, all conv states come first.
