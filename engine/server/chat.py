@@ -108,7 +108,7 @@ def _forms(
     so are strict calls that the answer may contain. With tools that may be called, the format is
     that of an answer without calls."""
     forms, tools, choice = body.forms(format_name), body.tools or (), body.tool_choice
-    written = "hermes" if form.calls is None else form.calls.FORM
+    written = "hermes" if form.calls is None else form.calls.name
     calls = partial(grammar_of_calls, tools, form=written, in_parallel=body.parallel_tool_calls)
     if choice not in (None, "none", "auto"):
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
@@ -149,7 +149,7 @@ class ChatWriter(Writer):
             )
             for _ in range(body.n)
         ]
-        marks = form.calls.MARKS if form.calls is not None and tools else ()
+        marks = form.calls.marks if form.calls is not None and tools else ()
         specs = [structs.replace(prompt.spec, call_marks=marks)]
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
         forms = _forms(body, form, self.FORMAT, is_thinking=prompt.is_thinking)

@@ -1,8 +1,8 @@
 """Parts of an answer (reasoning, text and tool calls) as events in their order, and their reader.
 
 Calls are read in the forms in which models write them, and emitted when they are complete. A call
-cannot be made if its arguments are not JSON, if its tool was not offered, or if it breaks off. It
-is then text, with a ``BrokenCall`` that gives the reason.
+that cannot be made (its arguments are not JSON, its tool was not offered, or it breaks off) is
+text, with a warning.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import NoneType
 from typing import Any, Literal, NamedTuple, cast
 
 from msgspec import structs
 
-from engine.text.json_text import read_json, whole_text
-from engine.text.outputs import RequestOutput, begin_of
+from engine.text.json_text import read_json
+from engine.text.outputs import FinishReason, RequestOutput, begin_of
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, any_of
 
 
@@ -45,25 +45,19 @@ class ToolCall:
     arguments: str
 
 
-@dataclass(frozen=True, slots=True)
-class BrokenCall:
-    """A call in the answer that cannot be made; it is part of the text."""
-
-    why: str
-
-
-Event = ReasoningDelta | TextDelta | ToolCall | BrokenCall
-_TEXTS = (ReasoningDelta, TextDelta)
+Event = ReasoningDelta | TextDelta | ToolCall
 
 
 def joined(events: Iterable[Event]) -> list[Event]:
     """Merge adjacent events of one kind. O(length)."""
     merged: list[Event] = []
     for kind, group in itertools.groupby(events, type):
-        if issubclass(kind, _TEXTS):
-            merged.append(kind("".join(event.text for event in group if isinstance(event, _TEXTS))))
-        else:
+        if kind is ToolCall:
             merged.extend(group)
+        else:
+            merged.append(
+                kind("".join(event.text for event in group if not isinstance(event, ToolCall)))
+            )
     return merged
 
 
@@ -100,18 +94,17 @@ class AnswerForm:
     thinks: bool
     offers_tools: bool
     """True if the template shows tools to the model."""
-    calls: type[CallReader] | None
-    """Reader of the model's calls, or None if it makes none or their form is not supported."""
+    calls: CallForm | None
+    """Form of the model's calls, or None if it makes none or their form is not supported."""
 
     @classmethod
     @lru_cache(maxsize=4)
     def of(cls, template: str) -> AnswerForm:
         """Return the form for the source of a chat template. O(len(template)) for a new one."""
         offers_tools = "tools" in template
-        readers = (QwenXMLReader, HermesReader) if offers_tools else ()
         # The last mark of the first form is in no template of the second.
-        calls = next((reader for reader in readers if reader.MARKS[-1] in template), None)
-        return cls(CLOSE in template, offers_tools, calls)
+        forms = (form for form in (XML, HERMES) if offers_tools and form.marks[-1] in template)
+        return cls(CLOSE in template, offers_tools, next(forms, None))
 
 
 class AnswerReader:
@@ -133,7 +126,8 @@ class AnswerReader:
         ``starts_text``: False if the answer continues a text, so that its first white space counts.
         ``is_single``: the answer is read only up to the end of its first call. ``end_token_ids``:
         tokens with which the model ends its answer."""
-        self._calls = form.calls(tools) if form.calls and tools is not None else None
+        self._calls = form.calls if tools is not None else None
+        self._functions = {f["name"]: f for tool in tools or () if (f := tool["function"])}
         self._thinks = form.thinks
         self.is_thinking = form.thinks and is_thinking
         """True if the next text is reasoning, as far as is known."""
@@ -151,7 +145,7 @@ class AnswerReader:
         """Reason why the answer ended, or None if it goes on."""
         self._is_broken_off = False
         """True if a limit or a stop string ended the answer inside a call."""
-        self._warning: str | None = None
+        self.warning: str | None = None
         """Reason why the first of the calls that cannot be made is part of the text."""
         self.new: list[Event] = []
         """Events of the latest output."""
@@ -165,60 +159,44 @@ class AnswerReader:
     def warned(self) -> dict[str, str]:
         """Field ``warning`` of an answer with a part that looks like a call and cannot be made; {}
         without one, and before the end of the answer."""
-        is_over = self.finish is not None and self._warning is not None
-        return {"warning": f"{BROKEN}{self._warning}."} if is_over else {}
+        is_over = self.finish is not None and self.warning is not None
+        return {"warning": f"{BROKEN}{self.warning}."} if is_over else {}
 
     def read(self, output: RequestOutput) -> None:
         """Read the new part of the answer in ``output``."""
         if self.is_over:  # How much was generated since depends on the time of the abort.
-            self.new = []
-            self.output = structs.replace(
+            output = structs.replace(
                 self.output,
                 new_token_ids=(),
                 new_text="",
                 new_logprobs=(),
-                new_prompt_logprobs=None,
                 finish_reason=output.finish_reason,
             )
-        else:
-            self.output = output
-            self.new = self._read(output)
-        self.finish = self._finish(output)
-
-    def _read(self, output: RequestOutput) -> list[Event]:
+        self.output = output
         was_thinking = self.is_thinking
         events = self.push(output.new_text)
         if was_thinking or self.is_thinking:
             self.num_reasoning_tokens += len(output.new_token_ids)
-        if output.is_finished:
+        if output.is_finished and not self.is_over:
             is_cut = output.finish_reason != "stop" or int(output.output[-1]) not in self._ends
-            rest = self.flush(is_cut)
-            self._is_broken_off = is_cut and any(isinstance(one, BrokenCall) for one in rest)
-            events = [*events, *rest]
-        for one in events:
-            if isinstance(one, BrokenCall) and self._warning is None:
-                self._warning = one.why
-        events = joined(one for one in events if not isinstance(one, BrokenCall))
+            events = joined([*events, *self.flush(is_cut)])
         if self._is_single:
             ends = (at for at, one in enumerate(events, 1) if isinstance(one, ToolCall))
             end = next(ends, None)
-            self.is_over = end is not None
+            self.is_over = self.is_over or end is not None
             events = events[:end]
+        self.new = events
         self.events += events
-        return events
+        self.finish = self._finish(output.finish_reason)
 
-    def _finish(self, output: RequestOutput) -> Finish | None:
-        """Return the reason why the answer ended, or None."""
-        if output.finish_reason is None:
-            return None
-        has_stopped = output.finish_reason == "stop" and not self._is_broken_off
-        has_calls = any(isinstance(one, ToolCall) for one in self.events)
+    def _finish(self, reason: FinishReason | None) -> Finish | None:
+        """Return the reason why the answer ended, given that of its last output."""
+        if reason is None or not any(isinstance(one, ToolCall) for one in self.events):
+            return reason
+        has_stopped = reason == "stop" and not self._is_broken_off
         # A call that ends exactly at the limit is complete: the client can run it.
-        ends_in_call = has_calls and isinstance(self.events[-1], ToolCall)
-        is_whole = output.finish_reason == "length" and ends_in_call
-        if self.is_over or (has_calls and has_stopped) or is_whole:
-            return "tool_calls"
-        return output.finish_reason
+        is_whole = reason == "length" and isinstance(self.events[-1], ToolCall)
+        return "tool_calls" if self.is_over or has_stopped or is_whole else reason
 
     def push(self, text: str) -> list[Event]:
         """Return the events that are certain after ``text``. O(len(text)), over an answer, and a
@@ -281,12 +259,12 @@ class AnswerReader:
             yield None
         self._rest = self._rest.lstrip()
 
-    def _read_calls(self, calls: CallReader) -> Iterator[Event | None]:
+    def _read_calls(self, form: CallForm) -> Iterator[Event | None]:
         """Read text and calls. White space around a call is not text."""
-        num_retries, has_calls = MAX_RETRIES, False
+        begins, num_retries, has_calls = any_of(form.marks), MAX_RETRIES, False
         while True:
-            found = calls.begins.search(self._rest)
-            text = self._rest[: found.start()].rstrip() if found else self._certain(calls.MARKS)
+            found = begins.search(self._rest)
+            text = self._rest[: found.start()].rstrip() if found else self._certain(form.marks)
             if text:
                 yield TextDelta(text)
             self._rest = self._rest[len(text) :]
@@ -297,10 +275,10 @@ class AnswerReader:
                 yield None
                 continue
             start = found.start() - len(text)
-            parsed, end = yield from self._parse_call(calls, start, found.end() - len(text))
+            parsed, end = yield from self._parse_call(form, start, found.end() - len(text))
             if isinstance(parsed, Call):
                 has_calls = True
-                yield ToolCall(parsed.name, parsed.arguments)
+                yield ToolCall(parsed.name, json.dumps(parsed.arguments, ensure_ascii=False))
                 self._rest = self._rest[start + parsed.end :]
                 while self._may_begin(CALL_CLOSE):
                     yield None
@@ -308,8 +286,11 @@ class AnswerReader:
                 is_part = self._is_cut and CALL_CLOSE.startswith(behind)
                 self._rest = "" if is_part else behind.removeprefix(CALL_CLOSE)
                 continue
-            yield BrokenCall(parsed)  # It is text up to the next mark.
-            mark = calls.breaks.search(self._rest, start + 1, end) if num_retries else None
+            self.warning = self.warning or parsed
+            self._is_broken_off = self._is_cut
+            # It is text up to the next mark.
+            breaks = any_of((CALL_CLOSE, *form.marks))
+            mark = breaks.search(self._rest, start + 1, end) if num_retries else None
             if mark is not None:
                 num_retries -= 1
                 end = mark.end() if mark.group() == CALL_CLOSE else mark.start()
@@ -318,25 +299,26 @@ class AnswerReader:
             self._rest = self._rest[len(broken) :]
 
     def _parse_call(
-        self, calls: CallReader, start: int, at: int
+        self, form: CallForm, start: int, at: int
     ) -> Generator[None, None, tuple[Call | str, int]]:
         """Return the call at ``start`` of the rest, or the reason why there is none, and the end of
         the text that it was read from. Its mark ends ``at``. Yields None where more is needed."""
-        tried = 0
+        marks, tried = (*form.ends, *form.marks), 0
+        ends, longest = any_of(marks), max(map(len, marks))
         while True:
-            end = calls.ends.search(self._rest, at)
+            end = ends.search(self._rest, at)
             if end is not None:
                 at = end.end()
                 if at - start >= GROWTH * tried:
                     tried = at - start
-                    parsed = calls.read(self._rest[start:at], False)
+                    parsed = form.parse(self._rest[start:at], self._functions, False)
                     if parsed is not None:
                         return parsed, at
             elif self._is_whole:
-                parsed = calls.read(self._rest[start:], not self._is_cut)
+                parsed = form.parse(self._rest[start:], self._functions, not self._is_cut)
                 return parsed or BROKEN_OFF, len(self._rest)
             else:
-                at = max(at, len(self._rest) - calls.longest)
+                at = max(at, len(self._rest) - longest)
                 yield None
 
 
@@ -352,142 +334,92 @@ PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 BROKEN_OFF = "it breaks off"
 NOT_JSON = "it is not a JSON object with a name and arguments"
 MALFORMED = "it is not written as a function with parameters"
-_STRING = frozenset({"string"})
-MAX_DEPTH = 64
+MAX_SCHEMAS = 64
 """Maximum number of schemas that are searched for the types of one parameter."""
 
 
 class Call(NamedTuple):
-    """A call that was read. ``arguments`` is a JSON object as the model wrote it; ``end`` is the
-    end of the call in the text."""
+    """A call that was read."""
 
     name: str
-    arguments: str
+    arguments: dict[str, Any]
     end: int
+    """End of the call in the text."""
 
 
 Parsed = Call | str | None
 """A call, the reason why it cannot be made, or None if it is not complete."""
+Functions = Mapping[str, Mapping[str, Any]]
+"""Offered tools by name."""
 
 
-class CallReader(ABC):
-    """Reads calls of offered tools in one form."""
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """Form in which a model writes calls."""
 
-    MARKS: tuple[str, ...] = (CALL_OPEN,)
+    name: Literal["hermes", "xml"]
+    marks: tuple[str, ...]
     """Marks with which a call begins."""
-    ENDS: tuple[str, ...] = (CALL_CLOSE,)
+    ends: tuple[str, ...]
     """Marks with which a call may end."""
-    FORM: Literal["hermes", "xml"] = "hermes"
-
-    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        self._functions = {f["name"]: f for tool in tools if (f := tool["function"])}
-        self.begins, self.ends = any_of(self.MARKS), any_of((*self.ENDS, *self.MARKS))
-        self.breaks = any_of((CALL_CLOSE, *self.MARKS))
-        """Marks at which a call that cannot be made ends."""
-        self.longest = max(map(len, (*self.ENDS, *self.MARKS)))
-
-    def read(self, text: str, is_end: bool) -> Parsed:
-        """Read the call at the beginning of ``text``; see ``parse``. Its tool was offered."""
-        call = self.parse(text, is_end)
-        if not isinstance(call, Call):
-            return call
-        if call.name not in self._functions:
-            offered = f"no tool {call.name[:MAX_NAME]!r} was offered"
-            return offered if self._functions else "'tool_choice' is 'none'"
-        arguments = whole_text(call.arguments)
-        if r"\ud" in arguments.lower():  # It may escape a lone surrogate.
-            arguments = json.dumps(read_json(arguments), ensure_ascii=False)
-        return call._replace(arguments=arguments)
-
-    @abstractmethod
-    def parse(self, text: str, is_end: bool) -> Parsed:
-        """Read the call at the beginning of ``text``. With ``is_end`` the answer ends behind it."""
+    parse: Callable[[str, Functions, bool], Parsed]
+    """Function that reads the call of an offered tool at the beginning of a text. The last argument
+    is True if the answer ends behind it."""
 
 
-class HermesReader(CallReader):
-    """Reads calls in the form of Hermes, Qwen3 and the built-in model: ``<tool_call>{"name": ...,
-    "arguments": {...}}</tool_call>``."""
+def _not_offered(name: str, functions: Functions) -> str:
+    return f"no tool {name[:MAX_NAME]!r} was offered" if functions else "'tool_choice' is 'none'"
 
-    def parse(self, text: str, is_end: bool) -> Parsed:
-        start = len(CALL_OPEN) + len(text[len(CALL_OPEN) :]) - len(text[len(CALL_OPEN) :].lstrip())
-        if not text.startswith("{", start):
-            return NOT_JSON if text[start:] else BROKEN_OFF
-        try:
-            call, end = _JSON.raw_decode(text, start)
-            read_json(text[start:end])  # It is stricter.
-        except (ValueError, RecursionError):
-            in_string = any(not string["end"] for string in _STRING_PARTS.finditer(text, start))
-            return (
-                (None if in_string else NOT_JSON)
-                if text.endswith((*self.ENDS, *self.MARKS))
-                else None
-            )
+
+def _parse_hermes(text: str, functions: Functions, is_end: bool) -> Parsed:
+    """Read a call of Hermes, Qwen3 and the built-in model:
+    ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``."""
+    start = len(text) - len(text.removeprefix(CALL_OPEN).lstrip())
+    if not text.startswith("{", start):
+        return NOT_JSON
+    try:
+        end = _JSON.raw_decode(text, start)[1]
+        call = read_json(text[start:end])  # It is stricter.
         name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-            return NOT_JSON
-        if isinstance(arguments, str):
-            written = arguments
-        elif found := _BEFORE_ARGUMENTS.match(text, start):
-            written = text[found.end() : _JSON.raw_decode(text, found.end())[1]]
-        else:
-            written = json.dumps(arguments, ensure_ascii=False)
-        try:
-            is_object = isinstance(read_json(written), dict)
-        except ValueError:
-            is_object = False
-        return Call(name, written, end) if is_object else NOT_JSON
+        arguments = read_json(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        in_string = any(not string["end"] for string in _STRING_PARTS.finditer(text, start))
+        return None if in_string else NOT_JSON
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return NOT_JSON
+    return Call(name, arguments, end) if name in functions else _not_offered(name, functions)
 
 
 _JSON = json.JSONDecoder()
 _STRING_PARTS = re.compile(r'"(?:[^"\\]|\\.)*+(?P<end>"?)', re.DOTALL)
 """A string of JSON, or its beginning up to the end of the text."""
-_BEFORE_ARGUMENTS = re.compile(
-    r'\s*\{\s*"name"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
-)
 
 
-class QwenXMLReader(CallReader):
-    """Reads calls in the form of Qwen3-Coder and Qwen3.5: ``<tool_call><function=NAME>``, then a
-    ``<parameter=NAME>`` per argument with its value on separate lines, and closing tags.
-
-    Values of types other than string are read as JSON, and are strings if they are not valid JSON.
-    Parameters without a schema are strings.
-    """
-
-    MARKS = (CALL_OPEN, FUNCTION)
-    ENDS = (CALL_CLOSE, END_FUNCTION)
-    FORM = "xml"
-
-    def parse(self, text: str, is_end: bool) -> Parsed:
-        if text == CALL_OPEN + FUNCTION:
+def _parse_xml(text: str, functions: Functions, is_end: bool) -> Parsed:
+    """Read a call of Qwen3-Coder and Qwen3.5: ``<tool_call><function=NAME>``, then a
+    ``<parameter=NAME>`` per argument with its value on separate lines, and closing tags."""
+    head = _HEAD.match(text)
+    if head is None:
+        return None if _HEAD_BEGIN.fullmatch(text) else MALFORMED
+    name, at, arguments = head[1].strip(), head.end(), dict[str, Any]()
+    if name not in functions:
+        return _not_offered(name, functions)
+    named = (functions[name].get("parameters") or {}).get("properties")
+    schemas = named if isinstance(named, Mapping) else {}
+    while found := _PARAMETER.match(text, at):
+        if found["end"] is None:
             return None
-        head = _HEAD.match(text)
-        if head is None:
-            return None if _HEAD_BEGIN.fullmatch(text) else MALFORMED
-        name, at, arguments = head[1].strip(), head.end(), list[str]()
-        if name not in self._functions:
-            return Call(name, "{}", at)
-        schema = self._functions[name].get("parameters")
-        named = schema.get("properties") if isinstance(schema, Mapping) else None
-        schemas = named if isinstance(named, Mapping) else {}
-        while found := _PARAMETER.match(text, at):
-            if found["end"] is None:
-                return None
-            value = found["value"].removeprefix("\n").removesuffix("\n")
-            key = found["name"].strip()
-            written = _as_json(value, json_types(schemas.get(key)))
-            arguments.append(f"{json.dumps(key, ensure_ascii=False)}: {written}")
-            at = found.end("end") if found["end"] == END_PARAMETER else found.start("end")
-        end = _END.match(text, at)
-        assert end is not None, "white space always matches"
-        whole = Call(name, "{" + ", ".join(arguments) + "}", end.end())
-        if end["tag"] == END_FUNCTION:
-            return whole
-        if end["tag"] is not None:
-            return whole._replace(end=end.start("tag"))
-        if end.end() == len(text):
-            return whole if is_end else None
+        value, key = found["value"].removeprefix("\n").removesuffix("\n"), found["name"].strip()
+        arguments[key] = _typed(value, json_types(schemas.get(key)))
+        at = found.end("end") if found["end"] == END_PARAMETER else found.start("end")
+    end = _END.match(text, at)
+    assert end is not None, "white space always matches"
+    if end["tag"] is None and end.end() < len(text):
         return None if _PARAMETER_BEGIN.fullmatch(text, at) else MALFORMED
+    if end["tag"] is None and not is_end:
+        return None
+    has_own_end = end["tag"] in (END_FUNCTION, None)
+    return Call(name, arguments, end.end() if has_own_end else end.start("tag"))
 
 
 _HEAD = re.compile(
@@ -503,49 +435,44 @@ _PARAMETER_BEGIN = re.compile(rf"\s*{PARAMETER}[^<>\n]{{0,{MAX_NAME}}}")
 _END = re.compile(rf"\s*(?P<tag>{END_FUNCTION}|{CALL_CLOSE}|{CALL_OPEN}|{FUNCTION})?")
 
 
-def json_types(schema: Any) -> frozenset[str]:
+HERMES = CallForm("hermes", (CALL_OPEN,), (CALL_CLOSE,), _parse_hermes)
+XML = CallForm("xml", (CALL_OPEN, FUNCTION), (CALL_CLOSE, END_FUNCTION), _parse_xml)
+
+
+def json_types(schema: Any) -> set[str]:
     """Return the JSON types that ``schema`` names, or ``string`` if it names none."""
-    found: set[str] = set()
-    waiting = [schema]
-    for _ in range(MAX_DEPTH):
-        if not waiting:
-            break
-        one = waiting.pop()
-        if not isinstance(one, Mapping):
-            continue
-        kind = one.get("type")
-        kinds = kind if isinstance(kind, list) else [kind]
-        found.update(each for each in kinds if isinstance(each, str) and each)
-        for many in ("anyOf", "oneOf", "allOf"):
-            if isinstance(one.get(many), list):
-                waiting.extend(one[many])
-        if "$ref" in one:
-            found.add("object")
-    return frozenset(found) or _STRING
+    found, schemas = set[str](), [schema]
+    for one in itertools.islice(schemas, MAX_SCHEMAS):
+        if isinstance(one, Mapping):
+            kind = one.get("type", "object" if "$ref" in one else None)
+            kinds = kind if isinstance(kind, list) else [kind]
+            found.update(each for each in kinds if isinstance(each, str))
+            for many in ("anyOf", "oneOf", "allOf"):
+                if isinstance(one.get(many), list):
+                    schemas.extend(one[many])
+    return found or {"string"}
 
 
-def _as_json(text: str, types: frozenset[str]) -> str:
-    """Return a value as JSON of one of ``types``, or as a string if it is not such JSON."""
-    plain = text.strip()
-    lowered = plain.lower()
-    if types != _STRING:
-        if "null" in types and lowered in ("null", "none"):
-            return "null"
-        if "boolean" in types and lowered in ("true", "false"):
-            return lowered
-        try:
-            value = read_json(plain)
-            if "string" not in types or _kinds(value) & types:
-                return plain
-        except ValueError:
-            pass
-    return json.dumps(text, ensure_ascii=False)
+_WORDS = {"true": True, "false": False, "null": None, "none": None}
+"""Values as models write them, also in the form of Python."""
+_KINDS = {
+    NoneType: {"null"},
+    bool: {"boolean"},
+    int: {"integer", "number"},
+    float: {"number"},
+    str: {"string"},
+    list: {"array"},
+    dict: {"object"},
+}
 
 
-def _kinds(value: Any) -> frozenset[str]:
-    """Return the JSON types of a parsed value."""
-    if value is None or isinstance(value, bool):
-        return frozenset({"null" if value is None else "boolean"})
-    if isinstance(value, int):
-        return frozenset({"integer", "number"})
-    return frozenset({{float: "number", str: "string", list: "array", dict: "object"}[type(value)]})
+def _typed(text: str, types: set[str]) -> Any:
+    """Return a value of one of ``types``, or the text if it is not such JSON."""
+    word = text.strip().lower()
+    if types == {"string"}:
+        return text
+    try:
+        value = _WORDS[word] if word in _WORDS else read_json(text.strip())
+    except ValueError:
+        return text
+    return value if "string" not in types or _KINDS[type(value)] & types else text
