@@ -137,30 +137,10 @@ SKIP_BAD: Any = {"action": "store_true", "help": "skip and count records that ca
 def add_command(
     commands: Commands, name: str, help: str, run: Command, *, input_flag: str = "", **defaults: Any
 ) -> argparse.ArgumentParser:
-    """Add and return the parser of a command. Its flags may be given once."""
+    """Add and return the parser of a command."""
     parser = commands.add_parser(name, help=help, input_flag=input_flag)
-    parser.register("action", None, Once)
     parser.set_defaults(run=run, parser=parser, **defaults)
     return parser
-
-
-class Once(argparse.Action):
-    """Action of a flag that may be given once: a second one is an error."""
-
-    _last: argparse.Namespace | None = None
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if self._last is namespace:
-            hint = "" if self.type or self.choices else ": join values with commas"
-            parser.error(f"{option_string} is given twice{hint}")
-        self._last = namespace
-        setattr(namespace, self.dest, values)
 
 
 def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
@@ -176,7 +156,7 @@ def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
         usual = ",".join(default) if isinstance(default, tuple) else default
         if not (usual in (None, "", 0.0) or usual is True or "default" in help):
             help += f" (default {usual:g})" if isinstance(usual, float) else f" (default {usual})"
-        flag = {"action": Once} | facts["flag"]
+        flag = dict(facts["flag"])
         if kind := {"int": int, "float": float}.get(str(known[name].type).removesuffix(" | None")):
             flag["type"] = kind
         if isinstance(default, bool):

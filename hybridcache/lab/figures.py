@@ -131,10 +131,7 @@ def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
     found = {note: None for result in results for note in notes_on(result, words)}
     if "hit" in words:
         found |= dict.fromkeys(note for result in results for note in interval_notes(result))
-    plain = (  # Signs in cells of tables have no meaning here.
-        note.replace("* above", "above 100: above").replace("±:", "bars:").partition(", [low")[0]
-        for note in found
-    )
+    plain = (note.replace("±:", "bars:").partition(", [low")[0] for note in found)
     return [f"{note[:1].upper()}{note[1:]}." for note in plain]
 
 

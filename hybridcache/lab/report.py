@@ -182,23 +182,17 @@ def interval_notes(result: SweepRuns) -> list[str]:
 
 
 def marked(run: RunResult, word: str) -> str:
-    """Return the text of a cell: with half of its interval (both limits if one is cut), or a star
-    if the run is above the best plan."""
+    """Return the text of a cell, with half of its interval, or both limits if one is cut."""
     text, percent = METRICS[word].text(run), run.interval.scaled(100)
     if word == "hit" and run.interval.is_cut:
         return f"{percent:.1f}"
     if word == "hit" and not math.isnan(percent.low):
         return f"{text} ± {percent.half_width:.1f}"
-    return text + "*" if word == "optimum" and above_plan(run) else text
-
-
-def above_plan(run: RunResult) -> bool:
-    """Return True if a run reuses more than the best plan."""
-    return run.optimum_tokens is not None and run.cached_tokens > run.optimum_tokens
+    return text
 
 
 def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
-    """Explain the plan with hindsight, and the star."""
+    """Explain the plan with hindsight."""
     shown = (run for runs in result.by_label().values() for run in runs)
     planned = [run for run in shown if run.optimum_tokens is not None]
     if not planned and "optimum" in words:
@@ -209,11 +203,10 @@ def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
         "best plan with hindsight: a greedy's, which is not always the optimum; running requests "
         "take none of its memory"
     ]
-    if above := list(filter(above_plan, planned)):
+    if above := [run for run in planned if run.cached_tokens > (run.optimum_tokens or 0)]:
         names = ", ".join(dict.fromkeys(run.label for run in above))
-        mark, grid = "* " * ("optimum" in words), above[0].config["grid"]
-        keeps = f" and keeps to --grid {grid}" * any(run.config["baseline"] for run in above)
-        notes.append(f"{mark}above the plan, which is no bound{keeps}: {names}")
+        keeps = f" and keeps to --grid {above[0].config['grid']}"
+        notes.append(f"above the plan, which is no bound{keeps}: {names}")
     return notes
 
 

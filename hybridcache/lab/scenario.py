@@ -9,8 +9,6 @@ trace = "short?head=20"
 gib = [1, 2]
 policy = ["lru", "survival"]
 <BLANKLINE>
->>> Scenario.from_toml(scenario.to_toml()) == scenario
-True
 >>> [(cell.policy, cell.gib) for cell in scenario.cells((1.0, 2.0))]
 [('lru', 1.0), ('lru', 2.0), ('survival', 1.0), ('survival', 2.0)]
 """
@@ -323,23 +321,18 @@ class Scenario:
 
     @classmethod
     def load(cls, path: str | Path) -> Scenario:
-        """Read a TOML file. ValueError, which names the file, if it is none of a scenario."""
+        """Read a file that ``to_toml`` wrote. Settings that are left out have their defaults.
+        ValueError, which names the file, if it is none of a scenario."""
         try:
-            return cls.from_toml(Path(path).read_text(encoding="utf-8"))
+            found: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in tomllib.loads(Path(path).read_text(encoding="utf-8")).items()
+            }
+            if "trace" not in found:
+                raise ValueError('there is no trace in it outside of a table: write trace = "chat"')
+            return cls.of(found.pop("trace"), found)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
-
-    @classmethod
-    def from_toml(cls, text: str) -> Scenario:
-        """Return the scenario that ``to_toml`` wrote. Settings that are left out have their
-        defaults."""
-        found: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in tomllib.loads(text).items()
-        }
-        if "trace" not in found:
-            raise ValueError('there is no trace in it outside of a table: write trace = "chat"')
-        return cls.of(found.pop("trace"), found)
 
     def to_toml(self) -> str:
         """Return all settings that differ from their defaults. ValueError for a setting that is an
@@ -503,13 +496,6 @@ class Scenario:
         """Bytes for KV and states together."""
         return budget_bytes(self.size_gib)
 
-    def pools(self, geometry: ModelGeometry) -> tuple[int, int]:
-        """Return (KV tokens, slots) of two pools."""
-        share, num_slots = self.kv_share or 0.0, 0
-        if geometry.num_linear_layers:
-            num_slots = round((1 - share) * self.budget_bytes) // geometry.state_bytes
-        return round(share * self.budget_bytes) // geometry.kv_bytes_per_token, num_slots
-
     def cache_config(self, geometry: ModelGeometry, unit: int) -> CacheConfig:
         """Return the cache in units of the trace: a row holds ``unit`` tokens, and the grid is
         at least one unit. ValueError for a page or a grid that is neither whole units nor a part
@@ -520,8 +506,12 @@ class Scenario:
                     f"{name} {size} must divide the trace's unit ({unit} tokens), or be a multiple "
                     "of it"
                 )
-        in_pools = self.memory == "pools"
-        num_kv_tokens, num_slots = self.pools(geometry) if in_pools else (0, 0)
+        in_pools, num_kv_tokens, num_slots = self.memory == "pools", 0, 0
+        if in_pools:
+            share = self.kv_share or 0.0
+            num_kv_tokens = round(share * self.budget_bytes) // geometry.kv_bytes_per_token
+            if geometry.num_linear_layers:
+                num_slots = round((1 - share) * self.budget_bytes) // geometry.state_bytes
         assert isinstance(self.policy, str | OwnPolicy), "a cell has one policy"
         return CacheConfig(
             prefix_cache="hybrid" if geometry.num_linear_layers else "radix",

@@ -9,7 +9,6 @@ bytes per KV row are multiplied by ``unit``.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -52,10 +51,8 @@ class TraceRequest(NamedTuple):
     """Seconds from the timestamp until the answer was complete, as recorded; None if unknown. The
     rest of the time until the session's next request is its pause: all of it if unknown."""
     stop_reason: str = ""
-    """Reason why the answer ended ("tool_use", "end_turn", "stop_sequence", "length"); empty if it
-    is not known."""
-    session_end: bool = False
-    """True if the client said that no further turn of the session will come."""
+    """Reason why the answer ended ("tool_use", "end_turn", "stop_sequence", "length", or
+    "session_end" if no further turn will come); empty if it is not known."""
 
     def num_tokens(self, unit: int) -> int:
         """Return the length of the prompt in tokens."""
@@ -89,8 +86,6 @@ class Trace:
     """Columns of a CSV file that are read for each field, and the unused ones."""
     invented_times: str = ""
     """Rule of the times that its file does not have; empty if it has all, and for generators."""
-    _first_pass: list[tuple[int, int]] = field(default_factory=list, init=False, compare=False)
-    """Number and checksum of the requests of the first whole pass; empty before its end."""
 
     def __post_init__(self) -> None:
         require_index(self.unit, f"{self.name}: unit, the tokens of an id,", 1)
@@ -122,30 +117,18 @@ class Trace:
         return f"there is no request in it{because}"
 
     def __iter__(self) -> Iterator[TraceRequest]:
-        """Start over. Iteration raises ValueError for an invalid request, and if a whole pass gives
-        other requests than the first: by their number, times, lengths and last ids."""
+        """Start over. Iteration raises ValueError for an invalid request."""
         if isinstance(self.source, Held):
             return self.source()
         self.bad.start()
         return self._checked(self.source())
 
     def _checked(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-        number = checksum = 0
         for number, request in enumerate(requests, 1):
             try:
-                request = checked(request, self.unit)
+                yield checked(request, self.unit)
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"{self.name}, request {number}: {error}") from None
-            sizes = request.timestamp_s, len(request.tokens), len(request.output)
-            checksum = zlib.crc32(request.tokens[-8:].tobytes(), checksum ^ hash(sizes))
-            yield request
-        first = self._first_pass or [(number, checksum)]
-        if first[0] != (number, checksum):  # cannot start again, has no seed, or a file that grows
-            raise ValueError(
-                f"{self.name}: its {number} requests are not the {first[0][0]} of the first pass: "
-                "its source must start again at each call, with the same seed"
-            )
-        self._first_pass[:] = first
 
     def in_order(self) -> Iterator[TraceRequest]:
         """Yield the requests. Raises ValueError for one that is earlier than the one before it."""

@@ -63,9 +63,8 @@ def test_trace_is_fetched_once_and_opened_by_name(
     set_published_entry(monkeypatch, f"{address}/t.jsonl", hashlib.sha256(CONTENT).hexdigest())
     with pytest.raises(FileNotFoundError, match=f"hybridcache trace fetch {NAME}"):
         open_trace(f"published:{NAME}")
-    seen: list[tuple[int, int]] = []
-    path = fetch.fetch(NAME, progress=lambda *at: seen.append(at))
-    assert path.read_bytes() == CONTENT and seen[-1] == (len(CONTENT), len(CONTENT))
+    path = fetch.fetch(NAME)
+    assert path.read_bytes() == CONTENT
     assert main(["trace", "fetch", NAME]) == 0
     printed = capsys.readouterr()
     assert str(path) in printed.out and "licence Apache-2.0" in printed.out and not printed.err
@@ -79,7 +78,7 @@ def test_trace_is_fetched_once_and_opened_by_name(
     [
         ("none", "", "404"),
         ("http://127.0.0.1:9/t.jsonl", "", "refused"),
-        ("half", hashlib.sha256(CONTENT).hexdigest(), "ended after"),
+        ("half", hashlib.sha256(CONTENT).hexdigest(), "IncompleteRead"),
         ("t.jsonl", "0" * 64, "has the checksum"),
     ],
 )

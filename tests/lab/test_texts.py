@@ -207,9 +207,6 @@ def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
     for options in ("tokenizer=foo", "tokenizer=bytes&template=foo"):
         with pytest.raises(ValueError, match=r"(tokenizer|template) 'foo': no such name or file"):
             list(open_trace(f"{path}?{options}"))
-    with pytest.raises(ValueError, match="rename the file"):
-        open_trace(str(path.rename(tmp_path / "log?v=2&x.jsonl")))
-    path = lines(path, {"timestamp": 0, "prompt": "a radix tree is a tree"})
     trace = open_trace(f"{path}?tokenizer=bytes")
     assert trace.counted_by == "bytes" and len(next(iter(trace)).tokens) == 22
     assert "counted by: bytes" in stats_table(trace_stats(trace))
@@ -253,9 +250,6 @@ def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     trace = open_trace(f"{path}?tokenizer=bytes")
     assert [text_of(one) for one in trace] == ["hello", "hello you"]
     assert trace.columns.startswith("prompt=prompt, session=session")
-    path.write_text('0,"hello, you"\n')
-    with pytest.raises(ValueError, match=r"no header is found .*, or read csv:.*prompts\.csv$"):
-        open_trace(f"{path}?tokenizer=bytes")
     messages = json.dumps([user("hello")]).replace('"', '""')
     path.write_text(f'timestamp,messages\n2026-01-01T00:00:00,"{messages}"\n')
     [request] = open_trace(f"{path}?tokenizer=bytes")

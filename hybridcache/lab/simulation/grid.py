@@ -3,7 +3,6 @@ the same results in the same order."""
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import hashlib
 import json
@@ -18,10 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from hybridcache.command.extras import explain_missing, version
 from hybridcache.geometry.units import counted
@@ -68,15 +66,13 @@ def run_grid(
     require_index(processes, "processes", 1)
     if ray is not None and (processes > 1 or not isinstance(ray, str)):
         raise ValueError(f"ray must be a cluster's address, without processes (got {ray!r}).")
-    if not isinstance(resume_from, str | Path | None):
-        raise ValueError(f"resume_from must be a path (got {resume_from!r}).")
     path = Path(resume_from) if resume_from else None
     if path:
         _check_results_file(path, kind)
     results: dict[int, Result] = {}
     keys: list[str] = []
     if path:
-        with _locked(path) as file:  # Its last line may have been cut.
+        with path.open("a+b") as file:  # Its last line may have been cut.
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         identity = identity_of(trace)
@@ -96,7 +92,7 @@ def run_grid(
                 if path:
                     head = {"key": keys[number], "kind": kind.__name__, "version": version()}
                     record = head | result.as_record()  # type: ignore[attr-defined]
-                    with _locked(path) as file:
+                    with path.open("ab") as file:
                         file.write(json.dumps(record).encode() + b"\n")
             show(len(results) + len(failures), len(jobs))
     said = (f"{_title(jobs[number])} failed: {failures[number]}" for number in sorted(failures))
@@ -167,15 +163,6 @@ def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
         if other != version():
             warn(f"{path}: {counted(number, 'run')} of version {other} reused; this is {version()}")
     return found
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of results at its end. Other processes that append to it wait."""
-    with path.open("a+b") as file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 def _results(

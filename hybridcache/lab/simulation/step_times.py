@@ -15,13 +15,8 @@ class StepTimes(Protocol):
     def step_seconds(
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
     ) -> float:
-        """Return the seconds of a step with these prefills and decodes.
-
-        Args:
-            prefills: Token range [start, end) of each prefill.
-            num_decodes: Number of requests that decode one token.
-            context: Total length of these requests, including the new tokens.
-        """
+        """Return the seconds of a step: ``prefills`` are token ranges [start, end), and
+        ``num_decodes`` requests of ``context`` tokens together decode one token each."""
         ...
 
 

@@ -128,7 +128,7 @@ class LeasedRequest:
         """Publish the answer ``output``, which is decoded, and release all memory."""
         lease, tokens, num_ids = self._lease, self._request.tokens, len(self._request.tokens)
         computed_len = num_ids + len(output) - self._target.uncomputed
-        stop_reason = "session_end" if self._request.session_end else self._request.stop_reason
+        stop_reason = self._request.stop_reason
         if computed_len <= num_ids:
             lease.finish(tokens, num_ids, stop_reason=stop_reason)
             return

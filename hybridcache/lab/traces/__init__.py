@@ -13,7 +13,6 @@ generator with options.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -84,16 +83,10 @@ def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
     """
     spec = str(spec)
     rest, _, query = spec.partition("?")
-    if query and any(Path(path).is_file() for path in (spec, spec.partition(":")[2])):
-        raise ValueError(f"{spec}: rename the file: a question mark begins the options of a trace")
     try:
-        pairs = parse_qsl(query, strict_parsing=True) if query else []
+        options: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True) if query else [])
     except ValueError as error:
         raise ValueError(f"options {query!r} are not name=value with & between") from error
-    options: dict[str, Any] = dict(pairs)
-    for name, number in Counter(name for name, _ in pairs).items():
-        if number > 1:
-            raise ValueError(f"trace {spec}: option {name!r} is given twice")
     head = options.pop("head", None)
     if rest in GENERATORS:
         trace = _generated(rest, options)
@@ -178,8 +171,6 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
                 raise ValueError(f"trace {rest!r} is not a regular file: it is read several times")
             raise FileNotFoundError(f"no trace {rest!r}: there is no file {path}{known}")
         word = word if is_named else recognise(path)
-    if not READERS[word].is_csv and looks_like_csv(head_of(path)):
-        raise ValueError(f"{path}: it has columns: read it as csv:{path}")
     kinds = {field.name: str(field.type) for field in fields(READERS[word])}
     kinds = {name: kind for name, kind in kinds.items() if name not in ("path", "bad")}
     reader = READERS[word](path=path, bad=bad, **_converted(f"format {word}", kinds, options))
@@ -189,15 +180,6 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     recipe = f"{rest}?{urlencode(options)}" if options else rest
     name, times = path.name.split(".")[0], reader.invented_times
     return Trace(name, unit, reader, bad, counted_by, recipe, columns, times)
-
-
-def head_of(path: Path) -> bytes:
-    """Return the first bytes of a file, which tell its form."""
-    head = b""
-    with open_bytes(path) as file, suppress(*DAMAGED):
-        while len(head) < 4096 and (more := file.read1(4096)):
-            head += more
-    return head.lstrip()
 
 
 COUNTS_ALONE = (
@@ -210,12 +192,12 @@ COUNTS_ALONE = (
 def recognise(path: Path) -> str:
     """Return the word for the format of a file, detected from its first record. Raises ValueError
     if the file has no record, or one of an unknown format."""
-    head = head_of(path)
+    head = b""
+    with open_bytes(path) as file, suppress(*DAMAGED):
+        while len(head) < 4096 and (more := file.read1(4096)):
+            head += more
+    head = head.lstrip()
     is_csv = looks_like_csv(head)
-    if not is_csv and ".csv" in path.suffixes and head[:1] not in (b"{", b"[", b""):
-        raise ValueError(
-            f"{path}: no header is found (prompt, messages, or role): add it, or read csv:{path}"
-        )
     records = csv_lines if is_csv else json_array if head.startswith(b"[") else json_lines
     _, first = next(records(path, BadRecords(skip=True)), (0, None))
     if first is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import tempfile
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -13,13 +12,11 @@ from typing import NamedTuple
 
 from hybridcache.command.extras import install_command
 from hybridcache.command.parser import or_known
-from hybridcache.lab.progress import Progress, shown_progress
 
 _GITHUB = "https://raw.githubusercontent.com"
 _MOONCAKE = f"{_GITHUB}/kvcache-ai/Mooncake/main/FAST25-release/traces"
 _BAILIAN = f"{_GITHUB}/alibaba-edu/qwen-bailian-usagetraces-anon/main"
 _TAUBENCH = f"{_GITHUB}/sierra-research/tau-bench/main/historical_trajectories"
-CHUNK_BYTES = 1 << 16
 TIMEOUT_S = 30.0
 
 
@@ -93,35 +90,26 @@ def packaged_file() -> Path:
     return next((Path(spec.origin).parent / "data").glob("*.json"))
 
 
-def fetch(name: str, *, progress: Progress = None) -> Path:
+def fetch(name: str) -> Path:
     """Download a published trace unless it is in the cache folder, and return its path.
 
-    ``progress`` is a function of (bytes done, all), False for none, or None for a bar in terminals
-    and notebooks. After a failure nothing is left behind. Raises ValueError for an unknown name,
-    OSError if the download fails, is incomplete, or has another checksum.
+    After a failure nothing is left behind. Raises ValueError for an unknown name, OSError if the
+    download fails, is incomplete, or has another checksum.
     """
     published, path = find_published(name), path_of(name)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, part = tempfile.mkstemp(dir=path.parent, prefix=".part-")
     try:
-        with open(number, "w+b") as file, shown_progress(progress, "bytes", name) as show:
-            with urllib.request.urlopen(published.address, timeout=TIMEOUT_S) as response:
-                total = int(response.headers.get("Content-Length") or 0)
-                while chunk := response.read(CHUNK_BYTES):
-                    file.write(chunk)
-                    show(file.tell(), total)
-            if total and file.tell() != total:
-                raise OSError(f"it ended after {file.tell():,} of {total:,} bytes")
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with urllib.request.urlopen(published.address, timeout=TIMEOUT_S) as response:
+            content = response.read()
+        digest = hashlib.sha256(content).hexdigest()
         if published.sha256 and digest != published.sha256:
             raise OSError(f"it has the checksum {digest}, expected {published.sha256}")
-        os.replace(part, path)
     except (OSError, HTTPException) as error:
         problem = f"trace {name} was not fetched from {published.address}: {error}"
         raise OSError(problem) from error
-    finally:
-        Path(part).unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".part-{os.getpid()}")
+    part.write_bytes(content)
+    part.replace(path)
     return path

@@ -46,7 +46,6 @@ CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another 
 _BINARY = re.compile(rb"[\0-\b\x0e-\x1a\x1c-\x1f]|\xff\xfe|\xfe\xff")
 """Characters that no text in UTF-8 has: of archives, of Parquet and Arrow files, and of UTF-16."""
 _DAMAGE = "damaged, or not UTF-8: everything from this line on is lost"
-_PER_LINE = ": write one object per line, without an array around them"
 _CHUNK = 1 << 16
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 _T = TypeVar("_T")
@@ -295,8 +294,7 @@ def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]
                 except UnicodeDecodeError:
                     bad.report(path, number, "not UTF-8")
                 except (ValueError, RecursionError) as error:
-                    hint = _PER_LINE if line.strip() == b"[" else ""
-                    bad.report(path, number, f"not JSON ({error}){hint}")
+                    bad.report(path, number, f"not JSON ({error})")
                 else:
                     yield from _objects(path, number, record, bad)
 
@@ -306,8 +304,7 @@ def _objects(path: str | Path, line: Line, value: Any, bad: BadRecords) -> Itera
     if isinstance(value, dict):
         yield line, Record(value)
     else:
-        hint = _PER_LINE if isinstance(value, list) else ""
-        bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}{hint}")
+        bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}")
 
 
 def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]]:
