@@ -264,11 +264,9 @@ class EventStream(Response):
         late_headers: Callable[[], Mapping[str, str]] = dict,
         on_error: Callable[[APIError], bytes] = lambda failure: event(failure.body()),
         keep_alive_s: float | None = None,
-        pause: bytes = PAUSE,
     ) -> None:
         """Prepare a response. It starts with the first event, or after ``keep_alive_s`` with a
-        comment. ``pause`` is sent in each silence of ``QUIET_S``, or ``keep_alive_s``, between two
-        events.
+        comment. Another one follows each silence of ``QUIET_S``, or ``keep_alive_s``.
 
         An earlier error is raised and gets its own status; a later one is written by ``on_error``
         as the last event. ``late_headers`` is called when the first event is available.
@@ -276,8 +274,8 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._late_headers, self._on_error = events, late_headers, on_error
-        self._keep_alive_s, self._pause = keep_alive_s, pause
-        self._has_begun = self._has_event = self._is_sending = False
+        self._keep_alive_s = keep_alive_s
+        self._has_begun = self._is_sending = False
         self._sent_s = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -294,7 +292,6 @@ class EventStream(Response):
             async for event in self._events:
                 if not self._has_begun:
                     self.headers.update(self._late_headers())
-                self._has_event = True
                 await self._send(send, event)
         except Exception as error:
             if not self._has_begun or isinstance(error, OSError):
@@ -313,7 +310,7 @@ class EventStream(Response):
             self._sent_s = time.monotonic()
             if self._has_begun or self._keep_alive_s is not None:
                 with suppress(OSError):  # Also of a timeout. The sender of events finds out.
-                    await self._send(send, self._pause if self._has_event else PAUSE)
+                    await self._send(send, PAUSE)
 
     async def _send(self, send: Send, piece: bytes) -> None:
         """Send a piece, after the headers, and give the event loop a turn. Otherwise a burst is

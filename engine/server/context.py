@@ -36,7 +36,6 @@ from engine.server.access import Access, Tenant
 from engine.server.api_errors import APIError, of_failure, of_value, quoted
 from engine.server.bodies import (
     DONE,
-    PAUSE,
     Body,
     EventStream,
     event,
@@ -68,6 +67,8 @@ class ServingContext:
         """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
         message."""
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
+        assert engine.tokenizer is not None, "a served engine always has a tokenizer"
+        self.tokenizer = engine.tokenizer
         if (folder := engine.config.kept_folder) is not None:
             access.keep_secret(folder)
         self.history = Replay(
@@ -78,11 +79,6 @@ class ServingContext:
         self.model_name = config.served_model_name or engine.facts.model_name
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        assert self.engine.tokenizer is not None, "a served engine always has a tokenizer"
-        return self.engine.tokenizer
 
     @property
     def form(self) -> AnswerForm:
@@ -182,8 +178,6 @@ class Writer(ABC):
 
     KIND: str
     """Kind of the answers of OpenAI's completions."""
-    PAUSE = PAUSE
-    """Event that fills silence."""
     PROMPT = "messages"
     """Name of the prompt in the body."""
 
@@ -373,7 +367,7 @@ class Writer(ABC):
         context = self._context
         if is_stream:
             keep_alive_s, headers = context.config.keep_alive_s, self._cache_headers
-            return EventStream(self._events(), headers, self.failed, keep_alive_s, self.PAUSE)
+            return EventStream(self._events(), headers, self.failed, keep_alive_s)
         await unless_gone(self._call.request.receive, self._finish())
         size = sum(len(one.output) + len(one.prompt_token_ids) for one in self.outputs)
         response = await run(size, lambda: json_response(self.whole()))

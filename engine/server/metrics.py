@@ -73,8 +73,10 @@ TRANSFERS = (
     ("transfer_needed_bytes", "needed_bytes", "Bytes of KV and states that were transferred."),
     ("transfer_wire_bytes", "wire_bytes", "All bytes sent to or received from other engines."),
 )
-Kind = type[GaugeMetricFamily | CounterMetricFamily]
 GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
+Kind = type[GaugeMetricFamily | CounterMetricFamily]
+Family = tuple[Kind, str, str, Sequence[str], Iterable[tuple[Sequence[str], float]]]
+"""Kind of a metric, name, help, names of its labels, and a value for each combination of labels."""
 
 
 class Metrics(Collector):
@@ -153,7 +155,13 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the latest report."""
-        report = self._report
+        for kind, name, help, labels, values in self._reported(self._report):
+            family = kind(f"engine_{name}", help, labels=labels)
+            for words, value in values:
+                family.add_metric(words, value)
+            yield family
+
+    def _reported(self, report: CacheReport) -> Iterator[Family]:
         queue, usage, figures = report.queue, report.usage, report.queue.figures
         numbers: list[tuple[Kind, str, str, float]] = [
             (GAUGE, "running_requests", "Requests being computed.", report.num_running),
@@ -177,37 +185,23 @@ class Metrics(Collector):
                 (COUNTER, "state_dir_errors", ERRORS, folder.errors),
             )
         for kind, name, help, value in numbers:
-            yield _labelled(kind, name, help, (), [((), value)])
+            yield kind, name, help, (), [((), value)]
         for name, help, pool in (
             ("kv_tokens", "KV rows, by owner.", report.kv),
             ("state_slots", "State slots, by owner.", report.slots),
             ("memory_bytes", f"Bytes of the {report.memory}, by owner.", report.bytes),
         ):
             owners = [((owner,), getattr(pool, owner)) for owner in ("free", "cached", "held")]
-            yield _labelled(GAUGE, name, help, ("owner",), owners)
+            yield GAUGE, name, help, ("owner",), owners
         # Text values of the admission policy are labels of one gauge.
         words = {"policy": report.admission, "reason": ""}
         words |= {name: value for name, value in figures.items() if isinstance(value, str)}
         shown = [((n,), value) for n, value in figures.items() if not isinstance(value, str)]
-        yield _labelled(GAUGE, "admission", "Numbers of the admission policy.", ("figure",), shown)
-        yield _labelled(GAUGE, "admission_state", STATE, [*words], [([*words.values()], 1)])
+        yield GAUGE, "admission", "Numbers of the admission policy.", ("figure",), shown
+        yield GAUGE, "admission_state", STATE, [*words], [([*words.values()], 1)]
         if tiers := () if report.offload is None else report.offload.tiers:
             owned = [((t.tier, way), getattr(t, way)) for t in tiers for way in ("free", "cached")]
-            yield _labelled(GAUGE, "tier_bytes", HELD, ("tier", "owner"), owned)
+            yield GAUGE, "tier_bytes", HELD, ("tier", "owner"), owned
             ways = (("in", "taken_in"), ("fetched", "fetched"))
             moved = [((t.tier, way), getattr(t, name)) for t in tiers for way, name in ways]
-            yield _labelled(COUNTER, "tier_moved_bytes", MOVED, ("tier", "way"), moved)
-
-
-def _labelled(
-    kind: Kind,
-    name: str,
-    help: str,
-    labels: Sequence[str],
-    values: Iterable[tuple[Sequence[str], float]],
-) -> Metric:
-    """Return one metric with a value for each combination of labels."""
-    family = kind(f"engine_{name}", help, labels=labels)
-    for words, value in values:
-        family.add_metric(words, value)
-    return family
+            yield COUNTER, "tier_moved_bytes", MOVED, ("tier", "way"), moved

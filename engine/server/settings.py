@@ -6,7 +6,6 @@ import re
 import socket
 from dataclasses import dataclass
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from engine.config import (
     ABOVE_0,
@@ -98,20 +97,6 @@ class ServerConfig(Settings):
                     "https://host:port, in lower case, without a path, or * for all."
                 )
         self._keep_used()
-
-
-def server_address(url: str) -> str:
-    """Return the address of a server that a command is given, without ``/v1`` at its end.
-
-    Raises ValueError if it is none.
-
-    >>> server_address("http://127.0.0.1:8000/v1/")
-    'http://127.0.0.1:8000'
-    """
-    named = urlsplit(url)
-    if named.scheme not in ("http", "https") or not named.hostname:
-        raise ValueError(f"{url!r} is not an address; an example is http://127.0.0.1:8000.")
-    return url.rstrip("/").removesuffix("/v1")
 
 
 LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}

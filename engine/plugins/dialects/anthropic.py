@@ -41,7 +41,6 @@ from engine.server.schemas import (
 from engine.text.answers import Event, Finish, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.json_text import read_json
 
-PING = named_event({"type": "ping"})
 REASONS: dict[Finish | None, str] = {
     "stop": "end_turn",
     "length": "max_tokens",
@@ -270,7 +269,7 @@ async def count_tokens(call: Call, body: CountRequest) -> Response:
 class _MessagesWriter(PartWriter):
     """Writes one message."""
 
-    PAUSE, FORMAT = PING, "output_config.format"
+    FORMAT = "output_config.format"
 
     def __init__(self, call: Call, chat: ChatRequest, body: MessagesRequest) -> None:
         super().__init__(call, chat, new_id("msg", "_"))
@@ -304,7 +303,6 @@ class _MessagesWriter(PartWriter):
         if is_first:
             message = self._message([], {"stop_reason": None, "stop_sequence": None})
             yield named_event({"type": "message_start", "message": message})
-            yield PING
         yield from map(named_event, self.parts(self._answer.new))
 
     def end(self) -> Iterator[bytes]:

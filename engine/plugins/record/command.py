@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import signal
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME
 from engine.hub import display_name, resolve_folder
-from engine.server.settings import server_address
 from hybridcache.geometry.units import counted
 
 GRACE_S = 5
@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises ValueError if an address, the file or the tokenizer cannot be used.
     """
-    upstream, out = server_address(arguments.to), Path(arguments.out)
+    named, out = urlsplit(arguments.to), Path(arguments.out)
+    if named.scheme not in ("http", "https") or not named.hostname:
+        raise ValueError(f"{arguments.to!r} is not an address as http://127.0.0.1:8000.")
+    upstream = arguments.to.rstrip("/").removesuffix("/v1")
     import uvicorn
 
     from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter

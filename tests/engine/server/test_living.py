@@ -242,16 +242,13 @@ def test_silent_streams_send_headers_and_comments(
         assert answer.status_code == 200
         for piece in answer.iter_text():
             text += piece
-            # The first ping of a message is no pause: it follows its beginning.
-            while num_pauses < text.count(": waiting") + max(text.count("event: ping") - 1, 0):
+            while num_pauses < text.count(": waiting"):
                 num_pauses += 1
                 pauses.release()
     events = [part for part in text.split("\n\n") if part]
     comments = [part for part in events if part.startswith(":")]
     assert set(comments) == (set() if keep_alive_s is None else {": waiting"})
     assert events[0].startswith(":") == (keep_alive_s is not None)
-    is_pinged = keep_alive_s is not None and path == "/v1/messages"
-    assert (text.count("event: ping") > 1) == is_pinged
     assert ("x-cache-hit-tokens" in answer.headers) == (keep_alive_s is None)
     assert any(part.startswith(("data:", "event:")) for part in events)
     assert "event: error" not in text
