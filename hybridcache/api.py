@@ -120,12 +120,8 @@ class PrefixMatch(NamedTuple):
             seconds_saved = exchange.seconds_saved(
                 self.cached_len, one.position, self.num_tokens, one.num_bytes
             )
-            try:
-                if seconds_saved > most:
-                    best, most = one, seconds_saved
-            except TypeError:
-                rule = f"{type(exchange).__name__}.seconds_saved"
-                raise TypeError(f"{rule} must return a number (got {seconds_saved!r}).") from None
+            if seconds_saved > most:
+                best, most = one, seconds_saved
         return best
 
 

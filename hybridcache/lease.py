@@ -496,13 +496,8 @@ class Lease:
         step. Returns None if more are needed, which is never so without a limit. Those taken are
         kept: call again in the next step.
         """
-        if end > self.extended_len or self._has_ended:
-            raise self._misuse(end)
-        if not self.published_len <= start <= end:
-            raise ValueError(
-                f"start must be from {self.published_len}, the number of published tokens, to end "
-                f"(got {start} and {end})"
-            )
+        if self._has_ended or not self.published_len <= start <= end <= self.extended_len:
+            raise self._misuse(start, end)
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
         num_taken = 0
@@ -746,16 +741,11 @@ class Lease:
                     "begin: pass its tokens, followed by those generated so far"
                 )
 
-    def _misuse(self, length: int) -> ValueError:
-        """Return the error of a call for ``length`` tokens on a lease that cannot have them."""
+    def _misuse(self, *lengths: int) -> ValueError:
+        """Return the error of a call for ``lengths`` that this lease cannot have."""
         if self._has_ended:
             return ValueError(ENDED)
-        if length > self.extended_len:
-            return ValueError(
-                f"this lease has KV rows for {self.extended_len} tokens (got {length}): call "
-                "extend first"
-            )
         return ValueError(
-            f"{self.published_len} tokens are published and stay so (got {length}): roll back "
-            "before publish"
+            f"{self.published_len} tokens are published, and {self.extended_len} have KV rows (got "
+            f"{' and '.join(map(str, lengths))}): call extend first, and roll back before publish"
         )

@@ -387,21 +387,6 @@ class OffloadTiers(GhostList):
         self._tidy(node)
         return True
 
-    def withhold(self, state: OffloadedCheckpoint, now: int) -> None:
-        """Keep ``state`` from eviction as ``loading``, while room is made for it on the device.
-
-        The policy of its tier is notified of a use at time ``now``. ``uses`` does not include it:
-        the request that resumes from the state counts there.
-        """
-        tier = self.tiers[state.tier]
-        state.last_used = now
-        state.uses += 1
-        if not tier.is_shared:
-            tier.policy.touch(state)
-        tier.policy.discard(state, evicted=False)
-        state.uses -= 1
-        self.loading = state
-
     def drop_lost(self, name: str, is_lost: Callable[[Indices], bool]) -> None:
         """Remove entries that the tier ``name`` can no longer read, with those that depend on them.
 
@@ -619,7 +604,14 @@ class TieredRadixCache(HybridRadixCache):
         while base.kv is None and base.parent is not None:
             path.append(base)
             base = base.parent
-        offload.withhold(state, self.now + 1)
+        tier, state.last_used = offload.tiers[state.tier], self.now + 1
+        state.uses += 1
+        if not tier.is_shared:
+            tier.policy.touch(state)
+        # It is no candidate while room is made for it on the device.
+        tier.policy.discard(state, evicted=False)
+        state.uses -= 1  # The request that resumes from it counts the use.
+        offload.loading = state
         with self.lock(base if base.parent is not None else None):
             slot = self.allocate_slot()
             rows = None if slot is None else self.allocate_kv(target.end - base.end)
@@ -635,7 +627,7 @@ class TieredRadixCache(HybridRadixCache):
                 self.free_kv(rows)
         if is_there:
             offload.loading = None
-            offload.tiers[state.tier].policy.add(state)
+            tier.policy.add(state)
         return False
 
     def _load(
