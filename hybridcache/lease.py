@@ -184,8 +184,7 @@ class Lease:
         """Number of tokens with rows that belong to the tree, under the lock of this lease."""
         self._rows: Indices = np.empty(self.prompt_len + cache.page_size + SPARE_ROWS, np.int32)
         self._unread_len = cached_len
-        """Number of first positions whose rows are read from the tree when they are needed. A
-        simulation never needs them."""
+        """Number of first positions whose rows are read from the tree when they are needed."""
         # Slabs of the arena in which the rows below _indexed_len are, and possibly more.
         self._slabs: set[int] = set()
         self._indexed_len = 0

@@ -11,9 +11,6 @@ Ownership. At any moment a slab has one of three uses:
 - *KV*: its rows are allocated and freed in pages, by the ``ArenaAllocator`` itself;
 - *state*: it is one slot, through ``ArenaAllocator.slots``.
 
-An allocated row or slot is *cached* or *held*, as in every pool (``hybridcache.api``), and ``free +
-cached + held == total`` in rows, in slabs and in bytes.
-
 Moves. A slot needs a whole slab. If enough rows are free but no slab is, the KV slab with the
 fewest living rows is emptied. Its rows move to holes in other slabs, and every *holder* is notified
 (``RowHolder.rows_moved``) before ``slots.allocate`` returns. Such a slab always exists: with
@@ -22,8 +19,7 @@ the arena accepts and refuses exactly the same requests as a byte budget in whic
 ``slab_rows`` rows. States never move.
 
 An owner of rows must be in ``ArenaAllocator.holders`` from its first row until its last row is
-freed. The cache is one holder, and each lease is one. It is an error if the holders do not claim
-all living rows of an emptied slab. ``allocators.moves`` defines the order in which the tensors
+freed: the cache, and each lease. ``allocators.moves`` defines the order in which the tensors
 follow.
 """
 

@@ -18,12 +18,10 @@ The order is safe:
 
 - All writes to slots (3 and the step) follow the transfers (1), because a slot is allocated after
   its slab was emptied.
-- A later move of the same plan touches only rows of KV slabs, so it could disturb a restore only
-  through a slot that was freed in between. The source of a restore is locked, its target is the
-  request's own slot, and the restore of a request that ends before is dropped from the plan.
-- A step in flight may still read and write old rows: the bytes that must move are those present
-  when it ends. On a device with streams, the transfers are ordered after the step in flight and
-  before the next one, and the host does not wait.
+- Moves touch only rows of KV slabs. The source of a restore is locked, its target is the request's
+  own slot, and the restore of a request that ends before is dropped from the plan.
+- A step in flight may still read and write old rows, so on a device with streams the transfers
+  follow it.
 """
 
 from __future__ import annotations
@@ -99,13 +97,13 @@ class Copy(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Rows on disk with contents that are no longer in the tree."""
+    """Rows on disk with contents that are no longer in the tree. They can be reused; nothing has to
+    be done."""
 
     tier: str
     """Tier of the rows: ``disk``."""
     rows: Indices
-    """The rows: int32[n]. They can be reused; nothing has to be done. An engine that keeps files
-    finds their path in its own index of ``Copy.path`` by row."""
+    """int32[n]. An engine that keeps files finds them in its own index of ``Copy.path`` by row."""
 
 
 Transfer = Move | Copy | Drop
@@ -171,9 +169,7 @@ class StepPlan:
 
     Carry it out with ``carry_out``. Or do its work yourself and then call ``done``; a caller
     without tensors calls ``done`` alone. A plan that was taken must be carried out, even if its
-    step computes nothing. The restore of a request that ends before the plan is taken is not in it.
-    ``examples/04_minimal_engine.py`` carries plans out with numpy arrays;
-    ``hybridcache/allocators/moves.py`` states why the order is safe.
+    step computes nothing. ``examples/04_minimal_engine.py`` carries plans out with numpy arrays.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -191,8 +187,8 @@ class StepPlan:
     row_writes: tuple[RowWrite, ...] = ()
     """At most one per running request that has a ``table_row``."""
     restores: tuple[tuple[int, int], ...] = ()
-    """(checkpoint slot, own slot) of each request that resumes. The first is a slot of the cache.
-    So is the second, unless the request has an ``own_slot``: that one is in the caller's memory."""
+    """(checkpoint slot, own slot) of each request that resumes: slots of the cache, but an
+    ``own_slot`` is in the caller's memory."""
     is_done: bool = False
     """True once the plan was carried out."""
     was_begun: bool = False
