@@ -34,7 +34,7 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     settings: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
     arenas, ideals = (
         common.replay(trace, workload.sizes(POINTS), memory=memory, **settings)
-        for memory in ("arena", "budget")
+        for memory in ("moves", "budget")
     )
     records = []
     for arena, ideal in zip(arenas, ideals, strict=True):

@@ -77,8 +77,8 @@ CLOSED_LOOP_GIB = 16.0
 RESULT_FORM = 4
 """Number of the form of results in files. Runs in another form are computed again."""
 
-MEMORIES = ("arena", "budget", "pools")
-"""Divisions of the memory between KV and states."""
+MEMORIES = {"arena": "arena", "moves": "arena", "budget": "budget", "pools": "budget"}
+"""Divisions of the memory between KV and states, and ``CacheConfig.memory`` of each."""
 
 Words = str | Sequence[str]
 Policy = EvictionSpec | PlacementSpec
@@ -182,7 +182,8 @@ class Scenario:
     )
     memory: str = _setting(
         "arena",
-        "one arena for KV and states, as in the engine; an ideal budget of bytes; or two pools",
+        "one arena for KV and states, as in the engine; moves: the same, and replays count the "
+        "rows that it moves; an ideal budget of bytes; or two pools",
         MEMORY,
         choices=MEMORIES,
     )
@@ -516,7 +517,7 @@ class Scenario:
         return CacheConfig(
             prefix_cache="hybrid" if geometry.num_linear_layers else "radix",
             total_bytes=None if in_pools else self.budget_bytes,
-            memory="budget" if in_pools else self.memory,
+            memory=MEMORIES[self.memory],
             num_kv_tokens=num_kv_tokens // unit,
             num_slots=num_slots,
             kv_bytes_per_token=geometry.kv_bytes_per_token * unit,

@@ -229,15 +229,19 @@ class DeepestFirst(EvictionPolicy):
 def test_result_contains_the_memory_layout() -> None:
     runs = [
         simulate("short?head=60", gib=2, bound=False, **options).runs[0]
-        for options in ({}, {"memory": "budget"}, {"memory": "pools", "kv_share": 0.5})
+        for options in (
+            *({}, {"memory": "moves"}),
+            *({"memory": "budget"}, {"memory": "pools", "kv_share": 0.5}),
+        )
     ]
-    assert [run.config["memory"] for run in runs] == ["arena", "budget", "pools"]
+    assert [run.config["memory"] for run in runs] == list(MEMORIES)
     assert [run.label for run in runs] == [
-        "survival",
+        *("survival", "survival (moves)"),
         "survival (budget)",
         "survival (pools 50% KV)",
     ]
-    assert runs[0].moved_slabs is not None and runs[1].moved_slabs is runs[2].moved_slabs is None
+    assert runs[0].cached_tokens == runs[1].cached_tokens
+    assert [run.moved_slabs is not None for run in runs] == [False, True, False, False]
     [peer] = simulate("short?head=60", gib=2, bound=False, policy=(), baseline="vllm").runs
     assert peer.config["memory"] is None
     with pytest.raises(ValueError, match="memory 'pools' needs a kv_share"):

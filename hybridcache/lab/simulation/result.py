@@ -134,7 +134,7 @@ class RunResult(_Run):
     control_us: float
     """Microseconds per request in the cache's own code, mean. Not reproducible; all else is."""
     moved_slabs: int | None = None
-    """Slabs that were emptied for a state. None, here and below, if the memory is not an arena."""
+    """Slabs that were emptied for a state. None, here and below, unless the memory is ``moves``."""
     moved_kv_bytes: int | None = None
     """KV that was copied for that."""
     copy_seconds: float = 0.0

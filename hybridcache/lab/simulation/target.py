@@ -6,8 +6,11 @@ from itertools import count
 
 import numpy as np
 
+from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE
-from hybridcache.config import build_prefix_cache
+from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator
+from hybridcache.cache import HybridRadixCache
+from hybridcache.config import CacheConfig, build_on, build_prefix_cache
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.lab.scenario import Scenario
@@ -22,12 +25,25 @@ def build_target(scenario: Scenario, unit: int) -> Target:
     return (BaselineTarget if scenario.baseline else LeaseTarget)(scenario, unit)
 
 
+def build_counted(config: CacheConfig) -> HybridRadixCache:
+    """Return a cache with all decisions of one in an arena, whose rows never move: a state takes
+    the bytes of whole rows (``hybridcache.allocators.arena``)."""
+    (row_bytes, state_bytes), page_size = config.unit_bytes, config.page_size
+    num_rows = (config.total_bytes or 0) // row_bytes
+    num_rows -= num_rows % page_size
+    budget, slab = ByteBudget(num_rows * row_bytes), slab_rows(state_bytes, row_bytes, page_size)
+    num_slots = num_rows // slab if config.prefix_cache == "hybrid" else 0
+    pages = PageAllocator(num_rows, page_size, row_bytes, budget)
+    return build_on(config, pages, SlotAllocator(num_slots, slab * row_bytes, budget))
+
+
 class LeaseTarget:
     """The project's own cache, driven through leases exactly as the engine drives it."""
 
     def __init__(self, scenario: Scenario, unit: int) -> None:
         geometry = scenario.geometry()
-        self.cache = cache = build_prefix_cache(scenario.cache_config(geometry, unit))
+        build = build_counted if scenario.memory == "arena" else build_prefix_cache
+        self.cache = cache = build(scenario.cache_config(geometry, unit))
         self.exchange = scenario.exchange(geometry, unit)
         self.placement = scenario.placement(unit)
         self.request_type: type[LeasedRequest] = LeasedRequest
