@@ -4,8 +4,8 @@ step."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from engine.runner.backends import digest_of, digest_of_weights, machine_words
 from engine.runner.loading import LoadedModel
 from engine.runner.memory import Memory, MemoryPlan
 from engine.runner.steps import (
+    Bucket,
     DecodeGraphs,
     Graphs,
     PrefillGraphs,
@@ -49,8 +50,8 @@ class Predictor:
     """A multi-token head, the pools of its state, and separate rows for drafts."""
 
     def __init__(self, head: PredictionHead, model: Decoder, inputs: StepInputs) -> None:
-        """Prepare the head. The last pools of the memory are the head's; the rows after its padding
-        row are for drafts."""
+        """The last pools of the memory are the head's; the rows after its padding row are for
+        drafts."""
         memory, self.table, self.rotary = inputs.memory, inputs.table, inputs.rotary
         self.model, self.head, self.pools = model, head, memory.pools[-1]
         self.first_row = memory.padding_row + 1
@@ -59,8 +60,8 @@ class Predictor:
         """Recorded passes by number of requests."""
 
     def record(self, record: Record) -> None:
-        """Record the passes of a CPU, because Python between native calls takes a third of a small
-        model's step. Raises NotRecordableError; passes are then computed directly."""
+        """Record the passes of a CPU: without Python between native calls, those of a small model
+        take a third of the time. Raises NotRecordableError; passes are then computed directly."""
         most, length = self.table.padding_row, self.table.host.shape[1]
         columns = torch.ones(3, most, dtype=torch.int64)
         columns[2] = self.first_row
@@ -73,17 +74,13 @@ class Predictor:
         self._replay(self._kept, 1)
 
     def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
-        """Write the head's rows of a step that the model has computed with the result
-        ``hidden``."""
+        """Write the head's rows of a step with the result ``hidden``."""
         hidden = hidden[: len(token_ids)]
         self.head.follow(self.model.embedding(token_ids), hidden, step, self.pools)
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
-        """Draft the ``most`` (1 or more) most likely tokens after each request's newest one, each
-        given those before it.
-
-        Takes one pass of the head per token, over all requests that still need one.
-        """
+        """Draft the ``most`` (1 or more) most likely tokens after each request's newest one, with
+        one pass of the head per token over all requests that still need one."""
         order = sorted(range(len(newest)), key=lambda rank: -most[rank])
         requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
         device = self.table.device.device
@@ -144,8 +141,7 @@ class Predictor:
 
     def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
         """Return int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest
-        token, then ``depth`` separate rows for that token and the drafts. Later columns are not
-        read."""
+        token, then ``depth`` separate rows for that token and the drafts."""
         device, count = self.table.device.device, len(requests)
         ends = [request.position - 1 for request in requests]
         known = max(ends)
@@ -159,23 +155,18 @@ class Predictor:
         return rows.scatter_(1, columns, own.int())
 
 
-@dataclass(frozen=True, slots=True)
-class WarmUp:
+class WarmUp(NamedTuple):
     """Results and costs of a warm-up."""
 
     num_graphs: int
-    """Number of buckets with graphs. One of prefills has a graph per layer and one more."""
+    """Number of buckets with graphs."""
     num_steps: int
     num_bytes: int
     """Device memory that stays allocated."""
     seconds: float
 
     def describe(self) -> str:
-        """Return the line for the start screen.
-
-        >>> WarmUp(33, 31, 2**29, 41.5).describe()
-        '33 graphs and 31 steps in 41.50 s, 512.0 MiB'
-        """
+        """Return the line for the start screen."""
         graphs, steps = counted(self.num_graphs, "graph"), counted(self.num_steps, "step")
         size = format_bytes(self.num_bytes)
         return f"{graphs} and {steps} in {format_seconds(self.seconds)}, {size}"
@@ -236,93 +227,76 @@ class ModelRunner:
         self.use_graphs(config.graphs)
 
     def return_states(self, but: Collection[int] = ()) -> None:
-        """Copy displaced states back to the slots of their requests, except those of the own slots
-        ``but`` and of a step that is not committed yet."""
+        """Copy displaced states back to their requests' slots, except to the slots ``but`` and
+        those of a step that is not committed yet."""
         self.device.make_current()  # The calling thread may be a new one, as in ``forward``.
         self._copy_states(self.running.take_displaced(but))
 
     def table_row(self, row: int, end: int) -> Indices:
-        """Return the KV indices of the positions of ``row`` below ``end``: a view of the host's
-        table."""
+        """Return the KV indices of the positions of ``row`` below ``end``, on the host."""
         return self.table.host[row, :end]
 
+    @torch.inference_mode()
     def use_graphs(self, word: str, record: Record | None = None) -> None:
         """Select the steps to capture as graphs.
 
         ``decode`` captures steps of decodes, with or without drafts; ``all`` captures prefills too;
         ``auto`` captures everything that the device supports; ``off`` captures nothing. On a CPU,
-        decode steps are recorded if all their kernels are native.
-
-        ``record`` replaces the device's function. Raises ModelError for a device without graphs,
-        and for reference kernels: they read lengths on the host, so a graph would repeat the
-        captured lengths.
+        decode steps are recorded if all their kernels are native. ``record`` replaces the device's
+        function. Raises ModelError for a device without graphs, and for reference kernels, which
+        read lengths on the host.
         """
         self.graphs = Graphs()
         if word == "off":
             return
-        if record is None and self.device.is_cpu and word != "all" and self._record_decode():
-            return
-        if record is None:
-            others = [name for name, used in self.kernels.words().items() if used != "fused"]
-            obstacle = ""
-            if self.device.is_cpu:
-                obstacle = f"{self.device.describe()} has no graphs"
-            elif others:
-                obstacle = (
-                    f"graphs require Triton kernels, which are not used for {', '.join(others)}"
-                )
-            if obstacle and word == "auto":
+        words = self.kernels.words()
+        if record is None and word != "all" and words.get("linear") == "native":
+            with suppress(NotRecordableError):
+                graphs = self._decode_graphs(record_native, is_native=True)
+                for kind in (graphs.decodes, graphs.verifies):
+                    if kind is not None:
+                        kind.capture(kind.buckets[-1])
+                if self._predictor is not None:
+                    self._predictor.record(record_native)
+                self.graphs = graphs
                 return
-            if obstacle:
-                raise ModelError(f"{obstacle}; use --graphs off.")
+        if record is None:
+            others = ", ".join(name for name, used in words.items() if used != "fused")
+            if (self.device.is_cpu or others) and word == "auto":
+                return
+            if self.device.is_cpu:
+                raise ModelError(f"{self.device.describe()} has no graphs; use --graphs off.")
+            if others:
+                raise ModelError(
+                    f"graphs require Triton kernels, which are not used for {others}; use --graphs "
+                    "off."
+                )
             record = self.device.recorder()
         self.graphs = self._decode_graphs(record)
         if word != "decode":
-            prefills = PrefillGraphs(
-                self.model, self.tensors, record, most_tokens=self.most_step_tokens
-            )
+            parts = self.model, self.tensors, record
+            prefills = PrefillGraphs(*parts, most_tokens=self.most_step_tokens)
             self.graphs = self.graphs._replace(prefills=prefills)
 
     def _decode_graphs(self, record: Record, *, is_native: bool = False) -> Graphs:
         """Make the graphs of steps without drafts, and of steps with drafts."""
         parts = self.model, self._forward, self.step_inputs, record
-        if not self.num_step_states:
-            return Graphs(DecodeGraphs(*parts))
-        buckets = verify_buckets(
-            self.model,
-            self.table,
-            self.loaded.sizes,
-            max_verified=self.num_step_states,
-            is_native=is_native,
-        )
+        buckets, most = list[Bucket](), self.num_step_states
+        if most:
+            buckets = verify_buckets(
+                self.model, self.table, self.loaded.sizes, max_verified=most, is_native=is_native
+            )
         longest = min(1 + self.loaded.settings.drafts.max_len, self.max_model_len)
-        return Graphs(DecodeGraphs(*parts), VerifyGraphs(*parts, buckets=buckets, longest=longest))
-
-    @torch.inference_mode()
-    def _record_decode(self) -> bool:
-        """Record decode steps if all their kernels are native. Returns True if they are."""
-        if self.kernels.words().get("linear") != "native":
-            return False
-        graphs = self._decode_graphs(record_native, is_native=True)
-        try:
-            for kind in (graphs.decodes, graphs.verifies):
-                if kind is not None:
-                    kind.capture(kind.buckets[-1])
-            if self._predictor is not None:
-                self._predictor.record(record_native)
-        except NotRecordableError:
-            return False
-        self.graphs = graphs
-        return True
+        verifies = VerifyGraphs(*parts, buckets, longest) if buckets else None
+        return Graphs(DecodeGraphs(*parts), verifies)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits ``[rows, vocab]`` in the model's dtype, on the device.
 
-        Rows are in segment order: 1 for "last", one per token for "all", none for "none". The
-        batch's moves, row writes and restores are executed first. The states that it exports are in
-        their slots afterwards. ``drawn`` are the tokens that the previous step drew, int64 on the
-        device, for the batch's ``late_tokens``.
+        Rows are in segment order: 1 for "last", one per token for "all", none for "none".
+        ``drawn`` are the tokens that the previous step drew, int64 on the device, for the batch's
+        ``late_tokens``.
         """
         self.device.make_current()  # The calling thread may be a new one.
         if self.num_step_states:
@@ -384,8 +358,7 @@ class ModelRunner:
         self._state_copy.copy_states(self.tensors.states, sources, targets)
 
     def _place(self, batch: Batch) -> None:
-        """Assign slots to the states of a verification. States that ``batch`` moves, copies or does
-        not verify are in the slots of their requests afterwards."""
+        """Assign slots to the states of a verification, and return other states to theirs."""
         self.running.drop_verified()
         moves = batch.moves or batch.restores
         verified = [
@@ -398,8 +371,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """Keep the state of each segment with drafts after ``taken`` tokens, without copying it,
-        and save the checkpoints up to there."""
+        """Keep the state of each segment with drafts after ``taken`` tokens, and save the
+        checkpoints up to there."""
         if not self.tensors.states:
             return
         saved: list[tuple[int, int]] = []
@@ -446,21 +419,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
-        """Draft at most ``most`` tokens (1 or more) after each newest token, which is not computed
-        yet, with the multi-token head. Called between the ``commit`` of a batch and the next
-        ``forward``."""
+        """Draft at most ``most`` tokens (1 or more) after each newest token with the multi-token
+        head. Called between the ``commit`` of a batch and the next ``forward``."""
         assert self._predictor is not None, "no multi-token head is loaded"
         self.device.make_current()
         at = [one._replace(slot=self.running.at(one.slot)) for one in newest]
         return self._predictor.guess(at, most)
 
     def attach_tiers(self, copier: Callable[..., Any], num_host_rows: int) -> float | None:
-        """Execute transfers between tiers with the copier that ``copier`` makes of the arena (uint8
-        ``[N, row_bytes]``), its sizes, the device and ``num_host_rows``.
-
-        Returns the measured bandwidth from host memory to the device; None if there is no host
-        tier. Raises ModelError if the memory cannot be allocated.
-        """
+        """Execute transfers between tiers with the result of ``copier``. Returns the measured
+        bandwidth from host memory to the device, or None if there is no host tier."""
         made = copier(self.tensors.rows, self.memory, self.device, num_host_rows)
         self._transfer = made.make
         return cast("float | None", made.host_bytes_per_s)

@@ -43,8 +43,7 @@ from kernels.upload import upload
 
 
 class RunningStates:
-    """Own slots and step slots of running sequences. Works on integers; the caller makes the
-    copies.
+    """Own slots and step slots of running sequences, as integers. The caller makes the copies.
 
     A verification writes the state after each of its tokens into a step slot. The accepted state
     stays there: it is displaced. The sequence's next verification reads it from there, and uses the
@@ -70,10 +69,8 @@ class RunningStates:
         return [slots for _, slots in self._verified]
 
     def take_displaced(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
-        """Return (step slot, own slot) of the displaced states, which must be copied back next.
-
-        Sequences in ``but`` and those being verified are left out.
-        """
+        """Return (step slot, own slot) of the displaced states, which must be copied back next,
+        without those of ``but`` and of a verification."""
         if not self._displaced:
             return []
         stay = {*but, *(own for own, _ in self._verified)}
@@ -92,8 +89,7 @@ class RunningStates:
         self._verified = []
 
     def verify(self, sequences: Sequence[tuple[int, int]]) -> None:
-        """Assign ``step_slots`` to each of these (own slot, number of tokens). No other state is
-        displaced."""
+        """Assign ``step_slots`` to each (own slot, number of tokens). No other is displaced."""
         for own, count in sequences:
             last = [own] if own in self._displaced else []
             first = len(self._free) - count + len(last)
@@ -102,8 +98,7 @@ class RunningStates:
             del self._free[first:]
 
     def take(self, counts: Sequence[int]) -> None:
-        """Accept the given number of tokens of each verified sequence. With 0 its state is
-        unchanged."""
+        """Accept the given number of tokens of each verified sequence."""
         for (own, slots), count in zip(self._verified, counts, strict=True):
             if count:
                 before, taken = self._displaced.pop(own, None), slots.pop(count - 1)
@@ -123,8 +118,7 @@ class RunningStates:
 
 
 class RequestTable:
-    """KV indices of every running request: int32 ``[rows, max_model_len]``, on the host and on the
-    device."""
+    """KV indices of running requests: int32 ``[rows, max_model_len]``, on host and device."""
 
     def __init__(self, num_rows: int, max_model_len: int, padding_index: int, device: Device):
         host = allocate((num_rows + 1, max_model_len), torch.int32, Device.resolve("cpu"))
@@ -243,11 +237,9 @@ Bucket = tuple[int, int]
 """(tokens, KV bound)."""
 
 KV_BOUNDS = (2048, 8192, 32768, 131072)
-"""Maximum numbers of tokens that a decode graph attends to. With a single bound, every step would
-read the longest."""
+"""Numbers of tokens that a graph attends to. With one bound, every step would read the longest."""
 PREFILL_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Sizes in tokens. In a larger step the device has more work than the host, so a graph brings
-nothing."""
+"""Sizes in tokens. In a larger step the device has more work than the host."""
 
 
 def bucket_for(size: int, buckets: Sequence[int]) -> int | None:
@@ -262,8 +254,7 @@ def up_to(most: int, buckets: Sequence[int]) -> list[int]:
 
 
 def decode_buckets(max_running: int) -> list[int]:
-    """Return 1, 2, 4, 8, then multiples of 8 up to 64 and of 32 beyond, until ``max_running`` is
-    reached."""
+    """Return 1, 2, 4, 8, then multiples of 8 up to 64 and of 32 beyond, to ``max_running``."""
     sizes = [1, 2, 4]
     while sizes[-1] < max_running:
         sizes.append(sizes[-1] + (4 if sizes[-1] < 8 else 8 if sizes[-1] < 64 else 32))
@@ -305,11 +296,8 @@ class StepGraphs(ABC):
     def run(
         self, segments: Sequence[Segment], patch: Callable[[torch.Tensor], None]
     ) -> torch.Tensor | None:
-        """Compute the logits of every token, ``[num_tokens, vocab]``, or return None if the step
-        does not fit into a bucket.
-
-        ``patch`` writes tokens that only the device has into the token ids.
-        """
+        """Compute the logits of every token, or return None if the step does not fit into a bucket.
+        ``patch`` writes tokens that only the device has into the token ids."""
         count = sum([len(segment.token_ids) for segment in segments])
         size = bucket_for(count, self._sizes)
         bound = bucket_for(max([segment.end for segment in segments]), self._bounds)
@@ -357,8 +345,7 @@ class StepGraphs(ABC):
 
     @abstractmethod
     def _fill(self, segments: Sequence[Segment], size: int) -> None:
-        """Write the inputs of ``segments``, and padding up to ``size`` tokens, into the host's
-        tables."""
+        """Write ``segments``, and padding up to ``size`` tokens, into the host's tables."""
 
     @abstractmethod
     def _part(self, size: int, bounded: Callable[..., Sequences]) -> Callable[[], StepPart]:
@@ -434,8 +421,7 @@ class PrefillGraphs:
         return self._sizes[::-1]
 
     def run(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor | None:
-        """Compute hidden states as ``Decoder.forward`` does, or return None if there are more
-        tokens than in any bucket."""
+        """Compute hidden states, or return None if there are more tokens than in any bucket."""
         size = bucket_for(step.num_tokens, self._sizes)
         if size is None:
             return None
@@ -519,12 +505,10 @@ class VerifyGraphs(StepGraphs):
         forward: Forward,
         inputs: StepInputs,
         record: Record,
-        *,
         buckets: Sequence[Bucket],
         longest: int,
     ) -> None:
-        """``buckets``: of ``verify_buckets``, at least one. ``longest``: most tokens of a
-        sequence."""
+        """``buckets``: of ``verify_buckets``. ``longest``: most tokens of a sequence."""
         self._memory, self._running, self._longest = inputs.memory, inputs.running, longest
         most = buckets[0][0]
         tokens = np.zeros((5, most), np.int64)

@@ -55,28 +55,25 @@ class PendingTokens(Protocol):
 
 
 class Segment(Struct, frozen=True):
-    """One request's tokens in one step. Other processes receive the fields up to
-    ``num_drafts``."""
+    """One request's tokens in a step. Other processes receive the fields up to ``num_drafts``."""
 
     row: int
     """Row in the RequestTable, which has a KV index for every position up to ``end``."""
     slot: int | None
     """State slot of the request, read and written in place; None for attention-only models."""
     token_ids: npt.NDArray[np.int32]
-    """The tokens to compute, int32[length]."""
+    """The tokens to compute."""
     start: int
-    """Absolute position of the first token; in a prefill a multiple of the grid. A segment that
-    starts at 0 starts with a zero state."""
+    """Position of the first token; in a prefill a multiple of the grid. The state at 0 is zero."""
     is_decode: bool
-    """True for one token, and its drafts, on the recurrent path. A prefill segment of one token
-    still takes the chunked path, for exactness."""
+    """True for one token, and its drafts, on the recurrent path. A prefill of one token takes the
+    chunked path, for exactness."""
     exports: tuple[tuple[int, int], ...] = ()
-    """Checkpoints to save in this step: (absolute position, slot), positions on the grid in (start,
-    end]."""
+    """Checkpoints to save: (position on the grid in (start, end], slot)."""
     logits: Literal["last", "all", "none"] = "last"
     """Positions that need logits."""
     namespace: Hashable = None
-    """Namespace of the request's prefixes. Only a runner that verifies its reads uses it."""
+    """Namespace of the request, for a runner that verifies its reads."""
     num_drafts: int = 0
     """Draft tokens at the end of a decode. ``ModelRunner.commit`` writes its state and exports."""
     request: Request = None  # type: ignore[assignment]
@@ -96,8 +93,7 @@ class Segment(Struct, frozen=True):
         exports: tuple[tuple[int, int], ...],
         draft: Draft | None = None,
     ) -> Segment:
-        """Make the segment that computes ``request`` from its scheduled length up to ``end``, and
-        ``draft``."""
+        """Make the segment from the scheduled length of ``request`` to ``end``, and ``draft``."""
         lease, row = request.claims
         start = request.scheduled_len
         is_decode = start >= request.prefill_len
