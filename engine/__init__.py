@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from engine.engine import Engine as Engine
     from engine.errors import QueueFull as QueueFull
     from engine.plugins import engine_config as engine_config
-    from engine.plugins import server_config as server_config
     from engine.requests.grammar import Grammar as Grammar
     from engine.requests.request import RequestSpec as RequestSpec
     from engine.requests.request import SamplingParams as SamplingParams
@@ -32,7 +31,6 @@ _MODULES = {
     "RequestSpec": "engine.requests.request",
     "SamplingParams": "engine.requests.request",
     "engine_config": "engine.plugins",
-    "server_config": "engine.plugins",
 }
 
 __all__ = [*_MODULES]

@@ -92,48 +92,50 @@ SEED = Limits("an integer from 0 to 2**63 - 1", 0, 2**63 - 1, is_whole=True)
 BUDGET = Limits(f"at least {TILE}, which is one tile of the kernels", TILE, is_whole=True)
 
 
+class Rule(NamedTuple):
+    """Values that the annotation of a setting allows."""
+
+    name: str
+    words: tuple[str, ...]
+    """Words of its ``Literal``."""
+    limits: Limits | None
+    is_optional: bool
+    """True if it may be None."""
+    is_text: bool
+    """True for a text, also a path, that may be empty only by default."""
+    default: Any
+
+    def check(self, value: Any) -> None:
+        """Raise ConfigError unless ``value`` is allowed."""
+        if self.words and value not in self.words:
+            allowed = ", ".join([*(("none",) if self.is_optional else ()), *self.words])
+            raise ConfigError(f"{self.name} must be one of {allowed} (got {value!r}).")
+        if self.is_text and (not isinstance(value, str | os.PathLike) or value == ""):
+            raise ConfigError(f"{self.name} must be text that is not empty (got {value!r}).")
+        if self.limits is not None:
+            self.limits.check(self.name, value)
+
+
 def check_fields(settings: Any) -> None:
-    """Raise ConfigError unless every field has a word of its ``Literal``, a number in the
-    ``Limits`` of its annotation, or text (also a path) where its annotation is ``str``, which is
-    empty only by default. None is allowed where its annotation has it."""
-    rules = _rules(settings.__class__)
-    for field in dataclasses.fields(settings):
-        name, value = field.name, getattr(settings, field.name)
-        if value is None and name in rules.optional:
-            continue
-        words, limits = rules.words.get(name), rules.limits.get(name)
-        if words is not None and value not in words:
-            allowed = [*(("none",) if name in rules.optional else ()), *words]
-            raise ConfigError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
-        if name in rules.texts:
-            is_text = isinstance(value, str | os.PathLike)
-            if not is_text or (value == "" != field.default):
-                raise ConfigError(f"{name} must be text that is not empty (got {value!r}).")
-        if limits is not None:
-            limits.check(name, value)
-
-
-class Rules(NamedTuple):
-    """Values that the annotations of a dataclass allow, by the name of the field."""
-
-    words: dict[str, tuple[str, ...]]
-    limits: dict[str, Limits]
-    optional: frozenset[str]
-    """Fields that may be None."""
-    texts: frozenset[str]
+    """Raise ConfigError unless every field has a value that its annotation allows."""
+    for rule in _rules(settings.__class__):
+        value = getattr(settings, rule.name)
+        if value is not rule.default and not (value is None and rule.is_optional):
+            rule.check(value)
 
 
 @functools.cache
-def _rules(kind: type) -> Rules:
-    annotated = typing.get_type_hints(kind, include_extras=True).items()
-    hints = typing.get_type_hints(kind).items()
-    parts = [(name, part) for name, hint in hints for part in (hint, *typing.get_args(hint))]
-    return Rules(
-        {name: typing.get_args(part) for name, part in parts if typing.get_origin(part) is Literal},
-        {n: hint.__metadata__[0] for n, hint in annotated if typing.get_origin(hint) is Annotated},
-        frozenset(name for name, part in parts if part is type(None)),
-        frozenset(name for name, hint in hints if hint in (str, str | None)),
-    )
+def _rules(kind: type) -> list[Rule]:
+    hints, rules = typing.get_type_hints(kind, include_extras=True), []
+    for field in dataclasses.fields(kind):
+        hint, limits = hints[field.name], None
+        if typing.get_origin(hint) is Annotated:
+            hint, limits = typing.get_args(hint)
+        parts = (hint, *typing.get_args(hint))
+        words = next((typing.get_args(p) for p in parts if typing.get_origin(p) is Literal), ())
+        is_text = hint in (str, str | None)
+        rules.append(Rule(field.name, words, limits, type(None) in parts, is_text, field.default))
+    return rules
 
 
 class DraftSizes(NamedTuple):
@@ -177,11 +179,6 @@ class PluginConfig:
         """Memory of the host that each setting reserves, in bytes."""
         return {}
 
-    @property
-    def kept_folder(self) -> str | None:
-        """Folder in which entries of the cache stay for the next start."""
-        return None
-
     def check(self, config: Any) -> None:
         """Raise ConfigError if these settings contradict the other ones of ``config``."""
 
@@ -190,35 +187,12 @@ P = TypeVar("P", bound=PluginConfig)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """Base of settings that plugins extend."""
+class EngineConfig:
+    """Settings of one engine. Raises ConfigError for a bad value. ``engine.engine_config`` takes
+    the settings of plugins as keywords too."""
 
     plugins: tuple[PluginConfig, ...] = dataclasses.field(default=(), kw_only=True)
     """Settings of the plugins in use."""
-
-    def of(self, kind: type[P]) -> P:
-        """Return the settings of one plugin; its defaults if it is not in use."""
-        return next((one for one in self.plugins if isinstance(one, kind)), None) or kind()
-
-    def uses(self, plugin: str) -> bool:
-        """Return whether a plugin is in use, by the name of its folder."""
-        return any(one.plugin == plugin for one in self.plugins)
-
-    def _keep_used(self) -> None:
-        """Check the settings of plugins against the others, and drop those of unused plugins."""
-        used = tuple(one for one in self.plugins if one.is_used)
-        object.__setattr__(self, "plugins", used)
-        for one in used:
-            one.check(self)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig(Settings):
-    """Settings of one engine. Raises ConfigError for a bad value.
-
-    ``plugins`` holds the settings of plugins. ``engine.plugins.engine_config`` takes all of them as
-    keywords.
-    """
 
     model: str | None = None
     """Model directory in Hugging Face format, or ORG/NAME of a model of the Hugging Face Hub (a
@@ -298,6 +272,14 @@ class EngineConfig(Settings):
     """Verify the request table after every step, and every cache invariant whenever the engine is
     idle."""
 
+    def of(self, kind: type[P]) -> P:
+        """Return the settings of one plugin; its defaults if it is not in use."""
+        return next((one for one in self.plugins if isinstance(one, kind)), None) or kind()
+
+    def uses(self, plugin: str) -> bool:
+        """Return whether a plugin is in use, by the name of its folder."""
+        return any(one.plugin == plugin for one in self.plugins)
+
     def settled(self, *, on_cpu: bool) -> EngineConfig:
         """Return the settings with defaults for those that depend on the device and the machine."""
         budget = CPU_BUDGET if on_cpu else DEVICE_BUDGET
@@ -338,19 +320,14 @@ class EngineConfig(Settings):
         return max((one.num_ranks for one in self.plugins), default=1)
 
     @property
-    def cache_bytes(self) -> dict[str, int]:
-        """Memory of the device that each setting reserves, in bytes, for all ranks together."""
-        return {} if self.cache_gib is None else {"cache_gib": int(self.cache_gib * GIB)}
+    def cache_bytes(self) -> int | None:
+        """Memory of KV and states in bytes, for all ranks together, or None if it is not set."""
+        return None if self.cache_gib is None else int(self.cache_gib * GIB)
 
     @property
     def host_bytes(self) -> dict[str, int]:
         """Memory of the host that settings of plugins reserve, in bytes."""
         return {name: size for one in self.plugins for name, size in one.host_bytes.items()}
-
-    @property
-    def kept_folder(self) -> str | None:
-        """Folder in which entries of the cache stay for the next start."""
-        return next((one.kept_folder for one in self.plugins if one.kept_folder), None)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -369,7 +346,9 @@ class EngineConfig(Settings):
             if field.name in OF_CACHE and getattr(self, field.name) != field.default:
                 flag = "--" + field.name.replace("_", "-")
                 raise ConfigError(f"{flag} requires --prefix-cache hybrid.")
-        self._keep_used()
+        object.__setattr__(self, "plugins", tuple(one for one in self.plugins if one.is_used))
+        for one in self.plugins:
+            one.check(self)
 
 
 def check_no_foreign_kernels() -> None:

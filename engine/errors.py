@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import msgspec
 
@@ -13,12 +12,6 @@ logger = logging.getLogger(__name__)
 STOPPED = "The engine stopped before the answer was done."
 STOPPING = "The engine is stopping and takes no more requests."
 FAILED = "The engine has failed; see its log for the reason, and restart it."
-
-WHY: dict[int, str] = {
-    signal.SIGKILL: "memory runs out",
-    signal.SIGBUS: "a file of weights is cut off or cannot be read",
-}
-"""Reasons of the signals with which the system ends a process."""
 
 
 class RunnerLost(RuntimeError):
@@ -34,17 +27,13 @@ class WireError(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestError(RuntimeError):
-    """Base class of the reasons why a request gets no answer.
-
-    ``to_wire`` and ``from_wire`` keep the class, message and numbers of an error, so that a client
-    gets the same status no matter which process refused its request.
-    """
+    """Base class of the reasons why a request gets no answer. The wire keeps class, message and
+    numbers, so that a client gets the same status no matter which process refused its request."""
 
     kind: ClassVar[str] = "failed"
     numbers: ClassVar[tuple[str, ...]] = ()
     """Attributes that are sent with the message."""
     kinds: ClassVar[dict[str, type[RequestError]]] = {}
-    """Class of each kind."""
 
     def __init_subclass__(cls) -> None:
         cls.kinds[cls.kind] = cls
@@ -62,7 +51,7 @@ class RequestError(RuntimeError):
 
     @staticmethod
     def from_wire(wire: WireError) -> RequestError:
-        """Rebuild the error that ``to_wire`` described; an unknown kind becomes StepFailed."""
+        """Return the error that ``to_wire`` described; an unknown kind becomes StepFailed."""
         kind = RequestError.kinds.get(wire.kind, StepFailed)
         error = kind.__new__(kind, wire.message)
         vars(error).update((name, wire.numbers.get(name, 0)) for name in kind.numbers)
@@ -70,11 +59,7 @@ class RequestError(RuntimeError):
 
     def to_wire(self) -> WireError:
         """Return the error as plain data."""
-        numbers = {name: getattr(self, name) for name in self.numbers}
-        return WireError(self.kind, str(self), numbers)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return RequestError.from_wire, (self.to_wire(),)
+        return WireError(self.kind, str(self), {name: getattr(self, name) for name in self.numbers})
 
 
 class InvalidRequest(RequestError, ValueError):
@@ -137,21 +122,17 @@ class StepFailed(RequestError):
 
 
 def describe_exit(code: int) -> str:
-    """Return how a process ended, as the end of a sentence.
+    """Return how a process ended, as the end of a sentence. ``code``: negative if by a signal.
 
-    ``code`` is that of ``subprocess.Popen``: negative if a signal ended the process. Real-time
-    signals, which have no name in Python, are given by number.
-
-    >>> describe_exit(3), describe_exit(-11), describe_exit(-40)
-    ('ended with exit code 3', 'was ended by SIGSEGV', 'was ended by signal 40')
-
-    The system itself sends SIGKILL and SIGBUS; see ``WHY``:
-
+    >>> describe_exit(3), describe_exit(-11)
+    ('ended with exit code 3', 'was ended by SIGSEGV')
     >>> describe_exit(-9)
     'was ended by SIGKILL, as the system does when memory runs out'
     """
     if code >= 0:
         return f"ended with exit code {code}"
-    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
-    why = WHY.get(-code)
-    return f"was ended by {name}" + (f", as the system does when {why}" if why else "")
+    whys: dict[int, str] = {
+        signal.SIGKILL: ", as the system does when memory runs out",
+        signal.SIGBUS: ", as the system does when a file of weights is cut off",
+    }
+    return f"was ended by {signal.Signals(-code).name}{whys.get(-code, '')}"

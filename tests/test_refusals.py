@@ -19,7 +19,7 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.command.cli import main as engine
-from engine.plugins import ENGINE, SERVER
+from engine.plugins import ENGINE
 from engine.server.settings import ServerConfig
 from hybridcache import CacheConfig, closed_loop, simulate
 from hybridcache.lab import scenario as lab_scenario
@@ -55,7 +55,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
 """Wrong values of parameters whose type does not tell them."""
 CONFIGS: tuple[type, ...] = (
     *(EngineConfig, SamplingParams, ServerConfig, CacheConfig),
-    *(*ENGINE, *SERVER),
+    *ENGINE,
 )
 LATER = {"eviction", "model"}
 """Parameters that an engine checks when it loads them. ``test_wrong_flag`` tests these."""
@@ -120,7 +120,7 @@ def test_wrong_values_of_a_scenario_are_refused() -> None:
 
 
 FLAGS = {
-    "serve": (EngineConfig, ServerConfig, *ENGINE, *SERVER),
+    "serve": (EngineConfig, ServerConfig, *ENGINE),
     "generate": (EngineConfig, SamplingParams, *ENGINE),
     "chat": (EngineConfig, SamplingParams, *ENGINE),
 }

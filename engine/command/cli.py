@@ -14,10 +14,11 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from engine.command.flags import add_flags, add_grouped_flags, read_config, with_flags
-from engine.config import BUILTIN_PROMPTS, EngineConfig, check_no_foreign_kernels
+from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config, with_flags
+from engine.config import BUILTIN_PROMPTS, ConfigError, EngineConfig, check_no_foreign_kernels
 from engine.hub import resolve_config
-from engine.plugins import ENGINE, SERVER
+from engine.plugins import ENGINE
+from engine.plugins.tiers import TierConfig
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
@@ -45,6 +46,7 @@ GROUPS = {
     "limits of one request": "max_body_mib default_max_tokens",
     "memory of chats": "replay_mib preserve_thinking explain_mib responses_mib",
     "logs and checks": "log_level check",
+    "replicas": "replicas ray router",
 }
 """Titles of the help -> settings in that group."""
 SERVE_EXAMPLES = """examples:
@@ -166,7 +168,7 @@ def _plugin(verb: str) -> Any:
 
 def _add_serve(serve: Parser) -> None:
     serve.epilog = SERVE_EXAMPLES
-    add_grouped_flags(serve, (ServerConfig, EngineConfig, *ENGINE, *SERVER), GROUPS)
+    add_grouped_flags(serve, (ServerConfig, EngineConfig, *ENGINE), GROUPS)
 
 
 def _add_generate(generate: Parser) -> None:
@@ -179,7 +181,8 @@ def _add_generate(generate: Parser) -> None:
         "--chat", action="store_true", help="send each prompt as a message of the user"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
-    sampling = add_flags(generate, SamplingParams, "sampling", SKIPPED)
+    flags = [flag for flag in flags_of(SamplingParams) if flag[1].name not in SKIPPED]
+    sampling = add_flags(generate, "sampling", flags, omits_absent=True)
     sampling.add_argument(
         "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
     )
@@ -198,7 +201,8 @@ def _add_chat(chat: Parser) -> None:
 
     chat.add_argument("--system", metavar="TEXT", help="system message of the chat")
     skipped = (*SKIPPED, "max_tokens", "logprobs")
-    sampling = add_flags(chat, SamplingParams, "sampling", skipped)
+    flags = [flag for flag in flags_of(SamplingParams) if flag[1].name not in skipped]
+    sampling = add_flags(chat, "sampling", flags, omits_absent=True)
     sampling.add_argument(
         "--max-tokens",
         type=int,
@@ -209,7 +213,7 @@ def _add_chat(chat: Parser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    server_config = read_config(ServerConfig, arguments, plugins=SERVER)
+    server_config = read_config(ServerConfig, arguments)
     engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
     from engine.server.settings import bind, local_address
     from engine.worker.spawn import spawn
@@ -222,7 +226,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print("loading the model ...", file=sys.stderr, flush=True)
         start: Callable[[], tuple[AsyncEngine, str]]
-        if server_config.uses("replicas"):
+        if server_config.replicas > 1:
+            if engine_config.of(TierConfig).state_dir is not None:
+                raise ConfigError("--replicas cannot share a --state-dir: remove one of them.")
             from engine.plugins.replicas.replicas_client import start_replicas
 
             start = partial(start_replicas, engine_config, server_config, address)

@@ -20,29 +20,30 @@ Config = TypeVar("Config")
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, config: type, title: str, skip: Iterable[str]
-) -> argparse._ArgumentGroup:
-    """Add one flag for each field of the dataclass ``config``, except for ``skip``, in a new group,
-    which is returned. Absent flags add nothing to the parsed arguments."""
-    group = parser.add_argument_group(title)
-    for field in flags_of(config):
-        if field.name not in skip:
-            _add_flag(group, config, field, argparse.SUPPRESS)
-    return group
+Flag = tuple[Any, dataclasses.Field[Any]]
+"""A dataclass and one of its fields."""
 
 
-def flags_of(config: type) -> list[dataclasses.Field[Any]]:
+def flags_of(config: type) -> list[Flag]:
     """Return the fields of a dataclass that are flags: all but the settings of its plugins."""
-    return [field for field in dataclasses.fields(config) if field.name != "plugins"]
+    return [(config, field) for field in dataclasses.fields(config) if field.name != "plugins"]
 
 
-def _add_flag(
-    group: argparse._ArgumentGroup, config: type, field: dataclasses.Field[Any], default: Any
-) -> None:
-    kind = _kind(_type_hints(config)[field.name], field.default)
-    flag = "--" + field.name.replace("_", "-")
-    group.add_argument(flag, dest=field.name, default=default, help=_help(config, field), **kind)
+def add_flags(
+    parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag], omits_absent: bool = False
+) -> argparse._ArgumentGroup:
+    """Add ``flags`` in a new group, which is returned. With ``omits_absent``, absent ones add
+    nothing to the parsed arguments."""
+    group = parser.add_argument_group(title)
+    for config, field in flags:
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            default=argparse.SUPPRESS if omits_absent else field.default,
+            help=_help(config, field),
+            **_kind(_type_hints(config)[field.name], field.default),
+        )
+    return group
 
 
 def add_grouped_flags(
@@ -53,17 +54,15 @@ def add_grouped_flags(
     Names of other fields are omitted. Fields in no group get one with the ``title`` of their
     dataclass.
     """
-    homes = {field.name: (config, field) for config in configs for field in flags_of(config)}
+    homes = {flag[1].name: flag for config in configs for flag in flags_of(config)}
     filled = {
         title: [homes.pop(name) for name in names.split() if name in homes]
         for title, names in groups.items()
     }
-    for config, field in homes.values():
-        filled.setdefault(config.title, []).append((config, field))
+    for flag in homes.values():
+        filled.setdefault(flag[0].title, []).append(flag)
     for title, flags in filled.items():
-        group = parser.add_argument_group(title)
-        for config, field in flags:
-            _add_flag(group, config, field, field.default)
+        add_flags(parser, title, flags)
 
 
 def read_config(
@@ -80,7 +79,7 @@ def read_config(
     """
     values = {
         field.name: getattr(arguments, field.name)
-        for field in flags_of(config)
+        for _, field in flags_of(config)
         if hasattr(arguments, field.name)
     }
     settings: tuple[Any, ...] = tuple(read_config(plugin, arguments) for plugin in plugins)

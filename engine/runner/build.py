@@ -44,7 +44,7 @@ def load_runner(
         if warms_up:
             reserved_bytes = _rehearsed_bytes(loaded)
         plan = loaded.plan(page_size=config.page_size).fit(
-            loaded.device, config.cache_bytes.get("cache_gib"), reserved_bytes, rank
+            loaded.device, config.cache_bytes, reserved_bytes, rank
         )
         runner = kind(loaded, plan, _max_model_len(loaded, plan))
         runner.exactness = exactness

@@ -90,7 +90,7 @@ class MemoryPlan(MemorySizes):
 
 def check_sizes(config: EngineConfig, device: Device) -> None:
     """Raise ConfigError if the sizes of ``config`` exceed the memory that is available now."""
-    own, host = config.cache_bytes, config.host_bytes
+    own, host = {"cache_gib": config.cache_bytes or 0}, config.host_bytes
     checks = [(own | host, host_free_bytes(), "memory")]
     if not device.is_cpu:
         per_device = {name: size // config.num_ranks for name, size in own.items()}

@@ -38,7 +38,7 @@ from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, cou
 from engine.plugins.dialects.responses import Responses, ResponsesRequest
 from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from engine.plugins.observe.server import Page
-from engine.plugins.replicas import ReplicasConfig
+from engine.plugins.tiers import TierConfig
 from engine.server.access import HEADERS_S, Access, ClientConnection, install, set_up_logging
 from engine.server.api_errors import HANDLERS, APIError
 from engine.server.bodies import Body, json_response
@@ -204,13 +204,15 @@ def create_app(
     """Make the application that serves ``engine``. The engine starts and stops with it.
     ``access``: the keys of ``config``, if they were read before."""
     access = access or Access(config)
+    if (folder := engine.config.of(TierConfig).state_dir) is not None:
+        access.keep_secret(folder)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
     context = ServingContext(engine, config, access, explanations.remember)
     responses = Responses(context)
-    page = Page(context, config.of(ReplicasConfig).replicas)
+    page = Page(context, config.replicas)
     bodies: dict[str, tuple[type[Body], Answer]] = {
         "/v1/completions": (CompletionRequest, complete),
         "/v1/chat/completions": (ChatRequest, chat),

@@ -69,8 +69,6 @@ class ServingContext:
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
         assert engine.tokenizer is not None, "a served engine always has a tokenizer"
         self.tokenizer = engine.tokenizer
-        if (folder := engine.config.kept_folder) is not None:
-            access.keep_secret(folder)
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),

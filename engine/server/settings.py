@@ -7,16 +7,7 @@ import socket
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from engine.config import (
-    ABOVE_0,
-    COUNT,
-    MIB_SIZE,
-    SECONDS,
-    ConfigError,
-    Limits,
-    Settings,
-    check_fields,
-)
+from engine.config import ABOVE_0, COUNT, MIB_SIZE, SECONDS, ConfigError, Limits, check_fields
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
 """Name of the environment variable with an API key."""
@@ -33,11 +24,8 @@ SWITCH_S = 0.0002
 
 
 @dataclass(frozen=True, slots=True)
-class ServerConfig(Settings):
-    """Settings of one server: address, limits and shutdown. Raises ValueError for a bad value.
-
-    ``engine.plugins.server_config`` takes the settings of plugins as keywords too.
-    """
+class ServerConfig:
+    """Settings of one server: address, limits and shutdown. Raises ValueError for a bad value."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""
@@ -87,6 +75,15 @@ class ServerConfig(Settings):
     have the cached length; by default a stream begins with its first token."""
     drain_s: Annotated[float, DRAIN] = 30.0
     """After SIGTERM, seconds that running requests may take to finish."""
+    replicas: Annotated[int, COUNT] = 1
+    """Number of engines on Ray, with one core each, and one GPU if Ray has enough, behind one
+    router."""
+    ray: str | None = None
+    """With replicas: address of their Ray cluster (auto: the one that ray start created here); by
+    default a new one on this machine."""
+    router: str = "checkpoint"
+    """With replicas: policy that chooses one for a request: checkpoint, text, least_loaded, or
+    module:Class."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -96,7 +93,8 @@ class ServerConfig(Settings):
                     f"--cors-origin {origin!r} is not an origin: write it as https://host or "
                     "https://host:port, in lower case, without a path, or * for all."
                 )
-        self._keep_used()
+        if self.replicas == 1 and (self.ray, self.router) != (None, "checkpoint"):
+            raise ConfigError("--router and --ray need --replicas (2 or more).")
 
 
 LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}

@@ -38,7 +38,6 @@ from engine.messages import (
     Reply,
     ToEngine,
 )
-from engine.plugins.replicas import ROUTER, ReplicasConfig
 from engine.requests.request import RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
 from engine.server.settings import ServerConfig
@@ -551,7 +550,7 @@ class RayFleet:
     """Starts and ends replicas on a Ray cluster: actors of ``EngineReplica``, whose methods are
     called with ``remote``."""
 
-    def __init__(self, config: EngineConfig, settings: ReplicasConfig) -> None:
+    def __init__(self, config: EngineConfig, settings: ServerConfig) -> None:
         """Join or start a cluster. Raises ValueError as ``start_replicas``."""
         _join_ray(settings.ray)
         import ray
@@ -646,7 +645,7 @@ def _join_ray(address: str | None) -> None:
 
 
 def start_replicas(
-    config: EngineConfig, server: ServerConfig, address: str
+    config: EngineConfig, settings: ServerConfig, address: str
 ) -> tuple[AsyncEngine, str]:
     """Start engines of ``config`` on a Ray cluster, with one core each, and one GPU if there are
     enough, and wait until all have loaded.
@@ -655,15 +654,10 @@ def start_replicas(
     replicas do not support, and ValueError for a router or cluster that does not exist, or too few
     cores or GPUs.
     """
-    settings = server.of(ReplicasConfig)
-    for is_set, flag in (
-        (config.uses("disaggregation"), "--role"),
-        (config.kept_folder is not None, "--state-dir"),
-        (config.num_ranks > 1, "--tp"),
-    ):
-        if is_set:
+    for plugin, flag in (("disaggregation", "--role"), ("tensor_parallel", "--tp")):
+        if config.uses(plugin):
             raise ConfigError(f"--replicas and {flag} cannot be combined: remove one of them.")
-    config, make_router = resolve_config(config), find_router(settings.router or ROUTER)
+    config, make_router = resolve_config(config), find_router(settings.router)
     fleet = RayFleet(config, settings)
     try:
         names = map("replica-{}".format, range(settings.replicas))
@@ -675,5 +669,5 @@ def start_replicas(
         raise
     each = "one core and one GPU each" if "num_gpus" in fleet.needs else "one core each"
     words = f"{settings.replicas} on Ray, {each}; the facts below are those of one"
-    rows = [model, ("replicas", words), ("router", settings.router or ROUTER), *of_each]
+    rows = [model, ("replicas", words), ("router", settings.router), *of_each]
     return engine, screen_text(rows)

@@ -33,10 +33,6 @@ class TierConfig(PluginConfig):
     def host_bytes(self) -> Mapping[str, int]:
         return {} if self.host_gib is None else {"host_gib": int(self.host_gib * GIB)}
 
-    @property
-    def kept_folder(self) -> str | None:
-        return self.state_dir
-
     def __post_init__(self) -> None:
         if self.host_gib == 0:
             object.__setattr__(self, "host_gib", None)

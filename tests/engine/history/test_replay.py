@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from engine import server_config
 from engine.requests.chat_prompt import ChatPrompt, SampledTurn, render_chat
 from engine.server.settings import ServerConfig
 from engine.text.tokenizer import HFTokenizer
@@ -122,8 +121,8 @@ def test_an_agent_computes_its_new_tokens_and_at_most_a_grid_step(
     tmp_path: Path, dialect: Dialect
 ) -> None:
     tokenizer = HFTokenizer(make_model_dir(tmp_path))
-    kept = converse(tokenizer, dialect, server_config(preserve_thinking=True))
-    replayed = converse(tokenizer, dialect, server_config())
+    kept = converse(tokenizer, dialect, ServerConfig(preserve_thinking=True))
+    replayed = converse(tokenizer, dialect, ServerConfig())
     known_lens = [0, *(one.context_len for one in kept)]
     new = [one.prompt_len - known_lens[at] for at, one in enumerate(kept)]
     assert all(one > 0 for one in new) and sum(new) < kept[-1].prompt_len

@@ -233,13 +233,10 @@ def test_refusals_of_each_kind_of_engine(kind: str, monkeypatch: pytest.MonkeyPa
 def test_errors_survive_serialisation() -> None:
     for error, _, _ in ERRORS.values():
         original = RequestError.of(error)
-        for copy in (
-            RequestError.from_wire(original.to_wire()),
-            pickle.loads(pickle.dumps(original)),
-        ):
-            assert (type(copy), str(copy), vars(copy)) == (
-                type(original),
-                str(original),
-                vars(original),
-            )
-            assert isinstance(copy, ValueError) == isinstance(error, ValueError)
+        copy = RequestError.from_wire(original.to_wire())
+        assert (type(copy), str(copy), vars(copy)) == (
+            type(original),
+            str(original),
+            vars(original),
+        )
+        assert isinstance(copy, ValueError) == isinstance(error, ValueError)

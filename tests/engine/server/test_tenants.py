@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine import Engine, engine_config, server_config
+from engine import Engine, engine_config
 from engine.server.access import Access
 from engine.server.settings import ServerConfig
 
@@ -231,7 +231,7 @@ def test_tenants_stay_isolated_in_every_dialect(
     (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfkey-one # 1\r\n\n  key-two\t\nkey-one\n")
     (tmp_path / "admin").write_text("operator\n")
     files = {"api_key_file": str(tmp_path / "keys"), "admin_key_file": str(tmp_path / "admin")}
-    live = serve_oracle(server_config(**files, salt_by_key=False))
+    live = serve_oracle(ServerConfig(**files, salt_by_key=False))
     keys = [{"Authorization": f"Bearer {key}"} for key in ("key-one", "key-two", "operator")]
     live.headers = keys[2]
     tenants = [
