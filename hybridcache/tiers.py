@@ -49,10 +49,6 @@ class OffloadedEntry:
         """Number of ghosts below this node with KV in each tier."""
 
     @property
-    def is_empty(self) -> bool:
-        return self.kv is None and self.state is None and not any(self.num_children)
-
-    @property
     def nearest(self) -> int | None:
         """Nearest tier with an entry that needs the KV of this node, or None. O(tiers)."""
         for tier, num_children in enumerate(self.num_children):
@@ -269,7 +265,6 @@ class OffloadTiers(GhostList):
                 return
             tier.policy.discard(state, evicted=True)
             entry.state = None
-            self._tidy(node)
 
     def add_kv(self, node: RadixNode, src: Indices, first: int = 0, src_tier: str = DEVICE) -> bool:
         """Store the KV of ``node``, which is leaving ``src_tier``, in the tier that needs it,
@@ -335,10 +330,7 @@ class OffloadTiers(GhostList):
         while above is not None:
             node, above = above, above.parent
             entry = node.offloaded
-            if entry is None:
-                return
-            if entry.kv is None or entry.kv_tier != number:
-                self._tidy(node)
+            if entry is None or entry.kv is None or entry.kv_tier != number:
                 return
             nearest = entry.nearest
             if nearest is not None and nearest <= number:
@@ -347,7 +339,7 @@ class OffloadTiers(GhostList):
             self._let_go_of_kv(node)
             if not self.add_kv(node, rows, number + 1, self.names[number]):
                 self._prune(node)
-                self._forget(node)
+                super().add(node)
             self._release(number, rows)
 
     def _prune(self, node: RadixNode) -> None:
@@ -358,8 +350,7 @@ class OffloadTiers(GhostList):
         for one in reversed(found):
             self.drop_state(one)
             if one is not node and self.drop_kv(one):
-                self._forget(one)
-            self._tidy(one)
+                super().add(one)
 
     def drop_state(self, node: RadixNode) -> None:
         """Free the offloaded state of ``node``: it is on the device again, or cannot be resumed
@@ -374,7 +365,6 @@ class OffloadTiers(GhostList):
             self.tiers[state.tier].policy.discard(state, evicted=False)
         entry.state = None
         self._release(state.tier, state.rows)
-        self._tidy(node)
 
     def drop_kv(self, node: RadixNode) -> bool:
         """Free the offloaded KV of ``node``. Returns False if it has none."""
@@ -384,7 +374,6 @@ class OffloadTiers(GhostList):
         number, rows = entry.kv_tier, entry.kv
         self._let_go_of_kv(node)
         self._release(number, rows)
-        self._tidy(node)
         return True
 
     def drop_lost(self, name: str, is_lost: Callable[[Indices], bool]) -> None:
@@ -403,7 +392,7 @@ class OffloadTiers(GhostList):
             if rows is not None and entry.kv_tier == number and is_lost(rows):
                 self._let_go_of_kv(node)
                 self._prune(node)
-                self._forget(node)
+                super().add(node)
                 self._release(number, rows)
                 assert node.parent is not None
                 self._sink(node.parent, number)
@@ -417,7 +406,7 @@ class OffloadTiers(GhostList):
         for node in reversed(list(self.tree.nodes())):
             self.drop_state(node)
             if self.drop_kv(node):
-                self._forget(node)
+                super().add(node)
         super().clear()
 
     def entry(self, node: RadixNode) -> OffloadedEntry:
@@ -425,10 +414,6 @@ class OffloadTiers(GhostList):
         if entry is None:
             entry = node.offloaded = OffloadedEntry(len(self.tiers))
         return entry
-
-    def _tidy(self, node: RadixNode) -> None:
-        if node.offloaded is not None and node.offloaded.is_empty:
-            node.offloaded = None
 
     def hold_kv(self, node: RadixNode, number: int, rows: Indices) -> None:
         """Attach ``rows`` of tier ``number`` to ``node``, a ghost."""
@@ -443,12 +428,6 @@ class OffloadTiers(GhostList):
         assert entry is not None and parent is not None and parent.offloaded is not None
         entry.kv = None
         parent.offloaded.num_children[entry.kv_tier] -= 1
-        self._tidy(parent)
-
-    def _forget(self, ghost: RadixNode) -> None:
-        """Add ``ghost``, of which only the tokens remain, to the ghost list."""
-        self._tidy(ghost)
-        super().add(ghost)
 
     def _release(self, number: int, rows: Indices) -> None:
         tier = self.tiers[number]
@@ -484,7 +463,6 @@ class OffloadTiers(GhostList):
                 assert not any(counts), f"{node} does not know of {counts} children below"
                 continue
             assert entry.num_children == counts, f"{node} has {counts} children below: {entry}"
-            assert not entry.is_empty, f"{node} has an empty lower part"
             place, state = _place(node), entry.state
             if entry.kv is not None:
                 assert node.kv is None, f"the KV of {node} is on the device and below"
