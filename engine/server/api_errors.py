@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -23,10 +22,11 @@ from engine.errors import (
     QueueFull,
     RequestError,
 )
-from engine.requests.request import RequestSpec, SamplingParams
 from engine.text.json_text import whole_text
 
 logger = logging.getLogger(__name__)
+NAMED = re.compile(r"'(\w[\w.]*)'|^([a-z]\w*) ")
+"""Name of a parameter in a message; those of the engine begin with it."""
 MAX_QUOTED, MAX_MESSAGE = 60, 280
 """Maximum length of a quotation from the request, and of the whole message."""
 ANTHROPIC = "/v1/messages"
@@ -49,9 +49,6 @@ REFUSALS: dict[str, tuple[int, str | None, dict[str, str] | None]] = {
 }
 """Status, code and headers of each kind of ``RequestError`` other than ``InvalidRequest``; any
 further kind is a failure of the engine."""
-ENGINE_FIELDS = {*RequestSpec.__struct_fields__, *(one.name for one in fields(SamplingParams))}
-"""Names with which messages of the engine about a value begin, without quotation marks, because
-they are for callers in Python too."""
 KINDS = {404: "not_found_error", 429: "rate_limit_error"} | dict.fromkeys(
     (500, 502, 503), "server_error"
 )
@@ -71,11 +68,11 @@ class APIError(Exception):
         for_anthropic: str | None = None,
     ) -> None:
         """``param``: part of the body that caused it. With status 400 it is by default the one that
-        the message names in quotation marks. ``for_anthropic``: message in Anthropic's dialect, if
-        its clients parse it."""
+        the message names in quotation marks or begins with. ``for_anthropic``: message in
+        Anthropic's dialect, if its clients parse it."""
         super().__init__(short(message, MAX_MESSAGE))
-        named = re.search(r"'(\w[\w.]*)'", message) if status == 400 else None
-        param = named[1] if param is None and named else param
+        if param is None and status == 400 and (named := NAMED.search(message)):
+            param = named[1] or named[2]
         self._for_anthropic = for_anthropic or str(self)
         self.status, self.code, self.headers = status, code, headers
         self.param = None if param is None else short(param)
@@ -144,32 +141,19 @@ def short(text: str, most: int = MAX_QUOTED) -> str:
     return whole_text(" ".join(cut.splitlines()))
 
 
-def of_value(error: ValueError, param: str | None = None) -> APIError:
-    """Describe a wrong value of the field ``param`` of a body, or of the one that the message
-    names: in quotation marks, except for messages about ``ENGINE_FIELDS``."""
-    message = str(error)
-    name, _, rest = message.partition(" ")
-    if name in ENGINE_FIELDS:
-        message = f"'{name}' {rest}"
-    return APIError(400, message[:1].upper() + message[1:], param=param)
-
-
-def of_failure(error: Exception, param: str | None = None) -> APIError:
-    """Convert ``error``, caused by the part ``param`` of a body, to the error that clients get, no
-    matter which process raised it."""
+def of_failure(error: Exception) -> APIError:
+    """Convert ``error`` to the error that clients get, no matter which process raised it."""
     if isinstance(error, APIError):
         return error
     if not isinstance(error, RequestError):
         logger.error("A request failed.", exc_info=error)
         return APIError(500, "The server failed on this request; see its log for the reason.")
     if error.kind == InvalidRequest.kind:
-        return of_value(ValueError(str(error)), param)
+        return APIError(400, str(error))
     if error.kind not in REFUSALS:
         return APIError(500, f"The engine failed on this request: {str(error).rstrip('.')}.")
     (status, code, headers), for_anthropic = REFUSALS[error.kind], None
     if isinstance(error, ContextOverflow):  # The sentence that Anthropic's clients recognise.
         room = error.max_model_len - min(error.max_tokens, 1)
         for_anthropic = f"prompt is too long: {error.prompt_len} tokens > {room} maximum"
-    return APIError(
-        status, str(error), param=param, code=code, headers=headers, for_anthropic=for_anthropic
-    )
+    return APIError(status, str(error), code=code, headers=headers, for_anthropic=for_anthropic)

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.server.api_errors import APIError, note_error, of_failure, of_value, quoted, short
+from engine.server.api_errors import APIError, note_error, of_failure, quoted, short
 from engine.server.settings import ServerConfig
 from engine.text.json_text import read_json
 
@@ -133,18 +133,13 @@ def settled(value: Any) -> Any:
 
 def converted(value: Any, of_type: type[Result], place: str = "") -> Result:
     """Return the settled JSON ``value`` at this ``place`` of a body as ``of_type``. Raises APIError
-    400."""
+    400 with one sentence about the first fault."""
     try:
         return msgspec.convert(value, of_type, str_keys=True)
     except msgspec.ValidationError as error:
-        raise of_validation(error, place) from None
-
-
-def of_validation(error: msgspec.ValidationError, place: str) -> APIError:
-    """Describe an ``error`` of ``msgspec`` at this ``place`` of a body in one sentence."""
-    if isinstance(error.__cause__, ValueError):
-        return of_value(error.__cause__)
-    text, _, at = str(error).replace("`", "").partition(" - at ")
+        if isinstance(error.__cause__, ValueError):
+            raise APIError(400, str(error.__cause__)) from None
+        text, _, at = str(error).replace("`", "").partition(" - at ")
     what = "A name in " if at.startswith("key") else "A value of " if at.endswith("[...]") else ""
     path = at.rpartition("$")[2].removesuffix("[...]")
     param, code = (place + re.sub(r"\[(\d+)\]", r".\1", path)), None
@@ -157,7 +152,7 @@ def of_validation(error: msgspec.ValidationError, place: str) -> APIError:
         said = re.sub("Invalid (enum )?value", "cannot be", text.replace("Expected ", "must be "))
         said = f"{short(said, 120)}: see /openapi.json"
     param = param.removeprefix(".")
-    return APIError(400, f"{what}{quoted(param)} {said}.", param=param, code=code)
+    raise APIError(400, f"{what}{quoted(param)} {said}.", param=param, code=code)
 
 
 class ClientGone(APIError):

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from engine.requests.chat_prompt import ChatPrompt, no_chat
 from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls
-from engine.server.api_errors import APIError, of_value
+from engine.server.api_errors import APIError
 from engine.server.bodies import event, run
 from engine.server.context import Call, Writer, finite, new_id, token_text
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
@@ -43,7 +43,7 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
         return ()
     if form.calls is None:
         message = "This model's form of calls is not supported: omit 'tools', or read calls in the "
-        raise APIError(400, message + "text with 'tool_choice' 'none'.", param="tools")
+        raise APIError(400, message + "text with 'tool_choice' 'none'.")
     return body.tools
 
 
@@ -52,7 +52,7 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
     context, tenant = call.context, call.tenant
     template = context.tokenizer.chat_template
     if template is None:
-        raise APIError(400, no_chat(context.tokenizer), param="messages")
+        raise APIError(400, no_chat(context.tokenizer))
     has_developer = "developer" in template.source
 
     def work() -> ChatPrompt:
@@ -90,7 +90,7 @@ async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest
     try:
         body = await run(call.size, convert)
     except ValueError as error:
-        raise of_value(error) from error
+        raise APIError(400, str(error)) from error
     template = call.context.tokenizer.chat_template
     if template is None or template.takes_late_system:
         return body

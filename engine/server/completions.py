@@ -60,7 +60,7 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
 class _CompletionWriter(Writer):
     """Writes completions. The first part of each choice has the echoed prompt."""
 
-    KIND, PROMPT = "text_completion", "prompt"
+    KIND = "text_completion"
     _body: CompletionRequest
 
     def __init__(self, call: Call, body: CompletionRequest) -> None:

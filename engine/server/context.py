@@ -28,12 +28,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.async_engine import AsyncEngine, RequestStream
-from engine.errors import ContextOverflow, RequestError
+from engine.errors import RequestError
 from engine.requests.chat_prompt import Replay
 from engine.requests.grammar import MAX_CHARS, Grammar
 from engine.requests.request import RequestSpec
 from engine.server.access import Access, Tenant
-from engine.server.api_errors import APIError, of_failure, of_value, quoted
+from engine.server.api_errors import APIError, of_failure, quoted
 from engine.server.bodies import (
     DONE,
     Body,
@@ -124,7 +124,7 @@ class ServingContext:
         try:
             return await run(sum(map(len, prompts)), work)
         except ValueError as error:
-            raise of_value(error, "prompt") from error
+            raise APIError(400, str(error), param="prompt") from error
 
     async def grammar_of(
         self, forms: Mapping[str, Callable[[], Grammar]], is_thinking: bool = False
@@ -176,8 +176,6 @@ class Writer(ABC):
 
     KIND: str
     """Kind of the answers of OpenAI's completions."""
-    PROMPT = "messages"
-    """Name of the prompt in the body."""
 
     def __init__(self, call: Call, body: Sampling, answer_id: str, num_prompts: int = 1) -> None:
         """Raises APIError 400 if there are more answers than the queue can hold, so a retry would
@@ -275,8 +273,7 @@ class Writer(ABC):
             if not isinstance(error, ValueError | RequestError):
                 raise
             context.metrics.count_failure(error)
-            param = self.PROMPT if isinstance(error, ContextOverflow) else None
-            raise of_failure(RequestError.of(error), param) from error
+            raise of_failure(RequestError.of(error)) from error
 
     async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
         """Yield (index of the answer, whether it is its first output) after each output, until all

