@@ -42,7 +42,7 @@ def load_runner(
         exactness = check_exactness(loaded) if is_checked else Exactness()
         reserved_bytes = loaded.step_state_bytes + loaded.own_state_bytes
         if warms_up:
-            reserved_bytes = _rehearsed_bytes(loaded)
+            reserved_bytes = measure(loaded)
         plan = loaded.plan(page_size=config.page_size).fit(
             loaded.device, config.cache_bytes, reserved_bytes, rank
         )
@@ -59,24 +59,14 @@ def load_runner(
         ) from None
 
 
-def _rehearsed_bytes(loaded: LoadedModel) -> int:
-    """Measure the bytes to keep free for tables, graphs and the largest step, on the smallest
-    memory."""
-    longest = loaded.settings.max_model_len or loaded.config.max_len
-    free_bytes = loaded.device.unused_bytes()
-    runner = ModelRunner(loaded, loaded.plan(), longest)
-    return max(0, free_bytes - loaded.device.unused_bytes()) + measure(runner)
-
-
 def _max_model_len(loaded: LoadedModel, plan: MemoryPlan) -> int:
     asked, longest = loaded.settings.max_model_len, plan.max_request_len
     if asked is None:
         return min(loaded.config.max_len, longest)
     if asked > longest:
         need = (asked + plan.num_kv_tokens - longest) * plan.row_bytes / GIB
-        what = "its KV and states" if plan.slab_rows else "KV"
         raise ModelError(
-            f"one request of max_model_len {asked} needs {need:.3g} GiB for {what}; "
+            f"one request of max_model_len {asked} needs {need:.3g} GiB for KV and states; "
             f"there is room for {counted(longest, 'token')}."
         )
     return asked
@@ -182,15 +172,19 @@ def warm_up(runner: ModelRunner) -> WarmUp:
 
 
 @torch.inference_mode()
-def measure(runner: ModelRunner) -> int:
-    """Measure the additional bytes that graphs and the largest step take.
+def measure(loaded: LoadedModel) -> int:
+    """Measure the bytes to keep free for tables, graphs and the largest step, on the smallest
+    memory.
 
     The first graph of each kind takes the memory that all share; the second is used to estimate
     each further one. Memory that was cached during loading must not count as used before, but the
     memory that the step leaves cached is needed by it.
     """
-    device = runner.device
-    before, num_bytes = device.unused_bytes(), 0
+    device, num_bytes = loaded.device, 0
+    free_bytes = device.unused_bytes()
+    longest = loaded.settings.max_model_len or loaded.config.max_len
+    runner = ModelRunner(loaded, loaded.plan(), longest)
+    before = device.unused_bytes()
     for kind in captures(runner):
         for capture in kind[:1]:
             capture()
@@ -202,18 +196,13 @@ def measure(runner: ModelRunner) -> int:
     for newest in guesses(runner):
         runner.guess(newest, [1] * len(newest))
     device.synchronize()
-    return num_bytes + max(0, before - device.free_bytes())
+    return num_bytes + max(0, free_bytes - before) + max(0, before - device.free_bytes())
 
 
 def captures(runner: ModelRunner) -> list[list[Callable[[], None]]]:
     """Return functions that capture each graph of each kind, largest first."""
     kinds: list[Any] = [kind for kind in runner.graphs if kind is not None]
     return [[partial(kind.capture, bucket) for bucket in kind.buckets] for kind in kinds]
-
-
-def lengths(most: int) -> list[int]:
-    """Return ``most`` and the smaller powers of two, down to 1."""
-    return [most, *(2**power for power in reversed(range((most - 1).bit_length())))]
 
 
 def guesses(runner: ModelRunner) -> list[list[Newest]]:
@@ -231,30 +220,25 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
     slot, saved = runner.tensors.padding_slot, runner.tensors.padding_checkpoint
     longest = runner.max_model_len
 
-    def prefill(length: int, logits: Literal["all", "last"]) -> Segment:
-        last = length // TILE * TILE
-        exports = ((last, saved),) if last and saved is not None else ()
-        return Segment(row, slot, np.zeros(length, np.int32), 0, False, exports, logits)
-
     def prefills(length: int, logits: Literal["all", "last"]) -> Iterator[Segment]:
         for start in range(0, length, longest):
-            yield prefill(min(longest, length - start), logits)
+            tokens = np.zeros(min(longest, length - start), np.int32)
+            last = len(tokens) // TILE * TILE
+            exports = ((last, saved),) if last and saved is not None else ()
+            yield Segment(row, slot, tokens, 0, False, exports, logits)
 
-    def decode() -> Segment:
-        exports = () if saved is None else ((longest, saved),)
-        return Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
-
-    def verified(num_drafts: int) -> Segment:
-        tokens, start = np.zeros(1 + num_drafts, np.int32), longest - 1 - num_drafts
-        return Segment(row, slot, tokens, start, True, logits="all", num_drafts=num_drafts)
-
-    for length in lengths(runner.most_step_tokens):
+    exports = () if saved is None else ((longest, saved),)
+    decode = Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
+    two = np.zeros(2, np.int32)
+    verified = Segment(row, slot, two, longest - 2, True, logits="all", num_drafts=1)
+    most = runner.most_step_tokens
+    for length in (most, *(2**power for power in reversed(range((most - 1).bit_length())))):
         num_scored = min(length, MAX_SCORED)
         yield Batch((*prefills(num_scored, "all"), *prefills(length - num_scored, "last")))
     for count in (4, 3, 2, 1):
         if count <= runner.max_running_rows:
             copies = () if slot is None or saved is None else ((saved, slot),) * count
-            yield Batch((*[decode()] * count, prefill(1, "all")), restores=copies)
-            yield Batch((decode(),) * count)
+            yield Batch((*[decode] * count, *prefills(1, "all")), restores=copies)
+            yield Batch((decode,) * count)
             if 2 * count <= min(runner.num_step_states, 2 * (longest - 1)):
-                yield Batch((verified(1),) * count)
+                yield Batch((verified,) * count)

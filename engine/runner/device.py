@@ -45,17 +45,8 @@ class Device:
         return cls(device)
 
     def of_rank(self, number: int) -> Device:
-        """Return the device of one of several ranks. Each rank has a separate device, except that
-        all share a CPU. Raises ModelError."""
-        if self.is_cpu:
-            return self
-        try:
-            return Device.resolve(f"{self.torch_device.type}:{number}")
-        except ModelError:
-            raise ModelError(
-                f"--tp needs one {self.torch_device.type} device per rank, and there is none "
-                f"for rank {number}: lower --tp, or use --device cpu."
-            ) from None
+        """Return the device of one of several ranks, which share a CPU. Raises ModelError."""
+        return self if self.is_cpu else Device.resolve(f"{self.torch_device.type}:{number}")
 
     @property
     def is_cpu(self) -> bool:
@@ -63,8 +54,7 @@ class Device:
 
     @property
     def module(self) -> ModuleType:
-        """Module of the device (``torch.cpu``, ``torch.cuda`` ...) with streams, graphs and memory
-        figures."""
+        """Module of the device, ``torch.cpu`` or ``torch.cuda``."""
         return cast(ModuleType, torch.get_device_module(self.torch_device))
 
     def make_current(self) -> None:
@@ -73,8 +63,7 @@ class Device:
             self.module.set_device(self.torch_device)
 
     def supports(self, quantization: str | None) -> bool:
-        """Return True if weights in this 8-bit format can be multiplied on the device, or if it is
-        None."""
+        """Return True if weights in this format can be multiplied on the device."""
         if quantization != "fp8" or self.is_cpu:
             return True
         return bool(self.module.get_device_capability(self.torch_device) >= (8, 9))
@@ -87,8 +76,7 @@ class Device:
         return int(free)
 
     def unused_bytes(self) -> int:
-        """Return the memory in bytes that is available after torch has released its cached
-        memory."""
+        """Return the available bytes after torch has released its cached memory."""
         gc.collect()
         self.release()
         return self.free_bytes()
@@ -99,8 +87,8 @@ class Device:
             self.module.empty_cache()
 
     def register(self, host: torch.Tensor) -> bool:
-        """Page-lock ``host``, ordinary memory, until its end, so that copies to and from the device
-        are asynchronous. Returns False if that is not possible, so that copies block the host."""
+        """Page-lock ``host`` until its end, so that copies to and from the device are asynchronous.
+        Returns False if that is not possible."""
         if not hasattr(self.module, "cudart") or not host.numel():
             return False
         runtime = self.module.cudart()
@@ -113,12 +101,8 @@ class Device:
         return True
 
     def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
-        """Return a function that captures graphs, all with one memory pool.
-
-        It runs ``work`` once, then captures its launches, and returns a function that repeats them
-        on the same memory. Graphs of one recorder overwrite each other's memory: one graph is
-        replayed at a time, and its results are read before the next replay.
-        """
+        """Return a function that runs work once, captures its launches, and returns a function that
+        repeats them on the same memory. Graphs of one recorder overwrite each other's memory."""
         pool = self.module.graph_pool_handle()
         # By default, all graphs of a process share a stream, of the device with the first one.
         stream = self.module.Stream(self.torch_device)
@@ -151,7 +135,7 @@ class HostCopy:
     """Tensors of one device, possibly still being copied to the host."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
-        """Start to copy ``tensors``, after all work submitted to the current stream so far."""
+        """Start to copy ``tensors``, after the present work of the current stream."""
         self._event = None
         self._copies = tensors
         device = tensors[0].device

@@ -77,7 +77,7 @@ class WeightFiles:
             )
 
     def ties(self, embedding: str) -> bool:
-        """Return True unless the files have a head that differs from the tensor ``embedding``."""
+        """Return True unless the files have a head that differs from ``embedding``."""
         head, own = self.tensors.get(TIED_HEAD), self.tensors.get(embedding)
         if head is None or own is None:
             return True
@@ -121,8 +121,7 @@ class WeightFiles:
             )
 
     def fill(self, layer: Layer) -> None:
-        """Copy the tensors of one layer to their targets, and check their numbers. Raises
-        WeightsError."""
+        """Copy the tensors of one layer, and check their numbers. Raises WeightsError."""
         for name, parameter in layer.parameters():
             tensor, scale, scheme = self.tensors[name], None, parameter.scheme
             if scheme is not None:
@@ -179,7 +178,7 @@ def _check_whole_blocks(name: str, parameter: Parameter) -> None:
 
 
 def name_beside(name: str, word: str) -> str:
-    """Return the name of the scales or zero points of the weight ``name``."""
+    """Return the name of the scales or zero points of a weight."""
     return f"{name.removesuffix('.weight')}.{word}"
 
 
@@ -402,23 +401,14 @@ def _weight_spec(
     if config.fp8_activations:
         fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
         if not (device.supports("fp8") and all(fused)):
-            raise ModelError(
-                "--fp8-activations needs a GPU with fp8 products and Triton's kernels for them; "
-                "serve without it."
-            )
+            raise ModelError("--fp8-activations needs a GPU with fp8 products, and Triton.")
     if config.load_format == "dummy":
         return WeightSpec(*place, fp8_activations=config.fp8_activations)
-    products = {
-        (format, columns)
-        for format, columns in kernels["linear"].PRODUCTS
-        if device.supports(format)
-    }
+    products = {pair for pair in kernels["linear"].PRODUCTS if device.supports(pair[0])}
     files = read_quantization(raw, config.model_dir)
     spec = WeightSpec(*place, files, frozenset(products), config.fp8_activations)
     if spec.fp8_activations and not spec.has_fp8_products:
-        raise ModelError(
-            "--fp8-activations needs fp8 weights, which this model has with --quantization fp8."
-        )
+        raise ModelError("--fp8-activations needs fp8 weights: use --quantization fp8.")
     return spec
 
 

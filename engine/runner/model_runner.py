@@ -236,7 +236,6 @@ class ModelRunner:
         """Return the KV indices of the positions of ``row`` below ``end``, on the host."""
         return self.table.host[row, :end]
 
-    @torch.inference_mode()
     def use_graphs(self, word: str, record: Record | None = None) -> None:
         """Select the steps to capture as graphs.
 
@@ -251,7 +250,7 @@ class ModelRunner:
             return
         words = self.kernels.words()
         if record is None and word != "all" and words.get("linear") == "native":
-            with suppress(NotRecordableError):
+            with suppress(NotRecordableError), torch.inference_mode():
                 graphs = self._decode_graphs(record_native, is_native=True)
                 for kind in (graphs.decodes, graphs.verifies):
                     if kind is not None:

@@ -69,8 +69,8 @@ class Sampler:
     def launch(
         self, logits: torch.Tensor, requests: Sequence[SamplingInput], rows: Sequence[int]
     ) -> Drawn:
-        """Start drawing a token for each request, from its row of ``logits [N, vocab]``, without
-        waiting for the device. ``rows`` ascend."""
+        """Start drawing a token for each request, from its row of ``logits [N, vocab]``. ``rows``
+        ascend."""
         logits = _pick(logits, rows)
         tokens, sound = self._choose(logits, requests), _are_numbers(logits)
         wanted = [request.params.logprobs for request in requests]
