@@ -1,8 +1,4 @@
-"""Arrival processes of sessions, pauses between turns, and the resulting order of requests.
-
-A session is a list of turns without times. ``interleave`` gives each session a start (Poisson,
-fixed, bursts) and each turn a pause, and merges them by time. It holds only the open sessions.
-"""
+"""Arrivals of sessions, pauses between their turns, and the resulting order of requests."""
 
 from __future__ import annotations
 
@@ -42,11 +38,8 @@ class Starts:
 
 @dataclass(frozen=True, slots=True)
 class Pauses:
-    """Time from one turn to the next of a session: writing the answer, then thinking about it.
-
-    Thinking is log-normal: half of the pauses are shorter than ``median_s`` and one in six longer
-    than ``median_s * exp(spread)``.
-    """
+    """Time from one turn to the next of a session: writing the answer, then a pause of log-normal
+    length."""
 
     median_s: float = 60.0
     spread: float = 1.0
@@ -87,12 +80,9 @@ def interleave(
     unit: int = 1,
     seed: int = 0,
 ) -> Iterator[TraceRequest]:
-    """Merge sessions by time: session k starts at the k-th start, its turns follow after pauses.
-
-    Without ``pauses`` each request keeps the distance to its session's first that its timestamp
-    says. Ties go to the session that started first. O(log(open sessions)) a request; only open
-    sessions are held.
-    """
+    """Merge sessions by time: session k starts at the k-th start. Its turns follow after
+    ``pauses``, or keep their distances. Ties go to the session that started first. O(log(open
+    sessions)) a request; only open sessions are held."""
     rng = np.random.default_rng(seed)
     heap: list[tuple[float, int, int, Sequence[TraceRequest], list[float]]] = []
 

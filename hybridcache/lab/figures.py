@@ -74,10 +74,8 @@ def sweep_figure(
     words: str | Sequence[str] | None = None,
 ) -> Figure:
     """Draw metrics over the memory size: a panel per trace and metric, a line per competitor.
-
-    Without ``words``, a panel of token hit rates is followed by one of shares of the best plan with
-    hindsight, if plans were computed. Plans and bounds are black lines.
-    """
+    Without ``words``: token hit rates, and shares of the best plan with hindsight if there are
+    plans."""
     if words is None:
         known = any(run.optimum_tokens is not None for result in results for run in result.runs)
         words = ("hit", "optimum") if known else "hit"
@@ -186,12 +184,8 @@ def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
 
 
 def line_look(place: int, count: int) -> dict[str, Any]:
-    """Return colour, marker, dashes and widths for line ``place`` of ``count``.
-
-    Earlier lines are wider, later ones dashed and on top, and markers are hollow: where lines
-    coincide, all of them are visible. Lines of one colour have other dashes, up to four times the
-    number of colours.
-    """
+    """Return colour, marker, dashes and widths for line ``place`` of ``count``. Earlier lines are
+    wider, so that all are visible where lines coincide."""
     behind = (count - 1 - place) / max(1, count - 1)
     return {
         "color": COLOURS[place % len(COLOURS)],

@@ -84,9 +84,8 @@ class FleetResult:
 
 def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:
     """Run a fleet over a trace, which is best held in memory (``Trace.kept``). Every replica has
-    the cache, the memory and the machine of ``scenario``. O(events log events). ValueError for a
-    router that does not exist or chooses no replica, and for a scenario of several policies or
-    sizes. Rebuilt peers publish no events for routers."""
+    the cache, the memory and the machine of ``scenario``, which has one policy and size. O(events
+    log events)."""
     points, _ = scenario.points(trace, max(scenario.page_size, trace.unit))
     geometry, [cell] = scenario.geometry(), scenario.cells(points)
     work = [(one.timestamp_s, geometry.flops(0, one.num_tokens(trace.unit))) for one in trace]

@@ -26,9 +26,8 @@ GENERATORS: dict[str, Callable[..., Trace]] = {}
 
 
 def generator(draw: Callable[Options, Requests]) -> Callable[Options, Trace]:
-    """Return the function that makes the trace of the requests that ``draw`` yields, under the name
-    of ``draw``, and add it to ``GENERATORS``. It refuses wrong arguments, which ``draw`` would find
-    when the trace is read."""
+    """Return the function that makes the trace of ``draw``, under its name, and add it to
+    ``GENERATORS``. It refuses wrong arguments at once."""
     signature, name = inspect.signature(draw), draw.__name__.replace("_", "-")
 
     @wraps(draw)
@@ -89,10 +88,7 @@ class Writer:
 @generator
 def chat(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 conversations of 8 turns over 4 system prompts of 1,500 tokens. A turn adds about
-    300 tokens, its answer about 250.
-
-    Each round visits the conversations in a new random order. Ideal token hit rate .918.
-    """
+    300 tokens, its answer about 250. Each round has a new order. Ideal token hit rate .918."""
     writer = Writer(seed, boundaries)
     systems = [writer.text(1500) for _ in range(4)] * 10
     return _rounds(writer, systems, 8, partial(writer.spread, 300), partial(writer.spread, 250))
@@ -187,8 +183,7 @@ def conversations(
     U{200..1,000} tokens, floor(2n/3) of them the user's.
 
     ``live`` conversations are open. The next request comes from a random one, and a finished one is
-    replaced. The defaults give 10,000 requests of about 2,100 tokens; 20 conversations of 200 turns
-    are the long variant (mean prompt 61,000).
+    replaced.
     """
     writer = Writer(seed, boundaries)
     systems = [writer.text(500) for _ in range(16)]
@@ -313,13 +308,9 @@ def tree_of_thoughts(
 ) -> Requests:
     """Generate problems solved by a breadth-first search over thoughts: short prompts that branch.
 
-    At each of ``depth`` steps, one prompt per kept path requests ``proposals`` next thoughts. Each
-    thought is then judged ``samples`` times in a separate prompt, and ``beam`` paths are kept. Both
-    prompts consist of instructions (U{200..280} tokens, the same for all problems), a problem of
-    U{30..50} and thoughts of U{20..40}: about 330 tokens on average.
-
-    Source: Tree of Thoughts (arXiv 2305.10601), section 4.1. The defaults are its breadth, depth
-    and number of samples.
+    At each of ``depth`` steps, a prompt per kept path requests ``proposals`` thoughts, each is
+    judged ``samples`` times in a prompt of its own, and ``beam`` paths are kept. The defaults are
+    those of Tree of Thoughts (arXiv 2305.10601), section 4.1.
     """
     writer = Writer(seed)
     propose, judge = (writer.text(writer.between(200, 280)) for _ in range(2))
@@ -362,18 +353,11 @@ def tree_search(
 ) -> Requests:
     """Generate a ToolBench-like workload of depth-first searches.
 
-    A task's prompt begins with one of ``toolsets`` shared system prompts with tools, of around
-    ``root`` tokens. Actions and their results, around ``step`` tokens together, follow along one
-    path.
-
-    An action is tried, and then others below it down to ``depth``. It is a dead end with
-    probability ``dead_end``. In that case the search returns to the nearest ancestor with fewer
-    than ``width`` actions and requests another one. The note at the end of that prompt is not
-    repeated in later prompts.
-
-    A task ends after ``steps`` requests or when the tree is exhausted; ``parallel`` tasks take
-    turns. With ``boundaries``, each prompt states the end of its tools and
-    its own.
+    A task's prompt begins with one of ``toolsets`` system prompts of about ``root`` tokens. Actions
+    with results, about ``step`` tokens together, follow along one path. After a dead end, or at
+    ``depth``, the search returns to the nearest ancestor with fewer than ``width`` actions, with a
+    note that later prompts do not repeat. A task ends after ``steps`` requests; ``parallel`` tasks
+    take turns.
     """
     writer = Writer(seed)
     systems = [writer.text(writer.spread(root, 0.4)) for _ in range(toolsets)]
@@ -436,11 +420,8 @@ def sharegpt_like(
     systems: int = 0,
 ) -> Requests:
     """Generate the first ``requests`` of ``sessions`` chats. Questions and answers have log-normal
-    lengths with medians ``user`` and ``answer``.
-
-    If ``systems`` is positive, each session starts with one of ``systems`` shared prompts of 2,000
-    tokens.
-    """
+    lengths with medians ``user`` and ``answer``; sessions start with one of ``systems`` prompts of
+    2,000 tokens, if there are any."""
     writer = Writer(seed)
     shared = [writer.text(2000) for _ in range(systems)] or [writer.text(0)]
     openings = [shared[int(writer.rng.integers(len(shared)))] for _ in range(sessions)]

@@ -97,11 +97,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
 
 
 def ratio(parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndarray) -> Interval:
-    """Return ``sum(parts) / sum(wholes)`` with units drawn again with replacement.
-
-    A token hit rate is this ratio with reused tokens and prompt tokens of each session. The
-    difference of two rates is it too, with the difference of the reused tokens as parts.
-    """
+    """Return ``sum(parts) / sum(wholes)`` with units drawn again with replacement: of a token hit
+    rate, reused tokens and prompt tokens of each session."""
     parts, wholes = np.asarray(parts, float), np.asarray(wholes, float)
     if len(parts) != len(wholes) or not len(parts):
         raise ValueError(f"Expected as many parts as wholes (got {len(parts)}, {len(wholes)}).")
@@ -140,11 +137,8 @@ def linear_ratio(
 
 @cache
 def student_quantile(probability: float, degrees: int) -> float:
-    """Return the quantile of Student's distribution for a probability above one half.
-
-    Solved by bisection on the distribution function, which is an integral of the density
-    (Simpson's rule). O(1): some thousand operations.
-    """
+    """Return the quantile of Student's distribution for a probability above one half, by bisection
+    on the integral of the density (Simpson's rule)."""
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(
         degrees * math.pi
     )

@@ -40,13 +40,12 @@ from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import classes_notes, orders_classes, text_table
 from hybridcache.lab.scenario import Scenario, named_policies, sources_of, written_policy
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
-from hybridcache.lab.simulation.grid import identity_of, run_grid
+from hybridcache.lab.simulation.grid import RunFailed, identity_of, run_grid
 from hybridcache.lab.simulation.result import known_fields
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
@@ -71,8 +70,7 @@ class Split:
     """Closed loops, by trace specification: (GiB, sessions per second)."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values that a scenario refuses, for no seed or trace, for a repeated
-        closed loop, and for a trace with a seed of its own."""
+        """Raise ValueError for values that a scenario refuses, and for settings of no use."""
         if not self.gib or not self.seeds:
             raise ValueError("there are no seeds, or no sizes")
         for trace, own in self.gib.items():
@@ -88,10 +86,7 @@ class Split:
     @classmethod
     def load(cls, path: str | Path | None = None) -> Split:
         """Read a TOML file of the form of ``leaderboard.toml``; None for the packaged one.
-
-        Raises ValueError if a field is missing, unknown or wrong, OSError if the file cannot be
-        read.
-        """
+        ValueError if a field is missing, unknown or wrong."""
         source = Path(path) if path else resources.files(__package__) / "leaderboard.toml"
         try:
             read = tomllib.loads(source.read_text(encoding="utf-8"))
@@ -173,8 +168,6 @@ class Scores:
     """Sessions per second in closed loop, or None for a replay."""
     ttft_s: dict[str, float] = field(default_factory=dict)
     """Mean time to first token in closed loop, by policy."""
-    failures: dict[str, str] = field(default_factory=dict)
-    """Sentences about policies that failed, which have no rates here."""
 
     def as_record(self) -> dict[str, Any]:
         """Return a record for JSON."""
@@ -209,21 +202,15 @@ def run_job(_trace: Trace, job: BoardJob) -> Scores:
         eviction, _, placement = policy.partition("@")
         cell = replace(asked, policy=eviction, checkpoints=[placement or DEFAULT_PLACEMENT])
         result: SimulationResult | ClosedLoopResult
-        try:
-            if job.rate is None:
-                result = simulate(cell, bound=False, progress=False)
-            else:
-                served = replace(cell, rate=job.rate, admission="sessions", seeds=[job.seed])
-                result = closed_loop(served, progress=False)
-        except PolicyError as error:
-            scores.failures[policy] = str(error)
-            continue
-        if result.failures:
-            scores.failures[policy] = result.failures[0]
-            continue
-        scores.rates[policy] = [run.token_hit_rate for run in result.runs]
-        if isinstance(result, ClosedLoopResult):
+        if job.rate is None:
+            result = simulate(cell, bound=False, progress=False)
+        else:
+            served = replace(cell, rate=job.rate, admission="sessions", seeds=[job.seed])
+            result = closed_loop(served, progress=False)
             scores.ttft_s[policy] = result.runs[0].ttft_mean_s
+        if result.failures:
+            raise RunFailed(result.failures[0])
+        scores.rates[policy] = [run.token_hit_rate for run in result.runs]
     return scores
 
 
@@ -287,7 +274,7 @@ class Board:
             return self._cells(lambda job: [job.ttft_s[name]], is_loop=True)
 
         found = []
-        for name in self._names():
+        for name in self.scores[0].rates:
             shares = [interval((100 * _shares(rates(name), plan)).tolist()) for plan in plans]
             served: tuple[Interval, ...] = ()
             if self.split.closed_loop:
@@ -307,15 +294,6 @@ class Board:
             ]
         )
 
-    @property
-    def failures(self) -> dict[str, str]:
-        """A sentence per policy that failed in any run. Such policies have no row."""
-        return {name: words for one in self.scores for name, words in one.failures.items()}
-
-    def _names(self) -> list[str]:
-        """Return the policies with rates in all jobs."""
-        return [name for name in self.scores[0].rates if name not in self.failures]
-
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
         return f"<pre>{escape(self.table())}</pre>"
@@ -333,12 +311,11 @@ class Board:
                 f"Mean over cells. No intervals: they need at least {FEWEST_UNITS} seeds (got "
                 f"{num_seeds}), so differences can be chance."
             )
-        evictions = (name.partition("@")[0] for name in self._names())
+        evictions = (name.partition("@")[0] for name in self.scores[0].rates)
         lines = [
             f"{loops}{cells} of {traces}, {counted(num_seeds, 'seed')} each, {self.split.model}. "
             f"{explained}\n",
             text_table(self.heads(), [row.cells() for row in self.rows()]),
-            *(f"{name} failed: {words}" for name, words in self.failures.items()),
             *self.trace_notes,
             *classes_notes({name: not orders_classes(name) for name in evictions}),
         ]
@@ -376,16 +353,13 @@ def leaderboard(
 
     Args:
         policies: ``eviction`` or ``eviction@placement``; own ones as classes or ``module:Class``.
-        split: traces, sizes and seeds, or the path of their file; None for the packaged
-            evaluation split.
+        split: traces, sizes and seeds, or the path of their file; None for the packaged one.
         built_in: names of built-in evictions; each uses the default placement.
-        processes: runs at the same time, as in ``simulate``; changes no result.
         seeds: number of the first seeds to use; None for all.
-        resume_from: JSON lines of finished jobs, read first and appended to.
-        progress: function of (jobs done, all), or False for none, as in ``simulate``.
+        processes, resume_from, progress: as in ``simulate``, for jobs in place of runs.
 
-    Raises:
-        ValueError: a policy or a trace is unknown, or there is no policy or one without a name.
+    Raises ValueError if a policy or a trace is unknown, if a policy fails or has no name, and if
+    there is none.
     """
     if split is None or isinstance(split, str | Path):
         split = Split.load(split)
@@ -409,10 +383,6 @@ def leaderboard(
     )
     if failures:
         raise ValueError(failures[0])
-    failed = {name: words for one in scores for name, words in one.failures.items()}
-    done = [name for name in names if name not in failed]
-    if not done:
-        raise PolicyError(failed[names[0]])
-    reference = DEFAULT_EVICTION if DEFAULT_EVICTION in done else done[0]
+    reference = DEFAULT_EVICTION if DEFAULT_EVICTION in names else names[0]
     notes = [f"{one}: {note}" for one in split.gib for note in open_trace(one).notes]
     return Board(split, reference, scores, notes)

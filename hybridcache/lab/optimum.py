@@ -89,11 +89,9 @@ def _cut(node: PrefixNode, depth: int) -> None:
 
 
 def build_trie(requests: Iterable[TraceRequest], *, grid: int = 1) -> VisitedTrie:
-    """Read a trace into its visited positions. O(tokens).
-
-    Checkpoints may be at the deepest position that a set of requests shares (branch points, ends,
-    prompt ends, floored to ``grid``). This loses nothing but the option to keep part of a segment.
-    """
+    """Read a trace into its visited positions. O(tokens). Checkpoints may be at the deepest
+    position that a set of requests shares, which loses nothing but the option to keep part of a
+    segment."""
     roots: dict[object, PrefixNode] = {}
     ends: list[PrefixNode] = []
     lens: list[int] = []
@@ -154,11 +152,7 @@ Entries = tuple[Position, npt.NDArray[np.bool_], int, npt.NDArray[np.intp]]
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """Bytes that may be kept between two requests, and the sizes of entries.
-
-    Without ``running_bytes``, memory held by the running request itself is not counted, so the
-    optimum also bounds caches that do not count it.
-    """
+    """Bytes that may be kept between two requests, and the sizes of entries."""
 
     capacity_bytes: int
     kv_bytes_per_token: int
@@ -249,8 +243,7 @@ class Plan:
         return bool(most <= self.budget.capacity_bytes)
 
     def verify(self) -> None:
-        """Check from scratch that a cache could execute the plan. Raises AssertionError naming the
-        rule that is broken."""
+        """Check from scratch that a cache could execute the plan. Raises AssertionError."""
         budget, paths, lens = self.budget, self.trie.paths, self.trie.prompt_lens
         entries: list[Entries] = []
         for position in self.trie.positions:
@@ -299,11 +292,8 @@ class Plan:
 
 
 def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
-    """Build a plan by density: add hits until no remaining hit is worthwhile or fits.
-
-    Of the O(requests x depth) candidates only those that come to the top are measured, each in
-    O(depth + steps) in numpy.
-    """
+    """Build a plan by density: add hits until no remaining hit is worthwhile or fits. Only
+    candidates that come to the top are measured, each in O(depth + steps) in numpy."""
     plan = Plan(trie, budget)
 
     def first_density(position: Position, interval: int) -> float:
@@ -349,10 +339,8 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """Plan with hindsight for one trace and one budget, verified from scratch.
-
-    The optimum is at least ``reached`` and at most ``bound``.
-    """
+    """Plan with hindsight for one trace and one budget, verified from scratch. The optimum is at
+    least ``reached`` and at most ``bound``."""
 
     trace: str
     """Name of the trace."""
@@ -387,11 +375,9 @@ def best_plan(
 ) -> Optimum:
     """Build a plan of contents of the cache and positions of checkpoints, with hindsight.
 
-    ``grid`` is in tokens. ``counts_running``: the running request's KV and state take memory too,
-    as in every cache of this project. A request that the memory cannot hold counts nothing.
-
-    Raises ValueError for a grid that does not fit the trace's unit and for a trace without a
-    request.
+    ``grid`` is in tokens. ``counts_running``: the running request's KV and state take memory too;
+    one that the memory cannot hold counts nothing. ValueError for a grid that does not fit the
+    trace's unit and for a trace without a request.
 
     >>> from hybridcache.lab.generators import resend
     >>> best = best_plan(resend().head(60), ModelGeometry.preset("qwen3-next"), 2.0)

@@ -66,7 +66,7 @@ def walk(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
 
 
 def split(node: PrefixNode, depth: int) -> PrefixNode:
-    """Split ``node``'s edge at ``depth``; returns the new upper node, which has the KV locks but no
+    """Split ``node``'s edge at ``depth``; returns the new upper node, with the KV locks but no
     state."""
     parent = node.parent
     assert parent is not None and parent.depth < depth < node.depth
@@ -82,9 +82,8 @@ def split(node: PrefixNode, depth: int) -> PrefixNode:
 def grow(
     node: PrefixNode, matched: int, tokens: Tokens
 ) -> tuple[PrefixNode, int, PrefixNode | None]:
-    """Make ``tokens`` end at a node. ``node`` and ``matched`` are the result of their ``walk``.
-    Returns the end, the number of new tokens, and the node made by a split where the new tokens
-    leave the tree (None if no edge was split there). O(new tokens)."""
+    """Make ``tokens`` end at a node; ``node`` and ``matched`` are their ``walk``. Returns the end,
+    the number of new tokens, and the node made by a split where they leave the tree, if any."""
     fork = None
     if matched < node.depth:
         node = fork = split(node, matched)

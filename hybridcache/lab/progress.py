@@ -20,10 +20,8 @@ a bar if the output is a terminal or a notebook."""
 def shown_progress(
     progress: Progress, unit: str, name: str | None = None
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yield the function to call with (done, all); 0 if the number of all is unknown.
-
-    The bar appears after half a second, on the standard error stream.
-    """
+    """Yield the function to call with (done, all); 0 if the number of all is unknown. A bar appears
+    after half a second."""
     if progress is False:
         yield lambda done, total: None
         return

@@ -292,7 +292,7 @@ class Scenario:
     @classmethod
     def of(cls, given: Scenario | str | Trace, settings: dict[str, Any]) -> Scenario:
         """Return the scenario of a function's arguments: a scenario, or a trace, and settings that
-        replace its own. TypeError for a setting that does not exist."""
+        replace its own. TypeError for an unknown setting."""
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
             if name not in known:
@@ -309,8 +309,7 @@ class Scenario:
                 raise ValueError(f"{name} {reason}")
 
     def refuse_load(self) -> None:
-        """Raise ValueError for a setting of a closed loop, in a replay, and for times of answers
-        that do not overlap."""
+        """Raise ValueError for settings without an effect in a replay."""
         self.refuse(
             settings_of(LOAD),
             "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)",
@@ -336,8 +335,8 @@ class Scenario:
             raise ValueError(f"{path}: {error}") from None
 
     def to_toml(self) -> str:
-        """Return all settings that differ from their defaults. ValueError for a setting that is an
-        object without a name in a file."""
+        """Return all settings that differ from their defaults. ValueError for one without a name in
+        a file."""
         given = {one.name: getattr(self, one.name) for one in fields(self)}
         lines = [
             f"{name} = {_written(name, value)}\n"
@@ -347,13 +346,9 @@ class Scenario:
         return "".join(lines)
 
     def key(self, trace_identity: bytes) -> str:
-        """Return the identity of a single run's result: a hash of all settings, of the model's
-        sizes, of the times, of the trace (see ``identity_of``), and of ``RESULT_FORM``.
-
-        The source of the modules of the user's own policies is part of it, so that an edited policy
-        is another run. Modules that they import are not. ValueError for a policy that is an object,
-        which has no name in a file, and for times whose ``repr`` is not their values.
-        """
+        """Return the identity of a run's result: a hash of all settings, the model's sizes, the
+        times, the trace (see ``identity_of``), the source of the user's policies, and
+        ``RESULT_FORM``. ValueError for policies and times that have no name or values in a file."""
         policies = (*_each(self.policy), *_each(self.checkpoints), *_each(self.admission))
         own = sources_of(map(written_policy, policies))
         geometry = self.geometry()
@@ -399,10 +394,8 @@ class Scenario:
     def points(
         self, trace: Trace, page_tokens: int, usual: str | float = GIB_SPEC
     ) -> tuple[tuple[float, ...], int]:
-        """Return the sizes, GiB, and the bytes of the working set if they are shares of it, else 0.
-
-        ``usual`` are the sizes if none were given. ValueError for a size that cannot hold a page of
-        ``page_tokens`` tokens, and for shares of an empty trace.
+        """Return the sizes, GiB, ``usual`` if none were given, and the bytes of the working set if
+        they are shares of it, else 0. ValueError for a size that holds no page of ``page_tokens``.
         """
         spec, geometry, whole_bytes = self.gib, self.geometry(), 0
         spec = usual if spec is None else spec
@@ -423,9 +416,7 @@ class Scenario:
 
     def competitors(self) -> list[Scenario]:
         """Return a scenario per competitor: every policy with every placement, then every peer.
-
-        Raises ValueError for a policy, placement or baseline that does not exist, for a peer
-        without states to keep, if there is no competitor, and if two have the same label."""
+        ValueError for one that does not exist or fit the model, and if two have the same label."""
         geometry = self.geometry()
         base = replace(self, model=geometry, state_dtype=None, baseline=())
         found = [
@@ -498,9 +489,9 @@ class Scenario:
         return budget_bytes(self.size_gib)
 
     def cache_config(self, geometry: ModelGeometry, unit: int) -> CacheConfig:
-        """Return the cache in units of the trace: a row holds ``unit`` tokens, and the grid is
-        at least one unit. ValueError for a page or a grid that is neither whole units nor a part
-        of one, and for pools or tiers that can hold nothing."""
+        """Return the cache in units of the trace: a row holds ``unit`` tokens, and the grid is at
+        least one unit. ValueError for a page or a grid that is neither whole units nor a part of
+        one."""
         for name, size in (("page_size", self.page_size), ("grid", self.grid)):
             if size % unit and unit % size:
                 raise ValueError(
@@ -536,11 +527,8 @@ class Scenario:
         return parse_placement(_in_units(words, unit) if isinstance(words, str) else words)
 
     def exchange(self, geometry: ModelGeometry, unit: int) -> Exchange | None:
-        """Return the rule that compares seconds of copies with seconds of prefill, for lengths in
-        units. None if there is nothing below the device.
-
-        The devices of a roofline share the bytes from host memory as they share the work, each with
-        its own link; those from disk go to all devices together.
+        """Return the rule that compares seconds of copies with seconds of prefill, or None without
+        a lower tier. Devices of a roofline have a link each to host memory, and share that to disk.
         """
         if not self.host_gib and not self.disk_gib:
             return None
@@ -604,9 +592,8 @@ def _in_units(spec: str, unit: int) -> str:
 
 
 def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy, ...]:
-    """Return each policy as its name in specifications, or wrapped if it has none. With ``split``,
-    a text names several with commas between, and ``all`` stands for every built-in eviction
-    policy."""
+    """Return each policy as its name, or wrapped if it has none. With ``split``, a text names
+    several with commas between, and ``all`` every built-in eviction policy."""
     if split and isinstance(given, str):
         given = tuple(filter(None, split_specs(given)))
     found = _each(given)
@@ -649,10 +636,7 @@ def sources_of(policies: Iterable[str]) -> str:
 
 def _spec_of(own: Any) -> str | None:
     """Return ``module:Class`` of a class that is an attribute of its module, or
-    ``module:Class(alpha=2)`` of a ``partial`` of one with literals as arguments; else None.
-
-    Works for classes defined in a notebook cell.
-    """
+    ``module:Class(alpha=2)`` of a ``partial`` of one with literals as arguments; else None."""
     is_partial = isinstance(own, partial)
     kind = own.func if is_partial else own
     values = (*own.args, *own.keywords.values()) if is_partial else ()

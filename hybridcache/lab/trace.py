@@ -176,10 +176,8 @@ class Held:
 
 
 def checked(request: TraceRequest, unit: int) -> TraceRequest:
-    """Return ``request`` with its ids as int32[n] and ascending boundaries.
-
-    Raises ValueError or TypeError if it is invalid. O(n).
-    """
+    """Return ``request`` with its ids as int32[n] and ascending boundaries. Raises ValueError or
+    TypeError if it is invalid. O(n)."""
     now_s = request.timestamp_s
     if not isinstance(now_s, float | int | np.number) or not 0 <= now_s < math.inf:
         raise ValueError(f"timestamp_s must be a finite number of at least 0 (got {now_s!r})")
@@ -303,11 +301,8 @@ class DistinctNames:
 
 
 class FreshIds:
-    """Source of ids that no prompt contains, for answers without known tokens. It counts down from
-    2**31 - 1.
-
-    A trace's own ids must stay below ``FreshIds.FLOOR``.
-    """
+    """Source of ids that no prompt contains, for answers without known tokens: they count down from
+    2**31 - 1. Ids of a trace stay below ``FLOOR``."""
 
     FLOOR = 1 << 30
 

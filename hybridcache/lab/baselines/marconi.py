@@ -93,8 +93,7 @@ class LayerFlops:
         hidden: int = 4096,
         state: int = 128,
     ) -> LayerFlops:
-        """Return the FLOPs as counted in the paper, by default of its 7B model: multi-head
-        attention, two MLP matrices of 4 D, and Mamba."""
+        """Return the FLOPs as counted in the paper, by default of its 7B model."""
         mlp_token = num_mlp * 16.0 * hidden**2
         linear_token = num_linear * (12.0 * hidden**2 + 16.0 * hidden * state + 10.0 * hidden)
         pair = 4.0 * hidden
@@ -102,8 +101,8 @@ class LayerFlops:
 
     @classmethod
     def of(cls, config: BaselineConfig) -> LayerFlops:
-        """Return the FLOPs of the model that a config describes. All weights and recurrences count
-        as MLP: the split among them changes no efficiency of the paper's reading."""
+        """Return the FLOPs of the model of a config. All weights and recurrences count as MLP,
+        which changes no efficiency of the paper's reading."""
         num_attention = max(1, config.num_full_layers)
         # Each token attends to all before it and to itself: length * (length + 1) / 2 pairs.
         pair = config.pair_flops / num_attention / 2
@@ -131,11 +130,8 @@ class MarconiCache:
         reading: ``paper`` or ``artifact``.
         alpha: Weight of the efficiency, or None to tune it.
         window: Tuning starts after this multiple of the requests before the first eviction.
-            Published values are 5 to 15.
-        flops: FLOPs by layer kind. Default: those of the model in ``config``, or of the paper's 7B
-            model if ``config`` describes none.
-        leaf_lru: True for the paper's baseline SGLang+: the same admission, LRU eviction of leaves
-            only, and hits that refresh the whole path.
+        flops: FLOPs by layer kind; by default of the model in ``config``, or the paper's.
+        leaf_lru: True for the paper's baseline SGLang+.
     """
 
     def __init__(
@@ -191,7 +187,7 @@ class MarconiCache:
             self._evict_then_insert(root, np.concatenate([tokens, output]))
 
     def check(self) -> None:
-        """Raise AssertionError unless the byte count and the candidates match the tree. O(tree)."""
+        """Raise AssertionError unless the bytes and the candidates match the tree. O(tree)."""
         used = 0
         stack = list(self.roots.values())
         while stack:
@@ -230,10 +226,7 @@ class MarconiCache:
         self._evict(self.used_bytes - self.config.budget_bytes, fresh)
 
     def _evict_then_insert(self, root: PrefixNode, whole: Tokens) -> None:
-        """Evict for the whole text and at most two states, then insert.
-
-        States are saved at the end of the text and at the split made by the insertion.
-        """
+        """Evict for the whole text and at most two states, then insert."""
         self.clock += 1
         reusable = self._match(root, whole)
         _, matched = walk(root, whole)

@@ -87,12 +87,9 @@ class _Hit:
 
 
 class VllmCache:
-    """vLLM 0.33 in ``align`` mode.
-
-    ``match_unit``: tokens (None for a whole block). ``retention``: 0 keeps the states of prompt
-    ends and junctions; N (a multiple of the block) those and every N tokens at ends of chunks; None
-    all. Raises ValueError on any other retention.
-    """
+    """vLLM 0.33 in ``align`` mode. ``match_unit``: tokens, or None for a whole block.
+    ``retention``: 0 keeps the states of prompt ends and junctions, N those and every N tokens at
+    ends of chunks, None all."""
 
     def __init__(
         self, config: BaselineConfig, match_unit: int | None = None, retention: int | None = 0
@@ -127,8 +124,7 @@ class VllmCache:
         return VllmSession(self, tokens, hashes, hit)
 
     def check(self) -> None:
-        """Check the accounting of the pool. Raises AssertionError if it is inconsistent.
-        O(blocks)."""
+        """Raise AssertionError if the accounting of the pool is inconsistent. O(blocks)."""
         self.pool.check()
 
     def _match(self, digests: list[bytes], limit: int) -> _Hit:
@@ -173,11 +169,8 @@ class VllmCache:
 
 
 class VllmSession(PeerSession):
-    """One request: its block tables, one of attention and one of each state group.
-
-    A table of states has a block at each position of a state and nothing elsewhere: {depth in
-    blocks: block}.
-    """
+    """One request: its block tables, one of attention and one {depth in blocks: block} of each
+    state group."""
 
     def __init__(self, cache: VllmCache, tokens: Tokens, hashes: PrefixHashes, hit: _Hit) -> None:
         self.cache = cache
@@ -209,8 +202,7 @@ class VllmSession(PeerSession):
             start = end
 
     def finish(self, output: Tokens) -> None:
-        """Decode ``output``, all but its last token computed, and release the request. O(output +
-        blocks)."""
+        """Decode ``output``, all but its last token computed, and release the request."""
         self._hashes.extend(output)
         total = self._length + max(0, len(output) - 1)
         for end in self._decode_stops(total):
@@ -248,8 +240,7 @@ class VllmSession(PeerSession):
         return (stop for stop in sorted(stops) if self._length < stop <= total)
 
     def _step(self, computed: int, end: int) -> None:
-        """Run one forward pass from ``computed`` to ``end``. Releases superseded states, allocates
-        blocks, registers complete ones, and releases blocks that were needed only for copying."""
+        """Run one forward pass from ``computed`` to ``end``."""
         self._retire(computed)
         copied = self._allocate(end)
         self._register_attention(end)
@@ -325,15 +316,9 @@ class VllmSession(PeerSession):
 
 
 class BlockPool:
-    """Blocks of equal size with content keys, and one free queue in the order of reuse.
-
-    All ``num_blocks`` are free at first. A free block keeps its content until it is
-    allocated again.
-
-    A block may have several keys (of a full block, and of a part of it that can be resumed). A key
-    may belong to several blocks: content computed twice is stored twice. Every operation is O(1)
-    per block.
-    """
+    """Blocks of equal size with content keys, and one free queue in the order of reuse. A free
+    block keeps its content until it is allocated again. A block may have several keys, and a key
+    several blocks. O(1) per block."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -377,8 +362,7 @@ class BlockPool:
 
     def register(self, block: int, key: Hashable, length: int) -> None:
         """Register ``block`` under ``key``, which ends ``length`` tokens into the text. A key
-        longer than the block's first one replaces all its keys (the block has grown); a shorter one
-        is added."""
+        longer than the first one replaces all (the block has grown)."""
         keys = self._keys_of.get(block, {})
         if key in keys:
             return
@@ -393,8 +377,8 @@ class BlockPool:
             self.register(target, key, length)
 
     def check(self) -> None:
-        """Check that every block is either referenced or free, and that keys and blocks refer to
-        each other. Raises AssertionError otherwise. O(blocks)."""
+        """Raise AssertionError unless each block is either referenced or free, and keys and blocks
+        refer to each other. O(blocks)."""
         held = sum(count > 0 for count in self._references)
         assert held + len(self.free) == self.num_blocks, "blocks: held + free != all"
         assert all(self._references[block] == 0 for block in self.free), "a held block is free"

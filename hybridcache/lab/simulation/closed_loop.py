@@ -427,12 +427,9 @@ def closed_loop(
     """Serve the sessions of a trace with every cache, admission policy, rate and seed.
 
     Sessions arrive at a rate, and each request follows the answer and the pause before it. Requests
-    are scheduled as in the engine. Arguments that ``simulate`` has too mean the same. ``settings``
-    are fields of ``Scenario``: ``rate``, ``admission``, ``seeds``, ``token_budget`` and others; 16
-    GiB and 16 running requests are the defaults. ``times`` are also of decode steps.
-
-    O(requests + steps) per run. Raises the errors of ``simulate``, and ValueError for settings
-    without a meaning in closed loop.
+    are scheduled as in the engine. Arguments are those of ``simulate``. ``settings`` are fields of
+    ``Scenario``: ``rate``, ``admission``, ``seeds``, ``token_budget`` and others; 16 GiB and 16
+    running requests are the defaults. O(requests + steps) per run.
 
     >>> from hybridcache import closed_loop
     >>> result = closed_loop("short?head=20", gib=1, rate=4, admission="oldest")

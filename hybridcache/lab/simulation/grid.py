@@ -50,18 +50,15 @@ def run_grid(
 ) -> tuple[tuple[Result, ...], tuple[str, ...]]:
     """Return ``run(trace, job)`` for each of ``jobs``, in their order, and failures.
 
-    A run with a PolicyError or RunFailed is left out; failures have a sentence about its job. The
-    error is raised if all runs failed.
+    A run with a PolicyError or RunFailed is left out, with a sentence in failures; the error is
+    raised if all fail. Runs that are in the file ``resume_from`` under ``job.key(identity of the
+    trace)`` are read from it, and new ones are appended as they finish, one JSON line each.
+    ``kind`` is their class, with ``as_record`` and ``from_record``. ``ray`` is the address of a
+    cluster.
 
-    Runs that are in the file ``resume_from`` under a job's key (``job.key(identity of the trace)``)
-    are read from it, and new ones are appended as they finish, one JSON line each. ``kind`` is
-    their class, with ``as_record`` and ``from_record``. ``progress`` is called with (runs done,
-    all). ``ray`` is the address of a cluster on which each run is a task of one core.
-
-    ``run`` is a function at the top level of a module. Raises TypeError for ``processes`` that are
-    no integer; ValueError if a trace or a job cannot
-    be pickled for the process that computes it, if ``resume_from`` is not a file of results, or if
-    no cluster answers at ``ray``; ChildProcessError if a process ends.
+    ``run`` is a function at the top level of a module. ValueError if a trace or a job cannot be
+    pickled, if ``resume_from`` is not a file of results, or if no cluster answers;
+    ChildProcessError if a process ends.
     """
     require_index(processes, "processes", 1)
     if ray is not None and (processes > 1 or not isinstance(ray, str)):
@@ -272,12 +269,8 @@ def _tried(run: Run[Job, Result], trace: Trace, job: Job) -> Any:
 
 
 def collect_seldom() -> None:
-    """Run the garbage collector after 20,000 new objects instead of 700, and ignore present
-    ones.
-
-    Only for processes that do nothing but simulate. Nearly all objects of a run are part of a tree
-    and live long, so that the default collections take 8 % of a sweep and find almost nothing.
-    """
+    """Run the garbage collector after 20,000 new objects instead of 700, and ignore present ones:
+    the default collections take 8 % of a sweep and find almost nothing."""
     gc.set_threshold(20_000, 20, 20)
     gc.freeze()
 

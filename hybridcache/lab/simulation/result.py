@@ -180,11 +180,8 @@ class RunResult(_Run):
 
     @property
     def share_of_optimum(self) -> float | None:
-        """Share of the tokens of the best known plan.
-
-        It can be above 1 if the plan is not the optimum for this run: it may be a greedy's, keep to
-        a coarser grid than a peer, or count memory that a peer does not count.
-        """
+        """Share of the tokens of the best known plan. It can be above 1: the plan may be a
+        greedy's, keep to a coarser grid than a peer, or count memory that a peer does not."""
         return self.cached_tokens / self.optimum_tokens if self.optimum_tokens else None
 
     def as_record(self) -> dict[str, Any]:
@@ -374,9 +371,7 @@ class SweepRuns:
 
     def best(self, gib: float) -> RunResult:
         """Return the run of highest token hit rate at the size ``gib``, to three digits or more.
-
-        Raises ValueError, which names the simulated sizes, for another size.
-        """
+        ValueError, which names the sizes, for another."""
         near = [run for run in self.runs if math.isclose(run.gib, gib, rel_tol=SAME_SIZE)]
         if not near:
             known = ", ".join(f"{size:.4g}" for size in sorted({run.gib for run in self.runs}))

@@ -77,10 +77,8 @@ class SimulationResult(SweepRuns):
 
     def table(self, metric: str | Sequence[str] = "hit") -> str:
         """Return a table of each metric, one or several of ``hybridcache.lab.report.METRICS``: a
-        row per competitor, a column per size. Notes follow the last one.
-
-        Token hit rates have half of their 95 % interval over sessions. Their tables also have the
-        plan with hindsight and the infinite cache, if they were computed.
+        row per competitor, a column per size. Notes follow the last one. Token hit rates have half
+        of their 95 % interval over sessions, and rows of the plan and the infinite cache.
         """
         metrics = [metric] if isinstance(metric, str) else [*metric]
         tables = [self._table(one) for one in metrics]
@@ -119,11 +117,10 @@ class SimulationResult(SweepRuns):
         return "\n".join([title, text_table(header, rows), *too_large])
 
     def verdict(self, model: str = "") -> str:
-        """Return one sentence: the policy with the highest mean token hit rate over the sizes, and
-        the command that serves ``model`` with it, at the smallest size of its most hits.
-
-        Policies that tie with it at every size (``report.ties``) and rebuilt systems with a higher
-        mean are named. Empty if fewer than two policies and placements of our own were run.
+        """Return one sentence: the policy with the highest mean token hit rate over the sizes,
+        those that tie with it (``report.ties``), rebuilt systems with a higher mean, and the
+        command that serves ``model`` at the smallest size of its most hits. Empty with fewer than
+        two policies of our own.
         """
         by_label = self.by_label()
         means = {
@@ -234,20 +231,17 @@ def simulate(
     """Replay a trace with every policy and placement, and every baseline, at every size.
 
     - ``scenario``: a ``Scenario``, or a trace (a specification that ``open_trace`` reads, or a
-      ``Trace``). ``settings`` are fields of ``Scenario``, and replace its own: ``model``, ``gib``,
-      ``policy``, ``checkpoints``, ``baseline`` and others.
-    - ``bound``: also compute the reuse of an infinite token-granular cache.
-    - ``optimum``: also compute a plan with hindsight at each size, for the device's memory alone.
+      ``Trace``). ``settings`` are fields of ``Scenario``, and replace its own. Policies may be
+      names, ``module:Class(alpha=2)``, classes, functions that make a policy, or policies.
+    - ``bound``, ``optimum``: also compute the reuse of an infinite token-granular cache, and a plan
+      with hindsight at each size, for the device's memory alone.
     - ``processes``, ``ray``: runs at the same time, or a Ray cluster's address; changes no result.
       Each process runs the calling script again: call below ``if __name__ == "__main__":``.
     - ``resume_from``: file of JSON lines; its runs are read, new ones are appended.
-    - ``progress``: function of (runs done, all); False for none. By default a bar in terminals and
-      notebooks.
+    - ``progress``: function of (runs done, all); False for none; by default a bar.
 
-    Policies may be names, ``module:Class(alpha=2)``, classes, functions that make a policy, or
-    policies. O(requests) per run. Raises ValueError or OSError, each with one sentence, for invalid
-    arguments, settings of ``closed_loop`` and unreadable files; TypeError for a setting that does
-    not exist, and for an argument of another type.
+    O(requests) per run. ValueError or OSError, each with one sentence, for invalid arguments and
+    unreadable files; TypeError for an unknown setting.
     """
     require_bool(bound, "bound")
     require_bool(optimum, "optimum")

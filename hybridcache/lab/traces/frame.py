@@ -70,10 +70,8 @@ def warn(message: str, category: type[UserWarning] = TraceFieldsWarning) -> None
 
 
 class Record(dict[str, Any]):
-    """An object of a trace file. Its methods return a field of one type.
-
-    They raise KeyError if the field is missing, and ValueError, which names it, if it is invalid.
-    """
+    """An object of a trace file. Its methods return a field of one type. KeyError if it is missing,
+    ValueError, which names it, if it is invalid."""
 
     def optional(self, read: Callable[[str], _T], name: str, default: _T) -> _T:
         """Return ``read(name)``, or ``default`` if there is no such field."""
@@ -168,11 +166,8 @@ class TraceClock:
         """Kind of the first record's time; empty before it."""
 
     def at(self, record: Record, name: str | None) -> float:
-        """Return the time in the field ``name``, in seconds: a number, or a date in ISO 8601 as
-        seconds since 1970 (UTC if it names no zone). Without a name, the number of the record.
-
-        Raises ValueError for another value, and for another kind than the first record's.
-        """
+        """Return the time in the field ``name``, in seconds, also of a date in ISO 8601; without a
+        name, the number of the record. ValueError for another kind than the first record's."""
         kind = "no time" if name is None else "a number as its time"
         value = None if name is None else record[name]
         if isinstance(value, str):
@@ -199,11 +194,9 @@ def request_of_blocks(
     unit: int,
     fresh: FreshIds,
 ) -> TraceRequest:
-    """Return a request whose prompt is known in ``blocks`` of ``unit`` tokens.
-
-    ``lengths`` are the tokens of prompt and answer. A rest of the prompt without a block is never
-    shared. The answer fills the prompt's last block first.
-    """
+    """Return a request whose prompt is known in ``blocks`` of ``unit`` tokens; ``lengths`` are the
+    tokens of prompt and answer. A rest of the prompt without a block is never shared. The answer
+    fills the prompt's last block first."""
     length, answer = lengths
     if len(blocks) < units(length, unit):
         blocks = np.concatenate((blocks, fresh.take(1)))
@@ -247,11 +240,8 @@ def make_folder(path: Path) -> Path:
 
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
-    """Open a file, plain or gzipped (by its first two bytes), and skip its byte order mark if
-    present. ValueError if it does not begin as a text in UTF-8.
-
-    Reading raises one of ``DAMAGED`` if a gzipped file is damaged or truncated.
-    """
+    """Open a file, plain or gzipped, and skip its byte order mark. ValueError if it does not begin
+    as a text in UTF-8. Reading raises one of ``DAMAGED``."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rb") if zipped else open(path, "rb") as opened:
@@ -272,11 +262,8 @@ def open_text(path: str | Path) -> Iterator[io.TextIOWrapper]:
 
 
 def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-    """Yield (line number, object) for every line of a JSONL file. Blank lines are skipped, bad ones
-    reported.
-
-    A truncated gzip file ends with the last whole line before the cut, which is reported.
-    """
+    """Yield (line number, object) for every line of a JSONL file. Bad lines are reported; a
+    truncated gzip file ends with its last whole line."""
     with open_bytes(path) as file:
         number = 0
         while True:
@@ -308,11 +295,8 @@ def _objects(path: str | Path, line: Line, value: Any, bad: BadRecords) -> Itera
 
 
 def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]]:
-    """Yield (line and number, object) for every record of a JSON array, one at a time.
-
-    A syntax error and a missing end are reported; records after them are lost. Holds one record
-    and as many characters again, at least ``_CHUNK``. O(characters).
-    """
+    """Yield (line and number, object) for every record of a JSON array, one at a time. Records
+    after a syntax error are lost. Holds one record and as many characters again. O(characters)."""
     decoder = json.JSONDecoder()
     waiting, place, line, number, blank, is_array = "", 0, 1, 0, _OPENING, False
     with open_text(path) as file:
@@ -429,11 +413,8 @@ class FileReader:
         return json_lines(self.path, bad)
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterable[Any]]:
-        """Return the function that converts the next record to requests. ``notes`` takes warnings.
-
-        It raises KeyError, ValueError or OverflowError, without any other effect, if the record is
-        invalid.
-        """
+        """Return the function that converts the next record to requests. It raises KeyError,
+        ValueError or OverflowError, without any other effect, if the record is invalid."""
         raise NotImplementedError
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -499,12 +480,10 @@ def in_order(
 ) -> Iterator[TraceRequest]:
     """Yield the results of ``parse``, as ``parsed`` does, in order of time.
 
-    Logs that are written at the end of each request are slightly out of order. They are sorted,
-    with one TraceOrderWarning per file, unless the times of the answers are known and explain it. A
-    request that should precede more than ``WINDOW`` requests
-    (or ``WINDOW_IDS`` ids) already read is reported as a bad record: a file is read lazily and
-    cannot be sorted whole. Requests of the same time keep the order of their lines. O(log WINDOW)
-    per request.
+    Logs that are written at the end of each request are slightly out of order: they are sorted,
+    with one TraceOrderWarning unless the times of the answers explain it. A request that should
+    precede more than ``WINDOW`` requests (or ``WINDOW_IDS`` ids) already read is a bad record.
+    O(log WINDOW) each.
     """
     waiting: list[tuple[float, int, TraceRequest]] = []
     newest_s = given_s = -math.inf

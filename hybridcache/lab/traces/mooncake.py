@@ -82,12 +82,8 @@ class MooncakeReader(FileReader):
 
 @dataclass(frozen=True, slots=True)
 class BailianReader(MooncakeReader):
-    """Mooncake's fields, ``timestamp`` in seconds, with ``chat_id`` and ``parent_chat_id`` (-1 for
-    none).
-
-    A request continues the session of its parent. A second child of the same parent (another try at
-    an answer) opens another session.
-    """
+    """Mooncake's fields, ``timestamp`` in seconds, with ``chat_id`` and ``parent_chat_id``. A
+    request continues the session of its parent; a second child opens another session."""
 
     word: ClassVar[str] = "bailian"
     times_per_s: ClassVar[int] = 1
@@ -114,12 +110,10 @@ class BailianReader(MooncakeReader):
 def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
     """Write ``trace`` as ``mooncake`` and return the number of requests.
 
-    Two numbers of blocks are equal if the blocks and all blocks before them are, as in Mooncake's
-    own traces; the length of the last, partial block is part of its identity. The format has no
-    boundaries or contents of answers. A prompt that repeats an answer is therefore new there, as
-    for a server that generates its own answers. Namespaces share no block.
-
-    Raises ValueError if ``block_tokens`` is not a multiple of the trace's unit.
+    Two numbers of blocks are equal if the blocks and all blocks before them are; the length of the
+    last, partial block is part of its identity. Namespaces share no block. The format has no
+    contents of answers: a prompt that repeats one is new there. ValueError for blocks of no whole
+    ids.
     """
     unit = trace.unit
     if block_tokens < 1 or block_tokens % unit:

@@ -132,10 +132,8 @@ def _segment(record: Record) -> Iterator[tuple[str, Chat, Chat]]:
 @dataclass(frozen=True, slots=True)
 class ShareGPTCountsReader(SessionReader):
     """Lengths of messages: ``{"id", "turns": [["u", 39], ["a", 257]], "first_msg_blocks16": [0]}``.
-
-    First messages agree in equal blocks of 16 tokens; other ids are never repeated. Messages are
-    framed as in ChatML (nine ids), and prompts end in a thought that the next prompt does not keep.
-    """
+    First messages agree in equal blocks of 16 tokens. Messages are framed as in ChatML (nine ids),
+    and prompts end in a thought that the next does not keep."""
 
     word: ClassVar[str] = "sharegpt-counts"
     cap: int = 8192

@@ -55,11 +55,8 @@ neighbour."""
 
 
 class ChatText:
-    """Renders chats with one template and encodes them with one tokenizer.
-
-    ``encode`` is any function from text without special tokens to ids; ``specials`` maps special
-    tokens to their ids.
-    """
+    """Renders chats with one template and encodes them with one tokenizer: ``encode`` takes text
+    without special tokens, and ``specials`` maps these to ids."""
 
     def __init__(
         self,
@@ -110,12 +107,11 @@ class ChatText:
     def turn(
         self, messages: Sequence[Message], answer: str, *, tools: bool = False, is_cut: bool = False
     ) -> TraceRequest:
-        """Return the request, without session and time, of the chat so far, which ends with a
-        message of a user or a tool, and its answer.
+        """Return the request, without session and time, of the chat so far and its answer.
 
         With ``tools``, the next prompt may also be this one with a tool's result, which is kept
-        whole by templates that drop thoughts between questions. ``is_cut`` is True if a token limit
-        ended the answer.
+        whole by templates that drop thoughts between questions. ``is_cut``: a token limit ended the
+        answer.
         """
         text = self.render(messages, to_answer=True)
         prompt = self.encode(text)
