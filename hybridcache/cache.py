@@ -61,16 +61,6 @@ EVICTED = (
 )
 FOREIGN = "this node or match belongs to another cache: match the tokens in this one"
 
-STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", "session_end"})
-"""Reasons why an answer ended, as ``Lease.finish`` and ``label_tip`` take them."""
-
-
-def require_stop_reason(reason: object) -> None:
-    """Raise ValueError unless ``reason`` is one of ``STOP_REASONS`` or empty."""
-    if not isinstance(reason, str) or (reason and reason not in STOP_REASONS):
-        known = ", ".join(sorted(STOP_REASONS))
-        raise ValueError(f"stop_reason must be one of {known}, or empty (got {reason!r}).")
-
 
 class LockHandle:
     """Lock on one node and its path, to be returned with ``cache.unlock(handle)``, or used in a
@@ -1147,9 +1137,3 @@ class HybridRadixCache:
         assert len(cached) == self.num_checkpoints, f"{self.num_checkpoints} checkpoints counted"
         both = cached + slots.free_slots()
         assert len(set(both)) == len(both), "a slot is cached twice, or cached and free"
-
-
-def require_cache(cache: object) -> None:
-    """Raise TypeError unless ``cache`` is a ``HybridRadixCache``."""
-    if not isinstance(cache, HybridRadixCache):
-        raise TypeError(f"cache must be made by build_prefix_cache (got {cache!r}).")

@@ -25,7 +25,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
 from hybridcache.api import Losses, PrefixMatch, losses_of
-from hybridcache.cache import HybridRadixCache, LockHandle, require_stop_reason
+from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
     FetchRule,
     PlacementPolicy,
@@ -38,6 +38,9 @@ from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
+
+STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", "session_end"})
+"""Reasons why an answer ended, as ``Lease.finish`` takes them."""
 
 Saved = tuple[int, int]
 """(position, slot) of a checkpoint in a held slot, written or about to be written."""
@@ -593,8 +596,9 @@ class Lease:
         another ``stop_reason``. The lease then goes on.
         """
         self._require_computed(tokens, computed_len)
-        if stop_reason != "":
-            require_stop_reason(stop_reason)
+        if stop_reason and stop_reason not in STOP_REASONS:
+            known = ", ".join(sorted(STOP_REASONS))
+            raise ValueError(f"stop_reason must be one of {known}, or empty (got {stop_reason!r}).")
         if computed_len > self.prompt_len:
             donate &= self._interval is not None
         else:
