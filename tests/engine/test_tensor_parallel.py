@@ -16,8 +16,7 @@ import pytest
 from engine import Engine, SamplingParams, engine_config
 from engine.errors import RunnerLost
 from engine.plugins.tensor_parallel import coordinator
-from engine.plugins.tensor_parallel.coordinator import LeadingRunner, TorchGroup
-from engine.runner.device import Device
+from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 from tests.endurance.faults import is_gone
 from tests.waiting import wait_until
 
@@ -53,12 +52,6 @@ def test_hits_change_no_bit_and_ranks_no_token(engine: Engine) -> None:
     assert all(abs(one.logprob - two.logprob) < 1e-4 for one, two in pairs)
 
 
-def test_nccl_reads_a_new_limit_from_its_group(tmp_path: Path) -> None:
-    group = TorchGroup(0, 1, str(tmp_path / "meeting"), Device.resolve("cpu"))
-    group.set_timeout(7.0)
-    assert group._group.options._timeout.total_seconds() == 7
-
-
 KILLED = """
 from engine import Engine, SamplingParams, engine_config
 engine = Engine(engine_config(device="cpu", cache_gib=0.02, tp=2))
@@ -84,6 +77,8 @@ def test_a_killed_engine_leaves_no_rank(tmp_path: Path) -> None:
 def test_drafts_change_no_token_and_a_stopped_rank_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(coordinator, "TIMEOUT_S", 20.0)
+    monkeypatch.setattr(coordinator, "LAST_WORDS_S", 0.5)
     engine = make_engine(2, draft="tree:4")
     runner = engine.runner
     assert isinstance(runner, LeadingRunner)
@@ -93,8 +88,6 @@ def test_drafts_change_no_token_and_a_stopped_rank_is_named(
     assert drafted.token_ids == make_engine(1).generate([BEGINNING], params)[0].token_ids
     process = runner.followers._all[0].process.pid
     os.kill(process, signal.SIGSTOP)
-    runner.group.set_timeout(1.0)
-    monkeypatch.setattr(coordinator, "LAST_WORDS_S", 0.5)
     with pytest.raises(RunnerLost, match=r"^rank 1 of 2 did not answer in time .* again\.$"):
         engine.generate([BEGINNING], params)
     with pytest.raises(ProcessLookupError):

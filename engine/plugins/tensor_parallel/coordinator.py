@@ -43,11 +43,9 @@ from engine.schedule.scheduler import Batch
 from engine.weights.model_config import ModelError, read_config
 from hybridcache.scheduling.cache_manager import CacheManager
 
-TIMEOUT_S = 120.0
-"""Time after which a rank that does not answer counts as lost. The longest layer of a step is far
-shorter, including compilation of kernels."""
-START_TIMEOUT_S = 600.0
-"""The same limit while ranks load their parts, which may take different times."""
+TIMEOUT_S = 300.0
+"""Time after which a rank that does not answer counts as lost: longer than a rank may load its part
+after the others, or compile kernels."""
 HERE = "127.0.0.1"
 """Address of all ranks, which are processes of one machine."""
 
@@ -60,24 +58,23 @@ class TorchGroup:
     def __init__(self, number: int, count: int, meeting: str, device: Device) -> None:
         """Wait for all ranks. Raises RunnerLost if one does not arrive, and ModelError if this
         build of PyTorch has no backend for the device."""
-        self._count, self._timeout = count, timedelta(seconds=START_TIMEOUT_S)
         backend = "ProcessGroupGloo" if device.is_cpu else "ProcessGroupNCCL"
         made = getattr(torch.distributed, backend, None)
         if made is None:
             raise ModelError(f"--tp needs {backend}, which this build of PyTorch does not have.")
-        from torch._C._distributed_c10d import AllgatherOptions, FileStore
+        from torch._C._distributed_c10d import FileStore
 
-        self._make_options = AllgatherOptions
+        self._count, timeout = count, timedelta(seconds=TIMEOUT_S)
         try:
             store = FileStore(meeting, count)
-            store.set_timeout(self._timeout)
+            store.set_timeout(timeout)
             if device.is_cpu:
-                self._options = made._Options()
-                self._options._devices = [made.create_device(hostname=HERE)]
+                options = made._Options()
+                options._devices = [made.create_device(hostname=HERE)]
             else:
-                self._options = made.Options()
-            self._options._timeout = self._timeout
-            self._group = made(store, number, count, self._options)
+                options = made.Options()
+            options._timeout = timeout
+            self._group = made(store, number, count, options)
         except RuntimeError as error:
             raise RunnerLost(f"the ranks could not connect: {error}") from None
 
@@ -85,17 +82,11 @@ class TorchGroup:
         """See ``Group``. Raises RunnerLost if a rank has gone, or did not answer in time."""
         parts = [torch.empty_like(x) for _ in range(self._count)]
         places = [part.view(-1).view(torch.uint8) for part in parts]
-        options = self._make_options()
-        options.timeout = self._timeout
         try:
-            self._group.allgather([places], [x.view(-1).view(torch.uint8)], options).wait()
+            self._group.allgather([places], [x.view(-1).view(torch.uint8)]).wait()
         except RuntimeError as error:
             raise RunnerLost(f"an exchange between ranks broke off: {error}") from None
         return parts
-
-    def set_timeout(self, seconds: float) -> None:
-        # nccl reads that of the group, and ignores that of a call.
-        self._timeout = self._options._timeout = timedelta(seconds=seconds)
 
 
 LAST_WORDS_S = 5.0
@@ -149,7 +140,6 @@ def _follow(
     group = TorchGroup(number, config.num_ranks, meeting, device)
     runner = load_runner(config, Rank(number, config.num_ranks, group))
     line.send(None)
-    group.set_timeout(TIMEOUT_S)
     while True:
         order: Order = line.recv()
         drawn = None
@@ -182,8 +172,8 @@ class Follower:
             )
 
     def receive(self, timeout_s: float) -> None:
-        """Wait for a message. Raises EOFError or OSError if the rank has gone, RunnerLost if it has
-        sent an error, and TimeoutError if nothing arrived."""
+        """Wait for a message. Raises OSError or EOFError if the rank has gone or nothing arrived,
+        and RunnerLost if it has sent an error."""
         if not self.line.poll(timeout_s):
             raise TimeoutError("there was no report")
         self.error = self.line.recv()
@@ -207,10 +197,10 @@ class Followers:
         self.wait()
 
     def wait(self) -> None:
-        """Wait for the next message of all. Raises RunnerLost or ModelError if one has ended."""
+        """Wait for the next message of all. Raises RunnerLost if one has ended."""
         for one in self._all:
             try:
-                one.receive(START_TIMEOUT_S)
+                one.receive(TIMEOUT_S)
             except (EOFError, OSError, RunnerLost) as error:
                 raise self.lost(error) from None
 
@@ -226,35 +216,37 @@ class Followers:
         except OSError as error:
             raise self.lost(error) from None
 
-    def lost(self, error: BaseException) -> Exception:
+    def lost(self, error: Exception) -> RunnerLost:
         """End all ranks, which cannot continue after ``error``. Returns the exception to raise
         instead, a sentence that names the rank."""
-        deadline = time.monotonic() + LAST_WORDS_S
-        is_own = not isinstance(error, RunnerLost | OSError | EOFError)
-        for one in () if is_own else self._all:
-            with suppress(EOFError, OSError, RunnerLost):
-                while one.error is None:
-                    one.receive(max(0.01, deadline - time.monotonic()))
-        self._sentence = self._what_happened(error, is_own)
+        if isinstance(error, RunnerLost | OSError | EOFError):
+            self._sentence = self._what_happened(error)
+        else:
+            self._sentence = f"rank 0 failed within a step, and the others with it: {error!r}."
         for one in self._all:
             one.process.kill()
         self.close()
-        refused = [one.error for one in self._all if isinstance(one.error, ModelError)]
-        return refused[0] if refused else RunnerLost(self._sentence)
+        return RunnerLost(self._sentence)
 
-    def _what_happened(self, error: BaseException, is_own: bool) -> str:
-        if is_own:
-            return f"rank 0 failed within a step, and the others with it: {error!r}."
+    def _what_happened(self, error: Exception) -> str:
+        deadline = time.monotonic() + LAST_WORDS_S
         for one in self._all:
-            if one.error is not None and not isinstance(one.error, RunnerLost):
-                return f"rank {one.number} of {self._count} failed: {one.error}."
-        silent = [one for one in self._all if one.error is None]
-        for one in silent:
-            with suppress(subprocess.TimeoutExpired):
-                how = describe_exit(one.process.wait(0.2))
-                return f"rank {one.number} of {self._count} {how}; start the engine again."
-        names = " and ".join(f"rank {one.number}" for one in silent) or "a rank"
-        return f"{names} of {self._count} did not answer in time ({error}); start the engine again."
+            with suppress(EOFError, OSError, RunnerLost):
+                while one.error is None:
+                    one.receive(max(0.01, deadline - time.monotonic()))
+        for one in self._all:
+            name = f"rank {one.number} of {self._count}"
+            if one.error is None:
+                with suppress(subprocess.TimeoutExpired):
+                    how = describe_exit(one.process.wait(0.2))
+                    return f"{name} {how}; start the engine again."
+            elif not isinstance(one.error, RunnerLost):
+                return f"{name} failed: {one.error}."
+        silent = " and ".join(f"rank {one.number}" for one in self._all if one.error is None)
+        return (
+            f"{silent or 'a rank'} of {self._count} did not answer in time ({error}); start the "
+            "engine again."
+        )
 
     def check(self) -> None:
         """Raise RunnerLost if a rank has ended before ``close``."""
@@ -309,7 +301,6 @@ class LeadingRunner(ModelRunner):
             runner = load_runner(config, Rank(0, config.num_ranks, group), cls)
             assert isinstance(runner, cls)
             followers.wait()
-            group.set_timeout(TIMEOUT_S)
         except RunnerLost as error:
             raise followers.lost(error) from error
         except BaseException:
@@ -343,9 +334,6 @@ class LeadingRunner(ModelRunner):
             yield
         except Exception as error:
             raise self.followers.lost(error) from error
-        except BaseException as error:
-            self.followers.lost(error)
-            raise
 
 
 CHECK_S = 1.0
