@@ -12,12 +12,13 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -145,19 +146,6 @@ def _decide(piece: FilePiece, scheme: Scheme, defaults: Names, ignored: Names) -
     return replace(piece, scheme=None if reason else scheme, reason=reason)
 
 
-def into_shards(pieces: Iterable[FilePiece]) -> list[list[FilePiece]]:
-    """Divide ``pieces``, in order, into shards of at most ``SHARD_BYTES`` or one piece."""
-    shards: list[list[FilePiece]] = [[]]
-    filled = 0
-    for piece in pieces:
-        if shards[-1] and filled + piece.num_bytes > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(piece)
-        filled += piece.num_bytes
-    return shards
-
-
 SCHEMES: dict[Format, Scheme] = {
     "int8": Scheme("int8", (1, None), "weight_scale"),
     "fp8": Scheme("fp8", (SCALE_BLOCK, SCALE_BLOCK), "weight_scale_inv"),
@@ -191,11 +179,10 @@ def convert(source: Path, target: Path, to: Format, ignore: Sequence[str] = ()) 
     scheme = SCHEMES[to]
     tensors = {name: tensor for file in files for name, tensor in open_file(file).items()}
     pieces = plan_pieces(tensors, scheme, ignore)
-    shards = into_shards(pieces)
     partial = target / ".partial"
     try:
         partial.mkdir(parents=True)
-        _write(shards, partial)
+        num_files = _write(pieces, partial)
         _copy_rest(source, partial)
         section = _section(pieces, scheme)
         text = json.dumps(config | {"quantization_config": section}, indent=2)
@@ -211,7 +198,7 @@ def convert(source: Path, target: Path, to: Format, ignore: Sequence[str] = ()) 
     return "\n".join(
         [
             f"{scheme.describe()}: {format_bytes(source_bytes)} were converted to "
-            f"{format_bytes(written_bytes)} in {counted(len(shards), 'file')}",
+            f"{format_bytes(written_bytes)} in {counted(num_files, 'file')}",
             *_table(pieces),
         ]
     )
@@ -229,25 +216,30 @@ def _table(pieces: Sequence[FilePiece]) -> Iterator[str]:
         yield f"  {name:<{width}} {count:>9,}   {why}"
 
 
-def _write(shards: Sequence[Sequence[FilePiece]], directory: Path) -> None:
-    """Write all pieces, in files that are named as Hugging Face names them."""
-    weight_map: dict[str, str] = {}
-    total, count = sum(piece.num_bytes for shard in shards for piece in shard), len(shards)
-    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    paths = [directory / name for name in (names if count > 1 else ["model.safetensors"])]
+def _write(pieces: Sequence[FilePiece], directory: Path) -> int:
+    """Write all pieces, in files that are named as Hugging Face names them, and return the number
+    of files."""
+    named, weight_map = {piece.name: piece for piece in pieces}, dict[str, str]()
+    split = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda piece: piece.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    total = sum(piece.num_bytes for piece in pieces)
     # Without a terminal there is no bar.
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
-        for shard, path in zip(shards, paths, strict=True):
+        for file, names in split.filename_to_tensors.items():
             tensors: dict[str, torch.Tensor] = {}
-            for piece in shard:
-                tensors |= piece.written()
-                bar.update(piece.num_bytes)
-            save_file(tensors, path, {"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, path.name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        text = json.dumps(index, indent=2)
-        (directory / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
+            for name in names:
+                tensors |= named[name].written()
+                bar.update(named[name].num_bytes)
+            save_file(tensors, directory / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+    if split.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return len(split.filename_to_tensors)
 
 
 @torch.inference_mode()
@@ -268,8 +260,8 @@ def quantize_blocks(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor,
 def _copy_rest(source: Path, target: Path) -> None:
     """Copy all files except weights and config.json: tokenizer, templates and others."""
     for path in sorted(source.iterdir()):
-        is_copied = path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES)
-        if path.is_file() and is_copied:
+        is_replaced = path.name == "config.json" or path.name.endswith(WEIGHT_SUFFIXES)
+        if path.is_file() and not is_replaced:
             shutil.copyfile(path, target / path.name)
 
 
