@@ -27,6 +27,7 @@ import sys
 from array import array
 from bisect import bisect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -35,6 +36,7 @@ import numpy as np
 
 from engine.requests.request import RequestSpec
 from engine.text.bounded_memory import BoundedMemory
+from engine.text.json_text import read_json
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import (
     CLOSE,
@@ -387,27 +389,20 @@ def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> Any:
 def said_by(message: Mapping[str, Any]) -> list[Any]:
     """Return text, calls and reasoning of a message in a normal form, which is equal for an answer
     and its copy from a client."""
-    return [
-        str(message.get("content") or "").strip(),
-        [_call(call) for call in message.get("tool_calls") or ()],
-        str(message.get("reasoning_content") or "").strip(),
-    ]
-
-
-def _call(call: Any) -> list[Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        return [repr(call)]
-    return [function.get("name"), _plain(function.get("arguments"))]
+    calls = []
+    for call in message.get("tool_calls") or ():
+        named = call.get("function")
+        function = named if isinstance(named, Mapping) else call
+        calls.append([function.get("name"), _plain(function.get("arguments"))])
+    reasoning = str(message.get("reasoning_content") or "").strip()
+    return [str(message.get("content") or "").strip(), calls, reasoning]
 
 
 def _plain(arguments: Any) -> str:
     """Return arguments in a normal form, independent of the JSON formatting."""
-    try:
-        value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments or {}
-        return json.dumps(value, sort_keys=True, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return str(arguments)
+    with suppress(ValueError):
+        arguments = read_json(arguments or "{}") if isinstance(arguments, str) else arguments or {}
+    return json.dumps(arguments, sort_keys=True)
 
 
 FIRST, LAST = 0x100000, 0x10FFFD

@@ -14,7 +14,7 @@ from decimal import Decimal
 from math import prod
 from typing import Any, Literal
 
-from engine.text.answers import END_FUNCTION, FUNCTION, PARAMETER, json_types
+from engine.text.answers import END_FUNCTION, FUNCTION, MAX_NAME, PARAMETER, json_types
 from engine.text.json_text import read_json
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, OPEN
 
@@ -23,8 +23,6 @@ MAX_CHARS = 256 * 1024
 MAX_GRAMMAR_CHARS = 16 * 1024
 """Maximum length of a grammar."""
 MAX_CHOICES = 4096
-MAX_DEPTH = 60
-"""Maximum depth of a schema; the library fails at about twice that."""
 MAX_MULTIPLE = 10_000
 """Maximum product of the ``multipleOf`` values in a schema, without their factors of ten. The
 matcher has that many states, and the time to build them grows with the square."""
@@ -109,31 +107,23 @@ def json_rule(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> s
     """Return a Lark expression for JSON that matches ``schema``."""
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    _check(schema)
+    _check_multiples(schema)
     text = json.dumps({**schema, "x-guidance": dict(options)})
     return f"%json {bounded('a JSON schema', text, MAX_CHARS)}"
 
 
-def _check(schema: Mapping[str, Any]) -> None:
-    """Raise GrammarError if the schema is nested too deep, or has ``multipleOf`` values that are
-    invalid or would take long to compile."""
-    multiples, left = set[int](), list[tuple[Any, int]]([(schema, 0)])
-    while left:
-        value, depth = left.pop()
-        if depth > 2 * MAX_DEPTH:
-            raise GrammarError(f"a schema may be nested at most {MAX_DEPTH} levels deep.")
-        if isinstance(value, list):
-            left += [(part, depth + 1) for part in value]
-        if not isinstance(value, Mapping):
-            continue
-        left += [(part, depth + 1) for part in value.values()]
-        number = value.get("multipleOf", 1)
-        if isinstance(number, bool | Mapping):  # Schema of a property of this name.
-            continue
-        if not isinstance(number, int | float) or not number > 0:
-            raise GrammarError("multipleOf must be a number above 0.")
-        digits = Decimal(str(number)).normalize().as_tuple().digits
-        multiples.add(int("".join(map(str, digits))))
+def _check_multiples(schema: Mapping[str, Any]) -> None:
+    """Raise GrammarError if the ``multipleOf`` values of a schema would take long to compile."""
+    multiples, parts = set[int](), list[Any]([schema])
+    for part in parts:
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, Mapping):
+            parts += part.values()
+            number = part.get("multipleOf")
+            if type(number) in (int, float) and number:
+                digits = Decimal(str(number)).normalize().as_tuple().digits
+                multiples.add(int("".join(map(str, digits))))
     if prod(multiples) > MAX_MULTIPLE:
         raise GrammarError(
             f"the product of the multipleOf values of a schema must be at most {MAX_MULTIPLE}, "
@@ -168,8 +158,6 @@ STRING_LIMITS = ("pattern", "format", "minLength", "maxLength")
 ANY_OBJECT = {"type": "object"}
 ANY = "/(?s:.*)/"
 """Any text, as an expression of Lark."""
-MAX_SHOWN = 64
-"""Maximum length of a name in an error."""
 
 
 def grammar_of_calls(
@@ -305,7 +293,7 @@ def tag(name: str) -> str:
     """Return a name with the end of its tag, as a string of Lark."""
     if not name.strip() or name != name.strip() or any(letter in name for letter in "<>\n"):
         raise GrammarError(
-            f"{name[:MAX_SHOWN]!r} cannot be written as a tag, which this model uses: choose a "
+            f"{name[:MAX_NAME]!r} cannot be written as a tag, which this model uses: choose a "
             "name without <, > and blanks around it."
         )
     return quoted(f"{name}>\n")
@@ -320,7 +308,7 @@ def _xml_value(name: str, schema: Mapping[str, Any], parameters: Mapping[str, An
     kinds = json_types(schema)
     if kinds == {"string"} and (fixed is not None or any(one in schema for one in STRING_LIMITS)):
         raise GrammarError(
-            f"the limits of the string {name[:MAX_SHOWN]!r} cannot be enforced in the form in "
+            f"the limits of the string {name[:MAX_NAME]!r} cannot be enforced in the form in "
             "which this model writes calls: remove them, or 'strict'."
         )
     if "string" in kinds:

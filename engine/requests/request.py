@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import bisect
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,26 +119,19 @@ class SamplingParams:
     """Include the stop string in the text."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if isinstance(self.logit_bias, Mapping):
-            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
-        for name in ("stop", "stop_token_ids"):
-            given = getattr(self, name)
+        stop, bias = self.stop, self.logit_bias
+        lists: dict[str, Any] = {
+            "stop": (stop,) if isinstance(stop, str) else stop,
+            "stop_token_ids": self.stop_token_ids,
+            "logit_bias": bias.items() if isinstance(bias, Mapping) else bias,
+        }
+        for name, given in lists.items():
             if not isinstance(given, Iterable):
                 raise ValueError(f"{name} must be a list (got {given!r}).")
             object.__setattr__(self, name, tuple(given))
-            if len(getattr(self, name)) > MAX_STOPS:
-                raise ValueError(
-                    f"{name} may have at most {MAX_STOPS} entries, because each is checked at "
-                    "every token."
-                )
         check_fields(self)
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise ValueError("stop must contain only non-empty strings.")
-        if len(self.logit_bias) > MAX_BIASES:
-            raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError("stop must contain only non-empty strings.")
         for token in self.stop_token_ids:
             TOKEN_IDS.check("stop_token_ids", token)
         for token, value in self.logit_bias:
@@ -262,35 +255,42 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
 class Request(ScheduledRequest):
     """Scheduled request with its sampling parameters, text and times."""
 
-    def __init__(
-        self,
-        spec: RequestSpec,
-        *,
-        arrival: int,
-        arrival_s: float,
-        max_len: int,
-        seed: int,
-        end_token_ids: frozenset[int] = frozenset(),
-        text_stream: TextStream | None = None,
-        rules: Sequence[LogitRule] = (),
-    ) -> None:
-        """Start a request from a valid ``spec`` with a name: its prompt is token ids, its
-        boundaries are ascending."""
-        prompt = np.asarray(spec.prompt, np.int32)
-        super().__init__(spec, prompt, arrival=arrival, arrival_s=arrival_s, max_len=max_len)
+    def __init__(self, spec: RequestSpec, intake: Intake, arrival: int) -> None:
+        """Start a request from a valid ``spec``. Raises GrammarError."""
+        sampling, prompt = (
+            spec.sampling or intake.default_sampling,
+            np.asarray(spec.prompt, np.int32),
+        )
+        name = f"request-{arrival}" if spec.request_id is None else spec.request_id
+        longest = intake.max_model_len
+        super().__init__(
+            structs.replace(spec, request_id=name),
+            prompt,
+            arrival=arrival,
+            arrival_s=intake.clock() if spec.arrival_s is None else spec.arrival_s,
+            max_len=longest if sampling.max_tokens is None else len(prompt) + sampling.max_tokens,
+        )
         self.spec: RequestSpec
-        self.params = spec.sampling or SamplingParams()
-        self.seed = seed
+        self.params = sampling
+        self.seed = int(intake.config.seed + arrival if sampling.seed is None else sampling.seed)
         self.drawn_row = 0
         """Row of this request among the tokens drawn by the newest step."""
         self.drafts: DraftCounts | None = None
-        self.end_token_ids = end_token_ids
+        self.end_token_ids = frozenset(sampling.stop_token_ids)
+        self.text_stream: TextStream | None = None
+        if (tokenizer := intake.tokenizer) is not None:
+            if not sampling.ignore_eos:
+                self.end_token_ids |= tokenizer.eos_token_ids
+            decoder = tokenizer.stream_decoder(
+                sampling.skip_special_tokens, spec.answer_starts_text
+            )
+            keeps_stop = sampling.include_stop_str_in_output
+            self.text_stream = TextStream(decoder, sampling.stop, keeps_stop)
         self._met_stop_string = False
         """True if the answer ended with a stop string."""
-        self._rules = tuple(rules)
+        self._rules = tuple(self._make_rules(intake, prompt))
         self._fault: tuple[int, GrammarError] | None = None
         """(draw, error) of the first draw that a grammar could not be followed to."""
-        self.text_stream = text_stream
         self.answer = Answer(self._buffer[: self.prompt_len])
         self.scores: list[SampledToken] = []
         """Log-probabilities of prompt tokens 1, 2, ..."""
@@ -302,6 +302,21 @@ class Request(ScheduledRequest):
         self._reported = self.prompt_len
         self._new_text = ""
         self._num_chars = 0
+
+    def _make_rules(self, intake: Intake, prompt: Tokens) -> Iterator[LogitRule]:
+        """Yield the rules of the answer, in the order in which they apply."""
+        params, vocab_size = self.params, intake.vocab_size
+        if self.spec.grammar is not None:
+            yield intake.grammar_rule(self.spec.grammar)
+        if params.thinking_token_budget is not None and intake.tokenizer is not None:
+            budget = params.thinking_token_budget
+            yield ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget)
+        if params.logit_bias or params.min_tokens:
+            ends = [token for token in sorted(self.end_token_ids) if token < vocab_size]
+            yield BansAndBiases(params.logit_bias, ends, params.min_tokens, vocab_size)
+        costs = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        if costs != (1, 0, 0):
+            yield Penalties(prompt, *costs)
 
     @property
     def output(self) -> npt.NDArray[np.int32]:
@@ -368,25 +383,19 @@ class Request(ScheduledRequest):
             for place, ruling in enumerate(rulings, draw)
         ]
 
-    def accept_before_no_logits(self, run: Sequence[SampledToken], now_s: float) -> None:
-        """Append the tokens that were drawn before the logits were NaN or infinite. Raises
-        FloatingPointError unless one of them ends the answer."""
-        self.accept([one for one in run if one.token_id != NO_TOKEN], now_s)
-        if self.finish_reason is None:
-            place = self.num_tokens - self.prompt_len + 1
-            where = f"token {place} of the answer" if run else "the prompt"
-            raise FloatingPointError(
-                f"the model's logits for {where} are NaN or infinite, so no token was drawn: check "
-                "the weights and the number format (--dtype)."
-            )
-
-    def accept(self, run: Sequence[SampledToken], now_s: float) -> None:
+    def accept(self, run: Sequence[SampledToken], now_s: float, has_logits: bool = True) -> None:
         """Append the next tokens, up to one that ends the answer, which sets ``finish_reason``.
-        Raises GrammarError if a grammar could not be followed to one of them."""
+
+        Raises GrammarError if a grammar could not be followed to one of them. Without
+        ``has_logits``, the logits were NaN or infinite: raises FloatingPointError unless a token
+        before ``NO_TOKEN`` ends the answer.
+        """
         for sampled in run:
+            token_id = sampled.token_id
+            if token_id == NO_TOKEN:
+                break
             if self._fault is not None and self.num_tokens - self.prompt_len >= self._fault[0]:
                 raise self._fault[1]
-            token_id = sampled.token_id
             self.append(token_id)
             if self.params.logprobs is not None:
                 self.answer.logprobs.append(sampled)
@@ -405,6 +414,13 @@ class Request(ScheduledRequest):
                 self.finish("length", now_s)
             if self.finish_reason is not None:
                 return
+        if not has_logits:
+            place = self.num_tokens - self.prompt_len + 1
+            where = f"token {place} of the answer" if run else "the prompt"
+            raise FloatingPointError(
+                f"the model's logits for {where} are NaN or infinite, so no token was drawn: check "
+                "the weights and the number format (--dtype)."
+            )
 
     def fail(self, error: Exception, now_s: float) -> None:
         """End the request with an error that affects only this request."""
@@ -480,14 +496,13 @@ class Intake:
         clock: Callable[[], float] = time.perf_counter,
         grammar_rule: Callable[[Grammar], LogitRule] = no_grammars,
     ) -> None:
-        """Prepare the factory. Without a ``tokenizer``, prompts are token ids and answers have no
-        text. ``grammar_rule`` compiles a grammar and makes the rule of an answer. Raises ValueError
-        if the model recommends a sampling parameter out of range."""
+        """Without a ``tokenizer``, prompts are token ids and answers have no text. ``grammar_rule``
+        compiles a grammar and makes the rule of an answer."""
         self.config, self.tokenizer = config, tokenizer
-        self._vocab_size, self.max_model_len = vocab_size, max_model_len
+        self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self.sampling_defaults = sampling_defaults(config)
         """Defaults of ``SamplingParams`` that the model recommends."""
-        self._default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
+        self.default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
         self.clock, self.grammar_rule = clock, grammar_rule
         self._arrivals = itertools.count()
 
@@ -498,7 +513,7 @@ class Intake:
         Every request is validated once, where it enters. O(length of the prompt).
         """
         tokens = self._tokens(spec.prompt)
-        sampling, num_scores = spec.sampling or self._default_sampling, spec.prompt_logprobs
+        sampling, num_scores = spec.sampling or self.default_sampling, spec.prompt_logprobs
         if num_scores is not None:
             SCORES.check("prompt_logprobs", num_scores)
         require_namespace(spec.namespace)
@@ -509,9 +524,9 @@ class Intake:
             raise ContextOverflow(len(tokens), max_tokens, self.max_model_len)
         named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": dict(sampling.logit_bias)}
         for name, ids in named.items():
-            if ids and max(ids) >= self._vocab_size:
+            if ids and max(ids) >= self.vocab_size:
                 raise ValueError(
-                    f"{name} must contain token ids from 0 to {self._vocab_size - 1} "
+                    f"{name} must contain token ids from 0 to {self.vocab_size - 1} "
                     f"(got {max(ids)})."
                 )
         has_text = self.tokenizer is not None and not isinstance(self.tokenizer, IdTokenizer)
@@ -527,43 +542,7 @@ class Intake:
 
     def make(self, spec: RequestSpec) -> Request:
         """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
-        sampling, prompt = spec.sampling or self._default_sampling, np.asarray(spec.prompt)
-        end_token_ids = frozenset(sampling.stop_token_ids)
-        if self.tokenizer is not None and not sampling.ignore_eos:
-            end_token_ids |= self.tokenizer.eos_token_ids
-        arrival, limit = next(self._arrivals), self.max_model_len
-        name = f"request-{arrival}" if spec.request_id is None else spec.request_id
-        text_stream = None
-        if self.tokenizer is not None:
-            decoder = self.tokenizer.stream_decoder(
-                sampling.skip_special_tokens, spec.answer_starts_text
-            )
-            text_stream = TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)
-        rules = list[LogitRule]()
-        if spec.grammar is not None:
-            rules.append(self.grammar_rule(spec.grammar))
-        if sampling.thinking_token_budget is not None:
-            assert self.tokenizer is not None
-            budget = sampling.thinking_token_budget
-            rules.append(ReasoningBudget(self.tokenizer, self._vocab_size, prompt, budget))
-        if sampling.logit_bias or sampling.min_tokens:
-            ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
-            rules.append(
-                BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens, self._vocab_size)
-            )
-        repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
-        if repetition != 1 or presence or sampling.frequency_penalty:
-            rules.append(Penalties(prompt, repetition, presence, sampling.frequency_penalty))
-        return Request(
-            structs.replace(spec, request_id=name),
-            arrival=arrival,
-            arrival_s=self.clock() if spec.arrival_s is None else spec.arrival_s,
-            max_len=limit if sampling.max_tokens is None else len(prompt) + sampling.max_tokens,
-            seed=int(self.config.seed + arrival if sampling.seed is None else sampling.seed),
-            end_token_ids=end_token_ids,
-            text_stream=text_stream,
-            rules=rules,
-        )
+        return Request(spec, self, next(self._arrivals))
 
     def _tokens(self, prompt: Prompt) -> Tokens:
         if isinstance(prompt, str):
@@ -572,7 +551,7 @@ class Intake:
             prompt = self.tokenizer.encode(prompt)
         if isinstance(prompt, Sequence) and len(prompt) > self.max_model_len:
             raise ContextOverflow(len(prompt), 1, self.max_model_len)
-        ids = f"token ids from 0 to {self._vocab_size - 1}"
+        ids = f"token ids from 0 to {self.vocab_size - 1}"
         try:
             tokens = np.asarray(prompt)
         except ValueError:
@@ -582,6 +561,6 @@ class Intake:
         if not len(tokens):
             raise ValueError("prompt must have at least one token (got none).")
         least, most = int(tokens.min()), int(tokens.max())
-        if least < 0 or most >= self._vocab_size:
+        if least < 0 or most >= self.vocab_size:
             raise ValueError(f"prompt must contain {ids} (got {least if least < 0 else most}).")
         return tokens.astype(np.int32, copy=False)

@@ -479,10 +479,8 @@ class Scheduler(StepPlanner[Request]):
             if run or is_scored_through or not has_logits:
                 self.progressed.append(request)
                 try:
-                    if not has_logits:
-                        request.accept_before_no_logits(run, now_s)
-                    elif run:
-                        request.accept(run, now_s)
+                    if run or not has_logits:
+                        request.accept(run, now_s, has_logits)
                     else:  # It only scored its prompt.
                         request.finish("length", now_s)
                 except Exception as error:
