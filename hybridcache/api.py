@@ -203,8 +203,7 @@ counted in ``CacheStats.others``."""
 
 @dataclass(slots=True)
 class Usage:
-    """Counters of the requests of one namespace, in tokens except for ``requests``, ``hits`` and
-    ``ghost_hits``.
+    """Counters of the requests of one namespace, in tokens except for ``requests`` and ``hits``.
 
     ``never_seen`` to ``not_fetched`` are sums of the fields of ``Losses``. With ``cached_tokens``,
     they sum to ``prompt_tokens``.
@@ -226,10 +225,6 @@ class Usage:
     below_grid: int = 0
     refused: int = 0
     not_fetched: int = 0
-    ghost_hits: int = 0
-    """Number of requests that would have resumed deeper from an evicted checkpoint."""
-    ghost_hit_tokens: int = 0
-    """Number of tokens that those checkpoints would have saved."""
 
     @property
     def token_hit_rate(self) -> float:
@@ -308,9 +303,6 @@ class CacheStats:
         usage.below_grid += losses[4]
         usage.refused += losses[5]
         usage.not_fetched += losses[6]
-        if match.missed is not None:
-            usage.ghost_hits += 1
-            usage.ghost_hit_tokens += match.missed_tokens
 
     @property
     def total(self) -> Usage:

@@ -16,8 +16,9 @@ def test_a_refused_checkpoint_does_not_count_as_missed():
     cache.stats.clear()
     match = cache.match(ids("abcdX"))
     assert (match.cached_len, match.missed.position) == (2, 4)
-    cache.touch(match._replace(cached_len=0, node=None, losses=losses_of(match, 0)))
-    assert (cache.stats.total.ghost_hit_tokens, cache.stats.total.refused) == (2, 2)
+    refused = match._replace(cached_len=0, node=None, losses=losses_of(match, 0))
+    cache.touch(refused)
+    assert (refused.missed_tokens, cache.stats.total.refused) == (2, 2)
 
 
 def test_each_token_has_one_loss_cause_for_every_resume_position():
