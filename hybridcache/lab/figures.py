@@ -39,10 +39,8 @@ COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#d99a1c", "#555555", "#4
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 _MARKERS = "osD^vPX"
 PLAN = "best plan with hindsight"
-"""Label of the optimum in figures."""
 
 _FONTS: Any = {"font.size": 9.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "pdf.fonttype": 42}
-"""Sizes of fonts; text in PDF files stays text."""
 TITLE_CHARS, CAPTION_CHARS = 14, 17
 """Characters in an inch of a title, and of a caption."""
 MOST_TICKS = 6
@@ -140,7 +138,6 @@ LOSSES = dict(
         strict=True,
     )
 )
-"""Causes of lost tokens and their colours."""
 
 
 @_fonts()

@@ -45,7 +45,6 @@ class FleetConfig:
     failures: int = 0
     """Number of replicas that fail, evenly over the trace; each is replaced by an empty one."""
     replaced_s: float = 30.0
-    """Until the one that replaces it is up."""
     seed: int = 0
     """Number of the replica that fails first."""
 
@@ -56,7 +55,6 @@ class FleetResult:
 
     trace: str
     gib: float
-    """Memory of one replica."""
     fleet: FleetConfig
     requests: int
     prompt_tokens: int
@@ -65,7 +63,6 @@ class FleetResult:
     """Percentiles of the time from when a request could be asked to its first token."""
     ttft_mean_s: float
     cold_mean_s: float
-    """Mean prefill time of a prompt without any reuse, for comparison."""
     imbalance: float
     """Prefill seconds of the busiest place over the mean; 1 is perfect."""
     rerouted: int
@@ -137,7 +134,6 @@ class _Fleet(EventLoop):
         self._replicas: dict[ReplicaId, Replica] = {}
         self._homeless: list[Asked] = []
         self.busy_s = [0.0] * config.replicas
-        """Seconds of prefills at each place."""
         self.rerouted = self.broken = 0
         cache, stateful = cell.cache_config(geometry, unit), bool(geometry.num_linear_layers)
         spec = ReplicaSpec(

@@ -22,7 +22,6 @@ _ANSWER = 32
 Requests = Iterator[TraceRequest]
 Options = ParamSpec("Options")
 GENERATORS: dict[str, Callable[..., Trace]] = {}
-"""Functions that make a trace, by the name of the trace."""
 
 
 def generator(draw: Callable[Options, Requests]) -> Callable[Options, Trace]:

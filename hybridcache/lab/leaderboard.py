@@ -134,7 +134,6 @@ class BoardJob:
     policies: tuple[str, ...]
     """``eviction`` or ``eviction@placement``."""
     rate: float | None = None
-    """Sessions per second in closed loop, or None for a replay."""
 
     @property
     def title(self) -> str:
@@ -159,13 +158,10 @@ class Scores:
     seed: int
     gib: list[float]
     rates: dict[str, list[float]]
-    """By policy."""
     plan: list[float]
     """Best plan found with hindsight, in the whole memory; empty for a closed loop."""
     plan_running: list[float]
-    """The same next to the running request."""
     rate: float | None = None
-    """Sessions per second in closed loop, or None for a replay."""
     ttft_s: dict[str, float] = field(default_factory=dict)
     """Mean time to first token in closed loop, by policy."""
 
@@ -229,7 +225,6 @@ class Row:
     served: Interval | None = None
     """Token hit rate in closed loop, or None if the split has no closed loops."""
     served_difference: Interval | None = None
-    """Its difference to the first policy, paired by seed."""
     ttft_ratio: Interval | None = None
     """Mean time to first token in closed loop, relative to the first policy: geometric mean over
     cells."""
@@ -248,13 +243,9 @@ class Board:
     """Scores of all jobs of a split."""
 
     split: Split
-    """Traces, sizes and seeds."""
     reference: str
-    """Policy that the differences refer to."""
     scores: tuple[Scores, ...]
-    """One per trace and seed, and one per closed loop and seed."""
     trace_notes: Sequence[str] = ()
-    """Notes on the traces."""
 
     def rows(self) -> list[Row]:
         """Return a row per policy, the highest hit rate first: in closed loop, if the split has

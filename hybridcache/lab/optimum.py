@@ -34,9 +34,7 @@ class Position:
 
     depth: int
     parent: Position | None
-    """Position above; None at the top."""
     visits: npt.NDArray[np.intp]
-    """Request numbers, ascending."""
     is_candidate: bool
     """True if a checkpoint may be saved here: its depth is on the grid."""
     kv: npt.NDArray[np.bool_] = field(init=False)
@@ -63,12 +61,10 @@ class VisitedTrie:
     """Positions and the paths of requests through them."""
 
     positions: list[Position]
-    """Parents come first."""
     paths: list[dict[Position, int]]
     """Positions that each request visits, top down, with the number of that visit among those of
     the position."""
     prompt_lens: list[int]
-    """Length of each request's prompt in tokens."""
 
     def usable(self, request: int) -> Iterator[Interval]:
         """Yield (position, interval) from which ``request`` could resume, top down: candidates
@@ -174,9 +170,7 @@ class Plan:
         self.running = budget.running_bytes
         """Bytes of running requests, less the KV that they reuse; None if they are not counted."""
         self.cached_lens = np.zeros(num_requests, dtype=np.int64)
-        """Tokens skipped by each request."""
         self.hits: dict[int, Position] = {}
-        """Position from which each request resumes, if it does."""
 
     def needs(self, request: int, position: Position) -> set[Interval]:
         """Return the checkpoint intervals that must be added for ``request`` to resume at
@@ -343,13 +337,10 @@ class Optimum:
     least ``reached`` and at most ``bound``."""
 
     trace: str
-    """Name of the trace."""
     gib: float
     """Memory for KV and states, GiB."""
     num_requests: int
-    """Number of requests."""
     prompt_tokens: int
-    """Tokens of all prompts."""
     reached: float
     """Token hit rate of the plan, 0 to 1."""
     bound: float

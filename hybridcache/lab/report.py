@@ -60,7 +60,6 @@ METRICS: dict[str, Metric] = {
     "written": Metric("KV bytes written, GiB", lambda run: _gib(run.written_kv_bytes)),
     "control": Metric("cache code, us a request", lambda run: run.control_us, "{:.0f}"),
 }
-"""Metrics of tables and figures, by name."""
 
 
 def find_metric(word: str) -> Metric:
@@ -138,7 +137,6 @@ LOOP_METRICS = (
     Metric("live mean", lambda run: run.live_mean),
     Metric("most", lambda run: run.live_most, "{}", max),
 )
-"""Columns of tables of closed loops."""
 
 
 def classes_notes(has_classes: Mapping[str, bool | None]) -> list[str]:
@@ -239,7 +237,6 @@ LOSSES_NOTE = (
     "Each token is counted under the first cause on its path (its KV before its checkpoint). "
     "Without that cause it may have been lost to another one."
 )
-"""Note under tables and figures of losses."""
 
 
 def stats_table(stats: TraceStats) -> str:

@@ -68,11 +68,9 @@ from hybridcache.policies.registry import (
 from hybridcache.policies.user import OwnPolicy, import_module, own_policy
 
 ALL = "all"
-"""Name of all built-in eviction policies together."""
 GIB_SPEC = "2:200:15"
 """Sizes of a replay: 15 from 2 to 200 GiB, logarithmically spaced."""
 CLOSED_LOOP_GIB = 16.0
-"""Memory of a closed-loop run."""
 
 RESULT_FORM = 4
 """Number of the form of results in files. Runs in another form are computed again."""
@@ -123,7 +121,6 @@ REPLAY_ONLY = (
     *("baseline", "priority_classes", "checkpoint_dtype", "servers", "tpot_s"),
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
-"""Settings without a meaning in closed loop."""
 
 
 KINDS: dict[str, tuple[str, tuple[type, ...]]] = {

@@ -69,7 +69,6 @@ class Trace:
     """Requests that can be iterated again and again; each time the same."""
 
     name: str
-    """Name in tables and figures."""
     unit: int
     """Tokens that one id stands for."""
     source: Callable[[], Iterable[TraceRequest]]

@@ -69,18 +69,15 @@ class TraceStats:
     reuse_requests: Summary
     """Requests since the last use of the deepest shared prefix, over requests that share one."""
     reuse_s: Summary
-    """Seconds since that use."""
     reuse_new_tokens: Summary
     """New tokens since that use: about the cache size (in tokens of KV) at which LRU starts to
     hit."""
     sharing: tuple[DepthBin, ...]
     counted_by: str = ""
-    """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
     repeated_answers: float | None = None
     """Share of the tokens of answers that the next prompt of the session repeats, behind the whole
     prompt; None if no answer with known ids is followed by a prompt."""
     columns: str = ""
-    """Columns of a CSV file that were read for each field, and the unused ones."""
     invented_times: str = ""
     """Rule of the times that the file does not have; empty if it has all, and for generators."""
 

@@ -32,4 +32,3 @@ UNCHARGED = {
     **dict.fromkeys(("lightllm", "lightllm-big", "lightllm-64"), _HOST_STATES),
     **dict.fromkeys(("marconi", "marconi-static", "marconi-artifact", "sglang-plus"), _RUNNING),
 }
-"""Memory that baselines use in addition to the simulated size, by name."""

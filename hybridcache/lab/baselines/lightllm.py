@@ -26,7 +26,6 @@ from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.tokens import Tokens
 
 HOST_STATES = 512
-"""States that fit in host memory."""
 
 
 @dataclass(slots=True, eq=False)

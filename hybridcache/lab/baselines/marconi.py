@@ -151,7 +151,6 @@ class MarconiCache:
         self.leaf_lru = leaf_lru
         self.kv_bytes = config.kv_bytes_per_token * config.unit
         self.used_bytes = 0
-        """Bytes of the tree."""
         self.clock = 0
         self.flops_saved = 0.0
         self.hit_tokens = 0

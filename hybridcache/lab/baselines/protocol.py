@@ -46,11 +46,8 @@ class PeerSession:
     cached_len: int
     """Prompt ids reused (in trace units)."""
     num_chunks: int
-    """Number of forward passes of the prefill."""
     losses = None
-    """Reasons why not more, which peers do not tell."""
     copy_s = 0.0
-    """Seconds of copies from lower tiers: peers have none."""
 
     def prefilled(self) -> None:
         """Do nothing: peers publish when they finish."""

@@ -97,7 +97,6 @@ class VllmCache:
         self.config = config
         self.block_tokens = inflated_block_size(config, match_unit or 1)
         self.block_size = self.block_tokens // config.unit
-        """Tokens of the trace per block."""
         self.unit = self.block_size if match_unit is None else max(1, match_unit // config.unit)
         """Tokens of the trace per match unit; divides the block."""
         if retention is not None and (retention < 0 or retention % self.block_tokens):

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 
 MAX_RUNNING = 16
-"""Usual number of requests at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +50,13 @@ class Turn:
     """One request of a session."""
 
     text: Tokens
-    """Prompt and answer: int32[n]."""
     prompt_len: int
     pause_s: float
     """From the end of the previous answer until this request; 0 for the first."""
     namespace: Hashable
     boundaries: PromptBoundaries
     stop_reason: str
-    """Reason why the answer ends, if the trace names one."""
     request_id: str
-    """Name of its session."""
     ends_session: bool = False
     choice_of: str | None = None
     save_at: tuple[int, ...] = ()
@@ -145,7 +141,6 @@ class LoopRun:
         self.answered: list[SimulatedRequest] = []
         """Requests in the order of their last tokens."""
         self.num_refused = 0
-        """Requests longer than the memory."""
         self.now_s = 0.0
         """Time; at the end, that of the last answer."""
         self.live_s = 0.0
@@ -352,15 +347,10 @@ class ClosedLoopResult:
     """All runs in closed loop over one trace: by cache, size, admission, rate and seed."""
 
     trace: str
-    """Name of the trace."""
     runs: tuple[ClosedLoopRun, ...]
-    """One per cache, size, admission, rate and seed."""
     times: str
-    """Source of the step times."""
     failures: tuple[str, ...] = ()
-    """A sentence per run that failed."""
     trace_notes: Sequence[str] = ()
-    """Notes on the trace."""
 
     def __repr__(self) -> str:
         """Return one line: trace and number of runs."""

@@ -32,7 +32,6 @@ RECORDED = (
     *("checkpoints", "priority_classes", "baseline", "page_size", "grid", "servers"),
     *("max_running", "tpot_s", "times", "checkpoint_dtype", "host_gib", "disk_gib"),
 )
-"""Settings of a scenario in the results of a run."""
 
 
 def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> dict[str, Any]:
@@ -61,11 +60,8 @@ class SessionResult(NamedTuple):
     """One session of a run. The interval of a run is over these."""
 
     session: str
-    """Name of the session, as text."""
     requests: int
-    """Number of requests."""
     prompt_tokens: int
-    """Tokens of their prompts."""
     cached_tokens: int
     """Prompt tokens that were reused."""
     losses: Losses | None = None
@@ -101,15 +97,12 @@ class RunResult(_Run):
     """One cell of a sweep. Counts are in tokens, for any unit of the trace."""
 
     config: dict[str, Any]
-    """Settings of the run, as plain text and numbers."""
     requests: int
-    """Number of requests."""
     hits: int
     """Requests that reused anything."""
     bypassed: int
     """Requests larger than the memory there was: computed without the cache."""
     prompt_tokens: int
-    """Tokens of all prompts."""
     cached_tokens: int
     """Prompt tokens that were reused."""
     losses: Losses | None
@@ -126,9 +119,7 @@ class RunResult(_Run):
     """Checkpoints that entered the cache; None, here and below, where the target does not say
     (rebuilt peers), which is not 0."""
     written_kv_bytes: int | None
-    """Bytes of KV that entered the cache."""
     evicted_checkpoints: int | None
-    """Checkpoints that were evicted."""
     by_session: tuple[SessionResult, ...]
     """Sessions in the order of their first requests."""
     control_us: float
@@ -228,19 +219,12 @@ class ClosedLoopRun(_Run):
     """Figures of one run in closed loop. Times in seconds."""
 
     trace: str
-    """Name of the trace."""
     admission: str
-    """Admission policy."""
     rate: float
-    """Sessions that arrived in a second."""
     seed: int
-    """Seed of the arrivals."""
     num_requests: int
-    """Number of answered requests."""
     num_refused: int
-    """Requests longer than the memory."""
     prompt_tokens: int
-    """Tokens of all prompts."""
     cached_tokens: int
     """Prompt tokens that were reused."""
     lost_tokens: int
@@ -248,9 +232,7 @@ class ClosedLoopRun(_Run):
     ttft_mean_s: float
     """Mean time to first token, waiting included."""
     ttft_p50_s: float
-    """Median of it."""
     ttft_p99_s: float
-    """99th percentile of it."""
     oldest_wait_s: float
     """Longest time from arrival to admission."""
     limit_s: float
@@ -258,19 +240,15 @@ class ClosedLoopRun(_Run):
     goodput: float
     """Requests a second that were answered in time."""
     makespan_s: float
-    """Time until the last answer."""
     live_mean: float
     """Sessions between their first request and their last answer, over time."""
     live_most: int
     """Largest number of such sessions."""
     num_preemptions: int
-    """Preemptions of all requests."""
     token_budget: int
-    """Most tokens in a step."""
     tells_ends: bool
     """True if clients say when a session has ended."""
     config: dict[str, Any]
-    """Settings of the run's cache, as plain text and numbers."""
 
     def as_record(self) -> dict[str, Any]:
         """Return a record for JSON: all fields, with the trace as in ``config``, its name and the
@@ -356,7 +334,6 @@ class SweepRuns:
     """Source of the prefill times: the assumed machine or the measured file. Empty for times of a
     user's own model."""
     trace_notes: Sequence[str] = ()
-    """Notes on the trace, for tables."""
     failures: tuple[str, ...] = ()
     """A sentence per run that failed, because of its policy. It is not among ``runs``."""
     working_set_bytes: int = 0

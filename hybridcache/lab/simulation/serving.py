@@ -34,7 +34,6 @@ from hybridcache.lab.simulation.target import Served, Target
 from hybridcache.lab.trace import TraceRequest
 
 NUM_SUMS = len(Losses._fields) + 4
-"""Sums of a session."""
 
 
 class RequestLog:
@@ -52,7 +51,6 @@ class RequestLog:
         order of ``Losses``, then tokens of bypassed requests, requests, and tokens of prompts and
         of their reused parts."""
         self.copy_s = array("d")
-        """Seconds of copies from lower tiers."""
         self.ttft_s = array("d")
         self.num_bypassed = 0
         """Requests that could not hold memory at all, and were computed without the cache."""
@@ -159,7 +157,6 @@ class Replica:
     decoding: dict[int, Asked] = field(default_factory=dict)
     is_up: bool = True
     id: int = 0
-    """Number in a fleet."""
     place: int = 0
     """Place in a fleet, which another replica has after this one has failed."""
     outbox: list[Event] = field(default_factory=list)

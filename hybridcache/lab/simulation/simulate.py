@@ -175,11 +175,9 @@ class OptimumResult(Sequence[Optimum]):
     """Plans with hindsight for one trace, by size: a sequence of ``Optimum``."""
 
     plans: tuple[Optimum, ...]
-    """One per size."""
     settings: Mapping[str, Any]
     """Model, precisions, grid and ``counts_running`` of all plans."""
     trace_notes: Sequence[str] = ()
-    """Notes on the trace."""
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -303,7 +301,6 @@ def run_cell(
 
 
 OF_PLANS = {"model", "gib", "state_dtype", "checkpoint_dtype", "grid"}
-"""Settings with an effect on the optimum."""
 
 
 def optimum(

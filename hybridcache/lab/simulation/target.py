@@ -117,9 +117,7 @@ class LeasedRequest:
     def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
         self._target, self._lease, self._request = target, lease, request
         self.cached_len = lease.cached_len
-        """Prompt ids reused."""
         self.losses = lease.losses
-        """Reasons why not more."""
         self.copy_s = 0.0
         """Seconds of copies from lower tiers that this request waited for."""
 
@@ -191,6 +189,4 @@ class BaselineTarget:
 
 
 Target = LeaseTarget | BaselineTarget
-"""Cache that requests are served with."""
 Served = LeasedRequest | PeerSession
-"""Request that the cache serves, from its match to its release."""

@@ -184,7 +184,6 @@ COUNTS_ALONE = (
     '. Counts of tokens do not tell which prompts agree: the tutorial "Your own trace" turns them '
     "into a trace"
 )
-"""End of the error about a table that may hold counts instead of texts."""
 
 
 def recognise(path: Path) -> str:

@@ -39,7 +39,6 @@ def role_of(message: dict[str, Any]) -> str | None:
 OUTPUT_ITEMS = {"message", "function_call", "reasoning"}
 """Types of items in the output of the Responses API. Its thoughts are not in later prompts."""
 NO_ANSWER = "not a text, a message, or a response with a message, a text or its usage"
-"""End of errors about answers."""
 
 
 def plain_chat(messages: Iterable[Record], system: Any = None, tools: Any = None) -> Chat:

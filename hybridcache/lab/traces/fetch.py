@@ -24,7 +24,6 @@ class Published(NamedTuple):
     """One trace that others publish."""
 
     word: str
-    """Reader of the format."""
     address: str
     content: str
     licence: str = "Apache-2.0"
@@ -61,7 +60,6 @@ PUBLISHED = {
         "e9e6c0297660c537f83d4fd9c476ce7a9a86ecd2784874b7bfc13be598e37bfa",
     ),
 }
-"""Published traces by name."""
 
 
 def find_published(name: str) -> Published:

@@ -40,7 +40,6 @@ WINDOW, WINDOW_IDS = 1024, 1 << 24
 """Requests read ahead of the one that is yielded, and ids in their prompts and answers. A request
 can be moved before at most that many others."""
 ONE_SECOND = "one second from each record to the next"
-"""Times of records without one."""
 UNANSWERED = "left out, because no answer follows a question"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
 _BINARY = re.compile(rb"[\0-\b\x0e-\x1a\x1c-\x1f]|\xff\xfe|\xfe\xff")

@@ -45,7 +45,6 @@ PLAIN: dict[str, tuple[str, Callable[[Record, str], Any]]] = {
 }
 """Fields of a line that are a field of a request, with their types."""
 OTHERS = {"timestamp", "session", "tokens", "prefix", "output", "output_length", "boundaries"}
-"""Other fields that are read."""
 TEXTS = {"request", "answer"}
 """Fields that ``engine record`` adds if it keeps the text. They are not read."""
 

@@ -67,7 +67,6 @@ OF_MESSAGES = ("session", "time", "system", "tools", "model", "tenant", "status"
 PARTS = {"content": list, "tool_calls": list, "function_call": dict}
 """Fields of a single message that may be JSON text, as in a CSV file."""
 ABSENT = {"session": "prompts that continue another", "answer": "unknown"}
-"""Rules for fields that are absent."""
 BODIES = ("request", "request_body", "body")
 """Names of an object that holds the fields of a request."""
 SPELLINGS = {
@@ -122,7 +121,6 @@ class Named(Record):
             record = Record(spelled(Record(inner), names.values()) | outer)
         self.record = record
         self.used: dict[str, str] = {}
-        """Name of each field in the record."""
         for field, known in NAMES.items():
             own = names.get(field)
             if own and own not in record:
@@ -211,7 +209,6 @@ class Continued:
     def __init__(self) -> None:
         self._last: SortedDict[str, int] = SortedDict()
         self.count = 0
-        """Number of sessions."""
 
     def session(self, said: str) -> tuple[int, bool]:
         """Return the number of the session, and True if it is continued. O(length + log n), times
@@ -238,7 +235,6 @@ class Conversation:
         self._chat, self._session = chat, session
         self.said: Chat = []
         self.num_unanswered = 0
-        """Number of messages after the last answer."""
         self._before_s: float | None = None
         self._asked_s = -math.inf
 
@@ -273,10 +269,8 @@ class PromptParser:
         self._last: dict[str | int, tuple[int, int, float]] = {}
         """Length, hash and time of the last prompt of a named session."""
         self._unread = set[str]()
-        """Names of fields without a use."""
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
         self._counts = dict.fromkeys((FAILED, NOT_ANSWERED, WHOLE), 0)
-        """Numbers of records, messages or prompts that a warning counts."""
         self._conversations = dict[str | int, Conversation]()
 
     def parse(self, raw: Record) -> Iterator[TraceRequest]:

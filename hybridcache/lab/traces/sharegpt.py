@@ -40,7 +40,6 @@ _ROLES = {
     "function_call": "assistant",
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
 }
-"""Roles of speakers, in small letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,6 @@ class ShareGPTReader(SessionReader):
     cap: int = 8192
     pause: Pauses = field(default_factory=Pauses)
     limit: int | None = None
-    """Number of conversations to read, or None for all."""
 
     @staticmethod
     def recognises(record: Record) -> bool:

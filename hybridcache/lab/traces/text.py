@@ -182,7 +182,6 @@ _QWEN_SPLIT = (
 
 
 _Tokenizer = tuple[Callable[[str], list[int]], dict[str, int]]
-"""``encode`` and ``specials`` of a ``ChatText``."""
 
 
 @explain_missing()
