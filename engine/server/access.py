@@ -1,5 +1,4 @@
-"""Access of clients: API keys, tenants, the operator, connections, CORS, request ids and the log of
-requests."""
+"""Access of clients: API keys, tenants, the operator, connections, CORS and the log of requests."""
 
 from __future__ import annotations
 
@@ -52,8 +51,7 @@ NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 # --- Keys and tenants -----------------------------------------------------------------------------
 
 SALT_HEADER = "x-cache-salt"
-"""Header for the salt of a request, as an alternative to ``cache_salt`` in the body, on every
-method."""
+"""Header for the salt of a request, on every method; as ``cache_salt`` in the body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +142,9 @@ class Access:
         return Tenant(place, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
 
     def place(self, scope: Scope) -> int | None:
-        """Return the index of the request's key, or None if it is invalid, in time independent of
-        the keys."""
+        """Return the index of the request's key, or None if it is invalid."""
         given = _given_key(scope)
-        # All keys are compared, even after a match.
+        # All keys are compared, even after a match: the time must not depend on them.
         fits = [hmac.compare_digest(given, key) for key in self.accepted]
         return fits.index(True) if any(fits) else None
 
@@ -160,8 +157,7 @@ class Access:
         return APIError(401, message, code="invalid_api_key", headers=challenge)
 
     def check_operator(self, request: Request) -> None:
-        """Raise APIError 401 or 403 unless the operator sent the request. The operator has access
-        to the cache of all clients.
+        """Raise APIError 401 or 403 unless the operator sent the request.
 
         Without a key, the client must be on this machine, by its address and by the host that it
         names. A foreign page in a local browser has a different ``Origin``, or a different ``Host``
@@ -206,8 +202,7 @@ def _is_local(url: str) -> bool:
 
 
 def _read_keys(flag: str, file: str) -> list[bytes]:
-    """Read the keys in the ``file`` of this ``flag``, one per line. A comment begins with ``#`` at
-    the start of the line or after a space."""
+    """Read the keys in the ``file`` of this ``flag``, one per line, without comments (``#``)."""
     try:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
@@ -217,8 +212,7 @@ def _read_keys(flag: str, file: str) -> list[bytes]:
 
 
 def _sendable(lines: list[bytes], source: str) -> list[bytes]:
-    """Return the keys in ``lines``. Raises ValueError if there is none, or if one cannot be sent in
-    a header."""
+    """Return the keys in ``lines``. Raises ValueError without one, or if one is not printable."""
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise ValueError(f"{source} has no key: write one into it.")
@@ -234,8 +228,7 @@ def _sendable(lines: list[bytes], source: str) -> list[bytes]:
 # --- Connections ----------------------------------------------------------------------------------
 
 HEADERS_S = 10.0
-"""Time in which the headers of a request must arrive, from the start of the connection or the end
-of the previous answer on."""
+"""Time from the start of a connection, or the end of an answer, to the end of the next headers."""
 
 
 class ClientConnection(H11Protocol):
@@ -296,24 +289,21 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
 
 
 def set_up_logging(level: str) -> None:
-    """Send the log of engine and HTTP server from ``level`` on to the standard error output.
-    Request lines, if enabled, do not depend on ``level``."""
+    """Send the log of engine and HTTP server to the standard error output; lines of requests, if
+    enabled, with any ``level``."""
     log_to_stderr(level, "engine", "uvicorn")
     request_log.setLevel(logging.INFO)
 
 
 UNREAD_S = 120.0
-"""Seconds that a client may read nothing of a waiting answer before the answer is broken off. Until
-then the rest of it is computed and kept in memory."""
+"""Seconds that a client may read nothing of a waiting answer before the answer is broken off."""
 
 
 class Requests:
-    """ASGI middleware that answers 401 to requests without a valid key, and records the key of the
-    others. Every answer gets an ``X-Request-Id``: the one of the request, or a new one. Anthropic's
-    clients read it as ``request-id``. An answer that its client does not read is broken off. The
-    log gets a line when an answer was sent or its client has disconnected. Facts for the line are
-    in the state of the ASGI scope: ``answer_id``, ``error``, and ``num_tokens`` of prompt, cache
-    and answer."""
+    """ASGI middleware that checks keys, returns an ``X-Request-Id`` (``request-id`` for Anthropic's
+    clients), breaks off answers that are not read, and logs each request. Facts for the log are in
+    the state of the ASGI scope: ``answer_id``, ``error``, and ``num_tokens`` of prompt, cache and
+    answer."""
 
     def __init__(self, app: ASGIApp, access: Access, is_logged: bool) -> None:
         self._app, self._access, self._is_logged = app, access, is_logged

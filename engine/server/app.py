@@ -1,9 +1,5 @@
 """The server: its process (connections, memory, start and stop), and the ASGI application with its
-routes, which imports plugins.
-
-uvicorn limits the size of headers and the number of connections. ``access.ClientConnection``
-limits the time of headers.
-"""
+routes, which imports plugins."""
 
 from __future__ import annotations
 
@@ -78,11 +74,7 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 async def trim() -> None:
-    """Return free pages inside malloc's arenas to the system.
-
-    Long-lived allocations between freed ones otherwise keep these pages. Takes up to a millisecond
-    per 100 MiB.
-    """
+    """Return free pages between allocations to the system: up to a millisecond per 100 MiB."""
     if _malloc_trim is not None:
         _malloc_trim(0)
 
@@ -147,8 +139,7 @@ class Server(uvicorn.Server):
         ending.cancel()
 
     async def _end(self) -> None:
-        """Stop serving other engines at once, and all requests after ``drain_s``, or at a second
-        signal."""
+        """Stop serving other engines at once, and requests after ``drain_s`` or a second signal."""
         if self._engine.failure is None:  # Else the command prints the reason.
             logger.warning(
                 "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
@@ -279,9 +270,8 @@ def _model_routes(context: ServingContext) -> list[Route]:
         return json_response(card)
 
     async def health(request: Request) -> Response:
-        """Return ``ok``, or ``degraded`` with the problem of the state directory; and the result of
-        the check of exactness. Reports are made between two steps. During a long step the status is
-        that of the last probe, so that this one does not have to wait."""
+        """Return ``ok``, or ``degraded`` with the problem of the state directory. During a long
+        step, which delays reports, the status is that of the last probe."""
         nonlocal folder
         engine = context.engine
         if not engine.is_alive:

@@ -26,13 +26,11 @@ from engine.server.settings import ServerConfig
 from engine.text.json_text import read_json
 
 LONG = 4096
-"""Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
-of an answer."""
+"""Bytes, characters or tokens above which work is done in a thread."""
 _threads = ThreadPoolExecutor(2, thread_name_prefix="server")
 """Threads for long work, which does not delay short work."""
 MAX_NODES = 100_000
-"""Maximum number of names, lists and objects of a JSON text. Decoding them holds the interpreter
-for at most 50 ms."""
+"""Maximum names, lists and objects of a JSON text: decoding holds the interpreter for 50 ms."""
 UNMARKED = bytes(set(range(256)) - set(b'[{:"'))
 """Bytes that begin no list, object or text, and end no name."""
 
@@ -54,8 +52,7 @@ class Body(Part, kw_only=True):
     """Base of all bodies."""
 
     NEUTRAL: ClassVar[Mapping[str, Collection[Any] | None]] = {}
-    """Parameters that are not supported, with the values that have no effect; None stands for
-    any."""
+    """Parameters that are not supported -> values without effect, or None if all have none."""
     KINDS: ClassVar[Mapping[str, str]] = {}
     """Lists of objects -> type of entries that do not name one."""
 
@@ -97,8 +94,7 @@ def check_nodes(raw: bytes) -> None:
 
 
 def num_nodes(raw: bytes) -> int:
-    """Return the number of names, lists and objects of a JSON text. O(its length), in a few calls
-    of which none holds the interpreter for long."""
+    """Return the number of names, lists and objects of a JSON text, in a few short calls."""
     plain = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     marks = plain.translate(None, UNMARKED).replace(b'""', b"")
     return len(b"".join(marks.split(b'"')[::2]))  # Without the pieces inside texts.
@@ -112,12 +108,8 @@ FREE = {
 
 
 def settled(value: Any) -> Any:
-    """Return the JSON ``value`` without nulls, and with 3 in place of 3.0. Objects of any form stay
-    as they are. O(its size).
-
-    Null means the default everywhere in these APIs, and clients send answers back with all the
-    fields that their classes have.
-    """
+    """Return the JSON ``value`` without nulls, which mean the default everywhere in these APIs, and
+    with 3 in place of 3.0. Objects of any form stay as they are. O(its size)."""
     if isinstance(value, dict):
         return {
             name: entry if name in FREE and isinstance(entry, dict) else settled(entry)
@@ -163,11 +155,8 @@ class ClientGone(APIError):
 
 
 async def read_body(request: Request, kind: type[Kind], config: ServerConfig) -> tuple[Kind, int]:
-    """Return the body of ``request`` as ``kind``, and its size in bytes.
-
-    Raises APIError 400 for an invalid body, 408 if it does not arrive in time, and 413 if it is too
-    large.
-    """
+    """Return the body of ``request`` as ``kind``, and its size in bytes. Raises APIError 400, 408
+    (too slow) or 413 (too large)."""
     try:
         async with asyncio.timeout(config.body_timeout_s):
             raw = await _receive(request, config.max_body_mib)
@@ -248,8 +237,8 @@ async def _hang_up(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events that stop, and close their iterator, when the client disconnects, even
-    between events. Silence is filled, so that proxies do not close the stream."""
+    """Server-sent events that close their iterator when the client disconnects, even between
+    events. Silence is filled, so that proxies do not close the stream."""
 
     media_type = "text/event-stream"
 

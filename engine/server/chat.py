@@ -1,8 +1,4 @@
-"""One chat in any dialect, and POST /v1/chat/completions, OpenAI's dialect.
-
-``ChatWriter`` renders and submits a chat, and reads its answers as events, which each dialect
-writes in its own form.
-"""
+"""One chat in any dialect, and POST /v1/chat/completions, OpenAI's dialect."""
 
 from __future__ import annotations
 
@@ -24,7 +20,6 @@ from engine.server.context import Call, Writer, finite, new_id, token_text
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
 from engine.text.answers import AnswerForm, AnswerReader, Event, ToolCall, as_message
 from engine.text.outputs import RequestOutput, SampledToken
-from engine.text.tokenizer import TemplateError
 
 
 def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:
@@ -75,9 +70,8 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
     try:
         return await run(call.size, work)
     except ValueError as error:
-        is_template = isinstance(error, TemplateError)
-        words = "The chat template rejects these messages: " if is_template else ""
-        raise APIError(400, f"{words}{error}", param="messages") from error
+        message = f"The chat template rejects these messages: {error}"
+        raise APIError(400, message, param="messages") from error
 
 
 async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest:
@@ -104,9 +98,8 @@ async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest
 def _forms(
     body: ChatRequest, form: AnswerForm, format_name: str, *, is_thinking: bool
 ) -> dict[str, Callable[[], Grammar]]:
-    """Return the requested forms of the answer; see ``Sampling.forms``. Required calls are one, and
-    so are strict calls that the answer may contain. With tools that may be called, the format is
-    that of an answer without calls."""
+    """Return ``Sampling.forms``, with required and strict calls. With tools that may be called, the
+    format is that of an answer without calls."""
     forms, tools, choice = body.forms(format_name), body.tools or (), body.tool_choice
     written = "hermes" if form.calls is None else form.calls.name
     calls = partial(grammar_of_calls, tools, form=written, in_parallel=body.parallel_tool_calls)
@@ -126,7 +119,7 @@ def _forms(
 
 
 class ChatWriter(Writer):
-    """Generates the answers to one chat, and writes them in the form of a dialect."""
+    """Generates the answers to one chat, and reads them as events for a dialect to write."""
 
     FORMAT = "response_format"
     """The dialect's name of the answer's format."""
@@ -157,8 +150,7 @@ class ChatWriter(Writer):
         return await self.respond(is_stream)
 
     def written(self) -> dict[str, int]:
-        """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
-        later prompts are known to share."""
+        """Return the tokens computed up to the last position that later prompts may share."""
         is_off = self._context.engine.config.prefix_cache == "none"
         shared = 0 if is_off else max(self._prompt.spec.boundaries.positions, default=0)
         return {"cache_write_tokens": max(0, shared - self.outputs[0].cached_len)}
@@ -186,8 +178,7 @@ class ChatWriter(Writer):
 
 
 class PartWriter(ChatWriter):
-    """Writes one answer as a sequence of parts (reasoning, texts and calls). One part is open at a
-    time."""
+    """Writes one answer as a sequence of parts: reasoning, texts and calls."""
 
     def __init__(self, call: Call, chat: ChatRequest, answer_id: str) -> None:
         super().__init__(call, chat, answer_id)

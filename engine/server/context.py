@@ -178,8 +178,7 @@ class Writer(ABC):
     """Kind of the answers of OpenAI's completions."""
 
     def __init__(self, call: Call, body: Sampling, answer_id: str, num_prompts: int = 1) -> None:
-        """Raises APIError 400 if there are more answers than the queue can hold, so a retry would
-        fail too."""
+        """Raises APIError 400 if there are more answers than the queue can ever hold."""
         most, num_answers = call.context.engine.config.max_queue, num_prompts * body.n
         if num_answers > most:
             message = f"{num_answers} answers are more than the queue of {most} requests can hold"
@@ -276,11 +275,10 @@ class Writer(ABC):
             raise of_failure(RequestError.of(error)) from error
 
     async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
-        """Yield (index of the answer, whether it is its first output) after each output, until all
-        have ended.
+        """Yield (index of the answer, whether it is its first output) after each output.
 
         If the iterator is closed early, the remaining requests end. Raises RequestError if a
-        request ended without an answer; an engine in another process refuses requests this way.
+        request ended without an answer.
         """
         index_of = {request_id: index for index, request_id in enumerate(self._stream.answers)}
         try:
@@ -310,9 +308,8 @@ class Writer(ABC):
     def _usage(self) -> dict[str, Any]:
         """Return the token counts in the form of OpenAI's completions.
 
-        A prompt counts once, with the cache hit of its first choice. Not part of OpenAI's API are
-        ``lost_tokens``, the reasons why the other tokens were computed, and ``transferred``, the
-        transfers between engines. ``completion_tokens_details`` is present with speculation.
+        A prompt counts once, with the cache hit of its first choice. ``lost_tokens`` and
+        ``transferred`` are not part of OpenAI's API.
         """
         outputs, firsts = self.outputs, self.outputs[:: self._body.n]
         num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
@@ -342,8 +339,7 @@ class Writer(ABC):
         return {name: np.asarray(token_ids).tolist()} if self._body.return_token_ids else {}
 
     def _cache_headers(self) -> dict[str, str]:
-        """Return the cache headers of an answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``,
-        and ``x-cache-lost`` with its causes; {} before the first output."""
+        """Return the cache headers of an answer; {} before the first output."""
         output = self._latest.get(0)
         if output is None:
             return {}

@@ -19,6 +19,7 @@ from msgspec import Meta
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
+from engine.server.api_errors import APIError
 from engine.server.bodies import Body, Part, check_nodes, converted, settled
 from engine.text.answers import MAX_NAME
 from engine.text.json_text import read_json
@@ -34,8 +35,7 @@ Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 AnswerLimit = Annotated[int, Meta(ge=1, extra_json_schema={"maximum": MAX_COUNT})]
-"""Number of tokens of an answer, which ends at the latest with the context. Clients send limits of
-larger models."""
+"""Number of tokens of an answer. Limits above the context are valid: clients send them."""
 Temperature = Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, le=MAX_COUNT)]
@@ -77,8 +77,7 @@ class NamedSchema(msgspec.Struct, kw_only=True):
 
 
 class ResponseFormat(Part, kw_only=True, omit_defaults=True):
-    """Form of an answer. A chat has the schema in ``json_schema``, other dialects have its fields
-    on one level."""
+    """Form of an answer, with ``json_schema`` in chats, and with its fields in other dialects."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
@@ -123,8 +122,7 @@ class Metadata(msgspec.Struct, kw_only=True):
     """Metadata of a request. Other names are ignored."""
 
     session_end: bool | Literal["true", "false", "True", "False"] | None = None
-    """Declares that no request of the session follows. OpenAI's values are texts, and ``str(True)``
-    is Python's."""
+    """Declares that no request of the session follows. OpenAI's values are texts."""
 
 
 class OpenAIBody(Body, kw_only=True):
@@ -139,8 +137,7 @@ class OpenAIBody(Body, kw_only=True):
 
 
 class Sampling(OpenAIBody, kw_only=True):
-    """Part of a request that controls sampling and the form of the answer. None selects the
-    engine's default."""
+    """Sampling and form of the answer. None selects the engine's default."""
 
     NEUTRAL = NEUTRAL
 
@@ -174,9 +171,8 @@ class Sampling(OpenAIBody, kw_only=True):
         return self.metadata is not None and self.metadata.session_end in (True, "true", "True")
 
     def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
-        """Return the requested forms of the answer: parameter -> function that makes its grammar,
-        in O(its length), and may raise GrammarError. ``format_name`` is the dialect's name of
-        ``response_format``."""
+        """Return the requested forms: parameter -> function that makes its grammar, and may raise
+        GrammarError. ``format_name`` is the dialect's name of ``response_format``."""
         asked, given = self.response_format, self.structured_outputs
         forms: dict[str, Callable[[], Grammar]] = {}
         if asked is not None and asked.type != "text":
@@ -256,15 +252,13 @@ def text_of(content: Any) -> str:
 
 
 def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Cut]:
-    """Return the marked places except the end of the chat, which is known anyway. Raises ValueError
-    if there are too many."""
+    """Return the marked places except the end of the chat. Raises APIError 400 if they are many."""
     of_tools = [Cut(None)] if any(tool.get("cache_control") for tool in tools or ()) else []
     of_messages = (cut for index, one in enumerate(messages) for cut in one.cuts(index))
     cuts = [*of_tools, *islice(of_messages, MAX_CUTS + 1)]
     if len(cuts) > MAX_CUTS:
-        raise ValueError(
-            f"'cache_control' marks more than {MAX_CUTS} places of this chat: remove some."
-        )
+        message = f"'cache_control' marks more than {MAX_CUTS} places of this chat: remove some."
+        raise APIError(400, message)
     return [cut for cut in cuts if cut != Cut(len(messages) - 1)]
 
 
@@ -286,8 +280,8 @@ def read_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def parsed_arguments(text: str) -> dict[str, Any]:
-    """Parse the arguments of a call that a model wrote. Invalid JSON, from an answer that was cut
-    off, is returned under ``BROKEN``. Raises ValueError if it is too large."""
+    """Parse the arguments of a call that a model wrote; invalid JSON is returned under ``BROKEN``.
+    Raises ValueError if it is too large."""
     check_nodes(text.encode())
     try:
         value = read_json(text or "{}")
@@ -356,8 +350,7 @@ class ChatRequest(Sampling, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     """Functions."""
     add_generation_prompt: bool | None = None
-    """Append the beginning of an answer. None means True unless ``continue_final_message`` is
-    set."""
+    """Append the beginning of an answer; by default unless ``continue_final_message`` is set."""
     continue_final_message: bool = False
     """Continue the last message."""
     chat_template_kwargs: dict[str, Any] | None = None
@@ -404,6 +397,5 @@ class ChatRequest(Sampling, kw_only=True):
 
     @property
     def limit(self) -> int | None:
-        """Maximum number of tokens of an answer, by either name, or None if only the context limits
-        it."""
+        """Maximum number of tokens of an answer, by either name; None for the default."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
