@@ -402,9 +402,12 @@ STEPS = {
 
 SCHEDULING = {
     "hybridcache.scheduling.planner": ("StepPlanner", "Holding", "AdmissionReport"),
-    "hybridcache.scheduling.cache_manager": ("CacheManager",),
-    "hybridcache.scheduling.request": ("ScheduledRequest", "RequestFields"),
-    "hybridcache.scheduling.memory_sizes": ("MemorySizes",),
+    "hybridcache.scheduling.cache_manager": (
+        "CacheManager",
+        "ScheduledRequest",
+        "RequestFields",
+        "MemorySizes",
+    ),
     "hybridcache.policies.registry": ("make_admission",),
     "hybridcache.policies.admission.base": ("AdmissionPolicy",),
 }

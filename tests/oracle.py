@@ -33,8 +33,7 @@ from engine.text.outputs import SampledToken
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory_sizes import MemorySizes
+from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
 Fingerprints = npt.NDArray[np.int64]

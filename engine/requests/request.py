@@ -42,7 +42,7 @@ from engine.text.outputs import (
 )
 from engine.text.tokenizer import CLOSE, IdTokenizer, read_json
 from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
-from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.scheduling.cache_manager import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.sizes import ModelSizes, SizesError
 from hybridcache.geometry.units import format_count
-from hybridcache.scheduling.memory_sizes import SLOTS_OF_ONE
+from hybridcache.scheduling.cache_manager import SLOTS_OF_ONE
 
 HEAD = "mtp."
 """Prefix of a multi-token prediction head, which is read only if requested."""

@@ -21,7 +21,7 @@ from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import ModelSizes, Spec
 from hybridcache.geometry.units import GIB, format_bytes
-from hybridcache.scheduling.memory_sizes import SLOTS_OF_ONE, MemorySizes
+from hybridcache.scheduling.cache_manager import SLOTS_OF_ONE, MemorySizes
 from kernels.state_copy.reference import Form
 from kernels.upload import upload
 

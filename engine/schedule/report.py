@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import EngineConfig
-from hybridcache.scheduling.memory_sizes import MemorySizes
+from hybridcache.scheduling.cache_manager import MemorySizes
 from hybridcache.scheduling.planner import AdmissionReport
 
 

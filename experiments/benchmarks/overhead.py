@@ -33,8 +33,7 @@ from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
 from hybridcache.policies.admission.sessions import SessionGate
 from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import DEFAULT_PLACEMENT, make_admission, parse_placement
-from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.memory_sizes import MemorySizes
+from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 
 PROMPT_LEN = 1_000

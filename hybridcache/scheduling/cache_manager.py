@@ -1,23 +1,224 @@
-"""Leases of the running requests, rows of the request table, and copies for the next batch.
+"""Requests as a scheduler sees them, the sizes of a memory, and the manager of both: leases of the
+running requests, rows of the request table, and copies for the next batch.
 
 KV rows and slots belong to the lease (``hybridcache/lease.py`` has the map).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import StepPlan
-from hybridcache.api import PrefixMatch
+from hybridcache.api import Losses, PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
-from hybridcache.scheduling.memory_sizes import MemorySizes
-from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Indices, require_index
+from hybridcache.policies.admission.base import WaitingRequest
+from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill, PromptBoundaries
+from hybridcache.tokens import Indices, Tokens, require_index, require_int32
+
+SLOTS_OF_ONE = 3
+"""States of one request that cannot be evicted: its own, the checkpoint that it resumed from, and
+the rolling checkpoint of its decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySizes:
+    """Number and size of the KV rows and state slots in one memory."""
+
+    memory: Literal["arena", "pools"]
+    """``arena``: rows and slots share their bytes; ``pools``: each has its own."""
+    num_kv_tokens: int
+    """KV rows of the pool or of the whole arena, in whole pages."""
+    num_slots: int
+    """State slots of the pool, or slabs of the arena; 0 if the model is attention-only."""
+    row_bytes: int
+    """Bytes of one token's keys and values."""
+    state_bytes: int
+    """Bytes of one state; 0 if the model is attention-only."""
+    page_size: int = 1
+    owns_states: bool = False
+    """True if running states are stored outside this memory, one per row of the request table. The
+    slots then hold checkpoints only."""
+
+    @property
+    def is_stateful(self) -> bool:
+        return self.state_bytes > 0
+
+    @property
+    def slab_rows(self) -> int:
+        """KV rows that occupy as many bytes as one slot; 0 if states have a separate pool or do not
+        exist."""
+        if self.memory == "pools" or not self.is_stateful:
+            return 0
+        return slab_rows(self.state_bytes, self.row_bytes, self.page_size)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: ``state_bytes``, or a slab."""
+        return self.slab_rows * self.row_bytes or self.state_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        num_bytes = self.num_kv_tokens * self.row_bytes
+        return num_bytes + (0 if self.slab_rows else self.num_slots * self.state_bytes)
+
+    def share(self, num_tokens: int, num_states: int) -> float:
+        """Return the part of the memory, 0 to 1, that ``num_tokens`` KV rows and ``num_states``
+        states take. With two pools, the fuller pool counts."""
+        if self.memory == "arena" or not self.is_stateful:
+            return (num_tokens + num_states * self.slab_rows) / max(1, self.num_kv_tokens)
+        rows, slots = max(1, self.num_kv_tokens), max(1, self.num_slots)
+        return max(num_tokens / rows, num_states / slots)
+
+    @property
+    def max_request_len(self) -> int:
+        """Longest request, in tokens, that can always be served to its end, if need be alone."""
+        if self.is_stateful and not self.num_slots:
+            return 0
+        whole = self.num_kv_tokens // self.page_size * self.page_size
+        return max(0, whole - SLOTS_OF_ONE * self.slab_rows)
+
+
+class RequestFields(Protocol):
+    """Fields of a request that its run only reads: a message of an engine, or a turn of a trace."""
+
+    @property
+    def request_id(self) -> str | None:
+        """Name. Must be a string once the request is scheduled."""
+
+    @property
+    def namespace(self) -> Hashable:
+        """Requests of different namespaces share nothing."""
+
+    @property
+    def boundaries(self) -> PromptBoundaries: ...
+
+    @property
+    def ends_session(self) -> bool:
+        """True if no request of its session follows."""
+
+    @property
+    def choice_of(self) -> str | None:
+        """Name of the first request, if this is another choice of the same answer."""
+
+    @property
+    def save_at(self) -> Sequence[int]:
+        """Further positions of checkpoints."""
+
+
+class ScheduledRequest(WaitingRequest):
+    """Tokens, lengths and claims of one request.
+
+    ``tokens`` is prompt and answer. ``computed_len`` of them are computed; below ``prefill_len`` by
+    prefill, from there on one by one. The newest token is never computed before the next step.
+    """
+
+    def __init__(
+        self,
+        spec: RequestFields,
+        prompt: Tokens,
+        *,
+        arrival: int,
+        arrival_s: float,
+        max_len: int,
+    ) -> None:
+        """
+        Args:
+            spec: its fields.
+            prompt: int32[n], at least one token. It is copied.
+            arrival: rank among all requests: older is smaller.
+            arrival_s: time of arrival, of the planner's clock.
+            max_len: most tokens of prompt and answer together.
+
+        Raises:
+            TypeError, ValueError: the prompt is empty or not int32[n], or longer than ``max_len``.
+                ``Lease.begin`` raises those of other fields.
+        """
+        require_int32(prompt, "prompt")
+        if not 0 < len(prompt) <= require_index(max_len, "max_len"):
+            raise ValueError(
+                f"a prompt must have from 1 to max_len tokens (got {len(prompt)}, and max_len is "
+                f"{max_len})"
+            )
+        for position in spec.save_at:
+            require_index(position, "each of save_at", 0)
+        super().__init__(
+            arrival=arrival, arrival_s=arrival_s, num_tokens=len(prompt), max_len=max_len
+        )
+        self.spec = spec
+        self.request_id = str(spec.request_id)
+        self._buffer = np.empty(min(len(prompt) + 256, max_len), np.int32)
+        self._buffer[: len(prompt)] = prompt
+        self.prompt_len = len(prompt)
+        self.scheduled_len = 0
+        """Value of ``computed_len`` once every step planned so far is committed."""
+        self.num_drawn = 0
+        """Tokens sampled in steps that are not committed yet: unknown to the host."""
+        self.lease: Lease | None = None
+        """Its claims on the cache: None while it waits. It has a row for as long as a lease."""
+        self.losses: Losses | None = None
+        """Causes of the tokens that were not reused; None before the first admission."""
+        self.fetched_len: int | None = None
+        """Tokens of KV that were fetched for it; None if no fetch was considered yet."""
+        self.scheduled_s: float | None = None
+        """Time of its first admission."""
+        self.is_counted = False
+        """True if an earlier lease of this request is counted in the cache's statistics."""
+
+    @property
+    def namespace(self) -> Hashable:
+        return self.spec.namespace
+
+    @property
+    def tokens(self) -> Tokens:
+        """Prompt and answer so far: int32[num_tokens], a view."""
+        return self._buffer[: self.num_tokens]
+
+    def append(self, token_id: int) -> None:
+        """Add the newest token of the answer. O(1) amortised. Raises ValueError if the request has
+        ``max_len`` tokens."""
+        if self.num_tokens == len(self._buffer):
+            if self.num_tokens == self.max_len:
+                raise ValueError(
+                    f"request {self.request_id} has its max_len of {self.max_len} tokens: end it"
+                )
+            longer = np.empty(min(2 * self.num_tokens, self.max_len), np.int32)
+            longer[: self.num_tokens] = self._buffer
+            self._buffer = longer
+        self._buffer[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+    @property
+    def claims(self) -> tuple[Lease, int]:
+        """Lease and row of the request. Raises RuntimeError while it waits."""
+        if self.lease is None or self.row is None:
+            raise RuntimeError(f"request {self.request_id} holds no lease.")
+        return self.lease, self.row
+
+    @property
+    def known_len(self) -> int:
+        """Tokens available on the device: ``num_tokens`` plus ``num_drawn``."""
+        return self.num_tokens + self.num_drawn
+
+    @property
+    def wants_scores(self) -> bool:
+        """True if every prompt position must be computed, even if it is cached."""
+        return False
+
+    @property
+    def stop_reason(self) -> str:
+        """Reason why the answer ended, as ``Lease.finish`` takes it; empty if it is not known."""
+        return "session_end" if self.spec.ends_session else ""
+
+    def restart(self) -> None:
+        """Discard partial results of the prompt before its computation begins, for the first time
+        or again."""
+
 
 TableRow = Callable[[int, int], Indices]
 """Function of (row, end): KV indices that a runner was given for the positions of a row below

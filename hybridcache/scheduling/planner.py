@@ -30,8 +30,7 @@ from typing import Generic, TypeVar, cast
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.admission.sessions import Sessions
-from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
 from hybridcache.tokens import common_prefix_len, require_index
 
 TILE = 64
@@ -141,7 +140,7 @@ class StepPlanner(Generic[R]):
     >>> from hybridcache.policies.registry import make_admission
     >>> from hybridcache.scheduling.cache_manager import CacheManager
     >>> from hybridcache.scheduling.planner import StepPlanner
-    >>> from hybridcache.scheduling.request import ScheduledRequest
+    >>> from hybridcache.scheduling.cache_manager import ScheduledRequest
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=4000, num_slots=40))
     >>> manager = CacheManager(cache, parse_placement("adaptive"), num_rows=8, stateful=True)
     >>> planner = StepPlanner(

@@ -20,9 +20,8 @@ from hybridcache.policies.protocol import Prefill, PromptBoundaries
 from hybridcache.policies.registry import make_admission
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import ROUTERS, find_router
-from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
 from hybridcache.scheduling.planner import StepPlanner
-from hybridcache.scheduling.request import ScheduledRequest
 from tests.cache.serving import PerToken, hybrid, ids, publish
 from tests.cache.twins import VictimLog
 from tests.export.segments import segments_of

@@ -33,9 +33,8 @@ from hybridcache.lab.simulation.closed_loop import (
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.registry import parse_placement
-from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
 from hybridcache.scheduling.planner import StepPlanner
-from hybridcache.scheduling.request import ScheduledRequest
 from tests.oracle import OracleRunner, OracleSampler
 
 VOCABULARY = 320

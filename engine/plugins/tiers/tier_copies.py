@@ -25,7 +25,7 @@ from engine.runner.device import Device, HostCopy
 from engine.runner.memory import allocate
 from engine.schedule.scheduler import KEPT, BytesLost
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
-from hybridcache.scheduling.memory_sizes import MemorySizes
+from hybridcache.scheduling.cache_manager import MemorySizes
 from hybridcache.tokens import Indices
 from kernels.upload import upload
 

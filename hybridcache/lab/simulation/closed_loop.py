@@ -33,9 +33,8 @@ from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import make_admission
-from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
 from hybridcache.scheduling.planner import StepPlanner
-from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
