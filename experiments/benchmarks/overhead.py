@@ -84,7 +84,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -
     while len(reports) < 50 + num_steps:
         outputs = engine.step()
         begin = time.perf_counter()
-        channel.send(Outputs(num_running, 0, tuple(outputs)))
+        channel.send(Outputs(tuple(outputs)))
         sending_s.append(time.perf_counter() - begin)
         while server.receive() is not None:
             pass  # Work of the receiving process.
