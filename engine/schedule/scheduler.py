@@ -419,15 +419,8 @@ class Scheduler(StepPlanner[Request]):
         self._num_in_flight += bool(segments)
         self._verifies = bool(drafts)
         copies = self._manager.take_step()
-        has_copies = copies.restores or copies.row_writes
-        assert segments or copies.transfers or not has_copies, "copies that are not executed"
-        return Batch(
-            tuple(segments),
-            copies.restores,
-            copies.row_writes,
-            tuple(late_tokens),
-            copies.transfers,
-        )
+        late = tuple(late_tokens)
+        return Batch(tuple(segments), copies.restores, copies.row_writes, late, copies.transfers)
 
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory."""
@@ -485,26 +478,18 @@ class Scheduler(StepPlanner[Request]):
                         request.finish("length", now_s)
                 except Exception as error:
                     self._fail(request, error)
+            if segment.num_drafts and has_logits:
+                # The newest token is not computed. Tokens after a stop do not count.
+                request.computed_len = request.scheduled_len = request.num_tokens - 1
+                self._manager.roll_back(request)
+                self._drafting.learn(segment, len(run) - 1, request.num_tokens - num_before)
             if segment.num_drafts:
-                num_new = request.num_tokens - num_before
-                settled = self._settle(segment, len(run) - 1, num_new) if has_logits else 0
-                taken.append(settled)
+                taken.append(request.computed_len - segment.start if has_logits else 0)
             if request.finish_reason is not None:
                 # Without logits, the KV and states of this step may be NaN too.
                 self.leave(request, publishes=has_logits)
-                if self._may_draft:
-                    self._drafting.forget(request)
+                self._drafting.forget(request)
         return tuple(taken)
-
-    def _settle(self, segment: Segment, num_accepted: int, num_new: int) -> int:
-        """Move a request to the end of the accepted part of its draft. Returns the number of the
-        segment's tokens that count: ``num_new`` are part of the answer, the newest is not computed.
-        """
-        request = segment.request
-        request.computed_len = request.scheduled_len = request.num_tokens - 1
-        self._manager.roll_back(request)
-        self._drafting.learn(segment, num_accepted, num_new)
-        return request.computed_len - segment.start
 
     def _fail(self, request: Request, error: Exception) -> None:
         """End ``request`` alone with an error that was raised for it."""
