@@ -42,7 +42,6 @@ from engine.text.tokenizer import (
     CLOSE,
     OPEN,
     PROBE,
-    IdTokenizer,
     Message,
     TemplateError,
     Tokenizer,
@@ -187,14 +186,7 @@ class ChatPrompt:
         return cast("Tokens", self.spec.prompt)
 
 
-def no_chat(tokenizer: Tokenizer) -> str:
-    """Return the error of a chat with a model that has no chat template."""
-    if isinstance(tokenizer, IdTokenizer):
-        return (
-            "This model has no tokenizer, so it cannot chat: use /v1/completions with token ids, "
-            "as numbers."
-        )
-    return "This model has no chat template: use /v1/completions."
+NO_CHAT = "This model has no chat template, so it cannot chat: use /v1/completions."
 
 
 def render_chat(
@@ -227,7 +219,7 @@ def render_chat(
     """
     template = tokenizer.chat_template
     if template is None:
-        raise TemplateError(no_chat(tokenizer))
+        raise TemplateError(NO_CHAT)
     messages, tools, variables, cuts = mark_control_tokens(
         tokenizer.control_tokens, (messages, tools, variables, cuts)
     )

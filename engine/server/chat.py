@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import structs
 from starlette.responses import Response
 
-from engine.requests.chat_prompt import ChatPrompt, no_chat
+from engine.requests.chat_prompt import NO_CHAT, ChatPrompt
 from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls
 from engine.server.api_errors import APIError
 from engine.server.bodies import event, run
@@ -47,7 +47,7 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
     context, tenant = call.context, call.tenant
     template = context.tokenizer.chat_template
     if template is None:
-        raise APIError(400, no_chat(context.tokenizer))
+        raise APIError(400, NO_CHAT)
     has_developer = "developer" in template.source
 
     def work() -> ChatPrompt:

@@ -63,28 +63,24 @@ def joined(events: Iterable[Event]) -> list[Event]:
 
 def as_message(events: Sequence[Event]) -> dict[str, Any]:
     """Return an answer as the message that chat templates take. O(length)."""
-    content: list[str] = []
-    reasoning: list[str] = []
-    functions: list[dict[str, str]] = []
-    for one in events:
-        match one:
-            case TextDelta(text):
-                content.append(text)
-            case ReasoningDelta(text):
-                reasoning.append(text)
-            case ToolCall(name, arguments):
-                functions.append({"name": name, "arguments": arguments})
+    calls = [
+        {"type": "function", "function": {"name": one.name, "arguments": one.arguments}}
+        for one in events
+        if isinstance(one, ToolCall)
+    ]
+    thoughts = [one.text for one in events if isinstance(one, ReasoningDelta)]
+    texts = [one.text for one in events if isinstance(one, TextDelta)]
     return {
         "role": "assistant",
-        "content": "".join(content),
-        "reasoning_content": "".join(reasoning),
-        "tool_calls": [{"type": "function", "function": function} for function in functions],
+        "content": "".join(texts),
+        "reasoning_content": "".join(thoughts),
+        "tool_calls": calls,
     }
 
 
 BROKEN = "A call of a tool was left in the text, because "
 """Start of the warning about an answer; the reason follows."""
-Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
+Finish = FinishReason | Literal["tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)

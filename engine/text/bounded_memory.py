@@ -27,9 +27,6 @@ class BoundedMemory(Generic[Key, Value]):
         self._lock = threading.Lock()
         self.num_bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._values)
-
     def get(self, key: Key, *, is_use: bool = True) -> Value | None:
         """Return the value of ``key``, or None. It is now the most recently used one, unless
         ``is_use`` is False. O(1)."""
@@ -46,8 +43,7 @@ class BoundedMemory(Generic[Key, Value]):
         if num_bytes > self.limit_bytes:
             return
         with self._lock:
-            if key in self._values:
-                self._remove(key)
+            self._remove(key)
             self._values[key] = value, num_bytes
             self.num_bytes += num_bytes
             while self.num_bytes > self.limit_bytes:

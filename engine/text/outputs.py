@@ -247,17 +247,16 @@ class TextStream:
 
     def flush(self) -> tuple[str, bool]:
         """Return (the text held back, True if it contains a stop string), after the last token."""
-        text, has_stopped = self._decoder.flush(), False
-        if self._stop:
-            text, has_stopped = self._read(text)
+        text, has_stopped = self._read(self._decoder.flush())
         return text if has_stopped else text + self._held, has_stopped
 
     def _read(self, new: str) -> tuple[str, bool]:
         text, self._held = self._held + new, ""
-        found = [(at, len(stop), stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        stops = [stop for stop in self._stop if stop[0] in text]
+        found = [(at, len(stop), stop) for stop in stops if (at := text.find(stop)) >= 0]
         if found:
             start, _, stop = min(found)
             return text[:start] + stop * self._keeps_stop, True
-        cut = min(begin_of(text, stop) for stop in self._stop)
+        cut = min((begin_of(text, stop) for stop in stops), default=len(text))
         self._held = text[cut:]
         return text[:cut], False

@@ -19,7 +19,7 @@ import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from engine.requests.chat_prompt import no_chat, render_chat
+from engine.requests.chat_prompt import NO_CHAT, render_chat
 from engine.server.api_errors import APIError
 from engine.server.bodies import ClientGone, settled, unless_gone
 from engine.server.schemas import read_messages
@@ -75,7 +75,7 @@ class TraceWriter:
         """``file`` is empty and unbuffered. ``counted_by`` goes into its first line, for readers.
         Raises ValueError if the model of ``tokenizer`` has no chat template."""
         if tokenizer is not None and tokenizer.chat_template is None:
-            raise ValueError(no_chat(tokenizer))
+            raise ValueError(NO_CHAT)
         self._file, self._keeps_text, self._tokenizer = file, keeps_text, tokenizer
         self._key = secrets.token_bytes(32)
         self._began_s = time.monotonic()
