@@ -28,7 +28,7 @@ from engine.requests.request import (
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
 from engine.schedule.scheduler import EMPTY, Batch, BytesLost, PendingTokens, Scheduler, StepHooks
-from engine.text.bounded_memory import BoundedMemory
+from engine.text.bounded import BoundedMemory
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.scheduling.cache_manager import CacheManager
 

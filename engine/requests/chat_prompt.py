@@ -35,8 +35,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from engine.requests.request import RequestSpec
-from engine.text.bounded_memory import BoundedMemory
-from engine.text.json_text import read_json
+from engine.text.bounded import BoundedMemory, read_json
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import (
     CLOSE,

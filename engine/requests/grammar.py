@@ -15,7 +15,7 @@ from math import prod
 from typing import Any, Literal
 
 from engine.text.answers import END_FUNCTION, FUNCTION, MAX_NAME, PARAMETER, json_types
-from engine.text.json_text import read_json
+from engine.text.bounded import read_json
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, OPEN
 
 MAX_CHARS = 256 * 1024

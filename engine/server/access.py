@@ -30,7 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from engine.server.api_errors import ANTHROPIC, APIError, short
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
-from engine.text.json_text import REPLACEMENT
+from engine.text.bounded import REPLACEMENT
 from hybridcache.command.signals import log_to_stderr
 
 logger = logging.getLogger(__name__)

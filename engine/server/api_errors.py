@@ -22,7 +22,7 @@ from engine.errors import (
     QueueFull,
     RequestError,
 )
-from engine.text.json_text import whole_text
+from engine.text.bounded import whole_text
 
 logger = logging.getLogger(__name__)
 NAMED = re.compile(r"'(\w[\w.]*)'|^([a-z]\w*) ")

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.server.api_errors import APIError, note_error, of_failure, quoted, short
 from engine.server.settings import ServerConfig
-from engine.text.json_text import read_json
+from engine.text.bounded import read_json
 
 LONG = 4096
 """Bytes, characters or tokens above which work is done in a thread."""

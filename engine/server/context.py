@@ -75,6 +75,7 @@ class ServingContext:
             keeps_thinking=config.preserve_thinking,
         )
         self.model_name = config.served_model_name or engine.facts.model_name
+        self.fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
 
@@ -221,7 +222,7 @@ class Writer(ABC):
             "object": self.KIND,
             "created": self._created,
             "model": self._context.model_name,
-            "system_fingerprint": self._context.engine.facts.exactness.fingerprint,
+            "system_fingerprint": self._context.fingerprint,
             "choices": choices,
             **more,
         }

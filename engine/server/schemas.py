@@ -22,7 +22,7 @@ from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, 
 from engine.server.api_errors import APIError
 from engine.server.bodies import Body, Part, check_nodes, converted, settled
 from engine.text.answers import MAX_NAME
-from engine.text.json_text import read_json
+from engine.text.bounded import read_json
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from msgspec import structs
 
-from engine.text.json_text import read_json
+from engine.text.bounded import read_json
 from engine.text.outputs import FinishReason, RequestOutput, begin_of
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, any_of
 

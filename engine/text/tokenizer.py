@@ -25,7 +25,7 @@ import jinja2.sandbox
 import numpy as np
 
 from engine.config import BUILTIN_DIR
-from engine.text.bounded_memory import BoundedMemory
+from engine.text.bounded import BoundedMemory
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:

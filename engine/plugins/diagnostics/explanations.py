@@ -22,7 +22,7 @@ from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import json_response
 from engine.server.context import Call, ServingContext
 from engine.server.schemas import ChatRequest, Message
-from engine.text.bounded_memory import BoundedMemory
+from engine.text.bounded import BoundedMemory
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
 from hybridcache.api import Losses

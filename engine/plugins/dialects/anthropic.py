@@ -39,7 +39,7 @@ from engine.server.schemas import (
     text_of,
 )
 from engine.text.answers import Event, Finish, ReasoningDelta, TextDelta, ToolCall, joined
-from engine.text.json_text import read_json
+from engine.text.bounded import read_json
 
 REASONS: dict[Finish | None, str] = {
     "stop": "end_turn",

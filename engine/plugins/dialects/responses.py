@@ -41,7 +41,7 @@ from engine.server.schemas import (
     text_of,
 )
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
-from engine.text.bounded_memory import BoundedMemory
+from engine.text.bounded import BoundedMemory
 
 Kind = Literal["reasoning", "message", "function_call"]
 KINDS: dict[Kind, tuple[str, str]] = {

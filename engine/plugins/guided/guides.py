@@ -22,7 +22,7 @@ import numpy as np
 
 from engine.requests.grammar import CALL, Grammar, GrammarError, TooComplex
 from engine.requests.logit_rules import Draws, LogitRule, Mask, Ruling
-from engine.text.bounded_memory import BoundedMemory
+from engine.text.bounded import BoundedMemory
 from hybridcache.command.extras import how_to_install
 from hybridcache.tokens import Tokens
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.requests.request import Request
 from engine.schedule.scheduler import Newest
-from engine.text.bounded_memory import BoundedMemory
+from engine.text.bounded import BoundedMemory
 from hybridcache.radix.tree import (
     TOKEN_BYTES,
     NodeHandle,

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from engine.text.bounded_memory import BoundedMemory
+from engine.text.bounded import BoundedMemory
 
 from .conftest import ServeAnswer
 from .dialects import BONN, SCHEMA, STREAMED
