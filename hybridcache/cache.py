@@ -777,7 +777,7 @@ class HybridRadixCache:
         node = base if base is not None else tree.root(namespace)
         inside, kv_match_len = None, node.end
         if node.children is not None:
-            node, inside, kv_match_len = tree.walk(node, tokens[kv_match_len:num_tokens])
+            node, inside, kv_match_len = tree.walk(node, tokens)
         if owned_from > kv_match_len:
             raise ValueError(
                 f"owned_from is {owned_from}, but the cache holds only {kv_match_len} of these "
@@ -789,8 +789,7 @@ class HybridRadixCache:
         if kv_match_len < num_tokens:
             if kv is not None and node.children is None:  # It is a leaf no more.
                 self._withdraw(kv)
-            rows = kv_indices[kv_match_len:num_tokens]
-            leaf = self._append(node, tokens[kv_match_len:num_tokens], rows, checkpoints)
+            leaf = self._append(node, tokens[:num_tokens], kv_indices, checkpoints)
             if isinstance(node.children, dict) and len(node.children) == 2:
                 self._review(node)
         elif kv is not None:
@@ -831,12 +830,13 @@ class HybridRadixCache:
         rows: Indices,
         checkpoints: Sequence[tuple[int, int]],
     ) -> RadixNode:
-        """Make ``tokens`` resident below ``node`` with copies of ``rows``, and return the new leaf.
+        """Make ``tokens``, whose path ``node`` is on, resident with copies of ``rows``, and return
+        the new leaf.
 
         Ghosts on the path are revived first, then nodes are added. A new node ends at each planned
         checkpoint, so that none is split at once: separate nodes share no buffer.
         """
-        first, tree = node.end, self._tree
+        tree, grid, num_tokens = self._tree, self.checkpoint_grid, len(tokens)
         if node.ghosts is not None:
             ghost, inside, length = tree.walk(node, tokens, ghosts=True)
             if inside is not None and length > ghost.end:
@@ -850,21 +850,13 @@ class HybridRadixCache:
             for ghost in reversed(path):
                 self.ghosts.discard(ghost)
                 tree.revive(ghost)
-                self._store_rows(ghost, rows[node.end - first : ghost.end - first].copy())
+                self._store_rows(ghost, rows[node.end : ghost.end].copy())
                 node = ghost
-        start, num_tokens = node.end - first, len(tokens)
-        if len(checkpoints) > 1 or (checkpoints and checkpoints[0][0] < first + num_tokens):
-            for position, _ in sorted(checkpoints):
-                end = position - first
-                if position % self.checkpoint_grid == 0 and start < end < num_tokens:
-                    node = tree.grow(node, tokens[start:end])
-                    self._store_rows(node, rows[start:end].copy())
-                    start = end
-        if start < num_tokens:
-            if start:
-                tokens, rows = tokens[start:], rows[start:]
-            node = tree.grow(node, tokens)
-            self._store_rows(node, rows.copy())
+        for end, _ in (*sorted(checkpoints), (num_tokens, 0)):
+            start = node.end
+            if start < end <= num_tokens and (end == num_tokens or end % grid == 0):
+                node = tree.grow(node, tokens[start:end])
+                self._store_rows(node, rows[start:end].copy())
         return node
 
     def _store_rows(self, node: RadixNode, rows: Indices) -> None:

@@ -677,7 +677,7 @@ class TieredRadixCache(HybridRadixCache):
         pages = offload.tiers[number].pages
         node, inside, length = tree.walk(tree.root(namespace), tokens)
         if inside is None:
-            node, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
+            node, inside, length = tree.walk(node, tokens, ghosts=True)
         last = node if inside is None or length == node.end else inside
         known = last
         while _place(known) is None:

@@ -247,8 +247,10 @@ class Item:
         """
         if not self.item_bytes.state:
             return self.position - self.node.start
-        above = self.above
-        return self.position if above is None else self.position - above.position
+        above = self.node.parent
+        while above is not None and above.checkpoint is None:
+            above = above.parent
+        return self.position if above is None else self.position - above.end
 
     @property
     def size_bytes(self) -> int:
@@ -442,42 +444,34 @@ class RadixTree:
         return RadixNode(None, namespace, b"", 0) if node is None else node
 
     def walk(self, node: RadixNode, tokens: Tokens, ghosts: bool = False) -> Walk:
-        """Follow ``tokens``, which start at the end of ``node``, through resident edges or through
+        """Follow ``tokens``, of which ``node`` ends on the path, through resident edges or through
         ghosts.
 
-        Changes nothing. O(len(tokens)): an edge is compared with one ``memcmp``, and the position
-        of a difference is searched once, at the end. An only child is compared without looking up
-        its key.
+        Changes nothing. O(len(tokens) - node.end): an edge is compared with one ``memcmp``, and the
+        position of a difference is searched once, at the end. An only child is compared without
+        looking up its key.
         """
-        base = end = node.end
+        end, stop, page_size = node.end, len(tokens), self.page_size
         family = node.ghosts if ghosts else node.children
         if family is None:
-            return node, None, base
-        stop = base + len(tokens)
-        ids: object = tokens.base
+            return node, None, end
+        base = 0
+        ids: Any = tokens.base
         if type(ids) is not bytes or len(ids) != tokens.nbytes:  # else a view of all of them
-            ids = tokens.tobytes()
-        starts_with, token = ids.startswith, tokens.item
-        page_size = self.page_size
-        child: RadixNode | None
+            base, ids = end, tokens[end:].tobytes()
+        starts_with = ids.startswith
         while family is not None:
-            at = end - base
+            child: RadixNode | None
             if isinstance(family, dict):
-                if end >= stop:
-                    break
-                key = token(at) if page_size == 1 else first_page(tokens, at, page_size)
-                child = family.get(key)
+                child = family.get(first_page(tokens, end, page_size)) if end < stop else None
                 if child is None:
                     break
             else:
                 child = family
-            if not starts_with(child.edge, at * TOKEN_BYTES):
-                if end >= stop:
+            if not starts_with(child.edge, (end - base) * TOKEN_BYTES):
+                if end >= stop or child.key != first_page(tokens, end, page_size):
                     break
-                key = token(at) if page_size == 1 else first_page(tokens, at, page_size)
-                if child.key != key:
-                    break
-                shared = common_prefix_len(edge_tokens(child.edge), tokens[at:], page_size)
+                shared = common_prefix_len(edge_tokens(child.edge), tokens[end:], page_size)
                 return node, child, end + shared
             node = child
             end = node.end
@@ -488,7 +482,7 @@ class RadixTree:
         """Add a resident child with a copy of ``tokens`` to ``parent``, and return it.
         O(len(tokens))."""
         edge = tokens.tobytes()
-        key = tokens.item(0) if self.page_size == 1 else first_page(tokens, 0, self.page_size)
+        key = first_page(tokens, 0, self.page_size)
         child = RadixNode(parent, key, edge, parent.end + len(tokens))
         family = parent.children
         parent.children = child if family is None else with_child(family, child)
@@ -631,7 +625,7 @@ def read_ghosts(
     Returns the deepest node, the length of the tokens seen before, the deepest evicted checkpoint
     on the way that could be resumed from (or None), and whether other tokens were seen to follow.
     """
-    last, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
+    last, inside, length = tree.walk(node, tokens, ghosts=True)
     forks, missed, ghost = inside is not None or bool(last.ghosts), None, last
     while missed is None and ghost is not node:
         if ghost.end < len(tokens):

@@ -123,7 +123,9 @@ class LeasedRequest:
 
     def claim(self) -> bool:
         """Take memory for the prompt. Returns False if it is refused."""
-        return self._extend(self.cached_len, len(self._request.tokens))
+        has_memory = self._extend(self.cached_len, len(self._request.tokens))
+        self._target.cache.take_step().done()  # There are no tensors.
+        return has_memory
 
     def _extend(self, start: int, end: int) -> bool:
         """Take memory for the ids from ``start`` to ``end`` and their checkpoints. Returns False if
@@ -131,7 +133,6 @@ class LeasedRequest:
         if not self._lease.extend(end):
             return False
         self._lease.take_checkpoint_slots(start, end)
-        self._target.cache.take_step().done()  # There are no tensors.
         return True
 
     def prefilled(self) -> None:
