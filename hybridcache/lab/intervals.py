@@ -1,22 +1,15 @@
 """Intervals for hit rates: paired differences, bootstrap over sessions and seeds.
 
-There are two sources of variation. Seeds of a generator are independent traces: one number each.
-Sessions of one trace share a cache, but each adds its own reused and prompt tokens: the rate is a
-ratio of sums, and sessions are the units drawn again. Requests of one session are not independent
-and must not be drawn one by one.
+Seeds of a generator are independent traces: one number each. Sessions of one trace share a cache;
+the rate is a ratio of sums, and sessions are the units drawn again. Compared policies run on the
+same units, so effects that a seed has on all policies cancel.
 
->>> found = paired([71.0, 69.5, 70.2, 70.9, 71.4], [70.1, 68.9, 69.0, 70.1, 70.6])
->>> print(found)
+>>> print(paired([71.0, 69.5, 70.2, 70.9, 71.4], [70.1, 68.9, 69.0, 70.1, 70.6]))
 0.9 [0.6, 1.1]
 
-Compared policies run on the same seeds or sessions. Differences are computed unit by unit, so
-effects that a seed has on all policies cancel.
-
-Intervals are expanded percentile intervals (T. Hesterberg,
-"What Teachers Should Know About the Bootstrap",
-The American Statistician 69(4), 2015, section 4.3): the percentiles are widened so that small
-samples keep their coverage. Fewer than five units give no interval: no resampling of three values
-covers their mean often enough.
+Intervals are expanded percentile intervals (T. Hesterberg, "What Teachers Should Know About the
+Bootstrap", The American Statistician 69(4), 2015, section 4.3), which keep their coverage in small
+samples. Fewer than five units give no interval.
 """
 
 from __future__ import annotations

@@ -1,15 +1,10 @@
 """Compare a policy with every built-in one on the evaluation split, with intervals.
 
 A cell is one generated trace at one memory size. Each policy runs in every cell with every seed.
-A score is the mean over cells, so that every cell weighs the same; its interval comes from the
-seeds. Differences are paired: policies are compared seed by seed.
-
-Cells with a rate of sessions are closed loops: sessions arrive at that rate, wait for their answers
-and are admitted by the policy ``sessions``. They decide the order of the table. The other cells
-replay requests in turn. Next to the token hit rate of replays stands its share of the best plan
-found with hindsight, in two counts.
-The first plan may fill the whole memory between two requests; the second also leaves room for the
-KV and the state of the running request, which every cache of this project must hold.
+Scores are means over cells, their intervals come from the seeds, and differences are paired by
+seed. Cells with a rate of sessions are closed loops, admitted by ``sessions``; they decide the
+order of the table. The other cells replay requests in turn, next to the best plan found with
+hindsight, which may fill the whole memory, or leaves room for the running request.
 
 >>> split = Split("tiny", "qwen3-next", (0, 1, 2), {"short?head=20": (1.0,)})
 >>> board = leaderboard((), split, built_in=("lru", "fifo"))

@@ -347,8 +347,6 @@ class Optimum:
     """Token hit rate of an infinite token-granular cache, which no plan exceeds."""
     cached_tokens: npt.NDArray[np.int64]
     """Tokens that each request skips under the plan: int64[requests]."""
-    recipe: str
-    """Trace as ``open_trace`` takes it, options and seed included."""
 
     @property
     def gap(self) -> float:
@@ -405,5 +403,4 @@ def best_plan(
         reached=float(cached.sum()) / prompt_tokens,
         bound=bound_tokens / prompt_tokens,
         cached_tokens=cached,
-        recipe=trace.full_name,
     )

@@ -9,8 +9,6 @@ trace = "short?head=20"
 gib = [1, 2]
 policy = ["lru", "survival"]
 <BLANKLINE>
->>> [(cell.policy, cell.gib) for cell in scenario.cells((1.0, 2.0))]
-[('lru', 1.0), ('lru', 2.0), ('survival', 1.0), ('survival', 2.0)]
 """
 
 # ruff: noqa: RUF009 (``_setting`` calls ``field`` with the metadata of a flag)

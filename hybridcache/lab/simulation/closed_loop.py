@@ -1,13 +1,10 @@
 """Closed-loop simulation: sessions arrive by themselves, then each waits for its answers.
 
-A session's first request comes at a Poisson time. Each further one comes once the previous answer
-is complete and the trace's own pause is over. Requests are scheduled by ``StepPlanner``, as in the
-engine: the same running limit, token budget, chunks, preemption and admission, on the same leases
-and cache. The clock moves by ``StepTimes`` from step to step; runs of steps in which requests only
-decode are taken at once, with the same result.
-
-A trace in blocks (one id for 64 or 512 tokens) is expanded to tokens: prompts that share n blocks
-share the tokens of n blocks, and no more.
+A session's first request comes at a Poisson time, each further one when the previous answer is
+complete and the trace's own pause is over. Requests are scheduled by ``StepPlanner``, as in the
+engine, on the same leases and cache. The clock moves by ``StepTimes`` from step to step; runs of
+steps in which requests only decode are taken at once, with the same result. A trace in blocks is
+expanded to tokens: prompts that share n blocks share the tokens of n blocks, and no more.
 """
 
 from __future__ import annotations

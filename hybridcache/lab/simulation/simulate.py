@@ -2,14 +2,6 @@
 
 >>> from hybridcache.lab.simulation.simulate import optimum, simulate
 >>> result = simulate("short", gib="1:8:3", policy=("survival", "lru"))
-
-There is one run per policy and size:
-
->>> [run.label for run in result.runs]
-['survival', 'survival', 'survival', 'lru', 'lru', 'lru']
-
-No policy exceeds the bound, and the optimum of one size exceeds both:
-
 >>> all(run.token_hit_rate <= result.bound_rate for run in result.runs)
 True
 >>> [plan] = optimum("short", gib=1)
@@ -193,7 +185,7 @@ class OptimumResult(Sequence[Optimum]):
         hit rates. O(sizes)."""
         names = ("gib", "num_requests", "prompt_tokens", "reached", "bound", "gap")
         return [
-            {"trace": plan.recipe, **{name: getattr(plan, name) for name in names}, **self.settings}
+            {**self.settings, **{name: getattr(plan, name) for name in names}}
             for plan in self.plans
         ]
 
@@ -330,6 +322,12 @@ def optimum(
                 best_plan(opened, geometry, size, grid=asked.grid, counts_running=counts_running)
             )
         show(len(points), len(points))
-    dtypes = {"state_dtype": geometry.state_dtype, "checkpoint_dtype": geometry.checkpoint_dtype}
-    found = {"model": geometry.name, **dtypes, "grid": asked.grid, "counts_running": counts_running}
+    found = {
+        "trace": opened.full_name,
+        "model": geometry.name,
+        "state_dtype": geometry.state_dtype,
+        "checkpoint_dtype": geometry.checkpoint_dtype,
+        "grid": asked.grid,
+        "counts_running": counts_running,
+    }
     return OptimumResult(tuple(plans), found, opened.notes)

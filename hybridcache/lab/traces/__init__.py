@@ -1,13 +1,8 @@
 """Readers of traces by name, and ``open_trace``, which detects formats and accepts generators.
 
-A trace specification resembles a small URL: ``[word:]path[?option=value&...]``, or the name of a
-generator with options.
-
 >>> trace = open_trace("short?seed=3&head=40")
 >>> trace.name, trace.recipe
 ('short', 'short?seed=3&boundaries=true&head=40')
->>> sum(1 for _ in open_trace("branch"))
-160
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ STOP_REASONS = {
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool", "function")},
     "developer": "system",
-    "model": "assistant",
+    "human": "user",
+    **dict.fromkeys(("model", "gpt", "chatgpt", "bing", "bard"), "assistant"),
 }
 """Roles of messages, by those of a file in small letters."""
 

@@ -42,8 +42,6 @@ can be moved before at most that many others."""
 ONE_SECOND = "one second from each record to the next"
 UNANSWERED = "left out, because no answer follows a question"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
-_BINARY = re.compile(rb"[\0-\b\x0e-\x1a\x1c-\x1f]|\xff\xfe|\xfe\xff")
-"""Characters that no text in UTF-8 has: of archives, of Parquet and Arrow files, and of UTF-16."""
 _DAMAGE = "damaged, or not UTF-8: everything from this line on is lost"
 _CHUNK = 1 << 16
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
@@ -239,16 +237,13 @@ def make_folder(path: Path) -> Path:
 
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
-    """Open a file, plain or gzipped, and skip its byte order mark. ValueError if it does not begin
-    as a text in UTF-8. Reading raises one of ``DAMAGED``."""
+    """Open a file, plain or gzipped, and skip its byte order mark. Reading may raise one of
+    ``DAMAGED``."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rb") if zipped else open(path, "rb") as opened:
         with suppress(*DAMAGED):  # the next read reports the line
-            head = opened.peek(64)[:64]
-            if _BINARY.search(head):
-                raise ValueError(f"{path}: no text in UTF-8: unpack it or convert it to JSON lines")
-            if head[:3] == b"\xef\xbb\xbf":
+            if opened.peek(3)[:3] == b"\xef\xbb\xbf":
                 opened.read(3)
         yield opened
 

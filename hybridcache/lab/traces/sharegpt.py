@@ -17,7 +17,7 @@ import numpy as np
 
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import BadRecords, DistinctNames, FreshIds, TraceRequest
-from hybridcache.lab.traces.dialects import Chat
+from hybridcache.lab.traces.dialects import ROLES, Chat
 from hybridcache.lab.traces.frame import (
     CUT,
     UNANSWERED,
@@ -33,12 +33,9 @@ from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import Tokens
 
-_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    "system": "system",
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model"), "assistant"),
+_ROLES = ROLES | {
     "function_call": "assistant",
-    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
 }
 
 

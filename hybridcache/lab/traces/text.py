@@ -1,8 +1,7 @@
 """Chats to token ids, for any tokenizer and chat template, with the boundaries of each prompt.
 
 Texts are split at the special tokens, which every tokenizer treats as walls, and each piece is
-tokenized once. So the next prompt of a conversation costs only its new text, and its ids are
-exactly those of tokenizing it whole.
+tokenized once: the next prompt costs only its new text, with the ids of tokenizing it whole.
 """
 
 from __future__ import annotations
