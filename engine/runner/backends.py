@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import logging
 import pkgutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -23,7 +22,6 @@ from engine.weights.tensor_files import find_files
 from kernels import native
 
 Backend = Literal["reference", "fused", "native"]
-logger = logging.getLogger(__name__)
 BACKENDS: tuple[Backend, ...] = ("reference", "fused", "native")
 CHUNK_BYTES = 1 << 24
 
@@ -41,8 +39,8 @@ def backends_of() -> dict[str, tuple[Backend, ...]]:
 
 
 class Kernels(dict[str, ModuleType]):
-    """Modules of the kernels in use, by name. Modules of all backends have functions with the same
-    signatures. A module is loaded on first use. Raises ModelError if it cannot be loaded."""
+    """Modules of the kernels in use, by name. A module is loaded on first use. Raises ModelError if
+    it cannot be loaded."""
 
     def __init__(self, device: Device, overrides: str = "") -> None:
         """Choose a backend for each kernel.
@@ -54,16 +52,10 @@ class Kernels(dict[str, ModuleType]):
         super().__init__()
         check_no_foreign_kernels()
         word: Backend = "reference"
-        if device.is_cpu:
-            word = "reference" if native.shared_library() is None else "native"
-        elif importlib.util.find_spec("triton") is not None:
+        if device.is_cpu and native.shared_library() is not None:
+            word = "native"
+        elif not device.is_cpu and importlib.util.find_spec("triton") is not None:
             word = "fused"
-        else:
-            logger.warning(
-                "Triton is not installed, so %s computes with PyTorch's operations, which are "
-                "slower. Builds of torch for GPUs depend on it.",
-                device.describe(),
-            )
         self._chosen: dict[str, Backend] = {
             name: word if word in backends else "reference"
             for name, backends in backends_of().items()

@@ -27,8 +27,8 @@ class Device:
 
     @classmethod
     def resolve(cls, name: str | None) -> Device:
-        """Return the device of the given name (``cpu``, ``cuda``, ``cuda:1`` ...), else the GPU
-        found, else the CPU. Raises ModelError."""
+        """Return the device ``name`` (``cpu``, ``cuda:1`` ...), by default a GPU if there is one.
+        Raises ModelError."""
         if name is None:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -69,7 +69,6 @@ class Device:
         return bool(self.module.get_device_capability(self.torch_device) >= (8, 9))
 
     def free_bytes(self) -> int:
-        """Return the available memory in bytes."""
         if self.is_cpu:
             return host_free_bytes()
         free, _ = self.module.mem_get_info(self.torch_device)
@@ -82,7 +81,6 @@ class Device:
         return self.free_bytes()
 
     def release(self) -> None:
-        """Release the memory that torch caches."""
         if not self.is_cpu:
             self.module.empty_cache()
 
@@ -120,12 +118,10 @@ class Device:
         return record
 
     def synchronize(self) -> None:
-        """Wait until all operations of the device are done."""
         if not self.is_cpu:
             self.module.synchronize(self.torch_device)
 
     def describe(self) -> str:
-        """Return the description shown at start-up."""
         if self.is_cpu:
             return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
         return f"{self.torch_device}, {self.module.get_device_name(self.torch_device)}"
@@ -157,8 +153,7 @@ class HostCopy:
         return self._event is None or self._event.query()
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        """Wait for the copies and return them; on a CPU, the tensors themselves. Safe to call from
-        any thread."""
+        """Wait for the copies; on a CPU, return the tensors themselves. Safe in any thread."""
         if self._event is not None:
             self._event.synchronize()
         return self._copies
@@ -178,8 +173,8 @@ def host_free_bytes() -> int:
 
 
 def _group_rooms() -> Iterator[int]:
-    """Yield the bytes that each limit of this process's control group (version 2) and its parents
-    leaves. A container may see its own group as the root of all."""
+    """Yield the bytes that the limits of this process's control groups (version 2) leave. A
+    container may see its own group as the root."""
     root, groups = SYSTEM / "sys/fs/cgroup", ""
     with suppress(OSError):
         groups = (SYSTEM / "proc/self/cgroup").read_text(errors="surrogateescape")

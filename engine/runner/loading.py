@@ -84,8 +84,7 @@ class WeightFiles:
         return own.dtype is head.dtype and torch.equal(own, head)
 
     def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
-        """Raise WeightsError with the names of all parameters without a tensor of their shape and
-        type, and of all tensors without a parameter."""
+        """Raise WeightsError unless every parameter has a tensor, and every tensor a parameter."""
         wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
         dtypes: dict[str, tuple[torch.dtype, ...]] = {}
         known = {TIED_HEAD} if tied else set[str]()
@@ -137,7 +136,6 @@ class WeightFiles:
             check_numbers(name, parameter.target)
 
     def note(self) -> str:
-        """Return a line on the files that were read."""
         num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
         seconds = time.monotonic() - self._started
         line = f"{num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
@@ -260,7 +258,6 @@ def load_model(
 
 
 def _head(model: Decoder) -> PredictionHead:
-    """Make the head of ``model``, without weights."""
     head = model.prediction_head()
     if head is None:
         raise ModelError(
@@ -338,8 +335,7 @@ class LoadedModel:
         )
 
     def excerpt(self, max_running: int) -> LoadedModel:
-        """Return a model with the first layer of each kind, without drafts, which shares its
-        weights. Its steps are not recorded."""
+        """Return a model with the first layer of each kind, without drafts and graphs."""
         first = {sizes: rank for rank, sizes in reversed([*enumerate(self.sizes.layers)])}
         ranks = sorted(first.values())
         layers = tuple(self.sizes.layers[rank] for rank in ranks)
@@ -367,7 +363,6 @@ class LoadedModel:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one running state."""
         return state_slot_bytes(self.sizes, self.dtype, self.state_dtype)
 
     @property

@@ -28,8 +28,7 @@ from kernels.upload import upload
 CPU_SHARE = 0.25
 CPU_MAX_BYTES = 4 * GIB
 ACCELERATOR_SHARE = 0.9
-"""Share of the memory that remains after weights, graphs and the largest step. The rest is for
-sampling and fragmentation."""
+"""Share of the memory after weights and graphs. The rest is for sampling and fragmentation."""
 MIN_KV_TOKENS = 256
 
 
@@ -119,8 +118,7 @@ def state_slot_bytes(
     state_dtype: torch.dtype = torch.float32,
     checkpoints: CheckpointFormat | None = None,
 ) -> int:
-    """Return the bytes of one sequence's states in all layers, or of a checkpoint of them in the
-    format ``checkpoints``. 0 for an attention-only model."""
+    """Return the bytes of one sequence's states in all layers, or of a checkpoint of them."""
     num_conv, num_recurrent = sizes.size_of("conv"), sizes.size_of("recurrent")
     if checkpoints is not None:
         return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
@@ -151,16 +149,14 @@ class Checkpoints:
     """Own slots for states that a prefill exports, until they are saved."""
 
     def save(self, copies: Sequence[tuple[int, int]], kernel: ModuleType) -> None:
-        """Narrow states into checkpoints with a ``state_copy`` kernel: (own slot, checkpoint
-        slot)."""
+        """Narrow states into checkpoints: (own slot, checkpoint slot)."""
         if copies:
             sources, targets = self._indices(copies)
             for pool, form in self.forms:
                 kernel.narrow_states(pool, sources, self.slots, targets, form)
 
     def restore(self, copies: Sequence[tuple[int, int]], kernel: ModuleType) -> None:
-        """Widen checkpoints into running states with a ``state_copy`` kernel: (checkpoint slot, own
-        slot)."""
+        """Widen checkpoints into running states: (checkpoint slot, own slot)."""
         if copies:
             sources, targets = self._indices(copies)
             for pool, form in self.forms:
@@ -195,8 +191,7 @@ def _forms(
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Tensors of a ``MemoryPlan``. The padding row and the padding slot share no byte with another
-    row or slot."""
+    """Tensors of a ``MemoryPlan``. The padding row and slot share no byte with another one."""
 
     pools: tuple[Pools, ...]
     """Pools of each mixer."""
@@ -206,12 +201,11 @@ class Memory:
     step_slots: range
     """Slots outside the plan, for the states after each token of a verification."""
     states: Pools
-    """All bytes of all states, as few tensors ``[L, S, ...]`` for copies of whole states; one
-    tensor in an arena."""
+    """All bytes of all states, as few tensors ``[L, S, ...]``, for copies of whole states."""
     rows: torch.Tensor
     """Rows of the arena as uint8 ``[N, row_bytes]``, for moves."""
     checkpoints: Checkpoints | None = None
-    """Checkpoints in a separate format, or None if checkpoints are stored like any other state."""
+    """Checkpoints in a separate format, or None if they are stored like other states."""
 
     @property
     def padding_checkpoint(self) -> int | None:

@@ -1,5 +1,4 @@
-"""Model runner: computes the logits of a Batch, with the model, its memory and the tensors of each
-step."""
+"""Model runner: computes the logits of a Batch."""
 
 from __future__ import annotations
 
@@ -106,10 +105,8 @@ class Predictor:
     def _pass(
         self, inputs: Sequence[torch.Tensor], sequences: Sequences
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the most likely next token of each request, and h.
-
-        ``inputs``: tokens and h before them, positions, rows to write, rows of each request.
-        """
+        """Return the most likely next token of each request, and h. ``inputs``: tokens and h before
+        them, positions, rows to write, rows of each request."""
         tokens, before, at, kv_indices, rows = inputs
         embedded, count = self.model.embedding(tokens), len(tokens)
         parts = at, kv_indices, rows, sequences, self.rotary, self.pools
@@ -159,7 +156,6 @@ class WarmUp(NamedTuple):
     """Results and costs of a warm-up."""
 
     num_graphs: int
-    """Number of buckets with graphs."""
     num_steps: int
     num_bytes: int
     """Device memory that stays allocated."""
@@ -173,11 +169,9 @@ class WarmUp(NamedTuple):
 
 
 class ModelRunner:
-    """Owns the memory of a loaded model, and computes one Batch after the other. Independent of
-    cache and requests."""
+    """Owns the memory of a loaded model, and computes one Batch after the other."""
 
     def __init__(self, loaded: LoadedModel, plan: MemoryPlan, max_model_len: int) -> None:
-        """Allocate the memory of ``plan``, and make the tables and graphs for it."""
         config, self.loaded = loaded.settings, loaded
         self.device, self.kernels, self.model = loaded.device, loaded.kernels, loaded.model
         self.config, self.geometry, self.dtype = loaded.config, loaded.geometry, loaded.dtype
@@ -205,9 +199,8 @@ class ModelRunner:
             num_staged=loaded.num_staged,
         )
         self.running = RunningStates(self.tensors.step_slots)
-        self._cache_write, self._state_copy = (
-            self.kernels[name] for name in ("cache_write", "state_copy")
-        )
+        self._cache_write = self.kernels["cache_write"]
+        self._state_copy = self.kernels["state_copy"]
         self._transfer: Callable[[Transfer], None] | None = None
         """Executes a transfer between tiers; None if there is only the device."""
         self.table = RequestTable(
@@ -222,7 +215,6 @@ class ModelRunner:
         if loaded.head is not None:
             self._predictor = Predictor(loaded.head, self.model, self.step_inputs)
         self.warmed: WarmUp | None = None
-        """Result of the warm-up, or None if there was none (disabled, or on a CPU)."""
         self.exactness = Exactness()
         self.use_graphs(config.graphs)
 
@@ -278,7 +270,6 @@ class ModelRunner:
             self.graphs = self.graphs._replace(prefills=prefills)
 
     def _decode_graphs(self, record: Record, *, is_native: bool = False) -> Graphs:
-        """Make the graphs of steps without drafts, and of steps with drafts."""
         parts = self.model, self._forward, self.step_inputs, record
         buckets, most = list[Bucket](), self.num_step_states
         if most:
@@ -349,7 +340,6 @@ class ModelRunner:
             self.tensors.checkpoints.save(copies, self._state_copy)
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy states: (slot of a state, target slot)."""
         if not copies or not self.tensors.states:
             return
         pairs = np.array(copies, dtype=np.int32).T.copy()
@@ -370,8 +360,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """Keep the state of each segment with drafts after ``taken`` tokens, and save the
-        checkpoints up to there."""
+        """Keep the states and checkpoints of segments with drafts after ``taken`` tokens."""
         if not self.tensors.states:
             return
         saved: list[tuple[int, int]] = []

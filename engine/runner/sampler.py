@@ -83,8 +83,7 @@ class Sampler:
 
     @torch.inference_mode()
     def score(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> Drawn:
-        """Compute the log-probabilities of given tokens, one per row, and of the ``num_top`` most
-        likely ones."""
+        """Compute log-probabilities of given tokens, one per row, and of the most likely ones."""
         index = upload(token_ids, torch.int64, logits.device)
         wanted = [num_top] * len(token_ids)
         return Drawn(index, _are_numbers(logits), wanted, _score(logits, index, num_top))
@@ -119,8 +118,7 @@ def _are_numbers(logits: torch.Tensor) -> torch.Tensor:
 
 
 def uniform(seed: int, draw: int) -> float:
-    """Return the ``draw``-th number in [0, 1) of a seed's sequence (splitmix64, Steele et al.
-    2014)."""
+    """Return a number in [0, 1) of a seed's sequence (splitmix64, Steele et al. 2014)."""
     z = (seed * 0xD1342543DE82EF95 + (draw + 1) * 0x9E3779B97F4A7C15) & MASK
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = ((z ^ (z >> shift)) * factor) & MASK
@@ -138,8 +136,7 @@ def _width(params: SamplingParams, vocab_size: int) -> int | None:
 
 
 def _ruled(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """Return ``logits`` changed as the ruling of each row says: float32 if any adds or penalises.
-    O(1) uploads."""
+    """Return ``logits`` changed by the rulings: float32 if any adds or penalises. O(1) uploads."""
     if all(request.ruling is FREE for request in requests):
         return logits
     rulings = [request.ruling for request in requests]
@@ -218,8 +215,7 @@ def _most_likely(scores: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _look_up(probabilities: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """Return the column at which each row's cumulative sum passes its random number:
-    int64[rows]."""
+    """Return the column at which each row's cumulative sum passes its random number."""
     sums = (probabilities * ONE).long().cumsum(dim=-1)
     numbers = [uniform(q.seed, q.draw) for q in requests]
     total = sums[:, -1:]
@@ -240,8 +236,8 @@ def _pick(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 def _score(
     logits: torch.Tensor, tokens: torch.Tensor, num_top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the log-probabilities of ``tokens [rows]``, those of the ``num_top`` most likely
-    tokens ``[rows, n]``, and the ids of these."""
+    """Return log-probabilities of ``tokens [rows]`` and of the most likely ``[rows, n]``, and the
+    ids of these."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0]
     ids = _most_likely(logprobs, min(num_top, logits.shape[-1]))

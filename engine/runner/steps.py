@@ -262,10 +262,8 @@ def decode_buckets(max_running: int) -> list[int]:
 
 
 class StepGraphs(ABC):
-    """Graphs of steps of decodes, one per bucket.
-
-    ``record`` executes the work once, so the first step of a bucket is both computed and captured.
-    """
+    """Graphs of steps of decodes, one per bucket. ``record`` executes the work once, so the first
+    step of a bucket is both computed and captured."""
 
     def __init__(
         self,
@@ -276,8 +274,7 @@ class StepGraphs(ABC):
         buckets: Sequence[Bucket],
         *tables: npt.NDArray[Any],
     ) -> None:
-        """``buckets``: largest first. ``tables``: inputs of the step on the host; the first has the
-        token ids in its first row."""
+        """``buckets``: largest first. ``tables``: inputs on the host; the first starts with ids."""
         self._forward, self._head, self._record = forward, model.head, record
         self._table, self._rotary = inputs.table, inputs.rotary
         self._replays: dict[Bucket, Replay | None] = dict.fromkeys(buckets)
@@ -349,8 +346,8 @@ class StepGraphs(ABC):
 
     @abstractmethod
     def _part(self, size: int, bounded: Callable[..., Sequences]) -> Callable[[], StepPart]:
-        """Return the function that makes the step's only part from the tables, for a capture.
-        ``bounded`` makes ``Sequences`` with the bucket's bounds."""
+        """Return a function that makes the step's part from the tables. ``bounded`` makes
+        ``Sequences`` with the bucket's bounds."""
 
 
 class DecodeGraphs(StepGraphs):
@@ -397,7 +394,6 @@ class PrefillGraphs:
 
     def __init__(self, model: Decoder, memory: Memory, record: Record, *, most_tokens: int) -> None:
         self._model, self._pools, self._record = model, memory.pools, record
-        # The rows of a step are padded to this multiple, also those of the largest step.
         multiple: int = model.build.kernels["linear"].ROWS
         largest = min(padded_count(most_tokens, multiple), PREFILL_BUCKETS[-1])
         self._sizes = up_to(largest, PREFILL_BUCKETS)
@@ -417,7 +413,6 @@ class PrefillGraphs:
 
     @property
     def buckets(self) -> list[int]:
-        """List the number of tokens of every bucket, largest first."""
         return self._sizes[::-1]
 
     def run(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor | None:
@@ -442,7 +437,6 @@ class PrefillGraphs:
         return self._hidden[:size]
 
     def capture(self, size: int) -> None:
-        """Capture the graphs of one of the ``buckets``."""
         ranks = range(len(self._mixers) + 1)
         self._replays[size] = [self._record(partial(self._piece, rank, size)) for rank in ranks]
 
@@ -471,8 +465,7 @@ def verify_buckets(
     """Return the buckets of ``VerifyGraphs``, largest first, for up to ``max_verified`` tokens of
     sequences with drafts, and sequences without.
 
-    Native kernels need a single KV bound. For Triton kernels, the numbers of tokens are powers of
-    two for which each attention of this rank's ``sizes`` is one chunk.
+    Native kernels need one KV bound, Triton kernels sizes for which each attention is one chunk.
     """
     max_running, max_model_len = table.padding_row, table.host.shape[1]
     if is_native:
@@ -565,11 +558,7 @@ class VerifyGraphs(StepGraphs):
 
 
 def _in_pieces(num_tokens: int, longest: int) -> list[int]:
-    """Split a number of tokens into lengths of at most ``longest``.
-
-    >>> _in_pieces(11, 5)
-    [5, 5, 1]
-    """
+    """Split a number of tokens into lengths of at most ``longest``."""
     whole, rest = divmod(num_tokens, longest)
     return [longest] * whole + [rest] * (rest > 0)
 
