@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -19,7 +18,6 @@ from msgspec import Meta
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
-from engine.server.api_errors import APIError
 from engine.server.bodies import Body, Part, check_nodes, converted, settled
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
@@ -45,12 +43,10 @@ Bias = Annotated[float, Meta(ge=-MAX_BIAS, le=MAX_BIAS)]
 NumScores = Annotated[int, Meta(ge=0, le=20)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 """Values of ``reasoning_effort`` in OpenAI's API."""
-ALL = (-1, 0)
-"""Values of ``top_k`` that clients send for "all tokens"."""
 PASSED_ON = {field.name for field in fields(SamplingParams)} - {"max_tokens", "logprobs", "seed"}
 """Fields of ``SamplingParams`` that are those of the body, by the same names."""
 MAX_CUTS = 4
-"""Maximum number of ``cache_control`` marks in a chat, as in Anthropic's API."""
+"""Number of ``cache_control`` marks of a chat that count. Each takes a render."""
 BROKEN = "INVALID_JSON"
 """Name for the arguments of a call that are not a JSON object, as in Anthropic's API."""
 IGNORED: dict[str, tuple[Any, ...] | None] = dict.fromkeys(
@@ -189,7 +185,7 @@ class Sampling(OpenAIBody, kw_only=True):
         Raises ValueError for a value out of range."""
         given = {name: value for name in PASSED_ON if (value := getattr(self, name)) is not None}
         given = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs}
-        if self.top_k in ALL:
+        if self.top_k in (-1, 0):  # All tokens.
             given["top_k"] = None
         first = SamplingParams(**given)  # Its lists of tokens are checked once.
         if self.seed is None:
@@ -198,11 +194,9 @@ class Sampling(OpenAIBody, kw_only=True):
         return [first.with_seed(self.seed + at) for at in range(self.n)]
 
 
-class CacheControl(msgspec.Struct, kw_only=True):
-    """Anthropic's mark: later prompts will share the text before it. ``ttl`` and ``scope`` are
-    ignored, because the cache's policies decide on placement and eviction."""
-
-    type: Literal["ephemeral"]
+CacheControl = dict[str, Any]
+"""Anthropic's mark: later prompts will share the text before it. Its fields are ignored, because
+the cache's policies decide on placement and eviction."""
 
 
 class TextPart(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
@@ -252,14 +246,10 @@ def text_of(content: Any) -> str:
 
 
 def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Cut]:
-    """Return the marked places except the end of the chat. Raises APIError 400 if they are many."""
+    """Return the last ``MAX_CUTS`` marked places before the end of the chat."""
     of_tools = [Cut(None)] if any(tool.get("cache_control") for tool in tools or ()) else []
-    of_messages = (cut for index, one in enumerate(messages) for cut in one.cuts(index))
-    cuts = [*of_tools, *islice(of_messages, MAX_CUTS + 1)]
-    if len(cuts) > MAX_CUTS:
-        message = f"'cache_control' marks more than {MAX_CUTS} places of this chat: remove some."
-        raise APIError(400, message)
-    return [cut for cut in cuts if cut != Cut(len(messages) - 1)]
+    cuts = [*of_tools, *(cut for index, one in enumerate(messages) for cut in one.cuts(index))]
+    return [cut for cut in cuts if cut != Cut(len(messages) - 1)][-MAX_CUTS:]
 
 
 def read_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:

@@ -123,7 +123,6 @@ def test_values_of_a_body_are_counted_outside_of_texts(value: Any, is_ascii: boo
 FUNCTION = {"type": "function", "function": TOOL}
 TEXT = {"type": "text", "text": "x"}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
-MARKED = CHAT[0] | {"cache_control": {"type": "ephemeral"}}
 THINKING = {"type": "enabled", "budget_tokens": 8}
 SCHEMA = {"type": "json_schema", "name": "a"}
 FOO = {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}
@@ -178,7 +177,6 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
             {"messages": [{"role": "user", "content": "x " * 9999}], "response_format": FOO},
             "maximum context length",
         ),
-        ({"messages": [MARKED] * 6}, "marks"),
         ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "form"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue"),
         ({"continue_final_message": True}, "assistant"),
