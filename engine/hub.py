@@ -36,14 +36,7 @@ SMALL_FILES = [
     *INDEX_NAMES,
 ]
 """Files besides the weights that the engine reads, all in the top folder of a repository."""
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_hub_name(model: str) -> bool:
-    """Return True if ``model`` names a repository and no folder or file has that name."""
-    if model.endswith(".json") or HUB_NAME.fullmatch(model) is None:
-        return False
-    return not Path(model).exists()
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.json)")
 
 
 def display_name(folder: Path) -> str:
@@ -63,33 +56,33 @@ def display_name(folder: Path) -> str:
 
 def resolve_config(config: EngineConfig) -> EngineConfig:
     """Return ``config`` with folders in place of hub names, downloading the files that are missing.
-    The name of the built-in model becomes None, unless there is a folder of that name. Raises
-    HubError."""
+    The name of the built-in model becomes None. Raises HubError."""
     model, tokenizer = config.model, config.tokenizer
-    if model == BUILTIN_NAME and not Path(model).exists():
-        model = None
-    if model is not None and is_hub_name(model):
-        model = _fetch(model, config.revision, config.load_format != "dummy")
+    if model is not None:
+        model = resolve_folder(model, config.load_format != "dummy", config.revision)
     elif config.revision is not None:
-        raise HubError(
-            f"--revision {config.revision} needs a model of the hub, as in --model ORG/NAME "
-            f"(got {'no --model' if model is None else f'--model {model}'})."
-        )
+        raise HubError(f"--revision {config.revision} needs a model of the hub, --model ORG/NAME.")
+    if model == str(BUILTIN_DIR):
+        model = None
     if tokenizer is not None:
         tokenizer = resolve_folder(tokenizer)
     return dataclasses.replace(config, model=model, tokenizer=tokenizer, revision=None)
 
 
-def resolve_folder(model: str, with_weights: bool = False) -> str:
+def resolve_folder(model: str, with_weights: bool = False, revision: str | None = None) -> str:
     """Return the folder of a hub name or of the built-in model, and any other ``model`` as it is.
+    Folders are preferred.
 
     Without ``with_weights`` only config, tokenizer and templates are downloaded. Raises HubError.
     """
-    if model == BUILTIN_NAME and not Path(model).exists():
-        return str(BUILTIN_DIR)
-    if not is_hub_name(model):
-        return model
-    return _fetch(model, None, with_weights)
+    is_absent = not Path(model).exists()
+    if is_absent and HUB_NAME.fullmatch(model):
+        return _fetch(model, revision, with_weights)
+    if revision is not None:
+        raise HubError(
+            f"--revision {revision} needs a model of the hub, as in --model ORG/NAME (got {model})."
+        )
+    return str(BUILTIN_DIR) if is_absent and model == BUILTIN_NAME else model
 
 
 def _fetch(name: str, revision: str | None, with_weights: bool) -> str:
@@ -105,7 +98,7 @@ def _fetch(name: str, revision: str | None, with_weights: bool) -> str:
     if not sys.stderr.isatty():
         disable_progress_bars()
     get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*")
-    with _in_sentences(name, revision):
+    with _in_sentences(name):
         folder = str(get(allow_patterns=SMALL_FILES))
         if not with_weights:
             return folder
@@ -151,34 +144,17 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 @contextmanager
-def _in_sentences(name: str, revision: str | None) -> Iterator[None]:
+def _in_sentences(name: str) -> Iterator[None]:
     """Raise HubError with one sentence for the errors of the library."""
     from huggingface_hub import constants, errors
 
-    where = constants.ENDPOINT
-    denied = (
-        f"There is no folder {name} here, and {where} has no model of that name that this machine "
-        "may read: check the name; for a gated or private model accept its terms there, and log "
-        "in with `hf auth login` or set HF_TOKEN."
-    )
     try:
         yield
-    except errors.RevisionNotFoundError:
-        why = f"{name} has no revision {revision!r}: give a branch, a tag or a commit."
-    except errors.RepositoryNotFoundError:  # Also a gated one.
-        why = denied
-    except errors.LocalEntryNotFoundError as error:  # Also an incomplete snapshot.
-        cause = str(error.__cause__ or error).split("\n")[0].rstrip(".")
-        why = (
-            f"There is no folder {name} here, the cache in {constants.HF_HUB_CACHE} does not have "
-            f"all files of that model, and {where} cannot be reached ({cause}): check the network, "
-            "HF_ENDPOINT and HF_HUB_OFFLINE."
-        )
     except (ImportError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
-        said = str(error).split("\n")[0].rstrip(".") or type(error).__name__
-        why = f"{name} is not downloaded ({said}). Complete files are kept for the next attempt."
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            why = denied
-    else:
-        return
-    raise HubError(why) from None
+        cause = str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
+        raise HubError(
+            f"There is no folder {name} here, and it cannot be loaded from {constants.ENDPOINT} or "
+            f"the cache in {constants.HF_HUB_CACHE} ({cause}): check the name, --revision, the "
+            "network and HF_HUB_OFFLINE; for a gated or private model accept its terms there, and "
+            "log in with `hf auth login` or set HF_TOKEN."
+        ) from None

@@ -173,14 +173,14 @@ def test_cached_models_are_used_without_the_hub(hub: Hub, monkeypatch: pytest.Mo
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match=r"does not have all files .* \(.*offline mode"):
+    with pytest.raises(HubError, match=r"cannot be loaded .* \(.*offline mode"):
         resolve_config(EngineConfig(model=NAME))
     assert not hub.requests
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     small = resolve_folder(NAME)
     assert "model.safetensors" not in os.listdir(small)
     hub.refusal = 503, ""
-    with pytest.raises(HubError, match=r"not have all files of that model, and http.* \(.*503"):
+    with pytest.raises(HubError, match=r"cannot be loaded from http.* \(.*503"):
         resolve_config(EngineConfig(model=NAME))
     assert resolve_folder(NAME) == small
     hub.refusal = None
@@ -189,5 +189,5 @@ def test_cached_models_are_used_without_the_hub(hub: Hub, monkeypatch: pytest.Mo
     assert resolve_config(EngineConfig(model=NAME)).model == whole
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert resolve_config(EngineConfig(model=NAME)).model == whole
-    with pytest.raises(HubError, match=r"cannot be reached .*: check the network, HF_ENDPOINT"):
+    with pytest.raises(HubError, match=r"cannot be loaded .*: check the name"):
         resolve_config(EngineConfig(model="other/model"))
