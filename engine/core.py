@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 WITHHELD_S = 0.002
 """Pause between two checks of requests that the admission policy withholds while nothing runs."""
-
-
 MAX_RECENT, RECENT_BYTES = 256, 8 << 20
 """Limits of the requests that ended last: their number, and the bytes of their token ids."""
 
@@ -60,11 +58,8 @@ class EngineCore:
         self.config, self.tokenizer, self.clock = intake.config, intake.tokenizer, intake.clock
         self.runner, self.plugins = runner, plugins
         self._sampler, self._intake = sampler, intake
-        self.validate = intake.validate
-        """Returns a spec with token ids and complete sampling parameters; see ``Intake.validate``.
-        Safe to call from any thread."""
-        self.make = intake.make
-        """Makes the request of a valid spec; see ``Intake.make``. Safe to call from any thread."""
+        self.validate, self.make = intake.validate, intake.make
+        """See ``Intake``. Safe to call from any thread."""
         self.sampling_defaults = intake.sampling_defaults
         self.max_model_len = intake.max_model_len
         """Maximum number of tokens of a prompt and its answer together."""
@@ -117,20 +112,13 @@ class EngineCore:
         return request.request_id
 
     def compile(self, grammar: Grammar) -> None:
-        """Compile ``grammar`` in advance, so that ``make`` does not have to.
-
-        Safe to call from any thread. Takes milliseconds, and at worst a tenth of a second; the
-        first call takes up to a second more (see ``prepare_grammars``). Raises ValueError for an
-        invalid grammar.
-        """
+        """Compile ``grammar`` in advance, in at most 0.1 s; the first call takes up to a second.
+        Safe to call from any thread. Raises ValueError if it is invalid."""
         self._intake.grammar_rule(grammar)
 
     def prepare_grammars(self) -> None:
-        """Load the grammar library and build its vocabulary.
-
-        A large vocabulary takes a second, during which no other thread of the process runs. Does
-        nothing if the tokenizer does not support grammars.
-        """
+        """Load the grammar library and build its vocabulary, if the tokenizer supports grammars. A
+        large one takes a second, during which no other thread of the process runs."""
         with suppress(GrammarError):
             self.compile(Grammar.of_choices(("a",)))
 
@@ -185,10 +173,9 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Compute one batch; returns the new output of each request.
 
-        On an asynchronous device a step is committed after the next one was launched, so that the
-        device never waits for the host; outputs then come one call later. If a step raises, its
-        requests survive. Outputs that it had committed come with the next call, or from
-        ``take_outputs``.
+        On an asynchronous device a step is committed after the next one was launched, so outputs
+        come one call later. If a step raises, its requests survive, and outputs that it had
+        committed come with the next call, or from ``take_outputs``.
         """
         try:
             if not self._scheduler.must_commit:
@@ -244,11 +231,8 @@ class EngineCore:
         return step
 
     def _sample(self, step: Batch, logits: Any) -> None:
-        """Start drawing the step's tokens, and scoring prompts if requested.
-
-        Does not wait, except if a rule depends on a token of the previous step: then it waits for
-        that token while the device computes this step.
-        """
+        """Start drawing the step's tokens, and scoring prompts if requested. Waits only if a rule
+        depends on a token of the previous step, while the device computes this one."""
         late_tokens = dict(step.late_tokens)
         inputs: list[SamplingInput] = []
         rows: list[int] = []
@@ -263,11 +247,9 @@ class EngineCore:
                 rated = logits[first : first + len(ids)]
                 scores.append(self._sampler.score(rated, ids.tolist(), num_top))
             if segment.samples:
-                drawn = (
-                    partial(_token, self._in_flight, late_tokens[index])
-                    if index in late_tokens
-                    else None
-                )
+                drawn = None
+                if index in late_tokens:
+                    drawn = partial(_token, self._in_flight, late_tokens[index])
                 inputs += request.sampling_inputs(segment.drafts, drawn)
                 rows += range(num_rows - 1 - segment.num_drafts, num_rows)
         if inputs:
@@ -338,8 +320,7 @@ class EngineCore:
         """Answer all ``prompts`` and return their last outputs, in the same order.
 
         ``sampling`` is one object for all prompts or a sequence with one per prompt; ``options``
-        apply to all (see ``submit``). Raises ValueError for an invalid prompt before anything of it
-        is computed.
+        apply to all (see ``submit``). Raises ValueError for an invalid prompt.
         """
         if isinstance(prompts, str):
             raise ValueError("generate takes a list of prompts; give a single one as [prompt].")
@@ -370,26 +351,19 @@ class EngineCore:
         sampling: SamplingParams | None = None,
         **options: Any,
     ) -> Iterator[RequestOutput]:
-        """Answer one prompt and yield its outputs. Closing or dropping the iterator ends the
-        request."""
+        """Queue one prompt at the first output that is read, and yield all. Closing or dropping the
+        iterator ends the request."""
         request_id = self.submit(prompt, sampling, **options)
-        outputs = self._follow(request_id)
-        next(outputs)  # A generator that was never started would not clean up.
-        return outputs
-
-    def _follow(self, request_id: str) -> Iterator[Any]:
-        """Yield None, then the outputs of a request."""
         mailbox = self._mailboxes[request_id] = deque()
+        is_finished = False
         try:
-            yield None
-            while True:
+            while not is_finished:
                 while not mailbox:
                     with signals_delayed():
                         self.step()
                 output = mailbox.popleft()
+                is_finished = output.is_finished
                 yield output
-                if output.is_finished:
-                    return
         finally:
             with signals_delayed():
                 del self._mailboxes[request_id]
@@ -444,8 +418,8 @@ class EngineCore:
         return self.report().as_dict() | {"tree": self.cache.render(40).splitlines()}
 
     def close(self) -> None:
-        """End all requests, including those of other engines, and complete pending writes. Only
-        required for engines with plugins. Further calls do nothing."""
+        """End all requests, including those of other engines, and complete pending writes. Further
+        calls do nothing."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -459,11 +433,8 @@ class EngineCore:
             hooks.close()
 
     def check(self) -> None:
-        """Verify all invariants. O(cache).
-
-        Raises AssertionError unless every invariant of the cache holds, ``free + cached + held ==
-        total``, and the runner reads for each request the KV rows of its lease.
-        """
+        """Raise AssertionError unless every invariant of the cache holds, ``free + cached + held ==
+        total``, and the runner reads for each request the KV rows of its lease. O(cache)."""
         self._scheduler.check()
         self._manager.check(self.runner.table_row)
 
@@ -496,12 +467,9 @@ def _token(before: Batch | None, row: int) -> int:
 
 
 class Plugin(StepHooks):
-    """One optional capability of one engine. Every method does nothing unless it is overridden.
-
-    A plugin is made from the engine's settings before anything is loaded. While the engine is
-    built, the hooks are called in the order in which they are listed here. Afterwards those of
-    ``StepHooks`` are called.
-    """
+    """One optional capability of one engine, made from its settings before anything is loaded. The
+    hooks here are called in this order while the engine is built, those of ``StepHooks``
+    afterwards. Each does nothing unless it is overridden."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -69,8 +70,7 @@ class Sockets(Generic[Received]):
 
     @property
     def fd(self) -> int:
-        """Descriptor that becomes readable when messages arrive. Call ``receive`` until it returns
-        None, because the descriptor is signalled only once."""
+        """Descriptor that becomes readable when messages arrive, once for all of them."""
         return int(self._in.getsockopt(zmq.FD))
 
     def send(self, message: ToEngine | FromEngine) -> None:
@@ -127,23 +127,23 @@ def start_engine(config: EngineConfig, spawned: Spawned) -> tuple[AsyncEngine, s
 
 
 def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets[FromEngine]) -> Ready:
-    while True:
-        has_ended = process.poll() is not None
-        match sockets.receive() if sockets.wait(0.0 if has_ended else POLL_S) else None:
+    code = None
+    while code is None:
+        code = process.poll()
+        match sockets.receive() if sockets.wait(POLL_S) else None:
             case Ready() as ready:
                 return ready
             case Refused(reason):
                 raise ValueError(reason)
-        if has_ended:
-            raise ValueError(
-                "Before the model was loaded, the engine's process "
-                f"{describe_exit(process.returncode)}; see its output above."
-            )
+    raise ValueError(
+        f"Before the model was loaded, the engine's process {describe_exit(code)}; see its output "
+        "above."
+    )
 
 
 class ProcessChannel(EngineChannel):
-    """Connection to a loaded engine in a separate process. After ``start``, everything except
-    ``send`` and ``stop`` belongs to one event loop."""
+    """Connection to a loaded engine in a separate process, which ``drain`` ends. ``send`` and
+    ``stop`` may be called from any thread."""
 
     def __init__(
         self,
@@ -153,7 +153,6 @@ class ProcessChannel(EngineChannel):
         spawned: Spawned,
         sockets: Sockets[FromEngine],
     ) -> None:
-        """Take over ``spawned`` and ``sockets``, which ``stop`` or ``drain`` ends."""
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self._spawned, self._process, self._sockets = spawned, spawned.process, sockets
         self._ended = threading.Event()
@@ -207,19 +206,14 @@ class ProcessChannel(EngineChannel):
     def _wait(self) -> None:
         """Wait for the end of the process, in a separate thread."""
         code = self._process.wait()
-        loop = self._loop
-        assert loop is not None
+        assert self._loop is not None
         self._ended.set()
-        if not loop.is_closed():
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._close, code)
+        with suppress(RuntimeError):  # The loop is closed.
+            self._loop.call_soon_threadsafe(self._close, code)
 
     def _close(self, code: int) -> None:
         """Read the last messages of the process, which has ended."""
-        try:
-            self._read()
-        except Exception:
-            logger.exception("The last messages of the engine's process cannot be read.")
+        self._read()
         failure = None
         if code and not self._was_killed:
             died = f"The engine's process {describe_exit(code)}: restart the server."
@@ -239,50 +233,28 @@ LOST = 3
 """Exit code if the server has gone."""
 
 
-class EngineWorker:
-    """Serves one engine over sockets. It is made before the model is loaded, so that the end of the
-    server is noticed during the load."""
-
-    def __init__(self, folder: str, lifeline: int) -> None:
-        """``lifeline``: a pipe with another end that is open while the server lives."""
-        self._sockets: Sockets[ToEngine] = Sockets(folder, is_server=False)
-        self._folder = folder
-        self._lifeline = lifeline
-        self._host: EngineHost | None = None
-        threading.Thread(target=self._receive, name="server", daemon=True).start()
-
-    def refuse(self, reason: str) -> None:
-        """Report to the server that the model cannot be loaded."""
-        self._sockets.send(Refused(reason))
-        self._sockets.finish()
-
-    def run(self, engine: Engine, screen: str) -> bool:
-        """Serve ``engine`` until the server ends it. Returns False if the engine failed."""
-        self._host = EngineHost(engine, self._sockets.send)
-        self._sockets.send(Ready(self._host.facts, screen))
-        self._host.run()
-        self._sockets.finish()
-        return self._host.failure is None
-
-    def _receive(self) -> None:
-        """Pass the server's messages to the host, in a separate thread. End the process if the
-        server has gone."""
-        try:
-            while self._sockets.wait(None, self._lifeline):
-                while (message := self._sockets.receive()) is not None:
-                    assert self._host is not None
-                    self._host.receive(message)
-        except BaseException:
-            logger.exception("The engine has lost the connection to its server, and ends.")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        os._exit(LOST)
+def _receive(sockets: Sockets[ToEngine], folder: str, hosts: Sequence[EngineHost]) -> None:
+    """Pass the server's messages to the host, in a separate thread. End the process if the server
+    has gone: the other end of the standard input is open while it lives."""
+    try:
+        while sockets.wait(None, sys.stdin.fileno()):
+            while (message := sockets.receive()) is not None:
+                hosts[0].receive(message)
+    except BaseException:
+        logger.exception("The engine has lost the connection to its server, and ends.")
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(LOST)
 
 
 def main(folder: str, config: str, address: str, log_level: str) -> int:
     """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
     log_to_stderr(log_level, "engine")
     warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
-    worker = EngineWorker(folder, sys.stdin.fileno())
+    sockets: Sockets[ToEngine] = Sockets(folder, is_server=False)
+    hosts: list[EngineHost] = []
+    # Before the load, so that the end of the server is noticed meanwhile.
+    threading.Thread(target=_receive, args=(sockets, folder, hosts), daemon=True).start()
+    refusal = None
     try:
         from engine.runner import build  # noqa: F401  # With torch, whose objects stay.
 
@@ -292,17 +264,24 @@ def main(folder: str, config: str, address: str, log_level: str) -> int:
             engine.prepare_grammars()
         screen = screen_text(screen_rows(engine, address))
     except ModuleNotFoundError as error:
-        worker.refuse(how_to_install(error, "engine"))
-        return 2
+        refusal = how_to_install(error, "engine")
     except (ValueError, FileNotFoundError, PermissionError, RunnerLost) as error:
-        worker.refuse(str(error))
+        refusal = str(error)
+    if refusal is not None:
+        sockets.send(Refused(refusal))
+        sockets.finish()
         return 2
     sys.setswitchinterval(SWITCH_S)
     # The objects of the start stay, so garbage collections need not traverse them.
     gc.collect()
     gc.freeze()
     gc.enable()
-    return 0 if worker.run(engine, screen) else 1
+    host = EngineHost(engine, sockets.send)
+    hosts.append(host)
+    sockets.send(Ready(host.facts, screen))
+    host.run()
+    sockets.finish()
+    return 0 if host.failure is None else 1
 
 
 def leave(code: int) -> NoReturn:
