@@ -3,9 +3,6 @@
 Ownership of a request's rows: the tree owns ``[0, cache_protected_len)`` under the request's lock.
 The request owns the rest until ``checkpoint`` publishes it or SGLang frees it. No decision depends
 on a clock or on an order that differs between processes, so all ranks build the same tree.
-
-At the end of the file: the references that SGLang keeps between two calls, its KV events, and the
-construction from its build context.
 """
 
 from __future__ import annotations
@@ -28,8 +25,6 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
     EvictResult,
     IncLockRefResult,
-    InsertParams,
-    InsertResult,
     MatchPrefixParams,
     MatchResult,
 )
@@ -116,11 +111,8 @@ class HybridRadixBackend(BasePrefixCache):
         return self._cache
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """Match ``params.key``. The tree is not changed. O(n).
-
-        A request counts as a use at its first ``checkpoint``. A match without a request counts
-        immediately.
-        """
+        """Match ``params.key``. O(n). A request counts as a use at its first ``checkpoint``, a
+        match without one immediately."""
         key, req = params.key, params.req
         prompt = prompt_of(key)
         found = self._cache.match(prompt, namespace_of(key.extra_key, key.cache_salt))
@@ -151,10 +143,8 @@ class HybridRadixBackend(BasePrefixCache):
 
     @rank_consensus(same_params=["req.rid", "up_to"])
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
-        """Publish a request's first ``up_to`` tokens, as far as they can be resumed. O(up_to).
-
-        Called after each chunk and when the request has finished.
-        """
+        """Publish a request's first ``up_to`` tokens, as far as they can be resumed, after each
+        chunk and when it has finished. O(up_to)."""
         self._count(req)
         finished = req.finished()
         tokens = tokens_of(req.full_untruncated_fill_ids, up_to)
@@ -189,9 +179,7 @@ class HybridRadixBackend(BasePrefixCache):
 
     def _publish(self, req: Any, tokens: Tokens, slot: int | None) -> bool:
         """Insert the request's rows for ``tokens``, with a state at their end, and move its lock.
-
-        Rows that the tree already had are replaced by the tree's rows.
-        """
+        Rows that the tree already had are replaced by the tree's."""
         kv, end = req.kv, len(tokens)
         owned = kv.cache_protected_len
         if end - end % self.page_size < max(owned, 1):
@@ -222,29 +210,6 @@ class HybridRadixBackend(BasePrefixCache):
         if not checkpointed and self._states is not None:
             self._states.release(req, None, taken=False)
 
-    @rank_consensus(same_params=["len(params.key)"], same_results=["result.prefix_len"])
-    def insert(self, params: InsertParams) -> InsertResult:
-        """Insert a key with its rows and optional state. Rows that the tree had are freed.
-
-        The caller keeps the state if ``mamba_exist``.
-        """
-        key, owned = params.key, params.prev_prefix_len
-        tokens = tokens_of(key.token_ids, len(key))
-        end = len(tokens) - len(tokens) % self.page_size
-        value = to_host(params.value)[:end]
-        state = params.mamba_value
-        checkpoints = () if state is None or not end else ((end, int(state)),)
-        namespace = namespace_of(key.extra_key, key.cache_salt)
-        result = self._cache.insert(tokens[:end], value, checkpoints, namespace, owned)
-        self._rows.free(result.duplicates)
-        self._rows.give_back()
-        return InsertResult(
-            prefix_len=owned + len(result.duplicates),
-            total_len=end,
-            last_device_node=handle_of(result.node),
-            mamba_exist=bool(result.rejected_slots),
-        )
-
     @rank_consensus(same_params=True, same_results=True)
     def evict(self, params: EvictParams) -> EvictResult:
         """Evict until this many rows and slots are freed, or nothing evictable is left."""
@@ -273,11 +238,8 @@ class HybridRadixBackend(BasePrefixCache):
         return handle_of(None)
 
     def dfs_weight_order(self, node_handles: Sequence[Any]) -> list[int]:
-        """Sort handles in depth-first order, heaviest branch first. Returns indices.
-
-        Handles under one node stay together. Deeper nodes precede shallower ones, and ties are
-        broken by first appearance, so the order is equal on all ranks. O(handles * depth).
-        """
+        """Return the indices of handles in depth-first order, heaviest branch first. Deeper nodes
+        precede shallower ones, and ties are broken by first appearance. O(handles * depth)."""
         paths = [_path(node_of(handle)) for handle in node_handles]
         weight = Counter(node for path in paths for node in path)
         rank: dict[RadixNode, int] = {node: number for number, node in enumerate(weight)}
@@ -291,8 +253,6 @@ class HybridRadixBackend(BasePrefixCache):
         return self._states is not None
 
     def full_evictable_size(self) -> int:
-        """Return the number of cached rows without a lock. O(1) amortised, like the methods
-        below."""
         return self._cache.cached_tokens - self._cache.protected().num_tokens
 
     def full_protected_size(self) -> int:
@@ -310,13 +270,11 @@ class HybridRadixBackend(BasePrefixCache):
         return self._cache.cached_tokens, self._cache.num_checkpoints
 
     def all_values_flatten(self) -> torch.Tensor:
-        """Return all cached rows, unordered. O(cached)."""
         nodes = self._cache.iter_nodes()
         parts: list[Indices] = [node.kv.indices for node in nodes if node.kv is not None]
         return self._rows.to_device(np.concatenate([np.empty(0, np.int32), *parts]))
 
     def all_mamba_values_flatten(self) -> torch.Tensor:
-        """Return all cached slots, unordered. O(nodes)."""
         nodes = self._cache.iter_nodes()
         slots = [node.checkpoint.slot for node in nodes if node.checkpoint is not None]
         return torch.tensor(slots, dtype=torch.int64)
@@ -330,7 +288,6 @@ class HybridRadixBackend(BasePrefixCache):
         return text
 
     def sanity_check(self) -> None:
-        """Recompute all invariants. Raises AssertionError at the first violated one. O(tree)."""
         self._cache.check()
 
     def pretty_print(self) -> None:
@@ -391,11 +348,8 @@ class _Shadow:
 
 
 class EventRecorder(Listener):
-    """Listener that feeds SGLang's recorder. O(tokens) hashes if events are enabled.
-
-    SGLang's recorder identifies a page by the hash of its path, which it stores at its nodes. Here
-    a small record per node stores it. SGLang has no events for checkpoints.
-    """
+    """Listener that feeds SGLang's recorder, which identifies a page by the hash of its path and
+    stores it at nodes: here, in a ``_Shadow`` of each. SGLang has no events for checkpoints."""
 
     def __init__(self, params: Any) -> None:
         self.recorder = KVCacheEventRecorder(
@@ -448,11 +402,7 @@ logger = logging.getLogger("hybridcache.sglang")
 
 
 def build_backend(ctx: Any) -> Any:
-    """Build the cache of one scheduler. SGLang calls this.
-
-    Raises:
-        ValueError: a setting is not supported. The message is one sentence.
-    """
+    """Build the cache of one scheduler. Raises ValueError if a setting is not supported."""
     if ctx.disable_radix_cache:
         return default_radix_cache_factory(ctx)
     refusal = why_not(ctx, get_memory(), get_disagg(), get_parallel())
@@ -466,13 +416,8 @@ def build_backend(ctx: Any) -> Any:
 def make_backend(
     params: Any, is_hybrid_ssm: bool, eviction: str | None = None
 ) -> HybridRadixBackend:
-    """Return an empty cache over the pools of ``params`` (``CacheInitParams``).
-
-    Args:
-        params: SGLang's parameters.
-        is_hybrid_ssm: True for models with recurrent layers.
-        eviction: Eviction policy in place of ``params.eviction_policy``.
-    """
+    """Return an empty cache over the pools of ``params``, a ``CacheInitParams``. ``eviction``
+    replaces its ``eviction_policy``."""
     token_bytes, state_bytes = sizes_in_bytes(params, is_hybrid_ssm)
     rows = RowView(params.token_to_kv_pool_allocator, params.page_size, token_bytes)
     grid, states = params.page_size, None
@@ -499,10 +444,8 @@ def make_backend(
 
 
 def sizes_in_bytes(params: Any, is_hybrid_ssm: bool) -> tuple[int, int]:
-    """Return the bytes of one token's KV and of one state, summed over all pipeline stages.
-
-    Stages have different layers, and all ranks must use equal sizes.
-    """
+    """Return the bytes of one token's KV and of one state, summed over all pipeline stages, because
+    all ranks must use equal sizes."""
     kv_cache = params.token_to_kv_pool_allocator.get_kvcache()
     held = kv_cache.get_kv_size_bytes()
     sizes = [(sum(held) if isinstance(held, tuple) else held) // kv_cache.size, 0]

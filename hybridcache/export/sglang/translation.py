@@ -28,10 +28,8 @@ ADDED_EVICTION = ("survival", PLAIN_LRU)
 
 
 def eviction_name(asked: str) -> str:
-    """Translate a value of ``--radix-eviction-policy`` into this project's policy name.
-
-    ``lru`` is SGLang's default and cannot be distinguished from an explicit ``lru``. It is
-    translated to this project's default. ``plain-lru`` is LRU.
+    """Translate a value of ``--radix-eviction-policy`` into this project's policy name. ``lru`` is
+    SGLang's default, and means this project's.
 
     >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "lfu")]
     ['survival', 'lru', 'lfu']
@@ -40,14 +38,8 @@ def eviction_name(asked: str) -> str:
 
 
 def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
-    """Return a message for the first unsupported setting, or None if all are supported.
-
-    Args:
-        ctx: SGLang's build context.
-        memory: SGLang's memory settings.
-        disagg: SGLang's disaggregation settings.
-        parallel: SGLang's parallelism settings.
-    """
+    """Return a message for the first unsupported setting of SGLang's build context and of its other
+    settings, or None if all are supported."""
     params = ctx.params
     has_windows = ctx.is_hybrid_swa or params.sliding_window_size is not None
     unknown = eviction_name(params.eviction_policy) not in EVICTION_NAMES
@@ -83,10 +75,8 @@ def namespace_of(extra_key: str | None, cache_salt: str | None) -> Hashable:
 
 
 def tokens_of(ids: array[int], num_tokens: int) -> Tokens:
-    """Return the first ``num_tokens`` of ``ids`` (int64) as int32[n]. O(n).
-
-    The result ends before the first id that does not fit, so nothing after it is cached or found.
-    """
+    """Return the first ``num_tokens`` of ``ids`` (int64) as int32[n], up to the first id that does
+    not fit. O(n)."""
     wide = np.frombuffer(ids, np.int64)[:num_tokens]
     if len(wide) and wide.max() > MAX_TOKEN:
         wide = wide[: int((wide > MAX_TOKEN).argmax())]
@@ -110,11 +100,8 @@ def branch_position(prompt: Tokens, match: PrefixMatch, grid: int) -> int | None
 
     An SGLang prefill saves one state: at its last grid position, counted from its start, or at the
     position returned by ``match_prefix`` (``mamba_branching_seqlen``) if that is inside the extend.
-
-    The fork is the position at which ``prompt`` diverges from earlier prompts, ghosts included:
-    similar prompts will resume there. The result is rounded down to a multiple of ``grid`` from
-    ``match.cached_len``, as SGLang's kernels require. A prompt that only continues a conversation
-    has no fork, and the state at its end is more valuable. O(1).
+    The fork is where ``prompt`` diverges from earlier prompts, ghosts included, rounded down to a
+    multiple of ``grid`` from ``match.cached_len``, as SGLang's kernels require.
     """
     cached_len = match.cached_len
     seen = min(match.seen_len, len(prompt) - 1)
@@ -128,12 +115,7 @@ def branch_position(prompt: Tokens, match: PrefixMatch, grid: int) -> int | None
 
 
 class LossMeter:
-    """Counters of reused and lost tokens.
-
-    Args:
-        grid: Distance of a prefill's states, counted from its first token.
-        labels: Labels of the counters.
-    """
+    """Counters of reused and lost tokens. ``grid`` is the distance of a prefill's states."""
 
     def __init__(self, grid: int, labels: dict[str, Any]) -> None:
         from prometheus_client import Counter
@@ -148,7 +130,7 @@ class LossMeter:
         self._lost = {cause: lost.labels(**labels, cause=cause) for cause in Losses._fields}
 
     def record(self, match: PrefixMatch) -> None:
-        """Count a request that was admitted and has computed its first chunk. O(1)."""
+        """Count a request that has computed its first chunk."""
         lost = match.losses._asdict()
         # The tree's own grid is 1.
         below = min(match.losses.never_checkpointed, match.kv_match_len % self._grid)
@@ -179,12 +161,10 @@ class Counts(BaseAllocator):
 
     @property
     def num_free(self) -> int:
-        """Number of units available without evicting, including collected ones. O(1)."""
         return self.num_unused
 
     @property
     def num_taken(self) -> int:  # type: ignore[override]
-        """Number of cached or held units. O(1)."""
         return int(self._theirs.size) - self.num_unused
 
 
@@ -205,7 +185,6 @@ class RowView(Counts, PageAllocator):
         self._is_on_host = torch.device(theirs.device).type == "cpu"
 
     def allocate(self, num_tokens: int) -> Indices | None:
-        """Allocate whole pages for ``num_tokens`` tokens. None if too few are free. O(n)."""
         self.give_back()
         rows = self._theirs.alloc(-(-num_tokens // self.page_size) * self.page_size)
         return None if rows is None else to_host(rows)
@@ -217,7 +196,6 @@ class RowView(Counts, PageAllocator):
             self._num_owed += len(rows)
 
     def give_back(self) -> None:
-        """Free all collected rows in one call to SGLang. O(collected rows)."""
         if self._owed:
             rows = self._owed[0] if len(self._owed) == 1 else np.concatenate(self._owed)
             self._owed.clear()
@@ -230,14 +208,12 @@ class RowView(Counts, PageAllocator):
         return there if self._is_on_host else there.to(self._theirs.device, non_blocking=True)
 
     def free_rows(self) -> Indices:
-        """Return all free or collected rows, unordered. O(capacity)."""
         page_size = self._theirs.page_size
         pages = to_host(self._theirs.get_all_free_pages())
         rows = pages[:, None] * page_size + np.arange(page_size, dtype=np.int32)
         return np.concatenate((rows.reshape(-1), *self._owed)).astype(np.int32)
 
     def check(self, num_reserved: int = 0) -> None:
-        """Raise AssertionError if a row is free twice or out of range. O(capacity)."""
         rows = self.free_rows()
         assert len(np.unique(rows)) == len(rows), "a KV row is free twice"
         assert not len(rows) or (rows.min() > 0 and rows.max() < self.capacity), (
@@ -257,7 +233,6 @@ class SlotView(Counts, SlotAllocator):
         self._tensors = torch.arange(self.capacity, dtype=torch.int64, device=theirs.device)
 
     def allocate(self) -> int | None:
-        """Allocate a slot. None if no slot is free."""
         slot = self._theirs.alloc(1)
         return None if slot is None else int(slot)
 
@@ -270,12 +245,10 @@ class SlotView(Counts, SlotAllocator):
         return self._tensors[slot : slot + 1]
 
     def free_slots(self) -> list[int]:
-        """Return all free slots, unordered. O(capacity)."""
         slots: list[int] = self._theirs.free_slots.tolist()
         return slots
 
     def check(self) -> None:
-        """Raise AssertionError if a slot is free twice or out of range. O(capacity)."""
         slots = self.free_slots()
         assert len(set(slots)) == len(slots), "a slot is free twice"
         assert all(0 < slot < self.capacity for slot in slots), "a free slot is out of range"
@@ -336,16 +309,7 @@ class RequestStates:
 
         If the only available slot is that of ``found.checkpoint``, the request takes it and resumes
         from the next shallower checkpoint. Without any slot it starts from zero. ``losses.refused``
-        counts the difference. O(len(prompt)).
-
-        Args:
-            cache: The cache.
-            req: SGLang's request.
-            prompt: Its tokens.
-            found: Match of ``prompt`` with a checkpoint.
-
-        Returns:
-            The match to resume from.
+        counts the difference. Returns the match to resume from. O(len(prompt)).
         """
         receipt = cache.lock(found.node)
         slot = None if req.kv.holds_mamba else self.take_slot(cache)
@@ -374,10 +338,8 @@ class RequestStates:
         return match
 
     def offer_running(self, cache: HybridRadixCache, req: Any, num_tokens: int) -> Offer | None:
-        """Return the state a running request donates after a chunk.
-
-        None if there is no state, or no slot to continue with.
-        """
+        """Return the state that a running request donates after a chunk. None if there is none, or
+        no slot to continue with."""
         position = req.kv.mamba_last_track_seqlen if self.extra_buffer else num_tokens
         slot = None if position is None else self.take_slot(cache)
         if slot is None:
