@@ -1,8 +1,6 @@
 """Names of the published distributions and of their extras, and the commands that install them.
 
-Every hint to install something is made here; ``tests/test_packaging.py`` compares these names with
-``pyproject.toml`` and with all pages. The import names differ from the distributions: the package
-index has an unrelated distribution called like our package.
+The distributions are not called like the packages: the index has an unrelated one of that name.
 """
 
 from __future__ import annotations
@@ -51,20 +49,16 @@ def version() -> str:
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs the cache with one extra. KeyError if there is none.
+    """Return the command that installs the cache with one extra.
 
     >>> install_command("lab")
     "pip install 'hybrid-radix-cache[lab]'"
     """
-    if extra not in EXTRAS:
-        raise KeyError(f"{CACHE_DISTRIBUTION} has no extra {extra!r}: it has {', '.join(EXTRAS)}")
     return f"pip install '{CACHE_DISTRIBUTION}[{extra}]'"
 
 
 def how_to_install(error: ModuleNotFoundError, prefer: str | None = None) -> str:
-    """Explain a missing package in one sentence.
-
-    ``prefer`` is the extra to name if several install the package.
+    """Explain a missing package in one sentence. ``prefer`` is the extra to name if it has it.
 
     >>> how_to_install(ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken.core"))
     "tiktoken is not installed: pip install 'hybrid-radix-cache[lab]'"

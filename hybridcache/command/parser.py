@@ -73,9 +73,6 @@ class Parser(argparse.ArgumentParser):
         if "are required" in message:  # perhaps because a flag is misspelt or left out
             known = tuple(self._option_string_actions)
             flags = [arg for arg in self._given if arg.startswith("--")]
-            missing = message.rpartition(": ")[2]
-            if self._given and not self._given[0].startswith("-") and missing in known:
-                message += f": write {missing} {self._given[0]}"
             # argparse accepts the beginning of a flag, too.
             unknown = [f for f in flags if not any(k.startswith(f.split("=")[0]) for k in known)]
             message = self._unknown(unknown) if unknown else message

@@ -17,8 +17,7 @@ from hybridcache.policies.protocol import (
 
 
 class Branch(PlacementPolicy):
-    """Save where the prompt diverges from earlier ones: similar prompts will share that prefix.
-    In a prompt that is known as a whole, save before its last token, which is always computed.
+    """Save where the prompt diverges from earlier ones, or before its last token.
 
     The label is ``rejoin`` where the prompt goes on after the end of all known text: only its own
     conversation shares that prefix.
@@ -30,10 +29,7 @@ class Branch(PlacementPolicy):
 
 
 class Boundary(PlacementPolicy):
-    """Save at every known boundary, the deepest first.
-
-    Boundaries are ends of message parts that later prompts share.
-    """
+    """Save at every known boundary (end of text that later prompts share), the deepest first."""
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
         ends = reversed(prefill.boundaries)
@@ -44,8 +40,7 @@ class Backoff(PlacementPolicy):
     """Save at the last ``count`` grid positions before the prompt's last token, the deepest first.
 
     One position makes a repeated prompt hit. Each further one serves prompts that are shorter by
-    up to one more grid step, and costs one more state per prompt. That state is superseded
-    immediately, so it is evicted first when slots run out.
+    up to one more grid step, with a state that is superseded immediately.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -83,10 +78,8 @@ class End(PlacementPolicy):
 
 
 class Placement(PlacementPolicy):
-    """Combination of several placement rules, by descending priority. No rules save nothing.
-
-    Every rule is notified of every checkpoint, including those of other rules.
-    """
+    """Combination of several placement rules, by descending priority. Every rule is notified of
+    every checkpoint."""
 
     def __init__(self, rules: tuple[PlacementPolicy, ...]) -> None:
         self._rules = rules
@@ -134,19 +127,17 @@ class Placement(PlacementPolicy):
 STRIDE = 4
 """Ratio of the distances of two successive back-offs from the end of the prompt."""
 HOPE = 1.0
-"""Assumed earnings of the first checkpoint of a common label (``COMMON``), as a part of the mean
-prompt."""
+"""Assumed earnings of the first checkpoint of a ``COMMON`` label, as a part of the mean prompt."""
 SPECULATIVE_HOPE = 0.125
 """Assumed earnings for the back-offs further up and the rejoin."""
 HOPE_LASTS = 128
-"""Checkpoints after which the assumed earnings of a label with a hope of 1 are withdrawn. Scaled by
-the hope of the label, and at most the number of checkpoints that fit."""
+"""Checkpoints after which assumed earnings are withdrawn, times the hope of the label; at most the
+number of checkpoints that fit."""
 COPY = 1 / 4096
-"""Cost of saving a checkpoint, as a part of the mean prompt: the time to copy a state, in units of
-prefill time."""
+"""Cost of copying a state, as a part of the prefill time of the mean prompt."""
 MARGIN = 3.0
-"""Factor by which earnings must exceed the displaced value. It keeps a label that looks best by
-chance from displacing better ones."""
+"""Factor by which earnings must exceed the displaced value, because a label can look best by
+chance."""
 TRIAL_AFTER = 32
 """Prefills before the first trial of a label that does not pay."""
 TRIAL_GROWTH = 4
@@ -164,11 +155,10 @@ SHARED = frozenset({"branch", "boundary"})
 COMMON = SHARED.union(END_LABELS)
 """Labels of positions that later prompts are expected to reuse."""
 HEADER = 16
-"""Longest header of an answer, in tokens. A boundary at most this far from the end of the prompt is
-the end of that prompt, not of a shared text. It is less than a grid step away, or one token."""
+"""Longest header of an answer, in tokens. A boundary at most this far from the end of the prompt,
+and less than a grid step or one token, is the end of that prompt, not of a shared text."""
 SHARED_USES = 2.0
-"""Weight of the uses of shared positions where few checkpoints fit: a use by one conversation
-announces one by another."""
+"""Weight of the uses of shared positions where few checkpoints fit."""
 UNSAVED = {"_accounts", "_latest"}
 """Attributes of ``Adaptive`` that are not saved as they are."""
 FEW = 8
@@ -190,12 +180,12 @@ class _Account:
         self.placed = 1.0
         self.offered = offered
         """Prefills in which the label was possible. Labels start with different counts, so that
-        their trials fall on different prefills."""
+        their trials do not coincide."""
         self.is_tried = False
         """True if the latest of these prefills is a trial."""
         self.due = self.wait = TRIAL_AFTER
-        """While the label does not pay: ``offered`` at the next trial, and the number of prefills
-        from there to the trial after it."""
+        """While the label does not pay: ``offered`` at the next trial, and prefills from there to
+        the trial after it."""
 
     def save(self) -> None:
         """Count a saved checkpoint."""

@@ -1,8 +1,4 @@
-"""Drawing of the tree as text.
-
-It shows of each node its token range, whether its KV is resident, in a tier or a ghost, its
-checkpoint or tombstone, and its locks. O(nodes drawn), without recursion.
-"""
+"""Drawing of the tree as text."""
 
 from __future__ import annotations
 
@@ -13,12 +9,8 @@ MAX_LETTERS = 80
 
 
 def render_text(tree: RadixTree, max_nodes: int) -> str:
-    """Return an outline with one line per node: namespaces in order of creation, nodes depth first,
-    ghosts last. An only child is not indented.
-
-    ``*`` checkpoint, ``-`` tombstone, ``~`` ghost, ``v`` offloaded. The last line counts omitted
-    nodes.
-    """
+    """Return an outline with one line per node, depth first and ghosts last. An only child is not
+    indented. ``*`` checkpoint, ``-`` tombstone, ``~`` ghost, ``v`` offloaded. O(nodes drawn)."""
     lines: list[str] = []
     num_drawn = num_namespaces = 0
     stack = [(root, "", "") for root in reversed(tree.roots.values())]
@@ -47,7 +39,6 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
 
 
 def _describe(node: RadixNode) -> str:
-    """Return one line of printable letters about a node."""
     words = [f"{node.start}..{node.end}"]
     if node.kv is None:
         stored = node.offloaded is not None and node.offloaded.kv is not None

@@ -86,16 +86,12 @@ def show_namespace(namespace: Hashable) -> str | None:
 
 
 def _key(node: RadixNode) -> int:
-    """Return a checksum that distinguishes a node from its siblings without its tokens.
-
-    The page uses it to recognise ghosts that return.
-    """
+    """Return a checksum by which the page recognises ghosts that return, without their tokens."""
     return crc32(repr(node.key).encode())
 
 
 def slabs_record(arena: ArenaAllocator) -> Record:
-    """Return the percentage of rows with KV of each slab, and the slabs with a state. O(slabs +
-    holes)."""
+    """Return the percentage of rows with KV of each slab, and the slabs with a state."""
     percent = (100 * arena.occupancy()[:MAX_SLABS] / arena.slab_rows).round()
     states = sorted(slot for slot in arena.slots.taken if slot < MAX_SLABS)
     return ["slabs", percent.astype(int).tolist(), states]

@@ -39,7 +39,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         ("simulate --polciy lru", "--polciy lru, did you mean --policy? See `hybridcache"),
-        ("optimum chat", "required: --trace: write --trace chat. See"),
+        ("optimum chat", "required: --trace. See"),
         ("optimum --trace=chat --gibb=3", "--gibb=3, did you mean --gib?"),
         ("simulate --trac chat --qqq", "unrecognized arguments: --qqq. See"),
         ("simulate --pol lru", "the following arguments are required: --trace. See"),

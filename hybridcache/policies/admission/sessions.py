@@ -211,38 +211,31 @@ class _Anchors:
 
 
 CREDIT_S = 5.0
-"""Seconds of repeated work that are tolerated: about one cold prompt of 40,000 tokens. A server
-that loses less than it repays never withholds a request."""
+"""Seconds of repeated work that are tolerated: about one cold prompt of 40,000 tokens."""
 FLOOR = 0.1
-"""Least share of the time in which the debt is repaid. At a steady overload, a tenth of the time is
-spent on repeating work."""
+"""Least share of the time in which the debt is repaid."""
 NUM_ASKED = 64
 """Admissions over which the load is averaged: a few from each session that fits."""
 MAX_TURNS = 128
-"""Admissions of resident sessions after which one request that waits to enter goes first. A session
-sends about 10 to 30 requests, so the limit is reached only where it prevents starvation."""
+"""Admissions of resident sessions after which one request that waits to enter goes first. Sessions
+send about 10 to 30, so it only prevents starvation."""
 MOST_WAIT_S = 45.0
-"""Longest wait of a session that has begun for its next turn, without the prefills of those that
-have waited longer. Chosen on the tuning workloads and a burst of 60 agents: below 30 s, a burst
-is served as if nothing were withheld; at 45 s its makespan is 1.1 times that of a limit of 18."""
+"""Longest wait of a session that has begun for its next turn. Below 30 s, a burst of 60 agents is
+served as if nothing were withheld; at 45 s its makespan is 1.1 times that of a limit of 18."""
 BEGUN_WEIGHT = 2.0
-"""Weight of a second that the next turn of a session waits to enter, relative to a second that a
-new session waits. With 1, more sessions take turns in memory than fit, and in a long overload the
-mean wait is longer than with the best fixed limit. With 3 and more, new sessions wait longest."""
+"""Weight of a second that the next turn of a session waits to enter, relative to new sessions. With
+1, more sessions take turns in memory than fit; with 3 and more, new sessions wait longest."""
 LEAST_WORTH = 1.2
-"""Least gain in requests from keeping sessions in memory at which others are withheld. Above 1,
-because answers of kept sessions wait for some prompts too. Agents have 1.2 to 5 (coding agents),
-tau-bench 0.7, long chats 0.5, chats 0.25."""
+"""Least gain in requests from keeping sessions in memory at which others are withheld. Agents that
+write code have 1.2 to 5, tau-bench 0.7, long chats 0.5, chats 0.25."""
 ACTIVE_PAUSES = 1.5
 """Number of average pauses after which an idle session is considered ended."""
 PAUSE_WEIGHT, MAX_PAUSE_S = 0.05, 60.0
 """Weight of the newest pause in the average, and the upper limit of a pause in that average."""
 DECREASE, INCREASE, LEAST_LIMIT = 0.9, 0.03, 0.1
-"""Changes of the share of the memory that live sessions may fill, and its least value. The share
-changes once per cycle of a pause and an answer: by a factor if a session's text was lost, and by a
-step if not, as in congestion control."""
+"""Changes of the share of the memory that live sessions may fill, and its least value."""
 FORGETTING = 0.999
-"""Weight of an old step, relative to the next newer one, in the average time of one token."""
+"""Weight of a step, relative to the next one, in the average time of one token."""
 
 
 OPEN = "nothing is gained by withholding: oldest first"
@@ -302,19 +295,18 @@ class SessionGate(AdmissionPolicy):
         self._pause_s = 0.0
         """Average time from a session's answer to its next request."""
         self._answer_s, self._prompt_tokens, self._held_s = 0.0, 0.0, 0.0
-        """Averages: seconds from admission to the last token; tokens of a prompt that no other
-        session shares; a session's share of the memory times seconds of a pause and an answer,
-        without the prompts computed meanwhile."""
+        """Averages: seconds from admission to the last token; unshared tokens of a prompt; share of
+        the memory times seconds of a pause and an answer, without prompts computed meanwhile."""
         self._prompts_s = 0.0
         """Seconds spent on prompts so far."""
         self._admitted_at_s: dict[WaitingRequest, tuple[float, float]] = {}
-        """Times at which unanswered requests were admitted, and ``_prompts_s`` at that time."""
+        """Times of admission of unanswered requests, and ``_prompts_s`` then."""
         self._limit, self._moves_at_s = 1.0, 0.0
         """Share of the memory that live sessions may fill, and when it may change again."""
         self._left_s = 0.0
         """Time at which the last request was answered."""
         self._num_turns = 0
-        """Admissions of resident sessions since the last entry, while requests waited to enter."""
+        """Admissions of resident sessions since the last entry, while requests were withheld."""
         self._num_withheld = 0
         self._reason = OPEN
 

@@ -2,15 +2,15 @@
 
 A *class* is a short tuple of facts about an item. Its *age* is the number of requests since it
 entered its present stage (was created, used or superseded). For every class and age bin the hazard
-of a use is estimated; an octave has two bins. Evicted items stay at risk, because their ghosts
-report the uses that were missed. The estimate therefore does not depend on the evictions. Stages
-that have not ended count with their present age (censored).
+of a use is estimated. Evicted items stay at risk, because their ghosts report the uses that were
+missed, so the estimate does not depend on the evictions. Open stages count with their present age
+(censored).
 
 The *index* of a class at an age is the highest rate of uses per unit of time from keeping an item:
-``max over T of P(used within T) / E[time kept until then]``. This is the index of Gittins for a job
-with a value of one use and a cost per unit of residence. Where the hazard falls with age, the index
-is the present hazard, and the ranking is that of LRU. Where uses come at a known distance (a loop),
-old items have a higher index than young ones, and a fixed part of the loop is kept.
+``max over T of P(used within T) / E[time kept until then]``, the index of Gittins. Where the hazard
+falls with age, it is the present hazard, and the ranking is that of LRU. Where uses come at a known
+distance (a loop), old items have a higher index than young ones, and a fixed part of the loop is
+kept.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-
 EDGES = np.array([*range(4), *(round(2 ** (half / 2)) for half in range(4, 45))], np.int64)
-"""Left edges of the age bins, in requests. The last bin has no right edge."""
+"""Left edges of the age bins, in requests, two per octave. The last bin has no right edge."""
 NUM_BINS = len(EDGES)
 _EDGE_LIST: list[int] = EDGES.tolist()
 WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
@@ -43,21 +42,18 @@ _PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
 _SMALL = 1 << 16
 _BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.intp)
 AHEAD = 6
-"""Number of bins after the oldest age that an index includes, half an octave each. Later bins have
-no evidence, and their assumed hazard falls."""
+"""Number of bins after the oldest age that an index includes. Later ones have no evidence."""
 DOUBT = 2.0
-"""Standard deviations by which the uses of a class must differ from the prediction of its parent
-before its level changes. Only the rest of the difference counts."""
+"""Standard deviations by which the difference between the uses of a class and the prediction of its
+parent is reduced."""
 EFFECT_DOUBT = 1.0
 """The same for the effect that the last fact of a class has in all classes."""
 EFFECT_WEIGHT = 4.0
 """Uses added to both sides of the ratio that is this effect."""
 SHAPE_WEIGHT = 16.0
-"""Uses in an age bin that weigh as much as the prediction from the level of the class and the shape
-of the parent."""
+"""Uses in an age bin that weigh as much as the prediction from level and parent."""
 TOP_WEIGHT = 4.0
-"""The same number for a class without a parent. It limits the effect of a single use by chance,
-which would make the first evictions worse than those of LRU."""
+"""The same number for a class without a parent: it limits the effect of a use by chance."""
 MEMORY = 4096.0
 """Uses after which the counts of a class are halved."""
 _ROW_BITS = 24
@@ -103,34 +99,30 @@ class Hazards:
 
     A class without evidence takes the hazard of its parent, the class without the last fact. From
     fact number ``general_from`` on, this hazard is multiplied by the effect of the fact in all
-    classes. Thus it is learned once for all generations that long conversations soon end.
-
-    A class can have another model than its parent (``row``). The ratio to the model is learned over
-    all such classes of one parent.
+    classes. A class can have another model than its parent (``row``). The ratio to the model is
+    learned over all such classes of one parent.
 
     ``open`` and ``close`` take O(1). ``refresh`` takes O(open stages + classes * bins**2).
     """
 
     def __init__(self, max_open: int = 8192, general_from: int = 1) -> None:
         self.now = 0
-        """Logical time of the newest use. Set by the policies that share the object."""
+        """Logical time of the newest use, set by the policies."""
         self._max_open = max_open
         self._general_from = general_from
         self._models: dict[int, int] = {}
         """Row of the model of each row that has one."""
         self.rows: dict[Key, int] = {}
-        """Row of each class."""
         self._parents: list[int | None] = []
         self._priors: list[float] = []
         self._generations: list[_Generation] | None = None
-        """All rows, parents first, or None if a row was added since the last sort."""
+        """All rows, parents first, or None after a new row."""
         self._events: Floats = np.zeros((64, NUM_BINS))
         self._reached: Floats = np.zeros((64, NUM_BINS))
         """Number of ended stages by last bin. ``_partial``: the time they spent in this bin."""
         self._partial: Floats = np.zeros((64, NUM_BINS))
         self.index: Floats = np.zeros((64, NUM_BINS))
-        """Index by row and age bin, in uses per request. Valid for the bins that an age can reach
-        before the next ``refresh``."""
+        """Index by row and age bin, in uses per request, for ages before the next ``refresh``."""
         self._open = array("q", [-1]) * max_open
         """Code of each open stage, or -1 for unused places."""
         self._unused = list(range(max_open))
@@ -140,9 +132,9 @@ class Hazards:
         self._changes = 0
         self._refreshed_at = 0
         self._ended: list[int] = []
-        """Codes of the stages that ended since the last count, with their ages."""
+        """Codes of the stages that ended since the last count, with their ages; ``_used``: of those
+        that ended in a use."""
         self._used: list[int] = []
-        """Codes of those that ended in a use."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the learned state as plain data and arrays. O(size)."""
@@ -166,12 +158,11 @@ class Hazards:
             setattr(self, name, state[name])
 
     def row(self, key: Key, prior: float = 1.0, model: tuple[Key, float] | None = None) -> int:
-        """Return the row of class ``key``. Its parent is ``key[:-1]``.
+        """Return the row of class ``key``, whose parent is ``key[:-1]``.
 
         ``prior`` scales the assumed hazard of a class without parent and evidence, which is one use
         in ``(age + 16) / prior`` requests. With ``model``, (class, factor), a new class begins with
-        ``factor`` times the hazard of that class, in place of its parent's. The model has a key of
-        the same length, and its own model is its parent. O(len(key)) for a new key, else O(1).
+        ``factor`` times the hazard of that class, whose key has the same length.
         """
         found = self.rows.get(key)
         if found is not None:
@@ -207,10 +198,8 @@ class Hazards:
         return stage
 
     def close(self, stage: int, now: int, used: bool | None) -> None:
-        """End a stage. ``used`` is True for a use or a ghost hit, and None to count nothing.
-
-        A second call has no effect.
-        """
+        """End a stage. ``used`` is True for a use or a ghost hit, and None to count nothing. A
+        second call has no effect."""
         place = self._places.pop(stage, None)
         if place is None:
             return
@@ -226,11 +215,10 @@ class Hazards:
             self._changes += 1
 
     def index_at(self, row: int, age: int) -> float:
-        """Return the index of the class of ``row`` at ``age``, as of the last ``refresh``. O(1)."""
         return float(self.index[row, max(bisect_right(_EDGE_LIST, age) - 1, 0)])
 
     def refresh(self, now: int) -> bool:
-        """Recompute the indices if enough has changed. Returns whether it did."""
+        """Recompute the indices if enough has changed. Return whether it did."""
         waited = now - self._refreshed_at
         if waited < 8 or (not self._changes and waited < 64):
             return False
@@ -292,8 +280,7 @@ class Hazards:
         return np.asarray(beyond * WIDTHS[:num_bins] + partial)
 
     def _by_age(self, ages: Ints, rows: Ints, oldest: int) -> tuple[Floats, Floats]:
-        """Return the number of stages by row and last bin, and the time that they spent in it. No
-        stage is older than ``oldest``."""
+        """Return the number of stages by row and last bin, and the time spent in that bin."""
         shape = len(self._parents), NUM_BINS
         bins = age_bins(ages, oldest)
         cells = rows * NUM_BINS + bins
@@ -333,9 +320,7 @@ def _sorted_by_parent(
     keys: Iterable[Key], parents: list[int | None], models: Mapping[int, int]
 ) -> list[_Generation]:
     """Return all rows, shortest keys first, and rows with models after others of their length.
-
-    ``keys`` and ``parents`` are in the order of the rows. O(rows log rows).
-    """
+    O(rows log rows)."""
     above = [-1 if parent is None else parent for parent in parents]
     generations: dict[tuple[int, bool], list[tuple[int, int, Hashable]]] = {}
     for row, key in enumerate(keys):
@@ -358,7 +343,7 @@ def _sorted_by_parent(
 
 
 def _sums(facts: Ints, column: Floats) -> Floats:
-    """Return the sum of ``column``, ``[n, 1]``, by the number of the fact, as a column."""
+    """Return the sums of ``column``, ``[n, 1]``, by the number of the fact."""
     return np.bincount(facts, column[:, 0]).astype(np.float64)[:, None]
 
 
@@ -408,22 +393,19 @@ that of tips, which are many."""
 COMMON = frozenset(
     {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1", "rejoin"}
 )
-"""Labels of positions where prompts are known to diverge. All other labels are speculative."""
+"""Labels of positions where prompts are known to diverge. Others are speculative."""
 SPECULATIVE_PRIOR = 0.125
-"""Assumed hazard of classes with a speculative label relative to common ones, without evidence."""
+"""Assumed hazard of speculative labels relative to common ones, without evidence."""
 FORKS = frozenset({"branch", "boundary"})
-"""Labels of ends of text that other conversations may share. Their class has no generation."""
+"""Labels of text that other conversations may share. Their class has no generation."""
 REJOIN = "rejoin"
 """Label of a position at which an earlier request of the conversation ended."""
 MAX_TURN = 8
 """Highest generation that has its classes apart."""
 SAMPLE = 1024
 """Maximum number of candidates compared for one victim."""
-
-
 GENERAL_FROM = 3
 """First fact of a class with an effect in all classes: the generation."""
-
 
 Class = tuple[tuple[bool, bool], str, *tuple[str | int, ...]]
 """((superseded, speculative), label, uses, generation, octave of the position, half octave), and
@@ -488,17 +470,16 @@ class Survival(EvictionPolicy):
         self._checkpoints = Columns()
         self._kv = Columns()
         self._dead: OrderedDict[Item, None] = OrderedDict()
-        """Leaf KV that goes first. The first key of a plain dictionary is not found in O(1)."""
+        """Leaf KV that goes first."""
         self._idle_kv: dict[Item, None] | None = {}
-        """Leaf KV until the first call of ``victim`` that needs it ranked. None from then on."""
+        """Leaf KV until a call of ``victim`` needs it ranked. None from then on."""
         self._stale: dict[Item, None] = {}
-        """Checkpoints with an outdated value: those with an evicted descendant, which can free more
-        bytes now, and new ones, which can have got a checkpoint above them since."""
+        """Checkpoints with an outdated value: those with an evicted descendant, and new ones."""
         self._just_used = False
-        """True if the latest call was a use. A ghost hit then belongs to the same request."""
+        """True if the latest call was a use: a ghost hit then belongs to the same request."""
 
     def for_tier(self) -> Survival:
-        """Return a policy that shares hazards and clock, so that stages continue in other tiers."""
+        """Return a policy that shares the hazards, so that stages continue in other tiers."""
         lower = Survival()
         lower.hazards, lower._owns_hazards = self.hazards, False
         self._is_last = False
@@ -523,8 +504,8 @@ class Survival(EvictionPolicy):
         }
 
     def load_state_dict(self, state: dict[str, Any], item_of: Callable[[int], Item | None]) -> None:
-        """Replace the learned state by the result of ``state_dict``. ``item_of`` finds items by
-        serial; those that no longer exist are left out."""
+        """Replace the learned state by the result of ``state_dict``. ``item_of`` finds items that
+        still exist by serial."""
 
         def items(serials: list[int]) -> OrderedDict[Item, None]:
             return OrderedDict.fromkeys(item for one in serials if (item := item_of(one)))
@@ -541,7 +522,7 @@ class Survival(EvictionPolicy):
         self._just_used = state["just_used"]
 
     def memo_state(self, item: Item) -> list[Any] | None:
-        """Return the memo of ``item`` as plain data, or None if it has none."""
+        """Return the memo of ``item`` as plain data."""
         memo = item.memo
         if not isinstance(memo, _Memo):
             return None
