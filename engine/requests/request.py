@@ -56,10 +56,6 @@ GREEDY_BELOW = 1e-5
 token."""
 SCORES = Limits("an integer from 0 to 50", 0, 50, is_whole=True)
 """Number of alternatives to report with a token."""
-MAX_STOPS = 64
-"""Maximum number of stop strings or stop token ids of one request."""
-MAX_BIASES = 1024
-"""Maximum number of tokens with a bias in one request."""
 MAX_BIAS = 100.0
 MAX_COUNT = 2**31 - 1
 """Largest value of a field that counts tokens."""

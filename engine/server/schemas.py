@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
-from engine.requests.request import MAX_BIAS, MAX_BIASES, MAX_COUNT, MAX_STOPS, SamplingParams
+from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
 from engine.server.bodies import Body, Part, check_nodes, converted, settled
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
@@ -25,6 +25,8 @@ from engine.text.bounded import read_json
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""
 MAX_STOP_CHARS = 1024
+MAX_STOPS, MAX_BIASES = 64, 1024
+"""Maximum numbers of stop strings or stop token ids, and of tokens with a bias."""
 MAX_TEMPERATURE = 2
 """Maximum temperature, as in OpenAI's API."""
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]

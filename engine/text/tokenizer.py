@@ -13,6 +13,7 @@ import sys
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -412,12 +413,7 @@ def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
 
     path = model_dir / "tokenizer.json"
     if path.exists():
-        try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library raises nothing narrower.
-            raise ValueError(
-                f"{path} cannot be read as a tokenizer ({error}): download it again."
-            ) from None
+        return tokenizers.Tokenizer.from_file(str(path))
     if not has_tokenizer(model_dir):
         raise FileNotFoundError(
             f"No tokenizer in {model_dir}: put the model's tokenizer.json there."
@@ -428,25 +424,22 @@ def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in ``path``, or {} if the file does not exist. Raises ValueError if the
-    file is not an object in JSON."""
+    """Return the object in ``path``, or {} if the file does not exist. Raises ValueError for any
+    other content."""
     if not path.exists():
         return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not an object in JSON: download it again.")
-    return content
+    with suppress(ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    raise ValueError(f"{path} is not an object in JSON: download it again.")
 
 
 def _find_template(model_dir: Path, settings: dict[str, Any]) -> ChatTemplate | None:
     path = model_dir / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
     if isinstance(source, list):
-        named = {entry["name"]: entry["template"] for entry in source}
-        source = named.get("default")
+        source = next((one["template"] for one in source if one["name"] == "default"), None)
     if source is None:
         return None
     specials = {
