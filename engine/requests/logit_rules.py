@@ -1,8 +1,7 @@
 """Rules that restrict or bias the tokens of one answer before they are sampled.
 
-``LogitRule`` is the seam. The rules of a request are applied in order, each to the result of the
-ones before it: its grammar (a plugin), the reasoning budget, bans and biases, then
-penalties. The sampler reads the results, one ``Ruling`` for each draw.
+The rules of a request are applied in order: its grammar (a plugin), the reasoning budget, bans and
+biases, then penalties. The sampler reads the results, one ``Ruling`` for each draw.
 """
 
 from __future__ import annotations
@@ -248,14 +247,6 @@ class TokenCounts:
         ahead.count(tokens)
         ahead.num_counted = self.num_counted + len(tokens)
         return ahead
-
-    def check(self, prompt: Tokens, output: Tokens) -> None:
-        """Raise AssertionError unless counting both from the beginning gives the same. O(both)."""
-        tokens, numbers = np.unique(output, return_counts=True)
-        expected = dict.fromkeys(np.unique(prompt).tolist(), 0)
-        expected |= dict(zip(tokens.tolist(), numbers.tolist(), strict=True))
-        assert dict(zip(self.ids.tolist(), self.numbers.tolist(), strict=True)) == expected
-        assert self.num_counted == len(output)
 
 
 def packed(token_ids: npt.ArrayLike, vocab_size: int) -> Mask:

@@ -162,7 +162,7 @@ def sampling_defaults(config: EngineConfig) -> dict[str, float]:
     named = read_json(path)
     found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
     if found.get("top_k") == 0:
-        del found["top_k"]  #  0 means "all tokens", which is the default
+        del found["top_k"]  # All tokens, which is the default.
     try:
         SamplingParams(**found)
     except ValueError as error:
