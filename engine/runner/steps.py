@@ -57,7 +57,7 @@ class RunningStates:
         self._displaced: dict[int, int] = {}
         """Step slot of each displaced state, by the sequence's own slot."""
         self._verified: list[tuple[int, list[int]]] = []
-        """Own slot and step slots of each sequence in the last verification."""
+        """Own slot, which padding sequences share, and step slots in the last verification."""
 
     def at(self, slot: int) -> int:
         """Return the slot with the newest state of the sequence with this own slot."""
@@ -125,15 +125,14 @@ class RequestTable:
         self.host: npt.NDArray[np.int32] = host.numpy()
         self.host[num_rows] = padding_index
         self.padding_row = num_rows
-        self._is_shared = device.is_cpu
-        self.device = host if self._is_shared else host.to(device.torch_device)
+        self.device = host.to(device.torch_device)  # The same memory on a CPU.
 
     def write(self, writes: Sequence[tuple[int, int, npt.NDArray[np.int32]]]) -> None:
         """Write KV indices at (row, start). One copy to the device per write."""
         for row, start, indices in writes:
             end = start + len(indices)
             self.host[row, start:end] = indices
-            if not self._is_shared:
+            if self.device.device.type != "cpu":
                 self.device[row, start:end] = upload(indices, torch.int32, self.device.device)
 
 
