@@ -550,16 +550,15 @@ class Lease:
 
     # --- Publishing -------------------------------------------------------------------------------
 
-    def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
+    def publish(self, tokens: Tokens, computed_len: int) -> None:
         """Pass the computed tokens and finished checkpoints to the tree, and move the lock to the
         new end.
 
         ``tokens`` are all tokens so far, of which ``computed_len`` are computed. Those before
         ``published_len`` are not read again. KV and checkpoints up to ``computed_len`` must be
-        written now, because other requests may read them from the next step on.
-        Returns (start, end) of the positions with changed rows in ``kv_indices``, because the tree
-        already had rows for them, or None if no row changed. O(computed_len - published_len), or
-        O(computed_len) if rows changed.
+        written now, because other requests may read them from the next step on. ``kv_indices``
+        changes where the tree already had rows. O(computed_len - published_len), or O(computed_len)
+        if rows changed.
 
         Call it after each piece of the prefill. In decode leave it out: ``finish`` and ``preempt``
         publish the answer as one node, and each call would add a node.
@@ -572,13 +571,10 @@ class Lease:
                 taken that restores the state from which the request resumes.
         """
         self._require_computed(tokens, computed_len)
-        first = self.published_len
         if self._request.exact:
             computed_len = min(computed_len, self.prompt_len)
-        if computed_len - computed_len % self.cache.page_size <= first:
-            return None
-        _, num_duplicates = self._insert(tokens, computed_len)
-        return (first, first + num_duplicates) if num_duplicates else None
+        if computed_len - computed_len % self.cache.page_size > self.published_len:
+            self._insert(tokens, computed_len)
 
     def finish(
         self, tokens: Tokens, computed_len: int, donate: bool = True, stop_reason: str = ""
@@ -652,7 +648,7 @@ class Lease:
             placement.on_dropped(position, label)
         tip: NodeHandle | None = self._lock.node
         if num_dropped < len(pending) or published_len > self.published_len:
-            tip, _ = self._insert(tokens, published_len, is_last=True)
+            tip = self._insert(tokens, published_len, is_last=True)
         if stop_reason:
             cache.label_tip(tip, stop_reason)
         held = self._rows[self.published_len : self.extended_len]
@@ -671,12 +667,12 @@ class Lease:
 
     def _insert(
         self, tokens: Tokens, computed_len: int, is_last: bool = False
-    ) -> tuple[NodeHandle | None, int]:
+    ) -> NodeHandle | None:
         """Publish up to ``computed_len`` with the pending checkpoints there, move the lock to the
         new end unless this ``is_last``, and notify the placement policy.
 
-        Returns the node that ends at the new ``published_len``, and the number of duplicate rows.
-        These, and the slots that the tree has not taken, are freed.
+        Returns the node that ends at the new ``published_len``. Duplicate rows, and the slots that
+        the tree has not taken, are freed.
         """
         cache, first, before = self.cache, self.published_len, self._lock
         saved: dict[Saved, str] = {}
@@ -692,10 +688,9 @@ class Lease:
             list(saved.values()),
             before.node,
         )
-        num_duplicates = len(duplicates)
-        if num_duplicates:
+        if len(duplicates):
             cache.free_kv(duplicates)
-            end = first + num_duplicates
+            end = first + len(duplicates)
             self._rows[first:end] = cache.gather(node)[first:end]
             self._indexed_len = min(self._indexed_len, first)
             if self._request.table_row is not None:
@@ -711,7 +706,7 @@ class Lease:
                 self._placement.on_dropped(position, label)
             else:
                 self._placement.on_saved(position, label)
-        return node, num_duplicates
+        return node
 
     def _require_computed(self, tokens: Tokens, computed_len: int) -> None:
         """Raise ValueError unless that many ``tokens`` can be published, and RuntimeError if the
