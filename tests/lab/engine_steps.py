@@ -27,6 +27,7 @@ class SteppedRequest(LeasedRequest):
         start, end = self._end, len(self._request.tokens)
         end = end if start + TOKEN_BUDGET >= end else (start + TOKEN_BUDGET) // TILE * TILE
         has_memory = self._extend(start, end)
+        self._target.cache.take_step().done()
         self._end = end if has_memory else start
         return has_memory
 
