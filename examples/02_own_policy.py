@@ -27,7 +27,7 @@ class TokensPerByte(ScorePolicy):
 
 def main(arguments: list[str]) -> None:
     """Compare the policies over three sizes; draw the curves if a file is named."""
-    result = simulate("sample:short", gib=[0.5, 1, 2], policy=["lru", "gdsf", TokensPerByte])
+    result = simulate("short?head=120", gib=[0.5, 1, 2], policy=["lru", "gdsf", TokensPerByte])
     print(result.table())
     best = result.best(1)
     print(f"best at 1 GiB: {best.label}, {best.token_hit_rate:.1%} of the prompt tokens reused")

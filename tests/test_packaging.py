@@ -89,7 +89,7 @@ def test_both_wheels_work_when_installed_together(tmp_path: Path) -> None:
 
     where = run("-c", "import engine, hybridcache; print(engine.__file__, hybridcache.__file__)")
     assert where.count(str(site)) == 2
-    table = run("-m", "hybridcache", "simulate", "--trace", "sample:short", "--gib", "1")
+    table = run("-m", "hybridcache", "simulate", "--trace", "short", "--gib", "1")
     assert "120 requests" in table and "(infinite cache)" in table
     assert VERSION in run("-m", "engine", "--version")
 

@@ -63,7 +63,6 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("trace convert short /tmp/no.jsonl --block 64", "--block is for --to mooncake"),
         ("trace stats shrt", "did you mean 'short'?"),
         ("trace stats /dev/null", "is not a regular file"),
-        ("trace stats sample:shrt", "'shrt', did you mean 'short'?"),
         ("trace fetch bailian-chta", "did you mean 'bailian-chat'?"),
     ],
 )

