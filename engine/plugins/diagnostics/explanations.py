@@ -64,7 +64,7 @@ CHANGED = {
 """Causes of a difference between two prompts."""
 _MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
 _TOO_LITTLE_MEMORY = ("refused", "checkpoint_evicted", "kv_evicted", "forgotten")
-_ALONE = "no stored request shares any of it."
+_ALONE = "No stored request shares any of it."
 _FROM_OTHER = (
     "The reused tokens are of a request that is not stored, such as one from before a restart, or "
     "a text completion."
@@ -238,30 +238,25 @@ class Explanations:
         is_tail = shared_len - cached_len < self._grid and not cached_len % self._grid
         if cause in _TOO_LITTLE_MEMORY and is_tail:
             advice = ADVICE["below_grid"]
-        shared, computed = counted(shared_len, "token"), limit - cached_len
-        words = [f"{cached_len:,} of {limit:,} tokens were reused, {computed:,} computed."]
         lost = {name: number for name, number in lost.items() if number}
+        words = [
+            f"{cached_len:,} of {limit:,} tokens were reused, {limit - cached_len:,} computed."
+        ]
         if is_new:
-            step = f"less than one step of --grid ({self._grid})."
-            known = f"no earlier request shares more than its first {shared}, {step}"
-            known = known if earlier_len else _ALONE
-            words.append(f"It is a new conversation, or its beginning changed: {known}")
-            if parting is not None and parting["change"] == "tools":
-                words.append(f"{CHANGED['tools'].capitalize()} ({parting['path']}).")
-        else:
-            if earlier is None:
-                words.append(_FROM_OTHER if cached_len else _ALONE.capitalize())
-            if parting is not None:
-                where = f" ({parting['path']})" if parting["path"] else ""
-                shown = f", {parting['was']!r} became {parting['now']!r}" if parting["was"] else ""
-                words.append(
-                    f"It differs from the earlier request after {counted(parting['at'], 'token')}: "
-                    f"{CHANGED[parting['change']]}{where}{shown}."
-                )
-            if lost:
-                sharing = "that both share" if earlier_len else "that the cache knew"
-                parts = ", ".join(f"{number:,} {LOST[name]}" for name, number in lost.items())
-                words.append(f"Of the {shared} {sharing}: {parts}.")
+            words.append("It is a new conversation, or its beginning changed.")
+        if earlier is None:
+            words.append(_FROM_OTHER if cached_len else _ALONE)
+        if parting is not None:
+            where = f" ({parting['path']})" if parting["path"] else ""
+            shown = f", {parting['was']!r} became {parting['now']!r}" if parting["was"] else ""
+            words.append(
+                f"It differs from the earlier request after {counted(parting['at'], 'token')}: "
+                f"{CHANGED[parting['change']]}{where}{shown}."
+            )
+        if lost and not is_new:
+            sharing = "that both share" if earlier_len else "that the cache knew"
+            parts = ", ".join(f"{number:,} {LOST[name]}" for name, number in lost.items())
+            words.append(f"Of the {counted(shared_len, 'token')} {sharing}: {parts}.")
         return {
             "prompt_tokens": limit,
             "cached_tokens": cached_len,
@@ -285,12 +280,12 @@ class Explanations:
         )
         left, right = earlier.tokens, later.tokens[: later.prompt_len]
         spans = right[max(at - SHOWN, 0) : at], left[at : at + SHOWN], right[at : at + SHOWN]
-        texts: list[str | None] = [None] * 3
+        names: tuple[str, ...] = ("before", "was", "now")
+        texts = dict.fromkeys(names)
         if later.namespace is None:
             decode = partial(self._tokenizer.decode, skip_special_tokens=False)
-            texts = [decode(span.tolist()) for span in spans]
-        names = ("before", "was", "now")
-        return {"at": at, "change": change, "path": path, **dict(zip(names, texts, strict=True))}
+            texts |= {name: decode(span.tolist()) for name, span in zip(names, spans, strict=True)}
+        return {"at": at, "change": change, "path": path, **texts}
 
 
 def _change(

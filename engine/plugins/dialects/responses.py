@@ -203,10 +203,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
     def as_chat(self, before: Sequence[AnyItem]) -> ChatRequest:
         """Return the chat request, after the items of earlier responses. Raises APIError 400 or
         ValueError if a field is not supported. O(all items)."""
-        try:
-            messages = _messages(self.instructions, before, self.items)
-        except ValueError as error:
-            raise APIError(400, f"'input' cannot be read: {error}.") from error
+        messages = _messages(self.instructions, before, self.items)
         if not messages:
             raise APIError(400, "'input' is empty. Send at least one item.")
         choice: Any = self.tool_choice
@@ -332,8 +329,6 @@ class Responses:
         """Return a stored response, or remove it; the newest one of a chain ends its session.
         Raises APIError 404 if the tenant has none with this id."""
         response_id = request.path_params["response_id"]
-        if request.query_params.get("stream", "false").lower() == "true":
-            raise APIError(400, "'stream' is not supported: omit it.")
         key = self._context.access.tenant(request.scope), response_id
         stored = self._store.get(key)
         if stored is None:
