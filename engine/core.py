@@ -27,7 +27,7 @@ from engine.requests.request import (
 )
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
-from engine.schedule.scheduler import EMPTY, Batch, BytesLost, PendingTokens, Scheduler, StepHooks
+from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler, StepHooks
 from engine.text.bounded import BoundedMemory
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -236,7 +236,7 @@ class EngineCore:
         late_tokens = dict(step.late_tokens)
         inputs: list[SamplingInput] = []
         rows: list[int] = []
-        scores: list[PendingTokens] = []
+        scores: list[Any] = []
         num_rows = 0
         for index, segment in enumerate(step.segments):
             first, num_rows = num_rows, num_rows + segment.num_logits
@@ -463,7 +463,7 @@ def signals_delayed() -> Iterator[None]:
 def _token(before: Batch | None, row: int) -> int:
     """Wait for the token in ``row`` of those drawn by the step ``before``."""
     assert before is not None and before.drawn is not None
-    return before.drawn.wait()[row].token_id
+    return int(before.drawn.wait()[row].token_id)
 
 
 class Plugin(StepHooks):

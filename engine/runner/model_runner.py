@@ -431,11 +431,7 @@ class ModelRunner:
         checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
         kernels = sorted(self.kernels.words().items())
         quantization = config.quantization or "none"
-        saved, sizes = self.tensors.checkpoints, self.memory
-        layout = [f"{sizes.row_bytes} {sizes.state_bytes} {'' if saved is None else saved.format}"]
-        for pools, specs in zip(self.tensors.pools, self._keeps, strict=True):
-            both = zip(pools, specs, strict=True)
-            layout += [f"{spec.name}{spec.shape}{pool.dtype}" for pool, spec in both]
+        layout = self.memory.row_bytes, self.memory.state_bytes, self._keeps
         return {
             "weights": weights,
             "config": digest_of((config.model_dir / "config.json").read_bytes()),
@@ -444,11 +440,10 @@ class ModelRunner:
             "checkpoint dtype": "auto" if checkpoints is None else checkpoints.spec,
             "quantization": quantization + ", fp8 activations" * config.fp8_activations,
             "multi-token head": str(config.drafts.head_len > 0),
-            "layout of memory": digest_of(" ".join(layout).encode()),
+            "layout of memory": digest_of(str(layout).encode()),
             "page size": str(config.page_size),
             "checkpoint grid": str(config.grid),
             "exact": str(config.exact),
-            "tile": str(config.tile_size),
             "kernels": ",".join(f"{name}={word}" for name, word in kernels),
             **machine_words(self.device.torch_device),
             "computed bits": self.exactness.digest,

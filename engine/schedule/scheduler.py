@@ -8,7 +8,7 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,16 +42,6 @@ class Draft:
     """int32[d] with d of 1 or more."""
     source: str
     """Name of the drafter."""
-
-
-class PendingTokens(Protocol):
-    """Tokens that the device may still be computing."""
-
-    tokens: Any
-    """Argument of ``ModelRunner.forward``, before the tokens have arrived."""
-
-    def wait(self) -> Sequence[SampledToken]:
-        """Wait until the tokens are computed, and return them."""
 
 
 class Segment(Struct, frozen=True):
@@ -174,9 +164,10 @@ class Batch:
     """Decode tokens that are only on the device: (segment, row of the last step's drawn tokens)."""
     moves: tuple[Transfer, ...] = ()
     """Moves of arena rows and transfers between tiers, in this order."""
-    drawn: PendingTokens | None = None
-    """Next token of each segment that samples, and one after each of its drafts; or None."""
-    scores: Sequence[PendingTokens] = ()
+    drawn: Any = None
+    """``Drawn`` by the sampler: the next token of each segment that samples, and one after each of
+    its drafts; or None."""
+    scores: Sequence[Any] = ()
     """Prompt tokens with their log-probabilities, for each segment that scores."""
 
     def __reduce__(self) -> tuple[type[Batch], tuple[object, ...]]:
