@@ -49,7 +49,8 @@ class TooComplex(GrammarError):
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """Grammar of a whole answer. Equal grammars are compiled once."""
+    """Grammar of a whole answer. Its constructors raise GrammarError. Equal grammars are compiled
+    once."""
 
     kind: Literal["lark", "regex", "given"]
     """Form of ``text``. ``lark``: llguidance's dialect of Lark; ``given``: that, or GBNF."""
@@ -59,8 +60,7 @@ class Grammar:
 
     @classmethod
     def of_schema(cls, schema: str | bool | Mapping[str, Any]) -> Grammar:
-        """Return the grammar of JSON that matches a schema, given as an object or as its text.
-        Raises GrammarError for an invalid schema."""
+        """Return the grammar of JSON that matches a schema, given as an object or as its text."""
         if isinstance(schema, str):
             try:
                 schema = read_json(schema)
@@ -72,14 +72,12 @@ class Grammar:
 
     @classmethod
     def of_regex(cls, regex: str) -> Grammar:
-        """Return the grammar of text that matches a regular expression as a whole. Raises
-        GrammarError if the expression is too long."""
+        """Return the grammar of text that matches a regular expression as a whole."""
         return cls("regex", bounded("a regular expression", regex, MAX_CHARS))
 
     @classmethod
     def of_choices(cls, choices: Sequence[str]) -> Grammar:
-        """Return the grammar of one of the given texts. Raises GrammarError if there is none, or
-        one is empty."""
+        """Return the grammar of one of the given texts. Raises GrammarError if one is empty."""
         if not 1 <= len(choices) <= MAX_CHOICES or not all(choices):
             raise GrammarError(
                 f"a choice is made among 1 to {MAX_CHOICES} texts, none of them empty."
@@ -90,10 +88,7 @@ class Grammar:
     @classmethod
     def of_text(cls, text: str) -> Grammar:
         """Return the grammar given in llguidance's Lark (start symbol ``start``) or in GBNF
-        (``root``).
-
-        Raises GrammarError if it is too long, or contains a nested schema or expression.
-        """
+        (``root``). Raises GrammarError if it is too long, or has a nested schema or expression."""
         bounded("a grammar", text, MAX_GRAMMAR_CHARS)
         if any(word in text for word in NESTED):
             raise GrammarError(

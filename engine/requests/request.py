@@ -52,8 +52,7 @@ if TYPE_CHECKING:
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Settings of ``generation_config.json`` that become defaults of requests."""
 GREEDY_BELOW = 1e-5
-"""Temperatures below it would make logits overflow float32, so they select the most likely
-token."""
+"""Temperatures below it would make logits overflow float32: the most likely token is selected."""
 SCORES = Limits("an integer from 0 to 50", 0, 50, is_whole=True)
 """Number of alternatives to report with a token."""
 MAX_BIAS = 100.0
@@ -150,23 +149,14 @@ class SamplingParams:
 
 
 def sampling_defaults(config: EngineConfig) -> dict[str, float]:
-    """Return the fields of ``SamplingParams`` that the model's ``generation_config.json`` sets; {}
-    without the file.
-
-    Raises ValueError for a value out of range. ``do_sample`` is ignored, as in vLLM: requests set
-    temperature 0 for greedy decoding.
-    """
+    """Return the fields of ``SamplingParams`` that the model's ``generation_config.json`` sets.
+    ``do_sample`` is ignored, as in vLLM: requests set temperature 0 for greedy decoding."""
     if config.model is None or config.sampling_defaults == "none":
         return {}
-    path = Path(config.model) / "generation_config.json"
-    named = read_json(path)
+    named = read_json(Path(config.model) / "generation_config.json")
     found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
     if found.get("top_k") == 0:
         del found["top_k"]  # All tokens, which is the default.
-    try:
-        SamplingParams(**found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error} Correct it, or use --sampling-defaults none.") from None
     return found
 
 
@@ -191,8 +181,7 @@ else:
 
 
 class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
-    """One prompt and the parameters of its answer, from the body of an HTTP request to the
-    scheduler. It is also the message to another process."""
+    """One prompt and the parameters of its answer. It is also the message to another process."""
 
     prompt: WirePrompt
     """A text, or token ids: a list or int[n]. Bytes are int32[n] in the machine's byte order."""
@@ -207,14 +196,11 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     ends_session: bool = False
     """True if the client declared that no request of this session follows."""
     answer_starts_text: bool = False
-    """True if the answer is a separate text, as in a chat. Otherwise it continues the prompt, and
-    its first token is decoded after those of the prompt."""
+    """True if the answer is a separate text, as in a chat, and does not continue the prompt."""
     call_marks: Sequence[str] = ()
-    """Texts with which a tool call begins in the answer, for the stop reason. Empty if the request
-    offers no tools."""
+    """Texts with which a tool call begins in the answer, for the stop reason."""
     save_at: Sequence[int] = ()
-    """Positions of the prompt at which its state is saved for any placement policy, floored to the
-    grid."""
+    """Positions at which the state is saved for any placement policy, floored to the grid."""
     prompt_logprobs: int | None = None
     """Number of alternatives to report with the prompt's log-probabilities, which are computed
     without the cache; None to report none."""
@@ -237,10 +223,8 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     def of(
         cls, prompt: Prompt | RequestSpec, sampling: SamplingParams | None, options: dict[str, Any]
     ) -> RequestSpec:
-        """Return ``prompt`` if it is a complete spec, else a spec of these fields.
-
-        Raises TypeError for an unknown option, or for options next to a complete spec.
-        """
+        """Return ``prompt`` if it is a complete spec, else a spec of these fields. Raises TypeError
+        for an unknown option, or for options next to a complete spec."""
         if not isinstance(prompt, RequestSpec):
             return cls(prompt, sampling, **options)
         if sampling is not None or options:
@@ -253,10 +237,8 @@ class Request(ScheduledRequest):
 
     def __init__(self, spec: RequestSpec, intake: Intake, arrival: int) -> None:
         """Start a request from a valid ``spec``. Raises GrammarError."""
-        sampling, prompt = (
-            spec.sampling or intake.default_sampling,
-            np.asarray(spec.prompt, np.int32),
-        )
+        sampling = spec.sampling or intake.default_sampling
+        prompt = np.asarray(spec.prompt, np.int32)
         name = f"request-{arrival}" if spec.request_id is None else spec.request_id
         longest = intake.max_model_len
         super().__init__(
@@ -355,11 +337,10 @@ class Request(ScheduledRequest):
         self, drafts: Tokens, drawn: Callable[[], int] | None = None
     ) -> list[SamplingInput]:
         """Return the sampling inputs for the token that was scheduled last, and for one after each
-        of ``drafts``, assuming that the drafts before it are accepted.
+        of ``drafts``.
 
         ``drawn`` waits for the previous token if it has not reached the host; it is called if there
-        are rules. If a grammar cannot be followed, the request fails when the token of that draw is
-        accepted.
+        are rules. If a grammar cannot be followed, ``accept`` of that draw's token raises.
         """
         draw = self.known_len - 1 - self.prompt_len
         rulings: Sequence[Ruling] = [FREE] * (1 + len(drafts))
@@ -504,10 +485,8 @@ class Intake:
 
     def validate(self, spec: RequestSpec) -> RequestSpec:
         """Return ``spec`` with token ids for its prompt and with complete sampling parameters.
-
-        Raises ValueError for a request that cannot be served, except for errors in its grammar.
-        Every request is validated once, where it enters. O(length of the prompt).
-        """
+        O(length of the prompt). Raises ValueError for a request that cannot be served, except for
+        errors in its grammar."""
         tokens = self._tokens(spec.prompt)
         sampling, num_scores = spec.sampling or self.default_sampling, spec.prompt_logprobs
         if num_scores is not None:

@@ -202,11 +202,8 @@ class AnswerReader:
         return joined(cast("Iterator[Event]", events))
 
     def flush(self, is_cut: bool = False) -> list[Event]:
-        """Return the events held back, after the end of the text.
-
-        ``is_cut``: the answer was cut off, so a call in progress stays as it is and may be
-        incomplete JSON.
-        """
+        """Return the events held back, after the end of the text. ``is_cut``: the answer was cut
+        off, so a call in progress is text."""
         self._is_whole, self._is_cut = True, is_cut
         return self.push("")
 
@@ -321,8 +318,8 @@ class AnswerReader:
 MAX_NAME = 256
 """Maximum length of a name; a longer one is not a call."""
 MAX_RETRIES = 8
-"""Maximum number of broken calls of an answer that are searched for calls again. Later ones become
-text as far as they were read, so that an answer is read in linear time."""
+"""Maximum number of broken calls of an answer that are searched for calls again, so that an answer
+is read in linear time."""
 GROWTH = 1.125
 """Factor by which a call must grow before it is parsed again, so that it is read in linear time."""
 FUNCTION, END_FUNCTION = "<function=", "</function>"

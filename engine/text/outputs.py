@@ -117,13 +117,10 @@ class Answer:
 
 
 class RequestOutput(Struct, frozen=True, array_like=True):
-    """Output of one step for one request: the new part, and the whole ``answer`` so far.
-
-    Other processes are sent only the new part; see ``Answer.add``.
-    """
+    """Output of one step for one request: the new part, and the whole ``answer`` so far. Other
+    processes are sent only the new part; see ``Answer.add``."""
 
     request_id: str
-    """Identifier of the request, as ``RequestSpec`` has it."""
     new_token_ids: tuple[int, ...] = ()
     """Tokens that this step generated."""
     new_text: str = ""
@@ -142,17 +139,16 @@ class RequestOutput(Struct, frozen=True, array_like=True):
     """Number of other prompt tokens by loss cause; with ``cached_len`` they sum to the prompt. None
     if the request ended before it was scheduled."""
     finish_reason: FinishReason | None = None
-    """Reason why the request ended, or None if it goes on."""
+    """None if the request goes on."""
     failure: WireError | None = None
     """Reason of ``finish_reason`` "error", else None."""
     timings: Timings = Timings(None, None, None)
-    """Times of the request's stages."""
     num_preemptions: int = 0
     """Number of times that the request gave up its memory for an older one."""
     drafts: DraftCounts | None = None
-    """Draft statistics of the request. None if no step could have drafts."""
+    """None if no step could have drafts."""
     transferred: Transferred | None = None
-    """Transfer statistics, or None if no other engine was involved."""
+    """None if no other engine was involved."""
     answer: Any = None
     """The ``Answer`` so far. Other processes are sent None."""
 

@@ -92,11 +92,8 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the chat as text.
-
-        ``variables`` are switches of the template such as ``enable_thinking``. Raises TemplateError
-        for any exception in the template.
-        """
+        """Return the chat as text. ``variables`` are switches of the template such as
+        ``enable_thinking``. Raises TemplateError for any exception in the template."""
         try:
             return self._template.render(
                 self.special_tokens
@@ -250,7 +247,7 @@ class Tokenizer(ABC):
 
 
 class IdTokenizer(Tokenizer):
-    """Tokenizer for models without one: writes each id in decimal, after a space.
+    """Tokenizer for models without one: each id in decimal, after a space.
 
     >>> tokenizer = IdTokenizer(320, frozenset({2}))
     >>> tokenizer.encode("17 4"), tokenizer.decode([17, 4])
@@ -285,10 +282,7 @@ _FALLBACK = re.compile("<0x([0-9A-F]{2})>")
 
 class HFTokenizer(Tokenizer):
     """A ``tokenizer.json`` with the template, special tokens and end tokens of its directory.
-
-    Uses only the ``tokenizers`` library. ``transformers`` is used only for a directory without a
-    ``tokenizer.json``, to convert its files.
-    """
+    ``transformers`` is used only to convert a directory without a ``tokenizer.json``."""
 
     def __init__(self, model_dir: Path = BUILTIN_DIR, max_ids: int | None = None) -> None:
         """Load the files of ``model_dir``. ``max_ids`` is the number of ids of the model. Raises
@@ -297,9 +291,9 @@ class HFTokenizer(Tokenizer):
         settings = read_json(model_dir / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        plain = self._backend.get_vocab(with_added_tokens=False)
         # The model's table may be padded, and a few added tokens past its end are never used.
-        if max_ids is not None and (num_ids := max(plain.values(), default=-1) + 1) > max_ids:
+        num_ids = self._backend.get_vocab_size(with_added_tokens=False)
+        if max_ids is not None and num_ids > max_ids:
             raise ValueError(
                 f"the tokenizer of {model_dir} has {num_ids:,} token ids, and the model has "
                 f"{max_ids:,}: use the tokenizer that belongs to the model."
