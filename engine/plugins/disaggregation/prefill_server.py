@@ -182,6 +182,8 @@ class PrefillServer(Plugin):
             self.counts.wire_bytes += sum(map(len, frames))
             try:
                 self._receive(peer, wire.FOR_PREFILL.decode(b"".join(frames)))
+            except RequestError as error:
+                self.fail(peer, error)
             except ValueError as error:
                 self.fail(peer, StepFailed(f"it does not understand the message ({error})"))
         self._send_ready()
@@ -194,36 +196,27 @@ class PrefillServer(Plugin):
                 self._send(peer, wire.Data(), copied)
 
     def _receive(self, peer: bytes, message: wire.ToPrefill) -> None:
-        """Handle one message. Raises ValueError if it is malformed."""
+        """Handle one message. Raises RequestError if a prefix is refused, and ValueError if the
+        message is malformed."""
         session = self._sessions.get(peer)
-        match message:
-            case wire.Ask() if session is None:
-                self._receive_ask(peer, message)
-            case wire.Ask():
+        if isinstance(message, wire.Ask):
+            if session is not None:
                 raise ValueError("a second request")
-            case wire.Taken() if session is not None:
-                if message.num_bytes > session.num_taken_bytes:
-                    session.num_taken_bytes = min(message.num_bytes, session.num_queued_bytes)
-                    session.moved_s = time.monotonic()
+            self._begin(peer, message)
+        elif session is not None and message.num_bytes > session.num_taken_bytes:
+            session.num_taken_bytes = min(message.num_bytes, session.num_queued_bytes)
+            session.moved_s = time.monotonic()
 
-    def _receive_ask(self, peer: bytes, ask: wire.Ask) -> None:
-        """Begin a prefix, or refuse it. Raises ValueError if malformed."""
+    def _begin(self, peer: bytes, ask: wire.Ask) -> None:
         names = [name for name in self._own if self._own[name] != ask.identity.get(name)]
         if names:
-            why = f"it differs in {', '.join(names)}: configure both the same"
-            self.fail(peer, StepFailed(why))
-            return
+            raise StepFailed(f"it differs in {', '.join(names)}: configure both the same")
         tokens = ask.spec.prompt
         if not isinstance(tokens, np.ndarray) or ask.start >= len(tokens):
             raise ValueError("nothing is requested")
         if not self._is_accepting:
-            self.fail(peer, EngineStopped(STOPPING))
-            return
-        try:
-            spec = self.engine.validate(ask.spec)
-        except ValueError as error:
-            self.fail(peer, RequestError.of(error))
-            return
+            raise EngineStopped(STOPPING)
+        spec = self.engine.validate(ask.spec)
         request = None
         if self.cache.match(tokens, spec.namespace).cached_len < len(tokens) - 1:
             request_id = f"transfer-{next(self._numbers)}"
@@ -301,9 +294,8 @@ class PrefillServer(Plugin):
                 self.fail(peer, error)
 
     def disconnect(self, *, at_once: bool) -> None:
-        """See ``StepHooks``. Decode engines get an error for new prefixes; they compute the prompt
-        or use another prefill engine. ``at_once`` ends prefixes in progress and all connections:
-        decode engines that are not late get the error; the others find the connection closed."""
+        """See ``StepHooks``. Decode engines get an error for new prefixes, which they compute or ask
+        of another prefill engine. ``at_once`` ends prefixes in progress and all connections."""
         self._is_accepting = False
         if at_once and not self._router.closed:
             self._exchange()

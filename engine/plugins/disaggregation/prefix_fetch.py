@@ -41,21 +41,18 @@ MAX_COPIED_BYTES = 32 << 20
 """Maximum number of bytes copied between two steps."""
 REST_S = 5.0
 """Time in which a prefill engine is not used after a failure."""
-
-
 LABEL = "arrived"
 """Label of a copied checkpoint, in place of the placement rule's label."""
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class ReceivedPrefix:
-    """Reservation for a prefix that is copied into the cache from another engine.
+    """Rows for the tokens of a prefix without KV in the cache, and a slot for the state at its end,
+    which are copied from another engine.
 
-    A ``Lease`` belongs to a computed prefix, a ``ReceivedPrefix`` to a copied one. It holds rows
-    for the tokens without KV in the cache, and a slot for the state at the end. ``publish`` moves
-    both into the cache as if they had been computed here; ``abort`` frees them. The cached part of
-    the prefix is locked meanwhile. Its arrival does not count as a use of the prefix; resuming from
-    it does. Create with ``begin``; unusable after ``publish`` or ``abort``.
+    ``publish`` moves both into the cache as if they had been computed here, ``abort`` frees them;
+    the cached part of the prefix is locked until then. Its arrival does not count as a use of the
+    prefix; resuming from it does. Create with ``begin``.
     """
 
     _cache: HybridRadixCache
@@ -79,10 +76,8 @@ class ReceivedPrefix:
         cls, cache: HybridRadixCache, tokens: Tokens, namespace: Hashable = None, *, stateful: bool
     ) -> ReceivedPrefix | None:
         """Reserve rows, and with ``stateful`` a slot, for the missing part of ``tokens``: int32[n],
-        with n a multiple of the grid and of the page size.
-
-        Returns None, and holds nothing, if there is not enough memory. O(n), plus evictions.
-        """
+        in whole pages. Returns None, and holds nothing, if there is not enough memory. O(n), plus
+        evictions."""
         known = min(cache.match(tokens, namespace).kv_match_len, len(tokens))
         known -= known % cache.page_size
         arrival = cls(cache, tokens, namespace, cache.lock_kv(tokens[:known], namespace), known)
@@ -111,17 +106,13 @@ class ReceivedPrefix:
         return int(self.slot is not None)
 
     def rows_moved(self, move: Move) -> int:
-        """Rename rows after a slab of the arena was emptied (``RowHolder``). O(rows).
-
-        Returns the number of rows held in that slab.
-        """
+        """Rename rows after a slab of the arena was emptied, and return their number in that slab;
+        see ``RowHolder``. O(rows)."""
         return len(move.rename(self.rows))
 
     def publish(self) -> None:
-        """Move the written rows and state into the cache. O(n).
-
-        Parts that another request has published meanwhile are kept; our duplicates are freed.
-        """
+        """Move the written rows and state into the cache, and free those that another request has
+        published meanwhile. O(n)."""
         cache = self._cache
         rows = np.concatenate([np.zeros(self.start, np.int32), self.rows])
         saved = () if self.slot is None else ((self.end, self.slot),)
@@ -183,11 +174,8 @@ class PeerFetch(Fetch):
 
     def receive(self, max_bytes: int) -> int:
         """Copy arrived rows and the state until they have ``max_bytes`` or more, and return the
-        number of bytes.
-
-        Raises TransferError if the rest will not arrive, and RequestError with the reason that the
-        prefill engine gives.
-        """
+        number of bytes. Raises TransferError if the rest will not arrive, and RequestError with the
+        reason of the prefill engine."""
         before, connection = self._num_bytes, self.connection
         while not self.is_whole and self._num_bytes < before + max_bytes:
             received = connection.receive()
