@@ -45,7 +45,6 @@ from engine.text.outputs import FinishReason, RequestOutput
 from engine.worker.screen import screen_rows, screen_text
 from hybridcache.command.signals import end_by_exception
 from hybridcache.geometry.times import MeasuredTimes
-from hybridcache.geometry.units import counted
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.outbox import EventBatch, Outbox
 from hybridcache.routing.protocol import ReplicaSpec, Router, RouteRequest
@@ -209,6 +208,7 @@ RETRY_S = 0.2
 MAX_DEATHS = 3
 """Number of replicas that one request may lose: the request itself may be the reason that they
 die."""
+BROKEN_OFF = StepFailed("the replica that computed it died; send the request again")
 logger = logging.getLogger(__name__)
 
 
@@ -250,14 +250,6 @@ class Progress:
         )
         return self._last
 
-    @property
-    def broken_off(self) -> RequestError:
-        """Error for a client after the replica of its request died."""
-        return StepFailed(
-            f"the replica that computed it died after {counted(len(self._tokens), 'token')} of the "
-            "answer; send the request again"
-        )
-
     def ended(self, reason: FinishReason) -> RequestOutput:
         """Return the last output of an answer that is ended early."""
         return structs.replace(
@@ -277,7 +269,6 @@ class FleetChannel(EngineChannel):
         facts: EngineFacts,
         replicas: Mapping[str, Any],
     ) -> None:
-        """``replicas``: those that ``fleet`` has started, by name."""
         self.config, self.facts, self.num_engines = config, facts, len(replicas)
         self.tokenizer = load_tokenizer_of(config, facts.vocab_size)
         self._compile = grammar_rules(self.tokenizer, facts.vocab_size)
@@ -408,7 +399,7 @@ class FleetChannel(EngineChannel):
                     whole = request.add(output)
                     if whole is None:
                         self._fleet.cancel(outputs)
-                        self._fail(request, request.broken_off)
+                        self._fail(request, BROKEN_OFF)
                         return
                     if output.finish_reason is not None:
                         self._end(request, whole)
@@ -426,7 +417,7 @@ class FleetChannel(EngineChannel):
             logger.warning("request %s lost its replica and starts again", request_id)
             router.ended(request_id, time.monotonic())
             await asyncio.sleep(RETRY_S)  # Until the replica is known to be gone.
-        self._fail(request, request.broken_off)
+        self._fail(request, BROKEN_OFF)
 
     def _fail(self, request: Progress, error: RequestError) -> None:
         self._end(request, RequestOutput.failed(request.request_id, error))
@@ -452,8 +443,8 @@ class FleetChannel(EngineChannel):
         """Query every replica and return the sum, or one replica for a view. Raises EngineStopped
         if none responds.
 
-        Counts of ended replicas are kept. ``EndSession`` has no effect: only the last request of a
-        session declares its end. Nor has "stop_accepting", because replicas have no role.
+        ``EndSession`` has no effect, because only the last request of a session declares its end,
+        nor "stop_accepting", because replicas have no role.
         """
         match question:
             case Compile():  # Replicas compile the grammar again when they receive it.
@@ -477,10 +468,9 @@ class FleetChannel(EngineChannel):
         names = tuple(self.members)
         replies = [self._ask(name, question) for name in names]
         found = zip(names, await asyncio.gather(*replies, return_exceptions=True), strict=True)
-        answered = {name: one for name, one in found if not isinstance(one, BaseException)}
-        if not answered:
-            raise EngineStopped("No replica answers.")
-        return answered
+        if answered := {name: one for name, one in found if not isinstance(one, BaseException)}:
+            return answered
+        raise EngineStopped("No replica answers.")
 
     async def _ask(self, name: str, question: Question) -> Any:
         """Return one replica's reply. Raises EngineStopped if it is gone."""
@@ -489,7 +479,6 @@ class FleetChannel(EngineChannel):
         except RequestError:
             raise
         except Exception as error:  # Ray raises errors of many types while a replica ends.
-            logger.info("replica %s did not answer %s: %s", name, question, error)
             raise EngineStopped(f"Replica {name} does not answer: {_cause(error)}") from error
 
     async def _report(self) -> CacheReport:
@@ -551,7 +540,7 @@ class RayFleet:
     called with ``remote``."""
 
     def __init__(self, config: EngineConfig, settings: ServerConfig) -> None:
-        """Join or start a cluster. Raises ValueError as ``start_replicas``."""
+        """Join or start a cluster. Raises ValueError if it is too small or does not respond."""
         _join_ray(settings.ray)
         import ray
 
@@ -608,38 +597,30 @@ def needed(
     >>> needed(EngineConfig(), 2, {"CPU": 8.0}), needed(EngineConfig(), 2, {"CPU": 8.0, "GPU": 2.0})
     ({'num_cpus': 1}, {'num_cpus': 1, 'num_gpus': 1})
     """
-    is_on_gpu = config.device is not None and config.device != "cpu"
-    has_gpus = resources.get("GPU", 0) >= num_replicas
-    for kind, what in (("CPU", "core"), ("GPU", "GPU")):
-        count = int(resources.get(kind, 0))
-        if count < num_replicas and (kind == "CPU" or is_on_gpu):
-            raise ValueError(
-                f"--replicas {num_replicas} need one {what} each, but Ray has {count}: use fewer, "
-                "or name a larger cluster with --ray."
-            )
+    has_cores, has_gpus = (resources.get(kind, 0) >= num_replicas for kind in ("CPU", "GPU"))
+    if not has_cores or (config.device not in (None, "cpu") and not has_gpus):
+        raise ValueError(
+            f"--replicas {num_replicas} need one core each, and one GPU with --device, but Ray has "
+            f"{dict(resources)}: use fewer, or name a larger cluster with --ray."
+        )
     return {"num_cpus": 1} | ({"num_gpus": 1} if has_gpus and config.device != "cpu" else {})
 
 
 def _join_ray(address: str | None) -> None:
-    """Join a cluster, or start one. Raises ValueError if there is none at ``address``, or Ray
-    cannot start one."""
+    """Join the cluster at ``address``, or start one. Raises ValueError if that fails."""
     import ray
 
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options = {"address": "local", "include_dashboard": False} if address is None else {}
+    options |= {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if address is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
-    except ConnectionError as error:
-        raise ValueError(
-            f"--ray {address}: no cluster responds: start one with `ray start --head`, or "
-            "remove --ray."
-        ) from error
+        ray.init(**({"address": address} | options))
     except Exception as error:  # Ray raises errors of many types, for example on a busy machine.
-        raise ValueError(f"--replicas: Ray did not start ({error}).") from error
+        where = "did not start" if address is None else f"has no cluster at --ray {address}"
+        raise ValueError(
+            f"--replicas: Ray {where} ({error}): `ray start --head` starts a cluster."
+        ) from error
     # Ray's own handler aborts the process with a dump of its stack.
     end_by_exception(signal.SIGTERM)
 
@@ -647,12 +628,10 @@ def _join_ray(address: str | None) -> None:
 def start_replicas(
     config: EngineConfig, settings: ServerConfig, address: str
 ) -> tuple[AsyncEngine, str]:
-    """Start engines of ``config`` on a Ray cluster, with one core each, and one GPU if there are
-    enough, and wait until all have loaded.
+    """Start engines of ``config`` on a Ray cluster, and wait until all have loaded.
 
-    Returns (the engines, the start screen). Raises ConfigError for settings of an engine that
-    replicas do not support, and ValueError for a router or cluster that does not exist, or too few
-    cores or GPUs.
+    Returns (the engines, the start screen). Raises ValueError for settings that replicas do not
+    support, a router or cluster that does not exist, or too few cores or GPUs.
     """
     for plugin, flag in (("disaggregation", "--role"), ("tensor_parallel", "--tp")):
         if config.uses(plugin):
