@@ -220,8 +220,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     # A taken port is reported before slow work.
     with bind(server_config) as listener, ExitStack() as stack:
-        if warning := _open_to_others(listener.getsockname()[0], server_config):
-            print(warning, file=sys.stderr, flush=True)
+        needs_key = bool(server_config.api_key_file or os.environ.get(API_KEY_VARIABLE))
+        if not needs_key and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            print(
+                f"engine serve: --host {server_config.host} accepts clients of other machines, and "
+                "no key is required: set --api-key-file, or let a proxy or firewall limit access.",
+                file=sys.stderr,
+                flush=True,
+            )
         address = local_address(listener)
         if sys.stderr.isatty():
             print("loading the model ...", file=sys.stderr, flush=True)
@@ -244,34 +250,15 @@ def _serve(arguments: argparse.Namespace) -> int:
 
         access = Access(server_config)
         engine, screen = start()
-        _show(screen, server_config)
+        if needs_key:  # Also in the curl command of the screen.
+            header = " -H 'Content-Type"
+            screen = screen.replace(header, " -H 'Authorization: Bearer KEY'" + header)
+        print(screen, flush=True)
         serve(engine, server_config, listener, access, lambda: engine.failure is not None)
     if engine.failure is not None:
         print(f"engine serve: {engine.failure}", file=sys.stderr)
         return 1
     return 0
-
-
-def _needs_key(server_config: ServerConfig) -> bool:
-    return bool(server_config.api_key_file or os.environ.get(API_KEY_VARIABLE))
-
-
-def _open_to_others(host: str, server_config: ServerConfig) -> str | None:
-    """Return a warning if other machines can connect to ``host`` without a key; None otherwise."""
-    if _needs_key(server_config) or ipaddress.ip_address(host).is_loopback:
-        return None
-    return (
-        f"engine serve: --host {server_config.host} accepts clients of other machines, and no key "
-        "is required: set --api-key-file, or let a proxy or firewall limit access."
-    )
-
-
-def _show(screen: str, server_config: ServerConfig) -> None:
-    """Print the start screen, with a place for the key in its curl command if one is required."""
-    if _needs_key(server_config):
-        header = " -H 'Content-Type"
-        screen = screen.replace(header, " -H 'Authorization: Bearer KEY'" + header)
-    print(screen, flush=True)
 
 
 def _loaded(arguments: argparse.Namespace, **asked: Any) -> tuple[Engine, SamplingParams]:

@@ -32,53 +32,40 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         format_bytes(size * config.num_ranks)
         for size in (memory.total_bytes, sizes.free, sizes.cached, sizes.held)
     )
-    rows = [
-        (
-            "model",
-            f"{engine.model_name}: {geometry.num_full_layers} full-attention and "
-            f"{geometry.num_linear_layers} linear layers",
-        ),
-        ("weights", runner.loaded.weights_note),
-        ("device", f"{runner.device.describe()}, {dtype}{note}"),
-        ("kernels", _kernel_words(runner.kernels.words())),
-        ("exactness", "nothing is reused" if reuses_none else runner.exactness.sentence),
-        ("warm-up", warm_up if runner.warmed is None else runner.warmed.describe()),
-    ]
-    if isinstance(engine.tokenizer, IdTokenizer):
-        rows.append(("tokenizer", "none: prompts and answers are token ids, as numbers"))
-    if engine.sampling_defaults:
-        words = ", ".join(f"{name} {value:g}" for name, value in engine.sampling_defaults.items())
-        rows.append(("sampling", f"{words}, unless a request sets them (generation_config.json)"))
-    rows += [
-        ("context", _context_words(engine, runner.config.max_len)),
-        ("memory", f"{arena}, {total}: {free} free, {cached} cached, {held} held"),
-        (
-            "KV",
-            f"{report.kv.total:,} tokens at most, {format_bytes(geometry.kv_bytes_per_token)} each",
-        ),
-    ]
-    if report.slots.total:
-        rows.append(
-            (
-                "states",
-                f"{report.slots.total:,} at most, {format_bytes(geometry.state_bytes)} each, as "
-                f"much as the KV of {geometry.state_tokens:,.0f} tokens",
-            )
-        )
-    rows += [
-        ("prefix cache", _cache_words(engine)),
-        (
-            "requests",
-            f"{config.max_running} running, {config.max_queue:,} waiting, "
-            f"{counted(config.most_step_tokens, 'token')} a step at most; "
-            f"admission by {config.admission}",
-        ),
+    recommended = ", ".join(f"{name} {value:g}" for name, value in engine.sampling_defaults.items())
+    rows = {
+        "model": f"{engine.model_name}: {geometry.num_full_layers} full-attention and "
+        f"{geometry.num_linear_layers} linear layers",
+        "weights": runner.loaded.weights_note,
+        "device": f"{runner.device.describe()}, {dtype}{note}",
+        "kernels": _kernel_words(runner.kernels.words()),
+        "exactness": "nothing is reused" if reuses_none else runner.exactness.sentence,
+        "warm-up": warm_up if runner.warmed is None else runner.warmed.describe(),
+        "tokenizer": "none: prompts and answers are token ids, as numbers"
+        if isinstance(engine.tokenizer, IdTokenizer)
+        else "",
+        "sampling": recommended
+        and f"{recommended}, unless a request sets them (generation_config.json)",
+        "context": _context_words(engine, runner.config.max_len),
+        "memory": f"{arena}, {total}: {free} free, {cached} cached, {held} held",
+        "KV": f"{report.kv.total:,} tokens at most, {format_bytes(geometry.kv_bytes_per_token)} "
+        "each",
+        "states": f"{report.slots.total:,} at most, {format_bytes(geometry.state_bytes)} each, as "
+        f"much as the KV of {geometry.state_tokens:,.0f} tokens"
+        if report.slots.total
+        else "",
+        "prefix cache": _cache_words(engine),
+        "requests": f"{config.max_running} running, {config.max_queue:,} waiting, "
+        f"{counted(config.most_step_tokens, 'token')} a step at most; "
+        f"admission by {config.admission}",
+    }
+    return [
+        *((name, words) for name, words in rows.items() if words),
         *(line for plugin in engine.plugins.values() for line in plugin.start_screen()),
         *_first_steps(engine, address),
         ("page", f"{address.removesuffix('/v1')}/"),
         ("address", address),
     ]
-    return rows
 
 
 def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:

@@ -294,8 +294,8 @@ class PrefillServer(Plugin):
                 self.fail(peer, error)
 
     def disconnect(self, *, at_once: bool) -> None:
-        """See ``StepHooks``. Decode engines get an error for new prefixes, which they compute or ask
-        of another prefill engine. ``at_once`` ends prefixes in progress and all connections."""
+        """See ``StepHooks``. Decode engines get an error for new prefixes, and compute them.
+        ``at_once`` ends prefixes in progress and all connections."""
         self._is_accepting = False
         if at_once and not self._router.closed:
             self._exchange()
