@@ -124,11 +124,10 @@ def set_titles(figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]])
 
 def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
     """Return the notes on the numbers that are drawn, each once."""
-    found = {note: None for result in results for note in notes_on(result, words)}
+    found = [note for result in results for note in notes_on(result, words)]
     if "hit" in words:
-        found |= dict.fromkeys(note for result in results for note in interval_notes(result))
-    plain = (note.replace("±:", "bars:").partition(", [low")[0] for note in found)
-    return [f"{note[:1].upper()}{note[1:]}." for note in plain]
+        found += [note for result in results for note in interval_notes(result)]
+    return [f"{note[:1].upper()}{note[1:]}." for note in dict.fromkeys(found)]
 
 
 LOSSES = dict(

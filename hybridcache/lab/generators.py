@@ -79,9 +79,8 @@ class Writer:
 
 # --- Workloads of published measurements ----------------------------------------------------------
 #
-# Each is exactly as stated there. In the descriptions, "about n" means U(.3, 1.7) around the mean:
-# ``int(n * uniform(.3, 1.7))``. With ``boundaries`` (the default) a prompt has the boundaries that
-# a chat server sends: the end of the system prompt, document or examples, and of the prompt.
+# In the descriptions, "about n" means U(.3, 1.7) around the mean. With ``boundaries`` a prompt has
+# the boundaries that a chat server sends: the end of the part that others share, and of the prompt.
 
 
 @generator
@@ -212,11 +211,8 @@ def conversations(
 
 # --- Families that differ only in how prompts overlap ---------------------------------------------
 #
-# The first five are those of "Sparse Prefix Caching" (arXiv 2605.05219), to separate placement
-# policies. They differ in the position at which the next prompt diverges from a cached one. The
-# paper uses one prefix or document of some hundred tokens; these workloads have several, of
-# thousands of tokens. Diffuse cuts are normally distributed here, and uniform over the last five
-# sixths in the paper.
+# The first five are those of "Sparse Prefix Caching" (arXiv 2605.05219), with several prefixes of
+# thousands of tokens: they differ in the position at which the next prompt diverges.
 
 
 @generator
@@ -400,10 +396,8 @@ def tree_search(
 
 # --- Long chats of ShareGPT -----------------------------------------------------------------------
 #
-# Sessions of ten turns or more, as Marconi's evaluation selects them. The workload follows the
-# published statistics: about 1,500 requests in 100 sessions, mean prompt 3,500 tokens, ideal token
-# hit rate 97.6 %. Session k starts at k / (sessions per second). The pause before a question is the
-# time to type it at 90 words per minute.
+# Sessions of ten turns or more, as in Marconi's evaluation, with the published statistics: about
+# 1,500 requests in 100 sessions, mean prompt 3,500 tokens, ideal token hit rate 97.6 %.
 
 _TOKENS_PER_S_TYPED = 90 / 60 * 1.3  # 90 words a minute, 1.3 tokens a word
 

@@ -276,13 +276,10 @@ class Plan:
 
 # --- Greedy search --------------------------------------------------------------------------------
 #
-# The plan is built hit by hit, with the most tokens saved per byte and step first. The result is
-# not a bound. On traces that can be searched exhaustively it is close to the optimum, and it is
-# quick on traces of many thousand requests.
-#
 # A hit is one request resuming at one position. It needs its checkpoint and everything on the path,
-# kept since the position's last visit. If nothing is shared, densities only fall as the plan fills.
-# They are measured again when a hit comes to the top, so the order is exact up to sharing.
+# kept since the position's last visit. Hits are added with the most tokens saved per byte and step
+# first. Densities fall as the plan fills, if nothing is shared, so they are measured again when a
+# hit comes to the top. The result is not a bound.
 
 
 def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:

@@ -174,9 +174,7 @@ def interval_notes(result: SweepRuns) -> list[str]:
     num_sessions = min(counts)
     if num_sessions < FEWEST_UNITS:
         return [f"no intervals: {counted(num_sessions, 'session')}, fewer than {FEWEST_UNITS}"]
-    cut = ", [low, high] if a limit is cut at 0 or 100 %"
-    is_cut = any(run.interval.is_cut for run in result.runs)
-    return [f"±: 95 % interval over {counted(num_sessions, 'session')}{cut * is_cut}"]
+    return [f"intervals: 95 %, over {counted(num_sessions, 'session')}, cut at 0 and 100 %"]
 
 
 def marked(run: RunResult, word: str) -> str:

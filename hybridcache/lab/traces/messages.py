@@ -131,7 +131,6 @@ class Named(Record):
             other = "messages" if names.get("prompt") else "prompt"
             for fields in (self, self.used):
                 fields.pop(other, None)
-        self.is_request = "messages" in self or "prompt" in self
         self.has_prompt = bool({names.get("prompt") or "prompt", "messages"} & record.keys())
         """True if it has a prompt or messages, which may be null."""
         self.is_message = "role" in record and not self.has_prompt
@@ -320,7 +319,7 @@ class PromptParser:
             request = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
             # A text that begins with the text of every earlier part of the chat.
             text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
-        elif not (record.is_request or record.has_prompt):
+        elif not record.has_prompt:
             names = ", ".join(record.record) or "no field"
             raise ValueError(f"there is no prompt in it ({names}): name it as in ?prompt=NAME")
         else:
@@ -407,7 +406,7 @@ class MessagesReader(FileReader):
     def recognises(record: Record) -> bool:
         """Return whether the record has messages, a prompt, or a role with a content."""
         named = Named(record, {})
-        return named.is_request or (named.is_message and "content" in named.record)
+        return named.has_prompt or (named.is_message and "content" in named.record)
 
     def __call__(self) -> Iterator[TraceRequest]:
         parser = PromptParser(load_chat_text(self.tokenizer, self.template), self._names)
