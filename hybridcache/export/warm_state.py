@@ -4,9 +4,8 @@ A file is ``MAGIC``, then JSON compressed by zlib, which detects damage by its c
 ``{"array": dtype, "shape": [...], "data": base64}``, little-endian. The JSON is one object:
 
 - ``page_size``, ``grid``, ``now``, ``num_items``: header.
-- ``tiers``: names of the tiers.
 - ``namespaces``: encoded namespaces.
-- ``nodes``: one row of eight numbers per node, parents first:
+- ``nodes``: one row of seven numbers per node, parents first:
 
   1. row of the parent, or -1 - n for the root of namespace n;
   2. end position;
@@ -14,8 +13,7 @@ A file is ``MAGIC``, then JSON compressed by zlib, which detects damage by its c
   4. creation time of the checkpoint;
   5. last use of the checkpoint;
   6. uses of the checkpoint;
-  7. 1 if the checkpoint was superseded on the device, plus 2 if it was in its tier;
-  8. index in ``tiers`` of its present or last tier, or -1 for the device.
+  7. 1 if the checkpoint was superseded on the device, else 0.
 
 - ``labels``: label of each node's checkpoint.
 - ``tokens``: tokens of all nodes, concatenated.
@@ -39,11 +37,11 @@ from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode
-from hybridcache.tiers import OffloadedCheckpoint, OffloadedEntry, TieredRadixCache
-from hybridcache.tokens import EMPTY, read_namespace
+from hybridcache.tiers import OffloadedCheckpoint, TieredRadixCache
+from hybridcache.tokens import read_namespace
 
-MAGIC = b"HCMEMRY3"
-NOTHING = (-1, 0, 0, 0, 0, -1)
+MAGIC = b"HCMEMRY4"
+NOTHING = (-1, 0, 0, 0, 0)
 
 
 def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
@@ -56,8 +54,8 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
     rows, labels, tokens = [], [], [np.empty(0, np.int32)]
-    places = [_items_at(node) for node in nodes]
-    for node, (item, own, stored) in zip(nodes, places, strict=True):
+    for node in nodes:
+        item, own = _items_at(node)
         parent = node.parent
         assert parent is not None
         above = numbers.get(parent)
@@ -66,19 +64,19 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
             above = -1 - namespaces.setdefault(repr(parent.key), len(namespaces))
         facts = NOTHING
         if item is not None:
-            superseded = (own or item).superseded + 2 * (stored is not None and stored.superseded)
-            tier = -1 if stored is None else stored.tier
-            facts = item.serial, item.created, item.last_used, item.uses, superseded, tier
+            superseded = (own or item).superseded
+            facts = item.serial, item.created, item.last_used, item.uses, superseded
         rows.append((above, node.end, *facts))
         labels.append("" if item is None else item.label)
         tokens.append(node.tokens)
-    policies, memos, levels = {}, {}, _levels(cache)
-    for name, number, policy in levels:
+    policies, memos = {}, {}
+    for name, number, policy in _levels(cache):
         if isinstance(policy, Survival):
             policies[name] = policy.state_dict()
-            items: list[Checkpoint | None] = [own for _, own, _ in places]
+            items: list[Checkpoint | None] = [_items_at(node)[1] for node in nodes]
             if name != DEVICE:
-                items = [s for *_, s in places if s is not None and s.tier == number]
+                states = [node.offloaded.state for node in nodes if node.offloaded]
+                items = [one for one in states if one and one.tier == number]
             memos[name] = [
                 [item.serial, memo]
                 for item in items
@@ -89,9 +87,8 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         "grid": cache.grid,
         "now": cache.now,
         "num_items": cache.num_items,
-        "tiers": [name for name, *_ in levels[1:]],
         "namespaces": list(namespaces),
-        "nodes": np.array(rows, np.int64).reshape(-1, 8),
+        "nodes": np.array(rows, np.int64).reshape(-1, 7),
         "labels": labels,
         "tokens": np.concatenate(tokens),
     }
@@ -172,8 +169,8 @@ class Memory:
 
     def __init__(self, plain: dict[str, Any]) -> None:
         self._plain = plain
-        self._items: list[tuple[Checkpoint, bool]] = []
-        """Checkpoints of the file, each with a flag: superseded in its tier when saved."""
+        self._items: list[Checkpoint] = []
+        """Checkpoints of the file."""
 
     def recall_tree(self, cache: HybridRadixCache) -> None:
         """Restore the tokens as ghosts, and the clock. O(nodes).
@@ -195,10 +192,8 @@ class Memory:
         roots = [tree.root(read_namespace(text)) for text in dict.fromkeys(plain["namespaces"])]
         rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         item_bytes, at = cache.item_bytes, 0
-        numbers = {name: number for name, number, _ in _levels(cache)}
-        tiers = [numbers.get(name) for name in plain["tiers"]]
         for row, label in zip(rows, plain["labels"], strict=True):
-            above, end, serial, created, last_used, uses, superseded, tier = row
+            above, end, serial, created, last_used, uses, superseded = row
             parent = nodes[above] if above >= 0 else roots[-1 - above]
             start, at = at, at + end - parent.end
             node = tree.grow(parent, tokens[start:at])
@@ -206,13 +201,9 @@ class Memory:
             nodes.append(node)
             if serial >= 0:
                 item = Checkpoint(node, -1, created, serial, item_bytes, label)
-                item.last_used, item.uses, item.superseded = last_used, uses, bool(superseded & 1)
-                number = tiers[tier] if tier >= 0 else None
-                if number is not None:
-                    item.stored = OffloadedCheckpoint(item, number, EMPTY)
-                    item.stored.superseded = bool(superseded & 2)
+                item.last_used, item.uses, item.superseded = last_used, uses, bool(superseded)
                 node.lost_checkpoint = item
-                self._items.append((item, bool(superseded & 2)))
+                self._items.append(item)
         for node in reversed(nodes):
             cache.ghosts.add(node)
         cache.now += plain["now"]
@@ -233,7 +224,7 @@ class Memory:
         for name, number, policy in _levels(cache):
             if DEVICE in saved and isinstance(policy, Survival):
                 states = {one.serial: one for one in stored if one and one.tier == number}
-                self._recall_policy(name, number, policy, states, memos)
+                self._recall_policy(name, policy, states, memos)
             elif name in saved:
                 unfit.append(name)
         rules = [rule for rule in placement if isinstance(rule, Adaptive)]
@@ -249,7 +240,6 @@ class Memory:
     def _recall_policy(
         self,
         name: str,
-        number: int,
         policy: Survival,
         states: dict[int, OffloadedCheckpoint],
         known_memos: dict[int, Any],
@@ -263,14 +253,9 @@ class Memory:
         known_memos |= memos
         empty = Survival().state_dict() | {"hazards": None}
         policy.load_state_dict(self._plain["policies"].get(name, empty), states.get)
-        for item, superseded in self._items:
-            if name == DEVICE:
+        if name == DEVICE:
+            for item in self._items:
                 item.memo = memos.get(item.serial)
-                continue
-            if item.stored is not None and item.stored.tier == number:
-                item.stored.memo = memos.get(item.serial)
-            if item.serial in memos and item.serial in states:
-                states[item.serial].superseded = superseded
         # A state may have been in no tier when this was written, although its bytes were kept.
         known = {item.serial for item in policy.candidates()}
         for serial, state in states.items():
@@ -293,7 +278,7 @@ def _latest(cache: HybridRadixCache) -> list[RadixNode]:
     nodes = list(cache.iter_nodes())
     used: dict[RadixNode, int] = {}
     for node in reversed(nodes):
-        item, _, _ = _items_at(node)
+        item, _ = _items_at(node)
         own = max(item.last_used if item else 0, node.kv.last_used if node.kv else 0)
         used[node] = max(own, used.get(node, 0))
         if node.parent is not None:
@@ -311,12 +296,9 @@ def _latest(cache: HybridRadixCache) -> list[RadixNode]:
     return found
 
 
-def _items_at(
-    node: RadixNode,
-) -> tuple[Checkpoint | None, Checkpoint | None, OffloadedCheckpoint | None]:
-    """Return (the item at the end of ``node`` in any tier, or its evicted one; the present or last
-    item of the device; the present or last item of a tier)."""
-    entry: OffloadedEntry | None = node.offloaded
-    state = None if entry is None else entry.state
+def _items_at(node: RadixNode) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """Return the item at the end of ``node`` in any tier, or its evicted one, and the present or
+    last item of the device."""
+    state = node.offloaded.state if node.offloaded else None
     own = node.checkpoint or node.lost_checkpoint
-    return state or own, own, state or (None if own is None else own.stored)
+    return state or own, own
