@@ -71,9 +71,9 @@ def test_an_idle_engine_saves_its_learned_state(
     monkeypatch.setattr("engine.plugins.tiers.plugin.IDLE_EVERY_S", 0.05)
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
     loop = AsyncEngine(engine)
-    loop.start()
 
     async def ask() -> None:
+        loop.start()
         async for _ in loop.submit(prompts(1)[0], ONE):
             pass
 

@@ -322,7 +322,7 @@ for silent in (
     ("an aborted lease keeps its memory", Lease, "abort", ARENA),
     ("a preempted or finished request keeps its memory", Lease, "finish", POOLS),
     ("a drafter without acceptance continues drafting", DraftLength, "learn", ACCEPTANCE),
-    ("a removed record is still readable", RecordStore, "remove", STORE),
+    ("a removed record is still readable", RecordStore, "remove_file", STORE),
 ):
     FAULTS.add_silent(*silent)
 
