@@ -1,8 +1,7 @@
 """Parts that the bodies of several dialects share, and the chat that each dialect converts to.
 
-Types and the widest ranges are checked here. Limits of the engine are checked where the values are
-used (SamplingParams, the engine). An unsupported parameter that would change the answer is refused
-by name; one that would not (``user``, ``store``) is ignored.
+Types and the widest ranges are checked here, limits of the engine where the values are used. An
+unsupported parameter that would change the answer is refused by name.
 """
 
 from __future__ import annotations
@@ -24,19 +23,16 @@ from engine.text.bounded import read_json
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""
-MAX_STOP_CHARS = 1024
 MAX_STOPS, MAX_BIASES = 64, 1024
 """Maximum numbers of stop strings or stop token ids, and of tokens with a bias."""
-MAX_TEMPERATURE = 2
-"""Maximum temperature, as in OpenAI's API."""
 Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
 """Name of a tool. A longer one is not read in an answer."""
-Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 AnswerLimit = Annotated[int, Meta(ge=1, extra_json_schema={"maximum": MAX_COUNT})]
 """Number of tokens of an answer. Limits above the context are valid: clients send them."""
-Temperature = Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, le=MAX_COUNT)]
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
@@ -296,29 +292,15 @@ class Tool(msgspec.Struct, kw_only=True):
     function: Function
 
 
-def _read_tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tools in the form in which the template reads them. Raises APIError 400."""
-    for tool in given:
-        if isinstance(function := tool.get("function"), dict) and function.get("parameters") == []:
-            function["parameters"] = {}  # PHP writes {} as [].
-    converted(given, list[Tool], "tools")
-    return [*given]
-
-
 Choice = Literal["none", "auto", "required"]
 
 
-class FunctionName(Part, kw_only=True):
-    name: Name
-
-
-class NamedTool(Part, kw_only=True):
-    type: Literal["function"]
-    function: FunctionName
+class NamedTool(Tool, kw_only=True):
+    """The only tool that may be called."""
 
     @classmethod
     def of(cls, name: str) -> NamedTool:
-        return cls(type="function", function=FunctionName(name=name))
+        return cls(function=Function(name=name))
 
 
 def as_tool(
@@ -362,19 +344,16 @@ class ChatRequest(Sampling, kw_only=True):
         given: Any = self.messages
         if given and isinstance(given[0], dict):
             self.messages = read_messages(given)
-        if self.tools is not None:
-            self.tools = _read_tools(self.tools)
+        for tool in self.tools or ():
+            function = tool.get("function")
+            if isinstance(function, dict) and function.get("parameters") == []:
+                function["parameters"] = {}  # PHP writes {} as [].
+        converted(self.tools or (), list[Tool], "tools")
         if (effort := self.reasoning_effort) is not None:
             switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
             self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' requires 'logprobs': set it to true.")
-        is_answer = bool(self.messages) and self.messages[-1].role == "assistant"
-        if self.continue_final_message and (self.add_generation_prompt or not is_answer):
-            raise ValueError(
-                "'continue_final_message' continues an answer: the last message must be the "
-                "assistant's, and 'add_generation_prompt', which begins another, must be omitted."
-            )
 
     @property
     def plain_tools(self) -> list[dict[str, Any]]:

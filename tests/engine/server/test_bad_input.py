@@ -178,8 +178,6 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
             "maximum context length",
         ),
         ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "form"),
-        ({"continue_final_message": True, "add_generation_prompt": True}, "continue"),
-        ({"continue_final_message": True}, "assistant"),
         ({"structured_outputs": {"json": "no JSON"}}, "structured_outputs.json"),
         ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"regex": "a{1000000000}"}}, "structured_outputs.regex"),
