@@ -19,10 +19,10 @@ from engine.text.bounded import read_json
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, OPEN
 
 MAX_CHARS = 256 * 1024
-"""Maximum length of a schema, of an expression, or of all choices together."""
-MAX_GRAMMAR_CHARS = 16 * 1024
-"""Maximum length of a grammar."""
+"""Maximum length of a schema, of an expression, or of all choices or tools together."""
 MAX_CHOICES = 4096
+MAX_GIVEN_CHARS = 16 * 1024
+"""Maximum length of a grammar that a client has written."""
 MAX_MULTIPLE = 10_000
 """Maximum product of the ``multipleOf`` values in a schema, without their factors of ten. The
 matcher has that many states, and the time to build them grows with the square."""
@@ -58,6 +58,13 @@ class Grammar:
     end_of_reasoning: str | None = None
     """Text that ends the reasoning before the guided part, or None if there is no reasoning."""
 
+    def __post_init__(self) -> None:
+        most = MAX_GIVEN_CHARS if self.kind == "given" else MAX_CHARS
+        if len(self.text) > most:
+            raise GrammarError(
+                f"its grammar may have at most {most} characters (got {len(self.text)})."
+            )
+
     @classmethod
     def of_schema(cls, schema: str | bool | Mapping[str, Any]) -> Grammar:
         """Return the grammar of JSON that matches a schema, given as an object or as its text."""
@@ -73,23 +80,19 @@ class Grammar:
     @classmethod
     def of_regex(cls, regex: str) -> Grammar:
         """Return the grammar of text that matches a regular expression as a whole."""
-        return cls("regex", bounded("a regular expression", regex, MAX_CHARS))
+        return cls("regex", regex)
 
     @classmethod
     def of_choices(cls, choices: Sequence[str]) -> Grammar:
         """Return the grammar of one of the given texts. Raises GrammarError if one is empty."""
         if not 1 <= len(choices) <= MAX_CHOICES or not all(choices):
-            raise GrammarError(
-                f"a choice is made among 1 to {MAX_CHOICES} texts, none of them empty."
-            )
-        texts = bounded("a choice", " | ".join(map(quoted, choices)), MAX_CHARS)
-        return cls("lark", f"start: CHOICE\nCHOICE: {texts}")
+            raise GrammarError(f"send 1 to {MAX_CHOICES} choices, none of them empty.")
+        return cls("lark", f"start: CHOICE\nCHOICE: {' | '.join(map(quoted, choices))}")
 
     @classmethod
     def of_text(cls, text: str) -> Grammar:
         """Return the grammar given in llguidance's Lark (start symbol ``start``) or in GBNF
-        (``root``). Raises GrammarError if it is too long, or has a nested schema or expression."""
-        bounded("a grammar", text, MAX_GRAMMAR_CHARS)
+        (``root``). It has no nested schema or expression."""
         if any(word in text for word in NESTED):
             raise GrammarError(
                 f"a grammar must not contain {' or '.join(NESTED)}: use a JSON schema or a regular "
@@ -103,8 +106,7 @@ def json_rule(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> s
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     _check_multiples(schema)
-    text = json.dumps({**schema, "x-guidance": dict(options)})
-    return f"%json {bounded('a JSON schema', text, MAX_CHARS)}"
+    return f"%json {json.dumps({**schema, 'x-guidance': dict(options)})}"
 
 
 def _check_multiples(schema: Mapping[str, Any]) -> None:
@@ -124,12 +126,6 @@ def _check_multiples(schema: Mapping[str, Any]) -> None:
             f"the product of the multipleOf values of a schema must be at most {MAX_MULTIPLE}, "
             "not counting factors of ten: remove some."
         )
-
-
-def bounded(what: str, text: str, most: int) -> str:
-    if len(text) > most:
-        raise GrammarError(f"{what} may have at most {most} characters (got {len(text)}).")
-    return text
 
 
 def quoted(text: str) -> str:
@@ -181,7 +177,7 @@ def grammar_of_calls(
     if text is not None:
         start += "\n" + text().text.replace("start:", "| ", 1)
     lines = [start, f'call: "{CALL_OPEN}\\n" calls "\\n{CALL_CLOSE}"', *_calls(wanted, form)]
-    return Grammar("lark", bounded("the tools' schemas", "\n".join(lines), MAX_CHARS))
+    return Grammar("lark", "\n".join(lines))
 
 
 def grammar_of_strict_calls(
@@ -211,7 +207,7 @@ def grammar_of_strict_calls(
         lines[0] = "start: first | thought text"
         lines += free("first", rf"{ANY} & ~/\s*{OPEN}(?s:.*)/")
         lines += ["thought[lazy]: THOUGHT", rf"THOUGHT: /\s*{OPEN}(?s:.*)<\/think>/"]
-    return Grammar("lark", bounded("the tools' schemas", "\n".join(lines), MAX_CHARS))
+    return Grammar("lark", "\n".join(lines))
 
 
 def _only_strict(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
