@@ -201,7 +201,7 @@ def add_trace(commands: Commands) -> None:
     """Add the command's parser."""
     trace = commands.add_parser("trace", help="look at a trace, rewrite it, or download one")
     verbs = trace.add_subparsers(title="verbs", required=True)
-    text = "requests, lengths, ideal hit rate, reuse, sharing by depth"
+    text = "requests, lengths, ideal hit rate, reuse"
     stats = add_command(verbs, "stats", text, _trace_stats)
     stats.add_argument("trace", help=TRACE_HELP)
     stats.add_argument("--skip-bad", **SKIP_BAD)

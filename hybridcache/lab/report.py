@@ -40,10 +40,6 @@ def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def _gib(num_bytes: int | None) -> float | None:
-    return None if num_bytes is None else num_bytes / GIB
-
-
 METRICS: dict[str, Metric] = {
     "hit": Metric("token hit rate, %", lambda run: 100 * run.token_hit_rate),
     "request-hit": Metric("request hit rate, %", lambda run: 100 * run.request_hit_rate),
@@ -57,7 +53,10 @@ METRICS: dict[str, Metric] = {
     "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95]),
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
     "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
-    "written": Metric("KV bytes written, GiB", lambda run: _gib(run.written_kv_bytes)),
+    "written": Metric(
+        "KV bytes written, GiB",
+        lambda run: None if run.written_kv_bytes is None else run.written_kv_bytes / GIB,
+    ),
     "control": Metric("cache code, us a request", lambda run: run.control_us, "{:.0f}"),
 }
 
@@ -238,18 +237,16 @@ LOSSES_NOTE = (
 
 
 def stats_table(stats: TraceStats) -> str:
-    """Return the statistics of a trace as a table, in some thirty lines."""
+    """Return the statistics of a trace as a table."""
 
-    def spread(name: str, values: Summary, form: str = "{:,.0f}") -> list[str]:
+    def spread(name: str, values: Summary) -> list[str]:
         cells = [values.mean, *values.percentiles.values(), values.largest]
-        return [name, *(form.format(cell) for cell in cells)]
+        return [name, *(f"{cell:,.0f}" for cell in cells)]
 
     header = [stats.name, "mean", *(f"P{rank}" for rank in stats.prompt.percentiles), "largest"]
     rows = [
         spread("prompt, tokens", stats.prompt),
         spread("answer, tokens", stats.output),
-        spread("reuse after requests", stats.reuse_requests),
-        spread("reuse after seconds", stats.reuse_s, "{:,.1f}"),
         spread("reuse after new tokens", stats.reuse_new_tokens),
     ]
     share = 100 / stats.prompt_tokens
@@ -282,13 +279,4 @@ def stats_table(stats: TraceStats) -> str:
     if stats.ideal_by_page:
         pages = (f"{page}: {share * hit:.2f} %" for page, hit in stats.ideal_by_page.items())
         lines.append(f"ideal token hit rate in whole pages of {', '.join(pages)}")
-    rows = [
-        [
-            f"{bin_.start:,} to {bin_.end:,}",
-            f"{bin_.tokens:,}",
-            f"{100 * bin_.seen / bin_.tokens:.1f}",
-        ]
-        for bin_ in stats.sharing
-    ]
-    lines += ["", text_table(["depth, tokens", "prompt tokens", "seen before, %"], rows)]
     return "\n".join(lines)

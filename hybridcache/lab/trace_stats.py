@@ -32,17 +32,6 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class DepthBin:
-    """Prompt tokens at depths [start, end), and the number of them that an earlier request had at
-    the same position."""
-
-    start: int
-    end: int
-    tokens: int
-    seen: int
-
-
-@dataclass(frozen=True, slots=True)
 class TraceStats:
     """Statistics in tokens, for any unit of the trace."""
 
@@ -66,13 +55,9 @@ class TraceStats:
     distinct_tokens: int
     """Tokens of all prompts and answers, shared ones counted once: the contents of an infinite
     cache."""
-    reuse_requests: Summary
-    """Requests since the last use of the deepest shared prefix, over requests that share one."""
-    reuse_s: Summary
     reuse_new_tokens: Summary
-    """New tokens since that use: about the cache size (in tokens of KV) at which LRU starts to
-    hit."""
-    sharing: tuple[DepthBin, ...]
+    """New tokens since the last use of the deepest shared prefix, over requests that share one:
+    about the cache size (in tokens of KV) at which LRU starts to hit."""
     counted_by: str = ""
     repeated_answers: float | None = None
     """Share of the tokens of answers that the next prompt of the session repeats, behind the whole
@@ -101,8 +86,7 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
     # Time, tokens of prompt and answer, ideal tokens, and ids in the cache after each request. The
     # difference of two of the last is the number added between them.
     visits: list[tuple[float, int, int, int, int]] = []
-    # Requests, seconds and new tokens since the last use of a shared prefix.
-    reuse: list[tuple[int, float, int]] = []
+    reuse: list[int] = []  # New tokens since the last use of a shared prefix.
     # Ids of answers that a prompt of their session follows, and of those it repeats.
     num_answered = num_repeated = 0
     has_answer_ids = False  # True if any answer is more than a length.
@@ -122,9 +106,8 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
                 has_answer_ids = bool(is_known or num_repeated)
         now_s, num_tokens = request.timestamp_s, request.num_tokens(unit)
         if seen.length and seen.last_visit is not None:
-            visit = seen.last_visit - 1
-            then_s, *_, held_then = visits[visit]
-            reuse.append((len(visits) - visit, now_s - then_s, (held_before - held_then) * unit))
+            held_then = visits[seen.last_visit - 1][-1]
+            reuse.append((held_before - held_then) * unit)
         answer, ideal = request.num_answer_tokens(unit), min(seen.length * unit, num_tokens - 1)
         visits.append((now_s, num_tokens, answer, ideal, cache.num_ids))
         if progress:
@@ -132,7 +115,6 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
     if not visits:
         raise ValueError(f"{trace.full_name}: {trace.is_empty_because}")
     times, prompts, outputs, ideals, _ = zip(*visits, strict=True)
-    since = [*zip(*reuse, strict=True)] or [(), (), ()]
     return TraceStats(
         name=trace.name,
         unit=unit,
@@ -150,26 +132,9 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
         },
         ideal_requests=sum(map(bool, ideals)),
         distinct_tokens=cache.num_ids * unit,
-        reuse_requests=Summary.of(since[0]),
-        reuse_s=Summary.of(since[1]),
-        reuse_new_tokens=Summary.of(since[2]),
-        sharing=_sharing(prompts, ideals, unit),
+        reuse_new_tokens=Summary.of(reuse),
         counted_by=trace.counted_by,
         repeated_answers=num_repeated / num_answered if has_answer_ids else None,
         columns=trace.columns,
         invented_times=trace.invented_times,
     )
-
-
-def _sharing(prompts: Sequence[int], ideal: Sequence[int], unit: int) -> tuple[DepthBin, ...]:
-    """Return bins of doubling width; the first is as wide as the unit, but at least 64."""
-    lengths, seen = np.asarray(prompts, dtype=np.int64), np.asarray(ideal, dtype=np.int64)
-    bins = []
-    start, end = 0, max(64, unit)
-    longest = int(lengths.max(initial=0))
-    while start < longest:
-        tokens = int((np.minimum(lengths, end) - start).clip(0).sum())
-        shared = int((np.minimum(seen, end) - start).clip(0).sum())
-        bins.append(DepthBin(start, end, tokens, shared))
-        start, end = end, end * 2
-    return tuple(bins)
