@@ -549,9 +549,19 @@ class HybridRadixCache:
         Rows that are free or of the cache are found only by ``check``.
 
         Raises:
-            ValueError: ``kv_indices`` is not int32[n] of whole pages in range. Nothing is freed.
+            ValueError: ``kv_indices`` is not int32[n] of whole pages in range, or more than all
+                callers hold. Nothing is freed.
         """
-        self._pages.free(kv_indices)
+        require_int32(kv_indices, "rows")
+        pages, num_rows = self._pages, len(kv_indices)
+        num_held = pages.num_taken - self.cached_tokens
+        if num_rows > num_held:
+            raise ValueError(f"{num_rows} rows given back, but only {num_held} are held")
+        if num_rows and kv_indices.view(np.uint32).max() >= pages.capacity:  # Negative: large.
+            raise ValueError(f"a row given back is not of this pool of {pages.capacity}")
+        if num_rows % pages.page_size or (kv_indices[:1] % pages.page_size).any():
+            raise ValueError(f"{num_rows} rows are not whole pages of {pages.page_size}")
+        pages.free(kv_indices)
 
     def free_slot(self, slot: int) -> None:
         """Return a held slot: one from ``allocate_slot`` that no ``insert`` has taken. O(1).
@@ -714,7 +724,7 @@ class HybridRadixCache:
                 break
             leaf = parent
         rows = freed[0] if len(freed) == 1 else np.concatenate(freed)
-        self._pages.free(rows, is_trusted=True)
+        self._pages.free(rows)
         self.cached_tokens -= len(rows)
         self.stats.evicted_tokens += len(rows)
 

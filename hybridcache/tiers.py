@@ -431,7 +431,7 @@ class OffloadTiers(GhostList):
 
     def _release(self, number: int, rows: Indices) -> None:
         tier = self.tiers[number]
-        tier.pages.free(rows, is_trusted=True)
+        tier.pages.free(rows)
         if tier.name == DISK:
             self._steps.transfers.append(Drop(DISK, rows))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridcache.tokens import Indices, require_index, require_int32
+from hybridcache.tokens import Indices, require_index
 
 MAX_ROWS = 1 << 31
 """Number of rows or slots that int32 can number."""
@@ -135,25 +135,11 @@ class PageAllocator(BaseAllocator):
         implied = np.arange(self._num_implied, dtype=np.int32)
         return np.concatenate([implied, self._stack[self._num_implied : self._height]])
 
-    def free(self, rows: Indices, is_trusted: bool = False) -> None:
+    def free(self, rows: Indices) -> None:
         """Return ``rows``, which were allocated, to the pool: whole pages in row order. O(n).
 
-        ``check`` finds pages that were free already. Rows that the cache itself kept are trusted:
-        nothing is checked.
-
-        Raises:
-            ValueError: rows that are not int32[n], partial pages, a row out of range, or more rows
-                than are allocated. Nothing is freed.
+        Nothing is checked: ``check`` finds pages that were free already.
         """
-        if not is_trusted:
-            require_int32(rows, "rows")
-            if len(rows) > self.num_taken:
-                raise ValueError(f"{len(rows)} rows given back, {self.num_taken} are allocated")
-            largest = rows.view(np.uint32).max(initial=0)  # Negative ones are large.
-            if len(rows) and largest >= self.capacity:
-                raise ValueError(f"row {largest} is not of this pool of {self.capacity}")
-            if len(rows) % self.page_size or (rows[:1] % self.page_size).any():
-                raise ValueError(f"{len(rows)} rows are not whole pages of {self.page_size}")
         if self.budget is not None:
             self.budget.free_bytes += len(rows) * self.unit_bytes
         self.num_taken -= len(rows)

@@ -80,7 +80,7 @@ REFUSED = {
         "is not of this pool",
         lambda cache, rows: cache.free_kv(np.array([*rows[:2], -7, *rows[3:]], np.int32)),
     ),
-    "rows twice": ("8 are allocated", lambda cache, rows: cache.free_kv(np.tile(rows, 2))),
+    "rows twice": ("only 5 are held", lambda cache, rows: cache.free_kv(np.tile(rows, 2))),
     "another's lock": ("of this cache", lambda cache, rows: cache.unlock(OTHER.lock(None))),
     "the match of another cache": ("another", lambda cache, rows: cache.touch(FOUND_ELSEWHERE)),
     "another's node": ("another", lambda cache, rows: cache.gather(FOUND_ELSEWHERE.node)),

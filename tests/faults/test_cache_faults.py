@@ -216,8 +216,8 @@ def lru_evicts_the_newest_item(patch: Patch) -> None:
 @FAULTS.detected_by(ALLOCATORS)
 def the_last_freed_page_is_lost(patch: Patch) -> None:
     @patch(PageAllocator, "free")
-    def free(original: Any, self: Any, rows: Any, is_trusted: bool = False) -> None:
-        original(self, rows[: max(0, len(rows) - self.page_size)], is_trusted)
+    def free(original: Any, self: Any, rows: Any) -> None:
+        original(self, rows[: max(0, len(rows) - self.page_size)])
 
 
 @FAULTS.detected_by(ALLOCATORS)
@@ -233,8 +233,8 @@ def a_page_is_allocated_twice(patch: Patch) -> None:
 @FAULTS.detected_by(ALLOCATORS)
 def freed_bytes_are_not_returned_to_the_budget(patch: Patch) -> None:
     @patch(PageAllocator, "free")
-    def free(original: Any, self: Any, rows: Any, is_trusted: bool = False) -> None:
-        original(self, rows, is_trusted)
+    def free(original: Any, self: Any, rows: Any) -> None:
+        original(self, rows)
         if self.budget is not None:
             self.budget.free_bytes -= 1
 

@@ -189,8 +189,8 @@ class RowView(Counts, PageAllocator):
         rows = self._theirs.alloc(-(-num_tokens // self.page_size) * self.page_size)
         return None if rows is None else to_host(rows)
 
-    def free(self, rows: Indices, is_trusted: bool = False) -> None:
-        """Collect rows for the next ``give_back``, unchecked. O(1)."""
+    def free(self, rows: Indices) -> None:
+        """Collect rows for the next ``give_back``. O(1)."""
         if len(rows):
             self._owed.append(rows)
             self._num_owed += len(rows)
