@@ -48,6 +48,8 @@ class WriteThrough(Listener):
 
     def __init__(self, cache: TieredRadixCache) -> None:
         self._cache = cache
+        self._last: tuple[RadixNode | None, Any] = None, None
+        """Node of the last copy and its path: a state is mostly stored right after its KV."""
 
     def kv_stored(self, node: RadixNode) -> None:
         if not self._cache.is_loading and node.kv is not None:
@@ -58,7 +60,9 @@ class WriteThrough(Listener):
             self._queue("checkpoint", node, np.array([node.checkpoint.slot], np.int32))
 
     def _queue(self, kind: Kind, node: RadixNode, rows: Indices) -> None:
-        copy = Copy(kind, DEVICE, rows, KEPT, EMPTY, node.end, path_of(node))
+        if self._last[0] is not node:
+            self._last = node, path_of(node)
+        copy = Copy(kind, DEVICE, rows, KEPT, EMPTY, node.end, self._last[1])
         self._cache.steps.transfers.append(copy)
 
 
