@@ -71,8 +71,7 @@ class SampledTurn:
 
 class Replay:
     """Sampled answers of one server in ``limit_bytes``, by tenant and digest of the chat up to
-    them. Replayed prompts keep the beginning of earlier ones: sampled tokens replace answers that
-    come back. Thread-safe."""
+    them. Thread-safe."""
 
     def __init__(
         self, tokenizer: Tokenizer, limit_bytes: int, *, keeps_thinking: bool = False
@@ -90,10 +89,8 @@ class Replay:
         variables: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ChatPrompt:
-        """Render a chat with the turns that were sampled for its answers; see ``render_chat``.
-
-        With ``KEEPS_THINKING``, messages get the reasoning that their client dropped.
-        """
+        """Render a chat with the turns that were sampled for its answers. With ``KEEPS_THINKING``,
+        messages get the reasoning that their client dropped."""
         keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
         if keeps:
             variables = {**(variables or {}), KEEPS_THINKING: True}
@@ -165,13 +162,11 @@ class ChatPrompt:
     """A chat as the input of the model."""
 
     spec: RequestSpec
-    """Request for the answer, without sampling parameters. Its boundaries are the positions up to
-    which later prompts will be equal: the end of the system segment, the position where the next
-    turn differs, and in a tool loop the position where the prompt with the tool's result
-    differs."""
+    """Request for the answer, without sampling parameters. Its boundaries are the end of the system
+    segment and the positions where the next turn, and in a tool loop the prompt with the tool's
+    result, differ."""
     cuts: tuple[int, ...] = ()
-    """Positions of the requested cuts, in their order, without those at which the template rejects
-    the chat."""
+    """Positions of the requested cuts, without those at which the template rejects the chat."""
     is_thinking: bool = False
     """True if the prompt ends inside reasoning, which the answer continues."""
     header: str = ""
@@ -203,14 +198,10 @@ def render_chat(
 ) -> ChatPrompt:
     """Render and encode a chat.
 
-    ``sampled`` has the sampled turns by the index of their message. Their tokens are used under the
-    conditions of this module; with ``keeps_thinking`` also where the template drops reasoning
-    from history, so that the prompt differs from the template's.
-
-    ``tokenizer.control_tokens`` inside the chat's texts (contents, names, arguments, tools) are
-    encoded as text, so that a client cannot forge turns. ``namespace`` is that of the request, and
-    of ``Tokenizer.encode``. With ``continues_last``, the prompt ends with the content of the last
-    message.
+    ``sampled`` has the sampled turns by the index of their message; with ``keeps_thinking`` they
+    are also used where the template drops reasoning from history. Control tokens inside the chat's
+    texts (contents, names, arguments, tools) are encoded as text, so that a client cannot forge
+    turns. With ``continues_last``, the prompt ends with the content of the last message.
 
     Raises TemplateError if the model has no chat template, or if the template rejects the chat.
     Takes at most five renders plus one for each of ``cuts``, one encoding of the whole chat and a
@@ -258,11 +249,7 @@ def render_chat(
 
     def shared(future: Sequence[Message]) -> list[int]:
         """Return the number of tokens that a later chat shares with this one, or [] if the template
-        rejects it.
-
-        The texts are compared first. Then only the text after the last special token of their
-        common part is encoded, because the text is split at special tokens.
-        """
+        rejects it. Only the text after the last special token of their common part is encoded."""
         try:
             later = render(future)
         except TemplateError:

@@ -98,8 +98,7 @@ class LogitRule:
         return drafts
 
     def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> Sequence[Ruling]:
-        """Return ``rulings``, one for each of ``draws``, changed by this rule. Changes to final
-        rulings have no effect."""
+        """Return ``rulings``, one for each of ``draws``, changed by this rule."""
         return rulings
 
     def is_done(self, answer: Tokens) -> bool:
@@ -123,10 +122,7 @@ class ReasoningBudget(LogitRule):
 
     def mask(self, draw: int, answer: Tokens) -> Mask | None:
         """Return the mask of the one token that draw number ``draw`` may give, or None if the
-        budget is not used up.
-
-        ``answer`` has at least ``first`` tokens. O(1), at the end O(budget).
-        """
+        budget is not used up. O(1), at the end O(budget)."""
         place = draw - self.first
         if not 0 <= place < len(self._ids):
             return None
@@ -160,8 +156,7 @@ class BansAndBiases(LogitRule):
         min_tokens: int,
         vocab_size: int,
     ) -> None:
-        """``bias``: (token, number added to its logit). ``ends``: tokens that end an answer, banned
-        before ``min_tokens``."""
+        """``ends``: tokens that end an answer, banned before ``min_tokens``."""
         ids, numbers = zip(*bias, strict=True) if bias else ((), ())
         self._added = (np.array(ids, np.int64), np.array(numbers, np.float32)) if bias else None
         self._ends, self._num_banned = ends, min_tokens if ends else 0
@@ -229,8 +224,8 @@ class TokenCounts:
         """Tokens of the answer that are counted."""
 
     def count(self, output: Tokens) -> None:
-        """Count the rest of ``output``, which begins with the counted tokens, in new arrays.
-        O(new tokens) in Python, and a copy of the distinct ones."""
+        """Count the rest of ``output``, which begins with the counted tokens. O(new tokens) in
+        Python, and a copy of the distinct ones."""
         tokens = output[self.num_counted :].tolist()
         unseen = [token for token in dict.fromkeys(tokens) if token not in self._at]
         self._at |= {token: at for at, token in enumerate(unseen, len(self._at))}

@@ -455,11 +455,6 @@ class Request(ScheduledRequest):
         )
 
 
-def no_grammars(grammar: Grammar) -> LogitRule:
-    """Raise an error: this front end only validates."""
-    raise RuntimeError("grammars are compiled by the engine")
-
-
 class Intake:
     """Makes requests for one engine. Safe to call from any thread."""
 
@@ -471,10 +466,11 @@ class Intake:
         vocab_size: int,
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
-        grammar_rule: Callable[[Grammar], LogitRule] = no_grammars,
+        grammar_rule: Callable[[Grammar], LogitRule] = lambda grammar: LogitRule(),
     ) -> None:
         """Without a ``tokenizer``, prompts are token ids and answers have no text. ``grammar_rule``
-        compiles a grammar and makes the rule of an answer."""
+        compiles a grammar and makes the rule of an answer; without it, requests are only validated.
+        """
         self.config, self.tokenizer = config, tokenizer
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self.sampling_defaults = sampling_defaults(config)
