@@ -3,6 +3,7 @@ Attention, Mamba-1, Mamba-2) or a gate (LFM2)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -164,11 +165,13 @@ class GatedDeltaNet(Recurrent):
         channels = list(convs.values())
         cuts = rank.cuts(channels, [keys, keys, values])
         heads_cut, sizes = rank.cut(each), sizes.share(rank.count)
-        self.sizes, self.keeps, self._eps, self._max_beta = sizes, sizes.keeps, eps, max_beta
+        self.keeps, self._eps, self._max_beta = sizes.keeps, eps, max_beta
         heads = sizes.num_value_heads
         self._widths = [sizes.conv_channels, sizes.value_width, heads, heads]
         self.projected_size = sum(self._widths)
         self.mixed_shape = heads, sizes.value_dim
+        keys = sizes.num_key_heads, sizes.key_dim
+        self._shapes = keys, keys, self.mixed_shape
         self._conv = CausalConv(sizes.conv_channels, sizes.conv_width, build)
         self._A_log = weights.empty(heads, dtype=torch.float32)
         self._dt_bias = weights.empty(heads, dtype=torch.float32)
@@ -194,11 +197,8 @@ class GatedDeltaNet(Recurrent):
     def _scan(
         self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
     ) -> torch.Tensor:
-        sizes = self.sizes
-        widths = [sizes.key_width, sizes.key_width, sizes.value_width]
-        keys = sizes.num_key_heads, sizes.key_dim
-        parts = zip(x.split(widths, dim=-1), (keys, keys, self.mixed_shape), strict=True)
-        heads = [one.view(len(x), *shape) for one, shape in parts]
+        parts = x.split([math.prod(shape) for shape in self._shapes], dim=-1)
+        heads = [part.view(len(x), *shape) for part, shape in zip(parts, self._shapes, strict=True)]
         gates = *gates, self._A_log, self._dt_bias
         if isinstance(part, PrefillPart):
             gate, beta = self._gdn.gates(*gates, max_beta=self._max_beta)
