@@ -1,8 +1,5 @@
-"""Front end of an engine for callers in asyncio, and the host that steps the engine.
-
-The engine is in a thread of this process, in another process, or on several replicas, behind an
-``EngineChannel``.
-"""
+"""Front end of an engine for callers in asyncio, and the host that steps the engine: in a thread of
+this process, in another process, or on several replicas, behind an ``EngineChannel``."""
 
 from __future__ import annotations
 
@@ -66,10 +63,9 @@ logger = logging.getLogger(__name__)
 class EngineHost:
     """Steps an engine while there is work, and waits for messages otherwise.
 
-    One thread calls ``run``; any thread may call ``receive``. A step never waits for a sender. If a
-    step fails, for lack of memory for example, the requests that ran fail and the engine goes on.
-    If the next step fails too, or the runner is lost, the engine ends and all requests get an
-    error.
+    One thread calls ``run``; any thread may call ``receive``. If a step fails, for lack of memory
+    for example, the requests that ran fail and the engine goes on. If the next step fails too, or
+    the runner is lost, the engine ends and all requests get an error.
     """
 
     def __init__(self, engine: Engine, send: Callable[[FromEngine], None]) -> None:
@@ -132,8 +128,7 @@ class EngineHost:
             self._deliver([RequestOutput.failed(spec.request_id, RequestError.of(error))])
 
     def _abort(self, message: Abort) -> None:
-        output = self.engine.abort(message.request_id, message.reason)
-        if output is not None:
+        if output := self.engine.abort(message.request_id, message.reason):
             self._deliver([output])
 
     def _answer(self, question: Question) -> Any:
@@ -182,7 +177,7 @@ class EngineHost:
             logger.error("The engine ended: %s", error)
         except BaseException:
             self.failure = FAILED
-            logger.exception("The engine failed; it answers nothing from here on.")
+            logger.exception("The engine ended.")
         finally:
             with suppress(Exception):
                 self.engine.disconnect(at_once=True)
@@ -201,9 +196,7 @@ class EngineHost:
             if self._last_step_failed:
                 raise
             self._last_step_failed = True
-            logger.exception(
-                "A step failed, and the requests that ran with it; the engine goes on."
-            )
+            logger.exception("A step and the requests that ran with it failed; the engine goes on.")
             self._deliver(self.engine.take_outputs())
             error, lost = StepFailed("the step that computed it failed"), self.engine.interrupted
             for request_id in lost:

@@ -11,6 +11,7 @@ import math
 import os
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from numbers import Integral, Real
@@ -352,17 +353,11 @@ class EngineConfig:
 
 
 def check_no_foreign_kernels() -> None:
-    """Raise ConfigError if Hugging Face's ``kernels`` distribution is installed.
-
-    Its package has the same name as ours, so the order of ``sys.path`` would decide which of the
-    two is imported.
-    """
-    try:
-        version = metadata.version("kernels")
-    except metadata.PackageNotFoundError:
-        return
-    raise ConfigError(
-        f"The distribution 'kernels' {version} is installed in the same environment as this "
-        "project, which has a package of the same name: run  `pip uninstall kernels`, or install "
-        "this project into a separate environment."
-    )
+    """Raise ConfigError if Hugging Face's ``kernels`` is installed, a package with the name of
+    ours."""
+    with suppress(metadata.PackageNotFoundError):
+        raise ConfigError(
+            f"The distribution 'kernels' {metadata.version('kernels')} is installed in the same "
+            "environment as this project, which has a package of the same name: run "
+            "`pip uninstall kernels`, or install this project into a separate environment."
+        )

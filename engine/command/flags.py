@@ -13,7 +13,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -49,11 +49,8 @@ def add_flags(
 def add_grouped_flags(
     parser: argparse.ArgumentParser, configs: Iterable[Any], groups: Mapping[str, str]
 ) -> None:
-    """Add one flag for each field of ``configs`` in groups of help: title to the names of fields.
-
-    Names of other fields are omitted. Fields in no group get one with the ``title`` of their
-    dataclass.
-    """
+    """Add one flag for each field of ``configs`` in ``groups`` of help: title to the names of fields.
+    Fields in no group get one with the ``title`` of their dataclass."""
     homes = {flag[1].name: flag for config in configs for flag in flags_of(config)}
     filled = {
         title: [homes.pop(name) for name in names.split() if name in homes]
@@ -73,10 +70,8 @@ def read_config(
     plugins: Iterable[type] = (),
     **fixed: Any,
 ) -> Config:
-    """Return the config of the parsed ``arguments``, with the settings of ``plugins``.
-
-    ``defaults`` are used for absent arguments. Raises ValueError if the config rejects a value.
-    """
+    """Return the config of the parsed ``arguments``, with the settings of ``plugins``. ``defaults``
+    are used for absent arguments. Raises ValueError if the config rejects a value."""
     values = {
         field.name: getattr(arguments, field.name)
         for _, field in flags_of(config)
@@ -143,16 +138,9 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
-        return {"type": _listed(kind), "metavar": METAVARS[kind] + ",..."}
+        return {"type": _listed, "metavar": "TEXT,..."}
     return {"type": hint, "metavar": METAVARS[hint]}
 
 
-def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    """Return a parser of values of ``kind``, joined by commas."""
-
-    def read(text: str) -> tuple[Any, ...]:
-        return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
-
-    read.__name__ = f"comma-separated {kind.__name__}"  # Used by argparse in errors.
-    return read
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
