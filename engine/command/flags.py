@@ -49,8 +49,8 @@ def add_flags(
 def add_grouped_flags(
     parser: argparse.ArgumentParser, configs: Iterable[Any], groups: Mapping[str, str]
 ) -> None:
-    """Add one flag for each field of ``configs`` in ``groups`` of help: title to the names of fields.
-    Fields in no group get one with the ``title`` of their dataclass."""
+    """Add one flag for each field of ``configs`` in ``groups``: title to names of fields. Fields in
+    no group get one with the ``title`` of their dataclass."""
     homes = {flag[1].name: flag for config in configs for flag in flags_of(config)}
     filled = {
         title: [homes.pop(name) for name in names.split() if name in homes]

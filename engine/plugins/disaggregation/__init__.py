@@ -7,8 +7,6 @@ from typing import Annotated, ClassVar, Literal
 
 from engine.config import COUNT, SECONDS, ConfigError, EngineConfig, PluginConfig, check_fields
 
-FETCH_ABOVE, TIMEOUT_S = 256, 10.0
-
 
 @dataclass(frozen=True, slots=True)
 class DisaggregationConfig(PluginConfig):
@@ -24,20 +22,15 @@ class DisaggregationConfig(PluginConfig):
     """With role prefill: HOST:PORT to listen on for decode engines, in a trusted network."""
     prefill: tuple[str, ...] = ()
     """With role decode: HOST:PORT of every prefill engine."""
-    fetch_above: Annotated[int, COUNT] = FETCH_ABOVE
+    fetch_above: Annotated[int, COUNT] = 256
     """With role decode: prompts with fewer tokens that are not cached are computed here."""
-    transfer_timeout_s: Annotated[float, SECONDS] = TIMEOUT_S
+    transfer_timeout_s: Annotated[float, SECONDS] = 10.0
     """With a role: seconds without a message after which the other engine is considered gone; must
     be longer than a step of the prefill engine."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.fetch_above != FETCH_ABOVE and self.role != "decode":
-            raise ConfigError("--fetch-above requires --role decode.")
-        if self.transfer_timeout_s != TIMEOUT_S and self.role is None:
-            raise ConfigError("--transfer-timeout-s requires --role.")
-        needed = {"prefill": "transfer_at", "decode": "prefill"}
-        for role, name in needed.items():
+        for role, name in (("prefill", "transfer_at"), ("decode", "prefill")):
             if (self.role == role) != bool(getattr(self, name)):
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(
@@ -62,12 +55,8 @@ class DisaggregationConfig(PluginConfig):
         return tuple(found)
 
     def check(self, config: EngineConfig) -> None:
-        if config.prefix_cache == "none":
+        if config.prefix_cache == "none" or config.uses("tiers"):
             raise ConfigError(
-                f"--role {self.role} requires a prefix cache: remove --prefix-cache none."
-            )
-        if config.uses("tiers"):
-            raise ConfigError(
-                f"--role {self.role} does not support host and disk tiers: remove --host-gib "
-                "and --state-dir."
+                f"--role {self.role} requires a prefix cache without tiers: remove --prefix-cache "
+                "none, --host-gib and --state-dir."
             )
