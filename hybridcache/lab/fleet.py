@@ -21,7 +21,6 @@ import numpy as np
 from hybridcache.export.events import EventStream
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
-from hybridcache.lab.intervals import percentiles
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
@@ -59,16 +58,11 @@ class FleetResult:
     requests: int
     prompt_tokens: int
     cached_tokens: int
-    ttft_s: dict[int, float]
-    """Percentiles of the time from when a request could be asked to its first token."""
     ttft_mean_s: float
+    """Mean time from when a request could be asked to its first token."""
     cold_mean_s: float
-    imbalance: float
-    """Prefill seconds of the busiest place over the mean; 1 is perfect."""
     rerouted: int
     """Requests that lost their replica before the first token, and were routed again."""
-    broken: int
-    """Requests that lost their replica after the first token: their answers ended early."""
 
     @property
     def token_hit_rate(self) -> float:
@@ -99,7 +93,7 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
         when = first_s + seconds * (number + 1) / (fleet.failures + 1)
         loop.push(when, partial(loop.fail, (number + fleet.seed) % fleet.replicas))
     loop.run(trace.in_order())
-    log, busy_s = loop.log, np.array(loop.busy_s)
+    log = loop.log
     lengths, ttft_s = np.frombuffer(log.prompt_tokens, np.int64), np.frombuffer(log.ttft_s)
     return FleetResult(
         trace=trace.full_name,
@@ -108,12 +102,9 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
         requests=len(lengths),
         prompt_tokens=int(lengths.sum()),
         cached_tokens=sum(log.cached_tokens),
-        ttft_s=percentiles(ttft_s),
         ttft_mean_s=float(ttft_s.mean()),
         cold_mean_s=float(np.mean([times.seconds(0, length) for length in lengths.tolist()])),
-        imbalance=float(busy_s.max() / busy_s.mean()) if busy_s.any() else 1.0,
         rerouted=loop.rerouted,
-        broken=loop.broken,
     )
 
 
@@ -133,8 +124,7 @@ class _Fleet(EventLoop):
         self._ids = count()
         self._replicas: dict[ReplicaId, Replica] = {}
         self._homeless: list[Asked] = []
-        self.busy_s = [0.0] * config.replicas
-        self.rerouted = self.broken = 0
+        self.rerouted = 0
         cache, stateful = cell.cache_config(geometry, unit), bool(geometry.num_linear_layers)
         spec = ReplicaSpec(
             times,
@@ -179,8 +169,7 @@ class _Fleet(EventLoop):
         replica.queue.append(asked)
         self.start(replica, now)
 
-    def on_begun(self, replica: Replica, seconds: float, now: float) -> None:
-        self.busy_s[replica.place] += seconds
+    def on_begun(self, replica: Replica, now: float) -> None:
         self._publish(replica, now)
 
     def on_prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
@@ -220,7 +209,6 @@ class _Fleet(EventLoop):
         self.router.left(replica.id, now)
         waiting = [*replica.prefilling.values(), *replica.queue]
         self.rerouted += len(waiting)
-        self.broken += len(replica.decoding)
         self.push(now + self._config.replaced_s, partial(self._join, place))
         for asked in waiting:
             asked.served = None

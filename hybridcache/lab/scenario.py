@@ -303,15 +303,6 @@ class Scenario:
             if getattr(self, name) != _defaults()[name]:
                 raise ValueError(f"{name} {reason}")
 
-    def refuse_load(self) -> None:
-        """Raise ValueError for settings without an effect in a replay."""
-        self.refuse(
-            settings_of(LOAD),
-            "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)",
-        )
-        if self.max_running is None:
-            self.refuse(["tpot_s"], "has an effect with max_running alone: give both, or neither")
-
     # --- Files ------------------------------------------------------------------------------------
 
     @classmethod

@@ -35,8 +35,7 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     log = serve(build_target(alone, 1), AGENT, 1, alone)
     assert one.cached_tokens == sum(log.cached_tokens) and sum(log.copy_s) > 0
     assert one.ttft_mean_s == pytest.approx(np.mean(log.ttft_s))
-    assert one.ttft_s[50] == np.percentile(log.ttft_s, 50)
-    assert (one.imbalance, one.rerouted, one.broken) == (1.0, 0, 0)
+    assert one.rerouted == 0
     assert one.as_record()["token_hit_rate"] == one.token_hit_rate > 0
 
 

@@ -184,8 +184,8 @@ class EventLoop:
         self.replica.queue.append(asked)
         self.start(self.replica, now)
 
-    def on_begun(self, replica: Replica, seconds: float, now: float) -> None:
-        """Called when a prefill of that many seconds has begun."""
+    def on_begun(self, replica: Replica, now: float) -> None:
+        """Called when a prefill has begun."""
 
     def on_prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
         """Called at the first token of a request."""
@@ -243,7 +243,7 @@ class EventLoop:
             cached = 0 if served is None else served.cached_len * self.log.unit
             seconds = self.times.seconds(cached, asked.request.num_tokens(self.log.unit))
             seconds += 0.0 if served is None else served.copy_s
-            self.on_begun(replica, seconds, now)
+            self.on_begun(replica, now)
             self.push(now + seconds, partial(self._prefilled, asked, replica))
 
     def _prefilled(self, asked: Asked, replica: Replica, now: float) -> None:

@@ -39,7 +39,7 @@ from hybridcache.lab.report import (
     text_table,
     ties,
 )
-from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.scenario import LOAD, Scenario, settings_of
 from hybridcache.lab.simulation.grid import run_grid
 from hybridcache.lab.simulation.result import RunResult, SweepRuns, describe_times, summarise
 from hybridcache.lab.simulation.serving import serve
@@ -236,7 +236,12 @@ def simulate(
     require_bool(bound, "bound")
     require_bool(optimum, "optimum")
     asked = Scenario.of(scenario, settings)
-    asked.refuse_load()
+    asked.refuse(
+        settings_of(LOAD),
+        "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)",
+    )
+    if asked.max_running is None:
+        asked.refuse(["tpot_s"], "has an effect with max_running alone: give both, or neither")
     opened = asked.opened()
     if optimum and (asked.host_gib or asked.disk_gib):
         raise ValueError(
