@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hybridcache
-import hybridcache.allocators.arena
+import hybridcache.allocators.pools
 import hybridcache.api
 import hybridcache.policies.admission.base
 import hybridcache.radix.tree
@@ -482,7 +482,7 @@ def _others(page: str) -> list[str]:
     texts = []
     for module in (
         hybridcache.api,
-        hybridcache.allocators.arena,
+        hybridcache.allocators.pools,
         hybridcache.radix.tree,
         hybridcache.policies.admission.base,
     ):

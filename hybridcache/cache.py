@@ -25,9 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.arena import ArenaAllocator, RowIndex
 from hybridcache.allocators.moves import NOT_CARRIED_OUT, StepPlan, StepQueue
-from hybridcache.allocators.pools import PageAllocator, SlotAllocator, are_distinct
+from hybridcache.allocators.pools import (
+    ArenaAllocator,
+    PageAllocator,
+    RowIndex,
+    SlotAllocator,
+    are_distinct,
+)
 from hybridcache.api import (
     CacheStats,
     Eviction,

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hybridcache.allocators.arena import ArenaAllocator, slab_rows
 from hybridcache.allocators.moves import DISK, HOST
-from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator
+from hybridcache.allocators.pools import (
+    ArenaAllocator,
+    ByteBudget,
+    PageAllocator,
+    SlotAllocator,
+    slab_rows,
+)
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.priority_classes import PriorityClasses

@@ -30,8 +30,8 @@ from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import KEPT, Batch, Newest, Scheduler, Segment
 from engine.text.outputs import SampledToken
-from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
+from hybridcache.allocators.pools import slab_rows
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes
 from hybridcache.tokens import Indices, Tokens

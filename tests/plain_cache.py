@@ -13,9 +13,8 @@ from math import lcm
 
 import numpy as np
 
-from hybridcache.allocators.arena import ArenaAllocator
 from hybridcache.allocators.moves import Move
-from hybridcache.allocators.pools import PageAllocator, SlotAllocator
+from hybridcache.allocators.pools import ArenaAllocator, PageAllocator, SlotAllocator
 from hybridcache.api import Losses
 from hybridcache.policies.protocol import Kind
 from hybridcache.radix.tree import GHOST_NODE_BYTES, TOKEN_BYTES

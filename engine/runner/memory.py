@@ -17,7 +17,7 @@ from engine.layers.blocks import Pools
 from engine.layers.linear import ALONE, Rank
 from engine.runner.device import Device, host_free_bytes
 from engine.weights.model_config import ModelError
-from hybridcache.allocators.arena import slab_rows
+from hybridcache.allocators.pools import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import ModelSizes, Spec
 from hybridcache.geometry.units import GIB, format_bytes

@@ -1,9 +1,37 @@
-"""Allocators of KV rows in whole pages and of state slots, and the byte budget they can share."""
+"""Allocators of KV rows in whole pages and of state slots, and the byte budget they can share.
+
+An arena is shared memory of KV rows and state slots, which are two views of the same bytes.
+
+The arena is ``capacity`` *rows* of ``row_bytes``: keys and values of one token in all layers. Rows
+are numbered from 0. A *slab* is ``slab_rows`` consecutive rows that begin at a multiple of
+``slab_rows``: enough for one state. Slot s is slab s, so it begins at row ``s * slab_rows``. The
+remainder at the end, less than a slab, is the *tail*. It holds KV only.
+
+Ownership. At any moment a slab has one of three uses:
+
+- *free*: no row of it is allocated, and it is in the list of free slabs of ``ArenaAllocator``;
+- *KV*: its rows are allocated and freed in pages, by the ``ArenaAllocator`` itself;
+- *state*: it is one slot, through ``ArenaAllocator.slots``.
+
+Moves. A slot needs a whole slab. If enough rows are free but no slab is, the KV slab with the
+fewest living rows is emptied. Its rows move to holes in other slabs, and every *holder* is notified
+(``RowHolder.rows_moved``) before ``slots.allocate`` returns. Such a slab always exists: with
+``slab_rows`` free rows in total, the living rows of any slab fit into the holes of the others. So
+the arena accepts and refuses exactly the same requests as a byte budget in which a state counts as
+``slab_rows`` rows. States never move.
+
+An owner of rows must be in ``ArenaAllocator.holders`` from its first row until its last row is
+freed: the cache, and each lease. ``allocators.moves`` defines the order in which the tensors
+follow.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
+from hybridcache.allocators.moves import Move, RowHolder
+from hybridcache.radix.tree import Segment
 from hybridcache.tokens import Indices, require_index
 
 MAX_ROWS = 1 << 31
@@ -229,3 +257,259 @@ class SlotAllocator(BaseAllocator):
         assert len(self._stack) == self.num_unused, f"slots free: counted {self.num_unused}"
         assert sum(self.is_taken) == self.num_taken, f"{self.num_taken} slots counted as taken"
         assert self.taken.isdisjoint(self._stack), "a slot is free and taken"
+
+
+class ArenaAllocator(PageAllocator):
+    """Allocator of the arena's KV rows, with one of its states (``slots``).
+
+    ``row_bytes`` and ``state_bytes`` are the sizes of one token's KV and of one state. With
+    ``state_bytes=0`` there are no states, and everything is tail. ``capacity`` is the whole arena:
+    rows of states count as unused, and are not free.
+
+    KV fills holes before it opens a free slab. The rows of an opened slab are used after all other
+    holes, so that it is the emptiest and few rows move when it is emptied. Free rows are on one
+    stack, as in ``PageAllocator``; their slabs are determined only if a slot finds no free slab.
+    Then the holes of the fullest slabs are put on top.
+
+    >>> arena = ArenaAllocator(1000, row_bytes=10, state_bytes=95)
+    >>> arena.capacity, arena.slab_rows, arena.num_slabs
+    (100, 10, 10)
+    >>> rows, slot = arena.allocate(85), arena.slots.allocate()
+    >>> slot, arena.num_free, arena.slots.num_free
+    (9, 5, 0)
+    """
+
+    budget: ByteBudget
+
+    def __init__(
+        self, total_bytes: int, row_bytes: int, state_bytes: int, page_size: int = 1
+    ) -> None:
+        """Raise ValueError if ``total_bytes`` are less than one page."""
+        capacity = total_bytes // row_bytes
+        capacity -= capacity % page_size
+        if not capacity:
+            raise ValueError(
+                f"total_bytes must hold at least one page: {page_size} rows of {row_bytes} bytes "
+                f"(got {total_bytes})."
+            )
+        super().__init__(capacity, page_size, row_bytes, ByteBudget(capacity * row_bytes))
+        self.slab_rows = (
+            capacity if not state_bytes else slab_rows(state_bytes, row_bytes, page_size)
+        )
+        """Rows of a slab, in whole pages."""
+        self.num_slabs = capacity // self.slab_rows if state_bytes else 0
+        """Number of whole slabs, which is the number of slots."""
+        self.free_slabs = list(range(self.num_slabs - 1, -1, -1))
+        """Slabs that a slot can get without a search, the next one last."""
+        self.slots = ArenaSlots(self)
+        self.holders: dict[RowHolder, None] = {}
+        """Holders that are notified of moves, in this order."""
+        self.num_moves = 0
+        """Number of slabs emptied so far."""
+        self.num_moved_rows = 0
+        self._slab_pages = self.slab_rows // page_size
+        self._slab_offsets = np.arange(self._slab_pages, dtype=np.int32)
+        first, self._num_implied = self.num_slabs * self._slab_pages, 0
+        self._restack(np.arange(first, capacity // page_size, dtype=np.int32))
+
+    def allocate(self, num_tokens: int) -> Indices | None:
+        """Return rows as ``PageAllocator.allocate``.
+
+        O(n), plus O(slabs) after a sort of the holes.
+        """
+        missing = -(-num_tokens // self.page_size) - self._height
+        if missing > 0 and num_tokens <= self.num_free:
+            self._fill(missing)
+        return super().allocate(num_tokens)
+
+    def find_slab(self) -> None:
+        """Make at least one slab free: one without living rows, or the emptiest one after a move.
+
+        At least ``slab_rows`` rows must be free. O(slabs + holes), plus the work of the holders for
+        a move.
+        """
+        slabs, counts = self._count_holes()
+        emptiest = int(counts[:-1].argmax())
+        if counts[emptiest] < self._slab_pages:
+            self._empty(emptiest, slabs, counts)
+            return
+        is_whole = counts == self._slab_pages
+        is_whole[-1] = False  # the tail is no slab
+        self._restack(self._stacked()[~is_whole[slabs]])
+        self.free_slabs += np.flatnonzero(is_whole)[::-1].tolist()
+
+    def occupancy(self) -> npt.NDArray[np.int64]:
+        """Return the number of living KV rows of each slab, 0 for free slabs and states. O(slabs +
+        holes)."""
+        _, counts = self._count_holes()
+        living = (self._slab_pages - counts[:-1]) * self.page_size
+        living[[*self.free_slabs, *self.slots.taken]] = 0
+        return living.astype(np.int64, copy=False)
+
+    def _count_holes(self) -> tuple[Indices, npt.NDArray[np.intp]]:
+        """Return the slab of each hole in the order of the stack, and the holes per slab, the tail
+        last."""
+        slabs = self._stacked() // np.int32(self._slab_pages)
+        return slabs, np.bincount(slabs, minlength=self.num_slabs + 1)
+
+    def _empty(self, slab: int, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
+        """Move the living rows of ``slab`` to holes elsewhere, and list it as free.
+
+        The remaining holes are stacked again, with those of the fullest slabs on top.
+        """
+        first, num_inside = slab * self._slab_pages, int(counts[slab])
+        counts[slab] = self._slab_pages  # more than in any other slab: its holes come last
+        # Keys of 16 bits are sorted in linear time.
+        keys = counts.astype(np.uint16 if self._slab_pages < 1 << 16 else np.intp).take(slabs)
+        pages = self._stacked().take(keys.argsort(kind="stable"))
+        holes = pages[:-num_inside]
+        is_living = np.ones(self._slab_pages, np.bool_)
+        is_living[pages[-num_inside:] - first] = False
+        living = np.flatnonzero(is_living)
+        self._restack(holes[: len(living) - 1 : -1])
+        src = self.rows_of(living.astype(np.int32) + np.int32(first))
+        dst = self.rows_of(holes[: len(living)])
+        first_row = slab * self.slab_rows
+        new_rows = np.arange(first_row, first_row + self.slab_rows, dtype=np.int32)
+        new_rows.reshape(-1, self.page_size)[living] = dst.reshape(-1, self.page_size)
+        for array in (src, dst, new_rows):
+            array.setflags(write=False)
+        self.free_slabs.append(slab)
+        self.num_moves += 1
+        self.num_moved_rows += len(src)
+        move = Move(slab, src, dst, new_rows)
+        claimed = sum([holder.rows_moved(move) for holder in self.holders])
+        if claimed != len(src):
+            raise RuntimeError(
+                f"{len(src)} rows of slab {slab} moved, but holders claim {claimed}: "
+                "add every owner of rows to ArenaAllocator.holders"
+            )
+
+    def _fill(self, num_pages: int) -> None:
+        """Put ``num_pages`` free pages of free slabs on the stack, below all others.
+        O(num_pages)."""
+        num_slabs = -(-num_pages // self._slab_pages)
+        opened = self.free_slabs[-num_slabs:]
+        del self.free_slabs[-num_slabs:]
+        pages, height = self._pages_of(opened[::-1]), self._height
+        self._height = top = height + len(pages)
+        self._stack[len(pages) : top] = self._stack[:height]
+        self._stack[: len(pages)] = pages
+
+    def _restack(self, pages: Indices) -> None:
+        """Replace the stack by ``pages``."""
+        self._height = len(pages)
+        self._stack[: self._height] = pages
+
+    def _stacked(self) -> Indices:
+        """Return the pages on the stack, a view."""
+        return self._stack[: self._height]
+
+    def _free_pages(self) -> Indices:
+        """Return all pages that are neither KV nor part of a state, unordered. O(pages)."""
+        return np.concatenate([self._stacked(), self._pages_of(self.free_slabs)])
+
+    def _pages_of(self, slabs: list[int]) -> Indices:
+        """Return all pages of ``slabs``, in their order."""
+        first = np.array(slabs, np.int32)[:, None] * np.int32(self._slab_pages)
+        return (first + self._slab_offsets).reshape(-1)
+
+    def check(self, num_reserved: int = 0) -> None:
+        """Check that every row is free once, or allocated; in rows, slabs and bytes. O(pages)."""
+        free, states = self._free_pages(), self.slots.taken
+        super().check(num_reserved + len(states) * self.slab_rows)
+        free_bytes = len(free) * self.page_size * self.unit_bytes
+        assert self.budget.free_bytes == free_bytes, "bytes free are not rows free"
+        assert states.isdisjoint(self.free_slabs), "a slab is free and a state"
+        assert len(set(self.free_slabs)) == len(self.free_slabs), "a slab is free twice"
+        assert states.isdisjoint((free // self._slab_pages).tolist()), "a row under a state is free"
+
+    def check_taken(self, rows: Indices) -> None:
+        """Check that none of ``rows``, which are allocated KV rows, is part of a state. O(rows)."""
+        states = self.slots.taken
+        assert states.isdisjoint(np.unique(rows // self.slab_rows).tolist()), (
+            "a taken KV row lies under a state"
+        )
+
+
+def slab_rows(state_bytes: int, row_bytes: int, page_size: int = 1) -> int:
+    """Return the number of rows that one state takes, in whole pages.
+
+    >>> slab_rows(state_bytes=95, row_bytes=10), slab_rows(95, 10, page_size=4)
+    (10, 12)
+    """
+    rows = -(-state_bytes // row_bytes)
+    return -(-rows // page_size) * page_size
+
+
+class ArenaSlots(SlotAllocator):
+    """Slots of the arena: slot s is slab s. Its stack is the list of free slabs."""
+
+    budget: ByteBudget
+
+    def __init__(self, arena: ArenaAllocator) -> None:
+        super().__init__(arena.num_slabs, arena.slab_rows * arena.unit_bytes, arena.budget)
+        self._stack = arena.free_slabs
+        self._arena = arena
+
+    def allocate(self) -> int | None:
+        """Return a slot, or None if fewer rows are free than it takes.
+
+        O(1), or as ``ArenaAllocator.find_slab``.
+        """
+        if self.capacity and not self._stack and self.budget.free_bytes >= self.unit_bytes:
+            self._arena.find_slab()
+        return super().allocate()
+
+    def check(self) -> None:
+        assert sum(self.is_taken) == self.num_taken, f"{self.num_taken} states counted"
+
+
+class RowIndex:
+    """Segments of one tree by row: a ``RowHolder``, which owns the cached rows.
+
+    Finds the rows of an emptied slab without a search. It is updated only when a slab is emptied:
+    until then, a new segment costs one dictionary entry.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        # By row the serial of its segment: right for rows that the tree had at the last move and
+        # still has, unless a split has moved them. Host memory is taken as rows are used.
+        self._serials = np.zeros(num_rows, np.int64)
+        self._known: dict[int, Segment] = {}
+        """Segments in the table, by serial."""
+        self.new: dict[int, Segment] = {}
+        """Segments that are not in the table yet, by serial. Callers add each new one here."""
+
+    def remove(self, segment: Segment) -> None:
+        """Remove the segment of an evicted node. O(1)."""
+        if self.new.pop(segment.serial, None) is None:
+            del self._known[segment.serial]
+
+    def rows_moved(self, move: Move) -> int:
+        """Rename the rows of ``move`` in their segments, and return how many of them are cached.
+        O(rows of those segments + rows added since the last move)."""
+        if self.new:
+            added = [segment.rows for segment in self.new.values()]
+            # Four times as fast as with int32 for an index, which numpy casts a piece at a time.
+            index = np.concatenate(added, dtype=np.intp)
+            self._serials[index] = np.repeat(list(self.new), list(map(len, added)))
+            self._known |= self.new
+            self.new.clear()
+        serials = self._serials.take(move.src)
+        self._serials[move.dst.astype(np.intp)] = serials
+        ends = np.flatnonzero(serials[1:] != serials[:-1])
+        num_owned = 0
+        for serial in {*serials[ends].tolist(), serials.item(-1)}:
+            # A row that left the tree keeps the serial of a segment that is gone, or has lost it.
+            if (segment := self._known.get(serial)) is not None:
+                num_owned += len(move.rename(segment.rows))
+        return num_owned
+
+    def check(self, segments: list[Segment]) -> None:
+        """Check that the index has ``segments``, those of all resident nodes. O(rows)."""
+        known = {segment.serial: segment for segment in segments}
+        assert known == self._known | self.new, "the segments known are not those of the tree"
+        for serial in self._known.keys() - self.new.keys():
+            is_found = self._serials[self._known[serial].rows] == serial
+            assert is_found.all(), f"a row of segment {serial} is lost"

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import StepPlan
+from hybridcache.allocators.pools import slab_rows
 from hybridcache.api import Losses, PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest

@@ -23,7 +23,7 @@ from collections.abc import Hashable
 from typing import Any
 from zlib import crc32
 
-from hybridcache.allocators.arena import ArenaAllocator
+from hybridcache.allocators.pools import ArenaAllocator
 from hybridcache.api import Listener
 from hybridcache.radix.tree import NodeHandle, RadixNode
 

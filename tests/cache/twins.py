@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.arena import ArenaAllocator
 from hybridcache.allocators.moves import Move
+from hybridcache.allocators.pools import ArenaAllocator
 from hybridcache.api import Listener, PrefixMatch
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_policy, build_prefix_cache

@@ -6,9 +6,8 @@ from itertools import count
 
 import numpy as np
 
-from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE
-from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator
+from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator, slab_rows
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_on, build_prefix_cache
 from hybridcache.lab.baselines import BASELINES
@@ -27,7 +26,7 @@ def build_target(scenario: Scenario, unit: int) -> Target:
 
 def build_counted(config: CacheConfig) -> HybridRadixCache:
     """Return a cache with all decisions of one in an arena, whose rows never move: a state takes
-    the bytes of whole rows (``hybridcache.allocators.arena``)."""
+    the bytes of whole rows (``hybridcache.allocators.pools``)."""
     (row_bytes, state_bytes), page_size = config.unit_bytes, config.page_size
     num_rows = (config.total_bytes or 0) // row_bytes
     num_rows -= num_rows % page_size
