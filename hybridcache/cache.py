@@ -805,6 +805,8 @@ class HybridRadixCache:
             if kv is not None and node.children is None:  # It is a leaf no more.
                 self._withdraw(kv)
             leaf = self._append(node, tokens[:num_tokens], kv_indices, checkpoints)
+            self.cached_tokens += num_tokens - kv_match_len
+            self.stats.inserted_tokens += num_tokens - kv_match_len
             if isinstance(node.children, dict) and len(node.children) == 2:
                 self._review(node)
         elif kv is not None:
@@ -877,15 +879,13 @@ class HybridRadixCache:
     def _store_rows(self, node: RadixNode, rows: Indices) -> None:
         """Make ``node`` resident with ``rows``; the cache takes over the array.
 
-        Callers must add the KV to the policy afterwards if the node is still a leaf.
+        Callers count the tokens, and add the KV to the policy if the node is still a leaf.
         """
-        serial, num_tokens = self.num_items, len(rows)
+        serial = self.num_items
         self.num_items = serial + 1
         node.kv = Segment(node, rows, self.now, serial, self.item_bytes)
         if self._segments is not None:
             self._segments.new[serial] = node.kv
-        self.cached_tokens += num_tokens
-        self.stats.inserted_tokens += num_tokens
         if self._listeners:
             self._notify("kv_stored", node)
 

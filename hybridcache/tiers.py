@@ -626,6 +626,8 @@ class TieredRadixCache(HybridRadixCache):
             self._tree.revive(node)
             self._store_rows(node, rows[start:end].copy())
             start = end
+        self.cached_tokens += start
+        self.stats.inserted_tokens += start
         if base is not None and isinstance(base.children, dict):
             self._review(base)
         dst = np.array([slot], np.int32)

@@ -142,7 +142,9 @@ class PageAllocator(BaseAllocator):
             return None
         if top - num_pages < self._num_implied:
             first = max(0, min(top - num_pages, self._num_implied - BLOCK))
-            self._stack[first : self._num_implied] = np.arange(first, self._num_implied)
+            self._stack[first : self._num_implied] = np.arange(
+                first, self._num_implied, dtype=np.int32
+            )
             self._num_implied = first
         pages = self._stack[top - num_pages : top]
         num_rows = len(pages) * self.page_size

@@ -8,7 +8,7 @@ of the KV and the length of the seen tokens are two plain walks without recursio
 
 An edge is stored as the bytes of its int32 ids (4 per token), so that an edge is compared with one
 ``memcmp``. A split copies both parts, so that no node keeps the memory of an evicted one. The key
-of a child is the first page of its edge: an int if pages have one token, else bytes.
+of a child is the first page of its edge, in bytes.
 
 ``RadixTree`` has no policy and no memory: the cache decides when a node changes. ``GhostList``
 discards the oldest ghosts beyond its limit of bytes.
@@ -26,13 +26,6 @@ from hybridcache.tokens import EMPTY, PLAIN, Indices, Tokens, common_prefix_len,
 
 TOKEN_BYTES = 4
 """Bytes of one int32 token id."""
-
-ChildKey = int | bytes
-
-
-def first_page(tokens: Tokens, at: int, page_size: int) -> ChildKey:
-    """Return the key of the child on which ``tokens`` continue at ``at``. O(page)."""
-    return tokens.item(at) if page_size == 1 else tokens[at : at + page_size].tobytes()
 
 
 def edge_tokens(edge: bytes) -> Tokens:
@@ -265,10 +258,11 @@ class Item:
         if self.kind == "checkpoint" and node.children is not None:
             return state
         top = node
-        while top.kv is not None and (above := top.parent) is not None:
-            top = above
-            forks = isinstance(top.children, dict)
-            if top.checkpoint is not None or top.locks or not state or forks:
+        while top.kv is not None and top.parent is not None:
+            top = top.parent
+            if top.checkpoint is not None or isinstance(top.children, dict):
+                break
+            if top.locks or not state:
                 break
         num_bytes = (node.end - top.end) * kv_token
         has_state = self.kind == "checkpoint" or node.checkpoint is not None
@@ -451,7 +445,7 @@ class RadixTree:
         position of a difference is searched once, at the end. An only child is compared without
         looking up its key.
         """
-        end, stop, page_size = node.end, len(tokens), self.page_size
+        end, page_bytes = node.end, self.page_size * TOKEN_BYTES
         family = node.ghosts if ghosts else node.children
         if family is None:
             return node, None, end
@@ -461,18 +455,19 @@ class RadixTree:
             base, ids = end, tokens[end:].tobytes()
         starts_with = ids.startswith
         while family is not None:
+            at = (end - base) * TOKEN_BYTES
             child: RadixNode | None
             if isinstance(family, dict):
-                child = family.get(first_page(tokens, end, page_size)) if end < stop else None
+                child = family.get(ids[at : at + page_bytes])
                 if child is None:
                     break
             else:
                 child = family
-            if not starts_with(child.edge, (end - base) * TOKEN_BYTES):
-                if end >= stop or child.key != first_page(tokens, end, page_size):
+            if not starts_with(child.edge, at):
+                if child.key != ids[at : at + page_bytes]:
                     break
-                shared = common_prefix_len(edge_tokens(child.edge), tokens[end:], page_size)
-                return node, child, end + shared
+                edge = edge_tokens(child.edge)
+                return node, child, end + common_prefix_len(edge, tokens[end:], self.page_size)
             node = child
             end = node.end
             family = node.ghosts if ghosts else node.children
@@ -482,7 +477,7 @@ class RadixTree:
         """Add a resident child with a copy of ``tokens`` to ``parent``, and return it.
         O(len(tokens))."""
         edge = tokens.tobytes()
-        key = first_page(tokens, 0, self.page_size)
+        key = edge[: self.page_size * TOKEN_BYTES]
         child = RadixNode(parent, key, edge, parent.end + len(tokens))
         family = parent.children
         parent.children = child if family is None else with_child(family, child)
@@ -502,7 +497,7 @@ class RadixTree:
         cut = (position - parent.end) * TOKEN_BYTES
         upper = RadixNode(parent, lower.key, lower.edge[:cut], position)
         lower.edge = lower.edge[cut:]
-        lower.key = first_page(lower.tokens, 0, self.page_size)
+        lower.key = lower.edge[: self.page_size * TOKEN_BYTES]
         lower.parent = upper
         family = parent.ghosts if lower.kv is None else parent.children
         if isinstance(family, dict):
@@ -584,7 +579,7 @@ class RadixTree:
         length = node.end - parent.end
         is_right = length > 0 and length % self.page_size == 0 and len(node.tokens) == length
         assert is_right, f"edge of {node} has the wrong length"
-        key = first_page(node.tokens, 0, self.page_size)
+        key = node.edge[: self.page_size * TOKEN_BYTES]
         assert node.key == key, f"{node} is under the wrong key"
         assert node.locks >= 0, f"{node} was unlocked too often"
         if kv is None:

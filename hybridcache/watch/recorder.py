@@ -12,8 +12,8 @@ One insertion gives three records:
 >>> result = cache.insert(prompt, cache.allocate_kv(10), [(8, cache.allocate_slot())])
 >>> for record in recorder.take():
 ...     print(record)
-['kv', 0, None, None, 0, 8, 4108050209, 0, 0]
-['kv', 1, 0, None, 8, 10, 4194326291, 0, 0]
+['kv', 0, None, None, 0, 8, 3594083504, 0, 0]
+['kv', 1, 0, None, 8, 10, 3848290950, 0, 0]
 ['checkpoint', 0, 0, '', 0, 0]
 """
 

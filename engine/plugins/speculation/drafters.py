@@ -11,14 +11,7 @@ import numpy as np
 from engine.requests.request import Request
 from engine.schedule.scheduler import Newest
 from engine.text.bounded import BoundedMemory
-from hybridcache.radix.tree import (
-    TOKEN_BYTES,
-    NodeHandle,
-    RadixNode,
-    edge_tokens,
-    first_page,
-    members,
-)
+from hybridcache.radix.tree import TOKEN_BYTES, NodeHandle, RadixNode, edge_tokens, members
 from hybridcache.tokens import EMPTY, Tokens
 
 MAX_TEXTS, MAX_KEPT = 16, 1 << 16
@@ -111,7 +104,7 @@ def _next(node: RadixNode, page_size: int, tokens: Tokens) -> RadixNode | None:
     """
     families = (node.children, node.ghosts)
     if len(tokens) >= page_size:
-        key = first_page(tokens, 0, page_size)
+        key = tokens[:page_size].tobytes()
         for family in families:
             child = family.get(key) if isinstance(family, dict) else family
             if child is not None and child.key == key:

@@ -38,12 +38,13 @@ class LRU(EvictionPolicy):
             line = self._dead if item.dead else self._kv
         else:
             line = self._superseded if item.superseded else self._checkpoints
-        queue = line.queue
-        if queue and entry < queue[-1]:
+        entries: deque[Entry] | list[Entry] = line.queue
+        if entries and entry < entries[-1]:
+            entries = line.late
             heappush(line.late, entry)
         else:
-            queue.append(entry)
-        if len(queue) > line.limit or len(line.late) > line.limit:
+            entries.append(entry)
+        if len(entries) > line.limit:
             line.sweep()
 
     def discard(self, item: Item, evicted: bool) -> None:
