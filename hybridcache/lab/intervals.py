@@ -83,8 +83,6 @@ def interval(values: Sequence[float]) -> Interval:
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
     """Return the mean of ``first - second``, unit by unit. ValueError if the lengths differ."""
-    if len(first) != len(second):
-        raise ValueError(f"Pairs need equal lengths (got {len(first)} and {len(second)}).")
     differences = np.asarray(first, float) - np.asarray(second, float)
     return interval(differences.round(12).tolist())
 
@@ -93,8 +91,6 @@ def ratio(parts: Sequence[float] | np.ndarray, wholes: Sequence[float] | np.ndar
     """Return ``sum(parts) / sum(wholes)`` with units drawn again with replacement: of a token hit
     rate, reused tokens and prompt tokens of each session."""
     parts, wholes = np.asarray(parts, float), np.asarray(wholes, float)
-    if len(parts) != len(wholes) or not len(parts):
-        raise ValueError(f"Expected as many parts as wholes (got {len(parts)}, {len(wholes)}).")
     mean = float(parts.sum() / wholes.sum())
     if len(parts) < FEWEST_UNITS:
         return Interval(mean, math.nan, math.nan)

@@ -28,8 +28,6 @@ def shown_progress(
     if callable(progress):
         yield progress
         return
-    if not isinstance(progress, bool | None):
-        raise ValueError(f"progress must be a function, False or None (got {progress!r}).")
     with tqdm(unit=f" {unit}", desc=name, disable=None, delay=0.5) as bar:
 
         def show(done: int, total: int) -> None:
