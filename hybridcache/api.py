@@ -104,11 +104,8 @@ class PrefixMatch(NamedTuple):
 
     @property
     def missed_tokens(self) -> int:
-        """Number of tokens that ``missed`` would have saved beyond the checkpoint that was found.
-
-        It is 0 if nothing was missed. Tokens of a refused checkpoint do not count, because it was
-        found.
-        """
+        """Number of tokens that ``missed`` would have saved beyond the checkpoint that was found,
+        refused or not; 0 if nothing was missed."""
         if self.missed is None:
             return 0
         return max(self.missed.position - self.cached_len - self.losses.refused, 0)

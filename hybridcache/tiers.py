@@ -448,11 +448,7 @@ class OffloadTiers(GhostList):
         )
 
     def check(self) -> None:
-        """Recompute the invariants of the tiers from scratch. O(tree + pools).
-
-        Raises:
-            AssertionError: an invariant fails; the message names the first.
-        """
+        """Recompute the invariants of the tiers from scratch. O(tree + pools)."""
         stored: list[list[Indices]] = [[] for _ in self.tiers]
         states: list[list[OffloadedCheckpoint]] = [[] for _ in self.tiers]
         for node in (*self.tree.roots.values(), *self.tree.nodes()):

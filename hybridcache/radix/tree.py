@@ -540,11 +540,7 @@ class RadixTree:
             del self.roots[parent.key]
 
     def check(self, ghosts: GhostList) -> None:
-        """Recompute the invariants of the tree and its ``ghosts``. O(tree).
-
-        Raises:
-            AssertionError: an invariant fails; the message names the first.
-        """
+        """Recompute the invariants of the tree and its ``ghosts``. O(tree)."""
         listed = {ghost: place for place, ghost in enumerate(ghosts.oldest_first())}
         for namespace, root in self.roots.items():
             is_root = root.parent is None and root.end == 0 and root.kv is None and not root.locks
