@@ -8,7 +8,7 @@ from typing import cast
 from hybridcache.policies.user import load
 from hybridcache.routing.precise import CheckpointSeconds
 from hybridcache.routing.protocol import LeastLoaded, ReplicaSpec, Router
-from hybridcache.routing.text_tree import CacheAware
+from hybridcache.routing.text import CacheAware
 
 ROUTERS: dict[str, type[Router]] = {
     "checkpoint": CheckpointSeconds,

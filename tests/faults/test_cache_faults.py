@@ -17,7 +17,6 @@ from hybridcache.lease import Lease
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION_NAMES
 from hybridcache.routing.outbox import Outbox
-from hybridcache.routing.text_tree import TextTree
 from hybridcache.tiers import TieredRadixCache
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
@@ -31,7 +30,6 @@ from tests.cache.twins import Twins
 from tests.export.test_events_machine import EventsMachine
 from tests.faults.injection import Check, Faults, Patch, assert_detected, machine
 from tests.policies import test_regret, test_textbook
-from tests.routing.test_text_tree_machine import TextTreeMachine
 
 FAULTS = Faults()
 CACHE = machine(CacheMachine, max_examples=400)
@@ -347,7 +345,6 @@ for silent in (
     ("survival ignores ghosts above the missed one", Survival, "on_ghost_hit_above", GHOSTS),
     ("evicted checkpoints are not reported", EventStream, "checkpoint_removed", EVENTS),
     ("splits are not reported", EventStream, "kv_split", EVENTS),
-    ("prompts of a removed replica are kept", TextTree, "forget", machine(TextTreeMachine)),
 ):
     FAULTS.add_silent(*silent)
 
