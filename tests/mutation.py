@@ -76,7 +76,7 @@ GROUPS = {
     # A file's last group counts. These files need only one test file: a minute instead of ten.
     "near": Group(
         ("hybridcache/allocators/pools.py",),
-        ("tests/allocators/test_allocators.py",),
+        ("tests/allocators/test_allocators.py", "tests/allocators/test_arena.py"),
     ),
 }
 SLOW = ("test_remembered",)
