@@ -452,21 +452,6 @@ class AsyncEngine:
         if request_id in self._streams:
             self.channel.send(Abort(request_id, reason))
 
-    async def generate(
-        self,
-        prompt: Prompt | RequestSpec,
-        sampling: SamplingParams | None = None,
-        **options: Any,
-    ) -> AsyncIterator[RequestOutput]:
-        """Yield the outputs of one prompt. The request ends if the iterator is closed or
-        cancelled."""
-        stream = self.submit(prompt, sampling, **options)
-        try:
-            async for output in stream:
-                yield output
-        finally:
-            stream.abort()
-
     def receive(self, message: FromEngine) -> None:
         """Process a message of the engine. Called by the channel, in any one thread at a time."""
         match message:
