@@ -269,6 +269,9 @@ class AnswerReader:
                 continue
             start = found.start() - len(text)
             parsed, end = yield from self._parse_call(form, start, found.end() - len(text))
+            if isinstance(parsed, Call) and parsed.name not in self._functions:
+                unknown = f"no tool {parsed.name[:MAX_NAME]!r} was offered"
+                parsed = unknown if self._functions else "'tool_choice' is 'none'"
             if isinstance(parsed, Call):
                 has_calls = True
                 yield ToolCall(parsed.name, json.dumps(parsed.arguments, ensure_ascii=False))
@@ -356,12 +359,8 @@ class CallForm:
     ends: tuple[str, ...]
     """Marks with which a call may end."""
     parse: Callable[[str, Functions, bool], Parsed]
-    """Function that reads the call of an offered tool at the beginning of a text. The last argument
-    is True if the answer ends behind it."""
-
-
-def _not_offered(name: str, functions: Functions) -> str:
-    return f"no tool {name[:MAX_NAME]!r} was offered" if functions else "'tool_choice' is 'none'"
+    """Function that reads the call at the beginning of a text. The last argument is True if the
+    answer ends behind it."""
 
 
 def _parse_hermes(text: str, functions: Functions, is_end: bool) -> Parsed:
@@ -380,7 +379,7 @@ def _parse_hermes(text: str, functions: Functions, is_end: bool) -> Parsed:
         return None if in_string else NOT_JSON
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return NOT_JSON
-    return Call(name, arguments, end) if name in functions else _not_offered(name, functions)
+    return Call(name, arguments, end)
 
 
 _JSON = json.JSONDecoder()
@@ -395,9 +394,7 @@ def _parse_xml(text: str, functions: Functions, is_end: bool) -> Parsed:
     if head is None:
         return None if _HEAD_BEGIN.fullmatch(text) else MALFORMED
     name, at, arguments = head[1].strip(), head.end(), dict[str, Any]()
-    if name not in functions:
-        return _not_offered(name, functions)
-    named = (functions[name].get("parameters") or {}).get("properties")
+    named = (functions.get(name, {}).get("parameters") or {}).get("properties")
     schemas = named if isinstance(named, Mapping) else {}
     while found := _PARAMETER.match(text, at):
         if found["end"] is None:

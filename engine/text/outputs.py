@@ -155,14 +155,12 @@ class RequestOutput(Struct, frozen=True, array_like=True):
     @property
     def prompt_token_ids(self) -> npt.NDArray[np.int32]:
         """Tokens of the prompt, int32[n]."""
-        prompt: npt.NDArray[np.int32] = self.answer.prompt
-        return prompt
+        return self.answer.prompt  # type: ignore[no-any-return]
 
     @property
     def output(self) -> npt.NDArray[np.int32]:
         """All generated tokens, int32[m]: a view that is never overwritten."""
-        tokens: npt.NDArray[np.int32] = self.answer.tokens[: self.num_tokens]
-        return tokens
+        return self.answer.tokens[: self.num_tokens]  # type: ignore[no-any-return]
 
     @property
     def token_ids(self) -> list[int]:
@@ -183,8 +181,7 @@ class RequestOutput(Struct, frozen=True, array_like=True):
     def prompt_logprobs(self) -> tuple[SampledToken | None, ...] | None:
         """One per prompt token, None for the first; set from the first token on if the request has
         them."""
-        found: tuple[SampledToken | None, ...] | None = self.answer.prompt_logprobs
-        return found
+        return self.answer.prompt_logprobs  # type: ignore[no-any-return]
 
     @classmethod
     def failed(cls, request_id: str, error: RequestError) -> RequestOutput:
