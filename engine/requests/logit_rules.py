@@ -62,26 +62,19 @@ class Ruling(NamedTuple):
 FREE = Ruling()
 
 
-class Draws(NamedTuple):
-    """Draws of one step for one answer: one after ``answer``, and one after each of ``drafts``."""
-
-    first: int
-    """Number of the first draw."""
-    answer: Tokens
-    drafts: Tokens
-
-    def before(self) -> list[Tokens]:
-        """Return the tokens before each draw. O(answer)."""
-        known, num_answered = np.concatenate([self.answer, self.drafts]), len(self.answer)
-        return [known[: num_answered + place] for place in range(1 + len(self.drafts))]
+def before_draws(answer: Tokens, drafts: Tokens) -> list[Tokens]:
+    """Return the tokens before each draw of a step: one draw after ``answer``, and one after each
+    of ``drafts``. O(answer)."""
+    known, num_answered = np.concatenate([answer, drafts]), len(answer)
+    return [known[: num_answered + place] for place in range(1 + len(drafts))]
 
 
-def ruled(rules: Sequence[LogitRule], draws: Draws) -> Sequence[Ruling]:
+def ruled(rules: Sequence[LogitRule], answer: Tokens, drafts: Tokens) -> Sequence[Ruling]:
     """Apply ``rules`` in order, each to the result of the ones before it, except to final
     rulings."""
-    rulings: Sequence[Ruling] = [FREE] * (1 + len(draws.drafts))
+    rulings: Sequence[Ruling] = [FREE] * (1 + len(drafts))
     for rule in rules:
-        changed = rule.apply(draws, rulings)
+        changed = rule.apply(answer, drafts, rulings)
         rulings = [old if old.is_final else new for old, new in zip(rulings, changed, strict=True)]
     return rulings
 
@@ -97,8 +90,8 @@ class LogitRule:
         """Return the beginning of ``drafts`` that may follow ``answer``."""
         return drafts
 
-    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> Sequence[Ruling]:
-        """Return ``rulings``, one for each of ``draws``, changed by this rule."""
+    def apply(self, answer: Tokens, drafts: Tokens, rulings: Sequence[Ruling]) -> Sequence[Ruling]:
+        """Return ``rulings``, one for each draw, changed by this rule."""
         return rulings
 
     def is_done(self, answer: Tokens) -> bool:
@@ -120,23 +113,21 @@ class ReasoningBudget(LogitRule):
         self._ids = tokenizer.encode(END, add_special_tokens=False)
         self._masks = [packed([token], vocab_size) for token in self._ids]
 
-    def mask(self, draw: int, answer: Tokens) -> Mask | None:
-        """Return the mask of the one token that draw number ``draw`` may give, or None if the
-        budget is not used up. O(1), at the end O(budget)."""
-        place = draw - self.first
+    def mask(self, answer: Tokens) -> Mask | None:
+        """Return the mask of the one token that may follow ``answer``, or None if the budget is not
+        used up. O(1), at the end O(budget)."""
+        place = len(answer) - self.first
         if not 0 <= place < len(self._ids):
             return None
         text = self._text(answer[: self.first])
         is_thinking = CLOSE not in text and (self._is_open or text.lstrip().startswith(OPEN))
         return self._masks[place] if is_thinking else None
 
-    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
+    def apply(self, answer: Tokens, drafts: Tokens, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. Tokens excluded by a grammar stay excluded."""
         changed = []
-        for draw, (answer, ruling) in enumerate(
-            zip(draws.before(), rulings, strict=True), draws.first
-        ):
-            end = self.mask(draw, answer)
+        for known, ruling in zip(before_draws(answer, drafts), rulings, strict=True):
+            end = self.mask(known)
             if end is not None and (ruling.mask is None or (ruling.mask & end).any()):
                 ruling = Ruling(end, is_final=True)
             changed.append(ruling)
@@ -162,10 +153,10 @@ class BansAndBiases(LogitRule):
         self._ends, self._num_banned = ends, min_tokens if ends else 0
         self._all = packed(np.arange(vocab_size), vocab_size)
 
-    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
+    def apply(self, answer: Tokens, drafts: Tokens, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. O(mask)."""
         changed = []
-        for draw, ruling in enumerate(rulings, draws.first):
+        for draw, ruling in enumerate(rulings, len(answer)):
             mask = ruling.mask
             if draw < self._num_banned:
                 mask = _without(self._all if mask is None else mask, self._ends)
@@ -184,12 +175,12 @@ class Penalties(LogitRule):
         self._counts = TokenCounts(self._prompt)
         self._repetition, self._presence, self._frequency = repetition, presence, frequency
 
-    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
+    def apply(self, answer: Tokens, drafts: Tokens, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. O(new tokens + distinct tokens of each draw)."""
-        if len(draws.answer) < self._counts.num_counted:  # The step of the newest token failed.
+        if len(answer) < self._counts.num_counted:  # The step of the newest token failed.
             self._counts = TokenCounts(self._prompt)
-        self._counts.count(draws.answer)
-        seen = (draws.drafts[:place] for place in range(len(rulings)))
+        self._counts.count(answer)
+        seen = (drafts[:place] for place in range(len(rulings)))
         return [
             ruling._replace(
                 repeats=self._of(self._counts.ahead(more) if len(more) else self._counts)

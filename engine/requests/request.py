@@ -22,7 +22,6 @@ from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.logit_rules import (
     FREE,
     BansAndBiases,
-    Draws,
     LogitRule,
     Penalties,
     ReasoningBudget,
@@ -351,7 +350,7 @@ class Request(ScheduledRequest):
                 answer = np.append(answer, np.int32(token))
             # With NO_TOKEN, the request ends when this step is committed.
             if token != NO_TOKEN:
-                rulings = ruled(self._rules, Draws(draw, answer, drafts))
+                rulings = ruled(self._rules, answer, drafts)
             faults = ((place, one.fault) for place, one in enumerate(rulings, draw) if one.fault)
             if self._fault is None or self._fault[0] >= draw:
                 self._fault = next(faults, None)

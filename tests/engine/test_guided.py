@@ -16,7 +16,7 @@ import pytest
 from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided.guides import Guides
 from engine.requests.grammar import grammar_of_calls, grammar_of_strict_calls
-from engine.requests.logit_rules import FREE, Draws
+from engine.requests.logit_rules import FREE
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.history.agent import make_model_dir
 from tests.engine.history.scripted import ScriptedSampler
@@ -235,6 +235,6 @@ def test_only_the_answer_after_the_reasoning_is_guided(tmp_path: Path, adds_spac
             assert len(guide.possible(right[:0], right)) == len(right)
             assert guide.is_done(right) and not guide.is_done(right[:-1])
             for size in range(len(right)):
-                [ruling] = guide.apply(Draws(size, right[:size], right[:0]), [FREE])
+                [ruling] = guide.apply(right[:size], right[:0], [FREE])
                 assert ruling.mask is not None
                 assert np.unpackbits(ruling.mask, bitorder="little")[right[size]], size

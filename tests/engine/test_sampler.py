@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
 from engine import engine_config
-from engine.requests.logit_rules import FREE, Draws, Penalties
+from engine.requests.logit_rules import FREE, Penalties
 from engine.requests.request import Intake, RequestSpec, SamplingInput, SamplingParams
 from engine.runner import sampler
 from engine.runner.sampler import Sampler, uniform
@@ -26,7 +26,7 @@ def request(seed=0, prompt=NONE, output=NONE, **params):
     sampling, rulings = SamplingParams(**params), [FREE]
     costs = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
     if costs != (1, 0, 0):
-        rulings = Penalties(prompt, *costs).apply(Draws(len(output), output, NONE), rulings)
+        rulings = Penalties(prompt, *costs).apply(output, NONE, rulings)
     return SamplingInput(sampling, seed, len(output), *rulings)
 
 

@@ -30,7 +30,7 @@ def test_reasoning_is_ended_once_at_its_budget(
     limit = ReasoningBudget(TOKENIZER, 320, prompt, budget)
     answer: list[int] = []
     for token in [*first_part, *second_part, *b"x" * 40]:
-        mask = limit.mask(len(answer), np.array(answer, np.int32))
+        mask = limit.mask(np.array(answer, np.int32))
         if mask is not None:
             [token] = np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()
         answer.append(token)

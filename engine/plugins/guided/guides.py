@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.requests.grammar import CALL, Grammar, GrammarError, TooComplex
-from engine.requests.logit_rules import Draws, LogitRule, Mask, Ruling
+from engine.requests.logit_rules import LogitRule, Mask, Ruling, before_draws
 from engine.text.bounded import BoundedMemory
 from hybridcache.command.extras import how_to_install
 from hybridcache.tokens import Tokens
@@ -103,17 +103,17 @@ class Guide(LogitRule):
         self._num_taken = 0
         self._spent_s = 0.0
 
-    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
-        """Return the masks of ``draws``. If nothing can follow, the mask allows a token that ends
+    def apply(self, answer: Tokens, drafts: Tokens, rulings: Sequence[Ruling]) -> list[Ruling]:
+        """Return the mask of each draw. If nothing can follow, the mask allows a token that ends
         answers. O(new tokens) and the library's time for each."""
         found: list[Ruling] = []
         try:
-            for known in draws.before():
+            for known in before_draws(answer, drafts):
                 found.append(Ruling(self._found(known, self._mask)))
         except GrammarError as error:
             found += [Ruling(fault=error, is_final=True)] * (len(rulings) - len(found))
-        if len(draws.drafts):
-            self._go_to(draws.answer)  # The drafts may be rejected.
+        if len(drafts):
+            self._go_to(answer)  # The drafts may be rejected.
         return found
 
     def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
