@@ -108,17 +108,6 @@ MAKERS: dict[str, Callable[[Any], Grammar]] = {
 """Functions that make the grammar of a field of ``StructuredOutputs``."""
 
 
-class StreamOptions(msgspec.Struct, kw_only=True):
-    include_usage: bool = False
-
-
-class Metadata(msgspec.Struct, kw_only=True):
-    """Metadata of a request. Other names are ignored."""
-
-    session_end: bool | Literal["true", "false", "True", "False"] | None = None
-    """Declares that no request of the session follows. OpenAI's values are texts."""
-
-
 class OpenAIBody(Body, kw_only=True):
     """Parameters that all requests of OpenAI's API share."""
 
@@ -127,7 +116,7 @@ class OpenAIBody(Body, kw_only=True):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict[str, Any] | None = None
 
 
 class Sampling(OpenAIBody, kw_only=True):
@@ -153,16 +142,17 @@ class Sampling(OpenAIBody, kw_only=True):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool = False
-    metadata: Metadata | None = None
+    metadata: dict[str, Any] | None = None
 
     @property
     def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return (self.stream_options or {}).get("include_usage") is True
 
     @property
     def ends_session(self) -> bool:
-        """True if the client declared that no request of this session follows."""
-        return self.metadata is not None and self.metadata.session_end in (True, "true", "True")
+        """True if the client declared that no request of this session follows. Values of OpenAI's
+        metadata are texts."""
+        return str((self.metadata or {}).get("session_end")).lower() == "true"
 
     def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
         """Return the requested forms: parameter -> function that makes its grammar, and may raise

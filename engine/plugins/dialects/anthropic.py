@@ -26,7 +26,6 @@ from engine.server.schemas import (
     ChatRequest,
     Choice,
     Message,
-    Metadata,
     Name,
     NamedTool,
     ResponseFormat,
@@ -185,7 +184,7 @@ class CountRequest(Body, kw_only=True):
     """Later prompts will share all of this one."""
     context_management: Any = None
     """Ignored: the answer says that no edit was applied."""
-    metadata: Metadata | None = None
+    metadata: dict[str, Any] | None = None
     thread: Any = None
     """Refused with a code, at which Anthropic's client sends the whole chat without it."""
 

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from engine.messages import EndSession
 from engine.server.access import Tenant
 from engine.server.api_errors import APIError, quoted
-from engine.server.bodies import Part, converted, json_response, named_event
+from engine.server.bodies import Part, json_response, named_event
 from engine.server.chat import PartWriter, chat_of
 from engine.server.context import Call, ServingContext, new_id
 from engine.server.schemas import (
@@ -30,7 +30,6 @@ from engine.server.schemas import (
     Choice,
     Effort,
     Message,
-    Metadata,
     Name,
     NamedTool,
     OpenAIBody,
@@ -111,8 +110,6 @@ def _joined(namespace: str | None, name: str) -> str:
 
 
 class FunctionTool(msgspec.Struct, kw_only=True, tag_field="type", tag="function"):
-    """A function."""
-
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -219,7 +216,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
             top_p=self.top_p,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             response_format=(self.text or TextConfig()).format,
-            metadata=converted(self.metadata or {}, Metadata, "metadata"),
+            metadata=self.metadata,
         )
 
 
