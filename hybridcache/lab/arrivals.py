@@ -54,8 +54,7 @@ class Pauses:
 
 
 def parse_starts(text: str) -> Starts:
-    """Parse ``poisson:2`` or ``fixed:2`` (sessions a second), or ``bursts:2:32`` of 32 sessions at
-    once (16 without it). ValueError for anything else."""
+    """Parse ``poisson:2`` or ``fixed:2`` (sessions a second), or ``bursts:2:32``."""
     kind, _, numbers = text.partition(":")
     rate_text, *sizes = numbers.split(":")
     try:

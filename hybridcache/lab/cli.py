@@ -144,8 +144,7 @@ def add_command(
 
 
 def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
-    """Add flags for fields of ``Scenario``. Flags that are not given leave no trace in the
-    options."""
+    """Add flags for fields of ``Scenario``, without defaults."""
     known = {one.name: one for one in fields(Scenario)}
     for name in names:
         facts = known[name].metadata

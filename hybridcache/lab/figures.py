@@ -48,8 +48,7 @@ MOST_TICKS = 6
 
 
 def figure_path(path: str | Path) -> Path:
-    """Return the path of a figure, and make its folder. ValueError for an unknown ending, and if
-    no file can have this path."""
+    """Return the path of a figure, and make its folder. ValueError for an unknown ending."""
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{path}: the name of a figure must end in .png, .svg or .pdf")

@@ -134,8 +134,7 @@ class BoardJob:
         return f"{self.trace}{rate}, seed {self.seed}"
 
     def key(self, _trace_identity: bytes) -> str:
-        """Return an identity of the job, the version, the model's sizes, the trace's file, and the
-        code of own policies."""
+        """Return an identity of the job, the version, the model, the trace and own policies."""
         own = sources_of(part for policy in self.policies for part in policy.split("@"))
         trace = identity_of(open_trace(self.trace))
         text = repr((self, version(), ModelGeometry.load(self.model), own))
@@ -168,8 +167,7 @@ class Scores:
 
 
 def _seeded(spec: str, seed: int) -> str:
-    """Return ``spec`` with the seed, or as it is if it names a file with recorded times, which is
-    a single draw."""
+    """Return ``spec`` with the seed; unchanged for a file with recorded times, a single draw."""
     if spec.partition("?")[0] in GENERATORS or hasattr(open_trace(spec).source, "seed"):
         return f"{spec}{'&' if '?' in spec else '?'}seed={seed}"
     return spec
@@ -240,8 +238,7 @@ class Board:
     trace_notes: Sequence[str] = ()
 
     def rows(self) -> list[Row]:
-        """Return a row per policy, the highest hit rate first: in closed loop, if the split has
-        any."""
+        """Return a row per policy, the highest hit rate (in closed loop, if known) first."""
         plans = [self._cells(lambda job: job.plan), self._cells(lambda job: job.plan_running)]
 
         def rates(name: str, is_loop: bool = False) -> np.ndarray:
@@ -267,8 +264,7 @@ class Board:
         return sorted(found, key=lambda row: -(row.served or row.hit_rate).mean)
 
     def _cells(self, read: Callable[[Scores], list[float]], is_loop: bool = False) -> np.ndarray:
-        """Return the numbers that ``read`` takes from each replay, or closed loop: [seeds,
-        cells]."""
+        """Return numbers of each replay, or closed loop: [seeds, cells]."""
         jobs = [one for one in self.scores if (one.rate is not None) == is_loop]
         return np.array(
             [

@@ -29,8 +29,7 @@ from hybridcache.lab.trace import Trace, TraceRequest
 
 @dataclass(slots=True, eq=False)
 class Position:
-    """One node of the trie, and what a plan keeps there: intervals are numbered by the visit at
-    their beginning."""
+    """One node of the trie, and what a plan keeps there, by interval."""
 
     depth: int
     parent: Position | None
@@ -67,8 +66,7 @@ class VisitedTrie:
     prompt_lens: list[int]
 
     def usable(self, request: int) -> Iterator[Interval]:
-        """Yield (position, interval) from which ``request`` could resume, top down: candidates
-        visited before, at most one token short of its prompt."""
+        """Yield (position, interval) from which ``request`` could resume, top down."""
         for position, visit in self.paths[request].items():
             if visit and position.is_candidate and position.depth < self.prompt_lens[request]:
                 yield position, visit - 1
@@ -173,8 +171,7 @@ class Plan:
         self.hits: dict[int, Position] = {}
 
     def needs(self, request: int, position: Position) -> set[Interval]:
-        """Return the checkpoint intervals that must be added for ``request`` to resume at
-        ``position``."""
+        """Return the checkpoint intervals to add for ``request`` to resume at ``position``."""
         path = self.trie.paths[request]
         needed = self._state_since(position, path[position] - 1)
         for above, visit in path.items():
@@ -186,8 +183,7 @@ class Plan:
         return needed
 
     def _state_since(self, position: Position, interval: int) -> set[Interval]:
-        """Return the intervals back to the last visit that computed the state at ``position``,
-        without those already kept."""
+        """Return the intervals to add since the last visit that computed the state."""
         needed = set()
         while not position.checkpoints[interval]:
             needed.add((position, interval))
@@ -288,8 +284,7 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
     plan = Plan(trie, budget)
 
     def first_density(position: Position, interval: int) -> float:
-        """Return the density in an empty plan: everything above the position was also visited at
-        both ends of the interval."""
+        """Return the density in an empty plan."""
         start, end = position.visits[interval : interval + 2].tolist()
         size = position.depth * budget.kv_bytes_per_token + budget.state_bytes
         return position.depth / float((end - start) * size)

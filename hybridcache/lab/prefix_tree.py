@@ -114,8 +114,7 @@ def merge_into_child(node: PrefixNode) -> PrefixNode:
 
 
 def nodes(root: PrefixNode) -> Iterator[PrefixNode]:
-    """Yield every node below ``root``, each before its children, children in the order of
-    insertion. O(tree)."""
+    """Yield every node below ``root``, parents first, children in the order of insertion."""
     stack = list(reversed(root.children.values()))
     while stack:
         node = stack.pop()
@@ -151,8 +150,7 @@ class InfiniteCache:
         """Tokens remembered, those that sequences share counted once."""
 
     def serve(self, request: TraceRequest) -> Seen:
-        """Return the known part of the prompt (possibly all of it), and store prompt and answer.
-        O(len)."""
+        """Return the known part of the prompt, and store prompt and answer. O(len)."""
         seen = self.visit(request.tokens, request.namespace)
         if len(request.output):
             self._store(np.concatenate((request.tokens, request.output)), request.namespace)

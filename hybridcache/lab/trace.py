@@ -309,8 +309,7 @@ class FreshIds:
         self._next = (1 << 31) - 1
 
     def take(self, num_ids: int) -> Tokens:
-        """Return int32[num_ids], never taken before. Raises ValueError for a negative number, and
-        OverflowError when all are taken."""
+        """Return int32[num_ids], never taken before. OverflowError when all are taken."""
         if num_ids < 0:
             raise ValueError(f"an answer cannot have {num_ids} ids")
         if self._next - num_ids < self.FLOOR:
@@ -341,6 +340,5 @@ class KnownIds:
 
 
 def units(num_tokens: int, unit: int) -> int:
-    """Return the number of units of ``unit`` tokens that ``num_tokens`` tokens fill, the last one
-    in part."""
+    """Return the number of units that ``num_tokens`` tokens fill, the last one in part."""
     return -(-num_tokens // unit)

@@ -77,9 +77,8 @@ class TraceStats:
 
 
 def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) -> TraceStats:
-    """Read ``trace`` once and return its statistics. ``progress`` is called with the number of
-    requests so far. O(tokens); holds the distinct ids in memory. ValueError if there is no
-    request."""
+    """Read ``trace`` once and return its statistics; ``progress`` takes the number of requests so
+    far. O(tokens). ValueError if there is no request."""
     unit, cache = trace.unit, InfiniteCache()
     namespaces: set[Hashable] = set()
     last: dict[Hashable, TraceRequest] = {}  # of each session

@@ -43,8 +43,7 @@ class _Page:
 
 
 class LightllmCache:
-    """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` is None by
-    default: off). Raises ValueError if ``big_page`` is not a multiple of ``page``."""
+    """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (None: off)."""
 
     def __init__(
         self,
@@ -75,8 +74,7 @@ class LightllmCache:
         return None
 
     def allocate(self, num_tokens: int) -> bool:
-        """Take rows, evicting unreferenced leaves. Returns False, and takes nothing, if that many
-        are not available."""
+        """Take rows, evicting unreferenced leaves. Returns False, and takes nothing, if refused."""
         while self.free_tokens < num_tokens and self.leaves:
             self._evict_leaf()
         if self.free_tokens < num_tokens:
@@ -90,8 +88,7 @@ class LightllmCache:
         self.held_tokens -= num_tokens
 
     def publish(self, root: _Page, tokens: Tokens) -> int:
-        """Insert a computed prompt's whole pages with its states. Returns the number of new tokens
-        in the tree."""
+        """Insert a prompt's whole pages with its states. Returns the number of new tokens."""
         node, taken, start = root, 0, 0
         end = (len(tokens) - 1) // self.page * self.page
         while start < end:
@@ -128,8 +125,7 @@ class LightllmCache:
         return self.page
 
     def _match(self, root: _Page, tokens: Tokens) -> list[_Page]:
-        """Return the pages to reuse, without the root: big pages are matched first, then small
-        ones, down to the deepest page with a state."""
+        """Return the pages to reuse, big ones first, down to the deepest page with a state."""
         self.clock += 1
         path: list[_Page] = []
         node, start, end = root, 0, (len(tokens) - 1) // self.page * self.page
@@ -230,8 +226,7 @@ class LightllmSession(PeerSession):
         self.num_chunks = sum(1 for stop in stops if stop > self.cached_len)
 
     def finish(self, output: Tokens) -> None:
-        """Take and release the rows of the answer, and insert the prompt's whole pages in the
-        tree."""
+        """Take and release the rows of the answer, and insert the whole pages of the prompt."""
         if self.cache.allocate(len(output)):
             self.cache.free(len(output))
         taken = self.cache.publish(self.root, self.tokens)

@@ -176,8 +176,7 @@ class MarconiCache:
     def finished(
         self, root: PrefixNode, tokens: Tokens, output: Tokens, namespace: Hashable
     ) -> None:
-        """Insert a finished request, and tune alpha if it is due. O(prompt), plus O(tree) per
-        eviction."""
+        """Insert a finished request, and tune alpha if it is due."""
         if self.reading == "paper":
             self._insert_then_evict(root, tokens, output)
             self._learn(tokens, output, namespace)

@@ -75,8 +75,7 @@ BaselineFactory = Callable[[BaselineConfig], Baseline]
 
 
 def replay(baseline: Baseline, tokens: Tokens, output: Tokens, namespace: Hashable = None) -> int:
-    """Begin and finish one request on its own; returns its ``cached_len`` (0 if it does not fit at
-    all)."""
+    """Begin and finish one request on its own; returns its ``cached_len``, 0 if it does not fit."""
     session = baseline.begin(tokens, namespace)
     if session is None:
         return 0

@@ -44,8 +44,7 @@ PlacementWord = Literal["end", "extra_buffer"]
 
 
 class SglangCache:
-    """SGLang 0.5.23. ``num_kv_tokens`` and ``num_slots`` override the static split of the byte
-    budget."""
+    """SGLang 0.5.23. ``num_kv_tokens`` and ``num_slots`` override the split of the bytes."""
 
     def __init__(
         self,
@@ -74,8 +73,7 @@ class SglangCache:
         self.leaves: SortedDict[int, PrefixNode] = SortedDict()
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> SglangSession | None:
-        """Match ``tokens``, take memory (evicting) and compute the prompt. Returns None if it does
-        not fit next to running requests. O(prompt)."""
+        """See ``Baseline``."""
         root = self.roots.setdefault(namespace, new_root())
         node, kv_len = self.match(root, tokens[:-1])
         session = SglangSession(self, root, tokens, node)
@@ -85,8 +83,7 @@ class SglangCache:
         return session
 
     def check(self) -> None:
-        """Check that no token or slot is lost or owned twice and that the lists match the tree.
-        Raises AssertionError otherwise. O(tree)."""
+        """Raise AssertionError if a token or slot is lost or owned twice. O(tree)."""
         cached = 0
         leaves, with_state = set(), set()
         for root in self.roots.values():
@@ -105,8 +102,7 @@ class SglangCache:
         assert leaves == set(self.leaves.values()), "leaf set"
 
     def match(self, root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
-        """Return the deepest node with a state, and the length of the KV match; splits the edge at
-        which the match ends."""
+        """Return the deepest node with a state, and the length of the KV match; splits its edge."""
         node, matched = walk(root, tokens)
         if matched < node.depth:
             node = split(node, matched)
@@ -147,8 +143,7 @@ class SglangCache:
             self.list_leaf(step)
 
     def allocate_slot(self) -> bool:
-        """Take a slot, evicting the least recently used state. Returns False if every state is in
-        use."""
+        """Take a slot, evicting the least recently used state. False if all are in use."""
         if not self.free_slots:
             victim = next((node for node in self.states if not node.state_locks), None)
             if victim is None:
@@ -209,8 +204,7 @@ class SglangCache:
 
 @dataclass(slots=True, eq=False)
 class SglangSession(PeerSession):
-    """One request: a locked node, one live slot, and the KV rows that it holds in addition to the
-    tree's."""
+    """One request: a locked node, one live slot, and KV rows in addition to the tree's."""
 
     cache: SglangCache
     root: PrefixNode
@@ -226,8 +220,7 @@ class SglangSession(PeerSession):
         self.cache.lock(self.node, 1)
 
     def prefill(self, kv_len: int) -> bool:
-        """Take memory and compute the prompt, publishing after each extend. Returns False if memory
-        is insufficient."""
+        """Take memory and compute the prompt, publishing each extend. False if it is refused."""
         cache, length = self.cache, len(self.tokens)
         if not self.num_slots and not self.take_slot():
             return False
@@ -247,8 +240,7 @@ class SglangSession(PeerSession):
         return True
 
     def finish(self, output: Tokens) -> None:
-        """Decode ``output``, publish the tracked states and their KV, and release the rest. Call
-        once."""
+        """Decode ``output``, publish the tracked states and their KV, and release the rest."""
         cache, length = self.cache, len(self.tokens)
         total = length + len(output)
         if self._take_tokens(len(output)):
@@ -275,8 +267,7 @@ class SglangSession(PeerSession):
         return taken
 
     def _take_tokens(self, num_tokens: int) -> bool:
-        """Take KV rows, evicting leaves. Returns False, and takes nothing, if evicting every
-        candidate is not enough."""
+        """Take KV rows, evicting leaves. Returns False, and takes nothing, if refused."""
         cache = self.cache
         while cache.free_tokens < num_tokens and cache.leaves:
             _, leaf = cache.leaves.popitem(0)
@@ -289,8 +280,7 @@ class SglangSession(PeerSession):
         return True
 
     def _publish(self, tokens: Tokens) -> None:
-        """Donate a slot at the end of ``tokens`` and move the lock there; duplicate rows are
-        freed."""
+        """Donate a slot at the end of ``tokens``, move the lock there, and free duplicate rows."""
         cache = self.cache
         before = cache.held_tokens
         node = cache.insert(self.root, tokens)

@@ -58,8 +58,7 @@ def inflated_block_size(config: BaselineConfig, match_unit: int = 1) -> int:
 
 
 class PrefixHashes:
-    """Digests of the text up to every multiple of ``unit`` ids; ``digests[i]`` ends at ``(i + 1) *
-    unit``. O(ids)."""
+    """Digests of the text up to every multiple of ``unit`` ids."""
 
     def __init__(self, namespace: Hashable, unit: int) -> None:
         self.digests: list[bytes] = []
@@ -110,8 +109,7 @@ class VllmCache:
         self.pool = BlockPool(max(0, num_blocks - 1))
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> VllmSession | None:
-        """Match ``tokens`` and compute the prompt. Returns None if its blocks do not fit next to
-        those of running requests. O(prompt)."""
+        """See ``Baseline``."""
         hashes = PrefixHashes(namespace, self.unit)
         hashes.extend(tokens)
         hit = self._match(hashes.digests, len(tokens) - 1)
@@ -127,8 +125,7 @@ class VllmCache:
         self.pool.check()
 
     def _match(self, digests: list[bytes], limit: int) -> _Hit:
-        """Match attention from left to right, then the deepest state at or before its end. At most
-        ``limit`` tokens."""
+        """Match attention, then the deepest state at or before its end, up to ``limit``."""
         attention, reach = self._match_attention(digests, limit)
         for count in range(reach // self.unit, 0, -1):
             states = self._states(digests[count - 1])
@@ -156,8 +153,7 @@ class VllmCache:
         return blocks, full * self.unit
 
     def _states(self, digest: bytes) -> tuple[int, ...]:
-        """Return the blocks of the state at a digest, one per group, or () unless every group has
-        it."""
+        """Return the blocks of the state at a digest, one per group, or () if one is missing."""
         found = []
         for group in range(self.num_state_groups):
             block = self.pool.lookup((group, digest))
@@ -339,8 +335,7 @@ class BlockPool:
         self._references[block] += 1
 
     def allocate(self) -> int:
-        """Return the block at the head of the free queue, without its content. Raises KeyError if
-        none is free."""
+        """Return the head of the free queue, without its content. KeyError if none is free."""
         block, _ = self.free.popitem(last=False)
         self._forget(block)
         self._references[block] = 1

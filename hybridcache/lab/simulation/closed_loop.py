@@ -87,8 +87,7 @@ class SimulatedRequest(ScheduledRequest):
 
     @property
     def num_quiet_steps(self) -> int:
-        """Steps from now on in which it decodes and nothing else happens for it: no rows to claim,
-        no checkpoint to save, no end."""
+        """Steps from now on in which it decodes and nothing else happens for it."""
         assert self.lease is not None
         at = self.computed_len
         return min(self.lease.num_quiet_tokens(at), self.max_len - 2 - at)
@@ -353,13 +352,11 @@ class ClosedLoopResult:
         return f"{type(self).__name__}({self.trace}: {len(self.runs)} runs)"
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return a flat dictionary per run: the fields of ``ClosedLoopRun`` and its ``config``, and
-        ``token_hit_rate``. O(runs)."""
+        """Return a flat dictionary per run: its fields and settings."""
         return [run.as_row() for run in self.runs]
 
     def table(self) -> str:
-        """Return a table per cache with a row per admission policy and rate, averaged over
-        seeds."""
+        """Return a table per cache: a row per admission policy and rate, averaged over seeds."""
         tables = []
         for label, gib in dict.fromkeys((run.label, run.gib) for run in self.runs):
             chosen = [run for run in self.runs if (run.label, run.gib) == (label, gib)]

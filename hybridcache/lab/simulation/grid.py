@@ -105,8 +105,7 @@ class RunFailed(ValueError):
 
 
 def identity_of(trace: Trace) -> bytes:
-    """Return bytes that identify a trace: its recipe, and the content of its file if it has one.
-    O(bytes of the file)."""
+    """Return bytes that identify a trace: its recipe, and the content of its file."""
     name = repr((trace.name, trace.unit)).encode()
     identity = name + pickled(f"trace {trace.name!r}", trace.source)
     if trace.path is None:

@@ -251,8 +251,7 @@ class ClosedLoopRun(_Run):
     config: dict[str, Any]
 
     def as_record(self) -> dict[str, Any]:
-        """Return a record for JSON: all fields, with the trace as in ``config``, its name and the
-        token hit rate."""
+        """Return a record for JSON."""
         trace = {"trace": self.config["trace"], "trace_name": self.trace}
         return asdict(self) | trace | {"token_hit_rate": self.token_hit_rate}
 
@@ -273,8 +272,7 @@ def summarise(
     target: Target,
     trace: str,
 ) -> RunResult:
-    """Return the figures of one run of ``target`` over the trace with the recipe ``trace``.
-    O(requests)."""
+    """Return the figures of one run over the trace with the recipe ``trace``. O(requests)."""
     counters = target.counters()
     geometry = scenario.geometry()
     times = scenario.prefill_times(geometry)
@@ -322,8 +320,7 @@ def _sessions(log: RequestLog) -> tuple[SessionResult, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SweepRuns:
-    """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt
-    peers."""
+    """All runs of one sweep over one trace, by competitor and size."""
 
     trace: str
     geometry: ModelGeometry
@@ -357,7 +354,6 @@ class SweepRuns:
 
 
 def describe_times(times: object) -> str:
-    """Describe the source of times of prefills or steps in one line: assumed machine, measured file
-    or class."""
+    """Describe the source of times in one line: assumed machine, measured file or class."""
     describe = getattr(times, "describe", None)
     return str(describe()) if callable(describe) else type(times).__qualname__

@@ -116,8 +116,7 @@ def serve(
 
 
 def _queue(log: RequestLog, times: PrefillTimes, servers: int) -> array[float]:
-    """Return the time to first token of each request: waiting for a server, then its prefill.
-    O(n log servers)."""
+    """Return the times to first token: waiting for a server, then the prefill."""
     free_at = [0.0] * servers
     cached = np.frombuffer(log.cached_tokens, np.int64)
     lengths = np.frombuffer(log.prompt_tokens, np.int64)

@@ -181,8 +181,7 @@ class OptimumResult(Sequence[Optimum]):
         return f"{type(self).__name__}({self.plans[0].trace}: {counted(len(self), 'size')})"
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return a flat dictionary per size: settings, ``gib``, ``reached`` and ``bound`` as token
-        hit rates. O(sizes)."""
+        """Return a flat dictionary per size: settings, and token hit rates of plan and bound."""
         names = ("gib", "num_requests", "prompt_tokens", "reached", "bound", "gap")
         return [
             {**self.settings, **{name: getattr(plan, name) for name in names}}

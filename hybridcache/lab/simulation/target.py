@@ -60,8 +60,7 @@ class LeaseTarget:
         """True if unreachable KV and superseded checkpoints are evicted before all other items."""
 
     def begin(self, request: TraceRequest) -> LeasedRequest | None:
-        """Match, and take memory for the prompt and its checkpoints. Returns None, and holds
-        nothing, if running requests leave too little memory."""
+        """Match, and take memory for the prompt. None, holding nothing, if it is refused."""
         self.now_s = request.timestamp_s
         if self._stateful and self._own_slots is None and not self.cache.num_slots:
             return None  # a pool of states that is smaller than one
@@ -127,8 +126,7 @@ class LeasedRequest:
         return has_memory
 
     def _extend(self, start: int, end: int) -> bool:
-        """Take memory for the ids from ``start`` to ``end`` and their checkpoints. Returns False if
-        it is refused."""
+        """Take memory for ids ``start`` to ``end`` and their checkpoints. False if refused."""
         if not self._lease.extend(end):
             return False
         self._lease.take_checkpoint_slots(start, end)

@@ -89,8 +89,7 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
 
 
 def _converted(owner: str, kinds: Mapping[str, str], options: Mapping[str, str]) -> dict[str, Any]:
-    """Convert the options of a reader or generator to the ``kinds`` of its parameters. Raises
-    ValueError for an unknown one, with the most similar one."""
+    """Convert options to the ``kinds`` of the parameters. ValueError for an unknown one."""
     for name in options:
         if name not in kinds:
             raise ValueError(f"{owner} has no option {name!r}{or_known(name, [*kinds, 'head'])}")
@@ -98,8 +97,7 @@ def _converted(owner: str, kinds: Mapping[str, str], options: Mapping[str, str])
 
 
 def _value(kind: str, name: str, value: str) -> Any:
-    """Convert ``value`` to an option of the annotated ``kind``. Raises ValueError if it is
-    invalid."""
+    """Convert ``value`` to an option of the annotated ``kind``. ValueError if it is invalid."""
     if kind == "bool":
         words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
         if value not in words:
@@ -115,8 +113,7 @@ def _value(kind: str, name: str, value: str) -> Any:
 
 
 def _number(name: str, value: str, sort: type[int] | type[float] = int) -> Any:
-    """Convert ``value`` to a number. Raises ValueError if it is not a number of that type, not
-    finite, or negative."""
+    """Convert ``value`` to a finite number of at least 0."""
     try:
         number = sort(value)
     except ValueError:
@@ -168,8 +165,7 @@ COUNTS_ALONE = (
 
 
 def recognise(path: Path) -> str:
-    """Return the word for the format of a file, detected from its first record. Raises ValueError
-    if the file has no record, or one of an unknown format."""
+    """Return the format of a file, detected from its first record. ValueError if unknown."""
     head = b""
     with open_bytes(path) as file, suppress(*DAMAGED):
         while len(head) < 4096 and (more := file.read1(4096)):

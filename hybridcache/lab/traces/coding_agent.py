@@ -25,8 +25,7 @@ from hybridcache.tokens import Tokens, common_prefix_len
 
 @dataclass(frozen=True, slots=True)
 class CodingAgentReader(SessionReader):
-    """Recorded sessions with their own pauses. The start times follow ``starts``, because the files
-    do not contain them."""
+    """Recorded sessions with their own pauses. ``starts`` sets the times of their starts."""
 
     word: ClassVar[str] = "coding-agent"
     starts: Starts = field(default_factory=lambda: Starts("fixed", 1 / 300))

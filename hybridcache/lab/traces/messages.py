@@ -202,16 +202,14 @@ def _json(value: Any, kind: type) -> Any:
 
 
 class Continued:
-    """Sessions of prompts without one: a prompt continues the session whose last prompt it begins
-    with, and is longer than."""
+    """Sessions of prompts without one: a prompt continues the last prompt that it begins with."""
 
     def __init__(self) -> None:
         self._last: SortedDict[str, int] = SortedDict()
         self.count = 0
 
     def session(self, said: str) -> tuple[int, bool]:
-        """Return the number of the session, and True if it is continued. O(length + log n), times
-        the number of sorted neighbours that are tried, which is small."""
+        """Return the number of the session, and True if it is continued."""
         place = self._last.bisect_left(said)
         while place:
             before: str = self._last.keys()[place - 1]

@@ -60,8 +60,7 @@ class ShareGPTReader(SessionReader):
         return islice(self._whole(bad), self.limit)
 
     def _whole(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
-        """Yield (line, ``{"id", "messages"}``) of whole conversations in the order of the file,
-        segments merged. Messages have a ``role`` and ``content``."""
+        """Yield (line, ``{"id", "messages"}``) of whole conversations, segments merged."""
         line: Line
         line, name, base, system, messages = 0, "", "", Chat(), Chat()
         names, are_indices = DistinctNames(), True
@@ -106,8 +105,7 @@ class ShareGPTReader(SessionReader):
 
 
 def _continues(messages: Chat, start: int, said: Chat) -> bool:
-    """Return whether a segment with index ``start`` follows ``messages``. It may begin with their
-    last one."""
+    """Return whether a segment follows ``messages``. It may begin with their last one."""
     return start == len(messages) or (start == len(messages) - 1 and messages[-1:] == said[:1])
 
 

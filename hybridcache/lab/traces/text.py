@@ -81,8 +81,8 @@ class ChatText:
 
     @explain_missing()
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
-        """Return the chat as text; ``to_answer`` adds the header that precedes an answer. Raises
-        ValueError if the template does not parse, or refuses the messages."""
+        """Return the chat as text; ``to_answer`` adds the header of an answer. ValueError if
+        refused."""
         from jinja2 import TemplateError
 
         try:
@@ -185,8 +185,7 @@ _Tokenizer = tuple[Callable[[str], list[int]], dict[str, int]]
 
 @explain_missing()
 def _from_tiktoken(path: Path) -> _Tokenizer:
-    """Read a file of ranks, with the text split as Qwen3.5 does. Special tokens follow the
-    ranks."""
+    """Read a file of ranks, with the text split as Qwen3.5 does."""
     import tiktoken
 
     with open_bytes(path) as file:
