@@ -28,6 +28,7 @@ from engine.runner.steps import (
     RunningStates,
     StepInputs,
     VerifyGraphs,
+    decode_buckets,
     verify_buckets,
 )
 from engine.schedule.scheduler import Batch, Newest, logit_rows, pieces
@@ -278,7 +279,7 @@ class ModelRunner:
             )
         longest = min(1 + self.loaded.settings.drafts.max_len, self.max_model_len)
         verifies = VerifyGraphs(*parts, buckets, longest) if buckets else None
-        return Graphs(DecodeGraphs(*parts), verifies)
+        return Graphs(DecodeGraphs(*parts, decode_buckets(self.table)), verifies)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:

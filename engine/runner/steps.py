@@ -8,7 +8,6 @@ memory of a graph is overwritten by the next replay, so results are written to s
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -252,17 +251,19 @@ def up_to(most: int, buckets: Sequence[int]) -> list[int]:
     return [*(bucket for bucket in buckets if bucket < most), most]
 
 
-def decode_buckets(max_running: int) -> list[int]:
-    """Return 1, 2, 4, 8, then multiples of 8 up to 64 and of 32 beyond, to ``max_running``."""
+def decode_buckets(table: RequestTable) -> list[Bucket]:
+    """Return the buckets of ``DecodeGraphs``, largest first: 1, 2, 4, 8, then multiples of 8 up to
+    64 and of 32 beyond."""
     sizes = [1, 2, 4]
-    while sizes[-1] < max_running:
+    while sizes[-1] < table.padding_row:
         sizes.append(sizes[-1] + (4 if sizes[-1] < 8 else 8 if sizes[-1] < 64 else 32))
-    return sizes
+    bounds = up_to(table.host.shape[1], KV_BOUNDS)
+    return [(size, bound) for size in sizes[::-1] for bound in bounds[::-1]]
 
 
-class StepGraphs(ABC):
-    """Graphs of steps of decodes, one per bucket. ``record`` executes the work once, so the first
-    step of a bucket is both computed and captured."""
+class DecodeGraphs:
+    """Graphs of steps of decodes without drafts, one per bucket. ``record`` executes the work once,
+    so the first step of a bucket is both computed and captured."""
 
     def __init__(
         self,
@@ -275,14 +276,16 @@ class StepGraphs(ABC):
     ) -> None:
         """``buckets``: largest first. ``tables``: inputs on the host; the first starts with ids."""
         self._forward, self._head, self._record = forward, model.head, record
-        self._table, self._rotary = inputs.table, inputs.rotary
+        self._table, self._rotary, self._memory = inputs.table, inputs.rotary, inputs.memory
         self._replays: dict[Bucket, Replay | None] = dict.fromkeys(buckets)
         self._sizes, self._bounds = (sorted(set(part)) for part in zip(*buckets, strict=True))
-        self._host_tables = tables
-        device = self._table.device.device
-        self._tables = [torch.from_numpy(table).to(device) for table in tables]
+        most, device = self._sizes[-1], self._table.device.device
+        self._host_tables = tables or (np.zeros((7, most), np.int64),)
+        """By default: id, position and KV index of each sequence's token, one if it is not padding;
+        the sequence's row, KV length and slot."""
+        self._tables = [torch.from_numpy(table).to(device) for table in self._host_tables]
         """The same tables in the memory that kernels read; on a CPU, the same memory."""
-        self._logits = model.embedding.weight.new_empty(self._sizes[-1], model.config.vocab_size)
+        self._logits = model.embedding.weight.new_empty(most, model.config.vocab_size)
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -339,34 +342,9 @@ class StepGraphs(ABC):
 
         return self._record(work)
 
-    @abstractmethod
     def _fill(self, segments: Sequence[Segment], size: int) -> None:
         """Write ``segments``, and padding up to ``size`` tokens, into the host's tables."""
-
-    @abstractmethod
-    def _part(self, size: int, bounded: Callable[..., Sequences]) -> Callable[[], StepPart]:
-        """Return a function that makes the step's part from the tables. ``bounded`` makes
-        ``Sequences`` with the bucket's bounds."""
-
-
-class DecodeGraphs(StepGraphs):
-    """Graphs of steps with decodes only."""
-
-    def __init__(
-        self, model: Decoder, forward: Forward, inputs: StepInputs, record: Record
-    ) -> None:
-        table = inputs.table
-        sizes, bounds = decode_buckets(table.padding_row), up_to(table.host.shape[1], KV_BOUNDS)
-        buckets = [(size, bound) for size in sizes[::-1] for bound in bounds[::-1]]
-        columns = np.zeros((7, sizes[-1]), np.int64)
-        """Id, position and KV index of each sequence's token, one if it is not padding; the
-        sequence's row, KV length and slot."""
-        super().__init__(model, forward, inputs, record, buckets, columns)
-        slot = inputs.memory.padding_slot or 0
-        self._padding = 0, 0, inputs.memory.padding_row, 0, table.padding_row, 1, slot
-
-    def _fill(self, segments: Sequence[Segment], size: int) -> None:
-        host = self._table.host
+        host, memory, row = self._table.host, self._memory, self._table.padding_row
         columns = [
             (
                 segment.token_ids[0],
@@ -379,10 +357,13 @@ class DecodeGraphs(StepGraphs):
             )
             for segment in segments
         ]
-        columns += [self._padding] * (size - len(segments))
+        padding = 0, 0, memory.padding_row, 0, row, 1, memory.padding_slot or 0
+        columns += [padding] * (size - len(segments))
         self._host_tables[0][:, :size] = np.array(columns, dtype=np.int64).T
 
     def _part(self, size: int, bounded: Callable[..., Sequences]) -> Callable[[], StepPart]:
+        """Return a function that makes the step's part from the tables. ``bounded`` makes
+        ``Sequences`` with the bucket's bounds."""
         rows, kv_lens, slots = self._tables[0][4:, :size].unbind()
         return lambda: DecodePart(bounded(rows.int(), kv_lens.int()), slots.int())
 
@@ -482,7 +463,7 @@ def verify_buckets(
     ]
 
 
-class VerifyGraphs(StepGraphs):
+class VerifyGraphs(DecodeGraphs):
     """Graphs of steps of decodes, some with drafts, for any number of sequences.
 
     Kernels read the start and length of each sequence from memory. A sequence without drafts has
@@ -501,7 +482,7 @@ class VerifyGraphs(StepGraphs):
         longest: int,
     ) -> None:
         """``buckets``: of ``verify_buckets``. ``longest``: most tokens of a sequence."""
-        self._memory, self._running, self._longest = inputs.memory, inputs.running, longest
+        self._running, self._longest = inputs.running, longest
         most = buckets[0][0]
         tokens = np.zeros((5, most), np.int64)
         """Id, position and KV index of each token, one if it is not padding, and the index of the
