@@ -161,9 +161,9 @@ def _plugin(verb: str) -> Any:
         from engine.plugins.record import command as record
 
         return record
-    from engine.plugins.convert import command
+    from engine.plugins import convert
 
-    return command
+    return convert
 
 
 def _add_serve(serve: Parser) -> None:
