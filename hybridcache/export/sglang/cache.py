@@ -25,6 +25,8 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
     EvictResult,
     IncLockRefResult,
+    InsertParams,
+    InsertResult,
     MatchPrefixParams,
     MatchResult,
 )
@@ -209,6 +211,29 @@ class HybridRadixBackend(BasePrefixCache):
         """Free the slots of an aborted or preempted request."""
         if not checkpointed and self._states is not None:
             self._states.release(req, None, taken=False)
+
+    @rank_consensus(same_params=["len(params.key)"], same_results=["result.prefix_len"])
+    def insert(self, params: InsertParams) -> InsertResult:
+        """Insert a key with its rows and optional state. Rows that the tree had are freed.
+
+        The caller keeps the state if ``mamba_exist``.
+        """
+        key, owned = params.key, params.prev_prefix_len
+        tokens = tokens_of(key.token_ids, len(key))
+        end = len(tokens) - len(tokens) % self.page_size
+        value = to_host(params.value)[:end]
+        state = params.mamba_value
+        checkpoints = () if state is None or not end else ((end, int(state)),)
+        namespace = namespace_of(key.extra_key, key.cache_salt)
+        result = self._cache.insert(tokens[:end], value, checkpoints, namespace, owned)
+        self._rows.free(result.duplicates)
+        self._rows.give_back()
+        return InsertResult(
+            prefix_len=owned + len(result.duplicates),
+            total_len=end,
+            last_device_node=handle_of(result.node),
+            mamba_exist=bool(result.rejected_slots),
+        )
 
     @rank_consensus(same_params=True, same_results=True)
     def evict(self, params: EvictParams) -> EvictResult:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from array import array
 
-import numpy as np
 import pytest
 
 from experiments.sglang import cpu
@@ -23,7 +22,6 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, Ma
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
 from experiments.sglang.pools import new_world  # noqa: E402
-from hybridcache.export.sglang.translation import namespace_of, to_host  # noqa: E402
 
 CORES = ("hybridcache", "python", "rust")
 PATH = list(range(1, 13))
@@ -45,20 +43,17 @@ class Caller:
         if owned:
             self.rows.free(rows[:owned])
             rows[:owned] = self.cache.path_device_indices(self.match(tokens[:owned])[1])
-        if self.core == "hybridcache":
-            pairs = () if slot is None else ((len(tokens), int(slot)),)
-            ids, space = np.array(tokens, np.int32), namespace_of(extra_key, None)
-            result = self.cache.tree.insert(ids, to_host(rows), pairs, space, owned)
-            self.cache._rows.free(result.duplicates)
-            self.cache._rows.give_back()
-            is_known = bool(result.rejected_slots)
-        else:
-            key = RadixKey(array("q", tokens), extra_key)
-            params = InsertParams(key=key, value=rows, mamba_value=slot, prev_prefix_len=owned)
-            is_known = self.cache.insert(params).mamba_exist
-        if is_known:
+        result = self.cache.insert(
+            InsertParams(
+                key=RadixKey(array("q", tokens), extra_key),
+                value=rows,
+                mamba_value=slot,
+                prev_prefix_len=owned,
+            )
+        )
+        if result.mamba_exist:
             self.slots.free(slot)
-        return is_known
+        return result
 
     def match(self, tokens, extra_key=None):
         """Return (cached length, node). All of ``tokens`` may be reused."""

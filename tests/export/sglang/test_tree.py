@@ -71,7 +71,7 @@ def test_mamba_internal_tombstone_evict_and_refill(caller):
     caller.insert(PATH)
     assert caller.evict(0, 1) == (0, 1), "the KV of an inner state must stay"
     assert (caller.hit(PATH[:8]), caller.hit(PATH)) == (0, 12)
-    assert not caller.insert(PATH[:8])
+    assert not caller.insert(PATH[:8]).mamba_exist
     assert caller.hit(PATH[:8]) == 8
 
 
