@@ -9,6 +9,7 @@ exception when it ends.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ import tempfile
 import time
 import traceback
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -192,8 +193,7 @@ class Followers:
         """Path of the file through which the ranks connect."""
         self._all = [Follower(number) for number in range(1, self._count)]
         self._end = weakref.finalize(self, _end, self._all, folder)
-        for one in self._all:
-            self._send(one, (one.number, config, self.meeting, num_threads))
+        self.send((one.number, config, self.meeting, num_threads) for one in self._all)
         self.wait()
 
     def wait(self) -> None:
@@ -204,15 +204,12 @@ class Followers:
             except (EOFError, OSError, RunnerLost) as error:
                 raise self.lost(error) from None
 
-    def order(self, order: Order) -> None:
-        """Make all ranks execute ``order``. Raises RunnerLost if one has gone."""
+    def send(self, messages: Iterable[object]) -> None:
+        """Send a message to each rank. Raises RunnerLost if one has gone."""
         self.check()
-        for one in self._all:
-            self._send(one, order)
-
-    def _send(self, one: Follower, message: object) -> None:
         try:
-            one.line.send(message)
+            for one, message in zip(self._all, messages, strict=False):
+                one.line.send(message)
         except OSError as error:
             raise self.lost(error) from None
 
@@ -329,7 +326,7 @@ class LeadingRunner(ModelRunner):
         if self.followers is None:
             yield
             return
-        self.followers.order(order)
+        self.followers.send(itertools.repeat(order))
         try:
             yield
         except Exception as error:
