@@ -512,9 +512,8 @@ class HybridRadixCache:
             wanted = -(-num_tokens // self.page_size) * self.page_size
             if self._can_free(wanted * pages.unit_bytes, wanted - pages.num_free):
                 kind: Kind | None = "kv" if pages.budget is None else None
-                while pages.num_free < wanted and self._evict_one(kind):
-                    pass
-                rows = pages.allocate(num_tokens)
+                while rows is None and self._evict_one(kind):
+                    rows = pages.allocate(num_tokens)
             if rows is None:
                 self.stats.refusals += 1
         return rows

@@ -138,7 +138,8 @@ class PageAllocator(BaseAllocator):
             return None
         if num_tokens < 0:
             raise ValueError(f"num_tokens must not be negative (got {num_tokens}).")
-        if self.budget is not None and num_pages * self.page_size > self.num_free:
+        num_rows, budget = num_pages * self.page_size, self.budget
+        if budget is not None and num_rows * self.unit_bytes > budget.free_bytes:
             return None
         if top - num_pages < self._num_implied:
             first = max(0, min(top - num_pages, self._num_implied - BLOCK))
@@ -147,11 +148,10 @@ class PageAllocator(BaseAllocator):
             )
             self._num_implied = first
         pages = self._stack[top - num_pages : top]
-        num_rows = len(pages) * self.page_size
-        if self.budget is not None:
-            self.budget.free_bytes -= num_rows * self.unit_bytes
+        if budget is not None:
+            budget.free_bytes -= num_rows * self.unit_bytes
         self.num_taken += num_rows
-        self._height = top - len(pages)
+        self._height = top - num_pages
         return pages.copy() if self.page_size == 1 else self.rows_of(pages)
 
     def rows_of(self, pages: Indices) -> Indices:
