@@ -39,11 +39,12 @@ class EngineClient:
 
     async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
         sampling = SamplingParams(max_tokens=prompt.num_output, temperature=0.0, ignore_eos=True)
-        async with contextlib.aclosing(
-            self._engine.generate(prompt.tokens.tolist(), sampling)
-        ) as outputs:
-            async for output in outputs:
+        stream = self._engine.submit(prompt.tokens.tolist(), sampling)
+        try:
+            async for output in stream:
                 yield Piece(len(output.output), output.cached_len)
+        finally:
+            stream.abort()
 
     async def reset_cache(self) -> None:
         await self._engine.reset_prefix_cache()
