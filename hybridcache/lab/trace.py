@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybridcache.geometry.units import counted
+from hybridcache.lease import STOP_REASONS
 from hybridcache.tokens import Tokens, require_index
 
 
@@ -51,8 +52,8 @@ class TraceRequest(NamedTuple):
     """Seconds from the timestamp until the answer was complete, as recorded; None if unknown. The
     rest of the time until the session's next request is its pause: all of it if unknown."""
     stop_reason: str = ""
-    """Reason why the answer ended ("tool_use", "end_turn", "stop_sequence", "length", or
-    "session_end" if no further turn will come); empty if it is not known."""
+    """Reason why the answer ended, one of ``STOP_REASONS`` of a lease ("session_end" if no further
+    turn will come); empty if it is not known."""
 
     def num_tokens(self, unit: int) -> int:
         """Return the length of the prompt in tokens."""
@@ -201,6 +202,9 @@ def checked(request: TraceRequest, unit: int) -> TraceRequest:
             f"answer_tokens must be the number of ids in output, {len(output)}, as a unit is one "
             f"token (got {request.answer_tokens})"
         )
+    if request.stop_reason and request.stop_reason not in STOP_REASONS:
+        known = ", ".join(sorted(STOP_REASONS))
+        raise ValueError(f"stop_reason must be one of {known} (got {request.stop_reason!r})")
     return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 
 

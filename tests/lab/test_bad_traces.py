@@ -264,9 +264,10 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
         ([{"timestamp": "2026-03-01T09:00"}, {"timestamp": "2026-03-01T09:00Z"}], 2),
         ([{"format": "hybridcache", "version": 7, "unit": 1}, {}], 1),
         ([{}, {"tokens": [1, True]}], 2),
+        ([{}, {"stop_reason": "tired"}], 2),
     ],
 )
-def test_kinds_of_times_and_versions_are_refused(
+def test_wrong_times_versions_and_reasons_are_refused(
     tmp_path: Path, records: list[dict[str, Any]], line: int
 ) -> None:
     written = (one if "format" in one else {"tokens": [1, 2]} | one for one in records)
