@@ -35,7 +35,6 @@ from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.fetch import PUBLISHED, fetch, find_published
 from hybridcache.lab.traces.frame import make_folder
 from hybridcache.lab.traces.jsonl import write_own
-from hybridcache.lab.traces.mooncake import write_mooncake
 from hybridcache.policies.registry import split_specs
 
 if TYPE_CHECKING:
@@ -190,12 +189,6 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
 # --- Traces ---------------------------------------------------------------------------------------
 
 
-FORMS = {
-    "jsonl": "this project's own form, complete (default)",
-    "mooncake": "hashes of prompts, no ids of answers, for benchmarks that replay by the clock",
-}
-
-
 def add_trace(commands: Commands) -> None:
     """Add the command's parser."""
     trace = commands.add_parser("trace", help="look at a trace, rewrite it, or download one")
@@ -205,14 +198,12 @@ def add_trace(commands: Commands) -> None:
     stats.add_argument("trace", help=TRACE_HELP)
     stats.add_argument("--skip-bad", **SKIP_BAD)
     stats.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    convert = add_command(verbs, "convert", "write any trace in another form", _trace_convert)
-    add = convert.add_argument
-    add("trace", help=TRACE_HELP)
-    add("target", type=Path, metavar="output", help="new file to write")
-    forms = ", ".join(f"{word}: {help}" for word, help in FORMS.items())
-    add("--to", choices=FORMS, default="jsonl", help=forms)
-    add("--block", type=int, help="tokens of a hashed block, for mooncake (default: 512)")
-    add("--skip-bad", **SKIP_BAD)
+    convert = add_command(
+        verbs, "convert", "write any trace in this project's own form", _trace_convert
+    )
+    convert.add_argument("trace", help=TRACE_HELP)
+    convert.add_argument("target", type=Path, metavar="output", help="new file to write")
+    convert.add_argument("--skip-bad", **SKIP_BAD)
     text = "download a published trace into the cache folder"
     download = add_command(verbs, "fetch", text, _trace_fetch)
     download.add_argument("name", nargs="?", help="name of the trace; without it, all are listed")
@@ -230,16 +221,11 @@ def _trace_stats(options: argparse.Namespace) -> int:
 
 def _trace_convert(options: argparse.Namespace) -> int:
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
-    target, block = options.target, options.block
-    if options.to == "jsonl" and block is not None:
-        raise ValueError("--block is for --to mooncake")
+    target = options.target
     if target.is_file():
         raise ValueError(f"{target}: the file exists: remove it, or name another")
     with _new_file(target) as file:
-        if options.to == "jsonl":
-            num_requests = write_own(trace, file)
-        else:
-            num_requests = write_mooncake(trace, file, 512 if block is None else block)
+        num_requests = write_own(trace, file)
         if not num_requests:
             raise ValueError(f"{options.trace}: {trace.is_empty_because}")
     found, bad = counted(num_requests, "request"), trace.bad.left_out()

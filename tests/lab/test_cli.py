@@ -60,7 +60,6 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --output /dev/null/runs", "/dev/null cannot be a folder: na"),
         ("simulate --trace short --gib 1 --tpot-s 1", "tpot_s has an effect with max_running"),
         ("simulate --trace short?head=9 --trace nope --gib 1", "no trace 'nope'"),
-        ("trace convert short /tmp/no.jsonl --block 64", "--block is for --to mooncake"),
         ("trace stats shrt", "did you mean 'short'?"),
         ("trace stats /dev/null", "is not a regular file"),
         ("trace fetch bailian-chta", "did you mean 'bailian-chat'?"),

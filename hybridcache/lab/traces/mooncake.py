@@ -9,24 +9,14 @@ continues its parent is an assumption.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import ClassVar, TextIO
+from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import (
-    DistinctNames,
-    FreshIds,
-    Trace,
-    TraceRequest,
-    Unnamed,
-    plain_name,
-    units,
-)
+from hybridcache.lab.trace import FreshIds, TraceRequest, Unnamed, units
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
 
 
@@ -105,39 +95,3 @@ class BailianReader(MooncakeReader):
             return sessions[chat]
 
         return session
-
-
-def write_mooncake(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
-    """Write ``trace`` as ``mooncake`` and return the number of requests.
-
-    Two numbers of blocks are equal if the blocks and all blocks before them are; the length of the
-    last, partial block is part of its identity. Namespaces share no block. The format has no
-    contents of answers: a prompt that repeats one is new there. ValueError for blocks of no whole
-    ids.
-    """
-    unit = trace.unit
-    if block_tokens < 1 or block_tokens % unit:
-        raise ValueError(
-            f"blocks of {block_tokens} tokens are not made of ids of {unit}: take a multiple"
-        )
-    numbers: dict[tuple[Hashable, int, bytes], int] = {}
-    names, num_requests = DistinctNames(), 0
-    for request in trace:
-        num_requests += 1
-        length, hashes = request.num_tokens(unit), list[int]()
-        before: Hashable = (request.namespace,)
-        for start in range(0, len(request.tokens), block_tokens // unit):
-            block = np.ascontiguousarray(request.tokens[start : start + block_tokens // unit])
-            size = min(block_tokens, length - start * unit)
-            digest = hashlib.blake2b(block.tobytes(), digest_size=16).digest()
-            hashes.append(numbers.setdefault((before, size, digest), len(numbers)))
-            before = hashes[-1]
-        record = {
-            "timestamp": round(request.timestamp_s * 1000),
-            "session_id": names.of(request.session, plain_name(request.session)),
-            "input_length": length,
-            "output_length": max(1, request.num_answer_tokens(unit)),
-            "hash_ids": hashes,
-        }
-        file.write(json.dumps(record) + "\n")
-    return num_requests
