@@ -22,9 +22,6 @@ class Starts:
     per_s: float
     size: int = 1
 
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.per_s:g}" + f":{self.size}" * (self.kind == "bursts")
-
     def times(self, rng: np.random.Generator) -> Iterator[float]:
         """Yield ascending start times in seconds, without end."""
         now = 0.0

@@ -84,8 +84,6 @@ class Trace:
     """Specification with options and seed, as ``open_trace`` takes it; empty if there is none."""
     columns: str = ""
     """Columns of a CSV file that are read for each field, and the unused ones."""
-    invented_times: str = ""
-    """Rule of the times that its file does not have; empty if it has all, and for generators."""
 
     def __post_init__(self) -> None:
         require_index(self.unit, f"{self.name}: unit, the tokens of an id,", 1)
@@ -103,11 +101,8 @@ class Trace:
 
     @property
     def notes(self) -> list[str]:
-        """Notes under tables: the tokenizer, and the rule of times that its file does not have."""
-        notes = [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
-        if self.invented_times:
-            notes.append(f"times that the file does not have: {self.invented_times}")
-        return notes
+        """Notes under tables: the tokenizer."""
+        return [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
 
     @property
     def is_empty_because(self) -> str:

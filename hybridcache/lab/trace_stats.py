@@ -63,8 +63,6 @@ class TraceStats:
     """Share of the tokens of answers that the next prompt of the session repeats, behind the whole
     prompt; None if no answer with known ids is followed by a prompt."""
     columns: str = ""
-    invented_times: str = ""
-    """Rule of the times that the file does not have; empty if it has all, and for generators."""
 
     @property
     def ideal_hit_rate(self) -> float:
@@ -135,5 +133,4 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
         counted_by=trace.counted_by,
         repeated_answers=num_repeated / num_answered if has_answer_ids else None,
         columns=trace.columns,
-        invented_times=trace.invented_times,
     )

@@ -11,13 +11,11 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hybridcache.command.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.cli import main
-from tests.lab.records import agent_request, agent_session, lines
 from tests.test_refusals import exit_code
 from tests.waiting import wait_until
 
@@ -71,33 +69,6 @@ def test_wrong_flag_or_name_gives_one_line_with_a_suggestion(
     assert exit_code(main, arguments.split()) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
-
-
-@pytest.mark.parametrize(
-    ("record", "times"),
-    [
-        ({"tokens": [1]}, "one second from each record to the next"),
-        ({"tokens": [1], "timestamp": 4}, ""),
-        ({"prompt": "x"}, "one second from each record to the next"),
-        ({"prompt": "x", "ts": 4}, ""),
-        (
-            {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")]},
-            "starts of sessions (starts=poisson:1), and pauses (pause=60)",
-        ),
-        (agent_session("a", 0, 0, [agent_request(0, 64, 1)]), "starts of sessions (starts=fixed"),
-    ],
-)
-def test_trace_stats_announces_invented_times(
-    record: dict[str, Any], times: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    path = lines(tmp_path / "t.jsonl", record, record)
-    is_text = {"prompt", "messages"} & record.keys()
-    spec = f"{path}?tokenizer=bytes" if is_text else str(path)
-    for command in ("trace stats", "optimum --gib=1 --trace", "simulate --gib=1 --trace"):
-        _, out, _ = run(capsys, *command.split(), spec)
-        assert (f"times that the file does not have: {times}" in out) == bool(times), out
-    _, out, _ = run(capsys, "trace", "stats", spec, "--json")
-    assert json.loads(out)["invented_times"].startswith(times) and '"num_requests": 2' in out
 
 
 def test_simulate_prints_a_table_and_writes_a_figure(

@@ -154,8 +154,7 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
-    name, times = path.name.split(".")[0], reader.invented_times
-    return Trace(name, unit, reader, bad, counted_by, recipe, columns, times)
+    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by, recipe, columns)
 
 
 COUNTS_ALONE = (

@@ -39,7 +39,6 @@ DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError)
 WINDOW, WINDOW_IDS = 1024, 1 << 24
 """Requests read ahead of the one that is yielded, and ids in their prompts and answers. A request
 can be moved before at most that many others."""
-ONE_SECOND = "one second from each record to the next"
 UNANSWERED = "left out, because no answer follows a question"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
 _DAMAGE = "damaged, or not UTF-8: everything from this line on is lost"
@@ -386,16 +385,6 @@ class FileReader:
         """Return the names that are read for each field, in a file of texts; else empty."""
         return ""
 
-    @property
-    def first(self) -> Record:
-        """First record that can be read; empty if there is none. Reads it."""
-        return next(self.records(BadRecords(skip=True)), (0, Record()))[1]
-
-    @property
-    def invented_times(self) -> str:
-        """Rule of the times that the file does not have; empty if it has all."""
-        return ""
-
     @staticmethod
     def recognises(record: Record) -> bool:
         """Return whether ``record``, the first of a file, is of this format."""
@@ -428,11 +417,6 @@ class SessionReader(FileReader):
     def pause(self) -> Pauses | None:
         """Pauses between turns; None if the file tells them."""
         return None
-
-    @property
-    def invented_times(self) -> str:
-        pauses = "" if self.pause is None else f", and pauses (pause={self.pause.median_s:g})"
-        return f"starts of sessions (starts={self.starts}){pauses}"
 
     def __call__(self) -> Iterator[TraceRequest]:
         notes = Notes(self.path)

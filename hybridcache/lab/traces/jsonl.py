@@ -26,14 +26,7 @@ from hybridcache.lab.trace import (
     plain_name,
     units,
 )
-from hybridcache.lab.traces.frame import (
-    ONE_SECOND,
-    FileReader,
-    Notes,
-    Record,
-    TraceClock,
-    json_lines,
-)
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, TraceClock, json_lines
 from hybridcache.tokens import Tokens, common_prefix_len
 
 PLAIN: dict[str, tuple[str, Callable[[Record, str], Any]]] = {
@@ -80,10 +73,6 @@ class OwnReader(FileReader):
             return unit, record.optional(record.text, "counted_by", "")
         except ValueError as error:
             raise BadRecordError(f"{self.path}, line {line}: {error}") from error
-
-    @property
-    def invented_times(self) -> str:
-        return "" if "timestamp" in self.first else ONE_SECOND
 
     def records(self, bad: BadRecords) -> Iterator[tuple[int, Record]]:
         return (pair for pair in json_lines(self.path, bad) if "format" not in pair[1])

@@ -31,7 +31,6 @@ from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, Unnamed
 from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import (
-    ONE_SECOND,
     FileReader,
     Record,
     TraceClock,
@@ -66,7 +65,12 @@ OF_MESSAGES = ("session", "time", "system", "tools", "model", "tenant", "status"
 """Fields that a record of a single message may have."""
 PARTS = {"content": list, "tool_calls": list, "function_call": dict}
 """Fields of a single message that may be JSON text, as in a CSV file."""
-ABSENT = {"session": "prompts that continue another", "answer": "unknown"}
+ABSENT = {
+    "time": "one second between records",
+    "session": "prompts that continue another",
+    "answer": "unknown",
+}
+"""Rules of the fields that a record of a request does not have."""
 BODIES = ("request", "request_body", "body")
 """Names of an object that holds the fields of a request."""
 SPELLINGS = {
@@ -413,28 +417,17 @@ class MessagesReader(FileReader):
             warn(f"{self.path}: {problems}")
 
     @property
-    def first(self) -> Record:
-        """Fields of the first hundred records, each with its first value."""
-        merged = Record()
-        for _, record in islice(self.records(BadRecords(skip=True)), 100):
-            missing = (name for name in record if merged.get(name) is None)
-            merged |= {name: record[name] for name in missing}
-        return merged
-
-    @property
     def _names(self) -> dict[str, str]:
         fields = ("prompt", "time", "session", "answer", "length", "tenant")
         return {name: getattr(self, name) for name in fields}
 
-    @property
-    def invented_times(self) -> str:
-        has_time = not self.first or "time" in Named(self.first, self._names).used
-        return "" if has_time else ONE_SECOND
-
     def describe(self) -> str:
-        """Return the names that are read for each field in the first records."""
-        first = self.first
-        return Named(first, self._names).describe() if first else ""
+        """Return the names that are read for each field in the first hundred records."""
+        merged = Record()
+        for _, record in islice(self.records(BadRecords(skip=True)), 100):
+            missing = (name for name in record if merged.get(name) is None)
+            merged |= {name: record[name] for name in missing}
+        return Named(merged, self._names).describe() if merged else ""
 
 
 @dataclass(frozen=True, slots=True)
