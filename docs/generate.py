@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hybridcache
 import hybridcache.allocators.pools
 import hybridcache.api
-import hybridcache.policies.admission.base
+import hybridcache.policies.admission
 import hybridcache.radix.tree
 
 MARK = re.compile(r"^\(`make docs` inserts this list: (\w+)\)$", re.MULTILINE)
@@ -409,7 +409,7 @@ SCHEDULING = {
         "MemorySizes",
     ),
     "hybridcache.policies.registry": ("make_admission",),
-    "hybridcache.policies.admission.base": ("AdmissionPolicy",),
+    "hybridcache.policies.admission": ("AdmissionPolicy",),
 }
 """Names for an engine that uses the scheduler."""
 
@@ -484,7 +484,7 @@ def _others(page: str) -> list[str]:
         hybridcache.api,
         hybridcache.allocators.pools,
         hybridcache.radix.tree,
-        hybridcache.policies.admission.base,
+        hybridcache.policies.admission,
     ):
         for name, thing in vars(module).items():
             is_own = getattr(thing, "__module__", "") == module.__name__

@@ -45,7 +45,7 @@ from experiments.studies import admission, common
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
 """Folders with code that determines the results of other parts than simulations."""
-ADMISSION = "/policies/admission/"
+ADMISSION = "/policies/admission.py"
 RECORD = "reproduce.json"
 PAGE = ROOT / "docs" / "results.md"
 PARTS_FILE = ROOT / "experiments" / "parts.toml"

@@ -30,7 +30,7 @@ from engine.worker.process_channel import Sockets
 from experiments.studies.common import keep, positive, show
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
-from hybridcache.policies.admission.sessions import SessionGate
+from hybridcache.policies.admission import SessionGate
 from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import DEFAULT_PLACEMENT, make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes

@@ -47,7 +47,7 @@ from hybridcache.lab.simulation.sizes import budget_bytes, shares, sizes, workin
 from hybridcache.lab.simulation.step_times import MeasuredSteps, RooflineSteps, StepTimes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.admission.base import KEPT_S
+from hybridcache.policies.admission import KEPT_S
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.registry import (
     ADMISSION_NAMES,

@@ -14,14 +14,14 @@ from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
-from hybridcache.policies.admission.base import (
+from hybridcache.policies.admission import (
     AdmissionPolicy,
     CachedFirst,
     Live,
     LongestMatch,
     Oldest,
+    SessionGate,
 )
-from hybridcache.policies.admission.sessions import SessionGate
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.queues import ARC, Clock, S3Fifo, Sieve, WTinyLFU
 from hybridcache.policies.eviction.scored import FIFO, GDSF, LFU, LHD, Marconi, Random

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
+from hybridcache.policies.admission import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.protocol import (
     EvictionPolicy,
     Item,

@@ -17,7 +17,7 @@ from hybridcache.allocators.pools import slab_rows
 from hybridcache.api import Losses, PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.admission.base import WaitingRequest
+from hybridcache.policies.admission import WaitingRequest
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill, PromptBoundaries
 from hybridcache.tokens import Indices, Tokens, require_index, require_int32
 

@@ -28,8 +28,7 @@ from operator import attrgetter
 from typing import Generic, TypeVar, cast
 
 from hybridcache.lease import Lease
-from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
-from hybridcache.policies.admission.sessions import Sessions
+from hybridcache.policies.admission import AdmissionPolicy, Load, Sessions, WaitingRequest
 from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
 from hybridcache.tokens import common_prefix_len, require_index
 

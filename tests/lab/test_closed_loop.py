@@ -31,7 +31,7 @@ from hybridcache.lab.simulation.closed_loop import (
     simulate_closed_loop,
 )
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
+from hybridcache.policies.admission import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
 from hybridcache.scheduling.planner import StepPlanner
@@ -262,7 +262,7 @@ def lines_of(table: LoopRun) -> Iterator[RequestResult]:
     "oldest-2500-6",
     "cached-first-2600-4",
     "live:3-2600-4",
-    "hybridcache.policies.admission.sessions:SessionGate(0.0, 0.01, 0.0)-2600-4",
+    "hybridcache.policies.admission:SessionGate(0.0, 0.01, 0.0)-2600-4",
 )
 @pytest.mark.parametrize(
     ("admission", "num_rows", "max_running"),
@@ -273,7 +273,7 @@ def lines_of(table: LoopRun) -> Iterator[RequestResult]:
         ("longest-match", 2500, 6),
         ("live:3", 2600, 4),
         ("sessions", 2500, 6),
-        ("hybridcache.policies.admission.sessions:SessionGate(0.0, 0.01, 0.0)", 2600, 4),
+        ("hybridcache.policies.admission:SessionGate(0.0, 0.01, 0.0)", 2600, 4),
     ],
 )
 def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(

@@ -11,15 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.policies.admission.base import (
+from hybridcache.policies.admission import (
+    FLOOR,
     LOOK_AHEAD,
+    MOST_WAIT_S,
     TOKENS_A_PASS,
     AdmissionPolicy,
     Load,
     Session,
+    SessionGate,
     WaitingRequest,
 )
-from hybridcache.policies.admission.sessions import FLOOR, MOST_WAIT_S, SessionGate
 from hybridcache.policies.registry import make_admission
 
 

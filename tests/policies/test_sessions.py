@@ -9,8 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hybridcache.policies.admission.base import Session
-from hybridcache.policies.admission.sessions import Sessions, anchor_lens
+from hybridcache.policies.admission import Session, Sessions, anchor_lens
 
 MAX_KNOWN = 3
 

@@ -1,1 +1,0 @@
-"""Admission policies: which waiting request is admitted first, and which must wait."""
