@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from hybridcache.tokens import Indices, Tokens, common_prefix_len, read_namespace
+from hybridcache.tokens import EMPTY, Indices, Tokens, common_prefix_len, read_namespace
 
 STATE = -1
 """Stands for the first token of a state in its key."""
@@ -82,6 +82,8 @@ class Prefixes:
         self.unused: OrderedDict[int, None] = OrderedDict()
         """Items that are not in use, in the order in which they are removed: the least recently
         used first."""
+        self._found: tuple[Hashable, Tokens, list[RecordPart]] = None, EMPTY, []
+        """Path and result of the last ``find``, because chunks of a prompt follow each other."""
         self._records = np.zeros(num_rows, np.int64)
         """Record id of each row, or 0 if it points nowhere."""
         self._offsets = np.zeros(num_rows, np.int32)
@@ -114,10 +116,16 @@ class Prefixes:
         return sorted(gone, reverse=True)
 
     def find(self, namespace: Hashable, tokens: Tokens) -> list[RecordPart]:
-        """Return the runs of the longest stored prefix of ``tokens``. O(len(tokens))."""
+        """Return the runs of the longest stored prefix of ``tokens``. O(len(tokens)), but only a
+        comparison of them up to the end of the last call, if they continue its path."""
         pieces: list[RecordPart] = []
         above: Hashable = ("", namespace)
         at = 0
+        space, known, found = self._found
+        # A run stays while another continues it, so the last one stands for all.
+        last = self.items.get(found[-1].id) if found and space == namespace else None
+        if last is not None and np.array_equal(known, tokens[: len(known)]):
+            pieces, above, at = found[:-1], last.parent or above, last.start
         while at < len(tokens):
             number = self.ids.get((above, at, int(tokens[at])))
             if number is None:
@@ -126,7 +134,8 @@ class Prefixes:
             pieces.append(RecordPart(number, 0, num_tokens))
             at += num_tokens
             above = number
-        return pieces
+        self._found = namespace, tokens, pieces
+        return pieces.copy()
 
     def newest_states(self, room: int, state_rows: int) -> list[int]:
         """Return the newest states, newest first: as many as fit into ``room`` rows together with

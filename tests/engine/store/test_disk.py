@@ -17,7 +17,7 @@ from engine.plugins.tiers import disk as disk_module
 from engine.plugins.tiers.disk import Disk, FutureRows, Rows
 from engine.plugins.tiers.prefixes import covering
 from engine.plugins.tiers.records import HEAD_BYTES, RecordStore, record_bytes
-from hybridcache.tokens import Indices, Tokens
+from hybridcache.tokens import Indices, Tokens, common_prefix_len
 
 ROW_BYTES, STATE_ROWS, NUM_ROWS = 16, 5, 400
 FIELDS = {"weights": "ours"}
@@ -102,7 +102,13 @@ def test_loaded_rows_equal_the_offloaded_ones(
     for step in range(250):
         tokens = choose.integers(0, 2, choose.integers(1, 40)).astype(np.int32)
         path = (None, "tenant", ("salt", 1))[choose.integers(3)], tokens
-        num_known = sum(piece.num_rows for piece in disk.prefixes.find(*path))
+        stored_paths = map(disk.prefixes.path, disk.prefixes.items)
+        known_lens = [
+            common_prefix_len(one, tokens) for space, one in stored_paths if space == path[0]
+        ]
+        for end in (len(tokens) // 2, len(tokens)):  # As chunks of one prompt.
+            num_known = sum(piece.num_rows for piece in disk.prefixes.find(path[0], tokens[:end]))
+            assert num_known == min(end, max(known_lens, default=0))
         missing = len(path[1]) - num_known
         action = choose.integers(6)
         if action == 0 or not stored:
