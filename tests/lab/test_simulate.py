@@ -240,7 +240,19 @@ def test_result_contains_the_memory_layout() -> None:
         "survival (budget)",
         "survival (pools 50% KV)",
     ]
-    assert runs[0].cached_tokens == runs[1].cached_tokens
+    for spec, options in (
+        ("chat?head=60", {"gib": "0.3,1,2", "host_gib": 1.0, "disk_gib": 4.0}),
+        ("agent?head=40", {"gib": "0.2,2", "page_size": 16, "checkpoint_dtype": "int8"}),
+        (f"{SAMPLES / 'mooncake.jsonl.gz'}?head=60", {"gib": "0.2,2,8", "max_running": 4}),
+    ):
+        counted, moved = (
+            simulate(spec, bound=False, policy="lru,survival", memory=memory, **options).runs
+            for memory in ("arena", "moves")
+        )
+        assert [(run.by_session, run.bypassed, run.tier_bytes) for run in counted] == [
+            (run.by_session, run.bypassed, run.tier_bytes) for run in moved
+        ], "an arena hits as the count of its bytes"
+        assert any(run.moved_slabs for run in moved)
     assert [run.moved_slabs is not None for run in runs] == [False, True, False, False]
     [peer] = simulate("short?head=60", gib=2, bound=False, policy=(), baseline="vllm").runs
     assert peer.config["memory"] is None
