@@ -23,7 +23,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move
+from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, Transfer
 from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
@@ -112,11 +112,11 @@ NEEDS_STATES = (
     "a request without states reuses nothing in a hybrid cache: build the cache with "
     "prefix_cache='radix', or pass stateful=True"
 )
-NOT_RESTORED = (
-    "tokens up to {} were computed before a step plan restored the state that they follow: abort "
-    "all leases, unlock all nodes and call cache.reset(). Call cache.take_step().carry_out(memory) "
-    "after all begin, extend and take_checkpoint_slots of a step, before computing, or .done() "
-    "without tensors"
+NOT_READY = (
+    "tokens up to {} were computed before a step plan restored the state that they follow, or "
+    "moved the entries in their rows or slots, so these are lost: abort all leases, unlock all "
+    "nodes and call cache.reset(). Call cache.take_step().carry_out(memory) after all begin, "
+    "extend and take_checkpoint_slots of a step, before computing, or .done() without tensors"
 )
 ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
 
@@ -191,6 +191,10 @@ class Lease:
         # Slabs of the arena in which the rows below _indexed_len are, and possibly more.
         self._slabs: set[int] = set()
         self._indexed_len = 0
+        self._awaited: list[Transfer] | None = None
+        """Transfers that were due when rows or slots were taken for tokens from ``_awaited_from``
+        on. They are in no plan yet while this is the list of the step queue."""
+        self._awaited_from = 0
         self._planned: dict[int, str] = {}
         """Label of each position without a slot yet, by descending priority."""
         self._pending: dict[Saved, str] = {}
@@ -390,12 +394,20 @@ class Lease:
             self._rows = larger
         self._rows[start:end] = new
         self.extended_len = end
+        if self.cache.steps.transfers:
+            self._await_transfers(start)
         table_row = self._request.table_row
         if table_row is not None:
             self._note_changed(table_row, start, end)
         if start == self.cached_len:
             self._count()
         return True
+
+    def _await_transfers(self, start: int) -> None:
+        """Note that tokens from ``start`` on need the transfers that are due now."""
+        due = self.cache.steps.transfers
+        self._awaited_from = min(start, self._awaited_from) if due is self._awaited else start
+        self._awaited = due
 
     def _note_changed(self, table_row: int, start: int, end: int) -> None:
         """Put the rows of positions [start, end) into the next step plan."""
@@ -513,6 +525,8 @@ class Lease:
                 del self._planned[position]
                 self._pending[position, slot] = label
                 num_taken += 1
+                if self.cache.steps.transfers:
+                    self._await_transfers(start)
         return tuple([saved for saved in sorted(self._pending) if start < saved[0] <= end])
 
     def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
@@ -527,6 +541,8 @@ class Lease:
         slot = self.cache.allocate_slot(self._lock) if rolling is None else rolling[1]
         if slot is None:
             return ()
+        if rolling is None and self.cache.steps.transfers:
+            self._await_transfers(start)
         if rolling is None or rolling[0] != position:
             self._overwritten, self._rolling = rolling, (position, slot)
         return ((position, slot),)
@@ -568,7 +584,8 @@ class Lease:
                 from the tokens of the request; ``computed_len`` is less than ``published_len``, or
                 more than there are tokens or rows.
             RuntimeError: the last step plan was taken but not carried out; or no step plan was
-                taken that restores the state from which the request resumes.
+                taken that restores the state from which the request resumes, or moves the entries
+                in its new rows and slots.
         """
         self._require_computed(tokens, computed_len)
         if self._request.exact:
@@ -710,7 +727,7 @@ class Lease:
 
     def _require_computed(self, tokens: Tokens, computed_len: int) -> None:
         """Raise ValueError unless that many ``tokens`` can be published, and RuntimeError if the
-        last plan was not carried out or the state was never restored.
+        last plan was not carried out, or the work that its tokens need is in none.
 
         O(prompt tokens to publish), a comparison of bytes.
         """
@@ -728,8 +745,9 @@ class Lease:
         if computed_len > first:
             if steps.open_plan is not None and not steps.open_plan.is_done:
                 raise RuntimeError(NOT_CARRIED_OUT)
-            if self in steps.restores:
-                raise RuntimeError(NOT_RESTORED.format(computed_len))
+            is_awaited = self._awaited is steps.transfers and computed_len > self._awaited_from
+            if is_awaited or self in steps.restores:
+                raise RuntimeError(NOT_READY.format(computed_len))
         end = min(computed_len, self.prompt_len)
         if first < end:
             new = np.ascontiguousarray(tokens[first:end])

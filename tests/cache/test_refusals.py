@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.allocators.moves import StepMemory
+from hybridcache.allocators.moves import Drop, StepMemory
 from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream, Mirror
@@ -348,3 +348,35 @@ def test_a_request_is_added_once_and_its_removal_can_be_repeated():
     owner.remove(request)
     assert not owner.has_work()
     owner.check()
+
+
+def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the_step():
+    sizes = {"kv_bytes_per_token": 4, "state_bytes": 64, "host_bytes": 100_000}
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=200, num_slots=4, grid=8, **sizes))
+    placement = parse_placement("backoff")
+
+    def serve(first, takes_first):
+        prompt = np.arange(first, first + 120, dtype=np.int32)
+        with Lease.begin(cache, placement, LeaseRequest(prompt)) as lease:
+            for end in (60, 120):
+                if takes_first:
+                    cache.take_step().done()
+                assert lease.extend(end)
+                lease.take_checkpoint_slots(lease.published_len, end)
+                if not takes_first:
+                    cache.take_step().done()
+                lease.publish(prompt, end)
+
+    for number in range(20):
+        serve(1000 * number, takes_first=False)
+    with pytest.raises(RuntimeError, match="or moved the entries"):
+        serve(20_000, takes_first=True)
+    cache, placement = hybrid(100, 4, grid=8), parse_placement("every:8")
+    with Lease.begin(cache, placement, LeaseRequest(prompt := ids(range(32)))) as lease:
+        assert lease.extend(32)
+        cache.steps.transfers.append(Drop("disk", prompt))
+        assert len(lease.take_checkpoint_slots(8, 32)) == 3  # no other slot is left
+        lease.publish(prompt, 8)
+        with pytest.raises(RuntimeError, match="or moved the entries"):
+            lease.publish(prompt, 16)
+    cache.check(held_tokens=0, held_slots=0)

@@ -121,15 +121,14 @@ class LeasedRequest:
 
     def claim(self) -> bool:
         """Take memory for the prompt. Returns False if it is refused."""
-        has_memory = self._extend(self.cached_len, len(self._request.tokens))
-        self._target.cache.take_step().done()  # There are no tensors.
-        return has_memory
+        return self._extend(self.cached_len, len(self._request.tokens))
 
     def _extend(self, start: int, end: int) -> bool:
         """Take memory for ids ``start`` to ``end`` and their checkpoints. False if refused."""
         if not self._lease.extend(end):
             return False
         self._lease.take_checkpoint_slots(start, end)
+        self._target.cache.take_step().done()  # There are no tensors.
         return True
 
     def prefilled(self) -> None:
