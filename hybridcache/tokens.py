@@ -88,19 +88,6 @@ def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:
     return shared - shared % page_size
 
 
-def common_tuple_len(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    """Return the number of leading tokens that two tuples share. O(result)."""
-    shorter, start = min(len(left), len(right)), 0
-    while start < shorter:
-        end = min(start + 256, shorter)
-        if left[start:end] != right[start:end]:
-            break
-        start = end
-    while start < shorter and left[start] == right[start]:
-        start += 1
-    return start
-
-
 PLAIN = frozenset({type(None), str, bytes, int})
 """Types of namespaces that need no further check."""
 

@@ -18,13 +18,14 @@ MirrorMatch(cached_len=8, kv_match_len=10)
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
 from math import lcm
 from typing import NamedTuple
 
+import numpy as np
+
 from hybridcache.api import Listener
-from hybridcache.radix.tree import RadixNode
-from hybridcache.tokens import Tokens, common_tuple_len, require_int32, require_namespace
+from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, Segment
+from hybridcache.tokens import EMPTY, Tokens, require_int32
 
 
 class KVStored(NamedTuple):
@@ -117,22 +118,11 @@ class MirrorMatch(NamedTuple):
     kv_match_len: int
 
 
-@dataclass(eq=False, slots=True)
-class _Piece:
-    """One mirrored segment, or the root of a namespace, without an id."""
-
-    id: int | None
-    parent: _Piece | None
-    namespace: Hashable
-    start: int = 0
-    tokens: tuple[int, ...] = ()
-    checkpoint: bool = False
-    children: dict[tuple[int, ...], _Piece] = field(default_factory=dict)
-    """Children by their first page."""
+_NO_BYTES = ItemBytes(0, 0)
 
 
 class Mirror:
-    """Structure of one cache, built from its events.
+    """Tree of one cache, built from its events.
 
     After ``EventsLost``, or if its ``EventStream`` is no longer subscribed (``followed`` is None),
     the mirror is stale: a new one must follow a new subscription.
@@ -146,10 +136,10 @@ class Mirror:
             kv_grid: Grid of an attention-only cache, which resumes at every common multiple of it
                 and ``page_size``. None for a hybrid cache, which resumes at checkpoints.
         """
-        self.page_size = page_size
         self._kv_step = None if kv_grid is None else lcm(kv_grid, page_size)
-        self._pieces: dict[int, _Piece] = {}
-        self._roots: dict[Hashable, _Piece] = {}
+        self._tree = RadixTree(page_size)
+        self._nodes: dict[int, RadixNode] = {}
+        """Nodes by segment id, which is also their serial. They have no rows."""
         self.next_sequence = 0
         """Number of the next batch."""
         self.num_tokens = 0
@@ -169,63 +159,45 @@ class Mirror:
 
     def apply(self, event: Event) -> None:
         """Apply one event, which follows the preceding ones. O(tokens of the segment)."""
-        page, pieces = self.page_size, self._pieces
+        tree, nodes = self._tree, self._nodes
         match event:
-            case KVStored(id_, above, namespace, start, tokens):
-                root = self._roots.setdefault(namespace, _Piece(None, None, namespace))
-                parent = root if above is None else pieces[above]
-                piece = pieces[id_] = _Piece(id_, parent, namespace, start, tokens)
-                parent.children[tokens[:page]] = piece
+            case KVStored(id_, above, namespace, _, tokens):
+                parent = tree.root(namespace) if above is None else nodes[above]
+                self._add(id_, tree.grow(parent, np.array(tokens, np.int32)))
                 self.num_tokens += len(tokens)
             case KVSplit(id_, upper_id, position):
-                lower = pieces[id_]
-                cut = position - lower.start
-                head, tail = lower.tokens[:cut], lower.tokens[cut:]
-                upper = _Piece(upper_id, lower.parent, lower.namespace, lower.start, head)
-                assert lower.parent is not None
-                lower.parent.children[head[:page]] = pieces[upper_id] = upper
-                upper.children[tail[:page]] = lower
-                lower.parent, lower.start, lower.tokens = upper, position, tail
+                self._add(upper_id, tree.split(nodes[id_], position))
             case KVRemoved(id_):
-                piece = pieces.pop(id_)
-                assert piece.parent is not None
-                self.num_tokens -= len(piece.tokens)
-                del piece.parent.children[piece.tokens[:page]]
-                if not self._roots[piece.namespace].children:
-                    del self._roots[piece.namespace]
-            case CheckpointStored(id_) | CheckpointRemoved(id_):
-                is_stored = isinstance(event, CheckpointStored)
-                pieces[id_].checkpoint = is_stored
-                self.num_checkpoints += 1 if is_stored else -1
+                node = nodes.pop(id_)
+                self.num_tokens -= node.end - node.start
+                tree.fade(node)
+                tree.forget(node)
+            case CheckpointStored(id_, _, label):
+                nodes[id_].checkpoint = Checkpoint(nodes[id_], 0, 0, 0, _NO_BYTES, label)
+                self.num_checkpoints += 1
+            case CheckpointRemoved(id_):
+                nodes[id_].checkpoint = None
+                self.num_checkpoints -= 1
 
-    def match(self, tokens: Tokens | tuple[int, ...], namespace: Hashable = None) -> MirrorMatch:
-        """Match ``tokens``, int32[n] in O(n), or a tuple of integers in O(matched tokens)."""
-        if isinstance(tokens, tuple):
-            ids = tokens
-        else:
-            require_int32(tokens, "tokens")
-            ids = tuple(tokens.tolist())
-        require_namespace(namespace)
-        piece = self._roots.get(namespace)
-        end = cached_len = 0
-        while piece and (piece := piece.children.get(ids[end : end + self.page_size])):
-            theirs = ids[end : end + len(piece.tokens)]
-            if theirs != piece.tokens:
-                shared = common_tuple_len(theirs, piece.tokens)
-                end += shared - shared % self.page_size
-                break
-            end += len(piece.tokens)
-            if piece.checkpoint and end < len(ids):
-                cached_len = end
+    def _add(self, id_: int, node: RadixNode) -> None:
+        node.kv = Segment(node, EMPTY, 0, id_, _NO_BYTES)
+        self._nodes[id_] = node
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> MirrorMatch:
+        """Match ``tokens``, int32[n]. O(n)."""
+        require_int32(tokens, "tokens")
+        above, _, end = self._tree.walk(self._tree.root(namespace), tokens)
         if self._kv_step is not None:
-            reachable = max(min(end, len(ids) - 1), 0)
-            cached_len = reachable - reachable % self._kv_step
-        return MirrorMatch(cached_len, end)
+            reachable = max(min(end, len(tokens) - 1), 0)
+            return MirrorMatch(reachable - reachable % self._kv_step, end)
+        while above.parent is not None and (above.checkpoint is None or above.end >= len(tokens)):
+            above = above.parent
+        return MirrorMatch(above.end, end)
 
     def segments(self) -> set[tuple[int, int | None, Hashable, int, tuple[int, ...], bool]]:
         """Return (id, parent, namespace, start, tokens, checkpoint?) of all segments."""
-        return {
-            (id_, p.parent.id, p.namespace, p.start, p.tokens, p.checkpoint)
-            for id_, p in self._pieces.items()
-            if p.parent is not None
-        }
+        found: list[Event] = []
+        stream = EventStream(found.append)
+        for node in self._nodes.values():
+            stream.kv_stored(node)
+        return {(*stored, self._nodes[stored.id].checkpoint is not None) for stored in found}

@@ -158,12 +158,7 @@ class _Fleet(EventLoop):
             self._homeless.append(asked)
             return
         request = asked.request
-        known = RouteRequest(
-            asked.number,
-            tuple(request.tokens.tolist()),
-            request.namespace,
-            request.boundaries,
-        )
+        known = RouteRequest(asked.number, request.tokens, request.namespace, request.boundaries)
         choice = self.router.route(known, now)
         replica = self._replicas[choice.replica]
         replica.queue.append(asked)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from hybridcache.export.events import CheckpointStored, Event, Mirror
 from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
-from hybridcache.tokens import common_tuple_len
+from hybridcache.tokens import common_prefix_len
 
 MOST_BUSY = 0.95
 """Upper bound of the estimated utilisation. Above it queues grow without limit."""
@@ -112,7 +112,7 @@ class CheckpointSeconds(Router):
         least = min(cost.values())
         equal = [replica for replica, seconds in cost.items() if seconds <= least]
         deepest = max(depth for depth, *_ in known.values())
-        branch = request.tokens[deepest : deepest + self.spec.grid]
+        branch = tuple(request.tokens[deepest : deepest + self.spec.grid].tolist())
         chosen = rendezvous(repr((request.namespace, deepest, branch)).encode(), equal)
         depth, kv_match_len, new_bytes = known[chosen]
         positions = tuple(sorted(self.forecast(request, depth, kv_match_len)))
@@ -224,14 +224,16 @@ def depth_after(prompts: InFlight, request: RouteRequest) -> int:
 
     O(prompts + shared ids).
 
-    >>> prompts = {"a": (RouteRequest("a", (1, 2, 3, 4)), (2, 4), ("every", "every"))}
-    >>> depth_after(prompts, RouteRequest("b", (1, 2, 9)))
+    >>> import numpy as np
+    >>> long, short = np.array([1, 2, 3, 4], np.int32), np.array([1, 2, 9], np.int32)
+    >>> prompts = {"a": (RouteRequest("a", long), (2, 4), ("every", "every"))}
+    >>> depth_after(prompts, RouteRequest("b", short))
     2
     """
     deepest = 0
     for other, positions, _ in prompts.values():
         if other.namespace == request.namespace and positions and positions[-1] > deepest:
-            shared = min(common_tuple_len(other.tokens, request.tokens), len(request.tokens) - 1)
+            shared = min(common_prefix_len(other.tokens, request.tokens), len(request.tokens) - 1)
             number = bisect_right(positions, shared)
             if number:
                 deepest = max(deepest, positions[number - 1])

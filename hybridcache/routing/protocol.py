@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 from hybridcache.export.events import Event
 from hybridcache.geometry.times import PrefillTimes
 from hybridcache.policies.protocol import PlacementPolicy
+from hybridcache.tokens import Tokens
 
 ReplicaId = int | str
 """Identifier of a replica. Never reused: a replica that returns gets a new id and is empty."""
@@ -43,7 +44,8 @@ class RouteRequest(NamedTuple):
 
     id: Hashable
     """Unique among running requests."""
-    tokens: tuple[int, ...]
+    tokens: Tokens
+    """Ids of the prompt, int32[n]."""
     namespace: Hashable = None
     boundaries: tuple[int, ...] = ()
     """Positions that later prompts are known to share, as passed to the placement policy."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-import numpy as np
-
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
@@ -51,7 +49,7 @@ class CacheAware(Router):
         return super().left(replica, now)
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
-        tokens, space = np.array(request.tokens, np.int32), request.namespace
+        tokens, space = request.tokens, request.namespace
         counts = [load.num_running for load in self.loads.values()]
         most, fewest = max(counts), min(counts)
         expected = 0

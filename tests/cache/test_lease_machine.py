@@ -239,9 +239,7 @@ class LeaseMachine(RuleBasedStateMachine):
         namespace = rng.choice([None, None, "tenant"])
         boundaries = tuple(sorted(rng.sample(range(1, prompt_len + 1), min(prompt_len, 2))))
         self.num_requests += 1
-        routed = RouteRequest(
-            self.num_requests, tuple(tokens[:prompt_len].tolist()), namespace, boundaries
-        )
+        routed = RouteRequest(self.num_requests, tokens[:prompt_len], namespace, boundaries)
         forecast = self.router.forecast(routed, 0, 0)
         assert self.router.forecast(routed, 0, 0) == forecast
         self.router.route(routed, float(self.num_requests))

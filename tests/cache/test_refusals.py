@@ -259,11 +259,11 @@ def route(now=1.0, name="checkpoint", **fields):
     router = find_router(name)(replicas())
     for replica in range(2):
         router.joined(replica, 0.0)
-    router.route(RouteRequest(0, (1, 2)), 1.0)
+    router.route(RouteRequest(0, ids("ab")), 1.0)
     try:
-        router.route(RouteRequest(**{"id": 1, "tokens": (1, 2)} | fields), now)
+        router.route(RouteRequest(**{"id": 1, "tokens": ids("ab")} | fields), now)
     finally:
-        router.route(RouteRequest(2, (1, 2)), 1.0)
+        router.route(RouteRequest(2, ids("ab")), 1.0)
         router.check()
 
 

@@ -29,6 +29,10 @@ def spec(placement=PLACEMENT, **changes):
     return ReplicaSpec(placement=parse_placement(placement), **fields | changes)
 
 
+def asked(name, tokens):
+    return RouteRequest(name, np.array(tokens, np.int32))
+
+
 class Replica:
     """Cache that publishes its changes as event batches."""
 
@@ -40,7 +44,7 @@ class Replica:
 
     def compute(self, request):
         """Prefill a prompt, end the request and record a batch of events."""
-        tokens = np.array(request.tokens, np.int32)
+        tokens = request.tokens
         lease_request = LeaseRequest(
             tokens, request.namespace, PromptBoundaries(request.boundaries)
         )
@@ -90,7 +94,7 @@ class RoutersMachine(RuleBasedStateMachine):
     def route(self, number, prefix_len, new):
         tokens = (*self.prompts[number % len(self.prompts)][:prefix_len], *new)
         self.num_requests += 1
-        request = RouteRequest(self.num_requests, tokens)
+        request = asked(self.num_requests, tokens)
         if not self.replicas:
             with pytest.raises(NoReplica):
                 self.router.route(request, self.now)
@@ -203,7 +207,7 @@ def test_prompts_with_a_common_prefix_meet_before_any_event() -> None:
     router = fleet("checkpoint", 8)
     chosen = set()
     for number in range(6):
-        request = RouteRequest(number, (*range(40), 100 + number))
+        request = asked(number, (*range(40), 100 + number))
         chosen.add(router.route(request, 10.0 * number).replica)
         router.ended(number, 10.0 * number)
     assert len(chosen) == 1
@@ -216,7 +220,7 @@ def test_forecasts_do_not_train_the_placement_policy() -> None:
         assert isinstance(router, CheckpointSeconds)
         found = []
         for number in range(300):
-            request = RouteRequest(number, tuple(range(number * 100, number * 100 + 90)))
+            request = asked(number, tuple(range(number * 100, number * 100 + 90)))
             found.append(router.forecast(request, 0, 0))
             replica = router.route(request, float(number)).replica
             assert router.in_flight[replica][number][1] == tuple(sorted(found[-1]))
@@ -227,19 +231,19 @@ def test_forecasts_do_not_train_the_placement_policy() -> None:
 
 def test_text_router_applies_the_thresholds_of_sglang() -> None:
     router = fleet("text", 2)
-    assert router.route(RouteRequest(1, tuple(range(10))), 0).replica == 0
-    assert router.route(RouteRequest(2, (0, 1, 2, *range(50, 57))), 0) == (1, 0)  # 30 %: not above
-    assert router.route(RouteRequest(3, (0, 1, 2, 3, *range(60, 66))), 0) == (0, 4)
+    assert router.route(asked(1, tuple(range(10))), 0).replica == 0
+    assert router.route(asked(2, (0, 1, 2, *range(50, 57))), 0) == (1, 0)  # 30 %: not above
+    assert router.route(asked(3, (0, 1, 2, 3, *range(60, 66))), 0) == (0, 4)
     for number in range(4, 4 + 64):
-        router.route(RouteRequest(number, (*range(10), number)), 0)
+        router.route(asked(number, (*range(10), number)), 0)
     assert router.loads[0].num_running - router.loads[1].num_running == 65
-    assert router.route(RouteRequest("last", (*range(10), 5)), 0).replica == 1
+    assert router.route(asked("last", (*range(10), 5)), 0).replica == 1
 
 
 def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
     replica = Replica()
     for number in range(3):
-        replica.compute(RouteRequest(number, (number,) * 9))
+        replica.compute(asked(number, (number,) * 9))
     router = fleet("checkpoint", 1)
     router.on_events(0, *replica.batches[0])
     with pytest.raises(EventsLost):
@@ -268,10 +272,10 @@ def test_a_custom_router_is_found_by_its_path() -> None:
     router = find_router(f"{here}:NewestReplica")(spec())
     router.joined(-1, 0)
     with pytest.raises(ValueError, match="must return a Choice of a replica"):
-        router.route(RouteRequest(1, (1,)), 0)
+        router.route(asked(1, (1,)), 0)
     router.joined(0, 0)
     router.joined(1, 0)
-    assert router.route(RouteRequest(1, (1,)), 0).replica == 1
+    assert router.route(asked(1, (1,)), 0).replica == 1
     with pytest.raises(ValueError, match=r"router must be one of checkpoint, .* \(got 'best'\)"):
         find_router("best")
     with pytest.raises(ValueError, match="Router: give a name, or a class derived from"):

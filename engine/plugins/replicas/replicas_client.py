@@ -380,7 +380,7 @@ class FleetChannel(EngineChannel):
         """Pass on the outputs of one request. If its replica dies, the request starts again on
         another one, which repeats what was sent already."""
         request_id, spec, router = request.request_id, request.spec, self.router
-        tokens, known = tuple(np.asarray(spec.prompt).tolist()), spec.boundaries.positions
+        tokens, known = np.array(spec.prompt, np.int32), spec.boundaries.positions
         route = RouteRequest(request_id, tokens, spec.namespace, known)
         outputs = None
         for _ in range(MAX_DEATHS):
