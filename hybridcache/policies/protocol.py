@@ -60,7 +60,7 @@ class EvictionPolicy(ABC):
 
     failure: PolicyError | None = None
     """First failure of a user's policy, or None. The cache finishes the operation in which the
-    policy failed, and evicts in the order of arrival from then on. Every later ``match`` raises the
+    policy failed, and evicts the oldest item from then on. Every later ``match`` raises the
     failure."""
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -199,6 +199,8 @@ class Guard:
                 fault = f"{own[0].name} raised {fault} ({where})"
             else:
                 fault = f"the parameters or the result of {name} are wrong: {fault}"
+                if isinstance(error, AttributeError):  # of an attribute that a base class sets
+                    fault += "; its __init__ must call super().__init__()"
             raise PolicyError(f"{self._label!r}: {fault}") from error
 
 
@@ -217,21 +219,18 @@ class GuardedEviction(Guard, EvictionPolicy):
 
     def __init__(self, label: str, policy: EvictionPolicy) -> None:
         super().__init__(label, policy)
-        self._held: dict[Item, None] = {}
-        self._num_held: dict[Kind, int] = {"kv": 0, "checkpoint": 0}
+        self._held: dict[Kind, dict[Item, None]] = {"kv": {}, "checkpoint": {}}
         self.orders_classes = bool(policy.orders_classes)
 
     def set_clock(self, clock: Callable[[], float]) -> None:
         self._policy.set_clock(clock)
 
     def add(self, item: Item) -> None:
-        self._held[item] = None
-        self._num_held[item.kind] += 1
+        self._held[item.kind][item] = None
         self._add(item)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        del self._held[item]
-        self._num_held[item.kind] -= 1
+        del self._held[item.kind][item]
         self._discard(item, evicted)
 
     def for_tier(self) -> EvictionPolicy | None:
@@ -239,17 +238,18 @@ class GuardedEviction(Guard, EvictionPolicy):
         return None if lower is None else GuardedEviction(self._label, lower)
 
     def candidates(self) -> Iterable[Item]:
-        return self._held
+        return chain(*self._held.values())
 
     def victim(self, kind: Kind | None) -> Item | None:
+        held = [*self._held.values()] if kind is None else [self._held[kind]]
+        oldest = next(chain(*held), None)
+
         def victim(policy: EvictionPolicy) -> Item | None:
             chosen = policy.victim(kind)
-            if chosen in self._held and kind in (None, chosen.kind):
-                return chosen
             # Without a victim memory would never be freed, and requests would wait for ever.
-            if chosen is not None or (self._held if kind is None else self._num_held[kind]):
+            if chosen is not oldest and not any(chosen in items for items in held):
                 raise ValueError(f"victim returned {chosen!r} for {kind!r}, which is no candidate")
-            return None
+            return chosen
 
         if self.failure is None:
             try:
@@ -257,7 +257,7 @@ class GuardedEviction(Guard, EvictionPolicy):
                 return found
             except PolicyError as error:
                 self.failure = error
-        return next((item for item in self._held if kind in (None, item.kind)), None)
+        return oldest
 
 
 class GuardedPlacement(Guard, PlacementPolicy):

@@ -87,6 +87,7 @@ CLASSES |= {
 CLASSES |= {
     "InTiers(CheapestFirst)": "orders_classes = False",
     "Arguments(CheapestFirst)": "def __init__(self, weight): super().__init__()",
+    "NoSuper(CheapestFirst)": "def __init__(self): pass",
     "Often(Bare)": "decode_interval, plan = lambda _: 'often', lambda _, prefill: []",
 }
 MODULE += "".join(f"\n\nclass {head}:\n    {body}\n" for head, body in CLASSES.items())
@@ -124,6 +125,7 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("Arguments", r"it cannot be created .*'weight'.*give arguments defaults"),
         ("Foreign", "victim returned .* for .*, which is no candidate"),
         ("ListOfVictims", "result of victim .* unhashable type: 'list'"),
+        ("NoSuper", r"'now'; its __init__ must call super\(\).__init__\(\)"),
         ("Missing", "user_policies has no class 'Missing'"),
         ("Bare", "the result of plan are wrong: TypeError: .* unpack"),
         ("Half", r"result of plan .* each position of a plan must be an integer .got \d+\."),
