@@ -76,10 +76,9 @@ class Parser(argparse.ArgumentParser):
             # argparse accepts the beginning of a flag, too.
             unknown = [f for f in flags if not any(k.startswith(f.split("=")[0]) for k in known)]
             message = self._unknown(unknown) if unknown else message
-        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            near = difflib.get_close_matches(found[1], re.findall(r"[^', ]+", found[2]), n=1)
-            if near:
-                message = f"{message.partition(' (choose from')[0]}, did you mean {near[0]}?"
+        found = re.search(r"(invalid choice: '(.*?)') \(choose from (.*)\)", message)
+        if found and (near := did_you_mean(found[2], re.findall(r"[^', ]+", found[3]))):
+            message = message[: found.end(1)] + near
         end = "" if message.endswith("?") else "."
         self.exit(2, f"{self.prog}: {message.rstrip('.')}{end} See `{self.prog} --help`.\n")
 

@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridcache.command.extras import install_command
+from hybridcache.command.parser import or_known
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.families import read, text_part
 from hybridcache.geometry.mixers import (
@@ -259,6 +259,5 @@ def preset_name(name: str) -> str:
         return found[0]
     if found:
         raise ValueError(f"model {name!r} means several: {', '.join(found)}")
-    near = get_close_matches(name.rpartition("/")[2], names, n=1)  # without an owner on the Hub
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"model {name!r} is none of: {', '.join(names)}{hint}")
+    # Names on the Hub begin with an owner.
+    raise ValueError(f"there is no model {name!r}{or_known(name.rpartition('/')[2], names)}")

@@ -77,6 +77,16 @@ class End(PlacementPolicy):
         return 1
 
 
+def _for_each_rule(name: str) -> Any:
+    """Return a method that calls the method ``name`` of every rule."""
+
+    def notify(self: Placement, *arguments: object) -> None:
+        for rule in self._rules:
+            getattr(rule, name)(*arguments)
+
+    return notify
+
+
 class Placement(PlacementPolicy):
     """Combination of several placement rules, by descending priority. Every rule is notified of
     every checkpoint."""
@@ -100,25 +110,11 @@ class Placement(PlacementPolicy):
         intervals = [rule.decode_interval() for rule in self._rules]
         return min((one for one in intervals if one is not None), default=None)
 
-    def on_prefill(self, prefill: Prefill) -> None:
-        for rule in self._rules:
-            rule.on_prefill(prefill)
-
-    def on_hit(self, item: Item) -> None:
-        for rule in self._rules:
-            rule.on_hit(item)
-
-    def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        for rule in self._rules:
-            rule.on_ghost_hit(item, num_tokens)
-
-    def on_saved(self, position: int, label: str) -> None:
-        for rule in self._rules:
-            rule.on_saved(position, label)
-
-    def on_dropped(self, position: int, label: str) -> None:
-        for rule in self._rules:
-            rule.on_dropped(position, label)
+    on_prefill = _for_each_rule("on_prefill")
+    on_hit = _for_each_rule("on_hit")
+    on_ghost_hit = _for_each_rule("on_ghost_hit")
+    on_saved = _for_each_rule("on_saved")
+    on_dropped = _for_each_rule("on_dropped")
 
 
 # --- Adaptive -------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
+from hybridcache.command.parser import or_known
 from hybridcache.policies.admission import (
     AdmissionPolicy,
     CachedFirst,
@@ -166,10 +166,8 @@ def _maker(
     if entry is None:
         if colon and not number.isdecimal():
             return factory_of(load(spec, protocol), protocol)
-        near = get_close_matches(name.lower(), table, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ";"
-        known = ", ".join([*known_names(table), *["none"] * (table is PLACEMENT_NAMES)])
-        raise ValueError(f"unknown {what} {name!r}{hint} known: {known}, or module:Class")
+        known = [*known_names(table), *["none"] * (table is PLACEMENT_NAMES)]
+        raise ValueError(f"unknown {what} {name!r}{or_known(name, known)}, or module:Class")
     if not colon and not entry.example:
         make: Callable[[], Any] = entry.make
         return make

@@ -203,8 +203,6 @@ class CheckpointSeconds(Router):
             segments = mirror.segments()
             assert mirror.num_tokens == sum(len(segment[4]) for segment in segments)
             assert mirror.num_checkpoints == sum(segment[5] for segment in segments)
-        for write_rate in self.write_rates.values():
-            write_rate.check()
 
 
 # --- Prompts without events yet -------------------------------------------------------------------
@@ -285,14 +283,6 @@ class WriteRate:
         a microsecond count as one."""
         since, before, _ = self._log[0]
         return (self._bytes - before) / max(now - since, 1e-6) if now > since else 0.0
-
-    def check(self) -> None:
-        """Raise AssertionError unless the log covers one capacity and no more than needed."""
-        times, sums, seconds = zip(*self._log, strict=True)
-        assert all(list(column) == sorted(column) for column in (times, sums, seconds))
-        assert sums[-1] <= self._bytes and seconds[-1] <= self._seconds
-        if self._capacity is not None and len(sums) > 2:
-            assert sums[1] > self._bytes - self._capacity
 
 
 # --- Ties -----------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ def test_the_write_rate_covers_the_last_capacity_of_bytes(
     for more_bytes, more_seconds, pause in sent:
         now += pause
         write_rate.sent(more_bytes, more_seconds, now)
-        write_rate.check()
         num_bytes, seconds = num_bytes + more_bytes, seconds + more_seconds
         if more_bytes:
             points.append((now, num_bytes, seconds))
