@@ -95,18 +95,20 @@ class CheckpointSeconds(Router):
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
         num_ids = len(request.tokens)
-        known: dict[ReplicaId, tuple[int, int, int]] = {}
+        known: dict[ReplicaId, tuple[int, int, int, list[int]]] = {}
         cost: dict[ReplicaId, float] = {}
         per_id = self.seconds(0, num_ids) / max(num_ids, 1)
         capacity = self.spec.capacity_bytes
         pressures, delays = self.pressures(now), 1.0 / (1.0 - self.utilisation(now))
         for replica, load in self.loads.items():
-            found = self.mirrors[replica].match(request.tokens, request.namespace)
-            depth = max(found.cached_len, depth_after(self.in_flight[replica], request))
-            new_bytes = self.new_bytes(request, depth, found.kv_match_len)
-            known[replica] = depth, found.kv_match_len, new_bytes
-            num_held = self.mirrors[replica].num_tokens
-            displaced = new_bytes * num_held / capacity if capacity else 0.0
+            mirror = self.mirrors[replica]
+            cached_len, kv_match_len = mirror.match(request.tokens, request.namespace)
+            depth = max(cached_len, depth_after(self.in_flight[replica], request))
+            positions = self.forecast(request, depth, kv_match_len)
+            new_bytes = (num_ids - max(kv_match_len, depth)) * self.spec.kv_bytes
+            new_bytes += len(positions) * self.spec.state_bytes
+            known[replica] = depth, kv_match_len, new_bytes, positions
+            displaced = new_bytes * mirror.num_tokens / capacity if capacity else 0.0
             work = self.seconds(depth, num_ids) + per_id * (pressures[replica] * displaced)
             cost[replica] = load.wait_s(now) + delays * work
         least = min(cost.values())
@@ -114,19 +116,11 @@ class CheckpointSeconds(Router):
         deepest = max(depth for depth, *_ in known.values())
         branch = tuple(request.tokens[deepest : deepest + self.spec.grid].tolist())
         chosen = rendezvous(repr((request.namespace, deepest, branch)).encode(), equal)
-        depth, kv_match_len, new_bytes = known[chosen]
-        positions = tuple(sorted(self.forecast(request, depth, kv_match_len)))
+        depth, kv_match_len, new_bytes, positions = known[chosen]
         labels = tuple(self._plan(request, depth, kv_match_len).values())
-        self.in_flight[chosen][request.id] = request, positions, labels
+        self.in_flight[chosen][request.id] = request, tuple(sorted(positions)), labels
         self.write_rates[chosen].sent(new_bytes, self.seconds(depth, num_ids), now)
         return Choice(chosen, depth)
-
-    def new_bytes(self, request: RouteRequest, depth: int, kv_match_len: int) -> int:
-        """Return the bytes stored by computing a prompt from ``depth``, with KV for
-        ``kv_match_len`` ids."""
-        num_states = len(self.forecast(request, depth, kv_match_len))
-        num_ids = len(request.tokens) - max(kv_match_len, depth)
-        return num_ids * self.spec.kv_bytes + num_states * self.spec.state_bytes
 
     def pressures(self, now: float) -> dict[ReplicaId, float]:
         """Return the relative value of memory on each replica: the square root of its overwrite
