@@ -101,12 +101,12 @@ def vllm_cells() -> Iterator[Cell]:
 
     Blocks have 1,056 tokens with float32 states, 544 with bfloat16 states.
     """
-    variants: dict[str, tuple[int, int | None, int | None]] = {
-        "vLLM, block 1056": (FP32_STATE, None, 0),
-        "vLLM, match unit 32": (FP32_STATE, 32, 0),
-        "vLLM, retention None": (FP32_STATE, None, None),
-        "vLLM bf16, block 544": (BF16_STATE, None, 0),
-        "vLLM bf16, match unit 32": (BF16_STATE, 32, 0),
+    variants: dict[str, tuple[int, int | None, bool]] = {
+        "vLLM, block 1056": (FP32_STATE, None, False),
+        "vLLM, match unit 32": (FP32_STATE, 32, False),
+        "vLLM, retention None": (FP32_STATE, None, True),
+        "vLLM bf16, block 544": (BF16_STATE, None, False),
+        "vLLM bf16, match unit 32": (BF16_STATE, 32, False),
     }
     published: dict[tuple[str, int], tuple[float, ...]] = {
         ("chat", 40): (0.716, 0.840, 0.777, 0.782, 0.837),
@@ -129,15 +129,15 @@ def vllm_cells() -> Iterator[Cell]:
     }
     for (workload, gib), rates in published.items():
         passes = chunks.get((workload, gib), ())
-        for (name, (state, unit, retention)), rate, count in zip_longest(
+        for (name, (state, unit, keep_all)), rate, count in zip_longest(
             variants.items(), rates, passes
         ):
-            make = partial(VllmCache, match_unit=unit, retention=retention)
+            make = partial(VllmCache, match_unit=unit, keep_all=keep_all)
             cell = of_drawn(name, workload, gib, rate, make, state, draws=DRAWS)
             yield cell
             if count is not None:
                 yield replace(cell, published=count, draws=5, figure=CHUNKS)
-    make = partial(VllmCache, match_unit=32, retention=None)
+    make = partial(VllmCache, match_unit=32, keep_all=True)
     yield of_drawn("vLLM, match unit 32, retention None", "agent", 6, 0.738, make, draws=DRAWS)
 
 

@@ -13,7 +13,7 @@ from hybridcache.lab.baselines.vllm import VllmCache
 BASELINES: dict[str, BaselineFactory] = {
     "vllm": VllmCache,
     "vllm-unit32": partial(VllmCache, match_unit=32),
-    "vllm-keep-all": partial(VllmCache, retention=None),
+    "vllm-keep-all": partial(VllmCache, keep_all=True),
     "sglang": SglangCache,
     "sglang-end": partial(SglangCache, placement="end"),
     "sglang-cap": partial(SglangCache, max_states_per_path=2),

@@ -53,8 +53,6 @@ class LightllmCache:
     ) -> None:
         self.page = max(1, page // config.unit)
         self.big_page = None if big_page is None else big_page // config.unit
-        if self.big_page is not None and self.big_page % self.page:
-            raise ValueError(f"big_page {big_page} is not a multiple of page {page}")
         self.num_tokens = config.budget_bytes // (config.kv_bytes_per_token * config.unit)
         self.free_states = HOST_STATES
         self.free_tokens = self.num_tokens

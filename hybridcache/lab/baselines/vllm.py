@@ -12,8 +12,8 @@ Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block poo
   attention match beyond the state, floored to a block. So a fork is useful from its third sighting
   on. With a match unit, chunks also end at the prompt's last unit boundary and at the first block
   boundary after a resume inside a block.
-- *Retention.* 0 registers the states of those stops; ``None`` registers every chunk end and every
-  block crossed in decode.
+- *Retention.* The states of those stops are registered; with ``keep_all``, those of every chunk end
+  and every block crossed in decode.
 - *Match unit* below the block size: the blocks of the prompt's last unit boundary are registered
   under their part. The attention block keeps growing under both keys. The states' block is
   overwritten, so a copy is made for the cache and released at once. In the queue, it is older than
@@ -86,23 +86,18 @@ class _Hit:
 
 
 class VllmCache:
-    """vLLM 0.33 in ``align`` mode. ``match_unit``: tokens, or None for a whole block.
-    ``retention``: 0 keeps the states of prompt ends and junctions, N those and every N tokens at
-    ends of chunks, None all."""
+    """vLLM 0.33 in ``align`` mode. ``match_unit``: tokens, or None for a whole block. States of
+    prompt ends and junctions are kept, or those of all blocks with ``keep_all``."""
 
     def __init__(
-        self, config: BaselineConfig, match_unit: int | None = None, retention: int | None = 0
+        self, config: BaselineConfig, match_unit: int | None = None, keep_all: bool = False
     ) -> None:
         self.config = config
         self.block_tokens = inflated_block_size(config, match_unit or 1)
         self.block_size = self.block_tokens // config.unit
         self.unit = self.block_size if match_unit is None else max(1, match_unit // config.unit)
         """Tokens of the trace per match unit; divides the block."""
-        if retention is not None and (retention < 0 or retention % self.block_tokens):
-            raise ValueError(
-                f"retention {retention} is not a multiple of the block, {self.block_tokens} tokens"
-            )
-        self.retention = None if retention is None else retention // config.unit
+        self.keep_all = keep_all
         self.num_state_groups = -(-config.num_linear_layers // config.num_full_layers)
         self.block_bytes = self.block_tokens * config.kv_bytes_per_token
         num_blocks = config.budget_bytes // self.block_bytes
@@ -288,19 +283,13 @@ class VllmSession(PeerSession):
         at_tail = end % size != 0 and end == (self._length - 1) // unit * unit
         for group, table in enumerate(self._states):
             for depth in range(self._num_registered, end // size):
-                if depth in table and self._keeps(depth + 1):
+                is_kept = self.cache.keep_all or depth + 1 in self._kept
+                if depth in table and is_kept:
                     self._register(table[depth], group, (depth + 1) * size)
             if at_tail:
                 self._register(table[end // size], group, end)
         self._save_tail = at_tail
         self._num_registered = max(self._num_registered, end // size)
-
-    def _keeps(self, num_blocks: int) -> bool:
-        """Return whether the state after ``num_blocks`` blocks is worth a key."""
-        retention = self.cache.retention
-        if retention is None or num_blocks in self._kept:
-            return True
-        return retention > 0 and num_blocks * self.cache.block_size % retention == 0
 
     def _register(self, block: int, group: int, length: int) -> None:
         digest = self._hashes.digests[length // self.cache.unit - 1]

@@ -96,17 +96,16 @@ RECORD: dict[str, dict[str, dict[str, Any]]] = json.loads(
 )
 """Written by record_vllm.py of commit efe20553, with vLLM's own ``KVCacheManager`` and chunk split,
 one request at a time."""
-VARIANTS: dict[str, tuple[int, int | None, int | None]] = {
-    "block 1056": (1056, None, 0),
-    "match unit 32": (1056, 32, 0),
-    "retention None": (1056, None, None),
-    "match unit 32, retention None": (1056, 32, None),
-    "retention 2112": (1056, None, 2112),
-    "block 544": (544, None, 0),
-    "block 544, match unit 32": (544, 32, 0),
+VARIANTS: dict[str, tuple[int, int | None, bool]] = {
+    "block 1056": (1056, None, False),
+    "match unit 32": (1056, 32, False),
+    "retention None": (1056, None, True),
+    "match unit 32, retention None": (1056, 32, True),
+    "block 544": (544, None, False),
+    "block 544, match unit 32": (544, 32, False),
 }
-"""Block, match unit and retention in tokens, by name. Qwen3-Next's block is 1,056 with float32
-states, 544 with bfloat16 ones."""
+"""Block and match unit in tokens, and ``keep_all``, by name. Qwen3-Next's block is 1,056 with
+float32 states, 544 with bfloat16 ones."""
 BF16 = replace(QWEN3_NEXT, state_bytes=36 * (49_152 + 1_048_576))
 
 
@@ -116,10 +115,10 @@ def test_each_request_reuses_as_many_tokens_as_in_vllm(workload: str) -> None:
     trace = list(GENERATORS[workload](seed=0))
     for cell, expected in RECORD[workload].items():
         name, _, size = cell.rpartition(", ")
-        block, unit, retention = VARIANTS[name]
+        block, unit, keep_all = VARIANTS[name]
         config = QWEN3_NEXT if block == 1056 else BF16
         config = replace(config, budget_bytes=int(size.split()[0]) * GIB)
-        peer = VllmCache(config, unit, retention)
+        peer = VllmCache(config, unit, keep_all)
         assert peer.block_tokens == block
         served = []
         for request in trace:
