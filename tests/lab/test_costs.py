@@ -6,12 +6,10 @@ from __future__ import annotations
 import json
 import re
 
-import numpy as np
 import pytest
 
 from hybridcache.geometry.model import ModelGeometry, presets
 from hybridcache.geometry.times import MeasuredTimes, Roofline
-from hybridcache.lab.simulation.serving import prefill_seconds
 
 QWEN3_NEXT = {
     "model_type": "qwen3_next",
@@ -173,25 +171,6 @@ def test_roofline_is_monotone_and_zero_for_no_tokens() -> None:
     ends = [times.seconds(0, end) for end in (1, 64, 1024, 8192, 65536)]
     assert ends == sorted(ends) and ends[0] >= times.overhead_s
     assert times.seconds(4096, 8192) < times.seconds(0, 8192)
-
-
-@pytest.mark.full("200000")
-@pytest.mark.parametrize("longest", [200_000, 10**8])
-def test_vectorized_prefill_times_match_single_times(longest: int) -> None:
-    """Results are equal to the last bit, also if FLOPs exceed 64 bits and beyond one chunk."""
-    rng = np.random.default_rng(0)
-    ends = rng.integers(0, longest, 40_000)
-    starts = (ends * rng.uniform(0, 1.1, 40_000)).astype(np.int64)
-    for name in ("qwen3-next", "olmo-hybrid"):
-        times = Roofline.fitting(ModelGeometry.preset(name))
-        assert [*prefill_seconds(times, starts, ends)] == [
-            *map(times.seconds, starts.tolist(), ends.tolist())
-        ]
-    table = MeasuredTimes((0, 1000), (100, 200), ((1.0, 2.0), (2.0, 4.0)))
-    assert [*prefill_seconds(table, starts, ends)] == [
-        *map(table.seconds, starts.tolist(), ends.tolist())
-    ]
-    assert [*prefill_seconds(table, starts[:0], ends[:0])] == []
 
 
 def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:

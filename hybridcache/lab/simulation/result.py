@@ -13,7 +13,7 @@ from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, percentiles
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.serving import RequestLog, prefill_seconds
+from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
 from hybridcache.lab.trace import DistinctNames
 
@@ -281,8 +281,8 @@ def summarise(
     ttft = np.asarray(log.ttft_s, dtype=np.float64)
     row_bytes, copied = log.unit * geometry.kv_bytes_per_token, sum(log.copy_s)
     written, moved = counters.get("inserted_tokens"), counters.get("moved_tokens")
-    spent = sum(prefill_seconds(times, cached, lengths)) + copied
-    cold = sum(prefill_seconds(times, np.zeros_like(lengths), lengths))
+    spent = sum(map(times.seconds, log.cached_tokens, log.prompt_tokens)) + copied
+    cold = sum(times.seconds(0, length) for length in log.prompt_tokens)
     return RunResult(
         config=identify(scenario, trace, target.priority_classes),
         requests=len(lengths),

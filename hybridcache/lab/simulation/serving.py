@@ -15,14 +15,11 @@ import heapq
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import add
 from time import perf_counter
-
-import numpy as np
-import numpy.typing as npt
 
 from hybridcache.api import Losses
 from hybridcache.export.events import Event
@@ -118,13 +115,11 @@ def serve(
 def _queue(log: RequestLog, times: PrefillTimes, servers: int) -> array[float]:
     """Return the times to first token: waiting for a server, then the prefill."""
     free_at = [0.0] * servers
-    cached = np.frombuffer(log.cached_tokens, np.int64)
-    lengths = np.frombuffer(log.prompt_tokens, np.int64)
     found = array("d")
-    for arrival, copied, spent in zip(
-        log.arrival_s, log.copy_s, prefill_seconds(times, cached, lengths), strict=True
+    for arrival, copied, cached, length in zip(
+        log.arrival_s, log.copy_s, log.cached_tokens, log.prompt_tokens, strict=True
     ):
-        done = max(arrival, free_at[0]) + copied + spent
+        done = max(arrival, free_at[0]) + copied + times.seconds(cached, length)
         heapq.heapreplace(free_at, done)
         found.append(done - arrival)
     return found
@@ -271,12 +266,3 @@ class EventLoop:
         self.on_finished(asked, replica, now)
         self.next_turn(asked.request.session, now)
         self.start(replica, now)
-
-
-def prefill_seconds(
-    times: PrefillTimes, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
-) -> Iterator[float]:
-    """Yield ``times.seconds`` of many prefills, int64[n] each. O(n) time, O(1) extra memory."""
-    for first in range(0, len(starts), 1 << 14):
-        piece = slice(first, first + (1 << 14))
-        yield from map(times.seconds, starts[piece].tolist(), ends[piece].tolist())

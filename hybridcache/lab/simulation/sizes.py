@@ -15,7 +15,6 @@ from hybridcache.lab.traces.frame import shown
 
 TOO_LARGE_GIB = 2.0**50
 """Sizes of this many GiB or more are refused as mistakes."""
-MOST_POINTS = 1000
 USUAL_POINTS = 15
 """Points of a range that does not say how many."""
 
@@ -39,11 +38,11 @@ def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float
         found = _points(spec.replace("%", "") if name == "gib" and isinstance(spec, str) else spec)
     except (ValueError, TypeError):
         found = ()
-    if not 0 < len(found) <= MOST_POINTS or not all(0 < one < TOO_LARGE_GIB for one in found):
+    if not found or not all(0 < one < TOO_LARGE_GIB for one in found):
         unit, others = FORMS[name]
         raise ValueError(
-            f"{name} {shown(spec)}: {unit} above 0, below {TOO_LARGE_GIB:.2g}, at most "
-            f"{MOST_POINTS} are needed, as low:high:points (low first, 2 or more), as a,b,c{others}"
+            f"{name} {shown(spec)}: {unit} above 0, below {TOO_LARGE_GIB:.2g} are needed, as "
+            f"low:high:points (low first, 2 or more), as a,b,c{others}"
         )
     if len(set(found)) < len(found):
         raise ValueError(f"{name} {shown(spec)}: one is given twice: give each once")
@@ -86,7 +85,7 @@ def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
             or not 0 < float(low) < float(high) < TOO_LARGE_GIB
         ):
             raise ValueError("the sizes go up")
-        points = np.geomspace(float(low), float(high), min(int(count), MOST_POINTS + 1))
+        points = np.geomspace(float(low), float(high), int(count))
         return tuple(float(f"{point:.6g}") for point in points)
     if isinstance(spec, str):
         return tuple(float(part) for part in spec.split(","))
