@@ -215,13 +215,6 @@ def test_every_speaker_of_sharegpt_has_a_role(tmp_path: Path) -> None:
         [*open_trace(wrote(("human", "H"), ("alien", "yo")))]
 
 
-def test_fractions_of_milliseconds_are_reported(tmp_path: Path) -> None:
-    record = {"input_length": 512, "output_length": 1, "hash_ids": [1]}
-    path = lines(tmp_path / "m.jsonl", *({**record, "timestamp": at} for at in (0, 1.5)))
-    with pytest.warns(TraceFieldsWarning, match="multiply it by 1,000 if it is in seconds"):
-        assert [one.timestamp_s for one in open_trace(f"mooncake:{path}")] == [0.0, 0.0015]
-
-
 def test_conversations_of_lengths_share_the_blocks_of_their_first_message(tmp_path: Path) -> None:
     """Each message is framed by five ids, and a prompt ends in a thought of two."""
     turns = [["u", 40], ["a", 6], ["u", 3], ["a", 4]]

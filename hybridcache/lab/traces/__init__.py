@@ -137,14 +137,12 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     else:
         is_named = bool(colon) and word in READERS
         path = Path(place if is_named else rest)
-        if path.is_dir():
-            raise IsADirectoryError(f"trace {rest!r} is a folder: name a file in it")
-        if not (path.is_file() or (is_named and path.exists())):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"trace {rest!r} is not a regular file: it is read several times")
+        if not path.exists():
             known = "" if colon else f" and no such generator{or_known(rest, GENERATORS)}"
             if colon and not is_named:
                 known = f", and {word!r} is not a reader ({', '.join(READERS)})"
-            if path.exists():
-                raise ValueError(f"trace {rest!r} is not a regular file: it is read several times")
             raise FileNotFoundError(f"no trace {rest!r}: there is no file {path}{known}")
         word = word if is_named else recognise(path)
     kinds = {field.name: str(field.type) for field in fields(READERS[word])}

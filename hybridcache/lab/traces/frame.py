@@ -136,10 +136,9 @@ class Record(dict[str, Any]):
         """Return a list of ids and of runs [first id, last id] as int32[n]. O(n)."""
         runs = [run if isinstance(run, list) else [run, run] for run in self.values_of(name)]
         for run in runs:
-            if len(run) != 2 or not all(type(end) is int and 0 <= end < 1 << 30 for end in run):
+            are_ids = len(run) == 2 and all(type(end) is int for end in run)
+            if not are_ids or not 0 <= run[0] <= run[1] < 1 << 30:
                 raise ValueError(f"{name} is not a list of ids and of runs [first id, last id]")
-            if run[1] < run[0]:
-                raise ValueError(f"a run of {name} ends before it begins")
         if sum(last - first + 1 for first, last in runs) > LONGEST:
             raise ValueError(f"more than {LONGEST} {name} in one prompt")
         ids = [np.arange(first, last + 1, dtype=np.int32) for first, last in runs]
@@ -207,15 +206,24 @@ class Notes:
         self._path = path
         self._counts = Counter[tuple[str, str]]()
 
-    def count(self, message: str, unit: str = "conversation") -> None:
-        """Count a conversation, or another ``unit``, for the warning ``message``."""
-        self._counts[unit, message] += 1
+    def count(self, message: str, unit: str = "conversation", number: int = 1) -> None:
+        """Count a conversation, or several of another ``unit``, for the warning ``message``."""
+        self._counts[unit, message] += number
+
+    def say(self, message: str) -> None:
+        """Issue a warning about the file."""
+        warn(f"{self._path}: {message}")
+
+    def warn(self) -> None:
+        """Issue the warnings of the pass."""
+        for (unit, message), number in self._counts.items():
+            if number:
+                self.say(f"{counted(number, unit)} {message}")
 
     def after(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-        """Yield ``requests``, the whole pass, and then give the warnings."""
+        """Yield ``requests``, the whole pass, and then issue the warnings."""
         yield from requests
-        for (unit, message), number in self._counts.items():
-            warn(f"{self._path}: {counted(number, unit)} {message}")
+        self.warn()
 
 
 # --- Files --------------------------------------------------------------------------------------

@@ -27,18 +27,9 @@ from typing import Any, ClassVar
 
 from sortedcontainers import SortedDict
 
-from hybridcache.geometry.units import counted
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, Unnamed
 from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
-from hybridcache.lab.traces.frame import (
-    FileReader,
-    Record,
-    TraceClock,
-    csv_lines,
-    in_order,
-    shown,
-    warn,
-)
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, TraceClock, csv_lines, in_order
 from hybridcache.lab.traces.text import ChatText, load_chat_text
 
 SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
@@ -63,7 +54,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 """Fields of a record and the names that contain them. The first name with a value counts."""
 OF_MESSAGES = ("session", "time", "system", "tools", "model", "tenant", "status")
 """Fields that a record of a single message may have."""
-PARTS = {"content": list, "tool_calls": list, "function_call": dict}
+CALLS = {"tool_calls": list, "function_call": dict}
 """Fields of a single message that may be JSON text, as in a CSV file."""
 ABSENT = {
     "time": "one second between records",
@@ -76,19 +67,17 @@ BODIES = ("request", "request_body", "body")
 SPELLINGS = {
     name.replace("_", ""): name
     for name in (
-        *("role", "reasoning_content", *PARTS, *BODIES),
+        *("role", "content", "reasoning_content", *CALLS, *BODIES),
         *(each for names in NAMES.values() for each in names),
     )
 }
 """Names of fields by their letters."""
 FEWEST = 10
 """Requests without any continued prompt from which on a warning is given."""
-FAILED = "record", "of failed requests left out (status 400 or more, error or failed)"
-NOT_ANSWERED = "message", "without an answer left out"
+FAILED = "of failed requests left out (status 400 or more, error or failed)"
 WHOLE = (
-    "prompt",
     "without an answer end with an assistant's message: if each is a whole conversation, and its "
-    "assistant's messages are the answers, read the file as conversations:FILE",
+    "assistant's messages are the answers, read the file as conversations:FILE"
 )
 NOT_CONTINUED = (
     "most prompts do not begin with an earlier prompt of their session: a prompt must be the whole "
@@ -154,23 +143,19 @@ class Named(Record):
         return int(number[1]) >= 400 if number else status.lower() in ("error", "failed")
 
     def message(self) -> Record:
-        """Return a single message. Lists of parts and calls that are JSON text are decoded."""
+        """Return a single message. Calls that are JSON text are decoded."""
         message = Record(self.record)
-        is_result = str(message["role"]).lower() in ("tool", "function")
-        for name, kind in PARTS.items():
-            if isinstance(message.get(name), str):
+        for name, kind in CALLS.items():
+            if name in message:
                 value = _json(message[name], kind)
-                if name != "content":
-                    message[name] = None if value == "null" else value
-                # A list of other objects is a text, and so is every result of a tool.
-                elif value and all("type" in part for part in value) and not is_result:
-                    message[name] = value
+                message[name] = None if value == "null" else value
         return message
 
     def describe(self) -> str:
         """Return the names that are read for each field, and the rules for those without one."""
         if self.is_message:
-            found = [f"{name}={name}" for name in ("role", *PARTS) if name in self.record]
+            own = ("role", "content", *CALLS)
+            found = [f"{name}={name}" for name in own if name in self.record]
             found += [f"{name}={self.used[name]}" for name in OF_MESSAGES if name in self.used]
             return f"{', '.join(found)} (an answer is a request after all messages of its session)"
         found = [f"{name}={column}" for name, column in self.used.items()]
@@ -264,21 +249,20 @@ class Conversation:
 class PromptParser:
     """Converts records to requests, and assembles single messages to prompts."""
 
-    def __init__(self, chat: ChatText, names: dict[str, str]) -> None:
-        self._chat, self._names = chat, names
+    def __init__(self, chat: ChatText, names: dict[str, str], notes: Notes) -> None:
+        self._chat, self._names, self._notes = chat, names, notes
         self._fresh, self._clock, self._continued = FreshIds(), TraceClock(), Continued()
         self._last: dict[str | int, tuple[int, int, float]] = {}
         """Length, hash and time of the last prompt of a named session."""
         self._unread = set[str]()
         self._num_requests = self._num_answers = self._num_later = self._num_continued = 0
-        self._counts = dict.fromkeys((FAILED, NOT_ANSWERED, WHOLE), 0)
         self._conversations = dict[str | int, Conversation]()
 
     def parse(self, raw: Record) -> Iterator[TraceRequest]:
         """Yield the request of a record; none if it failed, or is a message without an answer."""
         record = Named(raw, self._names)
         if record.has_failed:
-            self._counts[FAILED] += 1
+            self._notes.count(FAILED, "record")
             return
         if record.is_message:
             yield from self._message(record)
@@ -317,7 +301,8 @@ class PromptParser:
         if "messages" in record:
             messages = [spelled(message) for message in record.objects("messages")]
             said = plain_chat(messages, record.get("system"), record.get("tools"))
-            self._counts[WHOLE] += answer is None and said[-1]["role"] == "assistant"
+            if answer is None and said[-1]["role"] == "assistant":
+                self._notes.count(WHOLE, "prompt")
             request = self._chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
             # A text that begins with the text of every earlier part of the chat.
             text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
@@ -326,28 +311,15 @@ class PromptParser:
             raise ValueError(f"there is no prompt in it ({names}): name it as in ?prompt=NAME")
         else:
             prompt = record.get("prompt") or ""
-            text = prompt if isinstance(prompt, str) else ""
-            ids = self._prompt(prompt)
+            is_text = isinstance(prompt, str)
+            text = prompt if is_text else ""
+            ids = self._chat.encode(prompt) if is_text else Record(prompt=prompt).ids("prompt")
+            if not len(ids):
+                raise ValueError("the prompt is empty")
             request = TraceRequest(0.0, "", None, ids, self._chat.encode(answer or ""))
         if answer is None:
             request = request._replace(output=self._fresh.take(length))
         return request._replace(stop_reason=reason), text
-
-    def _prompt(self, prompt: Any) -> Any:
-        """Return the ids of a prompt: a text, a list of ids, or either in a list of one."""
-        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-            prompt = prompt[0]
-        if isinstance(prompt, list) and any(isinstance(part, str) for part in prompt):
-            raise ValueError("several prompts in one request are not read")
-        if isinstance(prompt, str):
-            ids = self._chat.encode(prompt)
-        elif isinstance(prompt, list):
-            ids = Record(prompt=prompt).ids("prompt")
-        else:
-            raise ValueError(f"prompt is {shown(prompt)}, not a text or a list of ids")
-        if not len(ids):
-            raise ValueError("the prompt is empty")
-        return ids
 
     def _message(self, record: Named) -> Iterator[TraceRequest]:
         """Add a message to the conversation of its session; yield a request if it is an answer."""
@@ -366,18 +338,18 @@ class PromptParser:
             when_s = request.timestamp_s if "time" in record else now_s
             yield request._replace(timestamp_s=when_s, namespace=namespace)
 
-    def problems(self) -> Iterator[str]:
-        """Describe what was left out or not used."""
+    def end(self) -> None:
+        """Note unanswered messages, prompts that continue no other, and a file without answers."""
         unanswered = sum(one.num_unanswered for one in self._conversations.values())
-        for (unit, words), number in (self._counts | {NOT_ANSWERED: unanswered}).items():
-            if number:
-                yield f"{counted(number, unit)} {words}"
+        self._notes.count("without an answer left out", "message", unanswered)
         is_new = not self._last and self._continued.count >= FEWEST and not self._num_continued
         if is_new or self._num_later > 2 * self._num_continued:
-            yield NOT_CONTINUED
+            self._notes.say(NOT_CONTINUED)
         if self._unread and not self._num_answers and self._num_requests:
             names = ", ".join(sorted(self._unread))
-            yield f"no answer was found; name its field as in ?answer=NAME: {names} are not read"
+            self._notes.say(
+                f"no answer was found; name its field as in ?answer=NAME: {names} are not read"
+            )
 
 
 def from_first(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
@@ -411,10 +383,11 @@ class MessagesReader(FileReader):
         return named.has_prompt or (named.is_message and "content" in named.record)
 
     def __call__(self) -> Iterator[TraceRequest]:
-        parser = PromptParser(load_chat_text(self.tokenizer, self.template), self._names)
+        notes = Notes(self.path)
+        parser = PromptParser(load_chat_text(self.tokenizer, self.template), self._names, notes)
         yield from from_first(in_order(self.path, self.records(self.bad), parser.parse, self.bad))
-        if problems := "; ".join(parser.problems()):
-            warn(f"{self.path}: {problems}")
+        parser.end()
+        notes.warn()
 
     @property
     def _names(self) -> dict[str, str]:

@@ -49,9 +49,6 @@ class MooncakeReader(FileReader):
 
         def parse(record: Record) -> Iterator[TraceRequest]:
             time = record.seconds("timestamp")
-            if self.times_per_s > 1 and time % 1:
-                said = "which is read as milliseconds: multiply it by 1,000 if it is in seconds"
-                notes.count(f"with a fraction in timestamp, {said}", "record")
             length, answer = record.whole("input_length", least=1), record.whole("output_length")
             hashes = record.values_of("hash_ids")
             if any(type(one) not in (str, int) for one in hashes):
