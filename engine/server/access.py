@@ -28,7 +28,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from engine.server.api_errors import ANTHROPIC, APIError, short
+from engine.server.bodies import ANTHROPIC, APIError, short
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.bounded import REPLACEMENT
 from hybridcache.command.signals import log_to_stderr

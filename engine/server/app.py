@@ -36,8 +36,7 @@ from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, d
 from engine.plugins.observe.server import Page
 from engine.plugins.tiers import TierConfig
 from engine.server.access import HEADERS_S, Access, ClientConnection, install, set_up_logging
-from engine.server.api_errors import HANDLERS, APIError
-from engine.server.bodies import Body, json_response
+from engine.server.bodies import HANDLERS, APIError, Body, json_response
 from engine.server.chat import chat
 from engine.server.completions import CompletionRequest, complete
 from engine.server.context import Answer, ServingContext

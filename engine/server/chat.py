@@ -14,8 +14,7 @@ from starlette.responses import Response
 
 from engine.requests.chat_prompt import NO_CHAT, ChatPrompt
 from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls
-from engine.server.api_errors import APIError
-from engine.server.bodies import event, run
+from engine.server.bodies import APIError, event, run
 from engine.server.context import Call, Writer, finite, new_id, token_text
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
 from engine.text.answers import AnswerForm, AnswerReader, Event, ToolCall, as_message

@@ -33,13 +33,15 @@ from engine.requests.chat_prompt import Replay
 from engine.requests.grammar import MAX_CHARS, Grammar
 from engine.requests.request import RequestSpec
 from engine.server.access import Access, Tenant
-from engine.server.api_errors import APIError, of_failure, quoted
 from engine.server.bodies import (
     DONE,
+    APIError,
     Body,
     EventStream,
     event,
     json_response,
+    of_failure,
+    quoted,
     read_body,
     run,
     unless_gone,

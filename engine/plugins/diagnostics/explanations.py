@@ -18,8 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.requests.chat_prompt import said_by
-from engine.server.api_errors import APIError, quoted
-from engine.server.bodies import json_response
+from engine.server.bodies import APIError, json_response, quoted
 from engine.server.context import Call, ServingContext
 from engine.server.schemas import ChatRequest, Message
 from engine.text.bounded import BoundedMemory

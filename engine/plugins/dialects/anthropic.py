@@ -15,8 +15,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from engine.requests.request import MAX_COUNT
-from engine.server.api_errors import APIError
-from engine.server.bodies import Body, Part, json_response, named_event
+from engine.server.bodies import APIError, Body, Part, json_response, named_event
 from engine.server.chat import PartWriter, chat_of, render
 from engine.server.context import Call, new_id
 from engine.server.schemas import (

@@ -18,8 +18,7 @@ from starlette.responses import Response
 
 from engine.messages import EndSession
 from engine.server.access import Tenant
-from engine.server.api_errors import APIError, quoted
-from engine.server.bodies import Part, json_response, named_event
+from engine.server.bodies import APIError, Part, json_response, named_event, quoted
 from engine.server.chat import PartWriter, chat_of
 from engine.server.context import Call, ServingContext, new_id
 from engine.server.schemas import (

@@ -7,8 +7,7 @@ from typing import Any
 from msgspec import field
 from starlette.responses import Response
 
-from engine.server.api_errors import APIError
-from engine.server.bodies import Body, json_response, run
+from engine.server.bodies import APIError, Body, json_response, run
 from engine.server.chat import render
 from engine.server.context import Call
 from engine.server.schemas import ChatRequest, Messages, TokenId

@@ -18,8 +18,7 @@ from starlette.routing import Route
 
 from engine.errors import EngineStopped
 from engine.messages import AskView, OpenView
-from engine.server.api_errors import APIError
-from engine.server.bodies import EventStream, event, json_response, run
+from engine.server.bodies import APIError, EventStream, event, json_response, run
 from engine.server.context import ServingContext
 from hybridcache.watch.page import POLICY, live_page
 
