@@ -25,7 +25,7 @@ import json
 import re
 import sys
 from array import array
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -425,7 +425,7 @@ def _find_spans(
     control_starts, at, last = [control.start() for control in controls], 0, 0
     for before, place in zip(pieces[::2], pieces[1::2], strict=False):
         at += len(before)
-        number = bisect(control_starts, at)
+        number = bisect_left(control_starts, at)
         later = (controls[index] for index in range(number, len(controls)))
         close = next((one for one in later if one[0] in ends), None)
         if not number or control_starts[number - 1] < last or close is None:
