@@ -183,11 +183,11 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
 def test_warnings_of_worker_processes_are_given_here(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "seconds.jsonl"
-    path.write_text('{"timestamp": 0.5, "input_length": 9, "output_length": 1, "hash_ids": [1]}\n')
-    with pytest.warns(UserWarning, match="which is read as milliseconds"):
-        simulate(f"mooncake:{path}", model=GEOMETRY, gib=[1, 2], bound=False, processes=2)
-    assert "milliseconds" not in capfd.readouterr().err
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"tokens": [1, 2], "odd": 3}\n')
+    with pytest.warns(UserWarning, match="not read: odd"):
+        simulate(path, model=GEOMETRY, gib=[1, 2], bound=False, processes=2)
+    assert "odd" not in capfd.readouterr().err
 
 
 def test_changed_trace_file_is_simulated_again(tmp_path: Path) -> None:
