@@ -126,28 +126,13 @@ def linear_ratio(
 
 @cache
 def student_quantile(probability: float, degrees: int) -> float:
-    """Return the quantile of Student's distribution for a probability above one half, by bisection
-    on the integral of the density (Simpson's rule)."""
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(
-        degrees * math.pi
-    )
-
-    def above_half(limit: float) -> float:
-        angles = np.linspace(0, math.atan(limit / math.sqrt(degrees)), 201)
-        # With x = sqrt(degrees) tan(angle) the density becomes a power of the cosine.
-        heights = np.cos(angles) ** (degrees - 1)
-        weights = np.ones(201)
-        weights[1:-1:2], weights[2:-1:2] = 4, 2
-        area = float((weights * heights).sum()) * float(angles[1] - angles[0]) / 3
-        return scale * math.sqrt(degrees) * area
-
-    low, high = 0.0, 1.0
-    while above_half(high) < probability - 0.5:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if above_half(middle) < probability - 0.5 else (low, middle)
-    return high
+    """Return the quantile of Student's distribution for a probability above one half."""
+    # With x = sqrt(degrees) tan(angle) the density becomes a power of the cosine.
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    heights = np.cos(angles) ** (degrees - 1)
+    areas = np.concatenate(([0.0], np.cumsum(heights[1:] + heights[:-1])))
+    angle = float(np.interp((2 * probability - 1) * areas[-1], areas, angles))
+    return math.sqrt(degrees) * math.tan(angle)
 
 
 def percentiles(values: np.ndarray) -> dict[int, float]:

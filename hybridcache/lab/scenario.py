@@ -20,11 +20,9 @@ import inspect
 import json
 import sys
 import tomllib
-from ast import literal_eval
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -592,7 +590,7 @@ def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy,
 
 
 def _policy(one: Any) -> str | OwnPolicy:
-    """Replace a class, or a ``partial`` of one, by its name, so that other processes find it."""
+    """Replace a class by its name, so that other processes find it."""
     if isinstance(one, str):
         return ",".join(split_specs(one))
     if isinstance(one, OwnPolicy):
@@ -621,16 +619,8 @@ def sources_of(policies: Iterable[str]) -> str:
 
 
 def _spec_of(own: Any) -> str | None:
-    """Return ``module:Class`` of a class that is an attribute of its module, or
-    ``module:Class(alpha=2)`` of a ``partial`` of one with literals as arguments; else None."""
-    is_partial = isinstance(own, partial)
-    kind = own.func if is_partial else own
-    values = (*own.args, *own.keywords.values()) if is_partial else ()
-    if not isinstance(kind, type):
+    """Return ``module:Class`` of a class that is an attribute of its module; else None."""
+    if not isinstance(own, type):
         return None
-    if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
-        return None
-    with suppress(ValueError, SyntaxError):  # of a value that is no literal
-        if all(literal_eval(repr(value)) == value for value in values):
-            return str(own_policy(own))
-    return None
+    is_found = getattr(sys.modules.get(own.__module__), own.__qualname__, None) is own
+    return str(own_policy(own)) if is_found else None

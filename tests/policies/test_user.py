@@ -14,7 +14,6 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from hybridcache.lab.cli import main
-from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
@@ -196,8 +195,6 @@ def test_a_policy_takes_parameters(policy: object) -> None:
     assert "Weighted" in runs[2].label or "lambda" in runs[2].label
     if not callable(policy):
         assert runs[2].label in (policy, f"{__name__}:Weighted(weight=2.5)")
-    if isinstance(policy, partial):  # It can be written to files of runs and scenarios.
-        assert f'"{__name__}:Weighted(weight=2.5)"' in Scenario("short", policy=policy).to_toml()
 
 
 def same(policy: type[object]) -> type[object]:
