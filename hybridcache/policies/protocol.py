@@ -311,19 +311,13 @@ def require_boundaries(boundaries: object) -> None:
     if not isinstance(boundaries, PromptBoundaries):
         raise TypeError(f"boundaries must be PromptBoundaries(...) (got {boundaries!r})")
     positions, answer_survives = boundaries
-    if type(answer_survives) is not bool:
-        require_bool(answer_survives, "answer_survives of boundaries")
+    require_bool(answer_survives, "answer_survives of boundaries")
     if not isinstance(positions, tuple | list):
         raise TypeError(f"positions of boundaries must be a tuple (got {positions!r})")
-    before = 0
     for position in positions:
-        if type(position) is not int:
-            require_index(position, "each of boundaries")
-        if position < before:
-            raise ValueError(
-                f"boundaries must be positions from 0 on, ascending (got {positions!r})"
-            )
-        before = position
+        require_index(position, "each of boundaries", 0)
+    if [*positions] != sorted(positions):
+        raise ValueError(f"boundaries must ascend (got {positions!r})")
 
 
 def chat_boundaries(

@@ -69,8 +69,7 @@ def load(spec: str, protocol: type[Any]) -> OwnPolicy:
     if not isinstance(found, type):
         raise ValueError(f"{spec!r}: {module_name} has no class {class_name!r}")
     _refuse_unfit(spec, found, protocol)
-    make = partial(found, *arguments, **keywords) if arguments or keywords else found
-    return OwnPolicy(spec, make)
+    return OwnPolicy(spec, partial(found, *arguments, **keywords))
 
 
 def import_module(spec: str, module_name: str) -> ModuleType:

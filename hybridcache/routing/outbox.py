@@ -57,10 +57,10 @@ class Outbox:
         with self._lock:
             self._covered.append(request)
 
-    def flush(self) -> bool:
+    def flush(self, even_if_empty: bool = False) -> bool:
         """Make a batch of the changes since the last one. Returns False if there were none."""
         with self._lock:
-            if not self._events and not self._covered:
+            if not self._events and not self._covered and not even_if_empty:
                 return False
             batch = EventBatch(self._next_sequence, tuple(self._events), tuple(self._covered))
             self._events.clear()
@@ -87,7 +87,4 @@ class Outbox:
             self._batches.clear()
             self._next_sequence = 0
             self._watch()
-        if not self.flush():
-            with self._lock:
-                self._batches.append(EventBatch(0, (), ()))
-                self._next_sequence = 1
+        self.flush(even_if_empty=True)

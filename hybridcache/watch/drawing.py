@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybridcache.geometry.units import counted
 from hybridcache.radix.tree import RadixNode, RadixTree, members
 
 MAX_LETTERS = 80
@@ -31,9 +32,9 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
             else:
                 stack.append((child, margin + "|- ", margin + "|  "))
     if tree.num_nodes > num_drawn:
-        left_out = f"... {_count(tree.num_nodes - num_drawn, 'node')}"
+        left_out = f"... {counted(tree.num_nodes - num_drawn, 'more node')}"
         if len(tree.roots) > num_namespaces:
-            left_out += f" and {_count(len(tree.roots) - num_namespaces, 'namespace')}"
+            left_out += f" and {counted(len(tree.roots) - num_namespaces, 'more namespace')}"
         lines.append(left_out)
     return "\n".join(lines)
 
@@ -59,7 +60,3 @@ def _describe(node: RadixNode) -> str:
 def _short(text: str) -> str:
     """Return at most ``MAX_LETTERS`` letters of ``text``."""
     return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 3] + "..."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} more {noun}{'' if number == 1 else 's'}"

@@ -29,12 +29,12 @@ def test_rendering_reads_only_max_nodes_nodes(monkeypatch):
     start = RadixNode.start.fget
     monkeypatch.setattr(RadixNode, "start", property(lambda node: seen.add(node) or start(node)))
     picture = cache.render(max_nodes=10)
-    assert "... 2990 more nodes and 2990 more namespaces" in picture
+    assert "... 2,990 more nodes and 2,990 more namespaces" in picture
     assert len(picture.splitlines()) <= 21
     assert len(seen) == 10
     assert "... 1 more node" not in cache.render(max_nodes=3000)
     assert cache.render(max_nodes=2999).endswith("... 1 more node and 1 more namespace")
-    assert cache.render(max_nodes=0) == "... 3000 more nodes and 3000 more namespaces"
+    assert cache.render(max_nodes=0) == "... 3,000 more nodes and 3,000 more namespaces"
 
 
 SPECIAL_CHARACTERS = 'two\nlines \x00\x1b\ufffe\ud800 <&> "\\'
