@@ -98,15 +98,15 @@ class CacheConfig:
                 "prefix_cache='radix' for a model without states"
             )
         make_eviction(self.eviction)
-        sizes = {"total_bytes": self.total_bytes, **self.tier_bytes}
-        given = [name if "_" in name else f"{name}_bytes" for name, size in sizes.items() if size]
         # They cannot both be 1: a state never weighs as little as a token.
         are_known = self.kv_bytes_per_token > 0 < self.state_bytes and self.unit_bytes != (1, 1)
-        if self.prefix_cache != "radix" and given and not are_known:
+        needs_both = self.prefix_cache != "radix" and (self.total_bytes or self.tier_bytes)
+        if needs_both and not are_known:
             raise ValueError(
-                f"kv_bytes_per_token and state_bytes must be given with {' and '.join(given)}, "
-                "because rows and states are counted in bytes there. hybridcache.ModelGeometry "
-                "computes both for a model; one without states needs prefix_cache='radix'"
+                "kv_bytes_per_token and state_bytes must be given with total_bytes, host_bytes or "
+                "disk_bytes, because rows and states are counted in bytes there. "
+                "hybridcache.ModelGeometry computes both for a model; one without states needs "
+                "prefix_cache='radix'"
             )
         for name, num_bytes in self.tier_bytes.items():
             if self.prefix_cache != "hybrid":

@@ -60,20 +60,11 @@ LEGACY_LAYER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"
 
 
 def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
-    """Build a model from its layers. Raises SizesError if a stored tensor has a dimension below 1,
-    or an MLP has no width."""
-    made = ModelSizes(hidden(text), int(text.get("vocab_size", 0)), layers)
-    for spec in made.specs():
-        if min(spec.shape) < 1:
-            shape = " x ".join(map(str, spec.shape))
-            raise SizesError(
-                f"sizes in config.json must be at least 1: a layer would keep {shape} numbers "
-                f"({spec.name})."
-            )
+    """Build a model from its layers. Raises SizesError if an MLP has no width."""
     for layer in layers:
         if isinstance(layer.mlp, MLPSizes):
             check_size("intermediate_size", layer.mlp.intermediate)
-    return made
+    return ModelSizes(size_of(text, "hidden_size"), int(text.get("vocab_size", 0)), layers)
 
 
 def decoder(**own: Any) -> Mapping[str, Field]:
@@ -101,14 +92,9 @@ def by_type(
     )
 
 
-def hidden(text: Fields) -> int:
-    """Width of the residual stream."""
-    return check_size("hidden_size", int(text["hidden_size"]))
-
-
 def num_layers(text: Fields) -> int:
     """Return the number of layers. Raises SizesError if it is below 1 or too large."""
-    count = check_size("num_hidden_layers", int(text["num_hidden_layers"]))
+    count = size_of(text, "num_hidden_layers")
     if count > MOST_LAYERS:
         raise SizesError(
             f"num_hidden_layers must be at most {MOST_LAYERS} in config.json (got {count})."
@@ -164,10 +150,11 @@ def attention(text: Fields, *, gated: bool = False) -> AttentionSizes:
     heads = size_of(text, "num_attention_heads")
     kv_heads = size_of(text, "num_key_value_heads", heads)
     check_multiple("num_attention_heads", heads, "num_key_value_heads", kv_heads)
-    if text.get("head_dim") is None and text.get("attention_head_dim") is None:
-        dim = check_size("hidden_size / num_attention_heads", hidden(text) // heads)
+    if text.get("head_dim") is None:
+        width = size_of(text, "hidden_size")
+        dim = check_size("hidden_size / num_attention_heads", width // heads)
     else:
-        dim = size_of(text, "attention_head_dim" if text.get("head_dim") is None else "head_dim")
+        dim = size_of(text, "head_dim")
     return AttentionSizes(heads, kv_heads, dim, gated)
 
 
@@ -201,15 +188,9 @@ def mamba2(text: Fields) -> MambaSizes:
     """Read Mamba-2 with the key names of Bamba."""
     heads, groups = size_of(text, "mamba_n_heads"), size_of(text, "mamba_n_groups")
     check_multiple("mamba_n_heads", heads, "mamba_n_groups", groups)
-    if text.get("mamba_d_head", "auto") == "auto":
-        inner = int(text.get("mamba_expand") or 2) * hidden(text)
-        check_multiple("mamba_expand * hidden_size", inner, "mamba_n_heads", heads)
-        dim = inner // heads
-    else:
-        dim = size_of(text, "mamba_d_head")
     return MambaSizes(
         num_heads=heads,
-        head_dim=dim,
+        head_dim=size_of(text, "mamba_d_head"),
         state_dim=size_of(text, "mamba_d_state"),
         num_groups=groups,
         conv_width=size_of(text, "mamba_d_conv"),

@@ -53,7 +53,7 @@ def sizes(config: Config) -> ModelSizes:
     """Compute the sizes. All Mamba channels are declared as one head."""
     mamba = MambaSizes(
         num_heads=1,
-        head_dim=fields.size_of(config, "mamba_expand") * fields.hidden(config),
+        head_dim=fields.size_of(config, "mamba_expand") * fields.size_of(config, "hidden_size"),
         state_dim=fields.size_of(config, "mamba_d_state"),
         num_groups=0,
         conv_width=fields.size_of(config, "mamba_d_conv"),

@@ -86,7 +86,8 @@ FORMATS = {
 
 def sizes(config: Config) -> ModelSizes:
     """Compute the sizes. Raises SizesError for an unknown layer type."""
-    conv = ShortConvSizes(fields.hidden(config), fields.size_of(config, "conv_L_cache"))
+    hidden = fields.size_of(config, "hidden_size")
+    conv = ShortConvSizes(hidden, fields.size_of(config, "conv_L_cache"))
     count, dense, experts = fields.num_layers(config), fields.dense(config), fields.experts(config)
     num_dense = min(max(0, config.get("num_dense_layers", count)), count)
     if "num_experts" in config and experts is None:

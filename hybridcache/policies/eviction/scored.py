@@ -17,8 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
-from math import inf
-from typing import Any, cast
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -177,17 +177,12 @@ class SampledPolicy(EvictionPolicy):
 
 def _checked(policy: ScorePolicy | SampledPolicy, item: Item) -> Score:
     """Return the score. Raises PolicyError if it is not a number or a tuple of numbers, or NaN."""
-    score: Any = policy.score(item)
-    kind = type(score)
-    if (kind is float or kind is int) and score == score:
-        return cast(Score, score)
-    try:
-        # Only numbers can be compared with infinity, and NaN is not less.
-        parts = score if isinstance(score, tuple) else (score,)
-        if all(part <= inf for part in parts):
-            return cast(Score, score)
-    except (TypeError, ValueError):
-        pass  # not a number
+    score = policy.score(item)
+    if type(score) is float and score == score:
+        return score
+    parts = score if isinstance(score, tuple) else (score,)
+    if all(isinstance(part, Real) and part == part for part in parts):
+        return score
     raise PolicyError(
         f"{type(policy).__name__}.score returned {score!r} for a {item.kind} item: "
         "a number or a tuple of numbers is required"
