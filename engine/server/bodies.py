@@ -360,11 +360,6 @@ def event(data: Any, name: str | None = None) -> bytes:
     return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def named_event(data: Mapping[str, Any]) -> bytes:
-    """Return one server-sent event named after its ``type``."""
-    return event(data, data["type"])
-
-
 async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
     """Return the result of ``work``. If the client disconnects, cancel it and raise ClientGone."""
     working = asyncio.ensure_future(work)

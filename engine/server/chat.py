@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,7 +15,7 @@ from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict
 from engine.server.bodies import APIError, event, run
 from engine.server.context import Call, Writer, finite, new_id, token_text
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
-from engine.text.answers import AnswerForm, AnswerReader, Event, ToolCall, as_message
+from engine.text.answers import AnswerForm, AnswerReader, Event, as_message
 from engine.text.outputs import RequestOutput, SampledToken
 
 
@@ -71,27 +69,6 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
     except ValueError as error:
         message = f"The chat template rejects these messages: {error}"
         raise APIError(400, message, param="messages") from error
-
-
-async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest:
-    """Return the chat that the body of another dialect means. Raises APIError 400 if one of its
-    fields is not supported.
-
-    Late system messages become messages of the user if the template supports none there. They keep
-    their places, because a prompt that changes at its beginning is not in the cache.
-    """
-    try:
-        body = await run(call.size, convert)
-    except ValueError as error:
-        raise APIError(400, str(error)) from error
-    template = call.context.tokenizer.chat_template
-    if template is None or template.takes_late_system:
-        return body
-    late = itertools.dropwhile(lambda message: message.role == "system", body.messages)
-    for message in itertools.islice(late, 1, None):
-        if message.role == "system":
-            message.role = "user"
-    return body
 
 
 def _forms(
@@ -174,51 +151,6 @@ class ChatWriter(Writer):
         if first := self._latest.get(0):
             message = as_message(self.readers[0].events)
             self._context.remember(self.answer_id, self._call, self._body, first, message)
-
-
-class PartWriter(ChatWriter):
-    """Writes one answer as a sequence of parts: reasoning, texts and calls."""
-
-    def __init__(self, call: Call, chat: ChatRequest, answer_id: str) -> None:
-        super().__init__(call, chat, answer_id)
-        self._kind: type[Event] | None = None
-        """Kind of the open part, or None."""
-        self._place = 0
-        """Number of completed parts, which is the index of the open one."""
-
-    @property
-    def _answer(self) -> AnswerReader:
-        return self.readers[0]
-
-    def parts(self, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
-        """Yield the next parts of the answer."""
-        for one in events:
-            if self._kind is not type(one):
-                yield from self.close()
-                self._kind = type(one)
-                yield from self.open(one)
-            yield from self.extend(one)
-            if isinstance(one, ToolCall):
-                yield from self.close()
-
-    def close(self, is_cut: bool = False) -> Iterator[dict[str, Any]]:
-        """End the open part, if there is one. ``is_cut``: a limit ended the answer inside it."""
-        if self._kind is not None:
-            yield from self.complete(is_cut)
-            self._kind = None
-            self._place += 1
-
-    @abstractmethod
-    def open(self, one: Event) -> Iterator[dict[str, Any]]:
-        """Yield the beginning of a part."""
-
-    @abstractmethod
-    def extend(self, one: Event) -> Iterator[dict[str, Any]]:
-        """Yield the next piece of the open part."""
-
-    @abstractmethod
-    def complete(self, is_cut: bool) -> Iterator[dict[str, Any]]:
-        """Yield the end of the open part."""
 
 
 async def chat(call: Call, body: ChatRequest) -> Response:

@@ -17,7 +17,7 @@ from msgspec import Meta
 from engine.requests.chat_prompt import Cut
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
-from engine.server.bodies import Body, Part, check_nodes, converted, settled
+from engine.server.bodies import Body, Part, check_nodes, converted
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
 
@@ -291,14 +291,6 @@ class NamedTool(Tool, kw_only=True):
     @classmethod
     def of(cls, name: str) -> NamedTool:
         return cls(function=Function(name=name))
-
-
-def as_tool(
-    name: str, description: str | None, parameters: Any, strict: bool | None
-) -> dict[str, Any]:
-    """Return a function of another dialect as a tool of a chat."""
-    function = {"name": name, "description": description, "strict": strict}
-    return {"type": "function", "function": settled(function | {"parameters": parameters})}
 
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
+from engine.plugins.dialects import PartWriter, as_tool, chat_of, named_event
 from engine.requests.request import MAX_COUNT
-from engine.server.bodies import APIError, Body, Part, json_response, named_event
-from engine.server.chat import PartWriter, chat_of, render
+from engine.server.bodies import APIError, Body, Part, json_response
+from engine.server.chat import render
 from engine.server.context import Call, new_id
 from engine.server.schemas import (
     MAX_MESSAGES,
@@ -33,7 +34,6 @@ from engine.server.schemas import (
     TextPart,
     TopK,
     TopP,
-    as_tool,
     text_of,
 )
 from engine.text.answers import Event, Finish, ReasoningDelta, TextDelta, ToolCall, joined

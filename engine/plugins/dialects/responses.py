@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.messages import EndSession
+from engine.plugins.dialects import PartWriter, as_tool, chat_of, named_event
 from engine.server.access import Tenant
-from engine.server.bodies import APIError, Part, json_response, named_event, quoted
-from engine.server.chat import PartWriter, chat_of
+from engine.server.bodies import APIError, Part, json_response, quoted
 from engine.server.context import Call, ServingContext, new_id
 from engine.server.schemas import (
     IGNORED,
@@ -34,7 +34,6 @@ from engine.server.schemas import (
     OpenAIBody,
     ResponseFormat,
     Role,
-    as_tool,
     parsed_arguments,
     text_of,
 )
