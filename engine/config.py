@@ -325,11 +325,6 @@ class EngineConfig:
         """Memory of KV and states in bytes, for all ranks together, or None if it is not set."""
         return None if self.cache_gib is None else int(self.cache_gib * GIB)
 
-    @property
-    def host_bytes(self) -> dict[str, int]:
-        """Memory of the host that settings of plugins reserve, in bytes."""
-        return {name: size for one in self.plugins for name, size in one.host_bytes.items()}
-
     def __post_init__(self) -> None:
         check_fields(self)
         if self.grid % TILE and self.grid not in SMALL_TILES:

@@ -89,7 +89,8 @@ class MemoryPlan(MemorySizes):
 
 def check_sizes(config: EngineConfig, device: Device) -> None:
     """Raise ConfigError if the sizes of ``config`` exceed the memory that is available now."""
-    own, host = {"cache_gib": config.cache_bytes or 0}, config.host_bytes
+    own = {"cache_gib": config.cache_bytes or 0}
+    host = {name: size for one in config.plugins for name, size in one.host_bytes.items()}
     checks = [(own | host, host_free_bytes(), "memory")]
     if not device.is_cpu:
         per_device = {name: size // config.num_ranks for name, size in own.items()}
