@@ -171,9 +171,15 @@ def _add_serve(serve: Parser) -> None:
     add_grouped_flags(serve, (ServerConfig, EngineConfig, *ENGINE), GROUPS)
 
 
-def _add_generate(generate: Parser) -> None:
+def _add_sampling(parser: Parser, *skipped: str) -> argparse._ArgumentGroup:
+    """Add a flag for each sampling parameter, but those ``skipped``; returns their group."""
     from engine.requests.request import SamplingParams
 
+    flags = [flag for flag in flags_of(SamplingParams) if flag[1].name not in (*SKIPPED, *skipped)]
+    return add_flags(parser, "sampling", flags, omits_absent=True)
+
+
+def _add_generate(generate: Parser) -> None:
     generate.add_argument(
         "prompt", nargs="*", help="texts to continue; by default one text from standard input"
     )
@@ -181,8 +187,7 @@ def _add_generate(generate: Parser) -> None:
         "--chat", action="store_true", help="send each prompt as a message of the user"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
-    flags = [flag for flag in flags_of(SamplingParams) if flag[1].name not in SKIPPED]
-    sampling = add_flags(generate, "sampling", flags, omits_absent=True)
+    sampling = _add_sampling(generate)
     sampling.add_argument(
         "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
     )
@@ -197,13 +202,8 @@ def _add_generate(generate: Parser) -> None:
 
 
 def _add_chat(chat: Parser) -> None:
-    from engine.requests.request import SamplingParams
-
     chat.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    skipped = (*SKIPPED, "max_tokens", "logprobs")
-    flags = [flag for flag in flags_of(SamplingParams) if flag[1].name not in skipped]
-    sampling = add_flags(chat, "sampling", flags, omits_absent=True)
-    sampling.add_argument(
+    _add_sampling(chat, "max_tokens", "logprobs").add_argument(
         "--max-tokens",
         type=int,
         metavar="N",
