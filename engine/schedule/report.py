@@ -91,15 +91,6 @@ class FolderReport:
 
 
 @dataclass(frozen=True, slots=True)
-class OffloadReport:
-    """Tiers outside the device."""
-
-    tiers: tuple[TierReport, ...]
-    """Tiers, fastest first."""
-    folder: FolderReport | None
-
-
-@dataclass(frozen=True, slots=True)
 class CacheReport:
     """Sizes, rates and losses of one engine's cache."""
 
@@ -125,8 +116,10 @@ class CacheReport:
     queue: AdmissionReport
     transfers: dict[str, int] | None = None
     """``TransferCounts`` since the start, or None if there is no exchange with other engines."""
-    offload: OffloadReport | None = None
-    """Tiers outside the device, or None if there are none."""
+    tiers: tuple[TierReport, ...] = ()
+    """Tiers outside the device, fastest first."""
+    folder: FolderReport | None = None
+    """Folder with all cached entries, or None if they are not written."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -255,7 +255,7 @@ def create_app(
 
 def _model_routes(context: ServingContext) -> list[Route]:
     """Return the routes of models, health and metrics."""
-    folder: dict[str, str] = {"status": "ok"}
+    status: dict[str, str] = {"status": "ok"}
     num_tokens = context.engine.facts.max_model_len
     card = {
         "id": context.model_name,
@@ -282,18 +282,18 @@ def _model_routes(context: ServingContext) -> list[Route]:
     async def health(request: Request) -> Response:
         """Return ``ok``, or ``degraded`` with the problem of the state directory. During a long
         step, which delays reports, the status is that of the last probe."""
-        nonlocal folder
+        nonlocal status
         engine = context.engine
         if not engine.is_alive:
             raise APIError(503, "The engine has stopped; see the server's log for the reason.")
         if engine.config.plugins:
             with suppress(EngineStopped, ValueError, TimeoutError):  # Or no replica is up.
                 async with asyncio.timeout(HEALTH_WAIT_S):
-                    offload = (await engine.report()).offload
-                problem = offload and offload.folder and offload.folder.problem
+                    folder = (await engine.report()).folder
+                problem = folder and folder.problem
                 degraded = {"status": "degraded", "state_dir": problem or ""}
-                folder = degraded if problem else {"status": "ok"}
-        return json_response(folder | {"exactness": engine.facts.exactness.sentence})
+                status = degraded if problem else {"status": "ok"}
+        return json_response(status | {"exactness": engine.facts.exactness.sentence})
 
     async def metrics(request: Request) -> Response:
         report = await context.engine.report()

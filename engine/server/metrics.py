@@ -176,8 +176,7 @@ class Metrics(Collector):
         if report.transfers is not None:
             for name, key, help in TRANSFERS:
                 numbers.append((COUNTER, name, help, report.transfers[key]))
-        folder = None if report.offload is None else report.offload.folder
-        if folder is not None:
+        if (folder := report.folder) is not None:
             numbers += (
                 (GAUGE, "state_dir_bytes", "Bytes in --state-dir, as last written.", folder.kept),
                 (GAUGE, "state_dir_written", WRITTEN, int(folder.problem is None)),
@@ -199,7 +198,7 @@ class Metrics(Collector):
         shown = [((n,), value) for n, value in figures.items() if not isinstance(value, str)]
         yield GAUGE, "admission", "Numbers of the admission policy.", ("figure",), shown
         yield GAUGE, "admission_state", STATE, [*words], [([*words.values()], 1)]
-        if tiers := () if report.offload is None else report.offload.tiers:
+        if tiers := report.tiers:
             owned = [((t.tier, way), getattr(t, way)) for t in tiers for way in ("free", "cached")]
             yield GAUGE, "tier_bytes", HELD, ("tier", "owner"), owned
             ways = (("in", "taken_in"), ("fetched", "fetched"))

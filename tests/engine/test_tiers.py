@@ -126,9 +126,9 @@ def test_the_engine_serves_despite_an_error_of_the_file_system(
             disk.flush()
         engine.check()
         disk.check()
-        folder, system.number = engine.report().offload.folder, errno.EIO
+        folder, system.number = engine.report().folder, errno.EIO
         if not shift:
             assert folder.problem is None and copied_rows(engine)["disk", "device"] > 0
     assert folder.errors == 1 and os.strerror(errno.EIO) in folder.problem
-    assert engine.report().offload.tiers[0].cached == 0
+    assert engine.report().tiers[0].cached == 0
     engine.close()

@@ -24,7 +24,7 @@ from engine.plugins.tiers.tier_copies import TierCopier
 from engine.runner.backends import digest_of
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.fetching import Fetcher
-from engine.schedule.report import FolderReport, OffloadReport, StepReport, TierReport
+from engine.schedule.report import FolderReport, StepReport, TierReport
 from engine.schedule.scheduler import KEPT
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
@@ -234,8 +234,8 @@ class TierPlugin(Plugin):
         disk.write_file(NAME, lambda: pack(body))
         return None
 
-    def usage(self) -> OffloadReport:
-        """Return the usage of the tiers in bytes. O(tiers)."""
+    def report(self) -> Mapping[str, Any]:
+        """See ``StepHooks``. O(tiers)."""
         disk, offload = self.disk, self._cache.offload
         tiers = []
         for tier in offload.tiers:
@@ -249,7 +249,7 @@ class TierPlugin(Plugin):
             folder = FolderReport(
                 disk.max_bytes, disk.num_bytes, disk.num_skipped, disk.num_errors, disk.problem
             )
-        return OffloadReport(tuple(tiers), folder)
+        return {"tiers": tuple(tiers), "folder": folder}
 
     def adopt(self) -> int:
         """Add the newest states on disk that fit to the cache. Returns their number. O(records)."""
@@ -296,22 +296,19 @@ class TierPlugin(Plugin):
             self.disk.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        usage = self.usage()
+        usage = self.report()
         rows = [
             ("host", f"{format_bytes(tier.total)} for entries that leave the device")
-            for tier in usage.tiers
+            for tier in usage["tiers"]
             if tier.tier == HOST
         ]
-        if (folder := usage.folder) is not None:
+        if (folder := usage["folder"]) is not None:
             words = (
                 f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for "
                 f"the next start too, in {self.config.of(TierConfig).state_dir}"
             )
             rows.append(("disk", words))
         return rows
-
-    def report(self) -> Mapping[str, Any]:
-        return {"offload": self.usage()}
 
 
 def _check_tier(name: str, size: int, least: int) -> None:
