@@ -11,7 +11,7 @@ from msgspec import structs
 from starlette.responses import Response
 
 from engine.requests.chat_prompt import NO_CHAT, ChatPrompt
-from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls
+from engine.requests.grammar import Grammar, grammar_of_calls, grammar_of_strict_calls, tag
 from engine.server.bodies import APIError, event, run
 from engine.server.context import Call, Writer, finite, new_id, token_text
 from engine.server.schemas import ChatRequest, NamedTool, cuts_of
@@ -36,6 +36,12 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
     if form.calls is None:
         message = "This model's form of calls is not supported: omit 'tools', or read calls in the "
         raise APIError(400, message + "text with 'tool_choice' 'none'.")
+    if form.calls.name == "xml":
+        try:
+            for tool in body.tools:
+                tag(tool["function"]["name"])
+        except ValueError as error:
+            raise APIError(400, f"'tools': {error}") from None
     return body.tools
 
 

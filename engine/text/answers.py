@@ -368,7 +368,7 @@ def _parse_hermes(text: str, functions: Functions, is_end: bool) -> Parsed:
     ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``."""
     start = len(text) - len(text.removeprefix(CALL_OPEN).lstrip())
     if not text.startswith("{", start):
-        return NOT_JSON
+        return NOT_JSON if text[start:] else None
     try:
         end = _JSON.raw_decode(text, start)[1]
         call = read_json(text[start:end])  # It is stricter.
@@ -376,7 +376,7 @@ def _parse_hermes(text: str, functions: Functions, is_end: bool) -> Parsed:
         arguments = read_json(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         in_string = any(not string["end"] for string in _STRING_PARTS.finditer(text, start))
-        return None if in_string else NOT_JSON
+        return None if in_string or not text.endswith((CALL_OPEN, CALL_CLOSE)) else NOT_JSON
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return NOT_JSON
     return Call(name, arguments, end)
