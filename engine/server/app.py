@@ -40,7 +40,7 @@ from engine.server.bodies import HANDLERS, APIError, Body, json_response
 from engine.server.chat import chat
 from engine.server.completions import CompletionRequest, complete
 from engine.server.context import Answer, ServingContext
-from engine.server.schemas import ChatRequest
+from engine.server.schemas import ChatRequest, Message
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
 from hybridcache.command.extras import version as installed_version
 from hybridcache.geometry.units import counted
@@ -310,7 +310,8 @@ def _model_routes(context: ServingContext) -> list[Route]:
 def _described(routes: Sequence[Route], bodies: dict[str, type[Body]]) -> dict[str, Any]:
     """Return the OpenAPI description of ``routes``, generated from the types of their bodies."""
     place = "#/components/schemas/{name}"
-    schemas, shapes = msgspec.json.schema_components(bodies.values(), ref_template=place)
+    types = (*bodies.values(), Message)
+    (*schemas, _), shapes = msgspec.json.schema_components(types, ref_template=place)
     paths: dict[str, dict[str, Any]] = {}
     of_body = dict(zip(bodies, schemas, strict=True))
     for route in routes:

@@ -291,8 +291,8 @@ def converted(value: Any, of_type: type[Result], place: str = "") -> Result:
         if found[1] == "contains unknown":
             said, code = "is not a parameter: check its spelling or drop it", "unknown_parameter"
     else:
-        said = re.sub("Invalid (enum )?value", "cannot be", text.replace("Expected ", "must be "))
-        said = f"{short(said, 120)}: see /openapi.json"
+        said = short(text.replace("Expected ", "must be "), 120)
+        said = re.sub("Invalid (enum )?value (.*)", r"cannot be \2: see /openapi.json", said)
     param = param.removeprefix(".")
     raise APIError(400, f"{what}{quoted(param)} {said}.", param=param, code=code)
 

@@ -296,7 +296,9 @@ class NamedTool(Tool, kw_only=True):
 if TYPE_CHECKING:
     Messages = list[Message]
 else:  # Read one by one in ``__post_init__``, unless another dialect has read them.
-    Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    described = Meta(extra_json_schema={"$ref": "#/components/schemas/Message"})
+    limits = Meta(min_length=1, max_length=MAX_MESSAGES)
+    Messages = Annotated[list[Annotated[dict[str, Any], described]], limits]
 
 
 class ChatRequest(Sampling, kw_only=True):
