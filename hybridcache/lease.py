@@ -29,6 +29,7 @@ from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
     FetchRule,
     PlacementPolicy,
+    PolicyError,
     Prefill,
     PromptBoundaries,
     require_placement,
@@ -262,29 +263,35 @@ class Lease:
         # Nothing is held yet, so the exchange of a user may raise.
         best = None if exchange is None else match.best_load(exchange)
         lock = cache.lock(match.node)
-        if request.stateful and slot is None:
-            slot = cache.allocate_slot()
-            if slot is None and match.cached_len:
-                # The only slot may be that of the checkpoint just locked.
-                cache.unlock(lock)
+        try:
+            if request.stateful and slot is None:
                 slot = cache.allocate_slot()
-                again = cache.match(tokens, namespace)
-                match = found._replace(
-                    cached_len=again.cached_len,
-                    node=again.node,
-                    resumed=again.resumed,
-                    loadable=again.loadable,
-                )
+                if slot is None and match.cached_len:
+                    # The only slot may be that of the checkpoint just locked.
+                    cache.unlock(lock)
+                    slot = cache.allocate_slot()
+                    again = cache.match(tokens, namespace)
+                    match = found._replace(
+                        cached_len=again.cached_len,
+                        node=again.node,
+                        resumed=again.resumed,
+                        loadable=again.loadable,
+                    )
+                    lock = cache.lock(match.node)
+                if slot is None:
+                    cache.unlock(lock)
+                    if not cache.num_slots:
+                        raise ValueError(NO_STATES)
+                    return None
+            if best is not None and cache.fetch(best):
+                match, before = cache.match(tokens, namespace), lock
                 lock = cache.lock(match.node)
-            if slot is None:
-                cache.unlock(lock)
-                if not cache.num_slots:
-                    raise ValueError(NO_STATES)
-                return None
-        if best is not None and cache.fetch(best):
-            match, before = cache.match(tokens, namespace), lock
-            lock = cache.lock(match.node)
-            cache.unlock(before)
+                cache.unlock(before)
+        except PolicyError:
+            cache.unlock(lock)
+            if slot is not None and request.own_slot is None:
+                cache.free_slot(slot)
+            raise
         step = None if cache.offload is None else cache.checkpoint_grid
         if match is not found or step is not None:
             loadable_len = match.loadable[-1].position if match.loadable else 0

@@ -42,6 +42,13 @@ def failing(base: type, method: str, calls: int) -> type:
     return Failing
 
 
+class Loads:
+    """Exchange rule that loads whatever it can."""
+
+    def seconds_saved(self, *_: Any) -> float:
+        return 1.0
+
+
 def serve(cache: HybridRadixCache, placement: PlacementPolicy, seed: int) -> int:
     """Serve random overlapping requests and return the number of policy failures.
 
@@ -55,7 +62,8 @@ def serve(cache: HybridRadixCache, placement: PlacementPolicy, seed: int) -> int
         try:
             if len(running) < 3:
                 tokens = texts[rng.integers(4)][: rng.integers(1, 60)]
-                lease = Lease.begin(cache, placement, LeaseRequest(tokens.copy()))
+                request = LeaseRequest(tokens.copy())
+                lease = Lease.begin(cache, placement, request, Loads() if cache.offload else None)
                 if lease is None:
                     continue
                 running.append((lease, tokens))
