@@ -262,15 +262,6 @@ class BadRecords:
         return f"{counted(self.count, 'bad record')} left out{first}"
 
 
-class Unnamed(NamedTuple):
-    """Session that its file does not name. It equals no text and no number."""
-
-    number: int
-
-    def __str__(self) -> str:
-        return f"unnamed {self.number}"
-
-
 def plain_name(name: Hashable) -> str | int:
     """Return a session or namespace as the readers of files accept it."""
     return name if isinstance(name, int | str) and not isinstance(name, bool) else str(name)

@@ -15,7 +15,6 @@ from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, perc
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
-from hybridcache.lab.trace import DistinctNames
 
 
 def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,11 +309,11 @@ def summarise(
 
 
 def _sessions(log: RequestLog) -> tuple[SessionResult, ...]:
-    distinct, found = DistinctNames(), list[SessionResult]()
+    found = list[SessionResult]()
     for session, sums in log.sessions.items():
-        name, (requests, prompt, cached) = str(distinct.of(session, str(session))), sums[-3:]
+        requests, prompt, cached = sums[-3:]
         losses = log.losses_of(sums) if log.has_causes else None
-        found.append(SessionResult(name, requests, prompt, cached, losses))
+        found.append(SessionResult(str(session), requests, prompt, cached, losses))
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from hybridcache.lab.arrivals import Pauses, Starts
 from hybridcache.lab.trace import BadRecords, TraceRequest
-from hybridcache.lab.traces.dialects import plain_chat, role_of
+from hybridcache.lab.traces.dialects import ROLES, plain_chat
 from hybridcache.lab.traces.frame import UNANSWERED, Line, Notes, Record, SessionReader, json_array
 from hybridcache.lab.traces.messages import NAMES, Conversation, spelled
 from hybridcache.lab.traces.text import load_chat_text
@@ -30,7 +30,8 @@ class ConversationsReader(SessionReader):
         record = spelled(record)
         said = record.get("messages")
         last = said[-1] if isinstance(said, list) and said else None
-        is_whole = isinstance(last, dict) and role_of(spelled(Record(last))) == "assistant"
+        role = spelled(Record(last)).get("role") if isinstance(last, dict) else None
+        is_whole = ROLES.get(str(role).lower()) == "assistant"
         return is_whole and record.first(NAMES["answer"]) is None
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:

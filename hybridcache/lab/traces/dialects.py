@@ -31,12 +31,6 @@ ROLES = {
 }
 """Roles of messages, by those of a file in small letters."""
 
-
-def role_of(message: dict[str, Any]) -> str | None:
-    """Return the usual name of a message's role, or None if it has none."""
-    return ROLES.get(str(message.get("role")).lower())
-
-
 OUTPUT_ITEMS = {"message", "function_call", "reasoning"}
 """Types of items in the output of the Responses API. Its thoughts are not in later prompts."""
 NO_ANSWER = "not a text, a message, or a response with a message, a text or its usage"

@@ -17,11 +17,9 @@ import numpy as np
 from hybridcache.lab.trace import (
     BadRecordError,
     BadRecords,
-    DistinctNames,
     FreshIds,
     Trace,
     TraceRequest,
-    Unnamed,
     checked,
     plain_name,
     units,
@@ -87,7 +85,7 @@ class OwnReader(FileReader):
             if unknown := ", ".join(name for name in record if name not in known | TEXTS):
                 read = ", ".join(sorted(known))
                 notes.count(f"with fields that are not read: {unknown}; known: {read}", "record")
-            session = record.key("session") if "session" in record else Unnamed(number)
+            session = record.key("session") if "session" in record else f"unnamed {number}"
             tokens = _prompt(record, last.get(session, np.zeros(0, np.int32)))
             output, answer = _answer(record, unit, fresh)
             boundaries = record.optional(record.ids, "boundaries", tokens[:0]).tolist()
@@ -139,10 +137,10 @@ def write_own(trace: Trace, file: TextIO) -> int:
         header["counted_by"] = trace.counted_by
     file.write(json.dumps(header) + "\n")
     last: dict[Hashable, Tokens] = {}
-    names, num_requests = DistinctNames(), 0
+    num_requests = 0
     for request in trace:
         num_requests += 1
-        session = names.of(request.session, plain_name(request.session))
+        session = plain_name(request.session)
         before = last.get(session)
         kept = 0 if before is None else common_prefix_len(before, request.tokens)
         ids = request.tokens[kept:].tolist()

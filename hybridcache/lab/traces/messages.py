@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from sortedcontainers import SortedDict
 
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, Unnamed
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, TraceClock, csv_lines, in_order
 from hybridcache.lab.traces.text import ChatText, load_chat_text
@@ -284,7 +284,7 @@ class PromptParser:
         if name is None:
             number, continues = self._continued.session(f"{namespace}\0{said}")
             self._num_continued += continues
-            return Unnamed(number)
+            return f"unnamed {number}"
         size, digest, before_s = self._last.get(name, (0, 0, -math.inf))
         if now_s >= before_s:
             self._num_later += size > 0

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import FreshIds, TraceRequest, Unnamed, units
+from hybridcache.lab.trace import FreshIds, TraceRequest, units
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
 
 
@@ -39,7 +39,7 @@ class MooncakeReader(FileReader):
 
         def session(record: Record) -> Hashable:
             name = record.first(("session_id", "session", "conversation_id"))
-            return record.key(name) if name else Unnamed(next(numbers))
+            return record.key(name) if name else f"unnamed {next(numbers)}"
 
         return session
 
