@@ -67,6 +67,8 @@ from hybridcache.tokens import Tokens
 
 Reading = Literal["paper", "artifact"]
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(21))
+WINDOW = 5
+"""Multiple of the requests before the first eviction after which alpha is tuned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +85,6 @@ class LayerFlops:
     """Of a token in all MLPs."""
     linear_token: float
     """Of a token in all linear layers."""
-
-    @classmethod
-    def paper(
-        cls,
-        num_attention: int = 4,
-        num_linear: int = 24,
-        num_mlp: int = 28,
-        hidden: int = 4096,
-        state: int = 128,
-    ) -> LayerFlops:
-        """Return the FLOPs as counted in the paper, by default of its 7B model."""
-        mlp_token = num_mlp * 16.0 * hidden**2
-        linear_token = num_linear * (12.0 * hidden**2 + 16.0 * hidden * state + 10.0 * hidden)
-        pair = 4.0 * hidden
-        return cls(num_attention, num_mlp, 8.0 * hidden**2, pair, mlp_token, linear_token)
 
     @classmethod
     def of(cls, config: BaselineConfig) -> LayerFlops:
@@ -122,6 +109,18 @@ class LayerFlops:
         return self.attention(length) + (self.mlp_token + self.linear_token) * length
 
 
+HIDDEN, STATE = 4096, 128
+PAPER_7B = LayerFlops(
+    num_attention=4,
+    num_mlp=28,
+    attention_token=8.0 * HIDDEN**2,
+    attention_pair=4.0 * HIDDEN,
+    mlp_token=28 * 16.0 * HIDDEN**2,
+    linear_token=24 * (12.0 * HIDDEN**2 + 16.0 * HIDDEN * STATE + 10.0 * HIDDEN),
+)
+"""FLOPs as counted in the paper, of its 7B model."""
+
+
 class MarconiCache:
     """Marconi cache in one of its readings, with one byte budget.
 
@@ -129,8 +128,6 @@ class MarconiCache:
         config: Budget and sizes.
         reading: ``paper`` or ``artifact``.
         alpha: Weight of the efficiency, or None to tune it.
-        window: Tuning starts after this multiple of the requests before the first eviction.
-        flops: FLOPs by layer kind; by default of the model in ``config``, or the paper's.
         leaf_lru: True for the paper's baseline SGLang+.
     """
 
@@ -139,15 +136,12 @@ class MarconiCache:
         config: BaselineConfig,
         reading: Reading = "paper",
         alpha: float | None = None,
-        window: int = 5,
-        flops: LayerFlops | None = None,
         leaf_lru: bool = False,
     ) -> None:
         self.config = config
         self.reading: Reading = reading
         self.alpha = alpha or 0.0
-        model = LayerFlops.of(config) if config.token_flops else LayerFlops.paper()
-        self.flops = flops or model
+        self.flops = LayerFlops.of(config) if config.token_flops else PAPER_7B
         self.leaf_lru = leaf_lru
         self.kv_bytes = config.kv_bytes_per_token * config.unit
         self.used_bytes = 0
@@ -157,7 +151,7 @@ class MarconiCache:
         self.num_evictions = 0
         self.roots: dict[Hashable, PrefixNode] = {}
         self.candidates: dict[PrefixNode, None] = {}
-        self._wait = window + 1 if reading == "paper" else window
+        self._wait = WINDOW + 1 if reading == "paper" else WINDOW
         is_tuned = alpha is None and not leaf_lru
         self._recorded: list[tuple[Tokens, Tokens, Hashable]] | None = [] if is_tuned else None
         """Requests from the start, because alpha has no effect before the first eviction; None if
@@ -334,7 +328,7 @@ class MarconiCache:
 
     def _saved(self, requests: list[tuple[Tokens, Tokens, Hashable]], alpha: float) -> float:
         """Return the tokens or FLOPs that an empty cache with a fixed ``alpha`` saves."""
-        twin = MarconiCache(self.config, self.reading, alpha, flops=self.flops)
+        twin = MarconiCache(self.config, self.reading, alpha)
         for tokens, output, namespace in requests:
             replay(twin, tokens, output, namespace)
         return twin.hit_tokens if self.reading == "paper" else twin.flops_saved

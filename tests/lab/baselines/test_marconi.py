@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache.lab.baselines.marconi import LayerFlops, MarconiCache, Reading
+from hybridcache.lab.baselines import marconi
+from hybridcache.lab.baselines.marconi import PAPER_7B, LayerFlops, MarconiCache, Reading
 from hybridcache.lab.baselines.protocol import BaselineConfig, replay
 from hybridcache.lab.generators import short
 from hybridcache.lab.prefix_tree import nodes
@@ -14,13 +15,15 @@ from hybridcache.tokens import Tokens
 
 MODEL_7B = BaselineConfig(10**9, kv_bytes_per_token=65_536, state_bytes=24 * 1_116_160)
 SMALL = BaselineConfig(budget_bytes=10**6, kv_bytes_per_token=1, state_bytes=10)
-ONE_WIDE = LayerFlops.paper(num_attention=1, num_linear=1, num_mlp=2, hidden=1, state=1)
+ONE_WIDE = LayerFlops(1, 2, 8.0, 4.0, 32.0, 38.0)
 """FLOPs per layer: attention 8 L + 4 L^2, MLP 16 L, linear 38 L."""
 
 
 def cache(reading: Reading, budget: int = 10**6, alpha: float = 0.0) -> MarconiCache:
     config = BaselineConfig(budget, SMALL.kv_bytes_per_token, SMALL.state_bytes)
-    return MarconiCache(config, reading, alpha, flops=ONE_WIDE)
+    peer = MarconiCache(config, reading, alpha)
+    peer.flops = ONE_WIDE
+    return peer
 
 
 def ids(*numbers: int) -> Tokens:
@@ -43,7 +46,7 @@ def test_sizes_and_flops_match_the_paper() -> None:
     assert every_16 / 1e9 == pytest.approx(17.4, abs=0.05)
     transformer = 10_000 * MODEL_7B.kv_bytes_per_token / 4 * 32
     assert every_16 / transformer == pytest.approx(3.3, abs=0.05)
-    flops = LayerFlops.paper()
+    flops = PAPER_7B
     per_byte = 1000 * flops.linear_token / MODEL_7B.state_bytes
     assert per_byte / 1000 == pytest.approx(200, rel=0.1), "FLOPs per byte and token"
     attention_bytes = 1000 * MODEL_7B.kv_bytes_per_token
@@ -112,11 +115,14 @@ def test_eviction_is_after_or_before_the_insertion(reading: Reading, kept: dict[
 
 
 @pytest.mark.parametrize(("reading", "waits"), [("paper", 3), ("artifact", 2)])
-def test_alpha_is_tuned_after_the_expected_number_of_requests(reading: Reading, waits: int) -> None:
+def test_alpha_is_tuned_after_the_expected_number_of_requests(
+    reading: Reading, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a window of 2 and the first eviction in request n, alpha is set in request 3 n of the
     paper and 2 n of the artifact."""
     config = BaselineConfig(budget_bytes=400, kv_bytes_per_token=1, state_bytes=10)
-    peer = MarconiCache(config, reading, window=2)
+    monkeypatch.setattr(marconi, "WINDOW", 2)
+    peer = MarconiCache(config, reading)
     first = tuned = None
     for number, request in enumerate(list(short())[:60], 1):
         replay(peer, request.tokens[:80] + number, request.output[:10])
