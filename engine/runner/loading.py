@@ -303,6 +303,9 @@ class LoadedModel:
         family, model_config = read_model(raw)
         sizes = shared_sizes(model_config, rank.count)
         word = model_config.dtype if config.dtype == "auto" else config.dtype
+        is_known = getattr(getattr(torch, word, None), "is_floating_point", None) is True
+        if word != "auto" and not is_known:
+            raise ModelError(f"dtype {word!r} in config.json is unknown: use --dtype bfloat16.")
         dtype = DTYPES.get(word, torch.float32 if device.is_cpu else torch.bfloat16)
         has_sums = sizes.size_of("recurrent") > 0
         build = Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank)

@@ -215,6 +215,16 @@ class ModelRunner:
         self._predictor: Predictor | None = None
         if loaded.head is not None:
             self._predictor = Predictor(loaded.head, self.model, self.step_inputs)
+        model, pools, predictor = self.model, self.tensors.pools, self._predictor
+
+        def forward(token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
+            hidden = model.forward(token_ids, step, pools)
+            if predictor is not None:
+                predictor.follow(token_ids, hidden, step)
+            return hidden
+
+        self._forward = forward
+        """Computes hidden states. Graphs keep it, so it must not keep the runner and its memory."""
         self.warmed: WarmUp | None = None
         self.exactness = Exactness()
         self.use_graphs(config.graphs)
@@ -296,13 +306,6 @@ class ModelRunner:
         parts = [batch] if saved is None else pieces(batch, len(saved.staging))
         logits = [self._forward_piece(part, drawn) for part in parts]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
-
-    def _forward(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
-        """Compute the hidden states of a step, and run the multi-token head on them."""
-        hidden = self.model.forward(token_ids, step, self.tensors.pools)
-        if self._predictor is not None:
-            self._predictor.follow(token_ids, hidden, step)
-        return hidden
 
     def _forward_piece(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         # One after the other, because a move may read rows that another wrote.

@@ -62,6 +62,7 @@ CONFIG = json.dumps(ATTENTION_ONLY)
         ("{}", None, "config.json has no 'model_type'"),
         (CONFIG.replace("qwen3", "bert"), None, "'bert' are not supported; supported are"),
         (CONFIG.replace('layers": 2', 'layers": "2"'), None, "config.json must be an integer (got"),
+        (CONFIG[:-1] + ', "dtype": "int3"}', b"\2\0\0\0\0\0\0\0{}", "dtype 'int3' in config.json"),
         (CONFIG, None, "safetensors"),
         (CONFIG, b"\x10\0\0", "model.safetensors"),
         (CONFIG, b"\xff" * 100, "model.safetensors"),

@@ -6,8 +6,10 @@ kernels read lengths from the device, which graphs require.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -200,6 +202,21 @@ def test_graphs_of_pieces_change_no_bit(kind, tmp_path):
     driver.runner.graphs = driver.runner.graphs._replace(decodes=None)
     assert all(map(torch.equal, driver.cold_and_mixed(tokens), plain))
     assert recorder.num_recorded > 1 and torch.equal(plain[1][1:], plain[0][64:])
+
+
+def test_graphs_do_not_keep_their_runner(tmp_path):
+    """The memory of a rehearsal is free before that of the engine is allocated."""
+    path = write_geometry(tmp_path, MODELS["states"])
+    options = {"device": "cpu", "load_format": "dummy", "max_model_len": 256, "cache_gib": 0.02}
+    runner = load_runner(engine_config(model=path, **options, graphs="off"))
+    runner.use_graphs("all", lambda work: work)
+    rows = weakref.ref(runner.tensors.rows)
+    gc.disable()
+    try:
+        del runner
+        assert rows() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.full
