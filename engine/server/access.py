@@ -144,20 +144,20 @@ class Access:
     def refusal(self, scope: Scope) -> APIError | None:
         """Return the answer to a request that may not use its path, or None; record its key."""
         given, path = _given_key(scope), scope["path"]
+        is_reserved, operator = path.startswith(OPERATORS), self._operator
+        if is_reserved and operator is not None and not hmac.compare_digest(given, operator):
+            return _no_key("--admin-key-file")
         if self.accepted and path not in OPEN:
             # All keys are compared, even after a match: the time must not depend on them.
             fits = [hmac.compare_digest(given, key) for key in self.accepted]
             if not any(fits):
                 return _no_key(f"--api-key-file or {API_KEY_VARIABLE}")
             scope["state"]["api_key"] = fits.index(True)
-        if not path.startswith(OPERATORS):
+        if not is_reserved or operator is not None or _is_from_here(Request(scope)):
             return None
-        if self._operator is not None:
-            is_valid = hmac.compare_digest(given, self._operator)
-            return None if is_valid else _no_key("--admin-key-file")
         message = "This path is reserved for the operator: send the request from the server's "
         message += "machine to localhost, or start the server with --admin-key-file."
-        return None if _is_from_here(Request(scope)) else APIError(403, message)
+        return APIError(403, message)
 
 
 def _no_key(source: str) -> APIError:
