@@ -128,11 +128,9 @@ class LightllmCache:
         path: list[_Page] = []
         node, start, end = root, 0, (len(tokens) - 1) // self.page * self.page
         while start < end:
-            child = None
-            for size in {self._page_at(start, end): None, self.page: None}:
-                child = node.children.get(_key(node, tokens[start : start + size]))
-                if child is not None:
-                    break
+            sizes = (self._page_at(start, end), self.page)
+            keys = (_key(node, tokens[start : start + size]) for size in sizes)
+            child = next((node.children[key] for key in keys if key in node.children), None)
             if child is None:
                 break
             self._stamp(child)

@@ -149,13 +149,9 @@ class VllmCache:
 
     def _states(self, digest: bytes) -> tuple[int, ...]:
         """Return the blocks of the state at a digest, one per group, or () if one is missing."""
-        found = []
-        for group in range(self.num_state_groups):
-            block = self.pool.lookup((group, digest))
-            if block is None:
-                return ()
-            found.append(block)
-        return tuple(found)
+        found = (self.pool.lookup((group, digest)) for group in range(self.num_state_groups))
+        blocks = tuple(block for block in found if block is not None)
+        return blocks if len(blocks) == self.num_state_groups else ()
 
 
 class VllmSession(PeerSession):

@@ -18,12 +18,6 @@ TOO_LARGE_GIB = 2.0**50
 USUAL_POINTS = 15
 """Points of a range that does not say how many."""
 
-FORMS = {
-    "gib": ("GiB", ", as numbers, or as shares of the working set: 1%:100%"),
-    "rate": ("sessions a second", ", or as numbers"),
-}
-"""Units of the settings that are sizes or rates, and further forms of them."""
-
 
 def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float, ...]:
     """GiB from ``"2:200:15"`` (15 points from 2 to 200, logarithmically spaced; 15 is the usual
@@ -39,10 +33,11 @@ def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float
     except (ValueError, TypeError):
         found = ()
     if not found or not all(0 < one < TOO_LARGE_GIB for one in found):
-        unit, others = FORMS[name]
+        unit = "GiB" if name == "gib" else "sessions a second"
         raise ValueError(
             f"{name} {shown(spec)}: {unit} above 0, below {TOO_LARGE_GIB:.2g} are needed, as "
-            f"low:high:points (low first, 2 or more), as a,b,c{others}"
+            "low:high:points (low first, 2 or more), as a,b,c, or as numbers; sizes also as shares "
+            "of the working set: 1%:100%"
         )
     if len(set(found)) < len(found):
         raise ValueError(f"{name} {shown(spec)}: one is given twice: give each once")
