@@ -205,6 +205,8 @@ class Notes:
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._counts = Counter[tuple[str, str]]()
+        self.at_end: Callable[[], None] = lambda: None
+        """Function that gives the notes on the whole pass."""
 
     def count(self, message: str, unit: str = "conversation", number: int = 1) -> None:
         """Count a conversation, or several of another ``unit``, for the warning ``message``."""
@@ -214,16 +216,12 @@ class Notes:
         """Issue a warning about the file."""
         warn(f"{self._path}: {message}")
 
-    def warn(self) -> None:
+    def end(self) -> None:
         """Issue the warnings of the pass."""
+        self.at_end()
         for (unit, message), number in self._counts.items():
             if number:
                 self.say(f"{counted(number, unit)} {message}")
-
-    def after(self, requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-        """Yield ``requests``, the whole pass, and then issue the warnings."""
-        yield from requests
-        self.warn()
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -410,8 +408,74 @@ class FileReader:
     def __call__(self) -> Iterator[TraceRequest]:
         """Yield the requests in order of time. BadRecordError for one that cannot be read."""
         notes = Notes(self.path)
-        records, parse = self.records(self.bad), self.parser(notes)
-        return notes.after(in_order(self.path, records, parse, self.bad))
+        parse = self.parser(notes)
+        yield from self.ordered(self.parsed(self.records(self.bad), parse))
+        notes.end()
+
+    def parsed(
+        self, records: Iterable[tuple[Line, Record]], parse: Callable[[Record], Iterable[_T]]
+    ) -> Iterator[tuple[Line, _T]]:
+        """Yield (line, result of ``parse``). Invalid records are reported and skipped."""
+        for number, record in records:
+            try:
+                found = list(parse(record))
+            except KeyError as error:
+                self.bad.report(self.path, number, f"field {error} is missing")
+            except UnicodeEncodeError as error:
+                half = f"U+{ord(error.object[error.start]):04X}"
+                self.bad.report(self.path, number, f"a text holds {half}, half of a character")
+            except (ValueError, OverflowError, TypeError, AttributeError) as error:
+                self.bad.report(self.path, number, str(error))
+            else:
+                yield from ((number, one) for one in found)
+
+    def ordered(self, found: Iterator[tuple[Line, Any]]) -> Iterator[TraceRequest]:
+        """Yield the requests of ``found``, (line, result of the parser), in order of time.
+
+        Logs that are written at the end of each request are slightly out of order: they are sorted,
+        with one TraceOrderWarning unless the times of the answers explain it. A request that should
+        precede more than ``WINDOW`` requests (or ``WINDOW_IDS`` ids) already read is a bad record.
+        O(log WINDOW) each.
+        """
+        waiting: list[tuple[float, int, TraceRequest]] = []
+        newest_s = given_s = -math.inf
+        num_read = num_ids = 0
+        is_sorted = True
+        failure: Exception | None = None
+        # An error is raised after the requests above it, as if nothing were read ahead.
+        try:
+            for line, request in found:
+                now_s = request.timestamp_s
+                if now_s < given_s:
+                    problem = (
+                        f"its time is {given_s - now_s:g} s before that of a request more than "
+                        f"{len(waiting):,} requests above, and no more are read ahead: sort the "
+                        "file by time"
+                    )
+                    self.bad.report(self.path, line, problem)
+                    continue
+                if now_s + (request.service_s or 0.0) < newest_s and is_sorted:
+                    is_sorted = False
+                    message = (
+                        f"{self.path}: lines are not in order of time (the first is line {line}, "
+                        f"{newest_s - now_s:g} s before one above it); requests are sorted, each "
+                        f"before at most {WINDOW:,} others"
+                    )
+                    warn(message, TraceOrderWarning)
+                newest_s = max(newest_s, now_s)
+                heapq.heappush(waiting, (now_s, num_read, request))
+                num_read += 1
+                num_ids += len(request.tokens) + len(request.output)
+                while len(waiting) > WINDOW or (num_ids > WINDOW_IDS and len(waiting) > 1):
+                    given_s, _, request = heapq.heappop(waiting)
+                    num_ids -= len(request.tokens) + len(request.output)
+                    yield request
+        except Exception as error:
+            failure = error
+        while waiting:
+            yield heapq.heappop(waiting)[2]
+        if failure is not None:
+            raise failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,84 +490,6 @@ class SessionReader(FileReader):
         """Pauses between turns; None if the file tells them."""
         return None
 
-    def __call__(self) -> Iterator[TraceRequest]:
-        notes = Notes(self.path)
-        records, parse = self.records(self.bad), self.parser(notes)
-        turns = (session for _, session in parsed(self.path, records, parse, self.bad))
-        starts, pause = self.starts, self.pause
-        return notes.after(interleave(turns, starts, pause, unit=self.unit, seed=self.seed))
-
-
-def parsed(
-    path: str | Path,
-    records: Iterable[tuple[Line, Record]],
-    parse: Callable[[Record], Iterable[_T]],
-    bad: BadRecords,
-) -> Iterator[tuple[Line, _T]]:
-    """Yield (line, result of ``parse``). Invalid records are reported and skipped."""
-    for number, record in records:
-        try:
-            found = list(parse(record))
-        except KeyError as error:
-            bad.report(path, number, f"field {error} is missing")
-        except UnicodeEncodeError as error:
-            half = f"U+{ord(error.object[error.start]):04X}"
-            bad.report(path, number, f"a text holds {half}, half of a character")
-        except (ValueError, OverflowError, TypeError, AttributeError) as error:
-            bad.report(path, number, str(error))
-        else:
-            yield from ((number, one) for one in found)
-
-
-def in_order(
-    path: str | Path,
-    records: Iterable[tuple[Line, Record]],
-    parse: Callable[[Record], Iterable[TraceRequest]],
-    bad: BadRecords,
-) -> Iterator[TraceRequest]:
-    """Yield the results of ``parse``, as ``parsed`` does, in order of time.
-
-    Logs that are written at the end of each request are slightly out of order: they are sorted,
-    with one TraceOrderWarning unless the times of the answers explain it. A request that should
-    precede more than ``WINDOW`` requests (or ``WINDOW_IDS`` ids) already read is a bad record.
-    O(log WINDOW) each.
-    """
-    waiting: list[tuple[float, int, TraceRequest]] = []
-    newest_s = given_s = -math.inf
-    num_read = num_ids = 0
-    is_sorted = True
-    failure: Exception | None = None
-    # An error is raised after the requests above it, as if nothing were read ahead.
-    try:
-        for line, request in parsed(path, records, parse, bad):
-            now_s = request.timestamp_s
-            if now_s < given_s:
-                problem = (
-                    f"its time is {given_s - now_s:g} s before that of a request more than "
-                    f"{len(waiting):,} requests above, and no more are read ahead: sort the file "
-                    "by time"
-                )
-                bad.report(path, line, problem)
-                continue
-            if now_s + (request.service_s or 0.0) < newest_s and is_sorted:
-                is_sorted = False
-                message = (
-                    f"{path}: lines are not in order of time (the first is line {line}, "
-                    f"{newest_s - now_s:g} s before one above it); requests are sorted, each "
-                    f"before at most {WINDOW:,} others"
-                )
-                warn(message, TraceOrderWarning)
-            newest_s = max(newest_s, now_s)
-            heapq.heappush(waiting, (now_s, num_read, request))
-            num_read += 1
-            num_ids += len(request.tokens) + len(request.output)
-            while len(waiting) > WINDOW or (num_ids > WINDOW_IDS and len(waiting) > 1):
-                given_s, _, request = heapq.heappop(waiting)
-                num_ids -= len(request.tokens) + len(request.output)
-                yield request
-    except Exception as error:
-        failure = error
-    while waiting:
-        yield heapq.heappop(waiting)[2]
-    if failure is not None:
-        raise failure
+    def ordered(self, found: Iterator[tuple[Line, Any]]) -> Iterator[TraceRequest]:
+        sessions = (session for _, session in found)
+        return interleave(sessions, self.starts, self.pause, unit=self.unit, seed=self.seed)

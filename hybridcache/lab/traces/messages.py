@@ -18,7 +18,7 @@ import json
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +29,7 @@ from sortedcontainers import SortedDict
 
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import Chat, answer_of, is_response, plain_chat
-from hybridcache.lab.traces.frame import FileReader, Notes, Record, TraceClock, csv_lines, in_order
+from hybridcache.lab.traces.frame import FileReader, Line, Notes, Record, TraceClock, csv_lines
 from hybridcache.lab.traces.text import ChatText, load_chat_text
 
 SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
@@ -352,14 +352,6 @@ class PromptParser:
             )
 
 
-def from_first(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-    """Yield requests with times that count from the first."""
-    began_s: float | None = None
-    for request in requests:
-        began_s = request.timestamp_s if began_s is None else began_s
-        yield request._replace(timestamp_s=request.timestamp_s - began_s)
-
-
 @dataclass(frozen=True, slots=True)
 class MessagesReader(FileReader):
     """JSON lines of requests, or of single messages."""
@@ -382,12 +374,17 @@ class MessagesReader(FileReader):
         named = Named(record, {})
         return named.has_prompt or (named.is_message and "content" in named.record)
 
-    def __call__(self) -> Iterator[TraceRequest]:
-        notes = Notes(self.path)
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         parser = PromptParser(load_chat_text(self.tokenizer, self.template), self._names, notes)
-        yield from from_first(in_order(self.path, self.records(self.bad), parser.parse, self.bad))
-        parser.end()
-        notes.warn()
+        notes.at_end = parser.end
+        return parser.parse
+
+    def ordered(self, found: Iterator[tuple[Line, Any]]) -> Iterator[TraceRequest]:
+        """Yield the requests in order of time, which counts from the first."""
+        began_s: float | None = None
+        for request in FileReader.ordered(self, found):
+            began_s = request.timestamp_s if began_s is None else began_s
+            yield request._replace(timestamp_s=request.timestamp_s - began_s)
 
     @property
     def _names(self) -> dict[str, str]:

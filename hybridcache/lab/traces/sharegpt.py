@@ -26,7 +26,6 @@ from hybridcache.lab.traces.frame import (
     Record,
     SessionReader,
     json_array,
-    parsed,
     shown,
 )
 from hybridcache.lab.traces.text import load_chat_text
@@ -64,7 +63,7 @@ class ShareGPTReader(SessionReader):
         line: Line
         line, name, base, system, messages = 0, "", "", Chat(), Chat()
         names, are_indices = DistinctNames(), True
-        records = parsed(self.path, json_array(self.path, bad), _segment, bad)
+        records = self.parsed(json_array(self.path, bad), _segment)
         for at, (id_, leading, said) in records:
             if not said:
                 yield at, Record(id=id_, messages=said)
