@@ -31,10 +31,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from engine.server.bodies import ANTHROPIC, APIError, short
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.bounded import REPLACEMENT
-from hybridcache.command.signals import log_to_stderr
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger(f"{__name__}.requests")
+request_log.setLevel(logging.INFO)  # Regardless of --log-level.
 OPEN = ("/", "/health", "/metrics")
 """Paths that require no key."""
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
@@ -285,13 +285,6 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
     notes = (state.get("answer_id"), "" if is_sent else "not sent completely", state.get("error"))
     line += "".join(f"  {note}" for note in notes if note)
     request_log.info("%s", "".join(letter if letter.isprintable() else "?" for letter in line))
-
-
-def set_up_logging(level: str) -> None:
-    """Send the log of engine and HTTP server to the standard error output; lines of requests, if
-    enabled, with any ``level``."""
-    log_to_stderr(level, "engine", "uvicorn")
-    request_log.setLevel(logging.INFO)
 
 
 UNREAD_S = 120.0

@@ -35,7 +35,7 @@ from engine.plugins.dialects.responses import Responses, ResponsesRequest
 from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from engine.plugins.observe.server import Page
 from engine.plugins.tiers import TierConfig
-from engine.server.access import HEADERS_S, Access, ClientConnection, install, set_up_logging
+from engine.server.access import HEADERS_S, Access, ClientConnection, install
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
 from engine.server.chat import chat
 from engine.server.completions import CompletionRequest, complete
@@ -43,6 +43,7 @@ from engine.server.context import Answer, ServingContext
 from engine.server.schemas import ChatRequest, Message
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
 from hybridcache.command.extras import version as installed_version
+from hybridcache.command.signals import log_to_stderr
 from hybridcache.geometry.units import counted
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: told.append(number))
-    set_up_logging(config.log_level)
+    log_to_stderr(config.log_level, "engine", "uvicorn")
     sys.setswitchinterval(SWITCH_S)
     # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
     # second per run.

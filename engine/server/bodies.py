@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -123,16 +122,12 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 async def _refuse_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path, routes = request.url.path, request.app.routes
-    message, headers = str(error.detail), dict(error.headers or {})
+    path, message = request.url.path, str(error.detail)
     if error.status_code == 404:
-        known, asked = [route.path for route in routes if "{" not in route.path], path[:MAX_MESSAGE]
-        near = get_close_matches(asked, known, n=1, cutoff=0.8)
-        remedy = f"did you mean {near[0]}?" if near else "see /openapi.json for all paths."
-        message = f"The path {path} does not exist: {remedy}"
+        message = f"The path {path} does not exist: see /openapi.json for all paths."
     elif error.status_code == 405:
         message = f"{path} does not support {request.method}: see /openapi.json."
-    return APIError(error.status_code, message, headers=headers).response(request.scope)
+    return APIError(error.status_code, message, headers=error.headers).response(request.scope)
 
 
 HANDLERS = {

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME
 from engine.hub import display_name, resolve_folder
+from hybridcache.command.signals import log_to_stderr
 from hybridcache.geometry.units import counted
 
 GRACE_S = 5
@@ -59,7 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
     import uvicorn
 
     from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
-    from engine.server.access import set_up_logging
     from engine.server.settings import ServerConfig, bind, local_address
     from engine.text.tokenizer import HFTokenizer
 
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer = HFTokenizer(folder)
         counted_by = f"the tokenizer of {display_name(folder)}"
         model = BUILTIN_NAME if folder == BUILTIN_DIR else str(folder / "config.json")
-    set_up_logging("warning")
+    log_to_stderr("warning", "engine", "uvicorn")
     with bind(ServerConfig(host=arguments.host, port=arguments.port)) as listener:
         try:
             file = out.open("xb", buffering=0)
