@@ -155,10 +155,9 @@ class CheckpointSeconds(Router):
 
     def ended(self, request: Hashable, now: float) -> None:
         where = self._where.get(request)
-        is_waiting = where is not None and request in self.loads[where].waiting
-        super().ended(request, now)
-        if where is not None and is_waiting:
+        if where is not None and request in self.loads[where].waiting:
             self.in_flight[where].pop(request, None)
+        super().ended(request, now)
 
     def on_events(
         self,
@@ -257,9 +256,7 @@ class WriteRate:
         if self._capacity is None or not num_bytes:
             return
         self._log.append((now, self._bytes, self._seconds))
-        while self._log[1][1] <= self._bytes - self._capacity:
-            if len(self._log) == 2:
-                break
+        while len(self._log) > 2 and self._log[1][1] <= self._bytes - self._capacity:
             self._log.popleft()
 
     @property
