@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybridcache.export.sglang.cache import make_backend
+from hybridcache.export.sglang.cache import HybridRadixBackend
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
@@ -61,7 +61,7 @@ def new_world(
         enable_mamba_extra_buffer=has_states and world.requests.enable_mamba_extra_buffer,
     )
     if backend == "hybridcache":
-        return world._replace(cache=make_backend(params, has_states))
+        return world._replace(cache=HybridRadixBackend(params, has_states))
     states = (ComponentType.MAMBA,) if has_states else ()
     params.tree_components = (ComponentType.FULL, *states)
     params.tree_core_backend = backend

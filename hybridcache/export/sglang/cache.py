@@ -11,7 +11,7 @@ import logging
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,41 +60,48 @@ from hybridcache.tokens import Indices, Tokens
 
 
 class HybridRadixBackend(BasePrefixCache):
-    """``HybridRadixCache`` (or ``RadixCache`` without states) as a prefix cache of SGLang.
-
-    Args:
-        params: SGLang's ``CacheInitParams``.
-        make: Factory of an empty tree over SGLang's pools.
-        rows: KV rows.
-        states: States, or None for a model without recurrent layers.
-        grid: Distance of a prefill's states in tokens.
-    """
+    """``HybridRadixCache`` as a prefix cache of SGLang."""
 
     disable = False
     sliding_window_size = None
 
-    def __init__(
-        self,
-        params: Any,
-        make: Callable[[], HybridRadixCache],
-        rows: RowView,
-        states: RequestStates | None,
-        grid: int,
-    ) -> None:
+    def __init__(self, params: Any, is_hybrid_ssm: bool, eviction: str | None = None) -> None:
+        """Build an empty cache over the pools of ``params``, a ``CacheInitParams``. ``eviction``
+        replaces its ``eviction_policy``."""
         self.req_to_token_pool = params.req_to_token_pool
         self.token_to_kv_pool_allocator = params.token_to_kv_pool_allocator
         self.page_size = params.page_size
         self.device = params.token_to_kv_pool_allocator.device
-        self._make = make
-        self._rows = rows
-        self._states = states
-        self._grid = grid
+        token_bytes, state_bytes = sizes_in_bytes(params, is_hybrid_ssm)
+        self._rows = RowView(params.token_to_kv_pool_allocator, params.page_size, token_bytes)
+        self._grid: int = params.page_size
+        """Distance of a prefill's states in tokens."""
+        self._states: RequestStates | None = None
+        """None for a model without recurrent layers."""
+        slots = SlotAllocator(0)
+        if is_hybrid_ssm:
+            pool, extra_buffer = params.req_to_token_pool, params.enable_mamba_extra_buffer
+            slots = view = SlotView(pool.mamba_allocator, state_bytes)
+            self._states = RequestStates(pool, view, self._rows, extra_buffer=extra_buffer)
+            if extra_buffer:
+                self._grid = mamba_checkpoint_grid(params.page_size)
+        config = CacheConfig(
+            prefix_cache="hybrid" if is_hybrid_ssm else "radix",
+            num_kv_tokens=self._rows.capacity,
+            num_slots=slots.capacity,
+            kv_bytes_per_token=token_bytes,
+            state_bytes=state_bytes,
+            page_size=params.page_size,
+            grid=1,
+            eviction=params.eviction_policy if eviction is None else eviction,
+        )
+        self._make = partial(build_on, config, self._rows, slots)
         self._events = EventRecorder(params)
         self.kv_events = self._events.recorder
         self._meter: LossMeter | None = None
         if params.enable_metrics:
             self.init_metrics_collector()
-            self._meter = LossMeter(grid, self.metrics_collector.labels)
+            self._meter = LossMeter(self._grid, self.metrics_collector.labels)
         self._cache: HybridRadixCache
         self.reset()
 
@@ -435,37 +442,7 @@ def build_backend(ctx: Any) -> Any:
         raise ValueError(refusal)
     eviction = eviction_name(ctx.params.eviction_policy)
     logger.info("hybridcache: eviction policy %s", eviction)
-    return make_backend(ctx.params, ctx.is_hybrid_ssm, eviction)
-
-
-def make_backend(
-    params: Any, is_hybrid_ssm: bool, eviction: str | None = None
-) -> HybridRadixBackend:
-    """Return an empty cache over the pools of ``params``, a ``CacheInitParams``. ``eviction``
-    replaces its ``eviction_policy``."""
-    token_bytes, state_bytes = sizes_in_bytes(params, is_hybrid_ssm)
-    rows = RowView(params.token_to_kv_pool_allocator, params.page_size, token_bytes)
-    grid, states = params.page_size, None
-    slots = SlotAllocator(0)
-    if is_hybrid_ssm:
-        pool = params.req_to_token_pool
-        slots = view = SlotView(pool.mamba_allocator, state_bytes)
-        extra_buffer = params.enable_mamba_extra_buffer
-        states = RequestStates(pool, view, rows, extra_buffer=extra_buffer)
-        if extra_buffer:
-            grid = mamba_checkpoint_grid(params.page_size)
-    config = CacheConfig(
-        prefix_cache="hybrid" if is_hybrid_ssm else "radix",
-        num_kv_tokens=rows.capacity,
-        num_slots=slots.capacity,
-        kv_bytes_per_token=token_bytes,
-        state_bytes=state_bytes,
-        page_size=params.page_size,
-        grid=1,
-        eviction=params.eviction_policy if eviction is None else eviction,
-    )
-
-    return HybridRadixBackend(params, partial(build_on, config, rows, slots), rows, states, grid)
+    return HybridRadixBackend(ctx.params, ctx.is_hybrid_ssm, eviction)
 
 
 def sizes_in_bytes(params: Any, is_hybrid_ssm: bool) -> tuple[int, int]:
