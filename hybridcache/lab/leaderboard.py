@@ -1,10 +1,8 @@
 """Compare a policy with every built-in one on the evaluation split, with intervals.
 
-A cell is one generated trace at one memory size. Each policy runs in every cell with every seed.
-Scores are means over cells, their intervals come from the seeds, and differences are paired by
-seed. Cells with a rate of sessions are closed loops, admitted by ``sessions``; they decide the
-order of the table. The other cells replay requests in turn, next to the best plan found with
-hindsight, which may fill the whole memory, or leaves room for the running request.
+Each policy runs in every cell, one trace at one memory size, with every seed. Scores are means over
+cells, and their intervals and paired differences come from the seeds. Closed loops, admitted by
+``sessions``, decide the order of the table; replays are compared with plans with hindsight.
 
 >>> split = Split("tiny", "qwen3-next", (0, 1, 2), {"short?head=20": (1.0,)})
 >>> board = leaderboard((), split, built_in=("lru", "fifo"))

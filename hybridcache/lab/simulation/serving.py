@@ -1,12 +1,9 @@
 """Simulated serving of a trace: one request after the other, or concurrently.
 
-In turn: every request is matched, prefilled, decoded and released before the next. Waiting times
-are computed afterwards from the prefill times (first come, first served, over all servers).
-
-Concurrent: events in order of time. A request waits for the last answer of its session, for a
-server and for memory, and publishes when its prefill is done. Entries held by other requests cannot
-be evicted, and unpublished entries cannot be hit. The time to first token counts from the
-timestamp, or from the end of the session's last answer if that was later.
+In turn, waiting times are computed afterwards from the prefill times (first come, first served).
+Concurrent requests wait for the last answer of their session, for a server and for memory, and
+publish when their prefill is done. The time to first token counts from the timestamp, or from the
+end of the session's last answer if that was later.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """Simulation of a trace with several policies and sizes, and the offline optimum.
 
->>> from hybridcache.lab.simulation.simulate import optimum, simulate
 >>> result = simulate("short", gib="1:8:3", policy=("survival", "lru"))
 >>> all(run.token_hit_rate <= result.bound_rate for run in result.runs)
 True

@@ -87,7 +87,11 @@ class OwnReader(FileReader):
                 notes.count(f"with fields that are not read: {unknown}; known: {read}", "record")
             session = record.key("session") if "session" in record else f"unnamed {number}"
             tokens = _prompt(record, last.get(session, np.zeros(0, np.int32)))
-            output, answer = _answer(record, unit, fresh)
+            length = record.optional(record.whole, "output_length", None)
+            if "output" in record:
+                output = record.ids("output")
+            else:
+                output = fresh.take(units(length or 0, unit))
             boundaries = record.optional(record.ids, "boundaries", tokens[:0]).tolist()
             plain = {
                 name: read(record, own)
@@ -95,7 +99,9 @@ class OwnReader(FileReader):
                 if record.get(own) is not None
             }
             request = TraceRequest(0.0, session, None, tokens, output, tuple(boundaries))
-            request = checked(request._replace(answer_tokens=answer, **plain), unit)
+            # With a unit of one, the ids of the answer tell its length.
+            answer_tokens = length if unit > 1 else None
+            request = checked(request._replace(answer_tokens=answer_tokens, **plain), unit)
             now_s = clock.at(record, "timestamp" if "timestamp" in record else None)
             last[session] = np.concatenate((tokens, output))
             yield request._replace(timestamp_s=now_s)
@@ -117,16 +123,6 @@ def _prompt(record: Record, before: Tokens) -> Tokens:
         missing = not {"tokens", "prefix"} & record.keys()
         raise ValueError("tokens or prefix is missing" if missing else "the prompt is empty")
     return tokens
-
-
-def _answer(record: Record, unit: int, fresh: FreshIds) -> tuple[Tokens, int | None]:
-    """Return (ids, number of tokens in the answer if the ids do not determine it, else None)."""
-    length = record.optional(record.whole, "output_length", None)
-    several = length if unit > 1 else None
-    if "output" not in record:
-        return fresh.take(units(length or 0, unit)), several
-    output = record.ids("output")
-    return output, several
 
 
 def write_own(trace: Trace, file: TextIO) -> int:

@@ -1,15 +1,7 @@
 """Requests as texts, in the tokens of a named tokenizer: JSON lines, or comma-separated values.
 
-A record is one of two kinds:
-
-- a request: ``prompt`` (the whole text sent to the model) or ``messages`` (OpenAI's or
-  Anthropic's), possibly inside of ``request``, ``request_body`` or ``body``;
-- a single message: ``role``, ``content`` or ``tool_calls``, and a session. Each answer of an
-  assistant is a request whose prompt is all messages of its session before it.
-
-Times are seconds, or milli-, micro- or nanoseconds since 1970 by their size, or ISO 8601. They
-count from the first request. Without a session, a prompt continues the session whose last prompt it
-begins with. Failed requests are left out and counted.
+A record is a request (a prompt or messages), or a single message (a role, a content and a session),
+of which each answer is a request. ``docs/reference/traces.md`` has the fields and rules.
 """
 
 from __future__ import annotations

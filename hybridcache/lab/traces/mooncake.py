@@ -1,10 +1,9 @@
 """Published traces of hashes of blocks: Mooncake's of 512 tokens (FAST'25, kvcache-ai/Mooncake),
 and those of Bailian of 16 tokens (alibaba-edu/qwen-bailian-usagetraces-anon, ATC'25).
 
-A prompt is the list of its hashes, so prompts agree exactly as far as their lists do. Hashes may be
-any whole numbers or texts: they are renumbered. Answers are lengths only. The last, partial block
-of a prompt may have a hash or none. Bailian's data files were not available: that a request
-continues its parent is an assumption.
+Prompts agree exactly as far as their lists of hashes do. The last, partial block of a prompt may
+have a hash or none. Bailian's data files were not available: that a request continues its parent is
+an assumption.
 """
 
 from __future__ import annotations
