@@ -167,10 +167,9 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
 
 def interval_notes(result: SweepRuns) -> list[str]:
     """Explain the intervals of token hit rates, and why there are none."""
-    counts = dict.fromkeys(len(run.by_session) for run in result.runs)
-    if not counts:
+    if not result.runs:
         return []
-    num_sessions = min(counts)
+    num_sessions = min(len(run.by_session) for run in result.runs)
     if num_sessions < FEWEST_UNITS:
         return [f"no intervals: {counted(num_sessions, 'session')}, fewer than {FEWEST_UNITS}"]
     return [f"intervals: 95 %, over {counted(num_sessions, 'session')}, cut at 0 and 100 %"]
@@ -188,8 +187,7 @@ def marked(run: RunResult, word: str) -> str:
 
 def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """Explain the plan with hindsight."""
-    shown = (run for runs in result.by_label().values() for run in runs)
-    planned = [run for run in shown if run.optimum_tokens is not None]
+    planned = [run for run in result.runs if run.optimum_tokens is not None]
     if not planned and "optimum" in words:
         return ["no plan was computed: add optimum=True (--optimum)"]
     if not planned or not {"hit", "optimum"} & set(words):

@@ -222,9 +222,7 @@ class SglangSession(PeerSession):
     def prefill(self, kv_len: int) -> bool:
         """Take memory and compute the prompt, publishing each extend. False if it is refused."""
         cache, length = self.cache, len(self.tokens)
-        if not self.num_slots and not self.take_slot():
-            return False
-        if not self._take_tokens(length - self.cached_len):
+        if not self.take_slot() or not self._take_tokens(length - self.cached_len):
             return False
         branch = kv_len // cache.grid * cache.grid
         chunk = max(1, cache.config.prefill_chunk // cache.config.unit)

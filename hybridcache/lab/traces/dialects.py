@@ -33,7 +33,6 @@ ROLES = {
 
 OUTPUT_ITEMS = {"message", "function_call", "reasoning"}
 """Types of items in the output of the Responses API. Its thoughts are not in later prompts."""
-NO_ANSWER = "not a text, a message, or a response with a message, a text or its usage"
 
 
 def plain_chat(messages: Iterable[Record], system: Any = None, tools: Any = None) -> Chat:
@@ -78,15 +77,19 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
         return response, 0, ""
     if response is None:
         return None, 0, ""
+    refusal = ValueError(
+        f"its answer is {shown(response)}, not a text, a message, or a response with a message, a "
+        "text or its usage"
+    )
     if isinstance(response, dict) and isinstance(response.get("output"), list):
         response = response["output"]
     if isinstance(response, list):
         kinds = {str(item.get("type")) if isinstance(item, dict) else None for item in response}
         if not response or not kinds <= OUTPUT_ITEMS:
-            raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
+            raise refusal
         return _begun("".join(map(_output_item, response))), 0, ""
     if not isinstance(response, dict):
-        raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
+        raise refusal
     choice = Record(response).objects("choices")[0] if response.get("choices") else Record()
     reason = STOP_REASONS.get(str(response.get("stop_reason") or choice.get("finish_reason")), "")
     message = response if "content" in response else choice.get("message", response.get("message"))
@@ -98,7 +101,7 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
         usage = Record(usage)
         if length := usage.first(("completion_tokens", "output_tokens")):
             return None, usage.whole(length), reason
-    raise ValueError(f"its answer is {shown(response)}, {NO_ANSWER}")
+    raise refusal
 
 
 def _output_item(item: dict[str, Any]) -> str:
