@@ -87,6 +87,7 @@ class Split:
             return cls(source.name if path else "evaluation", closed_loop=loops, **read)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             fault = str(error).removeprefix(f"{cls.__name__}.__init__() ")
+            fault += " is missing" if isinstance(error, KeyError) else ""
             raise ValueError(f"{path or source.name}: {fault}") from None
 
     def head(self, num_seeds: int | None) -> Split:

@@ -160,6 +160,13 @@ def test_file_that_no_reader_can_read_is_refused(
     assert str(caught.value).startswith(str(path))
 
 
+def test_rows_without_a_header_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("0.0,hello\n1.0,hi\n")
+    with pytest.raises(ValueError, match=r"its columns \(0\.0, hello\)"):
+        open_trace(str(path))
+
+
 def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl.gz"
     long = "".join(f'{{"tokens": [{number}]}}\n' for number in range(40_000))
@@ -265,6 +272,7 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
         ([{"format": "hybridcache", "version": 7, "unit": 1}, {}], 1),
         ([{}, {"tokens": [1, True]}], 2),
         ([{}, {"stop_reason": "tired"}], 2),
+        ([{}, {"session": "a", "prefix": [0, 1]}], 2),  # and tokens
     ],
 )
 def test_wrong_times_versions_and_reasons_are_refused(

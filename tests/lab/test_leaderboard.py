@@ -137,12 +137,13 @@ def test_changed_trace_file_is_scored_again(tmp_path: Path) -> None:
         ("closed-loop = {chat = []}", "chat has closed loops, and must be in [gib]"),
         ("closed-loop = {short = [1]}", "cannot unpack non-iterable int object"),
         ("closed-loop = {short = [[1, -2]]}", "rate -2: sessions a second above 0"),
+        ("#gib", "'gib' is missing"),
         ("x", "Expected"),
     ],
 )
 def test_wrong_splits_are_refused(tmp_path: Path, text: str, message: str) -> None:
     good = {"model": '"qwen3-next"', "seeds": "[1]", "gib": "{short = [1]}"}
-    good.pop(text.partition(" ")[0], None)
+    good.pop(text.split(" ")[0].lstrip("#"), None)
     path = tmp_path / "split.toml"
     path.write_text("\n".join([*(f"{name} = {own}" for name, own in good.items()), text]))
     with pytest.raises(ValueError, match=re.escape(message)) as caught:

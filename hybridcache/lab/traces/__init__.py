@@ -168,7 +168,7 @@ def recognise(path: Path) -> str:
         while len(head) < 4096 and (more := file.read1(4096)):
             head += more
     head = head.lstrip()
-    is_csv = looks_like_csv(head)
+    is_csv = looks_like_csv(head) or (".csv" in path.suffixes and head[:1] not in b"{[")
     records = csv_lines if is_csv else json_array if head.startswith(b"[") else json_lines
     _, first = next(records(path, BadRecords(skip=True)), (0, None))
     if first is None:

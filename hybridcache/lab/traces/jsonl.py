@@ -113,6 +113,8 @@ def _prompt(record: Record, before: Tokens) -> Tokens:
     """Return the ids of a prompt; ``before`` are the session's last prompt and answer."""
     tokens = record.optional(record.ids, "tokens", before[:0])
     if "prefix" in record:
+        if "tokens" in record:
+            raise ValueError("it has both tokens and prefix: give one of them")
         prefix = record.ids("prefix")
         if not len(prefix) or prefix[0] > len(before):
             raise ValueError(
