@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from sortedcontainers import SortedDict
@@ -46,17 +47,15 @@ class Queue:
         return item
 
 
+@dataclass(eq=False, slots=True)
 class Record:
     """State of an item in a queue policy, kept during locks: queue, place and number of uses."""
 
-    __slots__ = ("mark", "owner", "queue", "ticket", "uses")
-
-    def __init__(self, owner: QueuePolicy, queue: Queue, ticket: int, uses: int) -> None:
-        self.owner = owner
-        self.queue = queue
-        self.ticket = ticket
-        self.uses = uses
-        self.mark = 0
+    owner: QueuePolicy
+    queue: Queue
+    ticket: int
+    uses: int
+    mark: int = 0
 
 
 class QueuePolicy(ABC):
@@ -184,7 +183,6 @@ class Clock(QueuePolicy):
     """Evict the first item in the ring that was not used since the hand's last round.
 
     Source: Corbató, "A paging experiment with the Multics system", 1968.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: sets a bit.
     Two kinds: one ring for each. Sizes are ignored.
     """
 
@@ -208,7 +206,6 @@ class Sieve(QueuePolicy):
     """Evict as CLOCK does, but leave survivors in place, so that new items are removed early.
 
     Source: Zhang et al., "SIEVE is simpler than LRU" (NSDI'24).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: sets a bit.
     Two kinds: one queue and one hand for each. Sizes are ignored.
     """
 
@@ -252,7 +249,6 @@ class S3Fifo(QueuePolicy):
     """Evict most items from a small FIFO. Items used twice or returned as ghosts go to a main FIFO.
 
     Source: Yang et al., "FIFO queues are all you need for cache eviction" (SOSP'23).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: increments a counter.
     Two kinds: separate queues, with shares in bytes. The tree's ghosts (checkpoints only) are the
     ghost queue.
     """
@@ -291,7 +287,6 @@ class ARC(QueuePolicy):
     """Evict from one of two LRU lists, used once and used again. Ghost hits adapt their sizes.
 
     Source: Megiddo, Modha, "ARC: a self-tuning, low overhead replacement cache" (FAST'03).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
     Two kinds: two lists for each, with the target in bytes. The tree's ghosts are B1 and B2. They
     exist for checkpoints only, so KV's target stays 0 and its used items are kept longest.
     """
@@ -368,7 +363,6 @@ class WTinyLFU(QueuePolicy):
 
     Source: Einziger, Friedman, Manes, "TinyLFU: a highly efficient cache admission policy" (TOS
     2017).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
     Two kinds: separate queues, with shares in bytes. Main has room for 99 % of the bytes held at
     the previous eviction. Counters are exact, while the paper uses a sketch. They outlive eviction
     for checkpoints only, because only these have ghost hits.

@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -178,10 +177,10 @@ class SampledPolicy(EvictionPolicy):
 def _checked(policy: ScorePolicy | SampledPolicy, item: Item) -> Score:
     """Return the score. Raises PolicyError if it is not a number or a tuple of numbers, or NaN."""
     score = policy.score(item)
-    if type(score) is float and score == score:
+    if type(score) in (float, int) and score == score:
         return score
     parts = score if isinstance(score, tuple) else (score,)
-    if all(isinstance(part, Real) and part == part for part in parts):
+    if all(isinstance(part, float | int | np.number) and part == part for part in parts):
         return score
     raise PolicyError(
         f"{type(policy).__name__}.score returned {score!r} for a {item.kind} item: "
@@ -196,7 +195,6 @@ class FIFO(ScorePolicy):
     """Evict the item that entered the cache first, regardless of uses.
 
     Source: folklore; the control of caching studies.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: none.
     Two kinds, unequal sizes: one order over both. Sizes are ignored.
     """
 
@@ -210,7 +208,6 @@ class Random(SampledPolicy):
     """Evict a uniformly random candidate. Deterministic for a given seed.
 
     Source: folklore; a control on loops, where LRU has no hits.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: none.
     Two kinds: drawn together, so the kind with more candidates loses more.
     """
 
@@ -247,7 +244,6 @@ class LFU(_Ageing):
     """Evict the least used item; new items start at the score of the last victim (LFU-DA).
 
     Source: Arlitt et al., "Evaluating content management techniques for Web proxy caches", 2000.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
     Two kinds: one order over both. Sizes are ignored (``gdsf`` adds sizes and costs).
     """
 
@@ -260,7 +256,6 @@ class GDSF(_Ageing):
 
     Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency", 1998;
     as PGDSF in RAGCache (arXiv:2404.12457).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
     Two kinds, unequal sizes: cost is ``span``, size is ``size_bytes`` in MiB; one order over both.
     """
 
@@ -283,7 +278,6 @@ class LHD(SampledPolicy):
     (NSDI'18). For each class (kind, uses) the policy counts the ages of uses and evictions. The
     density at age a is hits from a on / time lived from a on. It is recomputed every 256 events
     from counts that decay by 0.9.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: a use resets the age.
     Two kinds, unequal sizes: the kind is part of the class; density is per byte of ``size_bytes``.
     """
 
@@ -414,9 +408,7 @@ class Marconi(EvictionPolicy):
     Source: Pan et al., "Marconi: prefix caching for the era of hybrid LLMs" (MLSys'25), Eq. 1 and
     2. ``alpha`` 0 is LRU. FLOPs count from the checkpoint above to this one, with attention growing
     with position.
-    Candidates: leaf KV, any unlocked checkpoint. The paper uses nodes with at most one child, but
-    policies cannot see forks. Refresh: the resumed checkpoint.
-    Two kinds, unequal sizes: bytes freed.
+    The paper's candidates are nodes with at most one child, but policies cannot see forks.
     O(candidates) per victim, in one vector expression.
 
     The alpha tuned by replay and the clairvoyant one need the replay of a whole cache; see
