@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.units import counted
 from hybridcache.radix.tree import RadixNode, RadixTree, members
 
 MAX_LETTERS = 80
@@ -32,9 +31,9 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
             else:
                 stack.append((child, margin + "|- ", margin + "|  "))
     if tree.num_nodes > num_drawn:
-        left_out = f"... {counted(tree.num_nodes - num_drawn, 'more node')}"
+        left_out = f"... nodes left out: {tree.num_nodes - num_drawn}"
         if len(tree.roots) > num_namespaces:
-            left_out += f" and {counted(len(tree.roots) - num_namespaces, 'more namespace')}"
+            left_out += f", namespaces: {len(tree.roots) - num_namespaces}"
         lines.append(left_out)
     return "\n".join(lines)
 

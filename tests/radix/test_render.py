@@ -18,7 +18,7 @@ def test_text_is_an_indented_outline():
         "   |- 6..11 * slot 2 locked 1x",
         "   `- 6..11 ~ ghost - checkpoint evicted",
     ]
-    assert cache.render(max_nodes=1).splitlines()[-1] == "... 2 more nodes"
+    assert cache.render(max_nodes=1).splitlines()[-1] == "... nodes left out: 2"
 
 
 def test_rendering_reads_only_max_nodes_nodes(monkeypatch):
@@ -29,12 +29,12 @@ def test_rendering_reads_only_max_nodes_nodes(monkeypatch):
     start = RadixNode.start.fget
     monkeypatch.setattr(RadixNode, "start", property(lambda node: seen.add(node) or start(node)))
     picture = cache.render(max_nodes=10)
-    assert "... 2,990 more nodes and 2,990 more namespaces" in picture
+    assert "... nodes left out: 2990, namespaces: 2990" in picture
     assert len(picture.splitlines()) <= 21
     assert len(seen) == 10
-    assert "... 1 more node" not in cache.render(max_nodes=3000)
-    assert cache.render(max_nodes=2999).endswith("... 1 more node and 1 more namespace")
-    assert cache.render(max_nodes=0) == "... 3,000 more nodes and 3,000 more namespaces"
+    assert "... nodes" not in cache.render(max_nodes=3000)
+    assert cache.render(max_nodes=2999).endswith("... nodes left out: 1, namespaces: 1")
+    assert cache.render(max_nodes=0) == "... nodes left out: 3000, namespaces: 3000"
 
 
 SPECIAL_CHARACTERS = 'two\nlines \x00\x1b\ufffe\ud800 <&> "\\'
