@@ -238,7 +238,7 @@ class Followers:
                     how = describe_exit(one.process.wait(0.2))
                     return f"{name} {how}; start the engine again."
             elif not isinstance(one.error, RunnerLost):
-                return f"{name} failed: {one.error}."
+                return f"{name} failed: {str(one.error).rstrip('.')}."
         silent = " and ".join(f"rank {one.number}" for one in self._all if one.error is None)
         return (
             f"{silent or 'a rank'} of {self._count} did not answer in time ({error}); start the "
