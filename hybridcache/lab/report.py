@@ -13,7 +13,7 @@ from typing import Any
 from hybridcache.api import Losses
 from hybridcache.command.parser import or_known
 from hybridcache.config import GRID
-from hybridcache.geometry.units import GIB, counted
+from hybridcache.geometry.units import counted
 from hybridcache.lab.baselines import UNCHARGED
 from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
@@ -46,17 +46,11 @@ METRICS: dict[str, Metric] = {
     "bound": Metric("share of the bound, %", lambda run: _percent(run.share_of_bound)),
     "optimum": Metric("% of best plan", lambda run: _percent(run.share_of_optimum)),
     "seconds": Metric("prefill seconds spent", lambda run: run.seconds, "{:.3g}"),
-    "seconds-saved": Metric("prefill seconds saved", lambda run: run.seconds_saved, "{:.3g}"),
     "ttft-mean": Metric("mean TTFT, ms", lambda run: 1e3 * run.ttft_mean_s),
-    "ttft-p5": Metric("TTFT P5, ms", lambda run: 1e3 * run.ttft_s[5]),
     "ttft-p50": Metric("TTFT P50, ms", lambda run: 1e3 * run.ttft_s[50]),
     "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95]),
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
     "checkpoints": Metric("checkpoints made", lambda run: run.checkpoints_made, "{:.0f}"),
-    "written": Metric(
-        "KV bytes written, GiB",
-        lambda run: None if run.written_kv_bytes is None else run.written_kv_bytes / GIB,
-    ),
     "control": Metric("cache code, us a request", lambda run: run.control_us, "{:.0f}"),
 }
 
