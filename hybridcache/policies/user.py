@@ -177,6 +177,12 @@ class Guard:
     def __str__(self) -> str:
         return self._label
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a further attribute of the user's policy, for inspection."""
+        if name.startswith("_"):  # Not set yet, as in a copy under construction.
+            raise AttributeError(name)
+        return getattr(self._policy, name)
+
     def call(self, name: str, call: Callable[[Any], Any]) -> Any:
         """Return ``call(policy)``, which calls the method ``name`` of the user's policy."""
         try:
