@@ -172,6 +172,7 @@ class GatedDeltaNet(Recurrent):
         self.mixed_shape = heads, sizes.value_dim
         keys = sizes.num_key_heads, sizes.key_dim
         self._shapes = keys, keys, self.mixed_shape
+        self._mixed_sizes = [math.prod(shape) for shape in self._shapes]
         self._conv = CausalConv(sizes.conv_channels, sizes.conv_width, build)
         self._A_log = weights.empty(heads, dtype=torch.float32)
         self._dt_bias = weights.empty(heads, dtype=torch.float32)
@@ -197,7 +198,7 @@ class GatedDeltaNet(Recurrent):
     def _scan(
         self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
     ) -> torch.Tensor:
-        parts = x.split([math.prod(shape) for shape in self._shapes], dim=-1)
+        parts = x.split(self._mixed_sizes, dim=-1)
         heads = [part.view(len(x), *shape) for part, shape in zip(parts, self._shapes, strict=True)]
         gates = *gates, self._A_log, self._dt_bias
         if isinstance(part, PrefillPart):

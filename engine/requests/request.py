@@ -124,8 +124,9 @@ class SamplingParams:
                 raise ValueError(f"{name} must be a list (got {given!r}).")
             object.__setattr__(self, name, tuple(given))
         check_fields(self)
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError("stop must contain only non-empty strings.")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError("stop must contain only non-empty strings.")
         for token in self.stop_token_ids:
             TOKEN_IDS.check("stop_token_ids", token)
         for token, value in self.logit_bias:

@@ -303,9 +303,10 @@ class ModelRunner:
         if self.num_step_states:
             self._place(batch)
         saved = self.tensors.checkpoints
-        parts = [batch] if saved is None else pieces(batch, len(saved.staging))
-        logits = [self._forward_piece(part, drawn) for part in parts]
-        return logits[0] if len(logits) == 1 else torch.cat(logits)
+        if saved is None:
+            return self._forward_piece(batch, drawn)
+        parts = pieces(batch, len(saved.staging))
+        return torch.cat([self._forward_piece(part, drawn) for part in parts])
 
     def _forward_piece(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         # One after the other, because a move may read rows that another wrote.

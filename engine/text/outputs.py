@@ -240,7 +240,10 @@ class TextStream:
 
     def flush(self) -> tuple[str, bool]:
         """Return (the text held back, True if it contains a stop string), after the last token."""
-        text, has_stopped = self._read(self._decoder.flush())
+        new = self._decoder.flush()
+        if not self._stop:
+            return new, False
+        text, has_stopped = self._read(new)
         return text if has_stopped else text + self._held, has_stopped
 
     def _read(self, new: str) -> tuple[str, bool]:
