@@ -407,7 +407,10 @@ def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
 
     path = model_dir / "tokenizer.json"
     if path.exists():
-        return tokenizers.Tokenizer.from_file(str(path))
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # The library has no class of its own.
+            raise ValueError(f"{path} cannot be read ({error}): download it again.") from error
     if not has_tokenizer(model_dir):
         raise FileNotFoundError(
             f"No tokenizer in {model_dir}: put the model's tokenizer.json there."

@@ -172,6 +172,12 @@ def test_remembered_pieces_are_not_shared_between_namespaces(tmp_path: Path) -> 
     assert encoded == ["a canary"] * 3
 
 
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ValueError, match="cannot be read"):
+        HFTokenizer(tmp_path)
+
+
 def test_chat_templates_are_found_in_all_their_places(model_dir: Path, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}]
     for name in ("tokenizer.json", "tokenizer_config.json"):
