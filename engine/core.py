@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
-from engine.hub import display_name
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import (
     Intake,
@@ -30,6 +29,7 @@ from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_ki
 from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler, StepHooks
 from engine.text.bounded import BoundedMemory
 from engine.text.outputs import FinishReason, RequestOutput
+from engine.weights.hub import display_name
 from hybridcache.scheduling.cache_manager import CacheManager
 
 if TYPE_CHECKING:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine.config import EngineConfig
 from engine.core import EngineCore, Plugin
-from engine.hub import resolve_config
+from engine.models import read_model
 from engine.requests.grammar import Grammar
 from engine.requests.logit_rules import LogitRule
 from engine.requests.request import Intake
 from engine.schedule.fetching import Fetching
 from engine.schedule.report import cache_kind
 from engine.schedule.scheduler import Scheduler
+from engine.weights.hub import resolve_config
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -55,7 +56,7 @@ class Engine(EngineCore):
         config = config or EngineConfig()
         parse_placement(",".join(config.checkpoints))
         if runner is None:
-            config = resolve_config(config)
+            config = resolve_config(config, read_model)
         plugins = engine_plugins(config)
         with ExitStack() as unfinished:
             for plugin in plugins.values():

@@ -85,8 +85,8 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
 ORDER = {
     "hybridcache": "command tokens radix allocators policies api watch cache tiers config lease "
     "scheduling geometry export routing lab",
-    "engine": "weights layers models config errors text requests schedule messages runner "
-    "hub core engine async_engine server worker command",
+    "engine": "config weights layers models errors text requests schedule messages runner "
+    "core engine async_engine server worker command",
 }
 """Modules and folders of a package. Each imports only earlier ones; ``plugins`` has rules below."""
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config, with_flags
 from engine.config import BUILTIN_PROMPTS, ConfigError, EngineConfig, check_no_foreign_kernels
-from engine.hub import resolve_config
+from engine.models import read_model
 from engine.plugins import ENGINE
 from engine.plugins.tiers import TierConfig
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
+from engine.weights.hub import resolve_config
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser
 from hybridcache.command.signals import end_by_exception, open_closed_streams
@@ -239,7 +240,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
             start = partial(start_replicas, engine_config, server_config, address)
         else:
-            engine_config = resolve_config(engine_config)
+            engine_config = resolve_config(engine_config, read_model)
             spawned = spawn(engine_config, address, log_level=server_config.log_level)
             stack.callback(spawned.end)
             from engine.worker.process_channel import start_engine

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pkgutil
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, check_all_read
 from hybridcache.geometry.families import COMPOSITES, read, text_part
 from hybridcache.geometry.sizes import SizesError
+
+if TYPE_CHECKING:
+    from engine.models.decoder import Decoder
 
 
 def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:

@@ -18,7 +18,8 @@ import pytest
 
 from engine import EngineConfig
 from engine.config import BUILTIN_DIR, HubError
-from engine.hub import display_name, resolve_config, resolve_folder
+from engine.models import read_model
+from engine.weights.hub import display_name, resolve_config, resolve_folder
 
 NAME, COMMIT = "some-org/Tiny-Model", "a" * 40
 WEIGHTS = (BUILTIN_DIR / "model.safetensors").read_bytes()
@@ -139,7 +140,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 def test_only_the_needed_files_of_a_model_are_downloaded_once(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = resolve_config(EngineConfig(model=NAME, revision="v1", device="cpu"))
+    config = resolve_config(EngineConfig(model=NAME, revision="v1", device="cpu"), read_model)
     folder = Path(config.model or "")
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     names = "config.json", "model.safetensors", "chat_template.jinja"
@@ -148,7 +149,7 @@ def test_only_the_needed_files_of_a_model_are_downloaded_once(
     [line] = [one for one in capsys.readouterr().err.splitlines() if "Downloading" in one]
     assert f"Downloading {NAME} (commit aaaaaaaa)" in line and "in 1 file" in line
     hub.requests.clear()
-    again = resolve_config(EngineConfig(model=NAME, revision="v1"))
+    again = resolve_config(EngineConfig(model=NAME, revision="v1"), read_model)
     assert (again.model, hub.downloads()) == (config.model, set())
     assert "Downloading" not in capsys.readouterr().err
 
@@ -160,7 +161,7 @@ def test_an_unsupported_model_or_proxy_is_refused_before_the_download(
 
     hub.files["config.json"] = b'{"model_type": "whisper"}'
     with pytest.raises(HubError, match=f"{NAME} is not downloaded: .*'whisper'"):
-        resolve_config(EngineConfig(model=NAME))
+        resolve_config(EngineConfig(model=NAME), read_model)
     assert hub.sent_bytes == 0
     close_session()
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # Its package is not installed.
@@ -174,20 +175,20 @@ def test_cached_models_are_used_without_the_hub(hub: Hub, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match=r"cannot be loaded .* \(.*offline mode"):
-        resolve_config(EngineConfig(model=NAME))
+        resolve_config(EngineConfig(model=NAME), read_model)
     assert not hub.requests
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     small = resolve_folder(NAME)
     assert "model.safetensors" not in os.listdir(small)
     hub.refusal = 503, ""
     with pytest.raises(HubError, match=r"cannot be loaded from http.* \(.*503"):
-        resolve_config(EngineConfig(model=NAME))
+        resolve_config(EngineConfig(model=NAME), read_model)
     assert resolve_folder(NAME) == small
     hub.refusal = None
-    whole = resolve_config(EngineConfig(model=NAME)).model
+    whole = resolve_config(EngineConfig(model=NAME), read_model).model
     hub.refusal = 503, ""
-    assert resolve_config(EngineConfig(model=NAME)).model == whole
+    assert resolve_config(EngineConfig(model=NAME), read_model).model == whole
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert resolve_config(EngineConfig(model=NAME)).model == whole
+    assert resolve_config(EngineConfig(model=NAME), read_model).model == whole
     with pytest.raises(HubError, match=r"cannot be loaded .*: check the name"):
-        resolve_config(EngineConfig(model="other/model"))
+        resolve_config(EngineConfig(model="other/model"), read_model)

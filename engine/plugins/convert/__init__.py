@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from engine.hub import resolve_folder
+from engine.models import read_model
+from engine.weights.hub import resolve_folder
 
 
 def add_flags(convert: argparse.ArgumentParser) -> None:
@@ -34,6 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command and return the exit code of the process."""
     from engine.plugins.convert.converter import convert
 
-    source = Path(resolve_folder(arguments.model, with_weights=True))
+    source = Path(resolve_folder(arguments.model, read_model))
     print(convert(source, Path(arguments.out), arguments.to, arguments.ignore))
     return 0

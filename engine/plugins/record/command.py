@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME
-from engine.hub import display_name, resolve_folder
+from engine.weights.hub import display_name, resolve_folder
 from hybridcache.command.signals import log_to_stderr
 from hybridcache.geometry.units import counted
 

@@ -24,7 +24,6 @@ from engine.async_engine import AsyncEngine, EngineChannel, RequestStream, Threa
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine, grammar_rules, load_tokenizer_of
 from engine.errors import STOPPED, EngineStopped, RequestError, StepFailed
-from engine.hub import resolve_config
 from engine.messages import (
     Abort,
     Ask,
@@ -38,10 +37,12 @@ from engine.messages import (
     Reply,
     ToEngine,
 )
+from engine.models import read_model
 from engine.requests.request import RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
 from engine.server.settings import ServerConfig
 from engine.text.outputs import FinishReason, RequestOutput
+from engine.weights.hub import resolve_config
 from engine.worker.screen import screen_rows, screen_text
 from hybridcache.command.signals import end_by_exception
 from hybridcache.geometry.times import MeasuredTimes
@@ -636,7 +637,7 @@ def start_replicas(
     for plugin, flag in (("disaggregation", "--role"), ("tensor_parallel", "--tp")):
         if config.uses(plugin):
             raise ConfigError(f"--replicas and {flag} cannot be combined: remove one of them.")
-    config, make_router = resolve_config(config), find_router(settings.router)
+    config, make_router = resolve_config(config, read_model), find_router(settings.router)
     fleet = RayFleet(config, settings)
     try:
         names = map("replica-{}".format, range(settings.replicas))

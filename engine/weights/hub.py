@@ -12,14 +12,15 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
 from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE
+from engine.weights.model_config import ModelError, read_config
 from hybridcache.geometry.units import counted, format_bytes
 
 SMALL_FILES = [
@@ -54,12 +55,15 @@ def display_name(folder: Path) -> str:
     return folder.resolve().name
 
 
-def resolve_config(config: EngineConfig) -> EngineConfig:
+def resolve_config(
+    config: EngineConfig, read_model: Callable[[dict[str, Any]], object]
+) -> EngineConfig:
     """Return ``config`` with folders in place of hub names, downloading the files that are missing.
-    The name of the built-in model becomes None. Raises HubError."""
+    The name of the built-in model becomes None. Raises HubError. See ``resolve_folder``."""
     model, tokenizer = config.model, config.tokenizer
     if model is not None:
-        model = resolve_folder(model, config.load_format != "dummy", config.revision)
+        reader = None if config.load_format == "dummy" else read_model
+        model = resolve_folder(model, reader, config.revision)
     elif config.revision is not None:
         raise HubError(f"--revision {config.revision} needs a model of the hub, --model ORG/NAME.")
     if model == str(BUILTIN_DIR):
@@ -69,15 +73,32 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
     return dataclasses.replace(config, model=model, tokenizer=tokenizer, revision=None)
 
 
-def resolve_folder(model: str, with_weights: bool = False, revision: str | None = None) -> str:
+def resolve_folder(
+    model: str,
+    read_model: Callable[[dict[str, Any]], object] | None = None,
+    revision: str | None = None,
+) -> str:
     """Return the folder of a hub name or of the built-in model, and any other ``model`` as it is.
     Folders are preferred.
 
-    Without ``with_weights`` only config, tokenizer and templates are downloaded. Raises HubError.
+    Config, tokenizer and templates are downloaded, and the weights if ``read_model``, the reader of
+    a config.json, raises no ModelError. Raises HubError.
     """
     is_absent = not Path(model).exists()
     if is_absent and HUB_NAME.fullmatch(model):
-        return _fetch(model, revision, with_weights)
+        from huggingface_hub import constants, errors
+
+        try:
+            return _fetch(model, revision, read_model)
+        except (ImportError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+            cause = str(error.__cause__ or error).split("\n")[0].rstrip(".")
+            raise HubError(
+                f"There is no folder {model} here, and it cannot be loaded from "
+                f"{constants.ENDPOINT} or the cache in {constants.HF_HUB_CACHE} "
+                f"({cause or type(error).__name__}): check the name, --revision, the network and "
+                "HF_HUB_OFFLINE; for a gated or private model accept its terms there, and log in "
+                "with `hf auth login` or set HF_TOKEN."
+            ) from None
     if revision is not None:
         raise HubError(
             f"--revision {revision} needs a model of the hub, as in --model ORG/NAME (got {model})."
@@ -85,49 +106,43 @@ def resolve_folder(model: str, with_weights: bool = False, revision: str | None 
     return str(BUILTIN_DIR) if is_absent and model == BUILTIN_NAME else model
 
 
-def _fetch(name: str, revision: str | None, with_weights: bool) -> str:
-    """Return the folder of ``name`` on the hub with its config, tokenizer and templates, and
-    ``with_weights`` with all files that the engine reads.
-
-    Before weights are downloaded, the model must be supported and fit on the disk. Raises
-    HubError.
-    """
+def _fetch(
+    name: str, revision: str | None, read_model: Callable[[dict[str, Any]], object] | None
+) -> str:
+    """Return the folder of ``name`` on the hub; see ``resolve_folder``. Before weights are
+    downloaded, the model must be supported and fit on the disk."""
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*")
-    with _in_sentences(name):
-        folder = str(get(allow_patterns=SMALL_FILES))
-        if not with_weights:
-            return folder
-        if not Path(folder, "config.json").is_file():
-            raise HubError(f"{name} has no config.json: choose a repository in Hugging Face form.")
-        weights = _weight_files(Path(folder))
-        with suppress(errors.DryRunError):  # The hub is unreachable; the cache may have all.
-            files: Any = get(allow_patterns=weights, dry_run=True)
-            if not files:
-                raise HubError(f"{name} has no .safetensors files: choose another repository.")
-            missing = [file for file in files if file.will_download]
-            to_load, free = sum(file.file_size for file in missing), shutil.disk_usage(folder).free
-            if to_load > free:
-                raise HubError(
-                    f"{name} needs {format_bytes(to_load)} more on the disk of {folder}, which has "
-                    f"{format_bytes(free)} free: make room, or set HF_HOME to a folder elsewhere."
-                )
-            if missing:
-                from engine.models import read_model
-                from engine.weights.model_config import ModelError, read_config
-
-                try:
-                    read_model(read_config(Path(folder)))
-                except ModelError as error:
-                    raise HubError(f"{name} is not downloaded: {error}") from None
-                commit, count = missing[0].commit_hash[:8], counted(len(missing), "file")
-                line = f"Downloading {name} (commit {commit}): {format_bytes(to_load)} in {count}."
-                print(line, file=sys.stderr, flush=True)
-        return str(get(allow_patterns=[*SMALL_FILES, *weights]))
+    folder = Path(get(allow_patterns=SMALL_FILES))
+    if read_model is None:
+        return str(folder)
+    if not (folder / "config.json").is_file():
+        raise HubError(f"{name} has no config.json: choose a repository in Hugging Face form.")
+    weights = _weight_files(folder)
+    with suppress(errors.DryRunError):  # The hub is unreachable; the cache may have all.
+        files: Any = get(allow_patterns=weights, dry_run=True)
+        if not files:
+            raise HubError(f"{name} has no .safetensors files: choose another repository.")
+        missing = [file for file in files if file.will_download]
+        to_load, free = sum(file.file_size for file in missing), shutil.disk_usage(folder).free
+        if to_load > free:
+            raise HubError(
+                f"{name} needs {format_bytes(to_load)} more on the disk of {folder}, which has "
+                f"{format_bytes(free)} free: make room, or set HF_HOME to a folder elsewhere."
+            )
+        if missing:
+            try:
+                read_model(read_config(folder))
+            except ModelError as error:
+                raise HubError(f"{name} is not downloaded: {error}") from None
+            commit, count = missing[0].commit_hash[:8], counted(len(missing), "file")
+            line = f"Downloading {name} (commit {commit}): {format_bytes(to_load)} in {count}."
+            print(line, file=sys.stderr, flush=True)
+    return str(get(allow_patterns=[*SMALL_FILES, *weights]))
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -141,20 +156,3 @@ def _weight_files(folder: Path) -> list[str]:
             index = json.loads((folder / name).read_text(encoding="utf-8"))
             return sorted({*index["weight_map"].values()})
     return ["*.safetensors"]
-
-
-@contextmanager
-def _in_sentences(name: str) -> Iterator[None]:
-    """Raise HubError with one sentence for the errors of the library."""
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except (ImportError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
-        cause = str(error.__cause__ or error).split("\n")[0].rstrip(".") or type(error).__name__
-        raise HubError(
-            f"There is no folder {name} here, and it cannot be loaded from {constants.ENDPOINT} or "
-            f"the cache in {constants.HF_HUB_CACHE} ({cause}): check the name, --revision, the "
-            "network and HF_HUB_OFFLINE; for a gated or private model accept its terms there, and "
-            "log in with `hf auth login` or set HF_TOKEN."
-        ) from None
