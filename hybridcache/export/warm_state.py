@@ -17,7 +17,8 @@ A file is ``MAGIC``, then JSON compressed by zlib, which detects damage by its c
 
 - ``labels``: label of each node's checkpoint.
 - ``tokens``: tokens of all nodes, concatenated.
-- ``policies`` and ``memos``: state of each tier's eviction policy and of its items.
+- ``eviction``: learned state of the ``survival`` policy, or null.
+- ``memos``: its data of each node's checkpoint.
 - ``placement``: state of the learning placement rules.
 """
 
@@ -31,16 +32,15 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import DEVICE
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
+from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode
-from hybridcache.tiers import OffloadedCheckpoint, TieredRadixCache
+from hybridcache.tiers import is_superseded
 from hybridcache.tokens import read_namespace
 
-MAGIC = b"HCMEMRY4"
+MAGIC = b"HCMEMRY5"
 NOTHING = (-1, 0, 0, 0, 0)
 
 
@@ -50,10 +50,11 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     The most recently used nodes are written, within the cache's limit for ghosts. The state of
     users' own policies is not.
     """
-    nodes = _latest(cache)
+    nodes, policy = _latest(cache), cache.policy
+    survival = policy if isinstance(policy, Survival) else None
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
-    rows, labels, tokens = [], [], [np.empty(0, np.int32)]
+    rows, labels, memos, tokens = [], [], [], [np.empty(0, np.int32)]
     for node in nodes:
         item, own = _items_at(node)
         parent = node.parent
@@ -68,20 +69,8 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
             facts = item.serial, item.created, item.last_used, item.uses, superseded
         rows.append((above, node.end, *facts))
         labels.append("" if item is None else item.label)
+        memos.append(None if item is None or survival is None else survival.memo_state(item))
         tokens.append(node.tokens)
-    policies, memos = {}, {}
-    for name, number, policy in _levels(cache):
-        if isinstance(policy, Survival):
-            policies[name] = policy.state_dict()
-            items: list[Checkpoint | None] = [_items_at(node)[1] for node in nodes]
-            if name != DEVICE:
-                states = [node.offloaded.state for node in nodes if node.offloaded]
-                items = [one for one in states if one and one.tier == number]
-            memos[name] = [
-                [item.serial, memo]
-                for item in items
-                if item is not None and (memo := policy.memo_state(item)) is not None
-            ]
     body = {
         "page_size": cache.page_size,
         "grid": cache.grid,
@@ -91,9 +80,10 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         "nodes": np.array(rows, np.int64).reshape(-1, 7),
         "labels": labels,
         "tokens": np.concatenate(tokens),
+        "eviction": None if survival is None else survival.hazards.state_dict(),
+        "memos": memos,
+        "placement": [rule.state_dict() for rule in placement if isinstance(rule, Adaptive)],
     }
-    states = [rule.state_dict() for rule in placement if isinstance(rule, Adaptive)]
-    body |= {"policies": policies, "memos": memos, "placement": states}
     return json.dumps(body, separators=(",", ":"), default=_written).encode()
 
 
@@ -169,8 +159,8 @@ class Memory:
 
     def __init__(self, plain: dict[str, Any]) -> None:
         self._plain = plain
-        self._items: list[Checkpoint] = []
-        """Checkpoints of the file."""
+        self._items: list[tuple[Checkpoint, Any]] = []
+        """Checkpoints of the file, and the data that the policy had of each."""
 
     def recall_tree(self, cache: HybridRadixCache) -> None:
         """Restore the tokens as ghosts, and the clock. O(nodes).
@@ -192,7 +182,7 @@ class Memory:
         roots = [tree.root(read_namespace(text)) for text in dict.fromkeys(plain["namespaces"])]
         rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         item_bytes, at = cache.item_bytes, 0
-        for row, label in zip(rows, plain["labels"], strict=True):
+        for row, label, memo in zip(rows, plain["labels"], plain["memos"], strict=True):
             above, end, serial, created, last_used, uses, superseded = row
             parent = nodes[above] if above >= 0 else roots[-1 - above]
             start, at = at, at + end - parent.end
@@ -203,7 +193,7 @@ class Memory:
                 item = Checkpoint(node, -1, created, serial, item_bytes, label)
                 item.last_used, item.uses, item.superseded = last_used, uses, bool(superseded)
                 node.lost_checkpoint = item
-                self._items.append(item)
+                self._items.append((item, memo))
         for node in reversed(nodes):
             cache.ghosts.add(node)
         cache.now += plain["now"]
@@ -215,61 +205,33 @@ class Memory:
         """Restore the state of the cache's eviction policies and of the ``placement`` rules, before
         the first request.
 
-        Returns the names of the tiers whose policy does not fit its saved state, and ``placement``
-        if the rules do not. Users' own policies start anew, because their state is not saved, and
-        are not named. O(memory).
+        Returns ``eviction`` or ``placement`` for each part that was learned by other policies.
+        Users' own policies start anew, because their state is not saved. O(memory).
         """
-        unfit, memos, saved = list[str](), dict[int, Any](), self._plain["policies"]
-        stored = [node.offloaded.state for node in cache.iter_nodes() if node.offloaded]
-        for name, number, policy in _levels(cache):
-            if DEVICE in saved and isinstance(policy, Survival):
-                states = {one.serial: one for one in stored if one and one.tier == number}
-                self._recall_policy(name, policy, states, memos)
-            elif name in saved:
-                unfit.append(name)
+        unfit, learned, policy = list[str](), self._plain["eviction"], cache.policy
+        if learned is not None and isinstance(policy, Survival):
+            policy.hazards.load_state_dict(learned)
+            for item, memo in self._items:
+                policy.load_memo(item, memo)
+            for node in cache.iter_nodes():
+                state = node.offloaded.state if node.offloaded else None
+                if state is not None:  # ``adopt`` has added it without a history.
+                    tier, lost = cache.offload.tiers[state.tier], node.lost_checkpoint
+                    tier.policy.discard(state, evicted=False)
+                    state.memo = None if lost is None else lost.memo
+                    state.superseded = is_superseded(node)
+                    tier.policy.add(state)
+        elif learned is not None:
+            unfit.append("eviction")
         rules = [rule for rule in placement if isinstance(rule, Adaptive)]
         written = self._plain["placement"]
         if len(rules) == len(written):
-            for rule, state in zip(rules, written, strict=True):
-                rule.load_state_dict(state)
+            for rule, saved in zip(rules, written, strict=True):
+                rule.load_state_dict(saved)
         else:
             unfit.append("placement")
         cache.ghosts.trim()
         return unfit
-
-    def _recall_policy(
-        self,
-        name: str,
-        policy: Survival,
-        states: dict[int, OffloadedCheckpoint],
-        known_memos: dict[int, Any],
-    ) -> None:
-        """Restore the policy of one level with its ``states`` by serial. Levels share the memos of
-        items with equal serials, and a level that the file does not have begins with an empty
-        policy."""
-        memos: dict[int, Any] = {}
-        for serial, state in self._plain["memos"].get(name, ()):
-            memos[serial] = known_memos.get(serial) or policy.memo_of(state)
-        known_memos |= memos
-        empty = Survival().state_dict() | {"hazards": None}
-        policy.load_state_dict(self._plain["policies"].get(name, empty), states.get)
-        if name == DEVICE:
-            for item in self._items:
-                item.memo = memos.get(item.serial)
-        # A state may have been in no tier when this was written, although its bytes were kept.
-        known = {item.serial for item in policy.candidates()}
-        for serial, state in states.items():
-            state.memo = memos.get(serial) if serial in known else None
-            if serial not in known:
-                policy.add(state)
-
-
-def _levels(cache: HybridRadixCache) -> list[tuple[str, int, EvictionPolicy]]:
-    """Return name, number and policy of the device, number -1, and of its tiers, the nearest
-    first. If one policy is ``Survival``, all are, and share what they learn."""
-    tiers = cache.offload.tiers if isinstance(cache, TieredRadixCache) else ()
-    below = [(tier.name, number, tier.policy) for number, tier in enumerate(tiers)]
-    return [(DEVICE, -1, cache.policy), *below]
 
 
 def _latest(cache: HybridRadixCache) -> list[RadixNode]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 from typing import Any
@@ -351,24 +351,6 @@ class Columns:
         """Logical time of the last use, or of the entry into the class."""
         self.worths: npt.NDArray[np.float64] = np.zeros(64)
         """Value of a use per byte."""
-
-    def rows(self) -> list[list[Any]]:
-        """Return [serial, cell, time, worth] of each item, in their order."""
-        columns = (
-            column[: len(self.items)].tolist() for column in (self.cells, self.times, self.worths)
-        )
-        serials = [item.serial for item in self.items]
-        return [list(row) for row in zip(serials, *columns, strict=True)]
-
-    @classmethod
-    def of(cls, rows: Iterable[Sequence[Any]], item_of: Callable[[int], Item | None]) -> Columns:
-        """Return the columns with these ``rows``, without items that no longer exist."""
-        found = cls()
-        for serial, cell, time, worth in rows:
-            item = item_of(serial)
-            if item is not None:
-                found.put(item, cell, time, worth)
-        return found
 
     def put(self, item: Item, cell: int, time: int, worth: float) -> None:
         """Add ``item`` or change its numbers. O(1) amortised."""

@@ -19,7 +19,7 @@ import random
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -462,8 +462,6 @@ class Survival(EvictionPolicy):
 
     def __init__(self, seed: int = 0) -> None:
         self.hazards = Hazards(general_from=GENERAL_FROM)
-        self._owns_hazards = True
-        """False if the hazards are those of a higher tier."""
         self._is_last = True
         """True if there is no lower tier, so that eviction is final."""
         self._random = random.Random(seed)
@@ -481,59 +479,24 @@ class Survival(EvictionPolicy):
     def for_tier(self) -> Survival:
         """Return a policy that shares the hazards, so that stages continue in other tiers."""
         lower = Survival()
-        lower.hazards, lower._owns_hazards = self.hazards, False
-        self._is_last = False
+        lower.hazards, self._is_last = self.hazards, False
         return lower
 
     def candidates(self) -> Iterable[Item]:
         return chain(self._checkpoints.items, self._kv.items, self._dead, self._idle_kv or ())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the learned state as plain data and arrays. Items are named by their serial."""
-        version, numbers, spare = self._random.getstate()
-        idle_kv = self._idle_kv
-        return {
-            "hazards": self.hazards.state_dict() if self._owns_hazards else None,
-            "random": [version, list(numbers), spare],
-            "checkpoints": self._checkpoints.rows(),
-            "kv": self._kv.rows(),
-            "dead": [item.serial for item in self._dead],
-            "idle_kv": None if idle_kv is None else [item.serial for item in idle_kv],
-            "stale": [item.serial for item in self._stale],
-            "just_used": self._just_used,
-        }
-
-    def load_state_dict(self, state: dict[str, Any], item_of: Callable[[int], Item | None]) -> None:
-        """Replace the learned state by the result of ``state_dict``. ``item_of`` finds items that
-        still exist by serial."""
-
-        def items(serials: list[int]) -> OrderedDict[Item, None]:
-            return OrderedDict.fromkeys(item for one in serials if (item := item_of(one)))
-
-        hazards, idle_kv = state["hazards"], state["idle_kv"]
-        version, numbers, spare = state["random"]
-        self._random.setstate((version, tuple(numbers), spare))
-        if hazards is not None:
-            self.hazards.load_state_dict(hazards)
-        self._checkpoints = Columns.of(state["checkpoints"], item_of)
-        self._kv = Columns.of(state["kv"], item_of)
-        self._dead, self._stale = items(state["dead"]), items(state["stale"])
-        self._idle_kv = None if idle_kv is None else items(idle_kv)
-        self._just_used = state["just_used"]
-
     def memo_state(self, item: Item) -> list[Any] | None:
-        """Return the memo of ``item`` as plain data."""
+        """Return the memo of ``item`` as plain data, or None if it has none."""
         memo = item.memo
-        if not isinstance(memo, _Memo):
-            return None
-        return [getattr(memo, name) for name in _Memo.__slots__]
+        return None if memo is None else [getattr(memo, name) for name in _Memo.__slots__]
 
-    def memo_of(self, state: list[Any]) -> _Memo:
-        """Return the memo that ``memo_state`` described."""
-        memo = _Memo.__new__(_Memo)
-        for name, value in zip(_Memo.__slots__, state, strict=True):
-            setattr(memo, name, value)
-        return memo
+    def load_memo(self, item: Item, state: list[Any] | None) -> None:
+        """Replace the memo of ``item`` by the one that ``memo_state`` described."""
+        item.memo = None
+        if state is not None:
+            item.memo = _Memo.__new__(_Memo)
+            for name, value in zip(_Memo.__slots__, state, strict=True):
+                setattr(item.memo, name, value)
 
     def add(self, item: Item) -> None:
         hazards = self.hazards
