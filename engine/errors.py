@@ -126,6 +126,8 @@ def describe_exit(code: int) -> str:
 
     >>> describe_exit(3), describe_exit(-11)
     ('ended with exit code 3', 'was ended by SIGSEGV')
+    >>> describe_exit(-35)
+    'was ended by signal 35'
     >>> describe_exit(-9)
     'was ended by SIGKILL, as the system does when memory runs out'
     """
@@ -135,4 +137,5 @@ def describe_exit(code: int) -> str:
         signal.SIGKILL: ", as the system does when memory runs out",
         signal.SIGBUS: ", as the system does when a file of weights is cut off",
     }
-    return f"was ended by {signal.Signals(-code).name}{whys.get(-code, '')}"
+    names = {int(each): each.name for each in signal.Signals}  # Most real-time signals have none.
+    return f"was ended by {names.get(-code, f'signal {-code}')}{whys.get(-code, '')}"

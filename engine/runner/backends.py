@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -51,6 +52,7 @@ class Kernels(dict[str, ModuleType]):
         """
         super().__init__()
         check_no_foreign_kernels()
+        self._is_cpu = device.is_cpu
         word: Backend = "reference"
         if device.is_cpu and native.shared_library() is not None:
             word = "native"
@@ -82,6 +84,8 @@ class Kernels(dict[str, ModuleType]):
         try:
             if word == "native" and native.shared_library() is None:
                 raise ImportError("no working C++ compiler was found")
+            if word == "fused" and self._is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+                raise ImportError("Triton needs a GPU")
             return importlib.import_module(f"kernels.{name}.{word}")
         except ImportError as error:
             raise ModelError(f"kernel {name} cannot be loaded as {word}: {error}.") from None

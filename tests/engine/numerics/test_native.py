@@ -98,5 +98,8 @@ def test_engine_works_without_a_compiler(monkeypatch) -> None:
     assert set(runner.kernels.words().values()) == {"reference"}
     [[logits]] = decode_logits(runner, [random_tokens(10, 1)], 1)
     assert logits.isfinite().all()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ModelError, match="kernel gdn cannot be loaded as fused: Triton needs"):
+        make_runner(kernels="gdn=fused")
     with pytest.raises(ModelError, match="kernel gdn cannot be loaded as native: no working C"):
         make_runner(kernels="gdn=native")
