@@ -48,7 +48,6 @@ from engine.messages import (
     Reply,
     ToEngine,
 )
-from engine.requests.grammar import Grammar
 from engine.requests.request import Intake, Prompt, RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
 from engine.text.outputs import Answer, FinishReason, RequestOutput
@@ -507,22 +506,10 @@ class AsyncEngine:
             raise
         return await asyncio.wrap_future(reply)
 
-    async def compile(self, grammar: Grammar) -> None:
-        """See ``Engine.compile``."""
-        await self.ask(Compile(grammar))
-
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""
         found = await self.ask(Ask("report"))
         return found if isinstance(found, CacheReport) else msgspec.convert(found, CacheReport)
-
-    async def cache_view(self) -> dict[str, Any]:
-        """See ``Engine.cache_view``."""
-        return cast("dict[str, Any]", await self.ask(Ask("cache_view")))
-
-    async def reset_prefix_cache(self) -> None:
-        """See ``Engine.reset_prefix_cache``."""
-        await self.ask(Ask("reset_cache"))
 
     async def drain(self) -> None:
         """Accept no more requests, finish those in progress, and end the engine."""

@@ -255,7 +255,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             header = " -H 'Content-Type"
             screen = screen.replace(header, " -H 'Authorization: Bearer KEY'" + header)
         print(screen, flush=True)
-        serve(engine, server_config, listener, access, lambda: engine.failure is not None)
+        serve(engine, server_config, listener, access)
     if engine.failure is not None:
         print(f"engine serve: {engine.failure}", file=sys.stderr)
         return 1

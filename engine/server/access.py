@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -22,8 +23,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.applications import Starlette
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
@@ -99,23 +98,16 @@ class Access:
     def keep_secret(self, folder: str) -> None:
         """Use the secret of ``folder``, in which the cache is kept for the next start. It is there
         in a file for its owner only, and is written if it is missing."""
-        file = Path(folder) / SECRET_FILE
-        why = f"it does not have {SECRET_BYTES} bytes"
+        file, private = Path(folder) / SECRET_FILE, partial(os.open, mode=0o600)
         try:
-            private = partial(os.open, mode=0o600)
             with suppress(FileExistsError), open(file, "xb", opener=private) as new:
                 new.write(self._secret)
-            if len(kept := file.read_bytes()) == SECRET_BYTES:
-                self._secret = kept
-                return
+            if len(kept := file.read_bytes()) != SECRET_BYTES:
+                raise OSError(errno.EINVAL, f"it does not have {SECRET_BYTES} bytes")
+            self._secret = kept
         except OSError as error:
-            why = str(error.strerror)
-        logger.warning(
-            "%s cannot be used (%s): entries of requests with a salt, or with one of "
-            "several keys, get lost.",
-            file,
-            why,
-        )
+            text = "%s cannot be used (%s): entries of requests with a salt, or with one of "
+            logger.warning(text + "several keys, get lost.", file, error.strerror)
 
     def tenant(self, scope: Scope, salt: str | None = None) -> Tenant:
         """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
@@ -253,21 +245,6 @@ class ClientConnection(H11Protocol):
 
 # --- Middleware and the log -----------------------------------------------------------------------
 
-
-def install(app: Starlette, config: ServerConfig, access: Access) -> None:
-    """Add the middleware to ``app``, the last one outermost."""
-    is_logged = sys.stderr.isatty() if config.log_requests is None else config.log_requests
-    app.add_middleware(Requests, access=access, is_logged=is_logged)
-    if config.cors_origin:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(config.cors_origin),
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
-
-
 PROBES = ("/health", "/metrics")
 """Paths that monitors poll and that are not logged."""
 MAX_PATH = 200
@@ -277,13 +254,16 @@ MAX_PATH = 200
 def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> None:
     """Write the line of a request. ``status`` is 0 if the client left before the answer began;
     ``is_sent``: it got the whole answer."""
-    state, counts = scope["state"], ""
-    if num_tokens := state.get("num_tokens"):
-        counts = "  prompt {:,}  cached {:,}  answer {:,}".format(*num_tokens)
-    line = f"{scope['method']} {short(scope['path'], MAX_PATH)} {status or 499}{counts}"
-    line += f"  {1000 * (time.perf_counter() - began_s):.0f} ms"
-    notes = (state.get("answer_id"), "" if is_sent else "not sent completely", state.get("error"))
-    line += "".join(f"  {note}" for note in notes if note)
+    state, tokens = scope["state"], scope["state"].get("num_tokens")
+    parts = (
+        f"{scope['method']} {short(scope['path'], MAX_PATH)} {status or 499}",
+        tokens and "prompt {:,}  cached {:,}  answer {:,}".format(*tokens),
+        f"{1000 * (time.perf_counter() - began_s):.0f} ms",
+        state.get("answer_id"),
+        not is_sent and "not sent completely",
+        state.get("error"),
+    )
+    line = "  ".join(part for part in parts if part)
     request_log.info("%s", "".join(letter if letter.isprintable() else "?" for letter in line))
 
 
@@ -297,8 +277,9 @@ class Requests:
     the state of the ASGI scope: ``answer_id``, ``error``, and ``num_tokens`` of prompt, cache and
     answer."""
 
-    def __init__(self, app: ASGIApp, access: Access, is_logged: bool) -> None:
-        self._app, self._access, self._is_logged = app, access, is_logged
+    def __init__(self, app: ASGIApp, access: Access, is_logged: bool | None) -> None:
+        self._app, self._access = app, access
+        self._is_logged = sys.stderr.isatty() if is_logged is None else is_logged
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -35,13 +36,12 @@ from engine.plugins.dialects.responses import Responses, ResponsesRequest
 from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from engine.plugins.observe.server import Page
 from engine.plugins.tiers import TierConfig
-from engine.server.access import HEADERS_S, Access, ClientConnection, install
+from engine.server.access import HEADERS_S, Access, ClientConnection, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
-from engine.server.chat import chat
 from engine.server.completions import CompletionRequest, complete
-from engine.server.context import Answer, ServingContext
 from engine.server.schemas import ChatRequest, Message
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
+from engine.server.writers import Answer, ServingContext, chat
 from hybridcache.command.extras import version as installed_version
 from hybridcache.command.signals import log_to_stderr
 from hybridcache.geometry.units import counted
@@ -163,10 +163,9 @@ def serve(
     config: ServerConfig,
     listener: socket.socket,
     access: Access,
-    must_end: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve on ``listener`` until SIGTERM, SIGINT, SIGHUP (unless it is ignored, as by ``nohup``)
-    or ``must_end``; then finish running requests, for at most ``drain_s``."""
+    """Serve on ``listener`` until the engine fails, or until SIGTERM, SIGINT or SIGHUP (unless it
+    is ignored, as by ``nohup``); then finish running requests, for at most ``drain_s``."""
     # A signal may arrive before uvicorn handles signals, and uvicorn raises its own signals again
     # after the shutdown. A drained server must exit normally.
     told: list[int] = []
@@ -180,7 +179,8 @@ def serve(
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    Server(engine, config, lambda: bool(told) or must_end(), access).run(sockets=[listener])
+    server = Server(engine, config, lambda: bool(told or engine.failure), access)
+    server.run(sockets=[listener])
 
 
 # --- Application ----------------------------------------------------------------------------------
@@ -217,10 +217,10 @@ def create_app(
     async def cache(request: Request) -> Response:
         if request.query_params:
             raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
-        return json_response(await engine.cache_view())
+        return json_response(await engine.ask(Ask("cache_view")))
 
     async def reset(request: Request) -> Response:
-        await engine.reset_prefix_cache()
+        await engine.ask(Ask("reset_cache"))
         return json_response({"reset": True})
 
     async def openapi(request: Request) -> Response:
@@ -250,7 +250,16 @@ def create_app(
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.metrics, app.state.page = context.metrics, page
-    install(app, config, access)
+    app.add_middleware(Requests, access=access, is_logged=config.log_requests)
+    if config.cors_origin:  # Outermost.
+        every = ["*"]
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origin,
+            allow_methods=every,
+            allow_headers=every,
+            expose_headers=every,
+        )
     return app
 
 

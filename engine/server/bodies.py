@@ -106,14 +106,9 @@ class APIError(Exception):
 
     def response(self, scope: Scope) -> Response:
         """Return the response to the request of ``scope``, and add the message to its log line."""
-        note_error(scope, self)
+        scope.setdefault("state", {})["error"] = str(self)
         content = msgspec.json.encode(self.body(scope))
         return Response(content, self.status, self.headers, "application/json")
-
-
-def note_error(scope: Scope, error: APIError) -> None:
-    """Record the error that the client gets, for the request's line in the log."""
-    scope.setdefault("state", {})["error"] = str(error)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -423,7 +418,7 @@ class EventStream(Response):
             if not self._has_begun or isinstance(error, OSError):
                 raise
             failure = of_failure(error)
-            note_error(scope, failure)
+            scope.setdefault("state", {})["error"] = str(failure)
             await self._send(send, self._on_error(failure))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

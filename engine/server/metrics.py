@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
-from typing import get_args
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, get_args
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -73,10 +74,6 @@ TRANSFERS = (
     ("transfer_needed_bytes", "needed_bytes", "Bytes of KV and states that were transferred."),
     ("transfer_wire_bytes", "wire_bytes", "All bytes sent to or received from other engines."),
 )
-GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
-Kind = type[GaugeMetricFamily | CounterMetricFamily]
-Family = tuple[Kind, str, str, Sequence[str], Iterable[tuple[Sequence[str], float]]]
-"""Kind of a metric, name, help, names of its labels, and a value for each combination of labels."""
 
 
 class Metrics(Collector):
@@ -128,12 +125,10 @@ class Metrics(Collector):
         if output.drafts is not None:
             num_accepted = sum(output.drafts.accepted.values())
             counters["verifications"].inc(output.drafts.num_verified)
-            for name, tokens in (
-                ("drafted_tokens", output.drafts.drafted),
-                ("accepted_tokens", output.drafts.accepted),
-            ):
-                for (source, place), number in tokens.items():
-                    counters[name].labels(source, place).inc(number)
+            for place, number in output.drafts.drafted.items():
+                counters["drafted_tokens"].labels(*place).inc(number)
+            for place, number in output.drafts.accepted.items():
+                counters["accepted_tokens"].labels(*place).inc(number)
         counters["generated_tokens"].inc(num_tokens)
         counters["token_steps"].inc(max(0, num_tokens - num_accepted))
         durations = timings.queue_s, timings.ttft_s, timings.tpot_s(num_tokens), timings.e2e_s
@@ -155,52 +150,51 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of the latest report."""
-        for kind, name, help, labels, values in self._reported(self._report):
-            family = kind(f"engine_{name}", help, labels=labels)
-            for words, value in values:
-                family.add_metric(words, value)
-            yield family
-
-    def _reported(self, report: CacheReport) -> Iterator[Family]:
-        queue, usage, figures = report.queue, report.usage, report.queue.figures
-        numbers: list[tuple[Kind, str, str, float]] = [
-            (GAUGE, "running_requests", "Requests being computed.", report.num_running),
-            (GAUGE, "waiting_requests", "Requests in the queue.", report.num_waiting),
-            (GAUGE, "live_sessions", LIVE, queue.live_sessions),
-            (GAUGE, "waiting_sessions", "Sessions with a waiting request.", queue.waiting_sessions),
-            (GAUGE, "oldest_wait_seconds", OLDEST, queue.oldest_wait_s),
-            (COUNTER, "evicted_tokens", "KV rows evicted from the cache.", usage["evicted_tokens"]),
-            (COUNTER, "evicted_checkpoints", EVICTED, usage["evicted_slots"]),
-            (COUNTER, "allocation_refusals", REFUSALS, usage["refusals"]),
-        ]
+        report, queue, usage = self._report, self._report.queue, self._report.usage
+        yield _gauge("running_requests", "Requests being computed.", report.num_running)
+        yield _gauge("waiting_requests", "Requests in the queue.", report.num_waiting)
+        yield _gauge("live_sessions", LIVE, queue.live_sessions)
+        help = "Sessions with a waiting request."
+        yield _gauge("waiting_sessions", help, queue.waiting_sessions)
+        yield _gauge("oldest_wait_seconds", OLDEST, queue.oldest_wait_s)
+        yield _counter("evicted_tokens", "KV rows evicted from the cache.", usage["evicted_tokens"])
+        yield _counter("evicted_checkpoints", EVICTED, usage["evicted_slots"])
+        yield _counter("allocation_refusals", REFUSALS, usage["refusals"])
         if report.transfers is not None:
             for name, key, help in TRANSFERS:
-                numbers.append((COUNTER, name, help, report.transfers[key]))
+                yield _counter(name, help, report.transfers[key])
         if (folder := report.folder) is not None:
-            numbers += (
-                (GAUGE, "state_dir_bytes", "Bytes in --state-dir, as last written.", folder.kept),
-                (GAUGE, "state_dir_written", WRITTEN, int(folder.problem is None)),
-                (COUNTER, "state_dir_skipped", SKIPPED, folder.skipped),
-                (COUNTER, "state_dir_errors", ERRORS, folder.errors),
-            )
-        for kind, name, help, value in numbers:
-            yield kind, name, help, (), [((), value)]
+            yield _gauge("state_dir_bytes", "Bytes in --state-dir, as last written.", folder.kept)
+            yield _gauge("state_dir_written", WRITTEN, int(folder.problem is None))
+            yield _counter("state_dir_skipped", SKIPPED, folder.skipped)
+            yield _counter("state_dir_errors", ERRORS, folder.errors)
         for name, help, pool in (
             ("kv_tokens", "KV rows, by owner.", report.kv),
             ("state_slots", "State slots, by owner.", report.slots),
             ("memory_bytes", f"Bytes of the {report.memory}, by owner.", report.bytes),
         ):
-            owners = [((owner,), getattr(pool, owner)) for owner in ("free", "cached", "held")]
-            yield GAUGE, name, help, ("owner",), owners
+            owners = {(owner,): getattr(pool, owner) for owner in ("free", "cached", "held")}
+            yield _gauge(name, help, owners, "owner")
         # Text values of the admission policy are labels of one gauge.
-        words = {"policy": report.admission, "reason": ""}
-        words |= {name: value for name, value in figures.items() if isinstance(value, str)}
-        shown = [((n,), value) for n, value in figures.items() if not isinstance(value, str)]
-        yield GAUGE, "admission", "Numbers of the admission policy.", ("figure",), shown
-        yield GAUGE, "admission_state", STATE, [*words], [([*words.values()], 1)]
+        texts = {name: text for name, text in queue.figures.items() if isinstance(text, str)}
+        shown = {(n,): value for n, value in queue.figures.items() if n not in texts}
+        yield _gauge("admission", "Numbers of the admission policy.", shown, "figure")
+        words = {"policy": report.admission, "reason": ""} | texts
+        yield _gauge("admission_state", STATE, {(*words.values(),): 1}, *words)
         if tiers := report.tiers:
-            owned = [((t.tier, way), getattr(t, way)) for t in tiers for way in ("free", "cached")]
-            yield GAUGE, "tier_bytes", HELD, ("tier", "owner"), owned
+            owned = {(t.tier, way): getattr(t, way) for t in tiers for way in ("free", "cached")}
+            yield _gauge("tier_bytes", HELD, owned, "tier", "owner")
             ways = (("in", "taken_in"), ("fetched", "fetched"))
-            moved = [((t.tier, way), getattr(t, name)) for t in tiers for way, name in ways]
-            yield COUNTER, "tier_moved_bytes", MOVED, ("tier", "way"), moved
+            moved = {(t.tier, way): getattr(t, name) for t in tiers for way, name in ways}
+            yield _counter("tier_moved_bytes", MOVED, moved, "tier", "way")
+
+
+def _family(kind: Any, name: str, help: str, values: Any, *labels: str) -> Metric:
+    """Return a metric with one value, or with one for each combination of ``labels``."""
+    family: Metric = kind(f"engine_{name}", help, labels=labels)
+    for words, value in values.items() if labels else [((), values)]:
+        family.add_metric(words, value)  # type: ignore[attr-defined]
+    return family
+
+
+_gauge, _counter = partial(_family, GaugeMetricFamily), partial(_family, CounterMetricFamily)

@@ -144,7 +144,7 @@ async def act(engine: AsyncEngine, draw: random.Random) -> None:
     """Send a request and read all of its answer, or leave it in one of several ways."""
     way = draw.choice(("whole", "whole", "abort", "drop", "cancel", "reset"))
     if way == "reset":
-        await engine.reset_prefix_cache()
+        await engine.ask(Ask("reset_cache"))
     prompt = [draw.randrange(3)] * draw.choice((5, 64, 130)) + [draw.randrange(9)] * 40
     params = SamplingParams(max_tokens=draw.randrange(1, 40))
     stream = engine.submit(prompt, params, namespace=draw.choice((None, "a")))

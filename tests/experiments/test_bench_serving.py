@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engine.async_engine import AsyncEngine
+from engine.messages import Ask
 from engine.requests.request import SamplingParams
 from experiments.benchmarks import overhead
 from experiments.benchmarks.serving import (
@@ -47,7 +48,7 @@ class EngineClient:
             stream.abort()
 
     async def reset_cache(self) -> None:
-        await self._engine.reset_prefix_cache()
+        await self._engine.ask(Ask("reset_cache"))
 
     async def close(self) -> None:
         await self._engine.drain()

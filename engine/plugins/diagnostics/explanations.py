@@ -19,8 +19,8 @@ from starlette.responses import Response
 
 from engine.requests.chat_prompt import said_by
 from engine.server.bodies import APIError, json_response, quoted
-from engine.server.context import Call, ServingContext
 from engine.server.schemas import ChatRequest, Message
+from engine.server.writers import Call, ServingContext
 from engine.text.bounded import BoundedMemory
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer

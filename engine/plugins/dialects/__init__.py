@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.server.bodies import APIError, event, run, settled
-from engine.server.chat import ChatWriter
-from engine.server.context import Call
 from engine.server.schemas import ChatRequest
+from engine.server.writers import Call, ChatWriter
 from engine.text.answers import AnswerReader, Event, ToolCall
 
 

@@ -17,8 +17,6 @@ from starlette.responses import Response
 from engine.plugins.dialects import PartWriter, as_tool, chat_of, named_event
 from engine.requests.request import MAX_COUNT
 from engine.server.bodies import APIError, Body, Part, json_response
-from engine.server.chat import render
-from engine.server.context import Call, new_id
 from engine.server.schemas import (
     MAX_MESSAGES,
     AnswerLimit,
@@ -36,6 +34,7 @@ from engine.server.schemas import (
     TopP,
     text_of,
 )
+from engine.server.writers import Call, new_id, render
 from engine.text.answers import Event, Finish, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded import read_json
 

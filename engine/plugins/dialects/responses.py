@@ -20,7 +20,6 @@ from engine.messages import EndSession
 from engine.plugins.dialects import PartWriter, as_tool, chat_of, named_event
 from engine.server.access import Tenant
 from engine.server.bodies import APIError, Part, json_response, quoted
-from engine.server.context import Call, ServingContext, new_id
 from engine.server.schemas import (
     IGNORED,
     MAX_MESSAGES,
@@ -37,6 +36,7 @@ from engine.server.schemas import (
     parsed_arguments,
     text_of,
 )
+from engine.server.writers import Call, ServingContext, new_id
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded import BoundedMemory
 

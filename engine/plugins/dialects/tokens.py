@@ -8,9 +8,8 @@ from msgspec import field
 from starlette.responses import Response
 
 from engine.server.bodies import APIError, Body, json_response, run
-from engine.server.chat import render
-from engine.server.context import Call
 from engine.server.schemas import ChatRequest, Messages, TokenId
+from engine.server.writers import Call, render
 
 
 class TokenizeRequest(ChatRequest, kw_only=True):

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from engine.errors import EngineStopped
 from engine.messages import AskView, OpenView
 from engine.server.bodies import APIError, EventStream, event, json_response, run
-from engine.server.context import ServingContext
+from engine.server.writers import ServingContext
 from hybridcache.watch.page import POLICY, live_page
 
 EVERY_S = 0.05

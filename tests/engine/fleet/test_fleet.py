@@ -15,7 +15,7 @@ import pytest
 from engine import EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError
-from engine.messages import Ask, AskView, OpenView
+from engine.messages import Ask, AskView, Compile, OpenView
 from engine.plugins.replicas.replicas_client import EngineReplica, FleetChannel
 from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
@@ -165,7 +165,7 @@ def test_two_replicas_share_load_and_survive_a_death(caplog: pytest.LogCaptureFi
         assert "".join(output.new_text for output in again) == again[-1].text
         report = await engine.report()
         assert report.usage["requests"] == 2 and report.token_hit_rate > 0.4
-        view = await engine.cache_view()
+        view = await engine.ask(Ask("cache_view"))
         assert (
             set(view["replicas"]) == {"replica-0", "replica-1"}
             and view["kv"]["total"] == report.kv.total
@@ -189,7 +189,7 @@ def test_two_replicas_share_load_and_survive_a_death(caplog: pytest.LogCaptureFi
         changes = [line for line in caplog.messages if line.startswith("A replica")]
         assert ["ended" in line for line in changes] == [True, False], changes
         await check_views(engine, fleet)
-        await engine.reset_prefix_cache()
+        await engine.ask(Ask("reset_cache"))
         assert (await engine.report()).kv.cached == 0
         await wait_until(lambda: all(mirror.num_tokens == 0 for mirror in router.mirrors.values()))
         await engine.drain()
@@ -247,7 +247,7 @@ def test_one_grammar_is_compiled_at_a_time() -> None:
             running.pop()
 
         engine.channel._compile = compile
-        await asyncio.gather(*(engine.compile(Grammar.of_regex("a+")) for _ in range(4)))
+        await asyncio.gather(*(engine.ask(Compile(Grammar.of_regex("a+"))) for _ in range(4)))
         assert most == 1
         await engine.drain()
 

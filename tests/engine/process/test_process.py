@@ -15,6 +15,7 @@ import pytest
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, StepFailed
+from engine.messages import Ask
 from engine.text.tokenizer import HFTokenizer
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
@@ -123,11 +124,11 @@ def test_a_process_gives_the_outputs_of_a_thread() -> None:
                 assert np.array_equal(ours.prompt_token_ids, theirs.prompt_token_ids)
             assert 0 <= ours.timings.queue_s <= ours.timings.ttft_s <= ours.timings.e2e_s < 300
         assert ours.drafts is not None and sum(ours.drafts.accepted.values()) > 100
-        views = await engine.cache_view(), alone.cache_view()
+        views = await engine.ask(Ask("cache_view")), alone.cache_view()
         figures = [view.pop("queue")["figures"] for view in views]  # They contain times.
         assert figures[0].keys() == figures[1].keys()
         assert json.dumps(views[0]) == json.dumps(views[1])
-        await engine.reset_prefix_cache()
+        await engine.ask(Ask("reset_cache"))
         assert (await engine.report()).kv.cached == 0
         await assert_nothing_held(engine)
 
