@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -386,7 +386,7 @@ class AsyncEngine:
         self.sampling_defaults = self._intake.sampling_defaults
         """Sampling parameters that the model's files recommend."""
         self._streams: dict[str, RequestStream] = {}
-        self._replies: dict[int, Future[Any]] = {}
+        self._replies: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
         self._is_open, self._has_ended = True, False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -452,51 +452,46 @@ class AsyncEngine:
             self.channel.send(Abort(request_id, reason))
 
     def receive(self, message: FromEngine) -> None:
-        """Process a message of the engine. Called by the channel, in any one thread at a time."""
-        match message:
-            case Reply():
-                self._answered(message)
-            case Outputs():
-                self._deliver(message.news)
-
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        """Queue outputs in their streams, in the event loop."""
+        """Process a message of the engine in the event loop. Called by the channel, in any one
+        thread at a time."""
         if asyncio._get_running_loop() is self._loop:
-            self._put(outputs)
+            self._receive(message)
         elif self._loop is not None:
             with suppress(RuntimeError):  # The loop is closed.
-                self._loop.call_soon_threadsafe(self._put, outputs)
+                self._loop.call_soon_threadsafe(self._receive, message)
 
-    def _put(self, outputs: Sequence[RequestOutput]) -> None:
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if output.is_finished:
-                self._streams.pop(output.request_id, None)
-            if stream is not None:
-                stream.put(output)
-
-    def _answered(self, said: Reply) -> None:
-        reply = self._replies.pop(said.number, None)
-        if reply is None or not reply.set_running_or_notify_cancel():
-            return
-        if said.error is not None:
-            reply.set_exception(RequestError.from_wire(said.error))
-        else:
-            reply.set_result(said.value)
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case Reply(number, value, error):
+                reply = self._replies.pop(number, None)
+                if reply is None or reply.done():
+                    return
+                if error is not None:
+                    reply.set_exception(RequestError.from_wire(error))
+                else:
+                    reply.set_result(value)
+            case Outputs(outputs):
+                for output in outputs:
+                    stream = self._streams.get(output.request_id)
+                    if output.is_finished:
+                        self._streams.pop(output.request_id, None)
+                    if stream is not None:
+                        stream.put(output)
 
     def closed(self, failure: str | None) -> None:
         """Fail all pending requests and questions: the engine has ended."""
         self.failure, self._is_open, self._has_ended = failure, False, True
         error = EngineStopped(failure or STOPPED)
-        self._deliver([RequestOutput.failed(each, error) for each in tuple(self._streams)])
+        lost = [RequestOutput.failed(each, error) for each in tuple(self._streams)]
+        self.receive(Outputs(tuple(lost)))
         for number in tuple(self._replies):
-            self._answered(Reply(number, error=error.to_wire()))
+            self.receive(Reply(number, error=error.to_wire()))
 
     async def ask(self, question: Question) -> Any:
         """Return the value of the reply to ``question``. Raises the RequestError in the reply, if
         any."""
         number = next(self._numbers)
-        reply = self._replies[number] = Future[Any]()
+        reply = self._replies[number] = asyncio.get_running_loop().create_future()
         try:
             if self._has_ended:  # Read last: ``closed`` in another thread answers the rest.
                 raise EngineStopped(self.failure or STOPPED)
@@ -504,7 +499,7 @@ class AsyncEngine:
         except BaseException:
             self._replies.pop(number, None)
             raise
-        return await asyncio.wrap_future(reply)
+        return await reply
 
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""

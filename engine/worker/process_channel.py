@@ -155,7 +155,6 @@ class ProcessChannel(EngineChannel):
     ) -> None:
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self._spawned, self._process, self._sockets = spawned, spawned.process, sockets
-        self._ended = threading.Event()
         self._was_killed = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -165,7 +164,7 @@ class ProcessChannel(EngineChannel):
 
     @property
     def is_alive(self) -> bool:
-        return not self._ended.is_set()
+        return self._process.poll() is None
 
     def start(self) -> None:
         """Follow the process in the running event loop."""
@@ -193,21 +192,21 @@ class ProcessChannel(EngineChannel):
             self._release()
             return
         self.send(EndEngine(at_once=True))
-        if not self._ended.wait(PATIENCE_S):
+        try:
+            self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
             self._was_killed = True
             self._process.kill()
-            self._ended.wait()
+            self._process.wait()
 
     def _release(self) -> None:
         self._sockets.close()
         self._spawned.end()
-        self._ended.set()
 
     def _wait(self) -> None:
         """Wait for the end of the process, in a separate thread."""
         code = self._process.wait()
         assert self._loop is not None
-        self._ended.set()
         with suppress(RuntimeError):  # The loop is closed.
             self._loop.call_soon_threadsafe(self._close, code)
 

@@ -20,13 +20,17 @@ def screen_text(rows: Iterable[tuple[str, str]]) -> str:
 def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     """Return the rows (name, words) of the start screen: model, memory, cache, kernels, the page
     and the address."""
-    config, report = engine.config, engine.report()
-    runner = engine.runner
+    config, report, runner = engine.config, engine.report(), engine.runner
     geometry, memory, sizes = runner.geometry, runner.memory, report.bytes
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
     note = "" if dtype == of_files else f" (the model's is {of_files})"
     warm_up = "none needed on a CPU" if runner.device.is_cpu else "none, because of --no-warm-up"
-    reuses_none = config.prefix_cache == "none"
+    reuses_none, num_states = config.prefix_cache == "none", report.slots.total
+    places = f"; checkpoints at {', '.join(config.checkpoints)} (grid {config.grid})"
+    cache = f"{config.prefix_cache}; evicts by {config.eviction}{places if num_states else ''}"
+    kernels: dict[str, list[str]] = {}
+    for kernel, backend in runner.kernels.words().items():
+        kernels.setdefault(backend, []).append(kernel)
     arena = "one arena for KV and states" if memory.slab_rows else "one arena"
     total, free, cached, held = (
         format_bytes(size * config.num_ranks)
@@ -38,7 +42,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         f"{geometry.num_linear_layers} linear layers",
         "weights": runner.loaded.weights_note,
         "device": f"{runner.device.describe()}, {dtype}{note}",
-        "kernels": _kernel_words(runner.kernels.words()),
+        "kernels": "; ".join(f"{name}: {', '.join(of_it)}" for name, of_it in kernels.items()),
         "exactness": "nothing is reused" if reuses_none else runner.exactness.sentence,
         "warm-up": warm_up if runner.warmed is None else runner.warmed.describe(),
         "tokenizer": "none: prompts and answers are token ids, as numbers"
@@ -50,11 +54,13 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         "memory": f"{arena}, {total}: {free} free, {cached} cached, {held} held",
         "KV": f"{report.kv.total:,} tokens at most, {format_bytes(geometry.kv_bytes_per_token)} "
         "each",
-        "states": f"{report.slots.total:,} at most, {format_bytes(geometry.state_bytes)} each, as "
-        f"much as the KV of {geometry.state_tokens:,.0f} tokens"
-        if report.slots.total
+        "states": f"{num_states:,} at most, {format_bytes(geometry.state_bytes)} each, as much as "
+        f"the KV of {geometry.state_tokens:,.0f} tokens"
+        if num_states
         else "",
-        "prefix cache": _cache_words(engine),
+        "prefix cache": "none"
+        if reuses_none
+        else cache + "; reuses prefilled tokens only" * config.exact,
         "requests": f"{config.max_running} running, {config.max_queue:,} waiting, "
         f"{counted(config.most_step_tokens, 'token')} a step at most; "
         f"admission by {config.admission}",
@@ -94,23 +100,3 @@ def _context_words(engine: Engine, longest: int) -> str:
     if engine.max_model_len < longest and engine.config.max_model_len is None:
         return f"{words}, limited by the memory (--cache-gib); the model's is {longest:,}"
     return words
-
-
-def _cache_words(engine: Engine) -> str:
-    config = engine.config
-    if config.prefix_cache == "none":
-        return "none"
-    words = [config.prefix_cache, f"evicts by {config.eviction}"]
-    if engine.report().slots.total:
-        words.append(f"checkpoints at {', '.join(config.checkpoints)} (grid {config.grid})")
-    if config.exact:
-        words.append("reuses prefilled tokens only")
-    return "; ".join(words)
-
-
-def _kernel_words(chosen: dict[str, str]) -> str:
-    """Return each backend with its kernels."""
-    backends: dict[str, list[str]] = {}
-    for kernel, backend in chosen.items():
-        backends.setdefault(backend, []).append(kernel)
-    return "; ".join(f"{backend}: {', '.join(names)}" for backend, names in backends.items())
