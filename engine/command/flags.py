@@ -138,9 +138,13 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
-        return {"type": _listed, "metavar": "TEXT,..."}
+        kind = typing.get_args(hint)[0]
+        return {"type": functools.partial(_listed, kind), "metavar": f"{METAVARS[kind]},..."}
     return {"type": hint, "metavar": METAVARS[hint]}
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+def _listed(kind: type, text: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

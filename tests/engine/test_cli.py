@@ -126,6 +126,9 @@ def test_generate_prints_cached_and_lost_tokens(capsys: pytest.CaptureFixture[st
     assert first["text"] == second["text"] and first["token_ids"] == second["token_ids"]
     assert (first["cached_tokens"], second["cached_tokens"]) == (0, (len(prompt) - 1) // 64 * 64)
     assert second["cached_tokens"] + sum(second["lost_tokens"].values()) == len(prompt)
+    stops = ",".join(map(str, first["token_ids"][2:]))
+    assert run("generate", prompt, *flags, "--stop-token-ids", stops) == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == first["token_ids"][:3]
 
 
 def test_commands_report_a_failed_answer(
