@@ -55,13 +55,13 @@ ANTHROPIC_KINDS = {
     **dict.fromkeys((500, 502), "api_error"),
 }
 REFUSALS: dict[str, tuple[int, str | None, dict[str, str] | None]] = {
+    InvalidRequest.kind: (400, None, None),
     ContextOverflow.kind: (400, "context_length_exceeded", None),
     DuplicateId.kind: (409, "duplicate_request_id", None),
     QueueFull.kind: (429, "queue_full", {"Retry-After": "1"}),
     EngineStopped.kind: (503, "stopped", {"Retry-After": "10"}),
 }
-"""Status, code and headers of each kind of ``RequestError`` other than ``InvalidRequest``; any
-further kind is a failure of the engine."""
+"""Status, code and headers of each kind of ``RequestError``; others are failures of the engine."""
 KINDS = {404: "not_found_error", 429: "rate_limit_error"} | dict.fromkeys(
     (500, 502, 503), "server_error"
 )
@@ -112,25 +112,17 @@ class APIError(Exception):
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        path, message = request.url.path, str(error.detail)
+        if error.status_code == 404:
+            message = f"The path {path} does not exist: see /openapi.json for all paths."
+        elif error.status_code == 405:
+            message = f"{path} does not support {request.method}: see /openapi.json."
+        error = APIError(error.status_code, message, headers=error.headers)
     return of_failure(error).response(request.scope)
 
 
-async def _refuse_path(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path, message = request.url.path, str(error.detail)
-    if error.status_code == 404:
-        message = f"The path {path} does not exist: see /openapi.json for all paths."
-    elif error.status_code == 405:
-        message = f"{path} does not support {request.method}: see /openapi.json."
-    return APIError(error.status_code, message, headers=error.headers).response(request.scope)
-
-
-HANDLERS = {
-    APIError: _refuse,
-    RequestError: _refuse,
-    HTTPException: _refuse_path,
-    Exception: _refuse,
-}
+HANDLERS = dict.fromkeys((APIError, RequestError, HTTPException, Exception), _refuse)
 """Functions that convert each failure of an application to the answer of an ``APIError``."""
 
 
@@ -152,8 +144,6 @@ def of_failure(error: Exception) -> APIError:
     if not isinstance(error, RequestError):
         logger.error("A request failed.", exc_info=error)
         return APIError(500, "The server failed on this request; see its log for the reason.")
-    if error.kind == InvalidRequest.kind:
-        return APIError(400, str(error))
     if error.kind not in REFUSALS:
         return APIError(500, f"The engine failed on this request: {str(error).rstrip('.')}.")
     (status, code, headers), for_anthropic = REFUSALS[error.kind], None
@@ -317,15 +307,14 @@ async def read_body(request: Request, kind: type[Kind], config: ServerConfig) ->
 
 
 async def _receive(request: Request, max_mib: float) -> bytes:
-    pieces, num_left = list[bytes](), int(max_mib * 2**20)
-    if int(request.headers.get("content-length", 0)) <= num_left:
+    body, most = bytearray(), int(max_mib * 2**20)
+    if int(request.headers.get("content-length", 0)) <= most:
         async for piece in request.stream():
-            pieces.append(piece)
-            num_left -= len(piece)
-            if num_left < 0:
+            body += piece
+            if len(body) > most:
                 break
         else:
-            return b"".join(pieces)
+            return bytes(body)
     message = f"The body is larger than {max_mib:g} MiB: send less, or raise --max-body-mib."
     raise APIError(413, message)
 

@@ -50,7 +50,7 @@ from engine.server.metrics import Metrics
 from engine.server.schemas import ChatRequest, NamedTool, Sampling, cuts_of
 from engine.server.settings import ServerConfig
 from engine.text.answers import AnswerForm, AnswerReader, Event, as_message
-from engine.text.outputs import RequestOutput, SampledToken, Transferred
+from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import CLOSE, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
@@ -314,7 +314,7 @@ class Writer(ABC):
         num_new = sum(len(output.token_ids) for output in outputs)
         losses = [output.losses for output in firsts if output.losses is not None]
         drafts = [output.drafts for output in outputs if output.drafts is not None]
-        transferred = [output.transferred for output in firsts if output.transferred is not None]
+        moved = [output.transferred for output in firsts if output.transferred is not None]
         num_accepted = sum(sum(counts.accepted.values()) for counts in drafts)
         num_drafted = sum(sum(counts.drafted.values()) for counts in drafts)
         drafted = {
@@ -327,8 +327,8 @@ class Writer(ABC):
             "total_tokens": num_prompt + num_new,
             "prompt_tokens_details": {
                 "cached_tokens": sum(output.cached_len for output in firsts),
-                "lost_tokens": _sums(losses, Losses),
-                **({"transferred": _sums(transferred, Transferred)} if transferred else {}),
+                "lost_tokens": _sums(losses or [Losses(0, 0, 0, 0, 0)]),
+                **({"transferred": _sums(moved)} if moved else {}),
             },
         } | ({"completion_tokens_details": drafted} if drafts else {})
 
@@ -386,9 +386,9 @@ def new_id(kind: str, joint: str = "-") -> str:
     return f"{kind}{joint}{uuid.uuid4().hex}"
 
 
-def _sums(counts: Sequence[Any], kind: Any) -> dict[str, int]:
-    """Return the sum of each field of ``counts``, which are of a ``kind`` of NamedTuple."""
-    return {name: sum(getattr(one, name) for one in counts) for name in kind._fields}
+def _sums(counts: Sequence[Any]) -> dict[str, int]:
+    """Return the sum of each field of ``counts``, which are NamedTuples."""
+    return dict(zip(counts[0]._fields, map(sum, zip(*counts, strict=True)), strict=True))
 
 
 LEAST = -9999.0
