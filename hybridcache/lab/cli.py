@@ -24,7 +24,7 @@ from hybridcache.geometry.units import counted
 from hybridcache.lab.figures import closed_loop_figure, figure_path, losses_figure, sweep_figure
 from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
 from hybridcache.lab.progress import shown_progress
-from hybridcache.lab.report import METRICS, find_metric, losses_table, stats_table, text_table
+from hybridcache.lab.report import METRICS, find_metric, losses_table, stats_table
 from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS, Scenario, settings_of
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import collect_seldom
@@ -32,7 +32,6 @@ from hybridcache.lab.simulation.simulate import optimum, simulate
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
-from hybridcache.lab.traces.fetch import PUBLISHED, fetch, find_published
 from hybridcache.lab.traces.frame import make_folder
 from hybridcache.lab.traces.jsonl import write_own
 from hybridcache.policies.registry import split_specs
@@ -191,7 +190,7 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
 
 def add_trace(commands: Commands) -> None:
     """Add the command's parser."""
-    trace = commands.add_parser("trace", help="look at a trace, rewrite it, or download one")
+    trace = commands.add_parser("trace", help="look at a trace, or rewrite it")
     verbs = trace.add_subparsers(title="verbs", required=True)
     text = "requests, lengths, ideal hit rate, reuse"
     stats = add_command(verbs, "stats", text, _trace_stats)
@@ -204,9 +203,6 @@ def add_trace(commands: Commands) -> None:
     convert.add_argument("trace", help=TRACE_HELP)
     convert.add_argument("target", type=Path, metavar="output", help="new file to write")
     convert.add_argument("--skip-bad", **SKIP_BAD)
-    text = "download a published trace into the cache folder"
-    download = add_command(verbs, "fetch", text, _trace_fetch)
-    download.add_argument("name", nargs="?", help="name of the trace; without it, all are listed")
 
 
 def _trace_stats(options: argparse.Namespace) -> int:
@@ -231,17 +227,6 @@ def _trace_convert(options: argparse.Namespace) -> int:
     found, bad = counted(num_requests, "request"), trace.bad.left_out()
     screen = sys.stdout if target.is_file() else sys.stderr  # The target may be standard output.
     print(f"{found} to {target}, {bad}", file=screen)
-    return 0
-
-
-def _trace_fetch(options: argparse.Namespace) -> int:
-    if options.name is None:
-        rows = [[name, one.licence, one.content] for name, one in PUBLISHED.items()]
-        print(text_table(["name", "licence", "content"], rows))
-        return 0
-    path, published = fetch(options.name), find_published(options.name)
-    print(f"{path}\nlicence {published.licence}, from {published.address}")
-    print(f"hybridcache trace stats published:{options.name}")
     return 0
 
 

