@@ -9,10 +9,11 @@ bytes per KV row are multiplied by ``unit``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,26 +268,10 @@ def plain_name(name: Hashable) -> str | int:
     return name if isinstance(name, int | str) and not isinstance(name, bool) else str(name)
 
 
-class DistinctNames:
-    """Names of sessions in a file: a second session with the name of another gets a number."""
-
-    def __init__(self) -> None:
-        self._names: dict[Hashable, str | int] = {}
-        self._numbers: dict[str | int, Iterator[int]] = {}
-        """Next numbers of each name that is taken."""
-
-    def __contains__(self, name: str | int) -> bool:
-        return name in self._numbers
-
-    def of(self, session: Hashable, name: str | int) -> str | int:
-        """Return the name of ``session``: ``name`` if it is not taken. O(1) amortised."""
-        found = self._names.get(session)
-        if found is None:
-            found = name
-            while found in self._numbers:
-                found = f"{name} ({next(self._numbers[name])})"
-            self._names[session], self._numbers[found] = found, count(2)
-        return found
+def distinct(name: str, taken: Counter[str]) -> str:
+    """Return the name of a new session: ``name``, with a number if another session has it."""
+    taken[name] += 1
+    return name if taken[name] == 1 else f"{name} ({taken[name]})"
 
 
 class FreshIds:

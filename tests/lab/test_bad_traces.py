@@ -212,9 +212,9 @@ def test_arrays_are_read_in_pieces(
     with patch.object(json.JSONDecoder, "raw_decode", autospec=True, side_effect=decode) as tried:
         assert len(list(trace)) == 1 and trace.bad.count == 1
     assert tried.call_count < 20  # of 444 characters: long records take no quadratic time
-    for cut, problem in ((-70, "the records after it are lost"), (-2, "cut after 3 records")):
+    for cut in (-70, -2):
         path.write_text(text[:cut])
-        assert problem in refusal(f"sharegpt:{path}?tokenizer=bytes")
+        assert "the records after it are lost" in refusal(f"sharegpt:{path}?tokenizer=bytes")
     monkeypatch.setattr(traces, "packaged_file", lambda *_: path)  # cut as that of the package is
     with pytest.warns(TraceFieldsWarning, match="cut in its last record, which is left out"):
         assert len(list(open_trace("sharegpt?tokenizer=bytes"))) == 3

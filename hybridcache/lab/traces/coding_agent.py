@@ -9,6 +9,7 @@ two counts are assumed to have the same text there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -16,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from hybridcache.lab.arrivals import Starts
-from hybridcache.lab.trace import DistinctNames, FreshIds, KnownIds, TraceRequest
+from hybridcache.lab.trace import FreshIds, KnownIds, TraceRequest, distinct
 from hybridcache.lab.traces.dialects import STOP_REASONS
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, request_of_blocks
 from hybridcache.policies.protocol import chat_boundaries
@@ -37,7 +38,7 @@ class CodingAgentReader(SessionReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
         unit, fresh, known = self.unit, FreshIds(), KnownIds()
-        names = DistinctNames()
+        taken = Counter[str]()
 
         def head_of(owner: Record) -> Tokens:
             """Return the blocks of tools and system prompt, each agreeing if its lengths do."""
@@ -49,10 +50,10 @@ class CodingAgentReader(SessionReader):
             if record.get("dup"):  # recorded twice
                 return
             found, own_heads = list[TraceRequest](), dict[int, Tokens]()
-            rows = [row for row in requests_of(record, (record.key("id"),)) if len(row[-1])]
+            name = distinct(str(record.key("id")), taken)
+            rows = [row for row in requests_of(record, name) if len(row[-1])]
             offset = known.reserve(1 + max((int(ids.max()) for *_, ids in rows), default=0))
-            for owner, when_s, path, request, ids in rows:
-                name = names.of((offset, *path), "/".join(map(str, path)))
+            for owner, when_s, name, request, ids in rows:
                 head, tokens = head_of(owner), ids + np.int32(offset)
                 # All requests of the owner that carry the head begin with the same blocks. Others
                 # (a title, a summary) keep their own ids.
@@ -73,13 +74,13 @@ class CodingAgentReader(SessionReader):
 
 
 def requests_of(
-    owner: Record, path: tuple[str | int, ...], start_s: float = 0.0
-) -> Iterator[tuple[Record, float, tuple[str | int, ...], Record, Tokens]]:
-    """Yield (owner, time, path, request, ids) of a session and of its subagents. A path has the id
-    of the session, and of each agent down to the owner."""
+    owner: Record, name: str, start_s: float = 0.0
+) -> Iterator[tuple[Record, float, str, Record, Tokens]]:
+    """Yield (owner, time, name, request, ids) of a session and of its subagents. A name has that of
+    the session, and the id of each agent down to the owner."""
     for request in owner.objects("requests"):
         when_s = start_s + request.seconds("t")
         if request["type"] == "subagent":
-            yield from requests_of(request, (*path, request.key("agent_id")), when_s)
+            yield from requests_of(request, f"{name}/{request.key('agent_id')}", when_s)
         else:
-            yield owner, when_s, path, request, request.id_runs("hash_ids")
+            yield owner, when_s, name, request, request.id_runs("hash_ids")

@@ -295,38 +295,32 @@ def _objects(path: str | Path, line: Line, value: Any, bad: BadRecords) -> Itera
 def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]]:
     """Yield (line and number, object) for every record of a JSON array, one at a time. Records
     after a syntax error are lost. Holds one record and as many characters again. O(characters)."""
-    decoder = json.JSONDecoder()
-    waiting, place, line, number, blank, is_array = "", 0, 1, 0, _OPENING, False
+    decoder, text, line, number, blank = json.JSONDecoder(), "", 1, 0, _OPENING
     with open_text(path) as file:
         while True:
-            start = place + len(blank.match(waiting, place).group())  # type: ignore[union-attr]
-            line += waiting.count("\n", place, start)
-            is_array |= "[" in waiting[place:start]
-            where = f"{line}, record {number + 1}"
+            start = len(blank.match(text).group())  # type: ignore[union-attr]
+            first_line = line + text.count("\n", 0, start)
+            where = f"{first_line}, record {number + 1}"
             try:
-                value, end = decoder.raw_decode(waiting, start)
+                value, end = decoder.raw_decode(text, start)
             except (ValueError, RecursionError) as error:
-                message = getattr(error, "msg", error)
-                problem, more = f"not JSON ({message}); the records after it are lost", ""
-                if waiting.startswith("]", start):
+                if text.startswith("]", start):
                     return
+                message = getattr(error, "msg", error)
+                problem, more = f"not JSON, or cut ({message}); the records after it are lost", ""
                 try:
-                    more = file.read(max(_CHUNK, len(waiting)))  # A long record is tried seldom.
+                    more = file.read(max(_CHUNK, len(text)))  # A long record is tried seldom.
                 except DAMAGED as damage:
                     problem = f"{_DAMAGE} ({damage})"
                 if more:
-                    waiting, place = waiting[start:] + more, 0
+                    text += more
                     continue
-                if start == len(waiting) and problem.startswith("not JSON"):
-                    if not is_array:
-                        return
-                    problem = f"the array does not end: cut after {number} records"
                 bad.report(path, where, problem)
                 return
             number += 1
             yield from _objects(path, where, value, bad)
-            line += waiting.count("\n", start, end)
-            place, blank = end, _BLANK
+            line += text.count("\n", 0, end)
+            text, blank = text[end:], _BLANK
 
 
 def looks_like_csv(head: bytes) -> bool:

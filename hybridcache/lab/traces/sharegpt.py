@@ -8,6 +8,7 @@ messages without their texts, one conversation a line.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -16,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from hybridcache.lab.arrivals import Pauses
-from hybridcache.lab.trace import BadRecords, DistinctNames, FreshIds, TraceRequest
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, distinct
 from hybridcache.lab.traces.dialects import ROLES, Chat
 from hybridcache.lab.traces.frame import (
     CUT,
@@ -62,7 +63,7 @@ class ShareGPTReader(SessionReader):
         """Yield (line, ``{"id", "messages"}``) of whole conversations, segments merged."""
         line: Line
         line, name, base, system, messages = 0, "", "", Chat(), Chat()
-        names, are_indices = DistinctNames(), True
+        taken, are_indices = Counter[str](), True
         records = self.parsed(json_array(self.path, bad), _segment)
         for at, (id_, leading, said) in records:
             if not said:
@@ -78,8 +79,8 @@ class ShareGPTReader(SessionReader):
                 are_indices = start > len(messages)  # else they count conversations
             if messages:
                 yield line, Record(id=name, messages=system + messages)
-            name = base if base and index.isdecimal() and base not in names else id_
-            line, name, system, messages = at, str(names.of(at, name)), leading, said
+            name = base if base and index.isdecimal() and base not in taken else id_
+            line, name, system, messages = at, distinct(name, taken), leading, said
         if messages:
             yield line, Record(id=name, messages=system + messages)
 
