@@ -196,7 +196,6 @@ def add_trace(commands: Commands) -> None:
     stats = add_command(verbs, "stats", text, _trace_stats)
     stats.add_argument("trace", help=TRACE_HELP)
     stats.add_argument("--skip-bad", **SKIP_BAD)
-    stats.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     convert = add_command(
         verbs, "convert", "write any trace in this project's own form", _trace_convert
     )
@@ -211,7 +210,7 @@ def _trace_stats(options: argparse.Namespace) -> int:
         stats = trace_stats(trace, progress=lambda done: show(done, 0))
     if trace.bad.count:
         print(f"{options.trace}: {trace.bad.left_out()}", file=sys.stderr)
-    print(json.dumps(stats.as_record()) if options.json else stats_table(stats))
+    print(stats_table(stats))
     return 0
 
 
@@ -391,7 +390,6 @@ def add_optimum(commands: Commands) -> None:
         action="store_true",
         help="KV and state of the running request take memory too, as in every cache",
     )
-    add("--json", action="store_true", help="JSON lines, one per size, instead of a table")
     add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound")
 
 
@@ -402,10 +400,7 @@ def _optimum(options: argparse.Namespace) -> int:
     found = optimum(scenario, counts_running=options.counts_running)
     if options.figure:
         found.figure(options.figure)
-    if options.json:
-        print("\n".join(json.dumps(plan) for plan in found.to_dicts()))
-    else:
-        print(found.table() + f"\nfigure: {options.figure}" * bool(options.figure))
+    print(found.table() + f"\nfigure: {options.figure}" * bool(options.figure))
     return 0
 
 

@@ -29,7 +29,7 @@ from hybridcache.geometry.units import counted
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.progress import Progress
-from hybridcache.lab.report import classes_notes, orders_classes, text_table
+from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario, named_policies, sources_of, written_policy
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import RunFailed, identity_of, run_grid
@@ -289,13 +289,11 @@ class Board:
                 f"Mean over cells. No intervals: they need at least {FEWEST_UNITS} seeds (got "
                 f"{num_seeds}), so differences can be chance."
             )
-        evictions = (name.partition("@")[0] for name in self.scores[0].rates)
         lines = [
             f"{loops}{cells} of {traces}, {counted(num_seeds, 'seed')} each, {self.split.model}. "
             f"{explained}\n",
             text_table(self.heads(), [row.cells() for row in self.rows()]),
             *self.trace_notes,
-            *classes_notes({name: not orders_classes(name) for name in evictions}),
         ]
         return "\n".join(lines)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -18,7 +17,6 @@ from hybridcache.lab.baselines import UNCHARGED
 from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
-from hybridcache.policies.registry import make_eviction
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +110,6 @@ def serve_flags(run: RunResult) -> str:
     return flags
 
 
-def orders_classes(policy: str) -> bool:
-    """Return True if the policy orders dead and superseded items itself, or has no name."""
-    with suppress(ValueError):
-        return make_eviction(policy)().orders_classes
-    return True
-
-
 LOOP_METRICS = (
     Metric("hit, %", lambda run: 100 * run.token_hit_rate),
     Metric("TTFT mean, s", lambda run: run.ttft_mean_s, "{:.3g}"),
@@ -130,21 +121,6 @@ LOOP_METRICS = (
     Metric("live mean", lambda run: run.live_mean),
     Metric("most", lambda run: run.live_most, "{}", max),
 )
-
-
-def classes_notes(has_classes: Mapping[str, bool | None]) -> list[str]:
-    """Say which policies have no priority classes, if others have; None for a rebuilt system."""
-    first, all_items = (
-        ", ".join(name for name, has in has_classes.items() if has is classes)
-        for classes in (True, False)
-    )
-    if not first or not all_items:
-        return []
-    return [
-        f"evicted first by {first}, but not by {all_items}: unreachable KV, then superseded "
-        "checkpoints; this can cost hits: priority_classes=False (--no-priority-classes) compares "
-        "all without"
-    ]
 
 
 def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -68,10 +67,6 @@ class TraceStats:
     def ideal_hit_rate(self) -> float:
         """``ideal_tokens`` of ``prompt_tokens``."""
         return self.ideal_tokens / self.prompt_tokens
-
-    def as_record(self) -> dict[str, Any]:
-        """Return a record for JSON."""
-        return asdict(self) | {"ideal_hit_rate": self.ideal_hit_rate}
 
 
 def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) -> TraceStats:

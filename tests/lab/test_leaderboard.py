@@ -49,7 +49,6 @@ def test_scores_are_means_over_cells_with_intervals_over_seeds(board: Board) -> 
     means = [row.hit_rate.mean for row in board.rows()]
     assert means == sorted(means, reverse=True)
     assert "[95 % interval over seeds]" in board.table() and "No intervals" not in board.table()
-    assert "evicted first by lru, fifo" in board.table()
     one = replace(board, split=board.split.head(1)).table()
     assert "No intervals: they need at least 5 seeds (got 1)" in one and "[" not in one
 

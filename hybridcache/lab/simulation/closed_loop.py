@@ -22,7 +22,7 @@ from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.units import counted
 from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.progress import Progress
-from hybridcache.lab.report import LOOP_METRICS, classes_notes, text_table
+from hybridcache.lab.report import LOOP_METRICS, text_table
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, identify
@@ -325,7 +325,6 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         makespan_s=served.now_s,
         live_mean=served.live_s / served.now_s,
         live_most=served.max_live,
-        num_preemptions=sum(one.num_preemptions for one in answered),
         token_budget=cell.token_budget,
         tells_ends=cell.tells_ends,
         config=identify(cell, trace.full_name, served.priority_classes)
@@ -379,9 +378,7 @@ class ClosedLoopResult:
                 notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
             header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
             tables.append("\n".join([title, text_table(header, rows), *notes]))
-        has_classes = {run.config["policy"]: run.config["priority_classes"] for run in self.runs}
-        notes = [*self.trace_notes, *classes_notes(has_classes), *self.failures]
-        return "\n".join(["\n\n".join(tables), *notes])
+        return "\n".join(["\n\n".join(tables), *self.trace_notes, *self.failures])
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.

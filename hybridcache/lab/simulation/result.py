@@ -118,7 +118,6 @@ class RunResult(_Run):
     """Checkpoints that entered the cache; None, here and below, where the target does not say
     (rebuilt peers), which is not 0."""
     written_kv_bytes: int | None
-    evicted_checkpoints: int | None
     by_session: tuple[SessionResult, ...]
     """Sessions in the order of their first requests."""
     control_us: float
@@ -243,7 +242,6 @@ class ClosedLoopRun(_Run):
     """Sessions between their first request and their last answer, over time."""
     live_most: int
     """Largest number of such sessions."""
-    num_preemptions: int
     token_budget: int
     tells_ends: bool
     """True if clients say when a session has ended."""
@@ -296,7 +294,6 @@ def summarise(
         ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
         checkpoints_made=counters.get("inserted_slots"),
         written_kv_bytes=None if written is None else written * row_bytes,
-        evicted_checkpoints=counters.get("evicted_slots"),
         moved_slabs=counters.get("moved_slabs"),
         moved_kv_bytes=None if moved is None else moved * row_bytes,
         copy_seconds=copied,

@@ -27,7 +27,6 @@ from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.report import (
     TIE,
-    classes_notes,
     find_metric,
     hindsight_percent,
     interval_notes,
@@ -73,9 +72,8 @@ class SimulationResult(SweepRuns):
         """
         metrics = [metric] if isinstance(metric, str) else [*metric]
         tables = [self._table(one) for one in metrics]
-        has_classes = {run.config["policy"]: run.config["priority_classes"] for run in self.runs}
         notes = interval_notes(self) if "hit" in metrics else []
-        notes += [*notes_on(self, metrics), *classes_notes(has_classes), *self.failures]
+        notes += [*notes_on(self, metrics), *self.failures]
         return "\n".join(["\n\n".join(tables), *notes])
 
     def _table(self, metric: str) -> str:
