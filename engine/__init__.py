@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from engine.engine import Engine as Engine
     from engine.errors import QueueFull as QueueFull
     from engine.plugins import engine_config as engine_config
-    from engine.requests.grammar import Grammar as Grammar
     from engine.requests.request import RequestSpec as RequestSpec
     from engine.requests.request import SamplingParams as SamplingParams
-    from engine.text.outputs import RequestOutput as RequestOutput
+    from engine.text.answers import RequestOutput as RequestOutput
+    from engine.text.grammar import Grammar as Grammar
 
 _MODULES = {
     "AsyncEngine": "engine.async_engine",
     "ConfigError": "engine.config",
     "Engine": "engine.engine",
     "EngineConfig": "engine.config",
-    "Grammar": "engine.requests.grammar",
+    "Grammar": "engine.text.grammar",
     "QueueFull": "engine.errors",
-    "RequestOutput": "engine.text.outputs",
+    "RequestOutput": "engine.text.answers",
     "RequestSpec": "engine.requests.request",
     "SamplingParams": "engine.requests.request",
     "engine_config": "engine.plugins",

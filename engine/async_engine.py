@@ -50,7 +50,7 @@ from engine.messages import (
 )
 from engine.requests.request import Intake, Prompt, RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
-from engine.text.outputs import Answer, FinishReason, RequestOutput
+from engine.text.answers import Answer, FinishReason, RequestOutput
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer

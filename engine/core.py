@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
-from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import (
     Intake,
     Prompt,
@@ -27,8 +26,9 @@ from engine.requests.request import (
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
 from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler, StepHooks
+from engine.text.answers import FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
-from engine.text.outputs import FinishReason, RequestOutput
+from engine.text.grammar import Grammar, GrammarError
 from engine.weights.hub import display_name
 from hybridcache.scheduling.cache_manager import CacheManager
 

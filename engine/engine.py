@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.config import EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.models import read_model
-from engine.requests.grammar import Grammar
 from engine.requests.logit_rules import LogitRule
 from engine.requests.request import Intake
 from engine.schedule.fetching import Fetching
 from engine.schedule.report import cache_kind
 from engine.schedule.scheduler import Scheduler
+from engine.text.grammar import Grammar
 from engine.weights.hub import resolve_config
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import make_admission, parse_placement

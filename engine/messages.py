@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 
 from engine.errors import WireError
-from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
-from engine.text.outputs import Answer, FinishReason, RequestOutput
+from engine.text.answers import Answer, FinishReason, RequestOutput
+from engine.text.grammar import Grammar
 
 
 class EngineMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -29,7 +29,7 @@ from engine.messages import Exactness
 from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import KEPT, Batch, Newest, Scheduler, Segment
-from engine.text.outputs import SampledToken
+from engine.text.answers import SampledToken
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
 from hybridcache.allocators.pools import slab_rows
 from hybridcache.geometry.model import ModelGeometry

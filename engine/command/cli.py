@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
     from engine.engine import Engine
     from engine.requests.request import SamplingParams
-    from engine.text.outputs import RequestOutput
+    from engine.text.answers import RequestOutput
 
 
 Command = Callable[[argparse.Namespace], int]

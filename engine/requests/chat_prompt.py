@@ -35,8 +35,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from engine.requests.request import RequestSpec
+from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory, read_json
-from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import (
     CLOSE,
     OPEN,

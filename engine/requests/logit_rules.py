@@ -17,7 +17,7 @@ from engine.text.tokenizer import CLOSE, OPEN
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.requests.grammar import GrammarError
+    from engine.text.grammar import GrammarError
     from engine.text.tokenizer import Tokenizer
 
 Mask = npt.NDArray[np.uint8]

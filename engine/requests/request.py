@@ -18,7 +18,6 @@ from msgspec import Struct, structs
 
 from engine.config import ABOVE_0, EngineConfig, Limits, check_fields
 from engine.errors import ContextOverflow, InvalidRequest, RequestError, StepFailed
-from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.logit_rules import (
     FREE,
     BansAndBiases,
@@ -28,7 +27,7 @@ from engine.requests.logit_rules import (
     Ruling,
     ruled,
 )
-from engine.text.outputs import (
+from engine.text.answers import (
     NO_TOKEN,
     Answer,
     DraftCounts,
@@ -39,6 +38,7 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
+from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import CLOSE, IdTokenizer, read_json
 from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.cache_manager import ScheduledRequest

@@ -14,7 +14,7 @@ import torch
 from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput, SamplingParams
 from engine.runner.device import HostCopy
-from engine.text.outputs import NO_TOKEN, SampledToken
+from engine.text.answers import NO_TOKEN, SampledToken
 from kernels.upload import upload
 
 MASK = 2**64 - 1

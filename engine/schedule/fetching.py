@@ -13,7 +13,7 @@ from typing import Protocol
 
 from engine.requests.request import Request
 from engine.schedule.scheduler import StepHooks
-from engine.text.outputs import Transferred
+from engine.text.answers import Transferred
 from hybridcache.api import PrefixMatch
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import Holding

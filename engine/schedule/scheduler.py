@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
 
-from engine.requests.grammar import GrammarError
 from engine.requests.request import Request
-from engine.text.outputs import NO_TOKEN, FinishReason, SampledToken
+from engine.text.answers import NO_TOKEN, FinishReason, SampledToken
+from engine.text.grammar import GrammarError
 from hybridcache.allocators.moves import Transfer
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import Holding, StepPlanner

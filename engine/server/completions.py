@@ -14,7 +14,7 @@ from engine.requests.request import RequestSpec
 from engine.server.bodies import event
 from engine.server.schemas import Count, NumScores, Sampling, TokenId
 from engine.server.writers import Call, Writer, finite, new_id, token_text
-from engine.text.outputs import SampledToken
+from engine.text.answers import SampledToken
 from engine.text.tokenizer import StreamDecoder
 
 

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from engine.errors import QueueFull, RequestError
 from engine.schedule.report import CacheReport
-from engine.text.outputs import FinishReason, RequestOutput
+from engine.text.answers import FinishReason, RequestOutput
 from hybridcache.api import Losses
 from hybridcache.command.extras import version
 

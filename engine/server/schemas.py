@@ -15,11 +15,11 @@ import msgspec
 from msgspec import Meta
 
 from engine.requests.chat_prompt import Cut
-from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
 from engine.server.bodies import Body, Part, check_nodes, converted
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
+from engine.text.grammar import Grammar, GrammarError
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""

@@ -24,13 +24,6 @@ from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import RequestError
 from engine.messages import Compile
 from engine.requests.chat_prompt import NO_CHAT, ChatPrompt, Replay
-from engine.requests.grammar import (
-    MAX_CHARS,
-    Grammar,
-    grammar_of_calls,
-    grammar_of_strict_calls,
-    tag,
-)
 from engine.requests.request import RequestSpec
 from engine.server.access import Access, Tenant
 from engine.server.bodies import (
@@ -49,9 +42,16 @@ from engine.server.bodies import (
 from engine.server.metrics import Metrics
 from engine.server.schemas import ChatRequest, NamedTool, Sampling, cuts_of
 from engine.server.settings import ServerConfig
-from engine.text.answers import AnswerForm, AnswerReader, Event, as_message
-from engine.text.outputs import RequestOutput, SampledToken
-from engine.text.tokenizer import CLOSE, Tokenizer, as_tokens
+from engine.text.answers import (
+    AnswerReader,
+    CallForm,
+    Event,
+    RequestOutput,
+    SampledToken,
+    as_message,
+)
+from engine.text.grammar import MAX_CHARS, Grammar
+from engine.text.tokenizer import CLOSE, ChatTemplate, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
@@ -65,12 +65,13 @@ class ServingContext:
         config: ServerConfig,
         access: Access,
         remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Any]], None],
+        call_form: Callable[[str], CallForm | None],
     ) -> None:
         """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
-        message."""
+        message. ``call_form`` returns the form of a model's tool calls, given its template."""
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
         assert engine.tokenizer is not None, "a served engine always has a tokenizer"
-        self.tokenizer = engine.tokenizer
+        self.tokenizer, self.call_form = engine.tokenizer, call_form
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),
@@ -80,12 +81,6 @@ class ServingContext:
         self.fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
-
-    @property
-    def form(self) -> AnswerForm:
-        """Form of the model's answers to chats."""
-        template = self.tokenizer.chat_template
-        return AnswerForm.of("" if template is None else template.source)
 
     def body_route(self, path: str, kind: type[Body], answer: Answer) -> Route:
         """Return the route of requests with a body of this ``kind``."""
@@ -413,30 +408,22 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 # --- Chats ----------------------------------------------------------------------------------------
 
 
-def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:
-    """Return the tools with calls that are read in an answer, or None if calls are treated as text.
-
-    Returns no tools for ``tool_choice`` ``none``: a call that is made anyway is text with a
-    warning. Raises APIError 400 if this model does not call tools, or not in the requested way.
-    """
+def _call_form(
+    body: ChatRequest, template: ChatTemplate, call_form: Callable[[str], CallForm | None]
+) -> CallForm | None:
+    """Return the form of the calls in an answer, or None if calls are treated as text. Raises
+    APIError 400 if this model does not call tools."""
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
             raise APIError(400, "'tool_choice' needs 'tools': send them.")
         return None
-    if not form.offers_tools:
+    if not template.offers_tools:
         raise APIError(400, "The chat template of this model has no tools: omit 'tools'.")
-    if body.tool_choice == "none":
-        return ()
-    if form.calls is None:
+    form = call_form(template.source)
+    if form is None and body.tool_choice != "none":
         message = "This model's form of calls is not supported: omit 'tools', or read calls in the "
         raise APIError(400, message + "text with 'tool_choice' 'none'.")
-    if form.calls.name == "xml":
-        try:
-            for tool in body.tools:
-                tag(tool["function"]["name"])
-        except ValueError as error:
-            raise APIError(400, f"'tools': {error}") from None
-    return body.tools
+    return form
 
 
 async def render(call: Call, body: ChatRequest) -> ChatPrompt:
@@ -471,29 +458,6 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
         raise APIError(400, message, param="messages") from error
 
 
-def _forms(
-    body: ChatRequest, form: AnswerForm, format_name: str, *, is_thinking: bool
-) -> dict[str, Callable[[], Grammar]]:
-    """Return ``Sampling.forms``, with required and strict calls. With tools that may be called, the
-    format is that of an answer without calls."""
-    forms, tools, choice = body.forms(format_name), body.tools or (), body.tool_choice
-    written = "hermes" if form.calls is None else form.calls.name
-    calls = partial(grammar_of_calls, tools, form=written, in_parallel=body.parallel_tool_calls)
-    if choice not in (None, "none", "auto"):
-        name = choice.function.name if isinstance(choice, NamedTool) else "required"
-        forms["tool_choice"] = partial(calls, name)
-    elif choice != "none" and tools and (text := forms.get(format_name)) is not None:
-        forms[format_name] = partial(calls, text=text)
-    elif (
-        choice != "none"
-        and not forms
-        and any(tool["function"].get("strict") is True for tool in tools)
-    ):
-        may_think = form.thinks and not is_thinking
-        forms["tools"] = partial(grammar_of_strict_calls, tools, written, may_think=may_think)
-    return forms
-
-
 class ChatWriter(Writer):
     """Generates the answers to one chat, and reads them as events for a dialect to write."""
 
@@ -503,27 +467,47 @@ class ChatWriter(Writer):
 
     async def answer(self, is_stream: bool) -> Response:
         """Submit the chat and return the response. Raises APIError if the chat is refused."""
-        call, context, body = self._call, self._context, self._body
-        form = context.form
-        prompt = self._prompt = await render(call, body)
-        tools = callable_tools(body, form)
-        self.readers = [
-            AnswerReader(
-                form,
-                tools=tools,
-                is_thinking=prompt.is_thinking,
-                starts_text=prompt.spec.answer_starts_text,
-                is_single=not body.parallel_tool_calls,
-                end_token_ids=context.tokenizer.eos_token_ids,
-            )
-            for _ in range(body.n)
-        ]
-        marks = form.calls.marks if form.calls is not None and tools else ()
-        specs = [structs.replace(prompt.spec, call_marks=marks)]
+        context, body, template = self._context, self._body, self._context.tokenizer.chat_template
+        prompt = self._prompt = await render(self._call, body)
+        assert template is not None, "render raises an error without one"
+        form, specs = _call_form(body, template, context.call_form), [prompt.spec]
+        forms = body.forms(self.FORMAT)
+        tools = () if body.tool_choice == "none" else body.tools or ()
+        read = AnswerReader if form is None else partial(form.reader, tools)
+        try:
+            self.readers = [
+                read(
+                    thinks=template.thinks,
+                    is_thinking=prompt.is_thinking,
+                    starts_text=prompt.spec.answer_starts_text,
+                    is_single=not body.parallel_tool_calls,
+                    end_token_ids=context.tokenizer.eos_token_ids,
+                )
+                for _ in range(body.n)
+            ]
+        except ValueError as error:
+            raise APIError(400, f"'tools': {error}") from None
+        if form is not None and tools:
+            specs = [structs.replace(prompt.spec, call_marks=form.marks)]
+            self._restrict_calls(forms, form, template.thinks and not prompt.is_thinking)
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
-        forms = _forms(body, form, self.FORMAT, is_thinking=prompt.is_thinking)
         await self.submit(specs, body.limit, num_scores, forms, prompt.is_thinking)
         return await self.respond(is_stream)
+
+    def _restrict_calls(
+        self, forms: dict[str, Callable[[], Grammar]], form: CallForm, may_think: bool
+    ) -> None:
+        """Add required or strict calls to ``Sampling.forms``. With tools that may be called, the
+        format is that of an answer without calls."""
+        tools, choice = self._body.tools or (), self._body.tool_choice
+        calls = partial(form.grammar, tools, in_parallel=self._body.parallel_tool_calls)
+        if choice not in (None, "auto"):
+            name = choice.function.name if isinstance(choice, NamedTool) else "required"
+            forms["tool_choice"] = partial(calls, name)
+        elif (text := forms.get(self.FORMAT)) is not None:
+            forms[self.FORMAT] = partial(calls, text=text)
+        elif not forms and any(tool["function"].get("strict") is True for tool in tools):
+            forms["tools"] = partial(form.free_grammar, tools, may_think=may_think)
 
     def written(self) -> dict[str, int]:
         """Return the tokens computed up to the last position that later prompts may share."""

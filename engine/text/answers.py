@@ -1,26 +1,268 @@
-"""Parts of an answer (reasoning, text and tool calls) as events in their order, and their reader.
+"""Answers: the outputs of a request's steps, the conversion of its tokens to text, and the parts of
+that text (reasoning, text and tool calls) as events in their order.
 
-Calls are read in the forms in which models write them, and emitted when they are complete. A call
-that cannot be made (its arguments are not JSON, its tool was not offered, or it breaks off) is
-text, with a warning.
+A tool call is emitted when it is complete. A call that cannot be made (its arguments are not JSON,
+its tool was not offered, or it breaks off) is text, with a warning.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import re
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from types import NoneType
 from typing import Any, Literal, NamedTuple, cast
 
-from msgspec import structs
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct, structs
 
-from engine.text.bounded import read_json
-from engine.text.outputs import FinishReason, RequestOutput, begin_of
-from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, any_of
+from engine.errors import RequestError, WireError
+from engine.text.grammar import Grammar
+from engine.text.tokenizer import CLOSE, OPEN, StreamDecoder
+from hybridcache.api import Losses
+
+Counts = dict[tuple[str, int], int]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+NO_TOKEN = -1
+
+
+class SampledToken(NamedTuple):
+    """One sampled token with its log-probabilities."""
+
+    token_id: int
+    """Token id, or ``NO_TOKEN`` if the logits were NaN or infinite."""
+    logprob: float | None
+    """Natural logarithm of its probability, before penalties and temperature. None if not
+    requested."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """Most likely (token id, log-probability), best first."""
+
+
+class DraftCounts(Struct, array_like=True):
+    """Statistics on the drafts of one request."""
+
+    num_verified: int = 0
+    """Number of steps that verified a draft of the request."""
+    drafted: Counts = {}
+    """Number of draft tokens by (source, place in the draft, from 1)."""
+    accepted: Counts = {}
+    """Number of accepted draft tokens, by the same keys."""
+
+    def copy(self) -> DraftCounts:
+        """Return the present counts, which do not change with the request."""
+        return DraftCounts(self.num_verified, {**self.drafted}, {**self.accepted})
+
+    def count(self, source: str, num_drafted: int, num_accepted: int) -> None:
+        """Count one draft with ``num_accepted`` accepted tokens at its beginning."""
+        self.num_verified += 1
+        for counts, number in ((self.drafted, num_drafted), (self.accepted, num_accepted)):
+            for place in range(1, number + 1):
+                counts[source, place] = counts.get((source, place), 0) + 1
+
+
+class Timings(NamedTuple):
+    """Times of one request in seconds, or None if not reached yet."""
+
+    queue_s: float | None
+    """Time from submission until its first tokens were scheduled."""
+    ttft_s: float | None
+    """Time from submission until its first token."""
+    e2e_s: float | None
+    """Time from submission until it finished."""
+
+    def tpot_s(self, num_output_tokens: int) -> float | None:
+        """Return the mean time per output token after the first, or None before two tokens or
+        before the end."""
+        if self.e2e_s is None or self.ttft_s is None or num_output_tokens < 2:
+            return None
+        return (self.e2e_s - self.ttft_s) / (num_output_tokens - 1)
+
+
+class Transferred(NamedTuple):
+    """Statistics on transfers between engines for one request."""
+
+    tokens: int
+    """Number of tokens of KV that were loaded into the cache. 0 if the prefix did not arrive
+    completely."""
+    needed_bytes: int
+    """Bytes of that KV and of its state."""
+    wire_bytes: int
+    """All bytes sent and received, including messages and incomplete transfers."""
+
+
+class Answer:
+    """Everything that was generated for one request so far. It only grows, so that the outputs of
+    earlier steps stay as they are."""
+
+    __slots__ = ("logprobs", "prompt", "prompt_logprobs", "text", "tokens")
+
+    def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
+        self.prompt = prompt
+        self.tokens = np.empty(64, np.int32)
+        """Generated tokens, and room for further ones."""
+        self.text: list[str] = []
+        """Pieces of the text."""
+        self.logprobs: list[SampledToken] = []
+        self.prompt_logprobs: tuple[SampledToken | None, ...] | None = None
+
+    def add(self, output: RequestOutput) -> RequestOutput:
+        """Append the new part of ``output``, which another process has sent, and return the output
+        with this answer. O(new tokens), amortised."""
+        end, new = output.num_tokens, output.new_token_ids
+        if end > len(self.tokens):
+            self.tokens = np.concatenate((self.tokens, np.empty(end, np.int32)))
+        self.tokens[end - len(new) : end] = new
+        if output.new_text:
+            self.text.append(output.new_text)
+        self.logprobs.extend(output.new_logprobs)
+        if output.new_prompt_logprobs is not None:
+            self.prompt_logprobs = output.new_prompt_logprobs
+        return structs.replace(output, answer=self)
+
+
+class RequestOutput(Struct, frozen=True, array_like=True):
+    """Output of one step for one request: the new part, and the whole ``answer`` so far. Other
+    processes are sent only the new part; see ``Answer.add``."""
+
+    request_id: str
+    new_token_ids: tuple[int, ...] = ()
+    """Tokens that this step generated."""
+    new_text: str = ""
+    """New text that is certain: it contains no possible beginning of a stop string."""
+    new_logprobs: tuple[SampledToken, ...] = ()
+    """One per new token if the request has log-probabilities."""
+    new_prompt_logprobs: tuple[SampledToken | None, ...] | None = None
+    """Log-probabilities of the prompt, with the first tokens only. See ``prompt_logprobs``."""
+    num_tokens: int = 0
+    """Number of tokens generated so far."""
+    num_chars: int = 0
+    """Length of the text so far."""
+    cached_len: int = 0
+    """Number of prompt tokens that were not computed."""
+    losses: Losses | None = None
+    """Number of other prompt tokens by loss cause; with ``cached_len`` they sum to the prompt. None
+    if the request ended before it was scheduled."""
+    finish_reason: FinishReason | None = None
+    """None if the request goes on."""
+    failure: WireError | None = None
+    """Reason of ``finish_reason`` "error", else None."""
+    timings: Timings = Timings(None, None, None)
+    num_preemptions: int = 0
+    """Number of times that the request gave up its memory for an older one."""
+    drafts: DraftCounts | None = None
+    """None if no step could have drafts."""
+    transferred: Transferred | None = None
+    """None if no other engine was involved."""
+    answer: Any = None
+    """The ``Answer`` so far. Other processes are sent None."""
+
+    @property
+    def prompt_token_ids(self) -> npt.NDArray[np.int32]:
+        """Tokens of the prompt, int32[n]."""
+        return self.answer.prompt  # type: ignore[no-any-return]
+
+    @property
+    def output(self) -> npt.NDArray[np.int32]:
+        """All generated tokens, int32[m]: a view that is never overwritten."""
+        return self.answer.tokens[: self.num_tokens]  # type: ignore[no-any-return]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All generated tokens."""
+        return [int(token) for token in self.output]
+
+    @property
+    def text(self) -> str:
+        """All text that is certain. O(its length)."""
+        return "".join(self.answer.text)[: self.num_chars]
+
+    @property
+    def logprobs(self) -> list[SampledToken] | None:
+        """One per generated token, or None if not requested."""
+        return self.answer.logprobs[: self.num_tokens] or None
+
+    @property
+    def prompt_logprobs(self) -> tuple[SampledToken | None, ...] | None:
+        """One per prompt token, None for the first; set from the first token on if the request has
+        them."""
+        return self.answer.prompt_logprobs  # type: ignore[no-any-return]
+
+    @classmethod
+    def failed(cls, request_id: str, error: RequestError) -> RequestOutput:
+        """Return the last output of a request that failed with ``error``."""
+        return cls(request_id, finish_reason="error", failure=error.to_wire())
+
+    @property
+    def error(self) -> str | None:
+        """Short reason of ``finish_reason`` "error", else None."""
+        return None if self.failure is None else self.failure.message
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the request has ended."""
+        return self.finish_reason is not None
+
+
+def begin_of(text: str, mark: str) -> int:
+    """Return the first position from which the rest of ``text`` may begin ``mark``; the end of the
+    text if there is none."""
+    at = text.find(mark[0], max(0, len(text) - len(mark) + 1))
+    while at >= 0 and not mark.startswith(text[at:]):
+        at = text.find(mark[0], at + 1)
+    return at if at >= 0 else len(text)
+
+
+class TextStream:
+    """Converts the tokens of one request to text, which is cut before the first stop string.
+
+    Text that may be the beginning of a stop string is held back, so that no text is ever retracted.
+
+    >>> from engine.text.tokenizer import StreamDecoder
+    >>> pieces = [b"so ", b"</e", b"n ", b"</end> x"]
+    >>> stream = TextStream(StreamDecoder(lambda token, _: pieces[token]), ["</end>"])
+    >>> [stream.push(token) for token in range(4)]
+    [('so ', False), ('', False), ('</en ', False), ('', True)]
+    """
+
+    __slots__ = ("_decoder", "_held", "_keeps_stop", "_stop")
+
+    def __init__(
+        self, decoder: StreamDecoder, stop: Sequence[str] = (), keeps_stop: bool = False
+    ) -> None:
+        """``keeps_stop``: the text is cut after the stop string instead."""
+        self._decoder, self._stop, self._keeps_stop = decoder, stop, keeps_stop
+        self._held = ""
+
+    def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
+        """Return (the text that is certain now, True if a stop string was found).
+
+        Without ``may_stop`` no stop string is found. O(new text) per stop string, over an answer,
+        except for texts that repeat its beginning.
+        """
+        new = self._decoder.push(token_id)
+        return self._read(new) if self._stop and may_stop else (new, False)
+
+    def flush(self) -> tuple[str, bool]:
+        """Return (the text held back, True if it contains a stop string), after the last token."""
+        new = self._decoder.flush()
+        if not self._stop:
+            return new, False
+        text, has_stopped = self._read(new)
+        return text if has_stopped else text + self._held, has_stopped
+
+    def _read(self, new: str) -> tuple[str, bool]:
+        text, self._held = self._held + new, ""
+        stops = [stop for stop in self._stop if stop[0] in text]
+        found = [(at, len(stop), stop) for stop in stops if (at := text.find(stop)) >= 0]
+        if found:
+            start, _, stop = min(found)
+            return text[:start] + stop * self._keeps_stop, True
+        cut = min((begin_of(text, stop) for stop in stops), default=len(text))
+        self._held = text[cut:]
+        return text[:cut], False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +277,10 @@ class TextDelta:
     """Next part of the answer."""
 
     text: str
+
+
+MAX_NAME = 256
+"""Maximum length of a tool's name; a call with a longer one is text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,49 +329,25 @@ BROKEN = "A call of a tool was left in the text, because "
 Finish = FinishReason | Literal["tool_calls"]
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerForm:
-    """Form in which a model writes reasoning and tool calls."""
-
-    thinks: bool
-    offers_tools: bool
-    """True if the template shows tools to the model."""
-    calls: CallForm | None
-    """Form of the model's calls, or None if it makes none or their form is not supported."""
-
-    @classmethod
-    @lru_cache(maxsize=4)
-    def of(cls, template: str) -> AnswerForm:
-        """Return the form for the source of a chat template. O(len(template)) for a new one."""
-        offers_tools = "tools" in template
-        # The last mark of the first form is in no template of the second.
-        forms = (form for form in (XML, HERMES) if offers_tools and form.marks[-1] in template)
-        return cls(CLOSE in template, offers_tools, next(forms, None))
-
-
 class AnswerReader:
     """Reads the text of one answer as it grows. The events do not depend on the pieces in which the
-    text arrives."""
+    text arrives. Calls of tools are text, unless a ``CallForm`` made the reader."""
 
     def __init__(
         self,
-        form: AnswerForm,
+        thinks: bool,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
         is_thinking: bool = False,
         starts_text: bool = True,
         is_single: bool = False,
         end_token_ids: Container[int] = (),
     ) -> None:
-        """``tools``: tools with calls that are read, or None to treat calls as text. Without any
-        tool, every call is text with a warning. ``is_thinking``: the prompt ends inside reasoning.
-        ``starts_text``: False if the answer continues a text, so that its first white space counts.
-        ``is_single``: the answer is read only up to the end of its first call. ``end_token_ids``:
-        tokens with which the model ends its answer."""
-        self._calls = form.calls if tools is not None else None
-        self._functions = {f["name"]: f for tool in tools or () if (f := tool["function"])}
-        self._thinks = form.thinks
-        self.is_thinking = form.thinks and is_thinking
+        """``thinks``: the model may write reasoning. ``is_thinking``: the prompt ends inside
+        reasoning. ``starts_text``: False if the answer continues a text, so that its first white
+        space counts. ``is_single``: the answer is read only up to the end of its first call.
+        ``end_token_ids``: tokens with which the model ends its answer."""
+        self._thinks = thinks
+        self.is_thinking = thinks and is_thinking
         """True if the next text is reasoning, as far as is known."""
         self._has_thoughts = self.is_thinking and not starts_text
         """True if the prompt or an event has a part of the reasoning."""
@@ -217,9 +439,11 @@ class AnswerReader:
                 self._rest, self.is_thinking = begin.removeprefix(OPEN), True
         if self.is_thinking:
             yield from self._read_reasoning()
-        if self._calls is not None:
-            yield from self._read_calls(self._calls)
-        while self._calls is None:
+        yield from self._read_text()
+
+    def _read_text(self) -> Iterator[Event | None]:
+        """Read the text after the reasoning."""
+        while True:
             if self._rest:
                 yield TextDelta(self._rest)
                 self._rest = ""
@@ -252,217 +476,42 @@ class AnswerReader:
             yield None
         self._rest = self._rest.lstrip()
 
-    def _read_calls(self, form: CallForm) -> Iterator[Event | None]:
-        """Read text and calls. White space around a call is not text."""
-        begins, num_retries, has_calls = any_of(form.marks), MAX_RETRIES, False
-        while True:
-            found = begins.search(self._rest)
-            text = self._rest[: found.start()].rstrip() if found else self._certain(form.marks)
-            if text:
-                yield TextDelta(text)
-            self._rest = self._rest[len(text) :]
-            if found is None:
-                if self._is_whole and not has_calls and self._rest:
-                    yield TextDelta(self._rest)
-                    self._rest = ""
-                yield None
-                continue
-            start = found.start() - len(text)
-            parsed, end = yield from self._parse_call(form, start, found.end() - len(text))
-            if isinstance(parsed, Call) and parsed.name not in self._functions:
-                unknown = f"no tool {parsed.name[:MAX_NAME]!r} was offered"
-                parsed = unknown if self._functions else "'tool_choice' is 'none'"
-            if isinstance(parsed, Call):
-                has_calls = True
-                yield ToolCall(parsed.name, json.dumps(parsed.arguments, ensure_ascii=False))
-                self._rest = self._rest[start + parsed.end :]
-                while self._may_begin(CALL_CLOSE):
-                    yield None
-                behind = self._rest.lstrip()
-                is_part = self._is_cut and CALL_CLOSE.startswith(behind)
-                self._rest = "" if is_part else behind.removeprefix(CALL_CLOSE)
-                continue
-            self.warning = self.warning or parsed
-            self._is_broken_off = self._is_cut
-            # It is text up to the next mark.
-            breaks = any_of((CALL_CLOSE, *form.marks))
-            mark = breaks.search(self._rest, start + 1, end) if num_retries else None
-            if mark is not None:
-                num_retries -= 1
-                end = mark.end() if mark.group() == CALL_CLOSE else mark.start()
-            broken = self._rest[:end].rstrip()
-            yield TextDelta(broken)
-            self._rest = self._rest[len(broken) :]
 
-    def _parse_call(
-        self, form: CallForm, start: int, at: int
-    ) -> Generator[None, None, tuple[Call | str, int]]:
-        """Return the call at ``start`` of the rest, or the reason why there is none, and the end of
-        the text that it was read from. Its mark ends ``at``. Yields None where more is needed."""
-        marks, tried = (*form.ends, *form.marks), 0
-        ends, longest = any_of(marks), max(map(len, marks))
-        while True:
-            end = ends.search(self._rest, at)
-            if end is not None:
-                at = end.end()
-                if at - start >= GROWTH * tried:
-                    tried = at - start
-                    parsed = form.parse(self._rest[start:at], self._functions, False)
-                    if parsed is not None:
-                        return parsed, at
-            elif self._is_whole:
-                parsed = form.parse(self._rest[start:], self._functions, not self._is_cut)
-                return parsed or BROKEN_OFF, len(self._rest)
-            else:
-                at = max(at, len(self._rest) - longest)
-                yield None
+class CallForm(ABC):
+    """Form in which a model writes calls of tools, which are described as in OpenAI's API."""
 
-
-MAX_NAME = 256
-"""Maximum length of a name; a longer one is not a call."""
-MAX_RETRIES = 8
-"""Maximum number of broken calls of an answer that are searched for calls again, so that an answer
-is read in linear time."""
-GROWTH = 1.125
-"""Factor by which a call must grow before it is parsed again, so that it is read in linear time."""
-FUNCTION, END_FUNCTION = "<function=", "</function>"
-PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
-BROKEN_OFF = "it breaks off"
-NOT_JSON = "it is not a JSON object with a name and arguments"
-MALFORMED = "it is not written as a function with parameters"
-MAX_SCHEMAS = 64
-"""Maximum number of schemas that are searched for the types of one parameter."""
-
-
-class Call(NamedTuple):
-    """A call that was read."""
-
-    name: str
-    arguments: dict[str, Any]
-    end: int
-    """End of the call in the text."""
-
-
-Parsed = Call | str | None
-"""A call, the reason why it cannot be made, or None if it is not complete."""
-Functions = Mapping[str, Mapping[str, Any]]
-"""Offered tools by name."""
-
-
-@dataclass(frozen=True, slots=True)
-class CallForm:
-    """Form in which a model writes calls."""
-
-    name: Literal["hermes", "xml"]
     marks: tuple[str, ...]
-    """Marks with which a call begins."""
-    ends: tuple[str, ...]
-    """Marks with which a call may end."""
-    parse: Callable[[str, Functions, bool], Parsed]
-    """Function that reads the call at the beginning of a text. The last argument is True if the
-    answer ends behind it."""
+    """Texts with which a call begins."""
 
+    @abstractmethod
+    def reader(self, tools: Sequence[Mapping[str, Any]], **options: Any) -> AnswerReader:
+        """Return a reader of calls of ``tools``; without any, every call is text with a warning.
+        ``options`` are those of ``AnswerReader``. Raises ValueError if a name cannot be written."""
 
-def _parse_hermes(text: str, functions: Functions, is_end: bool) -> Parsed:
-    """Read a call of Hermes, Qwen3 and the built-in model:
-    ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``."""
-    start = len(text) - len(text.removeprefix(CALL_OPEN).lstrip())
-    if not text.startswith("{", start):
-        return NOT_JSON if text[start:] else None
-    try:
-        end = _JSON.raw_decode(text, start)[1]
-        call = read_json(text[start:end])  # It is stricter.
-        name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
-        arguments = read_json(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        in_string = any(not string["end"] for string in _STRING_PARTS.finditer(text, start))
-        return None if in_string or not text.endswith((CALL_OPEN, CALL_CLOSE)) else NOT_JSON
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        return NOT_JSON
-    return Call(name, arguments, end)
+    @abstractmethod
+    def grammar(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        choice: str = "required",
+        *,
+        in_parallel: bool = True,
+        text: Callable[[], Grammar] | None = None,
+    ) -> Grammar:
+        """Return the grammar of an answer that must call a tool, or several if ``in_parallel``, or
+        must be a ``text`` of this grammar in Lark.
 
+        ``choice`` is "required", or the name of the tool to call. With ``text``, arguments are any
+        object unless the tool is ``strict``. Raises GrammarError if no tool has this name, or the
+        schema of one cannot be used.
+        """
 
-_JSON = json.JSONDecoder()
-_STRING_PARTS = re.compile(r'"(?:[^"\\]|\\.)*+(?P<end>"?)', re.DOTALL)
-"""A string of JSON, or its beginning up to the end of the text."""
+    @abstractmethod
+    def free_grammar(
+        self, tools: Sequence[Mapping[str, Any]], *, may_think: bool = False
+    ) -> Grammar:
+        """Return the grammar of an answer that is free except for calls.
 
-
-def _parse_xml(text: str, functions: Functions, is_end: bool) -> Parsed:
-    """Read a call of Qwen3-Coder and Qwen3.5: ``<tool_call><function=NAME>``, then a
-    ``<parameter=NAME>`` per argument with its value on separate lines, and closing tags."""
-    head = _HEAD.match(text)
-    if head is None:
-        return None if _HEAD_BEGIN.fullmatch(text) else MALFORMED
-    name, at, arguments = head[1].strip(), head.end(), dict[str, Any]()
-    named = (functions.get(name, {}).get("parameters") or {}).get("properties")
-    schemas = named if isinstance(named, Mapping) else {}
-    while found := _PARAMETER.match(text, at):
-        if found["end"] is None:
-            return None
-        value, key = found["value"].removeprefix("\n").removesuffix("\n"), found["name"].strip()
-        arguments[key] = _typed(value, json_types(schemas.get(key)))
-        at = found.end("end") if found["end"] == END_PARAMETER else found.start("end")
-    end = _END.match(text, at)
-    assert end is not None, "white space always matches"
-    if end["tag"] is None and end.end() < len(text):
-        return None if _PARAMETER_BEGIN.fullmatch(text, at) else MALFORMED
-    if end["tag"] is None and not is_end:
-        return None
-    has_own_end = end["tag"] in (END_FUNCTION, None)
-    return Call(name, arguments, end.end() if has_own_end else end.start("tag"))
-
-
-_HEAD = re.compile(
-    rf"(?:{CALL_OPEN}\s{{0,{MAX_NAME}}})?{FUNCTION}(\s*[^<>\s][^<>\n]{{0,{MAX_NAME - 1}}})>"
-)
-_HEAD_BEGIN = re.compile(rf"{CALL_OPEN}\s*|(?:{CALL_OPEN}\s*)?{FUNCTION}[^<>\n]{{0,{MAX_NAME}}}")
-_PARAMETER = re.compile(
-    rf"\s*{PARAMETER}(?P<name>\s*[^<>\s][^<>\n]{{0,{MAX_NAME - 1}}})>"
-    rf"(?P<value>.*?)(?:(?P<end>{END_PARAMETER}|{END_FUNCTION}|{PARAMETER})|\Z)",
-    re.DOTALL,
-)
-_PARAMETER_BEGIN = re.compile(rf"\s*{PARAMETER}[^<>\n]{{0,{MAX_NAME}}}")
-_END = re.compile(rf"\s*(?P<tag>{END_FUNCTION}|{CALL_CLOSE}|{CALL_OPEN}|{FUNCTION})?")
-
-
-HERMES = CallForm("hermes", (CALL_OPEN,), (CALL_CLOSE,), _parse_hermes)
-XML = CallForm("xml", (CALL_OPEN, FUNCTION), (CALL_CLOSE, END_FUNCTION), _parse_xml)
-
-
-def json_types(schema: Any) -> set[str]:
-    """Return the JSON types that ``schema`` names, or ``string`` if it names none."""
-    found, schemas = set[str](), [schema]
-    for one in itertools.islice(schemas, MAX_SCHEMAS):
-        if isinstance(one, Mapping):
-            kind = one.get("type", "object" if "$ref" in one else None)
-            kinds = kind if isinstance(kind, list) else [kind]
-            found.update(each for each in kinds if isinstance(each, str))
-            for many in ("anyOf", "oneOf", "allOf"):
-                if isinstance(one.get(many), list):
-                    schemas.extend(one[many])
-    return found or {"string"}
-
-
-_WORDS = {"true": True, "false": False, "null": None, "none": None}
-"""Values as models write them, also in the form of Python."""
-_KINDS = {
-    NoneType: {"null"},
-    bool: {"boolean"},
-    int: {"integer", "number"},
-    float: {"number"},
-    str: {"string"},
-    list: {"array"},
-    dict: {"object"},
-}
-
-
-def _typed(text: str, types: set[str]) -> Any:
-    """Return a value of one of ``types``, or the text if it is not such JSON."""
-    word = text.strip().lower()
-    if types == {"string"}:
-        return text
-    try:
-        value = _WORDS[word] if word in _WORDS else read_json(text.strip())
-    except ValueError:
-        return text
-    return value if "string" not in types or _KINDS[type(value)] & types else text
+        Each call names a tool and has arguments that match its schema, or any object if the tool is
+        not ``strict``. ``may_think``: the answer may begin with reasoning. Raises GrammarError if
+        the schema of a strict tool cannot be used.
+        """

@@ -34,7 +34,7 @@ from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
-from engine.text.outputs import RequestOutput
+from engine.text.answers import RequestOutput
 from experiments.gpu import interpreter
 from experiments.gpu.models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
 from experiments.provenance import code_hash, resumed

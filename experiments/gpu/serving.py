@@ -39,7 +39,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.runner.steps import Graphs
 from engine.schedule.report import StepReport
-from engine.text.outputs import RequestOutput
+from engine.text.answers import RequestOutput
 from experiments.benchmarks.serving import (
     Load,
     Targets,

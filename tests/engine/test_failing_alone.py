@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from engine import Engine, RequestOutput, SamplingParams
-from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
 from engine.schedule.scheduler import Batch
+from engine.text.grammar import Grammar
 from engine.text.tokenizer import HFTokenizer
 from hybridcache import Lease
 from hybridcache.tokens import Tokens

@@ -8,7 +8,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.outputs import TextStream
+from engine.text.answers import TextStream
 from engine.text.tokenizer import HFTokenizer, StreamDecoder
 
 letters = st.text("abé", max_size=40)

@@ -16,7 +16,7 @@ from engine.requests.logit_rules import FREE, Penalties
 from engine.requests.request import Intake, RequestSpec, SamplingInput, SamplingParams
 from engine.runner import sampler
 from engine.runner.sampler import Sampler, uniform
-from engine.text.outputs import NO_TOKEN
+from engine.text.answers import NO_TOKEN
 
 VOCAB = 67
 NONE = np.empty(0, dtype=np.int32)

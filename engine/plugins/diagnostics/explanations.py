@@ -21,8 +21,8 @@ from engine.requests.chat_prompt import said_by
 from engine.server.bodies import APIError, json_response, quoted
 from engine.server.schemas import ChatRequest, Message
 from engine.server.writers import Call, ServingContext
+from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory
-from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
 from hybridcache.api import Losses
 from hybridcache.geometry.units import counted

@@ -26,7 +26,7 @@ from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identi
 from engine.requests.request import Request, RequestSpec, SamplingParams
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.fetching import Fetch
-from engine.text.outputs import Transferred
+from engine.text.answers import Transferred
 from hybridcache.allocators.moves import Move
 from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache, LockHandle

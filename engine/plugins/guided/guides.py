@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.requests.grammar import CALL, Grammar, GrammarError, TooComplex
 from engine.requests.logit_rules import LogitRule, Mask, Ruling, before_draws
 from engine.text.bounded import BoundedMemory
+from engine.text.grammar import Grammar, GrammarError, TooComplex
 from hybridcache.command.extras import how_to_install
 from hybridcache.tokens import Tokens
 
@@ -49,10 +49,8 @@ MARK = b"\xff"
 OUR_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 ENDLESS = "NoExtensionBias"
 """The library's whole message for a grammar that has a beginning but no end."""
-TOOL = re.compile(
-    rf'^ *\d+ \| {CALL}\d+: .*?"name": {{"const": ("(?:[^"\\]|\\.)*").*\n *\^', re.MULTILINE
-)
-"""Line of a message that quotes the engine's grammar of a call, with the tool's name."""
+PART = re.compile(r"^ *\d+ \| .* // (tool ['\"].*['\"])\n *\^", re.MULTILINE)
+"""Line of a message that quotes the engine's grammar, with the comment on the part of this line."""
 
 
 SHARE, BURST_S = 0.08, 0.015
@@ -318,10 +316,10 @@ def _allowed(tried: Any) -> Mask:
 
 
 def _wrong(message: str) -> GrammarError:
-    tool, why = TOOL.search(message), reason(message)
+    part, why = PART.search(message), reason(message)
     if "increase limits." in why:  # Advice for programs that use the library.
         return TooComplex(why.partition(";")[0])
-    where = "" if tool is None else f"tool {json.loads(tool[1])!r}: "
+    where = "" if part is None else f"{part[1]}: "
     return GrammarError(f"{where}this grammar cannot be used: {why}.")
 
 

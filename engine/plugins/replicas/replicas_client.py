@@ -41,7 +41,7 @@ from engine.models import read_model
 from engine.requests.request import RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
 from engine.server.settings import ServerConfig
-from engine.text.outputs import FinishReason, RequestOutput
+from engine.text.answers import FinishReason, RequestOutput
 from engine.weights.hub import resolve_config
 from engine.worker.screen import screen_rows, screen_text
 from hybridcache.command.signals import end_by_exception

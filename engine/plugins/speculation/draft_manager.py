@@ -23,7 +23,7 @@ from engine.plugins.speculation.drafters import (
 from engine.requests.request import Request
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Draft, DraftPlanner, Segment
-from engine.text.outputs import DraftCounts
+from engine.text.answers import DraftCounts
 from hybridcache.geometry.units import counted, format_bytes
 
 MIN_REST, MAX_REST = 16, 512

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.text import answers
-from engine.text.answers import AnswerForm, AnswerReader, Event, ReasoningDelta, TextDelta, ToolCall
+from engine.plugins.tool_calls.forms import HERMES, XML, call_form
+from engine.text.answers import CallForm, Event, ReasoningDelta, TextDelta, ToolCall, joined
 
 SCHEMA = {
     "type": "object",
@@ -28,17 +28,15 @@ TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
     *({"type": "function", "function": {"name": name}} for name in "fgh"),
 ]
-HERMES = AnswerForm(thinks=True, offers_tools=True, calls=answers.HERMES)
-XML = AnswerForm(thinks=True, offers_tools=True, calls=answers.XML)
 
 
 def read(
-    form: AnswerForm, text: str, size: int | None = None, **options: Any
+    form: CallForm, text: str, size: int | None = None, **options: Any
 ) -> tuple[str, str, list[tuple[str, str]]]:
     """Return (reasoning, text, calls as (name, arguments)) of an answer read ``size`` characters at
     a time."""
     is_cut = options.pop("is_cut", False)
-    reader = AnswerReader(form, **{"tools": TOOLS} | options)
+    reader = form.reader(TOOLS, thinks=True, **options)
     size = size or max(1, len(text))
     events = [event for at in range(0, len(text), size) for event in reader.push(text[at:][:size])]
     return parts_of([*events, *reader.flush(is_cut)])
@@ -47,7 +45,7 @@ def read(
 def parts_of(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
     reasoning = text = ""
     calls: list[tuple[str, str]] = []
-    for event in answers.joined(events):
+    for event in joined(events):
         match event:
             case ReasoningDelta(more):
                 reasoning += more
@@ -176,7 +174,7 @@ def xml(name: str, **values: str) -> str:
     ],
 )  # fmt: skip
 def test_answers_are_read_the_same_in_any_pieces(
-    form: AnswerForm, text: str, expected: tuple[str, str, list[tuple[str, str]]]
+    form: CallForm, text: str, expected: tuple[str, str, list[tuple[str, str]]]
 ) -> None:
     assert read(form, text) == expected
     for size in (1, 2, 3, 7) if len(text) < 1000 else (1000,):
@@ -185,7 +183,7 @@ def test_answers_are_read_the_same_in_any_pieces(
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x")])
-def test_broken_calls_are_read_in_linear_time(form: AnswerForm, mark: str) -> None:
+def test_broken_calls_are_read_in_linear_time(form: CallForm, mark: str) -> None:
     """In quadratic time it would take more than an hour."""
     text = mark * 20_000
     assert read(form, text) == ("", text, [])
@@ -198,10 +196,10 @@ def test_broken_calls_are_read_in_linear_time(form: AnswerForm, mark: str) -> No
         (XML, xml("weather", city="Bonn", deep='{"a": 1}') + "\n" + xml("g") + xml("h", a="}")),
     ],
 )
-def test_truncated_answers_have_only_calls_with_json_arguments(form: AnswerForm, text: str) -> None:
+def test_truncated_answers_have_only_calls_with_json_arguments(form: CallForm, text: str) -> None:
     found = set()
     for cut in range(len(text) + 1):
-        reader = AnswerReader(form, tools=TOOLS)
+        reader = form.reader(TOOLS, thinks=True)
         events = [*reader.push(text[:cut]), *reader.flush(is_cut=True)]
         _, rest, made = parts_of(events)
         is_broken = reader.warning is not None
@@ -231,7 +229,7 @@ PIECES = st.sampled_from(
     st.data(),
 )
 def test_random_texts_are_read_the_same_in_any_pieces(
-    form: AnswerForm, text: str, thinking: bool, is_cut: bool, data: st.DataObject
+    form: CallForm, text: str, thinking: bool, is_cut: bool, data: st.DataObject
 ) -> None:
     options = {"is_thinking": thinking, "is_cut": is_cut}
     whole = read(form, text, **options)
@@ -243,16 +241,12 @@ def test_random_texts_are_read_the_same_in_any_pieces(
 
 
 @pytest.mark.parametrize(
-    ("source", "reader"),
+    ("source", "expected"),
     [
-        ("{{ tools }} <tool_call> <function=x> </think>", answers.XML),
-        ('{{ tools }} <tool_call>{"name"', answers.HERMES),
+        ("{{ tools }} <tool_call> <function=x> </think>", XML),
+        ('{{ tools }} <tool_call>{"name"', HERMES),
         ("{{ messages }}", None),
     ],
 )
-def test_the_form_is_recognised_in_the_template(
-    source: str, reader: answers.CallForm | None
-) -> None:
-    form = AnswerForm.of(source)
-    assert form.calls is reader
-    assert (form.thinks, form.offers_tools) == ("</think>" in source, "tools" in source)
+def test_the_form_is_recognised_in_the_template(source: str, expected: CallForm | None) -> None:
+    assert call_form(source) is expected

@@ -17,8 +17,8 @@ from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError
 from engine.messages import Ask, AskView, Compile, OpenView
 from engine.plugins.replicas.replicas_client import EngineReplica, FleetChannel
-from engine.requests.grammar import Grammar
 from engine.requests.request import RequestSpec
+from engine.text.grammar import Grammar
 from hybridcache.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)

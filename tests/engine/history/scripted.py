@@ -10,7 +10,7 @@ from typing import Any
 
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.requests.request import SamplingInput
-from engine.text.outputs import SampledToken
+from engine.text.answers import SampledToken
 from engine.text.tokenizer import HFTokenizer, Tokenizer
 from tests.engine.server.conftest import allowed
 from tests.oracle import Fingerprints, OracleDrawn, OracleRunner

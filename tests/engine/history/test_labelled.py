@@ -16,8 +16,7 @@ from engine.plugins.diagnostics.explanations import Explanations
 from engine.requests.chat_prompt import render_chat
 from engine.server.access import Tenant
 from engine.server.schemas import ChatRequest
-from engine.text.answers import AnswerForm, AnswerReader, as_message
-from engine.text.outputs import RequestOutput
+from engine.text.answers import AnswerReader, RequestOutput, as_message
 from engine.text.tokenizer import ChatTemplate, HFTokenizer
 from tests.engine.history.scripted import ScriptedEngine
 
@@ -264,15 +263,12 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[dict[str, Any], Expla
         prompt = render_chat(tokenizer, body["messages"], **parts)
         spec = structs.replace(prompt.spec, namespace=namespace)
         output = engine.answer(spec, tokenizer.encode(pair.answer))
-        reader = AnswerReader(FORM, is_thinking=prompt.is_thinking)
+        reader = AnswerReader(True, is_thinking=prompt.is_thinking)
         answer = as_message([*reader.push(output.text), *reader.flush()])
         store(explanations, name, output, body, answer, namespace)
     first, second = (explanations.memory.get(name) for name in ("first", "second"))
     assert first is not None and second is not None
     return explanations.explain(first, second), explanations
-
-
-FORM = AnswerForm(thinks=True, offers_tools=False, calls=None)
 
 
 def store(

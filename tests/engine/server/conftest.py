@@ -25,7 +25,7 @@ from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import Batch
 from engine.server.app import Server
 from engine.server.settings import ServerConfig
-from engine.text.outputs import SampledToken
+from engine.text.answers import SampledToken
 from engine.text.tokenizer import ChatTemplate, HFTokenizer
 from tests import served
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler

@@ -1,0 +1,128 @@
+"""Grammars of answers: a JSON schema, a regular expression, a choice, or a Lark or GBNF grammar.
+
+Compilation must not delay other requests, so a grammar that would take long to compile is refused
+first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from math import prod
+from typing import Any, Literal
+
+from engine.text.bounded import read_json
+
+MAX_CHARS = 256 * 1024
+"""Maximum length of a schema, of an expression, or of all choices or tools together."""
+MAX_CHOICES = 4096
+MAX_GIVEN_CHARS = 16 * 1024
+"""Maximum length of a grammar that a client has written."""
+MAX_MULTIPLE = 10_000
+"""Maximum product of the ``multipleOf`` values in a schema, without their factors of ten. The
+matcher has that many states, and the time to build them grows with the square."""
+WHITESPACE = r" |\n {0,8}"
+"""White space between the parts of a JSON answer, at most once: a blank, or a new line with its
+indent. More would let a model spend ``max_tokens`` on white space."""
+NESTED = ("%json", "%regex")
+
+
+class GrammarError(ValueError):
+    """The grammar cannot be used; the message gives the reason in one sentence."""
+
+
+class TooComplex(GrammarError):
+    """The matcher reached its limits, at the beginning of an answer or later in it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"this grammar is too complex to follow: use fewer repetitions or choices ({why})."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Grammar of a whole answer. Its constructors raise GrammarError. Equal grammars are compiled
+    once."""
+
+    kind: Literal["lark", "regex", "given"]
+    """Form of ``text``. ``lark``: llguidance's dialect of Lark; ``given``: that, or GBNF."""
+    text: str
+    end_of_reasoning: str | None = None
+    """Text that ends the reasoning before the guided part, or None if there is no reasoning."""
+
+    def __post_init__(self) -> None:
+        most = MAX_GIVEN_CHARS if self.kind == "given" else MAX_CHARS
+        if len(self.text) > most:
+            raise GrammarError(
+                f"its grammar may have at most {most} characters (got {len(self.text)})."
+            )
+
+    @classmethod
+    def of_schema(cls, schema: str | bool | Mapping[str, Any]) -> Grammar:
+        """Return the grammar of JSON that matches a schema, given as an object or as its text."""
+        if isinstance(schema, str):
+            try:
+                schema = read_json(schema)
+            except ValueError as error:
+                raise GrammarError(f"a JSON schema cannot be read: {error}.") from None
+        if not isinstance(schema, bool | Mapping):
+            raise GrammarError("a JSON schema must be an object, or the text of one.")
+        return cls("lark", f"start: {json_rule(schema, {'whitespace_pattern': WHITESPACE})}")
+
+    @classmethod
+    def of_regex(cls, regex: str) -> Grammar:
+        """Return the grammar of text that matches a regular expression as a whole."""
+        return cls("regex", regex)
+
+    @classmethod
+    def of_choices(cls, choices: Sequence[str]) -> Grammar:
+        """Return the grammar of one of the given texts. Raises GrammarError if one is empty."""
+        if not 1 <= len(choices) <= MAX_CHOICES or not all(choices):
+            raise GrammarError(f"send 1 to {MAX_CHOICES} choices, none of them empty.")
+        return cls("lark", f"start: CHOICE\nCHOICE: {' | '.join(map(quoted, choices))}")
+
+    @classmethod
+    def of_text(cls, text: str) -> Grammar:
+        """Return the grammar given in llguidance's Lark (start symbol ``start``) or in GBNF
+        (``root``). It has no nested schema or expression."""
+        if any(word in text for word in NESTED):
+            raise GrammarError(
+                f"a grammar must not contain {' or '.join(NESTED)}: use a JSON schema or a regular "
+                "expression instead."
+            )
+        return cls("given", text)
+
+
+def json_rule(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Return a Lark expression for JSON that matches ``schema``."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    _check_multiples(schema)
+    return f"%json {json.dumps({**schema, 'x-guidance': dict(options)})}"
+
+
+def _check_multiples(schema: Mapping[str, Any]) -> None:
+    """Raise GrammarError if the ``multipleOf`` values of a schema would take long to compile."""
+    multiples, parts = set[int](), list[Any]([schema])
+    for part in parts:
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, Mapping):
+            parts += part.values()
+            number = part.get("multipleOf")
+            if type(number) in (int, float) and number:
+                digits = Decimal(str(number)).normalize().as_tuple().digits
+                multiples.add(int("".join(map(str, digits))))
+    if prod(multiples) > MAX_MULTIPLE:
+        raise GrammarError(
+            f"the product of the multipleOf values of a schema must be at most {MAX_MULTIPLE}, "
+            "not counting factors of ten: remove some."
+        )
+
+
+def quoted(text: str) -> str:
+    """Return ``text`` as a Lark string."""
+    return json.dumps(text, ensure_ascii=False)
