@@ -121,16 +121,27 @@ def watch(engine: EngineCore) -> Any:
 
 def load(config: EngineConfig) -> tuple[ModelRunner, Sampler, Tokenizer]:
     """Load the model, the sampler and the tokenizer named by ``config``. Imports torch."""
-    from engine.runner.build import load_runner
     from engine.runner.sampler import Sampler
 
+    runner = load_runner(config)
+    return runner, Sampler(), load_tokenizer_of(config, runner.vocab_size)
+
+
+def load_runner(config: EngineConfig) -> ModelRunner:
+    """Load the model that ``config`` names, with the parts of its plugins. Raises ModelError."""
+    from engine.runner import build
+    from engine.runner.steps import Drafts
+
+    drafts = Drafts
+    if config.uses("speculation"):
+        from engine.plugins.speculation.verification import Verification
+
+        drafts = Verification
     if config.uses("tensor_parallel"):
         from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 
-        runner: ModelRunner = LeadingRunner.start(config)
-    else:
-        runner = load_runner(config)
-    return runner, Sampler(), load_tokenizer_of(config, runner.vocab_size)
+        return LeadingRunner.start(config, drafts)
+    return build.load_runner(config, drafts=drafts)
 
 
 def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -28,13 +28,16 @@ from engine import Engine, EngineConfig
 from engine.messages import Exactness
 from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput
-from engine.schedule.scheduler import KEPT, Batch, Newest, Scheduler, Segment
+from engine.schedule.scheduler import KEPT, Batch, Scheduler, Segment
 from engine.text.answers import SampledToken
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
 from hybridcache.allocators.pools import slab_rows
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes
 from hybridcache.tokens import Indices, Tokens
+
+if TYPE_CHECKING:
+    from engine.plugins.speculation.predictor import Newest
 
 Fingerprints = npt.NDArray[np.int64]
 MASK = (1 << 62) - 1
@@ -159,7 +162,12 @@ class OracleRunner:
     def attach_tiers(self, copier: object, num_host_rows: int) -> None:
         """See ``ModelRunner``. Transfers are simulated here, and ``copier`` is ignored."""
 
-    exactness, step_state_bytes = Exactness(), 0
+    exactness, state_bytes = Exactness(), 0
+
+    @property
+    def drafts(self) -> OracleRunner:
+        """The runner itself, which also drafts."""
+        return self
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """Return the same identity for every runner of this kind."""

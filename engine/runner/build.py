@@ -20,13 +20,17 @@ from engine.runner.device import Device
 from engine.runner.loading import DTYPES, LoadedModel
 from engine.runner.memory import MemoryPlan, check_sizes
 from engine.runner.model_runner import ModelRunner, WarmUp
-from engine.schedule.scheduler import Batch, Newest, Segment
+from engine.runner.steps import Drafts
+from engine.schedule.scheduler import Batch, Segment
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.units import GIB, counted
 
 
 def load_runner(
-    config: EngineConfig, rank: Rank = ALONE, kind: type[ModelRunner] = ModelRunner
+    config: EngineConfig,
+    rank: Rank = ALONE,
+    kind: type[ModelRunner] = ModelRunner,
+    drafts: type[Drafts] = Drafts,
 ) -> ModelRunner:
     """Load the model that ``config`` names, and allocate its memory. Raises ModelError."""
     device = Device.resolve(config.device)
@@ -42,11 +46,11 @@ def load_runner(
         exactness = check_exactness(loaded) if is_checked else Exactness()
         reserved_bytes = loaded.step_state_bytes + loaded.own_state_bytes
         if warms_up:
-            reserved_bytes = measure(loaded)
+            reserved_bytes = measure(loaded, drafts)
         plan = loaded.plan(page_size=config.page_size).fit(
             loaded.device, config.cache_bytes, reserved_bytes, rank
         )
-        runner = kind(loaded, plan, _max_model_len(loaded, plan))
+        runner = kind(loaded, plan, _max_model_len(loaded, plan), drafts)
         runner.exactness = exactness
         if warms_up:
             runner.warmed = warm_up(runner)
@@ -122,7 +126,7 @@ def _results(excerpt: LoadedModel) -> Iterator[tuple[str, torch.Tensor, torch.Te
 
     def step(*segments: Segment) -> torch.Tensor:
         """Return the hidden states of all tokens."""
-        token_ids, inputs = runner.step_inputs.of(Batch(segments))
+        token_ids, inputs = runner.step_inputs.of(Batch(segments), runner.drafts)
         return runner.model.forward(token_ids, inputs, runner.tensors.pools)[: inputs.num_tokens]
 
     cold = step(part(0, prompt, 0))
@@ -157,7 +161,7 @@ def warm_up(runner: ModelRunner) -> WarmUp:
     steps: list[Callable[[], object]] = [
         partial(runner.forward, batch) for batch in rehearsals(runner)
     ]
-    steps += [partial(runner.guess, newest, [1] * len(newest)) for newest in guesses(runner)]
+    steps += runner.drafts.rehearsals()
     from tqdm import tqdm  # Here, because a start without warm-up does not need it.
 
     for work in tqdm([*graphs, *steps], desc="warm-up", leave=False, disable=None):
@@ -172,7 +176,7 @@ def warm_up(runner: ModelRunner) -> WarmUp:
 
 
 @torch.inference_mode()
-def measure(loaded: LoadedModel) -> int:
+def measure(loaded: LoadedModel, drafts: type[Drafts]) -> int:
     """Measure the bytes to keep free for tables, graphs and the largest step, on the smallest
     memory.
 
@@ -183,7 +187,7 @@ def measure(loaded: LoadedModel) -> int:
     device, num_bytes = loaded.device, 0
     free_bytes = device.unused_bytes()
     longest = loaded.settings.max_model_len or loaded.config.max_len
-    runner = ModelRunner(loaded, loaded.plan(), longest)
+    runner = ModelRunner(loaded, loaded.plan(), longest, drafts)
     before = device.unused_bytes()
     for kind in captures(runner):
         for capture in kind[:1]:
@@ -193,8 +197,8 @@ def measure(loaded: LoadedModel) -> int:
             capture()
         num_bytes += (shared - device.unused_bytes()) * max(0, len(kind) - 2)
     runner.forward(next(rehearsals(runner)))
-    for newest in guesses(runner):
-        runner.guess(newest, [1] * len(newest))
+    for work in runner.drafts.rehearsals():
+        work()
     device.synchronize()
     return num_bytes + max(0, free_bytes - before) + max(0, before - device.free_bytes())
 
@@ -203,15 +207,6 @@ def captures(runner: ModelRunner) -> list[list[Callable[[], None]]]:
     """Return functions that capture each graph of each kind, largest first."""
     kinds: list[Any] = [kind for kind in runner.graphs if kind is not None]
     return [[partial(kind.capture, bucket) for bucket in kind.buckets] for kind in kinds]
-
-
-def guesses(runner: ModelRunner) -> list[list[Newest]]:
-    """Return the inputs for rehearsing a multi-token head, if there is one."""
-    slot = runner.tensors.padding_slot
-    if not runner.num_guesses or slot is None:
-        return []
-    newest = Newest(runner.table.padding_row, slot, 0, runner.max_model_len - 1)
-    return [[newest] * count for count in (4, 3, 2, 1) if count <= runner.max_running_rows]
 
 
 def rehearsals(runner: ModelRunner) -> Iterator[Batch]:

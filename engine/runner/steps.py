@@ -1,4 +1,4 @@
-"""Steps as tensors: KV rows and states of running requests, the inputs of a batch, and graphs.
+"""Steps as tensors: KV rows of running requests, the inputs of a batch, and graphs.
 
 A graph repeats captured launches on the same memory, which saves the host's work. So inputs are
 copied into buffers with fixed addresses, and sizes are rounded up to buckets. The unused entries
@@ -9,7 +9,7 @@ memory of a graph is overwritten by the next replay, so results are written to s
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,102 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.layers.blocks import (
-    DecodePart,
-    LayerInputs,
-    PrefillPart,
-    Rows,
-    StepPart,
-    VerifyPart,
-    padded_count,
-    tokens_before,
-)
+from engine.layers.blocks import DecodePart, LayerInputs, PrefillPart, Rows, StepPart, padded_count
 from engine.layers.rotary import RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.device import Device
+from engine.runner.loading import LoadedModel
 from engine.runner.memory import Memory, allocate
 from engine.schedule.scheduler import Batch, Segment
-from hybridcache.geometry.mixers import AttentionSizes
-from hybridcache.geometry.sizes import ModelSizes
 from hybridcache.tokens import Indices, Tokens
 from kernels.attention.sequences import Sequences
-from kernels.packed import Exports, Packed, running_sum
+from kernels.packed import Exports, Packed
 from kernels.upload import upload
-
-
-class RunningStates:
-    """Own slots and step slots of running sequences, as integers. The caller makes the copies.
-
-    A verification writes the state after each of its tokens into a step slot. The accepted state
-    stays there: it is displaced. The sequence's next verification reads it from there, and uses the
-    own slot, which is then unused, as one of its step slots. So a step needs one step slot for each
-    verified token. Before any other operation the state is copied back to the own slot.
-    """
-
-    def __init__(self, step_slots: Sequence[int]) -> None:
-        self._step_slots = frozenset(step_slots)
-        self._free = list(reversed(step_slots))
-        self._displaced: dict[int, int] = {}
-        """Step slot of each displaced state, by the sequence's own slot."""
-        self._verified: list[tuple[int, list[int]]] = []
-        """Own slot, which padding sequences share, and step slots in the last verification."""
-
-    def at(self, slot: int) -> int:
-        """Return the slot with the newest state of the sequence with this own slot."""
-        return self._displaced.get(slot, slot)
-
-    @property
-    def step_slots(self) -> list[list[int]]:
-        """Slots of the states after each token, for each sequence of the last verification."""
-        return [slots for _, slots in self._verified]
-
-    def take_displaced(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
-        """Return (step slot, own slot) of the displaced states, which must be copied back next,
-        without those of ``but`` and of a verification."""
-        if not self._displaced:
-            return []
-        stay = {*but, *(own for own, _ in self._verified)}
-        copies = [(step, own) for own, step in self._displaced.items() if own not in stay]
-        for step, own in copies:
-            del self._displaced[own]
-            self._free.append(step)
-        return copies
-
-    def drop_verified(self) -> None:
-        """Drop the states of the last verification, if its step failed before the commit."""
-        for own, slots in self._verified:
-            self._free += [slot for slot in slots if slot != own]
-            if own in self._displaced:
-                self._free.append(self._displaced.pop(own))
-        self._verified = []
-
-    def verify(self, sequences: Sequence[tuple[int, int]]) -> None:
-        """Assign ``step_slots`` to each (own slot, number of tokens). No other is displaced."""
-        for own, count in sequences:
-            last = [own] if own in self._displaced else []
-            first = len(self._free) - count + len(last)
-            assert first >= 0, "more tokens to verify than were planned"
-            self._verified.append((own, self._free[first:][::-1] + last))
-            del self._free[first:]
-
-    def take(self, counts: Sequence[int]) -> None:
-        """Accept the given number of tokens of each verified sequence."""
-        for (own, slots), count in zip(self._verified, counts, strict=True):
-            if count:
-                before, taken = self._displaced.pop(own, None), slots.pop(count - 1)
-                if taken != own:
-                    self._displaced[own] = taken
-                if before is not None:
-                    self._free.append(before)
-            self._free += [slot for slot in slots if slot != own]
-        self._verified = []
-
-    def check(self) -> None:
-        """Verify that every step slot is free, has one sequence's state, or is one token's."""
-        given = [slot for own, slots in self._verified for slot in slots if slot != own]
-        held = [*self._free, *self._displaced.values(), *given]
-        assert len(held) == len(self._step_slots) and set(held) == self._step_slots
-        assert not self._step_slots & set(self._displaced), "a step slot is used as an own slot"
 
 
 class RequestTable:
@@ -142,7 +57,6 @@ class StepInputs:
     memory: Memory
     table: RequestTable
     rotary: RotaryTable
-    running: RunningStates
     multiple: int
     tile_size: int
 
@@ -150,7 +64,7 @@ class StepInputs:
     def _device(self) -> torch.device:
         return self.table.device.device
 
-    def of(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
+    def of(self, batch: Batch, drafts: Drafts) -> tuple[torch.Tensor, LayerInputs]:
         """Return token ids ``[num_rows]`` and all other inputs of the layers."""
         decodes, verified, prefills = list[Segment](), list[Segment](), list[Segment]()
         tokens, positions, indices = list[Tokens](), list[Tokens](), list[Indices]()
@@ -169,7 +83,7 @@ class StepInputs:
         if decodes:
             parts.append(DecodePart(*self._sequences(decodes)))
         if verified:
-            parts.append(self._verify_part(verified))
+            parts.append(drafts.part(verified))
         if prefills:
             parts.append(self._prefill_part(prefills))
         step = LayerInputs(
@@ -181,21 +95,6 @@ class StepInputs:
             parts=parts,
         )
         return upload(token_ids, torch.int64, device), step
-
-    def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
-        lengths = [len(segment.token_ids) for segment in segments]
-        rows = [segment.row for segment in segments for _ in segment.token_ids]
-        kv_lens = [end for s in segments for end in range(s.start + 1, s.end + 1)]
-        steps = [slot for slots in self.running.step_slots for slot in slots]
-        sequences, slots = self._sequences(segments)
-        return VerifyPart(
-            packed=Packed.from_lengths(lengths, self._device),
-            sequences=sequences,
-            tokens=Sequences.of(rows, kv_lens, self._device),
-            slots=slots,
-            step_slots=upload(steps, torch.int32, self._device),
-            before=upload(tokens_before(lengths, sum(lengths)), torch.int64, self._device),
-        )
 
     def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
         lengths = [len(segment.token_ids) for segment in segments]
@@ -220,9 +119,8 @@ class StepInputs:
     def _sequences(self, segments: Sequence[Segment]) -> tuple[Sequences, torch.Tensor]:
         """Return the sequences of ``segments``, and the slots of their states: int32."""
         rows, ends = [one.row for one in segments], [one.end for one in segments]
-        slots = [self.running.at(one.slot) for one in segments if one.slot is not None]
-        sequences = Sequences.of(rows, ends, self._device)
-        return sequences, upload(slots, torch.int32, self._device)
+        slots = [one.slot for one in segments if one.slot is not None]
+        return Sequences.of(rows, ends, self._device), upload(slots, torch.int32, self._device)
 
 
 Replay = Callable[[], None]
@@ -435,117 +333,53 @@ class PrefillGraphs:
             residual.copy_(stream)
 
 
-NATIVE_SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64)
-"""Numbers of tokens, including every length of one sequence with drafts of default length."""
-
-
-def verify_buckets(
-    model: Decoder, table: RequestTable, sizes: ModelSizes, *, max_verified: int, is_native: bool
-) -> list[Bucket]:
-    """Return the buckets of ``VerifyGraphs``, largest first, for up to ``max_verified`` tokens of
-    sequences with drafts, and sequences without.
-
-    Native kernels need one KV bound, Triton kernels sizes for which each attention is one chunk.
-    """
-    max_running, max_model_len = table.padding_row, table.host.shape[1]
-    if is_native:
-        return [(size, max_model_len) for size in NATIVE_SIZES[::-1]]
-    kernels = model.build.kernels
-    heads = [(m.num_heads, m.head_dim) for m in sizes.mixers if isinstance(m, AttentionSizes)]
-    counts = [4]
-    while counts[-1] < max_verified + max_running - 1:
-        counts.append(2 * counts[-1])
-    return [
-        (count, bound)
-        for count in counts[::-1]
-        for bound in up_to(max_model_len, KV_BOUNDS)[::-1]
-        if all(kernels["attention"].is_one_chunk(count, bound, *each) for each in heads)
-    ]
-
-
-class VerifyGraphs(DecodeGraphs):
-    """Graphs of steps of decodes, some with drafts, for any number of sequences.
-
-    Kernels read the start and length of each sequence from memory. A sequence without drafts has
-    one token, and its state is updated in its own slot. Triton kernels are launched for bounds: KV
-    lengths up to a bucket's, sequences of at most ``longest`` tokens, and all tokens in one chunk
-    of attention (`kernels.attention.splits.is_one_chunk`). Padding sequences keep these bounds.
-    """
-
-    def __init__(
-        self,
-        model: Decoder,
-        forward: Forward,
-        inputs: StepInputs,
-        record: Record,
-        buckets: Sequence[Bucket],
-        longest: int,
-    ) -> None:
-        """``buckets``: of ``verify_buckets``. ``longest``: most tokens of a sequence."""
-        self._running, self._longest = inputs.running, longest
-        most = buckets[0][0]
-        tokens = np.zeros((5, most), np.int64)
-        """Id, position and KV index of each token, one if it is not padding, and the index of the
-        token before it."""
-        # Rows of a multiple of 16 bytes, because kernels are compiled for aligned tables.
-        tables = np.zeros((7, padded_count(most + 1, 4)), np.int32)
-        """Slot of the state after each token, its row and KV length; row, KV length and slot of
-        each sequence; start of each sequence."""
-        super().__init__(model, forward, inputs, record, buckets, tokens, tables)
-
-    def _fill(self, segments: Sequence[Segment], size: int) -> None:
-        tokens, tables = self._host_tables
-        memory, host = self._memory, self._table.host
-        step_slots = iter(self._running.step_slots)
-        lengths = [len(segment.token_ids) for segment in segments]
-        firsts = running_sum(lengths)
-        for b, segment in enumerate(segments):
-            own = slice(firsts[b], firsts[b + 1])
-            tokens[0, own] = segment.token_ids
-            tokens[1, own] = np.arange(segment.start, segment.end)
-            tokens[2, own] = host[segment.row, segment.start : segment.end]
-            slot = segment.slot or 0
-            tables[0, own], tables[1, own] = slot, segment.row
-            if segment.num_drafts and memory.states:
-                tables[0, own] = next(step_slots)
-            tables[3:6, b] = segment.row, segment.end, self._running.at(slot)
-        count, slot, live = firsts[-1], memory.padding_slot or 0, len(segments)
-        row = self._table.padding_row
-        tokens[3, :count], tokens[4, :count] = 1, tokens_before(lengths, size)
-        for part, padding in zip(tokens, (0, 0, memory.padding_row, 0, 0), strict=True):
-            part[count:size] = padding
-        tables[0, count:size], tables[1, count:size] = slot, row
-        tables[2, :size] = tokens[1, :size] + 1
-        for part, padding in zip(tables[3:6], (row, 1, slot), strict=True):
-            part[live:size] = padding
-        added = _in_pieces(size - count, self._longest)
-        tables[4, live : live + len(added)] = added
-        firsts = running_sum([*lengths, *added])
-        tables[6, : len(firsts)] = firsts
-        tables[6, len(firsts) : size + 1] = size
-
-    def _part(self, size: int, bounded: Callable[..., Sequences]) -> Callable[[], StepPart]:
-        tables = self._tables[1]
-        step_slots, token_rows, token_kv_lens, rows, kv_lens, slots = tables[:6, :size].unbind()
-        bounds = _in_pieces(size, self._longest)
-        bounds += [0] * (size - len(bounds))
-        packed = Packed.from_lengths(bounds, tables.device)
-        packed = replace(packed, cu_seqlens=tables[6, : size + 1])
-        sequences, tokens = bounded(rows, kv_lens), bounded(token_rows, token_kv_lens)
-        before = self._tables[0][4, :size]
-        part = VerifyPart(packed, sequences, tokens, slots, step_slots, before)
-        return lambda: part
-
-
-def _in_pieces(num_tokens: int, longest: int) -> list[int]:
-    """Split a number of tokens into lengths of at most ``longest``."""
-    whole, rest = divmod(num_tokens, longest)
-    return [longest] * whole + [rest] * (rest > 0)
-
-
 class Graphs(NamedTuple):
     """Graphs of each kind of step, or None for steps that are launched kernel by kernel."""
 
     decodes: DecodeGraphs | None = None
-    verifies: VerifyGraphs | None = None
+    verifies: DecodeGraphs | None = None
     prefills: PrefillGraphs | None = None
+
+
+Copies = Sequence[tuple[int, int]]
+"""Copies of states: (source slot, target slot)."""
+
+
+class Drafts:
+    """Part of a runner for segments with drafts; this one is for runners without any.
+
+    A verification may leave the newest state of a sequence outside the sequence's slot. It is
+    copied back before any operation but the sequence's next verification.
+    """
+
+    def __init__(self, loaded: LoadedModel, inputs: StepInputs) -> None:
+        """Called when the runner's memory is allocated. Must not keep the runner."""
+
+    def place(self, batch: Batch) -> Copies:
+        """Assign slots to the states of the next step. Returns the copies to make before it."""
+        return ()
+
+    def part(self, segments: Sequence[Segment]) -> StepPart:
+        """Return the part of a step for segments with drafts."""
+        raise NotImplementedError
+
+    def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
+        """Use the ``hidden`` states of a step. May be captured in its graph."""
+
+    def commit(self, batch: Batch, taken: Sequence[int]) -> Copies:
+        """Accept ``taken`` tokens of each segment with drafts. Returns the checkpoints to save."""
+        return ()
+
+    def settle(self) -> Copies:
+        """Return the copies after which every state is in its sequence's slot, except for a step
+        that is not committed yet."""
+        return ()
+
+    def graphs(self, forward: Forward, record: Record, *, is_native: bool) -> DecodeGraphs | None:
+        """Return graphs of decode steps with drafts. ``is_native``: recordings of native kernels.
+        Raises NotRecordableError."""
+        return None
+
+    def rehearsals(self) -> Iterable[Callable[[], object]]:
+        """Return the work of a warm-up that is not part of a step."""
+        return ()

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -228,18 +228,6 @@ def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
             rows.append(np.arange(first, end))
         offset = end
     return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-
-
-class Newest(NamedTuple):
-    """Newest token of a request, which is not computed yet, and the place of those before it."""
-
-    row: int
-    """Row in the request table."""
-    slot: int
-    """State slot."""
-    token_id: int
-    position: int
-    """Position of the token, 1 or more."""
 
 
 EMPTY = Batch(())

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from engine import EngineConfig
-from engine.runner.build import load_runner
+from engine.engine import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch, Segment
 from experiments.benchmarks import llama_cpp as rival

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
-from engine.runner.build import load_runner
+from engine.engine import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import HFTokenizer
 from experiments import texts

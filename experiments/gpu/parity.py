@@ -26,10 +26,10 @@ from msgspec.structs import asdict
 
 from engine import engine_config
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, load_runner
 from engine.requests.request import SamplingParams
 from engine.runner.backends import override_all
-from engine.runner.build import check_exactness, load_runner
+from engine.runner.build import check_exactness
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler

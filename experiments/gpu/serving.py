@@ -30,10 +30,9 @@ import numpy as np
 
 from engine import engine_config
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.engine import Engine, load_runner
 from engine.requests.request import SamplingParams
 from engine.runner.backends import override_all
-from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler

@@ -29,7 +29,7 @@ import torch
 
 from engine import Engine, SamplingParams, engine_config
 from engine.config import TILE
-from engine.runner.build import load_runner
+from engine.engine import load_runner
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
 from engine.text.tokenizer import HFTokenizer

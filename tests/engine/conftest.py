@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from engine import Engine, engine_config
+from engine.engine import load_runner
 from engine.plugins.guided import guides
 from engine.plugins.tiers.staging import MeasuredExchange
-from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from hybridcache.geometry.units import GIB
 from tests.engine.test_hits_change_nothing import HYBRID, MakeEngine

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
+from engine.engine import load_runner
 from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
 from engine.requests.request import Request
-from engine.runner.build import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.test_hits_change_nothing import HYBRID

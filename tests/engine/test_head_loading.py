@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine import engine_config
-from engine.runner.build import guesses, load_runner
+from engine.engine import load_runner
 from engine.runner.loading import Dummy, load_model
 from engine.weights.tensor_files import WeightsError
 from tests.engine.drafted import MODEL, MakeEngine, engine_with_head
@@ -28,12 +28,9 @@ def test_the_warm_up_includes_drafts(make_engine: MakeEngine) -> None:
     """Check that the warm-up drafts on padding and changes no row or state."""
     runner = make_engine("mtp:3").runner
     before = runner.tensors.rows[: runner.memory.num_kv_tokens].clone()
-    rehearsed = guesses(runner)
-    assert [len(newest) for newest in rehearsed] == [4, 3, 2, 1]
-    for newest in rehearsed:
-        assert len(runner.guess(newest, [1] * len(newest))) == len(newest)
+    assert [len(work()) for work in runner.drafts.rehearsals()] == [4, 3, 2, 1]
     assert torch.equal(runner.tensors.rows[: runner.memory.num_kv_tokens], before)
-    assert guesses(make_engine("tree").runner) == []
+    assert not make_engine("tree").runner.drafts.rehearsals()
 
 
 def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) -> None:

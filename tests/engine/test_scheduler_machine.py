@@ -18,8 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.config import OF_CACHE
 from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
+from engine.plugins.speculation.predictor import Newest
 from engine.plugins.tiers import TierConfig
-from engine.schedule.scheduler import Batch, Newest
+from engine.schedule.scheduler import Batch
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB

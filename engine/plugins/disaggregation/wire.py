@@ -206,7 +206,7 @@ class PrefixBuffer:
     """Reads and writes a runner's memory. For the thread that computes, between two steps."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._settle, self._slab_rows = runner.return_states, runner.memory.slab_rows
+        self._settle, self._slab_rows = runner.settle, runner.memory.slab_rows
         self._rows = runner.tensors.rows.view(runner.dtype)
         self.row_bytes, self.state_bytes = runner.memory.row_bytes, runner.memory.slot_bytes
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from engine.config import EngineConfig
 from engine.core import Plugin
@@ -20,6 +20,7 @@ from engine.plugins.speculation.drafters import (
     SuffixDrafter,
     TreeDrafter,
 )
+from engine.plugins.speculation.verification import Verification
 from engine.requests.request import Request
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Draft, DraftPlanner, Segment
@@ -280,9 +281,10 @@ class SpeculationPlugin(Plugin):
 
     def draft_planner(self, runner: ModelRunner, *, shares: bool) -> DraftPlanner | None:
         words, room = self.settings.drafters, self.config.num_step_states
-        self._state_bytes = runner.step_state_bytes
+        verification = cast("Verification", runner.drafts)
+        self._state_bytes = verification.state_bytes
         limit = self.settings.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
-        return Drafting.of(words, room, runner.guess, shares=shares, max_decoding=limit)
+        return Drafting.of(words, room, verification.guess, shares=shares, max_decoding=limit)
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         longest, number = self.config.drafts.max_len, self.config.num_step_states

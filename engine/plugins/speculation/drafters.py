@@ -8,8 +8,8 @@ from itertools import islice
 
 import numpy as np
 
+from engine.plugins.speculation.predictor import Newest
 from engine.requests.request import Request
-from engine.schedule.scheduler import Newest
 from engine.text.bounded import BoundedMemory
 from hybridcache.radix.tree import TOKEN_BYTES, NodeHandle, RadixNode, edge_tokens, members
 from hybridcache.tokens import EMPTY, Tokens
@@ -163,7 +163,7 @@ class SuffixDrafter(Drafter):
 
 
 Guess = Callable[[Sequence[Newest], Sequence[int]], Sequence[Tokens]]
-"""See ``ModelRunner.guess``."""
+"""See ``Verification.guess``."""
 
 
 class HeadDrafter(Drafter):

@@ -1,9 +1,8 @@
 """Tensor parallelism: the runner of rank 0 makes the other ranks, which are processes, compute
 every batch with it, and its plugin ends the engine if one of them has ended.
 
-Rank 0 sends each process ``(number, config, meeting, num_threads)``, then an ``Order`` per
-operation. A process sends None when it runs, None when its part of the model is loaded, and an
-exception when it ends.
+Rank 0 sends each process the arguments of ``_follow``, then an ``Order`` per operation. A process
+sends None when it runs, None when its part of the model is loaded, and an exception when it ends.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loading import shared_sizes
 from engine.runner.model_runner import ModelRunner
+from engine.runner.steps import Drafts
 from engine.schedule.scheduler import Batch
 from engine.weights.model_config import ModelError, read_config
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -129,7 +129,12 @@ def follow(descriptor: int) -> None:
 
 
 def _follow(
-    line: Connection, number: int, config: EngineConfig, meeting: str, num_threads: int
+    line: Connection,
+    number: int,
+    config: EngineConfig,
+    drafts: type[Drafts],
+    meeting: str,
+    num_threads: int,
 ) -> NoReturn:
     # Left over if rank 0 is killed.
     atexit.register(shutil.rmtree, Path(meeting).parent, ignore_errors=True)
@@ -139,7 +144,7 @@ def _follow(
         torch.set_num_threads(num_threads)
     device.make_current()
     group = TorchGroup(number, config.num_ranks, meeting, device)
-    runner = load_runner(config, Rank(number, config.num_ranks, group))
+    runner = load_runner(config, Rank(number, config.num_ranks, group), drafts=drafts)
     line.send(None)
     while True:
         order: Order = line.recv()
@@ -185,7 +190,7 @@ class Follower:
 class Followers:
     """Ranks 1 to ``count - 1``. They end when this is closed or collected, or this process ends."""
 
-    def __init__(self, config: EngineConfig, num_threads: int) -> None:
+    def __init__(self, config: EngineConfig, drafts: type[Drafts], num_threads: int) -> None:
         """Start the processes and wait until all run. Raises RunnerLost if one ends."""
         self._count, self._sentence = config.num_ranks, ""
         folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
@@ -193,7 +198,7 @@ class Followers:
         """Path of the file through which the ranks connect."""
         self._all = [Follower(number) for number in range(1, self._count)]
         self._end = weakref.finalize(self, _end, self._all, folder)
-        self.send((one.number, config, self.meeting, num_threads) for one in self._all)
+        self.send((one.number, config, drafts, self.meeting, num_threads) for one in self._all)
         self.wait()
 
     def wait(self) -> None:
@@ -280,7 +285,7 @@ class LeadingRunner(ModelRunner):
     """The other ranks, set when all have loaded."""
 
     @classmethod
-    def start(cls, config: EngineConfig) -> LeadingRunner:
+    def start(cls, config: EngineConfig, drafts: type[Drafts]) -> LeadingRunner:
         """Start the other ranks and load all parts. Raises ModelError or RunnerLost."""
         _, model = read_model(read_config(config.model_dir))
         shared_sizes(model, config.num_ranks)  # Raises before any process starts.
@@ -292,10 +297,10 @@ class LeadingRunner(ModelRunner):
         if device.is_cpu:
             num_threads = max(1, num_threads // config.num_ranks)
             torch.set_num_threads(num_threads)
-        followers = Followers(config, num_threads)
+        followers = Followers(config, drafts, num_threads)
         try:
             group = TorchGroup(0, config.num_ranks, followers.meeting, device)
-            runner = load_runner(config, Rank(0, config.num_ranks, group), cls)
+            runner = load_runner(config, Rank(0, config.num_ranks, group), cls, drafts)
             assert isinstance(runner, cls)
             followers.wait()
         except RunnerLost as error:

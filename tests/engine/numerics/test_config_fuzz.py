@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from engine import engine_config
-from engine.runner.build import load_runner
+from engine.engine import load_runner
 from engine.weights.model_config import ModelError
 from tests.engine.numerics.conftest import FAMILIES, Driver, make_oracle
 

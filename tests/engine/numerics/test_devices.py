@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from engine import engine_config
+from engine.engine import load_runner
 from engine.requests.logit_rules import FREE, Repeats
 from engine.requests.request import SamplingInput, SamplingParams
-from engine.runner.build import captures, guesses, load_runner, rehearsals
+from engine.runner.build import captures, rehearsals
 from engine.runner.device import Device
 from engine.runner.sampler import Sampler
 from experiments.gpu.models import write_geometry
@@ -123,8 +124,8 @@ def test_steps_compute_on_the_device(watch, tmp_path, name, options) -> None:
                 capture()
         for batch in rehearsals(runner):
             runner.forward(batch)
-        for newest in guesses(runner):
-            runner.guess(newest, [1] * len(newest))
+        for work in runner.drafts.rehearsals():
+            work()
 
 
 NUMBERS = np.arange(3)

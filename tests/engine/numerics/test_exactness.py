@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams, engine_config
+from engine.engine import load_runner
 from engine.plugins.disaggregation.wire import identity
 from engine.plugins.tiers.records import StoreError
 from engine.runner.backends import override_all
-from engine.runner.build import load_runner
 from engine.schedule.scheduler import Batch
 from kernels.attention import reference as attention
 from kernels.conv1d import reference as conv1d

@@ -12,8 +12,8 @@ import torch
 from torch.testing import assert_close
 
 from engine import engine_config
+from engine.engine import load_runner
 from engine.runner.backends import override_all
-from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError
 from experiments.gpu import interpreter

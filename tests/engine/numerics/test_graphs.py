@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from engine import engine_config
-from engine.runner.build import load_runner
+from engine.engine import load_runner
 from engine.runner.device import Device
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from kernels.attention import fused
@@ -173,7 +173,7 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
     driver = make_verify_driver(**options)
     expected = driver.verify(VERIFIED, STEPS)
     driver.reset()
-    monkeypatch.setattr("engine.runner.steps.KV_BOUNDS", (10, 40))
+    monkeypatch.setattr("engine.plugins.speculation.verification.KV_BOUNDS", (10, 40))
     recorder = Recorder()
     driver.runner.use_graphs("decode", recorder)
     graphs = driver.runner.graphs.verifies
@@ -207,7 +207,7 @@ def test_graphs_of_pieces_change_no_bit(kind, tmp_path):
 def test_graphs_do_not_keep_their_runner(tmp_path):
     """The memory of a rehearsal is free before that of the engine is allocated."""
     path = write_geometry(tmp_path, MODELS["states"])
-    options = {"device": "cpu", "load_format": "dummy", "max_model_len": 256, "cache_gib": 0.02}
+    options = OPTIONS | {"load_format": "dummy", "cache_gib": 0.02, "draft": "mtp"}
     runner = load_runner(engine_config(model=path, **options, graphs="off"))
     runner.use_graphs("all", lambda work: work)
     rows = weakref.ref(runner.tensors.rows)

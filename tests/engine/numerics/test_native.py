@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from engine import engine_config
+from engine.engine import load_runner
 from engine.runner import backends
-from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError
 from kernels.native import kernel_choices, shared_library

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from engine.plugins.disaggregation.wire import PrefixBuffer
-from engine.runner.model_runner import Predictor
-from engine.schedule.scheduler import Batch, Newest, Segment
+from engine.plugins.speculation.predictor import Newest, Predictor
+from engine.schedule.scheduler import Batch, Segment
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
@@ -200,7 +200,7 @@ def test_head_after_verification_equals_single_steps(make_head) -> None:
         batch = Batch((segment,))
         runner.forward(batch)
         runner.commit(batch, (num_accepted,))
-        head.pools[2][verified.slot] = head.pools[2][runner.running.at(verified.slot)]
+        head.pools[2][verified.slot] = head.pools[2][runner.drafts.running.at(verified.slot)]
         PrefixBuffer(runner).read_rows(np.zeros(1, np.int32))
     verified.computed_len = 35
     assert torch.equal(head.rows_of(verified, 35), head.rows_of(single, 35))

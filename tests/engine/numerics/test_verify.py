@@ -96,7 +96,7 @@ def test_state_after_rejected_tokens_is_not_saved(oracles) -> None:
         )
     )
     runner.forward(batch)
-    steps = [driver.states(slot) for slot in runner.running.step_slots[0]]
+    steps = [driver.states(slot) for slot in runner.drafts.running.step_slots[0]]
     runner.commit(batch, (1, 0))
     after = [driver.states(slot) for slot in (saved, sequences[1].slot)]
     for old, new in zip(before, after, strict=True):

@@ -13,14 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from engine import engine_config
-from engine.engine import Engine
+from engine.engine import Engine, load_runner
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import TreeDrafter
+from engine.plugins.speculation.predictor import Newest
 from engine.requests.request import SamplingParams
-from engine.runner.build import load_runner
 from engine.runner.memory import ACCELERATOR_SHARE
 from engine.runner.sampler import Drawn, Sampler
-from engine.schedule.scheduler import Newest
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.selection import is_quick
@@ -140,7 +139,7 @@ def test_guesses_at_every_position_need_no_compilation(monkeypatch, tmp_path) ->
         runner = make_engine(tmp_path, draft="mtp:3").runner
         compiled = set(launches.seen)
         for position in range(1, 70):
-            runner.guess([Newest(0, 0, 0, position)], [3])
+            runner.drafts.guess([Newest(0, 0, 0, position)], [3])
         assert launches.seen == compiled
 
 

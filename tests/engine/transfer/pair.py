@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engine import AsyncEngine, Engine, EngineConfig, RequestSpec, SamplingParams, engine_config
-from engine.runner.build import load_runner
+from engine.engine import load_runner
 from engine.runner.sampler import Sampler
 from hybridcache.policies.protocol import PromptBoundaries
 from tests.engine import test_hits_change_nothing as hits

@@ -1,0 +1,139 @@
+"""Drafts of a model's multi-token head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from engine.layers.blocks import LayerInputs, pad_rows, padded_count
+from engine.layers.prediction import PredictionHead
+from engine.models.decoder import Decoder
+from engine.runner.steps import Record, Replay, StepInputs
+from hybridcache.tokens import Tokens
+from kernels.attention.sequences import Sequences
+from kernels.upload import upload
+
+
+class Newest(NamedTuple):
+    """Newest token of a request, which is not computed yet, and the place of those before it."""
+
+    row: int
+    """Row in the request table."""
+    slot: int
+    """State slot."""
+    token_id: int
+    position: int
+    """Position of the token, 1 or more."""
+
+
+ALIGNED_COLUMNS = 16
+"""Triton compiles a kernel for strides that are a multiple of this number, and for others."""
+
+
+class Predictor:
+    """A multi-token head, the pools of its state, and separate rows for drafts."""
+
+    def __init__(self, head: PredictionHead, model: Decoder, inputs: StepInputs) -> None:
+        """The last pools of the memory are the head's; the rows after its padding row are for
+        drafts."""
+        memory, self.table, self.rotary = inputs.memory, inputs.table, inputs.rotary
+        self.model, self.head, self.pools = model, head, memory.pools[-1]
+        self.first_row = memory.padding_row + 1
+        self._row_multiple: int = model.build.kernels["linear"].ROWS
+        self._replays: dict[int, Replay] = {}
+        """Recorded passes by number of requests."""
+
+    def record(self, record: Record) -> None:
+        """Record the passes of a CPU: without Python between native calls, those of a small model
+        take a third of the time. Raises NotRecordableError; passes are then computed directly."""
+        most, length = self.table.padding_row, self.table.host.shape[1]
+        columns = torch.ones(3, most, dtype=torch.int64)
+        columns[2] = self.first_row
+        rows = torch.full((most, length), self.first_row, dtype=torch.int32)
+        before = self.pools[-1].new_zeros(most, self.pools[-1].shape[1])
+        self._kept = columns[0], before, columns[1], columns[2], rows
+        self._lengths = torch.ones(most, dtype=torch.int32)
+        self._ranks = torch.arange(most, dtype=torch.int32)
+        self._record = record
+        self._replay(self._kept, 1)
+
+    def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
+        """Write the head's rows of a step with the result ``hidden``."""
+        hidden = hidden[: len(token_ids)]
+        self.head.follow(self.model.embedding(token_ids), hidden, step, self.pools)
+
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
+        """Draft the ``most`` (1 or more) most likely tokens after each request's newest one, with
+        one pass of the head per token over all requests that still need one."""
+        order = sorted(range(len(newest)), key=lambda rank: -most[rank])
+        requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
+        device = self.table.device.device
+        tokens = upload([request.token_id for request in requests], torch.int64, device)
+        slots = upload([request.slot for request in requests], torch.int64, device)
+        before, rows = self.pools[-1][slots], self._rows(requests, wanted[0])
+        guessed = []
+        for step in range(wanted[0]):
+            count = sum(length > step for length in wanted)
+            lengths = [request.position + step for request in requests[:count]]
+            at = upload(lengths, torch.int64, device)
+            kv_indices = rows[:count].gather(1, at[:, None] - 1)[:, 0].long()
+            inputs = tokens[:count], before[:count], at, kv_indices, rows[:count]
+            if self._replays:
+                tokens, before = self._replay(inputs, count)
+            else:
+                tokens, before = self._pass(inputs, Sequences.of(range(count), lengths, device))
+            guessed.append(tokens.clone())
+        drafts = torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
+        found = dict(zip(order, drafts, strict=True))
+        return [found[rank][:length] for rank, length in enumerate(most)]
+
+    def _pass(
+        self, inputs: Sequence[torch.Tensor], sequences: Sequences
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the most likely next token of each request, and h. ``inputs``: tokens and h before
+        them, positions, rows to write, rows of each request."""
+        tokens, before, at, kv_indices, rows = inputs
+        embedded, count = self.model.embedding(tokens), len(tokens)
+        parts = at, kv_indices, rows, sequences, self.rotary, self.pools
+        hidden = self.head.draft(embedded, before, *parts)
+        padded = pad_rows(hidden, padded_count(count, self._row_multiple))
+        return self.model.head(padded)[:count].argmax(-1), hidden
+
+    def _replay(
+        self, inputs: Sequence[torch.Tensor], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute ``_pass`` by a recording, which reads lengths from memory."""
+        kept = [tensor[:count] for tensor in self._kept]
+        for own, given in zip(kept[:-1], inputs, strict=False):
+            own.copy_(given[:count])
+        kept[-1][:, : inputs[-1].shape[1]].copy_(inputs[-1][:count])
+        lengths = self._lengths[:count].copy_(kept[2])
+        if count in self._replays:
+            self._replays[count]()
+            return kept[0], kept[1]
+        ranks = self._ranks[:count]  # Kept here, because a recording uses its address.
+        sequences = Sequences(tuple(range(count)), (1,) * count, ranks, lengths)
+
+        def work() -> None:
+            for own, result in zip(kept, self._pass(kept, sequences), strict=False):
+                own.copy_(result)
+
+        self._replays[count] = self._record(work)
+        return kept[0], kept[1]
+
+    def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
+        """Return int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest
+        token, then ``depth`` separate rows for that token and the drafts."""
+        device, count = self.table.device.device, len(requests)
+        ends = [request.position - 1 for request in requests]
+        known = max(ends)
+        # Whole units of columns, because a kernel is compiled again for another alignment of rows.
+        rows = self.table.device.new_zeros(count, padded_count(known + depth, ALIGNED_COLUMNS))
+        table_rows = upload([request.row for request in requests], torch.int64, device)
+        rows[:, :known] = self.table.device[table_rows, 1 : 1 + known]
+        ahead = torch.arange(depth, device=device)
+        own = torch.arange(count, device=device)[:, None] * depth + ahead + self.first_row
+        columns = upload(ends, torch.int64, device)[:, None] + ahead
+        return rows.scatter_(1, columns, own.int())
