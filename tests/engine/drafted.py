@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import numpy as np
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.engine import load_runner
-from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
+from engine.plugins.speculation.draft_manager import Drafting
+from engine.plugins.speculation.drafters import Drafter
 from engine.requests.request import Request
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import HFTokenizer
@@ -37,7 +37,7 @@ SAMPLING = {
 }
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(Drafter):
     """Drafter of known answers: in each step the first ``num_right`` tokens are right, the others
     wrong."""
 
@@ -67,12 +67,6 @@ class ScriptedDrafter:
         draft[self.num_right(done, most) :] ^= 1
         return draft
 
-    def forget(self, request: Request) -> None:
-        pass
-
-    def reset(self) -> None:
-        pass
-
 
 def drafting_engine(
     directory: Path,
@@ -101,8 +95,7 @@ def drafting_engine(
     runner.tensors.rows.fill_(255)
     hooks: dict[str, Any] = {}
     if drafter is not None:
-        source = Source(drafter, partial(DraftLength, 5))
-        hooks["drafting"] = Drafting([source], max_verified=config.num_step_states)
+        hooks["drafting"] = Drafting([(drafter, 5)], max_verified=config.num_step_states)
     parts = {"runner": runner, "sampler": Sampler(), "tokenizer": HFTokenizer()}
     return engine_with(lambda _: hooks, config, **parts)
 

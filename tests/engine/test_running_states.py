@@ -20,19 +20,19 @@ class RunningStatesMachine(RuleBasedStateMachine):
         self.slots = dict.fromkeys((*OWN, *STEPS), 0)
         self.positions = dict.fromkeys(OWN, 0)
 
-    def return_states(self, but: set[int]) -> None:
-        for step, own in self.running.take_displaced(but):
+    def copy(self, copies: list[tuple[int, int]]) -> None:
+        for step, own in copies:
             self.slots[own] = self.slots[step]
 
     @rule(
         lengths=st.dictionaries(st.sampled_from(OWN), st.integers(2, 9), max_size=4),
+        moves=st.booleans(),
         data=st.data(),
     )
-    def verify(self, lengths: dict[int, int], data: st.DataObject) -> None:
+    def verify(self, lengths: dict[int, int], moves: bool, data: st.DataObject) -> None:
         while sum(lengths.values()) > len(STEPS):
             lengths.popitem()
-        self.return_states(set(lengths))
-        self.running.verify(list(lengths.items()))
+        self.copy(self.running.place(list(lengths.items()), moves=moves))
         written = [slot for slots in self.running.step_slots for slot in slots]
         assert len(set(written)) == len(written) == sum(lengths.values())
         for (own, length), slots in zip(lengths.items(), self.running.step_slots, strict=True):
@@ -42,13 +42,11 @@ class RunningStatesMachine(RuleBasedStateMachine):
             for step, slot in enumerate(slots):
                 self.slots[slot] = self.positions[own] + step + 1
         self.running.check()
-        self.return_states(set())  # States under verification stay in place.
+        self.copy(self.running.settle())  # States under verification stay in place.
         if data.draw(st.booleans(), label="step failed"):
-            self.running.drop_verified()
-            for own in lengths:
-                self.slots[own] = self.positions[own] = (
-                    0  # The slot belongs to another request from here on.
-                )
+            self.copy(self.running.place((), moves=moves))
+            for own in lengths:  # The slot belongs to another request from here on.
+                self.slots[own] = self.positions[own] = 0
             return
         taken = [data.draw(st.integers(0, length)) for length in lengths.values()]
         self.running.take(taken)
@@ -57,7 +55,7 @@ class RunningStatesMachine(RuleBasedStateMachine):
 
     @rule(own=st.sampled_from(OWN))
     def decode(self, own: int) -> None:
-        self.return_states(set())
+        self.copy(self.running.place((), moves=False))
         assert self.slots[own] == self.positions[own]
         self.slots[own] = self.positions[own] = self.positions[own] + 1
 

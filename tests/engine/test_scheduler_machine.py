@@ -7,7 +7,6 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.config import OF_CACHE
-from engine.plugins.speculation.draft_manager import Drafting, DraftLength, Source
+from engine.plugins.speculation.draft_manager import Drafting
+from engine.plugins.speculation.drafters import drafters_of
 from engine.plugins.speculation.predictor import Newest
 from engine.plugins.tiers import TierConfig
 from engine.schedule.scheduler import Batch
@@ -192,16 +192,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
             drafts = "scripted"  # A head needs states.
         self.drafter = ScriptedDrafter(half_right)
-        max_verified, length = 2 * (1 + draft_len), partial(DraftLength, draft_len)
-        drafting = {
-            "none": None,
-            "scripted": Drafting([Source(self.drafter, length)], max_verified=max_verified),
-            "tree": Drafting.of({"tree": draft_len}, max_verified, self.guess, shares=True),
-            "mtp": Drafting.of({"mtp": draft_len}, max_verified, self.guess, shares=True),
-            "tree,mtp": Drafting.of(
-                {"tree": 3, "mtp": draft_len}, max_verified, self.guess, shares=True
-            ),
-        }[drafts]
+        drafters = [(self.drafter, draft_len)]
+        if drafts != "scripted":
+            lengths = dict.fromkeys(drafts.split(","), draft_len)
+            lengths |= {"tree": 3} if drafts == "tree,mtp" else {}
+            drafters = drafters_of(lengths, self.guess, shares=True)
+        drafting = Drafting(drafters, max_verified=2 * (1 + draft_len))
+        drafting = drafting if drafts != "none" else None
         self.serve(make_engine(kv_tokens=64 * kv_pages, drafting=drafting, **settings))
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[np.ndarray]:
@@ -363,8 +360,7 @@ class TightMachine(SchedulerMachine):
     )
     def start(self, drafts: bool, **settings: object) -> None:
         self.drafter = ScriptedDrafter(half_right)
-        source = Source(self.drafter, partial(DraftLength, 3))
-        drafting = Drafting([source], max_verified=8) if drafts else None
+        drafting = Drafting([(self.drafter, 3)], max_verified=8) if drafts else None
         self.serve(make_engine(overlap="on", drafting=drafting, **settings))
 
     @rule(

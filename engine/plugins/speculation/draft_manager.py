@@ -6,20 +6,13 @@ settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from functools import partial
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import cast
 
 from engine.config import EngineConfig
 from engine.core import Plugin
 from engine.plugins.speculation import SpeculationConfig
-from engine.plugins.speculation.drafters import (
-    Drafter,
-    Guess,
-    HeadDrafter,
-    SuffixDrafter,
-    TreeDrafter,
-)
+from engine.plugins.speculation.drafters import WEIGHT, Drafter, GlobalAcceptance, drafters_of
 from engine.plugins.speculation.verification import Verification
 from engine.requests.request import Request
 from engine.runner.model_runner import ModelRunner
@@ -35,24 +28,8 @@ costs one to two steps."""
 FIRST_LEN = 4
 MAX_IDLE = 8
 """Maximum number of steps between two calls of a drafter that found nothing."""
-FIRST_ACCEPTANCE = 0.7
-"""Assumed acceptance before the first draft."""
 MIN_ACCEPTANCE = 0.4
 """Minimum acceptance: drafts below it cost more than they gain."""
-WEIGHT = 1 / 4
-"""Weight of the newest draft of a request. Half of it is used for the average of all requests."""
-
-
-class GlobalAcceptance:
-    """Recent acceptance of the first token of a draft, over all requests."""
-
-    __slots__ = ("right",)
-
-    def __init__(self) -> None:
-        self.right = FIRST_ACCEPTANCE
-
-    def learn(self, is_right: bool) -> None:
-        self.right += (is_right - self.right) * WEIGHT / 2
 
 
 class DraftLength:
@@ -118,13 +95,6 @@ class DraftLength:
             self._rest = min(2 * self._rest, MAX_REST)
 
 
-class Source(NamedTuple):
-    """A drafter, and the factory of its draft lengths."""
-
-    drafter: Drafter
-    make_length: Callable[[], DraftLength]
-
-
 class Drafting(DraftPlanner):
     """Calls the drafters, divides the tokens that a step may verify, and keeps draft lengths.
 
@@ -133,47 +103,26 @@ class Drafting(DraftPlanner):
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, max_verified: int, max_decoding: int | None = None
+        self,
+        drafters: Sequence[tuple[Drafter, int]],
+        *,
+        max_verified: int,
+        max_decoding: int | None = None,
     ) -> None:
-        """Make a manager for ``sources``.
+        """Make a manager for ``drafters``, with the maximum length of their drafts. They are called
+        in this order.
 
         ``max_verified``: maximum number of tokens of all requests with drafts in one step,
         including those that are not drafts. ``max_decoding``: a step in which more requests decode
         has no drafts.
         """
-        self._sources = sources
+        self._drafters = drafters
         self._max_decoding = max_decoding
-        self._ranks = {drafter.name: rank for rank, (drafter, _) in enumerate(sources)}
         self._max_verified = max_verified
-        self._lengths: dict[Request, list[DraftLength]] = {}
-        """Draft length of each source, in the order in which they are called."""
+        self._lengths: dict[Request, dict[str, DraftLength]] = {}
+        """Draft length of each drafter."""
         self._step = self._probes_from = 0
         """Number of the last step, and first step in which probes are allowed."""
-
-    @classmethod
-    def of(
-        cls,
-        words: Mapping[str, int],
-        max_verified: int,
-        guess: Guess,
-        *,
-        shares: bool,
-        max_decoding: int | None = None,
-    ) -> Drafting:
-        """Make a manager for the drafters named by ``words``, with their maximum lengths.
-
-        ``guess`` is ``ModelRunner.guess``. ``shares``: drafts may use the texts of other requests.
-        """
-        sources: list[Source] = []
-        for word, most in words.items():
-            if word == "mtp":
-                shared = GlobalAcceptance()
-                sources.append(Source(HeadDrafter(guess), partial(DraftLength, most, shared)))
-                continue
-            suffixes = SuffixDrafter(shares=shares)
-            sources.append(Source(TreeDrafter(), partial(DraftLength, most)))
-            sources.append(Source(suffixes, partial(DraftLength, most)))
-        return cls(sources, max_verified=max_verified, max_decoding=max_decoding)
 
     @property
     def requests(self) -> Set[Request]:
@@ -191,47 +140,52 @@ class Drafting(DraftPlanner):
         decoding = tuple(decoding)
         if self._max_decoding is not None and len(decoding) > self._max_decoding:
             return {}
-        wanted: dict[Request, list[int]] = {}
+        wanted: dict[Request, dict[str, int]] = {}
         for request, room in decoding:
-            lengths = [min(most, room) for most in self._due(request, self._step)]
-            if max(lengths) > 0:
+            due = self._due(request, self._step)
+            lengths = {name: min(most, room) for name, most in due.items()}
+            if max(lengths.values()) > 0:
                 wanted[request] = lengths
         return self._as_fits(self._ask(wanted)) if wanted else {}
 
-    def _ask(self, wanted: Mapping[Request, Sequence[int]]) -> dict[Request, Draft]:
-        """Return drafts for requests, with the maximum length of each source."""
+    def _ask(self, wanted: Mapping[Request, Mapping[str, int]]) -> dict[Request, Draft]:
+        """Return drafts for requests, with the maximum length of each drafter."""
         share = max(1, self._max_verified // len(wanted) - 1)
         drafts: dict[Request, Draft] = {}
-        for rank, (drafter, _) in enumerate(self._sources):
+        for drafter, _ in self._drafters:
             missing = [
-                (request, min(lengths[rank], share))
+                (request, min(lengths[drafter.name], share))
                 for request, lengths in wanted.items()
-                if lengths[rank] and request not in drafts
+                if lengths[drafter.name] and request not in drafts
             ]
             if not missing:
                 continue
             for (request, _), tokens in zip(missing, drafter.propose(missing), strict=True):
                 if not len(tokens):
-                    self._lengths[request][rank].learn(self._step, 0, 0)
+                    self._lengths[request][drafter.name].learn(self._step, 0, 0)
                     continue
                 tokens = request.possible(tokens)
                 if len(tokens):
                     drafts[request] = Draft(tokens, drafter.name)
         return drafts
 
-    def _due(self, request: Request, step: int) -> list[int]:
-        """Return the maximum number of tokens of each source in ``step``."""
+    def _due(self, request: Request, step: int) -> dict[str, int]:
+        """Return the maximum number of tokens of each drafter in ``step``."""
         if request not in self._lengths:
-            self._lengths[request] = [make() for _, make in self._sources]
+            self._lengths[request] = {
+                drafter.name: DraftLength(most, drafter.acceptance)
+                for drafter, most in self._drafters
+            }
             request.drafts = request.drafts or DraftCounts()
-        return [length.at(step, self._probes_from) for length in self._lengths[request]]
+        lengths = self._lengths[request].items()
+        return {name: length.at(step, self._probes_from) for name, length in lengths}
 
     def may_guess(self, running: Iterable[Request]) -> bool:
         """Return True if any of them may get a draft in its next step."""
         decoding = [one for one in running if one.scheduled_len >= one.prefill_len]
         if self._max_decoding is not None and len(decoding) > self._max_decoding:
             return False
-        return any(max(self._due(request, self._step + 1)) > 0 for request in decoding)
+        return any(max(self._due(one, self._step + 1).values()) > 0 for one in decoding)
 
     def _as_fits(self, drafts: dict[Request, Draft]) -> dict[Request, Draft]:
         """Return the first of ``drafts`` that fit into a step."""
@@ -240,15 +194,14 @@ class Drafting(DraftPlanner):
             room -= 1 + len(draft.tokens)
             if room >= 0:
                 fitting[request] = draft
-                rank = self._ranks[draft.source]
-                if self._lengths[request][rank].is_trying:
+                if self._lengths[request][draft.source].is_trying:
                     self._probes_from = self._step + PROBE_GAP
         return fitting
 
     def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
         """See ``DraftPlanner``. Counted are tokens of the answer: one of them is not a draft."""
         num_drafts = segment.num_drafts
-        length = self._lengths[segment.request][self._ranks[segment.drafter]]
+        length = self._lengths[segment.request][segment.drafter]
         if length.is_trying and num_accepted:
             self._probes_from = self._step + 1
         length.learn(self._step, num_drafts, num_accepted)
@@ -259,12 +212,12 @@ class Drafting(DraftPlanner):
     def forget(self, request: Request) -> None:
         """Drop the state of ``request``, which has ended."""
         self._lengths.pop(request, None)
-        for drafter, _ in self._sources:
+        for drafter, _ in self._drafters:
             drafter.forget(request)
 
     def on_cache_emptied(self, *, was_lost: bool) -> None:
         """Drop the state of ended requests."""
-        for drafter, _ in self._sources:
+        for drafter, _ in self._drafters:
             drafter.reset()
 
 
@@ -280,11 +233,12 @@ class SpeculationPlugin(Plugin):
         self.settings = config.of(SpeculationConfig)
 
     def draft_planner(self, runner: ModelRunner, *, shares: bool) -> DraftPlanner | None:
-        words, room = self.settings.drafters, self.config.num_step_states
         verification = cast("Verification", runner.drafts)
         self._state_bytes = verification.state_bytes
         limit = self.settings.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
-        return Drafting.of(words, room, verification.guess, shares=shares, max_decoding=limit)
+        drafters = drafters_of(self.settings.drafters, verification.guess, shares=shares)
+        room = self.config.num_step_states
+        return Drafting(drafters, max_verified=room, max_decoding=limit)
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         longest, number = self.config.drafts.max_len, self.config.num_step_states

@@ -3,7 +3,7 @@ multi-token head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -21,6 +21,24 @@ MAX_SEARCHED = 1 << 16
 """Maximum number of tokens of a text that are searched, the latest ones."""
 
 
+FIRST_ACCEPTANCE = 0.7
+"""Assumed acceptance before the first draft."""
+WEIGHT = 1 / 4
+"""Weight of the newest draft of a request. Half of it is used for the average of all requests."""
+
+
+class GlobalAcceptance:
+    """Recent acceptance of the first token of a draft, over all requests."""
+
+    __slots__ = ("right",)
+
+    def __init__(self) -> None:
+        self.right = FIRST_ACCEPTANCE
+
+    def learn(self, is_right: bool) -> None:
+        self.right += (is_right - self.right) * WEIGHT / 2
+
+
 class Drafter:
     """Source of drafts. A wrong draft costs time but changes no token. Every method does nothing
     unless it is overridden.
@@ -32,6 +50,8 @@ class Drafter:
     """
 
     name: str
+    acceptance: GlobalAcceptance | None = None
+    """Acceptance with which a new request starts, or None if requests do not share it."""
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
         """Return a draft for each (request, maximum number of tokens), in order: int32[d].
@@ -176,7 +196,7 @@ class HeadDrafter(Drafter):
     name = "mtp"
 
     def __init__(self, guess: Guess) -> None:
-        self._guess = guess
+        self._guess, self.acceptance = guess, GlobalAcceptance()
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
         newest = []
@@ -185,7 +205,21 @@ class HeadDrafter(Drafter):
             assert lease.state_slot is not None, "a head keeps a state"
             last = int(request.tokens[-1])
             newest.append(Newest(row, lease.state_slot, last, request.num_tokens - 1))
-        return self._guess(newest, [n for _, n in wanted]) if newest else []
+        return self._guess(newest, [n for _, n in wanted])
+
+
+def drafters_of(
+    lengths: Mapping[str, int], guess: Guess, *, shares: bool
+) -> list[tuple[Drafter, int]]:
+    """Make the drafters of the setting ``draft`` with their maximum ``lengths``. ``shares``: drafts
+    may use the texts of other requests."""
+    drafters: list[tuple[Drafter, int]] = []
+    for word, most in lengths.items():
+        if word == "mtp":
+            drafters.append((HeadDrafter(guess), most))
+        else:
+            drafters += [(TreeDrafter(), most), (SuffixDrafter(shares=shares), most)]
+    return drafters
 
 
 SIZES = (6, 3)

@@ -58,7 +58,7 @@ class RunningStates:
         """Slots of the states after each token, for each sequence of the last verification."""
         return [slots for _, slots in self._verified]
 
-    def take_displaced(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
+    def settle(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
         """Return (step slot, own slot) of the displaced states, which must be copied back next,
         without those of ``but`` and of a verification."""
         if not self._displaced:
@@ -70,22 +70,24 @@ class RunningStates:
             self._free.append(step)
         return copies
 
-    def drop_verified(self) -> None:
-        """Drop the states of the last verification, if its step failed before the commit."""
+    def place(self, verified: Sequence[tuple[int, int]], *, moves: bool) -> list[tuple[int, int]]:
+        """Assign ``step_slots`` to each (own slot, number of tokens) of the next step. Returns
+        (step slot, own slot) of the displaced states to copy back before it: all if it ``moves``
+        memory, else those that it does not verify."""
+        # The last step failed before its commit if it still has step slots.
         for own, slots in self._verified:
             self._free += [slot for slot in slots if slot != own]
             if own in self._displaced:
                 self._free.append(self._displaced.pop(own))
         self._verified = []
-
-    def verify(self, sequences: Sequence[tuple[int, int]]) -> None:
-        """Assign ``step_slots`` to each (own slot, number of tokens). No other is displaced."""
-        for own, count in sequences:
+        copies = self.settle(() if moves else dict(verified))
+        for own, count in verified:
             last = [own] if own in self._displaced else []
             first = len(self._free) - count + len(last)
             assert first >= 0, "more tokens to verify than were planned"
             self._verified.append((own, self._free[first:][::-1] + last))
             del self._free[first:]
+        return copies
 
     def take(self, counts: Sequence[int]) -> None:
         """Accept the given number of tokens of each verified sequence."""
@@ -123,16 +125,12 @@ class Verification(Drafts):
             self._predictor = Predictor(loaded.head, loaded.model, inputs)
 
     def place(self, batch: Batch) -> Copies:
-        self.running.drop_verified()
         verified = [
             (segment.slot, len(segment.token_ids))
             for segment in batch.segments
             if segment.num_drafts and segment.slot is not None
         ]
-        moves = batch.moves or batch.restores
-        copies = self.running.take_displaced(() if moves else dict(verified))
-        self.running.verify(verified)
-        return copies
+        return self.running.place(verified, moves=bool(batch.moves or batch.restores))
 
     def part(self, segments: Sequence[Segment]) -> StepPart:
         device = self._table.device.device
@@ -170,7 +168,7 @@ class Verification(Drafts):
         return saved
 
     def settle(self) -> Copies:
-        return self.running.take_displaced()
+        return self.running.settle()
 
     @torch.inference_mode()
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
