@@ -336,7 +336,7 @@ def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -
     """Draw hits, times to first token and makespan over the rate of sessions: four panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
     smallest to the largest."""
-    names = {run.config["trace"]: run.trace for run in runs}
+    names = {run.config["trace"]: run.trace_name for run in runs}
     is_clear = len(set(names.values())) == len(names)
     cells = list(dict.fromkeys((run.config["trace"], run.label, run.gib) for run in runs))
     admissions = list(dict.fromkeys(run.admission for run in runs))

@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.lab.prefix_tree import InfiniteCache, PrefixNode, grow, new_root, split, walk
+from hybridcache.lab.prefix_tree import (
+    InfiniteCache,
+    PrefixNode,
+    grow,
+    new_root,
+    nodes,
+    split,
+    walk,
+)
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.trace import Trace, TraceRequest
 
@@ -123,13 +131,7 @@ def _cut_candidates(
     """Insert a node at every depth where a checkpoint could be useful. These are the grid positions
     at or above each branch point and each end, and at or above the last position from which each
     prompt may resume."""
-    below = [*roots]
-    branch_points = []
-    while below:
-        node = below.pop()
-        below.extend(node.children.values())
-        if len(node.children) > 1:
-            branch_points.append(node)
+    branch_points = [one for root in roots for one in nodes(root) if len(one.children) > 1]
     for node in branch_points + ends:
         _cut(node, node.depth // grid * grid)
     for node, prompt_len in zip(ends, lens, strict=True):

@@ -49,6 +49,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -148,7 +149,6 @@ class MarconiCache:
         self.clock = 0
         self.flops_saved = 0.0
         self.hit_tokens = 0
-        self.num_evictions = 0
         self.roots: dict[Hashable, PrefixNode] = {}
         self.candidates: dict[PrefixNode, None] = {}
         self._wait = WINDOW + 1 if reading == "paper" else WINDOW
@@ -181,15 +181,9 @@ class MarconiCache:
     def check(self) -> None:
         """Raise AssertionError unless the bytes and the candidates match the tree. O(tree)."""
         used = 0
-        stack = list(self.roots.values())
-        while stack:
-            node = stack.pop()
+        for node in chain.from_iterable(map(nodes, self.roots.values())):
             used += len(node.tokens) * self.kv_bytes + node.has_state * self.config.state_bytes
-            stack.extend(node.children.values())
-            if node.parent is not None:
-                assert (node in self.candidates) == (len(node.children) <= 1), (
-                    "candidates are stale"
-                )
+            assert (node in self.candidates) == (len(node.children) <= 1), "candidates are stale"
         assert used == self.used_bytes, f"counted {self.used_bytes} bytes, the tree has {used}"
 
     def _match(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
@@ -265,9 +259,8 @@ class MarconiCache:
             return (node for node in self.candidates if not node.children)
         if self.reading == "paper":
             return iter(self.candidates)
-        return (
-            node for root in self.roots.values() for node in nodes(root) if len(node.children) <= 1
-        )
+        every = chain.from_iterable(map(nodes, self.roots.values()))
+        return (node for node in every if len(node.children) <= 1)
 
     def _counted(self, victim: PrefixNode, walked_last: PrefixNode) -> int:
         """Return the bytes that the reading counts as freed by evicting ``victim``."""
@@ -281,7 +274,6 @@ class MarconiCache:
         return kv + node.has_state * self.config.state_bytes
 
     def _remove(self, node: PrefixNode) -> None:
-        self.num_evictions += 1
         self.used_bytes -= self._own_bytes(node)
         del self.candidates[node]
         if not node.children:

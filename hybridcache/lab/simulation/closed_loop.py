@@ -307,7 +307,7 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     losses = Losses(*map(sum, zip(*(one.losses for one in answered if one.losses), strict=True)))
     p50_s, p99_s = np.percentile(ttft_s, (50, 99)).tolist()
     return ClosedLoopRun(
-        trace=trace.name,
+        trace_name=trace.name,
         admission=str(cell.admission),
         rate=rate,
         seed=seed,
@@ -367,7 +367,9 @@ class ClosedLoopResult:
                 )
             requests = counted(first.num_requests, "request")
             model = first.config["model"]
-            title = f"{first.trace}, {model}, {gib:.3g} GiB, {label}: {requests} in closed loop"
+            title = (
+                f"{first.trace_name}, {model}, {gib:.3g} GiB, {label}: {requests} in closed loop"
+            )
             notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
             refused = max(run.num_refused for run in chosen)
             if refused:

@@ -216,7 +216,7 @@ class RunResult(_Run):
 class ClosedLoopRun(_Run):
     """Figures of one run in closed loop. Times in seconds."""
 
-    trace: str
+    trace_name: str
     admission: str
     rate: float
     seed: int
@@ -249,13 +249,13 @@ class ClosedLoopRun(_Run):
 
     def as_record(self) -> dict[str, Any]:
         """Return a record for JSON."""
-        trace = {"trace": self.config["trace"], "trace_name": self.trace}
-        return asdict(self) | trace | {"token_hit_rate": self.token_hit_rate}
+        derived = {"trace": self.config["trace"], "token_hit_rate": self.token_hit_rate}
+        return asdict(self) | derived
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return the run of an ``as_record``."""
-        return cls(**known_fields(cls, record) | {"trace": record["trace_name"]})
+        return cls(**known_fields(cls, record))
 
     def as_row(self) -> dict[str, Any]:
         """Return settings and figures as one flat dictionary."""

@@ -126,7 +126,7 @@ def test_alpha_is_tuned_after_the_expected_number_of_requests(
     first = tuned = None
     for number, request in enumerate(list(short())[:60], 1):
         replay(peer, request.tokens[:80] + number, request.output[:10])
-        first = first or (number if peer.num_evictions else None)
+        first = first or (number if peer._tuned_at else None)
         tuned = tuned or (number if peer._recorded is None else None)
     assert first is not None and tuned is not None
     seen = first - 1 if reading == "paper" else first
