@@ -390,17 +390,11 @@ def add_optimum(commands: Commands) -> None:
         action="store_true",
         help="KV and state of the running request take memory too, as in every cache",
     )
-    add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound")
 
 
 def _optimum(options: argparse.Namespace) -> int:
-    if options.figure:
-        figure_path(options.figure)
     scenario = Scenario(opened(options.trace, options), **given_settings(options))
-    found = optimum(scenario, counts_running=options.counts_running)
-    if options.figure:
-        found.figure(options.figure)
-    print(found.table() + f"\nfigure: {options.figure}" * bool(options.figure))
+    print(optimum(scenario, counts_running=options.counts_running).table())
     return 0
 
 

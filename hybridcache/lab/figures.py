@@ -32,8 +32,6 @@ from hybridcache.lab.traces.frame import make_folder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hybridcache.lab.optimum import Optimum
-
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#d99a1c", "#555555", "#46a5b5", "#a83250")
 """Colours that differ in print and for most colour-blind readers."""
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
@@ -305,22 +303,6 @@ def save(
     if path:
         figure.savefig(figure_path(path), dpi=130)
     return figure
-
-
-@_fonts()
-def optimum_figure(found: Sequence[Optimum], path: str | Path | None) -> Figure:
-    """Draw plan and bound over the size."""
-    figure, axes = panels(1, columns=1)
-    sizes = [best.gib for best in found]
-    axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
-    bounds = [100 * best.bound for best in found]
-    axes[0].plot(sizes, bounds, "k:", linewidth=0.8, label="infinite cache")
-    axes[0].set_ylim(0, 100)
-    size_axis(axes[0], sizes=sorted(sizes))
-    axes[0].set_ylabel(METRICS["hit"].title)
-    facts = [found[0].trace, counted(found[0].num_requests, "request")]
-    set_titles(figure, axes, [facts])
-    return save(figure, axes, path)
 
 
 CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.export.events import EventStream
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace
+from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import find_router
 
@@ -144,10 +144,9 @@ class _Fleet(EventLoop):
     def _join(self, place: int, now: float) -> None:
         target = build_target(self._cell, self.log.unit)
         assert isinstance(target, LeaseTarget)
-        replica = Replica(target, id=next(self._ids), place=place)
+        outbox = Outbox(target.cache) if self.router.follows_events else None
+        replica = Replica(target, id=next(self._ids), place=place, outbox=outbox)
         self._replicas[replica.id] = replica
-        if self.router.follows_events:
-            target.cache.subscribe(EventStream(replica.outbox.append))
         self.router.joined(replica.id, now)
         homeless, self._homeless = self._homeless, []
         for asked in homeless:
@@ -169,7 +168,8 @@ class _Fleet(EventLoop):
 
     def on_prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
         self.router.prefilled(asked.number, now)
-        replica.covered.append(asked.number)
+        if replica.outbox is not None:
+            replica.outbox.cover(asked.number)
         self._publish(replica, now)
 
     def on_finished(self, asked: Asked, replica: Replica, now: float) -> None:
@@ -177,17 +177,13 @@ class _Fleet(EventLoop):
         self._publish(replica, now)
 
     def _publish(self, replica: Replica, now: float) -> None:
-        if not replica.outbox and not replica.covered:
+        batch = None if replica.outbox is None else replica.outbox.flush()
+        if batch is None:
             return
-        sequence = replica.num_batches
-        events, covered = tuple(replica.outbox), tuple(replica.covered)
-        replica.outbox.clear()
-        replica.covered.clear()
-        replica.num_batches += 1
 
         def deliver(then: float) -> None:
             if replica.is_up:
-                self.router.on_events(replica.id, sequence, events, covered)
+                self.router.on_events(replica.id, *batch)
 
         if self._config.delay_s:
             self.push(now + self._config.delay_s, deliver)

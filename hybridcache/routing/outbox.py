@@ -34,9 +34,9 @@ class Outbox:
     >>> outbox = Outbox(cache)
     >>> outbox.cover("request")
     >>> outbox.flush()
-    True
-    >>> outbox.since(0)
-    [EventBatch(sequence=0, events=(), covered=('request',))]
+    EventBatch(sequence=0, events=(), covered=('request',))
+    >>> outbox.since(1)
+    []
     """
 
     def __init__(self, cache: HybridRadixCache, kept: int = KEPT) -> None:
@@ -57,17 +57,17 @@ class Outbox:
         with self._lock:
             self._covered.append(request)
 
-    def flush(self, even_if_empty: bool = False) -> bool:
-        """Make a batch of the changes since the last one. Returns False if there were none."""
+    def flush(self, even_if_empty: bool = False) -> EventBatch | None:
+        """Return a new batch of the changes since the last one, or None if there were none."""
         with self._lock:
             if not self._events and not self._covered and not even_if_empty:
-                return False
+                return None
             batch = EventBatch(self._next_sequence, tuple(self._events), tuple(self._covered))
             self._events.clear()
             self._covered.clear()
             self._batches.append(batch)
             self._next_sequence += 1
-            return True
+            return batch
 
     def since(self, sequence: int) -> list[EventBatch] | None:
         """Return the batches from number ``sequence`` on. None if that batch is no longer stored or

@@ -19,11 +19,11 @@ from operator import add
 from time import perf_counter
 
 from hybridcache.api import Losses
-from hybridcache.export.events import Event
 from hybridcache.geometry.times import PrefillTimes
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import Served, Target
 from hybridcache.lab.trace import TraceRequest
+from hybridcache.routing.outbox import Outbox
 
 NUM_SUMS = len(Losses._fields) + 4
 
@@ -148,12 +148,8 @@ class Replica:
     id: int = 0
     place: int = 0
     """Place in a fleet, which another replica has after this one has failed."""
-    outbox: list[Event] = field(default_factory=list)
-    """Changes of its cache that no router knows yet."""
-    covered: list[int] = field(default_factory=list)
-    """Numbers of the requests that they cover."""
-    num_batches: int = 0
-    """Number of batches of changes so far."""
+    outbox: Outbox | None = None
+    """Sender of its events, if its router follows them."""
 
 
 class EventLoop:

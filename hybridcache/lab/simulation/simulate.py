@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridcache.geometry.times import MeasuredTimes, Roofline
 from hybridcache.geometry.units import GIB, counted
-from hybridcache.lab.figures import losses_figure, optimum_figure, sweep_figure
+from hybridcache.lab.figures import losses_figure, sweep_figure
 from hybridcache.lab.optimum import Optimum, best_plan
 from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.progress import Progress, shown_progress
@@ -196,11 +196,6 @@ class OptimumResult(Sequence[Optimum]):
         title = f"{self.plans[0].trace}, {self.settings['model']}: {requests}"
         note = "reached: by a greedy plan, which is not always the optimum"
         return "\n".join([title, table, note, *self.trace_notes])
-
-    def figure(self, path: str | Path | None = None) -> Figure:
-        """Draw plan and bound over the sizes. The figure is also written to ``path`` (PNG, SVG or
-        PDF), if there is one."""
-        return optimum_figure(self.plans, path)
 
 
 def simulate(
