@@ -473,14 +473,14 @@ class ChatWriter(Writer):
         form, specs = _call_form(body, template, context.call_form), [prompt.spec]
         forms = body.forms(self.FORMAT)
         tools = () if body.tool_choice == "none" else body.tools or ()
-        read = AnswerReader if form is None else partial(form.reader, tools)
+        is_single = not body.parallel_tool_calls
+        read = AnswerReader if form is None else partial(form.reader, tools, is_single)
         try:
             self.readers = [
                 read(
                     thinks=template.thinks,
                     is_thinking=prompt.is_thinking,
                     starts_text=prompt.spec.answer_starts_text,
-                    is_single=not body.parallel_tool_calls,
                     end_token_ids=context.tokenizer.eos_token_ids,
                 )
                 for _ in range(body.n)

@@ -298,12 +298,8 @@ def joined(events: Iterable[Event]) -> list[Event]:
     """Merge adjacent events of one kind. O(length)."""
     merged: list[Event] = []
     for kind, group in itertools.groupby(events, type):
-        if kind is ToolCall:
-            merged.extend(group)
-        else:
-            merged.append(
-                kind("".join(event.text for event in group if not isinstance(event, ToolCall)))
-            )
+        parts = cast("Any", group)
+        merged += parts if kind is ToolCall else [kind("".join(part.text for part in parts))]
     return merged
 
 
@@ -324,8 +320,6 @@ def as_message(events: Sequence[Event]) -> dict[str, Any]:
     }
 
 
-BROKEN = "A call of a tool was left in the text, because "
-"""Start of the warning about an answer; the reason follows."""
 Finish = FinishReason | Literal["tool_calls"]
 
 
@@ -339,13 +333,11 @@ class AnswerReader:
         *,
         is_thinking: bool = False,
         starts_text: bool = True,
-        is_single: bool = False,
         end_token_ids: Container[int] = (),
     ) -> None:
         """``thinks``: the model may write reasoning. ``is_thinking``: the prompt ends inside
         reasoning. ``starts_text``: False if the answer continues a text, so that its first white
-        space counts. ``is_single``: the answer is read only up to the end of its first call.
-        ``end_token_ids``: tokens with which the model ends its answer."""
+        space counts. ``end_token_ids``: tokens with which the model ends its answer."""
         self._thinks = thinks
         self.is_thinking = thinks and is_thinking
         """True if the next text is reasoning, as far as is known."""
@@ -356,15 +348,11 @@ class AnswerReader:
         self._is_whole = self._is_cut = False
         """True if no text follows ``_rest``, and if it was cut off there."""
         self._parts = self._read_parts()
-        self._is_single, self._ends = is_single, end_token_ids
+        self._ends = end_token_ids
         self.output: RequestOutput
         """Latest output that was read. With ``is_over`` it ends with the first call."""
         self.finish: Finish | None = None
         """Reason why the answer ended, or None if it goes on."""
-        self._is_broken_off = False
-        """True if a limit or a stop string ended the answer inside a call."""
-        self.warning: str | None = None
-        """Reason why the first of the calls that cannot be made is part of the text."""
         self.new: list[Event] = []
         """Events of the latest output."""
         self.events: list[Event] = []
@@ -377,44 +365,21 @@ class AnswerReader:
     def warned(self) -> dict[str, str]:
         """Field ``warning`` of an answer with a part that looks like a call and cannot be made; {}
         without one, and before the end of the answer."""
-        is_over = self.finish is not None and self.warning is not None
-        return {"warning": f"{BROKEN}{self.warning}."} if is_over else {}
+        return {}
 
     def read(self, output: RequestOutput) -> None:
         """Read the new part of the answer in ``output``."""
-        if self.is_over:  # How much was generated since depends on the time of the abort.
-            output = structs.replace(
-                self.output,
-                new_token_ids=(),
-                new_text="",
-                new_logprobs=(),
-                finish_reason=output.finish_reason,
-            )
         self.output = output
         was_thinking = self.is_thinking
         events = self.push(output.new_text)
         if was_thinking or self.is_thinking:
             self.num_reasoning_tokens += len(output.new_token_ids)
-        if output.is_finished and not self.is_over:
+        if output.is_finished:
             is_cut = output.finish_reason != "stop" or int(output.output[-1]) not in self._ends
             events = joined([*events, *self.flush(is_cut)])
-        if self._is_single:
-            ends = (at for at, one in enumerate(events, 1) if isinstance(one, ToolCall))
-            end = next(ends, None)
-            self.is_over = self.is_over or end is not None
-            events = events[:end]
         self.new = events
         self.events += events
-        self.finish = self._finish(output.finish_reason)
-
-    def _finish(self, reason: FinishReason | None) -> Finish | None:
-        """Return the reason why the answer ended, given that of its last output."""
-        if reason is None or not any(isinstance(one, ToolCall) for one in self.events):
-            return reason
-        has_stopped = reason == "stop" and not self._is_broken_off
-        # A call that ends exactly at the limit is complete: the client can run it.
-        is_whole = reason == "length" and isinstance(self.events[-1], ToolCall)
-        return "tool_calls" if self.is_over or has_stopped or is_whole else reason
+        self.finish = output.finish_reason
 
     def push(self, text: str) -> list[Event]:
         """Return the events that are certain after ``text``. O(len(text)), over an answer, and a
@@ -484,9 +449,12 @@ class CallForm(ABC):
     """Texts with which a call begins."""
 
     @abstractmethod
-    def reader(self, tools: Sequence[Mapping[str, Any]], **options: Any) -> AnswerReader:
+    def reader(
+        self, tools: Sequence[Mapping[str, Any]], is_single: bool, **options: Any
+    ) -> AnswerReader:
         """Return a reader of calls of ``tools``; without any, every call is text with a warning.
-        ``options`` are those of ``AnswerReader``. Raises ValueError if a name cannot be written."""
+        ``is_single``: the answer is read only up to the end of its first call. ``options`` are
+        those of ``AnswerReader``. Raises ValueError if a name cannot be written."""
 
     @abstractmethod
     def grammar(

@@ -10,7 +10,17 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
-from engine.text.answers import MAX_NAME, AnswerReader, CallForm, Event, TextDelta, ToolCall
+from msgspec import structs
+
+from engine.text.answers import (
+    MAX_NAME,
+    AnswerReader,
+    CallForm,
+    Event,
+    RequestOutput,
+    TextDelta,
+    ToolCall,
+)
 from engine.text.bounded import read_json
 from engine.text.grammar import Grammar, GrammarError, json_rule, quoted
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, OPEN, any_of
@@ -20,6 +30,8 @@ MAX_RETRIES = 8
 is read in linear time."""
 GROWTH = 1.125
 """Factor by which a call must grow before it is parsed again, so that it is read in linear time."""
+BROKEN = "A call of a tool was left in the text, because "
+"""Start of the warning about an answer; the reason follows."""
 BROKEN_OFF = "it breaks off"
 AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """White space as written by ``json.dumps`` and chat templates, so that a call that comes back has
@@ -61,8 +73,10 @@ class Form(CallForm):
         """Return the rule ``name`` of a call of ``function``, and its parts. Raises
         GrammarError."""
 
-    def reader(self, tools: Sequence[Mapping[str, Any]], **options: Any) -> AnswerReader:
-        return CallReader(self, tools, **options)
+    def reader(
+        self, tools: Sequence[Mapping[str, Any]], is_single: bool, **options: Any
+    ) -> AnswerReader:
+        return CallReader(self, tools, is_single, options)
 
     def grammar(
         self,
@@ -122,11 +136,47 @@ class Form(CallForm):
 class CallReader(AnswerReader):
     """Reader of an answer with calls."""
 
-    def __init__(self, form: Form, tools: Sequence[Mapping[str, Any]], **options: Any) -> None:
+    def __init__(
+        self,
+        form: Form,
+        tools: Sequence[Mapping[str, Any]],
+        is_single: bool,
+        options: Mapping[str, Any],
+    ) -> None:
         """See ``CallForm.reader``."""
         super().__init__(**options)
-        self._form = form
+        self._form, self._is_single = form, is_single
         self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+        self.warning: str | None = None
+        """Reason why the first of the calls that cannot be made is part of the text."""
+        self._is_broken_off = False
+        """True if a limit or a stop string ended the answer inside a call."""
+
+    @property
+    def warned(self) -> dict[str, str]:
+        is_over = self.finish is not None and self.warning is not None
+        return {"warning": f"{BROKEN}{self.warning}."} if is_over else {}
+
+    def read(self, output: RequestOutput) -> None:
+        reason = output.finish_reason
+        if self.is_over:  # How much was generated since depends on the time of the abort.
+            self.output = structs.replace(
+                self.output, new_token_ids=(), new_text="", new_logprobs=(), finish_reason=reason
+            )
+            self.new, self.finish = [], reason
+        else:
+            super().read(output)
+        ends = [at for at, one in enumerate(self.new, 1) if isinstance(one, ToolCall)]
+        if self._is_single and ends:
+            self.is_over = True
+            self.events = self.events[: len(self.events) - len(self.new) + ends[0]]
+            self.new = self.new[: ends[0]]
+        if reason is not None and any(isinstance(one, ToolCall) for one in self.events):
+            has_stopped = reason == "stop" and not self._is_broken_off
+            # A call that ends exactly at the limit is complete: the client can run it.
+            is_whole = reason == "length" and isinstance(self.events[-1], ToolCall)
+            if self.is_over or has_stopped or is_whole:
+                self.finish = "tool_calls"
 
     def _read_text(self) -> Iterator[Event | None]:
         """Read text and calls. White space around a call is not text."""
@@ -286,10 +336,12 @@ class Xml(Form):
     ends = (CALL_CLOSE, END_FUNCTION)
     calls = (f'calls: "{FUNCTION}" function', VALUE)
 
-    def reader(self, tools: Sequence[Mapping[str, Any]], **options: Any) -> AnswerReader:
+    def reader(
+        self, tools: Sequence[Mapping[str, Any]], is_single: bool, **options: Any
+    ) -> AnswerReader:
         for tool in tools:
             tag(tool["function"]["name"])
-        return super().reader(tools, **options)
+        return super().reader(tools, is_single, **options)
 
     def parse(
         self, text: str, functions: Mapping[str, Function], is_end: bool

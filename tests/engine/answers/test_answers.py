@@ -36,7 +36,7 @@ def read(
     """Return (reasoning, text, calls as (name, arguments)) of an answer read ``size`` characters at
     a time."""
     is_cut = options.pop("is_cut", False)
-    reader = form.reader(TOOLS, thinks=True, **options)
+    reader = form.reader(TOOLS, False, thinks=True, **options)
     size = size or max(1, len(text))
     events = [event for at in range(0, len(text), size) for event in reader.push(text[at:][:size])]
     return parts_of([*events, *reader.flush(is_cut)])
@@ -199,7 +199,7 @@ def test_broken_calls_are_read_in_linear_time(form: CallForm, mark: str) -> None
 def test_truncated_answers_have_only_calls_with_json_arguments(form: CallForm, text: str) -> None:
     found = set()
     for cut in range(len(text) + 1):
-        reader = form.reader(TOOLS, thinks=True)
+        reader = form.reader(TOOLS, False, thinks=True)
         events = [*reader.push(text[:cut]), *reader.flush(is_cut=True)]
         _, rest, made = parts_of(events)
         is_broken = reader.warning is not None
