@@ -106,23 +106,20 @@ class Rule(NamedTuple):
     """True for a text, also a path, that may be empty only by default."""
     default: Any
 
-    def check(self, value: Any) -> None:
-        """Raise ConfigError unless ``value`` is allowed."""
-        if self.words and value not in self.words:
-            allowed = ", ".join([*(("none",) if self.is_optional else ()), *self.words])
-            raise ConfigError(f"{self.name} must be one of {allowed} (got {value!r}).")
-        if self.is_text and (not isinstance(value, str | os.PathLike) or value == ""):
-            raise ConfigError(f"{self.name} must be text that is not empty (got {value!r}).")
-        if self.limits is not None:
-            self.limits.check(self.name, value)
-
 
 def check_fields(settings: Any) -> None:
     """Raise ConfigError unless every field has a value that its annotation allows."""
-    for rule in _rules(settings.__class__):
-        value = getattr(settings, rule.name)
-        if value is not rule.default and not (value is None and rule.is_optional):
-            rule.check(value)
+    for name, words, limits, is_optional, is_text, default in _rules(settings.__class__):
+        value = getattr(settings, name)
+        if value is default or (value is None and is_optional):
+            continue
+        if words and value not in words:
+            allowed = ", ".join([*(("none",) if is_optional else ()), *words])
+            raise ConfigError(f"{name} must be one of {allowed} (got {value!r}).")
+        if is_text and (not isinstance(value, str | os.PathLike) or value == ""):
+            raise ConfigError(f"{name} must be text that is not empty (got {value!r}).")
+        if limits is not None:
+            limits.check(name, value)
 
 
 @functools.cache

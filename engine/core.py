@@ -67,7 +67,8 @@ class EngineCore:
         """Functions that are called after every step."""
         self.recent = BoundedMemory[str, Request](RECENT_BYTES)
         """Requests that ended last, by id."""
-        self.on_end: list[Callable[[Request], None]] = []
+        drafting = scheduler.drafting
+        self.on_end: list[Callable[[Request], None]] = [drafting.forget] if drafting else []
         """Functions that are called with every request that has ended."""
         self._scheduler = scheduler
         self._manager, self.cache = scheduler.manager, scheduler.manager.cache
@@ -250,7 +251,7 @@ class EngineCore:
                 drawn = None
                 if index in late_tokens:
                     drawn = partial(_token, self._in_flight, late_tokens[index])
-                inputs += request.sampling_inputs(segment.drafts, drawn)
+                inputs += request.sampling_inputs(segment.draft.tokens, drawn)
                 rows += range(num_rows - 1 - segment.num_drafts, num_rows)
         if inputs:
             step.drawn = self._sampler.launch(logits, inputs, rows)

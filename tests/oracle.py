@@ -321,8 +321,7 @@ class OracleRunner:
             self._verified.append((segment, new))
         else:
             self._move_on(segment, new)
-        rows_wanted = {"none": new[:0], "last": new[-1:], "all": new}[segment.logits]
-        return [int(one) for one in rows_wanted]
+        return [int(one) for one in new[len(new) - segment.num_logits :]]
 
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
         """Advance the states of the segments with drafts by ``taken`` tokens each."""

@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -215,25 +215,25 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
     slot, saved = runner.tensors.padding_slot, runner.tensors.padding_checkpoint
     longest = runner.max_model_len
 
-    def prefills(length: int, logits: Literal["all", "last"]) -> Iterator[Segment]:
+    def prefills(length: int, *, scored: bool = False) -> Iterator[Segment]:
         for start in range(0, length, longest):
             tokens = np.zeros(min(longest, length - start), np.int32)
             last = len(tokens) // TILE * TILE
             exports = ((last, saved),) if last and saved is not None else ()
-            yield Segment(row, slot, tokens, 0, False, exports, logits)
+            yield Segment(row, slot, tokens, 0, False, exports, len(tokens) if scored else 1)
 
     exports = () if saved is None else ((longest, saved),)
     decode = Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
     two = np.zeros(2, np.int32)
-    verified = Segment(row, slot, two, longest - 2, True, logits="all", num_drafts=1)
+    verified = Segment(row, slot, two, longest - 2, True, num_logits=2, num_drafts=1)
     most = runner.most_step_tokens
     for length in (most, *(2**power for power in reversed(range((most - 1).bit_length())))):
         num_scored = min(length, MAX_SCORED)
-        yield Batch((*prefills(num_scored, "all"), *prefills(length - num_scored, "last")))
+        yield Batch((*prefills(num_scored, scored=True), *prefills(length - num_scored)))
     for count in (4, 3, 2, 1):
         if count <= runner.max_running_rows:
             copies = () if slot is None or saved is None else ((saved, slot),) * count
-            yield Batch((*[decode] * count, *prefills(1, "all")), restores=copies)
+            yield Batch((*[decode] * count, *prefills(1)), restores=copies)
             yield Batch((decode,) * count)
             if 2 * count <= min(runner.num_step_states, 2 * (longest - 1)):
                 yield Batch((verified,) * count)

@@ -6,12 +6,12 @@ distribution. So a request that is moved, preempted or batched differently draws
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from engine.requests.logit_rules import FREE
+from engine.requests.logit_rules import FREE, Additions, Mask, Repeats
 from engine.requests.request import SamplingInput, SamplingParams
 from engine.runner.device import HostCopy
 from engine.text.answers import NO_TOKEN, SampledToken
@@ -29,36 +29,28 @@ class Drawn:
     """Tokens with their log-probabilities, possibly still being copied to the host."""
 
     def __init__(
-        self,
-        tokens: torch.Tensor,
-        sound: torch.Tensor,
-        wanted: Sequence[int | None],
-        scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        self, tokens: torch.Tensor, logits: torch.Tensor, wanted: Mapping[int, int]
     ) -> None:
-        """``sound``: bool ``[rows]``, True if a row's logits are numbers.
-
-        ``wanted``: number of alternatives to report for each row, or None to report no
-        log-probability. ``scores``: results of ``_score`` for the other rows.
-        """
+        """``wanted``: number of alternatives to report, for each row with log-probabilities."""
         self.tokens = tokens
         """int64 ``[rows]``, on the device: valid token ids, even for invalid logits."""
         self._wanted = wanted
-        self._copies = HostCopy(tokens.where(sound, NO_TOKEN), *(scores or ()))
+        # The largest logit of a row is NaN if one of them is.
+        results = [tokens.where(logits.amax(dim=-1).isfinite(), NO_TOKEN)]
+        if wanted:
+            rows = list(wanted)
+            results += _score(_pick(logits, rows), _pick(tokens, rows), max(wanted.values()))
+        self._copies = HostCopy(*results)
 
     def wait(self) -> list[SampledToken]:
-        """Wait for one token per row. It is ``NO_TOKEN`` for a row without valid logits."""
+        """Wait for one token per row. It is ``NO_TOKEN`` for a row with a logit that is NaN or
+        infinity, or with only minus infinity."""
         tokens, *scores = self._copies.wait()
-        if not scores:
-            return [SampledToken(token, None) for token in tokens.tolist()]
+        sampled = list(map(SampledToken, tokens.tolist()))
         scored = zip(*(copy.tolist() for copy in scores), strict=True)
-        sampled = []
-        for token, num_top in zip(tokens.tolist(), self._wanted, strict=True):
-            if num_top is None:
-                sampled.append(SampledToken(token, None))
-            else:
-                own, top, ids = next(scored)
-                best = tuple(zip(ids[:num_top], top[:num_top], strict=True))
-                sampled.append(SampledToken(token, own, best))
+        for (row, num_top), (own, top, ids) in zip(self._wanted.items(), scored, strict=True):
+            best = tuple(zip(ids[:num_top], top[:num_top], strict=True))
+            sampled[row] = SampledToken(sampled[row].token_id, own, best)
         return sampled
 
 
@@ -72,21 +64,17 @@ class Sampler:
         """Start drawing a token for each request, from its row of ``logits [N, vocab]``. ``rows``
         ascend."""
         logits = _pick(logits, rows)
-        tokens, sound = self._choose(logits, requests), _are_numbers(logits)
-        wanted = [request.params.logprobs for request in requests]
-        told = [row for row, num_top in enumerate(wanted) if num_top is not None]
-        if not told:
-            return Drawn(tokens, sound, wanted)
-        most = max(num_top or 0 for num_top in wanted)
-        scores = _score(_pick(logits, told), _pick(tokens, told), most)
-        return Drawn(tokens, sound, wanted, scores)
+        wanted: dict[int, int] = {}
+        for row, request in enumerate(requests):
+            if request.params.logprobs is not None:
+                wanted[row] = request.params.logprobs
+        return Drawn(self._choose(logits, requests), logits, wanted)
 
     @torch.inference_mode()
     def score(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> Drawn:
         """Compute log-probabilities of given tokens, one per row, and of the most likely ones."""
         index = upload(token_ids, torch.int64, logits.device)
-        wanted = [num_top] * len(token_ids)
-        return Drawn(index, _are_numbers(logits), wanted, _score(logits, index, num_top))
+        return Drawn(index, logits, dict.fromkeys(range(len(token_ids)), num_top))
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
         scores = _ruled(logits, requests)
@@ -95,11 +83,13 @@ class Sampler:
         tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         # Sums over other columns, or in another order, differ in their last bits. So the columns
         # depend on the parameters of the request only, never on the rest of the batch.
-        groups: dict[int | None, list[int]] = {}
+        groups: dict[int | None, tuple[list[int], list[SamplingInput]]] = {}
         for row, request in enumerate(requests):
-            groups.setdefault(_width(request.params, logits.shape[-1]), []).append(row)
-        for width, rows in groups.items():
-            chosen, picked = [requests[row] for row in rows], _pick(scores, rows).float()
+            rows, chosen = groups.setdefault(_width(request.params, logits.shape[-1]), ([], []))
+            rows.append(row)
+            chosen.append(request)
+        for width, (rows, chosen) in groups.items():
+            picked = _pick(scores, rows).float()
             if width == 0:
                 found = picked.argmax(dim=-1)
             elif width is None:
@@ -109,12 +99,6 @@ class Sampler:
                 found = ids.gather(1, _look_up(probabilities, chosen)[:, None])[:, 0]
             tokens[upload(rows, torch.int64, logits.device)] = found
         return tokens
-
-
-def _are_numbers(logits: torch.Tensor) -> torch.Tensor:
-    """Return False for rows in which a logit is NaN or infinity, or all are minus infinity: bool
-    ``[rows]``. The largest of a row is NaN if one of them is."""
-    return logits.amax(dim=-1).isfinite()
 
 
 def uniform(seed: int, draw: int) -> float:
@@ -137,34 +121,39 @@ def _width(params: SamplingParams, vocab_size: int) -> int | None:
 
 def _ruled(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
     """Return ``logits`` changed by the rulings: float32 if any adds or penalises. O(1) uploads."""
-    if all(request.ruling is FREE for request in requests):
-        return logits
-    rulings = [request.ruling for request in requests]
-    added = [(row, one.added) for row, one in enumerate(rulings) if one.added is not None]
-    repeats = [(row, one.repeats) for row, one in enumerate(rulings) if one.repeats is not None]
-    masks = [(row, one.mask) for row, one in enumerate(rulings) if one.mask is not None]
+    added, repeats, masks = dict[int, Additions](), dict[int, Repeats](), dict[int, Mask]()
+    for row, request in enumerate(requests):
+        ruling = request.ruling
+        if ruling is FREE:
+            continue
+        if ruling.added is not None:
+            added[row] = ruling.added
+        if ruling.repeats is not None:
+            repeats[row] = ruling.repeats
+        if ruling.mask is not None:
+            masks[row] = ruling.mask
     device, size = logits.device, logits.shape[-1]
     flat = logits
     if added or repeats:
         logits = logits.to(torch.float32, copy=True)
         flat = logits.view(-1)
     if added:
-        places = np.concatenate([ids + row * size for row, (ids, _) in added])
-        values = np.concatenate([values for _, (_, values) in added])
+        places = np.concatenate([ids + row * size for row, (ids, _) in added.items()])
+        values = np.concatenate([values for _, values in added.values()])
         index = upload(places, torch.int64, device)
         flat.index_add_(0, index, upload(values, torch.float32, device))
     if repeats:
-        places = np.concatenate([one.ids + row * size for row, one in repeats])
-        numbers = np.concatenate([one.numbers for _, one in repeats], axis=1)
+        places = np.concatenate([one.ids + row * size for row, one in repeats.items()])
+        numbers = np.concatenate([one.numbers for one in repeats.values()], axis=1)
         index = upload(places, torch.int64, device)
         factor, less = upload(numbers, torch.float32, device)
         found = flat[index]
         flat[index] = torch.where(found > 0, found / factor, found * factor) - less
     if masks:
-        bits = upload(np.stack([mask for _, mask in masks]), torch.uint8, device)[:, :, None]
+        bits = upload(np.stack([*masks.values()]), torch.uint8, device)[:, :, None]
         bits = bits >> torch.arange(8, dtype=torch.uint8, device=device)
         forbidden = (bits & 1 == 0).flatten(1)[:, :size]
-        index = upload([row for row, _ in masks], torch.int64, device)
+        index = upload([*masks], torch.int64, device)
         logits = logits.index_copy(0, index, logits[index].masked_fill(forbidden, -torch.inf))
     return logits
 

@@ -5,10 +5,11 @@ their results."""
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,9 @@ class Draft:
     """Name of the drafter."""
 
 
+NO_DRAFT = Draft(np.empty(0, np.int32), "")
+
+
 class Segment(Struct, frozen=True):
     """One request's tokens in a step. Other processes receive the fields up to ``num_drafts``."""
 
@@ -60,8 +64,8 @@ class Segment(Struct, frozen=True):
     chunked path, for exactness."""
     exports: tuple[tuple[int, int], ...] = ()
     """Checkpoints to save: (position on the grid in (start, end], slot)."""
-    logits: Literal["last", "all", "none"] = "last"
-    """Positions that need logits."""
+    num_logits: int = 1
+    """Number of last positions that need logits."""
     namespace: Hashable = None
     """Namespace of the request, for a runner that verifies its reads."""
     num_drafts: int = 0
@@ -72,8 +76,10 @@ class Segment(Struct, frozen=True):
     """Lease of the request when the step was planned. The results apply only if it still has it."""
     samples: bool = False
     """True if the logits of the last position give the next token."""
-    drafter: str = ""
-    """Name of the source of the drafts."""
+    scores: bool = False
+    """True if the logits give the prompt's log-probabilities."""
+    draft: Draft = NO_DRAFT
+    """Draft at the end of ``token_ids``."""
 
     @classmethod
     def of(
@@ -81,7 +87,7 @@ class Segment(Struct, frozen=True):
         request: Request,
         end: int,
         exports: tuple[tuple[int, int], ...],
-        draft: Draft | None = None,
+        draft: Draft = NO_DRAFT,
     ) -> Segment:
         """Make the segment from the scheduled length of ``request`` to ``end``, and ``draft``."""
         lease, row = request.claims
@@ -89,21 +95,24 @@ class Segment(Struct, frozen=True):
         is_decode = start >= request.prefill_len
         samples = end == request.known_len < request.max_len
         token_ids = request.tokens[start:end] if end <= request.num_tokens else UNKNOWN
+        if draft is not NO_DRAFT:
+            token_ids = np.concatenate([token_ids, draft.tokens])
         scores = not is_decode and request.wants_scores
         return cls(
             row,
             lease.state_slot,
-            token_ids if draft is None else np.concatenate([token_ids, draft.tokens]),
+            token_ids,
             start,
             is_decode,
             exports,
-            "all" if scores or draft else "last" if samples else "none",
+            len(token_ids) if scores or draft is not NO_DRAFT else int(samples),
             request.namespace,
-            0 if draft is None else len(draft.tokens),
+            len(draft.tokens),
             request,
             lease,
             samples,
-            "" if draft is None else draft.source,
+            scores,
+            draft,
         )
 
     def __reduce__(self) -> tuple[type[Segment], tuple[object, ...]]:
@@ -112,15 +121,6 @@ class Segment(Struct, frozen=True):
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
-
-    @property
-    def scores(self) -> bool:
-        """True if the logits of all positions are needed, for the prompt's log-probabilities."""
-        return self.logits == "all" and not self.num_drafts
-
-    @property
-    def drafts(self) -> Tokens:
-        return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
     def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
         """Return the tokens that the step gave the request: the accepted drafts and one more.
@@ -134,16 +134,11 @@ class Segment(Struct, frozen=True):
         if not self.num_drafts:
             return run
         drawn = [next(sampled) for _ in range(self.num_drafts)]
-        for guess, token in zip(self.drafts.tolist(), drawn, strict=True):
+        for guess, token in zip(self.draft.tokens.tolist(), drawn, strict=True):
             if run[-1].token_id != guess:
                 break
             run.append(token)
         return run
-
-    @property
-    def num_logits(self) -> int:
-        """Number of rows of logits."""
-        return len(self.token_ids) if self.logits == "all" else int(self.logits == "last")
 
 
 @dataclass(slots=True)
@@ -205,7 +200,7 @@ def pieces(batch: Batch, max_exports: int) -> list[Batch]:
                 token_ids=segment.token_ids[start - segment.start : end - segment.start],
                 start=start,
                 exports=own,
-                logits="none" if end < segment.end and segment.logits == "last" else segment.logits,
+                num_logits=max(0, end - max(start, segment.end - segment.num_logits)),
             )
             num_exports = 0 if segment.is_decode else len(own)
             if num_exports > room:
@@ -217,17 +212,14 @@ def pieces(batch: Batch, max_exports: int) -> list[Batch]:
     return [replace(batch, segments=first), *map(Batch, others)]
 
 
-def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
+def logit_rows(segments: Sequence[Segment]) -> list[int]:
     """Return the rows of hidden states that need logits."""
-    rows: list[npt.NDArray[np.int64]] = []
-    offset = 0
+    rows: list[int] = []
+    end = 0
     for segment in segments:
-        end = offset + len(segment.token_ids)
-        if segment.logits != "none":
-            first = offset if segment.logits == "all" else end - 1
-            rows.append(np.arange(first, end))
-        offset = end
-    return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+        end += len(segment.token_ids)
+        rows += range(end - segment.num_logits, end)
+    return rows
 
 
 EMPTY = Batch(())
@@ -271,26 +263,28 @@ class StepHooks:
         return {}
 
 
-class DraftPlanner(StepHooks):
-    """Decides which decoding requests get drafts, by default none."""
+class DraftPlanner(ABC, StepHooks):
+    """Decides which decoding requests get drafts."""
 
     @property
+    @abstractmethod
     def requests(self) -> Set[Request]:
         """Requests with private state."""
-        return frozenset()
 
+    @abstractmethod
     def propose(self, decoding: Iterable[tuple[Request, int]]) -> dict[Request, Draft]:
         """Return drafts for some of the decoding (request, maximum length), once per step."""
-        return {}
 
+    @abstractmethod
     def may_guess(self, running: Iterable[Request]) -> bool:
         """Return True if any of them may get a draft in its next step."""
-        return False
 
+    @abstractmethod
     def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
         """Record how many drafts of ``segment`` were accepted. The answer, which may have ended
         inside the draft, got ``num_new`` tokens."""
 
+    @abstractmethod
     def forget(self, request: Request) -> None:
         """Drop the state of a request that has ended."""
 
@@ -313,7 +307,7 @@ class Scheduler(StepPlanner[Request]):
         super().__init__(manager, fetching=fetching, **options)
         self.manager = manager
         self.hooks = tuple(part for part in (fetching, drafting) if isinstance(part, StepHooks))
-        self._drafting, self._may_draft = drafting or DraftPlanner(), drafting is not None
+        self.drafting = drafting
         self._verifies = False
         self.progressed: list[Request] = []
         """Requests with something to report, also after a failed commit. Emptied by the caller."""
@@ -338,7 +332,6 @@ class Scheduler(StepPlanner[Request]):
             self.remove(request)
         else:
             self.leave(request)
-        self._drafting.forget(request)
 
     def recover(self) -> tuple[Request, ...]:
         """Requeue the running requests after a failed step, which left their states unknown. They
@@ -351,7 +344,6 @@ class Scheduler(StepPlanner[Request]):
                 interrupted.append(request)
             else:
                 self.remove(request)
-                self._drafting.forget(request)
         for request in self._waiting:
             if request.lease is not None:  # The step failed while it was being admitted.
                 self._manager.abort(request)
@@ -368,18 +360,19 @@ class Scheduler(StepPlanner[Request]):
         """
         if self.must_commit or (self._num_in_flight and self._must_wait):
             return EMPTY
-        if self._num_in_flight and self._drafting.may_guess(self._running):
+        drafting = self.drafting
+        if self._num_in_flight and drafting and drafting.may_guess(self._running):
             return EMPTY
         ends = self.choose()
-        drafts = self._drafts(ends) if self._may_draft else {}
+        drafts = self._drafts(ends, drafting) if drafting else {}
         segments: list[Segment] = []
         late_tokens: list[tuple[int, int]] = []
         num_drawn = 0
         for request in sorted(
             ends, key=lambda one: (one.scheduled_len < one.prefill_len, one in drafts)
         ):
-            draft, end = drafts.get(request), ends[request]
-            full_end = end if draft is None else end + len(draft.tokens)
+            draft, end = drafts.get(request, NO_DRAFT), ends[request]
+            full_end = end + len(draft.tokens)
             exports = self._manager.take_checkpoint_slots(request, full_end)
             if exports is None:
                 continue
@@ -401,10 +394,10 @@ class Scheduler(StepPlanner[Request]):
         late = tuple(late_tokens)
         return Batch(tuple(segments), copies.restores, copies.row_writes, late, copies.transfers)
 
-    def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
+    def _drafts(self, ends: Mapping[Request, int], drafting: DraftPlanner) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory."""
         # A draft follows the newest token, which a step in flight has yet to draw.
-        drafts = self._drafting.propose(
+        drafts = drafting.propose(
             (request, request.max_len - 1 - end)
             for request, end in ends.items()
             if not self._num_in_flight
@@ -461,13 +454,13 @@ class Scheduler(StepPlanner[Request]):
                 # The newest token is not computed. Tokens after a stop do not count.
                 request.computed_len = request.scheduled_len = request.num_tokens - 1
                 self._manager.roll_back(request)
-                self._drafting.learn(segment, len(run) - 1, request.num_tokens - num_before)
+                if self.drafting is not None:
+                    self.drafting.learn(segment, len(run) - 1, request.num_tokens - num_before)
             if segment.num_drafts:
                 taken.append(request.computed_len - segment.start if has_logits else 0)
             if request.finish_reason is not None:
                 # Without logits, the KV and states of this step may be NaN too.
                 self.leave(request, publishes=has_logits)
-                self._drafting.forget(request)
         return tuple(taken)
 
     def _fail(self, request: Request, error: Exception) -> None:
@@ -480,5 +473,5 @@ class Scheduler(StepPlanner[Request]):
 
     def check(self) -> None:
         super().check()
-        known = set(self._waiting) | set(self._running)
-        assert self._drafting.requests <= known
+        if self.drafting is not None:
+            assert self.drafting.requests <= {*self._waiting, *self._running, *self.progressed}

@@ -34,7 +34,7 @@ class SampledToken(NamedTuple):
 
     token_id: int
     """Token id, or ``NO_TOKEN`` if the logits were NaN or infinite."""
-    logprob: float | None
+    logprob: float | None = None
     """Natural logarithm of its probability, before penalties and temperature. None if not
     requested."""
     top_logprobs: tuple[tuple[int, float], ...] = ()

@@ -94,7 +94,7 @@ class Feed:
             prompt.checkpoints.update(exports)
             tokens = np.array(prompt.tokens[start:end], np.int32)
             segments.append(
-                Segment(prompt.row, prompt.slot, tokens, start, False, tuple(exports), "all")
+                Segment(prompt.row, prompt.slot, tokens, start, False, tuple(exports), len(tokens))
             )
         writes = tuple((prompt.row, 0, prompt.kv) for prompt, _, _ in parts)
         logits = self.runner.forward(Batch(tuple(segments), tuple(restores), writes))

@@ -87,9 +87,9 @@ class Resumer:
         if not memory.owns_states:
             state_slot = memory.num_slots - 2
         rows = np.arange(len(token_ids), dtype=np.int32)
-        first = Segment(0, state_slot, token_ids[:half], 0, False, ((half, slot),), "none")
+        first = Segment(0, state_slot, token_ids[:half], 0, False, ((half, slot),), 0)
         runner.forward(Batch((first,), (), ((0, 0, rows),)))
-        second = Segment(0, state_slot, token_ids[half:], half, False, (), "all")
+        second = Segment(0, state_slot, token_ids[half:], half, False, (), len(token_ids) - half)
         logits = runner.forward(Batch((second,), ((slot, state_slot),)))
         return logits[:, : self._vocab_size].double().log_softmax(-1)
 

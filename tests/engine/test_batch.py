@@ -20,9 +20,9 @@ def batches(draw: st.DrawFn) -> Batch:
         start, length = 64 * draw(st.integers(0, 2)), draw(st.integers(1, 400))
         grid = [at for at in range(start + 64, start + length + 1, 64) if draw(st.booleans())]
         exports = draw(st.permutations([(at, 100 * row + at // 64) for at in grid]))
-        logits = draw(st.sampled_from(["last", "all", "none"]))
+        num_logits = draw(st.sampled_from([0, 1, length]))
         tokens = np.arange(start, start + length, dtype=np.int32) + 1000 * row
-        segments.append(Segment(row, row, tokens, start, False, tuple(exports), logits, "salt"))
+        segments.append(Segment(row, row, tokens, start, False, tuple(exports), num_logits, "salt"))
     writes = ((0, 0, np.arange(3, dtype=np.int32)),) if segments else ()
     return Batch(tuple(segments), row_writes=writes)
 

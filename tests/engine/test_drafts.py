@@ -15,7 +15,7 @@ import pytest
 from engine import SamplingParams
 from engine.requests.request import SamplingInput
 from engine.runner.sampler import Sampler
-from engine.schedule.scheduler import Segment
+from engine.schedule.scheduler import Draft, Segment
 from tests.engine.drafted import (
     GREEDY,
     SAMPLING,
@@ -106,7 +106,8 @@ def test_drafts_do_not_change_the_sampled_distribution() -> None:
     pairs = np.zeros((4, 4))
     for one, other in zip(drawn[::2], drawn[1::2], strict=True):
         tokens = np.array([0, drafted_token], np.int32)
-        segment = Segment(0, None, tokens, 0, True, num_drafts=1, samples=True)
+        draft = Draft(tokens[1:], "test")
+        segment = Segment(0, None, tokens, 0, True, num_drafts=1, samples=True, draft=draft)
         run = segment.run_of(iter([one, other]))
         assert len(run) == 1 + (one.token_id == drafted_token)
         # After a rejected draft, the next step draws the second token, with the same number.

@@ -35,7 +35,7 @@ class Load:
             lengths = [len(s.token_ids) for s in batch.segments if not s.is_decode]
             self.prefilled.append(sum(lengths))
             self.tiles.append(sum(-(-length // TILE) for length in lengths))
-            assert sum(s.num_logits for s in batch.segments if s.logits == "all") <= MAX_SCORED
+            assert sum(s.num_logits for s in batch.segments if s.scores) <= MAX_SCORED
             return forward(batch, drawn)
 
         runner.forward = spy

@@ -201,13 +201,14 @@ class Drafting(DraftPlanner):
     def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
         """See ``DraftPlanner``. Counted are tokens of the answer: one of them is not a draft."""
         num_drafts = segment.num_drafts
-        length = self._lengths[segment.request][segment.drafter]
+        source = segment.draft.source
+        length = self._lengths[segment.request][source]
         if length.is_trying and num_accepted:
             self._probes_from = self._step + 1
         length.learn(self._step, num_drafts, num_accepted)
         counts = segment.request.drafts
         assert counts is not None
-        counts.count(segment.drafter, num_drafts, max(0, min(num_accepted, num_new - 1)))
+        counts.count(source, num_drafts, max(0, min(num_accepted, num_new - 1)))
 
     def forget(self, request: Request) -> None:
         """Drop the state of ``request``, which has ended."""

@@ -160,12 +160,17 @@ class Driver:
         indices = np.concatenate([shared, self.kv(len(tokens) + room - len(shared))])
         return sequence, (sequence.row, 0, indices)
 
-    def prefill_segment(self, sequence: DrivenSequence, length: int, **options: Any) -> Segment:
+    def prefill_segment(
+        self, sequence: DrivenSequence, length: int, *, all_logits: bool = False, **options: Any
+    ) -> Segment:
         start = sequence.computed_len
         end = min(start + length, len(sequence.tokens))
         sequence.computed_len = end
         tokens = np.array(sequence.tokens[start:end], dtype=np.int32)
-        return Segment(sequence.row, sequence.slot, tokens, start, False, **options)
+        num_logits = len(tokens) if all_logits else 1
+        return Segment(
+            sequence.row, sequence.slot, tokens, start, False, num_logits=num_logits, **options
+        )
 
     def decode_segment(self, sequence: DrivenSequence, token: int, **options: Any) -> Segment:
         start = len(sequence.tokens)
@@ -213,9 +218,9 @@ class Driver:
             for b in verified:
                 tokens = (np.arange(step[b][0], dtype=np.int32) * 7 + 31 * b + rank) % 199
                 row, slot, drafts = sequences[b].row, sequences[b].slot, len(tokens) - 1
-                logits = "all" if drafts else "last"
+                num_logits = len(tokens)
                 segments.append(
-                    Segment(row, slot, tokens, ends[b], True, (), logits, num_drafts=drafts)
+                    Segment(row, slot, tokens, ends[b], True, (), num_logits, num_drafts=drafts)
                 )
             batch = Batch(tuple(segments))
             rows = runner.forward(batch)
@@ -242,12 +247,12 @@ class Driver:
         sequence, write = self.begin(tokens)
         slot = self.slot()
         exports = () if slot is None else ((64, slot),)
-        segment = self.prefill_segment(sequence, len(tokens), logits="all", exports=exports)
+        segment = self.prefill_segment(sequence, len(tokens), all_logits=True, exports=exports)
         cold = self.runner.forward(Batch((segment,), (), (write,)))
         resumed, write = self.begin(tokens, prefix=write[2][:64])
         segments = (
             self.decode_segment(sequence, 7),
-            self.prefill_segment(resumed, len(tokens), logits="all"),
+            self.prefill_segment(resumed, len(tokens), all_logits=True),
         )
         restores = () if slot is None else ((slot, resumed.slot),)
         return cold, self.runner.forward(Batch(segments, restores, (write,)))

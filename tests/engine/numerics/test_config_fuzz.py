@@ -284,7 +284,7 @@ def engine_logits(directory: Path, tokens: list[int]) -> torch.Tensor:
     options = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
     options |= {"max_running": 2, "max_model_len": 2 * NUM_TOKENS}
     runner = load_runner(engine_config(model=str(directory), **options))
-    return Driver(runner).cold(tokens, logits="all")
+    return Driver(runner).cold(tokens, all_logits=True)
 
 
 def judge(ours: torch.Tensor, theirs: torch.Tensor, verdict: str) -> str:

@@ -47,8 +47,8 @@ def test_int8_files_equal_int8_loading(model, oracles, tmp_path):
         tensors = eight_bit.stack_experts(load_file(source / "model.safetensors"))
         save_file(tensors, source / "model.safetensors")
     convert(source, tmp_path / "out", "int8")
-    expected = Driver(load(source, quantization="int8")).cold(tokens, logits="all")
-    assert torch.equal(Driver(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
+    expected = Driver(load(source, quantization="int8")).cold(tokens, all_logits=True)
+    assert torch.equal(Driver(load(tmp_path / "out")).cold(tokens, all_logits=True), expected)
     assert not any("gate_up_proj" in name for name in load_file(tmp_path / "out/model.safetensors"))
 
 

@@ -42,7 +42,7 @@ def cold_run(driver, tokens, grid=64):
     if sequence.slot is not None:
         slots = {p: driver.slot() for p in range(grid, len(tokens) + 1, grid)}
     segment = driver.prefill_segment(
-        sequence, len(tokens), logits="all", exports=tuple(slots.items())
+        sequence, len(tokens), all_logits=True, exports=tuple(slots.items())
     )
     logits = driver.runner.forward(Batch((segment,), (), (write,)))
     return logits, slots, write[2]
@@ -61,7 +61,7 @@ def run_pieces(driver, starts, restores, writes, random, grid=64):
         active = [s for s in waiting if random.random() < 0.7] or waiting[:1]
         segments = [driver.decode_segment(s, int(random.integers(199))) for s in decoding]
         segments += [
-            driver.prefill_segment(s, grid * int(random.integers(1, 5)), logits="all")
+            driver.prefill_segment(s, grid * int(random.integers(1, 5)), all_logits=True)
             for s in active
         ]
         rows = driver.runner.forward(Batch(tuple(segments), restores, writes)).split(

@@ -21,7 +21,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_prefill_logits_equal_transformers(family, length, drivers, oracles):
     tokens = random_tokens(length, seed=length)
-    ours = drivers(family).cold(tokens, logits="all")
+    ours = drivers(family).cold(tokens, all_logits=True)
     assert_close(ours, oracles(family).logits(tokens))
 
 
@@ -87,4 +87,4 @@ def test_scaled_rope_equals_transformers(kind, scaling, oracles, tmp_path):
     unscaled = reference(plain)
     scaled = reference(plain | {"rope_scaling": {"rope_type": scaling} | SCALINGS[scaling]})
     assert (scaled - unscaled).abs().max() > 0.01
-    assert_close(Driver(load(path)).cold(tokens, logits="all"), scaled)
+    assert_close(Driver(load(path)).cold(tokens, all_logits=True), scaled)

@@ -194,7 +194,7 @@ def test_head_after_verification_equals_single_steps(make_head) -> None:
             np.array(tokens, np.int32),
             start,
             True,
-            logits="all",
+            num_logits=len(tokens),
             num_drafts=len(tokens) - 1,
         )
         batch = Batch((segment,))

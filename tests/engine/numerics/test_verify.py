@@ -26,7 +26,14 @@ def verify_segment(sequence, answer, num_done, right, wrong, exports=()):
     tokens = torch.tensor([answer[num_done], *drafts], dtype=torch.int32).numpy()
     start = len(sequence.tokens) + num_done
     return Segment(
-        sequence.row, sequence.slot, tokens, start, True, exports, "all", num_drafts=len(drafts)
+        sequence.row,
+        sequence.slot,
+        tokens,
+        start,
+        True,
+        exports,
+        len(tokens),
+        num_drafts=len(drafts),
     )
 
 

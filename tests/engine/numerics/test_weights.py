@@ -73,7 +73,7 @@ def test_tied_head_with_and_without_its_tensor(kind, embedding, files, checkpoin
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.inference_mode():
         expected = model(torch.tensor([tokens]), use_cache=False).logits[0]
-    logits = Driver(load(path)).cold(tokens, logits="all")
+    logits = Driver(load(path)).cold(tokens, all_logits=True)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
