@@ -16,6 +16,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def _table(words: Mapping[str, Any]) -> str:
     lines = ["| name | takes | policy |", "|---|---|---|"]
     for name, word in words.items():
         number = f"`{name}:N`, number of {word.counts}" if word.counts else ""
-        lines.append(f"| `{name}` | {number} | {_cell(_plain(_first(word.make)))} |")
+        policy = word.make.args[0] if isinstance(word.make, partial) else word.make
+        lines.append(f"| `{name}` | {number} | {_cell(_plain(_first(policy)))} |")
     return "\n".join(lines) + "\n"
 
 

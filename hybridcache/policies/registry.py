@@ -23,7 +23,7 @@ from hybridcache.policies.admission import (
     SessionGate,
 )
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.queues import ARC, Clock, S3Fifo, Sieve, WTinyLFU
+from hybridcache.policies.eviction.queues import ARC, BothKinds, Clock, S3Fifo, Sieve, WTinyLFU
 from hybridcache.policies.eviction.scored import FIFO, GDSF, LFU, LHD, Marconi, Random
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import (
@@ -66,11 +66,11 @@ EVICTION_NAMES: dict[str, Entry] = {
     "lru": Entry(LRU),
     "fifo": Entry(FIFO),
     "lfu": Entry(LFU),
-    "clock": Entry(Clock),
-    "sieve": Entry(Sieve),
-    "s3-fifo": Entry(S3Fifo),
-    "arc": Entry(ARC),
-    "w-tinylfu": Entry(WTinyLFU),
+    "clock": Entry(partial(BothKinds, Clock)),
+    "sieve": Entry(partial(BothKinds, Sieve)),
+    "s3-fifo": Entry(partial(BothKinds, S3Fifo)),
+    "arc": Entry(partial(BothKinds, ARC)),
+    "w-tinylfu": Entry(partial(BothKinds, WTinyLFU)),
     "lhd": Entry(LHD),
     "gdsf": Entry(GDSF),
     "random": Entry(Random),

@@ -14,6 +14,7 @@ from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import EventStream
 from hybridcache.lease import Lease
+from hybridcache.policies.eviction import queues
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION_NAMES
 from hybridcache.routing.outbox import Outbox
@@ -340,8 +341,8 @@ for silent in (
     ("a reset does nothing", HybridRadixCache, "reset", CACHE),
     ("a freed slot is lost", SlotAllocator, "free", ALLOCATORS),
     ("lfu ignores uses", EVICTION_NAMES["lfu"].make, "touch", LFU),
-    ("clock ignores uses", EVICTION_NAMES["clock"].make, "touch", CLOCK),
-    ("arc ignores ghost hits", EVICTION_NAMES["arc"].make, "on_ghost_hit", ARC),
+    ("clock ignores uses", queues.Clock, "touch", CLOCK),
+    ("arc ignores ghost hits", queues.ARC, "on_ghost_hit", ARC),
     ("survival ignores ghosts above the missed one", Survival, "on_ghost_hit_above", GHOSTS),
     ("evicted checkpoints are not reported", EventStream, "checkpoint_removed", EVENTS),
     ("splits are not reported", EventStream, "kv_split", EVENTS),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sortedcontainers import SortedDict
 
@@ -134,18 +134,16 @@ class QueuePolicy(ABC):
 
 
 class BothKinds(EvictionPolicy):
-    """Policy with one instance for KV and one for checkpoints. With a shared budget, the less
-    recently used of both victims is evicted."""
+    """Policy with one instance of ``queues`` for KV and one for checkpoints. With a shared budget,
+    the less recently used of both victims is evicted."""
 
     orders_classes = False
 
-    queues: ClassVar[type[QueuePolicy]]
+    def __init__(self, queues: Callable[[], QueuePolicy]) -> None:
+        self._policies: dict[Kind, QueuePolicy] = {"kv": queues(), "checkpoint": queues()}
 
-    def __init__(self) -> None:
-        self._policies: dict[Kind, QueuePolicy] = {
-            "kv": self.queues(),
-            "checkpoint": self.queues(),
-        }
+    def __str__(self) -> str:
+        return type(self._policies["kv"]).__name__
 
     def add(self, item: Item) -> None:
         self._policies[item.kind].add(item)
@@ -168,41 +166,36 @@ class BothKinds(EvictionPolicy):
         return min(kv, checkpoint, key=lambda item: (item.last_used, item.serial))
 
 
-def both_kinds(queues: type[QueuePolicy]) -> type[BothKinds]:
-    """Return the eviction policy with an instance of ``queues`` for each kind. A decorator."""
-    queues.__qualname__ += ".queues"  # The name under which pickle finds it.
-    names = {"queues": queues, "__doc__": queues.__doc__, "__module__": queues.__module__}
-    return type(queues.__name__, (BothKinds,), names)
-
-
 # --- Policies -------------------------------------------------------------------------------------
 
 
-@both_kinds
-class Clock(QueuePolicy):
+class _OneQueue(QueuePolicy):
+    """Base of the policies with one queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = Queue()
+
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        return self.queue
+
+
+class Clock(_OneQueue):
     """Evict the first item in the ring that was not used since the hand's last round.
 
     Source: Corbató, "A paging experiment with the Multics system", 1968.
     Two kinds: one ring for each. Sizes are ignored.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ring = Queue()
-
-    def enter(self, item: Item, ghost: Record | None) -> Queue:
-        return self.ring
-
     def choose(self) -> Item | None:
         """Return the first item without its bit. The hand clears the bits that it passes."""
-        while (oldest := self.ring.oldest()) is not None and oldest.memo.mark:
+        while (oldest := self.queue.oldest()) is not None and oldest.memo.mark:
             oldest.memo.mark = 0
-            self.move(oldest, self.ring)
+            self.move(oldest, self.queue)
         return oldest
 
 
-@both_kinds
-class Sieve(QueuePolicy):
+class Sieve(_OneQueue):
     """Evict as CLOCK does, but leave survivors in place, so that new items are removed early.
 
     Source: Zhang et al., "SIEVE is simpler than LRU" (NSDI'24).
@@ -211,13 +204,9 @@ class Sieve(QueuePolicy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = Queue()
         self.hand = 0
         """Ticket at which the next search starts, or 0 for the oldest item."""
         self._chosen: Item | None = None
-
-    def enter(self, item: Item, ghost: Record | None) -> Queue:
-        return self.queue
 
     def choose(self) -> Item | None:
         """Return the first unused item from the hand on. The hand clears bits it passes."""
@@ -244,7 +233,6 @@ SMALL_SHARE = 0.1
 """Part of the bytes that the small FIFO may hold."""
 
 
-@both_kinds
 class S3Fifo(QueuePolicy):
     """Evict most items from a small FIFO. Items used twice or returned as ghosts go to a main FIFO.
 
@@ -282,7 +270,6 @@ class S3Fifo(QueuePolicy):
             self.move(item, self.main)
 
 
-@both_kinds
 class ARC(QueuePolicy):
     """Evict from one of two LRU lists, used once and used again. Ghost hits adapt their sizes.
 
@@ -357,7 +344,6 @@ WINDOW, PROTECTED = 0.01, 0.8
 """Parts of the bytes: of the window in all, and of the protected queue in main."""
 
 
-@both_kinds
 class WTinyLFU(QueuePolicy):
     """Admit an item from the window to main only if it is used more often than the item it evicts.
 
