@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
 from hybridcache.api import Losses
 from hybridcache.cache import HybridRadixCache
-from hybridcache.export.events import EventStream, Mirror
 from hybridcache.lab.figures import COLOURS, LOSSES, panels, save
+from hybridcache.radix.tree import RadixNode
 
 GRID = 64
 KV, CHECKPOINT, NEW, REUSED = COLOURS[0], COLOURS[6], COLOURS[7], COLOURS[2]
@@ -73,16 +73,14 @@ class Steps:
 def run() -> Steps:
     """Serve three prompts, and match a fourth one."""
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=4000, num_slots=16, grid=GRID))
-    mirror = Mirror(page_size=1)
-    cache.subscribe(EventStream(mirror.apply))
     serve(cache, FIRST)
     serve(cache, SECOND)
-    before = edges(mirror)
+    before = edges(cache)
     match = cache.match(THIRD)
     saved = serve(cache, THIRD)
     return Steps(
         before,
-        edges(mirror),
+        edges(cache),
         match.kv_match_len,
         match.cached_len,
         match.losses,
@@ -102,32 +100,31 @@ def serve(cache: HybridRadixCache, prompt: np.ndarray[Any, np.dtype[np.int32]]) 
     return tuple(position for position, _ in saved)
 
 
-def edges(mirror: Mirror) -> list[Edge]:
+def edges(cache: HybridRadixCache) -> list[Edge]:
     """Lay out the tree: a row for each leaf, and an inner edge in the middle of its leaves."""
-    children: dict[int | None, list[Any]] = {}
-    for segment in sorted(mirror.segments(), key=lambda one: one[4]):
-        children.setdefault(segment[1], []).append(segment)
+    children: dict[RadixNode | None, list[RadixNode]] = {}
+    for node in sorted(cache.iter_nodes(), key=lambda node: tuple(node.tokens)):
+        children.setdefault(node.parent, []).append(node)
     found: list[Edge] = []
     num_leaves = 0
 
-    def place(segment: Any, path: tuple[int, ...]) -> float:
+    def place(node: RadixNode, path: tuple[int, ...]) -> float:
         nonlocal num_leaves
-        name, _, _, start, own, has_checkpoint = segment
-        path += own
+        path += tuple(node.tokens.tolist())
         number = len(found)
-        below = [place(child, path) for child in children.get(name, ())]
+        below = [place(child, path) for child in children.get(node, ())]
         if below:
             y = (below[0] + below[-1]) / 2
         else:
             num_leaves += 1
             y = -float(num_leaves)
         for index in range(number, len(found)):
-            if found[index].start == start + len(own):
+            if found[index].start == node.end:
                 found[index] = Edge(**{**vars(found[index]), "parent_y": y})
-        found.append(Edge(start, start + len(own), y, y, has_checkpoint, path))
+        found.append(Edge(node.start, node.end, y, y, node.checkpoint is not None, path))
         return y
 
-    for root in children[None]:
+    for root in children[cache.root()]:
         place(root, ())
     return found
 

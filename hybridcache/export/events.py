@@ -138,7 +138,7 @@ class Mirror:
         """
         self._kv_step = None if kv_grid is None else lcm(kv_grid, page_size)
         self._tree = RadixTree(page_size)
-        self._nodes: dict[int, RadixNode] = {}
+        self.nodes: dict[int, RadixNode] = {}
         """Nodes by segment id, which is also their serial. They have no rows."""
         self.next_sequence = 0
         """Number of the next batch."""
@@ -159,7 +159,7 @@ class Mirror:
 
     def apply(self, event: Event) -> None:
         """Apply one event, which follows the preceding ones. O(tokens of the segment)."""
-        tree, nodes = self._tree, self._nodes
+        tree, nodes = self._tree, self.nodes
         match event:
             case KVStored(id_, above, namespace, _, tokens):
                 parent = tree.root(namespace) if above is None else nodes[above]
@@ -181,7 +181,7 @@ class Mirror:
 
     def _add(self, id_: int, node: RadixNode) -> None:
         node.kv = Segment(node, EMPTY, 0, id_, _NO_BYTES)
-        self._nodes[id_] = node
+        self.nodes[id_] = node
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> MirrorMatch:
         """Match ``tokens``, int32[n]. O(n)."""
@@ -193,11 +193,3 @@ class Mirror:
         while above.parent is not None and (above.checkpoint is None or above.end >= len(tokens)):
             above = above.parent
         return MirrorMatch(above.end, end)
-
-    def segments(self) -> set[tuple[int, int | None, Hashable, int, tuple[int, ...], bool]]:
-        """Return (id, parent, namespace, start, tokens, checkpoint?) of all segments."""
-        found: list[Event] = []
-        stream = EventStream(found.append)
-        for node in self._nodes.values():
-            stream.kv_stored(node)
-        return {(*stored, self._nodes[stored.id].checkpoint is not None) for stored in found}

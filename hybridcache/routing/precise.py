@@ -193,9 +193,9 @@ class CheckpointSeconds(Router):
         assert self.mirrors.keys() == self.in_flight.keys() == self.loads.keys()
         assert self.write_rates.keys() == self.loads.keys()
         for mirror in self.mirrors.values():
-            segments = mirror.segments()
-            assert mirror.num_tokens == sum(len(segment[4]) for segment in segments)
-            assert mirror.num_checkpoints == sum(segment[5] for segment in segments)
+            nodes = mirror.nodes.values()
+            assert mirror.num_tokens == sum(node.end - node.start for node in nodes)
+            assert mirror.num_checkpoints == sum(node.checkpoint is not None for node in nodes)
 
 
 # --- Prompts without events yet -------------------------------------------------------------------

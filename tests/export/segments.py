@@ -1,4 +1,4 @@
-"""Segments of a cache as its mirror must have them, read from the tree."""
+"""Segments of a cache and of its mirror, which must be equal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hybridcache.radix.tree import RadixNode
 
 
 def segments_of(nodes: Iterable[RadixNode]) -> set[tuple[Any, ...]]:
-    """Return the expected ``Mirror.segments`` of resident ``nodes``, parents first. O(tokens)."""
+    """Return the resident segments of ``nodes`` of a cache or its mirror. O(tokens)."""
     found: list[Any] = []
     stream = EventStream(found.append)
     segments = set()

@@ -178,7 +178,7 @@ def plain_choice(router, request, now):
         mirror = router.mirrors[replica]
         found = mirror.match(request.tokens)
         depth = max(found.cached_len, depth_after(router.in_flight[replica], request))
-        held = sum(len(segment[4]) for segment in mirror.segments())
+        held = sum(node.end - node.start for node in mirror.nodes.values())
         kv_len = max(depth, found.kv_match_len)
         wanted = {kv_len // GRID * GRID: "branch"}
         wanted.setdefault((num_ids - 1) // GRID * GRID, "backoff")
