@@ -614,7 +614,8 @@ class HybridRadixCache:
         while self._evict_one(None):
             pass
         self.ghosts.clear()
-        self.steps.open_plan = None
+        if plan is not None:
+            plan.was_begun, self.steps.open_plan = True, None
 
     def take_step(self) -> StepPlan:
         """Return all work on the tensors that is due before the next step, once.

@@ -19,7 +19,7 @@ carried out, or TypeError for a wrong type. Nothing is changed.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 
@@ -494,14 +494,6 @@ class Lease:
         if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
             self._planned.setdefault(position, label)
 
-    @overload
-    def take_checkpoint_slots(self, start: int, end: int) -> tuple[Saved, ...]: ...
-
-    @overload
-    def take_checkpoint_slots(
-        self, start: int, end: int, max_slots: int | None
-    ) -> tuple[Saved, ...] | None: ...
-
     def take_checkpoint_slots(
         self, start: int, end: int, max_slots: int | None = None
     ) -> tuple[Saved, ...] | None:
@@ -684,10 +676,10 @@ class Lease:
         if cache.arena is not None:
             del cache.arena.holders[self]
         cache.unlock(self._lock)
-        if own_slot is not None:
-            cache.free_slot(own_slot)
         if len(held):
             cache.free_kv(held)
+        if own_slot is not None:  # Last: it raises if the caller has freed the slot.
+            cache.free_slot(own_slot)
 
     def _insert(
         self, tokens: Tokens, computed_len: int, is_last: bool = False

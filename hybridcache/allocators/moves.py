@@ -152,9 +152,9 @@ class StepMemory(Protocol):
 
 
 SPENT = (
-    "this step plan was carried out or failed half-way: doing its work again destroys rows. Take "
-    "one plan per step with cache.take_step(). After a failure abort all leases, unlock all nodes "
-    "and call cache.reset()"
+    "this step plan was carried out, failed half-way, or was forgotten by reset: doing its work "
+    "again destroys rows. Take one plan per step with cache.take_step(). After a failure abort all "
+    "leases, unlock all nodes and call cache.reset()"
 )
 NOT_CARRIED_OUT = (
     "the last step plan was taken but not carried out, so rows and states are not what the cache "
@@ -192,7 +192,7 @@ class StepPlan:
     is_done: bool = False
     """True once the plan was carried out."""
     was_begun: bool = False
-    """True once any of its work may have been done."""
+    """True once any of its work may have been done, or ``reset`` has forgotten it."""
 
     def __bool__(self) -> bool:
         """Return True if any work is due."""
@@ -202,7 +202,7 @@ class StepPlan:
         """Call the method of ``memory`` for each piece of work, in order, and note that it is done.
 
         Drops are skipped. O(work). Raises RuntimeError if the plan was carried out before, or if a
-        call failed half-way.
+        call failed half-way, or the cache was reset.
         """
         if self.is_done or self.was_begun:
             raise RuntimeError(SPENT)
@@ -219,7 +219,12 @@ class StepPlan:
         self.is_done = True
 
     def done(self) -> None:
-        """Note that all of the work is done, or queued before the step on the same device. O(1)."""
+        """Note that all of the work is done, or queued before the step on the same device. O(1).
+
+        Raises RuntimeError if ``carry_out`` failed half-way, or the cache was reset.
+        """
+        if self.was_begun and not self.is_done:
+            raise RuntimeError(SPENT)
         self.is_done = True
 
 

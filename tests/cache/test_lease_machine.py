@@ -337,7 +337,7 @@ class LeaseMachine(RuleBasedStateMachine):
         for other in self.running:
             other.needs_restore = False
         if how == 3 and plan:
-            with pytest.raises(RuntimeError, match="carried out or failed half-way"):
+            with pytest.raises(RuntimeError, match="was carried out, failed half-way"):
                 plan.carry_out(self.tensors)
         counts = self.tensors.counts
         assert counts["restore"] == len(plan.restores)

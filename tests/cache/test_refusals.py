@@ -143,7 +143,7 @@ def test_a_listener_that_raises_is_unsubscribed_and_breaks_nothing(event, caplog
         cache.check(held_tokens=0, held_slots=0)
     cache.evict(num_tokens=2, num_slots=1)
     cache.check(held_tokens=0, held_slots=0)
-    assert mirror.segments() == segments_of(cache._tree.nodes())
+    assert segments_of(mirror.nodes.values()) == segments_of(cache._tree.nodes())
     if event in ("kv_stored", "checkpoint_stored"):
         with pytest.raises(OSError, match="the socket is closed"):
             cache.subscribe(broken)
@@ -205,10 +205,33 @@ def test_a_plan_that_failed_half_way_cannot_be_carried_out():
     plan = cache.take_step()
     with pytest.raises(OSError, match="no device"):
         plan.carry_out(Failing())
-    with pytest.raises(RuntimeError, match="failed half-way"):
-        plan.carry_out(Failing())
+    for again in (lambda: plan.carry_out(Failing()), plan.done):
+        with pytest.raises(RuntimeError, match="failed half-way"):
+            again()
     lease.abort()
     cache.reset()
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_plan_that_a_reset_has_forgotten_cannot_be_carried_out():
+    cache, placement = small()
+    lease = Lease.begin(cache, placement, LeaseRequest(ids("abcde"), table_row=0))
+    assert lease.extend(5)
+    plan = cache.take_step()
+    lease.abort()
+    cache.reset()
+    for again in (lambda: plan.carry_out(None), plan.done):
+        with pytest.raises(RuntimeError, match="forgotten by reset"):
+            again()
+
+
+def test_a_lease_whose_slot_was_freed_holds_no_rows_after_its_end():
+    cache, placement = small()
+    lease = Lease.begin(cache, placement, LeaseRequest(ids("abcde")))
+    assert lease.extend(5)
+    cache.free_slot(lease.state_slot)
+    with pytest.raises(ValueError, match="which is not taken"):
+        lease.abort()
     cache.check(held_tokens=0, held_slots=0)
 
 
