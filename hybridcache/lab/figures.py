@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.api import Losses
-from hybridcache.command.extras import explain_missing
 from hybridcache.geometry.units import counted
 from hybridcache.lab.report import (
     LOSSES_NOTE,
@@ -56,8 +55,8 @@ def figure_path(path: str | Path) -> Path:
 @contextmanager
 def _fonts() -> Iterator[None]:
     """Use the fonts of this package's own figures."""
-    with explain_missing():
-        import matplotlib
+    import matplotlib
+
     with matplotlib.rc_context(_FONTS):
         yield
 
@@ -252,8 +251,7 @@ def panels(
 ) -> tuple[Figure, list[Any]]:
     """Return a figure of ``count`` panels of ``size`` (inches), at most ``columns`` in a row, and
     their axes. The figure belongs to no window and no notebook, so their backend is not changed."""
-    with explain_missing():
-        from matplotlib.figure import Figure
+    from matplotlib.figure import Figure
 
     width, height = size
     columns = min(count, columns)

@@ -258,8 +258,9 @@ def _read_until(controller: int, words: str) -> str:
 
 WITHOUT_EXTRAS = """
 import importlib.abc, sys
-from hybridcache.command.extras import EXTRAS
-optional = {package for packages in EXTRAS.values() for package in packages}
+from importlib import metadata
+from hybridcache.command.extras import extras_of
+optional = {name for name in metadata.packages_distributions() if extras_of(name)}
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in optional:

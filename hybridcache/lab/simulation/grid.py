@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hybridcache.command.extras import explain_missing, version
+from hybridcache.command.extras import version
 from hybridcache.geometry.units import counted
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import Trace
@@ -220,8 +220,7 @@ def _in_processes(task: bytes, due: Sequence[tuple[int, Any]], processes: int) -
 
 def _on_ray(task: bytes, due: Sequence[tuple[int, Any]], address: str) -> Iterator[Far]:
     """Run the jobs as Ray tasks. Ray restarts a task if its machine fails."""
-    with explain_missing():
-        import ray
+    import ray
 
     is_ours = not ray.is_initialized()
     try:

@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from hybridcache.command.extras import explain_missing
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.frame import open_bytes
 from hybridcache.policies.protocol import chat_boundaries
@@ -79,7 +78,6 @@ class ChatText:
         environment.globals["raise_exception"] = _refuse
         return environment.from_string(self._source)
 
-    @explain_missing()
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """Return the chat as text; ``to_answer`` adds the header of an answer. ValueError if
         refused."""
@@ -187,7 +185,6 @@ _QWEN_SPLIT = (
 _Tokenizer = tuple[Callable[[str], list[int]], dict[str, int]]
 
 
-@explain_missing()
 def _from_tiktoken(path: Path) -> _Tokenizer:
     """Read a file of ranks, with the text split as Qwen3.5 does."""
     import tiktoken
@@ -205,7 +202,6 @@ def _from_tiktoken(path: Path) -> _Tokenizer:
     return lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text)), specials
 
 
-@explain_missing()
 def _from_json(path: Path) -> _Tokenizer:
     from tokenizers import Tokenizer
 
