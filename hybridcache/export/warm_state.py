@@ -237,17 +237,15 @@ class Memory:
 def _latest(cache: HybridRadixCache) -> list[RadixNode]:
     """Return the most recently used nodes, parents before children, within the ghost limit. O(n log
     n)."""
-    nodes = list(cache.iter_nodes())
-    used: dict[RadixNode, int] = {}
-    for node in reversed(nodes):
-        item, _ = _items_at(node)
-        own = max(item.last_used if item else 0, node.kv.last_used if node.kv else 0)
-        used[node] = max(own, used.get(node, 0))
-        if node.parent is not None:
-            used[node.parent] = max(used.get(node.parent, 0), used[node])
+    used = dict.fromkeys(cache.iter_nodes(), 0)
+    for node in reversed(used):
+        for item in (_items_at(node)[0], node.kv):
+            used[node] = max(used[node], 0 if item is None else item.last_used)
+        if node.parent in used:
+            used[node.parent] = max(used[node.parent], used[node])
     forgotten = list(cache.ghosts.oldest_first())
     listed = set(forgotten)
-    held = [node for node in used if node.parent is not None and node not in listed]
+    held = [node for node in used if node not in listed]
     held.sort(key=lambda node: (used[node], -node.end))
     room, found = cache.ghosts.limit_bytes, []
     for node in reversed(forgotten + held):

@@ -91,12 +91,12 @@ def own_policy(given: object) -> OwnPolicy:
         return given
     if callable(given):
         return OwnPolicy(_name_of(given), given)
-    facts = ", ".join(
-        f"{name}={value!r}"
+    facts = {
+        name: value
         for name, value in getattr(given, "__dict__", {}).items()
         if name[0] != "_" and name != "now" and isinstance(value, int | float | str)
-    )
-    return OwnPolicy(f"{_name_of(type(given))}({facts})", partial(copy.deepcopy, given))
+    }
+    return OwnPolicy(_name_of(partial(type(given), **facts)), partial(copy.deepcopy, given))
 
 
 def _name_of(make: Callable[..., Any]) -> str:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -311,14 +312,6 @@ class HybridRadixBackend(BasePrefixCache):
         slots = [node.checkpoint.slot for node in nodes if node.checkpoint is not None]
         return torch.tensor(slots, dtype=torch.int64)
 
-    def available_and_evictable_str(self) -> str:
-        free = self.token_to_kv_pool_allocator.available_size()
-        text = f"Available full tokens: {free + self.full_evictable_size()} ({free} free)\n"
-        if self._states is not None:
-            free = self.req_to_token_pool.mamba_allocator.available_size()
-            text += f"Available states: {free + self.mamba_evictable_size()} ({free} free)\n"
-        return text
-
     def sanity_check(self) -> None:
         self._cache.check()
 
@@ -367,21 +360,15 @@ def _path(node: Node) -> list[RadixNode]:
 # --- KV events ----------------------------------------------------------------------------------
 
 
-class _Shadow:
-    """Attributes of a node that the recorder reads."""
-
-    __slots__ = ("event_hash_value", "hash_value", "key", "parent")
-
-    def __init__(self, parent: _Shadow | None, key: Any) -> None:
-        self.parent = parent
-        self.key = key
-        self.hash_value: list[str] | None = None if parent is not None else []
-        self.event_hash_value: list[str] | None = None
+def _shadow(parent: Any, key: Any) -> Any:
+    """Return an object with the attributes of a node that the recorder reads."""
+    hashes: list[str] | None = None if parent is not None else []
+    return SimpleNamespace(parent=parent, key=key, hash_value=hashes, event_hash_value=None)
 
 
 class EventRecorder(Listener):
     """Listener that feeds SGLang's recorder, which identifies a page by the hash of its path and
-    stores it at nodes: here, in a ``_Shadow`` of each. SGLang has no events for checkpoints."""
+    stores it at nodes: here, at a ``_shadow`` of each. SGLang has no events for checkpoints."""
 
     def __init__(self, params: Any) -> None:
         self.recorder = KVCacheEventRecorder(
@@ -391,8 +378,8 @@ class EventRecorder(Listener):
             lora_names=params.kv_event_lora_names,
         )
         self._page_size: int = params.page_size
-        self._root = _Shadow(None, RadixKey(array("q")))
-        self._shadows: dict[int, _Shadow] = {}
+        self._root = _shadow(None, RadixKey(array("q")))
+        self._shadows: dict[int, Any] = {}
 
     def restart(self) -> None:
         """Report that all contents were discarded."""
@@ -403,13 +390,13 @@ class EventRecorder(Listener):
         assert node.parent is not None
         above = node.parent.kv
         parent = self._root if above is None else self._shadows[above.serial]
-        shadow = _Shadow(parent, _key(node.tokens, node.namespace))
+        shadow = _shadow(parent, _key(node.tokens, node.namespace))
         self._shadows[node.serial] = shadow
         self.recorder.record_store(shadow)
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
         shadow, length = self._shadows[lower.serial], upper.end - upper.start
-        top = _Shadow(shadow.parent, shadow.key[:length])
+        top = _shadow(shadow.parent, shadow.key[:length])
         for name in ("hash_value", "event_hash_value"):
             halves = split_node_hash_value(getattr(shadow, name), length, self._page_size)
             for half, hashes in zip((top, shadow), halves, strict=True):

@@ -568,19 +568,16 @@ class Survival(EvictionPolicy):
                 worth = item.span / item.size_bytes
                 self._checkpoints.put(item, memo.row * NUM_BINS, memo.entered, worth)
 
-    def on_ghost_hit(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item, used: bool = True) -> None:
         memo = item.memo
         if isinstance(memo, _Memo):
-            now = self.hazards.now + (not self._just_used)
-            self.hazards.close(memo.stage, now, used=True)
+            self.hazards.close(memo.stage, self.hazards.now + (not self._just_used), used)
 
     def on_ghost_hit_above(self, item: Item) -> None:
         """Count a use of ``item``, unless it was evicted while superseded: its value next to a
         deeper checkpoint ended when that one was evicted too."""
-        memo = item.memo
-        if isinstance(memo, _Memo):
-            now = self.hazards.now + (not self._just_used)
-            self.hazards.close(memo.stage, now, used=not memo.superseded)
+        if isinstance(item.memo, _Memo):
+            self.on_ghost_hit(item, used=not item.memo.superseded)
 
     def victim(self, kind: Kind | None) -> Item | None:
         if kind != "checkpoint" and self._dead:
