@@ -166,12 +166,11 @@ def load_chat_text(tokenizer: str, template: str = "chatml") -> ChatText:
         ) from None
 
 
-@explain_missing()
 def packaged_file(package: str, pattern: str) -> Path:
     """Return a file of a package, which is not imported. ModuleNotFoundError if it is missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(name=package)
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     return next(Path(spec.origin).parent.glob(pattern))
 
 
