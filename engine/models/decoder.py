@@ -31,10 +31,24 @@ from engine.layers.experts import SigmoidRouter
 from engine.layers.linear import Build, Composite, Layer, Linear, Parameter, Part, RankCut, RMSNorm
 from engine.layers.prediction import PredictionHead
 from engine.layers.rotary import read_rope
-from engine.weights.model_config import ModelConfig, Served, check_only, mixer_of, read_settings
+from engine.weights.model_config import (
+    ModelConfig,
+    ModelError,
+    Served,
+    check_only,
+    mixer_of,
+    read_settings,
+)
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+from hybridcache.geometry.sizes import (
+    ExpertsSizes,
+    LayerSizes,
+    MixerSizes,
+    MLPSizes,
+    ModelSizes,
+    Spec,
+)
 from kernels.recording import repeated
 
 T = TypeVar("T", bound=Layer)
@@ -72,7 +86,10 @@ class Decoder(ABC):
         fill: Fill | None = None,
         *,
         stacked_experts: bool = False,
+        with_prediction: bool = False,
     ) -> None:
+        """``with_prediction``: with the multi-token head. Raises ModelError if the family has
+        none."""
         self.config, self.build, self.stacked_experts = config, build, stacked_experts
         self._parts: list[Layer] = []
         self._sealing = Sealing(beside=build.weights.device.type == "cpu")
@@ -85,6 +102,9 @@ class Decoder(ABC):
         self._arrange(layers)
         self.norm = self._add(self.norm_of(self.norm_name), fill)
         self.head = self._add(Head("lm_head", config, self.embedding, build), fill)
+        self.prediction: PredictionHead | None = None
+        if with_prediction:
+            self.prediction = self._add(self.prediction_head(), fill)
         self._sealing.finish()
         del self._sealing  # Its thread ends.
 
@@ -101,8 +121,10 @@ class Decoder(ABC):
                 self._between[-1].append(step)
 
     def excerpt(self, ranks: Sequence[int]) -> Self:
-        """Return a decoder with some of the layers, which shares their weights."""
+        """Return a decoder with some of the layers and no multi-token head, which shares their
+        weights."""
         part = copy.copy(self)
+        part.prediction = None
         part._arrange([self._layers[rank] for rank in ranks])
         return part
 
@@ -178,9 +200,18 @@ class Decoder(ABC):
             centred=self.centred_norms,
         )
 
-    def prediction_head(self) -> PredictionHead | None:
-        """Return the multi-token head without weights, or None if there is none for the family."""
-        return None
+    def prediction_head(self) -> PredictionHead:
+        """Return the multi-token head without weights. Raises ModelError if the family has none."""
+        raise ModelError(
+            f"--draft mtp requires a multi-token head, which is not supported for "
+            f"{type(self).__name__}: use --draft tree, or none."
+        )
+
+    @property
+    def keeps(self) -> list[tuple[Spec, ...]]:
+        """Declared tensors of each mixer, then of the multi-token head."""
+        keeps = [step.block.keeps for step in self.mixers]
+        return keeps if self.prediction is None else [*keeps, self.prediction.keeps]
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Yield every checkpoint tensor of the model. Only before it is sealed."""
@@ -191,12 +222,26 @@ class Decoder(ABC):
         self, token_ids: torch.Tensor, inputs: LayerInputs, pools: Sequence[Pools]
     ) -> torch.Tensor:
         """Compute the hidden states ``[num_rows, H]`` after the final norm, and update the pools,
-        one entry per mixer."""
+        one entry per entry of ``keeps``."""
         out, residual = self.start(token_ids, inputs.rows)
         for rank, step in enumerate(self.mixers):
             mixed = step.block.mix(out, inputs, pools[rank])
             out, residual = self.resume(rank, mixed, out, residual, inputs.rows)
+        self.follow(token_ids, out, inputs, pools)
         return out
+
+    def follow(
+        self,
+        token_ids: torch.Tensor,
+        hidden: torch.Tensor,
+        inputs: LayerInputs,
+        pools: Sequence[Pools],
+    ) -> None:
+        """Update the pools of the multi-token head, if there is one, after a step with the result
+        ``hidden``, which may have more rows. ``forward`` does so itself."""
+        if self.prediction is not None:
+            embedded = self.embedding(token_ids)
+            self.prediction.follow(embedded, hidden[: len(token_ids)], inputs, pools[-1])
 
     def start(self, token_ids: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute up to the first mixer. Returns (its input product, the residual stream)."""

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 
 from engine.config import EngineConfig
 from engine.layers.linear import ALONE, Build, Layer, Parameter, Rank, WeightSpec
-from engine.layers.prediction import PredictionHead
 from engine.models import read_model
 from engine.models.decoder import Decoder, Fill
 from engine.runner.backends import Kernels
@@ -224,7 +224,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def load_model(
     settings: EngineConfig, family: type[Decoder], config: ModelConfig, build: Build
-) -> tuple[Decoder, PredictionHead | None, str]:
+) -> tuple[Decoder, str]:
     """Build the model that ``settings`` name, and its multi-token head if it is used, with their
     weights. Also returns the number and the source of these.
 
@@ -240,31 +240,16 @@ def load_model(
         is_stacked = any(name.endswith(STACKED_EXPERTS) for name in files.tensors)
         if config.tie_embeddings:
             config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
-    plan = family(config, outline, stacked_experts=is_stacked)
-    parts: list[Layer | Decoder] = [plan, _head(plan)] if with_head else [plan]
-    parameters = [pair for part in parts for pair in part.parameters()]
+    make = partial(family, config, stacked_experts=is_stacked, with_prediction=with_head)
+    parameters = list(make(outline).parameters())
     num_weights = sum(math.prod(parameter.shape) for _, parameter in parameters)
     counted = f"{format_count(num_weights)} parameters"  # Those of all ranks.
     if files is not None:
         files.check(parameters, tied=config.tie_embeddings)
-    model = family(config, build, fill, stacked_experts=is_stacked)
-    head = _head(model) if with_head else None
-    if head is not None:
-        fill(head)
-        head.seal()
+    model = make(build, fill)
     if files is None:
-        return model, head, f"{counted}; seeded (seed {settings.seed}), untrained"
-    return model, head, f"{counted}; {files.note()}{build.weights.note()}"
-
-
-def _head(model: Decoder) -> PredictionHead:
-    head = model.prediction_head()
-    if head is None:
-        raise ModelError(
-            f"--draft mtp requires a multi-token head, which is not supported for "
-            f"{type(model).__name__}: use --draft tree, or none."
-        )
-    return head
+        return model, f"{counted}; seeded (seed {settings.seed}), untrained"
+    return model, f"{counted}; {files.note()}{build.weights.note()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +268,6 @@ class LoadedModel:
     checkpoints: CheckpointFormat | None
     """Format of checkpoints that differs from that of running states, or None."""
     model: Decoder
-    head: PredictionHead | None
     weights_note: str
     geometry: ModelGeometry
 
@@ -309,9 +293,9 @@ class LoadedModel:
         dtype = DTYPES.get(word, torch.float32 if device.is_cpu else torch.bfloat16)
         has_sums = sizes.size_of("recurrent") > 0
         build = Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank)
-        model, head, note = load_model(config, family, model_config, build)
-        if head is not None:
-            sizes = replace(model_config.sizes, beside=head.keeps)
+        model, note = load_model(config, family, model_config, build)
+        if model.prediction is not None:
+            sizes = replace(model_config.sizes, beside=model.prediction.keeps)
             model_config = replace(model_config, sizes=sizes)
         geometry = ModelGeometry.from_sizes(
             config.model_dir.name,
@@ -332,7 +316,6 @@ class LoadedModel:
             DTYPES[config.state_dtype],
             CheckpointFormat.parse(config.checkpoint_dtype) if has_sums else None,
             model,
-            head,
             note,
             geometry,
         )
@@ -348,7 +331,6 @@ class LoadedModel:
             sizes=replace(self.sizes, layers=layers, beside=()),
             checkpoints=None,
             model=self.model.excerpt(ranks),
-            head=None,
         )
 
     def plan(

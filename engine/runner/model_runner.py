@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from engine.layers.blocks import LayerInputs
 from engine.layers.rotary import RotaryTable
 from engine.messages import Exactness
 from engine.runner.backends import digest_of, digest_of_weights, machine_words
@@ -72,13 +71,9 @@ class ModelRunner:
         self.memory, self.max_model_len = plan, max_model_len
         self.is_asynchronous = not self.device.is_cpu
         """True if ``forward`` returns before the device is done."""
-        self._keeps = [step.block.keeps for step in self.model.mixers]
-        """Declared tensors of each entry of ``tensors.pools``."""
-        if loaded.head is not None:
-            self._keeps.append(loaded.head.keeps)
         self.tensors = Memory.allocate(
             plan,
-            self._keeps,
+            self.model.keeps,
             self.dtype,
             loaded.state_dtype,
             self.device,
@@ -99,15 +94,6 @@ class ModelRunner:
         multiple: int = self.kernels["linear"].ROWS
         self.step_inputs = StepInputs(self.tensors, self.table, rotary, multiple, config.tile_size)
         self.drafts = drafts(loaded, self.step_inputs)
-        model, pools, follow = self.model, self.tensors.pools, self.drafts.follow
-
-        def forward(token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
-            hidden = model.forward(token_ids, step, pools)
-            follow(token_ids, hidden, step)
-            return hidden
-
-        self._forward = forward
-        """Computes hidden states. Graphs keep it, so it must not keep the runner and its memory."""
         self.warmed: WarmUp | None = None
         self.exactness = Exactness()
         self.use_graphs(config.graphs)
@@ -161,9 +147,9 @@ class ModelRunner:
             self.graphs = self.graphs._replace(prefills=prefills)
 
     def _decode_graphs(self, record: Record, *, is_native: bool = False) -> Graphs:
-        parts = self.model, self._forward, self.step_inputs, record
-        decodes = DecodeGraphs(*parts, decode_buckets(self.table))
-        return Graphs(decodes, self.drafts.graphs(self._forward, record, is_native=is_native))
+        buckets = decode_buckets(self.table)
+        decodes = DecodeGraphs(self.model, self.step_inputs, record, buckets)
+        return Graphs(decodes, self.drafts.graphs(record, is_native=is_native))
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
@@ -255,9 +241,7 @@ class ModelRunner:
         if self.graphs.prefills is not None:
             hidden = self.graphs.prefills.run(token_ids, step)
         if hidden is None:
-            hidden = self._forward(token_ids, step)
-        else:
-            self.drafts.follow(token_ids, hidden, step)
+            hidden = self.model.forward(token_ids, step, self.tensors.pools)
         return self.model.head(hidden[upload(rows, torch.int64, device)])
 
     def attach_tiers(self, copier: Callable[..., Any], num_host_rows: int) -> float | None:
@@ -277,7 +261,7 @@ class ModelRunner:
         checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
         kernels = sorted(self.kernels.words().items())
         quantization = config.quantization or "none"
-        layout = self.memory.row_bytes, self.memory.state_bytes, self._keeps
+        layout = self.memory.row_bytes, self.memory.state_bytes, self.model.keeps
         return {
             "weights": weights,
             "config": digest_of((config.model_dir / "config.json").read_bytes()),

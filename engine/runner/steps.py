@@ -126,8 +126,6 @@ class StepInputs:
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], None]], Replay]
 """Captures the launches of a function, and returns a function that repeats them."""
-Forward = Callable[[torch.Tensor, LayerInputs], torch.Tensor]
-"""Computes hidden states ``[num_rows, H]`` of token ids ``[num_rows]`` and advances the pools."""
 
 Bucket = tuple[int, int]
 """(tokens, KV bound)."""
@@ -166,14 +164,13 @@ class DecodeGraphs:
     def __init__(
         self,
         model: Decoder,
-        forward: Forward,
         inputs: StepInputs,
         record: Record,
         buckets: Sequence[Bucket],
         *tables: npt.NDArray[Any],
     ) -> None:
         """``buckets``: largest first. ``tables``: inputs on the host; the first starts with ids."""
-        self._forward, self._head, self._record = forward, model.head, record
+        self._model, self._record = model, record
         self._table, self._rotary, self._memory = inputs.table, inputs.rotary, inputs.memory
         self._replays: dict[Bucket, Replay | None] = dict.fromkeys(buckets)
         self._sizes, self._bounds = (sorted(set(part)) for part in zip(*buckets, strict=True))
@@ -236,7 +233,8 @@ class DecodeGraphs:
                 parts=[make_part()],
                 live=live,
             )
-            self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
+            hidden = self._model.forward(token_ids, step, self._memory.pools)
+            self._logits[:size].copy_(self._model.head(hidden))
 
         return self._record(work)
 
@@ -304,15 +302,17 @@ class PrefillGraphs:
         self._token_ids[step.num_tokens : size].zero_()
         first = self._sizes[-1] - step.num_tokens
         self._live[:size].copy_(self._steps[first : first + size])
-        step = replace(step, num_rows=size)
+        padded = replace(step, num_rows=size)
         *replays, last = self._replays[size]
         for rank, replay in enumerate(replays):
             replay()
             projected, mixed = self._buffers[rank]
-            out = self._mixers[rank].mix(projected[:size], step, self._pools[rank])
+            out = self._mixers[rank].mix(projected[:size], padded, self._pools[rank])
             mixed[: step.num_tokens].copy_(out)
         last()
-        return self._hidden[:size]
+        hidden = self._hidden[:size]
+        self._model.follow(token_ids, hidden, step, self._pools)
+        return hidden
 
     def capture(self, size: int) -> None:
         ranks = range(len(self._mixers) + 1)
@@ -363,9 +363,6 @@ class Drafts:
         """Return the part of a step for segments with drafts."""
         raise NotImplementedError
 
-    def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
-        """Use the ``hidden`` states of a step. May be captured in its graph."""
-
     def commit(self, batch: Batch, taken: Sequence[int]) -> Copies:
         """Accept ``taken`` tokens of each segment with drafts. Returns the checkpoints to save."""
         return ()
@@ -375,7 +372,7 @@ class Drafts:
         that is not committed yet."""
         return ()
 
-    def graphs(self, forward: Forward, record: Record, *, is_native: bool) -> DecodeGraphs | None:
+    def graphs(self, record: Record, *, is_native: bool) -> DecodeGraphs | None:
         """Return graphs of decode steps with drafts. ``is_native``: recordings of native kernels.
         Raises NotRecordableError."""
         return None

@@ -49,12 +49,12 @@ def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dummy, "fill", keep)
-        _, seeded, _ = load_model(own, family, runner.config, build)
+        seeded, _ = load_model(own, family, runner.config, build)
     save_file(tensors, tmp_path / "model.safetensors")
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01, "draft": "mtp"}
     loaded = load_runner(engine_config(**settings))
     embedded, before = torch.randn(2, 4, MODEL["hidden_size"])
-    ours, theirs = (head._enter(embedded, before) for head in (loaded.loaded.head, seeded))
+    ours, theirs = (model.prediction._enter(embedded, before) for model in (loaded.model, seeded))
     assert torch.equal(ours, theirs)
     save_file({**tensors, "mtp.odd": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"1 unexpected: mtp\.odd"):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.layers.blocks import LayerInputs, pad_rows, padded_count
+from engine.layers.blocks import pad_rows, padded_count
 from engine.layers.prediction import PredictionHead
 from engine.models.decoder import Decoder
 from engine.runner.steps import Record, Replay, StepInputs
@@ -58,11 +58,6 @@ class Predictor:
         self._ranks = torch.arange(most, dtype=torch.int32)
         self._record = record
         self._replay(self._kept, 1)
-
-    def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
-        """Write the head's rows of a step with the result ``hidden``."""
-        hidden = hidden[: len(token_ids)]
-        self.head.follow(self.model.embedding(token_ids), hidden, step, self.pools)
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
         """Draft the ``most`` (1 or more) most likely tokens after each request's newest one, with

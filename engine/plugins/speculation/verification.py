@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.layers.blocks import LayerInputs, StepPart, VerifyPart, padded_count, tokens_before
+from engine.layers.blocks import StepPart, VerifyPart, padded_count, tokens_before
 from engine.models.decoder import Decoder
 from engine.plugins.speculation.predictor import Newest, Predictor
 from engine.runner.loading import LoadedModel
@@ -19,7 +19,6 @@ from engine.runner.steps import (
     Copies,
     DecodeGraphs,
     Drafts,
-    Forward,
     Record,
     StepInputs,
     up_to,
@@ -121,8 +120,8 @@ class Verification(Drafts):
         self.state_bytes = loaded.step_state_bytes
         self._loaded, self._inputs, self._table = loaded, inputs, inputs.table
         self._predictor: Predictor | None = None
-        if loaded.head is not None:
-            self._predictor = Predictor(loaded.head, loaded.model, inputs)
+        if loaded.model.prediction is not None:
+            self._predictor = Predictor(loaded.model.prediction, loaded.model, inputs)
 
     def place(self, batch: Batch) -> Copies:
         verified = [
@@ -148,10 +147,6 @@ class Verification(Drafts):
             step_slots=upload(steps, torch.int32, device),
             before=upload(tokens_before(lengths, sum(lengths)), torch.int64, device),
         )
-
-    def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
-        if self._predictor is not None:
-            self._predictor.follow(token_ids, hidden, step)
 
     def commit(self, batch: Batch, taken: Sequence[int]) -> Copies:
         if not self._inputs.memory.states:
@@ -187,7 +182,7 @@ class Verification(Drafts):
         counts = [count for count in (4, 3, 2, 1) if count <= most]
         return [partial(self.guess, [newest] * count, [1] * count) for count in counts]
 
-    def graphs(self, forward: Forward, record: Record, *, is_native: bool) -> DecodeGraphs | None:
+    def graphs(self, record: Record, *, is_native: bool) -> DecodeGraphs | None:
         if is_native and self._predictor is not None:
             self._predictor.record(record)
         longest = 1 + self._loaded.settings.drafts.max_len
@@ -195,7 +190,7 @@ class Verification(Drafts):
         buckets, model = self._buckets(is_native=is_native), self._loaded.model
         if not buckets:
             return None
-        return VerifyGraphs(model, forward, self._inputs, record, buckets, self.running, longest)
+        return VerifyGraphs(model, self._inputs, record, buckets, self.running, longest)
 
     def _buckets(self, *, is_native: bool) -> list[Bucket]:
         """Return the buckets of ``VerifyGraphs``, largest first, for all tokens that a step may
@@ -232,7 +227,6 @@ class VerifyGraphs(DecodeGraphs):
     def __init__(
         self,
         model: Decoder,
-        forward: Forward,
         inputs: StepInputs,
         record: Record,
         buckets: Sequence[Bucket],
@@ -249,7 +243,7 @@ class VerifyGraphs(DecodeGraphs):
         tables = np.zeros((7, padded_count(most + 1, 4)), np.int32)
         """Slot of the state after each token, its row and KV length; row, KV length and slot of
         each sequence; start of each sequence."""
-        super().__init__(model, forward, inputs, record, buckets, tokens, tables)
+        super().__init__(model, inputs, record, buckets, tokens, tables)
 
     def _fill(self, segments: Sequence[Segment], size: int) -> None:
         tokens, tables = self._host_tables
