@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,12 +219,9 @@ class EngineCore:
             if self._scheduler.withholds_all:
                 time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
-        before = self._in_flight.drawn if self._in_flight is not None else None
-        logits = None
-        if step.late_tokens and before is not None:
-            logits = self.runner.forward(step, before.tokens)
-        elif step.segments or step.moves:
-            logits = self.runner.forward(step)
+        before = self._in_flight or EMPTY
+        drawn = before.drawn.tokens if step.late_tokens and before.drawn is not None else None
+        logits = self.runner.forward(step, drawn) if step.segments or step.moves else None
         if step is not EMPTY:
             self._manager.step_done()
         self._laps.append(self.clock())
@@ -416,7 +414,7 @@ class EngineCore:
     def cache_view(self) -> dict[str, Any]:
         """Return ``report`` as plain data, with an outline of the tree: a line per node, without
         tokens."""
-        return self.report().as_dict() | {"tree": self.cache.render(40).splitlines()}
+        return asdict(self.report()) | {"tree": self.cache.render(40).splitlines()}
 
     def close(self) -> None:
         """End all requests, including those of other engines, and complete pending writes. Further

@@ -26,9 +26,10 @@ import numpy.typing as npt
 
 from engine import Engine, EngineConfig
 from engine.messages import Exactness
+from engine.plugins.tiers.tier_copies import KEPT
 from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput
-from engine.schedule.scheduler import KEPT, Batch, Scheduler, Segment
+from engine.schedule.scheduler import Batch, Scheduler, Segment
 from engine.text.answers import SampledToken
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
 from hybridcache.allocators.pools import slab_rows

@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 
-from engine.config import check_no_foreign_kernels
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import find_files
@@ -51,7 +50,6 @@ class Kernels(dict[str, ModuleType]):
         ``attention=reference,gdn=fused``. Raises ModelError.
         """
         super().__init__()
-        check_no_foreign_kernels()
         self._is_cpu = device.is_cpu
         word: Backend = "reference"
         if device.is_cpu and native.shared_library() is not None:

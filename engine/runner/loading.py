@@ -28,7 +28,7 @@ from engine.runner.memory import (
 )
 from engine.weights.layer_names import model_name
 from engine.weights.model_config import ModelConfig, ModelError, read_config
-from engine.weights.scheme import Scheme, read_quantization
+from engine.weights.scheme import read_quantization
 from engine.weights.tensor_files import (
     FULL_DTYPES,
     WeightsError,
@@ -93,9 +93,7 @@ class WeightFiles:
             wanted[name], dtypes[name] = (parameter.shape,), FULL_DTYPES
             if scheme is not None:
                 dtypes[name] = (scheme.dtype,)
-                wanted[name_beside(name, scheme.scale_name)] = scale_shapes(
-                    scheme, *parameter.shape
-                )
+                wanted[name_beside(name, scheme.scale_name)] = scheme.scale_shapes(*parameter.shape)
                 known.add(name_beside(name, OFFSET))
             _check_whole_blocks(name, parameter)
         found = self.tensors
@@ -180,15 +178,6 @@ def name_beside(name: str, word: str) -> str:
     return f"{name.removesuffix('.weight')}.{word}"
 
 
-def scale_shapes(scheme: Scheme, num_rows: int, num_columns: int) -> tuple[tuple[int, ...], ...]:
-    """Return the allowed shapes of a weight's scales. One per row or for all may also lack the last
-    dimensions."""
-    shape = scheme.scale_shape(num_rows, num_columns)
-    if scheme.block[1] is not None:
-        return (shape,)
-    return (shape, shape[:1]) if scheme.block[0] is not None else (shape, (1,), ())
-
-
 class Dummy:
     """Seeded weights for any model. Each tensor depends only on the seed and its name."""
 
@@ -257,7 +246,6 @@ class LoadedModel:
     """Weights of one rank on its device, and the formats in which it computes."""
 
     settings: EngineConfig
-    rank: Rank
     device: Device
     kernels: Kernels
     config: ModelConfig
@@ -307,7 +295,6 @@ class LoadedModel:
         )
         return cls(
             config,
-            rank,
             device,
             kernels,
             model_config,

@@ -45,26 +45,22 @@ class Fetcher(Protocol):
     """Loads prefixes into the cache. Called in the engine's thread, between two steps or, to begin
     a load, while a step is planned."""
 
-    @property
-    def has_room(self) -> bool:
-        """True if another load may begin."""
+    max_loads: int
+    """Maximum number of loads in progress."""
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         """Return True if ``begin`` would load anything after ``match``, the prefix of ``request``
-        in the cache. Does not depend on ``has_room``."""
+        in the cache."""
 
     def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
-        """Start to load the part of the prompt after ``match``. Called directly after ``wants``,
-        with ``has_room`` True. Returns None for lack of memory. May evict cached entries."""
+        """Start to load the part of the prompt after ``match``. Called directly after ``wants``.
+        Returns None for lack of memory. May evict cached entries."""
 
     def advance(self) -> None:
         """Copy arrived data into rows and slots, and publish complete loads, in a bounded time."""
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until data has arrived for ``advance``."""
-
-    def close(self) -> None:
-        """End all loads: the engine ends."""
 
 
 class Fetching(StepHooks, Holding[Request]):
@@ -84,6 +80,12 @@ class Fetching(StepHooks, Holding[Request]):
         """Waiting requests that are held or have a load in progress."""
         return {*self._pending, *self._held}
 
+    @property
+    def _has_room(self) -> bool:
+        """True if another load may begin."""
+        num_loads = sum(not fetch.has_ended for fetch in self._pending.values())
+        return num_loads < self._fetcher.max_loads
+
     def is_holding(self, request: Request) -> bool:
         """Return True if ``holds`` would be True again. O(1)."""
         fetch = self._pending.get(request)
@@ -93,7 +95,7 @@ class Fetching(StepHooks, Holding[Request]):
             return False
         other = self._held[request]
         if other is None:
-            return not self._fetcher.has_room
+            return not self._has_room
         return other in self._pending and not self._pending[other].has_ended
 
     def holds(self, request: Request) -> bool:
@@ -110,7 +112,7 @@ class Fetching(StepHooks, Holding[Request]):
         match = self._manager.match(request)
         other = self._loading_for_another(request, match.kv_match_len)
         must_load = other is not None or self._fetcher.wants(request, match)
-        if other is not None or (must_load and not self._fetcher.has_room):
+        if other is not None or (must_load and not self._has_room):
             self._held[request] = other
             return True
         fetch = self._fetcher.begin(request, match) if must_load else None
@@ -141,21 +143,22 @@ class Fetching(StepHooks, Holding[Request]):
             fetch.cancel()
 
     def on_step_failed(self, *, was_lost: bool) -> None:
-        """See ``StepHooks``. If rows were lost, all loads end, and waiting requests compute
-        instead."""
-        for request in tuple(self._pending) if was_lost else ():
+        """See ``StepHooks``. If rows were lost, waiting requests compute instead of loading."""
+        if was_lost:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        for request in tuple(self._pending):
             self.forget(request)
             request.fetched_len = 0
 
     def before_step(self) -> None:
-        """Publish loads that have arrived."""
         self._fetcher.advance()
 
     def wait(self) -> None:
-        """Sleep briefly, or until data has arrived, because nothing can be computed."""
         if self._pending:
             self._fetcher.wait(IDLE_S)
 
     def disconnect(self, *, at_once: bool) -> None:
         if at_once:
-            self._fetcher.close()
+            self._end_all()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from engine.config import EngineConfig
 from hybridcache.scheduling.cache_manager import MemorySizes
@@ -120,9 +118,6 @@ class CacheReport:
     """Tiers outside the device, fastest first."""
     folder: FolderReport | None = None
     """Folder with all cached entries, or None if they are not written."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def cache_kind(config: EngineConfig, memory: MemorySizes) -> str:

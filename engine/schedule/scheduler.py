@@ -23,9 +23,6 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import Holding, StepPlanner
 from hybridcache.tokens import Tokens
 
-KEPT = "kept"
-"""Target of write-through copies to disk: the entry also stays in its tier."""
-
 
 class BytesLost(RuntimeError):
     """Data that a batch had to load is missing, so its rows must not be read."""

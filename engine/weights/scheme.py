@@ -56,6 +56,14 @@ class Scheme:
             1 if columns is None else -(-num_columns // columns),
         )
 
+    def scale_shapes(self, num_rows: int, num_columns: int) -> tuple[tuple[int, ...], ...]:
+        """Return the allowed shapes of the scales in a file. One per row or for all may also lack
+        the last dimensions."""
+        shape = self.scale_shape(num_rows, num_columns)
+        if self.block[1] is not None:
+            return (shape,)
+        return (shape, shape[:1]) if self.block[0] is not None else (shape, (1,), ())
+
     def row_scales(self, scale: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
         """Expand the scales of a file to one line per row: float32 ``[num_rows, blocks of
         columns]``. Rows can then be read in any order."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import statistics
 import sys
 import tempfile
@@ -167,8 +166,7 @@ class Bench:
         """Free the device's memory, so that the next engine can use all of it."""
         device = self.runner.device
         del self.engine, self.runner
-        gc.collect()
-        device.release()
+        device.unused_bytes()
 
     def tokens(self, count: int) -> list[int]:
         return self._draw.integers(0, 256, count).tolist()

@@ -48,19 +48,15 @@ class SlowFetcher:
     """Fetcher that finds every prefix, after ``delay`` steps."""
 
     def __init__(self, delay: int, most: int) -> None:
-        self.delay, self.most = delay, most
+        self.delay, self.max_loads = delay, most
         self.engine: Engine = None  # type: ignore[assignment]
         self.pending: list[SlowFetch] = []
-
-    @property
-    def has_room(self) -> bool:
-        return len(self.pending) < self.most
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         return (request.num_tokens - 1) // 64 * 64 - match.cached_len >= 64
 
     def begin(self, request: Request, match: PrefixMatch) -> SlowFetch | None:
-        assert self.has_room and self.wants(request, match)
+        assert len(self.pending) < self.max_loads and self.wants(request, match)
         end = (request.num_tokens - 1) // 64 * 64
         manager, tokens = self.engine._manager, request.tokens[:end]
         arrival = ReceivedPrefix.begin(
@@ -81,9 +77,6 @@ class SlowFetcher:
                 fetch.settle(True)
 
     def wait(self, timeout_s: float) -> None:
-        pass
-
-    def close(self) -> None:
         pass
 
 
@@ -203,7 +196,7 @@ class FetchMachine(RuleBasedStateMachine):
     @invariant()
     def check_engine(self) -> None:
         self.engine.check()
-        assert len(self.fetcher.pending) <= self.fetcher.most
+        assert len(self.fetcher.pending) <= self.fetcher.max_loads
 
     def teardown(self) -> None:
         self.fetcher.delay = 2

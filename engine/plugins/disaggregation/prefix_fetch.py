@@ -35,8 +35,6 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import EMPTY, Indices, Tokens
 
 logger = logging.getLogger(__name__)
-MAX_FETCHES = 8
-"""Maximum number of loads in progress, each with a connection."""
 MAX_COPIED_BYTES = 32 << 20
 """Maximum number of bytes copied between two steps."""
 REST_S = 5.0
@@ -212,6 +210,8 @@ class PeerFetch(Fetch):
 class PeerFetcher:
     """A ``Fetcher`` that loads from prefill engines."""
 
+    max_loads = 8
+
     def __init__(
         self,
         manager: CacheManager,
@@ -229,10 +229,6 @@ class PeerFetcher:
         self._active: list[PeerFetch] = []
         # That of the process: closed connections end in the background.
         self._context: zmq.Context[Any] = zmq.Context.instance(wire.IO_THREADS)
-
-    @property
-    def has_room(self) -> bool:
-        return len(self._active) < MAX_FETCHES
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         """See ``Fetcher``. A namespace that is not text cannot be sent."""
@@ -330,10 +326,6 @@ class PeerFetcher:
     def wait(self, timeout_s: float) -> None:
         if self._active:
             self._active[0].connection.wait(timeout_s)
-
-    def close(self) -> None:
-        for fetch in tuple(self._active):
-            fetch.cancel()
 
 
 class DecodePlugin(Plugin):

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -455,7 +455,7 @@ class FleetChannel(EngineChannel):
                 return await self._report()
             case Ask("cache_view"):
                 replicas = await self._each(question)
-                return (await self._report()).as_dict() | {"replicas": replicas}
+                return asdict(await self._report()) | {"replicas": replicas}
             case Ask("reset_cache"):
                 await self._each(question)
             case OpenView():

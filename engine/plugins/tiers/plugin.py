@@ -20,12 +20,11 @@ from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.prefixes import RecordPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging, is_kept
-from engine.plugins.tiers.tier_copies import TierCopier
+from engine.plugins.tiers.tier_copies import KEPT, TierCopier
 from engine.runner.backends import digest_of
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, StepReport, TierReport
-from engine.schedule.scheduler import KEPT
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
 from hybridcache.api import Listener

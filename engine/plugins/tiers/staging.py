@@ -10,10 +10,10 @@ from itertools import starmap
 import numpy as np
 
 from engine.plugins.tiers.disk import Disk, Read
+from engine.plugins.tiers.tier_copies import KEPT
 from engine.requests.request import Request
 from engine.schedule.fetching import Fetch, Fetcher
 from engine.schedule.report import StepReport
-from engine.schedule.scheduler import KEPT
 from hybridcache.allocators.moves import DISK, Copy, Transfer
 from hybridcache.api import PrefixMatch
 from hybridcache.geometry.model import ModelGeometry
@@ -84,10 +84,6 @@ class MeasuredExchange:
         return each_s * self._geometry.flops(cached_len, position) - copy_s
 
 
-MAX_READS = 4
-"""Maximum number of requests with reads in progress."""
-
-
 class Reading(Fetch):
     """The records of one request, which are kept in memory until it has begun."""
 
@@ -102,13 +98,11 @@ class Reading(Fetch):
 class Staging(Fetcher):
     """Fetcher that reads ahead from one disk."""
 
+    max_loads = 4
+
     def __init__(self, manager: CacheManager, disk: Disk, exchange: FetchRule) -> None:
         self._manager, self._disk, self._exchange = manager, disk, exchange
         self._readings: list[Reading] = []
-
-    @property
-    def has_room(self) -> bool:
-        return sum(not reading.has_ended for reading in self._readings) < MAX_READS
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         best = match.best_load(self._exchange)
@@ -150,9 +144,6 @@ class Staging(Fetcher):
             if not reading.has_ended:
                 wait(reading.reads, timeout_s)
                 return
-
-    def close(self) -> None:
-        pass
 
 
 def _disk_rows(target: RadixNode, tier: int) -> Indices:

@@ -23,12 +23,14 @@ import torch
 from engine.plugins.tiers.disk import Disk, FutureRows, Rows
 from engine.runner.device import Device, HostCopy
 from engine.runner.memory import allocate
-from engine.schedule.scheduler import KEPT, BytesLost
+from engine.schedule.scheduler import BytesLost
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.scheduling.cache_manager import MemorySizes
 from hybridcache.tokens import Indices
 from kernels.upload import upload
 
+KEPT = "kept"
+"""Target of write-through copies to disk: the entry also stays in its tier."""
 MIN_RUN_BYTES = 1 << 14
 """Minimum average length of runs of consecutive rows for which copying run by run pays off."""
 MOST_COPIES = 32
