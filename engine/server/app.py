@@ -36,7 +36,7 @@ from engine.plugins.dialects.responses import Responses, ResponsesRequest
 from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from engine.plugins.observe.server import Page
 from engine.plugins.tiers import TierConfig
-from engine.plugins.tool_calls.forms import call_form
+from engine.plugins.tool_calls.forms import tool_calls
 from engine.server.access import HEADERS_S, Access, ClientConnection, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
 from engine.server.completions import CompletionRequest, complete
@@ -202,7 +202,7 @@ def create_app(
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
-    context = ServingContext(engine, config, access, explanations.remember, call_form)
+    context = ServingContext(engine, config, access, explanations.remember, tool_calls)
     responses = Responses(context)
     page = Page(context, config.replicas)
     bodies: dict[str, tuple[type[Body], Answer]] = {

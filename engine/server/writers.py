@@ -40,14 +40,14 @@ from engine.server.bodies import (
     unless_gone,
 )
 from engine.server.metrics import Metrics
-from engine.server.schemas import ChatRequest, NamedTool, Sampling, cuts_of
+from engine.server.schemas import ChatRequest, Sampling, cuts_of
 from engine.server.settings import ServerConfig
 from engine.text.answers import (
     AnswerReader,
-    CallForm,
     Event,
     RequestOutput,
     SampledToken,
+    ToolCalls,
     as_message,
 )
 from engine.text.grammar import MAX_CHARS, Grammar
@@ -65,13 +65,14 @@ class ServingContext:
         config: ServerConfig,
         access: Access,
         remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Any]], None],
-        call_form: Callable[[str], CallForm | None],
+        tool_calls: Callable[[ChatRequest, ChatTemplate], ToolCalls | None],
     ) -> None:
         """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
-        message. ``call_form`` returns the form of a model's tool calls, given its template."""
+        message. ``tool_calls`` returns the calls of a chat with this template, or None if they are
+        text; it raises APIError 400 if this model does not call tools."""
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
         assert engine.tokenizer is not None, "a served engine always has a tokenizer"
-        self.tokenizer, self.call_form = engine.tokenizer, call_form
+        self.tokenizer, self.tool_calls = engine.tokenizer, tool_calls
         self.history = Replay(
             self.tokenizer,
             int(config.replay_mib * 2**20),
@@ -408,24 +409,6 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 # --- Chats ----------------------------------------------------------------------------------------
 
 
-def _call_form(
-    body: ChatRequest, template: ChatTemplate, call_form: Callable[[str], CallForm | None]
-) -> CallForm | None:
-    """Return the form of the calls in an answer, or None if calls are treated as text. Raises
-    APIError 400 if this model does not call tools."""
-    if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
-            raise APIError(400, "'tool_choice' needs 'tools': send them.")
-        return None
-    if not template.offers_tools:
-        raise APIError(400, "The chat template of this model has no tools: omit 'tools'.")
-    form = call_form(template.source)
-    if form is None and body.tool_choice != "none":
-        message = "This model's form of calls is not supported: omit 'tools', or read calls in the "
-        raise APIError(400, message + "text with 'tool_choice' 'none'.")
-    return form
-
-
 async def render(call: Call, body: ChatRequest) -> ChatPrompt:
     """Return the prompt of a chat. Raises APIError 400 if the template rejects it."""
     context, tenant = call.context, call.tenant
@@ -470,44 +453,24 @@ class ChatWriter(Writer):
         context, body, template = self._context, self._body, self._context.tokenizer.chat_template
         prompt = self._prompt = await render(self._call, body)
         assert template is not None, "render raises an error without one"
-        form, specs = _call_form(body, template, context.call_form), [prompt.spec]
-        forms = body.forms(self.FORMAT)
-        tools = () if body.tool_choice == "none" else body.tools or ()
-        is_single = not body.parallel_tool_calls
-        read = AnswerReader if form is None else partial(form.reader, tools, is_single)
-        try:
-            self.readers = [
-                read(
-                    thinks=template.thinks,
-                    is_thinking=prompt.is_thinking,
-                    starts_text=prompt.spec.answer_starts_text,
-                    end_token_ids=context.tokenizer.eos_token_ids,
-                )
-                for _ in range(body.n)
-            ]
-        except ValueError as error:
-            raise APIError(400, f"'tools': {error}") from None
-        if form is not None and tools:
-            specs = [structs.replace(prompt.spec, call_marks=form.marks)]
-            self._restrict_calls(forms, form, template.thinks and not prompt.is_thinking)
+        calls, forms = context.tool_calls(body, template), body.forms(self.FORMAT)
+        read = AnswerReader if calls is None else calls.reader
+        self.readers = [
+            read(
+                thinks=template.thinks,
+                is_thinking=prompt.is_thinking,
+                starts_text=prompt.spec.answer_starts_text,
+                end_token_ids=context.tokenizer.eos_token_ids,
+            )
+            for _ in range(body.n)
+        ]
+        specs = [prompt.spec]
+        if calls is not None:
+            specs = [structs.replace(prompt.spec, call_marks=calls.marks)]
+            calls.restrict(forms, self.FORMAT, template.thinks and not prompt.is_thinking)
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
         await self.submit(specs, body.limit, num_scores, forms, prompt.is_thinking)
         return await self.respond(is_stream)
-
-    def _restrict_calls(
-        self, forms: dict[str, Callable[[], Grammar]], form: CallForm, may_think: bool
-    ) -> None:
-        """Add required or strict calls to ``Sampling.forms``. With tools that may be called, the
-        format is that of an answer without calls."""
-        tools, choice = self._body.tools or (), self._body.tool_choice
-        calls = partial(form.grammar, tools, in_parallel=self._body.parallel_tool_calls)
-        if choice not in (None, "auto"):
-            name = choice.function.name if isinstance(choice, NamedTool) else "required"
-            forms["tool_choice"] = partial(calls, name)
-        elif (text := forms.get(self.FORMAT)) is not None:
-            forms[self.FORMAT] = partial(calls, text=text)
-        elif not forms and any(tool["function"].get("strict") is True for tool in tools):
-            forms["tools"] = partial(form.free_grammar, tools, may_think=may_think)
 
     def written(self) -> dict[str, int]:
         """Return the tokens computed up to the last position that later prompts may share."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -325,7 +325,7 @@ Finish = FinishReason | Literal["tool_calls"]
 
 class AnswerReader:
     """Reads the text of one answer as it grows. The events do not depend on the pieces in which the
-    text arrives. Calls of tools are text, unless a ``CallForm`` made the reader."""
+    text arrives. Calls of tools are text, unless ``ToolCalls`` made the reader."""
 
     def __init__(
         self,
@@ -442,44 +442,20 @@ class AnswerReader:
         self._rest = self._rest.lstrip()
 
 
-class CallForm(ABC):
-    """Form in which a model writes calls of tools, which are described as in OpenAI's API."""
+class ToolCalls(ABC):
+    """Calls of tools in the answers to one chat, in the form in which the model writes them."""
 
-    marks: tuple[str, ...]
-    """Texts with which a call begins."""
-
-    @abstractmethod
-    def reader(
-        self, tools: Sequence[Mapping[str, Any]], is_single: bool, **options: Any
-    ) -> AnswerReader:
-        """Return a reader of calls of ``tools``; without any, every call is text with a warning.
-        ``is_single``: the answer is read only up to the end of its first call. ``options`` are
-        those of ``AnswerReader``. Raises ValueError if a name cannot be written."""
+    marks: Sequence[str]
+    """Texts with which a call begins; () if every call is text."""
 
     @abstractmethod
-    def grammar(
-        self,
-        tools: Sequence[Mapping[str, Any]],
-        choice: str = "required",
-        *,
-        in_parallel: bool = True,
-        text: Callable[[], Grammar] | None = None,
-    ) -> Grammar:
-        """Return the grammar of an answer that must call a tool, or several if ``in_parallel``, or
-        must be a ``text`` of this grammar in Lark.
-
-        ``choice`` is "required", or the name of the tool to call. With ``text``, arguments are any
-        object unless the tool is ``strict``. Raises GrammarError if no tool has this name, or the
-        schema of one cannot be used.
-        """
+    def reader(self, **options: Any) -> AnswerReader:
+        """Return a reader of an answer with calls, with the ``options`` of ``AnswerReader``."""
 
     @abstractmethod
-    def free_grammar(
-        self, tools: Sequence[Mapping[str, Any]], *, may_think: bool = False
-    ) -> Grammar:
-        """Return the grammar of an answer that is free except for calls.
-
-        Each call names a tool and has arguments that match its schema, or any object if the tool is
-        not ``strict``. ``may_think``: the answer may begin with reasoning. Raises GrammarError if
-        the schema of a strict tool cannot be used.
-        """
+    def restrict(
+        self, forms: dict[str, Callable[[], Grammar]], format_name: str, may_think: bool
+    ) -> None:
+        """Add required or strict calls to the requested forms of an answer: parameter of the body
+        -> function that makes its grammar. The form ``format_name`` is then that of an answer
+        without calls. ``may_think``: the answer may begin with reasoning."""

@@ -62,8 +62,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         self.source = source
-        self.thinks, self.offers_tools = CLOSE in source, "tools" in source
-        """True if the model may write reasoning, and if the template shows tools to it."""
+        self.thinks = CLOSE in source
+        """True if the model may write reasoning."""
         self.special_tokens = dict(special_tokens or {})
         try:
             self._template = _compiled(source)

@@ -15,7 +15,7 @@ import pytest
 
 from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided.guides import Guides
-from engine.plugins.tool_calls.forms import HERMES
+from engine.plugins.tool_calls.forms import Hermes
 from engine.requests.logit_rules import FREE
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.history.agent import make_model_dir
@@ -52,11 +52,11 @@ GRAMMARS = {
     ),
     "gbnf": (Grammar.of_text('root ::= ("yes" | "no") "!"'), "(yes|no)!"),
     "one tool": (
-        HERMES.grammar(TOOLS, "look"),
+        Hermes(TOOLS).grammar("look"),
         r'<tool_call>\n{"name": "look", "arguments": {"at": "(sky|sea)"}}\n</tool_call>',
     ),
     "a format or calls": (
-        HERMES.grammar(TOOLS[1:], text=lambda: Grammar.of_schema(closed({"a": {"const": 3}}))),
+        Hermes(TOOLS[1:]).grammar(text=lambda: Grammar.of_schema(closed({"a": {"const": 3}}))),
         r'{\s*"a"\s*:\s*3\s*}|(<tool_call>\n{"name": "stop", "arguments": {.*}}\n</tool_call>\n?)+',
     ),
 }
@@ -156,7 +156,7 @@ def test_strict_calls_follow_their_grammar_after_the_mark(settings: dict[str, An
     """Check that reasoning, text and near misses of a mark are not restricted."""
     settings = dict(settings)
     fails = settings.pop("fails", False)
-    grammar = HERMES.free_grammar(STRICT, may_think=True)
+    grammar = Hermes(STRICT).free_grammar(may_think=True)
     specs = [spec(grammar, f"{seed}" * 40, seed=seed, max_tokens=200) for seed in range(4)]
     engine = oracle(**settings)
     engine._sampler = sampler = ScriptedSampler()

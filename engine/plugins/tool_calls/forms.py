@@ -7,23 +7,26 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
+from engine.server.bodies import APIError
+from engine.server.schemas import ChatRequest, Choice, NamedTool
 from engine.text.answers import (
     MAX_NAME,
     AnswerReader,
-    CallForm,
     Event,
     RequestOutput,
     TextDelta,
     ToolCall,
+    ToolCalls,
 )
 from engine.text.bounded import read_json
 from engine.text.grammar import Grammar, GrammarError, json_rule, quoted
-from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, OPEN, any_of
+from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, OPEN, ChatTemplate, any_of
 
 MAX_RETRIES = 8
 """Maximum number of broken calls of an answer that are searched for calls again, so that an answer
@@ -52,19 +55,32 @@ class Call(NamedTuple):
     """End of the call in the text."""
 
 
-class Form(CallForm):
+class Form(ToolCalls):
     """Common part of the forms, whose calls are between the same marks."""
 
-    ends: tuple[str, ...]
-    """Texts with which a call may end."""
-    calls: tuple[str, ...]
+    MARKS: tuple[str, ...]
+    ENDS: tuple[str, ...]
+    """Texts with which a call begins, and may end."""
+    CALLS: tuple[str, ...]
     """Rules of Lark: ``calls`` is a call without the marks around it, with ``function`` for any of
     the functions."""
 
+    def __init__(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        choice: Choice | NamedTool | None = None,
+        is_single: bool = False,
+    ) -> None:
+        """``tools``: as in OpenAI's API; without any, every call is text with a warning.
+        ``choice``: as in its ``tool_choice``. ``is_single``: the answer ends with its first
+        call."""
+        self._offered: list[Function] = [tool["function"] for tool in tools]
+        self.functions = {function["name"]: function for function in self._offered}
+        self.marks = self.MARKS if tools else ()
+        self.is_single, self._choice = is_single, choice
+
     @abstractmethod
-    def parse(
-        self, text: str, functions: Mapping[str, Function], is_end: bool
-    ) -> Call | str | None:
+    def parse(self, text: str, is_end: bool) -> Call | str | None:
         """Return the call at the beginning of ``text``, the reason why it cannot be made, or None
         if it is not complete. ``is_end``: the answer ends behind the text."""
 
@@ -73,57 +89,79 @@ class Form(CallForm):
         """Return the rule ``name`` of a call of ``function``, and its parts. Raises
         GrammarError."""
 
-    def reader(
-        self, tools: Sequence[Mapping[str, Any]], is_single: bool, **options: Any
-    ) -> AnswerReader:
-        return CallReader(self, tools, is_single, options)
+    def reader(self, **options: Any) -> AnswerReader:
+        return CallReader(self, options)
+
+    def restrict(
+        self, forms: dict[str, Callable[[], Grammar]], format_name: str, may_think: bool
+    ) -> None:
+        functions, choice = self._offered, self._choice
+        if choice not in (None, "none", "auto"):
+            name = choice.function.name if isinstance(choice, NamedTool) else None
+            forms["tool_choice"] = partial(self.grammar, name)
+        elif functions and (text := forms.get(format_name)) is not None:
+            forms[format_name] = partial(self.grammar, text=text)
+        elif not forms and any(function.get("strict") is True for function in functions):
+            forms["tools"] = partial(self.free_grammar, may_think)
 
     def grammar(
-        self,
-        tools: Sequence[Mapping[str, Any]],
-        choice: str = "required",
-        *,
-        in_parallel: bool = True,
-        text: Callable[[], Grammar] | None = None,
+        self, name: str | None = None, text: Callable[[], Grammar] | None = None
     ) -> Grammar:
-        functions = [tool["function"] for tool in tools] if text is None else _only_strict(tools)
-        wanted = [f for f in functions if choice in ("required", f["name"])]
+        """Return the grammar of an answer that must call a tool, that of this ``name`` if given, or
+        must be a ``text`` of this grammar in Lark.
+
+        With ``text``, arguments are any object unless the tool is ``strict``. Raises GrammarError
+        if no tool has this name, or the schema of one cannot be used.
+        """
+        functions = self._offered if text is None else self._only_strict()
+        wanted = [f for f in functions if name in (None, f["name"])]
         if not wanted:
-            names = ", ".join(function["name"] for function in functions) or "no tools"
+            names = ", ".join(function["name"] for function in self._offered)
             raise GrammarError(f"tool_choice must be one of {names}.")
-        more = '("\\n" call)*' if in_parallel and choice == "required" else ""
+        more = "" if self.is_single or name is not None else '("\\n" call)*'
         start = f"start: call {more}"
         if text is not None:
             start += "\n" + text().text.replace("start:", "| ", 1)
         call = f'call: "{CALL_OPEN}\\n" calls "\\n{CALL_CLOSE}"'
         return Grammar("lark", "\n".join([start, call, *self._rules(wanted)]))
 
-    def free_grammar(
-        self, tools: Sequence[Mapping[str, Any]], *, may_think: bool = False
-    ) -> Grammar:
+    def free_grammar(self, may_think: bool = False) -> Grammar:
+        """Return the grammar of an answer that is free except for calls.
+
+        Each call names a tool and has arguments that match its schema, or any object if the tool is
+        not ``strict``. ``may_think``: the answer may begin with reasoning. Raises GrammarError if
+        the schema of a strict tool cannot be used.
+        """
         rests = {CALL_OPEN: f'"\\n"? calls "\\n"? "{CALL_CLOSE}"', FUNCTION: "function"}
 
         def free(rule: str, expression: str) -> list[str]:
             """Return the rules of text with calls, and reasoning outside of it."""
             texts, lines = rule.upper(), list[str]()
             kinds = [texts]
-            for number, mark in enumerate(self.marks):
+            for number, mark in enumerate(self.MARKS):
                 kinds.append(f"{rule}_{number} {rests[mark]} text")
                 lines.append(f'{rule}_{number}[lazy]: {texts} "{mark}"')
             return [f"{texts}: {expression}", f"{rule}: {' | '.join(kinds)}", *lines]
 
-        lines = ["start: text", *free("text", ANY), *self._rules(_only_strict(tools))]
+        lines = ["start: text", *free("text", ANY), *self._rules(self._only_strict())]
         if may_think:
             lines[0] = "start: first | thought text"
             lines += free("first", rf"{ANY} & ~/\s*{OPEN}(?s:.*)/")
             lines += ["thought[lazy]: THOUGHT", rf"THOUGHT: /\s*{OPEN}(?s:.*)<\/think>/"]
         return Grammar("lark", "\n".join(lines))
 
+    def _only_strict(self) -> list[Function]:
+        """Return the functions; those that are not strict take any object."""
+        return [
+            f if f.get("strict") is True else {"name": f["name"], "parameters": ANY_OBJECT}
+            for f in self._offered
+        ]
+
     def _rules(self, functions: Sequence[Function]) -> list[str]:
         """Return the rules of calls, with comments that errors of their compilation quote. Raises
         GrammarError with the name of the tool."""
         rules = [f"call_{number}" for number in range(len(functions))]
-        lines = [*self.calls, f"function: {' | '.join(rules)}"]
+        lines = [*self.CALLS, f"function: {' | '.join(rules)}"]
         for rule, function in zip(rules, functions, strict=True):
             tool = f"tool {function['name']!r}"
             try:
@@ -136,17 +174,10 @@ class Form(CallForm):
 class CallReader(AnswerReader):
     """Reader of an answer with calls."""
 
-    def __init__(
-        self,
-        form: Form,
-        tools: Sequence[Mapping[str, Any]],
-        is_single: bool,
-        options: Mapping[str, Any],
-    ) -> None:
-        """See ``CallForm.reader``."""
+    def __init__(self, form: Form, options: Mapping[str, Any]) -> None:
+        """``options``: those of ``AnswerReader``."""
         super().__init__(**options)
-        self._form, self._is_single = form, is_single
-        self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+        self._form = form
         self.warning: str | None = None
         """Reason why the first of the calls that cannot be made is part of the text."""
         self._is_broken_off = False
@@ -167,7 +198,7 @@ class CallReader(AnswerReader):
         else:
             super().read(output)
         ends = [at for at, one in enumerate(self.new, 1) if isinstance(one, ToolCall)]
-        if self._is_single and ends:
+        if self._form.is_single and ends:
             self.is_over = True
             self.events = self.events[: len(self.events) - len(self.new) + ends[0]]
             self.new = self.new[: ends[0]]
@@ -180,7 +211,8 @@ class CallReader(AnswerReader):
 
     def _read_text(self) -> Iterator[Event | None]:
         """Read text and calls. White space around a call is not text."""
-        marks, num_retries, has_calls = self._form.marks, MAX_RETRIES, False
+        marks, functions = self._form.MARKS, self._form.functions
+        num_retries, has_calls = MAX_RETRIES, False
         begins, breaks = any_of(marks), any_of((CALL_CLOSE, *marks))
         while True:
             found = begins.search(self._rest)
@@ -196,9 +228,9 @@ class CallReader(AnswerReader):
                 continue
             start = found.start() - len(text)
             parsed, end = yield from self._parse_call(start, found.end() - len(text))
-            if isinstance(parsed, Call) and parsed.name not in self._functions:
+            if isinstance(parsed, Call) and parsed.name not in functions:
                 unknown = f"no tool {parsed.name[:MAX_NAME]!r} was offered"
-                parsed = unknown if self._functions else "'tool_choice' is 'none'"
+                parsed = unknown if functions else "'tool_choice' is 'none'"
             if isinstance(parsed, Call):
                 has_calls = True
                 yield ToolCall(parsed.name, json.dumps(parsed.arguments, ensure_ascii=False))
@@ -224,7 +256,7 @@ class CallReader(AnswerReader):
         """Return the call at ``start`` of the rest, or the reason why there is none, and the end of
         the text that it was read from. Its mark ends ``at``. Yields None where more is needed."""
         form, tried = self._form, 0
-        marks = *form.ends, *form.marks
+        marks = *form.ENDS, *form.MARKS
         ends, longest = any_of(marks), max(map(len, marks))
         while True:
             end = ends.search(self._rest, at)
@@ -232,23 +264,15 @@ class CallReader(AnswerReader):
                 at = end.end()
                 if at - start >= GROWTH * tried:
                     tried = at - start
-                    parsed = form.parse(self._rest[start:at], self._functions, False)
+                    parsed = form.parse(self._rest[start:at], False)
                     if parsed is not None:
                         return parsed, at
             elif self._is_whole:
-                parsed = form.parse(self._rest[start:], self._functions, not self._is_cut)
+                parsed = form.parse(self._rest[start:], not self._is_cut)
                 return parsed or BROKEN_OFF, len(self._rest)
             else:
                 at = max(at, len(self._rest) - longest)
                 yield None
-
-
-def _only_strict(tools: Sequence[Mapping[str, Any]]) -> list[Function]:
-    """Return the functions of ``tools``; those that are not strict take any object."""
-    return [
-        f if f.get("strict") is True else {"name": f["name"], "parameters": ANY_OBJECT}
-        for f in (tool["function"] for tool in tools)
-    ]
 
 
 def _parameters(function: Function) -> Mapping[str, Any]:
@@ -271,13 +295,11 @@ class Hermes(Form):
     """Form of Hermes, Qwen3 and the built-in model:
     ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``."""
 
-    marks = (CALL_OPEN,)
-    ends = (CALL_CLOSE,)
-    calls = ("calls: function",)
+    MARKS = (CALL_OPEN,)
+    ENDS = (CALL_CLOSE,)
+    CALLS = ("calls: function",)
 
-    def parse(
-        self, text: str, functions: Mapping[str, Function], is_end: bool
-    ) -> Call | str | None:
+    def parse(self, text: str, is_end: bool) -> Call | str | None:
         start = len(text) - len(text.removeprefix(CALL_OPEN).lstrip())
         if not text.startswith("{", start):
             return NOT_JSON if text[start:] else None
@@ -332,25 +354,22 @@ class Xml(Form):
     """Form of Qwen3-Coder and Qwen3.5: ``<tool_call><function=NAME>``, then a ``<parameter=NAME>``
     per argument with its value on separate lines, and closing tags."""
 
-    marks = (CALL_OPEN, FUNCTION)
-    ends = (CALL_CLOSE, END_FUNCTION)
-    calls = (f'calls: "{FUNCTION}" function', VALUE)
+    MARKS = (CALL_OPEN, FUNCTION)
+    ENDS = (CALL_CLOSE, END_FUNCTION)
+    CALLS = (f'calls: "{FUNCTION}" function', VALUE)
 
-    def reader(
-        self, tools: Sequence[Mapping[str, Any]], is_single: bool, **options: Any
-    ) -> AnswerReader:
-        for tool in tools:
-            tag(tool["function"]["name"])
-        return super().reader(tools, is_single, **options)
+    def __init__(self, tools: Sequence[Mapping[str, Any]], *options: Any) -> None:
+        """Raises GrammarError if the name of a tool cannot be written."""
+        super().__init__(tools, *options)
+        for name in self.functions:
+            tag(name)
 
-    def parse(
-        self, text: str, functions: Mapping[str, Function], is_end: bool
-    ) -> Call | str | None:
+    def parse(self, text: str, is_end: bool) -> Call | str | None:
         head = _HEAD.match(text)
         if head is None:
             return None if _HEAD_BEGIN.fullmatch(text) else MALFORMED
         name, at, arguments = head[1].strip(), head.end(), dict[str, Any]()
-        named = (functions.get(name, {}).get("parameters") or {}).get("properties")
+        named = (self.functions.get(name, {}).get("parameters") or {}).get("properties")
         schemas = named if isinstance(named, Mapping) else {}
         while found := _PARAMETER.match(text, at):
             if found["end"] is None:
@@ -466,12 +485,24 @@ def _typed(text: str, types: set[str]) -> Any:
     return value if "string" not in types or _KINDS[type(value)] & types else text
 
 
-HERMES, XML = Hermes(), Xml()
-
-
-def call_form(template: str) -> CallForm | None:
-    """Return the form of calls for the source of a chat template, or None if its model makes none
-    or the form is not supported. O(len(template))."""
+def tool_calls(body: ChatRequest, template: ChatTemplate) -> ToolCalls | None:
+    """Return the calls in the answers to a chat, or None if they are text. Raises APIError 400 if
+    this model does not call tools."""
+    tools, choice, source = body.tools, body.tool_choice, template.source
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise APIError(400, "'tool_choice' needs 'tools': send them.")
+        return None
+    if "tools" not in source:
+        raise APIError(400, "The chat template of this model has no tools: omit 'tools'.")
     # The last mark of the first form is in no template of the second.
-    forms = (form for form in (XML, HERMES) if "tools" in template and form.marks[-1] in template)
-    return next(forms, None)
+    form = next((form for form in (Xml, Hermes) if form.MARKS[-1] in source), None)
+    if form is None:
+        if choice == "none":
+            return None
+        message = "This model's form of calls is not supported: omit 'tools', or read calls in the "
+        raise APIError(400, message + "text with 'tool_choice' 'none'.")
+    try:
+        return form(() if choice == "none" else tools, choice, not body.parallel_tool_calls)
+    except ValueError as error:
+        raise APIError(400, f"'tools': {error}") from None

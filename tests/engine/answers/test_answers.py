@@ -4,14 +4,17 @@ pieces."""
 from __future__ import annotations
 
 import json
+from types import NoneType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.plugins.tool_calls.forms import HERMES, XML, call_form
-from engine.text.answers import CallForm, Event, ReasoningDelta, TextDelta, ToolCall, joined
+from engine.plugins.tool_calls.forms import Form, Hermes, Xml, tool_calls
+from engine.server.schemas import ChatRequest
+from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
+from engine.text.tokenizer import ChatTemplate
 
 SCHEMA = {
     "type": "object",
@@ -29,14 +32,16 @@ TOOLS: list[dict[str, Any]] = [
     *({"type": "function", "function": {"name": name}} for name in "fgh"),
 ]
 
+HERMES, XML = Hermes(TOOLS), Xml(TOOLS)
+
 
 def read(
-    form: CallForm, text: str, size: int | None = None, **options: Any
+    form: Form, text: str, size: int | None = None, **options: Any
 ) -> tuple[str, str, list[tuple[str, str]]]:
     """Return (reasoning, text, calls as (name, arguments)) of an answer read ``size`` characters at
     a time."""
     is_cut = options.pop("is_cut", False)
-    reader = form.reader(TOOLS, False, thinks=True, **options)
+    reader = form.reader(thinks=True, **options)
     size = size or max(1, len(text))
     events = [event for at in range(0, len(text), size) for event in reader.push(text[at:][:size])]
     return parts_of([*events, *reader.flush(is_cut)])
@@ -174,7 +179,7 @@ def xml(name: str, **values: str) -> str:
     ],
 )  # fmt: skip
 def test_answers_are_read_the_same_in_any_pieces(
-    form: CallForm, text: str, expected: tuple[str, str, list[tuple[str, str]]]
+    form: Form, text: str, expected: tuple[str, str, list[tuple[str, str]]]
 ) -> None:
     assert read(form, text) == expected
     for size in (1, 2, 3, 7) if len(text) < 1000 else (1000,):
@@ -183,7 +188,7 @@ def test_answers_are_read_the_same_in_any_pieces(
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x")])
-def test_broken_calls_are_read_in_linear_time(form: CallForm, mark: str) -> None:
+def test_broken_calls_are_read_in_linear_time(form: Form, mark: str) -> None:
     """In quadratic time it would take more than an hour."""
     text = mark * 20_000
     assert read(form, text) == ("", text, [])
@@ -196,10 +201,10 @@ def test_broken_calls_are_read_in_linear_time(form: CallForm, mark: str) -> None
         (XML, xml("weather", city="Bonn", deep='{"a": 1}') + "\n" + xml("g") + xml("h", a="}")),
     ],
 )
-def test_truncated_answers_have_only_calls_with_json_arguments(form: CallForm, text: str) -> None:
+def test_truncated_answers_have_only_calls_with_json_arguments(form: Form, text: str) -> None:
     found = set()
     for cut in range(len(text) + 1):
-        reader = form.reader(TOOLS, False, thinks=True)
+        reader = form.reader(thinks=True)
         events = [*reader.push(text[:cut]), *reader.flush(is_cut=True)]
         _, rest, made = parts_of(events)
         is_broken = reader.warning is not None
@@ -229,7 +234,7 @@ PIECES = st.sampled_from(
     st.data(),
 )
 def test_random_texts_are_read_the_same_in_any_pieces(
-    form: CallForm, text: str, thinking: bool, is_cut: bool, data: st.DataObject
+    form: Form, text: str, thinking: bool, is_cut: bool, data: st.DataObject
 ) -> None:
     options = {"is_thinking": thinking, "is_cut": is_cut}
     whole = read(form, text, **options)
@@ -243,10 +248,12 @@ def test_random_texts_are_read_the_same_in_any_pieces(
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("{{ tools }} <tool_call> <function=x> </think>", XML),
-        ('{{ tools }} <tool_call>{"name"', HERMES),
-        ("{{ messages }}", None),
+        ("{{ tools }} <tool_call> <function=x> </think>", Xml),
+        ('{{ tools }} <tool_call>{"name"', Hermes),
+        ("{{ tools }}", NoneType),
     ],
 )
-def test_the_form_is_recognised_in_the_template(source: str, expected: CallForm | None) -> None:
-    assert call_form(source) is expected
+def test_the_form_is_recognised_in_the_template(source: str, expected: type) -> None:
+    messages: Any = [{"role": "user", "content": "Hi."}]
+    body = ChatRequest(messages=messages, tools=TOOLS, tool_choice="none")
+    assert type(tool_calls(body, ChatTemplate(source))) is expected
