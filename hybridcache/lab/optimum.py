@@ -350,8 +350,8 @@ class Optimum:
 
 def best_plan(
     trace: Trace,
-    geometry: ModelGeometry,
     gib: float,
+    geometry: ModelGeometry,
     *,
     grid: int = 1,
     counts_running: bool = False,
@@ -363,7 +363,7 @@ def best_plan(
     trace's unit and for a trace without a request.
 
     >>> from hybridcache.lab.generators import resend
-    >>> best = best_plan(resend().head(60), ModelGeometry.preset("qwen3-next"), 2.0)
+    >>> best = best_plan(resend().head(60), 2.0, ModelGeometry.preset("qwen3-next"))
     >>> 0 < best.reached <= best.bound < 1
     True
     """

@@ -107,7 +107,7 @@ def test_optimum_lies_between_plan_and_bound(
 ) -> None:
     best = brute_force(pairs, MemoryBudget(capacity, 1, state), grid)
     geometry = replace(GEOMETRY, kv_bytes_per_token=1, recurrent_elements=0, conv_bytes=state)
-    found = best_plan(trace_of(pairs), geometry, capacity / GIB, grid=grid)
+    found = best_plan(trace_of(pairs), capacity / GIB, geometry, grid=grid)
     assert found.cached_tokens.sum() <= best <= round(found.bound * found.prompt_tokens)
     if grid == 1 and capacity >= 12 * (1 + state):
         assert found.cached_tokens.sum() == best

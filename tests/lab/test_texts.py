@@ -25,7 +25,7 @@ from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise
-from hybridcache.lab.traces.frame import UNANSWERED, TraceFieldsWarning, TraceOrderWarning
+from hybridcache.lab.traces.frame import UNANSWERED, TraceWarning
 from hybridcache.lab.traces.jsonl import write_own
 from hybridcache.lab.traces.messages import Continued
 from tests.lab.records import lines
@@ -129,7 +129,7 @@ def test_answers_are_read_in_usual_fields(fields: dict[str, Any], tmp_path: Path
 
 def test_unread_fields_are_named_if_there_is_no_answer(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"prompt": "a", "latency": 3, "said": "a tree"})
-    with pytest.warns(TraceFieldsWarning, match="answer=NAME: latency, said are not read$"):
+    with pytest.warns(TraceWarning, match="answer=NAME: latency, said are not read$"):
         list(open_trace(f"{path}?tokenizer=bytes"))
 
 
@@ -160,7 +160,7 @@ def test_wrong_requests_are_bad_records(
 # --- Kinds of files -----------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceOrderWarning")
+@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceWarning")
 @pytest.mark.parametrize("has_times", [False, True])
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_single_messages_are_assembled_to_prompts(
@@ -184,8 +184,8 @@ def test_single_messages_are_assembled_to_prompts(
     trace = open_trace(f"{path}?tokenizer=bytes")
     assert "an answer is a request after all messages of its session" in trace.columns
     with (
-        pytest.warns(TraceFieldsWarning, match="1 record of failed"),
-        pytest.warns(TraceFieldsWarning, match="1 message without an answer left out"),
+        pytest.warns(TraceWarning, match="1 record of failed"),
+        pytest.warns(TraceWarning, match="1 message without an answer left out"),
     ):
         found = sorted(trace, key=lambda one: str(one.session))
     when = [(0, 4), (5, 1), (1, 1)] if has_times else [(4, None), (6, None), (2, None)]
@@ -193,7 +193,7 @@ def test_single_messages_are_assembled_to_prompts(
     assert [(one.timestamp_s + began_s, one.service_s) for one in found] == when
     assert answer_text(found[2]) == "sure" and found[0].stop_reason == "tool_use"
     lines(path, *({"messages": more} for more in (said, [*said, other[2]], other, said[:1])))
-    with pytest.warns(TraceFieldsWarning, match=f"1 conversation {UNANSWERED}"):
+    with pytest.warns(TraceWarning, match=f"1 conversation {UNANSWERED}"):
         list(open_trace(f"conversations:{path}?tokenizer=bytes"))
     lines(path, {"messages": said})
     whole = open_trace(f"conversations:{path}?tokenizer=bytes")
@@ -232,7 +232,7 @@ print(load_chat_text("qwen3.5").encode("A radix tree, 42.<|im_end|>").tolist())
     assert json.loads(done.stdout) == QWEN_IDS
 
 
-@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceFieldsWarning")
+@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceWarning")
 def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
     path.write_text(
@@ -241,7 +241,7 @@ def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
         '0,b,"be brief, please. what?",,a tree\n0.5,a,be brief,,\n'
     )
     assert recognise(path) == "csv"
-    with pytest.warns(TraceOrderWarning):
+    with pytest.warns(TraceWarning):
         first, _, second = open_trace(f"{path}?tokenizer=bytes")
     assert (first.session, first.timestamp_s, answer_text(first)) == ("b", 0, "a tree")
     assert (second.session, second.timestamp_s, len(second.output)) == ("a", 1.5, 9)

@@ -20,7 +20,7 @@ from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.trace import BadRecordError, Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise
-from hybridcache.lab.traces.frame import TraceFieldsWarning
+from hybridcache.lab.traces.frame import TraceWarning
 from hybridcache.lab.traces.jsonl import OwnReader, write_own
 from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.policies.protocol import chat_boundaries
@@ -210,7 +210,7 @@ def test_every_speaker_of_sharegpt_has_a_role(tmp_path: Path) -> None:
     assert second.tokens.tolist() == plain.encode(framed).tolist()
     assert common(first, second) == len(first.tokens)
     for said in ([("gpt", "G")], []):
-        with pytest.warns(TraceFieldsWarning, match="1 conversation left out, because no answer"):
+        with pytest.warns(TraceWarning, match="1 conversation left out, because no answer"):
             assert not [*open_trace(wrote(*said))]
     with pytest.raises(BadRecordError, match="from is 'alien', none of system, user"):
         [*open_trace(wrote(("human", "H"), ("alien", "yo")))]
@@ -233,7 +233,7 @@ def test_conversations_of_lengths_share_the_blocks_of_their_first_message(tmp_pa
     assert common(first, other) == 3 + 16 and common(first, second) == first.boundaries[-1] == 48
     assert not first.answer_survives and first.timestamp_s < second.timestamp_s
     cut = "2 conversations cut before the first prompt of more than 60 tokens"
-    with pytest.warns(TraceFieldsWarning, match=cut):
+    with pytest.warns(TraceWarning, match=cut):
         assert [len(request.tokens) for request in open_trace(f"{path}?cap=60")] == [50, 50]
 
 

@@ -24,7 +24,7 @@ from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.figures import losses_figure, sweep_figure
 from hybridcache.lab.optimum import Optimum, best_plan
 from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.progress import Progress, shown_progress
+from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import (
     TIE,
     find_metric,
@@ -247,7 +247,7 @@ def simulate(
     of_bound: dict[str, Any] = {"bound_tokens": tokens} if bound else {}
     yardsticks = {size: of_bound.copy() for size in points}
     for size in points if optimum else ():
-        plan = best_plan(held, geometry, size, grid=asked.grid)
+        plan = best_plan(held, size, geometry, grid=asked.grid)
         yardsticks[size]["optimum_tokens"] = int(plan.cached_tokens.sum())
     run = partial(run_cell, yardsticks=yardsticks)
     runs, failures = run_grid(
@@ -307,17 +307,10 @@ def optimum(
     require_bool(counts_running, "counts_running")
     asked = Scenario.of(scenario, settings)
     asked.refuse(settings.keys() - OF_PLANS, "has no effect on the optimum: leave it out")
-    opened = asked.opened().kept()
-    geometry = asked.geometry()
+    opened, geometry = asked.opened(), asked.geometry()
     points, _ = asked.points(opened, opened.unit)
-    plans = []
-    with shown_progress(progress, "sizes", opened.name) as show:
-        for done, size in enumerate(points):
-            show(done, len(points))
-            plans.append(
-                best_plan(opened, geometry, size, grid=asked.grid, counts_running=counts_running)
-            )
-        show(len(points), len(points))
+    run = partial(best_plan, geometry=geometry, grid=asked.grid, counts_running=counts_running)
+    plans, _ = run_grid(opened, points, run, progress=progress)
     found = {
         "trace": opened.full_name,
         "model": geometry.name,
@@ -326,4 +319,4 @@ def optimum(
         "grid": asked.grid,
         "counts_running": counts_running,
     }
-    return OptimumResult(tuple(plans), found, opened.notes)
+    return OptimumResult(plans, found, opened.notes)

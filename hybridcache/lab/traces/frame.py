@@ -49,17 +49,13 @@ Line = int | str
 """Line of a record; "7, record 3" in an array, in which others may begin on the same line."""
 
 
-class TraceFieldsWarning(UserWarning):
-    """Warning that a trace file has data that is not used."""
+class TraceWarning(UserWarning):
+    """Warning that a file has data that is not used, or lines that were sorted by time."""
 
 
-class TraceOrderWarning(UserWarning):
-    """Warning that some lines of a trace file were not in order of time, and were sorted."""
-
-
-def warn(message: str, category: type[UserWarning] = TraceFieldsWarning) -> None:
+def warn(message: str) -> None:
     """Issue a warning."""
-    warnings.warn(category(message), stacklevel=2)
+    warnings.warn(TraceWarning(message), stacklevel=2)
 
 
 # --- Fields -------------------------------------------------------------------------------------
@@ -427,7 +423,7 @@ class FileReader:
         """Yield the requests of ``found``, (line, result of the parser), in order of time.
 
         Logs that are written at the end of each request are slightly out of order: they are sorted,
-        with one TraceOrderWarning unless the times of the answers explain it. A request that should
+        with one warning unless the times of the answers explain it. A request that should
         precede more than ``WINDOW`` requests (or ``WINDOW_IDS`` ids) already read is a bad record.
         O(log WINDOW) each.
         """
@@ -455,7 +451,7 @@ class FileReader:
                         f"{newest_s - now_s:g} s before one above it); requests are sorted, each "
                         f"before at most {WINDOW:,} others"
                     )
-                    warn(message, TraceOrderWarning)
+                    warn(message)
                 newest_s = max(newest_s, now_s)
                 heapq.heappush(waiting, (now_s, num_read, request))
                 num_read += 1
