@@ -246,6 +246,11 @@ def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     assert (first.session, first.timestamp_s, answer_text(first)) == ("b", 0, "a tree")
     assert (second.session, second.timestamp_s, len(second.output)) == ("a", 1.5, 9)
     assert text_of(second) == "be brief, please. who?"
+    with pytest.raises(ValueError, match=f"{path}: there is no column 'said'; it has time"):
+        open_trace(f"{path}?tokenizer=bytes&prompt=said")
+    path.write_bytes(b"prompt\n" + 9 * b"hello\n" + b"\xff\n")
+    trace = open_trace(f"{path}?tokenizer=bytes", skip_bad=True)
+    assert len(list(trace)) == 9 and trace.bad.first.startswith(f"{path}, line 11: damaged, or not")
     path.write_text("prompt\nhello\n\nhello you\n")
     assert [text_of(one) for one in open_trace(f"{path}?tokenizer=bytes")] == ["hello", "hello you"]
     path.write_text(",session,prompt\n0,s,hello\n1,s,hello you\n")  # with the index of pandas

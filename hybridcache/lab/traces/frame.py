@@ -329,8 +329,8 @@ def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]
     """Yield (line number, {column: text}) for every row of comma-separated values under a header
     line. Rows of another length, or with a quote that is not closed, are reported."""
     csv.field_size_limit(LONGEST)  # of the whole process: 128 KiB of text are its default
-    with open_text(path) as file:
-        rows = csv.reader(file, strict=True)
+    with open_bytes(path) as file:
+        rows = csv.reader((line.decode() for line in file), strict=True)
         names: list[str] = []
         while True:
             line = rows.line_num + 1

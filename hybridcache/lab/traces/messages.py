@@ -389,7 +389,10 @@ class MessagesReader(FileReader):
         for _, record in islice(self.records(BadRecords(skip=True)), 100):
             missing = (name for name in record if merged.get(name) is None)
             merged |= {name: record[name] for name in missing}
-        return Named(merged, self._names).describe() if merged else ""
+        try:
+            return Named(merged, self._names).describe() if merged else ""
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
