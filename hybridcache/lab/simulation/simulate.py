@@ -164,8 +164,7 @@ class OptimumResult(Sequence[Optimum]):
     """Plans with hindsight for one trace, by size: a sequence of ``Optimum``."""
 
     plans: tuple[Optimum, ...]
-    settings: Mapping[str, Any]
-    """Model, precisions, grid and ``counts_running`` of all plans."""
+    model: str
     trace_notes: Sequence[str] = ()
 
     def __len__(self) -> int:
@@ -177,14 +176,6 @@ class OptimumResult(Sequence[Optimum]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.plans[0].trace}: {counted(len(self), 'size')})"
 
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """Return a flat dictionary per size: settings, and token hit rates of plan and bound."""
-        names = ("gib", "num_requests", "prompt_tokens", "reached", "bound", "gap")
-        return [
-            {**self.settings, **{name: getattr(plan, name) for name in names}}
-            for plan in self.plans
-        ]
-
     def table(self) -> str:
         """Return a table with a row per size: hit rate of the plan, bound and gap."""
         rows = []
@@ -193,7 +184,7 @@ class OptimumResult(Sequence[Optimum]):
             rows.append([f"{best.gib:.3g}", *shares])
         requests = counted(self.plans[0].num_requests, "request")
         table = text_table(["GiB", "reached, %", "bound, %", "gap, %"], rows)
-        title = f"{self.plans[0].trace}, {self.settings['model']}: {requests}"
+        title = f"{self.plans[0].trace}, {self.model}: {requests}"
         note = "reached: by a greedy plan, which is not always the optimum"
         return "\n".join([title, table, note, *self.trace_notes])
 
@@ -311,12 +302,4 @@ def optimum(
     points, _ = asked.points(opened, opened.unit)
     run = partial(best_plan, geometry=geometry, grid=asked.grid, counts_running=counts_running)
     plans, _ = run_grid(opened, points, run, progress=progress)
-    found = {
-        "trace": opened.full_name,
-        "model": geometry.name,
-        "state_dtype": geometry.state_dtype,
-        "checkpoint_dtype": geometry.checkpoint_dtype,
-        "grid": asked.grid,
-        "counts_running": counts_running,
-    }
-    return OptimumResult(plans, found, opened.notes)
+    return OptimumResult(plans, geometry.name, opened.notes)
