@@ -296,7 +296,6 @@ class KnownIds:
 
     def __init__(self) -> None:
         self._next = 0
-        self._kept: dict[Hashable, Tokens] = {}
 
     def reserve(self, num_ids: int) -> int:
         """Return the first of ``num_ids`` new ids. OverflowError when all are taken."""
@@ -304,12 +303,6 @@ class KnownIds:
             raise OverflowError("more than 2**30 ids in one trace")
         self._next += num_ids
         return self._next - num_ids
-
-    def kept(self, key: Hashable, num_ids: int) -> Tokens:
-        """Return the int32[num_ids] of ``key``: new ids at its first use."""
-        if key not in self._kept:
-            self._kept[key] = np.arange(num_ids, dtype=np.int32) + self.reserve(num_ids)
-        return self._kept[key]
 
 
 def units(num_tokens: int, unit: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -40,11 +41,16 @@ class CodingAgentReader(SessionReader):
         unit, fresh, known = self.unit, FreshIds(), KnownIds()
         taken = Counter[str]()
 
+        @cache
+        def blocks(*sizes: int) -> Tokens:
+            """Return as many blocks as the last of ``sizes``, which agree if all sizes do."""
+            return np.arange(sizes[-1], dtype=np.int32) + np.int32(known.reserve(sizes[-1]))
+
         def head_of(owner: Record) -> Tokens:
             """Return the blocks of tools and system prompt, each agreeing if its lengths do."""
             tools, system = owner.whole("tool_tokens"), owner.whole("system_tokens")
             sizes = tools // unit, (tools + system) // unit - tools // unit
-            return np.concatenate((known.kept(sizes[:1], sizes[0]), known.kept(sizes, sizes[1])))
+            return np.concatenate((blocks(sizes[0]), blocks(*sizes)))
 
         def parse(record: Record) -> Iterator[list[TraceRequest]]:
             if record.get("dup"):  # recorded twice
