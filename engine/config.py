@@ -93,23 +93,10 @@ SEED = Limits("an integer from 0 to 2**63 - 1", 0, 2**63 - 1, is_whole=True)
 BUDGET = Limits(f"at least {TILE}, which is one tile of the kernels", TILE, is_whole=True)
 
 
-class Rule(NamedTuple):
-    """Values that the annotation of a setting allows."""
-
-    name: str
-    words: tuple[str, ...]
-    """Words of its ``Literal``."""
-    limits: Limits | None
-    is_optional: bool
-    """True if it may be None."""
-    is_text: bool
-    """True for a text, also a path, that may be empty only by default."""
-    default: Any
-
-
 def check_fields(settings: Any) -> None:
-    """Raise ConfigError unless every field has a value that its annotation allows."""
-    for name, words, limits, is_optional, is_text, default in _rules(settings.__class__):
+    """Raise ConfigError unless every field has a value that its annotation allows. A text, also a
+    path, may be empty only by default."""
+    for name, default, words, limits, is_optional, is_text in _rules(settings.__class__):
         value = getattr(settings, name)
         if value is default or (value is None and is_optional):
             continue
@@ -123,7 +110,8 @@ def check_fields(settings: Any) -> None:
 
 
 @functools.cache
-def _rules(kind: type) -> list[Rule]:
+def _rules(kind: type) -> list[tuple[str, Any, tuple[str, ...], Limits | None, bool, bool]]:
+    """Return (name, default, words, limits, may be None, is a text) of each field."""
     hints, rules = typing.get_type_hints(kind, include_extras=True), []
     for field in dataclasses.fields(kind):
         hint, limits = hints[field.name], None
@@ -132,7 +120,7 @@ def _rules(kind: type) -> list[Rule]:
         parts = (hint, *typing.get_args(hint))
         words = next((typing.get_args(p) for p in parts if typing.get_origin(p) is Literal), ())
         is_text = hint in (str, str | None)
-        rules.append(Rule(field.name, words, limits, type(None) in parts, is_text, field.default))
+        rules.append((field.name, field.default, words, limits, type(None) in parts, is_text))
     return rules
 
 

@@ -44,9 +44,7 @@ def load_runner(
         # allocated counts as used memory below.
         is_checked = warms_up or "fused" not in loaded.kernels.words().values()
         exactness = check_exactness(loaded) if is_checked else Exactness()
-        reserved_bytes = loaded.step_state_bytes + loaded.own_state_bytes
-        if warms_up:
-            reserved_bytes = measure(loaded, drafts)
+        reserved_bytes = measure(loaded, drafts) if warms_up else loaded.outer_state_bytes
         plan = loaded.plan(page_size=config.page_size).fit(
             loaded.device, config.cache_bytes, reserved_bytes, rank
         )

@@ -338,22 +338,19 @@ class LoadedModel:
         return state_slot_bytes(self.sizes, self.dtype, self.state_dtype)
 
     @property
-    def step_state_bytes(self) -> int:
-        """Bytes of the states after each verified token, outside the cache's memory."""
-        return self.settings.num_step_states * self.state_bytes
-
-    @property
     def num_staged(self) -> int:
         """Number of exported states that wait until they are narrowed."""
         most = self.settings.most_step_tokens // self.settings.tile_size + self.settings.max_running
         return max(1, min(most, STAGING_BYTES // max(self.state_bytes, 1)))
 
     @property
-    def own_state_bytes(self) -> int:
-        """Bytes of running and exported states, if they are outside the cache's memory."""
-        if self.checkpoints is None:
-            return 0
-        return (self.num_staged + self.settings.max_running) * self.state_bytes
+    def outer_state_bytes(self) -> int:
+        """Bytes of states outside the cache's memory: those after each verified token, and, with
+        another format of checkpoints, running and exported ones."""
+        num_states = self.settings.num_step_states
+        if self.checkpoints is not None:
+            num_states += self.num_staged + self.settings.max_running
+        return num_states * self.state_bytes
 
 
 def _weight_spec(

@@ -117,7 +117,7 @@ class Verification(Drafts):
 
     def __init__(self, loaded: LoadedModel, inputs: StepInputs) -> None:
         self.running = RunningStates(inputs.memory.step_slots)
-        self.state_bytes = loaded.step_state_bytes
+        self.state_bytes = loaded.settings.num_step_states * loaded.state_bytes
         self._loaded, self._inputs, self._table = loaded, inputs, inputs.table
         self._predictor: Predictor | None = None
         if loaded.model.prediction is not None:
