@@ -211,7 +211,7 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
     """Yield steps of every kind, largest first."""
     row = runner.table.padding_row
     slot, saved = runner.tensors.padding_slot, runner.tensors.padding_checkpoint
-    longest = runner.max_model_len
+    longest, settings = runner.max_model_len, runner.loaded.settings
 
     def prefills(length: int, *, scored: bool = False) -> Iterator[Segment]:
         for start in range(0, length, longest):
@@ -224,14 +224,14 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
     decode = Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
     two = np.zeros(2, np.int32)
     verified = Segment(row, slot, two, longest - 2, True, num_logits=2, num_drafts=1)
-    most = runner.most_step_tokens
+    most = settings.most_step_tokens
     for length in (most, *(2**power for power in reversed(range((most - 1).bit_length())))):
         num_scored = min(length, MAX_SCORED)
         yield Batch((*prefills(num_scored, scored=True), *prefills(length - num_scored)))
     for count in (4, 3, 2, 1):
-        if count <= runner.max_running_rows:
+        if count <= settings.max_running:
             copies = () if slot is None or saved is None else ((saved, slot),) * count
             yield Batch((*[decode] * count, *prefills(1)), restores=copies)
             yield Batch((decode,) * count)
-            if 2 * count <= min(runner.num_step_states, 2 * (longest - 1)):
+            if 2 * count <= min(settings.num_step_states, 2 * (longest - 1)):
                 yield Batch((verified,) * count)

@@ -66,8 +66,6 @@ class ModelRunner:
         self.device, self.kernels, self.model = loaded.device, loaded.kernels, loaded.model
         self.config, self.geometry, self.dtype = loaded.config, loaded.geometry, loaded.dtype
         self.vocab_size = self.config.vocab_size
-        self.num_step_states = config.num_step_states
-        self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
         self.memory, self.max_model_len = plan, max_model_len
         self.is_asynchronous = not self.device.is_cpu
         """True if ``forward`` returns before the device is done."""
@@ -77,19 +75,18 @@ class ModelRunner:
             self.dtype,
             loaded.state_dtype,
             self.device,
-            num_step_states=self.num_step_states,
-            num_scratch_rows=config.drafts.head_len * self.max_running_rows,
+            num_step_states=config.num_step_states,
+            num_scratch_rows=config.drafts.head_len * config.max_running,
             checkpoints=loaded.checkpoints,
-            num_own_states=self.max_running_rows,
+            num_own_states=config.max_running,
             num_staged=loaded.num_staged,
         )
         self._cache_write = self.kernels["cache_write"]
         self._state_copy = self.kernels["state_copy"]
         self._transfer: Callable[[Transfer], None] | None = None
         """Executes a transfer between tiers; None if there is only the device."""
-        self.table = RequestTable(
-            self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
-        )
+        padding = self.tensors.padding_row
+        self.table = RequestTable(config.max_running, max_model_len, padding, self.device)
         rotary = RotaryTable(self.config.rope, max_model_len, self.device.torch_device, self.dtype)
         multiple: int = self.kernels["linear"].ROWS
         self.step_inputs = StepInputs(self.tensors, self.table, rotary, multiple, config.tile_size)
@@ -130,20 +127,19 @@ class ModelRunner:
                 return
         if record is None:
             others = ", ".join(name for name, used in words.items() if used != "fused")
-            if (self.device.is_cpu or others) and word == "auto":
-                return
-            if self.device.is_cpu:
-                raise ModelError(f"{self.device.describe()} has no graphs; use --graphs off.")
-            if others:
+            if self.device.is_cpu or others:
+                if word == "auto":
+                    return
                 raise ModelError(
-                    f"graphs require Triton kernels, which are not used for {others}; use --graphs "
-                    "off."
+                    f"--graphs {word} needs a GPU and Triton kernels ({self.device.describe()}; "
+                    f"other kernels: {others or 'none'}): use --graphs off."
                 )
             record = self.device.recorder()
         self.graphs = self._decode_graphs(record)
         if word != "decode":
             parts = self.model, self.tensors, record
-            prefills = PrefillGraphs(*parts, most_tokens=self.most_step_tokens)
+            most_tokens = self.loaded.settings.most_step_tokens
+            prefills = PrefillGraphs(*parts, most_tokens=most_tokens)
             self.graphs = self.graphs._replace(prefills=prefills)
 
     def _decode_graphs(self, record: Record, *, is_native: bool = False) -> Graphs:

@@ -80,7 +80,7 @@ class Head:
         memory = runner.memory
         counts = {
             True: memory.num_kv_tokens + SCRATCH,
-            False: memory.num_slots + 1 + runner.num_step_states,
+            False: memory.num_slots + 1 + runner.loaded.settings.num_step_states,
         }
         self.pools = tuple(
             torch.full((counts[spec.kind == "kv"], *spec.shape), torch.nan)

@@ -130,7 +130,7 @@ def test_the_largest_graph_has_the_rows_of_the_largest_step(monkeypatch, tmp_pat
     with stubbed(monkeypatch):
         settings = {"draft": "mtp:2", "max_running": 5, "token_budget": 199}
         runner = make_engine(tmp_path, max_model_len=200, **settings).runner
-        assert runner.most_step_tokens == 211
+        assert runner.loaded.settings.most_step_tokens == 211
         assert runner.graphs.prefills.buckets[0] == 212
 
 
