@@ -77,9 +77,12 @@ class Device:
     def unused_bytes(self) -> int:
         """Return the available bytes after torch has released its cached memory."""
         gc.collect()
+        self.release()
+        return self.free_bytes()
+
+    def release(self) -> None:
         if not self.is_cpu:
             self.module.empty_cache()
-        return self.free_bytes()
 
     def register(self, host: torch.Tensor) -> bool:
         """Page-lock ``host`` until its end, so that copies to and from the device are asynchronous.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import statistics
 import sys
 import tempfile
@@ -166,7 +167,8 @@ class Bench:
         """Free the device's memory, so that the next engine can use all of it."""
         device = self.runner.device
         del self.engine, self.runner
-        device.unused_bytes()
+        gc.collect()
+        device.release()
 
     def tokens(self, count: int) -> list[int]:
         return self._draw.integers(0, 256, count).tolist()
