@@ -21,15 +21,9 @@ from typing import Any
 
 from hybridcache.command.extras import install_command
 from hybridcache.command.parser import or_known
+from hybridcache.geometry import mixers
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.families import read, text_part
-from hybridcache.geometry.mixers import (
-    AttentionSizes,
-    DeltaSizes,
-    LatentAttentionSizes,
-    MambaSizes,
-    ShortConvSizes,
-)
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MLPSizes, ModelSizes, SizesError
 
 BUILTIN = "builtin"
@@ -225,11 +219,11 @@ def _refuse_unknown(**dtypes: str) -> None:
 # --- Bundled models -----------------------------------------------------------------------------
 
 KINDS: Mapping[str, Callable[..., Any]] = {
-    "attention": AttentionSizes,
-    "latent_attention": LatentAttentionSizes,
-    "delta": DeltaSizes,
-    "mamba": MambaSizes,
-    "short_conv": ShortConvSizes,
+    "attention": mixers.AttentionSizes,
+    "latent_attention": mixers.LatentAttentionSizes,
+    "delta": mixers.DeltaSizes,
+    "mamba": mixers.MambaSizes,
+    "short_conv": mixers.ShortConvSizes,
     "mlp": MLPSizes,
     "experts": ExpertsSizes,
 }

@@ -14,27 +14,12 @@ from math import inf
 from typing import Any, NamedTuple
 
 from hybridcache.command.parser import or_known
-from hybridcache.policies.admission import (
-    AdmissionPolicy,
-    CachedFirst,
-    Live,
-    LongestMatch,
-    Oldest,
-    SessionGate,
-)
+from hybridcache.policies import admission, placement
+from hybridcache.policies.admission import AdmissionPolicy
+from hybridcache.policies.eviction import queues, scored
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.queues import ARC, BothKinds, Clock, S3Fifo, Sieve, WTinyLFU
-from hybridcache.policies.eviction.scored import FIFO, GDSF, LFU, LHD, Marconi, Random
+from hybridcache.policies.eviction.queues import BothKinds
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.placement import (
-    Adaptive,
-    Backoff,
-    Boundary,
-    Branch,
-    End,
-    Every,
-    Placement,
-)
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.policies.user import OwnPolicy, factory_of, load
 
@@ -64,37 +49,37 @@ class Entry(NamedTuple):
 
 EVICTION_NAMES: dict[str, Entry] = {
     "lru": Entry(LRU),
-    "fifo": Entry(FIFO),
-    "lfu": Entry(LFU),
-    "clock": Entry(partial(BothKinds, Clock)),
-    "sieve": Entry(partial(BothKinds, Sieve)),
-    "s3-fifo": Entry(partial(BothKinds, S3Fifo)),
-    "arc": Entry(partial(BothKinds, ARC)),
-    "w-tinylfu": Entry(partial(BothKinds, WTinyLFU)),
-    "lhd": Entry(LHD),
-    "gdsf": Entry(GDSF),
-    "random": Entry(Random),
-    "marconi": Entry(Marconi, "alpha"),
+    "fifo": Entry(scored.FIFO),
+    "lfu": Entry(scored.LFU),
+    "clock": Entry(partial(BothKinds, queues.Clock)),
+    "sieve": Entry(partial(BothKinds, queues.Sieve)),
+    "s3-fifo": Entry(partial(BothKinds, queues.S3Fifo)),
+    "arc": Entry(partial(BothKinds, queues.ARC)),
+    "w-tinylfu": Entry(partial(BothKinds, queues.WTinyLFU)),
+    "lhd": Entry(scored.LHD),
+    "gdsf": Entry(scored.GDSF),
+    "random": Entry(scored.Random),
+    "marconi": Entry(scored.Marconi, "alpha"),
     "survival": Entry(Survival),
 }
 """Names for ``CacheConfig.eviction``."""
 
 PLACEMENT_NAMES: dict[str, Entry] = {
-    "end": Entry(End),
-    "branch": Entry(Branch),
-    "boundary": Entry(Boundary),
-    "backoff": Entry(Backoff, "checkpoints"),
-    "adaptive": Entry(Adaptive),
-    "every": Entry(Every, "tokens", "1024"),
+    "end": Entry(placement.End),
+    "branch": Entry(placement.Branch),
+    "boundary": Entry(placement.Boundary),
+    "backoff": Entry(placement.Backoff, "checkpoints"),
+    "adaptive": Entry(placement.Adaptive),
+    "every": Entry(placement.Every, "tokens", "1024"),
 }
 """Names of checkpoint placement rules, combined with commas."""
 
 ADMISSION_NAMES: dict[str, Entry] = {
-    "oldest": Entry(Oldest),
-    "cached-first": Entry(CachedFirst),
-    "longest-match": Entry(LongestMatch),
-    "sessions": Entry(SessionGate),
-    "live": Entry(Live, "sessions", "16"),
+    "oldest": Entry(admission.Oldest),
+    "cached-first": Entry(admission.CachedFirst),
+    "longest-match": Entry(admission.LongestMatch),
+    "sessions": Entry(admission.SessionGate),
+    "live": Entry(admission.Live, "sessions", "16"),
 }
 """Names of admission policies."""
 
@@ -122,14 +107,14 @@ def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
         own: PlacementPolicy = factory_of(spec, PlacementPolicy)()
         return own
     if spec.strip() == "none":
-        return Placement(())
+        return placement.Placement(())
     parts = split_specs(spec)
     if "none" in parts:
         raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
     rules: list[PlacementPolicy] = [
         _maker("checkpoint placement", PLACEMENT_NAMES, part, PlacementPolicy)() for part in parts
     ]
-    return rules[0] if len(rules) == 1 else Placement(tuple(rules))
+    return rules[0] if len(rules) == 1 else placement.Placement(tuple(rules))
 
 
 def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:

@@ -8,17 +8,8 @@ from importlib.resources import files
 FORM = "hybridcache watch 1"
 """Format name in every full state that a server sends."""
 SCRIPTS = (
-    "format.js",
-    "model.js",
-    "tree.js",
-    "strip.js",
-    "lanes.js",
-    "table.js",
-    "details.js",
-    "view.js",
-    "chat.js",
-    "live.js",
-    "main.js",
+    *("format", "model", "tree", "strip", "lanes", "table", "details", "view"),
+    *("chat", "live", "main"),
 )
 """Scripts in the order in which they are concatenated."""
 POLICY = (
@@ -36,5 +27,5 @@ def live_page() -> str:
     def read(name: str) -> str:
         return (folder / name).read_text(encoding="utf-8")
 
-    script = "\n".join(map(read, SCRIPTS))
+    script = "\n".join(read(f"{name}.js") for name in SCRIPTS)
     return read("page.html").replace("/*STYLE*/", read("style.css")).replace("/*SCRIPT*/", script)

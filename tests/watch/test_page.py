@@ -71,7 +71,7 @@ def test_the_page_is_one_file_without_external_resources() -> None:
         assert text not in page, text
     assert len(page) < 128 * 1024
     folder = Path(__file__).parents[2] / "hybridcache" / "watch" / "page"
-    assert {path.name for path in folder.glob("*.js")} == set(SCRIPTS)
+    assert {path.name for path in folder.glob("*.js")} == {f"{name}.js" for name in SCRIPTS}
     assert page == live_page()
 
 

@@ -19,18 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import (
-    BasePrefixCache,
-    DecLockRefParams,
-    DecLockRefResult,
-    EvictParams,
-    EvictResult,
-    IncLockRefResult,
-    InsertParams,
-    InsertResult,
-    MatchPrefixParams,
-    MatchResult,
-)
+from sglang.srt.mem_cache import base_prefix_cache as base
 from sglang.srt.mem_cache.events import KVCacheEventRecorder
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import default_radix_cache_factory
@@ -60,7 +49,7 @@ from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.tokens import Indices, Tokens
 
 
-class HybridRadixBackend(BasePrefixCache):
+class HybridRadixBackend(base.BasePrefixCache):
     """``HybridRadixCache`` as a prefix cache of SGLang."""
 
     disable = False
@@ -120,7 +109,7 @@ class HybridRadixBackend(BasePrefixCache):
         """The underlying tree, for inspection and rendering."""
         return self._cache
 
-    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+    def match_prefix(self, params: base.MatchPrefixParams) -> base.MatchResult:
         """Match ``params.key``. O(n). A request counts as a use at its first ``checkpoint``, a
         match without one immediately."""
         key, req = params.key, params.req
@@ -137,7 +126,7 @@ class HybridRadixBackend(BasePrefixCache):
         else:
             req.hybridcache_match = found
         handle = handle_of(found.node)
-        return MatchResult(
+        return base.MatchResult(
             device_prefix_len=found.cached_len,
             last_device_node=handle,
             last_host_node=handle,
@@ -221,7 +210,7 @@ class HybridRadixBackend(BasePrefixCache):
             self._states.release(req, None, taken=False)
 
     @rank_consensus(same_params=["len(params.key)"], same_results=["result.prefix_len"])
-    def insert(self, params: InsertParams) -> InsertResult:
+    def insert(self, params: base.InsertParams) -> base.InsertResult:
         """Insert a key with its rows and optional state. Rows that the tree had are freed.
 
         The caller keeps the state if ``mamba_exist``.
@@ -236,7 +225,7 @@ class HybridRadixBackend(BasePrefixCache):
         result = self._cache.insert(tokens[:end], value, checkpoints, namespace, owned)
         self._rows.free(result.duplicates)
         self._rows.give_back()
-        return InsertResult(
+        return base.InsertResult(
             prefix_len=owned + len(result.duplicates),
             total_len=end,
             last_device_node=handle_of(result.node),
@@ -244,13 +233,13 @@ class HybridRadixBackend(BasePrefixCache):
         )
 
     @rank_consensus(same_params=True, same_results=True)
-    def evict(self, params: EvictParams) -> EvictResult:
+    def evict(self, params: base.EvictParams) -> base.EvictResult:
         """Evict until this many rows and slots are freed, or nothing evictable is left."""
         began = time.perf_counter()
         evicted = self._cache.evict(params.num_tokens, params.mamba_num)
         self._rows.give_back()
         self.update_eviction_metrics(evicted.num_tokens, began)
-        return EvictResult(
+        return base.EvictResult(
             num_tokens_evicted=evicted.num_tokens, mamba_num_evicted=evicted.num_slots
         )
 
@@ -258,10 +247,10 @@ class HybridRadixBackend(BasePrefixCache):
         """Lock a node's state and the rows of its path. O(1)."""
         return Held(receipt=self._cache.lock(node_of(node)))
 
-    def dec_lock_ref(self, node: Any, params: Any = None) -> DecLockRefResult:
+    def dec_lock_ref(self, node: Any, params: Any = None) -> base.DecLockRefResult:
         """Release one ``inc_lock_ref``, whose result ``params`` is. O(1)."""
         self._cache.unlock(params.receipt)
-        return DecLockRefResult()
+        return base.DecLockRefResult()
 
     def path_device_indices(self, node: Any) -> torch.Tensor:
         """Return the rows from the root to a node: int64[position] on the device. O(position)."""
@@ -338,7 +327,7 @@ def node_of(handle: Any) -> Any:
 
 
 @dataclass
-class Held(IncLockRefResult, DecLockRefParams):
+class Held(base.IncLockRefResult, base.DecLockRefParams):
     """Lock receipt with both of SGLang's interfaces."""
 
     receipt: LockHandle | None = None

@@ -1,6 +1,7 @@
 """Model families: each module reads the sizes of its models from a Hugging Face ``config.json``.
 
-A module defines ``FORMATS`` (the keys of each ``model_type`` that it reads) and ``sizes(config)``.
+A module defines ``FORMATS`` (the keys of each ``model_type`` that it reads) and ``sizes(config)``,
+which raises SizesError for sizes that no model can have, or for an unknown layer type.
 Modules are discovered, not registered. A config with an unknown ``model_type`` is read by its
 ``layer_types``.
 """

@@ -43,7 +43,6 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """Compute the sizes. Raises SizesError for an unknown layer type."""
     shared, experts = fields.size_of(config, "shared_intermediate_size"), fields.experts(config)
     mlp = MLPSizes(shared) if experts is None else replace(experts, shared_intermediate=shared)
     attention, mamba = fields.attention(config), fields.mamba2(config)

@@ -85,7 +85,6 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """Compute the sizes. Raises SizesError for an unknown layer type."""
     hidden = fields.size_of(config, "hidden_size")
     conv = ShortConvSizes(hidden, fields.size_of(config, "conv_L_cache"))
     count, dense, experts = fields.num_layers(config), fields.dense(config), fields.experts(config)

@@ -75,7 +75,6 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """Compute the sizes. Raises SizesError for an unknown layer type."""
     heads, groups = fields.size_of(config, "mamba_num_heads"), fields.size_of(config, "n_groups")
     fields.check_multiple("mamba_num_heads", heads, "n_groups", groups)
     mamba = MambaSizes(

@@ -82,7 +82,6 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """Compute the sizes. Raises SizesError for an unknown layer type."""
     attention = fields.attention(config, gated=True)
     linear = fields.gated_delta_net(config)
     dense, experts = fields.dense(config), fields.experts(config)
