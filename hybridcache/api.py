@@ -248,7 +248,7 @@ class CacheStats:
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
     >>> cache.touch(cache.match(np.arange(10, dtype=np.int32), namespace="tenant"))
-    >>> cache.stats.by_namespace["tenant"].never_seen, cache.stats.token_hit_rate
+    >>> cache.stats.by_namespace["tenant"].never_seen, cache.stats.total.token_hit_rate
     (10, 0.0)
     >>> cache.stats
     CacheStats(never_seen=10, prompt_tokens=10, requests=1)
@@ -306,11 +306,6 @@ class CacheStats:
         """Sum over all namespaces. O(namespaces)."""
         parts = (self.others, *self.by_namespace.values())
         return Usage(*(sum(getattr(one, name) for one in parts) for name in Usage.__slots__))
-
-    @property
-    def token_hit_rate(self) -> float:
-        """Reused fraction of the prompt tokens; 0 before the first request."""
-        return self.total.token_hit_rate
 
     def clear(self) -> None:
         """Set all counters to 0."""

@@ -90,15 +90,9 @@ class ModelGeometry:
     ) -> ModelGeometry:
         """Read a parsed Hugging Face ``config.json``, with or without ``text_config``.
 
-        Args:
-            config: The parsed file.
-            name: Name of the result.
-            dtypes: ``kv_dtype`` and ``conv_dtype`` (default: the ``dtype`` of the file, bfloat16 if
-                it has none), ``state_dtype`` (float32) and ``checkpoint_dtype`` (auto: same as the
-                states).
-
-        Raises:
-            ValueError: the config does not describe a supported language model.
+        ``dtypes`` are ``kv_dtype`` and ``conv_dtype`` (default: the ``dtype`` of the file, bfloat16
+        if it has none), ``state_dtype`` (float32) and ``checkpoint_dtype`` (auto: same as the
+        states). Raises ValueError if the config does not describe a supported language model.
         """
         text = text_part(config)
         try:
@@ -120,13 +114,9 @@ class ModelGeometry:
     @classmethod
     def load(cls, name: str, **dtypes: str) -> ModelGeometry:
         """Read a preset by its name, a ``config.json``, the directory of one, or ``builtin``, the
-        model that the engine contains.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: no preset has this name, the file is not the config of a supported model, or
-                the engine is not installed.
-        """
+        model that the engine contains. Raises OSError if the file cannot be read, and ValueError if
+        no preset has this name, the file is not the config of a supported model, or the engine is
+        not installed."""
         if name == BUILTIN and not Path(name).exists():
             engine = find_spec("engine")
             if engine is None or engine.origin is None:

@@ -32,8 +32,6 @@ class Session:
         """Rank among all sessions, by the arrival of the first request."""
         self.tenant = tenant
         """Namespace of its requests."""
-        self.began_s = began_s
-        """Time at which the first request arrived."""
         self.has_ended = False
         """True if its client said that no further request follows."""
         self.newest_id = ""
@@ -517,9 +515,6 @@ class SessionGate(AdmissionPolicy):
 
     Pauses can be so long, or prompts so short, that repeating whole prompts answers more requests
     than keeping sessions in memory. Requests are then admitted oldest first, without a debt.
-
-    If all sessions fit in memory, nothing is lost and nothing is withheld. No client field is
-    needed.
 
     Source: CONCUR's congestion control on live agents (arXiv 2601.22705). The signal is the time
     lost to eviction, which is the cost of congestion, in place of hit rate and memory use.

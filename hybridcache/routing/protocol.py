@@ -150,14 +150,9 @@ class Router:
     def route(self, request: RouteRequest, now: float) -> Choice:
         """Choose a replica and count the request as sent to it.
 
-        Args:
-            request: The request.
-            now: Time in seconds, finite. Must not decrease between calls of any method.
-
-        Raises:
-            NoReplica: no replica is up.
-            ValueError: the id is that of a running request, or ``choose`` returned no replica that
-                is up. Nothing is counted.
+        ``now`` is the time in seconds, finite. It must not decrease between calls of any method.
+        Raises NoReplica if no replica is up, and ValueError, with nothing counted, if the id is
+        that of a running request or ``choose`` returned no replica that is up.
         """
         if request.id in self._where:
             raise ValueError(
@@ -206,16 +201,10 @@ class Router:
     ) -> None:
         """Process one batch of changes of a replica's cache.
 
-        Args:
-            replica: The replica.
-            sequence: Number of the batch. Batches arrive in order, once each, possibly late. A
-                batch 0 after others, as ``Outbox.restart`` makes it, replaces all that is known.
-            events: The changes.
-            covered: Requests that were computed since the previous batch. The events include the
-                KV and checkpoints that they stored.
-
-        Raises:
-            EventsLost: preceding events are missing.
+        Batches arrive in order of ``sequence``, once each, possibly late. A batch 0 after others,
+        as ``Outbox.restart`` makes it, replaces all that is known. ``covered`` are requests that
+        were computed since the previous batch: the events include the KV and checkpoints that they
+        stored. Raises EventsLost if preceding events are missing.
         """
 
     def seconds(self, start: int, end: int) -> float:

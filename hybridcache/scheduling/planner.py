@@ -137,9 +137,8 @@ class StepPlanner(Generic[R]):
     >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
     >>> from hybridcache.policies.protocol import PromptBoundaries
     >>> from hybridcache.policies.registry import make_admission
-    >>> from hybridcache.scheduling.cache_manager import CacheManager
+    >>> from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
     >>> from hybridcache.scheduling.planner import StepPlanner
-    >>> from hybridcache.scheduling.cache_manager import ScheduledRequest
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=4000, num_slots=40))
     >>> manager = CacheManager(cache, parse_placement("adaptive"), num_rows=8, stateful=True)
     >>> planner = StepPlanner(
