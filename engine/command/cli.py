@@ -382,11 +382,7 @@ def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
 
 
 def _summary(output: RequestOutput) -> str:
-    parts = [
-        f"{counted(len(output.prompt_token_ids), 'prompt token')}, {output.cached_len:,} from the "
-        "cache",
-        f"{len(output.output):,} generated, {output.error or output.finish_reason}",
-    ]
-    if output.timings.ttft_s is not None:
-        parts.append(f"TTFT {format_seconds(output.timings.ttft_s)}")
-    return "; ".join(parts)
+    said = f"{counted(len(output.prompt_token_ids), 'prompt token')}, {output.cached_len:,} from "
+    said += f"the cache; {len(output.output):,} generated, {output.error or output.finish_reason}"
+    ttft_s = output.timings.ttft_s
+    return said if ttft_s is None else f"{said}; TTFT {format_seconds(ttft_s)}"

@@ -34,7 +34,9 @@ from engine.text.bounded import REPLACEMENT
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger(f"{__name__}.requests")
 request_log.setLevel(logging.INFO)  # Regardless of --log-level.
-OPEN = ("/", "/health", "/metrics")
+PROBES = ("/health", "/metrics")
+"""Paths that monitors poll and that are not logged."""
+OPEN = ("/", *PROBES)
 """Paths that require no key."""
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 """Headers that proxies add. Clients of a proxy are not on this machine."""
@@ -77,11 +79,10 @@ class Access:
         if config.salt_by_key and not accepted:
             message = f"--salt-by-key needs keys: give --api-key-file or {API_KEY_VARIABLE}."
             raise ValueError(message)
-        self._are_salts = config.salt_by_key
+        by_key = config.salt_by_key
+        self._are_salts = len(set(accepted)) > 1 if by_key is None else by_key
         """True if requests with different keys share no cache entries. By default they do not if
         clients have several keys, because the number of reused tokens reveals shared prompts."""
-        if self._are_salts is None:
-            self._are_salts = len(set(accepted)) > 1
         self._operator: bytes | None = None
         """Key of the operator, or None if its requests are distinguished by their address."""
         if (file := config.admin_key_file) is not None:
@@ -245,18 +246,13 @@ class ClientConnection(H11Protocol):
 
 # --- Middleware and the log -----------------------------------------------------------------------
 
-PROBES = ("/health", "/metrics")
-"""Paths that monitors poll and that are not logged."""
-MAX_PATH = 200
-"""Maximum length of a path in a line."""
-
 
 def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> None:
     """Write the line of a request. ``status`` is 0 if the client left before the answer began;
     ``is_sent``: it got the whole answer."""
     state, tokens = scope["state"], scope["state"].get("num_tokens")
     parts = (
-        f"{scope['method']} {short(scope['path'], MAX_PATH)} {status or 499}",
+        f"{scope['method']} {short(scope['path'], 200)} {status or 499}",
         tokens and "prompt {:,}  cached {:,}  answer {:,}".format(*tokens),
         f"{1000 * (time.perf_counter() - began_s):.0f} ms",
         state.get("answer_id"),

@@ -17,8 +17,6 @@ DRAIN = Limits("a finite number of seconds, 0 or more", 0)
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
 """An origin in the form that browsers send and compare: in lower case, with nothing after the port.
 The origin of a file is ``null``."""
-
-
 SWITCH_S = 0.0002
 """Time that a thread waits for the interpreter while another computes in Python."""
 
@@ -97,8 +95,6 @@ class ServerConfig:
             raise ConfigError("--router and --ray need --replicas (2 or more).")
 
 
-LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Address for clients on this machine, by address of a server on all interfaces."""
 BACKLOG = 4096
 """Maximum number of connections that wait to be accepted."""
 ACCEPTED_AT_ONCE = 8
@@ -136,5 +132,5 @@ def local_address(listener: socket.socket) -> str:
     'http://[::1]:8000/v1'
     """
     host, port = listener.getsockname()[:2]
-    host = LOOPBACK_OF.get(host, host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # Of all interfaces.
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

@@ -1,12 +1,9 @@
 """Connection to an engine in a separate process, and the main function of that process.
 
 No step of that engine waits for the interpreter of the HTTP server. The process is a new
-interpreter, not a fork, because neither torch nor a device survives a fork. It blocks the signals
-that end a server, which terminals and service managers send to both. It ends when the server sends
-a request to stop, or is gone.
-
-Messages go over two sockets of ZeroMQ, one per direction. Sending never waits: messages that the
-other side has not read are queued in memory. They arrive complete or not at all, and in order.
+interpreter, not a fork, because neither torch nor a device survives a fork. It ends when the server
+sends a request to stop, or is gone. Messages go over two sockets of ZeroMQ, one per direction.
+Sending never waits: messages that the other side has not read are queued in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import msgspec
 import zmq
@@ -47,10 +44,7 @@ PATIENCE_S = 5.0
 """Time that a process may take to end after the stop command, before it is killed."""
 
 
-Received = TypeVar("Received")
-
-
-class Sockets(Generic[Received]):
+class Sockets:
     """One end of the connection. Any thread may call ``send``, one thread ``receive``."""
 
     def __init__(self, folder: str, *, is_server: bool) -> None:
@@ -80,13 +74,12 @@ class Sockets(Generic[Received]):
             if not self._out.closed:
                 self._out.send(data, zmq.NOBLOCK)
 
-    def receive(self) -> Received | None:
+    def receive(self) -> Any:
         """Return the next message, or None if none has arrived."""
         try:
-            message: Received = self._decoder.decode(self._in.recv(zmq.NOBLOCK))
+            return self._decoder.decode(self._in.recv(zmq.NOBLOCK))
         except zmq.Again:
             return None
-        return message
 
     def wait(self, timeout_s: float | None, other_fd: int | None = None) -> bool:
         """Wait for a message, at most ``timeout_s``. Returns False if none has arrived or
@@ -112,7 +105,7 @@ class Sockets(Generic[Received]):
 def start_engine(config: EngineConfig, spawned: Spawned) -> tuple[AsyncEngine, str]:
     """Connect to the process that loads the model of ``config``, and return (the engine, its start
     screen). Raises ValueError if the model cannot be loaded."""
-    sockets: Sockets[FromEngine] = Sockets(spawned.folder.name, is_server=True)
+    sockets = Sockets(spawned.folder.name, is_server=True)
     try:
         is_named = config.tokenizer or has_tokenizer(config.model_dir)
         tokenizer = load_tokenizer_of(config, 0) if is_named else None
@@ -126,7 +119,7 @@ def start_engine(config: EngineConfig, spawned: Spawned) -> tuple[AsyncEngine, s
         raise
 
 
-def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets[FromEngine]) -> Ready:
+def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets) -> Ready:
     code = None
     while code is None:
         code = process.poll()
@@ -151,7 +144,7 @@ class ProcessChannel(EngineChannel):
         tokenizer: Tokenizer,
         facts: EngineFacts,
         spawned: Spawned,
-        sockets: Sockets[FromEngine],
+        sockets: Sockets,
     ) -> None:
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self._spawned, self._process, self._sockets = spawned, spawned.process, sockets
@@ -170,8 +163,7 @@ class ProcessChannel(EngineChannel):
         """Follow the process in the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._closed = asyncio.Event()
-        self._fd = self._sockets.fd
-        self._loop.add_reader(self._fd, self._read)
+        self._loop.add_reader(self._sockets.fd, self._read)
         self._read()
         threading.Thread(target=self._wait, name="engine process", daemon=True).start()
 
@@ -182,7 +174,7 @@ class ProcessChannel(EngineChannel):
         if self._loop is not None:
             self.send(EndEngine(at_once=False))
             await self._closed.wait()
-            self._loop.remove_reader(self._fd)
+            self._loop.remove_reader(self._sockets.fd)
         self._release()
 
     def stop(self) -> None:
@@ -232,7 +224,7 @@ LOST = 3
 """Exit code if the server has gone."""
 
 
-def _receive(sockets: Sockets[ToEngine], folder: str, hosts: Sequence[EngineHost]) -> None:
+def _receive(sockets: Sockets, folder: str, hosts: Sequence[EngineHost]) -> None:
     """Pass the server's messages to the host, in a separate thread. End the process if the server
     has gone: the other end of the standard input is open while it lives."""
     try:
@@ -249,11 +241,10 @@ def main(folder: str, config: str, address: str, log_level: str) -> int:
     """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
     log_to_stderr(log_level, "engine")
     warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
-    sockets: Sockets[ToEngine] = Sockets(folder, is_server=False)
+    sockets = Sockets(folder, is_server=False)
     hosts: list[EngineHost] = []
     # Before the load, so that the end of the server is noticed meanwhile.
     threading.Thread(target=_receive, args=(sockets, folder, hosts), daemon=True).start()
-    refusal = None
     try:
         from engine.runner import build  # noqa: F401  # With torch, whose objects stay.
 
@@ -262,12 +253,9 @@ def main(folder: str, config: str, address: str, log_level: str) -> int:
         if engine.config.warm_up:
             engine.prepare_grammars()
         screen = screen_text(screen_rows(engine, address))
-    except ModuleNotFoundError as error:
-        refusal = how_to_install(error, "engine")
-    except (ValueError, FileNotFoundError, PermissionError, RunnerLost) as error:
-        refusal = str(error)
-    if refusal is not None:
-        sockets.send(Refused(refusal))
+    except (ModuleNotFoundError, ValueError, FileNotFoundError, PermissionError, RunnerLost) as why:
+        said = how_to_install(why, "engine") if isinstance(why, ModuleNotFoundError) else str(why)
+        sockets.send(Refused(said))
         sockets.finish()
         return 2
     sys.setswitchinterval(SWITCH_S)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.messages import FromEngine, Outputs
+from engine.messages import Outputs
 from engine.runner.sampler import Sampler
 from engine.schedule.report import StepReport
 from engine.schedule.scheduler import Batch
@@ -70,8 +70,8 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -
     reports: list[StepReport] = []
     sending_s: list[float] = []
     folder = tempfile.mkdtemp(prefix="engine-")
-    server: Sockets[FromEngine] = Sockets(folder, is_server=True)
-    channel: Sockets[Any] = Sockets(folder, is_server=False)
+    server = Sockets(folder, is_server=True)
+    channel = Sockets(folder, is_server=False)
     engine = Engine(
         EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
         runner=IdleRunner(),
