@@ -367,10 +367,8 @@ class ThreadChannel(EngineChannel):
 
 
 class AsyncEngine:
-    """Submits requests to an engine, and follows their outputs, in one event loop.
-
-    Coroutines raise EngineStopped after the engine's end.
-    """
+    """Submits requests to an engine, and follows their outputs, in one event loop. Coroutines raise
+    EngineStopped after the engine's end."""
 
     def __init__(self, served: Engine | EngineChannel) -> None:
         """Serve an engine in a thread of this process, or connect to the one behind a channel."""
@@ -410,11 +408,8 @@ class AsyncEngine:
         sampling: SamplingParams | None = None,
         **options: Any,
     ) -> RequestStream:
-        """Queue a prompt; see ``Engine.submit``. Returns at once.
-
-        Raises a RequestError such as QueueFull or EngineStopped, or a ValueError, before anything
-        is queued.
-        """
+        """Queue a prompt; see ``Engine.submit``. Raises a RequestError such as QueueFull, or a
+        ValueError, before anything is queued."""
         return self.submit_valid(self.validate(RequestSpec.of(prompt, sampling, options)))
 
     def validate(self, spec: RequestSpec) -> RequestSpec:

@@ -303,12 +303,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    """Answer the lines of the standard input until its end or Ctrl-C, and return the exit code.
-
-    Answers are written to the standard output, token counts to the standard error output. A message
-    that is refused, for example because it is too long, is removed from the conversation. Raises
-    ValueError if the model has no chat template.
-    """
+    """Answer the lines of the standard input until its end or Ctrl-C, and return the exit code. A
+    message that is refused, for example because it is too long, is removed from the conversation.
+    Raises ValueError if the model has no chat template."""
     from msgspec import structs
 
     from engine.errors import RequestError

@@ -77,8 +77,7 @@ class Access:
         if config.api_key_file is not None:
             accepted += _read_keys("--api-key-file", config.api_key_file)
         if config.salt_by_key and not accepted:
-            message = f"--salt-by-key needs keys: give --api-key-file or {API_KEY_VARIABLE}."
-            raise ValueError(message)
+            raise ValueError(f"--salt-by-key needs --api-key-file or {API_KEY_VARIABLE}.")
         by_key = config.salt_by_key
         self._are_salts = len(set(accepted)) > 1 if by_key is None else by_key
         """True if requests with different keys share no cache entries. By default they do not if
@@ -88,8 +87,7 @@ class Access:
         if (file := config.admin_key_file) is not None:
             self._operator, *more = _read_keys("--admin-key-file", file)
             if more:
-                message = f"--admin-key-file {file} has {1 + len(more)} keys"
-                raise ValueError(f"{message}; it must contain a single key.")
+                raise ValueError(f"--admin-key-file {file} must contain a single key.")
             accepted += [self._operator] if accepted else []
         self.accepted = list(dict.fromkeys(accepted))
         """Distinct keys of which a request needs one, the operator's included; empty if no key is
@@ -112,11 +110,8 @@ class Access:
 
     def tenant(self, scope: Scope, salt: str | None = None) -> Tenant:
         """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
-        salts differ, or one is empty or not text.
-
-        Salts are secret and namespaces are visible, so they are hashed with a secret key, which
-        prevents guessing of salts.
-        """
+        salts differ, or one is empty or not text. Salts are secret and namespaces are visible, so a
+        namespace is a hash with a secret key."""
         name = SALT_HEADER.encode()
         values = (value for header, value in scope["headers"] if header == name)
         given = {value.decode(errors="replace") for value in values}
@@ -160,11 +155,8 @@ def _no_key(source: str) -> APIError:
 
 
 def _is_from_here(request: Request) -> bool:
-    """Return True if the client is on this machine, by its address and by the host that it names.
-
-    A foreign page in a local browser has a different ``Origin``, or a different ``Host`` if its
-    name was rebound to this address.
-    """
+    """Return True if the client is on this machine. A foreign page in a local browser has a
+    different ``Origin``, or a different ``Host`` if its name was rebound to this address."""
     headers = request.headers
     origin = headers.get("origin")
     return (
@@ -269,9 +261,8 @@ UNREAD_S = 120.0
 
 class Requests:
     """ASGI middleware that checks keys, returns an ``X-Request-Id`` (``request-id`` for Anthropic's
-    clients), breaks off answers that are not read, and logs each request. Facts for the log are in
-    the state of the ASGI scope: ``answer_id``, ``error``, and ``num_tokens`` of prompt, cache and
-    answer."""
+    clients), breaks off answers that are not read, and logs each request with facts from the state
+    of the ASGI scope: ``answer_id``, ``error``, ``num_tokens`` (of prompt, cache and answer)."""
 
     def __init__(self, app: ASGIApp, access: Access, is_logged: bool | None) -> None:
         self._app, self._access = app, access

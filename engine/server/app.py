@@ -70,14 +70,12 @@ def most_connections() -> int:
 
 TRIM_S = 30
 """Interval between two calls of ``trim``."""
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""Function of glibc, or None with another library."""
 
 
 async def trim() -> None:
     """Return free pages between allocations to the system: up to a millisecond per 100 MiB."""
-    if _malloc_trim is not None:
-        _malloc_trim(0)
+    with suppress(AttributeError):  # Only glibc has the function.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 FAREWELL_S = 5

@@ -1,8 +1,7 @@
 """Bodies of requests, decoded within limits, and of answers: errors and streams of events.
 
 ``msgspec`` holds the interpreter while it decodes a body and converts its fields to their types.
-The number of bytes and of values is therefore limited, and long bodies are decoded in a thread. The
-engine runs in its own process: its steps do not wait for this interpreter.
+The number of bytes and of values is therefore limited, and long bodies are decoded in a thread.
 """
 
 from __future__ import annotations
@@ -376,11 +375,9 @@ class EventStream(Response):
         keep_alive_s: float | None = None,
     ) -> None:
         """Prepare a response. It starts with the first event, or after ``keep_alive_s`` with a
-        comment. Another one follows each silence of ``QUIET_S``, or ``keep_alive_s``.
-
-        An earlier error is raised and gets its own status; a later one is written by ``on_error``
-        as the last event. ``late_headers`` is called when the first event is available.
-        """
+        comment. Another one follows each silence of ``QUIET_S``, or ``keep_alive_s``. An earlier
+        error is raised; a later one is written by ``on_error`` as the last event. ``late_headers``
+        is called when the first event is available."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._late_headers, self._on_error = events, late_headers, on_error

@@ -1,8 +1,5 @@
 """Parts that the bodies of several dialects share, and the chat that each dialect converts to.
-
-Types and the widest ranges are checked here, limits of the engine where the values are used. An
-unsupported parameter that would change the answer is refused by name.
-"""
+Types and the widest ranges are checked here, limits of the engine where the values are used."""
 
 from __future__ import annotations
 

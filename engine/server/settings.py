@@ -102,11 +102,8 @@ ACCEPTED_AT_ONCE = 8
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Open a listening socket at the configured address.
-
-    It is opened before the model is loaded. So a port in use is reported at once (ValueError), and
-    an early client waits.
-    """
+    """Open a listening socket at the configured address, before the model is loaded: a port in use
+    is reported at once (ValueError), and an early client waits."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # asyncio sets TCP_NODELAY only for a listener with an explicit TCP protocol. Without it every
     # answer on a persistent connection waits 40 ms for the client's delayed ACK.

@@ -73,11 +73,8 @@ class ServingContext:
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
         assert engine.tokenizer is not None, "a served engine always has a tokenizer"
         self.tokenizer, self.tool_calls = engine.tokenizer, tool_calls
-        self.history = Replay(
-            self.tokenizer,
-            int(config.replay_mib * 2**20),
-            keeps_thinking=config.preserve_thinking,
-        )
+        replay_bytes, thinks = int(config.replay_mib * 2**20), config.preserve_thinking
+        self.history = Replay(self.tokenizer, replay_bytes, keeps_thinking=thinks)
         self.model_name = config.served_model_name or engine.facts.model_name
         self.fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
@@ -124,12 +121,9 @@ class ServingContext:
     async def grammar_of(
         self, forms: Mapping[str, Callable[[], Grammar]], is_thinking: bool = False
     ) -> Grammar | None:
-        """Compile the grammar of an answer, or return None if the answer is free.
-
-        ``forms``: parameter of the body -> function that makes its grammar. If the prompt ends
-        inside reasoning, the grammar applies after it. Raises APIError 400 if several forms are
-        requested, or one cannot be used.
-        """
+        """Compile the grammar of an answer, or return None if the answer is free. ``forms``:
+        parameter of the body -> function that makes its grammar. ``is_thinking``: the grammar
+        applies after the reasoning. Raises APIError 400 for several forms, or an unusable one."""
         if not forms:
             return None
         if len(forms) > 1:
@@ -228,12 +222,9 @@ class Writer(ABC):
         forms: Mapping[str, Callable[[], Grammar]],
         is_thinking: bool = False,
     ) -> None:
-        """Submit all choices of ``prompts`` in order; all are submitted or none.
-
-        ``limit``: maximum length of an answer. None means ``--default-max-tokens``; an answer ends
-        at the latest with the context. ``forms`` and ``is_thinking`` are those of ``grammar_of``.
-        Raises APIError if a value is out of range, or the engine refuses a choice.
-        """
+        """Submit all choices of ``prompts`` in order, or none. ``limit``: maximum length of an
+        answer; None means ``--default-max-tokens``. ``forms`` and ``is_thinking`` are those of
+        ``grammar_of``. Raises APIError for a value out of range or a choice that is refused."""
         context, body, engine = self._context, self._body, self._context.engine
         limit = context.config.default_max_tokens if limit is None else limit
         room, valid = engine.facts.max_model_len - (limit or 0), list[RequestSpec]()
@@ -269,11 +260,8 @@ class Writer(ABC):
             raise of_failure(RequestError.of(error)) from error
 
     async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
-        """Yield (index of the answer, whether it is its first output) after each output.
-
-        If the iterator is closed early, the remaining requests end. Raises RequestError if a
-        request ended without an answer.
-        """
+        """Yield (index of the answer, whether it is its first output) after each output. Closing
+        the iterator ends the requests. Raises RequestError if one ended without an answer."""
         index_of = {request_id: index for index, request_id in enumerate(self._stream.answers)}
         try:
             async for output in self._stream:
@@ -300,11 +288,8 @@ class Writer(ABC):
         )
 
     def _usage(self) -> dict[str, Any]:
-        """Return the token counts in the form of OpenAI's completions.
-
-        A prompt counts once, with the cache hit of its first choice. ``lost_tokens`` and
-        ``transferred`` are not part of OpenAI's API.
-        """
+        """Return the token counts in the form of OpenAI's completions, with ``lost_tokens`` and
+        ``transferred``. A prompt counts once, with the cache hit of its first choice."""
         outputs, firsts = self.outputs, self.outputs[:: self._body.n]
         num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
         num_new = sum(len(output.token_ids) for output in outputs)

@@ -163,7 +163,8 @@ class ProcessChannel(EngineChannel):
         """Follow the process in the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._closed = asyncio.Event()
-        self._loop.add_reader(self._sockets.fd, self._read)
+        self._fd = self._sockets.fd
+        self._loop.add_reader(self._fd, self._read)
         self._read()
         threading.Thread(target=self._wait, name="engine process", daemon=True).start()
 
@@ -174,7 +175,7 @@ class ProcessChannel(EngineChannel):
         if self._loop is not None:
             self.send(EndEngine(at_once=False))
             await self._closed.wait()
-            self._loop.remove_reader(self._sockets.fd)
+            self._loop.remove_reader(self._fd)
         self._release()
 
     def stop(self) -> None:

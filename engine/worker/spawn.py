@@ -12,7 +12,7 @@ import sys
 from tempfile import TemporaryDirectory, gettempdir
 from typing import NamedTuple
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import EngineConfig
 
 BOOT = (
     "import gc, json, sys; gc.disable(); sys.path[:] = json.loads(sys.argv[1]); "
@@ -24,7 +24,7 @@ ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 """Signals that end a server. A terminal sends them to all of its processes."""
 MAX_FOLDER_BYTES = 80
 """Maximum length of the name of the directory for temporary files. With the names of our folder and
-of a socket, it must fit into the 104 bytes that every system allows."""
+of a socket, it must fit into the 104 bytes that every system allows; else the folder is in /tmp."""
 
 
 class Spawned(NamedTuple):
@@ -47,12 +47,8 @@ def spawn(
 ) -> Spawned:
     """Start a new interpreter with ``boot``, by default ``BOOT``, which loads the model of
     ``config``. Signals that end the server are blocked in it from its first instruction."""
-    if len(os.fsencode(gettempdir())) > MAX_FOLDER_BYTES:
-        raise ConfigError(
-            f"The name of the directory for temporary files, {gettempdir()}, is too long for "
-            "sockets: set TMPDIR to a shorter one, such as /tmp."
-        )
-    folder = TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True)
+    place = gettempdir() if len(os.fsencode(gettempdir())) <= MAX_FOLDER_BYTES else "/tmp"
+    folder = TemporaryDirectory(prefix="engine-", dir=place, ignore_cleanup_errors=True)
     facts = [folder.name, pickle.dumps(config).hex(), address, log_level]
     command = [sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
