@@ -295,20 +295,15 @@ class EngineChannel(ABC):
     tokenizer: Tokenizer | None
     facts: EngineFacts
     num_engines: int = 1
+    pid: int | None = None
+    """Id of the process that computes, or None if there are several."""
+    front: AsyncEngine
+    """Receives messages of the engine (``receive``) and its end (``closed``)."""
 
     @property
     @abstractmethod
     def is_alive(self) -> bool:
         """True from ``start`` until the engine ends or fails."""
-
-    @property
-    def pid(self) -> int | None:
-        """Id of the process that computes, or None if there are several."""
-        return os.getpid()
-
-    def connect(self, front: AsyncEngine) -> None:
-        """Pass messages of the engine to ``front.receive``, and its end to ``front.closed``."""
-        self._front = front
 
     @abstractmethod
     def start(self) -> None:
@@ -332,8 +327,8 @@ class ThreadChannel(EngineChannel):
 
     def __init__(self, engine: Engine) -> None:
         self.config, self.tokenizer = engine.config, engine.tokenizer
-        self.host = EngineHost(engine, lambda message: self._front.receive(message))
-        self.facts = self.host.facts
+        self.host = EngineHost(engine, lambda message: self.front.receive(message))
+        self.facts, self.pid = self.host.facts, os.getpid()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -347,7 +342,7 @@ class ThreadChannel(EngineChannel):
         try:
             self.host.run()
         finally:
-            self._front.closed(self.host.failure)
+            self.front.closed(self.host.failure)
 
     def send(self, message: ToEngine) -> None:
         self.host.receive(message)
@@ -390,7 +385,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failure: str | None = None
         """Reason of an unexpected end of the engine, or None."""
-        self.channel.connect(self)
+        self.channel.front = self
 
     @property
     def is_alive(self) -> bool:

@@ -28,11 +28,9 @@ class WireError(msgspec.Struct, frozen=True, array_like=True):
 
 class RequestError(RuntimeError):
     """Base class of the reasons why a request gets no answer. The wire keeps class, message and
-    numbers, so that a client gets the same status no matter which process refused its request."""
+    attributes, so that a client gets the same status whichever process refused its request."""
 
     kind: ClassVar[str] = "failed"
-    numbers: ClassVar[tuple[str, ...]] = ()
-    """Attributes that are sent with the message."""
     kinds: ClassVar[dict[str, type[RequestError]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -54,12 +52,12 @@ class RequestError(RuntimeError):
         """Return the error that ``to_wire`` described; an unknown kind becomes StepFailed."""
         kind = RequestError.kinds.get(wire.kind, StepFailed)
         error = kind.__new__(kind, wire.message)
-        vars(error).update((name, wire.numbers.get(name, 0)) for name in kind.numbers)
+        vars(error).update(wire.numbers)
         return error
 
     def to_wire(self) -> WireError:
         """Return the error as plain data."""
-        return WireError(self.kind, str(self), {name: getattr(self, name) for name in self.numbers})
+        return WireError(self.kind, str(self), dict(vars(self)))
 
 
 class InvalidRequest(RequestError, ValueError):
@@ -72,7 +70,6 @@ class ContextOverflow(InvalidRequest):
     """The prompt, or the prompt with its answer, does not fit into the context."""
 
     kind = "context_overflow"
-    numbers = ("prompt_len", "max_tokens", "max_model_len")
 
     def __init__(self, prompt_len: int, max_tokens: int, max_model_len: int) -> None:
         """``max_tokens``: requested length of the answer, at least 1 unless it may be empty."""

@@ -112,21 +112,16 @@ class Exactness(msgspec.Struct, frozen=True):
         return f"{'exact' if is_exact else 'inexact'}-{self.digest[:12]}"
 
 
-class EngineFacts(msgspec.Struct, frozen=True, array_like=True):
-    """Facts about a loaded engine for its front end."""
+class EngineFacts(EngineMessage, frozen=True):
+    """Facts about an engine for its front end. The first message of a process: the model is
+    loaded."""
 
     vocab_size: int
     max_model_len: int
     model_name: str
     exactness: Exactness
-
-
-class Ready(EngineMessage, frozen=True):
-    """The model is loaded."""
-
-    facts: EngineFacts
-    screen: str
-    """Text of the start screen."""
+    screen: str = ""
+    """Text of the start screen of an engine in another process."""
 
 
 class Refused(EngineMessage, frozen=True):
@@ -149,7 +144,7 @@ class Reply(EngineMessage, frozen=True):
     error: WireError | None = None
 
 
-FromEngine = Ready | Refused | Outputs | Reply
+FromEngine = EngineFacts | Refused | Outputs | Reply
 
 
 def plain(value: Any) -> Any:

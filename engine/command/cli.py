@@ -213,9 +213,14 @@ def _add_chat(chat: Parser) -> None:
     add_grouped_flags(chat, (EngineConfig, *ENGINE), GROUPS)
 
 
+def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    plugins = tuple(read_config(one, arguments) for one in ENGINE)
+    return read_config(EngineConfig, arguments, plugins=plugins)
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments)
-    engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
+    engine_config = _engine_config(arguments)
     from engine.server.settings import bind, local_address
     from engine.worker.spawn import spawn
 
@@ -266,7 +271,7 @@ def _loaded(arguments: argparse.Namespace, **asked: Any) -> tuple[Engine, Sampli
     """Return the engine of the parsed ``arguments``, and the sampling with the fields ``asked``."""
     from engine.requests.request import SamplingParams
 
-    engine_config = read_config(EngineConfig, arguments, plugins=ENGINE)
+    engine_config = _engine_config(arguments)
     read_config(SamplingParams, arguments, **asked)  # Raises ValueError before slow work.
     from engine.engine import Engine
 

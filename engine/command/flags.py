@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
-
+_type_hints = functools.cache(typing.get_type_hints)
 
 Flag = tuple[Any, dataclasses.Field[Any]]
 """A dataclass and one of its fields."""
@@ -66,20 +66,15 @@ def read_config(
     config: type[Config],
     arguments: argparse.Namespace,
     defaults: Mapping[str, Any] | None = None,
-    *,
-    plugins: Iterable[type] = (),
     **fixed: Any,
 ) -> Config:
-    """Return the config of the parsed ``arguments``, with the settings of ``plugins``. ``defaults``
-    are used for absent arguments. Raises ValueError if the config rejects a value."""
+    """Return the config of the parsed ``arguments`` and ``fixed`` values. ``defaults`` are used for
+    absent arguments. Raises ValueError if the config rejects a value."""
     values = {
         field.name: getattr(arguments, field.name)
         for _, field in flags_of(config)
         if hasattr(arguments, field.name)
     }
-    settings: tuple[Any, ...] = tuple(read_config(plugin, arguments) for plugin in plugins)
-    if settings:
-        fixed["plugins"] = settings
     return config(**(dict(defaults or {}) | values | fixed))
 
 
@@ -121,11 +116,6 @@ def _help(config: type, field: dataclasses.Field[Any]) -> str:
         return text
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     return f"{text} (default: {shown})"
-
-
-@functools.cache
-def _type_hints(config: type) -> dict[str, Any]:
-    return typing.get_type_hints(config)
 
 
 def _kind(hint: Any, default: Any) -> dict[str, Any]:

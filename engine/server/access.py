@@ -200,12 +200,9 @@ def _sendable(lines: list[bytes], source: str) -> list[bytes]:
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise ValueError(f"{source} has no key: write one into it.")
-    for number, key in enumerate(keys, 1):
-        if not KEY.fullmatch(key):
-            raise ValueError(
-                f"{source}: key {number} of {len(keys)} must be printable ASCII without spaces; "
-                "`openssl rand -hex 24` prints such a key."
-            )
+    if not all(map(KEY.fullmatch, keys)):
+        said = "must be printable ASCII without spaces; `openssl rand -hex 24` prints such a key."
+        raise ValueError(f"{source}: each key {said}")
     return keys
 
 

@@ -25,12 +25,13 @@ from typing import Any, NoReturn
 
 import msgspec
 import zmq
+from msgspec import structs
 
 from engine.async_engine import AsyncEngine, EngineChannel, EngineHost
 from engine.config import EngineConfig
 from engine.engine import Engine, load_tokenizer_of
 from engine.errors import FAILED, RunnerLost, describe_exit
-from engine.messages import EndEngine, EngineFacts, FromEngine, Ready, Refused, ToEngine, plain
+from engine.messages import EndEngine, EngineFacts, FromEngine, Refused, ToEngine, plain
 from engine.server.settings import SWITCH_S
 from engine.text.tokenizer import Tokenizer, has_tokenizer
 from engine.worker.screen import screen_rows, screen_text
@@ -109,23 +110,23 @@ def start_engine(config: EngineConfig, spawned: Spawned) -> tuple[AsyncEngine, s
     try:
         is_named = config.tokenizer or has_tokenizer(config.model_dir)
         tokenizer = load_tokenizer_of(config, 0) if is_named else None
-        ready = _wait_for(spawned.process, sockets)
-        tokenizer = tokenizer or load_tokenizer_of(config, ready.facts.vocab_size)
-        channel = ProcessChannel(config, tokenizer, ready.facts, spawned, sockets)
-        return AsyncEngine(channel), ready.screen
+        facts = _wait_for(spawned.process, sockets)
+        tokenizer = tokenizer or load_tokenizer_of(config, facts.vocab_size)
+        channel = ProcessChannel(config, tokenizer, facts, spawned, sockets)
+        return AsyncEngine(channel), facts.screen
     except BaseException:
         sockets.close()
         spawned.end()
         raise
 
 
-def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets) -> Ready:
+def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets) -> EngineFacts:
     code = None
     while code is None:
         code = process.poll()
         match sockets.receive() if sockets.wait(POLL_S) else None:
-            case Ready() as ready:
-                return ready
+            case EngineFacts() as facts:
+                return facts
             case Refused(reason):
                 raise ValueError(reason)
     raise ValueError(
@@ -148,12 +149,8 @@ class ProcessChannel(EngineChannel):
     ) -> None:
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self._spawned, self._process, self._sockets = spawned, spawned.process, sockets
-        self._was_killed = False
+        self.pid, self._was_killed = spawned.process.pid, False
         self._loop: asyncio.AbstractEventLoop | None = None
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     @property
     def is_alive(self) -> bool:
@@ -210,13 +207,13 @@ class ProcessChannel(EngineChannel):
         if code and not self._was_killed:
             died = f"The engine's process {describe_exit(code)}: restart the server."
             failure = FAILED if code > 0 else died  # In the first case it has logged it.
-        self._front.closed(failure)
+        self.front.closed(failure)
         self._closed.set()
 
     def _read(self) -> None:
         """Process all messages that have arrived."""
         while (message := self._sockets.receive()) is not None:
-            self._front.receive(message)
+            self.front.receive(message)
 
 
 # --- The process ----------------------------------------------------------------------------------
@@ -266,7 +263,7 @@ def main(folder: str, config: str, address: str, log_level: str) -> int:
     gc.enable()
     host = EngineHost(engine, sockets.send)
     hosts.append(host)
-    sockets.send(Ready(host.facts, screen))
+    sockets.send(structs.replace(host.facts, screen=screen))
     host.run()
     sockets.finish()
     return 0 if host.failure is None else 1

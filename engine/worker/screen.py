@@ -21,7 +21,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     """Return the rows (name, words) of the start screen: model, memory, cache, kernels, the page
     and the address."""
     config, report, runner = engine.config, engine.report(), engine.runner
-    geometry, memory, sizes = runner.geometry, runner.memory, report.bytes
+    geometry, memory = runner.geometry, runner.memory
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
     note = "" if dtype == of_files else f" (the model's is {of_files})"
     warm_up = "none needed on a CPU" if runner.device.is_cpu else "none, because of --no-warm-up"
@@ -32,10 +32,6 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     for kernel, backend in runner.kernels.words().items():
         kernels.setdefault(backend, []).append(kernel)
     arena = "one arena for KV and states" if memory.slab_rows else "one arena"
-    total, free, cached, held = (
-        format_bytes(size * config.num_ranks)
-        for size in (memory.total_bytes, sizes.free, sizes.cached, sizes.held)
-    )
     recommended = ", ".join(f"{name} {value:g}" for name, value in engine.sampling_defaults.items())
     rows = {
         "model": f"{engine.model_name}: {geometry.num_full_layers} full-attention and "
@@ -51,7 +47,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         "sampling": recommended
         and f"{recommended}, unless a request sets them (generation_config.json)",
         "context": _context_words(engine, runner.config.max_len),
-        "memory": f"{arena}, {total}: {free} free, {cached} cached, {held} held",
+        "memory": f"{arena}, {format_bytes(memory.total_bytes * config.num_ranks)}",
         "KV": f"{report.kv.total:,} tokens at most, {format_bytes(geometry.kv_bytes_per_token)} "
         "each",
         "states": f"{num_states:,} at most, {format_bytes(geometry.state_bytes)} each, as much as "

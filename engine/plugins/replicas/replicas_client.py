@@ -297,10 +297,6 @@ class FleetChannel(EngineChannel):
         """True if at least one replica is up."""
         return self._is_open and bool(self.members)
 
-    @property
-    def pid(self) -> None:
-        return None
-
     def start(self) -> None:
         """Start to follow the events of all replicas."""
         self._loop = asyncio.get_running_loop()
@@ -431,14 +427,14 @@ class FleetChannel(EngineChannel):
             self._deliver(last)
 
     def _deliver(self, output: RequestOutput) -> None:
-        self._front.receive(Outputs((output,)))
+        self.front.receive(Outputs((output,)))
 
     async def _answer(self, question: Question) -> None:
         try:
             reply = Reply(question.number, await self._value(question))
         except Exception as error:
             reply = Reply(question.number, error=RequestError.of(error).to_wire())
-        self._front.receive(reply)
+        self.front.receive(reply)
 
     async def _value(self, question: Question) -> Any:
         """Query every replica and return the sum, or one replica for a view. Raises EngineStopped
@@ -516,7 +512,7 @@ class FleetChannel(EngineChannel):
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.to_thread(self._fleet.close)
-        self._front.closed(None)
+        self.front.closed(None)
 
     def stop(self) -> None:
         """Fail unfinished requests with EngineStopped. May be called from any thread."""
