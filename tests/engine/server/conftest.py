@@ -111,9 +111,9 @@ class SlowRunner(OracleRunner):
 
     step_s = 0.0
 
-    def forward(self, batch: Batch) -> Any:
+    def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Any:
         time.sleep(self.step_s)
-        return super().forward(batch)
+        return super().forward(batch, drawn)
 
 
 @contextlib.contextmanager

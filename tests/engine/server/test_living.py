@@ -152,7 +152,7 @@ def test_failed_step_fails_only_its_running_requests(serve_oracle: Callable[...,
     live = serve_oracle(max_running=2, step_s=0.002)
     forward = live.engine.runner.forward
 
-    def fail_once(batch: object) -> object:
+    def fail_once(*given: object) -> object:
         live.engine.runner.forward = forward
         raise MemoryError("no room for this step")
 
@@ -232,9 +232,9 @@ def test_silent_streams_send_headers_and_comments(
     live = serve_oracle(ServerConfig(keep_alive_s=keep_alive_s))
     forward, pauses = live.engine.runner.forward, threading.Semaphore(0)
 
-    def wait_for_a_pause(batch: object) -> object:
+    def wait_for_a_pause(*given: Any) -> object:
         assert keep_alive_s is None or pauses.acquire(timeout=120)
-        return forward(batch)
+        return forward(*given)
 
     live.engine.runner.forward = wait_for_a_pause
     text, num_pauses = "", 0
