@@ -469,9 +469,10 @@ class OracleSampler:
     ) -> OracleDrawn:
         assert len(rows) == len(requests)
         for request in requests:
-            repeats = request.ruling.repeats
-            num_seen = request.draw if repeats is None else repeats.num_seen
-            assert num_seen == request.draw, "a sampling rule that did not see every token"
+            repeats, params = request.ruling.repeats, request.params
+            if repeats is not None and params.presence_penalty == 0:
+                expected = request.draw * params.frequency_penalty
+                assert np.isclose(repeats.numbers[1].sum(), expected), "not every token is counted"
         pairs = zip(rows, requests, strict=True)
         return OracleDrawn([self.choose(int(logits[row]), request) for row, request in pairs])
 

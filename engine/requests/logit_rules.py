@@ -39,8 +39,6 @@ class Repeats(NamedTuple):
     numbers: npt.NDArray[np.float64]
     """``[2, n]``. Positive logits are divided by the first row and negative ones multiplied by it;
     the second row is subtracted."""
-    num_seen: int
-    """Number of tokens of the answer that are counted."""
 
 
 class Ruling(NamedTuple):
@@ -172,34 +170,32 @@ class Penalties(LogitRule):
     ) -> None:
         """See ``SamplingParams``. O(prompt log prompt) with ``repetition``."""
         self._prompt = prompt[: len(prompt) if repetition != 1 else 0]
-        self._counts = TokenCounts(self._prompt)
+        self._counts, self._num_counted = TokenCounts(self._prompt), 0
         self._repetition, self._presence, self._frequency = repetition, presence, frequency
 
     def apply(self, answer: Tokens, drafts: Tokens, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. O(new tokens + distinct tokens of each draw)."""
-        if len(answer) < self._counts.num_counted:  # The step of the newest token failed.
-            self._counts = TokenCounts(self._prompt)
-        self._counts.count(answer)
-        seen = (drafts[:place] for place in range(len(rulings)))
+        if len(answer) < self._num_counted:  # The step of the newest token failed.
+            self._counts, self._num_counted = TokenCounts(self._prompt), 0
+        self._counts.add(answer[self._num_counted :])
+        self._num_counted = len(answer)
         return [
-            ruling._replace(
-                repeats=self._of(self._counts.ahead(more) if len(more) else self._counts)
-            )
-            for ruling, more in zip(rulings, seen, strict=True)
+            ruling._replace(repeats=self._of(self._counts.ahead(drafts[:place])))
+            for place, ruling in enumerate(rulings)
         ]
 
     def _of(self, counts: TokenCounts) -> Repeats:
         numbers = counts.numbers
         taken = self._presence * (numbers > 0) + self._frequency * numbers
         factors = np.full(len(numbers), self._repetition)
-        return Repeats(counts.ids, np.stack([factors, taken]), counts.num_counted)
+        return Repeats(counts.ids, np.stack([factors, taken]))
 
 
 class TokenCounts:
     """Distinct tokens of an answer with their numbers, and those of its prompt with 0.
 
     >>> counts = TokenCounts(np.array([7, 9, 7], np.int32))
-    >>> counts.count(np.array([9, 9, 4], np.int32))
+    >>> counts.add(np.array([9, 9, 4], np.int32))
     >>> counts.ids.tolist(), counts.numbers.tolist()
     ([7, 9, 4], [0, 2, 1])
     """
@@ -211,27 +207,26 @@ class TokenCounts:
         self.numbers = np.zeros(len(self.ids), np.int32)
         """Number of times that each is in the answer: int32[n]."""
         self._at = {token: at for at, token in enumerate(self.ids.tolist())}
-        self.num_counted = 0
-        """Tokens of the answer that are counted."""
 
-    def count(self, output: Tokens) -> None:
-        """Count the rest of ``output``, which begins with the counted tokens. O(new tokens) in
-        Python, and a copy of the distinct ones."""
-        tokens = output[self.num_counted :].tolist()
-        unseen = [token for token in dict.fromkeys(tokens) if token not in self._at]
+    def add(self, tokens: Tokens) -> None:
+        """Count the next tokens of the answer. O(these tokens) in Python, and a copy of the
+        distinct ones."""
+        new = tokens.tolist()
+        unseen = [token for token in dict.fromkeys(new) if token not in self._at]
         self._at |= {token: at for at, token in enumerate(unseen, len(self._at))}
         self.ids = np.concatenate([self.ids, np.array(unseen, np.int64)])
         self.numbers = np.concatenate([self.numbers, np.zeros(len(unseen), np.int32)])
-        for token in tokens:
+        for token in new:
             self.numbers[self._at[token]] += 1
-        self.num_counted = len(output)
 
     def ahead(self, tokens: Tokens) -> TokenCounts:
-        """Return the counts of the answer followed by ``tokens``. O(distinct tokens)."""
+        """Return the counts of the answer followed by ``tokens``; itself without any. O(distinct
+        tokens)."""
+        if not len(tokens):
+            return self
         ahead = copy(self)
-        ahead._at, ahead.num_counted = self._at.copy(), 0
-        ahead.count(tokens)
-        ahead.num_counted = self.num_counted + len(tokens)
+        ahead._at = self._at.copy()
+        ahead.add(tokens)
         return ahead
 
 

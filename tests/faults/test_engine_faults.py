@@ -287,9 +287,9 @@ def tokens_are_sampled_from_logits_of_another_request(patch: Patch) -> None:
 
 @FAULTS.detected_by(machine(TokenCountsMachine))
 def a_repeated_token_is_counted_once(patch: Patch) -> None:
-    @patch(TokenCounts, "count")
-    def count(original: Any, self: Any, output: Any) -> None:
-        original(self, output)
+    @patch(TokenCounts, "add")
+    def add(original: Any, self: Any, tokens: Any) -> None:
+        original(self, tokens)
         self.numbers[:] = np.minimum(self.numbers, 1)
 
 

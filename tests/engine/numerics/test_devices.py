@@ -133,7 +133,7 @@ RULINGS = {
     "free": FREE,
     "mask": FREE._replace(mask=np.full(38, 255, np.uint8)),
     "added": FREE._replace(added=(NUMBERS, np.ones(3, np.float32))),
-    "repeats": FREE._replace(repeats=Repeats(NUMBERS, np.ones((2, 3)), 3)),
+    "repeats": FREE._replace(repeats=Repeats(NUMBERS, np.ones((2, 3)))),
 }
 
 
