@@ -330,6 +330,8 @@ class ChatRequest(Sampling, kw_only=True):
             if isinstance(function, dict) and function.get("parameters") == []:
                 function["parameters"] = {}  # PHP writes {} as [].
         converted(self.tools or (), list[Tool], "tools")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("'tool_choice' requires 'tools': send them.")
         if (effort := self.reasoning_effort) is not None:
             switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
             self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})

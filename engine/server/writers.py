@@ -68,8 +68,8 @@ class ServingContext:
         tool_calls: Callable[[ChatRequest, ChatTemplate], ToolCalls | None],
     ) -> None:
         """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
-        message. ``tool_calls`` returns the calls of a chat with this template, or None if they are
-        text; it raises APIError 400 if this model does not call tools."""
+        message. ``tool_calls`` returns the calls of a chat with tools, or None if they are text; it
+        raises APIError 400 if this model does not call tools."""
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
         assert engine.tokenizer is not None, "a served engine always has a tokenizer"
         self.tokenizer, self.tool_calls = engine.tokenizer, tool_calls
@@ -438,7 +438,8 @@ class ChatWriter(Writer):
         context, body, template = self._context, self._body, self._context.tokenizer.chat_template
         prompt = self._prompt = await render(self._call, body)
         assert template is not None, "render raises an error without one"
-        calls, forms = context.tool_calls(body, template), body.forms(self.FORMAT)
+        calls = context.tool_calls(body, template) if body.tools else None
+        forms = body.forms(self.FORMAT)
         read = AnswerReader if calls is None else calls.reader
         self.readers = [
             read(

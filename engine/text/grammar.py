@@ -33,15 +33,6 @@ class GrammarError(ValueError):
     """The grammar cannot be used; the message gives the reason in one sentence."""
 
 
-class TooComplex(GrammarError):
-    """The matcher reached its limits, at the beginning of an answer or later in it."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(
-            f"this grammar is too complex to follow: use fewer repetitions or choices ({why})."
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """Grammar of a whole answer. Its constructors raise GrammarError. Equal grammars are compiled

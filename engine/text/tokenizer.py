@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,21 +70,6 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             said = str(error).rstrip(".")
             raise TemplateError(f"The chat template does not parse: {said}.") from error
-
-    @cached_property
-    def takes_late_system(self) -> bool:
-        """True if a system message may follow others. Takes one render, the first time."""
-        chat: list[Message] = [
-            {"role": "system", "content": "a"},
-            {"role": "user", "content": "b"},
-            {"role": "assistant", "content": "c"},
-            {"role": "system", "content": PROBE},
-            {"role": "user", "content": "d"},
-        ]
-        try:
-            return PROBE in self.render(chat)
-        except TemplateError:
-            return False
 
     def render(
         self,
@@ -397,11 +382,8 @@ def named_eos(model_dir: Path) -> frozenset[int]:
 
 def has_tokenizer(model_dir: Path) -> bool:
     """Return True if there is a tokenizer.json, or a file that it can be converted from."""
-    return any(
-        found
-        for form in ("tokenizer.json", "tokenizer.model", "vocab*")
-        for found in model_dir.glob(form)
-    )
+    forms = "tokenizer.json", "tokenizer.model", "vocab*"
+    return any(any(model_dir.glob(form)) for form in forms)
 
 
 def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:

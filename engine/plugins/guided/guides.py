@@ -22,7 +22,7 @@ import numpy as np
 
 from engine.requests.logit_rules import LogitRule, Mask, Ruling, before_draws
 from engine.text.bounded import BoundedMemory
-from engine.text.grammar import Grammar, GrammarError, TooComplex
+from engine.text.grammar import Grammar, GrammarError
 from hybridcache.command.extras import how_to_install
 from hybridcache.tokens import Tokens
 
@@ -64,6 +64,15 @@ RENEWAL_S = 0.02
 """Maximum time of a compilation that is repeated while an answer is followed."""
 SPENT_STATES = "lexer error: too many states"
 """Message of a matcher with copies that have together reached the limit of states."""
+
+
+class TooComplex(GrammarError):
+    """The matcher reached its limits, at the beginning of an answer or later in it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"this grammar is too complex to follow: use fewer repetitions or choices ({why})."
+        )
 
 
 class Compiled:

@@ -486,13 +486,9 @@ def _typed(text: str, types: set[str]) -> Any:
 
 
 def tool_calls(body: ChatRequest, template: ChatTemplate) -> ToolCalls | None:
-    """Return the calls in the answers to a chat, or None if they are text. Raises APIError 400 if
-    this model does not call tools."""
-    tools, choice, source = body.tools, body.tool_choice, template.source
-    if not tools:
-        if choice not in (None, "none", "auto"):
-            raise APIError(400, "'tool_choice' needs 'tools': send them.")
-        return None
+    """Return the calls in the answers to a chat with tools, or None if they are text. Raises
+    APIError 400 if this model does not call tools."""
+    choice, source = body.tool_choice, template.source
     if "tools" not in source:
         raise APIError(400, "The chat template of this model has no tools: omit 'tools'.")
     # The last mark of the first form is in no template of the second.
@@ -503,6 +499,8 @@ def tool_calls(body: ChatRequest, template: ChatTemplate) -> ToolCalls | None:
         message = "This model's form of calls is not supported: omit 'tools', or read calls in the "
         raise APIError(400, message + "text with 'tool_choice' 'none'.")
     try:
-        return form(() if choice == "none" else tools, choice, not body.parallel_tool_calls)
+        return form(
+            () if choice == "none" else body.tools or (), choice, not body.parallel_tool_calls
+        )
     except ValueError as error:
         raise APIError(400, f"'tools': {error}") from None
