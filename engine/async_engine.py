@@ -165,8 +165,7 @@ class EngineHost:
             self._send(Reply(question.number, error=RequestError.of(error).to_wire()))
 
     def run(self) -> None:
-        """Step until ``EndEngine``, or until the engine fails. The front end fails all requests and
-        questions that are left then."""
+        """Step until ``EndEngine``, or until the engine fails. The front end fails the rest."""
         try:
             while self._run_commands():
                 self._step()
@@ -185,8 +184,7 @@ class EngineHost:
             self._compiler.shutdown(wait=False, cancel_futures=True)
 
     def _step(self) -> None:
-        """Run one step and deliver its outputs. Raises if this step and the previous one both
-        failed."""
+        """Run one step and deliver its outputs. Raises if the previous one failed too."""
         try:
             outputs = self.engine.step()
         except RunnerLost:
@@ -206,8 +204,7 @@ class EngineHost:
             self._deliver(outputs)
 
     def _run_commands(self) -> bool:
-        """Run all queued commands, and wait for one if there is nothing to compute. Returns False
-        if the thread must end."""
+        """Run queued commands; wait for one if there is no work. False if the thread must end."""
         engine = self.engine
         while True:
             rest_s = None if engine.has_work() else engine.run_idle_tasks()
@@ -442,8 +439,7 @@ class AsyncEngine:
             self.channel.send(Abort(request_id, reason))
 
     def receive(self, message: FromEngine) -> None:
-        """Process a message of the engine in the event loop. Called by the channel, in any one
-        thread at a time."""
+        """Process a message in the event loop. Called by the channel, in one thread at a time."""
         if asyncio._get_running_loop() is self._loop:
             self._receive(message)
         elif self._loop is not None:
@@ -478,8 +474,7 @@ class AsyncEngine:
             self.receive(Reply(number, error=error.to_wire()))
 
     async def ask(self, question: Question) -> Any:
-        """Return the value of the reply to ``question``. Raises the RequestError in the reply, if
-        any."""
+        """Return the value of the reply to ``question``, or raise its RequestError."""
         number = next(self._numbers)
         reply = self._replies[number] = asyncio.get_running_loop().create_future()
         try:

@@ -38,8 +38,7 @@ class RequestError(RuntimeError):
 
     @staticmethod
     def of(error: BaseException) -> RequestError:
-        """Return ``error`` as a request error. A ValueError becomes InvalidRequest, any other error
-        StepFailed, which is logged."""
+        """Return a RequestError, a ValueError as InvalidRequest, others as StepFailed (logged)."""
         if isinstance(error, RequestError):
             return error
         if isinstance(error, ValueError):

@@ -1,5 +1,4 @@
-"""Messages between a front end and an engine. A thread, another process and replicas get the same
-ones."""
+"""Messages between a front end and an engine in a thread, a process or a replica."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Command-line flags from the fields of dataclasses and their docstrings, so that name, default and
-help are defined once."""
+"""Command-line flags from the fields of dataclasses and their docstrings."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ def flags_of(config: type) -> list[Flag]:
 def add_flags(
     parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag], omits_absent: bool = False
 ) -> argparse._ArgumentGroup:
-    """Add ``flags`` in a new group, which is returned. With ``omits_absent``, absent ones add
-    nothing to the parsed arguments."""
+    """Add ``flags`` in a new group. With ``omits_absent``, absent ones are not in the arguments."""
     group = parser.add_argument_group(title)
     for config, field in flags:
         group.add_argument(

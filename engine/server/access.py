@@ -69,8 +69,7 @@ class Access:
     """API keys of one server, and the tenants that keys and salts distinguish."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Read the keys. Raises ValueError if a file cannot be read or is empty, or a key cannot be
-        sent in a header."""
+        """Read the keys. Raises ValueError for a file or a key that cannot be used."""
         accepted = list[bytes]()
         if (named := os.environ.get(API_KEY_VARIABLE)) is not None:
             accepted += _sendable([named.encode()], API_KEY_VARIABLE)
@@ -90,8 +89,7 @@ class Access:
                 raise ValueError(f"--admin-key-file {file} must contain a single key.")
             accepted += [self._operator] if accepted else []
         self.accepted = list(dict.fromkeys(accepted))
-        """Distinct keys of which a request needs one, the operator's included; empty if no key is
-        required."""
+        """Distinct keys that requests may have, the operator's too; empty if none is required."""
         self._secret = secrets.token_bytes(SECRET_BYTES)
 
     def keep_secret(self, folder: str) -> None:

@@ -1,5 +1,4 @@
-"""The server: its process (connections, memory, start and stop), and the ASGI application with its
-routes, which imports plugins."""
+"""The server: its process, and the ASGI application with its routes, which imports plugins."""
 
 from __future__ import annotations
 
@@ -83,8 +82,7 @@ FAREWELL_S = 5
 
 
 class Server(uvicorn.Server):
-    """Ends unfinished requests ``drain_s`` after the stop signal, or at a second one, with an error
-    that gives the reason."""
+    """Ends requests ``drain_s`` after the stop signal, or at a second one, and tells why."""
 
     def __init__(
         self,

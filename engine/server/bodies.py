@@ -284,8 +284,7 @@ class ClientGone(APIError):
 
 
 async def read_body(request: Request, kind: type[Kind], config: ServerConfig) -> tuple[Kind, int]:
-    """Return the body of ``request`` as ``kind``, and its size in bytes. Raises APIError 400, 408
-    (too slow) or 413 (too large)."""
+    """Return the body as ``kind`` and its bytes. Raises APIError 400, 408 (slow), 413 (large)."""
     try:
         async with asyncio.timeout(config.body_timeout_s):
             raw = await _receive(request, config.max_body_mib)

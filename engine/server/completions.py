@@ -1,5 +1,4 @@
-"""POST /v1/completions: one or several prompts as text or token ids, with optional echo and
-scores."""
+"""POST /v1/completions: prompts as text or token ids, with optional echo and scores."""
 
 from __future__ import annotations
 

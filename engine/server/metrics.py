@@ -84,8 +84,7 @@ class Metrics(Collector):
     """Latest report."""
 
     def __init__(self, engine_pid: int | None) -> None:
-        """``engine_pid`` is the id of the process that computes, which may be this one, or None if
-        there are several."""
+        """``engine_pid``: id of the process that computes, or None if there are several."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # start times, which would double the series
         registry = self._registry = CollectorRegistry()
         if engine_pid is not None:

@@ -147,8 +147,7 @@ class Sampling(OpenAIBody, kw_only=True):
 
     @property
     def ends_session(self) -> bool:
-        """True if the client declared that no request of this session follows. Values of OpenAI's
-        metadata are texts."""
+        """True if no request of this session follows. Values of OpenAI's metadata are texts."""
         return str((self.metadata or {}).get("session_end")).lower() == "true"
 
     def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:

@@ -15,8 +15,7 @@ PORT = Limits("a port from 0 to 65535", 0, 65535, is_whole=True)
 BODY_MIB = Limits("a finite number of MiB above 0", ABOVE_0)
 DRAIN = Limits("a finite number of seconds, 0 or more", 0)
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
-"""An origin in the form that browsers send and compare: in lower case, with nothing after the port.
-The origin of a file is ``null``."""
+"""An origin as browsers send it: in lower case, up to the port. That of a file is ``null``."""
 SWITCH_S = 0.0002
 """Time that a thread waits for the interpreter while another computes in Python."""
 

@@ -382,8 +382,7 @@ def finite(logprob: float | None) -> float | None:
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """Return a token as text, or as ``bytes:\\xe2\\x80`` if it is not valid UTF-8, so that
-    different tokens differ."""
+    """Return a token as text, or as ``bytes:\\xe2`` if it is not valid UTF-8."""
     raw = tokenizer.token_bytes(token_id)
     try:
         return raw.decode("utf-8") if raw else f"token:{token_id}"

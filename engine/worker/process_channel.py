@@ -83,8 +83,7 @@ class Sockets:
             return None
 
     def wait(self, timeout_s: float | None, other_fd: int | None = None) -> bool:
-        """Wait for a message, at most ``timeout_s``. Returns False if none has arrived or
-        ``other_fd`` is readable."""
+        """Return True if a message arrives in ``timeout_s``, before ``other_fd`` is readable."""
         poller = zmq.Poller()
         poller.register(self._in, zmq.POLLIN)
         if other_fd is not None:
@@ -176,8 +175,7 @@ class ProcessChannel(EngineChannel):
         self._release()
 
     def stop(self) -> None:
-        """End the process after its step. It is killed if that takes longer than
-        ``PATIENCE_S``."""
+        """End the process after its step, or kill it after ``PATIENCE_S``."""
         if self._loop is None:  # No caller waits.
             self._release()
             return

@@ -18,8 +18,7 @@ def screen_text(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
-    """Return the rows (name, words) of the start screen: model, memory, cache, kernels, the page
-    and the address."""
+    """Return the rows (name, words) of the start screen."""
     config, report, runner = engine.config, engine.report(), engine.runner
     geometry, memory = runner.geometry, runner.memory
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype

@@ -1,5 +1,4 @@
-"""Start of the engine's process. Imports little, so that the process starts before the server is
-imported."""
+"""Start of the engine's process, before the server is imported: imports little."""
 
 from __future__ import annotations
 
