@@ -111,23 +111,18 @@ class ReasoningBudget(LogitRule):
         self._ids = tokenizer.encode(END, add_special_tokens=False)
         self._masks = [packed([token], vocab_size) for token in self._ids]
 
-    def mask(self, answer: Tokens) -> Mask | None:
-        """Return the mask of the one token that may follow ``answer``, or None if the budget is not
-        used up. O(1), at the end O(budget)."""
-        place = len(answer) - self.first
-        if not 0 <= place < len(self._ids):
-            return None
-        text = self._text(answer[: self.first])
-        is_thinking = CLOSE not in text and (self._is_open or text.lstrip().startswith(OPEN))
-        return self._masks[place] if is_thinking else None
-
     def apply(self, answer: Tokens, drafts: Tokens, rulings: Sequence[Ruling]) -> list[Ruling]:
-        """See ``LogitRule``. Tokens excluded by a grammar stay excluded."""
+        """See ``LogitRule``. Tokens excluded by a grammar stay excluded. O(1) per draw, O(budget)
+        at the end of reasoning."""
         changed = []
         for known, ruling in zip(before_draws(answer, drafts), rulings, strict=True):
-            end = self.mask(known)
-            if end is not None and (ruling.mask is None or (ruling.mask & end).any()):
-                ruling = Ruling(end, is_final=True)
+            place = len(known) - self.first
+            if 0 <= place < len(self._ids):
+                end, text = self._masks[place], self._text(known[: self.first])
+                is_open = self._is_open or text.lstrip().startswith(OPEN)
+                is_possible = ruling.mask is None or bool((ruling.mask & end).any())
+                if is_open and CLOSE not in text and is_possible:
+                    ruling = Ruling(end, is_final=True)
             changed.append(ruling)
         return changed
 

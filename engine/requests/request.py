@@ -1,5 +1,5 @@
 """Requests: their specification (the prompt, and how tokens are drawn and generation stops), its
-validation, the state of a request in the engine, and records of requests that ended recently."""
+validation, and the state of a request in the engine."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams
-from engine.requests.logit_rules import END, ReasoningBudget
+from engine.requests.logit_rules import END, FREE, ReasoningBudget
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.test_engine import make_engine as make_oracle_engine
 
@@ -30,7 +30,8 @@ def test_reasoning_is_ended_once_at_its_budget(
     limit = ReasoningBudget(TOKENIZER, 320, prompt, budget)
     answer: list[int] = []
     for token in [*first_part, *second_part, *b"x" * 40]:
-        mask = limit.mask(np.array(answer, np.int32))
+        [ruling] = limit.apply(np.array(answer, np.int32), np.empty(0, np.int32), [FREE])
+        mask = ruling.mask
         if mask is not None:
             [token] = np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()
         answer.append(token)
