@@ -34,10 +34,10 @@ class GatedRunner(OracleRunner):
         self.is_open |= not steps
         self.permits.release(max(steps, 1))
 
-    def forward(self, batch: object) -> object:
+    def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> object:
         if not self.is_open:
             self.permits.acquire()
-        return super().forward(batch)
+        return super().forward(batch, drawn)
 
 
 def serve(
