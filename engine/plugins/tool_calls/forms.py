@@ -197,11 +197,12 @@ class CallReader(AnswerReader):
             self.new, self.finish = [], reason
         else:
             super().read(output)
-        ends = [at for at, one in enumerate(self.new, 1) if isinstance(one, ToolCall)]
-        if self._form.is_single and ends:
-            self.is_over = True
-            self.events = self.events[: len(self.events) - len(self.new) + ends[0]]
-            self.new = self.new[: ends[0]]
+        if self._form.is_single:
+            ends = (at for at, one in enumerate(self.new, 1) if isinstance(one, ToolCall))
+            if (end := next(ends, None)) is not None:
+                self.is_over = True
+                self.events = self.events[: len(self.events) - len(self.new) + end]
+                self.new = self.new[:end]
         if reason is not None and any(isinstance(one, ToolCall) for one in self.events):
             has_stopped = reason == "stop" and not self._is_broken_off
             # A call that ends exactly at the limit is complete: the client can run it.
