@@ -151,9 +151,8 @@ class ModelRunner:
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits ``[rows, vocab]`` in the model's dtype, on the device.
 
-        Rows are in segment order: 1 for "last", one per token for "all", none for "none".
-        ``drawn`` are the tokens that the previous step drew, int64 on the device, for the batch's
-        ``late_tokens``.
+        Rows are those of ``num_logits`` of each segment. ``drawn`` are the tokens that the previous
+        step drew, int64 on the device, for the batch's ``late_tokens``.
         """
         self.device.make_current()  # The calling thread may be a new one.
         self._copy_states(self.drafts.place(batch))
