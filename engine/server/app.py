@@ -38,10 +38,9 @@ from engine.plugins.tiers import TierConfig
 from engine.plugins.tool_calls.forms import tool_calls
 from engine.server.access import HEADERS_S, Access, ClientConnection, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
-from engine.server.completions import CompletionRequest, complete
-from engine.server.schemas import ChatRequest, Message
+from engine.server.schemas import ChatRequest, CompletionRequest, Message
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
-from engine.server.writers import Answer, ServingContext, chat
+from engine.server.writers import Answer, ServingContext, chat, complete
 from hybridcache.command.extras import version as installed_version
 from hybridcache.command.signals import log_to_stderr
 from hybridcache.geometry.units import counted

@@ -352,3 +352,29 @@ class ChatRequest(Sampling, kw_only=True):
     def limit(self) -> int | None:
         """Maximum number of tokens of an answer, by either name; None for the default."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(Sampling, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    """Text, list of texts, list of token ids, or list of such lists."""
+    max_tokens: Count = 16
+    echo: bool = False
+    logprobs: NumScores | None = None
+    add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if len({*map(type, self.prompt)}) > 1:
+            raise ValueError(
+                "'prompt' must be a text, a list of texts, a list of token ids or a list of such "
+                "lists."
+            )
+        if not self.max_tokens and not self.echo:
+            raise ValueError("'max_tokens' must be at least 1 (got 0); 0 requires 'echo'.")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """List of prompts, with one entry per prompt."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)

@@ -1,5 +1,5 @@
 """Answers of all endpoints and dialects: the context of one server, the writers, which submit a
-request and write its outputs whole or as a stream, and POST /v1/chat/completions."""
+request and write its outputs whole or as a stream, and OpenAI's chats and completions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from engine.server.bodies import (
     unless_gone,
 )
 from engine.server.metrics import Metrics
-from engine.server.schemas import ChatRequest, Sampling, cuts_of
+from engine.server.schemas import ChatRequest, CompletionRequest, Sampling, cuts_of
 from engine.server.settings import ServerConfig
 from engine.text.answers import (
     AnswerReader,
@@ -51,7 +51,7 @@ from engine.text.answers import (
     as_message,
 )
 from engine.text.grammar import MAX_CHARS, Grammar
-from engine.text.tokenizer import CLOSE, ChatTemplate, Tokenizer, as_tokens
+from engine.text.tokenizer import CLOSE, ChatTemplate, StreamDecoder, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
@@ -376,12 +376,12 @@ LEAST = -9999.0
 """Log-probability of an impossible token, as in OpenAI's API. JSON has no infinity."""
 
 
-def finite(logprob: float | None) -> float | None:
+def _finite(logprob: float | None) -> float | None:
     """Return ``logprob`` as a number that JSON can represent."""
     return None if logprob is None else max(logprob, LEAST)
 
 
-def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+def _token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """Return a token as text, or as ``bytes:\\xe2`` if it is not valid UTF-8."""
     raw = tokenizer.token_bytes(token_id)
     try:
@@ -540,8 +540,8 @@ class _ChatWriter(ChatWriter):
 
         def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
             return {
-                "token": token_text(tokenizer, token_id),
-                "logprob": finite(logprob),
+                "token": _token_text(tokenizer, token_id),
+                "logprob": _finite(logprob),
                 "bytes": list(tokenizer.token_bytes(token_id)),
             }
 
@@ -573,3 +573,98 @@ def _delta(events: Sequence[Event], num_calls: int = 0) -> dict[str, Any]:
     ]:
         delta["tool_calls"] = calls
     return delta
+
+
+# --- Completions of texts -------------------------------------------------------------------------
+
+
+async def complete(call: Call, body: CompletionRequest) -> Response:
+    """Answer one completion request."""
+    context, namespace = call.context, call.tenant.namespace
+    writer = _CompletionWriter(call, body)
+    prompts = await context.encode(body.prompts, body.add_special_tokens, namespace)
+    scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
+    num_scores = (body.logprobs or 0) if scores_prompt else None
+    specs = [RequestSpec(ids, namespace=namespace, prompt_logprobs=num_scores) for ids in prompts]
+    forms = body.forms("response_format")
+    await writer.submit(specs, body.max_tokens, body.logprobs, forms)
+    return await writer.respond(body.stream)
+
+
+class _CompletionWriter(Writer):
+    """Writes completions. The first part of each choice has the echoed prompt."""
+
+    KIND = "text_completion"
+    _body: CompletionRequest
+
+    def __init__(self, call: Call, body: CompletionRequest) -> None:
+        super().__init__(call, body, new_id("cmpl"), len(body.prompts))
+        self._skips_special = body.skip_special_tokens is not False
+        self._decoders: dict[int, StreamDecoder] = {}
+        """Decoder of each choice, which gives the offsets of tokens in the text."""
+        self._offsets = Counter[int]()
+        """Length of the text of each choice, as decoded so far."""
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            self._choice(index, True, output.text, output.token_ids, output.logprobs or ())
+            for index, output in enumerate(self.outputs)
+        ]
+        return self._completion(choices, usage=self._usage())
+
+    def write(self, index: int, is_first: bool) -> Iterator[bytes]:
+        output = self._latest[index]
+        news = output.new_text, output.new_token_ids, output.new_logprobs
+        yield event(self._completion([self._choice(index, is_first, *news)]))
+
+    def _choice(
+        self,
+        index: int,
+        is_first: bool,
+        text: str,
+        token_ids: Sequence[int],
+        scores: Sequence[SampledToken | None],
+    ) -> dict[str, Any]:
+        """Return the next part of a choice, or all of it."""
+        output, body, tokenizer = self._latest[index], self._body, self._context.tokenizer
+        told = self._ids("token_ids", token_ids)
+        if is_first:
+            told |= self._ids("prompt_token_ids", output.prompt_token_ids)
+            if body.logprobs is not None:
+                self._decoders[index] = tokenizer.stream_decoder(self._skips_special, body.echo)
+            if body.echo:
+                prompt = output.prompt_token_ids.tolist()
+                text = tokenizer.decode(prompt, self._skips_special) + text
+                if output.prompt_logprobs is not None:
+                    token_ids = (*prompt, *token_ids)
+                    scores = (*output.prompt_logprobs, *scores)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._scores(index, token_ids, scores),
+            "finish_reason": output.finish_reason,
+            **told,
+        }
+
+    def _scores(
+        self, index: int, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
+    ) -> dict[str, list[Any]] | None:
+        """Return the lists of scores for the next tokens, or None if they are not requested. A
+        score is None if the token was not predicted (the first of a prompt)."""
+        if self._body.logprobs is None:
+            return None
+        tokenizer = self._context.tokenizer
+        written: dict[str, list[Any]] = {
+            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        for token_id, score in zip(token_ids, scores, strict=False):
+            top = None
+            if score is not None:
+                best = score.top_logprobs[: self._body.logprobs]
+                top = {_token_text(tokenizer, one): _finite(number) for one, number in best}
+            written["tokens"].append(_token_text(tokenizer, token_id))
+            written["token_logprobs"].append(None if score is None else _finite(score.logprob))
+            written["top_logprobs"].append(top)
+            written["text_offset"].append(self._offsets[index])
+            self._offsets[index] += len(self._decoders[index].push(token_id))
+        return written
