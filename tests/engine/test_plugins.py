@@ -36,4 +36,4 @@ def test_plugins_and_triton_are_imported_at_first_use() -> None:
     assert done.returncode == 0, done.stderr
     of_engine, of_server, has_triton = json.loads(done.stdout.splitlines()[-1])
     assert of_engine == [] and not has_triton
-    assert of_server == ["diagnostics", "dialects", "observe"]
+    assert of_server == ["diagnostics", "dialects", "observe", "tool_calls"]
