@@ -47,6 +47,8 @@ class Drawn:
         infinity, or with only minus infinity."""
         tokens, *scores = self._copies.wait()
         sampled = list(map(SampledToken, tokens.tolist()))
+        if not scores:
+            return sampled
         scored = zip(*(copy.tolist() for copy in scores), strict=True)
         for (row, num_top), (own, top, ids) in zip(self._wanted.items(), scored, strict=True):
             best = tuple(zip(ids[:num_top], top[:num_top], strict=True))
@@ -66,8 +68,9 @@ class Sampler:
         logits = _pick(logits, rows)
         wanted: dict[int, int] = {}
         for row, request in enumerate(requests):
-            if request.params.logprobs is not None:
-                wanted[row] = request.params.logprobs
+            num_top = request.params.logprobs
+            if num_top is not None:
+                wanted[row] = num_top
         return Drawn(self._choose(logits, requests), logits, wanted)
 
     @torch.inference_mode()
