@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.layers.linear import Build, Linear, Part, WeightSpec
+from engine.models.weights import WeightFiles
 from engine.plugins.convert.converter import convert
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
-from engine.runner.loading import WeightFiles
 from engine.weights.model_config import ModelError
 from engine.weights.scheme import read_quantization
 from experiments.gpu import interpreter

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from engine import engine_config
 from engine.config import EngineConfig
 from engine.layers.linear import Parameter, Rank, RankCut
-from engine.runner import loading as weights
+from engine.models import weights
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from engine.layers.linear import Build, WeightSpec
 from engine.models import read_model
+from engine.models.weights import Dummy, WeightsError
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
-from engine.runner.loading import Dummy, WeightsError
 from experiments.gpu.models import TINY
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
