@@ -127,12 +127,10 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
-        return {"type": functools.partial(_listed, kind), "metavar": f"{METAVARS[kind]},..."}
+
+        def listed(text: str) -> tuple[Any, ...]:
+            return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
+
+        listed.__name__ = kind.__name__  # For argparse's error.
+        return {"type": listed, "metavar": f"{METAVARS[kind]},..."}
     return {"type": hint, "metavar": METAVARS[hint]}
-
-
-def _listed(kind: type, text: str) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
