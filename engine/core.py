@@ -68,8 +68,7 @@ class EngineCore:
         """Functions that are called after every step."""
         self.recent = BoundedMemory[str, Request](RECENT_BYTES)
         """Requests that ended last, by id."""
-        drafting = scheduler.drafting
-        self.on_end: list[Callable[[Request], None]] = [drafting.forget] if drafting else []
+        self.on_end: list[Callable[[Request], None]] = [scheduler.drafting.forget]
         """Functions that are called with every request that has ended."""
         self._scheduler = scheduler
         self._manager, self.cache = scheduler.manager, scheduler.manager.cache

@@ -16,7 +16,7 @@ from engine.requests.logit_rules import LogitRule
 from engine.requests.request import Intake
 from engine.schedule.fetching import Fetching
 from engine.schedule.report import cache_kind
-from engine.schedule.scheduler import Scheduler
+from engine.schedule.scheduler import NO_DRAFTS, Scheduler
 from engine.text.grammar import Grammar
 from engine.weights.hub import resolve_config
 from hybridcache.config import CacheConfig, build_prefix_cache
@@ -198,7 +198,7 @@ def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin])
         token_budget=config.token_budget,
         admission=make_admission(config.admission),
         shares=caches,
-        drafting=None if speculation is None else speculation.draft_planner(runner, shares=caches),
+        drafting=speculation.draft_planner(runner, shares=caches) if speculation else NO_DRAFTS,
         fetching=None if fetcher is None else Fetching(manager, fetcher),
         clock=intake.clock,
     )

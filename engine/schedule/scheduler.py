@@ -5,7 +5,6 @@ their results."""
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -260,31 +259,31 @@ class StepHooks:
         return {}
 
 
-class DraftPlanner(ABC, StepHooks):
-    """Decides which decoding requests get drafts."""
+class DraftPlanner(StepHooks):
+    """Decides which decoding requests get drafts, by default none."""
 
     @property
-    @abstractmethod
     def requests(self) -> Set[Request]:
         """Requests with private state."""
+        return frozenset()
 
-    @abstractmethod
     def propose(self, decoding: Iterable[tuple[Request, int]]) -> dict[Request, Draft]:
         """Return drafts for some of the decoding (request, maximum length), once per step."""
+        return {}
 
-    @abstractmethod
     def may_guess(self, running: Iterable[Request]) -> bool:
         """Return True if any of them may get a draft in its next step."""
+        return False
 
-    @abstractmethod
     def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
         """Record how many drafts of ``segment`` were accepted. The answer, which may have ended
         inside the draft, got ``num_new`` tokens."""
 
-    @abstractmethod
     def forget(self, request: Request) -> None:
         """Drop the state of a request that has ended."""
 
+
+NO_DRAFTS = DraftPlanner()
 
 logger = logging.getLogger(__name__)
 
@@ -296,14 +295,15 @@ class Scheduler(StepPlanner[Request]):
         self,
         manager: CacheManager,
         *,
-        drafting: DraftPlanner | None = None,
+        drafting: DraftPlanner = NO_DRAFTS,
         fetching: Holding[Request] | None = None,
         **options: Any,
     ) -> None:
         """``options`` are those of ``StepPlanner``."""
         super().__init__(manager, fetching=fetching, **options)
         self.manager = manager
-        self.hooks = tuple(part for part in (fetching, drafting) if isinstance(part, StepHooks))
+        parts = fetching, None if drafting is NO_DRAFTS else drafting
+        self.hooks = tuple(part for part in parts if isinstance(part, StepHooks))
         self.drafting = drafting
         self._verifies = False
         self.progressed: list[Request] = []
@@ -357,11 +357,10 @@ class Scheduler(StepPlanner[Request]):
         """
         if self.must_commit or (self._num_in_flight and self._must_wait):
             return EMPTY
-        drafting = self.drafting
-        if self._num_in_flight and drafting and drafting.may_guess(self._running):
+        if self._num_in_flight and self.drafting.may_guess(self._running):
             return EMPTY
         ends = self.choose()
-        drafts = self._drafts(ends, drafting) if drafting else {}
+        drafts = self._drafts(ends)
         segments: list[Segment] = []
         late_tokens: list[tuple[int, int]] = []
         num_drawn = 0
@@ -391,10 +390,10 @@ class Scheduler(StepPlanner[Request]):
         late = tuple(late_tokens)
         return Batch(tuple(segments), copies.restores, copies.row_writes, late, copies.transfers)
 
-    def _drafts(self, ends: Mapping[Request, int], drafting: DraftPlanner) -> dict[Request, Draft]:
+    def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory."""
         # A draft follows the newest token, which a step in flight has yet to draw.
-        drafts = drafting.propose(
+        drafts = self.drafting.propose(
             (request, request.max_len - 1 - end)
             for request, end in ends.items()
             if not self._num_in_flight
@@ -451,8 +450,7 @@ class Scheduler(StepPlanner[Request]):
                 # The newest token is not computed. Tokens after a stop do not count.
                 request.computed_len = request.scheduled_len = request.num_tokens - 1
                 self._manager.roll_back(request)
-                if self.drafting is not None:
-                    self.drafting.learn(segment, len(run) - 1, request.num_tokens - num_before)
+                self.drafting.learn(segment, len(run) - 1, request.num_tokens - num_before)
             if segment.num_drafts:
                 taken.append(request.computed_len - segment.start if has_logits else 0)
             if request.finish_reason is not None:
@@ -470,5 +468,4 @@ class Scheduler(StepPlanner[Request]):
 
     def check(self) -> None:
         super().check()
-        if self.drafting is not None:
-            assert self.drafting.requests <= {*self._waiting, *self._running, *self.progressed}
+        assert self.drafting.requests <= {*self._waiting, *self._running, *self.progressed}

@@ -233,7 +233,7 @@ class SpeculationPlugin(Plugin):
         super().__init__(config)
         self.settings = config.of(SpeculationConfig)
 
-    def draft_planner(self, runner: ModelRunner, *, shares: bool) -> DraftPlanner | None:
+    def draft_planner(self, runner: ModelRunner, *, shares: bool) -> DraftPlanner:
         verification = cast("Verification", runner.drafts)
         self._state_bytes = verification.state_bytes
         limit = self.settings.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
