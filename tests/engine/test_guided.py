@@ -17,6 +17,7 @@ from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided.guides import Guides
 from engine.plugins.tool_calls.forms import Hermes
 from engine.requests.logit_rules import FREE
+from engine.text.grammar import GrammarError
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.history.agent import make_model_dir
 from tests.engine.history.scripted import ScriptedSampler
@@ -89,6 +90,16 @@ def test_answers_match_their_grammar(engine: Engine, name: str) -> None:
         [output] = engine.generate([spec(grammar, f"{number}: ")])
         assert re.fullmatch(expected, output.text), output.text
         assert output.finish_reason == "stop" and output.error is None
+
+
+@pytest.mark.timeout(10)
+def test_an_error_names_the_tool_in_linear_time(engine: Engine) -> None:
+    """In quadratic time it would take half a minute, during which the engine waits."""
+    long = {"description": " // tool '" * 24_000, **closed({"a": {"pattern": "a"}})}
+    parameters = {"long": long, "x // y": closed({"a": {"pattern": "(a"}})}
+    tools = [{"function": {"name": n, "parameters": each}} for n, each in parameters.items()]
+    with pytest.raises(GrammarError, match=r"^tool 'x // y': .*: unclosed group"):
+        engine.compile(Hermes(tools).grammar())
 
 
 @pytest.mark.full(
