@@ -24,8 +24,6 @@ from hybridcache.api import Losses
 
 Counts = dict[tuple[str, int], int]
 FinishReason = Literal["stop", "length", "abort", "error"]
-
-
 NO_TOKEN = -1
 
 

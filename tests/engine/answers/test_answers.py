@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plugins.tool_calls.forms import Form, Hermes, Xml, tool_calls
+from engine.server.bodies import APIError
 from engine.server.schemas import ChatRequest
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.tokenizer import ChatTemplate
@@ -257,3 +258,7 @@ def test_the_form_is_recognised_in_the_template(source: str, expected: type) -> 
     messages: Any = [{"role": "user", "content": "Hi."}]
     body = ChatRequest(messages=messages, tools=TOOLS, tool_choice="none")
     assert type(tool_calls(body, ChatTemplate(source))) is expected
+    body.tool_choice = None
+    for without, why in (("{{ messages }}", "has no tools"), ("{{ tools }}", "is not supported")):
+        with pytest.raises(APIError, match=why):
+            tool_calls(body, ChatTemplate(without))
