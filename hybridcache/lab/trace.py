@@ -271,7 +271,7 @@ def plain_name(name: Hashable) -> str | int:
 def distinct(name: str, taken: Counter[str]) -> str:
     """Return the name of a new session: ``name``, with a number if another session has it."""
     taken[name] += 1
-    return name if taken[name] == 1 else f"{name} ({taken[name]})"
+    return name if taken[name] == 1 else distinct(f"{name} ({taken[name]})", taken)
 
 
 class FreshIds:

@@ -175,6 +175,7 @@ def test_dropped_reasoning_follows_the_chat_template(tmp_path: Path) -> None:
         (["0", "1", "2", "3"], ["0", "1", "2", "3"]),
         (["a_0", "a_1", "a_2", "a_3"], ["a", "a_1", "a_2", "a_3"]),
         (["a_0", "a_0", "a", "a"], ["a", "a_0", "a (2)", "a (3)"]),
+        (["a", "a (2)", "a", "a"], ["a", "a (2)", "a (2) (2)", "a (3)"]),
     ],
 )
 def test_only_segments_of_one_conversation_are_merged(
