@@ -185,12 +185,12 @@ def test_only_segments_of_one_conversation_are_merged(
     said = [{"from": ("human", "gpt")[n % 2], "value": str(n)} for n in range(14)]
     parts = [said[:4], said[3:8], said[8:], said[:4]]
     segments = zip(ids, parts, strict=True)
-    path.write_text(
-        json.dumps([{"id": i, "system": "S", "conversations": part} for i, part in segments])
-    )
-    found = [*open_trace(f"sharegpt:{path}?tokenizer=bytes&starts=fixed:0.01")]
-    assert sorted({str(one.session) for one in found}) == sorted(sessions)
-    assert len(found) == 9
+    records = [{"id": i, "system": "S", "conversations": part} for i, part in segments]
+    for text in (json.dumps(records), "\n".join(map(json.dumps, records)) + "\n"):
+        path.write_text(text)
+        found = [*open_trace(f"sharegpt:{path}?tokenizer=bytes&starts=fixed:0.01")]
+        assert sorted({str(one.session) for one in found}) == sorted(sessions)
+        assert len(found) == 9
 
 
 def test_every_speaker_of_sharegpt_has_a_role(tmp_path: Path) -> None:

@@ -289,12 +289,15 @@ def _objects(path: str | Path, line: Line, value: Any, bad: BadRecords) -> Itera
 
 
 def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]]:
-    """Yield (line and number, object) for every record of a JSON array, one at a time. Records
-    after a syntax error are lost. Holds one record and as many characters again. O(characters)."""
+    """Yield (line and number, object) for every record of a JSON array or of JSON lines, one at a
+    time. Records after a syntax error are lost. Holds one record and as many characters again.
+    O(characters)."""
     decoder, text, line, number, blank = json.JSONDecoder(), "", 1, 0, _OPENING
+    is_array = False
     with open_text(path) as file:
         while True:
             start = len(blank.match(text).group())  # type: ignore[union-attr]
+            is_array |= "[" in text[:start]
             first_line = line + text.count("\n", 0, start)
             where = f"{first_line}, record {number + 1}"
             try:
@@ -306,6 +309,8 @@ def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]
                 problem, more = f"not JSON, or cut ({message}); the records after it are lost", ""
                 try:
                     more = file.read(max(_CHUNK, len(text)))  # A long record is tried seldom.
+                    if not (more or is_array or text[start:]):
+                        return
                 except DAMAGED as damage:
                     problem = f"{_DAMAGE} ({damage})"
                 if more:
