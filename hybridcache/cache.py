@@ -452,11 +452,8 @@ class HybridRadixCache:
         return self.lock(None if node is root else node)
 
     def unlock(self, handle: LockHandle) -> None:
-        """Return a lock. A second call does nothing. O(1).
-
-        Raises:
-            ValueError: another cache returned it, or it is not a handle.
-        """
+        """Return a lock. A second call does nothing. Raises ValueError if another cache returned
+        it, or it is not a handle. O(1)."""
         if not isinstance(handle, LockHandle) or handle.cache is not self:
             raise ValueError(f"expected the result of lock of this cache (got {handle!r})")
         node = handle.node
@@ -1021,11 +1018,7 @@ class HybridRadixCache:
         listener.followed = self
 
     def unsubscribe(self, listener: Listener) -> None:
-        """Stop notifying ``listener``. O(listeners).
-
-        Raises:
-            ValueError: it is not subscribed.
-        """
+        """Stop notifying ``listener``. ValueError if it is not subscribed. O(listeners)."""
         if listener not in self._listeners:
             raise ValueError("this listener is not subscribed")
         self._listeners = tuple(one for one in self._listeners if one is not listener)

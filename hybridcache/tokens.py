@@ -112,11 +112,8 @@ def require_namespace(namespace: object) -> None:
 
 
 def read_namespace(text: str) -> Hashable:
-    """Return the namespace with this ``repr``. Executes no code of the text.
-
-    Raises:
-        ValueError: the text is damaged.
-    """
+    """Return the namespace with this ``repr``. Executes no code of the text. Raises ValueError if
+    the text is damaged."""
     try:
         namespace: Hashable = ast.literal_eval(text)
         require_namespace(namespace)

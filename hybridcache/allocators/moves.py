@@ -261,11 +261,8 @@ class StepQueue:
         )
 
     def take(self) -> StepPlan:
-        """Return the plan and begin an empty one. O(transfers + rows written).
-
-        Raises:
-            RuntimeError: the last plan was not carried out.
-        """
+        """Return the plan and begin an empty one. Raises RuntimeError if the last plan was not
+        carried out. O(transfers + rows written)."""
         if self.open_plan is not None and not self.open_plan.is_done:
             raise RuntimeError(NOT_CARRIED_OUT)
         if not (self.transfers or self.row_writes or self.restores):

@@ -235,11 +235,7 @@ class SlotAllocator(BaseAllocator):
         return slot
 
     def free(self, slot: int) -> None:
-        """Return ``slot``, which was allocated, to the pool. O(1).
-
-        Raises:
-            ValueError: the slot is not allocated.
-        """
+        """Return ``slot`` to the pool. Raises ValueError if it is not allocated. O(1)."""
         if not 0 <= slot < self.capacity or not self.is_taken[slot]:
             raise ValueError(f"slot {slot} given back, which is not taken")
         if self.budget is not None:

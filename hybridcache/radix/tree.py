@@ -427,10 +427,8 @@ class RadixTree:
     def root(self, namespace: Hashable) -> RadixNode:
         """Return the root of ``namespace``, or a new one that the tree has not yet. O(1).
 
-        The tree has a new root from the first ``grow`` below it.
-
-        Raises:
-            ValueError: the namespace is invalid (``hybridcache.tokens``).
+        The tree has a new root from the first ``grow`` below it. Raises ValueError if the namespace
+        is invalid (``hybridcache.tokens``).
         """
         if type(namespace) not in PLAIN:
             require_namespace(namespace)
