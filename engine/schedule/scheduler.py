@@ -91,9 +91,11 @@ class Segment(Struct, frozen=True):
         is_decode = start >= request.prefill_len
         samples = end == request.known_len < request.max_len
         token_ids = request.tokens[start:end] if end <= request.num_tokens else UNKNOWN
+        scores = not is_decode and request.wants_scores
+        num_logits, num_drafts = len(token_ids) if scores else int(samples), 0
         if draft is not NO_DRAFT:
             token_ids = np.concatenate([token_ids, draft.tokens])
-        scores = not is_decode and request.wants_scores
+            num_logits, num_drafts = len(token_ids), len(draft.tokens)
         return cls(
             row,
             lease.state_slot,
@@ -101,9 +103,9 @@ class Segment(Struct, frozen=True):
             start,
             is_decode,
             exports,
-            len(token_ids) if scores or draft is not NO_DRAFT else int(samples),
+            num_logits,
             request.namespace,
-            len(draft.tokens),
+            num_drafts,
             request,
             lease,
             samples,
@@ -360,7 +362,7 @@ class Scheduler(StepPlanner[Request]):
         if self._num_in_flight and self.drafting.may_guess(self._running):
             return EMPTY
         ends = self.choose()
-        drafts = self._drafts(ends)
+        drafts = {} if self.drafting is NO_DRAFTS else self._drafts(ends)
         segments: list[Segment] = []
         late_tokens: list[tuple[int, int]] = []
         num_drawn = 0
@@ -368,7 +370,7 @@ class Scheduler(StepPlanner[Request]):
             ends, key=lambda one: (one.scheduled_len < one.prefill_len, one in drafts)
         ):
             draft, end = drafts.get(request, NO_DRAFT), ends[request]
-            full_end = end + len(draft.tokens)
+            full_end = end if draft is NO_DRAFT else end + len(draft.tokens)
             exports = self._manager.take_checkpoint_slots(request, full_end)
             if exports is None:
                 continue
