@@ -68,6 +68,40 @@ def test_an_aborted_answer_leaves_the_checkpoint_before_it_as_it_was() -> None:
     assert [match.cached_len for match in matches] == [192, 0, 192, 192]
 
 
+@pytest.mark.parametrize("donates", [True, False])
+@pytest.mark.parametrize("end", [128, 640])
+def test_a_finished_lease_gives_its_own_slot_to_a_chosen_position(end: int, donates: bool) -> None:
+    """Check a planned position of the prompt, and the end of an answer that outgrew the first array
+    of rows."""
+    cache, text = make_cache(slots=2), tokens(2 * end)
+    lease = begin(cache, text[: 129 if end == 128 else 63], "end")
+    own = lease.state_slot
+    assert lease.extend(60)
+    lease.plan_checkpoint(128, "rejoin")
+    first = lease.kv_indices[:60].copy()
+    assert lease.extend(end) and np.array_equal(lease.kv_indices[:60], first)
+    carried_out(cache)
+    lease.finish(text, end, donates)
+    check(cache)
+    found = cache.match(text[: end + 1])
+    assert (found.cached_len, found.checkpoint) == ((end, own) if donates else (0, None))
+
+
+def test_a_position_with_a_slot_is_not_planned_again() -> None:
+    cache, prompt = make_cache(), tokens(200)
+    lease = begin(cache, prompt, "end")
+    for position in (64, 70):
+        lease.plan_checkpoint(position, "rejoin")
+    assert lease.extend(128)
+    [(position, _)] = lease.take_checkpoint_slots(0, 128)
+    assert position == 64 and lease.is_saving_at(64) and not lease.is_saving_at(128)
+    lease.plan_checkpoint(64, "rejoin")
+    lease.plan_checkpoint(128, "rejoin")
+    assert [at for at, _ in lease.take_checkpoint_slots(0, 128)] == [64, 128]
+    lease.abort()
+    check(cache)
+
+
 @pytest.mark.parametrize("unwritten", [True, False])
 @pytest.mark.parametrize("end", ["finish", "preempt", "publish"])
 def test_checkpoints_after_rejected_drafts_have_the_right_state(unwritten: bool, end: str) -> None:
