@@ -102,6 +102,17 @@ def test_a_position_with_a_slot_is_not_planned_again() -> None:
     check(cache)
 
 
+def test_the_first_checkpoint_of_decode_counts_as_a_new_slot() -> None:
+    cache, text = make_cache(), tokens(200)
+    lease = begin(cache, text[:60], "end")
+    assert lease.extend(200)
+    assert lease.take_checkpoint_slots(60, 64, max_slots=0) is None
+    [(position, slot)] = lease.take_checkpoint_slots(60, 64, max_slots=1) or ()
+    assert (position, lease.take_checkpoint_slots(64, 128, max_slots=0)) == (64, ((128, slot),))
+    lease.abort()
+    check(cache)
+
+
 @pytest.mark.parametrize("unwritten", [True, False])
 @pytest.mark.parametrize("end", ["finish", "preempt", "publish"])
 def test_checkpoints_after_rejected_drafts_have_the_right_state(unwritten: bool, end: str) -> None:
