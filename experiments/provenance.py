@@ -19,10 +19,11 @@ from typing import Any
 from hybridcache.command.extras import CACHE_DISTRIBUTION
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = Path(os.environ.get("HYBRIDCACHE_RESULTS", ROOT / "experiments"))
-"""Folder of results and figures. ``reproduce --compare`` sets another one."""
-RESULTS = OUTPUT / "results"
-FIGURES = OUTPUT / "figures"
+RESULTS = ROOT / "experiments" / "results"
+FIGURES = ROOT / "experiments" / "figures"
+WRITTEN = Path(os.environ.get("HYBRIDCACHE_RESULTS", ROOT / "out")) / "results"
+"""Folder of new results: ``RESULTS`` if ``reproduce`` runs the command. A command that is run
+directly never overwrites a published file."""
 GENERATED = (":!experiments/results", ":!experiments/figures", ":!docs/results.md")
 """Git pathspecs that exclude files written by commands, because they are not code."""
 CODE = (".py", ".cpp", ".h", ".jinja", ".json", ".toml")

@@ -16,6 +16,7 @@ would not contain the code of the results.
 
 A finished part only says so. ``--again`` overwrites its results, ``--compare`` writes into
 ``out/compare`` and prints the differences. Results that are not committed are never overwritten.
+A command that is run directly, without ``reproduce``, writes into ``out/results``.
 
 Parts are declared in ``parts.toml``.
 
@@ -101,7 +102,8 @@ class Part:
         status."""
         paths = [str(ROOT / self.pythonpath)] if self.pythonpath else []
         paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+        published = {"HYBRIDCACHE_RESULTS": str(ROOT / "experiments")}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | published | variables
         command = [sys.executable, "-m", *shlex.split(self.command)]
         return subprocess.run(command, cwd=ROOT, env=environment).returncode
 

@@ -29,8 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import positive, published, rounded
+from experiments.studies.common import keep, positive, published, rounded
 from hybridcache import Trace, TraceRequest, open_trace, simulate
 from hybridcache.api import Losses
 from hybridcache.geometry.model import BUILTIN
@@ -74,9 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"run_sharegpt: {error}", file=sys.stderr)
         return 2
-    path = RESULTS / f"{options.name}.jsonl"
-    write_json_lines(path, map(rounded, records))
-    print(path)
+    keep(options.name, [*map(rounded, records)])
     return 0
 
 

@@ -21,10 +21,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiments import provenance
 from experiments.benchmarks.timing import Call, medians
-from experiments.provenance import write_json_lines
-from experiments.studies.common import positive, show
+from experiments.studies.common import keep, positive, show
 from kernels.linear import native as linear
 from kernels.linear import prepacked, reference
 from kernels.native import has, kernel_choices
@@ -180,7 +178,7 @@ def main() -> None:
         found = list(tqdm(speeds(args.threads, args.turns), desc="layers", disable=None))
         times = list(tqdm(decay_times(args.turns), desc="decays", disable=None))
     settings = {"outputs": OUTPUTS, "inputs": INPUTS, "kernels": kernel_choices()}
-    write_json_lines(provenance.RESULTS / "bench_cpu_kernels.jsonl", [*found, *times], settings)
+    keep("bench_cpu_kernels", [*found, *times], settings)
     for lines in (found, times):
         show(lines)
 

@@ -17,7 +17,7 @@ excludes other processes.
 
 Placement "end" saves one state at the end of each answer. "extra_buffer" is SGLang's own: a prefill
 saves one at its last 64th token or at the branch that the cache reports. Decode saves one at each
-256th token, and tokens after the last state are dropped. Writes results/bench_sglang.jsonl.
+256th token, and tokens after the last state are dropped. Writes bench_sglang.jsonl.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from tqdm import tqdm
 
 from experiments.benchmarks import tree_work
 from experiments.benchmarks.tree_work import Work, Workload, new_cache
-from experiments.provenance import RESULTS, write_json_lines
 from experiments.sglang.cpu import VERSION, stand_in
-from experiments.studies.common import positive, show
+from experiments.studies.common import keep, positive, show
 
 stand_in()
 
@@ -208,7 +207,7 @@ def main() -> None:
             records += measure(live, "end", options.runs, bar)
             records += measure(live, "extra_buffer", 1, bar)
     settings = {"sglang": VERSION, "kv": NUM_KV_TOKENS, "slots": NUM_SLOTS}
-    write_json_lines(RESULTS / "bench_sglang.jsonl", records, settings)
+    keep("bench_sglang", records, settings)
     show(records)
 
 

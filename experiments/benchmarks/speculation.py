@@ -34,8 +34,7 @@ from engine.runner.sampler import Sampler
 from engine.text.tokenizer import HFTokenizer
 from experiments import texts
 from experiments.benchmarks.timing import alternate, ratio_spread
-from experiments.provenance import RESULTS, write_json_lines
-from experiments.studies.common import positive
+from experiments.studies.common import keep, positive
 
 DRAFTS = ("none", "tree", "mtp", "tree,mtp")
 STREAMS = (1, 8)
@@ -181,7 +180,7 @@ def main() -> None:
         for record in compare(engines, workload, streams):
             results.append(record)
             tqdm.write(str(record))
-    write_json_lines(RESULTS / "speculation.jsonl", results, vars(args))
+    keep("speculation", results, vars(args))
     wrong = [result for result in results if not (result["same_answers"] and result["same_hits"])]
     print(f"{len(results)} cells; answers or hits differ in {len(wrong)}")
 

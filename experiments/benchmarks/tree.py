@@ -17,7 +17,7 @@ A run's mean is the cost for a user of this machine. Three figures separate cost
   microseconds).
 - "gc" is the time of the garbage collector during the run.
 
-Writes results/bench_tree.jsonl.
+Writes bench_tree.jsonl.
 """
 
 from __future__ import annotations

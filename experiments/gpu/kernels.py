@@ -60,8 +60,8 @@ from engine.runner.device import Device
 from experiments.gpu import interpreter, kernel_cases, kernel_rivals
 from experiments.gpu.kernel_cases import Case, Setup, error
 from experiments.provenance import (
-    RESULTS,
     ROOT,
+    WRITTEN,
     code_hash,
     known_records,
     provenance,
@@ -498,14 +498,14 @@ def main() -> None:
     kernel_rivals.find()
     device = "cpu" if is_dry else torch.accelerator.current_accelerator().type
     names = args.kernels.split(",") if args.kernels else folders()
-    out = args.out or (None if is_dry else RESULTS)
+    out = args.out or (None if is_dry else WRITTEN)
     if args.each:
         arguments = ["--mode", args.mode, "--out", str(out)]
         arguments += ["--dry"] * args.dry + ["--float32"] * args.float32
         prefix = file_prefix(args.mode, args.float32)
         is_timed = args.mode in ("bench", "ours")
         processes = 1 if is_timed else max(2, (os.cpu_count() or 2) // 2)
-        sys.exit(0 if run_each(names, arguments, prefix, out or RESULTS, processes) else 1)
+        sys.exit(0 if run_each(names, arguments, prefix, out or WRITTEN, processes) else 1)
     setup = Setup(device, is_dry, args.float32)
     clock = None if is_dry or args.mode in ("check", "repeat") else Clock(device)
     if args.mode == "tune":

@@ -12,7 +12,7 @@ A step that prefills while other requests decode takes longer than the sum of bo
 because only steps of decodes are recorded. The difference is measured too, and added to such steps.
 
 The model computes, but the clock counts the processor time of this process, and pauses are skipped.
-Other work on the machine therefore changes little. Results go to ``results/closed_loop.jsonl``.
+Other work on the machine therefore changes little. Results go to ``closed_loop.jsonl``.
 """
 
 from __future__ import annotations

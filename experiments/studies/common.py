@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,11 +204,15 @@ def rounded(value: Any) -> Any:
     return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
-def keep(name: str, records: Records) -> None:
-    """Write a study's records. Ends the process without any: earlier results are better."""
+def keep(name: str, records: Records, settings: Mapping[str, Any] | None = None) -> Path:
+    """Write records into the result file ``name`` and print its path. Ends the process without any
+    record: earlier results are better."""
     if not records:
         raise SystemExit(f"{name} is not written: no trace is in {' or '.join(map(str, DATA))}.")
-    write_json_lines(provenance.RESULTS / f"{name}.jsonl", records)
+    path = provenance.WRITTEN / f"{name}.jsonl"
+    write_json_lines(path, records, settings)
+    print(path)
+    return path
 
 
 def plain_table(records: Records) -> Table:

@@ -2,7 +2,7 @@
 
     python -m experiments.studies.leaderboard [--seeds 3] [--processes 2]
 
-The board is that of ``hybridcache leaderboard``. results/leaderboard.jsonl has a line per trace and
+The board is that of ``hybridcache leaderboard``. leaderboard.jsonl has a line per trace and
 seed, and a line per closed loop and seed.
 """
 

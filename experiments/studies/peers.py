@@ -1,6 +1,6 @@
 """Compare rebuilt systems with all figures that were measured on a stated workload, cell by cell.
 
-`python -m experiments.studies.peers` writes results/peers_table.jsonl and .md. The measured runs
+`python -m experiments.studies.peers` writes peers_table.jsonl and .md. The measured runs
 used their own seeds for ids and lengths, so the same workload is drawn here with other seeds. A
 cell is *within* if the median of these draws is within 2 points (chunks: 2 %) of the measured
 figure. If the draws differ by more than that band, the stated workload does not determine the
@@ -34,7 +34,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.provenance import RESULTS
 from experiments.studies.common import WORKLOADS, keep
 from hybridcache import Trace, TraceRequest
 from hybridcache.geometry.units import GIB
@@ -350,8 +349,7 @@ def main() -> None:
         rows.append(measure(cell))
     text = "\n".join(table(rows))
     if not options.only:
-        keep("peers_table", rows)
-        (RESULTS / "peers_table.md").write_text(text + "\n", encoding="utf-8")
+        keep("peers_table", rows).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

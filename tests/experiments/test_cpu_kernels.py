@@ -19,7 +19,7 @@ def test_all_layers_and_recurrences_have_figures(tmp_path, monkeypatch, capsys) 
     for name, value in sizes.items():
         monkeypatch.setattr(cpu_kernels, name, value)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    monkeypatch.setattr(provenance, "WRITTEN", tmp_path)
     monkeypatch.setattr(sys, "argv", ["cpu_kernels", "--threads", "1", "--turns", "1"])
     cpu_kernels.main()
     first, *lines = map(json.loads, (tmp_path / "bench_cpu_kernels.jsonl").read_text().splitlines())

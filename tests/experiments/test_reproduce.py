@@ -19,7 +19,7 @@ OUTPUT = "results/bench_simulate_default.jsonl"
 TINY = """
 import json, os
 from pathlib import Path
-path = os.environ.get("HYBRIDCACHE_RESULTS", "experiments") + "/OUTPUT"
+path = os.environ["HYBRIDCACHE_RESULTS"] + "/OUTPUT"
 with Path(path).open("w") as file:
     print(json.dumps({"provenance": {"commit": "abc", "date": "2026-01-01T00:00:00"}}), file=file)
     for record in {"trace": "chat", "gib": 6, "default_token_hit_rate": 0.5,
@@ -65,7 +65,6 @@ class Tree:
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     made = Tree(tmp_path / "clone")
-    monkeypatch.delenv("HYBRIDCACHE_RESULTS", raising=False)
     monkeypatch.setattr(provenance, "ROOT", made.root)
     monkeypatch.setattr(provenance, "RESULTS", made.results)
     monkeypatch.setattr(provenance, "FIGURES", made.root / "experiments" / "figures")
@@ -189,7 +188,8 @@ def test_results_page_is_up_to_date() -> None:
 def test_finished_part_says_so_and_can_be_compared(
     tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A comparison leaves the results as they are."""
+    """A comparison leaves the results as they are, and so does a command without ``reproduce``."""
+    assert provenance.WRITTEN == ROOT / "out" / "results"
     part = tree.part()
     results, folder = tree.results / "bench_simulate_default.jsonl", tmp_path / "out"
     (folder / "results").mkdir(parents=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments import run_sharegpt
+from experiments import provenance, run_sharegpt
 from experiments.provenance import read_json_lines
 
 SECRET = "the private word of somebody"
@@ -17,7 +17,7 @@ SECRET = "the private word of somebody"
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """File of texts in ShareGPT's format."""
-    monkeypatch.setattr(run_sharegpt, "RESULTS", tmp_path)
+    monkeypatch.setattr(provenance, "WRITTEN", tmp_path)
     turns = [
         {"from": role, "value": f"{SECRET} {turn} " * 4}
         for turn in range(3)
@@ -32,7 +32,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(data: object, *arguments: str) -> list[dict[str, Any]]:
     given = ["--data", str(data), "--gib", "0.05", *arguments]
     assert run_sharegpt.main(given) == 0
-    _, records = read_json_lines(run_sharegpt.RESULTS / "sharegpt.jsonl")
+    _, records = read_json_lines(provenance.WRITTEN / "sharegpt.jsonl")
     for record in records:
         assert record["hit_tokens"] + sum(record["lost_tokens"].values()) == record["prompt_tokens"]
         assert 0 < record["ttft_p50_s"] <= record["ttft_p95_s"]

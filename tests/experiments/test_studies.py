@@ -25,7 +25,7 @@ from tests.lab.test_bad_traces import GOOD, written
 @pytest.mark.full("capacity")
 @pytest.mark.parametrize("study", ["capacity", "grid", "arena"])
 def test_study_writes_records(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    monkeypatch.setattr(provenance, "WRITTEN", tmp_path)
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
     monkeypatch.setattr(sys, "argv", [study, "--traces", "short", "--seeds", "5"])
     sys.argv += ["--processes", "1"]
@@ -49,7 +49,7 @@ def test_study_writes_records(study: str, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_study_without_records_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    monkeypatch.setattr(provenance, "WRITTEN", tmp_path)
     monkeypatch.setattr(lab, "DATA", (tmp_path,))
     for flags in ("--seeds 0", "--seeds -1", "--processes 0", "--traces mooncake"):
         monkeypatch.setattr(sys, "argv", ["arena", *flags.split()])

@@ -10,7 +10,7 @@ requests.
 SGLang's own checks of its pools run after every step. All invariants of this cache's tree are
 checked after every eighth step and when idle. Every resumed prefix and state is compared with its
 expected content, and every answer with the one without a cache. Each of SGLang's strategies for
-states gets its share of the requests, in a separate process. Writes results/soak_sglang.jsonl.
+states gets its share of the requests, in a separate process. Writes soak_sglang.jsonl.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments.provenance import RESULTS, write_json_lines
 from experiments.sglang import cpu
+from experiments.studies.common import keep
 
 STRATEGIES = {
     "no_buffer": 12,
@@ -84,8 +84,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             records.append(json.loads(done.stdout.splitlines()[-1]))
     if not options.no_record:
-        path = RESULTS / "soak_sglang.jsonl"
-        write_json_lines(path, records, {"sglang": cpu.VERSION, "kv": NUM_KV_TOKENS} | STRATEGIES)
+        keep("soak_sglang", records, {"sglang": cpu.VERSION, "kv": NUM_KV_TOKENS} | STRATEGIES)
     for record in records:
         print(json.dumps(record))
 
