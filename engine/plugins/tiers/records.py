@@ -94,6 +94,8 @@ class RecordStore:
         """Number of damaged record files that ``scan`` found."""
         self._claims: list[int] = []
         """Descriptors of the folder and its lock."""
+        self._made = [each for each in (folder, *folder.parents) if not each.exists()]
+        """Folders that are made here. ``close`` removes them again if no file is in them."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -209,6 +211,11 @@ class RecordStore:
 
     def close(self) -> None:
         """Release the folder. No record needs it to be complete."""
+        with suppress(OSError):
+            if self._made and self._claims and os.listdir(self._folder_fd) == [LOCK_NAME]:
+                self.remove_file(LOCK_NAME)
+                for folder in self._made:
+                    folder.rmdir()
         while self._claims:
             os.close(self._claims.pop())
 

@@ -233,3 +233,6 @@ def test_a_folder_is_locked_while_the_model_is_loaded_and_released_if_that_fails
     with pytest.raises(ModelError):
         Engine(engine_config(state_dir=str(tmp_path)))
     reopen(tmp_path)[0].close()
+    with pytest.raises(ModelError):
+        Engine(engine_config(state_dir=str(tmp_path / "made" / "state")))
+    assert not (tmp_path / "made").exists()
