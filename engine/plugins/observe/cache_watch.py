@@ -6,6 +6,7 @@ page.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,9 +33,9 @@ class Watch:
         self._ended = [self._of_ended(ended) for _, ended in engine.recent.listed()]
         self._shown: dict[str, tuple[Any, ...]] = {}
         """State that was last reported, by id of each running request."""
-        self._pools = [_memory_record(engine)]
+        self._pools: list[Record] = []
         """Latest records of the memory and, with an arena, of its slabs."""
-        self._pools_s = 0.0
+        self._pools_s = -math.inf
         num_nodes = getattr(engine.cache, "num_nodes", 0)  # The cache may be off.
         if num_nodes > MAX_NODES:
             raise ValueError(
@@ -51,7 +52,7 @@ class Watch:
 
     def whole(self) -> dict[str, Any]:
         """Return the state with which a page starts; called before ``take``. O(tree)."""
-        return {"form": FORM, "meta": self._meta(), "records": [*self.take(), *self._pools]}
+        return {"form": FORM, "meta": self._meta(), "records": self.take()}
 
     def take(self) -> list[Record]:
         """Return the changes since the last call; empty if there are none.

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from engine import Engine
+from engine.plugins.observe.cache_watch import Watch
 from tests.waiting import wait_until
 from tests.watch.follower import follow, truth
 
@@ -121,6 +123,11 @@ def test_reader_follows_the_tree_and_the_requests(
     second = read(live)
     second.wait(lambda second: bool(second.events))
     assert second.nodes == reader.nodes and second.requests == reader.requests
+
+
+def test_first_event_describes_an_arena_once(make_engine: Callable[..., Engine]) -> None:
+    kinds = [kind for kind, *_ in Watch(make_engine()).whole()["records"]]
+    assert kinds == ["time", "memory", "slabs"]
 
 
 def test_node_shows_its_text_except_that_of_tenants(
