@@ -141,10 +141,11 @@ def test_subagents_are_separate_sessions(tmp_path: Path) -> None:
             "a", 128, 64, [agent_request(0, 640, [1, 10]), subagent, agent_request(9, 704, [1, 11])]
         ),
         agent_session("a", 128, 64, [subagent]),
+        agent_session("a/x", 128, 64, [agent_request(10, 640, [1, 10])]),
     )
-    names = ["a", "a/x", "a/x", "a", "a (2)/x", "a (2)/x"]
+    names = ["a", "a/x", "a/x", "a", "a (2)/x", "a (2)/x", "a/x (2)"]
     assert [request.session for request in found] == names
-    assert [request.timestamp_s for request in found] == [0, 5, 7, 9, 100, 102]
+    assert [request.timestamp_s for request in found] == [0, 5, 7, 9, 100, 102, 200]
     assert common(found[1], found[2]) == 4 and common(found[0], found[3]) == 10
 
 

@@ -58,6 +58,8 @@ class CodingAgentReader(SessionReader):
             found, own_heads = list[TraceRequest](), dict[int, Tokens]()
             name = distinct(str(record.key("id")), taken)
             rows = [row for row in requests_of(record, name) if len(row[-1])]
+            agents = dict.fromkeys(row[2] for row in rows if row[2] != name)
+            names = {name: name} | {agent: distinct(agent, taken) for agent in agents}
             offset = known.reserve(1 + max((int(ids.max()) for *_, ids in rows), default=0))
             for owner, when_s, name, request, ids in rows:
                 head, tokens = head_of(owner), ids + np.int32(offset)
@@ -70,7 +72,7 @@ class CodingAgentReader(SessionReader):
                 lengths, num_blocks = (request.whole("in"), request.whole("out")), len(tokens)
                 if lengths[0] // unit != num_blocks:
                     raise ValueError(f"{num_blocks} blocks of {unit} are not {lengths[0]} tokens")
-                one = request_of_blocks(when_s, name, tokens, lengths, unit, fresh)
+                one = request_of_blocks(when_s, names[name], tokens, lengths, unit, fresh)
                 kept = chat_boundaries(len(one.tokens), (shared,), (num_blocks,)).positions
                 reason = STOP_REASONS.get(str(request.get("stop")), "")
                 found.append(one._replace(boundaries=kept, stop_reason=reason))
