@@ -51,6 +51,8 @@ ENDLESS = "NoExtensionBias"
 """The library's whole message for a grammar that has a beginning but no end."""
 QUOTE = re.compile(r"^ *\d+ \| (.*)\n *\^", re.MULTILINE)
 """Line of a message that quotes the engine's grammar. It is searched in linear time."""
+TOOL = re.compile(r""" // (tool (['"])(?:\\.|(?!\2)[^\\])*\2)$""")
+"""Comment of a line of rules, with the name of its tool."""
 
 
 SHARE, BURST_S = 0.08, 0.015
@@ -328,8 +330,8 @@ def _wrong(message: str) -> GrammarError:
     quote, why = QUOTE.search(message), reason(message)
     if "increase limits." in why:  # Advice for programs that use the library.
         return TooComplex(why.partition(";")[0])
-    _, found, tool = quote[1].rpartition(" // tool ") if quote else ("", "", "")
-    where = f"tool {tool}: " if found else ""
+    tool = TOOL.search(quote[1]) if quote else None
+    where = f"{tool[1]}: " if tool else ""
     return GrammarError(f"{where}this grammar cannot be used: {why}.")
 
 
