@@ -569,7 +569,7 @@ class TieredRadixCache(HybridRadixCache):
         loaded), plus evictions that make room.
         """
         target, offload = resumable.node, self.offload
-        state = None if target.offloaded is None else target.offloaded.state
+        state = target.offloaded.state
         if state is None:
             return False
         if target.lost_checkpoint is not None:

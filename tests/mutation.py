@@ -73,10 +73,10 @@ GROUPS = {
             "tests/engine/test_fairness.py",
         ),
     ),
-    # A file's last group counts. These files need only one test file: a minute instead of ten.
+    # A file's last group counts. These tests are enough: a minute instead of ten.
     "near": Group(
         ("hybridcache/allocators/pools.py",),
-        ("tests/allocators/test_allocators.py", "tests/allocators/test_arena.py"),
+        ("tests/allocators", "tests/cache/test_arena.py"),
     ),
 }
 SLOW = ("test_remembered",)

@@ -424,10 +424,8 @@ class ArenaAllocator(PageAllocator):
 
     def check_taken(self, rows: Indices) -> None:
         """Check that none of ``rows``, which are allocated KV rows, is part of a state. O(rows)."""
-        states = self.slots.taken
-        assert states.isdisjoint(np.unique(rows // self.slab_rows).tolist()), (
-            "a taken KV row lies under a state"
-        )
+        slabs = np.unique(rows // self.slab_rows).tolist()
+        assert self.slots.taken.isdisjoint(slabs), "a taken KV row lies under a state"
 
 
 def slab_rows(state_bytes: int, row_bytes: int, page_size: int = 1) -> int:

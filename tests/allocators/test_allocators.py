@@ -83,7 +83,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.slots.check()
         held = np.concatenate([np.empty(0, np.int32), *self.rows])
         all_rows = np.sort(np.concatenate([held, self.pages.free_rows()]))
-        assert all_rows.tolist() == list(range(self.pages.capacity))
+        assert all_rows.dtype == np.int32 and all_rows.tolist() == list(range(self.pages.capacity))
         slots = sorted(self.taken + self.slots.free_slots())
         assert slots == list(range(self.slots.capacity))
         if self.budget is not None:
@@ -116,7 +116,7 @@ def test_memory_of_the_stack_depends_on_the_allocated_pages():
 
 @pytest.mark.parametrize("budget", [None, 1000])
 def test_an_invalid_call_changes_nothing(budget):
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="total_bytes must be at least 1"):
         ByteBudget(0)
     shared = None if budget is None else ByteBudget(budget)
     pages = PageAllocator(16, 4, TOKEN_BYTES, shared)

@@ -88,10 +88,12 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(checkpoint=st.integers(0, 9))
     def allocate_slot(self, checkpoint):
         fits = self.free_rows >= self.arena.slab_rows
-        before = self.arena.num_moves
+        before = self.arena.num_moves, self.arena.num_moved_rows, len(self.moves.transfers)
         slot = self.arena.slots.allocate()
         assert (slot is not None) == fits
-        assert self.arena.num_moves - before <= 1
+        moves = self.moves.transfers[before[2] :]
+        assert self.arena.num_moves - before[0] == len(moves) <= 1
+        assert self.arena.num_moved_rows - before[1] == sum(len(move.src) for move in moves)
         if slot is not None:
             assert slot not in self.states
             written = [s for s, tag in self.states.items() if tag is not None]
@@ -183,6 +185,8 @@ class ArenaMachine(RuleBasedStateMachine):
         ]
         all_rows = np.sort(np.concatenate([held, arena.free_rows(), *state_rows]))
         assert all_rows.tolist() == list(range(arena.capacity))
+        living = np.bincount(held // arena.slab_rows, minlength=arena.num_slabs)
+        assert arena.occupancy().tolist() == living[: arena.num_slabs].tolist()
         assert arena.num_free == self.free_rows
         assert arena.num_taken == len(held)
         assert arena.slots.num_taken == len(self.states)
@@ -200,20 +204,22 @@ def rows_in(arena, num_rows):
     return holder
 
 
-def test_the_emptiest_slab_is_moved_into_the_fullest_slabs():
-    arena = ArenaAllocator(40, 1, 10)
-    slabs = [rows_in(arena, 10) for _ in range(4)]
-    for holder, kept in zip(slabs, (3, 9, 8, 5), strict=True):
+@pytest.mark.parametrize("unit", [1, 7000])
+def test_the_emptiest_slab_is_moved_into_the_fullest_slabs(unit):
+    size = 10 * unit
+    arena = ArenaAllocator(4 * size, 1, size)
+    slabs = [rows_in(arena, size) for _ in range(4)]
+    for holder, kept in zip(slabs, (3 * unit, 9 * unit, 8 * unit, 5 * unit), strict=True):
         arena.free(holder.rows[kept:])
         holder.rows = holder.rows[:kept].copy()
-    emptied, fullest, next_full = (int(holder.rows[0]) // 10 for holder in slabs[:3])
+    emptied, fullest, next_full = (int(holder.rows[0]) // size for holder in slabs[:3])
     moves = StepQueue()
     arena.holders[moves] = None
     assert arena.slots.allocate() == emptied
     (move,) = take_transfers(moves)
-    assert move.slab == emptied and len(move.src) == 3
-    assert (move.dst // 10).tolist() == [fullest, next_full, next_full]
-    assert arena.num_moves == 1 and arena.num_moved_rows == 3
+    assert move.slab == emptied and len(move.src) == 3 * unit
+    assert (move.dst[::unit] // size).tolist() == [fullest, next_full, next_full]
+    assert arena.num_moves == 1 and arena.num_moved_rows == 3 * unit
     assert not take_transfers(moves) and moves.num_moves == 0
     arena.check()
 
@@ -237,6 +243,9 @@ def test_moves_are_taken_once_and_in_order():
     plan.done()
     assert [move.slab for move in plan.transfers] == [3, 1, 2]
     assert not steps.take() and steps.num_moves == 0
+    steps.rows_moved(plan.transfers[0])
+    assert steps.take_transfers() == plan.transfers[:1]
+    assert not steps.transfers and steps.num_moves == 0
 
 
 def test_moving_rows_without_a_holder_raises():

@@ -80,6 +80,10 @@ REFUSED = {
         "is not of this pool",
         lambda cache, rows: cache.free_kv(np.array([*rows[:2], -7, *rows[3:]], np.int32)),
     ),
+    "a row past the last": (
+        "is not of this pool",
+        lambda cache, rows: cache.free_kv(np.append(rows[1:], np.int32(1000))),
+    ),
     "rows twice": ("only 5 are held", lambda cache, rows: cache.free_kv(np.tile(rows, 2))),
     "another's lock": ("of this cache", lambda cache, rows: cache.unlock(OTHER.lock(None))),
     "the match of another cache": ("another", lambda cache, rows: cache.touch(FOUND_ELSEWHERE)),
@@ -215,10 +219,20 @@ def test_a_plan_that_failed_half_way_cannot_be_carried_out():
 
 def test_a_plan_that_a_reset_has_forgotten_cannot_be_carried_out():
     cache, placement = small()
+    node = publish(cache, ids("xyz")).node
     lease = Lease.begin(cache, placement, LeaseRequest(ids("abcde"), table_row=0))
     assert lease.extend(5)
     plan = cache.take_step()
     lease.abort()
+    for take, give_back in (
+        (partial(cache.allocate_kv, 1), cache.free_kv),
+        (cache.allocate_slot, cache.free_slot),
+        (partial(cache.lock, node), cache.unlock),
+    ):
+        held = take()
+        with pytest.raises(RuntimeError, match="taken but not carried out"):
+            cache.reset()
+        give_back(held)
     cache.reset()
     for again in (lambda: plan.carry_out(None), plan.done):
         with pytest.raises(RuntimeError, match="forgotten by reset"):
@@ -402,4 +416,11 @@ def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the
         lease.publish(prompt, 8)
         with pytest.raises(RuntimeError, match="or moved the entries"):
             lease.publish(prompt, 16)
+    with Lease.begin(cache, parse_placement("end"), LeaseRequest(prompt[:8])) as lease:
+        assert lease.extend(32)
+        cache.take_step().done()
+        cache.steps.transfers.append(Drop("disk", prompt))
+        assert len(lease.take_checkpoint_slots(8, 32)) == 1
+        with pytest.raises(RuntimeError, match="or moved the entries"):
+            lease.finish(prompt, 32)
     cache.check(held_tokens=0, held_slots=0)

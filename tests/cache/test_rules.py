@@ -21,6 +21,44 @@ def test_the_cache_copies_the_arrays_of_the_caller():
     assert cache.match(ids("hello!")).kv_match_len == 5
 
 
+@pytest.mark.parametrize("row", [-1, 1000])
+def test_check_finds_a_cached_row_out_of_range(row):
+    cache = hybrid()
+    rows = cache.allocate_kv(3)
+    rows[1] = row
+    cache.insert(ids("abc"), rows)
+    with pytest.raises(AssertionError, match="a cached row is out of range"):
+        cache.check()
+
+
+def test_a_checkpoint_is_superseded_until_the_last_lock_with_a_slot_is_returned():
+    cache = hybrid()
+    publish(cache, ids("abcd"), [4])
+    [node] = cache.iter_nodes()
+    first, second = cache.lock(node), cache.lock(node)
+    slots = [cache.allocate_slot(replaces=handle) for handle in (first, first, second)]
+    assert (node.checkpoint.superseded, node.checkpoint.num_successors) == (True, 2)
+    cache.unlock(first)
+    assert node.checkpoint.superseded
+    cache.unlock(second)
+    assert not node.checkpoint.superseded
+    cache.check(held_tokens=0, held_slots=len(slots))
+
+
+def test_a_stop_reason_labels_the_deepest_checkpoint_of_an_unforked_answer(monkeypatch):
+    cache, relabelled = hybrid(), []
+    monkeypatch.setattr(cache.policy, "on_relabelled", relabelled.append)
+    publish(cache, ids("abcd"), [2, 4])
+    end = publish(cache, ids("abcdef")).node
+    for reason in ("length", "length", "tool_use"):
+        cache.label_tip(end, reason)
+        cache.label_tip(None, reason)
+    publish(cache, ids("abcdXY"))
+    cache.label_tip(end, "end_turn")
+    labels = [node.checkpoint.label for node in cache.iter_nodes() if node.checkpoint]
+    assert labels == ["", "/tool_use"] and len(relabelled) == 2
+
+
 def test_match_changes_nothing():
     cache = hybrid()
     publish(cache, ids("hello world"), [5, 11])

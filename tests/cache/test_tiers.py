@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,9 @@ from hybridcache.api import Losses
 from hybridcache.geometry.times import LATENCY_S, Exchange
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.scored import FIFO
+from hybridcache.policies.protocol import Item, PolicyError
 from hybridcache.policies.registry import EvictionSpec, parse_placement
-from hybridcache.tiers import TieredRadixCache
+from hybridcache.tiers import OffloadedCheckpoint, TieredRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate, carried_out, ids, serve
 from tests.cache.tiers import TieredMemory
@@ -46,20 +49,63 @@ def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
             [found] = cache.match(ids("abcdX")).loadable
             cache.fetch(found)
         match = cache.match(ids("abcdX"))
-        cache.touch(match)
+        cache.touch(match, resumes=uses > 2)
         assert match.node.checkpoint.uses == uses
+    assert cache.stats.total.requests == 3
 
 
-def test_an_item_that_the_host_would_evict_first_is_not_offloaded():
+class Recorder(FIFO):
+    """Policy that records the states that it is notified of, on the host only."""
+
+    calls: ClassVar[list[tuple[str | bool, int]]] = []
+
+    def add(self, item: Item) -> None:
+        super().add(item)
+        self.record("add", item)
+
+    def discard(self, item: Item, evicted: bool) -> None:
+        super().discard(item, evicted)
+        self.record(evicted, item)
+
+    def on_ghost_hit(self, item: Item) -> None:
+        self.record("ghost hit", item)
+
+    def record(self, what: str | bool, item: Item) -> None:
+        if isinstance(item, OffloadedCheckpoint):
+            self.calls.append((what, item.position))
+
+
+def test_a_state_replaces_the_next_victim_of_a_full_tier_unless_it_is_the_victim():
     """Superseded states are evicted first in every tier, also if they are new there."""
-    cache = tiered(num_slots=3, host_bytes=2 * 9)
+    cache = tiered(num_slots=3, host_bytes=2 * 9, eviction=Recorder)
+    Recorder.calls.clear()
     serve(cache, ids("wxyz"), [4])
-    cache.evict(num_tokens=4)
-    serve(cache, ids("abcd"), [2, 4])
+    serve(cache, ids("abc"), [3])
+    cache.evict(num_tokens=7)
+    assert loadable(cache, ids("abcX")) and not loadable(cache, ids("wxyzX"))
+    serve(cache, ids("mnopq"), [2, 5])
     carried_out(cache)
     cache.evict(num_slots=1)
     assert not cache.steps.transfers
-    assert loadable(cache, ids("abX")) == [] and loadable(cache, ids("wxyzX"))
+    assert loadable(cache, ids("mnX")) == [] and loadable(cache, ids("abcX"))
+    assert Recorder.calls == [("add", 4), ("add", 3), (True, 4), ("add", 2), (True, 2)]
+    Recorder.calls.clear()
+    for missed in ("wxyzX", "abcX", "mnX"):
+        cache.touch(cache.match(ids(missed)))
+    assert set(Recorder.calls) == {("ghost hit", 4)}
+
+
+def test_a_load_does_not_evict_the_prefix_that_it_continues():
+    cache = tiered()
+    serve(cache, ids(range(16)), [4, 15])
+    cache.evict(num_tokens=12)
+    [found] = cache.match(ids(range(17))).loadable
+    held = cache.allocate_kv(6)
+    assert not cache.fetch(found)
+    assert cache.match(ids(range(17))).cached_len == 4
+    cache.free_kv(held)
+    assert cache.fetch(found) and cache.match(ids(range(17))).cached_len == 15
+    cache.check(held_tokens=0, held_slots=0)
 
 
 @pytest.mark.parametrize(
@@ -125,22 +171,32 @@ def test_a_state_can_be_adopted_on_kv_that_was_loaded_from_disk():
     )
     memory.adopt(ids("ab"), None, "disk")
     memory.adopt(ids("abcd"), None, "disk")
+    assert loadable(memory.cache, ids("abcdX")) == [(2, (0, 7)), (4, (0, 9))]
     memory.serve(ids("abX"), None, [], 0)
     assert memory.cache.match(ids("abX")).cached_len == 2  # 'abcd' is still on disk
     memory.adopt(ids("abxy"), None, "host")
     memory.check()
     assert loadable(memory.cache, ids("abxyX")) == [(4, (7, 0))]
+    memory.serve(ids("klmnop"), None, [6], 0)
+    memory.adopt(ids("klmn"), None, "disk")  # ends inside an edge
+    memory.check()
+    assert loadable(memory.cache, ids("klmnX")) == [(4, (0, 5))]
 
 
 def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     """Dropping the deeper state ends the demotion of the shallower one; so does a fork."""
-    cache = tiered(num_slots=4, num_kv_tokens=40, host_bytes=2 * (4 + 5 + 5))
+    sizes = {"num_slots": 4, "num_kv_tokens": 40, "host_bytes": 2 * (4 + 5 + 5)}
+    cache = tiered(**sizes, eviction=Recorder)
     serve(cache, ids("abcd"), [2, 4])
-    cache.evict(num_tokens=4, num_slots=2)
+    cache.evict(num_slots=1)
+    assert cache.match(ids("abX")).loadable[0].node.offloaded.state.superseded
+    cache.evict(num_tokens=4, num_slots=1)
     (shallow, deep) = (found.node.offloaded.state for found in cache.match(ids("abcdX")).loadable)
     assert (shallow.superseded, deep.superseded) == (True, False)
     cache.offload.drop_state(deep.node)
+    Recorder.calls.clear()
     assert cache.offload._victim(0) is shallow and not shallow.superseded
+    assert Recorder.calls == [(False, 2), ("add", 2)]
     fork = tiered(num_slots=4, num_kv_tokens=40, host_bytes=200)
     serve(fork, ids("abcd"), [2, 4])
     serve(fork, ids("abxy"), [4])
@@ -168,3 +224,6 @@ def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
     cache.match(tokens)  # raises the failure of a policy
     cache.reset()
     cache.check(0, 0)
+    cache.offload.tiers[0].policy.failure = PolicyError("boom")
+    with pytest.raises(PolicyError, match="boom"):
+        cache.match(tokens)

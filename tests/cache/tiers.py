@@ -6,6 +6,7 @@ of the tiers likewise. After all transfers are applied in order, the contents mu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
@@ -64,6 +65,8 @@ class TieredMemory:
             self.slots[copy.dst.item()] = content.pop()
         else:
             self.rows[copy.dst_tier].update(zip(copy.dst.tolist(), found, strict=True))
+        _, prefix = found[-1] if copy.kind == "kv" else found[0][0]
+        assert len(prefix) == copy.position
         if copy.path is not None:
             assert len(copy.path[1]) == copy.position
 
@@ -199,6 +202,12 @@ class TieredMemory:
         """Check the tree's invariants and the contents of all rows and slots."""
         self.apply_transfers()
         self.cache.check(held_tokens=0, held_slots=0)
+        assert not self.cache.is_loading
+        num_rows: Counter[tuple[str, str]] = Counter()
+        for copy in self.copied:
+            num = len(copy.src) if copy.kind == "kv" else self.state_rows
+            num_rows[copy.src_tier, copy.dst_tier] += num
+        assert num_rows == self.cache.offload.copied_rows
         for node in self.cache._tree.nodes():
             self._check_node(node)
 

@@ -28,6 +28,8 @@ class CandidateLedger(EvictionPolicy):
     def __init__(self, inner: EvictionPolicy) -> None:
         self.inner = inner
         self.held: set[Any] = set()
+        self.discarded: dict[Item, bool] = {}
+        """Value of ``evicted`` for each item discarded since the last check."""
         self.ghost_hits: list[Item] = []
         """Items passed to ``on_ghost_hit``."""
 
@@ -39,6 +41,7 @@ class CandidateLedger(EvictionPolicy):
     def discard(self, item: Item, evicted: bool) -> None:
         assert item in self.held, f"{item} discarded but never added"
         self.held.remove(item)
+        self.discarded[item] = evicted
         self.inner.discard(item, evicted)
 
     def touch(self, item: Item) -> None:
@@ -319,3 +322,7 @@ class Twins:
         self.cache.check(held_tokens=held, held_slots=len(self.held_slots))
         assert not self.moves, "the plain twin did not repeat a move"
         assert self.ledger.held == set(self.cache.candidates())
+        for item, evicted in self.ledger.discarded.items():
+            is_gone = item not in (item.node.kv, item.node.checkpoint)
+            assert evicted is is_gone, f"{item} was discarded with evicted={evicted}"
+        self.ledger.discarded.clear()

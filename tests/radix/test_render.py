@@ -19,6 +19,16 @@ def test_text_is_an_indented_outline():
         "   `- 6..11 ~ ghost - checkpoint evicted",
     ]
     assert cache.render(max_nodes=1).splitlines()[-1] == "... nodes left out: 2"
+    first, *others = cache.iter_nodes()
+    assert cache.root() is first.parent and cache.root("other") is None
+    assert [repr(one) for one in (first.parent, first, first.kv, first.checkpoint, *others)] == [
+        "<root 0..0 locks=0>",
+        "<node 0..6 checkpoint=0 locks=0>",
+        "<kv 0..6 used=2>",
+        "<checkpoint slot=0 at 6 used=2>",
+        "<node 6..11 checkpoint=2 locks=1>",
+        "<ghost 6..11 locks=0>",
+    ]
 
 
 def test_rendering_reads_only_max_nodes_nodes(monkeypatch):
