@@ -78,13 +78,17 @@ class End(PlacementPolicy):
 
 
 def _for_each_rule(name: str) -> Any:
-    """Return a method that calls the method ``name`` of every rule."""
+    """Return a method that calls the method ``name`` of every rule which has its own."""
 
     def notify(self: Placement, *arguments: object) -> None:
-        for rule in self._rules:
-            getattr(rule, name)(*arguments)
+        for call in self._calls[name]:
+            call(*arguments)
 
     return notify
+
+
+NOTIFIED = ("on_prefill", "on_hit", "on_ghost_hit", "on_saved", "on_dropped")
+"""Methods of ``PlacementPolicy`` that do nothing by default."""
 
 
 class Placement(PlacementPolicy):
@@ -94,6 +98,14 @@ class Placement(PlacementPolicy):
     def __init__(self, rules: tuple[PlacementPolicy, ...]) -> None:
         self._rules = rules
         self.is_guarded = all(rule.is_guarded for rule in rules)
+        self._calls: dict[str, list[Any]] = {
+            name: [
+                getattr(rule, name)
+                for rule in rules
+                if getattr(type(rule), name) is not getattr(PlacementPolicy, name)
+            ]
+            for name in NOTIFIED
+        }
 
     @property
     def rules(self) -> tuple[PlacementPolicy, ...]:
@@ -110,11 +122,7 @@ class Placement(PlacementPolicy):
         intervals = [rule.decode_interval() for rule in self._rules]
         return min((one for one in intervals if one is not None), default=None)
 
-    on_prefill = _for_each_rule("on_prefill")
-    on_hit = _for_each_rule("on_hit")
-    on_ghost_hit = _for_each_rule("on_ghost_hit")
-    on_saved = _for_each_rule("on_saved")
-    on_dropped = _for_each_rule("on_dropped")
+    on_prefill, on_hit, on_ghost_hit, on_saved, on_dropped = map(_for_each_rule, NOTIFIED)
 
 
 # --- Adaptive -------------------------------------------------------------------------------------
