@@ -19,9 +19,8 @@ import random
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,14 +77,15 @@ class _Generation(NamedTuple):
     """Rows with keys of equal ``length``, either all with a model or all without."""
 
     length: int
-    rows: Ints
-    """Rows, grouped by parent."""
+    places: slice
+    """Places of these rows in the order of all, grouped by parent."""
     parents: Ints
-    """Parent of each row; -1 for keys of length one."""
+    """Place of the parent of each row; -1 for keys of length one."""
     models: Ints | None
-    """Model of each row, or None for rows that begin with the hazard of their parent."""
+    """Place of the model of each row, or None for rows that begin with the hazard of their parent.
+    """
     heirs: Ints
-    """Distinct parents; ``first`` has the place of the first row of each."""
+    """Distinct parents; ``first`` has the number of the first row of each."""
     first: Ints
     facts: Ints
     """Number of each row's last fact, from 0; with ``models``, of its parent."""
@@ -115,8 +115,10 @@ class Hazards:
         self.rows: dict[Key, int] = {}
         self._parents: list[int | None] = []
         self._priors: list[float] = []
+        self._order: Ints = np.empty(0, np.int64)
+        """All rows, parents first: those of one generation after another."""
         self._generations: list[_Generation] | None = None
-        """All rows, parents first, or None after a new row."""
+        """None after a new row."""
         self._events: Floats = np.zeros((64, NUM_BINS))
         self._reached: Floats = np.zeros((64, NUM_BINS))
         """Number of ended stages by last bin. ``_partial``: the time they spent in this bin."""
@@ -239,55 +241,60 @@ class Hazards:
         """Return uses per unit of time at risk, by row and bin. No stage is older than the first
         ``num_bins`` bins."""
         if self._generations is None:
-            self._generations = _sorted_by_parent(self.rows, self._parents, self._models)
+            self._order, self._generations = _by_generation(
+                list(self.rows), self._parents, self._models
+            )
         self._count_ended()
-        exposure = self._at_risk(now, num_bins)
-        events = self._events[: len(exposure), :num_bins].copy()
+        exposure, order = self._at_risk(now, num_bins), self._order
+        both = np.concatenate((exposure, self._events[: len(order), :num_bins]), axis=1)
+        both = both.take(order, axis=0)
         for generation in reversed(self._generations):
             if generation.length > 1:
-                heirs, first = generation.heirs, generation.first
-                exposure[heirs] += np.add.reduceat(exposure[generation.rows], first)
-                events[heirs] += np.add.reduceat(events[generation.rows], first)
+                sums = np.add.reduceat(both[generation.places], generation.first)
+                both[generation.heirs] += sums
+        exposure, events = both[:, :num_bins].copy(), both[:, num_bins:].copy()
+        uses = events.sum(axis=1, keepdims=True)
         hazard = np.empty_like(exposure)
-        priors = np.array(self._priors)[:, None]
-        for length, rows, parents, models, _, _, facts in self._generations:
+        priors = np.array(self._priors)[order, None]
+        for length, places, parents, models, _, _, facts in self._generations:
             if models is not None:
-                shape, weight, doubt = priors[rows] * hazard[models], TOP_WEIGHT, 0.0
+                shape, weight, doubt = priors[places] * hazard.take(models, axis=0), TOP_WEIGHT, 0.0
             elif length == 1:
-                shape, weight, doubt = priors[rows] / _PRIOR_AGES[:num_bins], TOP_WEIGHT, 0.0
+                shape, weight, doubt = priors[places] / _PRIOR_AGES[:num_bins], TOP_WEIGHT, 0.0
             else:
-                shape, weight, doubt = hazard[parents], SHAPE_WEIGHT, DOUBT
-            exposed, used = exposure[rows], events[rows]
+                shape, weight, doubt = hazard.take(parents, axis=0), SHAPE_WEIGHT, DOUBT
+            exposed, num_used = exposure[places], uses[places]
             foretold = np.matmul(exposed[:, None, :], shape[:, :, None])[:, 0]
-            num_used = used.sum(axis=1, keepdims=True)
             if models is not None or length > self._general_from:
                 all_used, all_foretold = _sums(facts, num_used), _sums(facts, foretold)
                 effects = _level(all_used, all_foretold, EFFECT_DOUBT, EFFECT_WEIGHT)[facts]
                 shape, foretold = shape * effects, foretold * effects
             inherited = _level(num_used, foretold, doubt, 1.0) * shape
-            hazard[rows] = (used + weight) / (exposed + weight / inherited)
-        return hazard
+            hazard[places] = (events[places] + weight) / (exposed + weight / inherited)
+        by_row = np.empty_like(hazard)
+        by_row[order] = hazard
+        return by_row
 
     def _at_risk(self, now: int, num_bins: int) -> Floats:
         """Return the time spent in each bin by all stages, open or ended, by row."""
         codes = np.frombuffer(self._open, np.int64)
         codes = codes[codes >= 0]
-        reached, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
-        reached, partial = reached[:, :num_bins], partial[:, :num_bins]
-        reached += self._reached[: len(reached), :num_bins]
-        partial += self._partial[: len(partial), :num_bins]
-        beyond = np.cumsum(reached[:, ::-1], axis=1)[:, ::-1] - reached
+        open_, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
+        reached = open_[:, :num_bins] + self._reached[: len(open_), :num_bins]
+        partial = partial[:, :num_bins] + self._partial[: len(open_), :num_bins]
+        later_first = reached.T[::-1].copy()  # Rows are summed faster than columns.
+        beyond = np.cumsum(later_first, axis=0)[::-1].T - reached
         return np.asarray(beyond * WIDTHS[:num_bins] + partial)
 
     def _by_age(self, ages: Ints, rows: Ints, oldest: int) -> tuple[Floats, Floats]:
         """Return the number of stages by row and last bin, and the time spent in that bin."""
-        shape = len(self._parents), NUM_BINS
+        num_cells = len(self._parents) * NUM_BINS
         bins = age_bins(ages, oldest)
         cells = rows * NUM_BINS + bins
         spent = ages - EDGES[bins] + 0.5
-        reached = np.bincount(cells, minlength=shape[0] * shape[1])
-        partial = np.bincount(cells, spent, shape[0] * shape[1])
-        return reached.reshape(shape).astype(np.float64), partial.reshape(shape).astype(np.float64)
+        reached = np.bincount(cells, minlength=num_cells).astype(np.float64)
+        partial = np.bincount(cells, spent, num_cells).astype(np.float64, copy=False)
+        return reached.reshape(-1, NUM_BINS), partial.reshape(-1, NUM_BINS)
 
     def _count_ended(self) -> None:
         """Add the stages that ended to the tables."""
@@ -316,45 +323,60 @@ class Hazards:
             assert not counts[len(self._parents) :].any(), "something was counted in no class"
 
 
-def _sorted_by_parent(
-    keys: Iterable[Key], parents: list[int | None], models: Mapping[int, int]
-) -> list[_Generation]:
-    """Return all rows, shortest keys first, and rows with models after others of their length.
-    O(rows log rows)."""
+def _by_generation(
+    keys: Sequence[Key], parents: Sequence[int | None], models: Mapping[int, int]
+) -> tuple[Ints, list[_Generation]]:
+    """Return all rows in the order of their generations, and these: shortest keys first, and rows
+    with models after others of their length. O(rows log rows)."""
     above = [-1 if parent is None else parent for parent in parents]
-    generations: dict[tuple[int, bool], list[tuple[int, int, Hashable]]] = {}
+    by_kind: dict[tuple[int, bool], list[int]] = {}
     for row, key in enumerate(keys):
-        has_model = row in models
-        fact = above[row] if has_model else key[-1]
-        generations.setdefault((len(key), has_model), []).append((above[row], row, fact))
-    found = []
-    for (length, has_model), members in sorted(generations.items(), key=itemgetter(0)):
-        its_parents, rows, last = zip(*sorted(members, key=itemgetter(0)), strict=True)
-        heirs, first = np.unique(its_parents, return_index=True)
-        numbers = {fact: number for number, fact in enumerate(dict.fromkeys(last))}
-        facts = np.array([numbers[fact] for fact in last], np.int64)
-        its_models = np.array([models[row] for row in rows]) if has_model else None
+        by_kind.setdefault((len(key), row in models), []).append(row)
+    kinds = sorted(by_kind)
+    order = [row for kind in kinds for row in sorted(by_kind[kind], key=above.__getitem__)]
+    place_of = {row: place for place, row in enumerate(order)} | {-1: -1}
+    found: list[_Generation] = []
+    begin = 0
+    for length, has_model in kinds:
+        end = begin + len(by_kind[length, has_model])
+        rows = order[begin:end]
+        its_parents = [place_of[above[row]] for row in rows]
+        first: dict[int, int] = {}
+        numbers: dict[Hashable, int] = {}
+        facts = []
+        for number, (row, parent) in enumerate(zip(rows, its_parents, strict=True)):
+            first.setdefault(parent, number)
+            fact = parent if has_model else keys[row][-1]
+            facts.append(numbers.setdefault(fact, len(numbers)))
         found.append(
             _Generation(
-                length, np.array(rows), np.array(its_parents), its_models, heirs, first, facts
+                length,
+                slice(begin, end),
+                np.array(its_parents),
+                np.array([place_of[models[row]] for row in rows]) if has_model else None,
+                np.array(list(first)),
+                np.array(list(first.values())),
+                np.array(facts),
             )
         )
-    return found
+        begin = end
+    return np.array(order, np.int64), found
 
 
 def _sums(facts: Ints, column: Floats) -> Floats:
     """Return the sums of ``column``, ``[n, 1]``, by the number of the fact."""
-    return np.bincount(facts, column[:, 0]).astype(np.float64)[:, None]
+    return np.bincount(facts, column[:, 0]).astype(np.float64, copy=False)[:, None]
 
 
 def _level(uses: Floats, foretold: Floats, doubt: float, added: float) -> Floats:
     """Return the ratio of ``uses`` to ``foretold`` uses, with their difference reduced by ``doubt``
     standard deviations. ``added`` uses are added to each."""
     difference = uses - foretold
-    spread = np.sqrt(np.maximum(np.maximum(uses, foretold), 1.0))
-    clear = np.maximum(np.abs(difference) - doubt * spread, 0.0)
-    believed = foretold + np.copysign(clear, difference)
-    return np.asarray(np.maximum((believed + added) / (foretold + added), 1e-3))
+    if doubt:
+        spread = np.sqrt(np.maximum(np.maximum(uses, foretold), 1.0))
+        clear = np.maximum(np.abs(difference) - doubt * spread, 0.0)
+        difference = np.copysign(clear, difference)
+    return np.asarray(np.maximum((foretold + difference + added) / (foretold + added), 1e-3))
 
 
 def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
