@@ -19,7 +19,7 @@ carried out, or TypeError for a wrong type. Nothing is changed.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,7 @@ from hybridcache.policies.protocol import (
     require_placement,
 )
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, require_int32
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -154,19 +154,19 @@ class Lease:
         cache: HybridRadixCache,
         placement: PlacementPolicy,
         request: LeaseRequest,
-        prompt: bytes,
+        tokens: Tokens,
         match: PrefixMatch,
         lock: LockHandle,
         state_slot: int | None,
     ) -> None:
         """Take ownership of ``lock``, which is on ``match.node``, and of ``state_slot``; see
-        ``begin``. ``prompt`` has the bytes of ``request.tokens``."""
+        ``begin``. ``tokens`` are those of ``request``, in memory that cannot change."""
         cached_len = match.cached_len
         self.cache = cache
         """Cache in which the request has its claims."""
         self._placement = placement
         self._request = request
-        self._prompt = prompt
+        self._prompt: Any = tokens.base
         self._lock = lock
         self._step = cache.checkpoint_grid
         self._has_ended = False
@@ -255,8 +255,7 @@ class Lease:
         if not len(tokens):
             raise ValueError("a request needs at least one token (got no tokens)")
         # The caller may change its array before the tokens are published.
-        prompt = tokens.tobytes()
-        tokens = np.frombuffer(prompt, np.int32)
+        tokens = immutable(tokens)
         match = found = cache.match(tokens, namespace)
         if not request.reuse:
             match = found._replace(cached_len=0, node=None, resumed=None, loadable=())
@@ -296,7 +295,7 @@ class Lease:
         if match is not found or step is not None:
             loadable_len = match.loadable[-1].position if match.loadable else 0
             match = match._replace(losses=losses_of(found, match.cached_len, loadable_len, step))
-        return cls(cache, placement, request, prompt, match, lock, slot)
+        return cls(cache, placement, request, tokens, match, lock, slot)
 
     def __enter__(self) -> Lease:
         """Return the lease, to be aborted at the end of the block unless it has ended before."""
@@ -334,11 +333,15 @@ class Lease:
         replaces duplicates. O(1), but O(``published_len``) if rows of the tree were not read yet.
         """
         if self._unread_len:
-            unread_len, self._unread_len, self._indexed_len = self._unread_len, 0, 0
-            self._rows[:unread_len] = self.cache.gather(self._lock.node)[:unread_len]
+            self._read_rows()
         rows = self._rows[: self.extended_len]
         rows.flags.writeable = False
         return rows
+
+    def _read_rows(self) -> None:
+        """Copy the rows of the tree that were not read yet. O(``published_len``)."""
+        unread_len, self._unread_len, self._indexed_len = self._unread_len, 0, 0
+        self._rows[:unread_len] = self.cache.gather(self._lock.node)[:unread_len]
 
     @property
     def planned(self) -> tuple[int, ...]:
@@ -677,7 +680,7 @@ class Lease:
             del cache.arena.holders[self]
         cache.unlock(self._lock)
         if len(held):
-            cache.free_kv(held)
+            cache.take_back(held)
         if own_slot is not None:  # Last: it raises if the caller has freed the slot.
             cache.free_slot(own_slot)
 
@@ -696,7 +699,7 @@ class Lease:
         for one, label in self._pending.items():
             (saved if one[0] <= computed_len else later)[one] = label
         self.published_len, duplicates, rejected_slots, node = cache.insert(
-            tokens[:computed_len],
+            tokens if computed_len == len(tokens) else tokens[:computed_len],
             self._rows[:computed_len],
             list(saved),
             self._request.namespace,
@@ -704,18 +707,18 @@ class Lease:
             list(saved.values()),
             before.node,
         )
-        if len(duplicates):
-            cache.free_kv(duplicates)
-            end = first + len(duplicates)
-            self._rows[first:end] = cache.gather(node)[first:end]
-            self._indexed_len = min(self._indexed_len, first)
-            if self._request.table_row is not None:
-                self._note_changed(self._request.table_row, first, end)
         self._pending = later
+        if len(duplicates):
+            cache.take_back(duplicates)
         if not is_last:
             self._lock = lock = cache.lock(node)
             lock.superseded, before.superseded = before.superseded, None
             cache.unlock(before)
+            if len(duplicates):
+                self._unread_len = end = first + len(duplicates)
+                if self._request.table_row is not None:
+                    self._note_changed(self._request.table_row, first, end)
+                    self._read_rows()  # Now: later moves are noted for rows that were read.
         for (position, slot), label in saved.items():
             if slot in rejected_slots:
                 cache.free_slot(slot)
@@ -748,7 +751,7 @@ class Lease:
             if is_awaited or self in steps.restores:
                 raise RuntimeError(NOT_READY.format(computed_len))
         end = min(computed_len, self.prompt_len)
-        if first < end:
+        if first < end and (tokens.base is not self._prompt or len(tokens) != self.prompt_len):
             new = np.ascontiguousarray(tokens[first:end])
             if not self._prompt.startswith(new.data, first * new.itemsize):
                 raise ValueError(

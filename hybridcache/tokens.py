@@ -11,6 +11,7 @@ import ast
 from collections.abc import Hashable
 from math import lcm
 from operator import index
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,15 @@ def require_grid(grid: int, page_size: int) -> None:
             f"grid {grid} must be a multiple of page_size {page_size}, or divide it: checkpoints "
             f"are saved at common multiples, here only at those of {lcm(grid, page_size)} tokens"
         )
+
+
+def immutable(tokens: Tokens) -> Tokens:
+    """Return ``tokens`` in memory that cannot change: as they are if they are all of a ``bytes``
+    object (``tokens.base``), else a copy. O(1) or O(n)."""
+    whole: Any = tokens.base
+    if type(whole) is bytes and len(whole) == tokens.nbytes:
+        return tokens
+    return np.frombuffer(tokens.tobytes(), np.int32)
 
 
 def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 
 from hybridcache.geometry.units import counted
 from hybridcache.lease import STOP_REASONS
-from hybridcache.tokens import Tokens, require_index
+from hybridcache.tokens import Tokens, immutable, require_index
 
 
 class TraceRequest(NamedTuple):
@@ -154,7 +154,8 @@ class Trace:
         held: list[TraceRequest] = []
         num_bytes = 0
         for request in self:
-            held.append(request)
+            # A lease copies other ids, once per replay.
+            held.append(request._replace(tokens=immutable(request.tokens)))
             num_bytes += request.tokens.nbytes + request.output.nbytes
             if num_bytes > most_bytes:
                 return self

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class ItemBytes(NamedTuple):
     """It is 0 in an attention-only cache."""
 
 
+@final
 class RadixNode:
     """Node for the tokens in (``start``, ``end``] of some prompts.
 
@@ -260,7 +261,7 @@ class Item:
         top = node
         while top.kv is not None and top.parent is not None:
             top = top.parent
-            if top.checkpoint is not None or isinstance(top.children, dict):
+            if top.checkpoint is not None or type(top.children) is dict:
                 break
             if top.locks or not state:
                 break
@@ -350,15 +351,15 @@ class Checkpoint(Item):
 
 def with_child(family: RadixNode | dict[Hashable, RadixNode], child: RadixNode) -> Family:
     """Return ``family`` with ``child`` added. O(1)."""
-    if isinstance(family, dict):
-        family[child.key] = child
-        return family
-    return {family.key: family, child.key: child}
+    if type(family) is RadixNode:
+        return {family.key: family, child.key: child}
+    family[child.key] = child
+    return family
 
 
 def without_child(family: Family, child: RadixNode) -> Family:
     """Return ``family`` with ``child``, one of its members, removed. O(1)."""
-    if not isinstance(family, dict):
+    if type(family) is not dict:
         return None
     del family[child.key]
     if len(family) > 1:
@@ -385,7 +386,7 @@ def last_checkpoint(node: RadixNode) -> Checkpoint | None:
     does not fork, or None. O(nodes between)."""
     while node.checkpoint is None:
         above = node.parent
-        if above is None or isinstance(above.children, dict):
+        if above is None or type(above.children) is dict:
             return None
         node = above
     return node.checkpoint
@@ -394,7 +395,7 @@ def last_checkpoint(node: RadixNode) -> Checkpoint | None:
 def has_deeper_checkpoint(node: RadixNode) -> bool:
     """Return whether a checkpoint is on the unforked path below ``node``. O(nodes to it)."""
     child = node.children
-    while isinstance(child, RadixNode):
+    while type(child) is RadixNode:
         if child.checkpoint is not None:
             return True
         child = child.children
@@ -455,12 +456,12 @@ class RadixTree:
         while family is not None:
             at = (end - base) * TOKEN_BYTES
             child: RadixNode | None
-            if isinstance(family, dict):
+            if type(family) is RadixNode:
+                child = family
+            else:
                 child = family.get(ids[at : at + page_bytes])
                 if child is None:
                     break
-            else:
-                child = family
             if not starts_with(child.edge, at):
                 if child.key != ids[at : at + page_bytes]:
                     break
@@ -498,7 +499,7 @@ class RadixTree:
         lower.key = lower.edge[: self.page_size * TOKEN_BYTES]
         lower.parent = upper
         family = parent.ghosts if lower.kv is None else parent.children
-        if isinstance(family, dict):
+        if type(family) is dict:
             family[upper.key] = upper
         elif lower.kv is None:
             parent.ghosts = upper

@@ -128,7 +128,9 @@ class LeasedRequest:
         if not self._lease.extend(end):
             return False
         self._lease.take_checkpoint_slots(start, end)
-        self._target.cache.take_step().done()  # There are no tensors.
+        cache = self._target.cache
+        if cache.steps.is_due:
+            cache.take_step().done()  # There are no tensors.
         return True
 
     def prefilled(self) -> None:
