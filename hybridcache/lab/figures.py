@@ -344,6 +344,7 @@ def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -
             _plain_ticks(axis.yaxis, (1, 3))
         else:
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+            axis.yaxis.set_major_formatter(lambda value, _: _number(value))
         trace = names[cell[0]] if is_clear else cell[0]
         titles.append([trace, here[0].config["model"], f"{cell[2]:.3g} GiB", cell[1]])
     set_titles(figure, axes, titles)

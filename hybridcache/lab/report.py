@@ -163,8 +163,8 @@ def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
     if not planned or not {"hit", "optimum"} & set(words):
         return []
     notes = [
-        "best plan with hindsight: a greedy's, which is not always the optimum; running requests "
-        "take none of its memory"
+        "best plan with hindsight: a greedy plan, which is not always the optimum; running "
+        "requests take none of its memory"
     ]
     if above := [run for run in planned if run.cached_tokens > (run.optimum_tokens or 0)]:
         names = ", ".join(dict.fromkeys(run.label for run in above))
