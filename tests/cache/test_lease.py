@@ -13,7 +13,8 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.warm_state import write_memory
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.policies.placement import End
+from hybridcache.policies.protocol import Item, Placed, Prefill, PromptBoundaries
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease
@@ -85,6 +86,66 @@ def test_a_finished_lease_gives_its_own_slot_to_a_chosen_position(end: int, dona
     check(cache)
     found = cache.match(text[: end + 1])
     assert (found.cached_len, found.checkpoint) == ((end, own) if donates else (0, None))
+
+
+def test_a_prompt_that_ends_at_a_planned_position_gives_its_own_slot() -> None:
+    """No answer was computed, so the decode rule of the placement does not matter."""
+    for placement, is_planned in (("none", True), ("end", False)):
+        cache, prompt = make_cache(slots=1), tokens(128)
+        lease = begin(cache, prompt, placement)
+        assert lease.extend(128)
+        if is_planned:
+            lease.plan_checkpoint(128, "rejoin")
+        carried_out(cache)
+        lease.finish(prompt, 128, stop_reason="tool_use")
+        labels = [node.checkpoint.label for node in cache.iter_nodes() if node.checkpoint]
+        assert labels == ["rejoin/tool_use"] * is_planned
+
+
+def test_the_placement_sees_the_match_and_is_told_of_dropped_positions() -> None:
+    class Recorder(End):
+        def __init__(self) -> None:
+            self.seen: list[tuple[Item | None, bool]] = []
+            self.dropped: list[tuple[int, str]] = []
+
+        def plan(self, prefill: Prefill) -> list[Placed]:
+            self.seen.append((prefill.resumed, prefill.answer_survives))
+            return [Placed(128, "own")]
+
+        def on_dropped(self, position: int, label: str) -> None:
+            self.dropped.append((position, label))
+
+    cache, text, recorder = make_cache(), tokens(200), Recorder()
+    placement = parse_placement(lambda: recorder)
+    for exact, survives in ((False, True), (True, True), (False, False)):
+        known = PromptBoundaries((), survives)
+        request = LeaseRequest(text, boundaries=known, exact=exact)
+        serve_lease(cache, placement, request)
+        lease = Lease.begin(cache, placement, request)
+        assert lease is not None and lease.extend(200)
+        lease.abort()
+    [node] = [node for node in cache.iter_nodes() if node.checkpoint is not None]
+    assert recorder.seen[0] == (None, True)
+    assert recorder.seen[1:] == [
+        (node.checkpoint, survives) for survives in (True, False, False, False, False)
+    ]
+    assert recorder.dropped == []
+    lease = Lease.begin(make_cache(), placement, LeaseRequest(text))
+    assert lease is not None and lease.extend(200)
+    lease.abort()
+    assert recorder.dropped == [(128, "own")]
+
+
+def test_the_first_tokens_that_wait_for_a_plan_are_remembered() -> None:
+    cache, prompt = make_cache(), tokens(40)
+    lease = begin(cache, prompt)
+    cache.steps.transfers.append(Drop("disk", prompt))
+    assert lease.extend(20) and lease.extend(40)
+    with pytest.raises(RuntimeError, match="or moved the entries"):
+        lease.publish(prompt, 10)
+    carried_out(cache)
+    lease.finish(prompt, 40)
+    check(cache)
 
 
 def test_a_position_with_a_slot_is_not_planned_again() -> None:
@@ -178,6 +239,7 @@ def test_an_ended_lease_refuses_every_call(how: str) -> None:
             getattr(lease, call)(*arguments)
     lease.abort()
     assert (lease.state_slot, lease.held_tokens, len(lease.kv_indices)) == (None, 0, 0)
+    assert repr(lease) == "Lease(ended)"
     assert (cache.render(), cache.free_tokens, cache.free_slots) == after
     check(cache)
 
@@ -212,7 +274,8 @@ def test_invalid_lengths_are_refused_and_the_lease_stays_usable() -> None:
 
 def test_begin_refuses_invalid_arguments_immediately() -> None:
     cache, placement, request = make_cache(), parse_placement("backoff"), LeaseRequest(tokens(9))
-    for named, wrong in (("at least one token", tokens(0)), ("int32", [1, 2])):
+    wrongs = ("at least one token", tokens(0)), ("int32", [1, 2]), ("int32", np.arange(3))
+    for named, wrong in wrongs:
         with pytest.raises(ValueError, match=named):
             Lease.begin(cache, placement, LeaseRequest(wrong))  # type: ignore[arg-type]
     for memory in ("arena", "budget"):
@@ -242,6 +305,8 @@ def test_tokens_of_another_request_are_refused(call: str) -> None:
     wrong[19] = 5
     with pytest.raises(ValueError, match="tokens 10 to 20 are not those of the LeaseRequest"):
         getattr(lease, call)(np.concatenate((wrong, answer)), 24)
+    with pytest.raises(ValueError, match=r"tokens must be .* not list"):
+        getattr(lease, call)(wrong.tolist(), 24)
     assert cache.render() == before
     check(cache, lease)
     lease.publish(wrong, 19)  # the wrong token is not published

@@ -115,9 +115,9 @@ def test_a_lease_fetches_if_it_saves_time_and_counts_the_rest(
     rate: float | None, cached_len: int, not_fetched: int
 ):
     cache = tiered()
-    serve(cache, ids("abcde"), [2, 4])
+    serve(cache, ids("abcde"), [2, 4], "tenant")
     cache.evict(num_tokens=5, num_slots=2)
-    request = LeaseRequest(ids("abcdeX"))
+    request = LeaseRequest(ids("abcdeX"), "tenant")
     rule = None if rate is None else Rate(rate)
     lease = Lease.begin(cache, parse_placement("end"), request, rule)
     assert lease is not None and lease.cached_len == cached_len
@@ -224,6 +224,10 @@ def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
     cache.match(tokens)  # raises the failure of a policy
     cache.reset()
     cache.check(0, 0)
+
+
+def test_a_match_raises_the_failure_of_a_tier_policy() -> None:
+    cache = tiered(eviction="survival")
     cache.offload.tiers[0].policy.failure = PolicyError("boom")
     with pytest.raises(PolicyError, match="boom"):
-        cache.match(tokens)
+        cache.match(ids("abc"))

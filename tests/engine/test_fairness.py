@@ -36,13 +36,17 @@ class Load:
             self.prefilled.append(sum(lengths))
             self.tiles.append(sum(-(-length // TILE) for length in lengths))
             assert sum(s.num_logits for s in batch.segments if s.scores) <= MAX_SCORED
+            for one in batch.segments:
+                assert one.scores == (one.request.wants_scores and not one.is_decode)
             return forward(batch, drawn)
 
         runner.forward = spy
 
-    def add(self, name: str, prompt: list[int], max_tokens: int = 4, **options: object) -> None:
+    def add(
+        self, name: str, prompt: list[int], max_tokens: int = 4, scores: int | None = None
+    ) -> None:
         rule = SamplingParams(max_tokens=max_tokens)
-        self.engine.submit(prompt, rule, request_id=name, **options)
+        self.engine.submit(prompt, rule, request_id=name, prompt_logprobs=scores)
 
     def run(self) -> None:
         while self.engine.has_work():
@@ -82,6 +86,14 @@ def test_a_single_short_prompt_overtakes_a_running_long_one() -> None:
     assert load.prefilled[:2] == [256, 242]  # chunks of the long prompt end on the grid
 
 
+def test_a_step_scores_at_most_so_many_tokens_of_a_long_prompt() -> None:
+    load = Load(token_budget=4096)
+    load.add("scored", tokens(3000, 0), max_tokens=1, scores=0)
+    load.add("other", tokens(3000, 1), max_tokens=1)
+    load.run()
+    assert load.first == {"other": 1, "scored": 3}
+
+
 @given(
     sizes=st.lists(st.one_of(st.integers(1, 200), st.integers(1, 3000)), min_size=1, max_size=12),
     token_budget=st.sampled_from([64, 100, 128, 256, 1000]),
@@ -102,3 +114,5 @@ def test_steps_are_full_while_requests_wait(sizes: list[int], token_budget: int)
         left -= prefilled
         is_full = prefilled > token_budget - TILE or tiles >= TILES * token_budget // TILE
         assert is_full or not left, (load.prefilled, sizes)
+        # The last prompt of a step may begin more tiles than are left.
+        assert tiles <= TILES * max(token_budget, TILE) // TILE + prefilled // TILE

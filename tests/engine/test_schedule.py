@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine import Engine, SamplingParams
+from engine import Engine, RequestSpec, SamplingParams
 from engine.requests.request import SamplingInput
 from engine.schedule.report import StepReport
 from tests.engine.test_engine import ids, make_engine
@@ -88,3 +88,5 @@ def test_a_prompt_without_a_draw_has_no_row_of_drawn_tokens() -> None:
     engine.submit(ids(50), answer(0), prompt_logprobs=0)
     other = engine.submit(ids(60, first=90), answer(9))
     assert run(engine)[other] == list(range(1, 10))
+    [scored] = engine.generate([RequestSpec(ids(50), answer(0), prompt_logprobs=0)])
+    assert (scored.finish_reason, scored.token_ids) == ("length", [])

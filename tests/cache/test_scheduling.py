@@ -1,0 +1,212 @@
+"""Cache manager and step planner without an engine: memory, order, budgets and prefix sharing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.policies.registry import parse_placement
+from hybridcache.scheduling.cache_manager import (
+    DECODE_PIECE,
+    CacheManager,
+    MemorySizes,
+    ScheduledRequest,
+)
+from hybridcache.scheduling.planner import Holding, StepPlanner
+from tests.cache.serving import hybrid, ids, publish
+from tests.cache.test_refusals import manager, planner, scheduled, spec
+
+
+def request(number: int, length: int, max_len: int | None = None, **fields) -> ScheduledRequest:
+    """Return a request whose prompt, of ``length`` tokens, starts at token 1000 times its
+    number."""
+    prompt = ids(range(1000 * number, 1000 * number + length))
+    return scheduled(prompt, arrival=number, max_len=max_len or length + 9, spec=spec(**fields))
+
+
+def step(owner: StepPlanner[ScheduledRequest]) -> dict[ScheduledRequest, int]:
+    """Compute one step, and return the number of tokens of each request."""
+    ends, computed = owner.choose(), {}
+    for one, end in ends.items():
+        if owner._manager.take_checkpoint_slots(one, end) is not None:
+            computed[one] = end - one.scheduled_len
+    owner._manager.take_step().done()
+    for one in computed:
+        owner.advance(one, ends[one])
+        if ends[one] == one.num_tokens:
+            one.append(7)
+    owner.check()
+    return computed
+
+
+def test_the_share_of_an_arena_counts_states_as_rows_and_of_two_pools_the_fuller_one_counts():
+    arena = MemorySizes("arena", 100, 10, row_bytes=2, state_bytes=19)
+    assert arena.share(30, 2) == 0.5
+    assert replace(arena, memory="pools").share(30, 4) == 0.4
+    assert replace(arena, memory="pools", state_bytes=0).share(30, 9) == 0.3
+
+
+def test_an_answer_outgrows_the_first_array():
+    one = scheduled(ids("abc"), max_len=1000)
+    for token in range(997):
+        one.append(token)
+    assert one.tokens.tolist() == [*ids("abc"), *range(997)]
+
+
+def test_a_manager_without_a_free_row_begins_nothing():
+    owner, first, second = manager(num_rows=1), request(0, 5), request(1, 5)
+    assert owner.begin(first) and not owner.begin(second)
+    assert first.lease is not None and second.lease is None
+
+
+def test_decoding_takes_rows_in_pieces_when_it_needs_them():
+    owner, one = planner(), request(0, 5, max_len=100)
+    owner.add(one)
+    lengths = []
+    while one.num_tokens < 72:
+        step(owner)
+        assert owner._manager.extend(one, one.lease.extended_len)
+        lengths.append(one.lease.extended_len)
+    assert lengths == [5, *[5 + DECODE_PIECE] * 32, *[5 + 2 * DECODE_PIECE] * 32, 100, 100]
+
+
+def test_one_slab_is_emptied_per_step():
+    sizes = {"memory": "arena", "total_bytes": 240, "kv_bytes_per_token": 1, "state_bytes": 20}
+    cache, gaps = build_prefix_cache(CacheConfig(**sizes, grid=4, eviction="lru")), []
+    for number in range(11):
+        publish(cache, ids(range(100 * number, 100 * number + 10)))
+        gaps.append(cache.allocate_kv(10))
+    for rows in gaps:
+        cache.free_kv(rows)
+    owner = CacheManager(cache, parse_placement("every:4"), num_rows=1, stateful=True)
+    one = scheduled(ids(range(5000, 5012)), max_len=20)
+    assert owner.begin(one) and owner.extend(one, 12)
+    counts, saves = [], None
+    while saves is None:
+        saves = owner.take_checkpoint_slots(one, 12)
+        counts.append(cache.steps.num_moves)
+        owner.take_step().done()
+    assert [position for position, _ in saves] == [4, 8, 12] and counts == [1, 1, 1]
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_the_state_is_kept_at_the_end_unless_a_step_still_advances_it(is_behind: bool):
+    owner = planner(manager=manager(cache=hybrid(grid=8)))
+    one = request(0, 12, max_len=40)
+    owner.add(one)
+    while one.computed_len < 16:
+        step(owner)
+    assert owner._manager.extend(one, 32)
+    assert owner._manager.take_checkpoint_slots(one, 30) is not None
+    owner._manager.roll_back(one)  # of the tokens from 16 on
+    assert one.lease.held_slots == 2, "the earlier checkpoint of the answer is gone"
+    one.scheduled_len += is_behind
+    owner.leave(one)
+    [found] = [node.checkpoint for node in owner._manager.cache.iter_nodes() if node.checkpoint]
+    assert (found.position, found.label) == (16, "decode")
+
+
+def test_a_request_that_may_not_publish_leaves_nothing():
+    owner, one = planner(), request(0, 5)
+    owner.add(one)
+    owner.choose()
+    owner.leave(one, publishes=False)
+    assert owner._manager.cache.num_nodes == 0 and owner._manager.held() == (0, 0)
+
+
+@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
+def test_an_equal_prompt_waits_for_the_first_one_if_entries_are_kept(prefix_cache: str):
+    keeps, cache = prefix_cache != "none", hybrid(prefix_cache=prefix_cache, grid=8)
+    options = {"stateful": prefix_cache != "radix", "placement": parse_placement("backoff")}
+    owned = manager(cache=cache, num_rows=4, **options)
+    owner = planner(manager=owned, max_running=4, token_budget=1024, shares=keeps)
+    prompt = ids(range(100))
+    first, equal, other = (
+        scheduled(prompt, arrival=number, max_len=109, spec=spec(namespace=namespace))
+        for number, namespace in enumerate((None, None, "other"))
+    )
+    for one in (first, equal, other):
+        owner.add(one)
+    began = step(owner)
+    assert began == {first: 100, other: 100} | ({} if keeps else {equal: 100})
+    step(owner)
+    assert equal.cached_len == (96 if keeps else 0) and other.cached_len == 0
+
+
+def test_a_session_goes_on_in_its_own_namespace_only():
+    owner, first = planner(token_budget=256), request(0, 100)
+    owner.add(first)
+    step(owner)
+    owner.leave(first)
+    text = ids(range(120))
+    for number, namespace in ((1, "other"), (2, None)):
+        later = scheduled(text, arrival=number, max_len=130, spec=spec(namespace=namespace))
+        owner.add(later)
+        assert (later.session is first.session) == (namespace is None)
+    report = owner.admission_report()
+    assert (report.waiting_sessions, report.live_sessions) == (2, 2)
+
+
+def test_a_decode_takes_one_token_of_the_budget():
+    owner = planner(token_budget=128)
+    for one in (first := request(0, 60), second := request(1, 300)):
+        owner.add(one)
+        chosen = step(owner)
+    assert chosen == {first: 1, second: 64}
+
+
+class Counting(Holding[ScheduledRequest]):
+    """Holding that counts the requests that it is asked for, and those forgotten."""
+
+    def __init__(self) -> None:
+        self.seen: set[ScheduledRequest] = set()
+        self.forgotten: list[ScheduledRequest] = []
+
+    def is_holding(self, request: ScheduledRequest) -> bool:
+        self.seen.add(request)
+        return False
+
+    def forget(self, request: ScheduledRequest) -> None:
+        self.forgotten.append(request)
+
+
+@pytest.mark.parametrize(("are_equal", "num_seen"), [(False, 4), (True, 16)])
+def test_a_step_looks_at_few_waiting_requests(are_equal: bool, num_seen: int):
+    counting = Counting()
+    owned = manager(cache=hybrid(grid=8), placement=parse_placement("backoff"))
+    owner = planner(manager=owned, fetching=counting, token_budget=64)
+    requests = [
+        scheduled(ids(range(first, first + 90)), arrival=number, max_len=99)
+        for number in range(30)
+        for first in [0 if are_equal else 1000 * number]
+    ]
+    for one in requests:
+        owner.add(one)
+    owner.choose()
+    assert len(counting.seen) == num_seen
+    owner.remove(requests[-1])
+    assert counting.forgotten == requests[-1:]
+
+
+def test_no_request_is_admitted_after_a_refusal_until_one_has_left():
+    owner = planner(manager=manager(cache=hybrid(200)), token_budget=256)
+    first, second = request(0, 150), request(1, 100)
+    for one in (first, second):
+        owner.add(one)
+    for _ in range(3):
+        step(owner)
+        assert owner.is_stuck and owner._manager.cache.stats.refusals == 1
+    owner.leave(first)
+    step(owner)
+    assert second.is_running
+
+
+def test_leaders_are_forgotten_when_they_are_computed():
+    owner = planner(token_budget=256)
+    for number in range(5):
+        owner.add(one := request(number, 20))
+        step(owner)
+        owner.leave(one)
+    assert owner._sharing._leaders == [one]
