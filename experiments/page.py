@@ -420,15 +420,17 @@ def panel_lines(
         axis.remove()
     for number, (name, lines) in enumerate(panels.items()):
         axis = places[number]
-        for colour, mark, label, points in zip(SERIES, MARKS, series, lines, strict=False):
+        for place, points in enumerate(lines):
             x, y, low, high = zip(*points, strict=True)
-            axis.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
-            mark = mark if len(x) <= 8 else ""
-            axis.plot(x, y, color=colour, marker=mark, markersize=2.5, linewidth=1.3, label=label)
+            axis.fill_between(x, low, high, color=SERIES[place], alpha=0.25, linewidth=0)
+            # Earlier lines are wider, so that all are visible where lines coincide.
+            width = 1.2 + 1.2 * (len(lines) - 1 - place) / max(1, len(lines) - 1)
+            look = {"color": SERIES[place], "linewidth": width, "label": series[place]}
+            axis.plot(x, y, marker=MARKS[place] * (len(x) <= 8), markersize=2 * width, **look)
         axis.set_xscale("log", base=2)
         if len(x) <= 8:
             axis.set_xticks(x[::2])
-        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_major_formatter("{x:,g}")
         axis.xaxis.set_minor_locator(NullLocator())
         if log_y:
             axis.set_yscale("log")
