@@ -63,7 +63,7 @@ lint: install  ## check style, format, types, and installed packages for known v
 	$(BIN)/mypy
 	$(BIN)/python -m experiments.audit
 
-bench: install  ## run the timed benchmarks; the machine must be idle
+bench: install  ## run the timed benchmarks, into out/results; the machine must be idle
 	$(BIN)/python -m experiments.benchmarks.tree
 	$(BIN)/python -m experiments.benchmarks.simulate
 	$(BIN)/python -m experiments.benchmarks.overhead
