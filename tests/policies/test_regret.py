@@ -61,7 +61,7 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
     uses = [survival._events[row].sum() for row in rows]
     assert uses == [1, 0, 1]
     policy.on_ghost_hit_above(FakeItem("from a file"))
-    open_stages = len(survival._places)
+    open_stages = len(survival._open)
     assert open_stages == 0, "stages remain open after their use"
 
 

@@ -16,7 +16,6 @@ kept.
 from __future__ import annotations
 
 import random
-from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -60,7 +59,7 @@ _ROW_MASK = (1 << _ROW_BITS) - 1
 """Stages are coded as one number: time of entry or age, shifted by this number of bits, and row."""
 
 SAVED = (
-    *("now", "_parents", "_priors", "_events", "_reached", "_partial", "index", "_unused"),
+    *("now", "_parents", "_priors", "_events", "_reached", "_partial", "index"),
     *("_num_opened", "_changes", "_refreshed_at", "_ended", "_used"),
 )
 """Attributes of ``Hazards`` that are saved as they are."""
@@ -113,6 +112,8 @@ class Hazards:
         self._models: dict[int, int] = {}
         """Row of the model of each row that has one."""
         self.rows: dict[Key, int] = {}
+        self.row_of_facts: dict[Hashable, int] = {}
+        """Rows that a policy has looked up, by its own keys."""
         self._parents: list[int | None] = []
         self._priors: list[float] = []
         self._order: Ints = np.empty(0, np.int64)
@@ -125,11 +126,10 @@ class Hazards:
         self._partial: Floats = np.zeros((64, NUM_BINS))
         self.index: Floats = np.zeros((64, NUM_BINS))
         """Index by row and age bin, in uses per request, for ages before the next ``refresh``."""
-        self._open = array("q", [-1]) * max_open
-        """Code of each open stage, or -1 for unused places."""
-        self._unused = list(range(max_open))
-        self._places: OrderedDict[int, int] = OrderedDict()
-        """Place of each open stage in ``_open``, oldest stage first."""
+        self._open: dict[int, int] = {}
+        """Code of each open stage, oldest stage first."""
+        self._oldest = 0
+        """Number of a stage; all before it have ended."""
         self._num_opened = 0
         self._changes = 0
         self._refreshed_at = 0
@@ -140,11 +140,12 @@ class Hazards:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the learned state as plain data and arrays. O(size)."""
+        codes = np.fromiter(self._open.values(), np.int64)
         return {
             "keys": list(self.rows),
             "models": list(self._models.items()),
-            "open": np.array(self._open, np.int64),
-            "places": list(self._places.items()),
+            "open": codes,
+            "places": list(zip(self._open, range(len(codes)), strict=True)),
             **{name: getattr(self, name) for name in SAVED},
         }
 
@@ -154,8 +155,10 @@ class Hazards:
         for key in state["keys"]:  # JSON has lists in place of tuples
             facts = tuple(tuple(fact) if isinstance(fact, list) else fact for fact in key)
             self.rows[facts] = len(self.rows)
-        self._models, self._places = dict(state["models"]), OrderedDict(state["places"])
-        self._open, self._generations = array("q", state["open"].tolist()), None
+        self._models, self._generations = dict(state["models"]), None
+        codes = state["open"].tolist()
+        self._open = {stage: codes[place] for stage, place in state["places"]}
+        self._oldest, self.row_of_facts = next(iter(self._open), 0), {}
         for name in SAVED:
             setattr(self, name, state[name])
 
@@ -193,22 +196,18 @@ class Hazards:
         """Begin a stage in the class of ``row``. Returns the number of the stage."""
         stage = self._num_opened
         self._num_opened = stage + 1
-        if not self._unused:
-            self.close(next(iter(self._places)), now, used=False)
-        place = self._places[stage] = self._unused.pop()
-        self._open[place] = now << _ROW_BITS | row
+        if len(self._open) == self._max_open:
+            while self._oldest not in self._open:
+                self._oldest += 1
+            self.close(self._oldest, now, used=False)
+        self._open[stage] = now << _ROW_BITS | row
         return stage
 
     def close(self, stage: int, now: int, used: bool | None) -> None:
         """End a stage. ``used`` is True for a use or a ghost hit, and None to count nothing. A
         second call has no effect."""
-        place = self._places.pop(stage, None)
-        if place is None:
-            return
-        code = self._open[place]
-        self._open[place] = -1
-        self._unused.append(place)
-        if used is None:
+        code = self._open.pop(stage, None)
+        if code is None or used is None:
             return
         ended = (now - (code >> _ROW_BITS)) << _ROW_BITS | code & _ROW_MASK
         self._ended.append(ended)
@@ -224,7 +223,7 @@ class Hazards:
         waited = now - self._refreshed_at
         if waited < 8 or (not self._changes and waited < 64):
             return False
-        if waited < max(min(now // 6, 128), len(self._places) // 32):
+        if waited < max(min(now // 6, 128), len(self._open) // 32):
             return False
         self._refreshed_at = now
         self._changes = 0
@@ -277,8 +276,7 @@ class Hazards:
 
     def _at_risk(self, now: int, num_bins: int) -> Floats:
         """Return the time spent in each bin by all stages, open or ended, by row."""
-        codes = np.frombuffer(self._open, np.int64)
-        codes = codes[codes >= 0]
+        codes = np.fromiter(self._open.values(), np.int64, len(self._open))
         open_, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
         reached = open_[:, :num_bins] + self._reached[: len(open_), :num_bins]
         partial = partial[:, :num_bins] + self._partial[: len(open_), :num_bins]
@@ -310,15 +308,9 @@ class Hazards:
         self._used.clear()
 
     def check(self) -> None:
-        """Raise AssertionError unless every place has one open stage or is unused. O(places)."""
-        taken = sorted(self._places.values())
-        assert sorted(taken + self._unused) == list(range(self._max_open)), (
-            "a place is lost or used twice"
-        )
-        assert taken == [place for place, code in enumerate(self._open) if code >= 0], (
-            "an unused place has a stage"
-        )
-        assert list(self._places) == sorted(self._places), "the oldest stage is not the first"
+        """Raise AssertionError unless the open stages are few and in order. O(open stages)."""
+        assert len(self._open) <= self._max_open, "more stages are open than allowed"
+        assert list(self._open) == sorted(self._open), "the oldest stage is not the first"
         for counts in (self._events, self._reached, self._partial):
             assert not counts[len(self._parents) :].any(), "something was counted in no class"
 
@@ -631,29 +623,53 @@ class Survival(EvictionPolicy):
         by a fork, as superseded items are. The class with the higher index counts.
         """
         hazards = self.hazards
-        hazards.close(memo.stage, item.last_used if used else hazards.now, used)
+        if memo.stage >= 0:
+            hazards.close(memo.stage, item.last_used if used else hazards.now, used)
         if used:
             memo.uses = item.uses
             memo.active = item.last_used
-        memo.superseded = item.superseded
-        key = _class_of(item, memo.turn)
-        demand = None if item.superseded else memo.demand
-        if demand is not None:
-            key = ((True, key[0][1]), *key[1:])
-        row = hazards.rows.get(key)
+        memo.superseded = superseded = item.superseded
+        demand = None if superseded else memo.demand
+        uses, position = item.uses, item.position
+        octave = position.bit_length()
+        facts = (
+            superseded or demand is not None,
+            item.kind,
+            item.label,
+            uses if uses < 2 else 2,
+            memo.turn,
+            2 * octave + (position << 2 >> octave) % 2,
+        )
+        row = hazards.row_of_facts.get(facts)
         if row is None:
-            (superseded, speculative), label = key[0], key[1]
-            prior = SPECULATIVE_PRIOR if speculative else 1.0
-            if superseded:
-                tips = (False, speculative), label
-                hazards.row((key[0], label), prior, (tips, SUPERSEDED_PRIOR))
-            row = hazards.row(key, prior)
+            row = hazards.row_of_facts[facts] = self._row(*facts)
         if demand is not None:
             age = hazards.now - memo.active
             if hazards.index_at(demand, age) >= hazards.index_at(row, age):
                 row = demand
         memo.row, memo.entered = row, memo.active
         memo.stage = hazards.open(row, memo.active)
+
+    def _row(
+        self, superseded: bool, kind: Kind, label: str, uses: int, turn: int, half_octave: int
+    ) -> int:
+        """Return the row of the class of an item with these facts."""
+        label, _, stop_reason = label.partition("/")
+        is_speculative = label not in COMMON
+        label = label or kind
+        prior = SPECULATIVE_PRIOR if is_speculative else 1.0
+        if superseded:
+            tips = (False, is_speculative), label
+            self.hazards.row(((True, is_speculative), label), prior, (tips, SUPERSEDED_PRIOR))
+        key: Class = (
+            (superseded, is_speculative),
+            label,
+            uses,
+            0 if label in FORKS else min(turn, MAX_TURN),
+            half_octave // 2,
+            half_octave,
+        )
+        return self.hazards.row((*key, stop_reason) if stop_reason else key, prior)
 
     def _least(self, columns: Columns) -> Item | None:
         """Return the candidate with the least value per byte, or None. Outdated values of chosen
@@ -680,19 +696,3 @@ class Survival(EvictionPolicy):
             worths[place] = worth
             values[place] = rates.item(place) * worth
         return item
-
-
-def _class_of(item: Item, turn: int) -> Class:
-    """Return the class of ``item``, from coarse to fine."""
-    uses, position = item.uses, item.position
-    label, _, stop_reason = item.label.partition("/")
-    octave = position.bit_length()
-    found: Class = (
-        (item.superseded, label not in COMMON),
-        label or item.kind,
-        uses if uses < 2 else 2,
-        0 if label in FORKS else min(turn, MAX_TURN),
-        octave,
-        2 * octave + (position << 2 >> octave) % 2,
-    )
-    return (*found, stop_reason) if stop_reason else found
