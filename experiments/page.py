@@ -412,7 +412,7 @@ def panel_lines(
     log_y: bool = False,
 ) -> Any:
     """Return a figure with two panels a row; a point is (x, y, low, high)."""
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     num_rows = math.ceil(len(panels) / 2)
     figure, places = drawing(num_rows, min(len(panels), 2), 0.6 + 1.3 * num_rows)
@@ -434,6 +434,7 @@ def panel_lines(
         axis.xaxis.set_minor_locator(NullLocator())
         if log_y:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(10, (1, 3)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title(name, fontsize=8, color=TEXT, loc="left")

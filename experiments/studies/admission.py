@@ -209,7 +209,7 @@ def table(records: common.Records) -> common.Table:
         row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]
         row.append(str(paired(sessions, oldest)))
         for field in ("ttft_mean_s", "ttft_p99_s"):
-            row.append(", ".join(f"{fmean(values(policy, field)):.1f}" for policy in pair))
+            row.append(", ".join(f"{fmean(values(policy, field)):.2f}" for policy in pair))
         simple = [name for name in by_policy if name == "oldest" or name not in UNLIMITED]
         for field in ("ttft_mean_s", "makespan_s"):
             best = min((values(name, field) for name in simple), key=fmean)
