@@ -85,7 +85,7 @@ CONFIG = """
 [tool.mutmut]
 source_paths = ["hybridcache", "engine"]
 only_mutate = {mutated}
-do_not_mutate_patterns = ['raise \\w+', 'assert ']
+do_not_mutate_patterns = ['raise \\w+', 'assert ', 'logger']
 also_copy = ["kernels", "tests", "experiments"]
 pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.mutation",

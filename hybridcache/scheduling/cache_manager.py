@@ -71,9 +71,8 @@ class MemorySizes:
         """Return the part of the memory, 0 to 1, that ``num_tokens`` KV rows and ``num_states``
         states take. With two pools, the fuller pool counts."""
         if self.memory == "arena" or not self.is_stateful:
-            return (num_tokens + num_states * self.slab_rows) / max(1, self.num_kv_tokens)
-        rows, slots = max(1, self.num_kv_tokens), max(1, self.num_slots)
-        return max(num_tokens / rows, num_states / slots)
+            return (num_tokens + num_states * self.slab_rows) / self.num_kv_tokens
+        return max(num_tokens / self.num_kv_tokens, num_states / max(1, self.num_slots))
 
     @property
     def max_request_len(self) -> int:

@@ -232,7 +232,6 @@ class StepPlanner(Generic[R]):
             cached_len=self._cached_len,
             footprint=lambda one: manager.memory.share(one.num_tokens - one.shared_len, 1),
         )
-        self._load.now_s = clock()
         self._is_full = False
         self._num_in_flight = 0
         """Planned steps that are not committed."""

@@ -93,16 +93,24 @@ def test_one_slab_is_emptied_per_step():
 
 @pytest.mark.parametrize("is_behind", [False, True])
 def test_the_state_is_kept_at_the_end_unless_a_step_still_advances_it(is_behind: bool):
-    owner = planner(manager=manager(cache=hybrid(grid=8)))
-    one = request(0, 12, max_len=40)
+    owner = manager(cache=hybrid(grid=8))
+    one = request(0, 16, save_at=(16,))
+    assert owner.begin(one) and owner.extend(one, 16)
+    owner.take_step().done()
+    one.computed_len, one.scheduled_len = 16, 16 + is_behind
+    owner.finish(one)
+    assert owner.cache.num_checkpoints == (not is_behind)
+
+
+def test_rejected_drafts_leave_the_checkpoint_before_them():
+    owner, one = planner(manager=manager(cache=hybrid(grid=8))), request(0, 12, max_len=40)
     owner.add(one)
     while one.computed_len < 16:
         step(owner)
     assert owner._manager.extend(one, 32)
     assert owner._manager.take_checkpoint_slots(one, 30) is not None
-    owner._manager.roll_back(one)  # of the tokens from 16 on
-    assert one.lease.held_slots == 2, "the earlier checkpoint of the answer is gone"
-    one.scheduled_len += is_behind
+    owner._manager.roll_back(one)
+    assert one.lease.held_slots == 2
     owner.leave(one)
     [found] = [node.checkpoint for node in owner._manager.cache.iter_nodes() if node.checkpoint]
     assert (found.position, found.label) == (16, "decode")
@@ -129,6 +137,7 @@ def test_an_equal_prompt_waits_for_the_first_one_if_entries_are_kept(prefix_cach
     )
     for one in (first, equal, other):
         owner.add(one)
+    assert max(owned.checkpoint_positions(equal, 100)) == 96
     began = step(owner)
     assert began == {first: 100, other: 100} | ({} if keeps else {equal: 100})
     step(owner)
@@ -155,6 +164,25 @@ def test_a_decode_takes_one_token_of_the_budget():
         owner.add(one)
         chosen = step(owner)
     assert chosen == {first: 1, second: 64}
+
+
+def test_the_rest_of_a_step_goes_to_the_next_prompt():
+    owner = planner(manager=manager(cache=hybrid(3000)), token_budget=512)
+    for one in (first := request(0, 912), second := request(1, 600)):
+        owner.add(one)
+        chosen = step(owner)
+    assert chosen == {first: 400, second: 64}
+
+
+def test_a_waiting_request_is_matched_once_while_the_cache_does_not_change(monkeypatch):
+    owner, one, matched = planner(), request(0, 100), []
+    cache, match = owner._manager.cache, owner._manager.match
+    monkeypatch.setattr(owner._manager, "match", lambda one: matched.append(one) or match(one))
+    owner.add(one)
+    assert [owner._load.cached_len(one) for _ in range(3)] == [0] * 3
+    publish(cache, one.tokens[:50], [50])
+    assert [owner._load.cached_len(one) for _ in range(3)] == [50] * 3
+    assert len(matched) == 2
 
 
 class Counting(Holding[ScheduledRequest]):
