@@ -124,7 +124,7 @@ def linear_layers_table() -> Table:
     for key, of in grouped(records, "layer", "dtype", "threads").items():
         speeds = {one["rows"]: f"{one['gflop_s']:.0f}" for one in of}
         rows.append([*map(str, key), *(speeds[count] for count in counts)])
-    return ["GFLOP/s", "dtype", "threads", *(f"rows: {count}" for count in counts)], rows
+    return ["kernel", "dtype", "threads", *(f"{n} rows, GFLOP/s" for n in counts)], rows
 
 
 def decays_table() -> Table:
@@ -376,6 +376,11 @@ class Dots:
             )  # fmt: skip
         axis.set_yticks(range(len(rows)), [name for name, *_ in rows])
         axis.set_ylim(len(rows) - 0.4, -0.6)
+        if len(self.names) > 1:  # Their columns, above the names.
+            axis.annotate(
+                ", ".join(table[0][i] for i in self.names), (0, 1), xycoords="axes fraction",
+                xytext=(-4, 1), textcoords="offset points", ha="right", fontsize=6.5, color=TEXT,
+            )  # fmt: skip
         axis.set_xlabel(self.axis, fontsize=8, color=TEXT)
         if self.log:
             axis.set_xscale("log")
