@@ -347,7 +347,6 @@ class Scheduler(StepPlanner[Request]):
             if request.lease is not None:  # The step failed while it was being admitted.
                 self._manager.abort(request)
         self._num_in_flight = 0
-        self._must_wait = self._is_full = False
         return tuple(interrupted)
 
     def schedule(self) -> Batch:

@@ -3,8 +3,10 @@ order."""
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.schedule.scheduler import Batch, Segment, logit_rows, pieces
@@ -27,10 +29,16 @@ def batches(draw: st.DrawFn) -> Batch:
     return Batch(tuple(segments), row_writes=writes)
 
 
+FOUR = tuple((64 * number, number) for number in range(1, 5))
+
+
 @given(batch=batches(), max_exports=st.integers(1, 4))
+@example(Batch((Segment(2, 2, np.arange(300, dtype=np.int32), 0, False, FOUR),)), 1)
 def test_pieces_of_a_batch_add_up_to_the_batch(batch: Batch, max_exports: int) -> None:
     parts = pieces(batch, max_exports)
     segments = [segment for part in parts for segment in part.segments]
+    sent: Batch = pickle.loads(pickle.dumps(batch))
+    assert list(map(repr, sent.segments)) == list(map(repr, batch.segments))
     for part in parts:
         assert sum(len(s.exports) for s in part.segments if not s.is_decode) <= max_exports
         assert len({segment.row for segment in part.segments}) == len(part.segments)

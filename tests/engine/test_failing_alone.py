@@ -45,6 +45,21 @@ def test_a_detokenizer_error_fails_only_its_request(
     engine.check()
 
 
+def test_a_detokenizer_error_at_an_abort_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tokenizer=HFTokenizer())
+    decoder = Mock(wraps=engine.tokenizer.stream_decoder())
+    decoder.flush.side_effect = KeyError("boom")
+    monkeypatch.setattr(engine.tokenizer, "stream_decoder", Mock(return_value=decoder))
+    name = engine.submit(ids(70), ANSWER)
+    while not engine.step():
+        pass
+    output = engine.abort(name)
+    assert output is not None
+    assert (output.finish_reason, output.error) == ("error", "KeyError: 'boom'")
+    assert not engine.has_work()
+    engine.check()
+
+
 def poison(engine: Engine, from_len: int) -> Callable[[], None]:
     """Make logits in the namespace "bad" NaN from ``from_len`` tokens on. Return a function that
     undoes it."""
