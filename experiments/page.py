@@ -124,7 +124,7 @@ def linear_layers_table() -> Table:
     for key, of in grouped(records, "layer", "dtype", "threads").items():
         speeds = {one["rows"]: f"{one['gflop_s']:.0f}" for one in of}
         rows.append([*map(str, key), *(speeds[count] for count in counts)])
-    return ["kernel", "dtype", "threads", *(f"{n} rows, GFLOP/s" for n in counts)], rows
+    return ["kernel", "dtype", "threads", *(f"rows: {n}, GFLOP/s" for n in counts)], rows
 
 
 def decays_table() -> Table:
@@ -296,7 +296,7 @@ def drawing(rows: int, columns: int, height: float) -> tuple[Any, Any]:
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_facecolor(GROUND)
-        axis.tick_params(colors=TEXT, labelsize=8, length=0)
+        axis.tick_params(which="both", colors=TEXT, labelsize=8, length=0)
         axis.grid(True, color=GRID, linewidth=0.6)
         axis.set_axisbelow(True)
         for spine in axis.spines.values():
