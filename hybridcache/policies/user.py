@@ -81,7 +81,8 @@ def import_module(spec: str, module_name: str) -> ModuleType:
         return importlib.import_module(module_name)
     except Exception as error:  # a user's module can raise anything
         raise ValueError(
-            f"{spec!r}: no module {module_name!r} can be imported ({error})"
+            f"{spec!r}: no module {module_name!r} can be imported ({error}); a class in "
+            "mine.py is mine:Class"
         ) from error
 
 
@@ -123,8 +124,8 @@ def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
             policy = own.make()
         except Exception as error:  # a user's class can raise anything
             raise ValueError(
-                f"{own.label!r}: it cannot be created ({type(error).__name__}: {error}); give "
-                "arguments defaults, or write Class(alpha=2)"
+                f"{own.label!r}: it cannot be created ({type(error).__name__}: {error}); "
+                "define its abstract methods, give arguments defaults, or write Class(alpha=2)"
             ) from error
         _refuse_unfit(own.label, type(policy), protocol)
         return policy if is_built_in(type(policy)) else GUARDS[protocol](own.label, policy)

@@ -121,7 +121,7 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("Word", "Word.score returned 'high' for a checkpoint item: a number or a tuple of"),
         ("Words", r"Words.score returned \(1.0, '\w+'\) for a checkpoint item"),
         ("Arguments(weight=x)", r"write module:Class\(alpha=2\), with numbers, lists, and strings"),
-        ("Arguments", r"it cannot be created .*'weight'.*give arguments defaults"),
+        ("Arguments", r"it cannot be created .*'weight'.*; define .*, give arguments defaults"),
         ("Foreign", "victim returned .* for .*, which is no candidate"),
         ("ListOfVictims", "result of victim .* unhashable type: 'list'"),
         ("NoSuper", r"'now'; its __init__ must call super\(\).__init__\(\)"),
