@@ -67,6 +67,7 @@ GROUPS = {
             *("tests/cache/test_lease.py", "tests/cache/test_lease_machine.py"),
             *("tests/cache/test_arena.py", "tests/cache/test_tiers.py"),
             *("tests/cache/test_scheduling.py", "tests/cache/test_refusals.py"),
+            "tests/policies/test_failing.py",
             "tests/lab/test_closed_loop.py",
             *("tests/engine/test_schedule.py", "tests/engine/test_scheduler_machine.py"),
             *("tests/engine/test_fairness.py", "tests/engine/test_batch.py"),

@@ -229,8 +229,11 @@ def test_a_slab_without_live_rows_is_taken_without_a_move():
     holders = [rows_in(arena, 10) for _ in range(3)]
     freed = holders.pop(1)
     arena.free(freed.rows)
-    assert arena.slots.allocate() == freed.rows[0] // 10
+    slot = arena.slots.allocate()
+    assert slot == freed.rows[0] // 10
     assert arena.num_moves == 0
+    with pytest.raises(AssertionError, match="lies under a state"):
+        arena.check_taken(np.array([10 * slot + 3], np.int32))
 
 
 def test_moves_are_taken_once_and_in_order():

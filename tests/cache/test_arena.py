@@ -55,6 +55,22 @@ def test_a_lease_follows_moves_of_cached_rows():
     assert len(cache.arena.holders) == 2, "an ended lease is still notified of moves"
 
 
+def test_the_first_row_of_a_lease_moves_alone():
+    sizes = {"total_bytes": 240, "kv_bytes_per_token": 1, "state_bytes": 20}
+    cache = build_prefix_cache(CacheConfig(memory="arena", grid=4, **sizes))
+    tokens, rows = np.arange(9, dtype=np.int32), np.sort(cache.allocate_kv(40))
+    alone, others = rows[:1], rows[20:27]
+    cache.insert(tokens[:8], np.append(alone, others), [(8, cache.allocate_slot())])
+    cache.free_kv(np.append(rows[1:20], rows[38:]))
+    lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens))
+    assert lease.kv_indices.tolist() == [*alone, *others]
+    carried_out(cache)
+    slots = [cache.allocate_slot() for _ in range(9)]
+    assert None not in slots and cache.arena.num_moves == 1
+    assert lease.kv_indices[1:].tolist() == others.tolist() and lease.kv_indices[0] != alone
+    cache.check(held_tokens=11, held_slots=1 + len(slots))
+
+
 def config_of(
     rng: random.Random, memory: str | None = None, has_tiers: bool = False
 ) -> CacheConfig:

@@ -130,10 +130,12 @@ def test_the_placement_sees_the_match_and_is_told_of_dropped_positions() -> None
         (node.checkpoint, survives) for survives in (True, False, False, False, False)
     ]
     assert recorder.dropped == []
-    lease = Lease.begin(make_cache(), placement, LeaseRequest(text))
-    assert lease is not None and lease.extend(200)
-    lease.abort()
-    assert recorder.dropped == [(128, "own")]
+    for has_slot in (False, True):
+        lease = Lease.begin(make_cache(), placement, LeaseRequest(text))
+        assert lease is not None and lease.extend(200)
+        assert not has_slot or lease.take_checkpoint_slots(0, 200)
+        lease.abort()
+    assert recorder.dropped == [(128, "own")] * 2
 
 
 def test_the_first_tokens_that_wait_for_a_plan_are_remembered() -> None:
