@@ -143,21 +143,19 @@ def losses_of(
     """
     refused = max(found.cached_len - cached_len, 0)
     reached_len = max(found.cached_len, cached_len)
-    not_fetched = max(loadable_len - reached_len, 0)
-    counts = list(found.losses)
-    explained = reached_len + not_fetched - found.cached_len
+    end = max(reached_len, loadable_len)
+    counts, explained = list(found.losses), end - found.cached_len
     for cause in NEAREST_FIRST:
         taken = min(explained, counts[cause])
         counts[cause] -= taken
         explained -= taken
-    end = reached_len + not_fetched
     if step is not None and (found.missed is None or found.missed.position <= end):
         tail, counts[1] = counts[1], 0
         grid_len = min(found.seen_len, found.num_tokens - 1) // step * step
         below = min(found.seen_len - grid_len, tail)
         counts[3] += tail - below
         counts[4] += below
-    return Losses._make((*counts[:5], refused, not_fetched))
+    return Losses._make((*counts[:5], refused, end - reached_len))
 
 
 class InsertResult(NamedTuple):

@@ -35,7 +35,7 @@ from hybridcache.policies.protocol import (
     require_placement,
 )
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, require_int32
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, new_tuple, require_int32
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -186,7 +186,7 @@ class Lease:
         """Number of positions that have a row: at least the ``to_len`` of the last ``extend``."""
         self.published_len = cached_len
         """Number of tokens with rows that belong to the tree, under the lock of this lease."""
-        self._rows: Indices = np.empty(self.prompt_len + cache.page_size + SPARE_ROWS, np.int32)
+        self._rows: Indices = np.empty(self.prompt_len + cache.page_size + SPARE_ROWS, INT32)
         self._unread_len = cached_len
         """Number of first positions whose rows are read from the tree when they are needed."""
         # Slabs of the arena in which the rows below _indexed_len are, and possibly more.
@@ -241,7 +241,8 @@ class Lease:
             TypeError: ``placement`` is not one of ``parse_placement``.
             PolicyError: an own eviction policy has failed. Nothing is held.
         """
-        if not isinstance(placement, PlacementPolicy) or not placement.is_guarded:
+        # ``isinstance`` takes much longer for an abstract class.
+        if PlacementPolicy not in type(placement).__mro__ or not placement.is_guarded:
             require_placement(placement)
         tokens, namespace, slot = request.tokens, request.namespace, request.own_slot
         if not request.stateful:
@@ -390,11 +391,10 @@ class Lease:
         """
         if self._has_ended:
             raise ValueError(ENDED)
-        start = self.extended_len
+        cache, start = self.cache, self.extended_len
         if to_len <= start:
             return True
-        page = self.cache.page_size
-        new = self.cache.allocate_kv(-((start - to_len) // page) * page)
+        new = cache.allocate_kv(-((start - to_len) // cache.page_size) * cache.page_size)
         if new is None:
             return False
         end = start + len(new)
@@ -404,7 +404,7 @@ class Lease:
             self._rows = larger
         self._rows[start:end] = new
         self.extended_len = end
-        if self.cache.steps.transfers:
+        if cache.steps.transfers:
             self._await_transfers(start)
         table_row = self._request.table_row
         if table_row is not None:
@@ -444,10 +444,10 @@ class Lease:
 
     def _count(self) -> None:
         """Count the lease as a use and plan its checkpoints, when it gets its first memory."""
-        request, match, placement = self._request, self.match, self._placement
+        request, match, placement, cache = self._request, self.match, self._placement, self.cache
         if request.reuse:
             self.is_counted = True
-            self.cache.touch(match, request.resumes)
+            cache.touch(match, request.resumes)
         if not request.stateful:
             return
         if request.reuse:
@@ -455,21 +455,11 @@ class Lease:
                 placement.on_hit(match.resumed)
             if match.missed is not None:
                 placement.on_ghost_hit(match.missed, match.missed_tokens)
-        prefill = Prefill(
-            self.prompt_len,
-            match.cached_len,
-            match.kv_match_len,
-            match.seen_len,
-            request.boundaries.positions,
-            self._step,
-            match.resumed,
-            match.missed,
-            match.forks,
-            request.boundaries.answer_survives and not request.exact,
-            self.cache.free_slots,
-            self.cache.num_checkpoints,
-            self.cache.shares_memory,
-        )
+        ends, survives = request.boundaries
+        # Match and prefill begin with the same four lengths.
+        known = (*match[:4], ends, self._step, match.resumed, match.missed, match.forks)
+        memory = (cache.free_slots, cache.num_checkpoints, cache.shares_memory)
+        prefill = new_tuple(Prefill, (*known, survives and not request.exact, *memory))
         placement.on_prefill(prefill)
         for position, label in prefill.on_grid(placement.plan(prefill)).items():
             self._planned.setdefault(position, label)
@@ -516,6 +506,8 @@ class Lease:
             raise self._misuse(start, end)
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
+        if not self._planned and not self._pending:
+            return ()
         num_taken = 0
         for position, label in tuple(self._planned.items()):
             if start < position <= end:
@@ -657,16 +649,14 @@ class Lease:
             pending[computed_len, own_slot] = label
             own_slot = None
         self._planned, self._rolling = {}, None
-        num_dropped = 0
-        for (position, slot), label in pending.items():
-            if position > published_len:
+        if pending and max(pending)[0] > published_len:
+            for position, slot in [saved for saved in pending if saved[0] > published_len]:
                 cache.free_slot(slot)
-                placement.on_dropped(position, label)
-                num_dropped += 1
+                placement.on_dropped(position, pending.pop((position, slot)))
         for position, label in planned.items():
             placement.on_dropped(position, label)
         tip: NodeHandle | None = self._lock.node
-        if num_dropped < len(pending) or published_len > self.published_len:
+        if pending or published_len > self.published_len:
             tip = self._insert(tokens, published_len, is_last=True)
         if stop_reason:
             cache.label_tip(tip, stop_reason)
@@ -694,10 +684,10 @@ class Lease:
         the tree has not taken, are freed.
         """
         cache, first, before = self.cache, self.published_len, self._lock
-        saved: dict[Saved, str] = {}
-        later: dict[Saved, str] = {}
-        for one, label in self._pending.items():
-            (saved if one[0] <= computed_len else later)[one] = label
+        saved, later = self._pending, dict[Saved, str]()
+        if saved and max(saved)[0] > computed_len:
+            later = {one: label for one, label in saved.items() if one[0] > computed_len}
+            saved = {one: label for one, label in saved.items() if one[0] <= computed_len}
         self.published_len, duplicates, rejected_slots, node = cache.insert(
             tokens if computed_len == len(tokens) else tokens[:computed_len],
             self._rows[:computed_len],
@@ -712,7 +702,8 @@ class Lease:
             cache.take_back(duplicates)
         if not is_last:
             self._lock = lock = cache.lock(node)
-            lock.superseded, before.superseded = before.superseded, None
+            if before.superseded is not None:
+                lock.superseded, before.superseded = before.superseded, None
             cache.unlock(before)
             if len(duplicates):
                 self._unread_len = end = first + len(duplicates)
@@ -750,7 +741,7 @@ class Lease:
             is_awaited = self._awaited is steps.transfers and computed_len > self._awaited_from
             if is_awaited or self in steps.restores:
                 raise RuntimeError(NOT_READY.format(computed_len))
-        end = min(computed_len, self.prompt_len)
+        end = self.prompt_len if computed_len > self.prompt_len else computed_len
         if first < end and (tokens.base is not self._prompt or len(tokens) != self.prompt_len):
             new = np.ascontiguousarray(tokens[first:end])
             if not self._prompt.startswith(new.data, first * new.itemsize):

@@ -67,6 +67,7 @@ class ModelGeometry:
         _refuse_unknown(state_dtype=self.state_dtype)
 
     @classmethod
+    @cache  # Each run of a sweep reads its model.
     def preset(cls, name: str, **dtypes: str) -> ModelGeometry:
         """Return a bundled model by name or by an unambiguous prefix of it (``qwen3-next``). Raises
         ValueError if none or several match."""
@@ -196,8 +197,9 @@ class ModelGeometry:
 
     def flops(self, start: int, end: int) -> int:
         """Return the forward FLOPs of a prefill of tokens [start, end) after ``start`` reused."""
-        num_pairs = (end * (end + 1) - start * (start + 1)) // 2
-        return (end - start) * self.flops_per_token + num_pairs * self.attention_flops_per_pair
+        num_tokens = end - start
+        num_pairs = num_tokens * (start + end + 1) // 2
+        return num_tokens * self.flops_per_token + num_pairs * self.attention_flops_per_pair
 
 
 def _refuse_unknown(**dtypes: str) -> None:

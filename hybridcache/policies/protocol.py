@@ -212,11 +212,12 @@ class Prefill(NamedTuple):
         {192: 'end'}
         """
         found: dict[int, str] = {}
-        for position, label in islice(wanted, self.prompt_len):  # A plan may have no end.
+        prompt_len, cached_len, grid = self.prompt_len, self.cached_len, self.grid
+        for position, label in islice(wanted, prompt_len):  # A plan may have no end.
             if type(position) is not int:
                 position = require_index(position, "each position of a plan")
-            floored = position - position % self.grid
-            if self.cached_len < floored <= self.prompt_len and floored not in found:
+            floored = position - position % grid
+            if cached_len < floored <= prompt_len and floored not in found:
                 found[floored] = label
         return found
 

@@ -278,7 +278,7 @@ def summarise(
     ttft = np.asarray(log.ttft_s, dtype=np.float64)
     row_bytes, copied = log.unit * geometry.kv_bytes_per_token, sum(log.copy_s)
     written, moved = counters.get("inserted_tokens"), counters.get("moved_tokens")
-    spent = sum(map(times.seconds, log.cached_tokens, log.prompt_tokens)) + copied
+    spent = sum(log.prefill_s) + copied
     cold = sum(times.seconds(0, length) for length in log.prompt_tokens)
     return RunResult(
         config=identify(scenario, trace, target.priority_classes),

@@ -43,6 +43,7 @@ class RequestLog:
         order of ``Losses``, then tokens of bypassed requests, requests, and tokens of prompts and
         of their reused parts."""
         self.copy_s = array("d")
+        self.prefill_s = array("d")
         self.ttft_s = array("d")
         self.num_bypassed = 0
         """Requests that could not hold memory at all, and were computed without the cache."""
@@ -102,21 +103,22 @@ def serve(
                 served.prefilled()
                 served.finish(request.output)
             log.add(request, served, perf_counter() - start)
-        log.ttft_s = _queue(log, times, scenario.servers)
     else:
         replica = Replica(target, scenario.servers, scenario.max_running)
         EventLoop(log, times, scenario.tpot_s, replica).run(requests)
+    log.prefill_s.extend(map(times.seconds, log.cached_tokens, log.prompt_tokens))
+    if scenario.max_running is None:
+        log.ttft_s = _queue(log, scenario.servers)
     return log
 
 
-def _queue(log: RequestLog, times: PrefillTimes, servers: int) -> array[float]:
+def _queue(log: RequestLog, servers: int) -> array[float]:
     """Return the times to first token: waiting for a server, then the prefill."""
     free_at = [0.0] * servers
     found = array("d")
-    for arrival, copied, cached, length in zip(
-        log.arrival_s, log.copy_s, log.cached_tokens, log.prompt_tokens, strict=True
-    ):
-        done = max(arrival, free_at[0]) + copied + times.seconds(cached, length)
+    for arrival, copied, prefill in zip(log.arrival_s, log.copy_s, log.prefill_s, strict=True):
+        start = free_at[0]
+        done = (arrival if arrival > start else start) + copied + prefill
         heapq.heapreplace(free_at, done)
         found.append(done - arrival)
     return found

@@ -16,7 +16,7 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import PromptBoundaries, raise_failure
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import INT32, Tokens, new_tuple
 
 
 def build_target(scenario: Scenario, unit: int) -> Target:
@@ -53,6 +53,8 @@ class LeaseTarget:
         self._own_slots = None if geometry.checkpoint_bytes is None else count()
         """Slot numbers of running requests, if their states are outside the cache's memory: each
         gets its own, as in the engine."""
+        self._has_no_slot = self._stateful and self._own_slots is None and not cache.num_slots
+        """True if the pool of states is smaller than one, so that no request fits."""
         self.now_s = 0.0
         """Timestamp of the present request: the clock of policies in replays."""
         cache.policy.set_clock(lambda: self.now_s)
@@ -62,15 +64,14 @@ class LeaseTarget:
     def begin(self, request: TraceRequest) -> LeasedRequest | None:
         """Match, and take memory for the prompt. None, holding nothing, if it is refused."""
         self.now_s = request.timestamp_s
-        if self._stateful and self._own_slots is None and not self.cache.num_slots:
-            return None  # a pool of states that is smaller than one
-        asked = LeaseRequest(
-            request.tokens,
-            request.namespace,
-            PromptBoundaries(request.boundaries, request.answer_survives),
-            stateful=self._stateful,
-            own_slot=None if self._own_slots is None else next(self._own_slots),
-        )
+        if self._has_no_slot:
+            return None
+        ends = new_tuple(PromptBoundaries, (request.boundaries, request.answer_survives))
+        own_slot = None if self._own_slots is None else next(self._own_slots)
+        tokens, namespace, stateful = request.tokens, request.namespace, self._stateful
+        # It reuses and publishes all, has no row of a table, and does not resume.
+        fields = tokens, namespace, ends, True, False, stateful, None, own_slot, False
+        asked = new_tuple(LeaseRequest, fields)
         before = {} if self.exchange is None else self._fetched_bytes()
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)
         if lease is None:
@@ -115,7 +116,7 @@ class LeasedRequest:
     def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
         self._target, self._lease, self._request = target, lease, request
         self.cached_len = lease.cached_len
-        self.losses = lease.losses
+        self.losses = lease.match.losses
         self.copy_s = 0.0
         """Seconds of copies from lower tiers that this request waited for."""
 
@@ -146,9 +147,11 @@ class LeasedRequest:
             lease.finish(tokens, num_ids, stop_reason=stop_reason)
             return
         decoded_len = self._decode(computed_len)
-        everything = np.empty(num_ids + len(output), np.int32)
+        everything = np.empty(num_ids + len(output), INT32)
+        everything[num_ids:] = output
         start = lease.published_len  # The lease does not read earlier ids again.
-        everything[start:num_ids], everything[num_ids:] = tokens[start:], output
+        if start < num_ids:
+            everything[start:num_ids] = tokens[start:]
         lease.finish(everything, decoded_len, stop_reason=stop_reason)
 
     def _decode(self, computed_len: int) -> int:
