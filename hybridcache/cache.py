@@ -45,6 +45,7 @@ from hybridcache.api import (
 )
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, raise_failure
 from hybridcache.radix.tree import (
+    TOKEN_BYTES,
     Checkpoint,
     GhostList,
     ItemBytes,
@@ -56,6 +57,7 @@ from hybridcache.radix.tree import (
     has_deeper_checkpoint,
     last_checkpoint,
     members,
+    prompt_bytes,
     read_ghosts,
 )
 from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
@@ -230,14 +232,15 @@ class HybridRadixCache:
         num_tokens = len(tokens)
         root = self._tree.root(namespace)
         node: RadixNode | None
-        node, inside, kv_match_len = self._tree.walk(root, tokens)
+        ids, _ = prompt_bytes(tokens, 0)
+        node, inside, kv_match_len = self._tree.walk(root, ids, 0)
         seen_len = kv_match_len
         missed: Checkpoint | None = None
         forks = inside is not None or node is root or bool(node.children)
         deepest = node
         if inside is None and node.ghosts:
-            deepest, seen_len, missed, forks = read_ghosts(self._tree, node, tokens)
-        reachable = min(kv_match_len, num_tokens - 1)
+            deepest, seen_len, missed, forks = read_ghosts(self._tree, node, ids)
+        reachable = kv_match_len if kv_match_len < num_tokens else num_tokens - 1
         grid_len = reachable - reachable % self.checkpoint_grid
         checkpoint: Checkpoint | None = None
         last: NodeHandle | None = None
@@ -259,8 +262,9 @@ class HybridRadixCache:
                         missed = missed or node.lost_checkpoint
                 node = node.parent
             cached_len = 0 if checkpoint is None else checkpoint.position
-            saved_len = max(cached_len, lost_len)
-            grid_len = max(saved_len, grid_len)
+            saved_len = lost_len or cached_len  # A lost checkpoint lies deeper.
+            if grid_len < saved_len:
+                grid_len = saved_len
         losses = Losses(
             num_tokens - seen_len,
             seen_len - kv_match_len,
@@ -446,7 +450,7 @@ class HybridRadixCache:
         """
         require_int32(tokens, "tokens")
         root = self._tree.root(namespace)
-        node, inside, kv_match_len = self._tree.walk(root, tokens)
+        node, inside, kv_match_len = self._tree.walk(root, tokens.tobytes(), 0)
         if inside is not None and kv_match_len > node.end:
             node = self._split(inside, kv_match_len)
         return self.lock(None if node is root else node)
@@ -464,8 +468,8 @@ class HybridRadixCache:
         if old is not None:
             handle.superseded = None
             old.num_successors -= 1
-            if old.node.checkpoint is old:
-                self._review(old.node)
+            if old.node.checkpoint is old and not old.num_successors:
+                self._rank(old, has_deeper_checkpoint(old.node))
         node.locks -= 1
         if node.locks:
             return
@@ -508,7 +512,7 @@ class HybridRadixCache:
         rows = pages.allocate(num_tokens)
         if rows is None:
             wanted = -(-num_tokens // self.page_size) * self.page_size
-            if self._can_free(wanted * pages.unit_bytes, wanted - pages.num_free):
+            if self._can_free(wanted * pages.unit_bytes, wanted):
                 kind: Kind | None = "kv" if pages.budget is None else None
                 while rows is None and self._evict_one(kind):
                     rows = pages.allocate(num_tokens)
@@ -531,18 +535,18 @@ class HybridRadixCache:
             if before is not None:
                 replaces.superseded = before
                 before.num_successors += 1
-                self._review(before.node)
+                if not before.superseded:
+                    self._rank(before, True)
         slots, budget = self._slots, self._slots.budget
+        if slots.num_taken == slots.capacity:
+            self._evict_one("checkpoint")
+        elif budget is not None and budget.free_bytes < slots.unit_bytes:
+            is_possible = self._can_free(slots.unit_bytes, 0)
+            while is_possible and budget.free_bytes < slots.unit_bytes:
+                is_possible = self._evict_one(None)
         slot = slots.allocate()
         if slot is None:
-            if budget is None or not slots.num_unused:
-                self._evict_one("checkpoint")
-            elif self._can_free(slots.unit_bytes, 0):
-                while budget.free_bytes < slots.unit_bytes and self._evict_one(None):
-                    pass
-            slot = slots.allocate()
-            if slot is None:
-                self.stats.refusals += 1
+            self.stats.refusals += 1
         return slot
 
     def free_kv(self, kv_indices: Indices) -> None:
@@ -636,14 +640,16 @@ class HybridRadixCache:
         """Return False, because this cache has no offload tiers; see ``TieredRadixCache.fetch``."""
         return False
 
-    def _can_free(self, wanted_bytes: int, short_tokens: int) -> bool:
-        """Return whether eviction could free that much.
+    def _can_free(self, wanted_bytes: int, wanted_tokens: int) -> bool:
+        """Return whether eviction could free enough.
 
-        Under a shared budget this is ``wanted_bytes`` in all, else ``short_tokens`` beyond the free
-        ones. O(1) if it could even if locks shared no path, else as ``protected``.
+        Under a shared budget this is for ``wanted_bytes``, else for ``wanted_tokens``. O(1) if it
+        could even if locks shared no path, else as ``protected``.
         """
         pages, budget = self._pages, self._pages.budget
-        if budget is not None:
+        if budget is None:
+            short_tokens = wanted_tokens - pages.num_free
+        else:
             num_slots = self.num_checkpoints - self._locked_slots
             wanted_bytes -= budget.free_bytes + num_slots * self._slots.unit_bytes
             short_tokens = -(-wanted_bytes // pages.unit_bytes)
@@ -654,15 +660,13 @@ class HybridRadixCache:
     def _evict_one(self, kind: Kind | None) -> bool:
         """Evict the policy's victim. Returns False if nothing evictable remains. Amortised O(log n)
         per freed item."""
-        while True:
-            item = self.policy.victim(kind)
-            if item is None:
-                return False
-            node = item.node
-            if not node.locks:
-                break
-            self.policy.discard(item, evicted=False)
+        policy, ghosts = self.policy, self.ghosts
+        while (item := policy.victim(kind)) is not None and item.node.locks:
+            policy.discard(item, evicted=False)
             self._withheld.add(item)
+        if item is None:
+            return False
+        node = item.node
         self.stats.evictions += 1
         if self._listeners:
             self._notify("chosen", item)
@@ -670,8 +674,8 @@ class HybridRadixCache:
             self._drop_checkpoint(node)
         else:
             self._drop_leaf(node)
-        if self.ghosts.num_bytes > self.ghosts.limit_bytes:
-            self.ghosts.trim()
+        if ghosts.num_bytes > ghosts.limit_bytes:
+            ghosts.trim()
         return True
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
@@ -698,18 +702,18 @@ class HybridRadixCache:
         """
         assert leaf.kv is not None
         self.policy.discard(leaf.kv, evicted=True)
+        if leaf.checkpoint is not None:
+            self._drop_checkpoint(leaf)
         freed: list[Indices] = []
         while True:
             if leaf.pins:  # Of a returned lock. A ghost may be split, and has no pins then.
                 self.protected()
-            if leaf.checkpoint is not None:
-                self._drop_checkpoint(leaf)
             kv, parent = leaf.kv, leaf.parent
             assert kv is not None and parent is not None
             if self._listeners:
                 self._notify("kv_removed", leaf)
-            freed.append(kv.rows)
-            above = parent.kv
+            rows, above = kv.rows, parent.kv
+            freed.append(rows)
             if above is not None:
                 above.uses += kv.uses
                 if kv.last_used > above.last_used:
@@ -719,18 +723,19 @@ class HybridRadixCache:
             leaf.kv = None
             kv.rows = EMPTY  # a policy's queue may hold the segment for a while yet
             self._tree.fade(leaf)
-            self.ghosts.add(leaf, freed[-1])
+            self.ghosts.add(leaf, rows)
             if parent.children is not None:
                 if type(parent.children) is RadixNode:  # The path does not fork any more.
                     self._review(parent)
                 break
-            if parent.kv is None:
+            if above is None:
                 break
             if parent.checkpoint is not None or parent.locks or not self._has_states:
-                self.policy.add(parent.kv)
+                self.policy.add(above)
                 break
             leaf = parent
-        rows = freed[0] if len(freed) == 1 else np.concatenate(freed)
+        if len(freed) > 1:
+            rows = np.concatenate(freed)
         self._pages.free(rows)
         self.cached_tokens -= len(rows)
         self.stats.evicted_tokens += len(rows)
@@ -783,7 +788,7 @@ class HybridRadixCache:
             if self._is_cached[slot] or not self._slots.is_taken[slot]:
                 raise ValueError(f"slot {slot} is free or the cache's: take one with allocate_slot")
         rejected: tuple[int, ...] = ()
-        if not self._has_states or not self._keeps:
+        if not self.needs_states:
             rejected, checkpoints = tuple(slot for _, slot in checkpoints), ()
             if not self._keeps:
                 return InsertResult(0, EMPTY, rejected, None)
@@ -792,9 +797,10 @@ class HybridRadixCache:
         while base is not None and base.end > owned_from:
             base = base.parent
         node = base if base is not None else tree.root(namespace)
+        ids, first = prompt_bytes(tokens, node.end)
         inside, kv_match_len = None, node.end
         if node.children is not None:
-            node, inside, kv_match_len = tree.walk(node, tokens)
+            node, inside, kv_match_len = tree.walk(node, ids, first)
         if owned_from > kv_match_len:
             raise ValueError(
                 f"owned_from is {owned_from}, but the cache holds only {kv_match_len} of these "
@@ -806,7 +812,12 @@ class HybridRadixCache:
         if kv_match_len < num_tokens:
             if kv is not None and node.children is None:  # It is a leaf no more.
                 self._withdraw(kv)
-            leaf = self._append(node, tokens[:num_tokens], kv_indices, checkpoints)
+            ends = [num_tokens]
+            for end, _ in checkpoints:
+                if end < num_tokens and end % self.checkpoint_grid == 0:
+                    ends.append(end)
+            ends.sort()
+            leaf = self._append(node, ids, first, kv_indices, ends)
             self.cached_tokens += num_tokens - kv_match_len
             self.stats.inserted_tokens += num_tokens - kv_match_len
             if type(node.children) is dict and len(node.children) == 2:
@@ -820,9 +831,8 @@ class HybridRadixCache:
         if kv_match_len < num_tokens and leaf.children is None and leaf.kv is not None:
             self.policy.add(leaf.kv)
         duplicates = kv_indices[owned_from:kv_match_len] if kv_match_len > owned_from else EMPTY
-        if leaf.parent is None:
-            return InsertResult(0, duplicates, rejected, None)
-        return InsertResult(num_tokens, duplicates, rejected, leaf)
+        tip = None if leaf.parent is None else leaf
+        return tuple.__new__(InsertResult, (num_tokens, duplicates, rejected, tip))
 
     def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
         """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
@@ -843,94 +853,85 @@ class HybridRadixCache:
             last = last.parent
 
     def _append(
-        self,
-        node: RadixNode,
-        tokens: Tokens,
-        rows: Indices,
-        checkpoints: Sequence[tuple[int, int]],
+        self, node: RadixNode, ids: bytes, first: int, rows: Indices, ends: Sequence[int]
     ) -> RadixNode:
-        """Make ``tokens``, whose path ``node`` is on, resident with copies of ``rows``, and return
-        the new leaf.
+        """Make tokens up to the last of ``ends`` resident with copies of ``rows``, and return the
+        new leaf. ``ids`` are the tokens from ``first`` on; ``node`` is on their path.
 
-        Ghosts on the path are revived first, then nodes are added. A new node ends at each planned
-        checkpoint, so that none is split at once: separate nodes share no buffer.
+        Ghosts on the path are revived first, then nodes are added. A new node ends at each of
+        ``ends``, where checkpoints follow, so that none is split at once: separate nodes share no
+        buffer.
         """
-        tree, grid, num_tokens = self._tree, self.checkpoint_grid, len(tokens)
+        tree, last, path = self._tree, node, []
         if node.ghosts is not None:
-            ghost, inside, length = tree.walk(node, tokens, ghosts=True)
-            if inside is not None and length > ghost.end:
-                ghost = tree.split(inside, length)
-                self.ghosts.split(ghost, inside)
-            path = []
-            while ghost is not node:
-                path.append(ghost)
-                assert ghost.parent is not None
-                ghost = ghost.parent
-            for ghost in reversed(path):
-                self.ghosts.discard(ghost)
-                tree.revive(ghost)
-                self._store_rows(ghost, rows[node.end : ghost.end].copy())
-                node = ghost
-        for end, _ in (*sorted(checkpoints), (num_tokens, 0)):
-            start = node.end
-            if start < end <= num_tokens and (end == num_tokens or end % grid == 0):
-                node = tree.grow(node, tokens[start:end])
-                self._store_rows(node, rows[start:end].copy())
-        return node
+            last, inside, length = tree.walk(node, ids, first, ghosts=True)
+            if inside is not None and length > last.end:
+                last = tree.split(inside, length)
+                self.ghosts.split(last, inside)
+            above = last
+            while above is not node:
+                path.append(above)
+                assert above.parent is not None
+                above = above.parent
+            path.reverse()
+            self.ghosts.discard(path)
+            tree.revive(path)
+        for end in ends:
+            start = last.end
+            if start < end:
+                edge = ids[(start - first) * TOKEN_BYTES : (end - first) * TOKEN_BYTES]
+                last = tree.grow(last, edge)
+                path.append(last)
+        self._store_rows(path, rows, 0)
+        return last
 
-    def _store_rows(self, node: RadixNode, rows: Indices) -> None:
-        """Make ``node`` resident with ``rows``; the cache takes over the array.
+    def _store_rows(self, path: Sequence[RadixNode], rows: Indices, first: int) -> None:
+        """Make the nodes of ``path`` resident with copies of their ``rows``, which begin at the
+        position ``first``.
 
-        Callers count the tokens, and add the KV to the policy if the node is still a leaf.
+        Callers count the tokens, and add the KV to the policy if the last node is still a leaf.
         """
-        serial = self.num_items
-        self.num_items = serial + 1
-        node.kv = Segment(node, rows, self.now, serial, self.item_bytes)
-        if self._segments is not None:
-            self._segments.new[serial] = node.kv
-        if self._listeners:
-            self._notify("kv_stored", node)
+        serial, now, item_bytes = self.num_items, self.now, self.item_bytes
+        start = path[0].start - first
+        for node in path:
+            end = node.end - first
+            node.kv = Segment(node, rows[start:end].copy(), now, serial, item_bytes)
+            if self._segments is not None:
+                self._segments.new[serial] = node.kv
+            if self._listeners:
+                self._notify("kv_stored", node)
+            start, serial = end, serial + 1
+        self.num_items = serial
 
     def _place(
-        self,
-        leaf: RadixNode,
-        checkpoints: Sequence[tuple[int, int]],
-        labels: Sequence[str],
-        offered_to: int,
+        self, leaf: RadixNode, saves: Sequence[tuple[int, int]], labels: Sequence[str], offered: int
     ) -> tuple[int, ...]:
         """Store checkpoints on the path to ``leaf``, splitting where needed; return the slots not
         taken.
 
-        The policy already holds nodes that end at or before ``offered_to``. O(path).
+        The policy already holds nodes that end at or before ``offered``. O(path).
         """
         rejected: list[int] = []
         node, end, step = leaf, leaf.end, self.checkpoint_grid
-        order: Sequence[int] = range(len(checkpoints))
+        order: Sequence[int] = range(len(saves))
         if len(order) > 1:
-            order = sorted(order, key=checkpoints.__getitem__, reverse=True)
+            order = sorted(order, key=saves.__getitem__, reverse=True)
         for index in order:
-            position, slot = checkpoints[index]
-            if position % step or not 0 < position <= end:
-                rejected.append(slot)
-                continue
-            while (above := node.parent) is not None and above.end >= position:
-                node = above
-            if node.end > position:
-                node = self._split(node, position)
-            if node.checkpoint is not None:
-                rejected.append(slot)
-                continue
-            label = labels[index] if labels else ""
-            self._store_checkpoint(node, slot, label, position <= offered_to)
+            position, slot = saves[index]
+            if position % step == 0 and 0 < position <= end:
+                while (above := node.parent) is not None and above.end >= position:
+                    node = above
+                if node.end > position:
+                    node = self._split(node, position)
+                if node.checkpoint is None:
+                    label = labels[index] if labels else ""
+                    self._store_checkpoint(node, slot, label, position <= offered)
+                    continue
+            rejected.append(slot)
         return tuple(rejected)
 
     def _store_checkpoint(
-        self,
-        node: RadixNode,
-        slot: int,
-        label: str,
-        offered: bool,
-        uses: int = 0,
+        self, node: RadixNode, slot: int, label: str, offered: bool, uses: int = 0
     ) -> None:
         """Store ``slot`` as the checkpoint of ``node``, with ``uses`` earlier uses.
 
@@ -947,10 +948,11 @@ class HybridRadixCache:
         revives = node.kv if offered and not node.children else None
         if revives is not None:
             self._withdraw(revives)
-        checkpoint.superseded = has_deeper_checkpoint(node)
+        checkpoint.superseded = node.children is not None and has_deeper_checkpoint(node)
+        before = None if checkpoint.superseded else last_checkpoint(node)
         node.checkpoint = checkpoint
-        if not checkpoint.superseded and node.parent is not None:
-            self._review(node.parent)
+        if before is not None and not before.superseded:
+            self._rank(before, True)
         if node.locks:
             self._locked_slots += 1
         node.lost_checkpoint = None
@@ -981,17 +983,19 @@ class HybridRadixCache:
         """Update whether the last checkpoint at or above ``node`` is superseded, after a change
         there. O(nodes between it and the next deeper one)."""
         last = last_checkpoint(node)
-        if last is None:
+        if last is not None:
+            self._rank(last, last.num_successors > 0 or has_deeper_checkpoint(node))
+
+    def _rank(self, item: Checkpoint, superseded: bool) -> None:
+        """Note that ``item`` is ``superseded`` or not, and notify the policy of a change."""
+        if superseded == item.superseded:
             return
-        superseded = last.num_successors > 0 or has_deeper_checkpoint(node)
-        if superseded == last.superseded:
-            return
-        is_candidate = last not in self._withheld
+        is_candidate = item not in self._withheld
         if is_candidate:
-            self.policy.discard(last, evicted=False)
-        last.superseded = superseded
+            self.policy.discard(item, evicted=False)
+        item.superseded = superseded
         if is_candidate:
-            self.policy.add(last)
+            self.policy.add(item)
 
     def _withdraw(self, item: Item) -> None:
         """Remove ``item`` from the candidates."""

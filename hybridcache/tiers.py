@@ -19,7 +19,7 @@ hold its bytes. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import chain
 from typing import NamedTuple
 
@@ -192,10 +192,9 @@ class OffloadTiers(GhostList):
         if not len(rows) or not self.add_kv(ghost, rows):
             super().add(ghost)
 
-    def discard(self, ghost: RadixNode) -> None:
-        """Free the offloaded KV of ``ghost``, or remove it from the list."""
-        if not self.drop_kv(ghost):
-            super().discard(ghost)
+    def discard(self, path: Iterable[RadixNode]) -> None:
+        """Free the offloaded KV of the ghosts of ``path``, or remove them from the list."""
+        super().discard([ghost for ghost in path if not self.drop_kv(ghost)])
 
     def split(self, upper: RadixNode, lower: RadixNode) -> None:
         """Give ``upper``, the new upper part of the ghost ``lower``, its part of the offloaded KV,
@@ -619,9 +618,10 @@ class TieredRadixCache(HybridRadixCache):
             tier = offload.names[entry.kv_tier]
             offload.copy("kv", tier, entry.kv, DEVICE, rows[start:end], node)
             offload.drop_kv(node)
-            self._tree.revive(node)
-            self._store_rows(node, rows[start:end].copy())
             start = end
+        self._tree.revive(path)
+        if path:
+            self._store_rows(path, rows, path[0].start)
         self.cached_tokens += start
         self.stats.inserted_tokens += start
         if base is not None and isinstance(base.children, dict):
@@ -641,12 +641,7 @@ class TieredRadixCache(HybridRadixCache):
             lost.stored = None if node.offloaded is None else node.offloaded.state
 
     def _store_checkpoint(
-        self,
-        node: RadixNode,
-        slot: int,
-        label: str,
-        offered: bool,
-        uses: int = 0,
+        self, node: RadixNode, slot: int, label: str, offered: bool, uses: int = 0
     ) -> None:
         """Free the offloaded state of ``node``, which is on the device again."""
         if node.offloaded is not None:
@@ -673,9 +668,10 @@ class TieredRadixCache(HybridRadixCache):
         tree, offload = self._tree, self.offload
         number = offload.names.index(tier)
         pages = offload.tiers[number].pages
-        node, inside, length = tree.walk(tree.root(namespace), tokens)
+        ids = tokens.tobytes()
+        node, inside, length = tree.walk(tree.root(namespace), ids, 0)
         if inside is None:
-            node, inside, length = tree.walk(node, tokens, ghosts=True)
+            node, inside, length = tree.walk(node, ids, 0, ghosts=True)
         last = node if inside is None or length == node.end else inside
         known = last
         while _place(known) is None:
@@ -697,7 +693,7 @@ class TieredRadixCache(HybridRadixCache):
                 node = tree.split(last, length)
                 self.ghosts.split(node, last)
         if length < len(tokens):
-            node = tree.grow(node, tokens[length:])
+            node = tree.grow(node, tokens[length:].tobytes())
             tree.fade(node)
             self.ghosts.add(node)
         kv_rows = pages.allocate(len(tokens) - start)
@@ -705,7 +701,7 @@ class TieredRadixCache(HybridRadixCache):
         assert kv_rows is not None and state_rows is not None
         target = node
         while node.end > start:
-            self.ghosts.discard(node)
+            self.ghosts.discard((node,))
             rows = kv_rows[node.start - start : node.end - start].copy()
             offload.hold_kv(node, number, rows)
             assert node.parent is not None

@@ -163,7 +163,7 @@ class Mirror:
         match event:
             case KVStored(id_, above, namespace, _, tokens):
                 parent = tree.root(namespace) if above is None else nodes[above]
-                self._add(id_, tree.grow(parent, np.array(tokens, np.int32)))
+                self._add(id_, tree.grow(parent, np.array(tokens, np.int32).tobytes()))
                 self.num_tokens += len(tokens)
             case KVSplit(id_, upper_id, position):
                 self._add(upper_id, tree.split(nodes[id_], position))
@@ -186,7 +186,7 @@ class Mirror:
     def match(self, tokens: Tokens, namespace: Hashable = None) -> MirrorMatch:
         """Match ``tokens``, int32[n]. O(n)."""
         require_int32(tokens, "tokens")
-        above, _, end = self._tree.walk(self._tree.root(namespace), tokens)
+        above, _, end = self._tree.walk(self._tree.root(namespace), tokens.tobytes(), 0)
         if self._kv_step is not None:
             reachable = max(min(end, len(tokens) - 1), 0)
             return MirrorMatch(reachable - reachable % self._kv_step, end)

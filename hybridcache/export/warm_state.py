@@ -186,7 +186,7 @@ class Memory:
             above, end, serial, created, last_used, uses, superseded = row
             parent = nodes[above] if above >= 0 else roots[-1 - above]
             start, at = at, at + end - parent.end
-            node = tree.grow(parent, tokens[start:at])
+            node = tree.grow(parent, tokens[start:at].tobytes())
             tree.fade(node)
             nodes.append(node)
             if serial >= 0:

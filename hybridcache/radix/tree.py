@@ -17,7 +17,7 @@ discards the oldest ghosts beyond its limit of bytes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
@@ -322,13 +322,7 @@ class Checkpoint(Item):
     dead = False
 
     def __init__(
-        self,
-        node: RadixNode,
-        slot: int,
-        now: int,
-        serial: int,
-        item_bytes: ItemBytes,
-        label: str,
+        self, node: RadixNode, slot: int, now: int, serial: int, item_bytes: ItemBytes, label: str
     ) -> None:
         self.node = node
         self.position = node.end
@@ -404,6 +398,16 @@ def has_deeper_checkpoint(node: RadixNode) -> bool:
 
 # --- The tree -------------------------------------------------------------------------------------
 
+
+def prompt_bytes(tokens: Tokens, start: int) -> tuple[bytes, int]:
+    """Return the bytes of ``tokens`` from ``start`` on or from an earlier position, and that
+    position. O(1) if ``tokens`` are all of a ``bytes`` object, else O(n)."""
+    whole: Any = tokens.base
+    if type(whole) is bytes and len(whole) == tokens.nbytes:
+        return whole, 0
+    return tokens[start:].tobytes(), start
+
+
 Walk = tuple[RadixNode, RadixNode | None, int]
 """Result of following a prompt through the resident part of the tree:
 
@@ -436,25 +440,18 @@ class RadixTree:
         node = self.roots.get(namespace)
         return RadixNode(None, namespace, b"", 0) if node is None else node
 
-    def walk(self, node: RadixNode, tokens: Tokens, ghosts: bool = False) -> Walk:
-        """Follow ``tokens``, of which ``node`` ends on the path, through resident edges or through
-        ghosts.
+    def walk(self, node: RadixNode, ids: bytes, base: int, ghosts: bool = False) -> Walk:
+        """Follow ``ids``, the tokens of a prompt from position ``base`` on, from ``node``, which is
+        on their path, through resident edges or through ghosts.
 
-        Changes nothing. O(len(tokens) - node.end): an edge is compared with one ``memcmp``, and the
+        Changes nothing. O(tokens after node): an edge is compared with one ``memcmp``, and the
         position of a difference is searched once, at the end. An only child is compared without
         looking up its key.
         """
-        end, page_bytes = node.end, self.page_size * TOKEN_BYTES
+        at, page_bytes = (node.end - base) * TOKEN_BYTES, self.page_size * TOKEN_BYTES
         family = node.ghosts if ghosts else node.children
-        if family is None:
-            return node, None, end
-        base = 0
-        ids: Any = tokens.base
-        if type(ids) is not bytes or len(ids) != tokens.nbytes:  # else a view of all of them
-            base, ids = end, tokens[end:].tobytes()
         starts_with = ids.startswith
         while family is not None:
-            at = (end - base) * TOKEN_BYTES
             child: RadixNode | None
             if type(family) is RadixNode:
                 child = family
@@ -462,22 +459,22 @@ class RadixTree:
                 child = family.get(ids[at : at + page_bytes])
                 if child is None:
                     break
-            if not starts_with(child.edge, at):
+            edge = child.edge
+            if not starts_with(edge, at):
                 if child.key != ids[at : at + page_bytes]:
                     break
-                edge = edge_tokens(child.edge)
-                return node, child, end + common_prefix_len(edge, tokens[end:], self.page_size)
+                rest = np.frombuffer(ids, np.int32, offset=at)
+                shared = common_prefix_len(edge_tokens(edge), rest, self.page_size)
+                return node, child, node.end + shared
             node = child
-            end = node.end
+            at += len(edge)
             family = node.ghosts if ghosts else node.children
-        return node, None, end
+        return node, None, node.end
 
-    def grow(self, parent: RadixNode, tokens: Tokens) -> RadixNode:
-        """Add a resident child with a copy of ``tokens`` to ``parent``, and return it.
-        O(len(tokens))."""
-        edge = tokens.tobytes()
+    def grow(self, parent: RadixNode, edge: bytes) -> RadixNode:
+        """Add a resident child with the tokens of ``edge`` to ``parent``, and return it. O(1)."""
         key = edge[: self.page_size * TOKEN_BYTES]
-        child = RadixNode(parent, key, edge, parent.end + len(tokens))
+        child = RadixNode(parent, key, edge, parent.end + len(edge) // TOKEN_BYTES)
         family = parent.children
         parent.children = child if family is None else with_child(family, child)
         if parent.parent is None:
@@ -512,13 +509,14 @@ class RadixTree:
         self.num_nodes += 1
         return upper
 
-    def revive(self, ghost: RadixNode) -> None:
-        """Turn a ghost into a resident child. The caller must give it a segment. O(1)."""
-        parent = ghost.parent
-        assert parent is not None
-        ghosts, family = parent.ghosts, parent.children
-        parent.ghosts = None if ghosts is ghost else without_child(ghosts, ghost)
-        parent.children = ghost if family is None else with_child(family, ghost)
+    def revive(self, path: Iterable[RadixNode]) -> None:
+        """Turn ghosts into resident children. The caller must give them segments. O(ghosts)."""
+        for ghost in path:
+            parent = ghost.parent
+            assert parent is not None
+            ghosts, family = parent.ghosts, parent.children
+            parent.ghosts = None if ghosts is ghost else without_child(ghosts, ghost)
+            parent.children = ghost if family is None else with_child(family, ghost)
 
     def fade(self, leaf: RadixNode) -> None:
         """Turn a resident node without resident children into a ghost. O(1)."""
@@ -608,17 +606,18 @@ GHOST_NODE_BYTES = 640
 
 
 def read_ghosts(
-    tree: RadixTree, node: RadixNode, tokens: Tokens
+    tree: RadixTree, node: RadixNode, ids: bytes
 ) -> tuple[RadixNode, int, Checkpoint | None, bool]:
-    """Follow ``tokens`` through the ghosts below ``node``, the end of their resident part. O(n).
+    """Follow ``ids``, all of a prompt, through the ghosts below ``node``, the end of their resident
+    part. O(n).
 
     Returns the deepest node, the length of the tokens seen before, the deepest evicted checkpoint
     on the way that could be resumed from (or None), and whether other tokens were seen to follow.
     """
-    last, inside, length = tree.walk(node, tokens, ghosts=True)
+    last, inside, length = tree.walk(node, ids, 0, ghosts=True)
     forks, missed, ghost = inside is not None or bool(last.ghosts), None, last
     while missed is None and ghost is not node:
-        if ghost.end < len(tokens):
+        if ghost.end * TOKEN_BYTES < len(ids):
             missed = ghost.lost_checkpoint
         assert ghost.parent is not None
         ghost = ghost.parent
@@ -649,10 +648,11 @@ class GhostList:
         # was old.
         self.num_bytes += (ghost.end - ghost.parent.end) * TOKEN_BYTES + GHOST_NODE_BYTES
 
-    def discard(self, ghost: RadixNode) -> None:
-        """Remove ``ghost``, which is resident again."""
-        del self._order[ghost]
-        self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
+    def discard(self, path: Iterable[RadixNode]) -> None:
+        """Remove the ghosts of ``path``, which become resident again."""
+        for ghost in path:
+            del self._order[ghost]
+            self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
 
     def split(self, upper: RadixNode, lower: RadixNode) -> None:
         """Add ``upper``, the new upper part of the ghost ``lower``, out of order: callers must
