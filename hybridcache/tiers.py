@@ -141,6 +141,9 @@ class OffloadedCheckpoint(Checkpoint):
                 break
         return item_bytes.state + num_tokens * item_bytes.kv_token
 
+    def span_and_size(self) -> tuple[int, int]:
+        return self.span, self.size_bytes
+
     def __lt__(self, other: object) -> bool:
         """Return False, because a state that is stored again has the serial of its first item,
         which a policy's heap may still hold."""

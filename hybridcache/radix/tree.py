@@ -241,10 +241,8 @@ class Item:
         """
         if not self.item_bytes.state:
             return self.position - self.node.start
-        above = self.node.parent
-        while above is not None and above.checkpoint is None:
-            above = above.parent
-        return self.position if above is None else self.position - above.end
+        above = self.above
+        return self.position if above is None else self.position - above.position
 
     @property
     def size_bytes(self) -> int:
@@ -255,19 +253,27 @@ class Item:
         - Checkpoint: its state, and for a leaf the same tail.
         - Attention-only cache: the rows of the segment.
         """
+        return Item.span_and_size(self)[1]
+
+    def span_and_size(self) -> tuple[int, int]:
+        """Return ``span`` and ``size_bytes``, after one walk for both."""
         node, (kv_token, state) = self.node, self.item_bytes
-        if self.kind == "checkpoint" and node.children is not None:
-            return state
-        top = node
-        while top.kv is not None and top.parent is not None:
-            top = top.parent
-            if top.checkpoint is not None or type(top.children) is dict:
-                break
-            if top.locks or not state:
-                break
-        num_bytes = (node.end - top.end) * kv_token
-        has_state = self.kind == "checkpoint" or node.checkpoint is not None
-        return num_bytes + state if has_state else num_bytes
+        if not state:
+            return self.span, self.span * kv_token
+        size_bytes, above = state, node.parent
+        if node.children is None or self.kind == "kv":
+            below, top = node, node if node.kv is None else above
+            assert top is not None
+            while (above := top.parent) is not None and top.checkpoint is None:
+                if top.children is not below or top.locks:
+                    break
+                below, top = top, above
+            size_bytes, above = (node.end - top.end) * kv_token, top
+            if self.kind == "checkpoint" or node.checkpoint is not None:
+                size_bytes += state
+        while above is not None and above.checkpoint is None:
+            above = above.parent
+        return self.position if above is None else self.position - above.end, size_bytes
 
 
 class Segment(Item):

@@ -32,6 +32,9 @@ class FakeItem(Item):
     evicted_above: Any = None
     """Evicted checkpoint between this item and ``above``."""
 
+    def span_and_size(self) -> tuple[int, int]:
+        return self.span, self.size_bytes
+
     @property
     def predecessor(self) -> Any:
         return self.evicted_above or self.above

@@ -18,8 +18,8 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +72,13 @@ def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
     return _BIN_OF.take(ages, mode="clip")
 
 
+def _cells(first: Ints, ages: Ints, oldest: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the cell of each stage in a table with rows that begin at ``first``, and the time that
+    it spent in the last bin. For ``oldest`` see ``age_bins``."""
+    bins = age_bins(ages, oldest)
+    return first + bins, ages - EDGES[bins] + 0.5
+
+
 class _Generation(NamedTuple):
     """Rows with keys of equal ``length``, either all with a model or all without."""
 
@@ -87,7 +94,7 @@ class _Generation(NamedTuple):
     """Distinct parents; ``first`` has the number of the first row of each."""
     first: Ints
     facts: Ints
-    """Number of each row's last fact, from 0; with ``models``, of its parent."""
+    """Number of each row's last fact; with ``models``, of its parent."""
 
 
 Key = tuple[Hashable, ...]
@@ -221,9 +228,7 @@ class Hazards:
     def refresh(self, now: int) -> bool:
         """Recompute the indices if enough has changed. Return whether it did."""
         waited = now - self._refreshed_at
-        if waited < 8 or (not self._changes and waited < 64):
-            return False
-        if waited < max(min(now // 6, 128), len(self._open) // 32):
+        if waited < max(8 if self._changes else 64, min(now // 6, 128), len(self._open) // 32):
             return False
         self._refreshed_at = now
         self._changes = 0
@@ -232,17 +237,16 @@ class Hazards:
         hazard = self._hazards(now, min(num_bins + AHEAD, NUM_BINS))
         self.index[: len(hazard), :num_bins] = index_of(hazard, num_bins)
         heavy = self._events.sum(axis=1) > MEMORY
-        for counts in (self._events, self._reached, self._partial):
-            counts[heavy] *= 0.5
+        if heavy.any():
+            for counts in (self._events, self._reached, self._partial):
+                counts[heavy] *= 0.5
         return True
 
     def _hazards(self, now: int, num_bins: int = NUM_BINS) -> Floats:
         """Return uses per unit of time at risk, by row and bin. No stage is older than the first
         ``num_bins`` bins."""
         if self._generations is None:
-            self._order, self._generations = _by_generation(
-                list(self.rows), self._parents, self._models
-            )
+            self._order, self._generations = _by_generation(self.rows, self._parents, self._models)
         self._count_ended()
         exposure, order = self._at_risk(now, num_bins), self._order
         both = np.concatenate((exposure, self._events[: len(order), :num_bins]), axis=1)
@@ -277,33 +281,25 @@ class Hazards:
     def _at_risk(self, now: int, num_bins: int) -> Floats:
         """Return the time spent in each bin by all stages, open or ended, by row."""
         codes = np.fromiter(self._open.values(), np.int64, len(self._open))
-        open_, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
-        reached = open_[:, :num_bins] + self._reached[: len(open_), :num_bins]
-        partial = partial[:, :num_bins] + self._partial[: len(open_), :num_bins]
+        rows = codes & _ROW_MASK
+        cells, spent = _cells(rows * num_bins, now - (codes >> _ROW_BITS), now)
+        shape = len(self._parents), num_bins
+        open_ = np.bincount(cells, minlength=shape[0] * num_bins).reshape(shape)
+        reached = open_ + self._reached[: shape[0], :num_bins]
+        partial = np.bincount(cells, spent, shape[0] * num_bins).reshape(shape)
         later_first = reached.T[::-1].copy()  # Rows are summed faster than columns.
-        beyond = np.cumsum(later_first, axis=0)[::-1].T - reached
-        return np.asarray(beyond * WIDTHS[:num_bins] + partial)
-
-    def _by_age(self, ages: Ints, rows: Ints, oldest: int) -> tuple[Floats, Floats]:
-        """Return the number of stages by row and last bin, and the time spent in that bin."""
-        num_cells = len(self._parents) * NUM_BINS
-        bins = age_bins(ages, oldest)
-        cells = rows * NUM_BINS + bins
-        spent = ages - EDGES[bins] + 0.5
-        reached = np.bincount(cells, minlength=num_cells).astype(np.float64)
-        partial = np.bincount(cells, spent, num_cells).astype(np.float64, copy=False)
-        return reached.reshape(-1, NUM_BINS), partial.reshape(-1, NUM_BINS)
+        beyond = later_first.cumsum(axis=0)[::-1].T - reached
+        return beyond * WIDTHS[:num_bins] + (partial + self._partial[: shape[0], :num_bins])
 
     def _count_ended(self) -> None:
         """Add the stages that ended to the tables."""
-        codes = np.array(self._ended + self._used, np.int64)
-        ages, rows, num_ended = codes >> _ROW_BITS, codes & _ROW_MASK, len(self._ended)
-        oldest = int(ages.max(initial=0))
-        reached, partial = self._by_age(ages[:num_ended], rows[:num_ended], oldest)
-        events, _ = self._by_age(ages[num_ended:], rows[num_ended:], oldest)
-        self._reached[: len(reached)] += reached
-        self._partial[: len(reached)] += partial
-        self._events[: len(reached)] += events
+        num_ended, codes = len(self._ended), np.array(self._ended + self._used, np.int64)
+        ages, rows = codes >> _ROW_BITS, codes & _ROW_MASK
+        cells, spent = _cells(rows * NUM_BINS, ages, ages.max(initial=0))
+        ended = cells[:num_ended]
+        np.add.at(self._reached.reshape(-1), ended, 1.0)
+        np.add.at(self._partial.reshape(-1), ended, spent[:num_ended])
+        np.add.at(self._events.reshape(-1), cells[num_ended:], 1.0)
         self._ended.clear()
         self._used.clear()
 
@@ -316,43 +312,35 @@ class Hazards:
 
 
 def _by_generation(
-    keys: Sequence[Key], parents: Sequence[int | None], models: Mapping[int, int]
+    keys: Iterable[Key], parents: Sequence[int | None], models: Mapping[int, int]
 ) -> tuple[Ints, list[_Generation]]:
     """Return all rows in the order of their generations, and these: shortest keys first, and rows
     with models after others of their length. O(rows log rows)."""
-    above = [-1 if parent is None else parent for parent in parents]
-    by_kind: dict[tuple[int, bool], list[int]] = {}
-    for row, key in enumerate(keys):
-        by_kind.setdefault((len(key), row in models), []).append(row)
-    kinds = sorted(by_kind)
-    order = [row for kind in kinds for row in sorted(by_kind[kind], key=above.__getitem__)]
-    place_of = {row: place for place, row in enumerate(order)} | {-1: -1}
+    codes, facts, fact_numbers = list[int](), list[int](), dict[Hashable, int]()
+    for row, (key, parent) in enumerate(zip(keys, parents, strict=True)):
+        kind = 2 * len(key) + (row in models)
+        above = 0 if parent is None else parent + 1
+        codes.append((kind << _ROW_BITS | above) << _ROW_BITS | row)
+        fact = kind, parent if row in models else key[-1]
+        facts.append(fact_numbers.setdefault(fact, len(fact_numbers)))
+    ordered = np.sort(np.array(codes, np.int64))
+    order, families = ordered & _ROW_MASK, ordered >> _ROW_BITS
+    place_of = np.full(len(codes) + 1, -1)
+    place_of[order + 1] = np.arange(len(codes))
+    above_of, fact_of = place_of[families & _ROW_MASK], np.array(facts)[order]
+    is_first = np.diff(families, prepend=-1) > 0
+    kinds = families >> _ROW_BITS
+    begins = np.diff(kinds, prepend=0).nonzero()[0].tolist()
     found: list[_Generation] = []
-    begin = 0
-    for length, has_model in kinds:
-        end = begin + len(by_kind[length, has_model])
-        rows = order[begin:end]
-        its_parents = [place_of[above[row]] for row in rows]
-        first: dict[int, int] = {}
-        numbers: dict[Hashable, int] = {}
-        facts = []
-        for number, (row, parent) in enumerate(zip(rows, its_parents, strict=True)):
-            first.setdefault(parent, number)
-            fact = parent if has_model else keys[row][-1]
-            facts.append(numbers.setdefault(fact, len(numbers)))
-        found.append(
-            _Generation(
-                length,
-                slice(begin, end),
-                np.array(its_parents),
-                np.array([place_of[models[row]] for row in rows]) if has_model else None,
-                np.array(list(first)),
-                np.array(list(first.values())),
-                np.array(facts),
-            )
-        )
-        begin = end
-    return np.array(order, np.int64), found
+    for begin, end in pairwise((*begins, len(codes))):
+        length, has_model = divmod(int(kinds[begin]), 2)
+        places, its_models = slice(begin, end), None
+        if has_model:
+            its_models = place_of[[models[row] + 1 for row in order[places].tolist()]]
+        its_parents, first = above_of[places], is_first[places].nonzero()[0]
+        numbers = its_parents, its_models, its_parents[first], first, fact_of[places]
+        found.append(_Generation(length, places, *numbers))
+    return order, found
 
 
 def _sums(facts: Ints, column: Floats) -> Floats:
@@ -519,11 +507,9 @@ class Survival(EvictionPolicy):
         self._just_used = False
         columns = self._checkpoints
         if item.kind == "kv":
-            if item.dead:
-                self._dead[item] = None
-                return
-            if self._idle_kv is not None:
-                self._idle_kv[item] = None
+            unranked = self._dead if item.dead else self._idle_kv
+            if unranked is not None:
+                unranked[item] = None
                 return
             columns = self._kv
         memo = item.memo
@@ -531,14 +517,11 @@ class Survival(EvictionPolicy):
             item.memo = memo = _Memo(item)
             self._stale[item] = None
             self._enter(item, memo, used=None)
-            worth = 0.0 if columns is self._checkpoints else item.span / item.size_bytes
-            columns.put(item, memo.row * NUM_BINS, memo.entered, worth)
-            return
-        if item.uses > memo.uses:
+        elif item.uses > memo.uses:
             self._enter(item, memo, used=True)
         elif item.superseded != memo.superseded:
             self._enter(item, memo, used=False)
-        columns.put(item, memo.row * NUM_BINS, memo.entered, item.span / item.size_bytes)
+        self._put(item, memo, columns)
 
     def touch(self, item: Item) -> None:
         hazards = self.hazards
@@ -550,25 +533,25 @@ class Survival(EvictionPolicy):
             self._enter(item, memo, used=True)
             columns = self._kv if item.kind == "kv" else self._checkpoints
             if item in columns.places:
-                columns.put(item, memo.row * NUM_BINS, memo.entered, item.span / item.size_bytes)
+                self._put(item, memo, columns)
 
     def discard(self, item: Item, evicted: bool) -> None:
         self._just_used = False
-        if item.kind == "kv" and self._idle_kv is not None and item in self._idle_kv:
+        is_kv = item.kind == "kv"
+        if is_kv and self._idle_kv is not None and item in self._idle_kv:
             del self._idle_kv[item]
             return
         above = item.above
         if above is not None:
             self._stale[above] = None
-        if item.kind == "kv":
+        if is_kv:
             if item in self._dead:
                 del self._dead[item]
-                return
-            self._kv.remove(item)
-        else:
-            self._checkpoints.remove(item)
-        is_gone = evicted and self._is_last and item.kind == "checkpoint"
-        if is_gone and above is not None and above.superseded:
+            else:
+                self._kv.remove(item)
+            return
+        self._checkpoints.remove(item)
+        if evicted and self._is_last and above is not None and above.superseded:
             memo = above.memo
             if isinstance(memo, _Memo):
                 memo.active = max(memo.active, item.memo.active)
@@ -579,8 +562,7 @@ class Survival(EvictionPolicy):
         if isinstance(memo, _Memo):
             self._enter(item, memo, used=None)
             if item in self._checkpoints.places:
-                worth = item.span / item.size_bytes
-                self._checkpoints.put(item, memo.row * NUM_BINS, memo.entered, worth)
+                self._put(item, memo, self._checkpoints)
 
     def on_ghost_hit(self, item: Item, used: bool = True) -> None:
         memo = item.memo
@@ -597,23 +579,34 @@ class Survival(EvictionPolicy):
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
         self.hazards.refresh(self.hazards.now)
-        candidates = self._checkpoints.items
-        if candidates:  # A random one too, which bounds the age of changes that were not noticed.
-            self._stale[candidates[self._random.randrange(len(candidates))]] = None
-        for item in self._stale:
-            columns = self._kv if item.kind == "kv" else self._checkpoints
-            place = columns.places.get(item)
+        columns, stale = self._checkpoints, self._stale
+        if (
+            columns.items
+        ):  # A random one too, which bounds the age of changes that were not noticed.
+            stale[columns.items[self._random.randrange(len(columns.items))]] = None
+        self._stale = {}
+        for item in stale:
+            its = columns if item in columns.places else self._kv
+            place = its.places.get(item)
             if place is not None:
-                columns.worths[place] = item.span / item.size_bytes
-        self._stale.clear()
-        chosen = None if kind == "kv" else self._least(self._checkpoints)
+                span, size_bytes = item.span_and_size()
+                its.worths[place] = span / size_bytes
+        chosen = None if kind == "kv" else self._least(columns, stale)
         if chosen is None and kind != "checkpoint":
             if self._idle_kv is not None:  # It has a separate pool, or no checkpoint is left.
                 waiting, self._idle_kv = self._idle_kv, None
                 for item in waiting:
                     self.add(item)
-            chosen = self._least(self._kv)
+            chosen = self._least(self._kv, stale)
         return chosen
+
+    def _put(self, item: Item, memo: _Memo, columns: Columns) -> None:
+        """Enter the numbers of ``item`` in ``columns``."""
+        worth = 0.0
+        if columns is self._kv or item not in self._stale:  # else ``victim`` computes it
+            span, size_bytes = item.span_and_size()
+            worth = span / size_bytes
+        columns.put(item, memo.row * NUM_BINS, memo.entered, worth)
 
     def _enter(self, item: Item, memo: _Memo, used: bool | None) -> None:
         """End the stage of ``item``, with ``used`` as in ``Hazards.close``, and begin one in its
@@ -638,7 +631,8 @@ class Survival(EvictionPolicy):
             item.label,
             uses if uses < 2 else 2,
             memo.turn,
-            2 * octave + (position << 2 >> octave) % 2,
+            octave,
+            position << 2 >> octave,
         )
         row = hazards.row_of_facts.get(facts)
         if row is None:
@@ -651,29 +645,23 @@ class Survival(EvictionPolicy):
         memo.stage = hazards.open(row, memo.active)
 
     def _row(
-        self, superseded: bool, kind: Kind, label: str, uses: int, turn: int, half_octave: int
+        self, superseded: bool, kind: Kind, label: str, uses: int, turn: int, octave: int, top: int
     ) -> int:
-        """Return the row of the class of an item with these facts."""
+        """Return the row of a class. ``top`` has the two highest bits of the position."""
         label, _, stop_reason = label.partition("/")
         is_speculative = label not in COMMON
         label = label or kind
         prior = SPECULATIVE_PRIOR if is_speculative else 1.0
+        coarse = (superseded, is_speculative), label
         if superseded:
-            tips = (False, is_speculative), label
-            self.hazards.row(((True, is_speculative), label), prior, (tips, SUPERSEDED_PRIOR))
-        key: Class = (
-            (superseded, is_speculative),
-            label,
-            uses,
-            0 if label in FORKS else min(turn, MAX_TURN),
-            half_octave // 2,
-            half_octave,
-        )
+            self.hazards.row(coarse, prior, (((False, is_speculative), label), SUPERSEDED_PRIOR))
+        generation = 0 if label in FORKS else min(turn, MAX_TURN)
+        key: Class = (*coarse, uses, generation, octave, 2 * octave + top % 2)
         return self.hazards.row((*key, stop_reason) if stop_reason else key, prior)
 
-    def _least(self, columns: Columns) -> Item | None:
+    def _least(self, columns: Columns, fresh: Container[Item]) -> Item | None:
         """Return the candidate with the least value per byte, or None. Outdated values of chosen
-        candidates are corrected."""
+        candidates are corrected, except those of ``fresh`` ones."""
         count = len(columns.items)
         if not count:
             return None
@@ -690,7 +678,10 @@ class Survival(EvictionPolicy):
                 values = rates * worths
             place = int(values.argmin())
             item = columns.items[first + place]
-            worth = item.span / item.size_bytes
+            if item in fresh:
+                break
+            span, size_bytes = item.span_and_size()
+            worth = span / size_bytes
             if worth <= worths.item(place) * 1.0001:
                 break
             worths[place] = worth
