@@ -632,7 +632,8 @@ class TieredRadixCache(HybridRadixCache):
         dst = np.array([slot], np.int32)
         offload.copy("checkpoint", offload.names[state.tier], state.rows, DEVICE, dst, target)
         self._store_checkpoint(target, slot, state.label, not path, state.uses)
-        if path and target.children is None and target.kv is not None:
+        if path:  # It was a ghost, so it has no resident children.
+            assert target.kv is not None
             self.policy.add(target.kv)
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
@@ -675,7 +676,7 @@ class TieredRadixCache(HybridRadixCache):
         node, inside, length = tree.walk(tree.root(namespace), ids, 0)
         if inside is None:
             node, inside, length = tree.walk(node, ids, 0, ghosts=True)
-        last = node if inside is None or length == node.end else inside
+        last = node if inside is None else inside
         known = last
         while _place(known) is None:
             assert known.parent is not None

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.api import Losses
+from hybridcache.api import Listener, Losses
 from hybridcache.geometry.times import LATENCY_S, Exchange
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.scored import FIFO
 from hybridcache.policies.protocol import Item, PolicyError
 from hybridcache.policies.registry import EvictionSpec, parse_placement
+from hybridcache.radix.tree import RadixNode
 from hybridcache.tiers import OffloadedCheckpoint, TieredRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate, carried_out, ids, serve
@@ -95,16 +96,45 @@ def test_a_state_replaces_the_next_victim_of_a_full_tier_unless_it_is_the_victim
     assert set(Recorder.calls) == {("ghost hit", 4)}
 
 
+def test_kv_replaces_the_next_victim_of_a_full_tier():
+    cache = tiered(host_bytes=2 * 15, eviction="lru")
+    serve(cache, ids("wxyz"), [4])
+    cache.evict(num_tokens=4)
+    serve(cache, ids("abc"), [3])
+    cache.evict(num_tokens=3)  # The state fits. Its KV does not.
+    assert loadable(cache, ids("abcX")) == [(3, (8,))] and not loadable(cache, ids("wxyzX"))
+
+
+def test_nothing_is_offloaded_to_a_closed_tier():
+    cache = tiered(disk_bytes=160)
+    cache.offload.closed.add(0)
+    serve(cache, ids("abcd"), [4])
+    cache.evict(num_tokens=4)
+    assert loadable(cache, ids("abcdX")) == [(4, (0, 9))]
+
+
+class Loads(Listener):
+    """Listener that records whether the stored KV is being loaded."""
+
+    def __init__(self, cache: TieredRadixCache) -> None:
+        self.cache, self.seen = cache, []
+
+    def kv_stored(self, node: RadixNode) -> None:
+        self.seen.append(self.cache.is_loading)
+
+
 def test_a_load_does_not_evict_the_prefix_that_it_continues():
-    cache = tiered()
-    serve(cache, ids(range(16)), [4, 15])
+    cache = tiered(num_slots=3)
+    cache.subscribe(loads := Loads(cache))
+    serve(cache, ids(range(16)), [4, 9, 15])
     cache.evict(num_tokens=12)
-    [found] = cache.match(ids(range(17))).loadable
+    _, found = cache.match(ids(range(17))).loadable
     held = cache.allocate_kv(6)
     assert not cache.fetch(found)
     assert cache.match(ids(range(17))).cached_len == 4
     cache.free_kv(held)
     assert cache.fetch(found) and cache.match(ids(range(17))).cached_len == 15
+    assert loads.seen == [False] * 4 + [True] * 2
     cache.check(held_tokens=0, held_slots=0)
 
 
@@ -170,6 +200,7 @@ def test_a_state_can_be_adopted_on_kv_that_was_loaded_from_disk():
         )
     )
     memory.adopt(ids("ab"), None, "disk")
+    assert memory.cache.adopt(ids("abcd"), None, "host") is None, "its prefix is on disk"
     memory.adopt(ids("abcd"), None, "disk")
     assert loadable(memory.cache, ids("abcdX")) == [(2, (0, 7)), (4, (0, 9))]
     memory.serve(ids("abX"), None, [], 0)
@@ -185,8 +216,11 @@ def test_a_state_can_be_adopted_on_kv_that_was_loaded_from_disk():
 
 def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     """Dropping the deeper state ends the demotion of the shallower one; so does a fork."""
-    sizes = {"num_slots": 4, "num_kv_tokens": 40, "host_bytes": 2 * (4 + 5 + 5)}
+    sizes = {"num_slots": 4, "num_kv_tokens": 40, "host_bytes": 2 * (3 + 5 + 4 + 5 + 5)}
     cache = tiered(**sizes, eviction=Recorder)
+    serve(cache, ids("xyz"), [3])
+    cache.evict(num_tokens=3)
+    older = cache.match(ids("xyzX")).loadable[0].node.offloaded.state
     serve(cache, ids("abcd"), [2, 4])
     cache.evict(num_slots=1)
     assert cache.match(ids("abX")).loadable[0].node.offloaded.state.superseded
@@ -195,7 +229,7 @@ def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     assert (shallow.superseded, deep.superseded) == (True, False)
     cache.offload.drop_state(deep.node)
     Recorder.calls.clear()
-    assert cache.offload._victim(0) is shallow and not shallow.superseded
+    assert cache.offload._victim(0) is older and not shallow.superseded
     assert Recorder.calls == [(False, 2), ("add", 2)]
     fork = tiered(num_slots=4, num_kv_tokens=40, host_bytes=200)
     serve(fork, ids("abcd"), [2, 4])
@@ -223,6 +257,14 @@ def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
         cache.check(0, 0)
     cache.match(tokens)  # raises the failure of a policy
     cache.reset()
+    cache.check(0, 0)
+
+
+def test_an_adopted_prefix_can_fill_its_tier() -> None:
+    cache = tiered(host_bytes=2 * 9)
+    with pytest.raises(ValueError, match=r"^tokens must be"):
+        cache.adopt([1, 2], None, "host")  # type: ignore[arg-type]
+    assert cache.adopt(ids("abcd"), None, "host") is not None
     cache.check(0, 0)
 
 

@@ -65,10 +65,11 @@ class TieredMemory:
             self.slots[copy.dst.item()] = content.pop()
         else:
             self.rows[copy.dst_tier].update(zip(copy.dst.tolist(), found, strict=True))
-        _, prefix = found[-1] if copy.kind == "kv" else found[0][0]
+        namespace, prefix = found[-1] if copy.kind == "kv" else found[0][0]
         assert len(prefix) == copy.position
+        assert (copy.path is not None) == (copy.dst_tier == "disk")
         if copy.path is not None:
-            assert len(copy.path[1]) == copy.position
+            assert (copy.path[0], tuple(copy.path[1].tolist())) == (namespace, prefix)
 
     @property
     def state_rows(self) -> int:
