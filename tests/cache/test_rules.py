@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from hybridcache import CacheConfig
+from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.policies.eviction.scored import FIFO
 from tests.cache.serving import hybrid, ids, publish
 
 
@@ -29,6 +30,48 @@ def test_check_finds_a_cached_row_out_of_range(row):
     cache.insert(ids("abc"), rows)
     with pytest.raises(AssertionError, match="a cached row is out of range"):
         cache.check()
+
+
+def test_check_finds_an_arena_that_does_not_notify_the_tree():
+    sizes = {"total_bytes": 400, "kv_bytes_per_token": 2, "state_bytes": 20}
+    cache = build_prefix_cache(CacheConfig(memory="arena", **sizes))
+    cache.check()
+    del cache.arena.holders[cache._segments]
+    with pytest.raises(AssertionError, match="the tree is not notified of moves"):
+        cache.check()
+
+
+def test_a_prompt_forks_where_others_go_on_or_nothing_is_known():
+    cache = hybrid()
+    publish(cache, ids("abcd"))
+    publish(cache, ids("abXY"))
+    found = {text: cache.match(ids(text)).forks for text in ("z", "ab", "abcd", "abcde", "abq")}
+    assert found == {"z": True, "ab": True, "abcd": False, "abcde": False, "abq": True}
+
+
+def test_rows_are_taken_from_kv_and_refusals_and_evictions_are_counted():
+    cache = hybrid(8, 3)
+    publish(cache, ids("abcd"), [2, 4])
+    publish(cache, ids("wxyz"), [4])
+    assert cache.allocate_kv(2) is not None
+    assert cache.match(ids("abX")).cached_len == 2, "a checkpoint was evicted for rows"
+    assert (cache.stats.evictions, cache.stats.refusals) == (1, 0)
+    handles = [cache.lock(node) for node in cache.iter_nodes() if node.kv is not None]
+    assert cache.allocate_slot() is not None and cache.allocate_slot() is None
+    assert (cache.stats.evictions, cache.stats.refusals) == (1, 1)
+    for handle in handles:
+        cache.unlock(handle)
+    cache.check(held_tokens=2, held_slots=1)
+
+
+def test_a_policy_is_notified_of_uses():
+    class Touched(FIFO):
+        def touch(self, item):
+            touched.append((item.kind, item.uses))
+
+    cache, touched = hybrid(eviction=Touched), []
+    cache.refresh(publish(cache, ids("abcd"), [2, 4]).node)
+    assert touched == [("checkpoint", 1), ("kv", 1)]
 
 
 def test_a_checkpoint_is_superseded_until_the_last_lock_with_a_slot_is_returned():
