@@ -52,6 +52,8 @@ SHAPE_WEIGHT = 16.0
 """Uses in an age bin that weigh as much as the prediction from level and parent."""
 TOP_WEIGHT = 4.0
 """The same number for a class without a parent: it limits the effect of a use by chance."""
+BINS_AT_ONCE = 4
+"""First bins of which the indices are computed together."""
 MEMORY = 4096.0
 """Uses after which the counts of a class are halved."""
 _ROW_BITS = 24
@@ -256,7 +258,7 @@ class Hazards:
                 sums = np.add.reduceat(both[generation.places], generation.first)
                 both[generation.heirs] += sums
         exposure, events = both[:, :num_bins].copy(), both[:, num_bins:].copy()
-        uses = events.sum(axis=1, keepdims=True)
+        uses = events.sum(axis=1)
         hazard = np.empty_like(exposure)
         priors = np.array(self._priors)[order, None]
         for length, places, parents, models, _, _, facts in self._generations:
@@ -267,12 +269,12 @@ class Hazards:
             else:
                 shape, weight, doubt = hazard.take(parents, axis=0), SHAPE_WEIGHT, DOUBT
             exposed, num_used = exposure[places], uses[places]
-            foretold = np.matmul(exposed[:, None, :], shape[:, :, None])[:, 0]
+            foretold = np.matmul(exposed[:, None, :], shape[:, :, None])[:, 0, 0]
             if models is not None or length > self._general_from:
-                all_used, all_foretold = _sums(facts, num_used), _sums(facts, foretold)
+                all_used, all_foretold = np.bincount(facts, num_used), np.bincount(facts, foretold)
                 effects = _level(all_used, all_foretold, EFFECT_DOUBT, EFFECT_WEIGHT)[facts]
-                shape, foretold = shape * effects, foretold * effects
-            inherited = _level(num_used, foretold, doubt, 1.0) * shape
+                shape, foretold = shape * effects[:, None], foretold * effects
+            inherited = _level(num_used, foretold, doubt, 1.0)[:, None] * shape
             hazard[places] = (events[places] + weight) / (exposed + weight / inherited)
         by_row = np.empty_like(hazard)
         by_row[order] = hazard
@@ -343,12 +345,9 @@ def _by_generation(
     return order, found
 
 
-def _sums(facts: Ints, column: Floats) -> Floats:
-    """Return the sums of ``column``, ``[n, 1]``, by the number of the fact."""
-    return np.bincount(facts, column[:, 0]).astype(np.float64, copy=False)[:, None]
-
-
-def _level(uses: Floats, foretold: Floats, doubt: float, added: float) -> Floats:
+def _level(
+    uses: npt.NDArray[Any], foretold: npt.NDArray[Any], doubt: float, added: float
+) -> Floats:
     """Return the ratio of ``uses`` to ``foretold`` uses, with their difference reduced by ``doubt``
     standard deviations. ``added`` uses are added to each."""
     difference = uses - foretold
@@ -366,22 +365,23 @@ def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
     num_bins = min(num_bins, num_ends)
     widths = WIDTHS[:num_ends, None]
     steps = np.minimum(hazard.T.copy() * widths, 8.0)
-    survive = np.zeros((num_ends + 1, len(hazard)))
+    # Part that is unused at the end of each bin, and the expected time until then, negated.
+    ends = np.zeros((2, num_ends + 1, len(hazard)))
+    survive, spent = ends
     np.cumsum(steps, axis=0, out=survive[1:])
     np.exp(-survive, out=survive)
-    spent = np.zeros_like(survive)
-    np.cumsum(survive[:-1] * -np.expm1(-steps) * widths / steps, axis=0, out=spent[1:])
+    np.cumsum(survive[:-1] * np.expm1(-steps) * widths / steps, axis=0, out=spent[1:])
     best = np.empty((num_bins, len(hazard)))
-    used, time = np.empty_like(steps), np.empty_like(steps)
     # With very few survivors, rounding can keep the expected time from growing.
-    stuck = np.any(spent[1:] <= spent[:-1], axis=1)
-    for start in range(num_bins):
-        np.subtract(survive[start], survive[start + 1 :], out=used[start:])
-        np.subtract(spent[start + 1 :], spent[start], out=time[start:])
-        if stuck[start]:
+    is_stuck = (spent[1:] >= spent[:-1]).any()
+    for start in range(0, num_bins, BINS_AT_ONCE):
+        firsts = slice(start, min(start + BINS_AT_ONCE, num_bins))
+        used, time = ends[:, firsts, None] - ends[:, None, start + 1 :]
+        for late in range(1, len(time)):
+            time[late, :late] = np.inf  # these bins end before it
+        if is_stuck:
             time[time <= 0.0] = np.inf
-        np.divide(used[start:], time[start:], out=used[start:])
-        np.maximum.reduce(used[start:], axis=0, out=best[start])
+        np.maximum.reduce(np.divide(used, time, out=used), axis=1, out=best[firsts])
     return np.where(survive[:num_bins] < 1e-280, hazard.T[:num_bins], best).T
 
 
