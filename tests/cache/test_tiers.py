@@ -96,6 +96,20 @@ def test_a_state_replaces_the_next_victim_of_a_full_tier_unless_it_is_the_victim
     assert set(Recorder.calls) == {("ghost hit", 4)}
 
 
+def test_a_state_is_offered_to_a_tier_with_the_kv_that_follows_it():
+    class Sized(FIFO):
+        def add(self, item: Item) -> None:
+            super().add(item)
+            if isinstance(item, OffloadedCheckpoint):
+                sizes.append(item.size_bytes)
+
+    cache, sizes = tiered(eviction=Sized), list[int]()
+    serve(cache, ids("abcde"), [2, 4])
+    cache.evict(num_slots=1)
+    cache.evict(num_tokens=5)
+    assert sizes == [10, 10 + 4 * 2]
+
+
 def test_kv_replaces_the_next_victim_of_a_full_tier():
     cache = tiered(host_bytes=2 * 15, eviction="lru")
     serve(cache, ids("wxyz"), [4])
