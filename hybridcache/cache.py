@@ -490,9 +490,11 @@ class HybridRadixCache:
         """
         if node is None:
             return None
-        last = node.last() if type(node) is PathPart else node
+        last = node
         if type(last) is not RadixNode:
-            raise ValueError(f"expected a node that this cache returned (got {node!r})")
+            if type(last) is not PathPart:
+                raise ValueError(f"expected a node that this cache returned (got {node!r})")
+            last = last.last()
         kv = last.kv
         if kv is None:
             raise ValueError(EVICTED)
@@ -700,19 +702,20 @@ class HybridRadixCache:
 
         They become ghosts and pass their recency up. O(nodes freed, and those up to a checkpoint).
         """
-        assert leaf.kv is not None
-        self.policy.discard(leaf.kv, evicted=True)
+        kv = leaf.kv
+        assert kv is not None
+        self.policy.discard(kv, evicted=True)
         if leaf.checkpoint is not None:
             self._drop_checkpoint(leaf)
         freed: list[Indices] = []
-        while True:
+        while kv is not None:
             if leaf.pins:  # Of a returned lock. A ghost may be split, and has no pins then.
                 self.protected()
-            kv, parent = leaf.kv, leaf.parent
-            assert kv is not None and parent is not None
+            parent, rows = leaf.parent, kv.rows
+            assert parent is not None
+            above = parent.kv
             if self._listeners:
                 self._notify("kv_removed", leaf)
-            rows, above = kv.rows, parent.kv
             freed.append(rows)
             if above is not None:
                 above.uses += kv.uses
@@ -728,12 +731,11 @@ class HybridRadixCache:
                 if type(parent.children) is RadixNode:  # The path does not fork any more.
                     self._review(parent)
                 break
-            if above is None:
-                break
             if parent.checkpoint is not None or parent.locks or not self._has_states:
-                self.policy.add(above)
+                if above is not None:
+                    self.policy.add(above)
                 break
-            leaf = parent
+            leaf, kv = parent, above
         if len(freed) > 1:
             rows = np.concatenate(freed)
         self._pages.free(rows)

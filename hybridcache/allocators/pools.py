@@ -132,26 +132,22 @@ class PageAllocator(BaseAllocator):
 
         Returns None if that many are not free. Raises ValueError for a negative number.
         """
-        num_pages = -(-num_tokens // self.page_size)
-        top = self._height
-        if num_pages > top:
+        num_pages, budget = -(-num_tokens // self.page_size), self.budget
+        top, num_rows = self._height, num_pages * self.page_size
+        bottom, num_bytes = top - num_pages, num_rows * self.unit_bytes
+        if bottom < 0 or (budget is not None and num_bytes > budget.free_bytes):
             return None
         if num_tokens < 0:
             raise ValueError(f"num_tokens must not be negative (got {num_tokens}).")
-        num_rows, budget = num_pages * self.page_size, self.budget
-        if budget is not None and num_rows * self.unit_bytes > budget.free_bytes:
-            return None
-        if top - num_pages < self._num_implied:
-            first = max(0, min(top - num_pages, self._num_implied - BLOCK))
-            self._stack[first : self._num_implied] = np.arange(
-                first, self._num_implied, dtype=np.int32
-            )
+        if bottom < self._num_implied:
+            first, implied = max(0, min(bottom, self._num_implied - BLOCK)), self._num_implied
+            self._stack[first:implied] = np.arange(first, implied, dtype=np.int32)
             self._num_implied = first
-        pages = self._stack[top - num_pages : top]
+        pages = self._stack[bottom:top]
         if budget is not None:
-            budget.free_bytes -= num_rows * self.unit_bytes
+            budget.free_bytes -= num_bytes
         self.num_taken += num_rows
-        self._height = top - num_pages
+        self._height = bottom
         return pages.copy() if self.page_size == 1 else self.rows_of(pages)
 
     def rows_of(self, pages: Indices) -> Indices:

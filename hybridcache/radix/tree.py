@@ -386,7 +386,7 @@ def last_checkpoint(node: RadixNode) -> Checkpoint | None:
     does not fork, or None. O(nodes between)."""
     while node.checkpoint is None:
         above = node.parent
-        if above is None or type(above.children) is dict:
+        if above is None or above.children is not node:
             return None
         node = above
     return node.checkpoint
@@ -431,6 +431,7 @@ class RadixTree:
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
+        self.key_bytes = page_size * TOKEN_BYTES
         self.roots: dict[Hashable, RadixNode] = {}
         self.num_nodes = 0
         """Number of resident nodes and ghosts, without roots."""
@@ -454,7 +455,7 @@ class RadixTree:
         position of a difference is searched once, at the end. An only child is compared without
         looking up its key.
         """
-        at, page_bytes = (node.end - base) * TOKEN_BYTES, self.page_size * TOKEN_BYTES
+        at, key_bytes = (node.end - base) * TOKEN_BYTES, self.key_bytes
         family = node.ghosts if ghosts else node.children
         starts_with = ids.startswith
         while family is not None:
@@ -462,12 +463,12 @@ class RadixTree:
             if type(family) is RadixNode:
                 child = family
             else:
-                child = family.get(ids[at : at + page_bytes])
+                child = family.get(ids[at : at + key_bytes])
                 if child is None:
                     break
             edge = child.edge
             if not starts_with(edge, at):
-                if child.key != ids[at : at + page_bytes]:
+                if child.key != ids[at : at + key_bytes]:
                     break
                 rest = np.frombuffer(ids, np.int32, offset=at)
                 shared = common_prefix_len(edge_tokens(edge), rest, self.page_size)
@@ -479,8 +480,8 @@ class RadixTree:
 
     def grow(self, parent: RadixNode, edge: bytes) -> RadixNode:
         """Add a resident child with the tokens of ``edge`` to ``parent``, and return it. O(1)."""
-        key = edge[: self.page_size * TOKEN_BYTES]
-        child = RadixNode(parent, key, edge, parent.end + len(edge) // TOKEN_BYTES)
+        end = parent.end + len(edge) // TOKEN_BYTES
+        child = RadixNode(parent, edge[: self.key_bytes], edge, end)
         family = parent.children
         parent.children = child if family is None else with_child(family, child)
         if parent.parent is None:
@@ -499,7 +500,7 @@ class RadixTree:
         cut = (position - parent.end) * TOKEN_BYTES
         upper = RadixNode(parent, lower.key, lower.edge[:cut], position)
         lower.edge = lower.edge[cut:]
-        lower.key = lower.edge[: self.page_size * TOKEN_BYTES]
+        lower.key = lower.edge[: self.key_bytes]
         lower.parent = upper
         family = parent.ghosts if lower.kv is None else parent.children
         if type(family) is dict:
@@ -578,8 +579,7 @@ class RadixTree:
         length = node.end - parent.end
         is_right = length > 0 and length % self.page_size == 0 and len(node.tokens) == length
         assert is_right, f"edge of {node} has the wrong length"
-        key = node.edge[: self.page_size * TOKEN_BYTES]
-        assert node.key == key, f"{node} is under the wrong key"
+        assert node.key == node.edge[: self.key_bytes], f"{node} is under the wrong key"
         assert node.locks >= 0, f"{node} was unlocked too often"
         if kv is None:
             is_bare = not node.children and checkpoint is None and not node.locks

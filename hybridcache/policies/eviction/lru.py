@@ -67,9 +67,7 @@ class LRU(EvictionPolicy):
         kv, checkpoint = self._kv.oldest(), self._checkpoints.oldest()
         if kv is None or checkpoint is None:
             return kv or checkpoint
-        kv_age = (kv.last_used, kv.serial)
-        checkpoint_age = (checkpoint.last_used, checkpoint.serial)
-        return kv if kv_age < checkpoint_age else checkpoint
+        return kv if kv.memo < checkpoint.memo else checkpoint
 
 
 class _Line:
