@@ -521,7 +521,7 @@ class Lease:
                 num_taken += 1
                 if self.cache.steps.transfers:
                     self._await_transfers(start)
-        return tuple([saved for saved in sorted(self._pending) if start < saved[0] <= end])
+        return tuple(sorted([saved for saved in self._pending if start < saved[0] <= end]))
 
     def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
         """Move the rolling checkpoint to the last position in (start, end] at which decode saves a
@@ -606,10 +606,8 @@ class Lease:
         if stop_reason and stop_reason not in STOP_REASONS:
             known = ", ".join(sorted(STOP_REASONS))
             raise ValueError(f"stop_reason must be one of {known}, or empty (got {stop_reason!r}).")
-        if computed_len > self.prompt_len:
-            donate &= self._interval is not None
-        else:
-            donate &= computed_len in self._planned
+        is_answer = computed_len > self.prompt_len
+        donate &= self._interval is not None if is_answer else computed_len in self._planned
         self._end(tokens, computed_len, donate, stop_reason)
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
@@ -683,18 +681,18 @@ class Lease:
         Returns the node that ends at the new ``published_len``. Duplicate rows, and the slots that
         the tree has not taken, are freed.
         """
-        cache, first, before = self.cache, self.published_len, self._lock
-        saved, later = self._pending, dict[Saved, str]()
+        cache, first, before, saved = self.cache, self.published_len, self._lock, self._pending
+        later: dict[Saved, str] = {}
         if saved and max(saved)[0] > computed_len:
             later = {one: label for one, label in saved.items() if one[0] > computed_len}
             saved = {one: label for one, label in saved.items() if one[0] <= computed_len}
         self.published_len, duplicates, rejected_slots, node = cache.insert(
             tokens if computed_len == len(tokens) else tokens[:computed_len],
             self._rows[:computed_len],
-            list(saved),
+            [*saved],
             self._request.namespace,
             first,
-            list(saved.values()),
+            [*saved.values()],
             before.node,
         )
         self._pending = later

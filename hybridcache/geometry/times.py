@@ -61,8 +61,9 @@ class Roofline:
             return 0.0
         geometry = self.geometry
         # Each token selects its own experts: a short prefill reads few of them, a long one all.
-        params = min(geometry.total_params, geometry.active_params * (end - start))
-        moved = params * self.weight_bytes_per_param + end * geometry.kv_bytes_per_token
+        used, total = geometry.active_params * (end - start), geometry.total_params
+        moved = (used if used < total else total) * self.weight_bytes_per_param
+        moved += end * geometry.kv_bytes_per_token
         arithmetic = geometry.flops(start, end) / self.flops_per_s
         return self.overhead_s + max(arithmetic, moved / self.bytes_per_s) / self.devices
 

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from operator import add
 from time import perf_counter
 
 from hybridcache.api import Losses
@@ -64,7 +63,8 @@ class RequestLog:
         else:
             cached, copy_s = served.cached_len * unit, served.copy_s
             if served.losses is not None:
-                sums[:-4] = map(add, sums, served.losses)
+                for cause, num_ids in enumerate(served.losses):
+                    sums[cause] += num_ids
         sums[-3] += 1
         sums[-2] += length
         sums[-1] += cached

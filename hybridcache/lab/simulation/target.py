@@ -129,9 +129,9 @@ class LeasedRequest:
         if not self._lease.extend(end):
             return False
         self._lease.take_checkpoint_slots(start, end)
-        cache = self._target.cache
-        if cache.steps.is_due:
-            cache.take_step().done()  # There are no tensors.
+        steps = self._target.cache.steps
+        if steps.restores or steps.transfers:  # There are no tensors, and no tables of rows.
+            steps.take().done()
         return True
 
     def prefilled(self) -> None:
