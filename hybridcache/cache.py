@@ -265,26 +265,16 @@ class HybridRadixCache:
             saved_len = lost_len or cached_len  # A lost checkpoint lies deeper.
             if grid_len < saved_len:
                 grid_len = saved_len
-        losses = Losses(
-            num_tokens - seen_len,
-            seen_len - kv_match_len,
-            saved_len - cached_len,
-            grid_len - saved_len,
-            kv_match_len - grid_len,
-        )
-        return PrefixMatch(
-            num_tokens,
-            cached_len,
-            kv_match_len,
-            seen_len,
-            losses,
-            last,
-            namespace,
-            missed,
-            checkpoint,
-            () if self.offload is None else self.offload.loadable(deepest, cached_len, num_tokens),
-            forks,
-        )
+        offload = self.offload
+        loadable = () if offload is None else offload.loadable(deepest, cached_len, num_tokens)
+        never_seen, kv_evicted = num_tokens - seen_len, seen_len - kv_match_len
+        never_saved, below_grid = grid_len - saved_len, kv_match_len - grid_len
+        causes = never_seen, kv_evicted, saved_len - cached_len, never_saved, below_grid, 0, 0
+        # The constructors take twice as long as the function that they call.
+        losses = tuple.__new__(Losses, causes)
+        lengths = num_tokens, cached_len, kv_match_len, seen_len
+        found = (*lengths, losses, last, namespace, missed, checkpoint, loadable, forks)
+        return tuple.__new__(PrefixMatch, found)
 
     def gather(self, node: NodeHandle | None) -> Indices:
         """Return a copy of the KV indices from the root to the end of ``node``: int32[position].
@@ -894,13 +884,13 @@ class HybridRadixCache:
         Callers count the tokens, and add the KV to the policy if the last node is still a leaf.
         """
         serial, now, item_bytes = self.num_items, self.now, self.item_bytes
-        start = path[0].start - first
+        start, segments, listeners = path[0].start - first, self._segments, self._listeners
         for node in path:
             end = node.end - first
             node.kv = Segment(node, rows[start:end].copy(), now, serial, item_bytes)
-            if self._segments is not None:
-                self._segments.new[serial] = node.kv
-            if self._listeners:
+            if segments is not None:
+                segments.new[serial] = node.kv
+            if listeners:
                 self._notify("kv_stored", node)
             start, serial = end, serial + 1
         self.num_items = serial

@@ -219,12 +219,11 @@ class SlotAllocator(BaseAllocator):
 
     def allocate(self) -> int | None:
         """Return a slot, or None if none is free. O(1)."""
-        if not self._stack:
+        budget = self.budget
+        if not self._stack or (budget is not None and budget.free_bytes < self.unit_bytes):
             return None
-        if self.budget is not None:
-            if self.budget.free_bytes < self.unit_bytes:
-                return None
-            self.budget.free_bytes -= self.unit_bytes
+        if budget is not None:
+            budget.free_bytes -= self.unit_bytes
         self.num_taken += 1
         slot = self._stack.pop()
         self.is_taken[slot] = 1
@@ -232,10 +231,11 @@ class SlotAllocator(BaseAllocator):
 
     def free(self, slot: int) -> None:
         """Return ``slot`` to the pool. Raises ValueError if it is not allocated. O(1)."""
+        budget = self.budget
         if not 0 <= slot < self.capacity or not self.is_taken[slot]:
             raise ValueError(f"slot {slot} given back, which is not taken")
-        if self.budget is not None:
-            self.budget.free_bytes += self.unit_bytes
+        if budget is not None:
+            budget.free_bytes += self.unit_bytes
         self.num_taken -= 1
         self.is_taken[slot] = 0
         self._stack.append(slot)

@@ -528,7 +528,7 @@ class RadixTree:
     def fade(self, leaf: RadixNode) -> None:
         """Turn a resident node without resident children into a ghost. O(1)."""
         parent = leaf.parent
-        assert parent is not None and leaf.children is None
+        assert parent is not None
         family, ghosts = parent.children, parent.ghosts
         parent.children = None if family is leaf else without_child(family, leaf)
         parent.ghosts = leaf if ghosts is None else with_child(ghosts, leaf)
@@ -648,11 +648,11 @@ class GhostList:
 
     def add(self, ghost: RadixNode, rows: Indices = EMPTY) -> None:
         """Add ``ghost``, which has just lost its KV. ``rows`` held it, and are free by now."""
-        assert ghost.parent is not None
+        parent = ghost.parent
+        assert parent is not None
         self._order[ghost] = None
-        # The edge's length without looking at the edge: it has been cold for as long as the node
-        # was old.
-        self.num_bytes += (ghost.end - ghost.parent.end) * TOKEN_BYTES + GHOST_NODE_BYTES
+        # Without a look at the edge, which has been cold for as long as the node was old.
+        self.num_bytes += (ghost.end - parent.end) * TOKEN_BYTES + GHOST_NODE_BYTES
 
     def discard(self, path: Iterable[RadixNode]) -> None:
         """Remove the ghosts of ``path``, which become resident again."""
