@@ -165,16 +165,7 @@ class Item:
     Write only ``memo``, and that in eviction policies only: other attributes are the cache's.
     """
 
-    __slots__ = (
-        "created",
-        "item_bytes",
-        "last_used",
-        "memo",
-        "node",
-        "position",
-        "serial",
-        "uses",
-    )
+    __slots__ = ("created", "item_bytes", "last_used", "memo", "node", "position", "serial", "uses")
 
     memo: Any
     """Data of the policy. None at first, and kept as long as the item lives. An item that was read
@@ -316,13 +307,7 @@ class Segment(Item):
 class Checkpoint(Item):
     """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
-    __slots__ = (
-        "label",
-        "num_successors",
-        "slot",
-        "stored",
-        "superseded",
-    )
+    __slots__ = ("label", "num_successors", "slot", "stored", "superseded")
 
     kind = "checkpoint"
     dead = False
@@ -505,14 +490,12 @@ class RadixTree:
         family = parent.ghosts if lower.kv is None else parent.children
         if type(family) is dict:
             family[upper.key] = upper
-        elif lower.kv is None:
-            parent.ghosts = upper
         else:
-            parent.children = upper
+            family = upper
         if lower.kv is None:
-            upper.ghosts = lower
+            parent.ghosts, upper.ghosts = family, lower
         else:
-            upper.children = lower
+            parent.children, upper.children = family, lower
         self.num_nodes += 1
         return upper
 
