@@ -62,12 +62,14 @@ def test_the_first_row_of_a_lease_moves_alone():
     alone, others = rows[:1], rows[20:27]
     cache.insert(tokens[:8], np.append(alone, others), [(8, cache.allocate_slot())])
     cache.free_kv(np.append(rows[1:20], rows[38:]))
-    lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens))
+    lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens, table_row=7))
     assert lease.kv_indices.tolist() == [*alone, *others]
     carried_out(cache)
     slots = [cache.allocate_slot() for _ in range(9)]
     assert None not in slots and cache.arena.num_moves == 1
     assert lease.kv_indices[1:].tolist() == others.tolist() and lease.kv_indices[0] != alone
+    [(_, start, moved)] = carried_out(cache).row_writes
+    assert (start, moved.tolist()) == (0, lease.kv_indices[:1].tolist())
     cache.check(held_tokens=11, held_slots=1 + len(slots))
 
 

@@ -138,6 +138,27 @@ def test_the_placement_sees_the_match_and_is_told_of_dropped_positions() -> None
     assert recorder.dropped == [(128, "own")] * 2
 
 
+def test_a_checkpoint_of_the_prompt_is_superseded_while_the_answer_has_one() -> None:
+    cache, text = make_cache(), tokens(300)
+    lease = begin(cache, text[:100], "end")
+    lease.plan_checkpoint(64, "rejoin")
+    prefill(lease, text[:100])
+    [found] = [node.checkpoint for node in cache.iter_nodes() if node.checkpoint]
+    assert not found.superseded
+    assert lease.extend(300) and lease.take_checkpoint_slots(100, 192)
+    assert found.superseded
+    lease.abort()
+    assert not found.superseded
+    fresh = begin(cache, text[:100], reuse=False)
+    assert fresh.cached_len == 0 and not cache.steps.restores
+    fresh.abort()
+    again = begin(cache, text[:100])
+    assert again.cached_len == 64
+    again.abort()
+    assert not carried_out(cache).restores, "the state of an ended lease would be restored"
+    check(cache)
+
+
 def test_the_first_tokens_that_wait_for_a_plan_are_remembered() -> None:
     cache, prompt = make_cache(), tokens(40)
     lease = begin(cache, prompt)
@@ -276,7 +297,7 @@ def test_invalid_lengths_are_refused_and_the_lease_stays_usable() -> None:
 
 def test_begin_refuses_invalid_arguments_immediately() -> None:
     cache, placement, request = make_cache(), parse_placement("backoff"), LeaseRequest(tokens(9))
-    wrongs = ("at least one token", tokens(0)), ("int32", [1, 2]), ("int32", np.arange(3))
+    wrongs = ("at least one token", tokens(0)), ("not list", [1, 2]), ("int32", np.arange(3))
     for named, wrong in wrongs:
         with pytest.raises(ValueError, match=named):
             Lease.begin(cache, placement, LeaseRequest(wrong))  # type: ignore[arg-type]
@@ -307,6 +328,8 @@ def test_tokens_of_another_request_are_refused(call: str) -> None:
     wrong[19] = 5
     with pytest.raises(ValueError, match="tokens 10 to 20 are not those of the LeaseRequest"):
         getattr(lease, call)(np.concatenate((wrong, answer)), 24)
+    with pytest.raises(ValueError, match="tokens 10 to 20 are not those of the LeaseRequest"):
+        getattr(lease, call)(wrong, 20)
     with pytest.raises(ValueError, match=r"tokens must be .* not list"):
         getattr(lease, call)(wrong.tolist(), 24)
     assert cache.render() == before
