@@ -683,7 +683,7 @@ class Lease:
         """
         cache, first, before, saved = self.cache, self.published_len, self._lock, self._pending
         later: dict[Saved, str] = {}
-        if saved and max(saved)[0] > computed_len:
+        if saved and not is_last and max(saved)[0] > computed_len:
             later = {one: label for one, label in saved.items() if one[0] > computed_len}
             saved = {one: label for one, label in saved.items() if one[0] <= computed_len}
         self.published_len, duplicates, rejected_slots, node = cache.insert(

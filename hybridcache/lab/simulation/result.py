@@ -306,7 +306,7 @@ def summarise(
 
 
 def _sessions(log: RequestLog) -> tuple[SessionResult, ...]:
-    found = list[SessionResult]()
+    found = []
     for session, sums in log.sessions.items():
         requests, prompt, cached = sums[-3:]
         losses = log.losses_of(sums) if log.has_causes else None

@@ -84,9 +84,9 @@ class RequestLog:
         """Return lost tokens by cause. Those without another cause count as never seen: a prompt's
         last id may stand for less than a unit."""
         *ids, bypassed, _, prompt_tokens, cached_tokens = sums
-        found = Losses(*(num_ids * self.unit for num_ids in ids))
-        known = found._replace(never_seen=0, refused=found.refused + bypassed)
-        return known._replace(never_seen=prompt_tokens - cached_tokens - sum(known))
+        _, *others, refused, not_fetched = [num_ids * self.unit for num_ids in ids]
+        others += refused + bypassed, not_fetched
+        return Losses(prompt_tokens - cached_tokens - sum(others), *others)
 
 
 def serve(
