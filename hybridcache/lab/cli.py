@@ -33,7 +33,7 @@ from hybridcache.lab.trace import Trace
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.frame import make_folder
-from hybridcache.lab.traces.jsonl import write_own
+from hybridcache.lab.traces.own import write_own
 from hybridcache.policies.registry import split_specs
 
 if TYPE_CHECKING:

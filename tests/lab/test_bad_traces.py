@@ -126,6 +126,18 @@ def test_wrong_field_values_are_read_or_reported(reader: str, tmp_path: Path) ->
     assert num_reported > len(WRONG)
 
 
+@pytest.mark.filterwarnings("ignore::hybridcache.lab.traces.frame.TraceWarning")
+@pytest.mark.parametrize("reader", list(GOOD))
+def test_records_are_lines_or_an_array(reader: str, tmp_path: Path) -> None:
+    good, path = GOOD[reader], tmp_path / "t"
+    options = "?tokenizer=bytes" * (reader in TEXTS)
+    found = []
+    for text in (f"{json.dumps(good)}\n" * 2, json.dumps([good, good])):
+        path.write_text(text)
+        found.append([str(request) for request in open_trace(f"{path}{options}")])
+    assert found[0] == found[1] != []
+
+
 # --- Files --------------------------------------------------------------------------------------
 
 
@@ -258,7 +270,7 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
     path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]}, {"tokens": []})
     requests = iter(open_trace(str(path)))
     assert [int(next(requests).tokens[0]) for _ in range(2)] == [1, 2]
-    with pytest.raises(BadRecordError, match="line 3: the prompt is empty"):
+    with pytest.raises(BadRecordError, match="line 3: tokens are empty"):
         next(requests)
     assert len(list(open_trace(f"{path}?head=2"))) == 2
 

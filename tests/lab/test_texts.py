@@ -26,8 +26,8 @@ from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.frame import UNANSWERED, TraceWarning
-from hybridcache.lab.traces.jsonl import write_own
-from hybridcache.lab.traces.messages import Continued
+from hybridcache.lab.traces.named import Continued
+from hybridcache.lab.traces.own import write_own
 from tests.lab.records import lines
 
 

@@ -19,9 +19,10 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.trace import BadRecordError, Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
-from hybridcache.lab.traces import open_trace, recognise
+from hybridcache.lab.traces import formats, open_trace, recognise
+from hybridcache.lab.traces.formats.jsonl import OwnReader
 from hybridcache.lab.traces.frame import TraceWarning
-from hybridcache.lab.traces.jsonl import OwnReader, write_own
+from hybridcache.lab.traces.own import write_own
 from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import common_prefix_len
@@ -29,7 +30,13 @@ from tests.lab.records import agent_request, agent_session, lines
 from tests.lab.samples import make
 
 SAMPLES = Path(__file__).parent / "samples"
+FORMATS = Path(formats.__file__).parent
 DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+def test_every_format_is_a_small_file() -> None:
+    sizes = {path.name: len(path.read_text().splitlines()) for path in FORMATS.glob("*.py")}
+    assert len(sizes) > 8 and max(sizes.values()) <= 80, sizes
 
 
 @pytest.mark.parametrize(
@@ -174,8 +181,8 @@ def test_dropped_reasoning_follows_the_chat_template(tmp_path: Path) -> None:
     [
         (["a_0", "a_3", "a_8", "b_0"], ["a", "b"]),  # segments: 4, 6 and 4 messages
         (["0", "1", "2", "3"], ["0", "1", "2", "3"]),
-        (["a_0", "a_1", "a_2", "a_3"], ["a", "a_1", "a_2", "a_3"]),
-        (["a_0", "a_0", "a", "a"], ["a", "a_0", "a (2)", "a (3)"]),
+        (["a_0", "a_1", "a_2", "a_3"], ["a", "a (2)", "a (3)", "a (4)"]),
+        (["a_0", "a_0", "a", "a"], ["a", "a (2)", "a (3)", "a (4)"]),
         (["a", "a (2)", "a", "a"], ["a", "a (2)", "a (2) (2)", "a (3)"]),
     ],
 )

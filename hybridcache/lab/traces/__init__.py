@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,15 @@ from hybridcache.command.parser import or_known
 from hybridcache.lab.arrivals import Pauses, parse_starts
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
-from hybridcache.lab.traces.coding_agent import CodingAgentReader
-from hybridcache.lab.traces.conversations import ConversationsReader, TauBenchReader
-from hybridcache.lab.traces.frame import (
-    DAMAGED,
-    FileReader,
-    csv_lines,
-    json_array,
-    json_lines,
-    looks_like_csv,
-    open_bytes,
-    warn,
-)
-from hybridcache.lab.traces.jsonl import OwnReader
-from hybridcache.lab.traces.messages import CsvReader, MessagesReader
-from hybridcache.lab.traces.mooncake import BailianReader, MooncakeReader
-from hybridcache.lab.traces.sharegpt import ShareGPTCountsReader, ShareGPTReader
+from hybridcache.lab.traces.formats.coding_agent import CodingAgentReader
+from hybridcache.lab.traces.formats.conversations import ConversationsReader, TauBenchReader
+from hybridcache.lab.traces.formats.csv import CsvReader, is_csv
+from hybridcache.lab.traces.formats.jsonl import OwnReader
+from hybridcache.lab.traces.formats.messages import MessagesReader
+from hybridcache.lab.traces.formats.mooncake import BailianReader, MooncakeReader
+from hybridcache.lab.traces.formats.sharegpt import ShareGPTReader
+from hybridcache.lab.traces.formats.sharegpt_counts import ShareGPTCountsReader
+from hybridcache.lab.traces.frame import FileReader, Record, warn
 from hybridcache.lab.traces.text import NO_TOKENIZER, packaged_file
 
 # Formats are tried in this order.
@@ -156,24 +148,19 @@ COUNTS_ALONE = (
 
 def recognise(path: Path) -> str:
     """Return the format of a file, detected from its first record. ValueError if unknown."""
-    head = b""
-    with open_bytes(path) as file, suppress(*DAMAGED):
-        while len(head) < 4096 and (more := file.read1(4096)):
-            head += more
-    head = head.lstrip()
-    is_csv = looks_like_csv(head) or (".csv" in path.suffixes and head[:1] not in b"{[")
-    records = csv_lines if is_csv else json_array if head.startswith(b"[") else json_lines
-    _, first = next(records(path, BadRecords(skip=True)), (0, None))
+    is_table = is_csv(path)
+    reader = CsvReader(path) if is_table else FileReader(path)
+    _, first = next(reader.records(BadRecords(skip=True)), (0, None))
     if first is None:
-        next(records(path, BadRecords(skip=False)), None)  # raises at the first unreadable record
+        next(reader.records(BadRecords(skip=False)), None)  # raises at the first unreadable record
         raise ValueError(f"{path}: there is no record in it")
-    for word, reader in READERS.items():
-        if reader.is_csv == is_csv and reader.recognises(first):
+    for word, known in {"csv": CsvReader}.items() if is_table else READERS.items():
+        if known.recognises(Record(first)):
             return word
-    if not is_csv and {"tokens", "prefix"} & first.keys():
+    if not is_table and {"tokens", "prefix"} & first.keys():
         return OwnReader.word  # its error names the value
     kind, form, formats = "field", "messages", f"; formats: {', '.join(READERS)}"
-    if is_csv:
+    if is_table:
         kind, form, formats = "column", "csv", COUNTS_ALONE
     raise ValueError(
         f"{path}: no format recognises its {kind}s ({', '.join(first) or 'none'}); a file of texts "

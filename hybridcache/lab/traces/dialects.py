@@ -27,7 +27,8 @@ ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool", "function")},
     "developer": "system",
     "human": "user",
-    **dict.fromkeys(("model", "gpt", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("model", "gpt", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
 }
 """Roles of messages, by those of a file in small letters."""
 
@@ -47,6 +48,14 @@ def plain_chat(messages: Iterable[Record], system: Any = None, tools: Any = None
     return [{"role": "system", "content": "\n\n".join(leading)}, *chat] if leading else chat
 
 
+def role_of(message: Record, name: str) -> str:
+    """Return the role in the field ``name``. ValueError if it is unknown."""
+    role = ROLES.get(message.text(name).lower())
+    if role is None:
+        raise ValueError(f"{name} is {shown(message[name])}, none of {', '.join(ROLES)}")
+    return role
+
+
 def message_text(message: Record) -> str:
     """Return the text of a message, including its thoughts and tool calls."""
     others = message.keys() & {"reasoning_content", "tool_calls", "function_call"}
@@ -59,8 +68,10 @@ def message_text(message: Record) -> str:
     return _begun(words + "".join(_call(call["function"]) for call in calls))
 
 
-def is_response(value: dict[str, Any]) -> bool:
-    """Return True for a message or a response, False for an answer that is a JSON object."""
+def is_response(value: Any) -> bool:
+    """Return True for a message or a response, False for an answer that is another JSON value."""
+    if not isinstance(value, dict):
+        return False
     has_field = any(name in value for name in ("choices", "content", "usage"))
     is_message = isinstance(value.get("message"), dict)
     return has_field or is_message or isinstance(value.get("output"), list)
@@ -112,13 +123,11 @@ def _output_item(item: dict[str, Any]) -> str:
 
 
 def _role(message: Record) -> str:
-    role, content = message.text("role").lower(), message.get("content")
+    role, content = role_of(message, "role"), message.get("content")
     if role == "user" and isinstance(content, list):  # Anthropic's tool results are the user's
         kinds = {str(part.get("type")) for part in content if isinstance(part, dict)}
         return "tool" if kinds == {"tool_result"} else role
-    if role not in ROLES:
-        raise ValueError(f"role is {shown(role)}, none of {', '.join(ROLES)}")
-    return ROLES[role]
+    return role
 
 
 def _content(content: Any) -> str:

@@ -1,12 +1,12 @@
 """Frame of all trace readers: files, typed fields, errors with file and line, and order of time.
 
 A format is a small class: ``recognises`` looks at the first record, and ``parser`` returns the
-function that converts a record to requests, or to sessions of requests (``SessionReader``).
+function that converts a record to requests: of any sessions (``FileReader``), or of one session
+without an arrival time (``SessionReader``).
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
 import heapq
 import io
@@ -16,7 +16,7 @@ import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -34,19 +34,21 @@ from hybridcache.tokens import Tokens
 
 LONGEST = 1 << 24
 """Longest plausible prompt or answer in a trace, in tokens."""
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError)
-"""Errors raised when reading a truncated or damaged gzip file, or a text that is not UTF-8."""
 WINDOW, WINDOW_IDS = 1024, 1 << 24
 """Requests read ahead of the one that is yielded, and ids in their prompts and answers. A request
 can be moved before at most that many others."""
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError)
+"""Errors raised when reading a truncated or damaged gzip file, or a text that is not UTF-8."""
+DAMAGE = "damaged, or not UTF-8: everything from this line on is lost ({})"
 UNANSWERED = "left out, because no answer follows a question"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
-_DAMAGE = "damaged, or not UTF-8: everything from this line on is lost"
 _CHUNK = 1 << 16
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
-_T = TypeVar("_T")
 Line = int | str
 """Line of a record; "7, record 3" in an array, in which others may begin on the same line."""
+Records = Iterator[tuple[Line, dict[str, Any]]]
+"""Records of a file, each with its line."""
+_T = TypeVar("_T")
 
 
 class TraceWarning(UserWarning):
@@ -155,44 +157,50 @@ class TraceClock:
         self._kind = ""
         """Kind of the first record's time; empty before it."""
 
-    def at(self, record: Record, name: str | None) -> float:
-        """Return the time in the field ``name``, in seconds, also of a date in ISO 8601; without a
-        name, the number of the record. ValueError for another kind than the first record's."""
-        kind = "no time" if name is None else "a number as its time"
-        value = None if name is None else record[name]
-        if isinstance(value, str):
-            try:
-                when = datetime.fromisoformat(value)
-                when_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-            except (ValueError, OverflowError):
-                problem = f"{name} is {shown(value)}, not a number and not a time in ISO 8601"
-                raise ValueError(problem) from None
-            kind = "a date with a zone" if when.tzinfo else "a date without a zone"
-        elif name is not None:
-            when_s = record.seconds(name)
+    def at(self, record: Record, name: str) -> float:
+        """Return the time in the field ``name``, in seconds, also of a date in ISO 8601; without
+        the field, the number of the record. ValueError for another kind than the first record's."""
+        kind, when_s = "no time", -1.0
+        if isinstance(record.get(name), str):
+            kind, when_s = self._date(record, name)
+        elif name in record:
+            kind, when_s = "a number as its time", record.seconds(name)
         if kind != (self._kind or kind):
             raise ValueError(f"it has {kind}, but the records above have {self._kind}")
         self._kind = kind
-        return float(next(self._untimed)) if name is None else when_s
+        return when_s if name in record else float(next(self._untimed))
+
+    def _date(self, record: Record, name: str) -> tuple[str, float]:
+        try:
+            when = datetime.fromisoformat(record[name])
+            when_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            problem = f"{name} is {shown(record[name])}, not a number and not a time in ISO 8601"
+            raise ValueError(problem) from None
+        return "a date with a zone" if when.tzinfo else "a date without a zone", when_s
 
 
 def request_of_blocks(
-    when_s: float,
-    session: Hashable,
+    record: Record,
     blocks: Tokens,
-    lengths: tuple[int, int],
     unit: int,
     fresh: FreshIds,
+    lengths: tuple[str, str] = ("input_length", "output_length"),
 ) -> TraceRequest:
-    """Return a request whose prompt is known in ``blocks`` of ``unit`` tokens; ``lengths`` are the
-    tokens of prompt and answer. A rest of the prompt without a block is never shared. The answer
-    fills the prompt's last block first."""
-    length, answer = lengths
+    """Return the request, without session and time, of a prompt known in ``blocks`` of ``unit``
+    tokens. ``lengths`` are the fields with the tokens of prompt and answer. The prompt's last,
+    partial block may be missing, and is then never shared. The answer fills it first."""
+    length, answer = record.whole(lengths[0], least=1), record.whole(lengths[1])
+    if len(blocks) not in (length // unit, units(length, unit)):
+        raise ValueError(
+            f"{len(blocks)} hash_ids do not cover {lengths[0]} {length} in blocks of {unit} "
+            "tokens; say their size with ?unit="
+        )
     if len(blocks) < units(length, unit):
         blocks = np.concatenate((blocks, fresh.take(1)))
     output = fresh.take(units(length + answer, unit) - len(blocks))
     rest = length % unit or None
-    return TraceRequest(when_s, session, None, blocks, output, (), rest, answer_tokens=answer)
+    return TraceRequest(0.0, "", None, blocks, output, (), rest, answer_tokens=answer)
 
 
 class Notes:
@@ -248,114 +256,77 @@ def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
         yield opened
 
 
-@contextmanager
-def open_text(path: str | Path) -> Iterator[io.TextIOWrapper]:
-    """Open a file of UTF-8 as ``open_bytes`` does."""
-    with open_bytes(path) as file:
-        yield io.TextIOWrapper(file, "utf-8", newline="")
+def head_of(path: str | Path) -> bytes:
+    """Return the first 4,096 bytes of a file, without blanks before them."""
+    head = b""
+    with open_bytes(path) as file, suppress(*DAMAGED):
+        while len(head) < 4096 and (more := file.read1(4096)):
+            head += more
+    return head.lstrip()
 
 
-def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-    """Yield (line number, object) for every line of a JSONL file. Bad lines are reported; a
-    truncated gzip file ends with its last whole line."""
+def json_records(path: str | Path, bad: BadRecords) -> Records:
+    """Yield (line, object) for every record of JSON lines or of a JSON array, one at a time. Bad
+    records are reported."""
+    read = _array if head_of(path).startswith(b"[") else _lines
+    for line, value in read(path, bad):
+        if isinstance(value, dict):
+            yield line, value
+        else:
+            bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}")
+
+
+def _lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, Any]]:
+    """Yield (line, value) for every line. A truncated gzip file ends with its last whole line."""
     with open_bytes(path) as file:
-        number = 0
-        while True:
-            number += 1
+        for number in count(1):
             try:
                 line = file.readline()
             except DAMAGED as error:
-                bad.report(path, number, f"{_DAMAGE} ({error})")
+                bad.report(path, number, DAMAGE.format(error))
                 return
             if not line:
                 return
             if line.strip():
                 try:
-                    record = json.loads(line.decode().rstrip())
+                    value = json.loads(line.decode().rstrip())
                 except UnicodeDecodeError:
                     bad.report(path, number, "not UTF-8")
                 except (ValueError, RecursionError) as error:
                     bad.report(path, number, f"not JSON ({error})")
                 else:
-                    yield from _objects(path, number, record, bad)
+                    yield number, value
 
 
-def _objects(path: str | Path, line: Line, value: Any, bad: BadRecords) -> Iterator[Any]:
-    """Yield (line, ``value``) if it is a JSON object. Other values are reported."""
-    if isinstance(value, dict):
-        yield line, Record(value)
-    else:
-        bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}")
-
-
-def json_array(path: str | Path, bad: BadRecords) -> Iterator[tuple[str, Record]]:
-    """Yield (line and number, object) for every record of a JSON array or of JSON lines, one at a
-    time. Records after a syntax error are lost. Holds one record and as many characters again.
-    O(characters)."""
-    decoder, text, line, number, blank = json.JSONDecoder(), "", 1, 0, _OPENING
-    is_array = False
-    with open_text(path) as file:
-        while True:
-            start = len(blank.match(text).group())  # type: ignore[union-attr]
-            is_array |= "[" in text[:start]
-            first_line = line + text.count("\n", 0, start)
-            where = f"{first_line}, record {number + 1}"
-            try:
-                value, end = decoder.raw_decode(text, start)
-            except (ValueError, RecursionError) as error:
-                if text.startswith("]", start):
-                    return
-                message = getattr(error, "msg", error)
-                problem, more = f"not JSON, or cut ({message}); the records after it are lost", ""
+def _array(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, Any]]:
+    """Yield (line and number, value) for every value of an array. Those after a syntax error are
+    lost. Holds one value and as many characters again. O(characters)."""
+    decoder, text, line, blank = json.JSONDecoder(), "", 1, _OPENING
+    with open_bytes(path) as opened:
+        file = io.TextIOWrapper(opened, "utf-8", newline="")
+        for number in count(1):
+            while True:
+                start = len(blank.match(text).group())  # type: ignore[union-attr]
+                first_line = line + text.count("\n", 0, start)
+                try:
+                    value, end = decoder.raw_decode(text, start)
+                    break
+                except (ValueError, RecursionError) as error:
+                    if text.startswith("]", start):
+                        return
+                    message = getattr(error, "msg", error)
+                    problem = f"not JSON, or cut ({message}); the records after it are lost"
                 try:
                     more = file.read(max(_CHUNK, len(text)))  # A long record is tried seldom.
-                    if not (more or is_array or text[start:]):
-                        return
                 except DAMAGED as damage:
-                    problem = f"{_DAMAGE} ({damage})"
-                if more:
-                    text += more
-                    continue
-                bad.report(path, where, problem)
-                return
-            number += 1
-            yield from _objects(path, where, value, bad)
+                    more, problem = "", DAMAGE.format(damage)
+                if not more:
+                    bad.report(path, f"{first_line}, record {number}", problem)
+                    return
+                text += more
+            yield f"{first_line}, record {number}", value
             line += text.count("\n", 0, end)
             text, blank = text[end:], _BLANK
-
-
-def looks_like_csv(head: bytes) -> bool:
-    """Return whether a file that begins with ``head`` has a header line of column names."""
-    first = head.partition(b"\n")[0].strip()
-    return re.fullmatch(rb',*("?[A-Za-z][^{}\[\]:]*[,;\t][^{}\[\]:]*|prompt)', first) is not None
-
-
-def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-    """Yield (line number, {column: text}) for every row of comma-separated values under a header
-    line. Rows of another length, or with a quote that is not closed, are reported."""
-    csv.field_size_limit(LONGEST)  # of the whole process: 128 KiB of text are its default
-    with open_bytes(path) as file:
-        rows = csv.reader((line.decode() for line in file), strict=True)
-        names: list[str] = []
-        while True:
-            line = rows.line_num + 1
-            try:
-                row = next(rows, None)
-            except DAMAGED as error:
-                bad.report(path, line, f"{_DAMAGE} ({error})")
-                return
-            except csv.Error as error:
-                problem = f"not comma-separated values ({error}), up to line {rows.line_num}"
-                bad.report(path, line, problem)
-                continue
-            if row is None:
-                return
-            if not names:
-                names = row
-            elif row and len(row) != len(names):
-                bad.report(path, line, f"{len(row)} fields under {len(names)} names")
-            elif row:
-                yield line, Record(pair for pair in zip(names, row, strict=True) if pair[0])
 
 
 # --- Readers ------------------------------------------------------------------------------------
@@ -369,8 +340,6 @@ class FileReader:
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     word: ClassVar[str]
     """Name of the format, as in ``word:path``."""
-    is_csv: ClassVar[bool] = False
-    """True if the file has comma-separated values, false if it has JSON."""
 
     @property
     def unit(self) -> int:
@@ -391,11 +360,16 @@ class FileReader:
         """Return whether ``record``, the first of a file, is of this format."""
         raise NotImplementedError
 
-    def records(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
-        """Yield (line, record). Records that cannot be read are reported to ``bad``."""
-        return json_lines(self.path, bad)
+    @staticmethod
+    def is_left_out(record: Record) -> bool:
+        """Return whether ``record`` holds no request: a header, or a copy of another."""
+        return False
 
-    def parser(self, notes: Notes) -> Callable[[Record], Iterable[Any]]:
+    def records(self, bad: BadRecords) -> Records:
+        """Yield (line, record). Records that cannot be read are reported to ``bad``."""
+        return json_records(self.path, bad)
+
+    def parser(self, notes: Notes) -> Callable[[Record], Iterable[TraceRequest]]:
         """Return the function that converts the next record to requests. It raises KeyError,
         ValueError or OverflowError, without any other effect, if the record is invalid."""
         raise NotImplementedError
@@ -403,15 +377,17 @@ class FileReader:
     def __call__(self) -> Iterator[TraceRequest]:
         """Yield the requests in order of time. BadRecordError for one that cannot be read."""
         notes = Notes(self.path)
-        parse = self.parser(notes)
-        yield from self.ordered(self.parsed(self.records(self.bad), parse))
+        yield from self.ordered(self.parsed(self.records(self.bad), self.parser(notes)))
         notes.end()
 
     def parsed(
-        self, records: Iterable[tuple[Line, Record]], parse: Callable[[Record], Iterable[_T]]
+        self, records: Records, parse: Callable[[Record], Iterable[_T]]
     ) -> Iterator[tuple[Line, _T]]:
         """Yield (line, result of ``parse``). Invalid records are reported and skipped."""
-        for number, record in records:
+        for number, values in records:
+            record = Record(values)
+            if self.is_left_out(record):
+                continue
             try:
                 found = list(parse(record))
             except KeyError as error:
@@ -424,7 +400,7 @@ class FileReader:
             else:
                 yield from ((number, one) for one in found)
 
-    def ordered(self, found: Iterator[tuple[Line, Any]]) -> Iterator[TraceRequest]:
+    def ordered(self, found: Iterator[tuple[Line, TraceRequest]]) -> Iterator[TraceRequest]:
         """Yield the requests of ``found``, (line, result of the parser), in order of time.
 
         Logs that are written at the end of each request are slightly out of order: they are sorted,
@@ -475,7 +451,7 @@ class FileReader:
 
 @dataclass(frozen=True, slots=True)
 class SessionReader(FileReader):
-    """Reader of sessions without arrival times, which ``starts`` sets."""
+    """Reader of sessions without arrival times, one per record. ``starts`` sets the times."""
 
     starts: Starts = field(default_factory=lambda: Starts("poisson", 1.0))
     seed: int = 0
@@ -485,6 +461,27 @@ class SessionReader(FileReader):
         """Pauses between turns; None if the file tells them."""
         return None
 
-    def ordered(self, found: Iterator[tuple[Line, Any]]) -> Iterator[TraceRequest]:
-        sessions = (session for _, session in found)
-        return interleave(sessions, self.starts, self.pause, unit=self.unit, seed=self.seed)
+    @property
+    def cap(self) -> int:
+        """Longest prompt. A session ends before the first that is longer."""
+        return LONGEST
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        notes = Notes(self.path)
+        parse = self.parser(notes)
+
+        def session(record: Record) -> Iterator[list[TraceRequest]]:
+            found = list[TraceRequest]()
+            for request in parse(record):
+                if len(request.tokens) > self.cap:
+                    notes.count(CUT.format(self.cap))
+                    break
+                found.append(request)
+            else:
+                if not found:
+                    notes.count(UNANSWERED)
+            yield sorted(found, key=lambda request: request.timestamp_s)
+
+        sessions = (found for _, found in self.parsed(self.records(self.bad), session))
+        yield from interleave(sessions, self.starts, self.pause, unit=self.unit, seed=self.seed)
+        notes.end()

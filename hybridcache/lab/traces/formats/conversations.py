@@ -9,10 +9,10 @@ from itertools import count
 from typing import ClassVar
 
 from hybridcache.lab.arrivals import Pauses, Starts
-from hybridcache.lab.trace import BadRecords, TraceRequest
-from hybridcache.lab.traces.dialects import ROLES, plain_chat
-from hybridcache.lab.traces.frame import UNANSWERED, Line, Notes, Record, SessionReader, json_array
-from hybridcache.lab.traces.messages import NAMES, Conversation, spelled
+from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces.dialects import plain_chat
+from hybridcache.lab.traces.frame import Notes, Record, SessionReader
+from hybridcache.lab.traces.named import Named, spelled
 from hybridcache.lab.traces.text import load_chat_text
 
 
@@ -27,29 +27,21 @@ class ConversationsReader(SessionReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        record = spelled(record)
-        said = record.get("messages")
-        last = said[-1] if isinstance(said, list) and said else None
-        role = spelled(Record(last)).get("role") if isinstance(last, dict) else None
-        is_whole = ROLES.get(str(role).lower()) == "assistant"
-        return is_whole and record.first(NAMES["answer"]) is None
+        return Named(record, {}).is_whole
 
-    def parser(self, notes: Notes) -> Callable[[Record], Iterator[list[TraceRequest]]]:
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         chat, numbers = load_chat_text(self.tokenizer, self.template), count(1)
 
-        def parse(record: Record) -> Iterator[list[TraceRequest]]:
-            number, found, record = next(numbers), list[TraceRequest](), spelled(record)
-            name, messages = self.conversation(record, number)
+        def parse(record: Record) -> Iterator[TraceRequest]:
+            record = spelled(record)
+            name, messages = self.conversation(record, next(numbers))
             said = plain_chat(messages, None, record.get("tools"))
-            num_added = len(said) - len(messages)  # a system message with the tools
-            conversation = Conversation(chat, name)
-            conversation.said += said[:num_added]
-            for message, one in zip(said[num_added:], messages, strict=True):
-                request = conversation.add(message, one, None)
-                found += [] if request is None else [request]
-            if not found:
-                notes.count(UNANSWERED)
-            yield found
+            for place, one in enumerate(said):
+                if place and one["role"] == "assistant":
+                    request = chat.turn(said[:place], one["content"], tools=True)
+                    is_call = messages[place - len(said)].get("tool_calls")
+                    reason = "tool_use" if is_call else "end_turn"
+                    yield request._replace(session=name, stop_reason=reason)
 
         return parse
 
@@ -70,9 +62,6 @@ class TauBenchReader(ConversationsReader):
     @staticmethod
     def recognises(record: Record) -> bool:
         return "traj" in record
-
-    def records(self, bad: BadRecords) -> Iterator[tuple[Line, Record]]:
-        return json_array(self.path, bad)
 
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         name = f"task {record.key('task_id')}, trial {record.key('trial')}"

@@ -1,0 +1,79 @@
+"""Native trace format: JSON lines with every field of a ``TraceRequest``, in order of time, after a
+first line ``{"format": "hybridcache", "version": 1, "unit": 1}``, which is optional."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, ClassVar
+
+import numpy as np
+
+from hybridcache.lab.trace import FreshIds, TraceRequest, checked, units
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, TraceClock
+from hybridcache.lab.traces.own import FIELDS, READ, header_of
+from hybridcache.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class OwnReader(FileReader):
+    """Files written by ``write_own`` or by a program of the user."""
+
+    word: ClassVar[str] = "jsonl"
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """Return whether the record is the header line, or has ``tokens`` or a ``prefix``."""
+        ids = record.get("tokens"), record.get("prefix")
+        return record.get("format") == "hybridcache" or any(isinstance(one, list) for one in ids)
+
+    @staticmethod
+    def is_left_out(record: Record) -> bool:
+        return "format" in record
+
+    @property
+    def unit(self) -> int:
+        return header_of(self.path)[0]
+
+    @property
+    def counted_by(self) -> str:
+        return header_of(self.path)[1]
+
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
+        unit, fresh, clock, numbers = self.unit, FreshIds(), TraceClock(), count()
+        last = dict[Hashable, Tokens]()
+        """Last prompt and answer of each session, for ``prefix``."""
+
+        def parse(record: Record) -> Iterator[TraceRequest]:
+            if unread := ", ".join(name for name in record if name not in READ):
+                notes.count(f"with fields that are not read: {unread}", "record")
+            values: dict[str, Any] = {"session": f"unnamed {next(numbers)}", "namespace": None}
+            for name, (field, read) in FIELDS.items():
+                if record.get(name) is not None:
+                    values[field] = read(record, name)
+            tokens = _prompt(record, last.get(values["session"], np.zeros(0, np.int32)))
+            if "output" not in values:
+                values["output"] = fresh.take(units(values.get("answer_tokens", 0), unit))
+            if unit == 1:  # the ids of the answer tell its length
+                values.pop("answer_tokens", None)
+            request = checked(TraceRequest(0.0, tokens=tokens, **values), unit)
+            now_s = clock.at(record, "timestamp")
+            last[request.session] = np.concatenate((tokens, request.output))
+            yield request._replace(timestamp_s=now_s)
+
+        return parse
+
+
+def _prompt(record: Record, before: Tokens) -> Tokens:
+    """Return the ids of a prompt; ``before`` are the session's last prompt and answer."""
+    if "prefix" not in record:
+        return record.ids("tokens")
+    if "tokens" in record:
+        raise ValueError("it has both tokens and prefix: give one of them")
+    prefix = record.ids("prefix")
+    if not len(prefix) or prefix[0] > len(before):
+        raise ValueError(
+            f"prefix must begin with the number of ids to keep, at most {len(before)} here"
+        )
+    return np.concatenate((before[: prefix[0]], prefix[1:]))

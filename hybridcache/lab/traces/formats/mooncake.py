@@ -1,0 +1,80 @@
+"""Hashes of blocks: Mooncake's of 512 tokens (FAST'25, kvcache-ai/Mooncake), and Bailian's of 16
+(alibaba-edu/qwen-bailian-usagetraces-anon, ATC'25).
+
+Prompts agree exactly as far as their hashes do. Bailian's data files were not available: that a
+request continues its parent is an assumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import ClassVar
+
+import numpy as np
+
+from hybridcache.lab.trace import FreshIds, TraceRequest
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class MooncakeReader(FileReader):
+    """Times in milliseconds. A request without a session is a session of its own."""
+
+    word: ClassVar[str] = "mooncake"
+    times_per_s: ClassVar[int] = 1000
+    unit: int = 512
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        return {"hash_ids", "input_length"} <= record.keys()
+
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
+        fresh, session = FreshIds(), self.sessions()
+        numbers: dict[str | int, int] = {}
+
+        def parse(record: Record) -> Iterator[TraceRequest]:
+            when_s = record.seconds("timestamp") / self.times_per_s
+            hashes = record.values_of("hash_ids")
+            if not {*map(type, hashes)} <= {int, str}:
+                raise ValueError("hash_ids holds more than whole numbers and texts")
+            blocks = np.asarray([numbers.setdefault(one, len(numbers)) for one in hashes], np.int32)
+            request = request_of_blocks(record, blocks, self.unit, fresh)
+            yield request._replace(timestamp_s=when_s, session=session(record))
+
+        return parse
+
+    def sessions(self) -> Callable[[Record], Hashable]:
+        """Return the function that gives the session of the next record."""
+        numbers = count(1)
+
+        def session(record: Record) -> Hashable:
+            name = record.first(("session_id", "session", "conversation_id"))
+            return record.key(name) if name else f"unnamed {next(numbers)}"
+
+        return session
+
+
+@dataclass(frozen=True, slots=True)
+class BailianReader(MooncakeReader):
+    """Mooncake's fields, ``timestamp`` in seconds, with ``chat_id`` and ``parent_chat_id``. A
+    request continues the session of its parent; a second child opens another session."""
+
+    word: ClassVar[str] = "bailian"
+    times_per_s: ClassVar[int] = 1
+    unit: int = 16
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        return {"hash_ids", "parent_chat_id"} <= record.keys()
+
+    def sessions(self) -> Callable[[Record], Hashable]:
+        by_last_chat: dict[str | int, str | int] = {}
+
+        def session(record: Record) -> str | int:
+            chat = record.key("chat_id")
+            by_last_chat[chat] = by_last_chat.pop(record.key("parent_chat_id"), chat)
+            return by_last_chat[chat]
+
+        return session

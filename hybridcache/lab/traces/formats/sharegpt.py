@@ -1,0 +1,80 @@
+"""ShareGPT: an array of ``{"id": "abc_0", "conversations": [{"from": "human", "value": "..."}]}``.
+
+A record is a conversation, or a segment of one, whose id ends in the index of its first message."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import ClassVar
+
+from hybridcache.lab.arrivals import Pauses
+from hybridcache.lab.trace import BadRecords, TraceRequest, distinct
+from hybridcache.lab.traces.dialects import role_of
+from hybridcache.lab.traces.frame import Notes, Record, Records, SessionReader
+from hybridcache.lab.traces.text import load_chat_text
+
+
+@dataclass(frozen=True, slots=True)
+class ShareGPTReader(SessionReader):
+    """Conversations of people. An answer after a question, or a tool's result, is a request."""
+
+    word: ClassVar[str] = "sharegpt"
+    tokenizer: str = "qwen3.5"
+    template: str = "chatml"
+    cap: int = 8192
+    pause: Pauses = field(default_factory=Pauses)
+    limit: int | None = None
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        return "conversations" in record
+
+    def records(self, bad: BadRecords) -> Records:
+        segments = self.parsed(SessionReader.records(self, bad), _segment)
+        return islice(_whole(segments), self.limit)
+
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
+        chat = load_chat_text(self.tokenizer, self.template)
+
+        def parse(record: Record) -> Iterator[TraceRequest]:
+            said = record["system"] + record["messages"]
+            for place, (before, message) in enumerate(pairwise(said), 1):
+                if before["role"] in ("user", "tool") and message["role"] == "assistant":
+                    request = chat.turn(said[:place], message["content"])
+                    yield request._replace(session=record["session"])
+
+        return parse
+
+
+def _segment(record: Record) -> Iterator[Record]:
+    name, messages = str(record.key("id")), record.objects("conversations")
+    base, _, index = name.rpartition("_")
+    name, start = (base, int(index)) if base and index.isdecimal() else (name, 0)
+    system = [{"role": "system", "content": record.text("system")}] if record.get("system") else []
+    said = [{"role": role_of(one, "from"), "content": one.text("value")} for one in messages]
+    yield Record(name=name, start=start, system=system, messages=said)
+
+
+def _whole(segments: Records) -> Records:
+    """Yield conversations. Segments follow each other, and may repeat the message at the border."""
+    whole, taken, are_indices = Record(messages=[]), Counter[str](), True
+    for at, part in segments:
+        start, said, before = part["start"], part["messages"], whole["messages"]
+        if not said:
+            yield at, part
+            continue
+        is_same = part["name"] == whole.get("name") and part["system"] in ([], whole["system"])
+        if start and is_same and are_indices:
+            repeated = len(before) - start
+            if repeated >= 0 and before[start:] == said[:repeated]:
+                before += said[repeated:]
+                continue
+            are_indices = repeated < 0  # else they count conversations
+        if before:
+            yield whole["line"], whole
+        whole = Record(part, line=at, session=distinct(part["name"], taken))
+    if whole["messages"]:
+        yield whole["line"], whole

@@ -1,0 +1,353 @@
+"""Named fields of records with texts (a request, or a single message), and sessions of prompts.
+
+``docs/reference/traces.md`` has the fields, and the rules for those that a file does not have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from typing import Any
+
+from sortedcontainers import SortedDict
+
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
+from hybridcache.lab.traces.frame import FileReader, Line, Notes, Record, TraceClock
+from hybridcache.lab.traces.text import ChatText
+
+SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+"""Numbers above the first value are times since 1970, in the second value's parts of a second."""
+NAMES: dict[str, tuple[str, ...]] = {
+    field: tuple(names.split())
+    for field, names in {
+        "prompt": "prompt",
+        "messages": "messages",
+        "time": "timestamp ts time seconds arrival_time start_time created created_at started_at",
+        "session": "session_id session conversation_id conversation chat_id thread_id",
+        "answer": "answer response output completion response_body reply generated_text",
+        "length": "output_tokens completion_tokens answer_tokens output_length "
+        "max_tokens max_completion_tokens max_output_tokens",
+        "model": "model",
+        "system": "system",
+        "tools": "tools",
+        "tenant": "cache_salt tenant tenant_id namespace",
+        "status": "status_code status",
+    }.items()
+}
+"""Fields of a record and the names that contain them. The first name with a value counts."""
+BODIES = ("request", "request_body", "body")
+"""Names of an object that holds the fields of a request."""
+OF_MESSAGE = ("role", "content", "tool_calls", "function_call")
+"""Names of the fields of a single message."""
+ABSENT = {
+    "time": "one second between records",
+    "session": "prompts that continue another",
+    "answer": "unknown",
+}
+"""Rules of the fields that a record of a request does not have."""
+SPELLINGS = {
+    name.replace("_", ""): name
+    for names in (OF_MESSAGE, ("reasoning_content",), BODIES, *NAMES.values())
+    for name in names
+}
+"""Names of fields by their letters."""
+FEWEST = 10
+"""Requests without any continued prompt from which on a warning is given."""
+NOT_CONTINUED = (
+    "most prompts do not begin with an earlier prompt of their session: a prompt must be the whole "
+    "text that was sent to the model, earlier turns included"
+)
+
+
+def spelled(record: Record, kept: Collection[str] = ()) -> Record:
+    """Return ``record`` with the names of ``SPELLINGS`` for those that differ from them in case,
+    underscores, hyphens or spaces only. Names in ``kept``, and a second one for a field, stay."""
+    names = dict[str, str]()
+    for name in record:
+        usual = _usual(name)
+        is_free = name not in kept and usual not in record and usual not in names
+        names[usual if is_free else name] = name
+    return Record((usual, record[name]) for usual, name in names.items())
+
+
+@cache
+def _usual(name: str) -> str:
+    return SPELLINGS.get(re.sub(r"[\s_-]", "", name).lower(), name)
+
+
+def _is_object(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _are_objects(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(type(one) is dict for one in value))
+
+
+IN_JSON: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("messages", "tools", "tool_calls"), _are_objects),
+    **dict.fromkeys(("function_call", *BODIES), _is_object),
+    "answer": is_response,
+}
+"""Fields that may be JSON text, as in a CSV file, and conditions of their values."""
+
+
+def _decoded(field: str, value: Any) -> Any:
+    """Return the value of a field. JSON and numbers as text are decoded."""
+    is_number = field in ("time", "length")
+    if not isinstance(value, str) or not (is_number or field in IN_JSON):
+        return value
+    with suppress(ValueError, RecursionError):
+        inner = float(value) if is_number else json.loads(value)
+        return inner if is_number or IN_JSON[field](inner) else value
+    return value
+
+
+class Named(Record):
+    """Fields of a record under the names of ``NAMES``."""
+
+    def __init__(self, record: Record, names: dict[str, str]) -> None:
+        """``names`` are those that the user gave. Raises ValueError if one of them is missing."""
+        record = spelled(record, names.values())
+        body = None if {"messages", "prompt"} & record.keys() else record.first(BODIES)
+        inner = _decoded(body, record[body]) if body else None
+        if isinstance(inner, dict):
+            outer = {name: each for name, each in record.items() if name != body}
+            record = Record(spelled(Record(inner), names.values()) | outer)
+        self.record = record
+        self.used: dict[str, str] = {}
+        """Name of each field in the record."""
+        for field, known in NAMES.items():
+            own = names.get(field)
+            if own and own not in record:
+                raise ValueError(f"there is no column {own!r}; it has {', '.join(record)}")
+            if found := record.first((own,) if own else known):
+                self.used[field], self[field] = found, _decoded(field, record[found])
+        if "messages" in self:  # One of both is read.
+            other = "messages" if names.get("prompt") else "prompt"
+            for fields in (self, self.used):
+                fields.pop(other, None)
+        self.has_prompt = bool({names.get("prompt") or "prompt", "messages"} & record.keys())
+        """True if it has a prompt or messages, which may be null."""
+        self.is_message = "role" in record and not self.has_prompt
+
+    def time_s(self, clock: TraceClock) -> float:
+        """Return the time in seconds, of the next record of ``clock``."""
+        when = clock.at(self, "time")
+        return when / next((unit for above, unit in SINCE_1970 if when > above), 1.0)
+
+    @property
+    def has_failed(self) -> bool:
+        """True if the status is 400 or more, ``error`` or ``failed``."""
+        status = str(self.get("status"))
+        number = re.match(r"\s*(\d{1,9})", status)  # "429 Too Many Requests" is 429
+        return int(number[1]) >= 400 if number else status.lower() in ("error", "failed")
+
+    @property
+    def unread(self) -> set[str]:
+        """Names of the fields with a value that are not read."""
+        given = {name for name, value in self.record.items() if value is not None}
+        return given.difference(self.used.values())
+
+    @property
+    def is_whole(self) -> bool:
+        """True if it has no answer, and its messages end with an assistant's."""
+        said = self.get("messages")
+        if "answer" in self or not isinstance(said, list) or not said:
+            return False
+        role = spelled(Record(said[-1])).get("role") if isinstance(said[-1], dict) else None
+        return ROLES.get(str(role).lower()) == "assistant"
+
+    def request(self, chat: ChatText, fresh: FreshIds) -> tuple[TraceRequest, str]:
+        """Return the request without session and time, and its prompt as one text."""
+        answer, length, reason = answer_of(self.get("answer"))
+        if answer is None and not length and "length" in self:
+            length = self.whole("length")
+        if "messages" in self:
+            messages = [spelled(message) for message in self.objects("messages")]
+            said = plain_chat(messages, self.get("system"), self.get("tools"))
+            request = chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
+            # A text that begins with the text of every earlier part of the chat.
+            text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
+        elif not self.has_prompt:
+            names = ", ".join(self.record) or "no field"
+            raise ValueError(f"there is no prompt in it ({names}): name it as in ?prompt=NAME")
+        else:
+            prompt = self.get("prompt") or ""
+            text = prompt if isinstance(prompt, str) else ""
+            ids = chat.encode(text) if text else Record(prompt=prompt or []).ids("prompt")
+            if not len(ids):
+                raise ValueError("the prompt is empty")
+            request = TraceRequest(0.0, "", None, ids, chat.encode(answer or ""))
+        if answer is None:
+            request = request._replace(output=fresh.take(length))
+        return request._replace(stop_reason=reason), text
+
+    def message(self) -> Record:
+        """Return a single message."""
+        return Record((name, _decoded(name, value)) for name, value in self.record.items())
+
+    def namespace(self) -> str | None:
+        """Return a name for model and tenant; None if there is neither."""
+        parts = {"model": self.get("model"), "cache_salt": self.get("tenant")}
+        parts = {name: value for name, value in parts.items() if value is not None}
+        is_plain = set(parts) == {"model"} and isinstance(parts["model"], str)
+        return parts["model"] if is_plain else json.dumps(parts) if parts else None
+
+    def describe(self) -> str:
+        """Return the names that are read for each field, and the rules for those without one."""
+        if self.is_message:
+            found = [f"{name}={name}" for name in OF_MESSAGE if name in self.record]
+            used = (pair for pair in self.used.items() if pair[0] not in ("answer", "length"))
+            found += [f"{field}={name}" for field, name in used]
+            return f"{', '.join(found)} (an answer is a request after all messages of its session)"
+        found = [f"{field}={name}" for field, name in self.used.items()]
+        known = self.used.keys() | ({"answer"} if "length" in self.used else set())
+        found += [f"{name}=none ({rule})" for name, rule in ABSENT.items() if name not in known]
+        return ", ".join(found)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedReader(FileReader):
+    """Reader of records with named fields, whose times count from the first."""
+
+    tokenizer: str = ""
+    template: str = "chatml"
+    prompt: str = ""
+    """Name of the field of prompts in a file with other names; so are the next five."""
+    time: str = ""
+    session: str = ""
+    answer: str = ""
+    length: str = ""
+    tenant: str = ""
+    """Name of the field of tenants. Prompts of different tenants share no prefix."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Names of the user, by field; empty for those of ``NAMES``."""
+        fields = ("prompt", "time", "session", "answer", "length", "tenant")
+        return {name: getattr(self, name) for name in fields}
+
+    def ordered(self, found: Iterator[tuple[Line, TraceRequest]]) -> Iterator[TraceRequest]:
+        began_s: float | None = None
+        for request in FileReader.ordered(self, found):
+            began_s = request.timestamp_s if began_s is None else began_s
+            yield request._replace(timestamp_s=request.timestamp_s - began_s)
+
+    def describe(self) -> str:
+        """Return the names that are read for each field in the first hundred records."""
+        merged = Record()
+        for _, record in islice(self.records(BadRecords(skip=True)), 100):
+            merged |= {name: each for name, each in record.items() if merged.get(name) is None}
+        try:
+            return Named(merged, self.names).describe() if merged else ""
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+
+# --- Sessions -----------------------------------------------------------------------------------
+
+
+class Continued:
+    """Sessions of prompts without one: a prompt continues the last prompt that it begins with."""
+
+    def __init__(self) -> None:
+        self._last: SortedDict[str, int] = SortedDict()
+        self.count = 0
+
+    def session(self, said: str) -> tuple[int, bool]:
+        """Return the number of the session, and True if it is continued."""
+        place = self._last.bisect_left(said)
+        while place:
+            before: str = self._last.keys()[place - 1]
+            if said.startswith(before):
+                self._last[said] = session = self._last.pop(before)
+                return session, True
+            low = bisect_left(  # length of the common beginning
+                range(len(before)), True, key=lambda end: not said.startswith(before[: end + 1])
+            )
+            place = min(place - 1, self._last.bisect_right(said[:low]))
+        self.count += 1
+        self._last[said] = self.count
+        return self.count, False
+
+
+class Prompts:
+    """Sessions of the prompts of a file. A note at its end tells if most continue no other, and
+    names unread fields if no answer was found."""
+
+    def __init__(self, notes: Notes) -> None:
+        self._notes, notes.at_end = notes, self._end
+        self._continued = Continued()
+        self._last: dict[str | int, tuple[int, int]] = {}
+        """Length and hash of the last prompt of a named session."""
+        self._num_later = self._num_continued = self._num_answers = 0
+        self._unread = set[str]()
+
+    def session(self, name: str | int, record: Named, said: str) -> str | int:
+        """Return the session of the next prompt: ``name``, or by its text if that is empty."""
+        self._num_answers += "answer" in record
+        self._unread |= record.unread
+        if name == "":
+            number, continues = self._continued.session(f"{record.namespace()}\0{said}")
+            self._num_continued += continues
+            return f"unnamed {number}"
+        size, digest = self._last.get(name, (0, 0))
+        self._num_later += size > 0
+        self._num_continued += size > 0 and hash(said[:size]) == digest
+        self._last[name] = len(said), hash(said)
+        return name
+
+    def _end(self) -> None:
+        is_new = not self._last and self._continued.count >= FEWEST and not self._num_continued
+        if is_new or self._num_later > 2 * self._num_continued:
+            self._notes.say(NOT_CONTINUED)
+        if self._unread and not self._num_answers:
+            names = ", ".join(sorted(self._unread))
+            self._notes.say(
+                f"no answer was found; name its field as in ?answer=NAME: {names} are not read"
+            )
+
+
+class Conversation:
+    """Single messages of a session so far. The prompt of each answer is all of them."""
+
+    def __init__(self) -> None:
+        self._said: Chat = []
+        self._num_unanswered = 0
+        self._before_s = self._asked_s = -math.inf
+
+    def add(
+        self, record: Named, chat: ChatText, clock: TraceClock, notes: Notes
+    ) -> TraceRequest | None:
+        """Add a message. Return its request, without session, if it is an answer: at its time, or
+        if times are known at that of the message before. ValueError if that is out of order."""
+        message, request = record.message(), None
+        leading = () if self._said else (record.get("system"), record.get("tools"))
+        *system, said = plain_chat([message], *leading)
+        now_s = record.time_s(clock)
+        self._said += system
+        is_answer = said["role"] == "assistant"
+        if is_answer and self._said:
+            is_timed = "time" in record and self._before_s >= 0
+            asked_s = self._before_s if is_timed else now_s
+            if asked_s < self._asked_s:
+                raise ValueError("its messages are not in order of time")
+            request = chat.turn(self._said, said["content"], tools=True)
+            reason = "tool_use" if message.get("tool_calls") else "end_turn"
+            request = request._replace(timestamp_s=asked_s, stop_reason=reason)
+            if "time" in record:
+                request = request._replace(service_s=max(0.0, now_s - asked_s))
+            self._asked_s = asked_s
+        unanswered = 0 if is_answer else self._num_unanswered + 1
+        notes.count("without an answer left out", "message", unanswered - self._num_unanswered)
+        self._num_unanswered, self._before_s = unanswered, now_s
+        self._said.append(said)
+        return request
