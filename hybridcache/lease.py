@@ -455,11 +455,23 @@ class Lease:
                 placement.on_hit(match.resumed)
             if match.missed is not None:
                 placement.on_ghost_hit(match.missed, match.missed_tokens)
-        ends, survives = request.boundaries
-        # Match and prefill begin with the same four lengths.
-        known = (*match[:4], ends, self._step, match.resumed, match.missed, match.forks)
-        memory = (cache.free_slots, cache.num_checkpoints, cache.shares_memory)
-        prefill = new_tuple(Prefill, (*known, survives and not request.exact, *memory))
+        positions, answer_survives = request.boundaries
+        fields = (
+            self.prompt_len,
+            match.cached_len,
+            match.kv_match_len,
+            match.seen_len,
+            positions,
+            self._step,
+            match.resumed,
+            match.missed,
+            match.forks,
+            answer_survives and not request.exact,
+            cache.free_slots,
+            cache.num_checkpoints,
+            cache.shares_memory,
+        )
+        prefill = new_tuple(Prefill, fields)
         placement.on_prefill(prefill)
         for position, label in prefill.on_grid(placement.plan(prefill)).items():
             self._planned.setdefault(position, label)

@@ -16,7 +16,7 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import PromptBoundaries, raise_failure
-from hybridcache.tokens import INT32, Tokens, new_tuple
+from hybridcache.tokens import INT32, Tokens
 
 
 def build_target(scenario: Scenario, unit: int) -> Target:
@@ -66,12 +66,13 @@ class LeaseTarget:
         self.now_s = request.timestamp_s
         if self._has_no_slot:
             return None
-        ends = new_tuple(PromptBoundaries, (request.boundaries, request.answer_survives))
-        own_slot = None if self._own_slots is None else next(self._own_slots)
-        tokens, namespace, stateful = request.tokens, request.namespace, self._stateful
-        # It reuses and publishes all, has no row of a table, and does not resume.
-        fields = tokens, namespace, ends, True, False, stateful, None, own_slot, False
-        asked = new_tuple(LeaseRequest, fields)
+        asked = LeaseRequest(
+            request.tokens,
+            request.namespace,
+            PromptBoundaries(request.boundaries, request.answer_survives),
+            stateful=self._stateful,
+            own_slot=None if self._own_slots is None else next(self._own_slots),
+        )
         before = {} if self.exchange is None else self._fetched_bytes()
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)
         if lease is None:
