@@ -238,8 +238,8 @@ class Hazards:
         num_bins = bisect_right(_EDGE_LIST, latest)
         hazard = self._hazards(now, min(num_bins + AHEAD, NUM_BINS))
         self.index[: len(hazard), :num_bins] = index_of(hazard, num_bins)
-        heavy = self._events.sum(axis=1) > MEMORY
-        if heavy.any():
+        heavy = (self._events[: len(hazard)].sum(axis=1) > MEMORY).nonzero()[0]
+        if len(heavy):
             for counts in (self._events, self._reached, self._partial):
                 counts[heavy] *= 0.5
         return True
@@ -286,8 +286,8 @@ class Hazards:
         rows = codes & _ROW_MASK
         cells, spent = _cells(rows * num_bins, now - (codes >> _ROW_BITS), now)
         shape = len(self._parents), num_bins
-        open_ = np.bincount(cells, minlength=shape[0] * num_bins).reshape(shape)
-        reached = open_ + self._reached[: shape[0], :num_bins]
+        open_ = np.bincount(cells, minlength=shape[0] * num_bins).astype(np.float64)
+        reached = open_.reshape(shape) + self._reached[: shape[0], :num_bins]
         partial = np.bincount(cells, spent, shape[0] * num_bins).reshape(shape)
         later_first = reached.T[::-1].copy()  # Rows are summed faster than columns.
         beyond = later_first.cumsum(axis=0)[::-1].T - reached
@@ -318,24 +318,24 @@ def _by_generation(
 ) -> tuple[Ints, list[_Generation]]:
     """Return all rows in the order of their generations, and these: shortest keys first, and rows
     with models after others of their length. O(rows log rows)."""
-    codes, facts, fact_numbers = list[int](), list[int](), dict[Hashable, int]()
+    kinds, facts, fact_numbers = list[int](), list[int](), dict[Hashable, int]()
     for row, (key, parent) in enumerate(zip(keys, parents, strict=True)):
         kind = 2 * len(key) + (row in models)
-        above = 0 if parent is None else parent + 1
-        codes.append((kind << _ROW_BITS | above) << _ROW_BITS | row)
-        fact = kind, parent if row in models else key[-1]
+        kinds.append(kind)
+        fact = kind, parent if kind % 2 else key[-1]
         facts.append(fact_numbers.setdefault(fact, len(fact_numbers)))
-    ordered = np.sort(np.array(codes, np.int64))
-    order, families = ordered & _ROW_MASK, ordered >> _ROW_BITS
-    place_of = np.full(len(codes) + 1, -1)
-    place_of[order + 1] = np.arange(len(codes))
-    above_of, fact_of = place_of[families & _ROW_MASK], np.array(facts)[order]
+    above_of = np.array([0 if parent is None else parent + 1 for parent in parents])
+    families = np.array(kinds) << _ROW_BITS | above_of
+    order = families.argsort(kind="stable")
+    families = families[order]
+    place_of = np.full(len(order) + 1, -1)
+    place_of[order + 1] = np.arange(len(order))
+    above_of, fact_of = place_of[above_of[order]], np.array(facts)[order]
     is_first = np.diff(families, prepend=-1) > 0
-    kinds = families >> _ROW_BITS
-    begins = np.diff(kinds, prepend=0).nonzero()[0].tolist()
+    begins = np.diff(families >> _ROW_BITS, prepend=0).nonzero()[0].tolist()
     found: list[_Generation] = []
-    for begin, end in pairwise((*begins, len(codes))):
-        length, has_model = divmod(int(kinds[begin]), 2)
+    for begin, end in pairwise((*begins, len(order))):
+        length, has_model = divmod(kinds[order[begin]], 2)
         places, its_models = slice(begin, end), None
         if has_model:
             its_models = place_of[[models[row] + 1 for row in order[places].tolist()]]
@@ -583,7 +583,7 @@ class Survival(EvictionPolicy):
         if (
             columns.items
         ):  # A random one too, which bounds the age of changes that were not noticed.
-            stale[columns.items[self._random.randrange(len(columns.items))]] = None
+            stale[self._random.choice(columns.items)] = None
         self._stale = {}
         for item in stale:
             its = columns if item in columns.places else self._kv
