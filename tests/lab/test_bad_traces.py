@@ -152,6 +152,7 @@ def test_records_are_lines_or_an_array(reader: str, tmp_path: Path) -> None:
         (b"PK\3\4\0", "line 1: not JSON"),
         (b"", "there is no record"),
         (b"[]", "there is no record"),
+        (b"[]\n\n{}", "line 1: the text after the array is lost"),
         (b"[1, 2]", "line 1, record 1: a JSON object was expected, not int"),
         (b'[\n{"id" 1}]', "line 2, record 1: not JSON"),
         (gzip.compress(b'{"tokens": [1]}\n')[:15], "line 1: damaged, or not UTF-8"),

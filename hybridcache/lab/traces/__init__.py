@@ -154,9 +154,9 @@ def recognise(path: Path) -> str:
     if first is None:
         next(reader.records(BadRecords(skip=False)), None)  # raises at the first unreadable record
         raise ValueError(f"{path}: there is no record in it")
-    for word, known in {"csv": CsvReader}.items() if is_table else READERS.items():
+    for known in (CsvReader,) if is_table else READERS.values():
         if known.recognises(Record(first)):
-            return word
+            return known.word
     if not is_table and {"tokens", "prefix"} & first.keys():
         return OwnReader.word  # its error names the value
     kind, form, formats = "field", "messages", f"; formats: {', '.join(READERS)}"

@@ -313,6 +313,8 @@ def _array(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, Any]]:
                     break
                 except (ValueError, RecursionError) as error:
                     if text.startswith("]", start):
+                        if text[start + 1 :].strip():
+                            bad.report(path, first_line, "the text after the array is lost")
                         return
                     message = getattr(error, "msg", error)
                     problem = f"not JSON, or cut ({message}); the records after it are lost"

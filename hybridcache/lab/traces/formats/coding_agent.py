@@ -53,7 +53,7 @@ class CodingAgentReader(SessionReader):
             for sizes, shared, when_s, agent, request, ids in rows:
                 if agent not in names:
                     names[agent] = distinct(agent, taken)
-                tokens = ids + offset
+                tokens = ids + np.int32(offset)
                 tokens[:shared] = np.concatenate((blocks(sizes[0]), blocks(*sizes)))[:shared]
                 one = request_of_blocks(request, tokens, unit, fresh, ("in", "out"))
                 kept = chat_boundaries(len(one.tokens), (shared,), (len(tokens),)).positions
