@@ -441,7 +441,7 @@ class HybridRadixCache:
         require_int32(tokens, "tokens")
         root = self._tree.root(namespace)
         node, inside, kv_match_len = self._tree.walk(root, tokens.tobytes(), 0)
-        if inside is not None and kv_match_len > node.end:
+        if inside is not None:
             node = self._split(inside, kv_match_len)
         return self.lock(None if node is root else node)
 
@@ -798,7 +798,7 @@ class HybridRadixCache:
                 f"owned_from is {owned_from}, but the cache holds only {kv_match_len} of these "
                 "tokens: keep a lock on rows that the cache owns"
             )
-        if inside is not None and kv_match_len > node.end:
+        if inside is not None:
             node = self._split(inside, kv_match_len)
         leaf, kv = node, node.kv
         if kv_match_len < num_tokens:

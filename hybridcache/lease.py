@@ -35,7 +35,7 @@ from hybridcache.policies.protocol import (
     require_placement,
 )
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, new_tuple, require_int32
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, require_int32
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -471,7 +471,7 @@ class Lease:
             cache.num_checkpoints,
             cache.shares_memory,
         )
-        prefill = new_tuple(Prefill, fields)
+        prefill: Prefill = tuple.__new__(Prefill, fields)  # As in ``cache.match``.
         placement.on_prefill(prefill)
         for position, label in prefill.on_grid(placement.plan(prefill)).items():
             self._planned.setdefault(position, label)

@@ -26,8 +26,6 @@ INT32 = np.dtype(np.int32)
 EMPTY: Indices = np.empty(0, np.int32)
 """No tokens, or no rows: int32[0], read-only."""
 EMPTY.setflags(write=False)
-new_tuple = tuple.__new__
-"""Function that makes a named tuple from all of its fields, faster than the constructor."""
 _BLOCK = 4096
 """Number of tokens compared at once, so that prompts that differ early are not read to the end."""
 
