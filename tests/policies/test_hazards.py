@@ -206,6 +206,10 @@ def test_vectorised_hazards_match_plain_ones() -> None:
     )
 
 
+def test_hazards_without_a_class_can_be_refreshed() -> None:
+    assert Hazards().refresh(100)
+
+
 def test_the_index_of_the_first_bins_matches_that_of_all_bins() -> None:
     hazard = np.random.default_rng(0).uniform(0.01, 0.5, (7, NUM_BINS)) / (EDGES + 16.0)
     assert np.array_equal(index_of(hazard, 9), index_of(hazard)[:, :9])

@@ -324,13 +324,13 @@ def _by_generation(
         kinds.append(kind)
         fact = kind, parent if kind % 2 else key[-1]
         facts.append(fact_numbers.setdefault(fact, len(fact_numbers)))
-    above_of = np.array([0 if parent is None else parent + 1 for parent in parents])
-    families = np.array(kinds) << _ROW_BITS | above_of
+    above_of = np.array([0 if parent is None else parent + 1 for parent in parents], np.int64)
+    families = np.array(kinds, np.int64) << _ROW_BITS | above_of
     order = families.argsort(kind="stable")
     families = families[order]
     place_of = np.full(len(order) + 1, -1)
     place_of[order + 1] = np.arange(len(order))
-    above_of, fact_of = place_of[above_of[order]], np.array(facts)[order]
+    above_of, fact_of = place_of[above_of[order]], np.array(facts, np.int64)[order]
     is_first = np.diff(families, prepend=-1) > 0
     begins = np.diff(families >> _ROW_BITS, prepend=0).nonzero()[0].tolist()
     found: list[_Generation] = []
