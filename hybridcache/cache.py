@@ -559,7 +559,7 @@ class HybridRadixCache:
             raise ValueError(f"a row given back is not of this pool of {pages.capacity}")
         if num_rows % pages.page_size or (kv_indices[:1] % pages.page_size).any():
             raise ValueError(f"{num_rows} rows are not whole pages of {pages.page_size}")
-        self.take_back(kv_indices)
+        pages.free(kv_indices)
 
     def take_back(self, rows: Indices) -> None:
         """As ``free_kv``, without its checks: for leases, whose rows nobody else changes."""
