@@ -580,9 +580,8 @@ class Survival(EvictionPolicy):
             return next(iter(self._dead))
         self.hazards.refresh(self.hazards.now)
         columns, stale = self._checkpoints, self._stale
-        if (
-            columns.items
-        ):  # A random one too, which bounds the age of changes that were not noticed.
+        # A random one too, which bounds the age of changes that were not noticed.
+        if columns.items:
             stale[self._random.choice(columns.items)] = None
         self._stale = {}
         for item in stale:
@@ -630,7 +629,7 @@ class Survival(EvictionPolicy):
             item.kind,
             item.label,
             uses if uses < 2 else 2,
-            memo.turn,
+            memo.turn if memo.turn < MAX_TURN else MAX_TURN,
             octave,
             position << 2 >> octave,
         )
@@ -655,7 +654,7 @@ class Survival(EvictionPolicy):
         coarse = (superseded, is_speculative), label
         if superseded:
             self.hazards.row(coarse, prior, (((False, is_speculative), label), SUPERSEDED_PRIOR))
-        generation = 0 if label in FORKS else min(turn, MAX_TURN)
+        generation = 0 if label in FORKS else turn
         key: Class = (*coarse, uses, generation, octave, 2 * octave + top % 2)
         return self.hazards.row((*key, stop_reason) if stop_reason else key, prior)
 
