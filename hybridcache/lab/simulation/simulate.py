@@ -132,7 +132,9 @@ class SimulationResult(SweepRuns):
             for label in ours
             if label != first and all(ties(run, best.get(run.gib, run)) for run in by_label[label])
         ]
-        has_most = f"{first} has the most hits in the mean of {counted(len(best), 'size')}"
+        has_most = f"{first} has the most hits"
+        if len(best) > 1:
+            has_most += f" in the mean of {len(best)} sizes"
         if equal:
             has_most += f" (not different: {', '.join(equal)})"
         enough = max(run.token_hit_rate for run in best.values()) - TIE
