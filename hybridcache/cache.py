@@ -57,10 +57,9 @@ from hybridcache.radix.tree import (
     has_deeper_checkpoint,
     last_checkpoint,
     members,
-    prompt_bytes,
     read_ghosts,
 )
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, prompt_bytes, require_int32
 
 EVICTED = (
     "the node of this match or result was evicted: match again, and lock the node before the next "

@@ -35,7 +35,7 @@ from hybridcache.policies.protocol import (
     require_placement,
 )
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, require_int32
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, require_int32, whole_bytes
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -752,7 +752,7 @@ class Lease:
             if is_awaited or self in steps.restores:
                 raise RuntimeError(NOT_READY.format(computed_len))
         end = self.prompt_len if computed_len > self.prompt_len else computed_len
-        if first < end and (tokens.base is not self._prompt or len(tokens) != self.prompt_len):
+        if first < end and whole_bytes(tokens) is not self._prompt:
             new = np.ascontiguousarray(tokens[first:end])
             if not self._prompt.startswith(new.data, first * new.itemsize):
                 raise ValueError(

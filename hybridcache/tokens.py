@@ -71,13 +71,25 @@ def require_grid(grid: int, page_size: int) -> None:
         )
 
 
-def immutable(tokens: Tokens) -> Tokens:
-    """Return ``tokens`` in memory that cannot change: as they are if they are all of a ``bytes``
-    object (``tokens.base``), else a copy. O(1) or O(n)."""
+def whole_bytes(tokens: Tokens) -> Any:
+    """Return the ``bytes`` object with exactly these tokens as their own memory, or None. O(1)."""
     whole: Any = tokens.base
     if type(whole) is bytes and len(whole) == tokens.nbytes:
-        return tokens
-    return np.frombuffer(tokens.tobytes(), np.int32)
+        flags = tokens.flags  # An unpickled array can be written, another one reversed.
+        return None if flags.writeable or not flags.c_contiguous else whole
+    return None
+
+
+def prompt_bytes(tokens: Tokens, start: int) -> tuple[bytes, int]:
+    """Return the bytes of ``tokens`` from ``start`` on or from an earlier position, and that
+    position. O(1) if they are ``whole_bytes``, else O(n)."""
+    whole = whole_bytes(tokens)
+    return (tokens[start:].tobytes(), start) if whole is None else (whole, 0)
+
+
+def immutable(tokens: Tokens) -> Tokens:
+    """Return ``tokens`` as they are if they are ``whole_bytes``, else a copy. O(1) or O(n)."""
+    return np.frombuffer(tokens.tobytes(), np.int32) if whole_bytes(tokens) is None else tokens
 
 
 def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:

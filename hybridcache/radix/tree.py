@@ -389,16 +389,6 @@ def has_deeper_checkpoint(node: RadixNode) -> bool:
 
 # --- The tree -------------------------------------------------------------------------------------
 
-
-def prompt_bytes(tokens: Tokens, start: int) -> tuple[bytes, int]:
-    """Return the bytes of ``tokens`` from ``start`` on or from an earlier position, and that
-    position. O(1) if ``tokens`` are all of a ``bytes`` object, else O(n)."""
-    whole: Any = tokens.base
-    if type(whole) is bytes and len(whole) == tokens.nbytes:
-        return whole, 0
-    return tokens[start:].tobytes(), start
-
-
 Walk = tuple[RadixNode, RadixNode | None, int]
 """Result of following a prompt through the resident part of the tree:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace as copy_of
 from typing import Any
 
@@ -399,4 +400,25 @@ def test_leases_stay_valid_after_a_reset() -> None:
     carried_out(cache)
     lease.finish(prompt, 200)
     assert cache.match(prompt).kv_match_len == 200
+    check(cache)
+
+
+def test_arrays_of_other_layouts_on_bytes_are_copied() -> None:
+    """An unpickled array can be written, and a reversed one has other tokens than its bytes."""
+    prompt, cache = tokens(300), make_cache()
+    unpickled = pickle.loads(pickle.dumps(prompt, protocol=4))
+    reversed_prompt = np.ndarray(300, np.int32, prompt.tobytes(), offset=1196, strides=(-4,))
+    assert type(unpickled.base) is type(reversed_prompt.base) is bytes and unpickled.flags.writeable
+    rows = cache.allocate_kv(600)
+    assert rows is not None
+    cache.insert(unpickled, rows[:300])
+    cache.insert(reversed_prompt, rows[300:])
+    lease = begin(cache, unpickled)
+    unpickled[100:] = 7
+    assert lease.extend(300)
+    carried_out(cache)
+    with pytest.raises(ValueError, match="are not those of the LeaseRequest"):
+        lease.publish(unpickled, 300)
+    lease.finish(prompt, 300)
+    assert cache.match(prompt).kv_match_len == cache.match(prompt[::-1]).kv_match_len == 300
     check(cache)
