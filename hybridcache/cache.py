@@ -868,9 +868,8 @@ class HybridRadixCache:
             self.ghosts.discard(path)
             tree.revive(path)
         for end in ends:
-            start = last.end
-            if start < end:
-                edge = ids[(start - first) * TOKEN_BYTES : (end - first) * TOKEN_BYTES]
+            if last.end < end:
+                edge = ids[(last.end - first) * TOKEN_BYTES : (end - first) * TOKEN_BYTES]
                 last = tree.grow(last, edge)
                 path.append(last)
         self._store_rows(path, rows, 0)
@@ -883,7 +882,8 @@ class HybridRadixCache:
         Callers count the tokens, and add the KV to the policy if the last node is still a leaf.
         """
         serial, now, item_bytes = self.num_items, self.now, self.item_bytes
-        start, segments, listeners = path[0].start - first, self._segments, self._listeners
+        start = path[0].end - len(path[0].edge) // TOKEN_BYTES - first
+        segments, listeners = self._segments, self._listeners
         for node in path:
             end = node.end - first
             node.kv = Segment(node, rows[start:end].copy(), now, serial, item_bytes)
