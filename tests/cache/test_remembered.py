@@ -90,9 +90,9 @@ def sample_anew(cache):
         candidates = sorted(policy.candidates(), key=lambda item: repr(path_of(item.node)))
         for item in candidates:
             policy.discard(item, evicted=False)
+        policy._idle_kv, policy._stale = {}, {}
         for item in candidates:
             policy.add(item)
-        policy._idle_kv, policy._stale = {}, {}
         policy._random.seed(0)
 
 
