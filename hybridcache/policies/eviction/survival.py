@@ -18,8 +18,8 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
-from itertools import chain, pairwise
+from collections.abc import Container, Hashable, Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,8 @@ SHAPE_WEIGHT = 16.0
 """Uses in an age bin that weigh as much as the prediction from level and parent."""
 TOP_WEIGHT = 4.0
 """The same number for a class without a parent: it limits the effect of a use by chance."""
+_LATER: Floats = np.tri(NUM_BINS, k=-1)
+"""Is 1 where the row's bin comes after the column's."""
 BINS_AT_ONCE = 4
 """First bins of which the indices are computed together."""
 MEMORY = 4096.0
@@ -97,6 +99,7 @@ class _Generation(NamedTuple):
     first: Ints
     facts: Ints
     """Number of each row's last fact; with ``models``, of its parent."""
+    priors: Floats
 
 
 Key = tuple[Hashable, ...]
@@ -125,10 +128,14 @@ class Hazards:
         """Rows that a policy has looked up, by its own keys."""
         self._parents: list[int | None] = []
         self._priors: list[float] = []
+        self._families: list[int] = []
+        """Generation of each row and its parent, as one number: rows are ordered by it."""
+        self._facts: list[int] = []
+        self._fact_numbers: dict[Hashable, int] = {}
         self._order: Ints = np.empty(0, np.int64)
-        """All rows, parents first: those of one generation after another."""
-        self._generations: list[_Generation] | None = None
-        """None after a new row."""
+        """All rows, parents first: those of one generation after another. It is too short after a
+        new row, as ``_generations`` is."""
+        self._generations: list[_Generation] = []
         self._events: Floats = np.zeros((64, NUM_BINS))
         self._reached: Floats = np.zeros((64, NUM_BINS))
         """Number of ended stages by last bin. ``_partial``: the time they spent in this bin."""
@@ -139,9 +146,7 @@ class Hazards:
         """Code of each open stage, oldest stage first."""
         self._oldest = 0
         """Number of a stage; all before it have ended."""
-        self._num_opened = 0
-        self._changes = 0
-        self._refreshed_at = 0
+        self._num_opened = self._changes = self._refreshed_at = 0
         self._ended: list[int] = []
         """Codes of the stages that ended since the last count, with their ages; ``_used``: of those
         that ended in a use."""
@@ -161,15 +166,17 @@ class Hazards:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the learned state by the result of ``state_dict``, without a copy. O(size)."""
         self.rows = {}
-        for key in state["keys"]:  # JSON has lists in place of tuples
-            facts = tuple(tuple(fact) if isinstance(fact, list) else fact for fact in key)
-            self.rows[facts] = len(self.rows)
-        self._models, self._generations = dict(state["models"]), None
+        self._models = dict(state["models"])
         codes = state["open"].tolist()
         self._open = {stage: codes[place] for stage, place in state["places"]}
         self._oldest, self.row_of_facts = next(iter(self._open), 0), {}
         for name in SAVED:
             setattr(self, name, state[name])
+        self._families, self._facts, self._fact_numbers, self._order = [], [], {}, self._order[:0]
+        for row, key in enumerate(state["keys"]):  # JSON has lists in place of tuples
+            facts = tuple(tuple(fact) if isinstance(fact, list) else fact for fact in key)
+            self.rows[facts] = row
+            self._enrol(facts, self._parents[row], row in self._models)
 
     def row(self, key: Key, prior: float = 1.0, model: tuple[Key, float] | None = None) -> int:
         """Return the row of class ``key``, whose parent is ``key[:-1]``.
@@ -185,21 +192,26 @@ class Hazards:
         begins_as = parent
         if model is not None:
             begins_as, prior = self.row(model[0], prior), model[1]
+            self._models[len(self._parents)] = begins_as
         elif parent is not None:
             prior = 1.0
         row = self.rows[key] = len(self._parents)
-        if model is not None:
-            assert begins_as is not None
-            self._models[row] = begins_as
         self._parents.append(parent)
         self._priors.append(prior)
-        self._generations = None
+        self._enrol(key, parent, model is not None)
         if row == len(self.index):
             self._events, self._reached = doubled(self._events), doubled(self._reached)
             self._partial, self.index = doubled(self._partial), doubled(self.index)
         first = 1 / _PRIOR_AGES if begins_as is None else self.index[begins_as]
         self.index[row] = prior * first
         return row
+
+    def _enrol(self, key: Key, parent: int | None, has_model: bool) -> None:
+        """Note the generation and the fact of a new row."""
+        generation = 2 * len(key) + has_model
+        self._families.append(generation << _ROW_BITS | (0 if parent is None else parent + 1))
+        fact, numbers = (generation, parent if has_model else key[-1]), self._fact_numbers
+        self._facts.append(numbers.setdefault(fact, len(numbers)))
 
     def open(self, row: int, now: int) -> int:
         """Begin a stage in the class of ``row``. Returns the number of the stage."""
@@ -232,8 +244,7 @@ class Hazards:
         waited = now - self._refreshed_at
         if waited < max(8 if self._changes else 64, min(now // 6, 128), len(self._open) // 32):
             return False
-        self._refreshed_at = now
-        self._changes = 0
+        self._refreshed_at, self._changes = now, 0
         latest = now + max(128, self._max_open // 32)
         num_bins = bisect_right(_EDGE_LIST, latest)
         hazard = self._hazards(now, min(num_bins + AHEAD, NUM_BINS))
@@ -247,8 +258,8 @@ class Hazards:
     def _hazards(self, now: int, num_bins: int = NUM_BINS) -> Floats:
         """Return uses per unit of time at risk, by row and bin. No stage is older than the first
         ``num_bins`` bins."""
-        if self._generations is None:
-            self._order, self._generations = _by_generation(self.rows, self._parents, self._models)
+        if len(self._order) < len(self._parents):
+            self._arrange()
         self._count_ended()
         exposure, order = self._at_risk(now, num_bins), self._order
         both = np.concatenate((exposure, self._events[: len(order), :num_bins]), axis=1)
@@ -260,12 +271,11 @@ class Hazards:
         exposure, events = both[:, :num_bins].copy(), both[:, num_bins:].copy()
         uses = events.sum(axis=1)
         hazard = np.empty_like(exposure)
-        priors = np.array(self._priors)[order, None]
-        for length, places, parents, models, _, _, facts in self._generations:
+        for length, places, parents, models, _, _, facts, priors in self._generations:
             if models is not None:
-                shape, weight, doubt = priors[places] * hazard.take(models, axis=0), TOP_WEIGHT, 0.0
+                shape, weight, doubt = priors * hazard.take(models, axis=0), TOP_WEIGHT, 0.0
             elif length == 1:
-                shape, weight, doubt = priors[places] / _PRIOR_AGES[:num_bins], TOP_WEIGHT, 0.0
+                shape, weight, doubt = priors / _PRIOR_AGES[:num_bins], TOP_WEIGHT, 0.0
             else:
                 shape, weight, doubt = hazard.take(parents, axis=0), SHAPE_WEIGHT, DOUBT
             exposed, num_used = exposure[places], uses[places]
@@ -275,29 +285,51 @@ class Hazards:
                 effects = _level(all_used, all_foretold, EFFECT_DOUBT, EFFECT_WEIGHT)[facts]
                 shape, foretold = shape * effects[:, None], foretold * effects
             inherited = _level(num_used, foretold, doubt, 1.0)[:, None] * shape
-            hazard[places] = (events[places] + weight) / (exposed + weight / inherited)
+            np.divide(events[places] + weight, exposed + weight / inherited, out=hazard[places])
         by_row = np.empty_like(hazard)
         by_row[order] = hazard
         return by_row
 
+    def _arrange(self) -> None:
+        """Compute the order of all rows, and their generations: shortest keys first, and rows with
+        models after others of their length. O(rows log rows)."""
+        families, facts = np.array((self._families, self._facts), np.int64)
+        self._order = order = families.argsort(kind="stable")
+        families, facts, priors = families.take(order), facts.take(order), np.array(self._priors)
+        place_of = np.empty(len(order) + 1, np.int64)
+        place_of[0], place_of[order + 1] = -1, np.arange(len(order))
+        above_of, is_first = place_of.take(families & _ROW_MASK), np.ones(len(order), np.bool_)
+        np.not_equal(families[1:], families[:-1], out=is_first[1:])
+        self._generations, end = [], 0
+        for generation, size in enumerate(np.bincount(families >> _ROW_BITS).tolist()):
+            if not size:
+                continue
+            length, has_model = divmod(generation, 2)
+            begin, end = end, end + size
+            places, models = slice(begin, end), None
+            if has_model:
+                models = place_of.take([self._models[row] + 1 for row in order[places].tolist()])
+            parents, first = above_of[places], is_first[places].nonzero()[0]
+            heirs, its_priors = parents.take(first), priors.take(order[places])[:, None]
+            found = length, places, parents, models, heirs, first, facts[places], its_priors
+            self._generations.append(_Generation(*found))
+
     def _at_risk(self, now: int, num_bins: int) -> Floats:
         """Return the time spent in each bin by all stages, open or ended, by row."""
         codes = np.fromiter(self._open.values(), np.int64, len(self._open))
-        rows = codes & _ROW_MASK
-        cells, spent = _cells(rows * num_bins, now - (codes >> _ROW_BITS), now)
+        cells, spent = _cells((codes & _ROW_MASK) * num_bins, now - (codes >> _ROW_BITS), now)
         shape = len(self._parents), num_bins
         open_ = np.bincount(cells, minlength=shape[0] * num_bins).astype(np.float64)
         reached = open_.reshape(shape) + self._reached[: shape[0], :num_bins]
         partial = np.bincount(cells, spent, shape[0] * num_bins).reshape(shape)
-        later_first = reached.T[::-1].copy()  # Rows are summed faster than columns.
-        beyond = later_first.cumsum(axis=0)[::-1].T - reached
+        beyond = reached @ _LATER[:num_bins, :num_bins]  # Exact: counts are dyadic fractions.
         return beyond * WIDTHS[:num_bins] + (partial + self._partial[: shape[0], :num_bins])
 
     def _count_ended(self) -> None:
         """Add the stages that ended to the tables."""
         num_ended, codes = len(self._ended), np.array(self._ended + self._used, np.int64)
         ages, rows = codes >> _ROW_BITS, codes & _ROW_MASK
-        cells, spent = _cells(rows * NUM_BINS, ages, ages.max(initial=0))
+        cells, spent = _cells(rows * NUM_BINS, ages, max(self._ended, default=0) >> _ROW_BITS)
         ended = cells[:num_ended]
         np.add.at(self._reached.reshape(-1), ended, 1.0)
         np.add.at(self._partial.reshape(-1), ended, spent[:num_ended])
@@ -311,38 +343,6 @@ class Hazards:
         assert list(self._open) == sorted(self._open), "the oldest stage is not the first"
         for counts in (self._events, self._reached, self._partial):
             assert not counts[len(self._parents) :].any(), "something was counted in no class"
-
-
-def _by_generation(
-    keys: Iterable[Key], parents: Sequence[int | None], models: Mapping[int, int]
-) -> tuple[Ints, list[_Generation]]:
-    """Return all rows in the order of their generations, and these: shortest keys first, and rows
-    with models after others of their length. O(rows log rows)."""
-    kinds, facts, fact_numbers = list[int](), list[int](), dict[Hashable, int]()
-    for row, (key, parent) in enumerate(zip(keys, parents, strict=True)):
-        kind = 2 * len(key) + (row in models)
-        kinds.append(kind)
-        fact = kind, parent if kind % 2 else key[-1]
-        facts.append(fact_numbers.setdefault(fact, len(fact_numbers)))
-    above_of = np.array([0 if parent is None else parent + 1 for parent in parents], np.int64)
-    families = np.array(kinds, np.int64) << _ROW_BITS | above_of
-    order = families.argsort(kind="stable")
-    families = families[order]
-    place_of = np.full(len(order) + 1, -1)
-    place_of[order + 1] = np.arange(len(order))
-    above_of, fact_of = place_of[above_of[order]], np.array(facts, np.int64)[order]
-    is_first = np.diff(families, prepend=-1) > 0
-    begins = np.diff(families >> _ROW_BITS, prepend=0).nonzero()[0].tolist()
-    found: list[_Generation] = []
-    for begin, end in pairwise((*begins, len(order))):
-        length, has_model = divmod(kinds[order[begin]], 2)
-        places, its_models = slice(begin, end), None
-        if has_model:
-            its_models = place_of[[models[row] + 1 for row in order[places].tolist()]]
-        its_parents, first = above_of[places], is_first[places].nonzero()[0]
-        numbers = its_parents, its_models, its_parents[first], first, fact_of[places]
-        found.append(_Generation(length, places, *numbers))
-    return order, found
 
 
 def _level(
