@@ -268,15 +268,14 @@ class OffloadTiers(GhostList):
             tier.policy.discard(state, evicted=True)
             entry.state = None
 
-    def add_kv(self, node: RadixNode, src: Indices, first: int = 0, src_tier: str = DEVICE) -> bool:
-        """Store the KV of ``node``, which is leaving ``src_tier``, in the tier that needs it,
-        ``first`` or a lower one.
+    def add_kv(self, node: RadixNode, src: Indices, src_tier: str = DEVICE) -> bool:
+        """Store the KV of ``node``, which is leaving ``src_tier``, in the nearest tier that needs
+        it.
 
         Returns False if none needs it, or if there is no room. Then the states that need it are
         dropped too.
         """
         while node.offloaded is not None and (number := node.offloaded.nearest) is not None:
-            number = max(number, first)
             tier, is_closed = self.tiers[number], number in self.closed
             if not is_closed and (rows := tier.pages.allocate(len(src))) is not None:
                 self.hold_kv(node, number, rows)
@@ -339,7 +338,7 @@ class OffloadTiers(GhostList):
                 return
             rows = entry.kv
             self._let_go_of_kv(node)
-            if not self.add_kv(node, rows, number + 1, self.names[number]):
+            if not self.add_kv(node, rows, self.names[number]):
                 self._prune(node)
                 super().add(node)
             self._release(number, rows)

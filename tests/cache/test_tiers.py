@@ -124,7 +124,7 @@ def test_nothing_is_offloaded_to_a_closed_tier():
     cache.offload.closed.add(0)
     serve(cache, ids("abcd"), [4])
     cache.evict(num_tokens=4)
-    assert loadable(cache, ids("abcdX")) == [(4, (0, 9))]
+    assert loadable(cache, ids("abcdX")) == [(4, (0, 9))] and not loadable(cache, ids("abcd"))
 
 
 class Loads(Listener):
@@ -138,16 +138,19 @@ class Loads(Listener):
 
 
 def test_a_load_does_not_evict_the_prefix_that_it_continues():
-    cache = tiered(num_slots=3)
+    cache = tiered(num_slots=3, eviction=Recorder)
     cache.subscribe(loads := Loads(cache))
     serve(cache, ids(range(16)), [4, 9, 15])
     cache.evict(num_tokens=12)
     _, found = cache.match(ids(range(17))).loadable
-    held = cache.allocate_kv(6)
-    assert not cache.fetch(found)
+    state, held = found.node.offloaded.state, cache.allocate_kv(6)
+    Recorder.calls.clear()
+    assert not cache.fetch(found) and (state.last_used, state.uses) == (cache.now + 1, 0)
     assert cache.match(ids(range(17))).cached_len == 4
     cache.free_kv(held)
     assert cache.fetch(found) and cache.match(ids(range(17))).cached_len == 15
+    assert Recorder.calls == [(False, 15), ("add", 15), (False, 15)]
+    assert cache.stats.inserted_tokens == 16 + 11
     assert loads.seen == [False] * 4 + [True] * 2
     cache.check(held_tokens=0, held_slots=0)
 
@@ -272,6 +275,26 @@ def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
     cache.match(tokens)  # raises the failure of a policy
     cache.reset()
     cache.check(0, 0)
+
+
+def test_a_state_is_dropped_if_kv_above_it_is_lost() -> None:
+    cache = tiered(host_bytes=200)
+    serve(cache, ids("abcdef"), [2, 5])
+    cache.evict(num_tokens=6)
+    first, _ = cache.match(ids("abcdef")).loadable
+    cache.offload.drop_lost("host", lambda rows: rows is first.node.offloaded.kv)
+    assert not cache.match(ids("abcdef")).loadable
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_load_ends_if_making_room_for_it_drops_its_state() -> None:
+    cache = tiered(num_slots=1, host_bytes=2 * 7, disk_bytes=2 * 7, eviction="lru")
+    cache.adopt(ids("ab"), None, "host")
+    cache.adopt(ids("abcd"), None, "disk")
+    serve(cache, ids("wx"), [2])
+    _, found = cache.match(ids("abcdX")).loadable
+    assert not cache.fetch(found) and loadable(cache, ids("wxX")) == [(2, (7, 0))]
+    cache.check(held_tokens=0, held_slots=0)
 
 
 def test_an_adopted_prefix_can_fill_its_tier() -> None:
