@@ -45,8 +45,10 @@ def test_a_prompt_forks_where_others_go_on_or_nothing_is_known():
     cache = hybrid()
     publish(cache, ids("abcd"))
     publish(cache, ids("abXY"))
-    found = {text: cache.match(ids(text)).forks for text in ("z", "ab", "abcd", "abcde", "abq")}
-    assert found == {"z": True, "ab": True, "abcd": False, "abcde": False, "abq": True}
+    for num_evicted in (0, 8):
+        cache.evict(num_tokens=num_evicted)
+        found = {text: cache.match(ids(text)).forks for text in ("z", "ab", "abcd", "abcde", "abq")}
+        assert found == {"z": True, "ab": True, "abcd": False, "abcde": False, "abq": True}
 
 
 def test_rows_are_taken_from_kv_and_refusals_and_evictions_are_counted():

@@ -20,7 +20,8 @@ def test_text_is_an_indented_outline():
     ]
     assert cache.render(max_nodes=1).splitlines()[-1] == "... nodes left out: 2"
     first, *others = cache.iter_nodes()
-    assert cache.root() is first.parent and cache.root("other") is None
+    assert cache.root() is first.parent and not len(cache.root().tokens)
+    assert cache.root("other") is None
     assert [repr(one) for one in (first.parent, first, first.kv, first.checkpoint, *others)] == [
         "<root 0..0 locks=0>",
         "<node 0..6 checkpoint=0 locks=0>",
