@@ -52,13 +52,13 @@ def test_an_answer_outgrows_the_first_array():
     one = scheduled(ids("abc"), max_len=1000)
     for token in range(997):
         one.append(token)
-    assert one.tokens.tolist() == [*ids("abc"), *range(997)]
+    assert one.tokens.tolist() == [*ids("abc"), *range(997)] and one.tokens.dtype == ids().dtype
 
 
 def test_a_manager_without_a_free_row_begins_nothing():
     owner, first, second = manager(num_rows=1), request(0, 5), request(1, 5)
     assert owner.begin(first) and not owner.begin(second)
-    assert first.lease is not None and second.lease is None
+    assert first.lease is not None and (second.lease, second.losses) == (None, None)
 
 
 def test_decoding_takes_rows_in_pieces_when_it_needs_them():
@@ -94,12 +94,32 @@ def test_one_slab_is_emptied_per_step():
 @pytest.mark.parametrize("is_behind", [False, True])
 def test_the_state_is_kept_at_the_end_unless_a_step_still_advances_it(is_behind: bool):
     owner = manager(cache=hybrid(grid=8))
-    one = request(0, 16, save_at=(16,))
+    one = request(0, 16, save_at=(0, 16))
     assert owner.begin(one) and owner.extend(one, 16)
     owner.take_step().done()
     one.computed_len, one.scheduled_len = 16, 16 + is_behind
     owner.finish(one)
-    assert owner.cache.num_checkpoints == (not is_behind)
+    labels = [node.checkpoint.label for node in owner.cache.iter_nodes() if node.checkpoint]
+    assert labels == ["asked"] * (not is_behind)
+
+
+def test_a_preempted_request_has_the_slot_of_its_row_and_is_counted_once():
+    owner, one = manager(owns_states=True), request(0, 16)
+    for _ in range(2):
+        assert owner.begin(one) and owner.extend(one, 8)
+        assert (one.lease.state_slot, owner.cache.free_slots) == (one.row, 10)
+        owner.preempt(one)
+    assert owner.cache.stats.total.requests == 1
+
+
+def test_a_row_write_that_was_lost_is_found():
+    owner, one = manager(), request(0, 5)
+    assert not owner.lost_moves() and owner.begin(one) and owner.extend(one, 5)
+    owner.check(lambda row, end: ids())
+    owner.take_step().done()
+    owner.check(lambda row, end: one.lease.kv_indices[:end])
+    with pytest.raises(AssertionError, match="a row write was lost: at position 3 of request"):
+        owner.check(lambda row, end: one.lease.kv_indices[:3])
 
 
 def test_rejected_drafts_leave_the_checkpoint_before_them():
