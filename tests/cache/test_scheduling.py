@@ -142,6 +142,10 @@ def test_a_request_that_may_not_publish_leaves_nothing():
     owner.choose()
     owner.leave(one, publishes=False)
     assert owner._manager.cache.num_nodes == 0 and owner._manager.held() == (0, 0)
+    owner.add(other := request(1, 5))
+    assert owner._manager.begin(other)
+    with pytest.raises(AssertionError, match="waits with a lease"):
+        owner.check()
 
 
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
@@ -164,18 +168,33 @@ def test_an_equal_prompt_waits_for_the_first_one_if_entries_are_kept(prefix_cach
     assert equal.cached_len == (96 if keeps else 0) and other.cached_len == 0
 
 
+def test_a_request_does_not_wait_for_a_prefix_that_is_cached():
+    owned = manager(cache=hybrid(2000, grid=8), placement=parse_placement("backoff"))
+    owner = planner(manager=owned, token_budget=256)
+    first, equal = (scheduled(ids(range(600)), arrival=at, max_len=609) for at in range(2))
+    owner.add(first)
+    step(owner)
+    publish(owned.cache, first.tokens, [592])
+    owner.add(equal)
+    assert step(owner)[equal] == 8 and (equal.cached_len, equal.lost_len) == (592, 0)
+
+
 def test_a_session_goes_on_in_its_own_namespace_only():
-    owner, first = planner(token_budget=256), request(0, 100)
+    owner, first = planner(token_budget=256, clock=lambda: 9.0), request(0, 100)
     owner.add(first)
     step(owner)
     owner.leave(first)
-    text = ids(range(120))
+    text, times = ids(range(120)), {"max_len": 130, "arrival_s": 1.0}
     for number, namespace in ((1, "other"), (2, None)):
-        later = scheduled(text, arrival=number, max_len=130, spec=spec(namespace=namespace))
+        later = scheduled(text, arrival=number, spec=spec(namespace=namespace), **times)
         owner.add(later)
         assert (later.session is first.session) == (namespace is None)
     report = owner.admission_report()
-    assert (report.waiting_sessions, report.live_sessions) == (2, 2)
+    assert (report.waiting_sessions, report.live_sessions, report.oldest_wait_s) == (2, 2, 8.0)
+    assert report.figures == owner.admission.report()
+    owner.add(last := request(3, 20, ends_session=True))
+    owner.remove(last)
+    assert owner.admission_report().live_sessions == 2
 
 
 def test_a_decode_takes_one_token_of_the_budget():
@@ -238,15 +257,17 @@ def test_a_step_looks_at_few_waiting_requests(are_equal: bool, num_seen: int):
     assert counting.forgotten == requests[-1:]
 
 
-def test_no_request_is_admitted_after_a_refusal_until_one_has_left():
-    owner = planner(manager=manager(cache=hybrid(200)), token_budget=256)
-    first, second = request(0, 150), request(1, 100)
-    for one in (first, second):
+@pytest.mark.parametrize("end", [StepPlanner.leave, StepPlanner.remove])
+def test_no_request_is_admitted_after_a_refusal_until_one_has_left(end):
+    owned = manager(cache=hybrid(150), num_rows=3)
+    owner = planner(manager=owned, max_running=3, token_budget=256)
+    first, other, second = request(0, 100), request(1, 20), request(2, 100)
+    for one in (first, other, second):
         owner.add(one)
     for _ in range(3):
         step(owner)
-        assert owner.is_stuck and owner._manager.cache.stats.refusals == 1
-    owner.leave(first)
+        assert owner.is_stuck and owned.cache.stats.refusals == 1
+    end(owner, first)
     step(owner)
     assert second.is_running
 
