@@ -209,16 +209,19 @@ def test_the_emptiest_slab_is_moved_into_the_fullest_slabs(unit):
     size = 10 * unit
     arena = ArenaAllocator(4 * size, 1, size)
     slabs = [rows_in(arena, size) for _ in range(4)]
-    for holder, kept in zip(slabs, (3 * unit, 9 * unit, 8 * unit, 5 * unit), strict=True):
+    for holder, kept in zip(slabs, (5 * unit, 9 * unit, 8 * unit, 3 * unit), strict=True):
         arena.free(holder.rows[kept:])
         holder.rows = holder.rows[:kept].copy()
-    emptied, fullest, next_full = (int(holder.rows[0]) // size for holder in slabs[:3])
+    fullest, next_full, emptied = (int(holder.rows[0]) // size for holder in slabs[1:])
     moves = StepQueue()
     arena.holders[moves] = None
     assert arena.slots.allocate() == emptied
     (move,) = take_transfers(moves)
     assert move.slab == emptied and len(move.src) == 3 * unit
     assert (move.dst[::unit] // size).tolist() == [fullest, next_full, next_full]
+    renamed = np.arange(emptied * size, (emptied + 1) * size)
+    renamed[move.src % size] = move.dst
+    assert move.new_rows.tolist() == renamed.tolist()
     assert arena.num_moves == 1 and arena.num_moved_rows == 3 * unit
     assert not take_transfers(moves) and moves.num_moves == 0
     arena.check()
@@ -264,4 +267,5 @@ def test_moving_rows_without_a_holder_raises():
 
 def test_a_slab_has_whole_pages_and_fits_one_state():
     assert [slab_rows(12, 2), slab_rows(13, 2), slab_rows(13, 2, 4)] == [6, 7, 8]
-    assert ArenaAllocator(400, 2, 13, 4).slab_rows == 8
+    arena = ArenaAllocator(407, 2, 13, 4)
+    assert (arena.slab_rows, arena.capacity) == (8, 200)

@@ -362,9 +362,9 @@ class RecordingMemory:
     """Memory that records the work of a step plan in order."""
 
     def __init__(self) -> None:
-        self.work: list[str] = []
+        self.work: list[Any] = []
         for name in ("move", "copy", "write_row", "restore"):
-            setattr(self, name, lambda *_, name=name: self.work.append(name))
+            setattr(self, name, lambda *given, name=name: self.work.append((name, *given)))
 
 
 def test_a_plan_is_carried_out_in_order() -> None:
@@ -373,7 +373,9 @@ def test_a_plan_is_carried_out_in_order() -> None:
     plan = StepPlan((*transfers, *transfers[:1]), (RowWrite(0, 0, row),), ((1, 2), (3, 4)))
     memory = RecordingMemory()
     copy_of(plan).carry_out(memory)
-    assert memory.work == ["move", "copy", "move", "write_row", "restore", "restore"]
+    moves = [("move", transfers[0]), ("copy", transfers[1]), ("move", transfers[0])]
+    others = ("write_row", plan.row_writes[0]), ("restore", 1, 2), ("restore", 3, 4)
+    assert memory.work == [*moves, *others]
 
     class Derived(StepMemory):
         """Memory that inherits the protocol's methods."""
