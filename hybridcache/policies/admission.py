@@ -337,7 +337,6 @@ class _Anchors:
         lengths = np.frombuffer(self.lengths, np.int64, count)
         known = np.frombuffer(self._hashes, np.uint64, count)
         places = np.flatnonzero(hashes[lengths - 1] == known)
-        del lengths, known
         for at in reversed(places.tolist()):
             session = self._owners[at]
             if not session.num_open:
@@ -683,8 +682,7 @@ class SessionGate(AdmissionPolicy):
                 self._num_turns += 1
             return
         is_new = session.num_requests == 1
-        lost_len = 0 if is_new else _lost_len(session, request.cached_len)
-        lost_len = min(lost_len, request.lost_len)
+        lost_len = 0 if is_new else min(_lost_len(session, request.cached_len), request.lost_len)
         debt_s = self._debt(now_s)
         if lost_len and self._worth >= self._least_worth:
             debt_s += lost_len * self._token_s

@@ -95,8 +95,10 @@ class Placement(PlacementPolicy):
     """Combination of several placement rules, by descending priority. Every rule is notified of
     every checkpoint."""
 
+    rules: tuple[PlacementPolicy, ...] = ()
+
     def __init__(self, rules: tuple[PlacementPolicy, ...]) -> None:
-        self._rules = rules
+        self.rules = rules
         self.is_guarded = all(rule.is_guarded for rule in rules)
         self._calls: dict[str, list[Any]] = {
             name: [
@@ -104,23 +106,16 @@ class Placement(PlacementPolicy):
                 for rule in rules
                 if getattr(type(rule), name) is not getattr(PlacementPolicy, name)
             ]
-            for name in NOTIFIED
+            for name in (*NOTIFIED, "decode_interval")
         }
 
-    @property
-    def rules(self) -> tuple[PlacementPolicy, ...]:
-        return self._rules
-
     def plan(self, prefill: Prefill) -> list[Placed]:
-        placed: list[Placed] = []
-        for rule in self._rules:
-            placed += rule.plan(prefill)
-        return placed
+        return [placed for rule in self.rules for placed in rule.plan(prefill)]
 
     def decode_interval(self) -> int | None:
         """Return the shortest interval of any rule."""
-        intervals = [rule.decode_interval() for rule in self._rules]
-        return min((one for one in intervals if one is not None), default=None)
+        intervals = [one for call in self._calls["decode_interval"] if (one := call()) is not None]
+        return min(intervals, default=None)
 
     on_prefill, on_hit, on_ghost_hit, on_saved, on_dropped = map(_for_each_rule, NOTIFIED)
 
@@ -167,6 +162,8 @@ UNSAVED = {"_accounts", "_latest"}
 """Attributes of ``Adaptive`` that are not saved as they are."""
 FEW = 8
 """Checkpoints that a label needs before other labels are compared with it."""
+Positions = tuple[tuple[int, ...], list[Placed]]
+"""Shared boundaries of a prompt, ascending, and its back-offs, deepest first."""
 
 
 class _Account:
@@ -292,7 +289,7 @@ class Adaptive(PlacementPolicy):
         if latest is not None and latest[0] is prefill:
             self._latest = None
             return latest[1]
-        return self._choose(prefill, *_positions(prefill), self._bars())[0]
+        return self._choose(prefill, _positions(prefill), self._bars())[0]
 
     def decode_interval(self) -> int | None:
         return 1 if self._saves_answer else None
@@ -302,7 +299,7 @@ class Adaptive(PlacementPolicy):
         self._mean_prompt += (prefill.prompt_len - self._mean_prompt) / self._num_prompts
         if prefill.free_slots is not None:
             self._room = prefill.free_slots + prefill.num_checkpoints
-        shared, back_offs = _positions(prefill)
+        shared, back_offs = positions = _positions(prefill)
         # The assumed earnings of shared positions start before those of the other labels.
         if prefill.forks and prefill.seen_len > prefill.cached_len:
             self._account("branch")
@@ -315,15 +312,13 @@ class Adaptive(PlacementPolicy):
             self._account(REJOIN).offer(bars)
         if prefill.answer_survives:
             self._account("decode").offer(bars)
-        planned, self._saves_answer = self._choose(prefill, shared, back_offs, bars)
+        planned, self._saves_answer = self._choose(prefill, positions, bars)
         self._latest = prefill, planned
 
     def on_hit(self, item: Item) -> None:
         label, above = base_label(item.label), item.above
         if label in END_LABELS:
-            while above is not None and above.label.startswith("back:"):
-                if above.label in END_LABELS:
-                    break
+            while above is not None and above.label.startswith("back:") and above.label != "back:1":
                 above = above.above
         account = self._account(label)
         num_tokens = item.position - (0 if above is None else above.position)
@@ -345,32 +340,29 @@ class Adaptive(PlacementPolicy):
             self._missed_tokens *= 0.5
 
     def _choose(
-        self,
-        prefill: Prefill,
-        shared: tuple[int, ...],
-        back_offs: list[Placed],
-        bars: tuple[float, float],
+        self, prefill: Prefill, positions: Positions, bars: tuple[float, float]
     ) -> tuple[list[Placed], bool]:
         """Return the positions to save, by descending priority, and whether to save the answer."""
+        shared, back_offs = positions
         cached_len, free_slots = prefill.cached_len, prefill.free_slots
         wanted: list[Placed] = []
-        num_positions = len(shared) + len(back_offs) + 2
-        spare = free_slots is not None and free_slots >= num_positions
-        spare = spare and not prefill.shares_memory and self._missed_tokens > 0
+        num_spare = 0 if prefill.shares_memory else free_slots or 0
+        spare = self._missed_tokens > 0 and num_spare >= len(shared) + len(back_offs) + 2
         if spare:
             bars = -inf, -inf
         if prefill.seen_len > cached_len:
             if prefill.forks:
                 wanted.append(Placed(prefill.seen_len, "branch"))
-            elif self._wants(REJOIN, None, bars):
+            elif self._wants(REJOIN, inf, bars):
                 wanted.append(Placed(prefill.seen_len, REJOIN))
-        wanted += [Placed(end, "boundary") for end in reversed(shared) if end > cached_len]
+        if shared and shared[-1] > cached_len:
+            wanted += [Placed(end, "boundary") for end in reversed(shared) if end > cached_len]
         end = self._end(prefill)
         for placed in back_offs:
-            free = None if free_slots is None or spare else free_slots // 2 - len(wanted)
+            free = inf if free_slots is None or spare else free_slots // 2 - len(wanted)
             if placed.label == end or self._wants(placed.label, free, bars):
                 wanted.append(placed)
-        saves_answer = end == "decode" or self._wants("decode", None, bars)
+        saves_answer = end == "decode" or self._wants("decode", inf, bars)
         if free_slots is None or spare:
             return wanted, saves_answer
         room = max((free_slots + prefill.num_checkpoints) // 2, 1)
@@ -425,18 +417,17 @@ class Adaptive(PlacementPolicy):
             self._accounts[label] = account
         return account
 
-    def _wants(self, label: str, free_slots: int | None, bars: tuple[float, float]) -> bool:
+    def _wants(self, label: str, free_slots: float, bars: tuple[float, float]) -> bool:
         """Return whether a checkpoint of ``label`` is worth saving.
 
-        ``free_slots`` is the free memory left for labels without earnings, or None for no limit.
+        ``free_slots`` is the free memory left for labels without earnings; inf is no limit.
         """
         account = self._accounts.get(label)
         if account is None:
             account = _Account(label, self._mean_prompt or 1.0, 0, 2)
         if account.is_tried:
             return True
-        is_unproven = account.hope_tokens > 0 and label not in TIPS
-        if is_unproven and free_slots is not None and free_slots <= 0:
+        if free_slots <= 0 and account.hope_tokens > 0 and label not in TIPS:
             return False
         return account.pays(bars)
 
@@ -449,20 +440,19 @@ class Adaptive(PlacementPolicy):
         return MARGIN * price + copy, used
 
 
-def _positions(prefill: Prefill) -> tuple[tuple[int, ...], list[Placed]]:
-    """Return the shared boundaries of ``prefill`` and its back-offs, deepest first. O(log
-    prompt)."""
-    shared = prefill.boundaries
-    longest = max(1, min(HEADER, prefill.grid - 1))
-    own_end = end_of_prompt(prefill.prompt_len, shared, longest)
+def _positions(prefill: Prefill) -> Positions:
+    """Return the shared boundaries of ``prefill`` and its back-offs. O(log prompt)."""
+    prompt_len, grid, shared = prefill.prompt_len, prefill.grid, prefill.boundaries
+    own_end = end_of_prompt(prompt_len, shared, min(HEADER, grid - 1) or 1)
     if own_end is not None:
         shared = shared[:-1]
-    back_offs = []
-    distance, furthest = 1, prefill.prompt_len - prefill.cached_len - prefill.grid
+    furthest = prompt_len - prefill.cached_len - grid
+    if furthest < 1:
+        return shared, []
+    last = prompt_len - 1 if own_end is None else min(prompt_len - 1, own_end)
+    back_offs = [Placed(last, "back:1")]
+    distance = STRIDE * grid
     while distance <= furthest:
-        position = prefill.prompt_len - distance
-        if distance == 1 and own_end is not None:
-            position = min(position, own_end)
-        back_offs.append(Placed(position, f"back:{distance}"))
-        distance = distance * STRIDE if distance > 1 else max(STRIDE, prefill.grid * STRIDE)
+        back_offs.append(Placed(prompt_len - distance, f"back:{distance}"))
+        distance *= STRIDE
     return shared, back_offs

@@ -340,17 +340,21 @@ def _age_bin(age: int) -> int:
 
 
 class Columns:
-    """Items with three numbers each, so that a victim is one vector expression."""
+    """Items with three numbers each, so that a victim is one vector expression.
+
+    ``cells``: start of the item's class in a table of all classes. ``times``: logical time of the
+    last use, or of the entry into the class. ``worths``: value of a use per byte.
+    """
 
     def __init__(self) -> None:
         self.items: list[Item] = []
         self.places: dict[Item, int] = {}
-        self.cells: npt.NDArray[np.int64] = np.zeros(64, np.int64)
-        """Start of the item's class in a table of all classes."""
-        self.times: npt.NDArray[np.int64] = np.zeros(64, np.int64)
-        """Logical time of the last use, or of the entry into the class."""
-        self.worths: npt.NDArray[np.float64] = np.zeros(64)
-        """Value of a use per byte."""
+        self._hold(np.zeros(64, np.int64), np.zeros(64, np.int64), np.zeros(64))
+
+    def _hold(self, *columns: npt.NDArray[Any]) -> None:
+        self.cells, self.times, self.worths = columns
+        # Single numbers are read and written faster than in an array.
+        self._views: list[Any] = [column.data for column in columns]
 
     def put(self, item: Item, cell: int, time: int, worth: float) -> None:
         """Add ``item`` or change its numbers. O(1) amortised."""
@@ -359,9 +363,9 @@ class Columns:
             place = self.places[item] = len(self.items)
             self.items.append(item)
             if place == len(self.cells):
-                self.cells, self.times = doubled(self.cells), doubled(self.times)
-                self.worths = doubled(self.worths)
-        self.cells[place], self.times[place], self.worths[place] = cell, time, worth
+                self._hold(*map(doubled, (self.cells, self.times, self.worths)))
+        cells, times, worths = self._views
+        cells[place], times[place], worths[place] = cell, time, worth
 
     def remove(self, item: Item) -> None:
         """Remove ``item``; the last item takes its place. O(1). Raises KeyError if it is absent."""
@@ -370,8 +374,8 @@ class Columns:
             end = len(self.items)
             self.items[place] = last
             self.places[last] = place
-            for column in (self.cells, self.times, self.worths):
-                column[place] = column[end]
+            for view in self._views:
+                view[place] = view[end]
 
 
 def doubled(table: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -39,6 +39,8 @@ WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
 _PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
 _SMALL = 1 << 16
 _BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.intp)
+_BIN_SINCE = _BIN_OF[::-1].copy()
+"""The same backwards: at ``now``, bins by time of entry begin at ``_SMALL - 1 - now``."""
 AHEAD = 6
 """Number of bins after the oldest age that an index includes. Later ones have no evidence."""
 DOUBT = 2.0
@@ -544,14 +546,13 @@ class Survival(EvictionPolicy):
         above = item.above
         if above is not None:
             self._stale[above] = None
-        if is_kv:
-            if item in self._dead:
-                del self._dead[item]
-            else:
-                self._kv.remove(item)
-            return
-        self._checkpoints.remove(item)
-        if evicted and self._is_last and above is not None and above.superseded:
+        if not is_kv:
+            self._checkpoints.remove(item)
+        elif item in self._dead:
+            del self._dead[item]
+        else:
+            self._kv.remove(item)
+        if evicted and not is_kv and self._is_last and above is not None and above.superseded:
             memo = above.memo
             if isinstance(memo, _Memo):
                 memo.active = max(memo.active, item.memo.active)
@@ -585,8 +586,9 @@ class Survival(EvictionPolicy):
             stale[self._random.choice(columns.items)] = None
         self._stale = {}
         for item in stale:
-            its = columns if item in columns.places else self._kv
-            place = its.places.get(item)
+            its, place = columns, columns.places.get(item)
+            if place is None:
+                its, place = self._kv, self._kv.places.get(item)
             if place is not None:
                 span, size_bytes = item.span_and_size()
                 its.worths[place] = span / size_bytes
@@ -670,7 +672,11 @@ class Survival(EvictionPolicy):
                 first = self._random.randrange(count - SAMPLE)
                 last, rates = first + SAMPLE, None
             if rates is None:
-                bins = age_bins(now - columns.times[first:last], now)
+                times = columns.times[first:last]
+                if now < _SMALL:
+                    bins = _BIN_SINCE[_SMALL - 1 - now :].take(times, mode="clip")
+                else:
+                    bins = age_bins(now - times, now)
                 bins += columns.cells[first:last]
                 rates = self.hazards.index.take(bins)
                 worths = columns.worths[first:last]
