@@ -124,7 +124,14 @@ def test_nan_logits_fail_only_their_request(
         drafter.learn(expected)
     engine = drafting_engine(tmp_path, drafter, overlap="on" if mode == "overlap" else "off")
     undo = poison(engine, len(bad.prompt) + num_good)
+    engine.runner.commit = commit = Mock(wraps=engine.runner.commit)  # type: ignore[method-assign]
     outputs = engine.generate(specs)
+    num_taken = []
+    for batch, counts in (call.args for call in commit.call_args_list):
+        drafted = (segment for segment in batch.segments if segment.num_drafts)
+        verified = zip(drafted, counts, strict=True)
+        num_taken += [count for segment, count in verified if segment.namespace == "bad"]
+    assert num_taken[-1:] == [0] * (mode == "drafts" and num_good > 0)
     for output, alone in zip(outputs, expected, strict=True):
         if output.request_id == outputs[2].request_id:
             assert output.finish_reason == "error"
