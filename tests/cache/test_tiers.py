@@ -305,8 +305,10 @@ def test_an_adopted_prefix_can_fill_its_tier() -> None:
     cache.check(0, 0)
 
 
-def test_a_match_raises_the_failure_of_a_tier_policy() -> None:
+def test_a_match_raises_the_failure_of_a_policy() -> None:
     cache = tiered(eviction="survival")
-    cache.offload.tiers[0].policy.failure = PolicyError("boom")
-    with pytest.raises(PolicyError, match="boom"):
-        cache.match(ids("abc"))
+    for policy in (cache.policy, cache.offload.tiers[0].policy):
+        policy.failure = PolicyError("boom")
+        with pytest.raises(PolicyError, match="boom"):
+            cache.match(ids("abc"))
+        policy.failure = None
