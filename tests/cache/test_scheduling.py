@@ -189,6 +189,8 @@ def test_a_session_goes_on_in_its_own_namespace_only():
         later = scheduled(text, arrival=number, spec=spec(namespace=namespace), **times)
         owner.add(later)
         assert (later.session is first.session) == (namespace is None)
+    owner.add(choice := request(4, 20, choice_of="one"))
+    assert choice.session is later.session
     report = owner.admission_report()
     assert (report.waiting_sessions, report.live_sessions, report.oldest_wait_s) == (2, 2, 8.0)
     assert report.figures == owner.admission.report()
@@ -270,6 +272,16 @@ def test_no_request_is_admitted_after_a_refusal_until_one_has_left(end):
     end(owner, first)
     step(owner)
     assert second.is_running
+
+
+def test_the_oldest_request_runs_alone_if_the_policy_withholds_all(monkeypatch):
+    owner, seen = planner(token_budget=256), []
+    monkeypatch.setattr(owner.admission, "order", lambda waiting, load: ())
+    monkeypatch.setattr(owner.admission, "computed", lambda *given: seen.append(given))
+    for one in (first := request(0, 20), request(1, 20)):
+        owner.add(one)
+    assert [list(step(owner)) for _ in range(2)] == [[first]] * 2
+    assert seen == [(20, 0.0, owner._load)]
 
 
 def test_leaders_are_forgotten_when_they_are_computed():
