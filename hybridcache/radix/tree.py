@@ -433,25 +433,21 @@ class RadixTree:
         at, key_bytes = (node.end - base) * TOKEN_BYTES, self.key_bytes
         family = node.ghosts if ghosts else node.children
         starts_with = ids.startswith
-        while family is not None:
-            child: RadixNode | None
-            if type(family) is RadixNode:
-                child = family
-            else:
-                child = family.get(ids[at : at + key_bytes])
-                if child is None:
-                    break
-            edge = child.edge
+        while True:
+            if type(family) is not RadixNode:
+                family = None if family is None else family.get(ids[at : at + key_bytes])
+                if family is None:
+                    return node, None, node.end
+            edge = family.edge
             if not starts_with(edge, at):
-                if child.key != ids[at : at + key_bytes]:
-                    break
+                if family.key != ids[at : at + key_bytes]:
+                    return node, None, node.end
                 rest = np.frombuffer(ids, np.int32, offset=at)
                 shared = common_prefix_len(edge_tokens(edge), rest, self.page_size)
-                return node, child, node.end + shared
-            node = child
+                return node, family, node.end + shared
+            node = family
             at += len(edge)
             family = node.ghosts if ghosts else node.children
-        return node, None, node.end
 
     def grow(self, parent: RadixNode, edge: bytes) -> RadixNode:
         """Add a resident child with the tokens of ``edge`` to ``parent``, and return it. O(1)."""
@@ -629,9 +625,11 @@ class GhostList:
 
     def discard(self, path: Iterable[RadixNode]) -> None:
         """Remove the ghosts of ``path``, which become resident again."""
+        order, num_bytes = self._order, self.num_bytes
         for ghost in path:
-            del self._order[ghost]
-            self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
+            del order[ghost]
+            num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
+        self.num_bytes = num_bytes
 
     def split(self, upper: RadixNode, lower: RadixNode) -> None:
         """Add ``upper``, the new upper part of the ghost ``lower``, out of order: callers must

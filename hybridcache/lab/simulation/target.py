@@ -131,8 +131,10 @@ class LeasedRequest:
             return False
         self._lease.take_checkpoint_slots(start, end)
         steps = self._target.cache.steps
-        if steps.restores or steps.transfers:  # There are no tensors, and no tables of rows.
+        if steps.transfers:  # There are no tensors, and no tables of rows.
             steps.take().done()
+        elif steps.restores:
+            steps.restores.clear()
         return True
 
     def prefilled(self) -> None:
