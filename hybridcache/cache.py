@@ -19,8 +19,9 @@ every use.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from math import lcm
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ from hybridcache.radix.tree import (
     members,
     read_ghosts,
 )
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, prompt_bytes, require_int32
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32, whole_bytes
 
 EVICTED = (
     "the node of this match or result was evicted: match again, and lock the node before the next "
@@ -231,7 +232,7 @@ class HybridRadixCache:
         num_tokens = len(tokens)
         root = self._tree.root(namespace)
         node: RadixNode | None
-        ids, _ = prompt_bytes(tokens, 0)
+        ids = whole_bytes(tokens) or tokens.tobytes()
         node, inside, kv_match_len = self._tree.walk(root, ids, 0)
         seen_len = kv_match_len
         missed: Checkpoint | None = None
@@ -375,8 +376,7 @@ class HybridRadixCache:
         self.now += 1
         if not resumes:
             self.stats.record(match)
-        if last is not None:
-            self.refresh(last)
+        self.refresh(last)
         if missed is not None:
             policy = self.policy
             policy.on_ghost_hit(missed)
@@ -765,9 +765,7 @@ class HybridRadixCache:
         """
         if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
-        is_array = type(kv_indices) is np.ndarray
-        if not is_array or kv_indices.dtype is not INT32 or kv_indices.ndim != 1:
-            require_int32(kv_indices, "KV indices")
+        require_int32(kv_indices, "KV indices")
         if len(kv_indices) != len(tokens):
             raise ValueError(
                 f"{len(kv_indices)} kv_indices for {len(tokens)} tokens: give one each"
@@ -775,23 +773,41 @@ class HybridRadixCache:
         base = self._usable(after)
         if base is not None and not base.locks:
             raise ValueError("after is not locked: keep its lock until insert returns")
-        for _, slot in checkpoints:
-            if self._is_cached[slot] or not self._slots.is_taken[slot]:
-                raise ValueError(f"slot {slot} is free or the cache's: take one with allocate_slot")
-        rejected: tuple[int, ...] = ()
-        if not self.needs_states:
-            rejected, checkpoints = tuple(slot for _, slot in checkpoints), ()
-            if not self._keeps:
-                return InsertResult(0, EMPTY, rejected, None)
-        tree = self._tree
-        num_tokens = len(tokens) - len(tokens) % self.page_size
         while base is not None and base.end > owned_from:
             base = base.parent
-        node = base if base is not None else tree.root(namespace)
-        ids, first = prompt_bytes(tokens, node.end)
-        inside, kv_match_len = None, node.end
+        saves = [*zip(checkpoints, labels or ("",) * len(checkpoints), strict=True)]
+        ids = tokens[0 if base is None else base.end :].tobytes()
+        return self.publish(ids, kv_indices, saves, namespace, owned_from, base)
+
+    def publish(
+        self,
+        ids: bytes,
+        kv_indices: Indices,
+        saves: Collection[tuple[tuple[int, int], str]],
+        namespace: Hashable,
+        owned_from: int,
+        base: RadixNode | None,
+    ) -> InsertResult:
+        """As ``insert``, without checks of types and locks: for leases. ``ids`` are the tokens
+        after ``base``, a node on the path that ends at ``owned_from`` or before, or None for the
+        root. ``saves`` are the checkpoints with their labels."""
+        num_tokens = len(kv_indices) - len(kv_indices) % self.page_size
+        ends = [num_tokens]
+        for (end, slot), _ in saves:
+            if self._is_cached[slot] or not self._slots.is_taken[slot]:
+                raise ValueError(f"slot {slot} is free or the cache's: take one with allocate_slot")
+            if end < num_tokens and end % self.checkpoint_grid == 0:
+                ends.append(end)
+        rejected: tuple[int, ...] = ()
+        if not self.needs_states:
+            ends, rejected, saves = ends[:1], tuple(slot for (_, slot), _ in saves), ()
+            if not self._keeps:
+                return InsertResult(0, EMPTY, rejected, None)
+        node = base if base is not None else self._tree.root(namespace)
+        inside, first = None, node.end
+        kv_match_len = first
         if node.children is not None:
-            node, inside, kv_match_len = tree.walk(node, ids, first)
+            node, inside, kv_match_len = self._tree.walk(node, ids, first)
         if owned_from > kv_match_len:
             raise ValueError(
                 f"owned_from is {owned_from}, but the cache holds only {kv_match_len} of these "
@@ -803,10 +819,6 @@ class HybridRadixCache:
         if kv_match_len < num_tokens:
             if kv is not None and node.children is None:  # It is a leaf no more.
                 self._withdraw(kv)
-            ends = [num_tokens]
-            for end, _ in checkpoints:
-                if end < num_tokens and end % self.checkpoint_grid == 0:
-                    ends.append(end)
             ends.sort()
             leaf = self._append(node, ids, first, kv_indices, ends)
             self.cached_tokens += num_tokens - kv_match_len
@@ -817,13 +829,13 @@ class HybridRadixCache:
             kv.last_used = self.now
             if not node.children and kv not in self._withheld:
                 self.policy.touch(kv)
-        if checkpoints:
-            rejected = self._place(leaf, checkpoints, labels, kv_match_len)
+        if saves:
+            rejected = self._place(leaf, saves, kv_match_len)
         if kv_match_len < num_tokens and leaf.children is None and leaf.kv is not None:
             self.policy.add(leaf.kv)
         duplicates = kv_indices[owned_from:kv_match_len] if kv_match_len > owned_from else EMPTY
-        tip = None if leaf.parent is None else leaf
-        return tuple.__new__(InsertResult, (num_tokens, duplicates, rejected, tip))
+        result = num_tokens, duplicates, rejected, None if leaf.parent is None else leaf
+        return tuple.__new__(InsertResult, result)
 
     def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
         """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
@@ -895,7 +907,7 @@ class HybridRadixCache:
         self.num_items = serial
 
     def _place(
-        self, leaf: RadixNode, saves: Sequence[tuple[int, int]], labels: Sequence[str], offered: int
+        self, leaf: RadixNode, saves: Collection[tuple[tuple[int, int], str]], offered: int
     ) -> tuple[int, ...]:
         """Store checkpoints on the path to ``leaf``, splitting where needed; return the slots not
         taken.
@@ -904,18 +916,15 @@ class HybridRadixCache:
         """
         rejected: list[int] = []
         node, end, step = leaf, leaf.end, self.checkpoint_grid
-        order: Sequence[int] = range(len(saves))
-        if len(order) > 1:
-            order = sorted(order, key=saves.__getitem__, reverse=True)
-        for index in order:
-            position, slot = saves[index]
+        if len(saves) > 1:
+            saves = sorted(saves, key=itemgetter(0), reverse=True)
+        for (position, slot), label in saves:
             if position % step == 0 and 0 < position <= end:
                 while (above := node.parent) is not None and above.end >= position:
                     node = above
                 if node.end > position:
                     node = self._split(node, position)
                 if node.checkpoint is None:
-                    label = labels[index] if labels else ""
                     self._store_checkpoint(node, slot, label, position <= offered)
                     continue
             rejected.append(slot)
@@ -929,8 +938,7 @@ class HybridRadixCache:
         ``offered`` is True if the policy holds the KV of ``node`` as a candidate. O(nodes down to
         the next checkpoint, or else up to it).
         """
-        serial = self.num_items
-        self.num_items = serial + 1
+        serial, self.num_items = self.num_items, self.num_items + 1
         checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
         checkpoint.uses = uses
         self._is_cached[slot] = 1
@@ -957,8 +965,7 @@ class HybridRadixCache:
         """Split a resident node with its KV rows. O(tokens of the node)."""
         upper, kv = self._tree.split(lower, position), lower.kv
         assert kv is not None
-        if lower.pins:
-            upper.pins = 1
+        upper.pins = 1 if lower.pins else 0
         cut = len(kv.rows) - (lower.end - position)
         serial, rows = self.num_items, kv.rows
         upper.kv = Segment(upper, rows[:cut].copy(), kv.created, serial, self.item_bytes)

@@ -35,7 +35,7 @@ from hybridcache.policies.protocol import (
     require_placement,
 )
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, require_int32, whole_bytes
+from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, require_int32
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -166,6 +166,7 @@ class Lease:
         """Cache in which the request has its claims."""
         self._placement = placement
         self._request = request
+        self._tokens = tokens
         self._prompt: Any = tokens.base
         self._lock = lock
         self._step = cache.checkpoint_grid
@@ -394,7 +395,7 @@ class Lease:
         cache, start = self.cache, self.extended_len
         if to_len <= start:
             return True
-        new = cache.allocate_kv(-((start - to_len) // cache.page_size) * cache.page_size)
+        new = cache.allocate_kv(to_len - start)
         if new is None:
             return False
         end = start + len(new)
@@ -672,7 +673,7 @@ class Lease:
             cache.label_tip(tip, stop_reason)
         held = self._rows[self.published_len : self.extended_len]
         self.state_slot, self._has_ended, self._pending = None, True, {}
-        self._rows, self._prompt = EMPTY, b""  # Planners keep ended leases.
+        self._rows, self._tokens, self._prompt = EMPTY, EMPTY, b""  # Planners keep ended leases.
         self.extended_len = self.published_len = self._unread_len = 0
         cache.steps.restores.pop(self, None)
         cache.steps.row_writes.pop(self, None)
@@ -698,14 +699,9 @@ class Lease:
         if saved and not is_last and max(saved)[0] > computed_len:
             later = {one: label for one, label in saved.items() if one[0] > computed_len}
             saved = {one: label for one, label in saved.items() if one[0] <= computed_len}
-        self.published_len, duplicates, rejected_slots, node = cache.insert(
-            tokens if computed_len == len(tokens) else tokens[:computed_len],
-            self._rows[:computed_len],
-            [*saved],
-            self._request.namespace,
-            first,
-            [*saved.values()],
-            before.node,
+        ids, rows = tokens[first:computed_len].tobytes(), self._rows[:computed_len]
+        self.published_len, duplicates, rejected_slots, node = cache.publish(
+            ids, rows, saved.items(), self._request.namespace, first, before.node
         )
         self._pending = later
         if len(duplicates):
@@ -752,7 +748,7 @@ class Lease:
             if is_awaited or self in steps.restores:
                 raise RuntimeError(NOT_READY.format(computed_len))
         end = self.prompt_len if computed_len > self.prompt_len else computed_len
-        if first < end and whole_bytes(tokens) is not self._prompt:
+        if first < end and tokens is not self._tokens:
             new = np.ascontiguousarray(tokens[first:end])
             if not self._prompt.startswith(new.data, first * new.itemsize):
                 raise ValueError(

@@ -80,13 +80,6 @@ def whole_bytes(tokens: Tokens) -> Any:
     return None
 
 
-def prompt_bytes(tokens: Tokens, start: int) -> tuple[bytes, int]:
-    """Return the bytes of ``tokens`` from ``start`` on or from an earlier position, and that
-    position. O(1) if they are ``whole_bytes``, else O(n)."""
-    whole = whole_bytes(tokens)
-    return (tokens[start:].tobytes(), start) if whole is None else (whole, 0)
-
-
 def immutable(tokens: Tokens) -> Tokens:
     """Return ``tokens`` as they are if they are ``whole_bytes``, else a copy. O(1) or O(n)."""
     return np.frombuffer(tokens.tobytes(), np.int32) if whole_bytes(tokens) is None else tokens
