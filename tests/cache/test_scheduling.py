@@ -192,7 +192,7 @@ def test_a_session_goes_on_in_its_own_namespace_only():
     owner.add(choice := request(4, 20, choice_of="one"))
     assert choice.session is later.session
     report = owner.admission_report()
-    assert (report.waiting_sessions, report.live_sessions, report.oldest_wait_s) == (2, 2, 8.0)
+    assert (report.waiting_sessions, report.live_sessions, report.oldest_wait_s) == (2, 2, 9.0)
     assert report.figures == owner.admission.report()
     owner.add(last := request(3, 20, ends_session=True))
     owner.remove(last)
