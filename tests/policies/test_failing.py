@@ -57,12 +57,12 @@ def serve(cache: HybridRadixCache, placement: PlacementPolicy, seed: int) -> int
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 50, 60, dtype=np.int32) for _ in range(4)]
     num_failed, running = 0, []
-    for _ in range(120):
+    for number in range(120):
         lease = None
         try:
             if len(running) < 3:
                 tokens = texts[rng.integers(4)][: rng.integers(1, 60)]
-                request = LeaseRequest(tokens.copy())
+                request = LeaseRequest(tokens.copy(), own_slot=99 if number % 4 else None)
                 lease = Lease.begin(cache, placement, request, Loads() if cache.offload else None)
                 if lease is None:
                     continue
@@ -95,6 +95,7 @@ def check_serving(
     return num_failed
 
 
+@example(method="on_ghost_hit", calls=1, host_bytes=60)  # a load for a request with its own slot
 @given(
     method=st.sampled_from(EVICTION), calls=st.integers(1, 60), host_bytes=st.sampled_from((0, 60))
 )
