@@ -37,6 +37,7 @@ def test_study_writes_records(study: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         assert record["trace"] == "short"
         assert all(0 <= rate <= 1 for rate in (rates if isinstance(rates, list) else [rates]))
     if study in ("grid", "arena"):
+        monkeypatch.setattr(provenance, "RESULTS", tmp_path)
         header, rows = page.SECTIONS[study].table()
         assert header[0] == "trace" and rows[0][0] == "short" and "[" in str(rows)
     if study == "capacity":
