@@ -46,11 +46,10 @@ class Backoff(PlacementPolicy):
     def __init__(self, count: int = 1) -> None:
         self.count = count
 
-    def plan(self, prefill: Prefill) -> Iterator[Placed]:
-        last = prefill.prompt_len - 1
-        first = max(prefill.cached_len, last - self.count * prefill.grid)
-        for position in range(last, first, -prefill.grid):
-            yield Placed(position, "backoff")
+    def plan(self, prefill: Prefill) -> Iterable[Placed]:
+        last, grid = prefill.prompt_len - 1, prefill.grid
+        first = max(prefill.cached_len, last - self.count * grid)
+        return [Placed(position, "backoff") for position in range(last, first, -grid)]
 
 
 class Every(PlacementPolicy):
@@ -162,8 +161,8 @@ UNSAVED = {"_accounts", "_latest"}
 """Attributes of ``Adaptive`` that are not saved as they are."""
 FEW = 8
 """Checkpoints that a label needs before other labels are compared with it."""
-Positions = tuple[tuple[int, ...], list[Placed]]
-"""Shared boundaries of a prompt, ascending, and its back-offs, deepest first."""
+Positions = tuple[tuple[int, ...], list[tuple[int, str]]]
+"""Shared boundaries of a prompt, ascending, and its back-offs with labels, deepest first."""
 
 
 class _Account:
@@ -306,8 +305,8 @@ class Adaptive(PlacementPolicy):
         if shared and shared[-1] > prefill.cached_len:
             self._account("boundary")
         bars = self._bars()
-        for placed in back_offs:
-            self._account(placed.label).offer(bars)
+        for _, label in back_offs:
+            self._account(label).offer(bars)
         if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
             self._account(REJOIN).offer(bars)
         if prefill.answer_survives:
@@ -344,24 +343,24 @@ class Adaptive(PlacementPolicy):
     ) -> tuple[list[Placed], bool]:
         """Return the positions to save, by descending priority, and whether to save the answer."""
         shared, back_offs = positions
-        cached_len, free_slots = prefill.cached_len, prefill.free_slots
+        cached_len, seen_len, free_slots = prefill.cached_len, prefill.seen_len, prefill.free_slots
         wanted: list[Placed] = []
         num_spare = 0 if prefill.shares_memory else free_slots or 0
         spare = self._missed_tokens > 0 and num_spare >= len(shared) + len(back_offs) + 2
         if spare:
             bars = -inf, -inf
-        if prefill.seen_len > cached_len:
+        if seen_len > cached_len:
             if prefill.forks:
-                wanted.append(Placed(prefill.seen_len, "branch"))
+                wanted.append(Placed(seen_len, "branch"))
             elif self._wants(REJOIN, inf, bars):
-                wanted.append(Placed(prefill.seen_len, REJOIN))
+                wanted.append(Placed(seen_len, REJOIN))
         if shared and shared[-1] > cached_len:
             wanted += [Placed(end, "boundary") for end in reversed(shared) if end > cached_len]
         end = self._end(prefill)
-        for placed in back_offs:
+        for position, label in back_offs:
             free = inf if free_slots is None or spare else free_slots // 2 - len(wanted)
-            if placed.label == end or self._wants(placed.label, free, bars):
-                wanted.append(placed)
+            if label == end or self._wants(label, free, bars):
+                wanted.append(Placed(position, label))
         saves_answer = end == "decode" or self._wants("decode", inf, bars)
         if free_slots is None or spare:
             return wanted, saves_answer
@@ -384,11 +383,11 @@ class Adaptive(PlacementPolicy):
         for _, _, placed in sorted(ranked):
             if len(found) + saves_answer == room:
                 break
-            position = prefill.floor(placed.position)
+            floored = prefill.floor(placed.position)
             if placed.label == "decode":
                 saves_answer = True
-            elif position is not None:
-                found.setdefault(position, placed)
+            elif floored is not None:
+                found.setdefault(floored, placed)
         return list(found.values()), saves_answer
 
     def _end(self, prefill: Prefill) -> str | None:
@@ -423,12 +422,13 @@ class Adaptive(PlacementPolicy):
         ``free_slots`` is the free memory left for labels without earnings; inf is no limit.
         """
         account = self._accounts.get(label)
-        if account is None:
-            account = _Account(label, self._mean_prompt or 1.0, 0, 2)
-        if account.is_tried:
+        if account is not None and account.is_tried:
             return True
-        if free_slots <= 0 and account.hope_tokens > 0 and label not in TIPS:
+        if free_slots <= 0 and label not in TIPS and (account is None or account.hope_tokens > 0):
             return False
+        if account is None:
+            hope = HOPE if label in COMMON else SPECULATIVE_HOPE
+            return hope * (self._mean_prompt or 1.0) > bars[0]
         return account.pays(bars)
 
     def _bars(self) -> tuple[float, float]:
@@ -450,9 +450,9 @@ def _positions(prefill: Prefill) -> Positions:
     if furthest < 1:
         return shared, []
     last = prompt_len - 1 if own_end is None else min(prompt_len - 1, own_end)
-    back_offs = [Placed(last, "back:1")]
+    back_offs = [(last, "back:1")]
     distance = STRIDE * grid
     while distance <= furthest:
-        back_offs.append(Placed(prompt_len - distance, f"back:{distance}"))
+        back_offs.append((prompt_len - distance, f"back:{distance}"))
         distance *= STRIDE
     return shared, back_offs

@@ -678,7 +678,7 @@ class Survival(EvictionPolicy):
                 else:
                     bins = age_bins(now - times, now)
                 bins += columns.cells[first:last]
-                rates = self.hazards.index.take(bins)
+                rates = self.hazards.index.ravel()[bins]
                 worths = columns.worths[first:last]
                 values = rates * worths
             place = int(values.argmin())
