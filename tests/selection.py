@@ -28,8 +28,8 @@ REPRESENTATIVES = ("qwen3_next", "granite_moe_hybrid", "qwen3")
 """Model families of `make test`: Gated DeltaNet with experts, Mamba-2, pure attention."""
 TOGETHER = ("tests/engine/numerics/", "tests/engine/server/")
 """Folders with expensive session fixtures: at level "quick" one worker runs all of their tests."""
-APART = "tests/kernels/test_aot.py"
-"""File with long cases that share nothing: workers take them one by one."""
+APART = "tests/kernels/test_aot.py", "tests/engine/numerics/test_published_sizes.py"
+"""Files with long cases that share nothing: workers take them one by one."""
 QUICK_SHARE = 4
 """Level "quick" draws the number of hypothesis examples divided by this."""
 
@@ -189,7 +189,7 @@ def scope_of(nodeid: str) -> str:
     folder with expensive fixtures. At level "all" a folder runs alone, and one worker would leave
     the others idle."""
     path = nodeid.partition("::")[0]
-    if path == APART:
+    if path in APART:
         return nodeid
     if not is_quick():
         return path
