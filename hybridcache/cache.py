@@ -868,7 +868,7 @@ class HybridRadixCache:
         tree, last, path = self._tree, node, []
         if node.ghosts is not None:
             last, inside, length = tree.walk(node, ids, first, ghosts=True)
-            if inside is not None and length > last.end:
+            if inside is not None:
                 last = tree.split(inside, length)
                 self.ghosts.split(last, inside)
             above = last
