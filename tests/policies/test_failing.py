@@ -92,6 +92,10 @@ def check_serving(
     cache = hybrid(100, 5, **ITEM_BYTES, grid=4, eviction=eviction, **tiers)
     num_failed = serve(cache, placement, 0)
     cache.check(held_tokens=0, held_slots=0)
+    try:
+        cache.match(np.ones(1, np.int32))  # It raises a failure of the last request.
+    except PolicyError:
+        num_failed += 1
     return num_failed
 
 
