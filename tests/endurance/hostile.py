@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 
 from tests.endurance.faults import child_of, server_port
 
-LIMIT_S, LIMIT_LOSS = 0.1, 0.1
-"""Limits for the delay of another client's token, and for the loss of its speed."""
+LIMIT_S, LIMIT_LOSS = 0.1, 0.25
+"""Limits for the delay of another client's token, and for the loss of its speed. On two cores the
+masks of four answers share the processor with the model: 15 to 18 % of its speed."""
 ROUNDS_TO_FAIL = 5
 """Minimum number of rounds before a median over the limit counts as a failure."""
 NUM_HELD = 100
