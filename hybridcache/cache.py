@@ -760,8 +760,9 @@ class HybridRadixCache:
         slots out of range or with two owners.
 
         Raises:
-            ValueError: ``kv_indices`` is not int32[n], the tree has fewer tokens than
-                ``owned_from``, ``after`` is not locked, or a slot is free or the cache's.
+            ValueError: ``kv_indices`` is not int32[n], ``labels`` are of another number than the
+                checkpoints, the tree has fewer tokens than ``owned_from``, ``after`` is not locked,
+                or a slot is free or the cache's.
         """
         if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
@@ -769,6 +770,10 @@ class HybridRadixCache:
         if len(kv_indices) != len(tokens):
             raise ValueError(
                 f"{len(kv_indices)} kv_indices for {len(tokens)} tokens: give one each"
+            )
+        if labels and len(labels) != len(checkpoints):
+            raise ValueError(
+                f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
             )
         base = self._usable(after)
         if base is not None and not base.locks:

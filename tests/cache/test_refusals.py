@@ -74,6 +74,7 @@ def insert(*checkpoints, **options):
 REFUSED = {
     "the cache's slot": ("slot 0 is free", insert((2, 0))),
     "a free slot": ("slot 3 is free", insert((2, 3))),
+    "a label too few": ("1 labels for 2 checkpoints", insert((2, 1), (4, 2), labels=["end"])),
     "a cached slot": ("slot 0", lambda cache, rows: cache.free_slot(0)),
     "a list": ("tokens must", lambda cache, rows: cache.lock_kv([1, 2])),
     "an inner row": (
