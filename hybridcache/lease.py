@@ -167,7 +167,6 @@ class Lease:
         self._placement = placement
         self._request = request
         self._tokens = tokens
-        self._prompt: Any = tokens.base
         self._lock = lock
         self._step = cache.checkpoint_grid
         self._has_ended = False
@@ -673,7 +672,7 @@ class Lease:
             cache.label_tip(tip, stop_reason)
         held = self._rows[self.published_len : self.extended_len]
         self.state_slot, self._has_ended, self._pending = None, True, {}
-        self._rows, self._tokens, self._prompt = EMPTY, EMPTY, b""  # Planners keep ended leases.
+        self._rows, self._tokens = EMPTY, EMPTY  # Planners keep ended leases.
         self.extended_len = self.published_len = self._unread_len = 0
         cache.steps.restores.pop(self, None)
         cache.steps.row_writes.pop(self, None)
@@ -750,7 +749,8 @@ class Lease:
         end = self.prompt_len if computed_len > self.prompt_len else computed_len
         if first < end and tokens is not self._tokens:
             new = np.ascontiguousarray(tokens[first:end])
-            if not self._prompt.startswith(new.data, first * new.itemsize):
+            prompt: Any = self._tokens.base  # bytes
+            if not prompt.startswith(new.data, first * new.itemsize):
                 raise ValueError(
                     f"tokens {first} to {end} are not those of the LeaseRequest, as they were at "
                     "begin: pass its tokens, followed by those generated so far"
