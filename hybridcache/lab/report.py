@@ -15,8 +15,10 @@ from hybridcache.config import GRID
 from hybridcache.geometry.units import counted
 from hybridcache.lab.baselines import UNCHARGED
 from hybridcache.lab.intervals import FEWEST_UNITS
+from hybridcache.lab.scenario import MEMORIES
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
+from hybridcache.policies.registry import make_eviction, parse_placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +103,29 @@ SERVE = {
 """Flags of ``engine serve`` and their defaults, by the setting."""
 
 
-def serve_flags(run: RunResult) -> str:
-    """Return the settings of ``run`` as flags of ``engine serve``."""
+def to_serve(run: RunResult, model: str) -> str:
+    """Return the command that serves ``model`` with the settings of ``run``, or the settings that
+    ``engine serve`` does not support."""
+    config = run.config
+    state_dtype, grid, memory = (config[name] for name in ("state_dtype", "grid", "memory"))
+    unsupported = {
+        f"--memory {memory}": MEMORIES[memory] != "arena",
+        f"--state-dtype {state_dtype}": state_dtype not in ("float32", "bfloat16"),
+        f"--grid {grid}": grid % GRID and grid not in (16, 32),
+    }
+    try:
+        orders_classes = make_eviction(config["policy"])().orders_classes
+        parse_placement(config["checkpoints"])
+        unsupported["--no-priority-classes"] = not (orders_classes or config["priority_classes"])
+    except ValueError:
+        unsupported["unnamed policies"] = True
+    if found := ", ".join(name for name, is_so in unsupported.items() if is_so):
+        return f"engine serve does not support {found}"
     flags = f"--cache-gib {run.gib:.4g}"
     for name, (flag, usual) in SERVE.items():
-        if (value := run.config[name]) != usual:
+        if (value := config[name]) != usual:
             flags += f" --{flag} {shlex.quote(str(value))}"
-    return flags
+    return f"to serve: engine serve --model {model} {flags}"
 
 
 LOOP_METRICS = (

@@ -32,10 +32,10 @@ from hybridcache.lab.report import (
     interval_notes,
     marked,
     notes_on,
-    serve_flags,
     size_label,
     text_table,
     ties,
+    to_serve,
 )
 from hybridcache.lab.scenario import LOAD, Scenario, settings_of
 from hybridcache.lab.simulation.grid import run_grid
@@ -108,8 +108,8 @@ class SimulationResult(SweepRuns):
     def verdict(self, model: str = "") -> str:
         """Return one sentence: the policy with the highest mean token hit rate over the sizes,
         those that tie with it (``report.ties``), rebuilt systems with a higher mean, and the
-        command that serves ``model`` at the smallest size of its most hits. Empty with fewer than
-        two policies of our own.
+        command that serves ``model`` at the smallest size of its most hits (``report.to_serve``).
+        Empty with fewer than two policies of our own.
         """
         by_label = self.by_label()
         means = {
@@ -144,7 +144,7 @@ class SimulationResult(SweepRuns):
         if not model:
             model = self.geometry.name
             model = model if model == "builtin" else f"ORG/{model}"
-        return f"{has_most}{more}; to serve: engine serve --model {model} {serve_flags(served)}"
+        return f"{has_most}{more}; {to_serve(served, model)}"
 
     def figure(
         self,
