@@ -145,6 +145,10 @@ class ToolChoice(Part, kw_only=True):
     name: Name | None = None
     disable_parallel_tool_use: bool = False
 
+    def __post_init__(self) -> None:
+        if self.type == "tool" and self.name is None:
+            raise ValueError("'tool_choice.name' is missing: add it.")
+
 
 class ThinkingConfig(Part, kw_only=True):
     """Thinking ends at the latest after ``budget_tokens``."""

@@ -117,7 +117,7 @@ class Form(ToolCalls):
         wanted = [f for f in functions if name in (None, f["name"])]
         if not wanted:
             names = ", ".join(function["name"] for function in self._offered)
-            raise GrammarError(f"tool_choice must be one of {names}.")
+            raise GrammarError(f"{name!r} is none of the tools: {names}.")
         more = "" if self.is_single or name is not None else '("\\n" call)*'
         start = f"start: call {more}"
         if text is not None:
