@@ -662,13 +662,15 @@ class TieredRadixCache(HybridRadixCache):
         rows, or reads its own files for them. O(n).
 
         Raises:
-            ValueError: ``tokens`` is not int32[n], or n is not a positive multiple of
-                ``checkpoint_grid``.
+            ValueError: ``tokens`` is not int32[n], n is not a positive multiple of
+                ``checkpoint_grid``, or there is no such tier.
         """
         require_int32(tokens, "tokens")
         if not len(tokens) or len(tokens) % self.checkpoint_grid:
             raise ValueError(f"{len(tokens)} tokens do not end on {self.checkpoint_grid}.")
         tree, offload = self._tree, self.offload
+        if tier not in offload.names:
+            raise ValueError(f"no tier {tier!r}; this cache has: {', '.join(offload.names)}")
         number = offload.names.index(tier)
         pages = offload.tiers[number].pages
         ids = tokens.tobytes()

@@ -25,7 +25,15 @@ from hybridcache.lab.figures import closed_loop_figure, figure_path, losses_figu
 from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
 from hybridcache.lab.progress import shown_progress
 from hybridcache.lab.report import METRICS, find_metric, losses_table, stats_table
-from hybridcache.lab.scenario import LOAD, MEMORY, MOST_USED, TIERS, Scenario, settings_of
+from hybridcache.lab.scenario import (
+    LOAD,
+    MEMORY,
+    MOST_USED,
+    TIERS,
+    Scenario,
+    named_policies,
+    settings_of,
+)
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import collect_seldom
 from hybridcache.lab.simulation.simulate import optimum, simulate
@@ -34,7 +42,7 @@ from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.frame import make_folder
 from hybridcache.lab.traces.own import write_own
-from hybridcache.policies.registry import split_specs
+from hybridcache.policies.registry import make_admission, split_specs
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -353,7 +361,12 @@ def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) 
         raise ValueError("--write-scenario writes the settings of one trace: name one")
     if path.exists():
         raise ValueError(f"--write-scenario {path}: the file exists: remove it, or name another")
-    make_folder(path).write_text(scenarios[0].to_toml(), encoding="utf-8")
+    [scenario] = scenarios
+    opened(str(scenario.trace), options)  # Raises ValueError for unknown names, as the next lines.
+    scenario.competitors()
+    for admission in named_policies(scenario.admission, split=True):
+        make_admission(admission)
+    make_folder(path).write_text(scenario.to_toml(), encoding="utf-8")
     print(f"scenario: {path}")
     return 0
 

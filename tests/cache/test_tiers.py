@@ -301,6 +301,8 @@ def test_an_adopted_prefix_can_fill_its_tier() -> None:
     cache = tiered(host_bytes=2 * 9)
     with pytest.raises(ValueError, match=r"^tokens must be"):
         cache.adopt([1, 2], None, "host")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^no tier 'disk'; this cache has: host$"):
+        cache.adopt(ids("abcd"))
     assert cache.adopt(ids("abcd"), None, "host") is not None
     cache.check(0, 0)
 
