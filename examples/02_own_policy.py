@@ -20,6 +20,8 @@ class TokensPerByte(ScorePolicy):
     fall with time belong in a ``SampledPolicy``.
     """
 
+    orders_classes = False  # as in lru and gdsf: a comparison needs the same setting
+
     def score(self, item: Item) -> float:
         """Return the value of keeping ``item``: expected tokens saved per byte of memory."""
         return (item.uses + 1) * item.span / item.size_bytes

@@ -2,9 +2,10 @@
 
 A policy is notified when items come, are used, and go, and when a request would have resumed from
 an evicted checkpoint (``on_ghost_hit``). This one keeps two queues and learns which checkpoints
-come back, by the label of the placement rule that saved them.
+come back, by the label of the placement rule that saved them. It orders all items itself, so it is
+compared with policies that do so too:
 
-    hybridcache simulate --trace short --model qwen3-next --gib 1 \\
+    hybridcache simulate --trace short --model qwen3-next --gib 1 --no-priority-classes \\
         --policy lru,second_chance:SecondChance
 """
 
