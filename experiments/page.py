@@ -616,7 +616,8 @@ def _speculation(table: Table) -> str:
     slower = sum(float(row[4]) < 1 for row in table[1])
     return (
         f"Drafts decode up to {best[2]} times as fast (`{best[1]}` on {best[0]}, one stream); with "
-        f"eight streams {slower} of {len(table[1])} cells are slower than without drafts."
+        f"eight streams, where most steps have no drafts, {slower} of {len(table[1])} cells are "
+        "slower than without a drafter."
     )
 
 
@@ -790,7 +791,7 @@ SECTIONS = {
     "llama": Section(
         "llama", llama_table,
         between(-1, "On one {cpu}, the engine has {low:.2f} to {high:.2f} times the speed of "
-                "llama.cpp.", "bench_llama.jsonl"),
+                "llama.cpp in float32 and bfloat16.", "bench_llama.jsonl"),
         Dots({"ratio": -1}, "speed, times llama.cpp", (1, 2, 0)),
         "Speed of the engine in times of llama.cpp, by model and precision.",
     ),

@@ -1,4 +1,4 @@
-"""Regenerate every published figure at one commit: ``make reproduce``.
+"""Regenerate the published figures whose code has changed: ``make reproduce``.
 
     python -m experiments.reproduce              # all parts; can be stopped and continued
     python -m experiments.reproduce --list       # parts, minutes, and which are done

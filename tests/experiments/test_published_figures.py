@@ -265,7 +265,7 @@ def quotes() -> dict[str, list[str]]:
         ],
         "docs/how-to/sglang.md": [
             f"the token hit rate is {sglang_hits('hybridcache', 'survival', 'end')[-1]:.1f} % with `survival`, {sglang_hits('hybridcache', 'lru', 'end')[-1]:.1f} % with `lru`, and {sglang_hits('rust', 'lru', 'end')[-1]:.1f} % with SGLang's own cache",
-            f"take {sglang_times('hybridcache', 'survival')[-2]:.2f} times the median time of SGLang's Rust core with `survival`, and {sglang_times('hybridcache', 'lru')[-2]:.2f} times with `lru`",
+            f"take {' to '.join(f'{ratio:.2f}' for ratio in extent(sglang_times('hybridcache', 'survival')[::2]))} times the median time of SGLang's Rust core with `survival`, and {' to '.join(f'{ratio:.2f}' for ratio in extent(sglang_times('hybridcache', 'lru')[::2]))} times with `lru`; {' to '.join(f'{ratio:.2f}' for ratio in extent(sglang_times('hybridcache', 'survival')[1::2]))} and {' to '.join(f'{ratio:.2f}' for ratio in extent(sglang_times('hybridcache', 'lru')[1::2]))} times the mean",
         ],
     }
 
