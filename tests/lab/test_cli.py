@@ -44,12 +44,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --gib 4:1", "as low:high:points (low first, 2 or more)"),
         ("simulate --trace short --gib 1:4:1", "as low:high:points (low first, 2 or more)"),
         ("simulate --trace short --gib 1e9", "are more than the 2147483648 that int32"),
-        ("simulate --trace short --gib 1 --policy lruu", "'lruu', did you mean 'lru'?"),
-        (
-            "simulate --closed-loop --trace short --baseline vllm",
-            "baseline has no meaning in closed loop",
-        ),
-        ("simulate --trace short --closed-loop --admission session", "did you mean 'sessions'?"),
+        ("simulate --closed-loop --trace short --baseline vllm", "baseline has no meaning in"),
         ("simulate --trace short --gib 1 --metric hitt", "'hitt', did you mean 'hit'?"),
         ("simulate --trace short --seeds 1 2", ": 2: join several values with commas"),
         ("simulate --closed-loop --trace short --seeds 1,x", "--seeds: invalid seed_list value"),
@@ -57,6 +52,9 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --output /dev/null/runs", "/dev/null cannot be a folder: na"),
         ("simulate --trace short --gib 1 --tpot-s 1", "tpot_s has an effect with max_running"),
         ("simulate --trace short?head=9 --trace nope --gib 1", "no trace 'nope'"),
+        ("simulate --trace shrt --write-scenario /proc/s", "did you mean 'short'?"),
+        ("simulate --trace short --policy lruu --write-scenario /proc/s", "did you mean 'lru'?"),
+        ("simulate --trace short --admission session --write-scenario /proc/s", "'sessions'?"),
         ("trace stats shrt", "did you mean 'short'?"),
         ("trace stats /dev/null", "is not a regular file"),
     ],
@@ -103,15 +101,14 @@ def test_scenario_file_keeps_what_it_can_and_names_the_rest(
 ) -> None:
     path = tmp_path / "new" / "s.toml"
     flags = ["--trace=short?head=9", "--gib=1", "--policy=lru", "--rate=1", "--admission=oldest"]
-    code, out, _ = run(
-        capsys, "simulate", "--closed-loop", "--skip-bad", *flags, f"--write-scenario={path}"
-    )
+    written = f"--write-scenario={path}"
+    code, out, _ = run(capsys, "simulate", "--closed-loop", "--skip-bad", *flags, written)
     assert code == 0 and "scenario: " in out
     code, out, _ = run(capsys, "simulate", "--closed-loop", "--scenario", str(path))
     assert code == 0 and "in closed loop" in out
     code, _, error = run(capsys, "simulate", "--scenario", str(path))
     assert code == 2 and "rate is about sessions" in error and "--closed-loop" in error
-    code, _, error = run(capsys, "simulate", *flags[:3], f"--write-scenario={path}")
+    code, _, error = run(capsys, "simulate", *flags[:3], written)
     assert code == 2 and "the file exists" in error
 
 
