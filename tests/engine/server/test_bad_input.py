@@ -326,11 +326,11 @@ def test_answer_is_cut_at_the_end_of_the_context(
     serve_answer: Callable[..., Live], dialect: Dialect, stream: bool
 ) -> None:
     """Clients send the limits of larger models."""
-    live = serve_answer("<think>Hm.</think>" + "x" * 5000)
+    live = serve_answer("<think>Hm.</think>" + "x" * 500)
+    prompt = [{"role": "user", "content": "y" * 3800}]
     for limit in (4096, 4097, 10**40):
-        body = dialect.body(CHAT, limit=limit, stream=stream)
-        answer = live.post(dialect.path, body)
-        assert answer.status_code == 200 and answer.text.count("x") > 3900
+        answer = live.post(dialect.path, dialect.body(prompt, limit=limit, stream=stream))
+        assert answer.status_code == 200 and answer.text.count("x") > 200
         assert any(word in answer.text for word in ("length", "incomplete", "context_window"))
 
 
