@@ -105,6 +105,9 @@ def seed_list(text: str) -> int | tuple[int, ...]:
     return number
 
 
+seed_list.__name__ = "number or list"  # For argparse's error.
+
+
 MOST_USED, MEMORY, TIERS, LOAD = (
     "most used",
     "memory and machine",

@@ -493,11 +493,9 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "flags"),
     [
-        ({}, ""),
-        ({"grid": 32, "page_size": 4}, " --grid 32 --page-size 4"),
-        ({"max_running": 4, "host_gib": 2.0}, " --max-running 4 --host-gib 2.0"),
-        ({"disk_gib": 2.0}, " --state-dir DIR --disk-gib 2.0"),
-        ({"state_dtype": "bfloat16"}, " --state-dtype bfloat16"),
+        ({"grid": 32, "host_gib": 2.0}, " --grid 32 --host-gib 2.0"),
+        ({"max_running": 4, "disk_gib": 2.0}, " --max-running 4 --state-dir DIR --disk-gib 2.0"),
+        ({"page_size": 4, "state_dtype": "bfloat16"}, " --page-size 4 --state-dtype bfloat16"),
         ({"checkpoint_dtype": "int8:head"}, " --checkpoint-dtype int8:head"),
         ({"policy": ["survival", "marconi"], "priority_classes": False}, ""),
         ({"priority_classes": False}, " not support --no-priority-classes"),

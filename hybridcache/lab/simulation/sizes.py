@@ -33,11 +33,12 @@ def sizes(spec: str | float | Sequence[float], name: str = "gib") -> tuple[float
     except (ValueError, TypeError):
         found = ()
     if not found or not all(0 < one < TOO_LARGE_GIB for one in found):
-        unit = "GiB" if name == "gib" else "sessions a second"
+        unit, more = "sessions a second", ""
+        if name == "gib":
+            unit, more = "GiB", "; sizes also as shares of the working set: 1%:100%"
         raise ValueError(
             f"{name} {shown(spec)}: {unit} above 0, below {TOO_LARGE_GIB:.2g} are needed, as "
-            "low:high:points (low first, 2 or more), as a,b,c, or as numbers; sizes also as shares "
-            "of the working set: 1%:100%"
+            "low:high:points (low first, 2 or more), as a,b,c, or as numbers" + more
         )
     if len(set(found)) < len(found):
         raise ValueError(f"{name} {shown(spec)}: one is given twice: give each once")
