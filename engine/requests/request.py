@@ -489,7 +489,7 @@ class Intake:
             SCORES.check("prompt_logprobs", num_scores)
         require_namespace(spec.namespace)
         if sampling.max_tokens == 0 and num_scores is None:
-            raise ValueError("max_tokens must be at least 1; 0 requires prompt_logprobs.")
+            raise ValueError("max_tokens must be at least 1 (got 0).")
         max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
         if len(tokens) + max_tokens > self.max_model_len:
             raise ContextOverflow(len(tokens), max_tokens, self.max_model_len)

@@ -252,6 +252,10 @@ def settled(value: Any) -> Any:
     return int(value) if is_whole else value
 
 
+TYPES = {"bool": "boolean", "float": "number", "int": "integer", "str": "string"}
+"""JSON's names of the types in the messages of msgspec."""
+
+
 def converted(value: Any, of_type: type[Result], place: str = "") -> Result:
     """Return the settled JSON ``value`` at this ``place`` of a body as ``of_type``. Raises APIError
     400 with one sentence about the first fault."""
@@ -270,6 +274,9 @@ def converted(value: Any, of_type: type[Result], place: str = "") -> Result:
         if found[1] == "contains unknown":
             said, code = "is not a parameter: check its spelling or drop it", "unknown_parameter"
     else:
+        if text.startswith("Expected "):
+            text = text.replace(" | null", "").replace(" | ", " or ")
+            text = re.sub(rf"\b({'|'.join(TYPES)})\b", lambda found: TYPES[found[1]], text)
         said = short(text.replace("Expected ", "must be "), 120)
         said = re.sub("Invalid (enum )?value (.*)", r"cannot be \2: see /openapi.json", said)
     param = param.removeprefix(".")
