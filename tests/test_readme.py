@@ -124,7 +124,7 @@ def test_server_metrics_are_documented(server: str, generate: ModuleType) -> Non
 def test_generated_reference_has_every_option_policy_and_name(generate: ModuleType) -> None:
     cli = generate.insert(reference("cli"))
     assert {"## engine serve", "## hybridcache trace stats"} <= set(cli.splitlines())
-    for option in ("--cache-gib", "--admission", "--closed-loop", "--tokenizer", "--to"):
+    for option in ("--cache-gib", "--admission", "--closed-loop", "--write-scenario FILE", "--to"):
         assert f"`{option}" in cli
     policies = generate.insert(reference("policies"))
     for names in (EVICTION_NAMES, PLACEMENT_NAMES, ADMISSION_NAMES):

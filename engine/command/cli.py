@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config, with_flags
+from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
 from engine.config import BUILTIN_PROMPTS, ConfigError, EngineConfig, check_no_foreign_kernels
 from engine.models import read_model
 from engine.plugins import ENGINE
@@ -22,7 +22,7 @@ from engine.plugins.tiers import TierConfig
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.weights.hub import resolve_config
 from hybridcache.command.extras import how_to_install, version
-from hybridcache.command.parser import Parser
+from hybridcache.command.parser import Parser, with_flags
 from hybridcache.command.signals import end_by_exception, open_closed_streams
 from hybridcache.geometry.units import counted, format_seconds
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import re
 import sys
 import types
 import typing
@@ -74,23 +73,6 @@ def read_config(
         if hasattr(arguments, field.name)
     }
     return config(**(dict(defaults or {}) | values | fixed))
-
-
-def with_flags(message: str, names: Iterable[str]) -> str:
-    """Return ``message`` with flags in place of the names of settings.
-
-    Settings are checked by dataclasses, for Python too, so their messages name fields. A name of
-    several words is a field wherever it occurs; one of a single word only before "must".
-
-    >>> with_flags("give cache_gib alone.", ["cache_gib"])
-    'give --cache-gib alone.'
-    >>> with_flags("grid must be 16, as a grid.", ["grid"])
-    '--grid must be 16, as a grid.'
-    """
-    for name in names:
-        place = r"(?<![\w./'\"-])%s(?![\w/'\"-]|\.\w)" if "_" in name else r"^%s(?= must )"
-        message = re.sub(place % re.escape(name), "--" + name.replace("_", "-"), message)
-    return message
 
 
 @functools.cache

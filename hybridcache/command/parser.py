@@ -31,6 +31,19 @@ def or_known(name: str, known: Iterable[str]) -> str:
     return f"{did_you_mean(name, known) or ';'} known: {', '.join(known)}"
 
 
+def with_flags(message: str, names: Iterable[str]) -> str:
+    """Return ``message`` with flags in place of the names of settings, which also Python has. A
+    name of several words is a setting wherever it occurs; one of a single word only before "must".
+
+    >>> with_flags("grid must fit cache_gib: a grid.", ["grid", "cache_gib"])
+    '--grid must fit --cache-gib: a grid.'
+    """
+    for name in names:
+        place = r"(?<![\w./'\"-])%s(?![\w/'\"-]|\.\w)" if "_" in name else r"^%s(?= must )"
+        message = re.sub(place % re.escape(name), "--" + name.replace("_", "-"), message)
+    return message
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Puts a flag and its help on one line; keeps the lines of examples."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from hybridcache.command.extras import how_to_install, version
-from hybridcache.command.parser import Parser
+from hybridcache.command.parser import Parser, with_flags
 from hybridcache.command.signals import end_by_exception, open_closed_streams
 from hybridcache.geometry.units import counted
 from hybridcache.lab.figures import closed_loop_figure, figure_path, losses_figure, sweep_figure
@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cause = cause.__context__
             if isinstance(cause, KeyboardInterrupt):  # A request that it cut could not be ended.
                 return _stopped(options, cause)
-        print(f"hybridcache: {_sentence(error)}", file=sys.stderr)
+        said = with_flags(_sentence(error), (one.name for one in fields(Scenario)))
+        print(f"hybridcache: {said}", file=sys.stderr)
         return 2
 
 
@@ -135,7 +136,8 @@ TRACE_HELP = (
 )
 
 
-PROCESSES: Any = {"type": int, "default": 1, "help": "runs at the same time; changes no result"}
+PROCESSES: Any = {"type": int, "default": 1, "metavar": "N"}
+PROCESSES["help"] = "runs at the same time; changes no result"
 SKIP_BAD: Any = {"action": "store_true", "help": "skip and count records that cannot be read"}
 """Options of more than one command that are no settings of a scenario."""
 
@@ -162,10 +164,13 @@ def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
         if not (usual in (None, "", 0.0) or usual is True or "default" in help):
             help += f" (default {usual:g})" if isinstance(usual, float) else f" (default {usual})"
         flag = dict(facts["flag"])
-        if kind := {"int": int, "float": float}.get(str(known[name].type).removesuffix(" | None")):
-            flag["type"] = kind
+        kind = {"int": int, "float": float}.get(str(known[name].type).removesuffix(" | None"))
         if isinstance(default, bool):
             flag["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        elif kind is not None:
+            flag |= {"type": kind, "metavar": "N" if kind is int else "X"}
+        elif "choices" not in flag:
+            flag.setdefault("metavar", "TEXT")
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,
@@ -263,14 +268,13 @@ def add_simulate(commands: Commands) -> None:
     add = group.add_argument
     add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
     add_settings(group, *settings_of(MOST_USED))
-    add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses get a file next to it")
-    add("--output", type=Path, help="JSON lines, one per run; a repeated command continues")
-    add("--scenario", type=Path, help="TOML file of settings; flags replace those of the file")
-    add(
-        "--write-scenario", type=Path, help="new TOML file to write the settings to; nothing is run"
-    )
+    file: Any = {"type": Path, "metavar": "FILE"}
+    add("--figure", **file, help="PNG, SVG or PDF to draw; losses get a file next to it")
+    add("--output", **file, help="JSON lines, one per run; a repeated command continues")
+    add("--scenario", **file, help="TOML file of settings; flags replace those of the file")
+    add("--write-scenario", **file, help="new TOML file for the settings; nothing is run")
     add("--processes", **PROCESSES)
-    add("--ray", help="address of a Ray cluster for the runs (auto: this machine's)")
+    add("--ray", metavar="ADDRESS", help="Ray cluster for the runs (auto: this machine's)")
     group = parser.add_argument_group("results")
     add = group.add_argument
     add_settings(group, *settings_of("results"))
@@ -286,7 +290,8 @@ def add_simulate(commands: Commands) -> None:
         help="also compute a plan with hindsight at each size",
     )
     known = ", ".join(METRICS)
-    add("--metric", default="hit", help=f"metrics of tables and figure, joined by commas: {known}")
+    help = f"metrics of tables and figure, joined by commas: {known}"
+    add("--metric", default="hit", metavar="NAMES", help=help)
     add("--losses", action="store_true", help="also print the tokens by loss cause")
     add("--skip-bad", **SKIP_BAD)
     add_settings(parser.add_argument_group(MEMORY), *settings_of(MEMORY))
@@ -429,7 +434,8 @@ def add_leaderboard(commands: Commands) -> None:
     add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all ten)")
     add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
     add("--processes", **PROCESSES)
-    add("--output", type=Path, help="JSON lines of finished runs; a repeated command continues")
+    help = "JSON lines of finished runs; a repeated command continues"
+    add("--output", type=Path, metavar="FILE", help=help)
     add("--json", action="store_true", help="JSON lines, one per policy, instead of a table")
 
 

@@ -208,7 +208,7 @@ class Scenario:
         least=1,
     )
     times: str | PrefillTimes | StepTimes | None = _setting(
-        None, "file of measured prefill times; default: a roofline of H100s", MEMORY
+        None, "measured prefill times; default: a roofline of H100s", MEMORY, metavar="FILE"
     )
     tpot_s: float = _setting(0.02, "seconds of an answer token, with max_running", MEMORY, least=0)
     host_gib: float = _setting(

@@ -407,7 +407,7 @@ KEPT_S = 300.0
 
 
 class Live(AdmissionPolicy):
-    """Serve at most ``limit`` sessions at a time; requests of others wait for one of them to end.
+    """Serve at most ``limit`` (N) sessions at a time; requests of others wait until one ends.
 
     A live session that is idle keeps its place until it is known to have ended, for ``KEPT_S`` at
     most. Source: the fixed form of CONCUR's limit on live agents (arXiv 2601.22705).

@@ -37,7 +37,7 @@ class Boundary(PlacementPolicy):
 
 
 class Backoff(PlacementPolicy):
-    """Save at the last ``count`` grid positions before the prompt's last token, the deepest first.
+    """Save at the last ``count`` (N) grid positions before the prompt's last token, deepest first.
 
     One position makes a repeated prompt hit. Each further one serves prompts that are shorter by
     up to one more grid step, with a state that is superseded immediately.
@@ -53,7 +53,7 @@ class Backoff(PlacementPolicy):
 
 
 class Every(PlacementPolicy):
-    """Save at each multiple of ``interval`` tokens from the root, rounded down to the grid, the
+    """Save at each multiple of ``interval`` (N) tokens from the root, rounded down to the grid, the
     deepest first."""
 
     def __init__(self, interval: int) -> None:

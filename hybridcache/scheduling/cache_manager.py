@@ -118,13 +118,7 @@ class ScheduledRequest(WaitingRequest):
     """
 
     def __init__(
-        self,
-        spec: RequestFields,
-        prompt: Tokens,
-        *,
-        arrival: int,
-        arrival_s: float,
-        max_len: int,
+        self, spec: RequestFields, prompt: Tokens, *, arrival: int, arrival_s: float, max_len: int
     ) -> None:
         """
         Args:

@@ -50,7 +50,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --closed-loop --trace short --seeds 1,x", "invalid number or list value"),
         ("simulate --trace short --figure /dev/null/f.png", "/dev/null cannot be a folder: na"),
         ("simulate --trace short --output /dev/null/runs", "/dev/null cannot be a folder: na"),
-        ("simulate --trace short --gib 1 --tpot-s 1", "tpot_s has an effect with max_running"),
+        ("simulate --trace short --gib 1 --tpot-s 1", "--tpot-s has an effect with --max-r"),
         ("simulate --trace short?head=9 --trace nope --gib 1", "no trace 'nope'"),
         ("simulate --trace shrt --write-scenario /proc/s", "did you mean 'short'?"),
         ("simulate --trace short --policy lruu --write-scenario /proc/s", "did you mean 'lru'?"),

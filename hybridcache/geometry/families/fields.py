@@ -73,9 +73,7 @@ def decoder(**own: Any) -> Mapping[str, Field]:
 
 
 def by_type(
-    text: Fields,
-    mixers: Mapping[str, MixerSizes],
-    mlps: MLP | Sequence[MLP],
+    text: Fields, mixers: Mapping[str, MixerSizes], mlps: MLP | Sequence[MLP]
 ) -> ModelSizes:
     """Build a model with one layer per type in ``layer_types``.
 
@@ -87,8 +85,7 @@ def by_type(
     types = sorts(text, mixers)
     each = mlps if isinstance(mlps, Sequence) else [mlps] * len(types)
     return model(
-        text,
-        tuple(LayerSizes((mixers[sort],), mlp) for sort, mlp in zip(types, each, strict=True)),
+        text, tuple(LayerSizes((mixers[sort],), mlp) for sort, mlp in zip(types, each, strict=True))
     )
 
 

@@ -66,11 +66,7 @@ DENSE = _format(
     num_key_value_heads=4,
 )
 MOE = _format(
-    **EXPERTS,
-    vocab_size=248320,
-    num_hidden_layers=40,
-    num_experts_per_tok=8,
-    num_experts=256,
+    **EXPERTS, vocab_size=248320, num_hidden_layers=40, num_experts_per_tok=8, num_experts=256
 )
 FORMATS = {
     "qwen3_next": NEXT,
