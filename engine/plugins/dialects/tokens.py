@@ -55,7 +55,7 @@ async def detokenize(call: Call, body: DetokenizeRequest) -> Response:
     def work() -> str:
         num_ids = context.tokenizer.vocab_size
         if any(not 0 <= token_id < num_ids for token_id in body.tokens):
-            raise APIError(400, f"'tokens' must be ids from 0 to {num_ids - 1}.")
+            raise APIError(400, f"'tokens' must be ids of the tokenizer, from 0 to {num_ids - 1}.")
         return context.tokenizer.decode(body.tokens, skip_special_tokens=False)
 
     return json_response({"prompt": await run(len(body.tokens), work)})
