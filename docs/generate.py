@@ -146,7 +146,7 @@ def _code(text: str) -> str:
 def _table(words: Mapping[str, Any]) -> str:
     lines = ["| name | takes | policy |", "|---|---|---|"]
     for name, word in words.items():
-        number = f"`{name}:N`, number of {word.counts}" if word.counts else ""
+        number = f"`{name}:N`, N: {word.counts}" if word.counts else ""
         policy = word.make.args[0] if isinstance(word.make, partial) else word.make
         lines.append(f"| `{name}` | {number} | {_cell(_plain(_first(policy)))} |")
     return "\n".join(lines) + "\n"
