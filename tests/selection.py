@@ -5,6 +5,7 @@ The level is "quick" unless the environment variable HYBRIDCACHE_TESTS is "all".
 - Tests marked ``full`` are skipped, except for the cases that the mark lists.
 - Of a test with several parameters, each value runs once, not every combination.
 - Of the model families, only REPRESENTATIVES run.
+- Kernels in the interpreter run in bfloat16, unless a mark lists a case in float32.
 - Hypothesis draws fewer examples.
 
 Cases named on the command line (``file::test``) always run.
@@ -26,6 +27,7 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 REPRESENTATIVES = ("qwen3_next", "granite_moe_hybrid", "qwen3")
 """Model families of `make test`: Gated DeltaNet with experts, Mamba-2, pure attention."""
+INTERPRETED_TWICE = "fp32-fused"  # The same kernels also run in bfloat16.
 TOGETHER = ("tests/engine/numerics/", "tests/engine/server/")
 """Folders with expensive session fixtures: at level "quick" one worker runs all of their tests."""
 APART = "tests/kernels/test_aot.py", "tests/engine/numerics/test_published_sizes.py"
@@ -134,9 +136,9 @@ def _refuse_unknown_ids(items: Sequence[pytest.Item]) -> None:
 
 
 def is_selected(item: pytest.Item) -> bool:
-    """Return whether neither the mark ``full`` nor the family of the item deselects it."""
+    """Return whether neither mark ``full``, dtype nor family of the item deselects it."""
     mark = item.get_closest_marker("full")
-    is_named = mark is None or _case(item) in mark.args
+    is_named = _case(item) in mark.args if mark else INTERPRETED_TWICE not in _case(item)
     return is_named and all(family in REPRESENTATIVES for family in families(item))
 
 

@@ -108,6 +108,7 @@ def test_part_runs_again_only_after_a_change_of_code_or_outputs(
     assert "+" not in record["commit"], "the page is an output too"
 
 
+@pytest.mark.full
 def test_simulations_import_no_other_code_than_their_hash_covers() -> None:
     modules = {part.command.split()[0] for part in reproduce.read_parts() if part.scope != "engine"}
     code = f"""

@@ -302,6 +302,7 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.full("40-21-4096-False", "16-9-0-True", "3-0-0-False")
 @pytest.mark.parametrize("has_shared", [False, True])
 @pytest.mark.parametrize(
     ("num_tokens", "num_live", "most_pairs"),

@@ -213,6 +213,7 @@ SCENARIOS = (
 )
 
 
+@pytest.mark.full("thread", "replicas")
 @pytest.mark.parametrize("kind", ["thread", "process", "replicas"])
 def test_refusals_of_each_kind_of_engine(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All scenarios share one engine, because a process is slow to start."""
