@@ -252,7 +252,8 @@ def settled(value: Any) -> Any:
     return int(value) if is_whole else value
 
 
-TYPES = {"bool": "boolean", "float": "number", "int": "integer", "str": "string"}
+TYPES = {"bool": "a boolean", "float": "a number", "int": "an integer", "str": "a string"}
+TYPES |= {"array": "an array", "object": "an object"}
 """JSON's names of the types in the messages of msgspec."""
 
 

@@ -133,7 +133,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         *(({"prompt": one}, "prompt|ids") for one in ([320], [-1], [2**80], [[65, 66], [999]])),
         ({"prompt": ["x"] * 100_000, "n": 128}, "queue"),
         ({"max_token": 3}, "'max_token' is not a parameter"),
-        ({"logit_bias": {"x": 1}}, "A name in 'logit_bias' must be int"),
+        ({"logit_bias": {"x": 1}}, "A name in 'logit_bias' must be an integer"),
         *(({"logit_bias": {"5": one}}, "A value of 'logit_bias' must be") for one in (101, "x")),
         ({"logit_bias": {"320": 1}}, "logit_bias"),
         ({"min_tokens": 17}, "min_tokens"),
