@@ -1,8 +1,8 @@
 """Formats of matrices: the storage of the weights of one linear layer, and products with them.
 
-A matrix ``[..., M, N]`` is stored as named tensors, its fields. A row of the matrix is a row in each
-of them, so rows can be split, gathered and stacked in any format without decoding. Columns can be
-divided at multiples of ``Format.unit``.
+A matrix ``[..., M, N]`` is stored as named tensors, its fields. A row of the matrix is a row in
+each of them, so rows can be split, gathered and stacked in any format without decoding. Columns can
+be divided at multiples of ``Format.unit``.
 
 A new format is a subclass of ``Format`` in a file of its own: its fields, its plain reference
 (``widened``), and the products of the kinds of processor that have one.
@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -163,8 +164,7 @@ class Matrix:
         """Return views of parts of the rows."""
         bounds = [sum(sizes[:count]) for count in range(len(sizes) + 1)]
         return [
-            self._each(lambda tensor, a=a, b=b: tensor[..., a:b, :])
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            self._each(lambda tensor, a=a, b=b: tensor[..., a:b, :]) for a, b in pairwise(bounds)
         ]
 
     def columns(self, first: int, end: int) -> Matrix:
