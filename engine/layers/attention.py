@@ -8,9 +8,18 @@ from typing import Any
 
 import torch
 
-from engine.layers.blocks import LayerInputs, Pools, PrefillPart, StepPart, VerifyPart, pad_rows
-from engine.layers.linear import Build, Composite, Linear, Parameter, Part, RMSNorm, shared
+from engine.layers.blocks import (
+    LayerInputs,
+    Pools,
+    PrefillPart,
+    RMSNorm,
+    StepPart,
+    VerifyPart,
+    pad_rows,
+)
 from engine.weights.model_config import ModelError
+from engine.weights.parameters import Build, Composite
+from engine.weights.products import Linear, Part
 from hybridcache.geometry.mixers import AttentionSizes, LatentAttentionSizes
 
 
@@ -37,7 +46,7 @@ class Attention(Composite):
         name of the last product. Its bias is that of the others if ``output_bias`` is None.
         ``scale`` multiplies the products with keys; None means ``head_dim ** -0.5``.
         """
-        if build.rank.count > 1 and norms is not None and norms[0].size != sizes.head_dim:
+        if build.is_divided and norms is not None and norms[0].size != sizes.head_dim:
             raise ModelError(
                 f"--tp does not support norms over all heads, as in {name}: omit --tp."
             )
@@ -48,15 +57,15 @@ class Attention(Composite):
             Part(f"{name}.k_proj", math.prod(keys)),
             Part(f"{name}.v_proj", math.prod(keys)),
         ]
-        self._projection = Linear(hidden_size, shared(inputs, kinds, build.rank), build, bias=bias)
+        self._projection = Linear(hidden_size, inputs, build, outputs=kinds, bias=bias)
         self._output = Linear(
             math.prod(heads),
             [Part(f"{name}.{output}", hidden_size)],
             build,
             bias=bias if output_bias is None else output_bias,
-            shares_inputs=True,
+            sums=True,
         )
-        self.sizes = sizes = sizes.share(build.rank.count)
+        self.sizes = sizes = build.own(sizes)
         self.keeps, self._rotates = sizes.keeps, rotates
         queries, kept = (n * sizes.head_dim for n in (sizes.num_heads, sizes.num_kv_heads))
         self._widths = [queries * sizes.gated, queries, kept, kept]
@@ -135,11 +144,11 @@ class LatentAttention(Composite):
         bias: bool,
     ) -> None:
         """``norm``: that of the latent. ``bias``: True if latent and output products have one."""
-        rank, beside = build.rank, sizes.rope_dim
+        beside = sizes.rope_dim
         by_head = sizes.num_heads, sizes.nope_dim + beside
         expanded = sizes.num_heads, sizes.nope_dim + sizes.value_dim
-        queries = shared([Part(f"{name}.q_proj", math.prod(by_head))], [by_head], rank)
-        self._query = Linear(hidden_size, queries, build)
+        queries = [Part(f"{name}.q_proj", math.prod(by_head))]
+        self._query = Linear(hidden_size, queries, build, outputs=[by_head])
         latent = Part(f"{name}.kv_a_proj_with_mqa", sizes.rank + beside)
         self._latent = Linear(hidden_size, [latent], build, bias=bias)
         self._output = Linear(
@@ -147,19 +156,18 @@ class LatentAttention(Composite):
             [Part(f"{name}.o_proj", hidden_size)],
             build,
             bias=bias,
-            shares_inputs=True,
+            sums=True,
         )
-        cut, sizes = rank.cut(expanded), sizes.share(rank.count)
+        sizes = build.own(sizes)
         self.sizes, self.keeps = sizes, sizes.keeps
         heads = sizes.num_heads
         self._widths = [heads * by_head[1], sizes.rank, beside]
         self.projected_size, self.mixed_shape = sum(self._widths), (heads * sizes.value_dim,)
         self._norm = norm
         self.layers = self._query, self._latent, norm, self._output
-        scheme = build.weights.scheme(f"{name}.kv_b_proj")
         self._expand = build.weights.empty(heads, expanded[1], sizes.rank)
-        expand = Parameter(self._expand.flatten(0, 1), scheme=scheme, cut=cut)
-        self.own = [(f"{name}.kv_b_proj.weight", expand)]
+        expand = self._expand.flatten(0, 1)
+        self.own = [build.parameter(f"{name}.kv_b_proj.weight", expand, kinds=[expanded])]
         self._scale = by_head[1] ** -0.5
         self._mla, self._cache_write = build.kernels["mla"], build.kernels["cache_write"]
 

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from engine.layers.linear import Build, Composite, Layer, Linear, Part, RMSNorm, shared
+from engine.weights.parameters import Build, Composite, Layer, Role
+from engine.weights.products import Linear, Part
 from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed, running_sum
@@ -77,8 +78,8 @@ class VerifyPart:
     step_slots: torch.Tensor
     """int32[V]: slot for the state after each token; empty for an attention-only model."""
     before: torch.Tensor
-    """int64[V]: index of the token before each of the V tokens; V plus the sequence's rank for its
-    first token."""
+    """int64[V]: index of the token before each of the V tokens; V plus the sequence's number for
+    its first token."""
 
     @property
     def num_tokens(self) -> int:
@@ -186,6 +187,34 @@ def multiplied(x: torch.Tensor, factor: float) -> torch.Tensor:
 B = TypeVar("B", bound=Layer)
 
 
+class RMSNorm(Composite):
+    """``x / rms(x) * weight``, or ``* (1 + weight)`` with ``centred``."""
+
+    def __init__(
+        self, name: str, size: int, build: Build, *, eps: float, centred: bool = False
+    ) -> None:
+        self.size, self.eps, self._offset = size, eps, 1.0 if centred else 0.0
+        self.weight = build.weights.empty(size)
+        role: Role = "centred_norm" if centred else "norm"
+        self.own = [build.parameter(f"{name}.weight", self.weight, role)]
+        self._norm = build.kernels["norm"].rms_norm
+
+    def seal(self) -> None:
+        super().seal()
+        self.weight = self.weight.float() + self._offset
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(x, self.weight, self.eps)
+
+    def add(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm of x + residual, x + residual). ``residual`` is None in the first layer."""
+        if residual is None:
+            return self(x), x
+        return self._norm(x, self.weight, self.eps, residual=residual)
+
+
 class Mixer(Layer, Protocol):
     """A block that reads other tokens: attention, a scan, or several in parallel."""
 
@@ -240,10 +269,10 @@ class MLP(Composite):
         num_parts = 1 + gated
         rows = num_parts * intermediate_size // len(inputs)
         parts = [Part(f"{name}.{word}", rows) for word in inputs]
-        parts = shared(parts, [(intermediate_size, 1)] * num_parts, build.rank)
-        self.gate_up = Linear(hidden_size, parts, build, bias=bias)
+        kinds = [(intermediate_size, 1)] * num_parts
+        self.gate_up = Linear(hidden_size, parts, build, outputs=kinds, bias=bias)
         outputs = [Part(f"{name}.{output}", hidden_size)]
-        self.down = Linear(intermediate_size, outputs, build, bias=bias, shares_inputs=True)
+        self.down = Linear(intermediate_size, outputs, build, bias=bias, sums=True)
         self.layers = self.gate_up, self.down
         self._gate_multiplier = gate_multiplier
         activation = build.kernels["activation"]

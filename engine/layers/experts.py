@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from engine.layers.blocks import MLP, Rows, pad_rows
-from engine.layers.linear import Build, Composite, Linear, Parameter, Part, Storage, as_kernels_take
+from engine.weights.parameters import Build, Composite, Parameter, Storage, plain_or
+from engine.weights.products import Linear, Part
 from hybridcache.geometry.sizes import ExpertsSizes, part
-
-Scales = torch.Tensor | None
+from kernels.linear.formats import Matrix
 
 
 def expert_names(stem: str, *words: str) -> tuple[str, ...]:
@@ -21,8 +21,9 @@ def expert_names(stem: str, *words: str) -> tuple[str, ...]:
 
 
 class Experts:
-    """All experts of a layer: SwiGLU, or squared ReLU if ``sizes.matrices`` is 2. All have the same
-    storage format, because they are multiplied together."""
+    """All experts of a layer: SwiGLU, or squared ReLU if ``sizes.matrices`` is 2. The first
+    matrices of all experts have the same storage format, and so have the last ones, because they
+    are multiplied together."""
 
     def __init__(
         self,
@@ -39,19 +40,22 @@ class Experts:
         of up alone without gates, and last that of down. A name with ``{}`` is that of one expert,
         by number; a name without belongs to all. ``shared``: names of a shared expert, which
         becomes the last one if ``has_shared`` says so."""
-        self._names, self._weights = names, build.weights
-        self._rank, own = build.rank, part(sizes.intermediate, build.rank.count, "units")
-        self._count, self._inner = sizes.num_experts, (sizes.matrices - 1) * own
+        self._names, self._weights, self._rank = names, build.weights, build.rank
+        own = part(sizes.intermediate, build.rank.count, "units")
+        self._count, inner = sizes.num_experts, (sizes.matrices - 1) * own
         self._kinds = [(sizes.intermediate, 1)] * (sizes.matrices - 1)
-        self._storage, self._moe = self._stored_as(name), build.kernels["moe"]
+        self._moe = build.kernels["moe"]
+        self._storages = self._stored_as(name, names)
         self._shared = None
         if shared is not None and sizes.shared_intermediate == sizes.intermediate:
-            stored = {self._weights.storage(one.removesuffix(".weight")) for one in shared}
-            is_joined = bool(self._moe.JOINS_SHARED) and stored == {self._storage}
+            is_joined = self._moe.JOINS_SHARED and self._stored_as("", shared) == self._storages
             self._shared = shared if is_joined else None
-        count, storage = self._count + self.has_shared, self._storage
-        self._w13, self._w13_scale = storage.allocate(build.weights, count, self._inner, width)
-        self._w2, self._w2_scale = storage.allocate(build.weights, count, width, own)
+        count = self._count + self.has_shared
+        shapes = (count, inner, width), (count, width, own)
+        self._up, self._down = (
+            Matrix.empty(storage.loaded, shape, build.weights.empty)
+            for storage, shape in zip(self._storages, shapes, strict=True)
+        )
 
     @property
     def has_shared(self) -> bool:
@@ -68,53 +72,46 @@ class Experts:
         self, names: Sequence[str], experts: range
     ) -> Iterator[tuple[str, Parameter]]:
         num_inputs = len(names) - 1
-        size = self._inner // num_inputs
-        weights = *self._w13.split(size, dim=1), self._w2
-        scales: tuple[Scales, ...] = (num_inputs + 1) * (None,)
-        if self._w13_scale is not None and self._w2_scale is not None:
-            scales = *self._w13_scale.split(size, dim=1), self._w2_scale
-        for name, weight, scale in zip(names, weights, scales, strict=True):
+        size = self._up.shape[1] // num_inputs
+        matrices = *self._up.split([size] * num_inputs), self._down
+        for name, matrix in zip(names, matrices, strict=True):
             is_stack = len(experts) > 1 and "{}" not in name
             kinds, dim = self._kinds[: len(self._kinds) // num_inputs], int(is_stack)
             if name == names[-1]:
                 kinds, dim = self._kinds[:1], dim + 1
             cut = self._rank.cut(*kinds, dim=dim)
             if is_stack:
-                yield name, Parameter(weight[: len(experts)], cut=cut)
+                yield name, Parameter(plain_or(matrix[: len(experts)]), cut=cut)
                 continue
             for expert in experts:
-                own = name.format(expert)
-                scheme = self._weights.scheme(own.removesuffix(".weight"))
-                factor = None if scale is None else scale[expert]
-                yield own, Parameter(weight[expert], scheme=scheme, scale=factor, cut=cut)
+                yield name.format(expert), Parameter(plain_or(matrix[expert]), cut=cut)
 
-    def _stored_as(self, name: str) -> Storage:
-        weights, names = self._weights, self._names
-        asked = Storage(weights.precision(name))
-        if weights.files is None or not all("{}" in own for own in names):
-            return asked
-        found = {
-            weights.storage(own.format(expert).removesuffix(".weight"))
-            for expert in range(self._count)
-            for own in names
-        }
-        return found.pop() if len(found) == 1 else asked
+    def _stored_as(self, name: str, names: Sequence[str]) -> tuple[Storage, Storage]:
+        """Return the storage of the first and of the last matrices: that in the files if it is the
+        same for all experts, else the one that is asked for the module ``name``."""
+        weights, asked = self._weights, self._weights.storage(name)
+        if names is self._names and (weights.files is None or "{}" not in names[0]):
+            return asked, asked
+        stored = []
+        for group in (names[:-1], names[-1:]):
+            found = {
+                weights.storage(own.format(expert).removesuffix(".weight"))
+                for expert in range(self._count if "{}" in group[0] else 1)
+                for own in group
+            }
+            stored.append(found.pop() if len(found) == 1 else asked)
+        first, last = stored
+        are_alike = (first.computed == asked.computed) == (last.computed == asked.computed)
+        return (first, last) if are_alike else (asked, asked)
 
     def seal(self) -> None:
-        precision, dtype = self._storage.precision, self._weights.dtype
-        if precision is None:
-            self._product = self._moe.prepare(self._w13, self._w2)
-        else:
-            if self._w13_scale is None or self._w2_scale is None:
-                self._w13, up_scale = self._moe.quantize_experts(self._w13, precision)
-                self._w2, down_scale = self._moe.quantize_experts(self._w2, precision)
-            else:
-                up_scale = as_kernels_take(self._w13_scale)
-                down_scale = as_kernels_take(self._w2_scale)
-            weights = self._w13, up_scale, self._w2, down_scale
-            options = self._weights.product_options(precision)
-            self._product = self._moe.prepare_8bit(*weights, dtype, **options)
-        del self._w13, self._w2, self._w13_scale, self._w2_scale
+        up, down = (
+            matrix if storage.computed == matrix.format else matrix.quantized(storage.computed)
+            for matrix, storage in zip((self._up, self._down), self._storages, strict=True)
+        )
+        options = self._weights.product_options(up.format)
+        self._product = up.format.experts(self._moe, up, down, self._weights.dtype, **options)
+        del self._up, self._down
 
     def __call__(
         self,
@@ -123,9 +120,9 @@ class Experts:
         experts: torch.Tensor,
         shared_gate: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute this rank's summand of the output ``[T, width]`` from ``x`` of the same shape;
-        ``weights`` and ``experts`` are ``[T, k]``. The shared expert is included if its gate ``[T,
-        1]`` is given."""
+        """Compute the built part's summand of the output ``[T, width]`` from ``x`` of the same
+        shape; ``weights`` and ``experts`` are ``[T, k]``. The shared expert is included if its gate
+        ``[T, 1]`` is given."""
         return self._product(x, weights, experts, shared_gate=shared_gate)
 
 
@@ -184,7 +181,7 @@ class SigmoidRouter(Router):
         self._bias: torch.Tensor | None = None
         if bias is not None:
             self._bias = exact.weights.empty(sizes.num_experts)
-            self.own = [(bias, Parameter(self._bias))]
+            self.own = [build.parameter(bias, self._bias)]
 
     def __call__(self, x: torch.Tensor, rows: Rows) -> Routed:
         logits, gate = self._linear(x.float()).tensor_split([self._count], dim=-1)
@@ -218,7 +215,7 @@ class RoutedExperts(Composite):
         self._narrow, self._widen = narrow, widen
         layers = router, experts, narrow, widen, shared
         self.layers = [layer for layer in layers if layer is not None]
-        self._rank, self._gate = build.rank, build.kernels["activation"].sigmoid_mul
+        self._sum, self._gate = build.rank.sum, build.kernels["activation"].sigmoid_mul
 
     def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Compute the block. Padding rows are not routed, because they would load experts for
@@ -226,7 +223,7 @@ class RoutedExperts(Composite):
         weights, experts, gate = self._router(x, rows)
         inner = x if self._narrow is None else self._narrow(x)
         joined = rows.of(gate) if self._experts.has_shared else None
-        out = self._rank.sum(self._experts(rows.of(inner), weights, experts, joined))
+        out = self._sum(self._experts(rows.of(inner), weights, experts, joined))
         out = pad_rows(out, len(x))
         out = out if self._widen is None else self._widen(out)
         if self._shared is None:

@@ -29,12 +29,14 @@ from engine.layers.blocks import (
     LayerInputs,
     MixerStep,
     Pools,
+    RMSNorm,
     VerifyPart,
     pad_rows,
     padded_count,
 )
-from engine.layers.linear import Build, Composite, Linear, Part, RMSNorm
 from engine.layers.rotary import RotaryTable
+from engine.weights.parameters import Build, Composite
+from engine.weights.products import Linear, Part
 from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
 from kernels.packed import running_sum
@@ -160,7 +162,7 @@ def _trail(
             kept.append((slots, own[lasts]))
             if part.exports is not None:
                 ends = zip(part.exports.sequences, part.exports.ends, strict=True)
-                tokens = [bounds[rank] + end - 1 for rank, end in ends]
+                tokens = [bounds[index] + end - 1 for index, end in ends]
                 saved = own[upload(tokens, torch.int64, hidden.device)]
                 kept.append((part.exports.tables.slots.long(), saved))
     return befores[0] if len(befores) == 1 else torch.cat(befores), kept

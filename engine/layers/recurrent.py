@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from engine.layers.blocks import LayerInputs, Pools, PrefillPart, StepPart, pad_rows
-from engine.layers.linear import Build, Composite, Linear, Parameter, Part, RankCut, RMSNorm, shared
+from engine.layers.blocks import LayerInputs, Pools, PrefillPart, RMSNorm, StepPart, pad_rows
 from engine.weights.model_config import ModelError
+from engine.weights.parameters import Build, Composite, Parameter
+from engine.weights.products import Linear, Part
+from engine.weights.ranks import Kinds
 from hybridcache.geometry.mixers import DeltaSizes, MambaSizes, ShortConvSizes
 
 
@@ -24,15 +26,19 @@ class CausalConv:
         """``silu``: True to apply SiLU to the sums."""
         self.weight = build.weights.empty(channels, width)
         self.bias = build.weights.empty(channels) if bias else None
-        self._kernel, self._silu = build.kernels["conv1d"], silu
+        self._kernel, self._silu, self._rank = build.kernels["conv1d"], silu, build.rank
 
     def parameters(
-        self, cuts: Mapping[str, RankCut | None], sizes: Sequence[int] = ()
+        self, channels: Mapping[str, int], kinds: Kinds
     ) -> Iterator[tuple[str, Parameter]]:
-        """Yield the parameters of the convolutions named in ``cuts``, which follow each other.
-        ``sizes`` are their numbers of channels on this rank; by default all are equal."""
-        weights = self.weight.unsqueeze(1).split(list(sizes) or len(self.weight) // len(cuts))
-        for (name, cut), weight in zip(cuts.items(), weights, strict=True):
+        """Yield the parameters of convolutions that follow each other, by name with their numbers
+        of channels in the files, which together consist of ``kinds``."""
+        cuts = self._rank.cuts([*channels.values()], kinds)
+        sizes = [
+            n if cut is None else len(cut) for n, cut in zip(channels.values(), cuts, strict=True)
+        ]
+        weights = self.weight.unsqueeze(1).split(sizes)
+        for name, cut, weight in zip(channels, cuts, weights, strict=True):
             yield f"{name}.weight", Parameter(weight, cut=cut)
             if self.bias is not None:
                 yield f"{name}.bias", Parameter(self.bias, cut=cut)
@@ -96,18 +102,18 @@ class ShortConv(Recurrent):
         self, name: str, hidden_size: int, sizes: ShortConvSizes, build: Build, *, bias: bool
     ) -> None:
         """``bias``: True if both products and the convolution have one."""
-        channels = sizes.channels, 1
-        inputs = shared([Part(f"{name}.in_proj", 3 * sizes.channels)], [channels] * 3, build.rank)
+        channels, conv = (sizes.channels, 1), {f"{name}.conv": sizes.channels}
+        inputs = [Part(f"{name}.in_proj", 3 * sizes.channels)]
         outputs = [Part(f"{name}.out_proj", hidden_size)]
-        self._projection = Linear(hidden_size, inputs, build, bias=bias)
-        self._output = Linear(sizes.channels, outputs, build, bias=bias, shares_inputs=True)
+        self._projection = Linear(hidden_size, inputs, build, outputs=[channels] * 3, bias=bias)
+        self._output = Linear(sizes.channels, outputs, build, bias=bias, sums=True)
         self.layers = self._projection, self._output
-        cut, sizes = build.rank.cut(channels), sizes.share(build.rank.count)
+        sizes = build.own(sizes)
         self.keeps = sizes.keeps
         width = sizes.channels
         self.projected_size, self.mixed_shape = 3 * width, (width,)
         self._conv = CausalConv(width, sizes.conv_width, build, bias=bias, silu=False)
-        self.own = [*self._conv.parameters({f"{name}.conv": cut})]
+        self.own = [*self._conv.parameters(conv, [channels])]
 
     def _inputs(self, projected: torch.Tensor) -> Sequence[torch.Tensor]:
         gate, _, x = projected.chunk(3, dim=-1)
@@ -150,21 +156,19 @@ class GatedDeltaNet(Recurrent):
         ``output`` and ``norm`` name the last product and the norm before it, with epsilon ``eps``.
         ``max_beta`` is the largest step of the delta rule.
         """
-        rank, weights = build.rank, build.weights
+        weights = build.weights
         keys, values = (
             (sizes.num_key_heads, sizes.key_dim),
             (sizes.num_value_heads, sizes.value_dim),
         )
-        each = sizes.num_value_heads, 1
-        inputs = shared(inputs, [keys, keys, values, values, each, each], rank)
-        self._projection = Linear(hidden_size, inputs, build)
+        each, convolved = (sizes.num_value_heads, 1), [keys, keys, values]
+        kinds = [*convolved, values, each, each]
+        self._projection = Linear(hidden_size, inputs, build, outputs=kinds)
         outputs = [Part(f"{name}.{output}", hidden_size)]
-        self._output = Linear(sizes.value_width, outputs, build, shares_inputs=True)
+        self._output = Linear(sizes.value_width, outputs, build, sums=True)
         self.layers = self._projection, self._output
         convs = convs or {"conv1d": sizes.conv_channels}
-        channels = list(convs.values())
-        cuts = rank.cuts(channels, [keys, keys, values])
-        heads_cut, sizes = rank.cut(each), sizes.share(rank.count)
+        sizes = build.own(sizes)
         self.keeps, self._eps, self._max_beta = sizes.keeps, eps, max_beta
         heads = sizes.num_value_heads
         self._widths = [sizes.conv_channels, sizes.value_width, heads, heads]
@@ -178,13 +182,12 @@ class GatedDeltaNet(Recurrent):
         self._dt_bias = weights.empty(heads, dtype=torch.float32)
         self._norm_weight = weights.empty(sizes.value_dim)
         self._gdn, self._norm = build.kernels["gdn"], build.kernels["norm"]
-        named = {f"{name}.{conv}": cut for conv, cut in zip(convs, cuts, strict=True)}
-        counts = [n if cut is None else len(cut) for n, cut in zip(channels, cuts, strict=True)]
+        named = {f"{name}.{conv}": count for conv, count in convs.items()}
         self.own = [
-            *self._conv.parameters(named, counts),
-            (f"{name}.A_log", Parameter(self._A_log, "log_decay", cut=heads_cut)),
-            (f"{name}.dt_bias", Parameter(self._dt_bias, "time_bias", cut=heads_cut)),
-            (f"{name}.{norm}.weight", Parameter(self._norm_weight, "norm")),
+            *self._conv.parameters(named, convolved),
+            build.parameter(f"{name}.A_log", self._A_log, "log_decay", [each]),
+            build.parameter(f"{name}.dt_bias", self._dt_bias, "time_bias", [each]),
+            build.parameter(f"{name}.{norm}.weight", self._norm_weight, "norm"),
         ]
 
     def seal(self) -> None:
@@ -225,20 +228,20 @@ class KimiDeltaAttention(Recurrent):
     ) -> None:
         """``norm``: norm over a head, before the output gate."""
         heads, head, width = sizes.num_value_heads, sizes.value_dim, sizes.value_width
-        rank, by_head, all_of_it = build.rank, (heads, head), (1, head)
+        by_head, all_of_it, each = (heads, head), (1, head), (heads, 1)
         inputs = [Part(f"{name}.{word}_proj", width) for word in "qkv"]
         inputs += [Part(f"{name}.{word}_a_proj", head) for word in "gf"]
         inputs += [Part(f"{name}.b_proj", heads)]
-        kinds = [*[by_head] * 3, all_of_it, all_of_it, (heads, 1)]
-        self._projection = Linear(hidden_size, shared(inputs, kinds, rank), build)
+        kinds = [*[by_head] * 3, all_of_it, all_of_it, each]
+        self._projection = Linear(hidden_size, inputs, build, outputs=kinds)
         self._decay, self._gate = (
-            Linear(head, shared([Part(f"{name}.{word}_b_proj", width)], [by_head], rank), build)
+            Linear(head, [Part(f"{name}.{word}_b_proj", width)], build, outputs=[by_head])
             for word in "fg"
         )
         outputs = [Part(f"{name}.o_proj", hidden_size)]
-        self._output = Linear(width, outputs, build, shares_inputs=True)
-        channels_cut, heads_cut = rank.cut(by_head), rank.cut((heads, 1), dim=2)
-        sizes = sizes.share(rank.count)
+        self._output = Linear(width, outputs, build, sums=True)
+        convs = {f"{name}.{word}_conv1d": width for word in "qkv"}
+        sizes = build.own(sizes)
         self.keeps = sizes.keeps
         heads, width = sizes.num_value_heads, sizes.value_width
         self._narrow_widths = [sizes.conv_channels, head, head, heads]
@@ -252,9 +255,9 @@ class KimiDeltaAttention(Recurrent):
         self._sigmoid_mul = build.kernels["activation"].sigmoid_mul
         decays, steps = self._A_log.view(1, 1, -1, 1), self._dt_bias.flatten()
         self.own = [
-            *self._conv.parameters({f"{name}.{word}_conv1d": channels_cut for word in "qkv"}),
-            (f"{name}.A_log", Parameter(decays, "log_decay", cut=heads_cut)),
-            (f"{name}.dt_bias", Parameter(steps, "time_bias", cut=channels_cut)),
+            *self._conv.parameters(convs, [by_head] * 3),
+            build.parameter(f"{name}.A_log", decays, "log_decay", [each], dim=2),
+            build.parameter(f"{name}.dt_bias", steps, "time_bias", [by_head]),
         ]
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -291,26 +294,26 @@ class Mamba1(Recurrent):
         name: str,
         hidden_size: int,
         sizes: MambaSizes,
-        rank: int,
+        step_size: int,
         build: Build,
         *,
         eps: float,
         bias: bool = False,
         conv_bias: bool = True,
     ) -> None:
-        """``rank``: inner size of the time steps' product. ``eps``: epsilon of the norms. ``bias``:
-        True if input and output products have one."""
+        """``step_size``: inner size of the time steps' product. ``eps``: epsilon of the norms.
+        ``bias``: True if input and output products have one."""
         inner, state, weights = sizes.inner, sizes.state_dim, build.weights
-        self._widths, channels = [rank, state, state], (inner, 1)
-        inputs = shared([Part(f"{name}.in_proj", 2 * inner)], [channels] * 2, build.rank)
-        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        self._widths, channels = [step_size, state, state], [(inner, 1)]
+        inputs = [Part(f"{name}.in_proj", 2 * inner)]
+        self._projection = Linear(hidden_size, inputs, build, outputs=2 * channels, bias=bias)
         selected = [Part(f"{name}.x_proj", sum(self._widths))]
-        self._selection = Linear(inner, selected, build, shares_inputs=True)
-        steps = shared([Part(f"{name}.dt_proj", inner)], [channels], build.rank)
-        self._steps = Linear(rank, steps, build)
+        self._selection = Linear(inner, selected, build, sums=True)
+        steps = [Part(f"{name}.dt_proj", inner)]
+        self._steps = Linear(step_size, steps, build, outputs=channels)
         outputs = [Part(f"{name}.out_proj", hidden_size)]
-        self._output = Linear(inner, outputs, build, bias=bias, shares_inputs=True)
-        cut, sizes = build.rank.cut(channels), sizes.share(build.rank.count)
+        self._output = Linear(inner, outputs, build, bias=bias, sums=True)
+        conv, sizes = {f"{name}.conv1d": inner}, build.own(sizes)
         self.keeps, self._inner = sizes.keeps, sizes.inner
         inner = sizes.inner
         self.projected_size, self.mixed_shape = 2 * inner, (inner,)
@@ -327,10 +330,10 @@ class Mamba1(Recurrent):
         self._mamba1 = build.kernels["mamba1"]
         self._gate = build.kernels["activation"].silu_mul
         self.own = [
-            *self._conv.parameters({f"{name}.conv1d": cut}),
-            (f"{name}.A_log", Parameter(self._A_log, "log_decay", cut=cut)),
-            (f"{name}.dt_proj.bias", Parameter(self._dt_bias, "time_bias", cut=cut)),
-            (f"{name}.D", Parameter(self._D, "skip", cut=cut)),
+            *self._conv.parameters(conv, channels),
+            build.parameter(f"{name}.A_log", self._A_log, "log_decay", channels),
+            build.parameter(f"{name}.dt_proj.bias", self._dt_bias, "time_bias", channels),
+            build.parameter(f"{name}.D", self._D, "skip", channels),
         ]
 
     def seal(self) -> None:
@@ -399,17 +402,15 @@ class Mamba2(Recurrent):
                 f"--tp {build.rank.count} is not supported if the norm after a scan covers the "
                 f"parts of several ranks: {name} has {sizes.num_groups} groups of channels."
             )
-        rank, groups = build.rank, (sizes.num_groups, sizes.state_dim)
+        groups, conv = (sizes.num_groups, sizes.state_dim), {f"{name}.conv1d": sizes.conv_channels}
         by_head, each = (sizes.num_heads, sizes.head_dim), (sizes.num_heads, 1)
         inputs = [Part(f"{name}.in_proj", sizes.inner + sizes.conv_channels + sizes.num_heads)]
-        inputs = shared(inputs, [by_head, by_head, groups, groups, each], rank)
-        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        kinds = [by_head, by_head, groups, groups, each]
+        self._projection = Linear(hidden_size, inputs, build, outputs=kinds, bias=bias)
         outputs = [Part(f"{name}.out_proj", hidden_size)]
-        self._output = Linear(sizes.inner, outputs, build, bias=output_bias, shares_inputs=True)
+        self._output = Linear(sizes.inner, outputs, build, bias=output_bias, sums=True)
         self.layers = self._projection, self._output
-        conv_cut = rank.cut(by_head, groups, groups)
-        heads_cut, channels_cut = rank.cut(each), rank.cut(by_head)
-        sizes = sizes.share(rank.count)
+        sizes = build.own(sizes)
         self.sizes, self.keeps = sizes, sizes.keeps
         self._limits, self._eps, self._gate_first = limits, eps, gate_first
         heads, keys = sizes.num_heads, sizes.num_groups * sizes.state_dim
@@ -431,14 +432,14 @@ class Mamba2(Recurrent):
         self._mamba2, self._norm = build.kernels["mamba2"], build.kernels["norm"]
         self._activation = build.kernels["activation"]
         self.own = [
-            *self._conv.parameters({f"{name}.conv1d": conv_cut}),
-            (f"{name}.A_log", Parameter(self._A_log, "log_decay", cut=heads_cut)),
-            (f"{name}.dt_bias", Parameter(self._dt_bias, "time_bias", cut=heads_cut)),
-            (f"{name}.D", Parameter(self._D, "skip", cut=heads_cut)),
+            *self._conv.parameters(conv, [by_head, groups, groups]),
+            build.parameter(f"{name}.A_log", self._A_log, "log_decay", [each]),
+            build.parameter(f"{name}.dt_bias", self._dt_bias, "time_bias", [each]),
+            build.parameter(f"{name}.D", self._D, "skip", [each]),
         ]
         if self._norm_weight is not None:
-            weight = Parameter(self._norm_weight, "norm", cut=channels_cut)
-            self.own.append((f"{name}.norm.weight", weight))
+            weight = build.parameter(f"{name}.norm.weight", self._norm_weight, "norm", [by_head])
+            self.own.append(weight)
 
     def seal(self) -> None:
         super().seal()

@@ -13,7 +13,6 @@ from itertools import chain
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from engine.layers.attention import Attention
 from engine.layers.blocks import (
@@ -24,11 +23,11 @@ from engine.layers.blocks import (
     Mixer,
     MixerStep,
     Pools,
+    RMSNorm,
     Rows,
     multiplied,
 )
 from engine.layers.experts import SigmoidRouter
-from engine.layers.linear import Build, Composite, Layer, Linear, Parameter, Part, RankCut, RMSNorm
 from engine.layers.prediction import PredictionHead
 from engine.layers.rotary import read_rope
 from engine.weights.model_config import (
@@ -39,6 +38,8 @@ from engine.weights.model_config import (
     mixer_of,
     read_settings,
 )
+from engine.weights.parameters import Build, Layer, Parameter
+from engine.weights.products import Embedding, Head
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import (
@@ -49,7 +50,6 @@ from hybridcache.geometry.sizes import (
     ModelSizes,
     Spec,
 )
-from kernels.recording import repeated
 
 T = TypeVar("T", bound=Layer)
 
@@ -93,15 +93,17 @@ class Decoder(ABC):
         self.config, self.build, self.stacked_experts = config, build, stacked_experts
         self._parts: list[Layer] = []
         self._sealing = Sealing(beside=build.weights.device.type == "cpu")
-        self.embedding = self._add(Embedding(self.embedding_name, config, build), fill)
+        embedding = Embedding(self.embedding_name, config.vocab_size, config.hidden_size, build)
+        self._embedding = self._add(embedding, fill)
         layers: list[Sequence[Step]] = []
-        for rank, sizes in enumerate(config.sizes.layers):
-            layers.append(self.steps(f"{self.layers_name}.{rank}", sizes))
+        for index, sizes in enumerate(config.sizes.layers):
+            layers.append(self.steps(f"{self.layers_name}.{index}", sizes))
             for step in layers[-1]:
                 self._add(step, fill)
         self._arrange(layers)
         self.norm = self._add(self.norm_of(self.norm_name), fill)
-        self.head = self._add(Head("lm_head", config, self.embedding, build), fill)
+        head = Head("lm_head", config.vocab_size, embedding, build, is_tied=config.tie_embeddings)
+        self._head = self._add(head, fill)
         self.prediction: PredictionHead | None = None
         if with_prediction:
             self.prediction = self._add(self.prediction_head(), fill)
@@ -120,12 +122,12 @@ class Decoder(ABC):
             else:
                 self._between[-1].append(step)
 
-    def excerpt(self, ranks: Sequence[int]) -> Self:
+    def excerpt(self, indices: Sequence[int]) -> Self:
         """Return a decoder with some of the layers and no multi-token head, which shares their
         weights."""
         part = copy.copy(self)
         part.prediction = None
-        part._arrange([self._layers[rank] for rank in ranks])
+        part._arrange([self._layers[index] for index in indices])
         return part
 
     @classmethod
@@ -218,15 +220,28 @@ class Decoder(ABC):
         for part in self._parts:
             yield from part.parameters()
 
+    def new_empty(self, *shape: int) -> torch.Tensor:
+        """Allocate a tensor in the dtype and on the device of hidden states."""
+        weights = self.build.weights
+        return torch.empty(*shape, dtype=weights.dtype, device=weights.device)
+
+    def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return the start of the residual stream, ``[T, H]``."""
+        return multiplied(self._embedding(token_ids), self.config.embedding_multiplier)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits ``[T, vocab_size]``."""
+        return multiplied(self._head(hidden), self.config.logit_multiplier)
+
     def forward(
         self, token_ids: torch.Tensor, inputs: LayerInputs, pools: Sequence[Pools]
     ) -> torch.Tensor:
         """Compute the hidden states ``[num_rows, H]`` after the final norm, and update the pools,
         one entry per entry of ``keeps``."""
         out, residual = self.start(token_ids, inputs.rows)
-        for rank, step in enumerate(self.mixers):
-            mixed = step.block.mix(out, inputs, pools[rank])
-            out, residual = self.resume(rank, mixed, out, residual, inputs.rows)
+        for index, step in enumerate(self.mixers):
+            mixed = step.block.mix(out, inputs, pools[index])
+            out, residual = self.resume(index, mixed, out, residual, inputs.rows)
         self.follow(token_ids, out, inputs, pools)
         return out
 
@@ -249,28 +264,28 @@ class Decoder(ABC):
 
     def resume(
         self,
-        rank: int,
+        index: int,
         mixed: torch.Tensor,
         projected: torch.Tensor,
         residual: torch.Tensor,
         rows: Rows,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Continue after mixer ``rank``, with its output.
+        """Continue after mixer ``index``, with its output.
 
         Returns (the input product of the next mixer or the hidden states after the final norm, the
         residual stream).
         """
-        hidden = self.mixers[rank].finish(mixed, projected)
-        return self._advance(rank + 1, hidden, residual, rows)
+        hidden = self.mixers[index].finish(mixed, projected)
+        return self._advance(index + 1, hidden, residual, rows)
 
     def _advance(
-        self, rank: int, hidden: torch.Tensor, residual: torch.Tensor | None, rows: Rows
+        self, index: int, hidden: torch.Tensor, residual: torch.Tensor | None, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        for step in self._between[rank]:
+        for step in self._between[index]:
             hidden, residual = step(hidden, residual, rows)
-        if rank == len(self.mixers):
+        if index == len(self.mixers):
             return self.norm.add(hidden, residual)
-        return self.mixers[rank].project(hidden, residual)
+        return self.mixers[index].project(hidden, residual)
 
     def _add(self, part: T, fill: Fill | None) -> T:
         self._parts.append(part)
@@ -278,58 +293,6 @@ class Decoder(ABC):
             fill(part)
             self._sealing.seal(part)
         return part
-
-
-class Embedding(Composite):
-    """Maps token ids to hidden states."""
-
-    def __init__(self, name: str, config: ModelConfig, build: Build) -> None:
-        self._multiplier = config.embedding_multiplier
-        self._rank, self._ids = build.rank, build.rank.span(config.vocab_size)
-        self.weight = build.weights.empty(len(self._ids), config.hidden_size)
-        self.own_ids = None if build.rank.count == 1 else torch.tensor(self._ids)
-        """Tokens for which this rank has rows of embedding and head, or None for all."""
-        cut = None if self.own_ids is None else RankCut(config.vocab_size, self.own_ids)
-        self.own = [(f"{name}.weight", Parameter(self.weight, cut=cut))]
-
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        if self._rank.count == 1:
-            hidden = F.embedding(token_ids, self.weight)
-        else:
-            hidden = self.weight.new_empty(len(token_ids), self.weight.shape[1])
-            repeated(self._look_up, token_ids, hidden)
-            hidden = self._rank.sum(hidden)
-        return multiplied(hidden, self._multiplier)
-
-    def _look_up(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the rows of this rank's tokens, and zeros for other tokens."""
-        own = token_ids - self._ids.start
-        is_own = (own >= 0) & (own < len(self._ids))
-        found = F.embedding(own.where(is_own, 0), self.weight)
-        out.copy_(found.where(is_own[:, None], 0.0))
-
-
-class Head(Composite):
-    """Maps hidden states to logits. A model with tied embeddings uses their weights."""
-
-    def __init__(self, name: str, config: ModelConfig, embedding: Embedding, build: Build) -> None:
-        self._is_tied, self._multiplier = config.tie_embeddings, config.logit_multiplier
-        self._rank, self._vocab_size = build.rank, config.vocab_size
-        self._linear = Linear(
-            config.hidden_size,
-            [Part(name, config.vocab_size, embedding.own_ids)],
-            build,
-            weight=embedding.weight if self._is_tied else None,
-        )
-        self.layers = (self._linear,)
-
-    def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        if not self._is_tied:
-            yield from super().parameters()
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._rank.join(self._linear(hidden), self._vocab_size)
-        return multiplied(logits, self._multiplier)
 
 
 class Sealing:

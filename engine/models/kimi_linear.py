@@ -13,9 +13,8 @@ from typing import ClassVar
 import torch
 
 from engine.layers.attention import LatentAttention
-from engine.layers.blocks import MLP, FeedForward, Mixer
+from engine.layers.blocks import MLP, FeedForward, Mixer, RMSNorm
 from engine.layers.experts import Experts, RoutedExperts, expert_names
-from engine.layers.linear import RMSNorm
 from engine.layers.recurrent import KimiDeltaAttention
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, Served

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from engine.layers.blocks import FeedForwardStep, Mixer, MixerStep
-from engine.layers.linear import Part
 from engine.layers.recurrent import GatedDeltaNet
 from engine.models.decoder import Decoder, Step
+from engine.weights.products import Part
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
 from hybridcache.geometry.sizes import LayerSizes, MixerSizes
 

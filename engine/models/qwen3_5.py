@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from engine.layers.linear import Part
 from engine.models.qwen3_next import Qwen3Next
 from engine.weights.model_config import Served
+from engine.weights.products import Part
 from hybridcache.geometry.mixers import DeltaSizes
 
 

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 
 from engine.config import MAX_SCORED, TILE, EngineConfig
-from engine.layers.linear import ALONE, Rank
 from engine.messages import Exactness
 from engine.runner.device import Device
 from engine.runner.loading import DTYPES, LoadedModel
@@ -23,6 +22,7 @@ from engine.runner.model_runner import ModelRunner, WarmUp
 from engine.runner.steps import Drafts
 from engine.schedule.scheduler import Batch, Segment
 from engine.weights.model_config import ModelError
+from engine.weights.ranks import ALONE, Rank
 from hybridcache.geometry.units import GIB, counted
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 
 from engine.config import EngineConfig
-from engine.layers.linear import ALONE, Build, Rank, WeightSpec
 from engine.models import read_model
-from engine.models.decoder import Decoder
-from engine.models.weights import load_model
+from engine.models.decoder import Decoder, Fill
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.memory import (
@@ -22,13 +20,18 @@ from engine.runner.memory import (
     kv_row_bytes,
     state_slot_bytes,
 )
+from engine.weights.checkpoint import Dummy, WeightFiles
 from engine.weights.model_config import ModelConfig, ModelError, read_config
-from engine.weights.scheme import read_quantization
+from engine.weights.parameters import Build, WeightSpec
+from engine.weights.ranks import ALONE, Rank
+from engine.weights.scheme import Quantization, read_quantization
 from engine.weights.tensor_files import dtype_name
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.sizes import ModelSizes, SizesError
+from hybridcache.geometry.units import format_count
 from hybridcache.scheduling.cache_manager import SLOTS_OF_ONE
+from kernels.linear.formats import Format
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -72,8 +75,10 @@ class LoadedModel:
             raise ModelError(f"dtype {word!r} in config.json is unknown: use --dtype bfloat16.")
         dtype = DTYPES.get(word, torch.float32 if device.is_cpu else torch.bfloat16)
         has_sums = sizes.size_of("recurrent") > 0
-        build = Build(kernels, _weight_spec(config, raw, device, dtype, kernels), rank)
-        model, note = load_model(config, family, model_config, build)
+        is_dummy = config.load_format == "dummy"
+        formats = None if is_dummy else read_quantization(raw, config.model_dir)
+        build = Build(kernels, _weight_spec(config, formats, device, dtype, kernels), rank)
+        model, note = load_model(config, family, model_config, build, formats)
         if model.prediction is not None:
             sizes = replace(model_config.sizes, beside=model.prediction.keeps)
             model_config = replace(model_config, sizes=sizes)
@@ -101,15 +106,15 @@ class LoadedModel:
 
     def excerpt(self, max_running: int) -> LoadedModel:
         """Return a model with the first layer of each kind, without drafts and graphs."""
-        first = {sizes: rank for rank, sizes in reversed([*enumerate(self.sizes.layers)])}
-        ranks = sorted(first.values())
-        layers = tuple(self.sizes.layers[rank] for rank in ranks)
+        first = {sizes: index for index, sizes in reversed([*enumerate(self.sizes.layers)])}
+        indices = sorted(first.values())
+        layers = tuple(self.sizes.layers[index] for index in indices)
         return replace(
             self,
             settings=replace(self.settings, graphs="off", max_running=max_running, plugins=()),
             sizes=replace(self.sizes, layers=layers, beside=()),
             checkpoints=None,
-            model=self.model.excerpt(ranks),
+            model=self.model.excerpt(indices),
         )
 
     def plan(
@@ -147,7 +152,7 @@ class LoadedModel:
 
 def _weight_spec(
     config: EngineConfig,
-    raw: Mapping[str, Any],
+    formats: Quantization | None,
     device: Device,
     dtype: torch.dtype,
     kernels: Kernels,
@@ -160,12 +165,48 @@ def _weight_spec(
             raise ModelError("--fp8-activations needs a GPU with fp8 products, and Triton.")
     if config.load_format == "dummy":
         return WeightSpec(*place, fp8_activations=config.fp8_activations)
-    products = {pair for pair in kernels["linear"].PRODUCTS if device.supports(pair[0])}
-    files = read_quantization(raw, config.model_dir)
-    spec = WeightSpec(*place, files, frozenset(products), config.fp8_activations)
+
+    def multiplies(format: Format) -> bool:
+        return device.supports(format.kind) and format.has_product(kernels["linear"])
+
+    spec = WeightSpec(*place, formats, multiplies, config.fp8_activations)
     if spec.fp8_activations and not spec.has_fp8_products:
         raise ModelError("--fp8-activations needs fp8 weights: use --quantization fp8.")
     return spec
+
+
+def load_model(
+    settings: EngineConfig,
+    family: type[Decoder],
+    config: ModelConfig,
+    build: Build,
+    formats: Quantization | None = None,
+) -> tuple[Decoder, str]:
+    """Build the model that ``settings`` name, and its multi-token head if it is used, with their
+    weights. Also returns the number and the source of these.
+
+    Raises WeightsError before any tensor is read if the weight files do not match the config, and
+    ModelError if the family's head is not supported.
+    """
+    outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
+    with_head, files, is_stacked = settings.drafts.head_len > 0, None, False
+    fill: Fill = Dummy(settings.seed).fill
+    if settings.load_format != "dummy":
+        files = WeightFiles(settings.model_dir, formats, with_head=with_head)
+        fill, files.tensors = files.fill, family.published(files.tensors)
+        is_stacked = files.is_stacked
+        if config.tie_embeddings:
+            config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
+    make = partial(family, config, stacked_experts=is_stacked, with_prediction=with_head)
+    parameters = list(make(outline).parameters())
+    num_weights = sum(math.prod(parameter.shape) for _, parameter in parameters)
+    counted = f"{format_count(num_weights)} parameters"  # Those of all ranks.
+    if files is not None:
+        files.check(parameters, tied=config.tie_embeddings)
+    model = make(build, fill)
+    if files is None:
+        return model, f"{counted}; seeded (seed {settings.seed}), untrained"
+    return model, f"{counted}; {files.note()}{build.weights.note()}"
 
 
 def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:

@@ -14,9 +14,9 @@ import torch
 
 from engine.config import ConfigError, EngineConfig
 from engine.layers.blocks import Pools
-from engine.layers.linear import ALONE, Rank
 from engine.runner.device import Device, host_free_bytes
 from engine.weights.model_config import ModelError
+from engine.weights.ranks import ALONE, Rank
 from hybridcache.allocators.pools import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import ModelSizes, Spec

@@ -212,7 +212,7 @@ class ModelRunner:
 
     def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         if not batch.segments:
-            return self.model.embedding.weight.new_empty(0, self.vocab_size)
+            return self.model.new_empty(0, self.vocab_size)
 
         def patch(token_ids: torch.Tensor) -> None:
             if batch.late_tokens and drawn is not None:

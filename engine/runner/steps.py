@@ -180,7 +180,7 @@ class DecodeGraphs:
         the sequence's row, KV length and slot."""
         self._tables = [torch.from_numpy(table).to(device) for table in self._host_tables]
         """The same tables in the memory that kernels read; on a CPU, the same memory."""
-        self._logits = model.embedding.weight.new_empty(most, model.config.vocab_size)
+        self._logits = model.new_empty(most, model.config.vocab_size)
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -274,16 +274,16 @@ class PrefillGraphs:
         largest = min(padded_count(most_tokens, multiple), PREFILL_BUCKETS[-1])
         self._sizes = up_to(largest, PREFILL_BUCKETS)
         self._replays: dict[int, list[Replay]] = {}
-        weight = model.embedding.weight
-        self._token_ids = torch.zeros(largest, dtype=torch.int64, device=weight.device)
+        self._residual = model.new_empty(largest, model.config.hidden_size).zero_()
+        self._token_ids = self._residual.new_zeros(largest, dtype=torch.int64)
         ones = torch.ones_like(self._token_ids)
         self._live, self._steps = ones, torch.cat([ones, torch.zeros_like(ones)])
         """See ``Rows.live``, and its values for every number of tokens."""
-        self._residual = weight.new_zeros(largest, weight.shape[1])
         self._hidden = torch.zeros_like(self._residual)
         self._mixers = [step.block for step in model.mixers]
         shapes = [((mixer.projected_size,), mixer.mixed_shape) for mixer in self._mixers]
-        made = {pair: [weight.new_zeros(largest, *shape) for shape in pair] for pair in set(shapes)}
+        new = self._residual.new_zeros
+        made = {pair: [new(largest, *shape) for shape in pair] for pair in set(shapes)}
         self._buffers = [made[pair] for pair in shapes]
         """Input and output of each mixer; mixers of the same sizes share them."""
 

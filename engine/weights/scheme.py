@@ -1,29 +1,65 @@
-"""Layout of 8-bit weights in files, and the modules of a checkpoint that have one: by
-``quantization_config`` in its config.json, or by ModelSlim's file."""
+"""Layouts of quantised weights in safetensors files, and the modules of a checkpoint that have one:
+by ``quantization_config`` in its config.json, or by ModelSlim's file."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from engine.weights.layer_names import MODEL_SLIM_FILE, Names
 from engine.weights.model_config import ModelError
-from kernels.linear.reference import STORAGE, Format
+from kernels.linear.eight_bits import EightBits
+from kernels.linear.formats import Format, Matrix
 
-BAND_ELEMENTS = 2**20
-"""Number of weights that are dequantised at a time, so that the float32 copy is small."""
+Tensors = Mapping[str, torch.Tensor]
+"""Tensors of one module, by the last part of their names."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
-    """Layout of one 8-bit weight ``[M, N]``: ``stored * scale``, with one scale per block."""
+class Stored:
+    """A tensor of a module in a file."""
 
-    format: Format
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Allowed shapes; errors name the first one. Empty to allow any."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Allowed dtypes, or empty to allow any."""
+    is_optional: bool = False
+
+
+class Scheme(ABC):
+    """Layout of the weight of one linear layer in a file. Instances are immutable."""
+
+    @property
+    @abstractmethod
+    def format(self) -> Format:
+        """Format of the matrix that the file's tensors become."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Return a description such as ``fp8 in blocks of 128 x 128``."""
+
+    @abstractmethod
+    def tensors(self, num_rows: int, num_columns: int) -> Mapping[str, Stored]:
+        """Return the tensors of a weight ``[num_rows, num_columns]``, by the last part of their
+        names."""
+
+    @abstractmethod
+    def matrix(self, tensors: Tensors, num_rows: int, num_columns: int) -> Matrix:
+        """Return the weight. Raises ValueError for contents that are not supported, with a sentence
+        about them that a name can precede."""
+
+
+@dataclass(frozen=True, slots=True)
+class EightBitScheme(Scheme):
+    """One 8-bit weight ``[M, N]``: ``stored * scale``, with one scale per block."""
+
+    kind: Literal["int8", "fp8"]
     block: tuple[int | None, int | None]
     """Rows and columns of a block; blocks at the end may be smaller. None means all; ``(1, None)``
     is one scale per output channel."""
@@ -33,19 +69,15 @@ class Scheme:
     """True if activations stay in full precision."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the stored weight."""
-        return STORAGE[self.format][0]
+    def format(self) -> EightBits:
+        return EightBits(self.kind, self.block[1], self.is_weight_only)
 
     def describe(self) -> str:
-        """Return a description such as ``fp8 in blocks of 128 x 128``."""
         rows, columns = self.block
         if columns is not None:
-            said = f"{self.format} in blocks of {rows or 'all'} x {columns}"
+            said = f"{self.kind} in blocks of {rows or 'all'} x {columns}"
         else:
-            said = (
-                f"{self.format} with a scale per {'tensor' if rows is None else 'output channel'}"
-            )
+            said = f"{self.kind} with a scale per {'tensor' if rows is None else 'output channel'}"
         return f"{said}, weights only" if self.is_weight_only else said
 
     def scale_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
@@ -56,41 +88,31 @@ class Scheme:
             1 if columns is None else -(-num_columns // columns),
         )
 
-    def scale_shapes(self, num_rows: int, num_columns: int) -> tuple[tuple[int, ...], ...]:
-        """Return the allowed shapes of the scales in a file. One per row or for all may also lack
-        the last dimensions."""
+    def tensors(self, num_rows: int, num_columns: int) -> Mapping[str, Stored]:
         shape = self.scale_shape(num_rows, num_columns)
-        if self.block[1] is not None:
-            return (shape,)
-        return (shape, shape[:1]) if self.block[0] is not None else (shape, (1,), ())
+        shapes: tuple[tuple[int, ...], ...] = (shape,)
+        if self.block[1] is None:  # The last dimensions may be missing.
+            shapes = (shape, shape[:1]) if self.block[0] is not None else (shape, (1,), ())
+        return {
+            "weight": Stored(((num_rows, num_columns),), (self.format.fields["weight"].dtype,)),
+            self.scale_name: Stored(shapes),
+            OFFSET: Stored(is_optional=True),
+        }
 
-    def row_scales(self, scale: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
-        """Expand the scales of a file to one line per row: float32 ``[num_rows, blocks of
-        columns]``. Rows can then be read in any order."""
+    def matrix(self, tensors: Tensors, num_rows: int, num_columns: int) -> Matrix:
+        """Return the weight with the scales of each row, so that rows can be read in any order."""
+        if OFFSET in tensors and tensors[OFFSET].count_nonzero():
+            raise ValueError("has zero points: only symmetric weights are supported.")
+        scale = tensors[self.scale_name]
         if scale.dtype is torch.uint8:  # exponents (ue8m0)
             scale = scale.view(torch.float8_e8m0fnu)
         grid = scale.float().reshape(self.scale_shape(num_rows, num_columns))
-        rows = self.block[0]
-        return grid.repeat_interleave(rows or num_rows, dim=0)[:num_rows]
+        scales = grid.repeat_interleave(self.block[0] or num_rows, dim=0)[:num_rows]
+        return Matrix(self.format, {"weight": tensors["weight"], "scale": scales}, num_columns)
 
 
-def widen(
-    target: torch.Tensor, stored: torch.Tensor, row_scales: torch.Tensor, columns: int | None
-) -> None:
-    """Compute ``target = stored * scale`` in float32, rounded once to target's dtype.
-
-    Args:
-      target, stored: ``[M, N]``; row_scales: float32 ``[M, ceil(N / columns)]``.
-      columns: number of columns that share a scale, or None if all do.
-    """
-    num_columns = stored.shape[1]
-    band = max(1, BAND_ELEMENTS // num_columns)
-    for first in range(0, len(stored), band):
-        rows = slice(first, first + band)
-        scale = row_scales[rows]
-        if columns is not None:
-            scale = scale.repeat_interleave(columns, dim=1)[:, :num_columns]
-        target[rows] = stored[rows].float().mul_(scale)
+OFFSET = "weight_offset"
+"""Last part of the name of zero points, which ModelSlim also writes if all are 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +126,25 @@ class Quantization:
     """Modules in full precision."""
 
     def scheme(self, module: str) -> Scheme | None:
-        """Return the format of the linear layer ``module``, or None for full precision."""
-        if self.ignored.has(module):
+        """Return the layout of the linear layer ``module``, or None for full precision."""
+        is_table = module.rpartition(".")[2].startswith("embed")
+        if is_table or self.ignored.has(module):
             return None
         return next((s for s, names in self.groups if names is None or names.has(module)), None)
+
+    def format(self, module: str) -> Format | None:
+        scheme = self.scheme(module)
+        return None if scheme is None else scheme.format
+
+    def column_order(self, module: str) -> torch.Tensor | None:
+        return None
 
     def schemes(self) -> tuple[Scheme, ...]:
         """Return every distinct scheme."""
         return tuple(dict.fromkeys(scheme for scheme, _ in self.groups))
+
+    def described(self) -> Sequence[tuple[str, Format]]:
+        return [(scheme.describe(), scheme.format) for scheme in self.schemes()]
 
     def describe(self) -> str:
         """Return a description such as ``fp8 in blocks of 128 x 128``."""
@@ -164,7 +197,7 @@ def _fp8(section: Mapping[str, Any]) -> Quantization:
     _check_only("fp8 weights", section, {"fmt": ("e4m3",), "activation_scheme": ("dynamic",)})
     size = section.get("weight_block_size")
     key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
-    scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
+    scheme = EightBitScheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
     ignored = Names.of(section.get(key) or ("lm_head",), anywhere=True)
     return Quantization(((scheme, None),), ignored)
 
@@ -229,8 +262,8 @@ def _group_scheme(name: str, group: Mapping[str, Any]) -> Scheme:
         _check_only(f"{name}, input_activations", found, served)
     blocks = {"channel": (1, None), "tensor": (None, None)}
     block = blocks.get(strategy) or _block(weights.get("block_structure"), name)
-    format: Format = "int8" if kind == "int" else "fp8"
-    return Scheme(format, block, "weight_scale", is_weight_only=activations is None)
+    word: Literal["int8", "fp8"] = "int8" if kind == "int" else "fp8"
+    return EightBitScheme(word, block, "weight_scale", is_weight_only=activations is None)
 
 
 def _model_slim(path: Path) -> Quantization | None:
@@ -254,5 +287,5 @@ def _model_slim(path: Path) -> Quantization | None:
     quantized = Names.of(module for module, kind in listed.items() if kind == "W8A8_DYNAMIC")
     if not quantized.names:
         return None
-    scheme = Scheme("int8", (1, None), "weight_scale")
+    scheme = EightBitScheme("int8", (1, None), "weight_scale")
     return Quantization(((scheme, quantized),), Names.of(()))

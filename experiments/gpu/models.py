@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import BUILTIN_DIR
-from engine.layers.linear import Build, Parameter, WeightSpec
 from engine.models import read_model
-from engine.models.weights import Dummy
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
+from engine.weights.checkpoint import Dummy
+from engine.weights.parameters import Build, Parameter, WeightSpec
 
 QWEN3_NEXT_80B: dict[str, Any] = {
     "model_type": "qwen3_next",

@@ -14,7 +14,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -54,17 +53,28 @@ class Format(ABC):
     def fields(self) -> Mapping[str, Field]:
         """Tensors of a matrix, by name."""
 
+    @property
     @abstractmethod
+    def kind(self) -> str:
+        """Short name without sizes: ``int8``, ``fp8``, ``Q4_K``."""
+
     def describe(self) -> str:
-        """Return a short name such as ``Q4_K`` or ``fp8 in blocks of 128 columns``."""
+        """Return a name with sizes, such as ``fp8 in blocks of 128 columns``."""
+        return self.kind
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """True if products must not round their inputs: the format was made for weights only, and
+        its products on a CPU round to 8 bits."""
+        return False
 
     @abstractmethod
     def widened(self, fields: Mapping[str, torch.Tensor], num_columns: int) -> torch.Tensor:
         """Return the weights ``[..., M, num_columns]`` in float32: the plain reference."""
 
     def quantized(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the fields that approximate ``weight [..., M, N]``. Raises ValueError if this
-        format is only read."""
+        """Return the fields that approximate ``weight [M, N]``. Raises ValueError if this format is
+        only read."""
         raise ValueError(f"weights cannot be brought into {self.describe()} here.")
 
     def has_product(self, linear: ModuleType) -> bool:
@@ -106,11 +116,17 @@ class Format(ABC):
         return experts
 
     @property
-    def unit(self) -> int | None:
-        """Number of columns between two places where a row can be divided, or None if rows are
-        whole."""
-        sizes = [field.columns for field in self.fields.values()]
-        return None if None in sizes else math.lcm(*(size for size in sizes if size is not None))
+    def unit(self) -> int:
+        """Number of columns between two places where a row can be divided. Fields of whole rows
+        belong to every part."""
+        return math.lcm(*(field.columns or 1 for field in self.fields.values()))
+
+    def has_whole(self, index: torch.Tensor) -> bool:
+        """Return True if the columns ``index`` (int64) are runs of whole units; the last unit of a
+        row may be smaller."""
+        unit = self.unit
+        runs = index[::unit, None] + torch.arange(unit)
+        return not (index[::unit] % unit).any() and torch.equal(runs.flatten()[: len(index)], index)
 
     @property
     def num_bits(self) -> float:
@@ -162,21 +178,50 @@ class Matrix:
 
     def split(self, sizes: Sequence[int]) -> list[Matrix]:
         """Return views of parts of the rows."""
-        bounds = [sum(sizes[:count]) for count in range(len(sizes) + 1)]
+        pieces = {name: tensor.split(list(sizes), dim=-2) for name, tensor in self.fields.items()}
         return [
-            self._each(lambda tensor, a=a, b=b: tensor[..., a:b, :]) for a, b in pairwise(bounds)
+            Matrix(self.format, dict(zip(pieces, parts, strict=True)), self.num_columns)
+            for parts in zip(*pieces.values(), strict=True)
         ]
 
-    def columns(self, first: int, end: int) -> Matrix:
-        """Return a view of the columns from ``first`` up to ``end``, which are multiples of the
-        format's unit; the end of a row is one too."""
-        fields = {}
+    def rows(self, index: torch.Tensor) -> Matrix:
+        """Return the rows ``index`` (int64) of a matrix, or of each matrix of a stack."""
+        return self._each(lambda tensor: _selected(tensor, -2, index))
+
+    def columns(self, index: torch.Tensor) -> Matrix:
+        """Return the columns ``index`` (int64), for which ``Format.has_whole`` is True."""
+        unit, fields = self.format.unit, {}
+        firsts = index[::unit]
         for name, field in self.format.fields.items():
-            part = slice(field.width(first), field.width(end))
-            fields[name] = (
-                self.fields[name] if field.columns is None else self.fields[name][..., part]
-            )
-        return Matrix(self.format, fields, end - first)
+            tensor, width = self.fields[name], field.width(unit)
+            if field.columns is not None:
+                places = (firsts // unit * width)[:, None] + torch.arange(width)
+                tensor = _selected(tensor, -1, places.flatten()[: field.width(len(index))])
+            fields[name] = tensor
+        return Matrix(self.format, fields, len(index))
+
+    def to(self, device: torch.device) -> Matrix:
+        return self._each(lambda tensor: tensor.to(device))
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Matrix:
+        """Return a matrix in full precision, which shares its memory with ``weight``."""
+        return cls(Plain(weight.dtype), {"weight": weight}, weight.shape[-1])
+
+    def quantized(self, format: Format) -> Matrix:
+        """Return the weights in another format, matrix by matrix of a stack."""
+        if len(self.shape) == 2:
+            weight = self.widened(torch.float32)
+            return Matrix(format, format.quantized(weight), self.num_columns)
+
+        def allocate(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            first = next(iter(self.fields.values()))
+            return torch.empty(*shape, dtype=dtype, device=first.device)
+
+        made = Matrix.empty(format, self.shape, allocate)
+        for one, part in zip(self, made, strict=True):
+            part.copy_(one.quantized(format))
+        return made
 
     def copy_(self, other: Matrix) -> None:
         """Copy a matrix of the same format and shape, from any device."""
@@ -207,6 +252,13 @@ class Matrix:
         return Matrix(self.format, fields, self.num_columns)
 
 
+def _selected(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """Return a part of ``tensor`` along ``dim``: a view if ``index`` has no gaps."""
+    if len(index) and not index.diff().ne(1).any():
+        return tensor.narrow(dim, int(index[0]), len(index))
+    return tensor.index_select(dim, index.to(tensor.device))
+
+
 @dataclass(frozen=True, slots=True)
 class Plain(Format):
     """Numbers in full precision."""
@@ -214,11 +266,12 @@ class Plain(Format):
     dtype: torch.dtype
 
     @property
+    def kind(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def fields(self) -> Mapping[str, Field]:
         return {"weight": Field(self.dtype)}
-
-    def describe(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
     def widened(self, fields: Mapping[str, torch.Tensor], num_columns: int) -> torch.Tensor:
         return fields["weight"].float()
@@ -237,8 +290,14 @@ class Plain(Format):
         dtype: torch.dtype,
         **options: Any,
     ) -> Product:
-        weight = matrix.fields["weight"]
-        product: Product = linear.prepare(
-            weight if weight.dtype is dtype else weight.to(dtype), bias
-        )
+        product: Product = linear.prepare(matrix.fields["weight"].to(dtype), bias)
         return product
+
+    def experts(
+        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: Any
+    ) -> Callable[..., torch.Tensor]:
+        if not isinstance(down.format, Plain):
+            return Format.experts(self, moe, up, down, dtype, **options)
+        weights = (one.fields["weight"].to(dtype) for one in (up, down))
+        experts: Callable[..., torch.Tensor] = moe.prepare(*weights)
+        return experts

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from engine import engine_config
 from engine.engine import load_runner
-from engine.models.weights import Dummy, load_model
+from engine.runner.loading import load_model
+from engine.weights.checkpoint import Dummy
 from engine.weights.tensor_files import WeightsError
 from tests.engine.drafted import MODEL, MakeEngine, engine_with_head
 

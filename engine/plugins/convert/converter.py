@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from engine.layers.linear import FULL_PRECISION
 from engine.weights.layer_names import INDEX_NAME, Names
 from engine.weights.model_config import ModelError, read_config
-from engine.weights.scheme import Scheme, read_quantization
+from engine.weights.parameters import FULL_PRECISION, Precision
+from engine.weights.scheme import EightBitScheme, read_quantization
 from engine.weights.tensor_files import FULL_DTYPES, dtype_name, find_files, open_file
 from hybridcache.geometry.units import counted, format_bytes
-from kernels.linear.reference import SCALE_BLOCK, Format, quantize
+from kernels.linear.reference import SCALE_BLOCK, quantize
 
 SHARD_BYTES = 2**30
 """Maximum size of a file, unless a single piece is larger."""
@@ -53,7 +53,7 @@ class FilePiece:
     name: str
     """Name of the written tensor."""
     source: torch.Tensor
-    scheme: Scheme | None = None
+    scheme: EightBitScheme | None = None
     """Format of the written tensor, or None to keep it unchanged."""
     reason: str = ""
     """Reason why a matrix is not converted."""
@@ -68,7 +68,7 @@ class FilePiece:
         shape, scheme = self.source.shape, self.scheme
         if scheme is None:
             return self.source.nbytes
-        return math.prod(shape) * scheme.dtype.itemsize + 4 * math.prod(scheme.scale_shape(*shape))
+        return math.prod(shape) + 4 * math.prod(scheme.scale_shape(*shape))
 
     def written(self) -> dict[str, torch.Tensor]:
         """Return the tensors to write, by name. Raises ModelError."""
@@ -81,7 +81,7 @@ class FilePiece:
 
 
 def plan_pieces(
-    tensors: Mapping[str, torch.Tensor], scheme: Scheme, ignore: Sequence[str]
+    tensors: Mapping[str, torch.Tensor], scheme: EightBitScheme, ignore: Sequence[str]
 ) -> list[FilePiece]:
     """Return a piece for each tensor, with experts one by one.
 
@@ -127,7 +127,7 @@ def _parts(name: str, tensor: torch.Tensor) -> list[FilePiece]:
     ]
 
 
-def _decide(piece: FilePiece, scheme: Scheme, defaults: Names, ignored: Names) -> FilePiece:
+def _decide(piece: FilePiece, scheme: EightBitScheme, defaults: Names, ignored: Names) -> FilePiece:
     """Return ``piece`` with a scheme, or with the reason for keeping it."""
     shape = piece.source.shape
     is_matrix = len(shape) == 2 and piece.name.endswith(".weight")
@@ -146,16 +146,16 @@ def _decide(piece: FilePiece, scheme: Scheme, defaults: Names, ignored: Names) -
     return replace(piece, scheme=None if reason else scheme, reason=reason)
 
 
-SCHEMES: dict[Format, Scheme] = {
-    "int8": Scheme("int8", (1, None), "weight_scale"),
-    "fp8": Scheme("fp8", (SCALE_BLOCK, SCALE_BLOCK), "weight_scale_inv"),
+SCHEMES: dict[Precision, EightBitScheme] = {
+    "int8": EightBitScheme("int8", (1, None), "weight_scale"),
+    "fp8": EightBitScheme("fp8", (SCALE_BLOCK, SCALE_BLOCK), "weight_scale_inv"),
 }
 """Formats that are written: compressed-tensors' W8A8, and the fp8 layout of DeepSeek and Qwen."""
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt")
 """Endings of files that are not copied, in addition to config.json."""
 
 
-def convert(source: Path, target: Path, to: Format, ignore: Sequence[str] = ()) -> str:
+def convert(source: Path, target: Path, to: Precision, ignore: Sequence[str] = ()) -> str:
     """Write the checkpoint of ``source`` into ``target`` with linear layers in 8 bits, everything
     else unchanged.
 
@@ -243,7 +243,9 @@ def _write(pieces: Sequence[FilePiece], directory: Path) -> int:
 
 
 @torch.inference_mode()
-def quantize_blocks(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blocks(
+    weight: torch.Tensor, scheme: EightBitScheme
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise ``weight [M, N]``, which has whole blocks of ``scheme``, symmetrically: the largest
     magnitude of a block becomes that of the format.
 
@@ -253,7 +255,7 @@ def quantize_blocks(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor,
     sizes = zip(scheme.block, weight.shape, strict=True)
     rows, columns = (size or whole for size, whole in sizes)
     grid = weight.float().view(-1, rows, weight.shape[1] // columns, columns).transpose(1, 2)
-    stored, scale = quantize(grid.flatten(2), scheme.format)
+    stored, scale = quantize(grid.flatten(2), scheme.kind)
     return stored.view(grid.shape).transpose(1, 2).reshape(weight.shape), scale
 
 
@@ -265,7 +267,7 @@ def _copy_rest(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _section(pieces: Sequence[FilePiece], scheme: Scheme) -> dict[str, Any]:
+def _section(pieces: Sequence[FilePiece], scheme: EightBitScheme) -> dict[str, Any]:
     """Return the section ``quantization_config``.
 
     It lists every matrix that was not converted by its full name, and the head: a tied head has no
@@ -277,7 +279,7 @@ def _section(pieces: Sequence[FilePiece], scheme: Scheme) -> dict[str, Any]:
         if piece.scheme is None and piece.source.dim() > 1 and piece.name.endswith(".weight")
     ]
     left += [] if "lm_head" in left else ["lm_head"]
-    if scheme.format == "fp8":
+    if scheme.kind == "fp8":
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",

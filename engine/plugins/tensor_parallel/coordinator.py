@@ -33,7 +33,6 @@ import torch.distributed
 from engine.config import EngineConfig
 from engine.core import Plugin
 from engine.errors import RunnerLost, describe_exit
-from engine.layers.linear import Rank
 from engine.models import read_model
 from engine.runner.build import load_runner
 from engine.runner.device import Device
@@ -42,6 +41,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.steps import Drafts
 from engine.schedule.scheduler import Batch
 from engine.weights.model_config import ModelError, read_config
+from engine.weights.ranks import Rank
 from hybridcache.scheduling.cache_manager import CacheManager
 
 TIMEOUT_S = 300.0

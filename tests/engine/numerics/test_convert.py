@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from engine.command.cli import main
 from engine.plugins.convert.converter import SCHEMES, convert
-from engine.weights.scheme import Scheme, read_quantization
+from engine.weights.scheme import EightBitScheme, read_quantization
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
-BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
+BLOCKS = EightBitScheme("fp8", (4, 4), "weight_scale_inv")
 """Scheme with blocks that fit the layers of small models."""
 
 

@@ -81,7 +81,7 @@ def watch(monkeypatch):
     # The values that a step reads: drafts, and drawn tokens.
     monkeypatch.setattr("torch.nn.utils.rnn.pad_sequence", read_drafts)
     monkeypatch.setattr("engine.runner.sampler.HostCopy", Mock())
-    monkeypatch.setattr("engine.models.weights.Dummy.draw", Mock())
+    monkeypatch.setattr("engine.weights.checkpoint.Dummy.draw", Mock())
     return watch
 
 

@@ -13,6 +13,7 @@ import torch
 from engine.plugins.disaggregation.wire import PrefixBuffer
 from engine.plugins.speculation.predictor import Newest, Predictor
 from engine.schedule.scheduler import Batch, Segment
+from engine.weights.parameters import Source
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 MODELS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
@@ -74,7 +75,7 @@ class Head:
         self.head = model.prediction_head()
         tensors = {f"mtp.{name}": tensor for name, tensor in reference.parts.state_dict().items()}
         for name, parameter in self.head.parameters():
-            parameter.fill(tensors.pop(name))
+            parameter.fill(Source.of(tensors.pop(name)))
         assert not tensors
         self.head.seal()
         memory = runner.memory

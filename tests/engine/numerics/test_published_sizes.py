@@ -12,8 +12,8 @@ import transformers
 
 from engine import engine_config
 from engine.engine import load_runner
-from engine.layers.linear import Linear
 from engine.runner.backends import override_all
+from engine.weights.products import Linear
 from experiments.gpu.models import QWEN3_NEXT_80B
 from tests.engine.numerics import families
 from tests.engine.numerics.conftest import Driver, random_tokens

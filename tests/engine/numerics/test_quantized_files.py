@@ -11,14 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.layers.linear import Build, Linear, Part, WeightSpec
-from engine.models.weights import WeightFiles
 from engine.plugins.convert.converter import convert
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
+from engine.weights.checkpoint import WeightFiles
 from engine.weights.model_config import ModelError
+from engine.weights.parameters import Build, Source, WeightSpec
+from engine.weights.products import Linear, Part
 from engine.weights.scheme import read_quantization
 from experiments.gpu import interpreter
+from kernels.linear.formats import Matrix
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
@@ -116,26 +118,26 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
         module = name.removesuffix(".weight")
         stored[name] = weight = torch.randn(parameter.target.shape)
         if not eight_bit.QUANTIZED.fullmatch(module):
-            parameter.fill(weight)
+            parameter.fill(Source.of(weight))
             continue
         stored[name], scale, widened = eight_bit.fp8_blocks(weight, (128, 128), torch.bfloat16)
         stored[f"{module}.weight_scale_inv"] = scale
-        parameter.fill(widened)
+        parameter.fill(Source.of(widened))
     save_file(stored, tmp_path / "model.safetensors")
     files = read_quantization({"quantization_config": eight_bit.fp8_section(["m.in_proj_ba"])})
-    place = WeightSpec(device, dtype, files=files, products=kernels["linear"].PRODUCTS)
+    linear = kernels["linear"]
+    place = WeightSpec(device, dtype, files=files, multiplies=lambda one: one.has_product(linear))
     quantised, rounding = (
         Linear(200, parts, Build(kernels, replace(place, fp8_activations=rounds)))
         for rounds in (False, True)
     )
     for layer in (quantised, rounding):
-        weight_files = WeightFiles(tmp_path)
+        weight_files = WeightFiles(tmp_path, files)
         weight_files.check(layer.parameters(), tied=False)
         weight_files.fill(layer)
-    assert {parameter.target.dtype for _, parameter in quantised.parameters()} == {
-        torch.float8_e4m3fn,
-        torch.float32,
-    }
+    targets = [parameter.target for _, parameter in quantised.parameters()]
+    stored = {one.format.kind if isinstance(one, Matrix) else one.dtype for one in targets}
+    assert stored == {"fp8", torch.float32}
     hidden = torch.randn(5, 200)
     for layer in (quantised, rounding, plain):
         layer.seal()

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 
 from engine import engine_config
 from engine.config import EngineConfig
-from engine.layers.linear import Parameter, Rank, RankCut
-from engine.models import weights
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
+from engine.weights.checkpoint import WeightFiles
 from engine.weights.model_config import ModelError
+from engine.weights.parameters import Parameter
+from engine.weights.ranks import Cut, Rank
 from tests.engine.numerics.conftest import Driver, random_tokens
 
 REFUSED = {
@@ -105,9 +106,9 @@ def test_rank_reads_only_its_part(dtype, tmp_path) -> None:
     }
     save_file(tensors, tmp_path / "model.safetensors")
     cuts = {
-        "rows": RankCut(8, torch.tensor([6, 1, 2])),
-        "stacked": RankCut(6, torch.tensor([1, 2, 4]), 1),
-        "cols": RankCut(8, torch.arange(4, 8), 1),
+        "rows": Cut(8, torch.tensor([6, 1, 2])),
+        "stacked": Cut(6, torch.tensor([1, 2, 4]), 1),
+        "cols": Cut(8, torch.arange(4, 8), 1),
     }
     expected = {name: cut.of(tensors[name]) for name, cut in cuts.items()}
     parameters = {
@@ -125,7 +126,7 @@ def test_rank_reads_only_its_part(dtype, tmp_path) -> None:
         def seal(self) -> None:
             pass
 
-    files = weights.WeightFiles(tmp_path)
+    files = WeightFiles(tmp_path)
     files.check(parameters.items(), tied=False)
     files.fill(Part())
     for name, part in expected.items():

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from engine.layers.linear import Build, WeightSpec
 from engine.models import read_model
-from engine.models.weights import Dummy, WeightsError
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
+from engine.weights.checkpoint import Dummy, WeightsError
+from engine.weights.parameters import Build, WeightSpec
 from experiments.gpu.models import TINY
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens

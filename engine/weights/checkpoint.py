@@ -6,17 +6,13 @@ import math
 import time
 import zlib
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from engine.config import EngineConfig
-from engine.layers.linear import Build, Layer, Parameter
-from engine.models.decoder import Decoder, Fill
 from engine.weights.layer_names import model_name
-from engine.weights.model_config import ModelConfig
+from engine.weights.parameters import Layer, Parameter, Source
+from engine.weights.scheme import Quantization, Scheme, Stored
 from engine.weights.tensor_files import (
     FULL_DTYPES,
     WeightsError,
@@ -25,7 +21,7 @@ from engine.weights.tensor_files import (
     find_files,
     open_file,
 )
-from hybridcache.geometry.units import format_count
+from kernels.linear.formats import Matrix
 
 HEAD = "mtp."
 """Prefix of a multi-token prediction head, which is read only if requested."""
@@ -35,17 +31,17 @@ STACKED_EXPERTS = "experts.gate_up_proj", "block_sparse_moe.input_linear.weight"
 """Endings of the names of tensors that contain all experts of a layer."""
 TIED_HEAD = "lm_head.weight"
 """Copy of the embedding if a model ties them; files may or may not contain it."""
-OFFSET = "weight_offset"
-"""Last part of the name of zero points, which ModelSlim also writes if all are 0."""
 DUMMY_STD = 0.02
 
 
 class WeightFiles:
     """Tensors of the safetensors files of one model directory."""
 
-    def __init__(self, model_dir: Path, *, with_head: bool = False) -> None:
+    def __init__(
+        self, model_dir: Path, formats: Quantization | None = None, *, with_head: bool = False
+    ) -> None:
         """Map the files. Raises WeightsError if the head is requested and there is none."""
-        self._started = time.monotonic()
+        self._started, self._formats = time.monotonic(), formats
         self.tensors: dict[str, torch.Tensor] = {}
         self.skipped: list[str] = []
         for file in find_files(model_dir):
@@ -60,6 +56,11 @@ class WeightFiles:
                 f"{HEAD}*): use --draft tree, or none."
             )
 
+    @property
+    def is_stacked(self) -> bool:
+        """True if a tensor contains all experts of a layer."""
+        return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
+
     def ties(self, embedding: str) -> bool:
         """Return True unless the files have a head that differs from ``embedding``."""
         head, own = self.tensors.get(TIED_HEAD), self.tensors.get(embedding)
@@ -69,30 +70,28 @@ class WeightFiles:
 
     def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
         """Raise WeightsError unless every parameter has a tensor, and every tensor a parameter."""
-        wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
-        dtypes: dict[str, tuple[torch.dtype, ...]] = {}
-        known = {TIED_HEAD} if tied else set[str]()
+        wanted: dict[str, Stored] = {}
         for name, parameter in parameters:
-            scheme = parameter.scheme
-            wanted[name], dtypes[name] = (parameter.shape,), FULL_DTYPES
+            wanted.update(self._stored(name, parameter.shape))
+            scheme = self._scheme(name, parameter.shape)
             if scheme is not None:
-                dtypes[name] = (scheme.dtype,)
-                wanted[name_beside(name, scheme.scale_name)] = scheme.scale_shapes(*parameter.shape)
-                known.add(name_beside(name, OFFSET))
-            _check_whole_blocks(name, parameter)
+                _check_whole_blocks(name, parameter, scheme.format.unit)
         found = self.tensors
+        needed = {name for name, stored in wanted.items() if not stored.is_optional}
+        known = wanted.keys() | ({TIED_HEAD} if tied else set())
+        both = [(name, found[name], wanted[name]) for name in sorted(wanted.keys() & found.keys())]
         complaints = {
-            "missing": sorted(wanted.keys() - found.keys()),
-            "unexpected": sorted(found.keys() - wanted.keys() - known),
+            "missing": sorted(needed - found.keys()),
+            "unexpected": sorted(found.keys() - known),
             "of the wrong shape": [
-                f"{name} is {list(found[name].shape)} instead of {list(wanted[name][0])}"
-                for name in sorted(wanted.keys() & found.keys())
-                if found[name].shape not in wanted[name]
+                f"{name} is {list(tensor.shape)} instead of {list(stored.shapes[0])}"
+                for name, tensor, stored in both
+                if stored.shapes and tensor.shape not in stored.shapes
             ],
             "of a type that quantization_config does not give": [
-                f"{name} is {dtype_name(found[name].dtype)}"
-                for name in sorted(dtypes.keys() & found.keys())
-                if found[name].dtype not in dtypes[name]
+                f"{name} is {dtype_name(tensor.dtype)}"
+                for name, tensor, stored in both
+                if stored.dtypes and tensor.dtype not in stored.dtypes
             ],
         }
         sentences = [f"{len(v)} {kind}: {enumerated(v)}" for kind, v in complaints.items() if v]
@@ -104,18 +103,43 @@ class WeightFiles:
     def fill(self, layer: Layer) -> None:
         """Copy the tensors of one layer, and check their numbers. Raises WeightsError."""
         for name, parameter in layer.parameters():
-            tensor, scale, scheme = self.tensors[name], None, parameter.scheme
-            if scheme is not None:
-                scale_name = name_beside(name, scheme.scale_name)
-                scale = self.tensors[scale_name]
-                check_numbers(scale_name, scheme.row_scales(scale, *tensor.shape))
-                offset = self.tensors.get(name_beside(name, OFFSET))
-                if offset is not None and offset.count_nonzero():
-                    raise WeightsError(
-                        f"zero points of {name} are not zero: only symmetric weights are supported."
-                    )
-            parameter.fill(tensor, scale)
-            check_numbers(name, parameter.target)
+            parameter.fill(self._source(name, parameter.shape))
+            target = parameter.target
+            matrix = target if isinstance(target, Matrix) else Matrix.of(target)
+            for tensor in matrix.fields.values():
+                check_numbers(name, tensor)
+
+    def _scheme(self, name: str, shape: tuple[int, ...]) -> Scheme | None:
+        """Return the layout of a weight, or None if it is in full precision."""
+        if self._formats is None or len(shape) != 2 or not name.endswith(".weight"):
+            return None
+        return self._formats.scheme(name.removesuffix(".weight"))
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> dict[str, Stored]:
+        """Return the tensors of a weight in the files, by name."""
+        scheme = self._scheme(name, shape)
+        if scheme is None:
+            return {name: Stored((shape,), FULL_DTYPES)}
+        stem = name.removesuffix("weight")
+        return {stem + word: stored for word, stored in scheme.tensors(*shape).items()}
+
+    def _source(self, name: str, shape: tuple[int, ...]) -> Source:
+        scheme = self._scheme(name, shape)
+        if scheme is None:
+            return Source.of(self.tensors[name])
+        stem, words = name.removesuffix("weight"), scheme.tensors(*shape)
+        own = {word: self.tensors[stem + word] for word in words if stem + word in self.tensors}
+        for word, tensor in own.items():
+            if word != "weight":
+                check_numbers(stem + word, tensor)
+
+        def read() -> Matrix:
+            try:
+                return scheme.matrix(own, *shape)
+            except ValueError as error:
+                raise WeightsError(f"{name} {error}") from None
+
+        return Source(shape, scheme.format, read)
 
     def note(self) -> str:
         num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
@@ -143,23 +167,17 @@ def check_numbers(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_whole_blocks(name: str, parameter: Parameter) -> None:
+def _check_whole_blocks(name: str, parameter: Parameter, unit: int) -> None:
     """Raise WeightsError if a rank would have part of a block of columns."""
-    cut, scheme = parameter.cut, parameter.scheme
-    columns = None if scheme is None else scheme.block[1]
-    if cut is None or cut.dim == 0 or columns is None:
+    cut = parameter.cut
+    if cut is None or cut.dim == 0 or unit == 1:
         return
     first, end = int(cut.index[0]), int(cut.index[-1]) + 1
-    if first % columns or (end % columns and end != cut.size):
+    if first % unit or (end % unit and end != cut.size):
         raise WeightsError(
-            f"--tp would split blocks of {columns} columns that share a scale: {name} has "
+            f"--tp would split blocks of {unit} columns that share a scale: {name} has "
             f"{cut.size} columns, {len(cut)} per rank; use fewer ranks."
         )
-
-
-def name_beside(name: str, word: str) -> str:
-    """Return the name of the scales or zero points of a weight."""
-    return f"{name.removesuffix('.weight')}.{word}"
 
 
 class Dummy:
@@ -174,12 +192,13 @@ class Dummy:
 
     def draw(self, name: str, parameter: Parameter) -> None:
         """Fill a parameter with magnitudes as at a model's first training step."""
-        if parameter.cut is not None:  # The numbers must not depend on the number of ranks.
-            whole = parameter.target.new_empty(parameter.shape)
-            self.draw(name, Parameter(whole, parameter.role))
-            parameter.target.copy_(parameter.cut.of(whole))
-            return
         target = parameter.target
+        assert isinstance(target, torch.Tensor)  # Without files, weights are in full precision.
+        if parameter.cut is not None:  # The numbers must not depend on the number of ranks.
+            whole = target.new_empty(parameter.shape)
+            self.draw(name, Parameter(whole, parameter.role))
+            target.copy_(parameter.cut.of(whole))
+            return
         generator = torch.Generator(target.device)
         generator.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         if parameter.role in ("norm", "time_bias", "skip"):
@@ -190,33 +209,3 @@ class Dummy:
             target.uniform_(math.log(0.01), math.log(16.0), generator=generator)
         else:
             target.normal_(0.0, DUMMY_STD, generator=generator)
-
-
-def load_model(
-    settings: EngineConfig, family: type[Decoder], config: ModelConfig, build: Build
-) -> tuple[Decoder, str]:
-    """Build the model that ``settings`` name, and its multi-token head if it is used, with their
-    weights. Also returns the number and the source of these.
-
-    Raises WeightsError before any tensor is read if the weight files do not match the config, and
-    ModelError if the family's head is not supported.
-    """
-    outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
-    with_head, files, is_stacked = settings.drafts.head_len > 0, None, False
-    fill: Fill = Dummy(settings.seed).fill
-    if settings.load_format != "dummy":
-        files = WeightFiles(settings.model_dir, with_head=with_head)
-        fill, files.tensors = files.fill, family.published(files.tensors)
-        is_stacked = any(name.endswith(STACKED_EXPERTS) for name in files.tensors)
-        if config.tie_embeddings:
-            config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
-    make = partial(family, config, stacked_experts=is_stacked, with_prediction=with_head)
-    parameters = list(make(outline).parameters())
-    num_weights = sum(math.prod(parameter.shape) for _, parameter in parameters)
-    counted = f"{format_count(num_weights)} parameters"  # Those of all ranks.
-    if files is not None:
-        files.check(parameters, tied=config.tie_embeddings)
-    model = make(build, fill)
-    if files is None:
-        return model, f"{counted}; seeded (seed {settings.seed}), untrained"
-    return model, f"{counted}; {files.note()}{build.weights.note()}"

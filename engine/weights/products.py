@@ -1,0 +1,208 @@
+"""Products with the weights of files: dense layers, the embedding and the head.
+
+They multiply any format, in the order of the file's columns, and add up the parts of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from engine.weights.parameters import Build, Composite, Parameter, Storage, plain_or
+from engine.weights.ranks import ALONE, Cut, Kinds
+from kernels.linear.formats import Matrix, Plain, Product
+from kernels.recording import repeated
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One matrix of the weight files, out of those with the same input."""
+
+    name: str
+    """Full name without ``.weight``."""
+    num_rows: int
+    """Number of rows in the files."""
+    rows: torch.Tensor | None = None
+    """int64: rows in the files, in the order in which they are used, or None for all in their
+    order."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of rows that are used."""
+        return self.num_rows if self.rows is None else len(self.rows)
+
+    @property
+    def cut(self) -> Cut | None:
+        return None if self.rows is None else Cut(self.num_rows, self.rows)
+
+
+class Linear:
+    """``x @ weight.T + bias``. Each row of the result is independent of the number of rows.
+
+    The outputs of all parts are next to each other. The name of a part determines its storage
+    format; adjacent parts of the same format are one product.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Sequence[Part],
+        build: Build,
+        *,
+        outputs: Kinds = (),
+        sums: bool = False,
+        bias: bool = False,
+        weight: Matrix | None = None,
+    ) -> None:
+        """Make the product.
+
+        ``outputs`` are the kinds of units of which the outputs of all parts together consist, if
+        they are divided. With ``sums``, the inputs are divided, and the outputs are those of the
+        whole model. ``weight`` is an existing weight for all parts.
+        """
+        cuts = build.rank.cuts([part.num_rows for part in parts], outputs)
+        own = [
+            part
+            if cut is None
+            else replace(part, rows=cut.index if part.rows is None else part.rows[cut.index])
+            for part, cut in zip(parts, cuts, strict=True)
+        ]
+        inputs = build.rank.cut((in_features, 1), dim=1) if sums else None
+        groups = groupby(own, key=lambda part: build.weights.storage(part.name))
+        self._stacks = [
+            _Stack(in_features, list(group), storage, build, inputs, bias=bias, weight=weight)
+            for storage, group in groups
+        ]
+        self._kernel = build.kernels["linear"]
+        self._rank = build.rank if sums else ALONE
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for stack in self._stacks:
+            yield from stack.parameters()
+
+    def seal(self) -> None:
+        products = [stack.product(self._kernel) for stack in self._stacks]
+        self._product: Product = self._kernel.join(products)
+        self._stacks.clear()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._rank.sum(self._product(x))
+
+
+class _Stack:
+    """Adjacent parts with the same storage format, stacked in one weight."""
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Sequence[Part],
+        storage: Storage,
+        build: Build,
+        inputs: Cut | None,
+        *,
+        bias: bool,
+        weight: Matrix | None,
+    ) -> None:
+        self._parts, self._storage, weights = parts, storage, build.weights
+        self._weights, self._inputs = weights, inputs
+        self._adds_bias = inputs is None or build.rank.number == 0
+        self._order = self._input_order(in_features)
+        num_rows = sum(part.num_outputs for part in parts)
+        if weight is not None:
+            self._matrix, self._storage = weight, Storage(weight.format, weight.format)
+        else:
+            columns = in_features if self._inputs is None else len(self._inputs)
+            self._matrix = Matrix.empty(storage.loaded, (num_rows, columns), weights.empty)
+        self._bias = weights.empty(num_rows) if bias else None
+
+    def _input_order(self, in_features: int) -> torch.Tensor | None:
+        """Return the input of each stored column, or None if they are in order. Columns are stored
+        in the order of the file, so that no block of them is taken apart."""
+        files = self._weights.files
+        places = None if files is None else files.column_order(self._parts[0].name)
+        if places is None:
+            return None
+        inputs = self._inputs
+        stored, order = (places if inputs is None else places[inputs.index]).sort()
+        self._inputs = None if inputs is None else Cut(in_features, stored, inputs.dim)
+        return order.to(self._weights.device)
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        sizes = [part.num_outputs for part in self._parts]
+        for part, matrix in zip(self._parts, self._matrix.split(sizes), strict=True):
+            cut = part.cut or self._inputs
+            yield f"{part.name}.weight", Parameter(plain_or(matrix), cut=cut)
+        if self._bias is not None:
+            for part, bias in zip(self._parts, self._bias.split(sizes), strict=True):
+                yield f"{part.name}.bias", Parameter(bias, cut=part.cut)
+
+    def product(self, kernel: Any) -> Product:
+        if self._bias is not None and not self._adds_bias:
+            self._bias.zero_()  # The bias of one rank is in the sum.
+        matrix, format = self._matrix, self._storage.computed
+        if format != matrix.format:
+            matrix = matrix.quantized(format)
+        options = self._weights.product_options(format)
+        product = format.product(kernel, matrix, self._bias, self._weights.dtype, **options)
+        order = self._order
+        return product if order is None else lambda x: product(x[:, order])
+
+
+class Embedding(Composite):
+    """Maps token ids to hidden states, ``[T]`` to ``[T, hidden_size]``. Each rank has some of the
+    rows."""
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, build: Build) -> None:
+        weights, self._rank = build.weights, build.rank
+        self._ids, self._dtype = build.rank.span(vocab_size), weights.dtype
+        shape = len(self._ids), hidden_size
+        self.matrix = Matrix.empty(weights.storage(name).loaded, shape, weights.empty)
+        self.own_ids = torch.tensor(self._ids) if build.is_divided else None
+        """Tokens for which this rank has rows of embedding and head, or None for all."""
+        cut = None if self.own_ids is None else Cut(vocab_size, self.own_ids)
+        self.own = [(f"{name}.weight", Parameter(plain_or(self.matrix), cut=cut))]
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        matrix = self.matrix
+        if self.own_ids is None and isinstance(matrix.format, Plain):
+            return F.embedding(token_ids, matrix.fields["weight"])
+        shape = len(token_ids), matrix.num_columns
+        hidden = torch.empty(shape, dtype=self._dtype, device=token_ids.device)
+        repeated(self._look_up, token_ids, hidden)
+        return self._rank.sum(hidden)
+
+    def _look_up(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the rows of this rank's tokens, and zeros for other tokens."""
+        own = token_ids - self._ids.start
+        is_own = (own >= 0) & (own < len(self._ids))
+        found = self.matrix[own.where(is_own, 0)].widened(self._dtype)
+        out.copy_(found.where(is_own[:, None], 0.0))
+
+
+class Head(Composite):
+    """Maps hidden states to logits, ``[T, hidden_size]`` to ``[T, vocab_size]``."""
+
+    def __init__(
+        self, name: str, vocab_size: int, embedding: Embedding, build: Build, *, is_tied: bool
+    ) -> None:
+        """``is_tied``: True to use the weights of ``embedding``."""
+        self._rank, self._vocab_size, self._is_tied = build.rank, vocab_size, is_tied
+        self._linear = Linear(
+            embedding.matrix.num_columns,
+            [Part(name, vocab_size, embedding.own_ids)],
+            build,
+            weight=embedding.matrix if is_tied else None,
+        )
+        self.layers = (self._linear,)
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        if not self._is_tied:
+            yield from super().parameters()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._rank.join(self._linear(hidden), self._vocab_size)
