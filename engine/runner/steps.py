@@ -100,13 +100,13 @@ class StepInputs:
         lengths = [len(segment.token_ids) for segment in segments]
         packed = Packed.from_lengths(lengths, self._device, self.tile_size)
         exports = [
-            (rank, position - segment.start, slot)
-            for rank, segment in enumerate(segments)
+            (index, position - segment.start, slot)
+            for index, segment in enumerate(segments)
             for position, slot in segment.exports
         ]
         if self.memory.checkpoints is not None:
             staging = self.memory.checkpoints.staging
-            exports = [(rank, at, staging[i]) for i, (rank, at, _) in enumerate(exports)]
+            exports = [(index, at, staging[i]) for i, (index, at, _) in enumerate(exports)]
         sequences, slots = self._sequences(segments)
         return PrefillPart(
             packed=packed,
@@ -138,8 +138,8 @@ PREFILL_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 def bucket_for(size: int, buckets: Sequence[int]) -> int | None:
     """Return the smallest bucket of at least ``size``, or None. ``buckets`` ascend."""
-    rank = bisect_left(buckets, size)
-    return buckets[rank] if rank < len(buckets) else None
+    index = bisect_left(buckets, size)
+    return buckets[index] if index < len(buckets) else None
 
 
 def up_to(most: int, buckets: Sequence[int]) -> list[int]:
@@ -304,10 +304,10 @@ class PrefillGraphs:
         self._live[:size].copy_(self._steps[first : first + size])
         padded = replace(step, num_rows=size)
         *replays, last = self._replays[size]
-        for rank, replay in enumerate(replays):
+        for index, replay in enumerate(replays):
             replay()
-            projected, mixed = self._buffers[rank]
-            out = self._mixers[rank].mix(projected[:size], padded, self._pools[rank])
+            projected, mixed = self._buffers[index]
+            out = self._mixers[index].mix(projected[:size], padded, self._pools[index])
             mixed[: step.num_tokens].copy_(out)
         last()
         hidden = self._hidden[:size]
@@ -315,21 +315,21 @@ class PrefillGraphs:
         return hidden
 
     def capture(self, size: int) -> None:
-        ranks = range(len(self._mixers) + 1)
-        self._replays[size] = [self._record(partial(self._piece, rank, size)) for rank in ranks]
+        indices = range(len(self._mixers) + 1)
+        self._replays[size] = [self._record(partial(self._piece, index, size)) for index in indices]
 
-    def _piece(self, rank: int, size: int) -> None:
-        """Compute the layers between the mixers ``rank - 1`` and ``rank``."""
+    def _piece(self, index: int, size: int) -> None:
+        """Compute the layers between the mixers ``index - 1`` and ``index``."""
         rows, residual = Rows(size, self._live[:size]), self._residual[:size]
-        if rank == 0:
+        if index == 0:
             out, stream = self._model.start(self._token_ids[:size], rows)
         else:
-            projected, mixed = (x[:size] for x in self._buffers[rank - 1])
-            out, stream = self._model.resume(rank - 1, mixed, projected, residual, rows)
-        if rank == len(self._mixers):
+            projected, mixed = (x[:size] for x in self._buffers[index - 1])
+            out, stream = self._model.resume(index - 1, mixed, projected, residual, rows)
+        if index == len(self._mixers):
             self._hidden[:size].copy_(out)
         else:
-            self._buffers[rank][0][:size].copy_(out)
+            self._buffers[index][0][:size].copy_(out)
             residual.copy_(stream)
 
 

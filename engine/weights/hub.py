@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
-from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE
+from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE, WEIGHTS_NAME
 from engine.weights.model_config import ModelError, read_config
 from hybridcache.geometry.units import counted, format_bytes
 
@@ -122,11 +122,14 @@ def _fetch(
         return str(folder)
     if not (folder / "config.json").is_file():
         raise HubError(f"{name} has no config.json: choose a repository in Hugging Face form.")
-    weights = _weight_files(folder)
+    weights = [WEIGHTS_NAME, *_weight_files(folder)]
     with suppress(errors.DryRunError):  # The hub is unreachable; the cache may have all.
         files: Any = get(allow_patterns=weights, dry_run=True)
         if not files:
             raise HubError(f"{name} has no .safetensors files: choose another repository.")
+        if any(file.filename == WEIGHTS_NAME for file in files):
+            weights = [WEIGHTS_NAME]
+            files = [file for file in files if file.filename in weights]
         missing = [file for file in files if file.will_download]
         to_load, free = sum(file.file_size for file in missing), shutil.disk_usage(folder).free
         if to_load > free:
@@ -146,13 +149,11 @@ def _fetch(
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """List the weight files to load: those of the index, or all if there is none.
-
-    A repository may hold the same weights twice, as ``consolidated.safetensors`` for example.
-    """
+    """List the weight files to load if there is no single one: those of the index. A repository may
+    hold the same weights again, as ``consolidated.safetensors`` for example."""
     for name in INDEX_NAMES:
         # Loading reports the error, except for an absent index.
         with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
             index = json.loads((folder / name).read_text(encoding="utf-8"))
             return sorted({*index["weight_map"].values()})
-    return ["*.safetensors"]
+    return []

@@ -13,6 +13,7 @@ WRAPPINGS = ("model.language_model.", "language_model.model.")
 
 MODEL_SLIM_FILE = "quant_model_description.json"
 """File of Ascend's ModelSlim that lists the format of each tensor."""
+WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_NAMES = (INDEX_NAME, "quant_model_weights.safetensors.index.json")
 """Files that list the weight files of a model, of Hugging Face and of ModelSlim."""

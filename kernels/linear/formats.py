@@ -53,14 +53,14 @@ class Format(ABC):
     def fields(self) -> Mapping[str, Field]:
         """Tensors of a matrix, by name."""
 
-    @property
     @abstractmethod
-    def kind(self) -> str:
-        """Short name without sizes: ``int8``, ``fp8``, ``Q4_K``."""
-
     def describe(self) -> str:
         """Return a name with sizes, such as ``fp8 in blocks of 128 columns``."""
-        return self.kind
+
+    @property
+    def kind(self) -> str:
+        """Name without sizes: ``int8``, ``fp8``, ``Q4_K``."""
+        return self.describe()
 
     @property
     def keeps_inputs(self) -> bool:
@@ -265,8 +265,7 @@ class Plain(Format):
 
     dtype: torch.dtype
 
-    @property
-    def kind(self) -> str:
+    def describe(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
     @property

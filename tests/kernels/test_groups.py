@@ -119,5 +119,7 @@ def test_columns_and_rows_can_be_cut_out() -> None:
     matrix = Matrix(format, format.quantized(torch.randn(12, 256)), 256)
     whole = matrix.widened(torch.float32)
     assert format.unit == 64
-    assert torch.equal(matrix.columns(64, 192).widened(torch.float32), whole[:, 64:192])
+    assert torch.equal(
+        matrix.columns(torch.arange(64, 192)).widened(torch.float32), whole[:, 64:192]
+    )
     assert torch.equal(matrix.split([5, 7])[1].widened(torch.float32), whole[5:])

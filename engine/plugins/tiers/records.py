@@ -38,6 +38,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from engine.weights.tensor_files import find_files
+
 NAME = "fingerprint.json"
 FORMAT = "engine state 4"
 """Changes with the layout of records and of their meta, and with the names in a fingerprint."""
@@ -83,7 +85,7 @@ class RecordStore:
         ``weights_digest``."""
         self.folder = folder
         self._files: list[list[str | int]] = []
-        for path in sorted(weights_dir.resolve().glob("*.safetensors")) if weights_dir else ():
+        for path in find_files(weights_dir.resolve()) if weights_dir else ():
             stat = path.stat()
             times = stat.st_mtime_ns, stat.st_ctime_ns
             self._files.append([str(path), stat.st_size, *times, stat.st_ino])

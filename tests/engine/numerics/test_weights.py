@@ -8,13 +8,14 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from engine.models import read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.weights.checkpoint import Dummy, WeightsError
 from engine.weights.parameters import Build, WeightSpec
+from engine.weights.tensor_files import find_files, open_file
 from experiments.gpu.models import TINY
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
@@ -42,6 +43,50 @@ def test_sharded_checkpoint(checkpoint, drivers):
     (path / "model-1.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"missing: model-1\.safetensors"):
         load(path)
+
+
+@pytest.mark.parametrize("case", ["both", "stale index", "others", "others only", "shards"])
+def test_files_are_those_that_transformers_reads(case, tmp_path):
+    """The folders that people have: two sets of weights, an index that was left, files of trainers
+    and of other libraries."""
+    config = Qwen3Config(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    old, new = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
+    old.save_pretrained(tmp_path, max_shard_size="2KB")
+    if case == "both":
+        save_file(new.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    elif case == "stale index":
+        new.save_pretrained(tmp_path)
+    elif case.startswith("others"):
+        for path in tmp_path.glob("*.safetensors*"):
+            path.unlink()
+        for name in ("consolidated.safetensors", "optimizer.safetensors"):
+            save_file({"state.0": torch.zeros(3)}, tmp_path / name, {"format": "pt"})
+        if case == "others":
+            new.save_pretrained(tmp_path)
+    else:
+        save_file({"a": torch.zeros(3)}, tmp_path / "model-00000-of-1.safetensors")
+    if case == "others only":
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(WeightsError, match=r"found consolidated\.safetensors, optimizer"):
+            find_files(tmp_path)
+        return
+    found = {}
+    for file in find_files(tmp_path):
+        found |= open_file(file)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    (tmp_path / "model.safetensors").write_text(text)
+    with pytest.raises(WeightsError, match=r"is a pointer of Git LFS, .*git lfs pull"):
+        open_file(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("stacked", [True, False])
