@@ -96,11 +96,15 @@ class SimulatedRequest(ScheduledRequest):
 def simulate_closed_loop(trace: Trace, cell: Scenario) -> LoopRun:
     """Serve the sessions of ``trace``, expanded to tokens, in the order of their first requests,
     with the one cache, admission, rate and seed of ``cell``."""
+    return LoopRun(cell, sessions_of(trace)).run()
+
+
+def sessions_of(trace: Trace) -> list[list[Turn]]:
+    """Return the turns of each session of ``trace``, in the order of the first requests."""
     found: dict[Hashable, list[TraceRequest]] = {}
     for request in trace:
         found.setdefault(request.session, []).append(request)
-    turns = [[*_turns(n, requests, trace.unit)] for n, requests in enumerate(found.values())]
-    return LoopRun(cell, turns).run()
+    return [[*_turns(n, requests, trace.unit)] for n, requests in enumerate(found.values())]
 
 
 def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterator[Turn]:

@@ -45,6 +45,17 @@ def make_oracle(family: str) -> Any:
     return model
 
 
+def save_oracle(family: str, path: Path) -> Any:
+    """Write the checkpoint of ``make_oracle`` into the folder ``path``, and return the model."""
+    model = make_oracle(family)
+    model.save_pretrained(path)
+    official = FAMILIES[family].official
+    if official is not None:
+        file = path / "model.safetensors"
+        save_file(official(load_file(file)), file)
+    return model
+
+
 @dataclass
 class Oracle:
     """Model of transformers and the path of its checkpoint."""
@@ -64,13 +75,7 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]
     def get(family: str) -> Oracle:
         if family not in models:
             path = tmp_path_factory.mktemp(family)
-            model = make_oracle(family)
-            model.save_pretrained(path)
-            official = FAMILIES[family].official
-            if official is not None:
-                file = path / "model.safetensors"
-                save_file(official(load_file(file)), file)
-            models[family] = Oracle(model, path)
+            models[family] = Oracle(save_oracle(family, path), path)
         return models[family]
 
     return get
