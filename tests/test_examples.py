@@ -203,6 +203,27 @@ def test_sglang_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert documents.broken_links(page) == []
 
 
+def test_a_weight_format_is_added_in_two_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run the page, and compare hits with a cold run in the format that it adds."""
+    from engine import Engine, SamplingParams, engine_config
+    from engine.weights.forms import readers
+    from tests import documents
+
+    page = EXAMPLES.parent / "docs" / "how-to" / "weight-format.md"
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(readers(), "toy", None)  # Removed again after the test.
+        assert documents.run(page, tmp_path) == 5
+        engine = Engine(engine_config(model="toy-model", cache_gib=0.02))
+        prompt, greedy = list(range(97, 257)), SamplingParams(max_tokens=8, temperature=0.0)
+        cold, hit = (engine.generate([prompt], greedy)[0] for _ in range(2))
+        engine.close()
+    assert hit.cached_len >= 128 and hit.token_ids == cold.token_ids
+    assert documents.broken_links(page) == []
+
+
 def run_example(name: str, *arguments: str) -> None:
     """Run the main function of an example."""
     runpy.run_path(str(EXAMPLES / name))["main"]([*arguments])

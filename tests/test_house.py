@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -206,3 +207,22 @@ def test_public_names_are_few_and_have_docstrings() -> None:
     assert len(hybridcache.__all__) <= 20
     for name in hybridcache.__all__:
         assert (getattr(hybridcache, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_ranks_stay_in_the_room_for_weights() -> None:
+    """Layers, models and the runner describe units; ``engine/weights`` divides them among ranks."""
+    word = re.compile(r"\b(?:Rank|rank|ranks|Cut|cut|cuts|own_ids|shares_inputs)\b|\.join\(x")
+    found = [
+        (file.name, len(word.findall(file.read_text(encoding="utf-8"))))
+        for file in files_of("engine/layers", "engine/models", "engine/runner")
+    ]
+    assert 0 < sum(count for _, count in found) <= 60, [pair for pair in found if pair[1]]
+
+
+def test_layers_know_no_format_and_no_file() -> None:
+    """A new weight format must not touch a layer or a model."""
+    allowed = {f"engine.weights.{name}" for name in ("model_config", "parameters", "products")}
+    for file, module in imports_of("engine/layers", "engine/models"):
+        if module.startswith("engine.weights."):
+            assert module in allowed, (file, module)
+        assert not module.startswith("kernels.linear"), (file, module)

@@ -11,9 +11,8 @@ import torch
 
 from engine.layers.blocks import LayerInputs, Pools, PrefillPart, RMSNorm, StepPart, pad_rows
 from engine.weights.model_config import ModelError
-from engine.weights.parameters import Build, Composite, Parameter
+from engine.weights.parameters import Build, Composite, Kinds, Parameter
 from engine.weights.products import Linear, Part
-from engine.weights.ranks import Kinds
 from hybridcache.geometry.mixers import DeltaSizes, MambaSizes, ShortConvSizes
 
 
@@ -26,22 +25,17 @@ class CausalConv:
         """``silu``: True to apply SiLU to the sums."""
         self.weight = build.weights.empty(channels, width)
         self.bias = build.weights.empty(channels) if bias else None
-        self._kernel, self._silu, self._rank = build.kernels["conv1d"], silu, build.rank
+        self._kernel, self._silu, self._build = build.kernels["conv1d"], silu, build
 
     def parameters(
         self, channels: Mapping[str, int], kinds: Kinds
     ) -> Iterator[tuple[str, Parameter]]:
         """Yield the parameters of convolutions that follow each other, by name with their numbers
         of channels in the files, which together consist of ``kinds``."""
-        cuts = self._rank.cuts([*channels.values()], kinds)
-        sizes = [
-            n if cut is None else len(cut) for n, cut in zip(channels.values(), cuts, strict=True)
-        ]
-        weights = self.weight.unsqueeze(1).split(sizes)
-        for name, cut, weight in zip(channels, cuts, weights, strict=True):
-            yield f"{name}.weight", Parameter(weight, cut=cut)
-            if self.bias is not None:
-                yield f"{name}.bias", Parameter(self.bias, cut=cut)
+        for word, target in (("weight", self.weight.unsqueeze(1)), ("bias", self.bias)):
+            if target is not None:
+                sizes = {f"{name}.{word}": count for name, count in channels.items()}
+                yield from self._build.parameters(sizes, target, kinds)
 
     def __call__(self, x: torch.Tensor, part: StepPart, windows: torch.Tensor) -> torch.Tensor:
         """Convolve the tokens ``[T, C]`` of a part of the step, and update its windows."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import Experts, RoutedExperts, Router, expert_names
+from engine.layers.experts import RoutedExperts, Router
 from engine.layers.recurrent import Mamba2
 from engine.layers.rotary import read_rope
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, mixer_of, read_settings
+from engine.weights.products import Experts, expert_names
 from hybridcache.geometry.config_format import ROPE_KEYS, Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes

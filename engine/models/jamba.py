@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import Experts, RoutedExperts, Router, expert_names
+from engine.layers.experts import RoutedExperts, Router
 from engine.layers.recurrent import Mamba1
 from engine.models.decoder import Decoder
+from engine.weights.products import Experts, expert_names
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
 

@@ -14,10 +14,11 @@ import torch
 
 from engine.layers.attention import LatentAttention
 from engine.layers.blocks import MLP, FeedForward, Mixer, RMSNorm
-from engine.layers.experts import Experts, RoutedExperts, expert_names
+from engine.layers.experts import RoutedExperts
 from engine.layers.recurrent import KimiDeltaAttention
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, ModelError, Served
+from engine.weights.products import Experts, expert_names
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes

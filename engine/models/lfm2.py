@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import Experts, RoutedExperts, expert_names
+from engine.layers.experts import RoutedExperts
 from engine.layers.recurrent import ShortConv
 from engine.models.decoder import Decoder
+from engine.weights.products import Experts, expert_names
 from hybridcache.geometry.mixers import AttentionSizes, ShortConvSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
 

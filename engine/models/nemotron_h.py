@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.experts import Experts, RoutedExperts, expert_names
+from engine.layers.experts import RoutedExperts
 from engine.layers.recurrent import Mamba2
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ACTIVATIONS, Served
-from engine.weights.products import Linear, Part
+from engine.weights.products import Experts, Linear, Part, expert_names
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
 

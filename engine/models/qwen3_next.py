@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 
 from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.experts import Experts, RoutedExperts, Router, expert_names
+from engine.layers.experts import RoutedExperts, Router
 from engine.layers.prediction import PredictionHead
 from engine.layers.recurrent import GatedDeltaNet
 from engine.models.decoder import Decoder
 from engine.weights.model_config import Served, mixer_of
-from engine.weights.products import Part
+from engine.weights.products import Experts, Part, expert_names
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
 

@@ -24,7 +24,6 @@ from engine.weights.checkpoint import Dummy, WeightFiles
 from engine.weights.model_config import ModelConfig, ModelError, read_config
 from engine.weights.parameters import Build, WeightSpec
 from engine.weights.ranks import ALONE, Rank
-from engine.weights.scheme import Quantization, read_quantization
 from engine.weights.tensor_files import dtype_name
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
@@ -76,9 +75,10 @@ class LoadedModel:
         dtype = DTYPES.get(word, torch.float32 if device.is_cpu else torch.bfloat16)
         has_sums = sizes.size_of("recurrent") > 0
         is_dummy = config.load_format == "dummy"
-        formats = None if is_dummy else read_quantization(raw, config.model_dir)
-        build = Build(kernels, _weight_spec(config, formats, device, dtype, kernels), rank)
-        model, note = load_model(config, family, model_config, build, formats)
+        with_head = config.drafts.head_len > 0
+        files = None if is_dummy else WeightFiles(config.model_dir, raw, with_head=with_head)
+        build = Build(kernels, _weight_spec(config, files, device, dtype, kernels), rank)
+        model, note = load_model(config, family, model_config, build, files)
         if model.prediction is not None:
             sizes = replace(model_config.sizes, beside=model.prediction.keeps)
             model_config = replace(model_config, sizes=sizes)
@@ -152,7 +152,7 @@ class LoadedModel:
 
 def _weight_spec(
     config: EngineConfig,
-    formats: Quantization | None,
+    files: WeightFiles | None,
     device: Device,
     dtype: torch.dtype,
     kernels: Kernels,
@@ -163,13 +163,13 @@ def _weight_spec(
         fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
         if not (device.supports("fp8") and all(fused)):
             raise ModelError("--fp8-activations needs a GPU with fp8 products, and Triton.")
-    if config.load_format == "dummy":
+    if files is None:
         return WeightSpec(*place, fp8_activations=config.fp8_activations)
 
     def multiplies(format: Format) -> bool:
         return device.supports(format.kind) and format.has_product(kernels["linear"])
 
-    spec = WeightSpec(*place, formats, multiplies, config.fp8_activations)
+    spec = WeightSpec(*place, files.formats, multiplies, config.fp8_activations)
     if spec.fp8_activations and not spec.has_fp8_products:
         raise ModelError("--fp8-activations needs fp8 weights: use --quantization fp8.")
     return spec
@@ -180,7 +180,7 @@ def load_model(
     family: type[Decoder],
     config: ModelConfig,
     build: Build,
-    formats: Quantization | None = None,
+    files: WeightFiles | None,
 ) -> tuple[Decoder, str]:
     """Build the model that ``settings`` name, and its multi-token head if it is used, with their
     weights. Also returns the number and the source of these.
@@ -189,10 +189,9 @@ def load_model(
     ModelError if the family's head is not supported.
     """
     outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
-    with_head, files, is_stacked = settings.drafts.head_len > 0, None, False
+    with_head, is_stacked = settings.drafts.head_len > 0, False
     fill: Fill = Dummy(settings.seed).fill
-    if settings.load_format != "dummy":
-        files = WeightFiles(settings.model_dir, formats, with_head=with_head)
+    if files is not None:
         fill, files.tensors = files.fill, family.published(files.tensors)
         is_stacked = files.is_stacked
         if config.tie_embeddings:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from engine.weights.forms import read_quantization
 from engine.weights.layer_names import model_name
 from engine.weights.parameters import Layer, Parameter, Source
-from engine.weights.scheme import Quantization, Scheme, Stored
+from engine.weights.scheme import Scheme, Stored
 from engine.weights.tensor_files import (
     FULL_DTYPES,
     WeightsError,
@@ -38,10 +40,12 @@ class WeightFiles:
     """Tensors of the safetensors files of one model directory."""
 
     def __init__(
-        self, model_dir: Path, formats: Quantization | None = None, *, with_head: bool = False
+        self, model_dir: Path, config: Mapping[str, Any] | None = None, *, with_head: bool = False
     ) -> None:
-        """Map the files. Raises WeightsError if the head is requested and there is none."""
-        self._started, self._formats = time.monotonic(), formats
+        """Map the files, and read the formats that ``config``, the contents of config.json, or a
+        file beside it describes. Raises ModelError for unsupported formats, and if the head is
+        requested and there is none."""
+        self._started = time.monotonic()
         self.tensors: dict[str, torch.Tensor] = {}
         self.skipped: list[str] = []
         for file in find_files(model_dir):
@@ -55,6 +59,7 @@ class WeightFiles:
                 "--draft mtp requires a multi-token head, and the checkpoint has none (no tensor "
                 f"{HEAD}*): use --draft tree, or none."
             )
+        self.formats = read_quantization(config or {}, model_dir, self.tensors)
 
     @property
     def is_stacked(self) -> bool:
@@ -111,9 +116,9 @@ class WeightFiles:
 
     def _scheme(self, name: str, shape: tuple[int, ...]) -> Scheme | None:
         """Return the layout of a weight, or None if it is in full precision."""
-        if self._formats is None or len(shape) != 2 or not name.endswith(".weight"):
+        if self.formats is None or len(shape) != 2 or not name.endswith(".weight"):
             return None
-        return self._formats.scheme(name.removesuffix(".weight"))
+        return self.formats.scheme(name.removesuffix(".weight"))
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> dict[str, Stored]:
         """Return the tensors of a weight in the files, by name."""

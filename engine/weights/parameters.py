@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from engine.weights.model_config import ModelError
-from engine.weights.ranks import ALONE, Cut, Kinds, Rank
+from engine.weights.ranks import ALONE, Cut, Rank
+from engine.weights.ranks import Kinds as Kinds
 from kernels import huge_pages
 from kernels.linear.eight_bits import EightBits
 from kernels.linear.formats import Format, Matrix, Plain
@@ -275,6 +276,16 @@ class Build:
         divided."""
         cut = self.rank.cut(*kinds, dim=dim) if kinds else None
         return name, Parameter(target, role, cut)
+
+    def parameters(
+        self, sizes: Mapping[str, int], target: torch.Tensor, kinds: Kinds
+    ) -> Iterator[tuple[str, Parameter]]:
+        """Yield the weights that follow each other in ``target``, by name with their sizes in the
+        files, which together consist of ``kinds``."""
+        cuts = dict(zip(sizes, self.rank.cuts([*sizes.values()], kinds), strict=True))
+        own = [n if (cut := cuts[name]) is None else len(cut) for name, n in sizes.items()]
+        for (name, cut), part in zip(cuts.items(), target.split(own), strict=True):
+            yield name, Parameter(part, cut=cut)
 
 
 def plain_or(matrix: Matrix) -> torch.Tensor | Matrix:

@@ -1,18 +1,16 @@
-"""Layouts of quantised weights in safetensors files, and the modules of a checkpoint that have one:
-by ``quantization_config`` in its config.json, or by ModelSlim's file."""
+"""Layouts of quantised weights in safetensors files, and the modules of a checkpoint that have one.
+``forms`` reads both from the description of a checkpoint."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from engine.weights.layer_names import MODEL_SLIM_FILE, Names
+from engine.weights.layer_names import Names
 from engine.weights.model_config import ModelError
 from kernels.linear.eight_bits import EightBits
 from kernels.linear.formats import Format, Matrix
@@ -151,58 +149,22 @@ class Quantization:
         return " and ".join(scheme.describe() for scheme in self.schemes())
 
 
-REMEDY = (
-    "supported are fp8 in blocks, compressed-tensors with int8 or float8 weights, ModelSlim's "
-    "W8A8_DYNAMIC, and the model in full precision with --quantization int8 or fp8"
-)
-FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
-"""Formats of compressed-tensors with unpacked weights."""
-UNUSED = ("transform_config", "kv_cache_scheme")
-"""Parts of compressed-tensors that must be empty."""
+class UnsupportedError(Exception):
+    """Part of a description that is not supported; the message names it."""
 
 
-def read_quantization(
-    config: Mapping[str, Any], model_dir: Path | None = None
-) -> Quantization | None:
-    """Read the formats of a checkpoint's weights from its ``config.json``, or else from ModelSlim's
-    file in its directory.
-
-    Returns None if no weight is quantised. Raises ModelError, also for unsupported formats.
-    """
-    text = config.get("text_config")
-    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
-    section = config.get("quantization_config") or nested
-    if not section:
-        return _model_slim(model_dir / MODEL_SLIM_FILE) if model_dir is not None else None
-    if not isinstance(section, Mapping):
-        raise ModelError("quantization_config in config.json must be an object.")
-    method = str(section.get("quant_method", section.get("quant_algo", ""))).lower()
-    try:
-        if method == "fp8":
-            return _fp8(section)
-        if method == "compressed-tensors":
-            return _compressed_tensors(section)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            f"quantization_config in config.json lacks a value, or one has the wrong type: {error}."
-        ) from None
-    raise ModelError(f"{method or 'unnamed'} weights are not supported; {REMEDY}.")
+def check_served(
+    name: str, section: Mapping[str, Any], served: Mapping[str, Sequence[object]]
+) -> None:
+    """Raise UnsupportedError if a key of ``section`` has a value that is not ``served``."""
+    for key, values in served.items():
+        if key in section and section[key] not in values:
+            raise UnsupportedError(f"{name} with {key} {section[key]!r}")
 
 
-def _fp8(section: Mapping[str, Any]) -> Quantization:
-    """Read the form of DeepSeek and Qwen: e4m3 with a scale for each block. Without a list of
-    exceptions everything except the head is in 8 bits, as in Qwen3's dense models."""
-    _check_only("fp8 weights", section, {"fmt": ("e4m3",), "activation_scheme": ("dynamic",)})
-    size = section.get("weight_block_size")
-    key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
-    scheme = EightBitScheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
-    ignored = Names.of(section.get(key) or ("lm_head",), anywhere=True)
-    return Quantization(((scheme, None),), ignored)
-
-
-def _block(size: Any, name: str) -> tuple[int, int]:
+def block_size(size: Any, name: str) -> tuple[int, int]:
+    """Return the rows and columns of a block. Raises ModelError if it is not two positive
+    integers."""
     if not (
         isinstance(size, list | tuple)
         and len(size) == 2
@@ -212,80 +174,15 @@ def _block(size: Any, name: str) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
-    """Read compressed-tensors. Raises ModelError for unsupported parts that change numbers."""
-    sparsity = section.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
-        raise ModelError(f"sparsity_config of compressed-tensors is not supported; {REMEDY}.")
-    _check_only("compressed-tensors", section, dict.fromkeys(UNUSED, ({}, None)))
-    groups = section.get("config_groups")
-    if not groups:
-        raise ModelError("quantization_config in config.json has no config_groups.")
-    parsed = []
-    for name, group in groups.items():
-        layout = group.get("format") or section.get("format")
-        scheme = _group_scheme(name, {**group, "format": layout})
-        targets = group.get("targets") or ()
-        parsed.append((scheme, None if "Linear" in targets else Names.of(targets)))
-    ignored = Names.of(section.get("ignore") or ())
-    return Quantization(tuple(parsed), ignored)
+def scale_dtype(
+    tensors: Mapping[str, torch.Tensor], word: str, default: torch.dtype
+) -> torch.dtype:
+    """Return the dtype of the first tensor whose name ends in ``word``, or ``default`` if there is
+    none."""
+    found = (tensor.dtype for name, tensor in tensors.items() if name.endswith(f".{word}"))
+    return next(found, default)
 
 
-def _check_only(
-    name: str, section: Mapping[str, Any], served: Mapping[str, Sequence[object]]
-) -> None:
-    """Raise ModelError if a key of ``section`` has a value that is not ``served``."""
-    for key, values in served.items():
-        if key in section and section[key] not in values:
-            raise ModelError(f"{name} with {key} {section[key]!r} is not supported; {REMEDY}.")
-
-
-def _group_scheme(name: str, group: Mapping[str, Any]) -> Scheme:
-    """Read a group of compressed-tensors.
-
-    This engine's kernels round activations to 8 bits of the weights' kind, symmetric, with a
-    dynamic scale per token. With float8 weights they do not round activations, so any dynamic scale
-    is accepted.
-    """
-    name = f"{name} of compressed-tensors"
-    _check_only(name, group, {"format": FORMATS, "output_activations": ({}, None)})
-    weights = {"num_bits": None, "type": "int", "strategy": None, **group["weights"]}
-    kind, strategy = weights["type"], weights["strategy"]
-    served: dict[str, Sequence[object]] = {"num_bits": (8,), "symmetric": (True,)}
-    kinds, strategies = ("int", "float"), ("channel", "tensor", "block")
-    _check_only(f"{name}, weights", weights, {**served, "type": kinds, "strategy": strategies})
-    activations = group.get("input_activations")
-    if activations is not None:
-        found = {"num_bits": None, "type": kind, "dynamic": False, **activations}
-        scales = ("token", None) if kind == "int" else ("token", "group", "tensor", None)
-        served |= {"type": (kind,), "dynamic": (True,), "strategy": scales}
-        _check_only(f"{name}, input_activations", found, served)
-    blocks = {"channel": (1, None), "tensor": (None, None)}
-    block = blocks.get(strategy) or _block(weights.get("block_structure"), name)
-    word: Literal["int8", "fp8"] = "int8" if kind == "int" else "fp8"
-    return EightBitScheme(word, block, "weight_scale", is_weight_only=activations is None)
-
-
-def _model_slim(path: Path) -> Quantization | None:
-    """Read Ascend's file with the kind of every tensor: FLOAT, W8A8_DYNAMIC ..."""
-    if not path.is_file():
-        return None
-    try:
-        kinds = json.loads(path.read_text(encoding="utf-8"))
-        listed = {
-            name.removesuffix(".weight"): kind
-            for name, kind in kinds.items()
-            if name.endswith(".weight") and isinstance(kind, str)
-        }
-    except (ValueError, AttributeError):
-        raise ModelError(f"{path.name} is not a valid description of weights.") from None
-    for module, kind in listed.items():
-        if kind not in ("FLOAT", "W8A8_DYNAMIC"):
-            raise ModelError(
-                f"{module} is {kind} in {path.name}, which is not supported; {REMEDY}."
-            )
-    quantized = Names.of(module for module, kind in listed.items() if kind == "W8A8_DYNAMIC")
-    if not quantized.names:
-        return None
-    scheme = EightBitScheme("int8", (1, None), "weight_scale")
-    return Quantization(((scheme, quantized),), Names.of(()))
+def modules_with(tensors: Mapping[str, torch.Tensor], word: str) -> Names:
+    """Return the modules that have a tensor ``word``."""
+    return Names.of(name.removesuffix(f".{word}") for name in tensors if name.endswith(f".{word}"))

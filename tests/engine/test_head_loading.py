@@ -50,7 +50,7 @@ def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dummy, "fill", keep)
-        seeded, _ = load_model(own, family, runner.config, build)
+        seeded, _ = load_model(own, family, runner.config, build, None)
     save_file(tensors, tmp_path / "model.safetensors")
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01, "draft": "mtp"}
     loaded = load_runner(engine_config(**settings))

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.command.cli import main
 from engine.plugins.convert.converter import SCHEMES, convert
-from engine.weights.scheme import EightBitScheme, read_quantization
+from engine.weights.forms import read_quantization
+from engine.weights.scheme import EightBitScheme
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 

@@ -15,10 +15,10 @@ from engine.plugins.convert.converter import convert
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.weights.checkpoint import WeightFiles
+from engine.weights.forms import read_quantization
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Source, WeightSpec
 from engine.weights.products import Linear, Part
-from engine.weights.scheme import read_quantization
 from experiments.gpu import interpreter
 from kernels.linear.formats import Matrix
 from tests.engine.numerics import eight_bit
@@ -124,7 +124,8 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
         stored[f"{module}.weight_scale_inv"] = scale
         parameter.fill(Source.of(widened))
     save_file(stored, tmp_path / "model.safetensors")
-    files = read_quantization({"quantization_config": eight_bit.fp8_section(["m.in_proj_ba"])})
+    config = {"quantization_config": eight_bit.fp8_section(["m.in_proj_ba"])}
+    files = read_quantization(config)
     linear = kernels["linear"]
     place = WeightSpec(device, dtype, files=files, multiplies=lambda one: one.has_product(linear))
     quantised, rounding = (
@@ -132,7 +133,7 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
         for rounds in (False, True)
     )
     for layer in (quantised, rounding):
-        weight_files = WeightFiles(tmp_path, files)
+        weight_files = WeightFiles(tmp_path, config)
         weight_files.check(layer.parameters(), tied=False)
         weight_files.fill(layer)
     targets = [parameter.target for _, parameter in quantised.parameters()]
@@ -154,8 +155,9 @@ COMPRESSED = eight_bit.compressed_section(["lm_head"])
 @pytest.mark.parametrize(
     "section, message",
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq weights are not supported; supported are fp8"),
-        *(({"quant_method": name}, name) for name in ("awq", "bitsandbytes", "gguf")),
+        ({"quant_method": "hqq"}, "hqq weights are not supported; supported are .*fp8 in blocks"),
+        *(({"quant_method": name}, name) for name in ("bitsandbytes", "gguf")),
+        ({"quant_method": "gptq", "bits": 4}, "lacks a value, .*group_size"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt weights"),
         ({"bits": 3}, "unnamed weights"),
         (5, "quantization_config in config.json must be an object"),
