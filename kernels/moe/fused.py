@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.linear import fused as linear
 from kernels.linear.fused import (
     BLOCK,
     SCALE_BLOCK,
@@ -28,13 +29,22 @@ from kernels.linear.fused import (
     quantize_rows,
     scales_of,
 )
-from kernels.moe.reference import quantize_experts
+from kernels.moe.reference import prepare_products, quantize_experts
 from kernels.moe.sigmoid import NO_EXPERT
 from kernels.moe.sigmoid import route_sigmoid as route_sigmoid
 from kernels.target import pipeline_stages
 from kernels.tuning import tuned
 
-__all__ = ["experts", "experts_8bit", "prepare", "prepare_8bit", "quantize_experts", "route"]
+__all__ = [
+    "experts",
+    "experts_8bit",
+    "linear",
+    "prepare",
+    "prepare_8bit",
+    "prepare_products",
+    "quantize_experts",
+    "route",
+]
 
 JOINS_SHARED = True
 """See ``reference.JOINS_SHARED``."""

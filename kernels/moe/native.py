@@ -7,12 +7,13 @@ from functools import partial
 
 import torch
 
-from kernels.linear import native
-from kernels.moe import reference
+from kernels.linear import native as linear
 from kernels.moe.reference import (
     JOINS_SHARED,
     experts,
     experts_8bit,
+    is_gated,
+    prepare_products,
     quantize_experts,
     route,
     route_sigmoid,
@@ -23,8 +24,10 @@ __all__ = [
     "JOINS_SHARED",
     "experts",
     "experts_8bit",
+    "linear",
     "prepare",
     "prepare_8bit",
+    "prepare_products",
     "quantize_experts",
     "route",
     "route_sigmoid",
@@ -35,11 +38,9 @@ __all__ = [
 def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Return ``reference.prepare`` with native products."""
     products = [
-        (native.prepare(up), native.prepare(down)) for up, down in zip(w13, w2, strict=True)
+        (linear.prepare(up), linear.prepare(down)) for up, down in zip(w13, w2, strict=True)
     ]
-    return partial(
-        reference.sum_of_products, products=products, activate=reference.activation(w13, w2)
-    )
+    return prepare_products(products, is_gated(w13, w2))
 
 
 def prepare_8bit(
@@ -52,11 +53,9 @@ def prepare_8bit(
     fp8_rows: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """Return ``reference.prepare_8bit`` with native products."""
-    prepare_one = partial(native.prepare_8bit, bias=None, dtype=dtype, fp8_rows=fp8_rows)
+    prepare_one = partial(linear.prepare_8bit, bias=None, dtype=dtype, fp8_rows=fp8_rows)
     products = [
         (prepare_one(w13[e], w13_scale[e]), prepare_one(w2[e], w2_scale[e]))
         for e in range(len(w13))
     ]
-    return partial(
-        reference.sum_of_products, products=products, activate=reference.activation(w13, w2)
-    )
+    return prepare_products(products, is_gated(w13, w2))

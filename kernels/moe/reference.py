@@ -8,9 +8,8 @@ from functools import partial
 import torch
 
 from kernels.activation.reference import relu_squared, sigmoid, sigmoid_mul, silu_and_mul
-from kernels.linear.reference import STORAGE, Format, linear, linear_8bit, linear_fp8, quantize
-from kernels.linear.reference import prepare as prepare_linear
-from kernels.linear.reference import prepare_8bit as prepare_linear_8bit
+from kernels.linear import reference as linear
+from kernels.linear.reference import STORAGE, Format, quantize
 
 JOINS_SHARED = False
 """True if a shared expert that is as large as the others is faster as the last of them than by
@@ -116,12 +115,10 @@ def experts(
         ``[T, H]`` in hidden's dtype, summed in float32 in the order of the k. O(T * k * H * I).
     """
     products = [
-        (partial(linear, weight=up), partial(linear, weight=down))
+        (partial(linear.linear, weight=up), partial(linear.linear, weight=down))
         for up, down in zip(w13, w2, strict=True)
     ]
-    return sum_of_products(
-        hidden, weights, experts, shared_gate, products=products, activate=activation(w13, w2)
-    )
+    return prepare_products(products, is_gated(w13, w2))(hidden, weights, experts, shared_gate)
 
 
 def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -130,9 +127,23 @@ def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Callable[..., torch.Tensor]:
     The result maps (hidden, weights, experts, shared_gate=None) to ``[T, H]``.
     """
     products = [
-        (prepare_linear(up), prepare_linear(down)) for up, down in zip(w13, w2, strict=True)
+        (linear.prepare(up), linear.prepare(down)) for up, down in zip(w13, w2, strict=True)
     ]
-    return partial(sum_of_products, products=products, activate=activation(w13, w2))
+    return prepare_products(products, is_gated(w13, w2))
+
+
+def prepare_products(
+    products: Sequence[tuple[Product, Product]], is_gated: bool
+) -> Callable[..., torch.Tensor]:
+    """Return ``experts`` with two products per expert, which have its weights.
+
+    Args:
+        products: of each expert, from ``[T, H]`` to ``[T, 2I]`` with gates and ``[T, I]`` without,
+            and from ``[T, I]`` to ``[T, H]``.
+        is_gated: True for SiLU with gates, False for squared ReLU.
+    """
+    activate = silu_and_mul if is_gated else relu_squared
+    return partial(sum_of_products, products=products, activate=activate)
 
 
 def experts_8bit(
@@ -152,7 +163,7 @@ def experts_8bit(
     Scales are ``[E, 2I]`` and ``[E, H]``, or have blocks of a row as in ``linear_8bit``. With
     ``fp8_rows``, the inputs of both products are in fp8, as in ``linear_fp8``.
     """
-    product = linear_fp8 if fp8_rows else linear_8bit
+    product = linear.linear_fp8 if fp8_rows else linear.linear_8bit
     products = [
         (
             partial(product, quantized=w13[e], scale=w13_scale[e]),
@@ -160,9 +171,7 @@ def experts_8bit(
         )
         for e in range(len(w13))
     ]
-    return sum_of_products(
-        hidden, weights, experts, shared_gate, products=products, activate=activation(w13, w2)
-    )
+    return prepare_products(products, is_gated(w13, w2))(hidden, weights, experts, shared_gate)
 
 
 def prepare_8bit(
@@ -178,12 +187,12 @@ def prepare_8bit(
 
     See ``linear.reference.prepare_8bit``.
     """
-    prepare_one = partial(prepare_linear_8bit, bias=None, dtype=dtype, fp8_rows=fp8_rows)
+    prepare_one = partial(linear.prepare_8bit, bias=None, dtype=dtype, fp8_rows=fp8_rows)
     products = [
         (prepare_one(w13[e], w13_scale[e]), prepare_one(w2[e], w2_scale[e]))
         for e in range(len(w13))
     ]
-    return partial(sum_of_products, products=products, activate=activation(w13, w2))
+    return prepare_products(products, is_gated(w13, w2))
 
 
 def quantize_experts(weights: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,9 +234,9 @@ def sum_of_products(
     return sigmoid_mul(down(activate(up(hidden))), shared_gate).add_(total)
 
 
-def activation(w13: torch.Tensor, w2: torch.Tensor) -> Product:
-    """Return the activation: gated if the first weight has twice the rows, else squared ReLU."""
-    return silu_and_mul if w13.shape[1] == 2 * w2.shape[2] else relu_squared
+def is_gated(w13: torch.Tensor, w2: torch.Tensor) -> bool:
+    """Return True if the first weight has a gate row per up row."""
+    return w13.shape[1] == 2 * w2.shape[2]
 
 
 def weighted_sum(results: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

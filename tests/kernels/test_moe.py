@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.linear.formats import Format, Matrix, Plain
 from kernels.linear.reference import quantize
 from kernels.moe import reference
 from tests.kernels.compiled import BY_DTYPE, assert_close, by_backend
@@ -131,6 +132,11 @@ def test_experts_equal_the_formula(
     assert_close(backend.experts(*arguments), formula(*arguments), factor=2)
     prepared = backend.prepare(case["w13"], case["w2"])
     assert_close(prepared(*arguments[:3]), formula(*arguments), factor=2)
+    up, down = (
+        Matrix(Plain(dtype), {"weight": case[name]}, case[name].shape[2]) for name in ("w13", "w2")
+    )
+    of_products = Format.experts(up.format, backend, up, down, dtype)
+    assert_close(of_products(*arguments[:3]), formula(*arguments), factor=2)
 
 
 @BACKENDS
