@@ -56,6 +56,9 @@ class Source:
     """Returns the whole tensor in the order of the file, where possible as a view of its bytes."""
     rows: torch.Tensor | None = None
     """int64: row in the file of each row of the model, or None if they are equal."""
+    columns: torch.Tensor | None = None
+    """int64: column in the file of each column of the model, or None if they are equal. Products
+    take them into account, and a cut names columns of the file."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Source:

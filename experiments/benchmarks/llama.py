@@ -34,6 +34,7 @@ from engine.engine import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch, Segment
 from experiments.benchmarks import llama_cpp as rival
+from experiments.benchmarks.gguf_files import write_gguf
 from experiments.benchmarks.timing import Call, alternate, ratio_spread
 from experiments.studies.common import keep, positive, show
 
@@ -102,7 +103,8 @@ def against_llama(
         CrashError: llama.cpp crashed. Its process is separate, so the benchmark can continue.
     """
     path = Path(directory) / f"{FORMATS[dtype]}.gguf"
-    rival.export(gguf, Path(directory), path, FORMATS[dtype])
+    vocabulary = {"tokenizer.ggml.model": "none"}
+    write_gguf(gguf, Path(directory), path, FORMATS[dtype], vocabulary)
     theirs = rival.Remote(path, streams=8, room=ROOM, threads=threads)
     ours = runner_of(directory, dtype)
     tokens = prompt_tokens()

@@ -1,0 +1,260 @@
+"""Reader of GGUF, the files of llama.cpp: metadata and mapped tensors, in one file or split.
+
+Only the header is read. Limits keep the reading of a hostile header below a second and 100 MiB.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.weights.tensor_files import WeightsError, enumerated
+from hybridcache.geometry.units import counted, format_bytes
+from kernels.linear.blocks import GGML_TYPES
+from kernels.linear.formats import Format, Matrix, Plain
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+"""Name of one file of a split model; parts count from one."""
+NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+"""Types of metadata that have a fixed size, as codes of ``struct`` and numpy."""
+FLOAT, TEXT, ARRAY = 6, 8, 9
+MOST_HEADER_BYTES, MOST_TEXTS, MOST_KEYS, MOST_TENSORS = 32 << 20, 1 << 20, 1 << 14, 1 << 16
+"""Limits of one header. Vocabularies of 250,000 tokens take 12 MiB and 500,000 texts."""
+MOST_DIMS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file."""
+
+    shape: tuple[int, ...]
+    """Sizes with rows before columns, as torch has them."""
+    format: Format
+    data: torch.Tensor
+    """uint8 view of the mapping."""
+
+    def matrix(self) -> Matrix:
+        """Return views of the file's bytes. A vector has one column."""
+        *rows, num_columns = self.shape if len(self.shape) > 1 else (*self.shape, 1)
+        [(name, field)] = self.format.fields.items()
+        stored = self.data.view(field.dtype).view(*rows, field.width(num_columns))
+        return Matrix(self.format, {name: stored}, num_columns)
+
+
+class GgufFile:
+    """A model in one GGUF file or several. The mapping ends with the last of the tensors."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header of ``path``, and those of the other parts of a split model. Raises
+        WeightsError."""
+        self.path = path
+        header = _Header(path)
+        self.metadata: Mapping[str, Any] = header.metadata
+        """Numbers, texts, lists of texts, and numpy arrays by key."""
+        self.tensors: Mapping[str, StoredTensor] = header.tensors
+        count = header.count("split.count", 1)
+        if count != 1:
+            self._join(header, count)
+
+    def _join(self, header: _Header, count: int | None) -> None:
+        """Read the other parts. The first one has the metadata."""
+        found = PART_NAME.fullmatch(self.path.name)
+        if found is None or count is None or count != int(found[3]):
+            raise WeightsError(
+                f"{self.path.name} is one of {count} parts of a model: the name of the file must "
+                "end in -00001-of-00003.gguf for the first of three."
+            )
+        names = [f"{found[1]}-{part + 1:05}-of-{count:05}.gguf" for part in range(count)]
+        paths, expected = [self.path.with_name(name) for name in names], None
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise WeightsError(f"parts of the model are missing: {enumerated(missing)}.")
+        tensors: dict[str, StoredTensor] = {}
+        for part, path in enumerate(paths):
+            own = header if path == self.path else _Header(path)
+            place = own.count("split.no"), own.count("split.count")
+            if place != (part, count) or not tensors.keys().isdisjoint(own.tensors):
+                raise WeightsError(f"{path.name} does not belong to the other parts of the model.")
+            if part == 0:
+                self.metadata, expected = own.metadata, own.count("split.tensors.count")
+            tensors |= own.tensors
+        if expected not in (None, len(tensors)):
+            raise WeightsError(
+                f"the parts of {self.path.name} have {counted(len(tensors), 'tensor')} in all "
+                f"instead of {expected}: download them again."
+            )
+        self.tensors = tensors
+
+
+class _Header:
+    """Metadata and tensors of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.metadata = path.name, dict[str, Any]()
+        self.tensors: dict[str, StoredTensor] = {}
+        self._at, self._num_texts = 0, 0
+        try:
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is empty"
+            raise WeightsError(f"{path} cannot be read: {reason}.") from None
+        self._end = min(len(self._bytes), MOST_HEADER_BYTES)
+        self._check_version()
+        num_tensors, num_keys = self._number("Q"), self._number("Q")
+        if num_tensors > MOST_TENSORS or num_keys > MOST_KEYS:
+            raise self._damaged(f"{num_tensors:,} tensors and {num_keys:,} keys are too many")
+        for _ in range(num_keys):
+            key, kind = self._text(), self._number("I")
+            if key in self.metadata:
+                raise self._damaged(f"the key {_short(key)} occurs twice")
+            self.metadata[key] = self._value(key, kind)
+        self._place([self._described() for _ in range(num_tensors)])
+
+    def count(self, key: str, default: int | None = None) -> int | None:
+        """Return a whole number of the metadata, or None if there is another value."""
+        found = self.metadata.get(key, default)
+        return found if isinstance(found, int) else None
+
+    def _check_version(self) -> None:
+        if self._bytes[: len(MAGIC)] != MAGIC:
+            raise WeightsError(f"{self.name} is not a GGUF file: it does not begin with GGUF.")
+        self._at = len(MAGIC)
+        version = self._number("I")
+        if version in VERSIONS:
+            return
+        order = int.from_bytes(version.to_bytes(4, "little"), "big")
+        kind = "in big-endian order" if order in VERSIONS else f"of version {version}"
+        raise WeightsError(
+            f"{self.name} is a GGUF file {kind}, which is not supported: use one of version 3 in "
+            "little-endian order."
+        )
+
+    def _damaged(self, reason: str) -> WeightsError:
+        return WeightsError(f"{self.name} is truncated or damaged ({reason}): download it again.")
+
+    def _take(self, size: int) -> int:
+        """Return the position of the next ``size`` bytes, and move behind them."""
+        first = self._at
+        if size > self._end - first:
+            raise self._damaged(
+                "its header does not end"
+                if self._end == len(self._bytes)
+                else f"its header is longer than {format_bytes(MOST_HEADER_BYTES)}"
+            )
+        self._at = first + size
+        return first
+
+    def _number(self, code: str) -> Any:
+        form = struct.Struct(f"<{code}")
+        return form.unpack_from(self._bytes, self._take(form.size))[0]
+
+    def _text(self) -> str:
+        return self._texts(1)[0]
+
+    def _texts(self, count: int) -> list[str]:
+        """Read ``count`` texts, each after its size. 0.5 us per text."""
+        self._num_texts += count
+        if self._num_texts > MOST_TEXTS:
+            raise self._damaged(f"it has more than {MOST_TEXTS:,} texts")
+        found, data, end, size_of = [], self._bytes, self._end, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            first = self._take(8) + 8
+            size = size_of(data, first - 8)[0]
+            if size > end - first:
+                self._take(size)  # Raises.
+            self._at = first + size
+            found.append(data[first : first + size].decode("utf-8", "replace"))
+        return found
+
+    def _value(self, key: str, kind: int) -> Any:
+        if kind == TEXT:
+            return self._text()
+        if kind == FLOAT:  # The decimal number that was rounded: 1e-06, not 9.99999997e-07.
+            return float(str(np.float32(self._number("f"))))
+        if kind in NUMBERS:
+            return self._number(NUMBERS[kind])
+        item, count = (self._number("I"), self._number("Q")) if kind == ARRAY else (None, 0)
+        if item == TEXT:
+            return self._texts(count)
+        if item not in NUMBERS:
+            raise self._damaged(f"{_short(key)} has an unknown type")
+        dtype = np.dtype(f"<{NUMBERS[item]}")
+        first = self._take(count * dtype.itemsize)
+        return np.frombuffer(self._bytes, dtype, count, first)
+
+    def _described(self) -> tuple[str, tuple[int, ...], Format, int, int]:
+        """Read one entry of the table of tensors: name, shape, format, first byte, size."""
+        name, num_dims = self._text(), self._number("I")
+        if not 1 <= num_dims <= MOST_DIMS:
+            raise self._damaged(f"{_short(name)} has {num_dims} dimensions")
+        shape = tuple(reversed([self._number("Q") for _ in range(num_dims)]))
+        number, first = self._number("I"), self._number("Q")
+        format = GGML_TYPES.get(number)
+        if format is None:
+            raise WeightsError(
+                f"{_short(name)} in {self.name} is stored as type {number} of ggml, which is not "
+                "supported: use a file of another type, such as Q4_K_M or Q8_0."
+            )
+        *rows, num_columns = shape
+        [field] = format.fields.values()
+        is_vector = not rows and not isinstance(format, Plain)
+        if 0 in shape or num_columns % (field.columns or 1) or is_vector:
+            raise self._damaged(f"{_short(name)} of {format.describe()} has the shape {shape}")
+        size = field.dtype.itemsize * field.width(num_columns)
+        for count in rows:
+            size *= count
+        return name, shape, format, first, size
+
+    def _place(self, found: list[tuple[str, tuple[int, ...], Format, int, int]]) -> None:
+        """Map the tensors, which are behind the header and do not overlap."""
+        alignment = self.count("general.alignment", 32)
+        if alignment is None or alignment < 8 or alignment % 8:
+            raise self._damaged(f"general.alignment is {alignment}")
+        start = -(-self._at // alignment) * alignment
+        spans = sorted((first, first + size) for *_, first, size in found)
+        if spans and start + spans[-1][1] > len(self._bytes):
+            raise self._damaged(
+                f"it has {format_bytes(len(self._bytes))} of {format_bytes(start + spans[-1][1])}"
+            )
+        if any(end > later for (_, end), (later, _) in pairwise(spans)):
+            raise self._damaged("tensors overlap")
+        if any(first % alignment for first, _ in spans):
+            raise self._damaged(f"tensors do not begin at multiples of {alignment} bytes")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            whole = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        for name, shape, format, first, size in found:
+            if name in self.tensors:
+                raise self._damaged(f"the tensor {_short(name)} occurs twice")
+            data = whole[start + first : start + first + size]
+            self.tensors[name] = StoredTensor(shape, format, data)
+
+
+def _short(name: str) -> str:
+    """Return a name of the file for an error, without control characters, and cut off."""
+    return repr(name if len(name) <= 80 else f"{name[:80]}...")

@@ -1,0 +1,692 @@
+"""Models in GGUF files: their ``config.json``, and their weights with published names.
+
+The changes of llama.cpp's converter are undone: by the order of rows and columns in quantised
+matrices, and by arithmetic in small tensors. Source: ``conversion/*.py`` of
+https://github.com/ggml-org/llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.weights.gguf import GgufFile, StoredTensor
+from engine.weights.model_config import ModelError
+from engine.weights.parameters import Source
+from engine.weights.tensor_files import WeightsError, enumerated
+from hybridcache.geometry.sizes import MOST_LAYERS
+from hybridcache.geometry.units import counted
+from kernels.linear.formats import Matrix, Plain
+
+Values = dict[str, Any]
+Piece = tuple[str, Matrix, torch.Tensor | None]
+"""Word, stored tensor with at least two dimensions, and the file row of each row of the model, or
+None if the order is the same."""
+Orders = Mapping[str, Mapping[str, torch.Tensor]]
+"""Words that a tensor stands for, each with the file row of each row of the model. Words that are
+missing keep their order. ``columns`` has the order of columns by word."""
+FLOAT32 = Plain(torch.float32)
+SMALL = re.compile(r"ssm_(a|d|norm|conv1d(_[qkv])?)|shortconv\.conv")
+"""Words of tensors with several dimensions that are changed by arithmetic or get another shape."""
+BLOCK_NAME = re.compile(r"blk\.(\d{1,5})\.(.+)")
+MOST_EXPERTS, MOST_WEIGHTS, MOST_ROWS = 4096, 1 << 18, 1 << 20
+"""Limits of experts per layer, of weights of a model, and of rows in another order."""
+
+
+def under(module: str, **names: str) -> dict[str, str]:
+    """Map words of GGUF to names in a module."""
+    return {word: f"{module}.{name}" for word, name in names.items()}
+
+
+def _attention(module: str, output: str = "o_proj") -> dict[str, str]:
+    names = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": output}
+    return under(module, **names)
+
+
+def _mlp(module: str, suffix: str = "", names: str = "gate_proj up_proj down_proj") -> Values:
+    words = (f"ffn_{part}{suffix}" for part in ("gate", "up", "down"))
+    return under(module, **dict(zip(words, names.split(), strict=True)))
+
+
+def _mamba(module: str) -> dict[str, str]:
+    names = {"ssm_in": "in_proj", "ssm_conv1d": "conv1d", "ssm_a": "A_log", "ssm_d": "D"}
+    names |= {"ssm_dt.bias": "dt_bias", "ssm_norm": "norm", "ssm_out": "out_proj"}
+    return under(module, **names)
+
+
+NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+W123 = "w1 w3 w2"
+QWEN3 = {**NORMS, **_attention("self_attn"), **HEAD_NORMS, **_mlp("mlp")}
+QWEN3_5 = {
+    **QWEN3,
+    "post_attention_norm": "post_attention_layernorm",
+    **under(
+        "linear_attn",
+        **{"attn_qkv": "in_proj_qkv", "attn_gate": "in_proj_z", "ssm_conv1d": "conv1d"},
+        **{"ssm_beta": "in_proj_b", "ssm_alpha": "in_proj_a", "ssm_out": "out_proj"},
+        **{"ssm_a": "A_log", "ssm_dt.bias": "dt_bias", "ssm_norm": "norm"},
+    ),
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **_mlp("mlp.shared_expert", "_shexp"),
+    **_mlp("mlp.experts.{}", "_exps"),
+}
+GRANITE = {
+    **NORMS,
+    **_attention("self_attn"),
+    **_mamba("mamba"),
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    **_mlp("block_sparse_moe.experts.{}", "_exps", "input_linear input_linear output_linear"),
+    **_mlp("shared_mlp", "", "input_linear input_linear output_linear"),
+    **_mlp("shared_mlp", "_shexp", "input_linear input_linear output_linear"),
+}
+NEMOTRON = {
+    "attn_norm": "norm",
+    **_attention("mixer"),
+    **_mamba("mixer"),
+    **_mlp("mixer"),
+    "ffn_gate_inp": "mixer.gate",
+    "exp_probs_b.bias": "mixer.gate.e_score_correction_bias",
+    "ffn_latent_down": "mixer.fc1_latent_proj",
+    "ffn_latent_up": "mixer.fc2_latent_proj",
+    **_mlp("mixer.shared_experts", "_shexp"),
+    **_mlp("mixer.experts.{}", "_exps"),
+}
+FALCON = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "pre_ff_layernorm",
+    **_attention("self_attn"),
+    **_mamba("mamba"),
+    **_mlp("feed_forward"),
+}
+JAMBA = {
+    **FALCON,
+    "ssm_x": "mamba.x_proj",
+    "ssm_dt": "mamba.dt_proj",
+    "ssm_dt.bias": "mamba.dt_proj.bias",
+    **{f"ssm_{word}_norm": f"mamba.{word}_layernorm" for word in ("dt", "b", "c")},
+    "ffn_gate_inp": "feed_forward.router",
+    **_mlp("feed_forward.experts.{}", "_exps"),
+}
+LFM2 = {
+    "attn_norm": "operator_norm",
+    "ffn_norm": "ffn_norm",
+    **_attention("self_attn", "out_proj"),
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+    **_mlp("feed_forward", "", W123),
+    "ffn_gate_inp": "feed_forward.gate",
+    "exp_probs_b.bias": "feed_forward.expert_bias",
+    **_mlp("feed_forward.experts.{}", "_exps", W123),
+}
+KIMI = {
+    **NORMS,
+    **_attention("self_attn"),
+    **under(
+        "self_attn",
+        **{f"ssm_conv1d_{word}": f"{word}_conv1d" for word in "qkv"},
+        **{f"ssm_{word}_{part}": f"{word}_{part}_proj" for word in "fg" for part in "ab"},
+        **{"ssm_beta": "b_proj", "ssm_a": "A_log", "ssm_dt.bias": "dt_bias", "ssm_norm": "o_norm"},
+        **{"attn_kv_a_mqa": "kv_a_proj_with_mqa", "attn_kv_a_norm": "kv_a_layernorm"},
+        **dict.fromkeys(("attn_kv_b", "attn_k_b", "attn_v_b"), "kv_b_proj"),
+    ),
+    **_mlp("mlp"),
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "exp_probs_b.bias": "block_sparse_moe.gate.e_score_correction_bias",
+    **_mlp("block_sparse_moe.shared_experts", "_shexp"),
+    **_mlp("block_sparse_moe.experts.{}", "_exps", W123),
+}
+KEYS = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps norm_eps layer_norm_epsilon",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "attention.q_lora_rank": "q_lora_rank",
+    "attention.value_length_mla": "v_head_dim",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+    "expert_count": "num_experts num_local_experts n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "leading_dense_block_count": "num_dense_layers first_k_dense_replace",
+    "moe_latent_size": "moe_latent_size",
+    "rope.dimension_count": "qk_rope_head_dim",
+    "shortconv.l_cache": "conv_L_cache",
+    "ssm.conv_kernel": "mamba_d_conv conv_kernel linear_conv_kernel_dim",
+    "ssm.group_count": "mamba_n_groups n_groups linear_num_key_heads",
+    "ssm.inner_size": "mamba_d_ssm",
+    "ssm.state_size": "mamba_d_state ssm_state_size linear_key_head_dim",
+    "ssm.time_step_rank": "mamba_n_heads mamba_num_heads mamba_dt_rank linear_num_value_heads",
+}
+"""Metadata of an architecture, and keys of a config.json with the same value."""
+REQUIRED = "embedding_length", "context_length", "attention.head_count"
+PRESENT = {
+    "attn_q.bias": "attention_bias",
+    "exp_probs_b.bias": "use_expert_bias",
+    "ffn_up.bias": "mlp_bias",
+    "shortconv.conv.bias": "conv_bias",
+    "ssm_conv1d.bias": "mamba_conv_bias use_conv_bias",
+    "ssm_in.bias": "mamba_proj_bias use_bias",
+    "ssm_norm.weight": "mamba_rms_norm",
+    "ssm_out.bias": "projectors_bias",
+    "": "mamba_norm_before_gate",
+}
+"""Tensors of a layer, and keys of a config.json that are true if a layer has them."""
+ROWS = {
+    "ffn_up.weight": "intermediate_size shared_intermediate_size",
+    "ffn_up_shexp.weight": "shared_intermediate_size shared_expert_intermediate_size "
+    "moe_shared_expert_intermediate_size",
+}
+"""Tensors of a layer, and keys of a config.json with the number of their rows."""
+HEAD_DIMS = "mamba_d_head", "mamba_head_dim", "linear_value_head_dim"
+ROPE = {
+    "freq_base": "rope_theta",
+    "scaling.factor": "factor",
+    "scaling.original_context_length": "original_max_position_embeddings",
+    "scaling.yarn_beta_fast": "beta_fast",
+    "scaling.yarn_beta_slow": "beta_slow",
+    "scaling.yarn_attn_factor": "attention_factor",
+}
+HEAD = {
+    "nextn.eh_proj": "mtp.fc",
+    "nextn.enorm": "mtp.pre_fc_norm_embedding",
+    "nextn.hnorm": "mtp.pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "mtp.norm",
+}
+"""Names of Qwen's multi-token head outside its layer."""
+
+
+class Model:
+    """Config and weights of the model in a GGUF file."""
+
+    def __init__(self, file: GgufFile) -> None:
+        """Raises ModelError if the architecture is not supported."""
+        self.file, self.arch = file, str(file.metadata.get("general.architecture"))
+        if self.arch not in ARCHITECTURES:
+            raise ModelError(
+                f"models of the architecture {self.arch[:80]!r} in {file.path.name} are not "
+                f"supported; supported are {', '.join(sorted(ARCHITECTURES))}."
+            )
+        self._form = ARCHITECTURES[self.arch]
+        blocks = (BLOCK_NAME.fullmatch(name) for name in file.tensors)
+        self._words = {found[2] for found in blocks if found is not None}
+        """Names of tensors inside blocks."""
+        self._num_heads = self.whole("nextn_predict_layers", 0)
+        """Number of blocks of multi-token prediction, after the layers."""
+        self.num_layers = self.whole("block_count") - self._num_heads
+
+    # --- Metadata ---------------------------------------------------------------------------------
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a number of the architecture, or the largest one of a list. Raises ModelError."""
+        found = self.file.metadata.get(f"{self.arch}.{key}", default)
+        if isinstance(found, np.ndarray) and found.size:
+            found = found.max().item()
+        if not isinstance(found, int | float) or not math.isfinite(found):
+            raise self._refusal(key, "a number", found)
+        return found
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """Return a number that is not negative. Raises ModelError."""
+        found = self.number(key, default)
+        if found != int(found) or not 0 <= found < 2**31:
+            raise self._refusal(key, "a count", found)
+        return int(found)
+
+    def each(self, key: str) -> list[int]:
+        """Return the numbers of all layers, from a list or from one number. Raises ModelError."""
+        found = self.file.metadata.get(f"{self.arch}.{key}")
+        if not isinstance(found, np.ndarray):
+            return [self.whole(key, 0)] * self.num_layers
+        if len(found) < self.num_layers or found.dtype.kind == "f":
+            raise self._refusal(key, f"{self.num_layers} whole numbers", found)
+        return [int(one) for one in found[: self.num_layers]]
+
+    def _refusal(self, key: str, wanted: str, found: object) -> ModelError:
+        name = f"{self.arch}.{key} in {self.file.path.name}"
+        return ModelError(f"{name} must be {wanted} (got {str(found)[:80]}).")
+
+    def has(self, word: str, block: int | None = None) -> bool:
+        """Return True if a block, or the given one, has the tensor."""
+        return word in self._words if block is None else f"blk.{block}.{word}" in self.file.tensors
+
+    def _first(self, word: str) -> StoredTensor | None:
+        """Return a tensor outside blocks, or that of the first block that has it, or None."""
+        names = word, *(f"blk.{block}.{word}" for block in range(self.num_layers))
+        return next((self.file.tensors[name] for name in names if name in self.file.tensors), None)
+
+    def rows_of(self, word: str) -> int:
+        """Return the number of rows of a tensor. Raises WeightsError if it is missing."""
+        found = self._first(word)
+        if found is None:
+            raise WeightsError(f"{self.file.path.name} has no tensor {word}.")
+        return found.shape[0]
+
+    @cached_property
+    def config(self) -> Values:
+        """Contents of the model's ``config.json``. Raises ModelError. Keys of other families are
+        not read."""
+        if not 1 <= self.num_layers <= MOST_LAYERS:
+            raise self._refusal("block_count", f"1 to {MOST_LAYERS:,} layers", self.num_layers)
+        tensors = self.file.tensors
+        is_exact = all(one.format == FLOAT32 for one in tensors.values())
+        values: Values = {
+            "model_type": self._form.model_type,
+            "vocab_size": self.rows_of("token_embd.weight"),
+            "num_hidden_layers": self.num_layers,
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "dtype": "float32" if is_exact else "bfloat16",
+        }
+        for key, words in KEYS.items():
+            if f"{self.arch}.{key}" in self.file.metadata:
+                values |= dict.fromkeys(words.split(), self.number(key))
+        for word, names in PRESENT.items():
+            values |= dict.fromkeys(names.split(), self.has(word))
+        for word, names in ROWS.items():
+            if self.has(word):
+                values |= dict.fromkeys(names.split(), self.rows_of(word))
+        for key in REQUIRED:
+            self.number(key)
+        heads, inner = self.whole("ssm.time_step_rank", 0), self.whole("ssm.inner_size", 0)
+        values |= dict.fromkeys(HEAD_DIMS, inner // heads if heads else 0)
+        values["mamba_expand"] = inner // max(1, self.whole("embedding_length"))
+        if "head_dim" not in values:
+            output = self._first("attn_output.weight")
+            width = values["hidden_size"] if output is None else output.shape[-1]
+            values["head_dim"] = width // max(1, self.whole("attention.head_count"))
+        values |= self._rope()
+        return values | self._form.config(self, values)
+
+    def _rope(self) -> Values:
+        """Return the keys of a rotary embedding."""
+        kind = str(self.file.metadata.get(f"{self.arch}.rope.scaling.type", "none"))
+        found: Values = {"rope_type": "default" if kind == "none" else kind}
+        for key, name in ROPE.items():
+            if f"{self.arch}.rope.{key}" in self.file.metadata:
+                found[name] = self.number(f"rope.{key}")
+        return {"rope_parameters": found}
+
+    def kinds(self, attention: str, other: str) -> list[str]:
+        """Return the type of each layer, by its number of KV heads."""
+        return [attention if n else other for n in self.each("attention.head_count_kv")]
+
+    # --- Weights ----------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Source]:
+        """Return the weights by published name, without reading them. Experts have one each. Raises
+        WeightsError for unknown tensors, and for shapes that do not belong together."""
+        pieces: dict[str, list[Piece]] = {}
+        unknown, _ = [], self.config
+        for name, stored in self.file.tensors.items():
+            try:
+                for target, piece in self._targets(name, stored.matrix()):
+                    pieces.setdefault(target, []).append(piece)
+            except KeyError:
+                unknown.append(name[:80])
+        if unknown:
+            raise WeightsError(
+                f"{self.file.path.name} has {counted(len(unknown), 'tensor')} that models of "
+                f"{self.arch} do not have: {enumerated(unknown)}."
+            )
+        made: dict[str, Source] = {}
+        for target, found in pieces.items():
+            made |= self._sources(target, found)
+            if len(made) > MOST_WEIGHTS:
+                raise WeightsError(f"{self.file.path.name} has more than {MOST_WEIGHTS:,} weights.")
+        return made
+
+    def _targets(self, name: str, stored: Matrix) -> Iterator[tuple[str, Piece]]:
+        """Yield the published names of one tensor, with a piece for each. Raises KeyError for an
+        unknown tensor."""
+        found, form = BLOCK_NAME.fullmatch(name), self._form
+        if found is None:
+            stem = name.removesuffix(".weight")
+            yield f"{form.outer[stem]}.weight", (stem, stored, None)
+            return
+        block, word = int(found[1]), found[2]
+        if block >= self.num_layers + self._num_heads:
+            raise KeyError
+        module = f"{form.layers}.{block}"
+        if block >= self.num_layers:
+            module = f"mtp.layers.{block - self.num_layers}"
+            if form.names is not QWEN3_5:  # The head is not supported, and skipped by its name.
+                yield f"mtp.{name}", (word, stored, None)
+                return
+        stem, dot, suffix = word.rpartition(".")
+        if suffix not in ("weight", "bias"):
+            stem, dot, suffix = word, "", "" if word in ("ssm_a", "ssm_d") else ".weight"
+        if stem in HEAD and form.names is QWEN3_5:
+            yield HEAD[stem] + dot + suffix, (stem, stored, None)
+            return
+        for part, matrix in self._split(block, stem, stored):
+            orders = self._orders.get(part, {})
+            if orders and sum(map(len, orders.values())) != matrix.shape[-2]:
+                raise self._wrong_shape(name, stored)
+            for own in orders or [part]:
+                exact = form.names.get(own + dot + suffix) or form.names[own] + dot + suffix
+                yield f"{module}.{exact}", (own, matrix, orders.get(own))
+
+    def _split(self, block: int, word: str, stored: Matrix) -> list[tuple[str, Matrix]]:
+        """Return the words that a tensor stands for, with its rows for each."""
+        sizes: Mapping[str, int] = {word: stored.shape[-2]}
+        if word == "ffn_gate_up_exps":
+            half = stored.shape[-2] // 2
+            sizes = {"ffn_gate_exps": half, "ffn_up_exps": half}
+        elif word == "attn_qkv" and not self.has("ssm_out.weight", block):
+            kept = self.config["head_dim"] * self.config["num_key_value_heads"]
+            queries = self.config["head_dim"] * self.config["num_attention_heads"]
+            queries *= 2 if self._form.names is QWEN3_5 else 1
+            sizes = {"attn_q": queries, "attn_k": kept, "attn_v": kept}
+        if sum(sizes.values()) != stored.shape[-2]:
+            raise self._wrong_shape(f"blk.{block}.{word}", stored)
+        return list(zip(sizes, stored.split([*sizes.values()]), strict=True))
+
+    @cached_property
+    def _orders(self) -> Orders:
+        return self._form.orders(self)
+
+    def _wrong_shape(self, name: str, stored: Matrix) -> WeightsError:
+        place = f"{name[:80]} in {self.file.path.name}"
+        return WeightsError(f"{place} has the wrong shape, {list(stored.shape)}.")
+
+    def _sources(self, target: str, found: list[Piece]) -> dict[str, Source]:
+        """Return the weight ``target``, or those of all experts."""
+        if len(found) > 1:
+            order = [*self._form.names]
+            found = sorted(found, key=lambda piece: order.index(piece[0]))
+        word, first, rows = found[0]
+        parts = [matrix for _, matrix, _ in found]
+        if len(found) != (2 if ".input_linear." in target or word == "attn_k_b" else 1):
+            fault = "half of" if len(found) == 1 else "several tensors for"
+            raise WeightsError(f"{self.file.path.name} has {fault} {target}.")
+        if word == "attn_k_b":
+            return {target: self._latent(target, *parts)}
+        if any(part.shape != first.shape for part in parts):
+            raise self._wrong_shape(target, parts[1])
+        if "{}" in target:
+            count = min(self.whole("expert_count", 0), MOST_EXPERTS)
+            if len(first.shape) != 3 or len(first) != count:
+                raise self._wrong_shape(target, first)
+            each = zip(*parts, strict=True)
+            return {target.format(e): _source(own) for e, own in enumerate(each)}
+        if first.num_columns == 1 or SMALL.fullmatch(word) or word == "ffn_gate_inp_shexp":
+            return {target: self._small(word, parts, rows)}
+        if len(first.shape) != 2:
+            raise self._wrong_shape(target, first)
+        columns = self._orders.get("columns", {}).get(word)
+        return {target: _source(parts, rows, columns)}
+
+    def _small(self, word: str, parts: Sequence[Matrix], rows: torch.Tensor | None) -> Source:
+        """Return a vector, or a small tensor, with the converter's arithmetic undone on reading."""
+        first, names = parts[0], self._form.names
+        count = math.prod(first.shape) * len(parts)
+        shape: tuple[int, ...] = (count,)
+        if "conv" in word and first.num_columns > 1:
+            shape = count // first.num_columns, 1, first.num_columns
+        elif word == "ffn_gate_inp_shexp":
+            shape = 1, count
+        elif word == "ssm_a" and names is JAMBA:
+            shape = first.shape
+        elif word == "ssm_a" and names is KIMI:
+            shape = 1, 1, count, 1
+        centred = names is QWEN3_5 and word.endswith("norm") and word != "ssm_norm"
+
+        def read() -> Matrix:
+            values = torch.cat([part.widened(torch.float32) for part in parts])
+            values = values if rows is None else values[rows]
+            if word == "ssm_a":
+                values = values.double().neg().log().float()
+            return _plain((values - 1 if centred else values).reshape(shape))
+
+        return Source(shape, FLOAT32, read)
+
+    def _latent(self, target: str, keys: Matrix, values: Matrix) -> Source:
+        """Return the product that expands a latent, from keys ``[H, rank, K]``, which the converter
+        has transposed, and values ``[H, V, rank]``."""
+        if len(keys.shape) != 3 or values.shape[::2] != keys.shape[:2]:
+            raise self._wrong_shape(target, keys)
+        num_heads, rank, key_dim = keys.shape
+
+        def read() -> Matrix:
+            parts = keys.widened(torch.float32).mT, values.widened(torch.float32)
+            return _plain(torch.cat(parts, dim=1).reshape(-1, rank))
+
+        return Source((num_heads * (key_dim + values.shape[1]), rank), FLOAT32, read)
+
+
+def _source(
+    parts: Sequence[Matrix],
+    rows: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+) -> Source:
+    """Return a matrix with the rows of all parts: views if there is one, as they are stored if the
+    formats are equal, else widened."""
+    first = parts[0]
+    count = sum(map(len, parts)) if rows is None else len(rows)
+    shape = count, first.num_columns
+    if len(parts) == 1:
+        return Source(shape, first.format, lambda: first, rows, columns)
+    if any(part.format != first.format for part in parts):
+        return Source(
+            shape, FLOAT32, lambda: _plain(torch.cat([p.widened(torch.float32) for p in parts]))
+        )
+
+    def read() -> Matrix:
+        fields = {
+            name: torch.cat([part.fields[name] for part in parts]) for name in first.format.fields
+        }
+        return Matrix(first.format, fields, first.num_columns)
+
+    return Source(shape, first.format, read)
+
+
+def _plain(values: torch.Tensor) -> Matrix:
+    return Matrix(FLOAT32, {"weight": values}, values.shape[-1])
+
+
+# --- Families -------------------------------------------------------------------------------------
+
+
+def _same(model: Model, values: Values) -> Values:
+    return {}
+
+
+def _qwen3_5(model: Model, values: Values) -> Values:
+    interval = max(1, model.whole("full_attention_interval", 4))
+    linear = [layer % interval > 0 for layer in range(1, model.num_layers + 1)]
+    if f"{model.arch}.attention.recurrent_layers" in model.file.metadata:
+        linear = [bool(one) for one in model.each("attention.recurrent_layers")]
+    dim = max(1, values["head_dim"])
+    rope = values["rope_parameters"]
+    rope["partial_rotary_factor"] = model.whole("rope.dimension_count", dim // 4) / dim
+    kinds = "full_attention", "linear_attention"
+    return {"layer_types": [kinds[one] for one in linear], "rope_parameters": rope}
+
+
+def _value_heads(model: Model) -> Orders:
+    """Return the place of each value head in a file: tiled by key head, so that head p belongs to
+    key head p mod K. Models group them by key head."""
+    keys, values = (model.config[f"linear_num_{kind}_heads"] for kind in ("key", "value"))
+    if keys == values or not keys or values % keys:
+        return {}
+    heads = _range(values).view(-1, keys).T.flatten()
+    rows = _spread(heads, model.config["linear_value_head_dim"])
+    others = _range(2 * keys * model.config["linear_key_head_dim"])
+    channels = torch.cat([others, len(others) + rows])
+    orders = {"attn_qkv": channels, "ssm_conv1d": channels, "attn_gate": rows}
+    orders |= dict.fromkeys(("ssm_beta", "ssm_alpha", "ssm_a", "ssm_dt"), heads)
+    return {**{word: {word: own} for word, own in orders.items()}, "columns": {"ssm_out": rows}}
+
+
+def _interleaved(model: Model) -> Orders:
+    """Return the rows of Qwen3-Next's fused inputs, which are interleaved by key head."""
+    keys, values = (model.config[f"linear_num_{kind}_heads"] for kind in ("key", "value"))
+    if not keys or values % keys:
+        return {}
+    group, dim = values // keys, model.config["linear_key_head_dim"]
+    width = group * model.config["linear_value_head_dim"]
+
+    def by_kind(*widths: int) -> list[torch.Tensor]:
+        rows = _range(keys * sum(widths)).view(keys, sum(widths))
+        return [part.flatten() for part in rows.split(widths, dim=1)]
+
+    *qkv, z = by_kind(dim, dim, width, width)
+    beta, alpha = by_kind(group, group)
+    return {
+        "ssm_ba": {"ssm_beta": beta, "ssm_alpha": alpha},
+        "ssm_in": {"attn_qkv": torch.cat(qkv), "attn_gate": z},
+    }
+
+
+def _unrotated(model: Model) -> Orders:
+    """Return the rows of queries and keys. The two dimensions of a rotated pair are next to each
+    other in the file, and half a head apart in the model."""
+    dim = model.config["head_dim"]
+    if dim % 2:
+        return {}
+    pairs = _range(dim).view(-1, 2).T.flatten()
+    kinds = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+    counts = {word: model.config[key] for word, key in kinds.items()}
+    return {
+        word: {word: (_range(count * dim).view(count, dim)[:, pairs]).flatten()}
+        for word, count in counts.items()
+    }
+
+
+def _range(count: int) -> torch.Tensor:
+    """Return the numbers below ``count``. Raises ModelError if they are too many."""
+    if count > MOST_ROWS:
+        raise ModelError(f"heads with {count:,} rows are not supported; {MOST_ROWS:,} are.")
+    return torch.arange(count)
+
+
+def _spread(heads: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the rows of heads of ``dim`` rows each."""
+    return _range(len(heads) * dim).view(-1, dim)[heads].flatten()
+
+
+def _granite(model: Model, values: Values) -> Values:
+    is_rotated = model.number("rope.scaling.finetuned", True)
+    found: Values = {
+        "layer_types": model.kinds("attention", "mamba"),
+        "position_embedding_type": "rope" if is_rotated else "nope",
+    }
+    if not model.has("ffn_gate_inp.weight"):
+        found |= {"num_local_experts": 0}
+    return found
+
+
+def _nemotron(model: Model, values: Values) -> Values:
+    kinds = model.kinds("attention", "mamba")
+    for layer in range(model.num_layers):
+        for word, kind in (("ffn_up.weight", "mlp"), ("ffn_gate_inp.weight", "moe")):
+            kinds[layer] = kind if model.has(word, layer) else kinds[layer]
+    return {"layers_block_type": kinds}
+
+
+def _jamba(model: Model, values: Values) -> Values:
+    layers = range(model.num_layers)
+    attends = [layer for layer, n in enumerate(model.each("attention.head_count_kv")) if n]
+    sparse = [layer for layer in layers if model.has("ffn_gate_inp.weight", layer)]
+    found: Values = {} if sparse else {"num_experts": 1}
+    for word, own in (("attn", attends), ("expert", sparse)):
+        offset = own[0] if own else 0
+        period = own[1] - offset if len(own) > 1 else len(layers)
+        if own and own != list(layers[offset::period]):
+            raise ModelError(f"layers of Jamba with {word} must be at a fixed period (got {own}).")
+        if own:
+            found |= {f"{word}_layer_period": period, f"{word}_layer_offset": offset}
+    return found
+
+
+def _lfm2(model: Model, values: Values) -> Values:
+    kinds = model.kinds("full_attention", "conv")
+    return {"layer_types": kinds, "block_auto_adjust_ff_dim": False}
+
+
+def _kimi(model: Model, values: Values) -> Values:
+    kinds = list(enumerate(model.kinds("full", "kda"), start=1))
+    rotated = model.whole("rope.dimension_count")
+    return {
+        "num_key_value_heads": model.whole("attention.head_count"),
+        "linear_attn_config": {
+            "full_attn_layers": [layer for layer, kind in kinds if kind == "full"],
+            "kda_layers": [layer for layer, kind in kinds if kind == "kda"],
+            "num_heads": model.rows_of("ssm_beta.weight"),
+            "head_dim": model.whole("kda.head_dim"),
+            "short_conv_kernel_size": model.whole("ssm.conv_kernel"),
+        },
+        "qk_nope_head_dim": model.whole("attention.key_length_mla") - rotated,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Names, config and order of an architecture."""
+
+    model_type: str
+    names: Mapping[str, str]
+    """Published name in a layer of each word. Several tensors with one name are its rows, in
+    order; ``{}`` is an expert."""
+    config: Callable[[Model, Values], Values] = _same
+    """Returns keys that depend on the layers."""
+    orders: Callable[[Model], Orders] = lambda model: {}
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    layers: str = "model.layers"
+
+    @property
+    def outer(self) -> Mapping[str, str]:
+        """Names of tensors outside the layers."""
+        names = dict.fromkeys(("output_norm", "token_embd_norm"), self.norm)
+        return {"token_embd": self.embedding, "output": "lm_head", **names}
+
+
+_NEMOTRON = Form(
+    "nemotron_h",
+    NEMOTRON,
+    _nemotron,
+    _unrotated,
+    embedding="backbone.embeddings",
+    norm="backbone.norm_f",
+    layers="backbone.layers",
+)
+ARCHITECTURES: Mapping[str, Form] = {
+    "qwen3": Form("qwen3", QWEN3),
+    # Its inputs are fused in published files. In GGUF they are separate, as in Qwen3.5.
+    "qwen3next": Form("qwen3_5_moe_text", QWEN3_5, _qwen3_5, _interleaved),
+    "qwen35": Form("qwen3_5_text", QWEN3_5, _qwen3_5, _value_heads),
+    "qwen35moe": Form("qwen3_5_moe_text", QWEN3_5, _qwen3_5, _value_heads),
+    "lfm2": Form("lfm2", LFM2, _lfm2, norm="model.embedding_norm"),
+    "lfm2moe": Form("lfm2_moe", LFM2, _lfm2, norm="model.embedding_norm"),
+    "granitehybrid": Form("granitemoehybrid", GRANITE, _granite, _unrotated),
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_moe": _NEMOTRON,
+    "falcon-h1": Form("falcon_h1", FALCON, norm="model.final_layernorm"),
+    "jamba": Form("jamba", JAMBA, _jamba, norm="model.final_layernorm"),
+    "kimi-linear": Form("kimi_linear", KIMI, _kimi),
+}
+"""Supported values of ``general.architecture``."""
