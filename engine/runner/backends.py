@@ -18,7 +18,7 @@ import torch
 
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError
-from engine.weights.tensor_files import find_files
+from engine.weights.model_files import weight_files
 from kernels import native
 
 Backend = Literal["reference", "fused", "native"]
@@ -107,7 +107,7 @@ def digest_of_weights(model_dir: Path) -> str:
             file.seek(chunk[1])
             return digest_of(file.read(CHUNK_BYTES))
 
-    files = find_files(model_dir)
+    files = weight_files(model_dir)
     chunks = [(f, first) for f in files for first in range(0, f.stat().st_size, CHUNK_BYTES)]
     with ThreadPoolExecutor() as pool:
         return digest_of("".join(pool.map(digest_at, chunks)).encode())

@@ -20,8 +20,9 @@ from engine.runner.memory import (
     kv_row_bytes,
     state_slot_bytes,
 )
-from engine.weights.checkpoint import Dummy, WeightFiles
-from engine.weights.model_config import ModelConfig, ModelError, read_config
+from engine.weights.checkpoint import Checkpoint, Dummy
+from engine.weights.model_config import ModelConfig, ModelError
+from engine.weights.model_files import open_weights, read_config
 from engine.weights.parameters import Build, WeightSpec
 from engine.weights.ranks import ALONE, Rank
 from engine.weights.tensor_files import dtype_name
@@ -76,7 +77,7 @@ class LoadedModel:
         has_sums = sizes.size_of("recurrent") > 0
         is_dummy = config.load_format == "dummy"
         with_head = config.drafts.head_len > 0
-        files = None if is_dummy else WeightFiles(config.model_dir, raw, with_head=with_head)
+        files = None if is_dummy else open_weights(config.model_dir, raw, with_head=with_head)
         build = Build(kernels, _weight_spec(config, files, device, dtype, kernels), rank)
         model, note = load_model(config, family, model_config, build, files)
         if model.prediction is not None:
@@ -152,7 +153,7 @@ class LoadedModel:
 
 def _weight_spec(
     config: EngineConfig,
-    files: WeightFiles | None,
+    files: Checkpoint | None,
     device: Device,
     dtype: torch.dtype,
     kernels: Kernels,
@@ -180,7 +181,7 @@ def load_model(
     family: type[Decoder],
     config: ModelConfig,
     build: Build,
-    files: WeightFiles | None,
+    files: Checkpoint | None,
 ) -> tuple[Decoder, str]:
     """Build the model that ``settings`` name, and its multi-token head if it is used, with their
     weights. Also returns the number and the source of these.
@@ -192,8 +193,8 @@ def load_model(
     with_head, is_stacked = settings.drafts.head_len > 0, False
     fill: Fill = Dummy(settings.seed).fill
     if files is not None:
-        fill, files.tensors = files.fill, family.published(files.tensors)
-        is_stacked = files.is_stacked
+        files.rename(family.published)
+        fill, is_stacked = files.fill, files.is_stacked
         if config.tie_embeddings:
             config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
     make = partial(family, config, stacked_experts=is_stacked, with_prediction=with_head)

@@ -27,6 +27,7 @@ from engine.runner.steps import (
 )
 from engine.schedule.scheduler import Batch, logit_rows, pieces
 from engine.weights.model_config import ModelError
+from engine.weights.model_files import config_bytes
 from hybridcache.allocators.moves import Move, Transfer
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
@@ -259,7 +260,7 @@ class ModelRunner:
         layout = self.memory.row_bytes, self.memory.state_bytes, self.model.keeps
         return {
             "weights": weights,
-            "config": digest_of((config.model_dir / "config.json").read_bytes()),
+            "config": digest_of(config_bytes(config.model_dir)),
             "dtype": str(self.dtype).removeprefix("torch."),
             "state dtype": config.state_dtype,
             "checkpoint dtype": "auto" if checkpoints is None else checkpoints.spec,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from engine.weights.forms import read_quantization
 from engine.weights.layer_names import model_name
-from engine.weights.parameters import Layer, Parameter, Source
-from engine.weights.scheme import Scheme, Stored
+from engine.weights.parameters import FileFormats, Layer, Parameter, Source
+from engine.weights.scheme import Quantization, Scheme, Stored
 from engine.weights.tensor_files import (
     FULL_DTYPES,
     WeightsError,
@@ -23,7 +24,7 @@ from engine.weights.tensor_files import (
     find_files,
     open_file,
 )
-from kernels.linear.formats import Matrix
+from kernels.linear.formats import Format, Matrix
 
 HEAD = "mtp."
 """Prefix of a multi-token prediction head, which is read only if requested."""
@@ -36,8 +37,85 @@ TIED_HEAD = "lm_head.weight"
 DUMMY_STD = 0.02
 
 
-class WeightFiles:
+class Checkpoint(ABC):
+    """Weights of one model, before they are read, by published name."""
+
+    formats: FileFormats | None = None
+    """Formats of the quantised weights, or None if there are none."""
+    num_bytes: int
+    is_stacked = False
+    """True if a tensor contains all experts of a layer."""
+
+    def __init__(self, *, with_head: bool) -> None:
+        """``with_head``: True if the multi-token head is read."""
+        self._started, self._with_head = time.monotonic(), with_head
+        self.skipped: list[str] = []
+
+    def wanted(self, names: Iterable[str]) -> list[str]:
+        """Return the names without parts that are not read, which ``note`` counts. Raises
+        WeightsError if the head is requested and there is none."""
+        parts = SKIPPED if self._with_head else (HEAD, *SKIPPED)
+        found = list(names)
+        self.skipped += [name for name in found if name.startswith(parts)]
+        left = [name for name in found if not name.startswith(parts)]
+        if self._with_head and not any(name.startswith(HEAD) for name in left):
+            raise WeightsError(
+                "--draft mtp requires a multi-token head, and the checkpoint has none (no tensor "
+                f"{HEAD}*): use --draft tree, or none."
+            )
+        return left
+
+    def rename(self, published: Callable[[Mapping[str, torch.Tensor]], Any]) -> None:
+        """Give tensors the names and shapes of published files, see ``Decoder.published``. GGUF
+        has one form only."""
+        return
+
+    @abstractmethod
+    def ties(self, embedding: str) -> bool:
+        """Return True unless the files have a head that differs from ``embedding``."""
+
+    @abstractmethod
+    def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
+        """Raise WeightsError unless every parameter has a tensor, and every tensor a parameter."""
+
+    @abstractmethod
+    def source(self, name: str, shape: tuple[int, ...]) -> Source:
+        """Return the weight ``name`` of a model that has passed ``check``."""
+
+    def fill(self, layer: Layer) -> None:
+        """Copy the tensors of one layer, and check their numbers. Raises WeightsError."""
+        for name, parameter in layer.parameters():
+            parameter.fill(self.source(name, parameter.shape))
+            target = parameter.target
+            matrix = target if isinstance(target, Matrix) else Matrix.of(target)
+            for tensor in matrix.fields.values():
+                check_numbers(name, tensor)
+
+    def note(self) -> str:
+        seconds = time.monotonic() - self._started
+        line = f"{self.num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
+        heads = [name for name in self.skipped if model_name(name).startswith(HEAD)]
+        if heads:
+            line += "; its multi-token head is read with --draft mtp only"
+        if len(self.skipped) > len(heads):
+            line += "; its visual tower is not supported"
+        return line
+
+
+def raise_complaints(complaints: Mapping[str, Sequence[str]]) -> None:
+    """Raise WeightsError if there are names of tensors under any kind of complaint."""
+    found = {kind: sorted(names) for kind, names in complaints.items() if names}
+    sentences = [f"{len(names)} {kind}: {enumerated(names)}" for kind, names in found.items()]
+    if sentences:
+        raise WeightsError(
+            f"the checkpoint's tensors do not match its config.json: {'; '.join(sentences)}."
+        )
+
+
+class WeightFiles(Checkpoint):
     """Tensors of the safetensors files of one model directory."""
+
+    formats: Quantization | None
 
     def __init__(
         self, model_dir: Path, config: Mapping[str, Any] | None = None, *, with_head: bool = False
@@ -45,49 +123,44 @@ class WeightFiles:
         """Map the files, and read the formats that ``config``, the contents of config.json, or a
         file beside it describes. Raises ModelError for unsupported formats, and if the head is
         requested and there is none."""
-        self._started = time.monotonic()
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.skipped: list[str] = []
+        super().__init__(with_head=with_head)
+        found: dict[str, torch.Tensor] = {}
         for file in find_files(model_dir):
-            for name, tensor in open_file(file).items():
-                if name.startswith(SKIPPED if with_head else (HEAD, *SKIPPED)):
-                    self.skipped.append(name)
-                else:
-                    self.tensors[model_name(name)] = tensor
-        if with_head and not any(name.startswith(HEAD) for name in self.tensors):
-            raise WeightsError(
-                "--draft mtp requires a multi-token head, and the checkpoint has none (no tensor "
-                f"{HEAD}*): use --draft tree, or none."
-            )
+            found |= open_file(file)
+        self.tensors = {model_name(name): found[name] for name in self.wanted(found)}
         self.formats = read_quantization(config or {}, model_dir, self.tensors)
 
     @property
-    def is_stacked(self) -> bool:
-        """True if a tensor contains all experts of a layer."""
+    def num_bytes(self) -> int:  # type: ignore[override]
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def is_stacked(self) -> bool:  # type: ignore[override]
         return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
 
+    def rename(self, published: Callable[[Mapping[str, torch.Tensor]], Any]) -> None:
+        self.tensors = published(self.tensors)
+
     def ties(self, embedding: str) -> bool:
-        """Return True unless the files have a head that differs from ``embedding``."""
         head, own = self.tensors.get(TIED_HEAD), self.tensors.get(embedding)
         if head is None or own is None:
             return True
         return own.dtype is head.dtype and torch.equal(own, head)
 
     def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
-        """Raise WeightsError unless every parameter has a tensor, and every tensor a parameter."""
         wanted: dict[str, Stored] = {}
         for name, parameter in parameters:
             wanted.update(self._stored(name, parameter.shape))
             scheme = self._scheme(name, parameter.shape)
             if scheme is not None:
-                _check_whole_blocks(name, parameter, scheme.format.unit)
+                check_whole_blocks(name, parameter, scheme.format)
         found = self.tensors
         needed = {name for name, stored in wanted.items() if not stored.is_optional}
         known = wanted.keys() | ({TIED_HEAD} if tied else set())
         both = [(name, found[name], wanted[name]) for name in sorted(wanted.keys() & found.keys())]
         complaints = {
-            "missing": sorted(needed - found.keys()),
-            "unexpected": sorted(found.keys() - known),
+            "missing": [*needed - found.keys()],
+            "unexpected": [*found.keys() - known],
             "of the wrong shape": [
                 f"{name} is {list(tensor.shape)} instead of {list(stored.shapes[0])}"
                 for name, tensor, stored in both
@@ -99,20 +172,7 @@ class WeightFiles:
                 if stored.dtypes and tensor.dtype not in stored.dtypes
             ],
         }
-        sentences = [f"{len(v)} {kind}: {enumerated(v)}" for kind, v in complaints.items() if v]
-        if sentences:
-            raise WeightsError(
-                f"the checkpoint's tensors do not match its config.json: {'; '.join(sentences)}."
-            )
-
-    def fill(self, layer: Layer) -> None:
-        """Copy the tensors of one layer, and check their numbers. Raises WeightsError."""
-        for name, parameter in layer.parameters():
-            parameter.fill(self._source(name, parameter.shape))
-            target = parameter.target
-            matrix = target if isinstance(target, Matrix) else Matrix.of(target)
-            for tensor in matrix.fields.values():
-                check_numbers(name, tensor)
+        raise_complaints(complaints)
 
     def _scheme(self, name: str, shape: tuple[int, ...]) -> Scheme | None:
         """Return the layout of a weight, or None if it is in full precision."""
@@ -128,7 +188,7 @@ class WeightFiles:
         stem = name.removesuffix("weight")
         return {stem + word: stored for word, stored in scheme.tensors(*shape).items()}
 
-    def _source(self, name: str, shape: tuple[int, ...]) -> Source:
+    def source(self, name: str, shape: tuple[int, ...]) -> Source:
         scheme = self._scheme(name, shape)
         if scheme is None:
             return Source.of(self.tensors[name])
@@ -146,17 +206,6 @@ class WeightFiles:
 
         return Source(shape, scheme.format, read)
 
-    def note(self) -> str:
-        num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        seconds = time.monotonic() - self._started
-        line = f"{num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
-        heads = [name for name in self.skipped if model_name(name).startswith(HEAD)]
-        if heads:
-            line += "; its multi-token head is read with --draft mtp only"
-        if len(self.skipped) > len(heads):
-            line += "; its visual tower is not supported"
-        return line
-
 
 def check_numbers(name: str, tensor: torch.Tensor) -> None:
     """Raise WeightsError if a number of the tensor is NaN or infinite. One pass at memory speed."""
@@ -172,15 +221,12 @@ def check_numbers(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_whole_blocks(name: str, parameter: Parameter, unit: int) -> None:
+def check_whole_blocks(name: str, parameter: Parameter, format: Format) -> None:
     """Raise WeightsError if a rank would have part of a block of columns."""
     cut = parameter.cut
-    if cut is None or cut.dim == 0 or unit == 1:
-        return
-    first, end = int(cut.index[0]), int(cut.index[-1]) + 1
-    if first % unit or (end % unit and end != cut.size):
+    if cut is not None and cut.dim == 1 and not format.has_whole(cut.index):
         raise WeightsError(
-            f"--tp would split blocks of {unit} columns that share a scale: {name} has "
+            f"--tp would split blocks of {format.unit} columns that share a scale: {name} has "
             f"{cut.size} columns, {len(cut)} per rank; use fewer ranks."
         )
 

@@ -76,6 +76,8 @@ class GgufFile:
         self.metadata: Mapping[str, Any] = header.metadata
         """Numbers, texts, lists of texts, and numpy arrays by key."""
         self.tensors: Mapping[str, StoredTensor] = header.tensors
+        self.paths = [path]
+        """The file, or all parts of a split model."""
         count = header.count("split.count", 1)
         if count != 1:
             self._join(header, count)
@@ -107,7 +109,7 @@ class GgufFile:
                 f"the parts of {self.path.name} have {counted(len(tensors), 'tensor')} in all "
                 f"instead of {expected}: download them again."
             )
-        self.tensors = tensors
+        self.tensors, self.paths = tensors, paths
 
 
 class _Header:

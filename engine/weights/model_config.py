@@ -6,11 +6,9 @@ the keys of its layers (``Decoder.own_keys``).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from hybridcache.geometry.config_format import Config
@@ -154,20 +152,3 @@ def check_all_read(config: Config) -> None:
     """Raise ModelError for a key that was not read although its value is not the default."""
     for name, value in config.unread().items():
         raise ModelError(f"{name} {value!r} in config.json is not supported; remove it.")
-
-
-def read_config(model_dir: Path) -> dict[str, Any]:
-    """Return the contents of ``config.json``. Raises ModelError."""
-    path = model_dir / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"there is no config.json in {model_dir}: use a model directory, or ORG/NAME for a "
-            "model of the Hugging Face Hub."
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} does not contain a JSON object.")
-    return config

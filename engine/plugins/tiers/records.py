@@ -38,7 +38,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from engine.weights.tensor_files import find_files
+from engine.weights.model_files import weight_files
 
 NAME = "fingerprint.json"
 FORMAT = "engine state 4"
@@ -85,7 +85,7 @@ class RecordStore:
         ``weights_digest``."""
         self.folder = folder
         self._files: list[list[str | int]] = []
-        for path in find_files(weights_dir.resolve()) if weights_dir else ():
+        for path in weight_files(weights_dir.resolve()) if weights_dir else ():
             stat = path.stat()
             times = stat.st_mtime_ns, stat.st_ctime_ns
             self._files.append([str(path), stat.st_size, *times, stat.st_ino])

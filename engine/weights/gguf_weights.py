@@ -1,0 +1,67 @@
+"""Weights of a GGUF file, in its formats and the order of its columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from engine.weights.checkpoint import TIED_HEAD, Checkpoint, check_whole_blocks, raise_complaints
+from engine.weights.gguf_names import Model
+from engine.weights.parameters import Parameter, Source
+from kernels.linear.formats import Format, Plain
+
+
+class GgufWeights(Checkpoint):
+    """Tensors of one model in a GGUF file."""
+
+    def __init__(self, model: Model, *, with_head: bool = False) -> None:
+        """Raises WeightsError for unknown tensors, and if the head is requested and there is
+        none."""
+        super().__init__(with_head=with_head)
+        sources = model.weights()
+        self._sources = {name: sources[name] for name in self.wanted(sources)}
+        self.num_bytes = sum(tensor.data.nbytes for tensor in model.file.tensors.values())
+        self._bytes = Counter[Format]()
+        for tensor in model.file.tensors.values():
+            self._bytes[tensor.format] += tensor.data.nbytes
+        self.formats = self
+
+    def format(self, module: str) -> Format | None:
+        source = self._sources.get(f"{module}.weight")
+        return None if source is None or isinstance(source.format, Plain) else source.format
+
+    def column_order(self, module: str) -> torch.Tensor | None:
+        source = self._sources.get(f"{module}.weight")
+        return None if source is None else source.columns
+
+    def described(self) -> Sequence[tuple[str, Format]]:
+        shares = ((100 * size / self.num_bytes, one) for one, size in self._bytes.most_common())
+        return [
+            (f"{one.describe()} ({share:.0f} %)", one)
+            for share, one in shares
+            if not isinstance(one, Plain)
+        ]
+
+    def ties(self, embedding: str) -> bool:
+        return TIED_HEAD not in self._sources
+
+    def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
+        wanted, found = dict(parameters), self._sources
+        both = [(name, wanted[name], found[name]) for name in wanted.keys() & found.keys()]
+        complaints = {
+            "missing": [*wanted.keys() - found.keys()],
+            "unexpected": [*found.keys() - wanted.keys() - ({TIED_HEAD} if tied else set())],
+            "of the wrong shape": [
+                f"{name} is {list(source.shape)} instead of {list(parameter.shape)}"
+                for name, parameter, source in both
+                if source.shape != parameter.shape
+            ],
+        }
+        raise_complaints(complaints)
+        for name, parameter, source in both:
+            check_whole_blocks(name, parameter, source.format)
+
+    def source(self, name: str, shape: tuple[int, ...]) -> Source:
+        return self._sources[name]
