@@ -77,7 +77,8 @@ def kernel_choices() -> dict[str, str]:
     - ``amx``: tiles of 16 words;
     - ``pairs``: products of two bfloat16, summed in one instruction (AVX512_BF16);
     - ``halves``: float32 products of bfloat16 numbers, for processors where ``pairs`` is slower;
-    - ``lanes``: one output per lane of a register (AVX-512, and VNNI for int8), in float32.
+    - ``lanes``: one output per lane of a register (AVX-512, and VNNI for integers), in float32;
+    - ``half_lanes``: the same in registers of 256 bits (AVX2).
 
     "reference" if the native library lacks the operation. ``build`` is ``library.Library.build``.
     """
@@ -87,6 +88,7 @@ def kernel_choices() -> dict[str, str]:
         "linear_float32": _first("linear_float32_{}", "lanes"),
         "linear_bfloat16": _first("linear_bfloat16_{}", tiles, pairs, "halves"),
         "linear_int8": _first("linear_int8_{}_float32", tiles, "lanes"),
+        "linear_groups": _first("linear_groups_{}_float32", "lanes", "half_lanes"),
         "prompts_float32": _first("prefill_attention_float32_{}", "lanes"),
         "prompts_bfloat16": _first("prefill_attention_bfloat16_{}", tiles, pairs, "lanes"),
     }

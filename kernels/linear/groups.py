@@ -14,10 +14,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from kernels.linear.formats import Format
+from kernels.linear.formats import Format, Matrix, Product
+from kernels.native import DTYPES
+
+UNIT = 32
+"""Columns of a row of activations that share a scale."""
+MIN_LARGEST = 1e-30
+"""Lower bound of the largest magnitude of a unit, so that scales are normal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +73,39 @@ class GroupFormat(Format):
 
     def widened(self, fields: Mapping[str, torch.Tensor], num_columns: int) -> torch.Tensor:
         found = self.decoded(fields)
-        if self.table is not None:
-            values = torch.tensor(self.table, device=found.codes.device).float()[found.codes.int()]
-        else:
-            zeros = (
-                self.zero if found.zeros is None else self._each(found.zeros.float(), self.block)
-            )
-            values = found.codes.float() - zeros
-        weight = self._product(widened_scale(found.scale), found.factors) * values
+        weight = self._product(widened_scale(found.scale), found.factors) * self.values(found)
         if found.minimum is not None:
             weight -= self._product(found.minimum.float(), found.minima)
         return weight[..., :num_columns]
+
+    def values(self, found: Groups) -> torch.Tensor:
+        """Return the integers that codes stand for, as int32."""
+        codes = found.codes.int()
+        if self.table is not None:
+            return torch.tensor(self.table, dtype=torch.int32, device=codes.device)[codes]
+        zeros = found.zeros
+        return codes - (self.zero if zeros is None else self._each(zeros.int(), self.block))
+
+    def has_product(self, linear: ModuleType) -> bool:
+        """Return True for ``native``, if the processor has AVX2 and scales have whole units."""
+        return self.block % UNIT == 0 and hasattr(linear, "has_groups") and linear.has_groups()
+
+    def product(
+        self,
+        linear: ModuleType,
+        matrix: Matrix,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        **options: Any,
+    ) -> Product:
+        """Return the product with activations in 8 bits (``linear_groups``), or with the widened
+        weight on processors that have none and for other dtypes than float32 and bfloat16."""
+        if dtype in DTYPES and self.has_product(linear):
+            product: Product = linear.prepare_groups(
+                self, matrix.fields, matrix.num_columns, bias, dtype
+            )
+            return product
+        return Format.product(self, linear, matrix, bias, dtype, **options)
 
     def _product(self, scale: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
         """Return ``scale * factors`` of every column."""
@@ -86,6 +117,66 @@ class GroupFormat(Format):
     @staticmethod
     def _each(values: torch.Tensor, columns: int) -> torch.Tensor:
         return values.repeat_interleave(columns, dim=-1)
+
+
+def quantize_units(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise x ``[T, N]`` to int8 with a float32 scale per unit: ``[T, units, 32]`` and
+    ``[T, units]``. Rounding is to nearest even."""
+    units = F.pad(x.float(), (0, -x.shape[1] % UNIT)).unflatten(1, (-1, UNIT))
+    largest = units.abs().amax(dim=-1).clamp_(min=MIN_LARGEST)
+    inverse = torch.full_like(largest, 127.0) / largest  # torch computes 127 / x as 127 * (1 / x)
+    return (units * inverse[..., None]).round_().to(torch.int8), largest / 127.0
+
+
+def linear_groups(
+    x: torch.Tensor,
+    format: GroupFormat,
+    fields: Mapping[str, torch.Tensor],
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute ``x @ weight.T + bias`` with activations of ``quantize_units``, in x's dtype.
+
+    Sums of integers within a unit are exact. Units, then blocks, are added in their order, so a row
+    is independent of the others. The error is that of the activations: with ``s[t, u]`` the scale
+    of ``x[t, n]``, at most ``sum_n |w[m, n]| * s[t, u] / 2``, and roundings of float32. Activations
+    in blocks of 32 differ by 0.5 % of the result for normal x, and by 0.8 to 1.2 % for rows with
+    heavy tails; with a scale per 256 columns 0.7 and 1.7 to 3.5 %, with one per row 0.9 and 4 to 11
+    %. Weights of 4 bits differ by 8 %.
+
+    Args:
+        x: ``[T, N]``; fields: of a matrix ``[M, N]``; bias: ``[M]``.
+    """
+    found = format.decoded(fields)
+    numbers, step = quantize_units(x)
+    each = (step.shape[1] * UNIT // format.block, format.block // UNIT)  # blocks, units of a block
+    values = format.values(found).double().unflatten(1, (*each, 2, UNIT // 2))
+    rows = numbers.double().flatten(1).unflatten(1, (*each, 2, UNIT // 2))
+    step = step.unflatten(1, each)
+    integers = torch.einsum("tbuhn,mbuhn->tmbuh", rows, values)
+    sums = step[..., None] * rows.sum(dim=-1).float()
+    if found.factors is not None:
+        integers = integers * found.factors.double().unflatten(1, (*each, -1))
+    integers = integers.sum(dim=-1).float()
+    total = torch.zeros(len(x), len(values), device=x.device)
+    scale = widened_scale(found.scale)
+    for b in range(each[0]):
+        part, low = torch.zeros_like(total), torch.zeros_like(total)
+        for u in range(each[1]):
+            part += integers[:, :, b, u] * step[:, None, b, u]
+            own = sums[:, b, u]
+            if format.group == UNIT:
+                own = own.sum(dim=1, keepdim=True)
+            for h, one in enumerate(own.unbind(1)):
+                minima = found.minima
+                low += one[:, None] * (
+                    1.0 if minima is None else minima.float().unflatten(1, (*each, -1))[:, b, u, h]
+                )
+        total += part * scale[:, b]
+        if found.minimum is not None:
+            total -= low * found.minimum[:, b].float()
+    if bias is not None:
+        total += bias
+    return total.to(x.dtype)
 
 
 def widened_scale(scale: torch.Tensor) -> torch.Tensor:

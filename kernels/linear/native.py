@@ -5,13 +5,14 @@ Rows need no padding. Otherwise as in ``reference``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 
 from kernels import huge_pages
 from kernels.linear import reference
+from kernels.linear.groups import UNIT, GroupFormat
 from kernels.linear.reference import (
     PRODUCTS,
     join,
@@ -27,12 +28,14 @@ from kernels.native import DTYPES, address, function, kernel_choices
 __all__ = [
     "PRODUCTS",
     "ROWS",
+    "has_groups",
     "join",
     "linear",
     "linear_8bit",
     "linear_fp8",
     "prepare",
     "prepare_8bit",
+    "prepare_groups",
     "quantize",
     "quantize_rows",
 ]
@@ -41,6 +44,14 @@ ROWS = 1
 """Rows per padding unit, as ``reference.ROWS``."""
 PANEL = 64
 """Outputs per panel of a packed weight."""
+GROUP_PANEL = 16
+"""Outputs per panel of small integers in groups."""
+SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.uint8: 3}
+"""Numbers in ``native_groups.cpp`` of the dtypes of ``Groups.scale``."""
+GROUP_PARTS = ("scale", "minimum", "zeros", "factors", "minima")
+"""Parts of ``Groups`` in the order of ``PackedGroups``, after the codes."""
+BAND_ELEMENTS = 2**22
+"""Number of weights that are decoded at a time."""
 
 
 def prepare(
@@ -74,6 +85,22 @@ def prepare_8bit(
     if scale.ndim == 1 and _is_served(exact := quantized.to(dtype)):
         return NativeLinear(exact, scale, bias)
     return prepare(widened(quantized, scale, dtype), bias)
+
+
+def has_groups() -> bool:
+    """Return True if ``prepare_groups`` works on this processor."""
+    return kernel_choices()["linear_groups"] != "reference"
+
+
+def prepare_groups(
+    format: GroupFormat,
+    fields: Mapping[str, torch.Tensor],
+    num_columns: int,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return ``groups.linear_groups`` with this weight, for x of ``dtype``."""
+    return NativeGroups(format, fields, num_columns, bias, dtype)
 
 
 def _is_served(weight: torch.Tensor) -> bool:
@@ -151,6 +178,88 @@ class NativeInt8Linear:
             self._num_outputs, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+
+class NativeGroups:
+    """Native version of ``groups.linear_groups`` with equal bits in every method.
+
+    The packed weight has the format's bits, and one byte for each factor of a group.
+    """
+
+    def __init__(
+        self,
+        format: GroupFormat,
+        fields: Mapping[str, torch.Tensor],
+        num_columns: int,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        method: str | None = None,
+    ) -> None:
+        self._num_outputs = len(next(iter(fields.values())))
+        self._bias = None if bias is None else bias.to(dtype).contiguous()
+        self._packed = pack_groups(format, fields, num_columns)
+        units = self._packed["codes"].shape[1]
+        scale = self._packed["scale"]
+        table = None if format.table is None else torch.tensor(format.table, dtype=torch.int8)
+        self._packed["table"] = table
+        self._description = torch.tensor([
+            *(address(self._packed[name]) or 0 for name in ("codes", *GROUP_PARTS, "table")),
+            self._num_outputs, num_columns, units, format.block // UNIT, format.bits, format.zero,
+            SCALE_KINDS[scale.dtype], max(1, UNIT // format.group),
+        ])  # fmt: skip
+        name = f"linear_groups_{method or kernel_choices()['linear_groups']}_{DTYPES[dtype]}"
+        self._multiply = function(name, "piipppt")
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the packed weight."""
+        return sum(part.nbytes for part in self._packed.values() if part is not None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        out = x.new_empty(x.shape[0], self._num_outputs)
+        self._multiply(
+            x.data_ptr(), x.stride(0), x.shape[0], self._description.data_ptr(),
+            address(self._bias), out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def pack_groups(
+    format: GroupFormat, fields: Mapping[str, torch.Tensor], num_columns: int
+) -> dict[str, torch.Tensor | None]:
+    """Pack a matrix ``[M, N]`` into panels of 16 outputs, by the names of ``Groups``.
+
+    Codes are int32 ``[panels, units, words, 16]``, as ``native_groups.cpp`` says, other parts
+    ``[panels, units, groups or blocks, 16]``. Missing outputs of the last panel are zero.
+    """
+    num_outputs = len(next(iter(fields.values())))
+    panels = -(-num_outputs // GROUP_PANEL)
+    padded = -(-num_columns // format.block) * format.block
+    words = 8 if format.bits == 8 else format.bits
+    codes = huge_pages.empty(panels, padded // UNIT, words, GROUP_PANEL, dtype=torch.int32)
+    packed: dict[str, torch.Tensor | None] = {"codes": codes}
+    band = max(GROUP_PANEL, BAND_ELEMENTS // padded // GROUP_PANEL * GROUP_PANEL)
+    for first in range(0, num_outputs, band):
+        found = format.decoded({name: rows[first : first + band] for name, rows in fields.items()})
+        own, place = found.codes.contiguous(), first // GROUP_PANEL
+        function("pack_codes", "ppiiit")(
+            own.data_ptr(), codes[place:].data_ptr(), *own.shape, format.bits,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        for name in GROUP_PARTS:
+            part = getattr(found, name)
+            if part is None:
+                packed[name] = None
+                continue
+            if first == 0:
+                packed[name] = huge_pages.empty(
+                    panels, part.shape[1], GROUP_PANEL, dtype=part.dtype
+                )
+            part = F.pad(part, (0, 0, 0, -len(part) % GROUP_PANEL)).unflatten(0, (-1, GROUP_PANEL))
+            packed[name][place : place + len(part)] = part.transpose(1, 2)
+    return packed
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,80 @@
-"""Matrices of small integers in groups of columns: checkpoints."""
+"""Matrices of small integers in groups of columns: checkpoints, and products."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 
-from kernels.linear import grouped
-from kernels.linear.blocks import GGML_TYPES
+from kernels.linear import grouped, native, reference
+from kernels.linear.blocks import GGML_TYPES, Blocks
 from kernels.linear.formats import Matrix
 from kernels.linear.grouped import Grouped
+from kernels.linear.groups import UNIT, GroupFormat, Groups, linear_groups, quantize_units
+from kernels.linear.native import NativeGroups
+from kernels.moe import native as native_experts
+from kernels.moe import reference as experts
+from kernels.native import has
+from tests.kernels.compiled import BY_DTYPE, assert_close
+
+METHODS = [method for method in ("half_lanes", "lanes") if has(f"linear_groups_{method}_float32")]
+NEEDS_NATIVE = pytest.mark.skipif(not METHODS, reason="no C++ compiler, or no AVX2")
+BY_METHOD = pytest.mark.parametrize("method", METHODS or [None])
+FORMATS = [
+    *(form for form in GGML_TYPES.values() if isinstance(form, Blocks) and form.block >= UNIT),
+    Grouped(4, 32), Grouped(4, 64, True, torch.float16), Grouped(4, 128),
+    Grouped(8, 32, True, torch.float32), Grouped(8, 128),
+]  # fmt: skip
+BY_FORMAT = pytest.mark.parametrize(
+    "format", FORMATS, ids=lambda form: form.describe().replace(" ", "-")
+)
+
+
+@dataclass(frozen=True)
+class Decoded(GroupFormat):
+    """A format whose fields are the parts of `Groups`, with the sizes of another one."""
+
+    like: GroupFormat
+
+    bits = property(lambda self: self.like.bits)
+    group = property(lambda self: self.like.group)
+    block = property(lambda self: self.like.block)
+    zero = property(lambda self: self.like.zero)
+    table = property(lambda self: self.like.table)
+    fields = property(lambda self: {})
+
+    def describe(self) -> str:
+        return self.like.describe()
+
+    def decoded(self, fields: Mapping[str, torch.Tensor]) -> Groups:
+        return Groups(**fields)
+
+
+def draw_numbers(format: GroupFormat, num_outputs: int, size: int) -> dict[str, torch.Tensor]:
+    """Draw codes and factors of all values that have room, and normal scales."""
+    torch.manual_seed(0)
+    empty = Matrix.empty(format, (num_outputs, size), torch.zeros)
+    found = format.decoded(empty.fields)
+    parts = {one.name: getattr(found, one.name) for one in fields(Groups)}
+    drawn = {}
+    for name, part in parts.items():
+        if part is None:
+            continue
+        if part.is_floating_point():
+            drawn[name] = (torch.randn(part.shape) * 0.01).to(part.dtype)
+        elif name == "scale":
+            drawn[name] = torch.randint(110, 124, part.shape, dtype=part.dtype)
+        else:
+            limits = torch.iinfo(part.dtype)
+            top = 2**format.bits if name == "codes" else limits.max + 1
+            drawn[name] = torch.randint(limits.min, top, part.shape, dtype=part.dtype)
+    return drawn
+
+
+def make(format, numbers, size, method, bias=None, dtype=torch.float32) -> NativeGroups:
+    return NativeGroups(Decoded(format), numbers, size, bias, dtype, method)
 
 
 def words(numbers: torch.Tensor, bits: int) -> torch.Tensor:
@@ -123,3 +189,149 @@ def test_columns_and_rows_can_be_cut_out() -> None:
         matrix.columns(torch.arange(64, 192)).widened(torch.float32), whole[:, 64:192]
     )
     assert torch.equal(matrix.split([5, 7])[1].widened(torch.float32), whole[5:])
+
+
+@BY_FORMAT
+def test_error_of_the_reference_is_that_of_the_activations(format) -> None:
+    """An activation has an error of half its scale, and each part of a weight is rounded in float32
+    with every unit and block."""
+    numbers, form = draw_numbers(format, 30, 768), Decoded(format)
+    x = torch.randn(5, 768) * torch.logspace(-20, 3, 5)[:, None] * torch.logspace(0, -4, 768)
+    x[0, :96] = 0.0
+    weight = form.widened(numbers, 768).double()
+    without = {name: part for name, part in numbers.items() if name not in ("minimum", "minima")}
+    parts = form.widened(without, 768).double()
+    parts = parts.abs() + (parts - weight).abs()
+    half_step = quantize_units(x)[1].double().repeat_interleave(UNIT, dim=1) / 2
+    allowed = half_step @ weight.abs().T * 1.00001
+    allowed += (x.double().abs() + half_step) @ parts.T * 2**-23 * (768 // UNIT + 4)
+    error = (linear_groups(x, form, numbers).double() - x.double() @ weight.T).abs()
+    assert (error <= allowed).all()
+    assert (error > 0).any()
+
+
+@NEEDS_NATIVE
+@BY_METHOD
+@BY_FORMAT
+@BY_DTYPE
+def test_products_have_the_bits_of_the_reference(format, method, dtype) -> None:
+    """The last panel of outputs and the last chunk of columns are partial."""
+    numbers = draw_numbers(format, 50, 1280)
+    x, bias = torch.randn(5, 1290)[:, 3:-7].to(dtype), torch.randn(50).to(dtype)
+    x[0, 64:96] = 0.0
+    expected = linear_groups(x, Decoded(format), numbers, bias)
+    assert torch.equal(make(format, numbers, 1280, method, bias, dtype)(x), expected)
+    assert expected.isfinite().all() and expected.any()
+
+
+@NEEDS_NATIVE
+@BY_METHOD
+@pytest.mark.parametrize("num_threads", [1, 2])
+@BY_FORMAT
+def test_rows_and_outputs_are_independent_of_the_others(format, method, num_threads) -> None:
+    torch.set_num_threads(num_threads)
+    size = 256 if isinstance(format, Blocks) else 232
+    numbers = draw_numbers(format, 129, size)
+    x, product = torch.randn(64, size), make(format, numbers, size, method)
+    whole = product(x)
+    assert torch.equal(whole[7:8], linear_groups(x[7:8], Decoded(format), numbers))
+    for rows in (0, 1, 2, 3, 8, 17, 25, 50):
+        assert torch.equal(product(x[:rows]), whole[:rows]), rows
+        assert torch.equal(product(x[7 : 7 + rows]), whole[7 : 7 + rows]), rows
+    few = {name: part[:3] for name, part in numbers.items()}
+    assert torch.equal(make(format, few, size, method)(x), whole[:, :3])
+
+
+@NEEDS_NATIVE
+@BY_METHOD
+@BY_FORMAT
+@pytest.mark.parametrize("largest", [False, True])
+def test_extreme_integers_do_not_saturate(format, method, largest) -> None:
+    numbers = draw_numbers(format, 20, 256)
+    for name, part in numbers.items():
+        if not part.is_floating_point() and name != "scale":
+            limits = torch.iinfo(part.dtype)
+            part.fill_(limits.max if largest else limits.min)
+    numbers["codes"].fill_(2**format.bits - 1 if largest else 0)
+    if format.table is not None and not largest:
+        numbers["codes"].fill_(min(range(16), key=format.table.__getitem__))
+    x = torch.ones(4, 256)
+    x[1], x[2, ::2], x[3, ::5] = -1.0, -1.0, -0.7
+    expected = linear_groups(x, Decoded(format), numbers)
+    assert torch.equal(make(format, numbers, 256, method)(x), expected)
+
+
+@NEEDS_NATIVE
+@BY_METHOD
+@BY_FORMAT
+def test_extreme_scales(format, method) -> None:
+    """Zeros, negative, large, and subnormal float16 numbers. Subnormal float32 numbers are 0."""
+    numbers = draw_numbers(format, 16, 256)
+    values = torch.tensor([0.0, -0.0, 2.0**-14, 2.0**-24, -60000.0, 1.0])
+    if numbers["scale"].dtype is torch.uint8:
+        numbers["scale"][:6] = torch.tensor([2, 3, 4, 128, 150, 170], dtype=torch.uint8)[:, None]
+    else:
+        numbers["scale"][:6] = values[:, None].to(numbers["scale"].dtype)
+    if "minimum" in numbers:
+        numbers["minimum"][:6] = values.flip(0)[:, None].half()
+    x = torch.randn(3, 256)
+    x[1], x[2] = x[1] * 1e20, x[2] * 1e-20
+    expected = linear_groups(x, Decoded(format), numbers)
+    found = make(format, numbers, 256, method)(x)
+    is_normal = expected.abs() > 1e-34
+    assert is_normal.float().mean() > 0.7
+    assert torch.equal(found[is_normal], expected[is_normal])
+    assert (found[~is_normal].abs() <= 1e-34).all()
+
+
+@NEEDS_NATIVE
+@BY_METHOD
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite_stay_in_their_row(method, bad) -> None:
+    format, size = GGML_TYPES[12], 256
+    numbers = draw_numbers(format, 20, size)
+    product, x = make(format, numbers, size, method), torch.randn(6, size)
+    before = product(x)
+    for place in (0, 17, 255):
+        rows = x.clone()
+        rows[3, place] = bad
+        found = product(rows)
+        assert not found[3].isfinite().any()
+        kept = [0, 1, 2, 4, 5]
+        assert torch.equal(found[kept], before[kept])
+
+
+@NEEDS_NATIVE
+@BY_FORMAT
+def test_packed_weights_are_as_small_as_those_of_the_file(format) -> None:
+    """The codes of Q2_K and Q3_K get 4 bits."""
+    size = 4096
+    packed = make(format, draw_numbers(format, 64, size), size, METHODS[0])
+    bits = packed.num_bytes * 8 / (64 * size)
+    assert bits <= {"Q2_K": 5.2, "Q3_K": 4.6}.get(format.describe(), format.num_bits * 1.05)
+
+
+@pytest.mark.parametrize("format", [GGML_TYPES[2], Grouped(4, 32)], ids=["Q4_0", "int4"])
+def test_layers_and_experts_use_the_product_of_their_backend(format) -> None:
+    """Weights are widened where no product exists."""
+    weight = torch.randn(4, 48, 64) * 0.2
+    up = Matrix(format, format.quantized(weight), 64)
+    down = Matrix(format, format.quantized(torch.randn(4, 64, 64)[:, :, :32] * 0.2), 32)
+    hidden, chosen = torch.randn(6, 64), torch.randint(4, (6, 2), dtype=torch.int32)
+    weights = torch.rand(6, 2)
+    bias = torch.randn(48)
+    for linear, moe in ((reference, experts), (native, native_experts)):
+        has_product = bool(METHODS) and linear is native
+        assert format.has_product(linear) == has_product
+        assert not GGML_TYPES[40].has_product(linear)
+        product = format.product(linear, up[1], bias, torch.float32)
+        assert isinstance(product, NativeGroups) == has_product
+        exact = hidden @ up[1].widened(torch.float32).T + bias
+        assert_close(product(hidden), exact, factor=1000 if has_product else 1)
+        half = format.product(linear, up[1], None, torch.float16)(hidden.half())
+        assert_close(half, (exact - bias).half())
+        of_all = format.experts(moe, up[:, :32], down, torch.float32)
+        expected = moe.experts(
+            hidden, weights, chosen, up[:, :32].widened(torch.float32), down.widened(torch.float32)
+        )
+        assert_close(of_all(hidden, weights, chosen), expected, factor=2000 if has_product else 1)

@@ -1,0 +1,430 @@
+// x @ weight.T for small integers in groups of columns (groups.py), with x in int8.
+//
+// A unit is 32 columns. Activations of a row and a unit are integers of 8 bits with one scale. Sums of
+// integers within a unit are exact in any order; units, then blocks, are added in one order, in one
+// lane per output, for any number of rows and threads. So a row's bits do not depend on the batch, and
+// are equal with all registers:
+//
+//     part[block] = sum of units (sum of halves factor * (sum of columns (code - zero) x)) * step
+//     y = sum of blocks part * scale - (sum of units (sum of halves minima * (step * sum of x))) * minimum
+//
+// Weights are packed in panels of 16 outputs. A panel has, unit after unit, one 32-bit word of each
+// output, several times. Four words have the lower 4 bits of 8 codes each: byte b of word j has code
+// 4 j + b, and in its upper half code 16 + 4 j + b. Further words have the fifth bits (bit s of byte b
+// is that of code 4 s + b), or two bits more of 16 codes each. Codes of 8 bits fill eight words.
+#include "../amx.h"
+
+#ifdef __AVX2__
+
+constexpr int64_t PANEL = 16;        // outputs
+constexpr int64_t UNIT = 32;         // columns
+constexpr int64_t BLOCK_ROWS = 24;   // rows that are kept in the cache, with their sums
+constexpr int64_t CHUNK = 32;        // units of a panel that are used for all of these rows
+constexpr int64_t MANY_PANELS = 8;   // panels for which these rows are used, if there are many rows
+constexpr int64_t AHEAD = 4096;      // bytes of codes between a load and its prefetch
+
+// Activations of a row: 32 integers and their scale.
+struct alignas(64) Unit {
+    int32_t words[8];
+    float step;
+    int32_t starts[2];  // of the sums of each half of the columns, or sums of x if outputs have zeros
+    float sums[2];      // step times sum of x of each half
+};
+static_assert(sizeof(Unit) == 64, "a line of the cache");
+
+// Packed weights, as native.py makes them. Arrays are by panel, then by unit, group or block, then by
+// output. Those that a format does not have are null.
+struct PackedGroups {
+    const uint8_t *codes, *scale, *minimum, *zeros;
+    const int8_t *factors;
+    const uint8_t *minima;
+    const int8_t *table;
+    int64_t outputs, columns, units, block, bits, zero, scale_kind, halves;  // block: in units
+
+    int64_t words() const { return bits == 8 ? 8 : bits; }
+};
+
+enum ScaleKind { HALF, BFLOAT16, FLOAT32, EXPONENT };
+
+// --- Registers -------------------------------------------------------------------------------------
+
+// Types of a register of 32-bit words, and conversions that are the same for all.
+#define REGISTER(WIDTH)                                                                            \
+    typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));                                  \
+    typedef float Floats __attribute__((vector_size(4 * WIDTH)));                                  \
+    typedef uint16_t Shorts __attribute__((vector_size(4 * WIDTH)));                               \
+    typedef Ints Unaligned __attribute__((aligned(4)));                                            \
+    typedef Floats UnalignedFloats __attribute__((aligned(4)));                                    \
+    static Ints load(const void* from) { return *(const Unaligned*)from; }                         \
+    static Ints all(int32_t x) { return Ints{} + x; }                                              \
+    static Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+// 256 bits. Products of bytes are added in 16 bits, where they do not reach the limits.
+struct HalfLanes {
+    REGISTER(8)
+
+    // Codes of 8 bits and values of tables are used as numbers with signs.
+    static constexpr int BIAS = 128;
+
+    static Ints look_up(Ints table, Ints index) {
+        return (Ints)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
+    }
+    static Ints table(const int8_t* from) {
+        return (Ints)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+    }
+    static Ints numbers(Ints codes) { return codes ^ all(int32_t(0x80808080)); }
+
+    // Sum of products of four words. MOST: the largest code, or 128 for numbers with signs.
+    template <int MOST>
+    static Ints add(Ints sum, const Ints* w, const int32_t* x) {
+        constexpr int SAFE = MOST == 128 ? 1 : 32767 / (2 * 127 * MOST);
+        constexpr int STEPS = SAFE < 4 ? SAFE : 4;
+        __m256i ones = _mm256_set1_epi16(1);
+        for (int s = 0; s < 4; s += STEPS) {
+            __m256i pairs = product<MOST>(w[s], x[s]);
+            for (int t = s + 1; t < s + STEPS; t++)
+                pairs = _mm256_add_epi16(pairs, product<MOST>(w[t], x[t]));
+            sum += (Ints)_mm256_madd_epi16(pairs, ones);
+        }
+        return sum;
+    }
+    template <int MOST>
+    static __m256i product(Ints w, int32_t word) {
+        __m256i x = _mm256_set1_epi32(word), own = (__m256i)w;
+        if (MOST < 128) return _mm256_maddubs_epi16(own, x);
+        return _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(x, own));
+    }
+    // Numbers of 8 and 16 bits, one per word.
+    static Ints widened(const int8_t* from) {
+        return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+    }
+    static Ints widened(const uint8_t* from) {
+        return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+    }
+    static Ints widened(const uint16_t* from) {
+        return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+    }
+    static Floats from_half(const void* from) {
+        return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+    }
+};
+
+#ifdef __AVX512VNNI__
+// 512 bits. Codes are used without signs, and tables have 128 added.
+struct FullLanes {
+    REGISTER(16)
+
+    static constexpr int BIAS = 0;
+
+    static Ints look_up(Ints table, Ints index) {
+        return (Ints)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
+    }
+    static Ints table(const int8_t* from) {
+        return (Ints)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from)) ^
+            all(int32_t(0x80808080));
+    }
+    static Ints numbers(Ints codes) { return codes; }
+
+    template <int MOST>
+    static Ints add(Ints sum, const Ints* w, const int32_t* x) {
+        for (int s = 0; s < 4; s++)  // GCC 12 spills the sums of its intrinsic to memory.
+            asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w[s]), "m"(x[s]));
+        return sum;
+    }
+    static Ints widened(const int8_t* from) {
+        return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+    }
+    static Ints widened(const uint8_t* from) {
+        return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+    }
+    static Ints widened(const uint16_t* from) {
+        return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+    }
+    static Floats from_half(const void* from) {
+        return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+    }
+};
+#endif
+
+template <class R>
+static typename R::Floats load_scales(const uint8_t* scale, int64_t first, int64_t kind) {
+    typedef typename R::Floats Floats;
+    switch (kind) {
+        case HALF: return R::from_half(scale + 2 * first);
+        case BFLOAT16: return (Floats)(R::widened((const uint16_t*)scale + first) << 16);
+        case FLOAT32: return (Floats)R::load(scale + 4 * first);
+        default: {  // 2^(e - 128); subnormal numbers are 0
+            auto exponent = R::widened(scale + first);
+            return (Floats)(((exponent > 1) & (exponent - 1)) << 23);
+        }
+    }
+}
+
+// --- Codes -------------------------------------------------------------------------------------------
+
+// Makes eight words of codes of 32 columns from the words of a unit.
+template <int BITS, bool TABLE>
+struct Codes {
+    static constexpr int WORDS = BITS;
+    static constexpr bool IS_SIGNED = BITS == 8 || TABLE;  // with HalfLanes
+    static constexpr int MOST = IS_SIGNED ? 128 : (1 << BITS) - 1;
+
+    template <class R>
+    static void unpack(
+        const uint8_t* from, typename R::Ints table, typename R::Ints* codes) {
+        typedef typename R::Ints Ints;
+        typedef typename R::Shorts Shorts;
+        for (int64_t i = 0; i < WORDS; i++) _mm_prefetch((const char*)from + AHEAD + 64 * i, _MM_HINT_T0);
+        if constexpr (BITS == 8) {
+            for (int s = 0; s < 8; s++) codes[s] = R::numbers(R::load(from + 64 * s));
+        } else {
+            Ints lower = R::all(0x0f0f0f0f);
+            for (int s = 0; s < 4; s++) {
+                Ints word = R::load(from + 64 * s);
+                codes[s] = word & lower;
+                codes[4 + s] = (Ints)((Shorts)word >> 4) & lower;
+            }
+            if constexpr (TABLE)
+                for (int s = 0; s < 8; s++) codes[s] = R::look_up(table, codes[s]);
+            if constexpr (BITS == 5) {
+                Shorts more = (Shorts)R::load(from + 256);
+                for (int s = 0; s < 8; s++)
+                    codes[s] |= (Ints)(s < 4 ? more << (4 - s) : more >> (s - 4)) & R::all(0x10101010);
+            }
+            if constexpr (BITS == 6)
+                for (int s = 0; s < 8; s++) {
+                    Shorts more = (Shorts)R::load(from + 256 + s / 4 * 64);
+                    int place = s % 4 * 2;
+                    codes[s] |=
+                        (Ints)(place < 4 ? more << (4 - place) : more >> (place - 4)) & R::all(0x30303030);
+                }
+        }
+    }
+};
+
+// Packs codes [outputs, columns], one byte each. Columns are a multiple of 32.
+EXPORT void pack_codes(
+    const uint8_t* rows, uint32_t* packed, int64_t outputs, int64_t columns, int64_t bits, int threads) {
+    int64_t units = columns / UNIT, words = bits;
+    for_each((outputs + PANEL - 1) / PANEL, threads, [&](int64_t p) {
+        for (int64_t u = 0; u < units; u++) {
+            uint32_t* to = packed + (p * units + u) * words * PANEL;
+            for (int64_t o = 0; o < PANEL; o++) {
+                uint32_t own[8] = {}, made[8] = {};
+                int64_t row = p * PANEL + o;
+                if (row < outputs) memcpy(own, rows + row * columns + u * UNIT, UNIT);
+                for (int s = 0; s < 8; s++) {
+                    uint32_t more = own[s] >> 4 & 0x0f0f0f0f;
+                    if (bits == 8)
+                        made[s] = own[s];
+                    else
+                        made[s % 4] |= (own[s] & 0x0f0f0f0f) << s / 4 * 4;
+                    if (bits == 5) made[4] |= more << s;
+                    if (bits == 6) made[4 + s / 4] |= more << s % 4 * 2;
+                }
+                for (int64_t i = 0; i < words; i++) to[i * PANEL + o] = made[i];
+            }
+        }
+    });
+}
+
+// --- Products ------------------------------------------------------------------------------------------
+
+// Adds blocks to the sums of ROWS rows and the outputs of one register, which start at `lane` of a panel.
+template <class R, class C, int FACTORS, bool MINIMA, int ROWS>
+static void multiply_rows(
+    const PackedGroups& w, int64_t panel, int64_t lane, const Unit* x, int64_t stride, int64_t begin,
+    int64_t end, float* sums, bool first) {
+    typedef typename R::Ints Ints;
+    typedef typename R::Floats Floats;
+    typedef typename R::UnalignedFloats Unaligned;
+    constexpr int HALVES = FACTORS == 2 ? 2 : 1;
+    const uint8_t* codes = w.codes + (panel * w.units * C::WORDS * PANEL + lane) * 4;
+    int64_t first_group = panel * w.units * HALVES, first_block = panel * w.units / w.block;
+    Ints table = {}, zeros = {};
+    if constexpr (C::IS_SIGNED)
+        if (w.table) table = R::table(w.table);
+    Floats total[ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+        total[r] = first ? Floats{} : (Floats)*(const Unaligned*)(sums + r * PANEL + lane);
+    for (int64_t b = begin; b < end; b++) {
+        int64_t place = (first_block + b) * PANEL + lane;
+        Floats part[ROWS] = {}, low[ROWS] = {};
+        if (w.zeros) zeros = R::all(C::IS_SIGNED ? R::BIAS : 0) - R::widened(w.zeros + place);
+        for (int64_t u = b * w.block; u < (b + 1) * w.block; u++) {
+            Ints own[8], factors[2];
+            Floats minima[2];
+            C::template unpack<R>(codes + u * C::WORDS * PANEL * 4, table, own);
+            for (int h = 0; h < HALVES; h++) {
+                int64_t group = (first_group + u * HALVES + h) * PANEL + lane;
+                if (FACTORS) factors[h] = R::widened(w.factors + group);
+                if (FACTORS && MINIMA) minima[h] = R::floats(R::widened(w.minima + group));
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                const Unit& row = x[r * stride + u];
+                Ints found[2];
+                for (int h = 0; h < 2; h++) {
+                    Ints start = R::all(row.starts[h]);
+                    if (w.zeros) start *= zeros;
+                    found[h] = R::template add<C::MOST>(start, own + 4 * h, row.words + 4 * h);
+                }
+                Ints whole = FACTORS == 2 ? found[0] * factors[0] + found[1] * factors[1]
+                    : FACTORS == 1        ? (found[0] + found[1]) * factors[0]
+                                          : found[0] + found[1];
+                part[r] += R::floats(whole) * row.step;
+                if constexpr (MINIMA) {
+                    if constexpr (FACTORS == 2)
+                        low[r] = low[r] + minima[0] * row.sums[0] + minima[1] * row.sums[1];
+                    else if constexpr (FACTORS == 1)
+                        low[r] += minima[0] * (row.sums[0] + row.sums[1]);
+                    else
+                        low[r] += row.sums[0] + row.sums[1];
+                }
+            }
+        }
+        Floats scale = load_scales<R>(w.scale, place, w.scale_kind), minimum;
+        if (MINIMA) minimum = load_scales<R>(w.minimum, place, HALF);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            total[r] += part[r] * scale;
+            if (MINIMA) total[r] -= low[r] * minimum;
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) *(Unaligned*)(sums + r * PANEL + lane) = total[r];
+}
+
+// All rows and outputs of a panel, for some blocks.
+template <class R, class C, int FACTORS, bool MINIMA>
+static void multiply_chunk(
+    const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t begin, int64_t end,
+    float* sums) {
+    constexpr int64_t WIDTH = sizeof(typename R::Ints) / 4;
+    for (int64_t lane = 0; lane < PANEL; lane += WIDTH) {
+        int64_t r = 0;
+        auto run = [&](auto function, int64_t count) {
+            for (; r + count <= rows; r += count)
+                function(
+                    w, panel, lane, x + r * w.units, w.units, begin, end, sums + r * PANEL, begin == 0);
+        };
+        run(multiply_rows<R, C, FACTORS, MINIMA, 4>, 4);
+        run(multiply_rows<R, C, FACTORS, MINIMA, 2>, 2);
+        run(multiply_rows<R, C, FACTORS, MINIMA, 1>, 1);
+    }
+}
+
+typedef void (*Chunk)(
+    const PackedGroups&, int64_t, const Unit*, int64_t, int64_t, int64_t, float*);
+
+// The combinations that formats have.
+template <class R>
+static Chunk chunk_of(const PackedGroups& w) {
+    int64_t factors = w.factors ? w.halves : 0;
+    bool minima = w.minimum != nullptr;
+    if (w.table)
+        return factors ? multiply_chunk<R, Codes<4, true>, 1, false>
+                       : multiply_chunk<R, Codes<4, true>, 0, false>;
+    if (w.bits == 8) return multiply_chunk<R, Codes<8, false>, 0, false>;
+    if (w.bits == 6) return multiply_chunk<R, Codes<6, false>, 2, false>;
+    if (w.bits == 5)
+        return factors ? multiply_chunk<R, Codes<5, false>, 1, true>
+            : minima   ? multiply_chunk<R, Codes<5, false>, 0, true>
+                       : multiply_chunk<R, Codes<5, false>, 0, false>;
+    if (factors == 2)
+        return minima ? multiply_chunk<R, Codes<4, false>, 2, true>
+                      : multiply_chunk<R, Codes<4, false>, 2, false>;
+    return factors ? multiply_chunk<R, Codes<4, false>, 1, true>
+        : minima   ? multiply_chunk<R, Codes<4, false>, 0, true>
+                   : multiply_chunk<R, Codes<4, false>, 0, false>;
+}
+
+// --- Activations -----------------------------------------------------------------------------------------
+
+constexpr float MIN_LARGEST = 1e-30f;  // as in groups.py
+
+// The values of groups.quantize_units. zero: code of the weight 0, or -1 if outputs have zeros.
+template <class T>
+static void quantize_unit(const T* x, int64_t count, int64_t zero, Unit* to) {
+    alignas(64) float wide[UNIT];
+    for (int64_t i = 0; i < UNIT; i += LANES)
+        store(wide + i, count > i ? load_part(x + i, count - i) : Lanes{});
+    __m256i most = _mm256_setzero_si256(), size = _mm256_set1_epi32(0x7fffffff), numbers[4];
+    for (int i = 0; i < 4; i++)  // as integers, in which NaN is larger than infinity
+        most = _mm256_max_epi32(most, _mm256_load_si256((const __m256i*)wide + i) & size);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    float largest = _mm_cvtss_f32(_mm_castsi128_ps(four));
+    largest = largest <= MIN_LARGEST ? MIN_LARGEST : largest;
+    __m256 inverse = _mm256_set1_ps(127.0f / largest);
+    for (int i = 0; i < 4; i++)
+        numbers[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(wide + 8 * i), inverse));
+    __m256i bytes = _mm256_packs_epi16(
+        _mm256_packs_epi32(numbers[0], numbers[1]), _mm256_packs_epi32(numbers[2], numbers[3]));
+    bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_store_si256((__m256i*)to->words, bytes);
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+    __m256i sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    sums = _mm256_hadd_epi32(sums, sums);
+    sums = _mm256_hadd_epi32(sums, sums);
+    to->step = largest / 127.0f;
+    for (int h = 0; h < 2; h++) {
+        int32_t sum = h ? _mm256_extract_epi32(sums, 4) : _mm256_extract_epi32(sums, 0);
+        to->starts[h] = zero < 0 ? sum : int32_t(-zero) * sum;
+        to->sums[h] = to->step * float(sum);
+    }
+}
+
+template <class R, class T>
+static void multiply_groups(
+    const T* x, int64_t stride, int64_t rows, const PackedGroups& w, const T* bias, T* y, int threads) {
+    static thread_local std::vector<Unit> memory;
+    memory.resize(rows * w.units);
+    Unit* units = memory.data();
+    bool is_signed = w.bits == 8 || w.table;
+    // HalfLanes subtracts its bias from signed codes.
+    int64_t zero = w.zeros ? -1 : is_signed ? (w.table ? 128 : w.zero) - R::BIAS : w.zero;
+    for_each(rows, threads_for(rows * w.columns, threads), [&](int64_t r) {
+        for (int64_t u = 0; u < w.units; u++)
+            quantize_unit(x + r * stride + u * UNIT, w.columns - u * UNIT, zero, units + r * w.units + u);
+    });
+    Chunk chunk = chunk_of<R>(w);
+    int64_t panels = (w.outputs + PANEL - 1) / PANEL, blocks = w.units / w.block;
+    int64_t step = rows < BLOCK_ROWS ? blocks : CHUNK / w.block, together = rows < BLOCK_ROWS ? 1 : MANY_PANELS;
+    int64_t items = (panels + together - 1) / together;
+    for_each(items, threads_for(panels * w.units * (16 + 10 * rows), threads), [&](int64_t item) {
+        alignas(64) float sums[MANY_PANELS][BLOCK_ROWS * PANEL];
+        int64_t own = item * together, count = panels - own < together ? panels - own : together;
+        for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
+            int64_t some = rows - begin < BLOCK_ROWS ? rows - begin : BLOCK_ROWS;
+            const Unit* from = units + begin * w.units;
+            for (int64_t b = 0; b < blocks; b += step)
+                for (int64_t p = 0; p < count; p++)
+                    chunk(w, own + p, from, some, b, b + step < blocks ? b + step : blocks, sums[p]);
+            for (int64_t r = 0; r < some; r++)
+                for (int64_t p = 0; p < count; p++) {
+                    int64_t first = (own + p) * PANEL, left = w.outputs - first;
+                    Lanes wide = load(sums[p] + r * PANEL);
+                    if (bias) wide += load_part(bias + first, left);
+                    store_part(y + (begin + r) * w.outputs + first, wide, left);
+                }
+        }
+    });
+}
+
+#define LINEAR_GROUPS(NAME, T, R)                                                                  \
+    EXPORT void linear_groups_##NAME(                                                              \
+        const T* x, int64_t stride, int64_t rows, const PackedGroups* w, const T* bias, T* y,      \
+        int threads) {                                                                             \
+        multiply_groups<R>(x, stride, rows, *w, bias, y, threads);                                 \
+    }
+
+LINEAR_GROUPS(half_lanes_float32, float, HalfLanes)
+LINEAR_GROUPS(half_lanes_bfloat16, BFloat16, HalfLanes)
+#ifdef __AVX512VNNI__
+LINEAR_GROUPS(lanes_float32, float, FullLanes)
+LINEAR_GROUPS(lanes_bfloat16, BFloat16, FullLanes)
+#endif
+#endif
