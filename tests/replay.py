@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from engine import Engine, SamplingParams, engine_config
 from engine.config import BUILTIN_DIR
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import drafters_of
-from engine.runner.backends import machine_words, override_all
+from engine.runner.backends import digest_of, machine_words, override_all
 from engine.weights.model_config import read_config
 from hybridcache.allocators.moves import Copy
 from hybridcache.api import Listener
@@ -49,6 +48,7 @@ from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from tests.lab import test_closed_loop as virtual
+from tests.lab.test_simulate import SMALL
 from tests.oracle import OracleSampler, engine_with
 from tests.selection import ROOT
 
@@ -133,13 +133,6 @@ TIERED = ("chat?head=50", "few-shot?head=40", "short?head=100", "mooncake.jsonl.
 FIXED = "branch,boundary,backoff,every:256,end"
 OTHERS = ("marconi", "gdsf", "sieve", "lhd", "fifo")
 ADMISSIONS = ("sessions", "oldest", "sessions", "longest-match", "sessions", "live:3")
-SMALL = replace(
-    ModelGeometry.preset("qwen3.5-0.8b"),
-    kv_bytes_per_token=10,
-    recurrent_elements=0,
-    conv_bytes=640,
-)
-"""Model with a state as large as the KV of 64 tokens."""
 
 
 def cells(specs: Iterable[str] = TRACES) -> Iterator[tuple[str, Trace, Scenario]]:
@@ -150,17 +143,10 @@ def cells(specs: Iterable[str] = TRACES) -> Iterator[tuple[str, Trace, Scenario]
         unit = trace.unit
         longest = max(one.num_tokens(unit) + one.num_answer_tokens(unit) for one in trace)
         least = SMALL.kv_bytes_per_token * (longest + 640)
-        arena = Scenario(
-            trace,
-            model=SMALL,
-            gib=max(TRACES[spec] * working_set_bytes(trace, SMALL), least) / GIB,
-            admission=ADMISSIONS[number % len(ADMISSIONS)],
-            rate=2.0,
-            seeds=(0,),
-            max_running=6,
-            token_budget=512,
-        )
-        pools = replace(arena, gib=1.4 * arena.size_gib, memory="pools", kv_share=0.7)
+        gib = max(TRACES[spec] * working_set_bytes(trace, SMALL), least) / GIB
+        arena = Scenario(trace, SMALL, gib, rate=2.0, seeds=(0,), max_running=6, token_budget=512)
+        arena = replace(arena, admission=ADMISSIONS[number % len(ADMISSIONS)])
+        pools = replace(arena, gib=1.4 * gib, memory="pools", kv_share=0.7)
         other = OTHERS[number % len(OTHERS)]
         pairs = ("lru", FIXED), ("survival", "adaptive"), (other, "branch,backoff:2")
         for policy, placement in pairs:
@@ -302,17 +288,21 @@ def bit_runs() -> Iterator[tuple[str, Run]]:
         yield f"{family} {dtype} reference", partial(bits, family, dtype, override_all("reference"))
 
 
+PROCESSOR = r"^(?:cpu family|model|model name|stepping|cache size|flags)\s*:.*"
+"""Lines of /proc/cpuinfo by which a library may choose its kernels."""
+
+
 def machine() -> str:
     """Describe all that may change bits and is no part of this repository."""
     import torch
     import transformers
 
     file = Path("/proc/cpuinfo")
-    model = re.search("model name.*: (.*)", file.read_text() if file.is_file() else "")
+    facts = re.findall(PROCESSOR, file.read_text() if file.is_file() else "", re.M)
     limits = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
     words = machine_words(torch.device("cpu")) | {
         "transformers": transformers.__version__,
-        "processor": model[1] if model else platform.machine(),
+        "processor": digest_of("".join(sorted(set(facts))).encode())[:12],
         "limits": " ".join(filter(None, map(os.environ.get, limits))) or "none",
     }
     return "; ".join(f"{name} {word}" for name, word in words.items())
@@ -333,20 +323,21 @@ def hashes(log: Log) -> str:
 def difference(known: Log | str, log: Log) -> str | None:
     """Describe the first difference of ``log`` from another log, or from stored hashes. None if
     they are equal."""
-    is_stored = isinstance(known, str)
-    sides = (known.split(), hashes(log).split()) if isinstance(known, str) else (known, log)
-    pairs = enumerate(itertools.zip_longest(*sides, fillvalue="(no more lines)"))
-    first = next(((place, *pair) for place, pair in pairs if pair[0] != pair[1]), None)
+    parts = (known.split(), hashes(log).split()) if isinstance(known, str) else (known, log)
+    pairs = [*itertools.zip_longest(*parts, fillvalue="(no more lines)")]
+    first = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
     if first is None:
         return None
-    place = min(first[0] * CHUNK, len(log)) if is_stored else first[0]
-    steps, ends = (sum(one.startswith(w) for one in log[:place]) for w in ("step", "request"))
-    shown = [f"now: {line}" for line in log[place : place + CHUNK]]
-    if not is_stored:
-        shown = [f"both: {line}" for line in log[max(0, place - 2) : place]]
-        shown += [f"base: {first[1]}", f"now:  {first[2]}"]
-    lines = f"one of lines {place + 1} to {place + CHUNK}" if is_stored else f"line {place + 1}"
-    at = f"{lines} of {len(log)}, after {steps} lines of steps and {ends} of requests"
+    if isinstance(known, str):
+        place = min(first * CHUNK, len(log))
+        line = f"one of lines {place + 1} to {place + CHUNK}"
+        shown = [f"now: {one}" for one in log[place : place + CHUNK]]
+    else:
+        place, line = first, f"line {first + 1}"
+        shown = [f"both: {one}" for one in log[max(0, place - 2) : place]]
+        shown += [f"base: {pairs[place][0]}", f"now:  {pairs[place][1]}"]
+    steps, ends = (sum(one.startswith(word) for one in log[:place]) for word in ("step", "request"))
+    at = f"{line} of {len(log)}, after {steps} lines of steps and {ends} of requests"
     return "\n    ".join([f"differs first at {at}", *shown])
 
 
@@ -360,12 +351,12 @@ def differences(known: Mapping[str, Any], logs: Mapping[str, Log]) -> list[str]:
 
 
 def read_store() -> dict[str, Any]:
-    return json.loads(STORE.read_text()) if STORE.is_file() else {"decisions": {}, "bits": {}}
+    return json.loads(STORE.read_text())  # type: ignore[no-any-return]
 
 
 def update(logs: Mapping[str, Mapping[str, Log]]) -> None:
     """Store the hashes of ``logs``. If the bits of this machine have changed, the hashes of other
-    machines are out of date, and leave."""
+    machines are out of date and are removed."""
     key, bits = machine(), read_store()["bits"]
     found = {kind: {name: hashes(log) for name, log in of.items()} for kind, of in logs.items()}
     others = bits if bits.get(key, found["bits"]) == found["bits"] else {}
