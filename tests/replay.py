@@ -396,15 +396,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, key, base = read_store(), machine(), options.base
     bits_with = "the hashes of this machine" if key in known["bits"] else "nothing (use --base)"
     known = logs_of(base) if base else known | {"bits": known["bits"].get(key, logs["bits"])}
-    found = [text for kind in logs for text in differences(known[kind], logs[kind])]
-    for text in found[:1]:
-        print(text)
-    for text in found[1:]:
-        print(text.splitlines()[0])
-    print(f"Decisions: {len(logs['decisions'])} runs, compared with {base or STORE.name}.")
-    print(f"Bits: {len(logs['bits'])} runs, compared with {base or bits_with}; {key}.")
-    print(f"{len(found)} runs differ.")
-    return 1 if found else 0
+    found = {kind: differences(known[kind], logs[kind]) for kind in logs}
+    for first, *others in filter(None, found.values()):
+        print("\n".join([first, *(text.splitlines()[0] for text in others)]))
+    sides = {"decisions": base or STORE.name, "bits": f"{base or bits_with}; {key}"}
+    for kind, side in sides.items():
+        num_runs, num_different = len(logs[kind]), len(found[kind])
+        print(f"{kind}: {num_different} of {num_runs} runs differ, compared with {side}.")
+    return 1 if any(found.values()) else 0
 
 
 if __name__ == "__main__":
