@@ -65,9 +65,7 @@ class Recorder(Listener):
     def __init__(self) -> None:
         self.log: Log = []
         self.loop: LoopRun | None = None
-        self._num_ended = 0
-        self._decoding = (-1, 0, 0, 0)
-        """Place of the last line for steps that only decode, their number, decodes and context."""
+        self._num_ended, self._num_decodes = 0, -1
 
     def add_request(self, name: str, request: Any) -> None:
         lost = ", ".join(f"{cause} {n}" for cause, n in request.losses._asdict().items() if n)
@@ -85,18 +83,13 @@ class Recorder(Listener):
     def step_seconds(
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
     ) -> float:
-        """See ``StepTimes``. Consecutive steps that only decode share a line."""
+        """See ``StepTimes``. A step that only decodes has no line if it goes on with the last."""
         self.add_ended()
-        place, count, decodes, first = self._decoding
-        if prefills:
-            spans = " ".join(f"{start}-{end}" for start, end in prefills)
+        goes_on = num_decodes == self._num_decodes and self.log[-1].startswith("step")
+        if prefills or not goes_on:
+            spans = " ".join(f"{start}-{end}" for start, end in prefills) or "nothing"
             self.log.append(f"step: prefill {spans}; {num_decodes} decodes of {context} tokens")
-        else:
-            if place != len(self.log) - 1 or decodes != num_decodes:
-                count, first = 0, context
-                self.log.append("")
-            self._decoding = len(self.log) - 1, count + 1, num_decodes, first
-            self.log[-1] = f"step, {count + 1} times: {num_decodes} decodes of {first} tokens"
+        self._num_decodes = num_decodes
         return virtual.TIMES.step_seconds(prefills, num_decodes, context)
 
     def kv_removed(self, node: Any) -> None:
@@ -195,12 +188,12 @@ class RecordingRunner(virtual.VirtualRunner):
     recorder: Recorder
 
     def forward(self, batch: Any, drawn: Sequence[int] = ()) -> Any:
-        log = self.recorder.log
+        log, words = self.recorder.log, []
         for one in batch.moves:
-            of_copy = " of {0.kind} at {0.position}, {0.src_tier} to {0.dst_tier}"
-            what = of_copy.format(one) if isinstance(one, Copy) else ""
-            log.append(f"{type(one).__name__.lower()}{what}")
-        words = []
+            if isinstance(one, Copy):
+                log.append(f"copy: {one.kind} at {one.position}, {one.src_tier} to {one.dst_tier}")
+            else:
+                log.append(f"{type(one).__name__.lower()}: rows")
         for one in batch.segments:
             kind = f"decode with {one.num_drafts} drafts" if one.is_decode else "prefill"
             saves = "".join(f" saves {position}" for position, _ in one.exports)
@@ -212,23 +205,16 @@ class RecordingRunner(virtual.VirtualRunner):
 def in_engine(policy: str, slots: int | None, overlap: str, drafts: bool, **settings: Any) -> Log:
     """Serve random sessions in virtual time, on memory that proves its reads: two pools, or an
     arena if ``slots`` is None."""
-    recorder = Recorder()
     geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
     runner = RecordingRunner(2500, slots, geometry=geometry)
-    runner.recorder = recorder
-    placement = ("adaptive",) if policy == "survival" else tuple(FIXED.split(","))
-    settings |= {"eviction": policy, "checkpoints": placement, "overlap": overlap}
-    hooks: dict[str, Any] = {}
-    if drafts:
-        drafters = drafters_of({"tree": 4, "mtp": 3}, runner.guess, shares=True)
-        hooks["drafting"] = Drafting(drafters, max_verified=16)
-    engine = engine_with(
-        lambda _: hooks,
-        engine_config(max_running=6, token_budget=256, **settings),
-        runner=runner,
-        sampler=OracleSampler(),
-        clock=lambda: runner.now_s,
-    )
+    recorder = runner.recorder = Recorder()
+    placement = "adaptive" if policy == "survival" else FIXED
+    settings |= {"eviction": policy, "checkpoints": tuple(placement.split(","))}
+    config = engine_config(max_running=6, token_budget=256, overlap=overlap, **settings)
+    drafters = drafters_of({"tree": 4, "mtp": 3}, runner.guess, shares=True)
+    hooks = {"drafting": Drafting(drafters, max_verified=16)} if drafts else {}
+    parts = {"runner": runner, "sampler": OracleSampler(), "clock": lambda: runner.now_s}
+    engine = engine_with(lambda _: hooks, config, **parts)
     engine.cache.subscribe(recorder)
     engine.on_end.append(lambda one: recorder.add_request(str(one.arrival), one))
     virtual.serve(engine, virtual.script(np.random.default_rng(3), 10), 2.0, 3)
