@@ -9,7 +9,7 @@ JOBS ?= 3
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all replay test-environments lint bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
+.PHONY: help install lock demo serve test test-all replay budget test-environments lint bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,9 @@ test-all: install  ## run every test with long profiles, endurance, and mutants 
 
 replay: install  ## compare decisions and bits with tests/replay.json; BASE=HEAD~1 compares with that commit, line by line
 	$(TESTING) $(BIN)/python -m tests.replay $(if $(BASE),--base $(BASE))
+
+budget: install  ## print lines, flags and functions of the walks, and their differences from tests/budget.json
+	$(TESTING) $(BIN)/python -m tests.budget
 
 test-environments: install  ## run the suite without a compiler, with other instruction sets, and in a bare background shell
 	$(TESTING) $(BIN)/python -m tests.run environments

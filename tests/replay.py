@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from engine import Engine, SamplingParams, engine_config
 from engine.config import BUILTIN_DIR
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import drafters_of
-from engine.runner.backends import machine_words, override_all
+from engine.runner.backends import digest_of, machine_words, override_all
 from engine.weights.model_files import read_config
 from hybridcache.allocators.moves import Copy
 from hybridcache.api import Listener
@@ -49,6 +48,7 @@ from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from tests.lab import test_closed_loop as virtual
+from tests.lab.test_simulate import SMALL
 from tests.oracle import OracleSampler, engine_with
 from tests.selection import ROOT
 
@@ -65,9 +65,7 @@ class Recorder(Listener):
     def __init__(self) -> None:
         self.log: Log = []
         self.loop: LoopRun | None = None
-        self._num_ended = 0
-        self._decoding = (-1, 0, 0, 0)
-        """Place of the last line for steps that only decode, their number, decodes and context."""
+        self._num_ended, self._num_decodes = 0, -1
 
     def add_request(self, name: str, request: Any) -> None:
         lost = ", ".join(f"{cause} {n}" for cause, n in request.losses._asdict().items() if n)
@@ -85,18 +83,13 @@ class Recorder(Listener):
     def step_seconds(
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
     ) -> float:
-        """See ``StepTimes``. Consecutive steps that only decode share a line."""
+        """See ``StepTimes``. A step that only decodes has no line if it goes on with the last."""
         self.add_ended()
-        place, count, decodes, first = self._decoding
-        if prefills:
-            spans = " ".join(f"{start}-{end}" for start, end in prefills)
+        goes_on = num_decodes == self._num_decodes and self.log[-1].startswith("step")
+        if prefills or not goes_on:
+            spans = " ".join(f"{start}-{end}" for start, end in prefills) or "nothing"
             self.log.append(f"step: prefill {spans}; {num_decodes} decodes of {context} tokens")
-        else:
-            if place != len(self.log) - 1 or decodes != num_decodes:
-                count, first = 0, context
-                self.log.append("")
-            self._decoding = len(self.log) - 1, count + 1, num_decodes, first
-            self.log[-1] = f"step, {count + 1} times: {num_decodes} decodes of {first} tokens"
+        self._num_decodes = num_decodes
         return virtual.TIMES.step_seconds(prefills, num_decodes, context)
 
     def kv_removed(self, node: Any) -> None:
@@ -133,13 +126,6 @@ TIERED = ("chat?head=50", "few-shot?head=40", "short?head=100", "mooncake.jsonl.
 FIXED = "branch,boundary,backoff,every:256,end"
 OTHERS = ("marconi", "gdsf", "sieve", "lhd", "fifo")
 ADMISSIONS = ("sessions", "oldest", "sessions", "longest-match", "sessions", "live:3")
-SMALL = replace(
-    ModelGeometry.preset("qwen3.5-0.8b"),
-    kv_bytes_per_token=10,
-    recurrent_elements=0,
-    conv_bytes=640,
-)
-"""Model with a state as large as the KV of 64 tokens."""
 
 
 def cells(specs: Iterable[str] = TRACES) -> Iterator[tuple[str, Trace, Scenario]]:
@@ -150,17 +136,10 @@ def cells(specs: Iterable[str] = TRACES) -> Iterator[tuple[str, Trace, Scenario]
         unit = trace.unit
         longest = max(one.num_tokens(unit) + one.num_answer_tokens(unit) for one in trace)
         least = SMALL.kv_bytes_per_token * (longest + 640)
-        arena = Scenario(
-            trace,
-            model=SMALL,
-            gib=max(TRACES[spec] * working_set_bytes(trace, SMALL), least) / GIB,
-            admission=ADMISSIONS[number % len(ADMISSIONS)],
-            rate=2.0,
-            seeds=(0,),
-            max_running=6,
-            token_budget=512,
-        )
-        pools = replace(arena, gib=1.4 * arena.size_gib, memory="pools", kv_share=0.7)
+        gib = max(TRACES[spec] * working_set_bytes(trace, SMALL), least) / GIB
+        arena = Scenario(trace, SMALL, gib, rate=2.0, seeds=(0,), max_running=6, token_budget=512)
+        arena = replace(arena, admission=ADMISSIONS[number % len(ADMISSIONS)])
+        pools = replace(arena, gib=1.4 * gib, memory="pools", kv_share=0.7)
         other = OTHERS[number % len(OTHERS)]
         pairs = ("lru", FIXED), ("survival", "adaptive"), (other, "branch,backoff:2")
         for policy, placement in pairs:
@@ -209,12 +188,12 @@ class RecordingRunner(virtual.VirtualRunner):
     recorder: Recorder
 
     def forward(self, batch: Any, drawn: Sequence[int] = ()) -> Any:
-        log = self.recorder.log
+        log, words = self.recorder.log, []
         for one in batch.moves:
-            of_copy = " of {0.kind} at {0.position}, {0.src_tier} to {0.dst_tier}"
-            what = of_copy.format(one) if isinstance(one, Copy) else ""
-            log.append(f"{type(one).__name__.lower()}{what}")
-        words = []
+            if isinstance(one, Copy):
+                log.append(f"copy: {one.kind} at {one.position}, {one.src_tier} to {one.dst_tier}")
+            else:
+                log.append(f"{type(one).__name__.lower()}: rows")
         for one in batch.segments:
             kind = f"decode with {one.num_drafts} drafts" if one.is_decode else "prefill"
             saves = "".join(f" saves {position}" for position, _ in one.exports)
@@ -226,23 +205,16 @@ class RecordingRunner(virtual.VirtualRunner):
 def in_engine(policy: str, slots: int | None, overlap: str, drafts: bool, **settings: Any) -> Log:
     """Serve random sessions in virtual time, on memory that proves its reads: two pools, or an
     arena if ``slots`` is None."""
-    recorder = Recorder()
     geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
     runner = RecordingRunner(2500, slots, geometry=geometry)
-    runner.recorder = recorder
-    placement = ("adaptive",) if policy == "survival" else tuple(FIXED.split(","))
-    settings |= {"eviction": policy, "checkpoints": placement, "overlap": overlap}
-    hooks: dict[str, Any] = {}
-    if drafts:
-        drafters = drafters_of({"tree": 4, "mtp": 3}, runner.guess, shares=True)
-        hooks["drafting"] = Drafting(drafters, max_verified=16)
-    engine = engine_with(
-        lambda _: hooks,
-        engine_config(max_running=6, token_budget=256, **settings),
-        runner=runner,
-        sampler=OracleSampler(),
-        clock=lambda: runner.now_s,
-    )
+    recorder = runner.recorder = Recorder()
+    placement = "adaptive" if policy == "survival" else FIXED
+    settings |= {"eviction": policy, "checkpoints": tuple(placement.split(","))}
+    config = engine_config(max_running=6, token_budget=256, overlap=overlap, **settings)
+    drafters = drafters_of({"tree": 4, "mtp": 3}, runner.guess, shares=True)
+    hooks = {"drafting": Drafting(drafters, max_verified=16)} if drafts else {}
+    parts = {"runner": runner, "sampler": OracleSampler(), "clock": lambda: runner.now_s}
+    engine = engine_with(lambda _: hooks, config, **parts)
     engine.cache.subscribe(recorder)
     engine.on_end.append(lambda one: recorder.add_request(str(one.arrival), one))
     virtual.serve(engine, virtual.script(np.random.default_rng(3), 10), 2.0, 3)
@@ -302,17 +274,21 @@ def bit_runs() -> Iterator[tuple[str, Run]]:
         yield f"{family} {dtype} reference", partial(bits, family, dtype, override_all("reference"))
 
 
+PROCESSOR = r"^(?:cpu family|model|model name|stepping|cache size|flags)\s*:.*"
+"""Lines of /proc/cpuinfo by which a library may choose its kernels."""
+
+
 def machine() -> str:
     """Describe all that may change bits and is no part of this repository."""
     import torch
     import transformers
 
     file = Path("/proc/cpuinfo")
-    model = re.search("model name.*: (.*)", file.read_text() if file.is_file() else "")
+    facts = re.findall(PROCESSOR, file.read_text() if file.is_file() else "", re.M)
     limits = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
     words = machine_words(torch.device("cpu")) | {
         "transformers": transformers.__version__,
-        "processor": model[1] if model else platform.machine(),
+        "processor": digest_of("".join(sorted(set(facts))).encode())[:12],
         "limits": " ".join(filter(None, map(os.environ.get, limits))) or "none",
     }
     return "; ".join(f"{name} {word}" for name, word in words.items())
@@ -333,20 +309,21 @@ def hashes(log: Log) -> str:
 def difference(known: Log | str, log: Log) -> str | None:
     """Describe the first difference of ``log`` from another log, or from stored hashes. None if
     they are equal."""
-    is_stored = isinstance(known, str)
-    sides = (known.split(), hashes(log).split()) if isinstance(known, str) else (known, log)
-    pairs = enumerate(itertools.zip_longest(*sides, fillvalue="(no more lines)"))
-    first = next(((place, *pair) for place, pair in pairs if pair[0] != pair[1]), None)
+    parts = (known.split(), hashes(log).split()) if isinstance(known, str) else (known, log)
+    pairs = [*itertools.zip_longest(*parts, fillvalue="(no more lines)")]
+    first = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
     if first is None:
         return None
-    place = min(first[0] * CHUNK, len(log)) if is_stored else first[0]
-    steps, ends = (sum(one.startswith(w) for one in log[:place]) for w in ("step", "request"))
-    shown = [f"now: {line}" for line in log[place : place + CHUNK]]
-    if not is_stored:
-        shown = [f"both: {line}" for line in log[max(0, place - 2) : place]]
-        shown += [f"base: {first[1]}", f"now:  {first[2]}"]
-    lines = f"one of lines {place + 1} to {place + CHUNK}" if is_stored else f"line {place + 1}"
-    at = f"{lines} of {len(log)}, after {steps} lines of steps and {ends} of requests"
+    if isinstance(known, str):
+        place = min(first * CHUNK, len(log))
+        line = f"one of lines {place + 1} to {place + CHUNK}"
+        shown = [f"now: {one}" for one in log[place : place + CHUNK]]
+    else:
+        place, line = first, f"line {first + 1}"
+        shown = [f"both: {one}" for one in log[max(0, place - 2) : place]]
+        shown += [f"base: {pairs[place][0]}", f"now:  {pairs[place][1]}"]
+    steps, ends = (sum(one.startswith(word) for one in log[:place]) for word in ("step", "request"))
+    at = f"{line} of {len(log)}, after {steps} lines of steps and {ends} of requests"
     return "\n    ".join([f"differs first at {at}", *shown])
 
 
@@ -360,12 +337,12 @@ def differences(known: Mapping[str, Any], logs: Mapping[str, Log]) -> list[str]:
 
 
 def read_store() -> dict[str, Any]:
-    return json.loads(STORE.read_text()) if STORE.is_file() else {"decisions": {}, "bits": {}}
+    return json.loads(STORE.read_text())  # type: ignore[no-any-return]
 
 
 def update(logs: Mapping[str, Mapping[str, Log]]) -> None:
     """Store the hashes of ``logs``. If the bits of this machine have changed, the hashes of other
-    machines are out of date, and leave."""
+    machines are out of date and are removed."""
     key, bits = machine(), read_store()["bits"]
     found = {kind: {name: hashes(log) for name, log in of.items()} for kind, of in logs.items()}
     others = bits if bits.get(key, found["bits"]) == found["bits"] else {}
@@ -405,15 +382,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, key, base = read_store(), machine(), options.base
     bits_with = "the hashes of this machine" if key in known["bits"] else "nothing (use --base)"
     known = logs_of(base) if base else known | {"bits": known["bits"].get(key, logs["bits"])}
-    found = [text for kind in logs for text in differences(known[kind], logs[kind])]
-    for text in found[:1]:
-        print(text)
-    for text in found[1:]:
-        print(text.splitlines()[0])
-    print(f"Decisions: {len(logs['decisions'])} runs, compared with {base or STORE.name}.")
-    print(f"Bits: {len(logs['bits'])} runs, compared with {base or bits_with}; {key}.")
-    print(f"{len(found)} runs differ.")
-    return 1 if found else 0
+    found = {kind: differences(known[kind], logs[kind]) for kind in logs}
+    for first, *others in filter(None, found.values()):
+        print("\n".join([first, *(text.splitlines()[0] for text in others)]))
+    sides = {"decisions": base or STORE.name, "bits": f"{base or bits_with}; {key}"}
+    for kind, side in sides.items():
+        num_runs, num_different = len(logs[kind]), len(found[kind])
+        print(f"{kind}: {num_different} of {num_runs} runs differ, compared with {side}.")
+    return 1 if any(found.values()) else 0
 
 
 if __name__ == "__main__":
