@@ -267,44 +267,56 @@ _FALLBACK = re.compile("<0x([0-9A-F]{2})>")
 """Token of one byte in vocabularies that are not byte-level."""
 
 
-class HFTokenizer(Tokenizer):
-    """A ``tokenizer.json`` with the template, special tokens and end tokens of its directory.
-    ``transformers`` is used only to convert a directory without a ``tokenizer.json``."""
+class BackendTokenizer(Tokenizer):
+    """Tokenizer of the library ``tokenizers``, with settings as in a ``tokenizer_config.json``."""
 
-    def __init__(self, model_dir: Path = BUILTIN_DIR, max_ids: int | None = None) -> None:
-        """Load the files of ``model_dir``. ``max_ids`` is the number of ids of the model. Raises
-        FileNotFoundError if there is no tokenizer, and ValueError if it has more ids."""
-        self._backend = _load_backend(model_dir)
-        settings = read_json(model_dir / "tokenizer_config.json")
-        added = self._backend.get_added_tokens_decoder()
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any],
+        *,
+        eos_token_ids: Iterable[int] = (),
+        max_ids: int | None = None,
+        source: str = "the model",
+    ) -> None:
+        """Take ``backend`` over, and apply ``settings`` to it as ``transformers`` does.
+
+        ``settings``: special tokens by name (``bos_token``, ``eos_token`` ...), ``chat_template``,
+        ``added_tokens_decoder``, ``additional_special_tokens`` and ``split_special_tokens``, all
+        optional. ``eos_token_ids`` also end an answer. ``max_ids`` is the number of ids of the
+        model. Raises ValueError, which names ``source``, if the tokenizer has more ids.
+        """
+        self._backend = backend
+        before = backend.get_added_tokens_decoder()
+        _apply_settings(backend, settings)
+        added = backend.get_added_tokens_decoder()
+        # The library does not show tokens that were special before.
+        special = {i for tokens in (before, added) for i, token in tokens.items() if token.special}
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         # The model's table may be padded, and a few added tokens past its end are never used.
-        num_ids = self._backend.get_vocab_size(with_added_tokens=False)
+        num_ids = backend.get_vocab_size(with_added_tokens=False)
         if max_ids is not None and num_ids > max_ids:
             raise ValueError(
-                f"the tokenizer of {model_dir} has {num_ids:,} token ids, and the model has "
+                f"the tokenizer of {source} has {num_ids:,} token ids, and the model has "
                 f"{max_ids:,}: use the tokenizer that belongs to the model."
             )
         self.special_tokens = tuple(
             token.content
-            for token in added.values()
+            for token_id, token in added.items()
             if not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+            and not (token_id in special and backend.encode_special_tokens)
         )
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self.hidden_ids = frozenset(
-            token_id
-            for token_id, token in added.items()
-            if token.special and token.content not in MARKS
-        )
+        self.hidden_ids = frozenset(i for i in special if self._added[i] not in MARKS)
         self.control_ids = frozenset(i for i in self.hidden_ids if len(self._added[i]) > 1)
         self.control_tokens = tuple(self._added[i] for i in self.control_ids)
-        own_eos = self._backend.token_to_id(_content(settings.get("eos_token")) or "")
-        self.eos_token_ids = named_eos(model_dir) | (set() if own_eos is None else {own_eos})
-        self.chat_template = _find_template(model_dir, settings)
-        self._is_byte_level = type(self._backend.decoder).__name__ == "ByteLevel"
+        own_eos = backend.token_to_id(_content(settings.get("eos_token")) or "")
+        self.eos_token_ids = frozenset(eos_token_ids) | (set() if own_eos is None else {own_eos})
+        self.chat_template = _find_template(settings)
+        self._is_byte_level = type(backend.decoder).__name__ == "ByteLevel"
         # Texts on either side of a special token are encoded independently, except by a tokenizer
         # that treats the first word of a text differently.
-        adds_space = b'"add_prefix_space":true' in pickle.dumps(self._backend.pre_tokenizer)
+        adds_space = b'"add_prefix_space":true' in pickle.dumps(backend.pre_tokenizer)
         # With a group, so that splitting keeps the special tokens.
         walls = f"({any_of(self.special_tokens).pattern})"
         self._walls = re.compile(walls) if self._is_byte_level and not adds_space else None
@@ -368,6 +380,22 @@ class HFTokenizer(Tokenizer):
         return described
 
 
+class HFTokenizer(BackendTokenizer):
+    """A ``tokenizer.json`` with the template, special tokens and end tokens of its directory.
+    ``transformers`` is used only to convert a directory without a ``tokenizer.json``."""
+
+    def __init__(self, model_dir: Path = BUILTIN_DIR, max_ids: int | None = None) -> None:
+        """Load the files of ``model_dir``. ``max_ids`` is the number of ids of the model. Raises
+        FileNotFoundError if there is no tokenizer, and ValueError if it has more ids."""
+        super().__init__(
+            _load_backend(model_dir),
+            _read_settings(model_dir),
+            eos_token_ids=named_eos(model_dir),
+            max_ids=max_ids,
+            source=str(model_dir),
+        )
+
+
 def named_eos(model_dir: Path) -> frozenset[int]:
     """Return the end tokens of generation_config.json, or else of config.json."""
     config = read_json(model_dir / "config.json")
@@ -416,18 +444,82 @@ def read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} is not an object in JSON: download it again.")
 
 
-def _find_template(model_dir: Path, settings: dict[str, Any]) -> ChatTemplate | None:
+def _read_settings(model_dir: Path) -> dict[str, Any]:
+    """Return the tokenizer_config.json of a directory, with the contents of the files that replace
+    or complete it."""
+    settings = read_json(model_dir / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:  # Files of older versions of transformers.
+        settings |= read_json(model_dir / "special_tokens_map.json")
+        added = read_json(model_dir / "added_tokens.json")
+        special = {*map(_content, _special_tokens(settings))}
+        settings["added_tokens"] = [
+            {"content": text, "normalized": text not in special, "special": text in special}
+            for text in sorted(added, key=added.__getitem__)
+        ]
     path = model_dir / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
+    if path.exists():
+        settings["chat_template"] = path.read_text(encoding="utf-8")
+    return settings
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``bos_token``, ``image_token`` and the others that have a name, as text or object."""
+    named = {name: token for name, token in settings.items() if name.endswith("_token")}
+    others = settings.get("extra_special_tokens")
+    named |= others if isinstance(others, dict) else {}
+    return {name: token for name, token in named.items() if isinstance(token, str | dict)}
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
+    """Return the special tokens in ``settings``, each as text or object."""
+    others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    return [*_named_tokens(settings).values(), *(others if isinstance(others, list) else ())]
+
+
+def _apply_settings(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Change ``backend`` as ``transformers`` does (class TokenizersBackend).
+
+    Truncation, padding and dropout, which a trainer may have left in the file, are switched off.
+    The tokens in ``settings`` are added or get other flags.
+    """
+    from tokenizers import AddedToken
+
+    backend.no_truncation()
+    backend.no_padding()
+    if hasattr(backend.model, "dropout"):
+        backend.model.dropout = None
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
+    known = {token.content: repr(token) for token in backend.get_added_tokens_decoder().values()}
+    named = {*map(_content, _named_tokens(settings).values())}
+
+    def described(token: str | dict[str, Any]) -> AddedToken:
+        flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+        given = {} if isinstance(token, str) else {k: token[k] for k in flags if k in token}
+        if isinstance(token, str) or token["content"] in named:
+            given["special"] = True
+        return AddedToken(_content(token), **given)
+
+    listed = settings.get("added_tokens_decoder") or {}
+    new = [described(listed[token_id]) for token_id in sorted(listed, key=int)]
+    new = [token for token in new if known.get(token.content) != repr(token)]
+    names = {*known, *(token.content for token in new)}
+    for token in [*settings.get("added_tokens", ()), *_special_tokens(settings)]:
+        text = _content(token)
+        if text and text not in names:
+            names.add(text)
+            new.append(described(token))
+    backend.add_tokens(new)
+
+
+def _find_template(settings: Mapping[str, Any]) -> ChatTemplate | None:
+    source = settings.get("chat_template")
     if isinstance(source, list):
         source = next((one["template"] for one in source if one["name"] == "default"), None)
     if source is None:
         return None
-    specials = {
-        name: _content(settings.get(name)) or ""
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-    }
-    return ChatTemplate(source, specials)
+    absent = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
+    named = {name: _content(token) or "" for name, token in _named_tokens(settings).items()}
+    return ChatTemplate(source, absent | named)
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast as TokenizersBackend
 
 from engine import engine_config
 from engine.engine import load_tokenizer_of
-from engine.text.tokenizer import ChatTemplate, HFTokenizer, Tokenizer
+from engine.text.tokenizer import BackendTokenizer, ChatTemplate, HFTokenizer, Tokenizer
 
 CORPUS = [
     "hello world, hello caché",
@@ -195,3 +197,113 @@ def test_chat_templates_are_found_in_all_their_places(model_dir: Path, tmp_path:
     source = "{{ {'b': 1, 'a': '<'}|tojson(separators=(',', ':'), sort_keys=true) }}"
     (tmp_path / "chat_template.jinja").write_text(source)
     assert render() == '{"a":"<","b":1}', "as transformers writes it"
+
+
+# --- Settings -------------------------------------------------------------------------------------
+
+TEXT = "hello  world, hello caché <tool> x<tool>  y <|im_end|>" + " hello" * 100
+LEFT_BY_TRAINERS = {
+    "truncation": {
+        "truncation": {
+            "direction": "Right",
+            "max_length": 5,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        }
+    },
+    "padding": {
+        "padding": {
+            "strategy": {"Fixed": 640},
+            "direction": "Left",
+            "pad_to_multiple_of": 64,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "!",
+        }
+    },
+    "dropout": {"dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("left", LEFT_BY_TRAINERS)
+def test_settings_left_by_a_trainer_do_not_act(model_dir: Path, tmp_path: Path, left: str) -> None:
+    """Guard against prompts of 4,001 tokens that are served as 74 of them."""
+    described = json.loads((model_dir / "tokenizer.json").read_text())
+    part = described["model"] if left == "dropout" else described
+    part |= LEFT_BY_TRAINERS[left]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    expected = HFTokenizer(model_dir).encode(TEXT)
+    assert len(expected) > 100
+    assert HFTokenizer(tmp_path).encode(TEXT) == expected
+
+
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+TOOL = {"content": "<tool>", "special": False} | FLAGS
+
+
+def _listed(*changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of a settings file for ``<tool>`` with each of the ``changes``."""
+    return {"added_tokens_decoder": {str(900 - i): TOOL | one for i, one in enumerate(changes)}}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "tokens only in the settings": _listed({}, {"content": "llo"}),
+    "spaces on the left belong to a token": _listed({"lstrip": True}),
+    "spaces on the right belong to a token": _listed({"rstrip": True}),
+    "a token is a whole word": _listed({"single_word": True}),
+    "a token becomes special": _listed({"special": True}),
+    "other flags of a token in the file": _listed({"content": EOS, "lstrip": True}),
+    "a named token that is an ordinary one": {"eos_token": "o", "bos_token": "<begin>"},
+    "more special tokens": {"additional_special_tokens": ["<tool>", "wor"]},
+    "more special tokens with names": {"extra_special_tokens": {"tool_token": "<tool>"}},
+    "an object as a named token": {
+        "eos_token": TOOL | {"__type": "AddedToken", "special": True, "rstrip": True}
+    },
+    "special tokens are split": {"split_special_tokens": True},
+    "a beginning and an end are asked for": {
+        "add_bos_token": True,
+        "add_eos_token": True,
+        "bos_token": EOS,
+        "eos_token": EOS,
+    },
+    "spaces are cleaned up": {"clean_up_tokenization_spaces": True},
+    "a longest text": {"model_max_length": 5, "truncation_side": "left", "padding_side": "left"},
+    "a prefix": {"add_prefix_space": True},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_act_as_in_transformers(model_dir: Path, tmp_path: Path, setting: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((model_dir / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(SETTINGS[setting]))
+    _compare_with_transformers(tmp_path)
+
+
+def test_files_of_older_versions_of_transformers_are_read(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((model_dir / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    named = {"eos_token": EOS, "bos_token": {"content": "<begin>"} | FLAGS}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": 901, "wor": 900, EOS: 0}))
+    _compare_with_transformers(tmp_path)
+    tokenizer = HFTokenizer(tmp_path)
+    assert tokenizer.eos_token_ids == {*tokenizer.encode(EOS, add_special_tokens=False)[-1:]}
+
+
+def _compare_with_transformers(folder: Path) -> None:
+    ours, theirs = HFTokenizer(folder), TokenizersBackend.from_pretrained(folder)
+    for with_special in (False, True):
+        expected = theirs(TEXT, add_special_tokens=with_special).input_ids
+        assert ours.encode(TEXT, add_special_tokens=with_special) == expected
+        for skip in (False, True):
+            decoded = theirs.decode(expected, skip_special_tokens=skip)
+            assert ours.decode(expected, skip_special_tokens=skip) == decoded
+
+
+def test_a_tokenizer_needs_no_folder() -> None:
+    settings = {"eos_token": EOS, "chat_template": "{{ eos_token }}", "pad_token": "<pad>"}
+    tokenizer = BackendTokenizer(_train("byte-level"), settings, eos_token_ids=[7])
+    [eos, pad] = tokenizer.encode(f"{EOS}<pad>", add_special_tokens=False)
+    assert tokenizer.eos_token_ids == {7, eos} and tokenizer.hidden_ids >= {eos, pad}
+    assert tokenizer.chat_template.render([]) == EOS
+    assert tokenizer.decode([*tokenizer.encode("naïve"), pad]) == "naïve"

