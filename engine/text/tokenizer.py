@@ -7,7 +7,6 @@ from __future__ import annotations
 import codecs
 import datetime
 import json
-import pickle
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -287,11 +286,11 @@ class BackendTokenizer(Tokenizer):
         model. Raises ValueError, which names ``source``, if the tokenizer has more ids.
         """
         self._backend = backend
-        before = backend.get_added_tokens_decoder()
+        marked = backend.get_added_tokens_decoder()
         _apply_settings(backend, settings)
         added = backend.get_added_tokens_decoder()
         # The library does not show tokens that were special before.
-        special = {i for tokens in (before, added) for i, token in tokens.items() if token.special}
+        special = {i for tokens in (marked, added) for i, token in tokens.items() if token.special}
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         # The model's table may be padded, and a few added tokens past its end are never used.
         num_ids = backend.get_vocab_size(with_added_tokens=False)
@@ -313,13 +312,25 @@ class BackendTokenizer(Tokenizer):
         own_eos = backend.token_to_id(_content(settings.get("eos_token")) or "")
         self.eos_token_ids = frozenset(eos_token_ids) | (set() if own_eos is None else {own_eos})
         self.chat_template = _find_template(settings)
-        self._is_byte_level = type(backend.decoder).__name__ == "ByteLevel"
+        before = [*_steps(backend.normalizer), *_steps(backend.pre_tokenizer)]
+        after = _steps(backend.decoder)
+        self._is_byte_level = any(step["type"] == "ByteLevel" for step in [*before, *after])
+        letters = "".join(map(_letter, after))
+        if not ({*letters} <= {*"LF"} if self._is_byte_level else _STREAMED.fullmatch(letters)):
+            names = ", ".join(step["type"] for step in after)
+            raise ValueError(
+                f"the tokenizer of {source} is not supported: with its decoder ({names}) the text "
+                "of a token depends on other tokens."
+            )
         # Texts on either side of a special token are encoded independently, except by a tokenizer
-        # that treats the first word of a text differently.
-        adds_space = b'"add_prefix_space":true' in pickle.dumps(backend.pre_tokenizer)
+        # that treats the beginning or the end of a text differently.
+        has_ends = any(
+            step["type"] in ("Metaspace", "Prepend", "Strip") or step.get("add_prefix_space")
+            for step in before
+        ) or any(token.single_word for token in added.values())
         # With a group, so that splitting keeps the special tokens.
         walls = f"({any_of(self.special_tokens).pattern})"
-        self._walls = re.compile(walls) if self._is_byte_level and not adds_space else None
+        self._walls = re.compile(walls) if self._is_byte_level and not has_ends else None
         self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)
         """Token ids of text pieces, by namespace."""
 
@@ -360,20 +371,20 @@ class BackendTokenizer(Tokenizer):
         return ids
 
     def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id].encode()
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
-        if not self._is_byte_level:
-            if byte := _FALLBACK.fullmatch(token):
-                return bytes.fromhex(byte[1])
-            alone, twice = (self._backend.decode([token_id] * n, False) for n in (1, 2))
-            return str(alone if starts_text else twice[len(alone) :]).encode()
-        try:
-            return bytes(map(_BYTE_OF.__getitem__, token))
-        except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.
-            return token.encode()
+        if self._is_byte_level:
+            if token_id in self._added:
+                return self._added[token_id].encode()
+            try:
+                return bytes(map(_BYTE_OF.__getitem__, token))
+            except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.
+                return token.encode()
+        alone, twice = (self._backend.decode([token_id] * n, False) for n in (1, 2))
+        if alone == "\ufffd" and (byte := _FALLBACK.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        return str(alone if starts_text else twice[len(alone) :]).encode()
 
     def as_json(self) -> str:
         described: str = self._backend.to_str()
@@ -525,6 +536,35 @@ def _find_template(settings: Mapping[str, Any]) -> ChatTemplate | None:
 def _content(token: str | dict[str, Any] | None) -> str | None:
     """Return the text of a special token, which settings write as a string or as an object."""
     return token["content"] if isinstance(token, dict) else token
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """Return the descriptions of a normalizer, pre-tokenizer or decoder. Those of a sequence, at
+    any depth, follow each other."""
+
+    def flat(described: dict[str, Any]) -> list[dict[str, Any]]:
+        if described["type"] != "Sequence":
+            return [described]
+        inner = next(value for value in described.values() if isinstance(value, list))
+        return [step for one in inner for step in flat(one)]
+
+    return [] if part is None else flat(json.loads(part.__getstate__()))
+
+
+_STREAMED = re.compile("[RrqSsMW]*|[RrqSsM]*B+(F[Frs]*)?|[RrqSsMW]*F[FrqsM]*")
+"""Decoders whose tokens have the same text everywhere in a text, except for its first token. Each
+letter is a step: see ``_letter``."""
+
+
+def _letter(step: dict[str, Any]) -> str:
+    """Return the letter of a decoder's step. A small one does not look beyond one character."""
+    if step["type"] == "Replace":
+        text = step["pattern"].get("String", "")
+        return "R" if len(text) != 1 else "r" if text.isascii() else "q"
+    if step["type"] == "Strip":
+        return "s" if step["start"] <= 1 and not step["stop"] else "S"
+    letters = {"ByteFallback": "B", "ByteLevel": "L", "Fuse": "F", "Metaspace": "M"}
+    return letters.get(step["type"], "W" if step["type"] == "WordPiece" else "?")
 
 
 def _letters_of_bytes() -> dict[str, int]:
