@@ -4,6 +4,7 @@ decoders of streams.
 
 from __future__ import annotations
 
+import base64
 import codecs
 import datetime
 import json
@@ -398,9 +399,10 @@ class HFTokenizer(BackendTokenizer):
     def __init__(self, model_dir: Path = BUILTIN_DIR, max_ids: int | None = None) -> None:
         """Load the files of ``model_dir``. ``max_ids`` is the number of ids of the model. Raises
         FileNotFoundError if there is no tokenizer, and ValueError if it has more ids."""
+        settings = _read_settings(model_dir)
         super().__init__(
-            _load_backend(model_dir),
-            _read_settings(model_dir),
+            _load_backend(model_dir, settings),
+            settings,
             eos_token_ids=named_eos(model_dir),
             max_ids=max_ids,
             source=str(model_dir),
@@ -421,26 +423,80 @@ def named_eos(model_dir: Path) -> frozenset[int]:
 
 def has_tokenizer(model_dir: Path) -> bool:
     """Return True if there is a tokenizer.json, or a file that it can be converted from."""
-    forms = "tokenizer.json", "tokenizer.model", "vocab*"
+    forms = "tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab*"
     return any(any(model_dir.glob(form)) for form in forms)
 
 
-def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
+def _load_backend(model_dir: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     import tokenizers
 
-    path = model_dir / "tokenizer.json"
-    if path.exists():
-        try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library has no class of its own.
-            raise ValueError(f"{path} cannot be read ({error}): download it again.") from error
+    path, ranks = model_dir / "tokenizer.json", model_dir / "tiktoken.model"
     if not has_tokenizer(model_dir):
         raise FileNotFoundError(
             f"No tokenizer in {model_dir}: put the model's tokenizer.json there."
         )
+    try:
+        if path.exists():
+            return tokenizers.Tokenizer.from_file(str(path))
+        if ranks.exists():
+            return _convert_ranks(ranks, settings)
+    except Exception as error:  # The library has no class of its own.
+        read = path if path.exists() else ranks
+        raise ValueError(f"{read} cannot be read ({error}): download it again.") from error
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_dir, local_files_only=True).backend_tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True).backend_tokenizer
+    except Exception as error:  # A missing package, or a file of another form.
+        raise ValueError(
+            f"the tokenizer of {model_dir} cannot be converted ({error}): put the model's "
+            "tokenizer.json there."
+        ) from error
+
+
+_BEFORE, _AFTER = r"[^\r\n\p{L}\p{N}]?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+KIMI_WORDS = (
+    rf"[\p{{Han}}]+|{_BEFORE}{_UPPER}*{_LOWER}+{_AFTER}|{_BEFORE}{_UPPER}+{_LOWER}*{_AFTER}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Words into which Kimi Linear's tokenizer splits a text before it merges bytes (the program
+tokenization_kimi.py of the model; transformers' own converter splits as Llama 3 does)."""
+KIMI_SPECIALS = 258
+"""Number of special tokens after the ranks in Kimi Linear's vocabulary. Those without a name in
+tokenizer_config.json are reserved."""
+
+
+def _convert_ranks(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Read Kimi Linear's tiktoken.model: in each line a token in base 64, and its rank."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    letter_of = {byte: letter for letter, byte in _BYTE_OF.items()}
+    spelled = {token: "".join(map(letter_of.__getitem__, token)) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = ((token[:end], token[end:]) for end in range(1, len(token)))
+        pairs = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    words = pre_tokenizers.Split(tokenizers.Regex(KIMI_WORDS), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    backend.decoder = decoders.ByteLevel()
+    named = settings.get("added_tokens_decoder") or {}
+    backend.add_special_tokens(
+        [
+            _content(named.get(str(i))) or f"<|reserved_token_{i}|>"
+            for i in range(len(ranks), len(ranks) + KIMI_SPECIALS)
+        ]
+    )
+    return backend
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 from pathlib import Path
@@ -16,7 +17,14 @@ from transformers import PreTrainedTokenizerFast as TokenizersBackend
 
 from engine import engine_config
 from engine.engine import load_tokenizer_of
-from engine.text.tokenizer import BackendTokenizer, ChatTemplate, HFTokenizer, Tokenizer
+from engine.text.tokenizer import (
+    KIMI_WORDS,
+    BackendTokenizer,
+    ChatTemplate,
+    HFTokenizer,
+    Tokenizer,
+    has_tokenizer,
+)
 
 CORPUS = [
     "hello world, hello caché",
@@ -307,3 +315,89 @@ def test_a_tokenizer_needs_no_folder() -> None:
     assert tokenizer.eos_token_ids == {7, eos} and tokenizer.hidden_ids >= {eos, pad}
     assert tokenizer.chat_template.render([]) == EOS
     assert tokenizer.decode([*tokenizer.encode("naïve"), pad]) == "naïve"
+
+
+# --- Kimi Linear ----------------------------------------------------------------------------------
+
+
+def _write_ranks(folder: Path) -> list[bytes]:
+    """Write a directory in the form of Kimi Linear's, with a vocabulary of its own. Return the
+    tokens in the order of their ranks."""
+    ours = BackendTokenizer(_train("byte-level"), {})
+    ordinary = range(3, ours.vocab_size)  # Behind the three special ones.
+    tokens = sorted(map(ours.token_bytes, ordinary), key=lambda token: len(token) > 1)
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    (folder / "tiktoken.model").write_bytes(b"".join(lines))
+    named = ("[BOS]", "[EOS]", "<|im_end|>", "<think>")
+    settings = {
+        "added_tokens_decoder": {
+            str(len(tokens) + i): {"content": text, "special": text != "<think>"}
+            for i, text in enumerate(named)
+        },
+        "eos_token": "[EOS]",
+        "chat_template": "{{ messages[0].content }}<|im_end|>",
+        "tokenizer_class": "TikTokenTokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "kimi_linear"}))
+    return tokens
+
+
+def test_ranks_of_kimi_are_read(tmp_path: Path) -> None:
+    tokens = _write_ranks(tmp_path)
+    assert has_tokenizer(tmp_path)
+    tokenizer, size = HFTokenizer(tmp_path), len(tokens)
+    assert tokenizer.vocab_size == size + 258
+    assert tokenizer.eos_token_ids == {size + 1} and tokenizer.chat_template is not None
+    text = f"[BOS]hello<think><|reserved_token_{size + 4}|><|im_end|>"
+    ids = tokenizer.encode(text)
+    assert [i - size for i in ids if i >= size] == [0, 3, 4, 2]
+    assert tokenizer.decode(ids) == "hello<think>"
+    assert [tokenizer.token_bytes(i) for i in range(size)] == tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("中文English混合", ["中文", "English", "混合"]),
+        (" 北京市 Pascal's x", [" ", "北京市", " Pascal's", " x"]),
+        ("1234567 ab", ["123", "456", "7", " ab"]),
+        ("HTTPServer, naïve!\n\n  x", ["HTTPServer", ",", " naïve", "!\n\n", " ", " x"]),
+        ("Привет мир", ["Привет", " мир"]),
+    ],
+)
+def test_texts_are_split_as_in_the_program_of_kimi(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
+    _write_ranks(tmp_path)
+    split = HFTokenizer(tmp_path)._backend.pre_tokenizer[0]
+    assert [word for word, _ in split.pre_tokenize_str(text)] == words
+
+
+@pytest.fixture(scope="module")
+def beside_tiktoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[HFTokenizer, Any]:
+    tiktoken, folder = pytest.importorskip("tiktoken"), tmp_path_factory.mktemp("kimi")
+    ranks = {token: rank for rank, token in enumerate(_write_ranks(folder))}
+    library = tiktoken.Encoding(
+        "kimi", pat_str=KIMI_WORDS, mergeable_ranks=ranks, special_tokens={}
+    )
+    return HFTokenizer(folder), library
+
+
+LETTERS = st.one_of(st.sampled_from("".join(CORPUS) + "'sSTd1 \n"), st.characters())
+
+
+@given(st.text(LETTERS))
+def test_ranks_merge_as_in_tiktoken(beside_tiktoken: tuple[HFTokenizer, Any], text: str) -> None:
+    ours, theirs = beside_tiktoken
+    text = text.encode("utf-8", "replace").decode()
+    assert ours.encode(text, add_special_tokens=False) == theirs.encode_ordinary(text)
+
+
+def test_files_that_cannot_be_converted_are_named(tmp_path: Path) -> None:
+    (tmp_path / "tiktoken.model").write_text("no rank here")
+    with pytest.raises(ValueError, match=r"tiktoken\.model cannot be read .*: download it again"):
+        HFTokenizer(tmp_path)
+    (tmp_path / "tiktoken.model").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match=r"cannot be converted .*put the model's tokenizer\.json"):
+        HFTokenizer(tmp_path)
