@@ -446,7 +446,9 @@ def _load_backend(model_dir: Path, settings: Mapping[str, Any]) -> tokenizers.To
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True).backend_tokenizer
+        return AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
     except Exception as error:  # A missing package, or a file of another form.
         raise ValueError(
             f"the tokenizer of {model_dir} cannot be converted ({error}): put the model's "
