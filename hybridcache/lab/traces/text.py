@@ -215,8 +215,7 @@ def _from_json(path: Path) -> _Tokenizer:
     fast.no_padding()
     if hasattr(fast.model, "dropout"):
         fast.model.dropout = None
-    specials = {text: fast.token_to_id(text) for text in _SPECIALS}
-    known = {text: number for text, number in specials.items() if number is not None}
+    known = {text: i for text in _SPECIALS if (i := fast.token_to_id(text)) is not None}
     return lambda text: fast.encode(text, add_special_tokens=False).ids, known
 
 
