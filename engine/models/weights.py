@@ -15,7 +15,7 @@ import torch
 from engine.config import EngineConfig
 from engine.layers.linear import Build, Layer, Parameter
 from engine.models.decoder import Decoder, Fill
-from engine.weights.layer_names import model_name
+from engine.weights.layer_names import is_buffer, model_name
 from engine.weights.model_config import ModelConfig
 from engine.weights.tensor_files import (
     FULL_DTYPES,
@@ -80,7 +80,7 @@ class WeightFiles:
                 wanted[name_beside(name, scheme.scale_name)] = scheme.scale_shapes(*parameter.shape)
                 known.add(name_beside(name, OFFSET))
             _check_whole_blocks(name, parameter)
-        found = self.tensors
+        found = {name: one for name, one in self.tensors.items() if not is_buffer(name)}
         complaints = {
             "missing": sorted(wanted.keys() - found.keys()),
             "unexpected": sorted(found.keys() - wanted.keys() - known),
@@ -126,6 +126,8 @@ class WeightFiles:
             line += "; its multi-token head is read with --draft mtp only"
         if len(self.skipped) > len(heads):
             line += "; its visual tower is not supported"
+        if any(map(is_buffer, self.tensors)):
+            line += "; buffers in its files (rotary_emb, position_ids) are ignored"
         return line
 
 
