@@ -263,7 +263,7 @@ ENTRY_BYTES = 256
 REMEMBERED_BYTES = 32 << 20
 """Limit of the cache of text pieces between special tokens, with their ids."""
 WORD_JOINER = "\u2060"
-_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 """Token of one byte in vocabularies that are not byte-level."""
 
 
@@ -324,11 +324,12 @@ class BackendTokenizer(Tokenizer):
                 "of a token depends on other tokens."
             )
         # Texts on either side of a special token are encoded independently, except by a tokenizer
-        # that treats the beginning or the end of a text differently.
+        # that treats the beginning or the end of a text differently, or looks across tokens.
         has_ends = any(
             step["type"] in ("Metaspace", "Prepend", "Strip") or step.get("add_prefix_space")
             for step in before
-        ) or any(token.single_word for token in added.values())
+        )
+        has_ends |= backend.encode_special_tokens or any(one.single_word for one in added.values())
         # With a group, so that splitting keeps the special tokens.
         walls = f"({any_of(self.special_tokens).pattern})"
         self._walls = re.compile(walls) if self._is_byte_level and not has_ends else None
@@ -377,7 +378,7 @@ class BackendTokenizer(Tokenizer):
             return b""
         if self._is_byte_level:
             if token_id in self._added:
-                return self._added[token_id].encode()
+                return token.encode()
             try:
                 return bytes(map(_BYTE_OF.__getitem__, token))
             except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.
@@ -399,14 +400,16 @@ class HFTokenizer(BackendTokenizer):
     def __init__(self, model_dir: Path = BUILTIN_DIR, max_ids: int | None = None) -> None:
         """Load the files of ``model_dir``. ``max_ids`` is the number of ids of the model. Raises
         FileNotFoundError if there is no tokenizer, and ValueError if it has more ids."""
-        settings = _read_settings(model_dir)
-        super().__init__(
-            _load_backend(model_dir, settings),
-            settings,
-            eos_token_ids=named_eos(model_dir),
-            max_ids=max_ids,
-            source=str(model_dir),
-        )
+        eos, source = named_eos(model_dir), str(model_dir)
+        try:
+            settings = _read_settings(model_dir)
+            backend = _load_backend(model_dir, settings)
+            super().__init__(backend, settings, eos_token_ids=eos, max_ids=max_ids, source=source)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{model_dir / 'tokenizer_config.json'} has a setting of another type ({error}): "
+                "download it again."
+            ) from error
 
 
 def named_eos(model_dir: Path) -> frozenset[int]:
@@ -611,18 +614,21 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 
 _STREAMED = re.compile("[RrqSsMW]*|[RrqSsM]*B+(F[Frs]*)?|[RrqSsMW]*F[FrqsM]*")
 """Decoders whose tokens have the same text everywhere in a text, except for its first token. Each
-letter is a step: see ``_letter``."""
+letter is a step of ``_letter``: byte fallback, fuse, metaspace, replace, strip or word piece."""
 
 
 def _letter(step: dict[str, Any]) -> str:
-    """Return the letter of a decoder's step. A small one does not look beyond one character."""
-    if step["type"] == "Replace":
-        text = step["pattern"].get("String", "")
-        return "R" if len(text) != 1 else "r" if text.isascii() else "q"
-    if step["type"] == "Strip":
-        return "s" if step["start"] <= 1 and not step["stop"] else "S"
+    """Return the letter of a decoder's step: a small one if it does not look beyond one
+    character."""
     letters = {"ByteFallback": "B", "ByteLevel": "L", "Fuse": "F", "Metaspace": "M"}
-    return letters.get(step["type"], "W" if step["type"] == "WordPiece" else "?")
+    match step["type"]:
+        case "Replace":
+            text = step["pattern"].get("String", "")
+            return "R" if len(text) != 1 else "r" if text.isascii() else "q"
+        case "Strip":
+            return "s" if step["start"] <= 1 and not step["stop"] else "S"
+        case kind:
+            return (letters | {"WordPiece": "W"}).get(kind, "?")
 
 
 def _letters_of_bytes() -> dict[str, int]:

@@ -308,6 +308,19 @@ def _compare_with_transformers(folder: Path) -> None:
             assert ours.decode(expected, skip_special_tokens=skip) == decoded
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"eos_token": 5}, {"added_tokens_decoder": [1]}, {"chat_template": 3}, {"pad_token": {}}],
+)
+def test_settings_of_other_types_are_named(
+    model_dir: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((model_dir / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json has a setting of another type"):
+        HFTokenizer(tmp_path)
+
+
 def test_a_tokenizer_needs_no_folder() -> None:
     settings = {"eos_token": EOS, "chat_template": "{{ eos_token }}", "pad_token": "<pad>"}
     tokenizer = BackendTokenizer(_train("byte-level"), settings, eos_token_ids=[7])

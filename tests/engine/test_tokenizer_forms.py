@@ -40,7 +40,8 @@ The quick brown fox can't've jumped over 1234567890 lazy dogs, naïve café def 
 """
 WORDS = SAMPLE.split()
 GAPS = [" ", "  ", "\n", "\r\n\n", "\t", "\u3000", "\xa0", "", "", "'s", " .", "'LL", "\ufffd"]
-SPECIAL = [BOS, EOS, USER, "<think>", "<tool>", "<|im_", "_end|>", "wall"]
+FLAGGED = ["the", "wor", "<tool>", "<|im_", "|>", EOS, "user", "你", "ab", "#", "x", "b"]
+SPECIAL = [*FLAGGED, BOS, EOS, USER, "<think>", "<tool>", "<|im_", "_end|>", "wall"]
 
 
 def texts(count: int, seed: int = 0) -> Iterable[str]:
@@ -65,10 +66,14 @@ def texts(count: int, seed: int = 0) -> Iterable[str]:
         yield "".join(part() + draw.choice(GAPS) for _ in range(draw.randrange(1, 12)))
 
 
-def compare(backend: Tokenizer, count: int, **named: Any) -> None:
+def compare(
+    backend: Tokenizer, count: int, added: dict[int, AddedToken] | None = None, **named: Any
+) -> None:
     """Compare ids and texts with those of transformers, for ``count`` texts."""
-    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-    ours = BackendTokenizer(copy.deepcopy(backend), named)
+    added = added or {}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, added_tokens_decoder=added, **named)
+    listed = {str(i): token.__getstate__() for i, token in added.items()}
+    ours = BackendTokenizer(copy.deepcopy(backend), named | {"added_tokens_decoder": listed})
     for text in texts(count):
         for with_special in (False, True):
             ids = theirs(text, add_special_tokens=with_special).input_ids
@@ -293,6 +298,24 @@ def assembled(**parts: Any) -> Tokenizer:
     for name, part in parts.items():
         setattr(backend, name, part)
     return backend
+
+
+@pytest.mark.parametrize("normalizer", ["NFD", "Lowercase", "Strip"])
+@pytest.mark.parametrize("form", ["granite_moe_hybrid", "jamba"])
+def test_flags_of_added_tokens(form: str, normalizer: str) -> None:
+    """Tokens of the settings with any flags, which may begin or end as others do."""
+    draw = random.Random(0)
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    for _ in range(num_examples(40)):
+        backend = Tokenizer.from_str(json.dumps(described(form)))
+        backend.normalizer = NORMALIZERS[normalizer]
+        added = {
+            900 + number: AddedToken(text, **{flag: draw.random() < 0.3 for flag in flags})
+            for number, text in enumerate(draw.sample(FLAGGED, 5))
+        }
+        named = {"extra_special_tokens": draw.sample(FLAGGED, 2)}
+        named["split_special_tokens"] = draw.random() < 0.2
+        compare(backend, 10, added, **named)
 
 
 @pytest.mark.parametrize("module", [normalizers, pre_tokenizers, decoders])
