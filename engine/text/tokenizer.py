@@ -453,9 +453,10 @@ def _load_backend(model_dir: Path, settings: Mapping[str, Any]) -> tokenizers.To
             model_dir, local_files_only=True, trust_remote_code=False
         ).backend_tokenizer
     except Exception as error:  # A missing package, or a file of another form.
+        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"the tokenizer of {model_dir} cannot be converted ({error}): put the model's "
-            "tokenizer.json there."
+            f"the tokenizer of {model_dir} cannot be converted ({why}): put the model's "
+            "tokenizer.json there, or install sentencepiece and protobuf for a tokenizer.model."
         ) from error
 
 

@@ -181,10 +181,7 @@ _QWEN_SPLIT = (
 )
 
 
-_Tokenizer = tuple[Callable[[str], list[int]], dict[str, int]]
-
-
-def _from_tiktoken(path: Path) -> _Tokenizer:
+def _from_tiktoken(path: Path) -> tuple[Callable[[str], list[int]], dict[str, int]]:
     """Read a file of ranks, with the text split as Qwen3.5 does."""
     import tiktoken
 
@@ -201,7 +198,7 @@ def _from_tiktoken(path: Path) -> _Tokenizer:
     return lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text)), specials
 
 
-def _from_json(path: Path) -> _Tokenizer:
+def _from_json(path: Path) -> tuple[Callable[[str], list[int]], dict[str, int]]:
     from tokenizers import Tokenizer
 
     try:
