@@ -316,8 +316,8 @@ class BackendTokenizer(Tokenizer):
         before = [*_steps(backend.normalizer), *_steps(backend.pre_tokenizer)]
         after = _steps(backend.decoder)
         self._is_byte_level = any(step["type"] == "ByteLevel" for step in [*before, *after])
-        letters = "".join(map(_letter, after))
-        if not ({*letters} <= {*"LF"} if self._is_byte_level else _STREAMED.fullmatch(letters)):
+        codes = "".join(map(_code, after))
+        if not ({*codes} <= {*"LF"} if self._is_byte_level else _STREAMED.fullmatch(codes)):
             names = ", ".join(step["type"] for step in after)
             raise ValueError(
                 f"the tokenizer of {source} is not supported: with its decoder ({names}) the text "
@@ -615,13 +615,12 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 
 _STREAMED = re.compile("[RrqSsMW]*|[RrqSsM]*B+(F[Frs]*)?|[RrqSsMW]*F[FrqsM]*")
 """Decoders whose tokens have the same text everywhere in a text, except for its first token. Each
-letter is a step of ``_letter``: byte fallback, fuse, metaspace, replace, strip or word piece."""
+letter is the code of a step: Byte fallback, Fuse, Metaspace, Replace, Strip or Word piece."""
 
 
-def _letter(step: dict[str, Any]) -> str:
-    """Return the letter of a decoder's step: a small one if it does not look beyond one
-    character."""
-    letters = {"ByteFallback": "B", "ByteLevel": "L", "Fuse": "F", "Metaspace": "M"}
+def _code(step: dict[str, Any]) -> str:
+    """Return the code of a decoder's step: a small letter if it looks at one character only."""
+    codes = {"ByteFallback": "B", "ByteLevel": "L", "Fuse": "F", "Metaspace": "M", "WordPiece": "W"}
     match step["type"]:
         case "Replace":
             text = step["pattern"].get("String", "")
@@ -629,7 +628,7 @@ def _letter(step: dict[str, Any]) -> str:
         case "Strip":
             return "s" if step["start"] <= 1 and not step["stop"] else "S"
         case kind:
-            return (letters | {"WordPiece": "W"}).get(kind, "?")
+            return codes.get(kind, "?")
 
 
 def _letters_of_bytes() -> dict[str, int]:
