@@ -4,10 +4,10 @@ decoders of streams.
 
 from __future__ import annotations
 
+import base64
 import codecs
 import datetime
 import json
-import pickle
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -263,51 +263,76 @@ ENTRY_BYTES = 256
 REMEMBERED_BYTES = 32 << 20
 """Limit of the cache of text pieces between special tokens, with their ids."""
 WORD_JOINER = "\u2060"
-_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 """Token of one byte in vocabularies that are not byte-level."""
 
 
-class HFTokenizer(Tokenizer):
-    """A ``tokenizer.json`` with the template, special tokens and end tokens of its directory.
-    ``transformers`` is used only to convert a directory without a ``tokenizer.json``."""
+class BackendTokenizer(Tokenizer):
+    """Tokenizer of the library ``tokenizers``, with settings as in a ``tokenizer_config.json``."""
 
-    def __init__(self, model_dir: Path = BUILTIN_DIR, max_ids: int | None = None) -> None:
-        """Load the files of ``model_dir``. ``max_ids`` is the number of ids of the model. Raises
-        FileNotFoundError if there is no tokenizer, and ValueError if it has more ids."""
-        self._backend = _load_backend(model_dir)
-        settings = read_json(model_dir / "tokenizer_config.json")
-        added = self._backend.get_added_tokens_decoder()
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any],
+        *,
+        eos_token_ids: Iterable[int] = (),
+        max_ids: int | None = None,
+        source: str = "the model",
+    ) -> None:
+        """Take ``backend`` over, and apply ``settings`` to it as ``transformers`` does.
+
+        ``settings``: special tokens by name (``bos_token``, ``eos_token`` ...), ``chat_template``,
+        ``added_tokens_decoder``, ``additional_special_tokens`` and ``split_special_tokens``, all
+        optional. ``eos_token_ids`` also end an answer. ``max_ids`` is the number of ids of the
+        model. Raises ValueError, which names ``source``, if the tokenizer has more ids.
+        """
+        self._backend = backend
+        marked = backend.get_added_tokens_decoder()
+        _apply_settings(backend, settings)
+        added = backend.get_added_tokens_decoder()
+        # The library does not show tokens that were special before.
+        special = {i for tokens in (marked, added) for i, token in tokens.items() if token.special}
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         # The model's table may be padded, and a few added tokens past its end are never used.
-        num_ids = self._backend.get_vocab_size(with_added_tokens=False)
+        num_ids = backend.get_vocab_size(with_added_tokens=False)
         if max_ids is not None and num_ids > max_ids:
             raise ValueError(
-                f"the tokenizer of {model_dir} has {num_ids:,} token ids, and the model has "
+                f"the tokenizer of {source} has {num_ids:,} token ids, and the model has "
                 f"{max_ids:,}: use the tokenizer that belongs to the model."
             )
         self.special_tokens = tuple(
             token.content
-            for token in added.values()
+            for token_id, token in added.items()
             if not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+            and not (token_id in special and backend.encode_special_tokens)
         )
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self.hidden_ids = frozenset(
-            token_id
-            for token_id, token in added.items()
-            if token.special and token.content not in MARKS
-        )
+        self.hidden_ids = frozenset(i for i in special if self._added[i] not in MARKS)
         self.control_ids = frozenset(i for i in self.hidden_ids if len(self._added[i]) > 1)
         self.control_tokens = tuple(self._added[i] for i in self.control_ids)
-        own_eos = self._backend.token_to_id(_content(settings.get("eos_token")) or "")
-        self.eos_token_ids = named_eos(model_dir) | (set() if own_eos is None else {own_eos})
-        self.chat_template = _find_template(model_dir, settings)
-        self._is_byte_level = type(self._backend.decoder).__name__ == "ByteLevel"
+        own_eos = backend.token_to_id(_content(settings.get("eos_token")) or "")
+        self.eos_token_ids = frozenset(eos_token_ids) | (set() if own_eos is None else {own_eos})
+        self.chat_template = _find_template(settings)
+        before = [*_steps(backend.normalizer), *_steps(backend.pre_tokenizer)]
+        after = _steps(backend.decoder)
+        self._is_byte_level = any(step["type"] == "ByteLevel" for step in [*before, *after])
+        codes = "".join(map(_code, after))
+        if not ({*codes} <= {*"LF"} if self._is_byte_level else _STREAMED.fullmatch(codes)):
+            names = ", ".join(step["type"] for step in after)
+            raise ValueError(
+                f"the tokenizer of {source} is not supported: with its decoder ({names}) the text "
+                "of a token depends on other tokens."
+            )
         # Texts on either side of a special token are encoded independently, except by a tokenizer
-        # that treats the first word of a text differently.
-        adds_space = b'"add_prefix_space":true' in pickle.dumps(self._backend.pre_tokenizer)
+        # that treats the beginning or the end of a text differently, or looks across tokens.
+        has_ends = any(
+            step["type"] in ("Metaspace", "Prepend", "Strip") or step.get("add_prefix_space")
+            for step in before
+        )
+        has_ends |= backend.encode_special_tokens or any(one.single_word for one in added.values())
         # With a group, so that splitting keeps the special tokens.
         walls = f"({any_of(self.special_tokens).pattern})"
-        self._walls = re.compile(walls) if self._is_byte_level and not adds_space else None
+        self._walls = re.compile(walls) if self._is_byte_level and not has_ends else None
         self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)
         """Token ids of text pieces, by namespace."""
 
@@ -348,24 +373,43 @@ class HFTokenizer(Tokenizer):
         return ids
 
     def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id].encode()
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
-        if not self._is_byte_level:
-            if byte := _FALLBACK.fullmatch(token):
-                return bytes.fromhex(byte[1])
-            alone, twice = (self._backend.decode([token_id] * n, False) for n in (1, 2))
-            return str(alone if starts_text else twice[len(alone) :]).encode()
-        try:
-            return bytes(map(_BYTE_OF.__getitem__, token))
-        except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.
-            return token.encode()
+        if self._is_byte_level:
+            if token_id in self._added:
+                return token.encode()
+            try:
+                return bytes(map(_BYTE_OF.__getitem__, token))
+            except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.
+                return token.encode()
+        alone, twice = (self._backend.decode([token_id] * n, False) for n in (1, 2))
+        if alone == "\ufffd" and (byte := _FALLBACK.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        return str(alone if starts_text else twice[len(alone) :]).encode()
 
     def as_json(self) -> str:
         described: str = self._backend.to_str()
         return described
+
+
+class HFTokenizer(BackendTokenizer):
+    """A ``tokenizer.json`` with the template, special tokens and end tokens of its directory.
+    ``transformers`` is used only to convert a directory without a ``tokenizer.json``."""
+
+    def __init__(self, model_dir: Path = BUILTIN_DIR, max_ids: int | None = None) -> None:
+        """Load the files of ``model_dir``. ``max_ids`` is the number of ids of the model. Raises
+        FileNotFoundError if there is no tokenizer, and ValueError if it has more ids."""
+        eos, source = named_eos(model_dir), str(model_dir)
+        try:
+            settings = _read_settings(model_dir)
+            backend = _load_backend(model_dir, settings)
+            super().__init__(backend, settings, eos_token_ids=eos, max_ids=max_ids, source=source)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{model_dir / 'tokenizer_config.json'} has a setting of another type ({error}): "
+                "download it again."
+            ) from error
 
 
 def named_eos(model_dir: Path) -> frozenset[int]:
@@ -382,26 +426,83 @@ def named_eos(model_dir: Path) -> frozenset[int]:
 
 def has_tokenizer(model_dir: Path) -> bool:
     """Return True if there is a tokenizer.json, or a file that it can be converted from."""
-    forms = "tokenizer.json", "tokenizer.model", "vocab*"
+    forms = "tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab*"
     return any(any(model_dir.glob(form)) for form in forms)
 
 
-def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
+def _load_backend(model_dir: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     import tokenizers
 
-    path = model_dir / "tokenizer.json"
-    if path.exists():
-        try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The library has no class of its own.
-            raise ValueError(f"{path} cannot be read ({error}): download it again.") from error
+    path, ranks = model_dir / "tokenizer.json", model_dir / "tiktoken.model"
     if not has_tokenizer(model_dir):
         raise FileNotFoundError(
             f"No tokenizer in {model_dir}: put the model's tokenizer.json there."
         )
+    try:
+        if path.exists():
+            return tokenizers.Tokenizer.from_file(str(path))
+        if ranks.exists():
+            return _convert_ranks(ranks, settings)
+    except Exception as error:  # The library has no class of its own.
+        read = path if path.exists() else ranks
+        raise ValueError(f"{read} cannot be read ({error}): download it again.") from error
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_dir, local_files_only=True).backend_tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
+    except Exception as error:  # A missing package, or a file of another form.
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"the tokenizer of {model_dir} cannot be converted ({why}): put the model's "
+            "tokenizer.json there, or install sentencepiece and protobuf for a tokenizer.model."
+        ) from error
+
+
+_BEFORE, _AFTER = r"[^\r\n\p{L}\p{N}]?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+KIMI_WORDS = (
+    rf"[\p{{Han}}]+|{_BEFORE}{_UPPER}*{_LOWER}+{_AFTER}|{_BEFORE}{_UPPER}+{_LOWER}*{_AFTER}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Words into which Kimi Linear's tokenizer splits a text before it merges bytes (the program
+tokenization_kimi.py of the model; transformers' own converter splits as Llama 3 does)."""
+KIMI_SPECIALS = 258
+"""Number of special tokens after the ranks in Kimi Linear's vocabulary. Those without a name in
+tokenizer_config.json are reserved."""
+
+
+def _convert_ranks(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Read Kimi Linear's tiktoken.model: in each line a token in base 64, and its rank."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    letter_of = {byte: letter for letter, byte in _BYTE_OF.items()}
+    spelled = {token: "".join(map(letter_of.__getitem__, token)) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = ((token[:end], token[end:]) for end in range(1, len(token)))
+        pairs = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    words = pre_tokenizers.Split(tokenizers.Regex(KIMI_WORDS), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    backend.decoder = decoders.ByteLevel()
+    named = settings.get("added_tokens_decoder") or {}
+    backend.add_special_tokens(
+        [
+            _content(named.get(str(i))) or f"<|reserved_token_{i}|>"
+            for i in range(len(ranks), len(ranks) + KIMI_SPECIALS)
+        ]
+    )
+    return backend
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -416,23 +517,118 @@ def read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} is not an object in JSON: download it again.")
 
 
-def _find_template(model_dir: Path, settings: dict[str, Any]) -> ChatTemplate | None:
+def _read_settings(model_dir: Path) -> dict[str, Any]:
+    """Return the tokenizer_config.json of a directory, with the contents of the files that replace
+    or complete it."""
+    settings = read_json(model_dir / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:  # Files of older versions of transformers.
+        settings |= read_json(model_dir / "special_tokens_map.json")
+        added = read_json(model_dir / "added_tokens.json")
+        special = {*map(_content, _special_tokens(settings))}
+        settings["added_tokens"] = [
+            {"content": text, "normalized": text not in special, "special": text in special}
+            for text in sorted(added, key=added.__getitem__)
+        ]
     path = model_dir / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
+    if path.exists():
+        settings["chat_template"] = path.read_text(encoding="utf-8")
+    return settings
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``bos_token``, ``image_token`` and the others that have a name, as text or object."""
+    named = {name: token for name, token in settings.items() if name.endswith("_token")}
+    others = settings.get("extra_special_tokens")
+    named |= others if isinstance(others, dict) else {}
+    return {name: token for name, token in named.items() if isinstance(token, str | dict)}
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
+    """Return the special tokens in ``settings``, each as text or object."""
+    others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    return [*_named_tokens(settings).values(), *(others if isinstance(others, list) else ())]
+
+
+def _apply_settings(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Change ``backend`` as ``transformers`` does (class TokenizersBackend).
+
+    Truncation, padding and dropout, which a trainer may have left in the file, are switched off.
+    The tokens in ``settings`` are added or get other flags.
+    """
+    from tokenizers import AddedToken
+
+    backend.no_truncation()
+    backend.no_padding()
+    if hasattr(backend.model, "dropout"):
+        backend.model.dropout = None
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
+    known = {token.content: repr(token) for token in backend.get_added_tokens_decoder().values()}
+    named = {*map(_content, _named_tokens(settings).values())}
+
+    def described(token: str | dict[str, Any]) -> AddedToken:
+        flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+        given = {} if isinstance(token, str) else {k: token[k] for k in flags if k in token}
+        if isinstance(token, str) or token["content"] in named:
+            given["special"] = True
+        return AddedToken(_content(token), **given)
+
+    listed = settings.get("added_tokens_decoder") or {}
+    new = [described(listed[token_id]) for token_id in sorted(listed, key=int)]
+    new = [token for token in new if known.get(token.content) != repr(token)]
+    names = {*known, *(token.content for token in new)}
+    for token in [*settings.get("added_tokens", ()), *_special_tokens(settings)]:
+        text = _content(token)
+        if text and text not in names:
+            names.add(text)
+            new.append(described(token))
+    backend.add_tokens(new)
+
+
+def _find_template(settings: Mapping[str, Any]) -> ChatTemplate | None:
+    source = settings.get("chat_template")
     if isinstance(source, list):
         source = next((one["template"] for one in source if one["name"] == "default"), None)
     if source is None:
         return None
-    specials = {
-        name: _content(settings.get(name)) or ""
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-    }
-    return ChatTemplate(source, specials)
+    absent = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")
+    named = {name: _content(token) or "" for name, token in _named_tokens(settings).items()}
+    return ChatTemplate(source, absent | named)
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
     """Return the text of a special token, which settings write as a string or as an object."""
     return token["content"] if isinstance(token, dict) else token
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """Return the descriptions of a normalizer, pre-tokenizer or decoder. Those of a sequence, at
+    any depth, follow each other."""
+
+    def flat(described: dict[str, Any]) -> list[dict[str, Any]]:
+        if described["type"] != "Sequence":
+            return [described]
+        inner = next(value for value in described.values() if isinstance(value, list))
+        return [step for one in inner for step in flat(one)]
+
+    return [] if part is None else flat(json.loads(part.__getstate__()))
+
+
+_STREAMED = re.compile("[RrqSsMW]*|[RrqSsM]*B+(F[Frs]*)?|[RrqSsMW]*F[FrqsM]*")
+"""Decoders whose tokens have the same text everywhere in a text, except for its first token. Each
+letter is the code of a step: Byte fallback, Fuse, Metaspace, Replace, Strip or Word piece."""
+
+
+def _code(step: dict[str, Any]) -> str:
+    """Return the code of a decoder's step: a small letter if it looks at one character only."""
+    codes = {"ByteFallback": "B", "ByteLevel": "L", "Fuse": "F", "Metaspace": "M", "WordPiece": "W"}
+    match step["type"]:
+        case "Replace":
+            text = step["pattern"].get("String", "")
+            return "R" if len(text) != 1 else "r" if text.isascii() else "q"
+        case "Strip":
+            return "s" if step["start"] <= 1 and not step["stop"] else "S"
+        case kind:
+            return codes.get(kind, "?")
 
 
 def _letters_of_bytes() -> dict[str, int]:

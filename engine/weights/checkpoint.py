@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from engine.weights.forms import read_quantization
-from engine.weights.layer_names import model_name
+from engine.weights.layer_names import is_buffer, model_name
 from engine.weights.parameters import FileFormats, Layer, Parameter, Source
 from engine.weights.scheme import Quantization, Scheme, Stored
 from engine.weights.tensor_files import (
@@ -56,8 +56,8 @@ class Checkpoint(ABC):
         WeightsError if the head is requested and there is none."""
         parts = SKIPPED if self._with_head else (HEAD, *SKIPPED)
         found = list(names)
-        self.skipped += [name for name in found if name.startswith(parts)]
-        left = [name for name in found if not name.startswith(parts)]
+        self.skipped += [name for name in found if name.startswith(parts) or is_buffer(name)]
+        left = [name for name in found if not (name.startswith(parts) or is_buffer(name))]
         if self._with_head and not any(name.startswith(HEAD) for name in left):
             raise WeightsError(
                 "--draft mtp requires a multi-token head, and the checkpoint has none (no tensor "
@@ -97,8 +97,11 @@ class Checkpoint(ABC):
         heads = [name for name in self.skipped if model_name(name).startswith(HEAD)]
         if heads:
             line += "; its multi-token head is read with --draft mtp only"
-        if len(self.skipped) > len(heads):
+        buffers = [name for name in self.skipped if is_buffer(name)]
+        if len(self.skipped) > len(heads) + len(buffers):
             line += "; its visual tower is not supported"
+        if buffers:
+            line += "; buffers in its files (rotary_emb, position_ids) are ignored"
         return line
 
 

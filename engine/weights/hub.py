@@ -33,6 +33,7 @@ SMALL_FILES = [
     "vocab*",
     "merges.txt",
     "*.tiktoken",
+    "tiktoken.model",
     "chat_template*",
     MODEL_SLIM_FILE,
     *INDEX_NAMES,

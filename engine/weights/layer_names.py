@@ -27,6 +27,19 @@ def model_name(name: str) -> str:
     return name.removeprefix("language_model.") if name.startswith("language_model.lm_") else name
 
 
+_BUFFER = re.compile(r"(^|\.)(rotary_emb\.\w+|position_ids)$")
+
+
+def is_buffer(name: str) -> bool:
+    """Return True for a tensor that older programs saved although it follows from the config.
+    transformers ignores these (``PreTrainedModel``, unexpected keys).
+
+    >>> is_buffer("model.layers.0.self_attn.rotary_emb.inv_freq"), is_buffer("model.norm.weight")
+    (True, False)
+    """
+    return _BUFFER.search(name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """Full names of modules, and regular expressions (``re:``) for the start of a name."""

@@ -231,6 +231,7 @@ def test_only_the_answer_after_the_reasoning_is_guided(tmp_path: Path, adds_spac
     folder = make_model_dir(tmp_path)
     described = json.loads((folder / "tokenizer.json").read_text())
     described["pre_tokenizer"]["add_prefix_space"] = adds_space
+    described["decoder"] = {"type": "Sequence", "decoders": [described["decoder"]]}  # As LFM2's.
     (folder / "tokenizer.json").write_text(json.dumps(described))
     for tokenizer in (HFTokenizer(), HFTokenizer(folder)):
         guides = Guides(tokenizer, tokenizer.vocab_size)

@@ -22,6 +22,13 @@ from tests.lab.records import SEGMENTS, agent_request, agent_session, lines
 GOOD: dict[str, dict[str, Any]] = {
     "jsonl": {"session": "s", "timestamp": 1.0, "tokens": [1, 2], "output": [4]},
     "mooncake": {"timestamp": 9, "input_length": 600, "output_length": 4, "hash_ids": [7, 8]},
+    "mooncake-sessions": {
+        "session_id": "s",
+        "delay": 1500,
+        "input_length": 600,
+        "output_length": 4,
+        "hash_ids": [7, 8],
+    },
     "bailian": {
         "chat_id": 3,
         "parent_chat_id": -1,
@@ -304,7 +311,7 @@ def test_empty_first_prompt_of_a_table_is_a_bad_record(
     path = tmp_path / "t.csv"
     path.write_text(f"{header}\n0,\n1,hello\n")
     spec = f"csv:{path}?tokenizer=bytes{query}"
-    assert refusal(spec) == f"{path}, line 2: the prompt is empty"
+    assert refusal(spec) == f"{path}, line 2: {header.partition(',')[2]} is empty"
     trace = open_trace(spec, skip_bad=True)
     assert len(list(trace)) == 1 and trace.bad.count == 1
     path.write_text(f'{header}\n0,a\n1,"b\n2,c\n3,"d"\n')
@@ -327,3 +334,103 @@ def test_conversations_read_as_requests_are_announced(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 2
+
+
+# --- Numbers and times --------------------------------------------------------------------------
+
+
+def with_texts(value: Any) -> Any:
+    """Return a record in which every number outside of lists of ids is a text."""
+    if isinstance(value, dict):
+        kept = ("hash_ids", "tokens", "output", "first_msg_blocks16", "session_id", "chat_id", "id")
+        return {
+            name: part if name in kept or name.startswith("parent") else with_texts(part)
+            for name, part in value.items()
+        }
+    if isinstance(value, list):
+        return list(map(with_texts, value))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
+@pytest.mark.parametrize("reader", list(GOOD))
+def test_numbers_may_be_texts_in_every_format(reader: str, tmp_path: Path) -> None:
+    good, found = GOOD[reader], []
+    for record in (good, with_texts(good)):
+        spec = written(tmp_path / "t", reader, record, record)
+        found.append([str(request) for request in open_trace(spec)])
+    assert found[0] == found[1] != []
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        (
+            ["0,hello,3", ",hello,3"],
+            "line 3: it has no time, but .* a number as its time [(]when[)]",
+        ),
+        (
+            [",hello,3", "1,hello,3"],
+            "line 3: it has a number as its time, but .* no time [(]when[)]",
+        ),
+        (["0,hello,3", "1,,3"], "line 3: question is empty"),
+        (["0,hello,3", "1,hello,three"], "line 3: tokens is 'three', not a whole number"),
+        (["0,hello,3", "soon,hello,3"], "line 3: when is 'soon', not a number and not a time"),
+        (["0,hello,3", "-1,hello,3"], "line 3: when is '-1', not a finite number of at least 0"),
+    ],
+)
+def test_bad_cells_are_named_with_line_and_column(
+    tmp_path: Path, rows: list[str], problem: str
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["when,question,tokens", *rows]))
+    options = "tokenizer=bytes&time=when&prompt=question&length=tokens"
+    with pytest.raises(BadRecordError, match=problem):
+        list(open_trace(f"csv:{path}?{options}"))
+
+
+@pytest.mark.parametrize("tokens", [{"tokens": []}, {"prefix": [0]}])
+def test_rows_of_no_tokens_are_refused(tmp_path: Path, tokens: dict[str, list[int]]) -> None:
+    assert refusal(f"jsonl:{lines(tmp_path / 't', tokens)}").endswith("line 1: tokens are empty")
+
+
+@pytest.mark.parametrize(
+    ("word", "first", "step", "span"),
+    [
+        ("mooncake", 5, 1, "0.005 to 0.044"),  # Seconds that are read as milliseconds.
+        ("bailian", 1.7e12, 1000, "1.7e+12 to 1.7e+12"),  # Milliseconds since 1970.
+        ("jsonl", 0, 0.001, "0 to 0.039"),
+        ("mooncake", 5, 60, None),
+        ("mooncake", 5, 0, None),
+        ("bailian", 1.7e9, 0.1, None),
+    ],
+)
+def test_times_that_cannot_be_in_their_unit_are_warned_of(
+    tmp_path: Path, word: str, first: float, step: float, span: str | None
+) -> None:
+    records = [GOOD[word] | {"timestamp": first + step * number} for number in range(40)]
+    trace = open_trace(written(tmp_path / "t", word, *records))
+    with warnings.catch_warnings(record=True) as caught:
+        assert len(list(trace)) == 40
+    said = [f"{tmp_path}/t: all 40 requests arrive from {span} s: are its times in another unit?"]
+    assert [str(one.message) for one in caught] == said * (span is not None)
+
+
+def test_later_turns_of_a_session_follow_after_their_delays(tmp_path: Path) -> None:
+    """Sessions stand one after the other, and the delay is the pause of a closed loop."""
+    lengths = {"input_length": 512, "output_length": 40, "hash_ids": [7]}
+    rows = [
+        {"session_id": "a", "timestamp": 1000},
+        {"session_id": "a", "delay": 1500},
+        {"session_id": "a", "delay": "60000"},
+        {"session_id": "b", "timestamp": 2000},
+        {"session_id": "c"},
+        {"session_id": "b", "delay": 250.5},
+    ]
+    path = lines(tmp_path / "t.jsonl", *(lengths | row for row in rows))
+    trace = open_trace(path)
+    found = [(one.timestamp_s, one.session, one.service_s) for one in trace]
+    times = [(0.0, "c"), (1.0, "a"), (2.0, "b"), (2.2505, "b"), (2.5, "a"), (62.5, "a")]
+    assert found == [(*one, 0.0) for one in times]
+    path = lines(tmp_path / "t.jsonl", *(lengths | row for row in (*rows, {"session_id": "a"})))
+    assert refusal(str(path)) == f"{path}, line 7: field 'delay' is missing"

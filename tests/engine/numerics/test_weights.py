@@ -89,6 +89,32 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path):
         open_file(tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "is_ignored"),
+    [
+        ("model.rotary_emb.inv_freq", True),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", True),
+        ("model.language_model.layers.3.self_attn.rotary_emb.cos_cached", True),
+        ("model.position_ids", True),
+        ("model.rotary_embedding.inv_freq", False),
+        ("model.layers.0.self_attn.odd.weight", False),
+    ],
+)
+def test_buffers_in_files_are_ignored(name, is_ignored, checkpoint, drivers):
+    """Old programs saved frequencies, which transformers ignores."""
+    path, tensors = checkpoint("qwen3")
+    save_file(tensors | {name: torch.ones(4)}, path / "model.safetensors")
+    if is_ignored:
+        check_same_logits(path, "qwen3", drivers)
+        assert (
+            "buffers in its files (rotary_emb, position_ids) are ig"
+            in load(path).loaded.weights_note
+        )
+    else:
+        with pytest.raises(WeightsError, match="1 unexpected"):
+            load(path)
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_separate_and_stacked_experts(stacked, checkpoint, drivers):
     path, tensors = checkpoint("qwen3_5_moe")

@@ -16,6 +16,7 @@ import numpy as np
 
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
+from hybridcache.lab.traces.named import NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,7 @@ class MooncakeReader(FileReader):
         return {"hash_ids", "input_length"} <= record.keys()
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        fresh, session = FreshIds(), self.sessions()
-        numbers: dict[str | int, int] = {}
+        fresh, session, numbers = FreshIds(), self.sessions(), dict[str | int, int]()
 
         def parse(record: Record) -> Iterator[TraceRequest]:
             when_s = record.seconds("timestamp") / self.times_per_s
@@ -50,7 +50,7 @@ class MooncakeReader(FileReader):
         numbers = count(1)
 
         def session(record: Record) -> Hashable:
-            name = record.first(("session_id", "session", "conversation_id"))
+            name = record.first(NAMES["session"])
             return record.key(name) if name else f"unnamed {next(numbers)}"
 
         return session
