@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from engine.models import read_model
+from engine.text.gguf_tokenizer import read_tokenizer
 from engine.weights import gguf as reader
 from engine.weights.gguf import GgufFile
 from engine.weights.gguf_names import Model
@@ -259,7 +260,7 @@ def originals(tmp_path_factory) -> list[bytes]:
     for family in ("qwen3_5", "granite_moe_hybrid_dense"):
         folder = tmp_path_factory.mktemp(family)
         make_oracle(family).save_pretrained(folder)
-        tokens = [chr(256 + n) if n < 33 else chr(n) for n in range(199)]
+        tokens = ["ab", "abc", *(chr(256 + n) if n < 33 else chr(n) for n in range(2, 199))]
         extra = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": "qwen2",
@@ -283,6 +284,7 @@ def consume(path: Path) -> int:
         stored = source.read()
         if len(source.shape) == 2:
             stored.widened(torch.float32)
+    read_tokenizer(model.file)
     return len(weights)
 
 
