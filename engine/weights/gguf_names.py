@@ -33,10 +33,10 @@ Orders = Mapping[str, Mapping[str, torch.Tensor]]
 """Words that a tensor stands for, each with the file row of each row of the model. Words that are
 missing keep their order. ``columns`` has the order of columns by word."""
 FLOAT32 = Plain(torch.float32)
-SMALL = re.compile(r"ssm_(a|d|norm|conv1d(_[qkv])?)|shortconv\.conv")
+SMALL = re.compile(r"ssm_(a|d|norm|conv1d(_[qkv])?)|shortconv\.conv|ffn_gate_inp_shexp")
 """Words of tensors with several dimensions that are changed by arithmetic or get another shape."""
 BLOCK_NAME = re.compile(r"blk\.(\d{1,5})\.(.+)")
-MOST_EXPERTS, MOST_WEIGHTS, MOST_ROWS = 4096, 1 << 18, 1 << 20
+MOST_EXPERTS, MOST_WEIGHTS, MOST_ROWS = 4096, 1 << 17, 1 << 20
 """Limits of experts per layer, of weights of a model, and of rows in another order."""
 
 
@@ -430,9 +430,8 @@ class Model:
             count = min(self.whole("expert_count", 0), MOST_EXPERTS)
             if len(first.shape) != 3 or len(first) != count:
                 raise self._wrong_shape(target, first)
-            each = zip(*parts, strict=True)
-            return {target.format(e): _source(own) for e, own in enumerate(each)}
-        if first.num_columns == 1 or SMALL.fullmatch(word) or word == "ffn_gate_inp_shexp":
+            return {target.format(e): _source(parts, expert=e) for e in range(count)}
+        if first.num_columns == 1 or SMALL.fullmatch(word):
             return {target: self._small(word, parts, rows)}
         if len(first.shape) != 2:
             raise self._wrong_shape(target, first)
@@ -481,26 +480,25 @@ def _source(
     parts: Sequence[Matrix],
     rows: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
+    expert: int | None = None,
 ) -> Source:
-    """Return a matrix with the rows of all parts: views if there is one, as they are stored if the
+    """Return a matrix, or that of one expert, with the rows of all parts: as they are stored if the
     formats are equal, else widened."""
-    first = parts[0]
-    count = sum(map(len, parts)) if rows is None else len(rows)
-    shape = count, first.num_columns
-    if len(parts) == 1:
-        return Source(shape, first.format, lambda: first, rows, columns)
-    if any(part.format != first.format for part in parts):
-        return Source(
-            shape, FLOAT32, lambda: _plain(torch.cat([p.widened(torch.float32) for p in parts]))
-        )
+    first, is_stored = parts[0], all(part.format == parts[0].format for part in parts)
+    count = sum(part.shape[-2] for part in parts) if rows is None else len(rows)
 
     def read() -> Matrix:
-        fields = {
-            name: torch.cat([part.fields[name] for part in parts]) for name in first.format.fields
-        }
+        own = parts if expert is None else [part[expert] for part in parts]
+        if len(own) == 1:
+            return own[0]
+        if not is_stored:
+            return _plain(torch.cat([part.widened(torch.float32) for part in own]))
+        names = first.format.fields
+        fields = {name: torch.cat([part.fields[name] for part in own]) for name in names}
         return Matrix(first.format, fields, first.num_columns)
 
-    return Source(shape, first.format, read)
+    format = first.format if is_stored else FLOAT32
+    return Source((count, first.num_columns), format, read, rows, columns)
 
 
 def _plain(values: torch.Tensor) -> Matrix:
@@ -508,10 +506,6 @@ def _plain(values: torch.Tensor) -> Matrix:
 
 
 # --- Families -------------------------------------------------------------------------------------
-
-
-def _same(model: Model, values: Values) -> Values:
-    return {}
 
 
 def _qwen3_5(model: Model, values: Values) -> Values:
@@ -651,7 +645,7 @@ class Form:
     names: Mapping[str, str]
     """Published name in a layer of each word. Several tensors with one name are its rows, in
     order; ``{}`` is an expert."""
-    config: Callable[[Model, Values], Values] = _same
+    config: Callable[[Model, Values], Values] = lambda model, values: {}
     """Returns keys that depend on the layers."""
     orders: Callable[[Model], Orders] = lambda model: {}
     embedding: str = "model.embed_tokens"
