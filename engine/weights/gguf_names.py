@@ -192,7 +192,6 @@ PRESENT = {
     "ssm_in.bias": "mamba_proj_bias use_bias",
     "ssm_norm.weight": "mamba_rms_norm",
     "ssm_out.bias": "projectors_bias",
-    "": "mamba_norm_before_gate",
 }
 """Tensors of a layer, and keys of a config.json that are true if a layer has them."""
 ROWS = {
@@ -298,6 +297,7 @@ class Model:
             "vocab_size": self.rows_of("token_embd.weight"),
             "num_hidden_layers": self.num_layers,
             "tie_word_embeddings": "output.weight" not in tensors,
+            "mamba_norm_before_gate": False,
             "dtype": "float32" if is_exact else "bfloat16",
         }
         for key, words in KEYS.items():
@@ -305,6 +305,7 @@ class Model:
                 values |= dict.fromkeys(words.split(), self.number(key))
         for word, names in PRESENT.items():
             values |= dict.fromkeys(names.split(), self.has(word))
+        values["attention_bias"] |= self.has("attn_qkv.bias")
         for word, names in ROWS.items():
             if self.has(word):
                 values |= dict.fromkeys(names.split(), self.rows_of(word))
