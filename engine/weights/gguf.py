@@ -10,7 +10,7 @@ import mmap
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +45,11 @@ FLOAT, TEXT, ARRAY = 6, 8, 9
 MOST_HEADER_BYTES, MOST_TEXTS, MOST_KEYS, MOST_TENSORS = 32 << 20, 1 << 20, 1 << 14, 1 << 16
 """Limits of one header. Vocabularies of 250,000 tokens take 12 MiB and 500,000 texts."""
 MOST_DIMS = 4
+LABEL = re.compile(r"(?i)[-._]((UD-)?(I?Q\d\w*|TQ\d\w*|BF16|F16|F32|MXFP4\w*|NVFP4\w*))$")
+"""Format at the end of a file's name, such as Q4_K_M."""
+OTHER_FILES = ("mmproj", "mtp-", "imatrix", "ggml-vocab")
+"""Beginnings of the names of files that are no model: visual towers, drafters, statistics."""
+USUAL_LABEL = "q4_k_m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +260,33 @@ class _Header:
                 raise self._damaged(f"the tensor {_short(name)} occurs twice")
             data = whole[start + first : start + first + size]
             self.tensors[name] = StoredTensor(shape, format, data)
+
+
+def choose_files(names: Iterable[str], label: str | None = None, source: str = "") -> list[str]:
+    """Return the files of one model among the ``names`` of a folder or repository, in order.
+
+    ``label``: format of the model, as in ``ORG/NAME:Q4_K_M``. Without one the only model is chosen,
+    or that with Q4_K_M. Raises WeightsError, which lists the models in ``source``.
+    """
+    models: dict[str, list[str]] = {}
+    for name in sorted(names):
+        file = name.rpartition("/")[2]
+        if file.endswith(".gguf") and not file.startswith(OTHER_FILES):
+            part = PART_NAME.fullmatch(name)
+            models.setdefault(part[1] if part else name.removesuffix(".gguf"), []).append(name)
+    labels = {stem: found[1] if (found := LABEL.search(stem)) else "" for stem in models}
+    wanted = (label or USUAL_LABEL).lower()
+    chosen = [stem for stem, own in labels.items() if own.lower() == wanted]
+    if label is None and len(models) == 1:
+        chosen = [*models]
+    if len(chosen) == 1:
+        return models[chosen[0]]
+    if not models:
+        raise WeightsError(f"{source} has no model in GGUF files.")
+    fault = "several models" if label is None else f"{len(chosen)} models with the format {label}"
+    raise WeightsError(
+        f"{source} has {fault}: choose one of {enumerated(list(models), len(models))}."
+    )
 
 
 def _short(name: str) -> str:

@@ -33,120 +33,102 @@ Orders = Mapping[str, Mapping[str, torch.Tensor]]
 """Words that a tensor stands for, each with the file row of each row of the model. Words that are
 missing keep their order. ``columns`` has the order of columns by word."""
 FLOAT32 = Plain(torch.float32)
-SMALL = re.compile(r"ssm_(a|d|norm|conv1d(_[qkv])?)|shortconv\.conv")
+SMALL = re.compile(r"ssm_(a|d|norm|conv1d(_[qkv])?)|shortconv\.conv|ffn_gate_inp_shexp")
 """Words of tensors with several dimensions that are changed by arithmetic or get another shape."""
 BLOCK_NAME = re.compile(r"blk\.(\d{1,5})\.(.+)")
-MOST_EXPERTS, MOST_WEIGHTS, MOST_ROWS = 4096, 1 << 18, 1 << 20
+MOST_EXPERTS, MOST_WEIGHTS, MOST_ROWS = 4096, 1 << 17, 1 << 20
 """Limits of experts per layer, of weights of a model, and of rows in another order."""
 
 
-def under(module: str, **names: str) -> dict[str, str]:
-    """Map words of GGUF to names in a module."""
-    return {word: f"{module}.{name}" for word, name in names.items()}
+def _names(*texts: str) -> dict[str, str]:
+    """Map words of GGUF, each followed by the name in a layer of the model."""
+    words = " ".join(texts).split()
+    return dict(zip(words[::2], words[1::2], strict=True))
 
 
-def _attention(module: str, output: str = "o_proj") -> dict[str, str]:
-    names = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": output}
-    return under(module, **names)
-
-
-def _mlp(module: str, suffix: str = "", names: str = "gate_proj up_proj down_proj") -> Values:
-    words = (f"ffn_{part}{suffix}" for part in ("gate", "up", "down"))
-    return under(module, **dict(zip(words, names.split(), strict=True)))
-
-
-def _mamba(module: str) -> dict[str, str]:
-    names = {"ssm_in": "in_proj", "ssm_conv1d": "conv1d", "ssm_a": "A_log", "ssm_d": "D"}
-    names |= {"ssm_dt.bias": "dt_bias", "ssm_norm": "norm", "ssm_out": "out_proj"}
-    return under(module, **names)
-
-
-NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-W123 = "w1 w3 w2"
-QWEN3 = {**NORMS, **_attention("self_attn"), **HEAD_NORMS, **_mlp("mlp")}
-QWEN3_5 = {
-    **QWEN3,
-    "post_attention_norm": "post_attention_layernorm",
-    **under(
-        "linear_attn",
-        **{"attn_qkv": "in_proj_qkv", "attn_gate": "in_proj_z", "ssm_conv1d": "conv1d"},
-        **{"ssm_beta": "in_proj_b", "ssm_alpha": "in_proj_a", "ssm_out": "out_proj"},
-        **{"ssm_a": "A_log", "ssm_dt.bias": "dt_bias", "ssm_norm": "norm"},
-    ),
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    **_mlp("mlp.shared_expert", "_shexp"),
-    **_mlp("mlp.experts.{}", "_exps"),
-}
-GRANITE = {
-    **NORMS,
-    **_attention("self_attn"),
-    **_mamba("mamba"),
-    "ffn_gate_inp": "block_sparse_moe.router.layer",
-    **_mlp("block_sparse_moe.experts.{}", "_exps", "input_linear input_linear output_linear"),
-    **_mlp("shared_mlp", "", "input_linear input_linear output_linear"),
-    **_mlp("shared_mlp", "_shexp", "input_linear input_linear output_linear"),
-}
-NEMOTRON = {
-    "attn_norm": "norm",
-    **_attention("mixer"),
-    **_mamba("mixer"),
-    **_mlp("mixer"),
-    "ffn_gate_inp": "mixer.gate",
-    "exp_probs_b.bias": "mixer.gate.e_score_correction_bias",
-    "ffn_latent_down": "mixer.fc1_latent_proj",
-    "ffn_latent_up": "mixer.fc2_latent_proj",
-    **_mlp("mixer.shared_experts", "_shexp"),
-    **_mlp("mixer.experts.{}", "_exps"),
-}
-FALCON = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "pre_ff_layernorm",
-    **_attention("self_attn"),
-    **_mamba("mamba"),
-    **_mlp("feed_forward"),
-}
-JAMBA = {
-    **FALCON,
-    "ssm_x": "mamba.x_proj",
-    "ssm_dt": "mamba.dt_proj",
-    "ssm_dt.bias": "mamba.dt_proj.bias",
-    **{f"ssm_{word}_norm": f"mamba.{word}_layernorm" for word in ("dt", "b", "c")},
-    "ffn_gate_inp": "feed_forward.router",
-    **_mlp("feed_forward.experts.{}", "_exps"),
-}
-LFM2 = {
-    "attn_norm": "operator_norm",
-    "ffn_norm": "ffn_norm",
-    **_attention("self_attn", "out_proj"),
-    "attn_q_norm": "self_attn.q_layernorm",
-    "attn_k_norm": "self_attn.k_layernorm",
-    "shortconv.conv": "conv.conv",
-    "shortconv.in_proj": "conv.in_proj",
-    "shortconv.out_proj": "conv.out_proj",
-    **_mlp("feed_forward", "", W123),
-    "ffn_gate_inp": "feed_forward.gate",
-    "exp_probs_b.bias": "feed_forward.expert_bias",
-    **_mlp("feed_forward.experts.{}", "_exps", W123),
-}
-KIMI = {
-    **NORMS,
-    **_attention("self_attn"),
-    **under(
-        "self_attn",
-        **{f"ssm_conv1d_{word}": f"{word}_conv1d" for word in "qkv"},
-        **{f"ssm_{word}_{part}": f"{word}_{part}_proj" for word in "fg" for part in "ab"},
-        **{"ssm_beta": "b_proj", "ssm_a": "A_log", "ssm_dt.bias": "dt_bias", "ssm_norm": "o_norm"},
-        **{"attn_kv_a_mqa": "kv_a_proj_with_mqa", "attn_kv_a_norm": "kv_a_layernorm"},
-        **dict.fromkeys(("attn_kv_b", "attn_k_b", "attn_v_b"), "kv_b_proj"),
-    ),
-    **_mlp("mlp"),
-    "ffn_gate_inp": "block_sparse_moe.gate",
-    "exp_probs_b.bias": "block_sparse_moe.gate.e_score_correction_bias",
-    **_mlp("block_sparse_moe.shared_experts", "_shexp"),
-    **_mlp("block_sparse_moe.experts.{}", "_exps", W123),
-}
+ATTENTION = "attn_q {0}.q_proj attn_k {0}.k_proj attn_v {0}.v_proj attn_output {0}.o_proj"
+MLP = "ffn_gate{1} {0}.gate_proj ffn_up{1} {0}.up_proj ffn_down{1} {0}.down_proj"
+W123 = "ffn_gate{1} {0}.w1 ffn_up{1} {0}.w3 ffn_down{1} {0}.w2"
+JOINED = "ffn_gate{1} {0}.input_linear ffn_up{1} {0}.input_linear ffn_down{1} {0}.output_linear"
+MAMBA = """
+    ssm_in {0}.in_proj ssm_conv1d {0}.conv1d ssm_dt.bias {0}.dt_bias ssm_a {0}.A_log
+    ssm_d {0}.D ssm_norm {0}.norm ssm_out {0}.out_proj"""
+NORMS = "attn_norm input_layernorm ffn_norm post_attention_layernorm"
+QWEN3 = _names(
+    NORMS,
+    ATTENTION.format("self_attn"),
+    "attn_q_norm self_attn.q_norm attn_k_norm self_attn.k_norm",
+    MLP.format("mlp", ""),
+)
+QWEN3_5 = QWEN3 | _names(
+    """
+    post_attention_norm post_attention_layernorm
+    attn_qkv linear_attn.in_proj_qkv attn_gate linear_attn.in_proj_z
+    ssm_beta linear_attn.in_proj_b ssm_alpha linear_attn.in_proj_a
+    ssm_conv1d linear_attn.conv1d ssm_dt.bias linear_attn.dt_bias ssm_a linear_attn.A_log
+    ssm_norm linear_attn.norm ssm_out linear_attn.out_proj
+    ffn_gate_inp mlp.gate ffn_gate_inp_shexp mlp.shared_expert_gate""",
+    MLP.format("mlp.shared_expert", "_shexp"),
+    MLP.format("mlp.experts.{}", "_exps"),
+)
+GRANITE = _names(
+    NORMS,
+    ATTENTION.format("self_attn"),
+    MAMBA.format("mamba"),
+    "ffn_gate_inp block_sparse_moe.router.layer",
+    JOINED.format("block_sparse_moe.experts.{}", "_exps"),
+    JOINED.format("shared_mlp", ""),
+    JOINED.format("shared_mlp", "_shexp"),
+)
+NEMOTRON = _names(
+    "attn_norm norm",
+    ATTENTION.format("mixer"),
+    MAMBA.format("mixer"),
+    "ffn_gate_inp mixer.gate exp_probs_b.bias mixer.gate.e_score_correction_bias",
+    "ffn_latent_down mixer.fc1_latent_proj ffn_latent_up mixer.fc2_latent_proj",
+    MLP.format("mixer", ""),
+    MLP.format("mixer.shared_experts", "_shexp"),
+    MLP.format("mixer.experts.{}", "_exps"),
+)
+FALCON = _names(
+    "attn_norm input_layernorm ffn_norm pre_ff_layernorm",
+    ATTENTION.format("self_attn"),
+    MAMBA.format("mamba"),
+    MLP.format("feed_forward", ""),
+)
+JAMBA = FALCON | _names(
+    """
+    ssm_x mamba.x_proj ssm_dt mamba.dt_proj ssm_dt.bias mamba.dt_proj.bias
+    ssm_dt_norm mamba.dt_layernorm ssm_b_norm mamba.b_layernorm ssm_c_norm mamba.c_layernorm
+    ffn_gate_inp feed_forward.router""",
+    MLP.format("feed_forward.experts.{}", "_exps"),
+)
+LFM2 = _names(
+    "attn_norm operator_norm ffn_norm ffn_norm",
+    ATTENTION.replace("o_proj", "out_proj").format("self_attn"),
+    """
+    attn_q_norm self_attn.q_layernorm attn_k_norm self_attn.k_layernorm
+    shortconv.conv conv.conv shortconv.in_proj conv.in_proj shortconv.out_proj conv.out_proj
+    ffn_gate_inp feed_forward.gate exp_probs_b.bias feed_forward.expert_bias""",
+    W123.format("feed_forward", ""),
+    W123.format("feed_forward.experts.{}", "_exps"),
+)
+KIMI = _names(
+    NORMS,
+    ATTENTION.format("self_attn"),
+    """
+    ssm_conv1d_q self_attn.q_conv1d ssm_conv1d_k self_attn.k_conv1d ssm_conv1d_v self_attn.v_conv1d
+    ssm_f_a self_attn.f_a_proj ssm_f_b self_attn.f_b_proj ssm_g_a self_attn.g_a_proj
+    ssm_g_b self_attn.g_b_proj ssm_beta self_attn.b_proj ssm_a self_attn.A_log
+    ssm_dt.bias self_attn.dt_bias ssm_norm self_attn.o_norm
+    attn_kv_a_mqa self_attn.kv_a_proj_with_mqa attn_kv_a_norm self_attn.kv_a_layernorm
+    attn_kv_b self_attn.kv_b_proj attn_k_b self_attn.kv_b_proj attn_v_b self_attn.kv_b_proj
+    ffn_gate_inp block_sparse_moe.gate
+    exp_probs_b.bias block_sparse_moe.gate.e_score_correction_bias""",
+    MLP.format("mlp", ""),
+    MLP.format("block_sparse_moe.shared_experts", "_shexp"),
+    W123.format("block_sparse_moe.experts.{}", "_exps"),
+)
 KEYS = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -192,7 +174,6 @@ PRESENT = {
     "ssm_in.bias": "mamba_proj_bias use_bias",
     "ssm_norm.weight": "mamba_rms_norm",
     "ssm_out.bias": "projectors_bias",
-    "": "mamba_norm_before_gate",
 }
 """Tensors of a layer, and keys of a config.json that are true if a layer has them."""
 ROWS = {
@@ -210,12 +191,10 @@ ROPE = {
     "scaling.yarn_beta_slow": "beta_slow",
     "scaling.yarn_attn_factor": "attention_factor",
 }
-HEAD = {
-    "nextn.eh_proj": "mtp.fc",
-    "nextn.enorm": "mtp.pre_fc_norm_embedding",
-    "nextn.hnorm": "mtp.pre_fc_norm_hidden",
-    "nextn.shared_head_norm": "mtp.norm",
-}
+HEAD = _names(
+    "nextn.eh_proj mtp.fc nextn.shared_head_norm mtp.norm",
+    "nextn.enorm mtp.pre_fc_norm_embedding nextn.hnorm mtp.pre_fc_norm_hidden",
+)
 """Names of Qwen's multi-token head outside its layer."""
 
 
@@ -298,6 +277,7 @@ class Model:
             "vocab_size": self.rows_of("token_embd.weight"),
             "num_hidden_layers": self.num_layers,
             "tie_word_embeddings": "output.weight" not in tensors,
+            "mamba_norm_before_gate": False,
             "dtype": "float32" if is_exact else "bfloat16",
         }
         for key, words in KEYS.items():
@@ -305,6 +285,7 @@ class Model:
                 values |= dict.fromkeys(words.split(), self.number(key))
         for word, names in PRESENT.items():
             values |= dict.fromkeys(names.split(), self.has(word))
+        values["attention_bias"] |= self.has("attn_qkv.bias")
         for word, names in ROWS.items():
             if self.has(word):
                 values |= dict.fromkeys(names.split(), self.rows_of(word))
@@ -430,9 +411,8 @@ class Model:
             count = min(self.whole("expert_count", 0), MOST_EXPERTS)
             if len(first.shape) != 3 or len(first) != count:
                 raise self._wrong_shape(target, first)
-            each = zip(*parts, strict=True)
-            return {target.format(e): _source(own) for e, own in enumerate(each)}
-        if first.num_columns == 1 or SMALL.fullmatch(word) or word == "ffn_gate_inp_shexp":
+            return {target.format(e): _source(parts, expert=e) for e in range(count)}
+        if first.num_columns == 1 or SMALL.fullmatch(word):
             return {target: self._small(word, parts, rows)}
         if len(first.shape) != 2:
             raise self._wrong_shape(target, first)
@@ -481,26 +461,25 @@ def _source(
     parts: Sequence[Matrix],
     rows: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
+    expert: int | None = None,
 ) -> Source:
-    """Return a matrix with the rows of all parts: views if there is one, as they are stored if the
+    """Return a matrix, or that of one expert, with the rows of all parts: as they are stored if the
     formats are equal, else widened."""
-    first = parts[0]
-    count = sum(map(len, parts)) if rows is None else len(rows)
-    shape = count, first.num_columns
-    if len(parts) == 1:
-        return Source(shape, first.format, lambda: first, rows, columns)
-    if any(part.format != first.format for part in parts):
-        return Source(
-            shape, FLOAT32, lambda: _plain(torch.cat([p.widened(torch.float32) for p in parts]))
-        )
+    first, is_stored = parts[0], all(part.format == parts[0].format for part in parts)
+    count = sum(part.shape[-2] for part in parts) if rows is None else len(rows)
 
     def read() -> Matrix:
-        fields = {
-            name: torch.cat([part.fields[name] for part in parts]) for name in first.format.fields
-        }
+        own = parts if expert is None else [part[expert] for part in parts]
+        if len(own) == 1:
+            return own[0]
+        if not is_stored:
+            return _plain(torch.cat([part.widened(torch.float32) for part in own]))
+        names = first.format.fields
+        fields = {name: torch.cat([part.fields[name] for part in own]) for name in names}
         return Matrix(first.format, fields, first.num_columns)
 
-    return Source(shape, first.format, read)
+    format = first.format if is_stored else FLOAT32
+    return Source((count, first.num_columns), format, read, rows, columns)
 
 
 def _plain(values: torch.Tensor) -> Matrix:
@@ -508,10 +487,6 @@ def _plain(values: torch.Tensor) -> Matrix:
 
 
 # --- Families -------------------------------------------------------------------------------------
-
-
-def _same(model: Model, values: Values) -> Values:
-    return {}
 
 
 def _qwen3_5(model: Model, values: Values) -> Values:
@@ -651,7 +626,7 @@ class Form:
     names: Mapping[str, str]
     """Published name in a layer of each word. Several tensors with one name are its rows, in
     order; ``{}`` is an expert."""
-    config: Callable[[Model, Values], Values] = _same
+    config: Callable[[Model, Values], Values] = lambda model, values: {}
     """Returns keys that depend on the layers."""
     orders: Callable[[Model], Orders] = lambda model: {}
     embedding: str = "model.embed_tokens"

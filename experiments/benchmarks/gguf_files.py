@@ -80,6 +80,9 @@ HEAD = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden":
 HEAD |= {"norm": "shared_head_norm"}
 """Names of Qwen's multi-token head outside its layer."""
 
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Types of tokens."""
+
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -125,6 +128,37 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def vocabulary(folder: Path, pre: str) -> dict[str, Any]:
+    """Return the metadata of a byte-level ``tokenizer.json``, whose words are split as ``pre``
+    says: ``qwen2``, ``llama-bpe`` or another kind of llama.cpp."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    ids: dict[str, int] = dict(raw["model"]["vocab"])
+    special = {token["content"]: token for token in raw["added_tokens"]}
+    ids |= {text: token["id"] for text, token in special.items()}
+    config = json.loads((folder / "config.json").read_text())
+    size = max(text_part(config)["vocab_size"], max(ids.values()) + 1)
+    tokens, types = [f"[PAD{token_id}]" for token_id in range(size)], [UNUSED] * size
+    for text, token_id in ids.items():
+        tokens[token_id], types[token_id] = text, NORMAL
+        if text in special:
+            is_control = special[text]["special"] or (text[:2], text[-2:]) == ("<|", "|>")
+            types[token_id] = CONTROL if is_control else USER_DEFINED
+    merges = [one if isinstance(one, str) else " ".join(one) for one in raw["model"]["merges"]]
+    found: dict[str, Any] = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types}
+    found |= {"merges": merges} if merges else {}
+    for name in ("bos", "eos"):
+        token = settings.get(f"{name}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        found |= {f"{name}_token_id": ids[token]} if token in ids else {}
+    if "add_bos_token" in settings:
+        found["add_bos_token"] = settings["add_bos_token"]
+    made = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+    template = folder / "chat_template.jinja"
+    source = template.read_text() if template.exists() else settings.get("chat_template")
+    return made | ({"tokenizer.chat_template": source} if source else {})
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:

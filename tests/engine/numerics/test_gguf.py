@@ -313,7 +313,9 @@ def test_fused_inputs_are_split(name, written) -> None:
                         parts = [tensors.pop(own) for own in names]
                         tensors[f"blk.{block}.{whole}.{ending}"] = np.concatenate(parts, axis)
 
-    found = rewritten(path, fuse).weights()
+    model = rewritten(path, fuse)
+    assert model.config == model_of(path).config
+    found = model.weights()
     assert found.keys() == expected.keys()
     for key, source in found.items():
         assert torch.equal(weight(source), weight(expected[key])), key

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from engine.models import read_model
+from engine.text.gguf_tokenizer import read_tokenizer
 from engine.weights import gguf as reader
-from engine.weights.gguf import GgufFile
+from engine.weights.gguf import GgufFile, choose_files
 from engine.weights.gguf_names import Model
 from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import WeightsError
@@ -221,6 +222,50 @@ def test_long_headers_are_refused_before_they_are_read(tmp_path) -> None:
     assert reader.MOST_HEADER_BYTES + 60 * reader.MOST_TEXTS < 100 << 20
 
 
+# --- Choice of a model ----------------------------------------------------------------------------
+
+REPOSITORY = [
+    "README.md",
+    "mmproj-F16.gguf",
+    "imatrix_unsloth.gguf",
+    "Model-9B-Q4_K_M.gguf",
+    "Model-9B-UD-Q4_K_XL.gguf",
+    "Model-9B-IQ4_XS.gguf",
+    "Model-9B-Q8_0-00002-of-00002.gguf",
+    "Model-9B-Q8_0-00001-of-00002.gguf",
+    "BF16/Model-9B-BF16-00001-of-00002.gguf",
+    "BF16/Model-9B-BF16-00002-of-00002.gguf",
+]
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (None, ["Model-9B-Q4_K_M.gguf"]),
+        ("q4_k_m", ["Model-9B-Q4_K_M.gguf"]),
+        ("UD-Q4_K_XL", ["Model-9B-UD-Q4_K_XL.gguf"]),
+        ("IQ4_XS", ["Model-9B-IQ4_XS.gguf"]),
+        ("Q8_0", ["Model-9B-Q8_0-00001-of-00002.gguf", "Model-9B-Q8_0-00002-of-00002.gguf"]),
+        ("BF16", REPOSITORY[-2:]),
+    ],
+)
+def test_label_chooses_the_files_of_one_model(label, expected) -> None:
+    assert choose_files(REPOSITORY, label) == expected
+
+
+def test_choices_are_listed_if_the_label_does_not_decide() -> None:
+    assert choose_files(["only.gguf", "mmproj-only.gguf"]) == ["only.gguf"]
+    with pytest.raises(WeightsError) as error:
+        choose_files(["a-Q8_0.gguf", "b-Q8_0.gguf"], source="ORG/NAME")
+    assert str(error.value) == "ORG/NAME has several models: choose one of a-Q8_0, b-Q8_0."
+    with pytest.raises(WeightsError, match="ORG/NAME has 0 models with the format Q5_K_M: choose"):
+        choose_files(REPOSITORY, "Q5_K_M", "ORG/NAME")
+    with pytest.raises(WeightsError, match="ORG/NAME has 2 models with the format Q8_0: choose"):
+        choose_files(["a-Q8_0.gguf", "b-Q8_0.gguf"], "Q8_0", "ORG/NAME")
+    with pytest.raises(WeightsError, match="folder has no model in GGUF files"):
+        choose_files(["mmproj-F16.gguf", "model.safetensors"], source="folder")
+
+
 # --- Mutations ------------------------------------------------------------------------------------
 
 EXTREMES = [0, 1, 2**8, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]
@@ -259,7 +304,7 @@ def originals(tmp_path_factory) -> list[bytes]:
     for family in ("qwen3_5", "granite_moe_hybrid_dense"):
         folder = tmp_path_factory.mktemp(family)
         make_oracle(family).save_pretrained(folder)
-        tokens = [chr(256 + n) if n < 33 else chr(n) for n in range(199)]
+        tokens = ["ab", "abc", *(chr(256 + n) if n < 33 else chr(n) for n in range(2, 199))]
         extra = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": "qwen2",
@@ -283,6 +328,7 @@ def consume(path: Path) -> int:
         stored = source.read()
         if len(source.shape) == 2:
             stored.widened(torch.float32)
+    read_tokenizer(model.file)
     return len(weights)
 
 
