@@ -144,15 +144,23 @@ def load_runner(config: EngineConfig) -> ModelRunner:
     return build.load_runner(config, drafts=drafts)
 
 
-def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
-    """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one. Does
-    not import torch itself. ``vocab_size`` may be 0, not known yet, if ``config`` names one."""
+def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer | None:
+    """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one: None
+    if its size is not known yet (``vocab_size``). Imports torch for GGUF files only."""
     from engine.text.tokenizer import HFTokenizer, IdTokenizer, has_tokenizer, named_eos
 
-    if not (config.tokenizer or has_tokenizer(config.model_dir)):
-        return IdTokenizer(vocab_size, named_eos(config.model_dir))
-    max_ids = vocab_size or None if config.tokenizer else None
-    return HFTokenizer(Path(config.tokenizer or config.model_dir), max_ids)
+    path, eos = Path(config.tokenizer or config.model_dir), frozenset[int]()
+    max_ids = vocab_size if config.tokenizer else None
+    if is_gguf(path):
+        from engine.text.gguf_tokenizer import load_tokenizer
+
+        if (found := load_tokenizer(path, max_ids)) is not None:
+            return found
+    elif config.tokenizer or has_tokenizer(path):
+        return HFTokenizer(path, max_ids)
+    else:
+        eos = named_eos(path)
+    return None if vocab_size is None else IdTokenizer(vocab_size, eos)
 
 
 def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Grammar], LogitRule]:

@@ -153,7 +153,13 @@ def sampling_defaults(config: EngineConfig) -> dict[str, float]:
     ``do_sample`` is ignored, as in vLLM: requests set temperature 0 for greedy decoding."""
     if config.model is None or config.sampling_defaults == "none":
         return {}
-    named = read_json(Path(config.model) / "generation_config.json")
+    path = Path(config.model)
+    if is_gguf(path):
+        from engine.text.gguf_tokenizer import generation_config
+
+        named = generation_config(path)
+    else:
+        named = read_json(path / "generation_config.json")
     found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
     if found.get("top_k") == 0:
         del found["top_k"]  # All tokens, which is the default.

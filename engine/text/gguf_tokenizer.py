@@ -105,6 +105,25 @@ def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
     return GgufTokenizer(backend, reader.settings(), reader.ends())
 
 
+def load_tokenizer(model: Path, max_ids: int | None) -> BackendTokenizer | None:
+    """Load the tokenizer of the GGUF file that ``model`` names, or None if it has none. Raises
+    ValueError."""
+    file = gguf_file(model)
+    found = None if file is None else read_tokenizer(file)
+    if found is None:
+        return None
+    backend, settings, eos = found
+    return BackendTokenizer(
+        backend, settings, eos_token_ids=eos, max_ids=max_ids, source=str(model)
+    )
+
+
+def generation_config(model: Path) -> dict[str, Any]:
+    """Return the defaults of sampling that a GGUF file recommends."""
+    file = gguf_file(model)
+    return {} if file is None else read_generation_config(file)
+
+
 def read_generation_config(file: GgufFile) -> dict[str, Any]:
     """Return the defaults of sampling that the file recommends, as in a generation_config.json."""
     named = {name: file.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}

@@ -8,40 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from engine.weights.checkpoint import Checkpoint, WeightFiles
-from engine.weights.gguf import PART_NAME, GgufFile
+from engine.weights.gguf import GgufFile, choose_files
 from engine.weights.gguf_names import Model
 from engine.weights.gguf_weights import GgufWeights
+from engine.weights.layer_names import CONFIG_NAME, is_gguf
 from engine.weights.model_config import ModelError
-from engine.weights.tensor_files import enumerated, find_files
+from engine.weights.tensor_files import find_files
 
-CONFIG_NAME = "config.json"
-PROJECTOR = "mmproj"
-"""Beginning of the names of files with a visual tower, which is not read."""
-
-
-def gguf_file(model: Path) -> Path | None:
-    """Return the GGUF file that ``model`` names: itself, or the only model in a directory without a
-    config.json; of a split model the first part. None for other models. Raises ModelError if a
-    directory has several."""
-    if model.suffix == ".gguf":
-        return model
-    if (model / CONFIG_NAME).is_file():
+def gguf_file(model: Path) -> GgufFile | None:
+    """Read the header of the GGUF file that ``model`` names: itself, or the model of a directory.
+    None for other models. Raises WeightsError, also if a directory has several."""
+    if not is_gguf(model):
         return None
-    parts = [path for path in sorted(model.glob("*.gguf")) if not path.name.startswith(PROJECTOR)]
-    split = {path: PART_NAME.fullmatch(path.name) for path in parts}
-    found = [path for path, place in split.items() if place is None or int(place[2]) == 1]
-    if len(found) > 1:
-        raise ModelError(
-            f"{model} has several models: use one of {enumerated([path.name for path in found])} "
-            f"as in --model {found[0]}."
-        )
-    return found[0] if found else None
+    if model.is_dir():
+        names = choose_files((path.name for path in model.glob("*.gguf")), source=str(model))
+        model = model / names[0]
+    return GgufFile(model)
 
 
 def weight_files(model: Path) -> list[Path]:
     """List the files with the weights of a model. Raises WeightsError."""
     file = gguf_file(model)
-    return find_files(model) if file is None else GgufFile(file).paths
+    return find_files(model) if file is None else file.paths
 
 
 def open_weights(model: Path, config: Mapping[str, Any], *, with_head: bool) -> Checkpoint:
@@ -49,12 +37,12 @@ def open_weights(model: Path, config: Mapping[str, Any], *, with_head: bool) -> 
     file = gguf_file(model)
     if file is None:
         return WeightFiles(model, config, with_head=with_head)
-    return GgufWeights(Model(GgufFile(file)), with_head=with_head)
+    return GgufWeights(Model(file), with_head=with_head)
 
 
 def config_bytes(model: Path) -> bytes:
     """Return the config of a model as bytes, to compare models. Raises ModelError."""
-    if gguf_file(model) is None:
+    if not is_gguf(model):
         return (model / CONFIG_NAME).read_bytes()
     return json.dumps(read_config(model), sort_keys=True).encode()
 
@@ -64,8 +52,8 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     Raises ModelError."""
     file = gguf_file(model_dir)
     if file is not None:
-        return Model(GgufFile(file)).config
-    path = model_dir / "config.json"
+        return Model(file).config
+    path = model_dir / CONFIG_NAME
     if not path.is_file():
         raise ModelError(
             f"there is no config.json in {model_dir}: use a model directory, or ORG/NAME for a "

@@ -33,7 +33,7 @@ from engine.engine import Engine, load_tokenizer_of
 from engine.errors import FAILED, RunnerLost, describe_exit
 from engine.messages import EndEngine, EngineFacts, FromEngine, Refused, ToEngine, plain
 from engine.server.settings import SWITCH_S
-from engine.text.tokenizer import Tokenizer, has_tokenizer
+from engine.text.tokenizer import Tokenizer
 from engine.worker.screen import screen_rows, screen_text
 from engine.worker.spawn import Spawned
 from hybridcache.command.extras import how_to_install
@@ -107,10 +107,10 @@ def start_engine(config: EngineConfig, spawned: Spawned) -> tuple[AsyncEngine, s
     screen). Raises ValueError if the model cannot be loaded."""
     sockets = Sockets(spawned.folder.name, is_server=True)
     try:
-        is_named = config.tokenizer or has_tokenizer(config.model_dir)
-        tokenizer = load_tokenizer_of(config, 0) if is_named else None
+        tokenizer = load_tokenizer_of(config, None)
         facts = _wait_for(spawned.process, sockets)
         tokenizer = tokenizer or load_tokenizer_of(config, facts.vocab_size)
+        assert tokenizer is not None
         channel = ProcessChannel(config, tokenizer, facts, spawned, sockets)
         return AsyncEngine(channel), facts.screen
     except BaseException:
