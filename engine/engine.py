@@ -19,6 +19,7 @@ from engine.schedule.report import cache_kind
 from engine.schedule.scheduler import NO_DRAFTS, Scheduler
 from engine.text.grammar import Grammar
 from engine.weights.hub import resolve_config
+from engine.weights.layer_names import is_gguf
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -124,7 +125,9 @@ def load(config: EngineConfig) -> tuple[ModelRunner, Sampler, Tokenizer]:
     from engine.runner.sampler import Sampler
 
     runner = load_runner(config)
-    return runner, Sampler(), load_tokenizer_of(config, runner.vocab_size)
+    tokenizer = load_tokenizer_of(config, runner.vocab_size)
+    assert tokenizer is not None
+    return runner, Sampler(), tokenizer
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from engine.text.tokenizer import BackendTokenizer
 from engine.weights.gguf import GgufFile
 from engine.weights.model_config import ModelError
+from engine.weights.model_files import gguf_file
 
 if TYPE_CHECKING:
     import tokenizers

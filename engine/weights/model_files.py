@@ -15,6 +15,7 @@ from engine.weights.layer_names import CONFIG_NAME, is_gguf
 from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import find_files
 
+
 def gguf_file(model: Path) -> GgufFile | None:
     """Read the header of the GGUF file that ``model`` names: itself, or the model of a directory.
     None for other models. Raises WeightsError, also if a directory has several."""

@@ -271,7 +271,9 @@ class FleetChannel(EngineChannel):
         replicas: Mapping[str, Any],
     ) -> None:
         self.config, self.facts, self.num_engines = config, facts, len(replicas)
-        self.tokenizer = load_tokenizer_of(config, facts.vocab_size)
+        tokenizer = load_tokenizer_of(config, facts.vocab_size)
+        assert tokenizer is not None
+        self.tokenizer = tokenizer
         self._compile = grammar_rules(self.tokenizer, facts.vocab_size)
         self._compiling = asyncio.Lock()
         """Held while a grammar is compiled, so that an equal one that waits is remembered."""
