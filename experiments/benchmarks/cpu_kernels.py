@@ -3,6 +3,7 @@
     python -m experiments.benchmarks.cpu_kernels       # about 3 minutes on two idle cores
 
 Linear layers of 8,192 outputs and 2,048 inputs are compared with oneDNN's. Contenders alternate.
+Integers and scales of the formats of GGUF files are drawn.
 Recurrences are measured for mean decays (logarithms, per token) from -0.01 to -100 with one thread.
 Strong decays must not take longer. Figures are medians; the processor is part of the provenance.
 """
@@ -25,6 +26,9 @@ from experiments.benchmarks.timing import Call, medians
 from experiments.studies.common import keep, positive, show
 from kernels.linear import native as linear
 from kernels.linear import prepacked, reference
+from kernels.linear.blocks import GGML_TYPES
+from kernels.linear.formats import Matrix
+from kernels.linear.grouped import Grouped
 from kernels.native import has, kernel_choices
 from kernels.packed import Packed
 
@@ -35,6 +39,8 @@ DECAYS = (-0.01, -0.5, -1.5, -3.0, -10.0, -50.0, -100.0)
 PROMPT, STREAMS = 512, 8
 HEADS, KEY, VALUE, SIZE = 16, 128, 128, 2048
 """Sizes of a recurrent layer: value heads, their key and value sizes, and channels of Mamba-1."""
+FORMATS = [*map(GGML_TYPES.__getitem__, (2, 8, 12, 13, 14, 23, 39)), Grouped(4, 128)]
+"""Formats of small integers: Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_XS, MXFP4, and groups of 128."""
 RECURRENCES = ("gdn", "kda", "mamba2", "mamba1")
 
 
@@ -55,6 +61,14 @@ def layers() -> dict[tuple[str, str], Callable[[torch.Tensor], torch.Tensor]]:
         if has(f"linear_int8_{method}_bfloat16") and is_usable(method):
             layer8 = linear.NativeInt8Linear(quantized, scale, None, method)
             found[f"native int8 {method}", "bfloat16"] = layer8
+    for format in FORMATS:
+        if format.has_product(linear):
+            matrix = Matrix.empty(format, (OUTPUTS, INPUTS), torch.zeros)
+            for part in matrix.fields.values():
+                part.random_() if part.dtype is torch.uint8 else part.normal_()
+            found[f"native {format.describe()}", "bfloat16"] = format.product(
+                linear, matrix, None, torch.bfloat16
+            )
     return found
 
 

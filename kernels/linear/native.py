@@ -198,14 +198,14 @@ class NativeGroups:
         self._num_outputs = len(next(iter(fields.values())))
         self._bias = None if bias is None else bias.to(dtype).contiguous()
         self._packed = pack_groups(format, fields, num_columns)
-        units = self._packed["codes"].shape[1]
-        scale = self._packed["scale"]
-        table = None if format.table is None else torch.tensor(format.table, dtype=torch.int8)
-        self._packed["table"] = table
+        if format.table is not None:
+            self._packed["table"] = torch.tensor(format.table, dtype=torch.int8)
+        parts = (self._packed.get(name) for name in ("codes", *GROUP_PARTS, "table"))
         self._description = torch.tensor([
-            *(address(self._packed[name]) or 0 for name in ("codes", *GROUP_PARTS, "table")),
-            self._num_outputs, num_columns, units, format.block // UNIT, format.bits, format.zero,
-            SCALE_KINDS[scale.dtype], max(1, UNIT // format.group),
+            *(address(part) or 0 for part in parts),
+            self._num_outputs, num_columns, self._packed["codes"].shape[1], format.block // UNIT,
+            format.bits, format.zero, SCALE_KINDS[self._packed["scale"].dtype],
+            max(1, UNIT // format.group),
         ])  # fmt: skip
         name = f"linear_groups_{method or kernel_choices()['linear_groups']}_{DTYPES[dtype]}"
         self._multiply = function(name, "piipppt")
@@ -213,7 +213,7 @@ class NativeGroups:
     @property
     def num_bytes(self) -> int:
         """Memory of the packed weight."""
-        return sum(part.nbytes for part in self._packed.values() if part is not None)
+        return sum(part.nbytes for part in self._packed.values())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.stride(1) != 1:
@@ -228,7 +228,7 @@ class NativeGroups:
 
 def pack_groups(
     format: GroupFormat, fields: Mapping[str, torch.Tensor], num_columns: int
-) -> dict[str, torch.Tensor | None]:
+) -> dict[str, torch.Tensor]:
     """Pack a matrix ``[M, N]`` into panels of 16 outputs, by the names of ``Groups``.
 
     Codes are int32 ``[panels, units, words, 16]``, as ``native_groups.cpp`` says, other parts
@@ -239,7 +239,7 @@ def pack_groups(
     padded = -(-num_columns // format.block) * format.block
     words = 8 if format.bits == 8 else format.bits
     codes = huge_pages.empty(panels, padded // UNIT, words, GROUP_PANEL, dtype=torch.int32)
-    packed: dict[str, torch.Tensor | None] = {"codes": codes}
+    packed = {"codes": codes}
     band = max(GROUP_PANEL, BAND_ELEMENTS // padded // GROUP_PANEL * GROUP_PANEL)
     for first in range(0, num_outputs, band):
         found = format.decoded({name: rows[first : first + band] for name, rows in fields.items()})
@@ -251,7 +251,6 @@ def pack_groups(
         for name in GROUP_PARTS:
             part = getattr(found, name)
             if part is None:
-                packed[name] = None
                 continue
             if first == 0:
                 packed[name] = huge_pages.empty(

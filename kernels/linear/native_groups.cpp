@@ -28,7 +28,7 @@ struct alignas(64) Unit {
     int32_t words[8];
     float step;
     int32_t starts[2];  // of the sums of each half of the columns, or sums of x if outputs have zeros
-    float sums[2];      // step times sum of x of each half
+    float sums[2], sum;  // step times sum of x of each half, and of both
 };
 static_assert(sizeof(Unit) == 64, "a line of the cache");
 
@@ -57,6 +57,7 @@ enum ScaleKind { HALF, BFLOAT16, FLOAT32, EXPONENT };
     typedef Floats UnalignedFloats __attribute__((aligned(4)));                                    \
     static Ints load(const void* from) { return *(const Unaligned*)from; }                         \
     static Ints all(int32_t x) { return Ints{} + x; }                                              \
+    static Floats all(float x) { return x - Floats{}; }                                            \
     static Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 // 256 bits. Products of bytes are added in 16 bits, where they do not reach the limits.
@@ -104,6 +105,9 @@ struct HalfLanes {
     static Ints widened(const uint16_t* from) {
         return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
     }
+    static Floats multiply_add(Floats a, Floats b, Floats c) {
+        return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    }
     static Floats from_half(const void* from) {
         return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
     }
@@ -139,6 +143,9 @@ struct FullLanes {
     }
     static Ints widened(const uint16_t* from) {
         return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+    }
+    static Floats multiply_add(Floats a, Floats b, Floats c) {
+        return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
     }
     static Floats from_half(const void* from) {
         return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
@@ -231,7 +238,7 @@ EXPORT void pack_codes(
 // --- Products ------------------------------------------------------------------------------------------
 
 // Adds blocks to the sums of ROWS rows and the outputs of one register, which start at `lane` of a panel.
-template <class R, class C, int FACTORS, bool MINIMA, int ROWS>
+template <class R, class C, int FACTORS, bool MINIMA, bool ZEROS, int ROWS>
 static void multiply_rows(
     const PackedGroups& w, int64_t panel, int64_t lane, const Unit* x, int64_t stride, int64_t begin,
     int64_t end, float* sums, bool first) {
@@ -251,7 +258,7 @@ static void multiply_rows(
     for (int64_t b = begin; b < end; b++) {
         int64_t place = (first_block + b) * PANEL + lane;
         Floats part[ROWS] = {}, low[ROWS] = {};
-        if (w.zeros) zeros = R::all(C::IS_SIGNED ? R::BIAS : 0) - R::widened(w.zeros + place);
+        if (ZEROS) zeros = R::all(C::IS_SIGNED ? R::BIAS : 0) - R::widened(w.zeros + place);
         for (int64_t u = b * w.block; u < (b + 1) * w.block; u++) {
             Ints own[8], factors[2];
             Floats minima[2];
@@ -267,20 +274,21 @@ static void multiply_rows(
                 Ints found[2];
                 for (int h = 0; h < 2; h++) {
                     Ints start = R::all(row.starts[h]);
-                    if (w.zeros) start *= zeros;
+                    if (ZEROS) start *= zeros;
                     found[h] = R::template add<C::MOST>(start, own + 4 * h, row.words + 4 * h);
                 }
                 Ints whole = FACTORS == 2 ? found[0] * factors[0] + found[1] * factors[1]
                     : FACTORS == 1        ? (found[0] + found[1]) * factors[0]
                                           : found[0] + found[1];
-                part[r] += R::floats(whole) * row.step;
+                part[r] = R::multiply_add(R::floats(whole), R::all(row.step), part[r]);
                 if constexpr (MINIMA) {
                     if constexpr (FACTORS == 2)
-                        low[r] = low[r] + minima[0] * row.sums[0] + minima[1] * row.sums[1];
+                        for (int h = 0; h < 2; h++)
+                            low[r] = R::multiply_add(minima[h], R::all(row.sums[h]), low[r]);
                     else if constexpr (FACTORS == 1)
-                        low[r] += minima[0] * (row.sums[0] + row.sums[1]);
+                        low[r] = R::multiply_add(minima[0], R::all(row.sum), low[r]);
                     else
-                        low[r] += row.sums[0] + row.sums[1];
+                        low[r] += row.sum;
                 }
             }
         }
@@ -288,8 +296,8 @@ static void multiply_rows(
         if (MINIMA) minimum = load_scales<R>(w.minimum, place, HALF);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            total[r] += part[r] * scale;
-            if (MINIMA) total[r] -= low[r] * minimum;
+            total[r] = R::multiply_add(part[r], scale, total[r]);
+            if (MINIMA) total[r] = R::multiply_add(-low[r], minimum, total[r]);
         }
     }
 #pragma GCC unroll 8
@@ -297,21 +305,21 @@ static void multiply_rows(
 }
 
 // All rows and outputs of a panel, for some blocks.
-template <class R, class C, int FACTORS, bool MINIMA>
+template <class R, class C, int FACTORS, bool MINIMA, bool ZEROS = false>
 static void multiply_chunk(
     const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t begin, int64_t end,
     float* sums) {
     constexpr int64_t WIDTH = sizeof(typename R::Ints) / 4;
     for (int64_t lane = 0; lane < PANEL; lane += WIDTH) {
-        int64_t r = 0;
-        auto run = [&](auto function, int64_t count) {
-            for (; r + count <= rows; r += count)
-                function(
-                    w, panel, lane, x + r * w.units, w.units, begin, end, sums + r * PANEL, begin == 0);
-        };
-        run(multiply_rows<R, C, FACTORS, MINIMA, 4>, 4);
-        run(multiply_rows<R, C, FACTORS, MINIMA, 2>, 2);
-        run(multiply_rows<R, C, FACTORS, MINIMA, 1>, 1);
+        for (int64_t r = 0, count; r < rows; r += count) {
+            int64_t left = rows - r;
+            count = left == 6 || left > 9 ? 6 : left > 3 ? 4 : left > 1 ? 2 : 1;
+            auto function = count == 6 ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 6>
+                : count == 4           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 4>
+                : count == 2           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 2>
+                                       : multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 1>;
+            function(w, panel, lane, x + r * w.units, w.units, begin, end, sums + r * PANEL, begin == 0);
+        }
     }
 }
 
@@ -326,7 +334,9 @@ static Chunk chunk_of(const PackedGroups& w) {
     if (w.table)
         return factors ? multiply_chunk<R, Codes<4, true>, 1, false>
                        : multiply_chunk<R, Codes<4, true>, 0, false>;
-    if (w.bits == 8) return multiply_chunk<R, Codes<8, false>, 0, false>;
+    if (w.bits == 8)
+        return w.zeros ? multiply_chunk<R, Codes<8, false>, 0, false, true>
+                       : multiply_chunk<R, Codes<8, false>, 0, false>;
     if (w.bits == 6) return multiply_chunk<R, Codes<6, false>, 2, false>;
     if (w.bits == 5)
         return factors ? multiply_chunk<R, Codes<5, false>, 1, true>
@@ -337,6 +347,7 @@ static Chunk chunk_of(const PackedGroups& w) {
                       : multiply_chunk<R, Codes<4, false>, 2, false>;
     return factors ? multiply_chunk<R, Codes<4, false>, 1, true>
         : minima   ? multiply_chunk<R, Codes<4, false>, 0, true>
+        : w.zeros  ? multiply_chunk<R, Codes<4, false>, 0, false, true>
                    : multiply_chunk<R, Codes<4, false>, 0, false>;
 }
 
@@ -375,6 +386,7 @@ static void quantize_unit(const T* x, int64_t count, int64_t zero, Unit* to) {
         to->starts[h] = zero < 0 ? sum : int32_t(-zero) * sum;
         to->sums[h] = to->step * float(sum);
     }
+    to->sum = to->sums[0] + to->sums[1];
 }
 
 template <class R, class T>

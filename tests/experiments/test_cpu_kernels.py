@@ -14,7 +14,7 @@ from experiments.benchmarks import cpu_kernels
 
 @pytest.mark.full
 def test_all_layers_and_recurrences_have_figures(tmp_path, monkeypatch, capsys) -> None:
-    sizes = {"OUTPUTS": 64, "INPUTS": 64, "ROWS": (1, 3), "PROMPT": 70, "HEADS": 2, "SIZE": 32}
+    sizes = {"OUTPUTS": 64, "INPUTS": 256, "ROWS": (1, 3), "PROMPT": 70, "HEADS": 2, "SIZE": 32}
     sizes |= {"KEY": 16, "VALUE": 16, "DECAYS": (-0.01, -100.0)}
     for name, value in sizes.items():
         monkeypatch.setattr(cpu_kernels, name, value)
