@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from engine.text.tokenizer import (
     Tokenizer,
     has_tokenizer,
 )
+from engine.weights.hub import SMALL_FILES
 
 CORPUS = [
     "hello world, hello caché",
@@ -367,6 +369,13 @@ def test_ranks_of_kimi_are_read(tmp_path: Path) -> None:
     assert [i - size for i in ids if i >= size] == [0, 3, 4, 2]
     assert tokenizer.decode(ids) == "hello<think>"
     assert [tokenizer.token_bytes(i) for i in range(size)] == tokens
+
+
+def test_all_files_of_tokenizers_are_downloaded() -> None:
+    files = "tokenizer.json tokenizer.model tiktoken.model tokenizer_config.json vocab.json "
+    files += "special_tokens_map.json added_tokens.json merges.txt chat_template.jinja"
+    for name in files.split():
+        assert any(fnmatch(name, pattern) for pattern in SMALL_FILES), name
 
 
 @pytest.mark.parametrize(

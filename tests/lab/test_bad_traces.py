@@ -401,6 +401,7 @@ def test_rows_of_no_tokens_are_refused(tmp_path: Path, tokens: dict[str, list[in
         ("bailian", 1.7e12, 1000, "1.7e+12 to 1.7e+12"),  # Milliseconds since 1970.
         ("jsonl", 0, 0.001, "0 to 0.039"),
         ("mooncake", 5, 60, None),
+        ("jsonl", 0, 0.01, None),  # As in a load test.
         ("mooncake", 5, 0, None),
         ("bailian", 1.7e9, 0.1, None),
     ],
@@ -414,6 +415,10 @@ def test_times_that_cannot_be_in_their_unit_are_warned_of(
         assert len(list(trace)) == 40
     said = [f"{tmp_path}/t: all 40 requests arrive from {span} s: are its times in another unit?"]
     assert [str(one.message) for one in caught] == said * (span is not None)
+    records = [GOOD[word] | {"timestamp": first + step * number / 3} for number in range(120)]
+    with warnings.catch_warnings(record=True) as caught:
+        assert len(list(open_trace(written(tmp_path / "t", word, *records)))) == 120
+    assert bool(caught) == (span is not None or 0 < step < 0.1)
 
 
 def test_later_turns_of_a_session_follow_after_their_delays(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError)
 DAMAGE = "damaged, or not UTF-8: everything from this line on is lost ({})"
 UNANSWERED = "left out, because no answer follows a question"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
-FEWEST, MOST_PER_S, LAST_S = 10, 1000, 1e11
-"""Requests from which on a file is judged; a rate and a time that suggest another unit."""
+FEWEST, MANY, MOST_PER_S, LAST_S = 10, 100, 1000, 1e11
+"""Requests to be judged; those in one second, a rate and a time that suggest another unit."""
 ODD_TIMES = "all {:,} requests arrive from {:.4g} to {:.4g} s: are its times in another unit?"
 _CHUNK = 1 << 16
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
@@ -395,7 +395,7 @@ class FileReader:
             first_s, last_s = min(first_s, request.timestamp_s), request.timestamp_s
             number += 1
             yield request
-        is_crowded = 0 < last_s - first_s < max(1, number / MOST_PER_S)
+        is_crowded = 0 < last_s - first_s < max(number >= MANY, number / MOST_PER_S)
         if number >= FEWEST and (is_crowded or last_s > LAST_S):
             notes.say(ODD_TIMES.format(number, first_s, last_s))
         notes.end()
