@@ -206,7 +206,9 @@ def load_model(
     model = make(build, fill)
     if files is None:
         return model, f"{counted}; seeded (seed {settings.seed}), untrained"
-    return model, f"{counted}; {files.note()}{build.weights.note()}"
+    note = f"{counted}; {files.note()}{build.weights.note()}"
+    files.close()
+    return model, note
 
 
 def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:

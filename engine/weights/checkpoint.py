@@ -91,6 +91,10 @@ class Checkpoint(ABC):
             for tensor in matrix.fields.values():
                 check_numbers(name, tensor)
 
+    def close(self) -> None:
+        """Free the files, as far as the model does not use their bytes."""
+        return
+
     def note(self) -> str:
         seconds = time.monotonic() - self._started
         line = f"{self.num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"

@@ -9,7 +9,7 @@ import torch
 
 from engine.weights.checkpoint import TIED_HEAD, Checkpoint, check_whole_blocks, raise_complaints
 from engine.weights.gguf_names import Model
-from engine.weights.parameters import Parameter, Source
+from engine.weights.parameters import Layer, Parameter, Source
 from kernels.linear.formats import Format, Plain
 
 
@@ -22,6 +22,7 @@ class GgufWeights(Checkpoint):
         super().__init__(with_head=with_head)
         sources = model.weights()
         self._sources = {name: sources[name] for name in self.wanted(sources)}
+        self._file = model.file
         self.num_bytes = sum(tensor.data.nbytes for tensor in model.file.tensors.values())
         self._bytes = Counter[Format]()
         for tensor in model.file.tensors.values():
@@ -65,3 +66,11 @@ class GgufWeights(Checkpoint):
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
         return self._sources[name]
+
+    def fill(self, layer: Layer) -> None:
+        super().fill(layer)
+        self._file.drop_pages()  # The layer has a copy. Memory never holds the model twice.
+
+    def close(self) -> None:
+        self._sources = {}
+        self._file.tensors = {}

@@ -90,6 +90,9 @@ class Parameter:
     role: Role = "matrix"
     cut: Cut | None = None
     """Part of the file's tensor to copy, or None to copy all."""
+    take: Callable[[Matrix], None] | None = None
+    """Takes a matrix of the file as it is, in place of a copy, if it has the order, format and
+    device of the target."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,7 +106,11 @@ class Parameter:
         its dtype."""
         part, target = source.part(self.cut), self.target
         if isinstance(target, Matrix):
-            target.copy_(part)
+            is_view = self.cut is None and source.rows is None
+            if self.take is not None and is_view and target.device == part.device:
+                self.take(part)
+            else:
+                target.copy_(part)
         elif isinstance(part.format, Plain):
             target.copy_(part.fields["weight"])
         else:

@@ -278,7 +278,11 @@ class Embedding(Composite):
         self.own_ids = torch.tensor(self._ids) if build.is_divided else None
         """Tokens for which this rank has rows of embedding and head, or None for all."""
         cut = None if self.own_ids is None else Cut(vocab_size, self.own_ids)
-        self.own = [(f"{name}.weight", Parameter(plain_or(self.matrix), cut=cut))]
+        self.own = [(f"{name}.weight", Parameter(plain_or(self.matrix), cut=cut, take=self._take))]
+
+    def _take(self, matrix: Matrix) -> None:
+        """Look up rows in the file: those of few tokens are read."""
+        self.matrix = matrix
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         matrix = self.matrix

@@ -6,10 +6,11 @@ Cases are one stream, eight streams, and a prompt of 512 tokens.
     python -m experiments.benchmarks.llama             # about 4 minutes on two idle cores
     python -m experiments.benchmarks.llama --sizes 7m --dtypes float32
 
-Float32, bfloat16 and int8 (W8A8) are compared with F32, BF16 and Q8_0. int8 is also compared with
-this engine's bfloat16. llama.cpp runs in a second process: if that crashes, the result says so
-and the benchmark continues. Runs alternate, so noise of the machine affects both sides. Results are
-medians and their ratio, with the spread. If llama.cpp is not built, the script says so and ends.
+Float32, bfloat16 and int8 (W8A8) are compared with F32, BF16 and Q8_0, and int8 also with this
+engine's bfloat16. In the other formats both sides read the same GGUF file. llama.cpp runs in a
+second process: if that crashes, the result says so and the benchmark continues. Runs alternate, so
+noise of the machine affects both sides. Results are medians and their ratio, with the spread. If
+llama.cpp is not built, the script says so and ends.
 """
 
 from __future__ import annotations
@@ -69,22 +70,43 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
+    "1b-moe": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
 }
-"""Dense Qwen3.5 models: twice the size of the built-in one, and Qwen3.5-0.8B's layers with
-a smaller vocabulary."""
+"""Qwen3.5 models: dense ones, twice the size of the built-in one and Qwen3.5-0.8B's layers with a
+smaller vocabulary, and one with 128 experts in each of eight layers."""
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
+"""Formats of this engine for a checkpoint, and of llama.cpp's file."""
+FILES = ("Q8_0", "Q4_0", "Q4_K_M", "Q6_K", "IQ4_XS")
+"""Formats of files that both sides read."""
 PROMPT, CONTEXT, ROOM = 512, 128, 768
-TURNS = {"7m": 60, "530m": 15}
+TURNS = {"7m": 60, "530m": 15, "1b-moe": 15}
 MAX_ERROR = 2e-2
 """Maximum difference of float32 logits from llama.cpp's (with float16 KV), relative to their
 standard deviation."""
 
 
 def runner_of(directory: str, dtype: str) -> ModelRunner:
-    """Return a runner for the checkpoint in ``directory`` with weights in ``dtype``."""
+    """Return a runner for the checkpoint in ``directory``, or for the file of a format."""
     return load_runner(
         EngineConfig(
-            model=directory,
+            model=f"{directory}/{dtype}.gguf" if dtype in FILES else directory,
             dtype="float32" if dtype == "float32" else "bfloat16",
             quantization="int8" if dtype == "int8" else None,
             device="cpu",
@@ -95,16 +117,23 @@ def runner_of(directory: str, dtype: str) -> ModelRunner:
 
 
 def against_llama(
-    gguf: ModuleType, size: str, dtype: str, directory: str, threads: int
+    modules: tuple[ModuleType, ModuleType], size: str, dtype: str, directory: str, threads: int
 ) -> Iterator[dict[str, Any]]:
     """Compare prefill, one stream and eight streams on the checkpoint in ``directory``.
 
     Raises:
         CrashError: llama.cpp crashed. Its process is separate, so the benchmark can continue.
     """
-    path = Path(directory) / f"{FORMATS[dtype]}.gguf"
+    llama, gguf = modules
+    path = Path(directory) / f"{FORMATS.get(dtype, dtype)}.gguf"
     vocabulary = {"tokenizer.ggml.model": "none"}
-    write_gguf(gguf, Path(directory), path, FORMATS[dtype], vocabulary)
+    if dtype in FILES:
+        whole = Path(directory) / "whole.gguf"
+        write_gguf(gguf, Path(directory), whole, "BF16", vocabulary)
+        rival.quantize(llama, whole, path, dtype)
+        whole.unlink()
+    else:
+        write_gguf(gguf, Path(directory), path, FORMATS[dtype], vocabulary)
     theirs = rival.Remote(path, streams=8, room=ROOM, threads=threads)
     ours = runner_of(directory, dtype)
     tokens = prompt_tokens()
@@ -145,7 +174,7 @@ def check(ours: ModelRunner, theirs: rival.Remote, tokens: np.ndarray) -> None:
     logits = decode.step().float()[0].numpy()
     theirs.clear()
     theirs.forward([(0, 0, [*tokens[:CONTEXT].tolist(), 5])])
-    error = np.abs(logits - theirs.logits()).max() / logits.std()
+    error = np.abs(logits - theirs.logits()[0]).max() / logits.std()
     if not error < MAX_ERROR:
         raise ValueError(
             f"Logits differ by {error:.3g} standard deviations, so the models are not the same."
@@ -188,13 +217,14 @@ def eight_bits(size: str, directory: str) -> Iterator[dict[str, Any]]:
 
 
 def make_checkpoint(config: dict[str, Any], directory: str) -> None:
-    """Save a random dense Qwen3.5 model of transformers to ``directory``, in float32."""
+    """Save a random Qwen3.5 model of transformers to ``directory``, in float32."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    loaded = transformers.AutoConfig.for_model("qwen3_5_text", **config, dtype="float32")
+    kind = "qwen3_5_moe_text" if "num_experts" in config else "qwen3_5_text"
+    loaded = transformers.AutoConfig.for_model(kind, **config, dtype="float32")
     model = transformers.AutoModelForCausalLM.from_config(loaded, dtype=torch.float32)
     model.save_pretrained(directory)
 
@@ -235,7 +265,9 @@ class Decode:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=GEOMETRIES, default=list(GEOMETRIES))
-    parser.add_argument("--dtypes", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=[*FORMATS, *FILES], default=[*FORMATS, *FILES[:3]]
+    )
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     args = parser.parse_args()
     modules = rival.load()
@@ -250,7 +282,7 @@ def main() -> None:
             make_checkpoint(GEOMETRIES[size], directory)
             for dtype in tqdm(args.dtypes, desc=size):
                 try:
-                    results += against_llama(modules[1], size, dtype, directory, args.threads)
+                    results += against_llama(modules, size, dtype, directory, args.threads)
                 except rival.CrashError as crash:
                     crashes.append({"size": size, "dtype": dtype, "failure": str(crash)})
                 if dtype == "int8" and size == "530m":

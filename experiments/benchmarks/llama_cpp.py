@@ -53,11 +53,13 @@ class Remote:
     def clear(self) -> float:
         return self._call("clear")[0]
 
-    def forward(self, pieces: Sequence[tuple[int, int, Sequence[int]]]) -> float:
-        return self._call("forward", pieces)[0]
+    def forward(
+        self, pieces: Sequence[tuple[int, int, Sequence[int]]], every: bool = False
+    ) -> float:
+        return self._call("forward", pieces, every)[0]
 
-    def logits(self) -> npt.NDArray[np.float32]:
-        found: npt.NDArray[np.float32] = self._call("logits")[1]
+    def logits(self, count: int = 1) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = self._call("logits", count)[1]
         return found
 
     def close(self) -> None:
@@ -125,21 +127,34 @@ class Model:
         """Remove all sequences."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
-    def forward(self, pieces: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+    def forward(
+        self, pieces: Sequence[tuple[int, int, Sequence[int]]], every: bool = False
+    ) -> None:
         """Compute (sequence, position, tokens) pieces of at most 512 tokens in total, with logits
-        of each piece's last token."""
+        of each piece's last token, or of every token."""
         batch, at = self._batch, 0
         for sequence, start, tokens in pieces:
             for offset, token in enumerate(tokens):
                 batch.token[at], batch.pos[at] = token, start + offset
                 batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
-                batch.logits[at] = offset == len(tokens) - 1
+                batch.logits[at] = every or offset == len(tokens) - 1
                 at += 1
         batch.n_tokens = at
         if self._llama.llama_decode(self._context, batch):
             raise RuntimeError("llama.cpp could not decode a batch")
 
-    def logits(self) -> npt.NDArray[np.float32]:
-        """Return the logits of the last piece, ``[vocab]``."""
-        found = self._llama.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(found, (self._vocab_size,)).copy()
+    def logits(self, count: int = 1) -> npt.NDArray[np.float32]:
+        """Return the logits of the last ``count`` tokens that have some, ``[count, vocab]``."""
+        get, context, shape = self._llama.llama_get_logits_ith, self._context, (self._vocab_size,)
+        found = [np.ctypeslib.as_array(get(context, i), shape) for i in range(-count, 0)]
+        return np.stack(found)
+
+
+def quantize(llama: ModuleType, source: Path, target: Path, kind: str) -> None:
+    """Write the GGUF file ``source`` in another format, such as Q4_K_M. Raises RuntimeError."""
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    quiet = llama.llama_log_callback(lambda level, text, data: None)
+    llama.llama_log_set(quiet, None)
+    if llama.llama_model_quantize(str(source).encode(), str(target).encode(), params):
+        raise RuntimeError(f"llama.cpp cannot write {source.name} as {kind}")

@@ -162,6 +162,10 @@ class Matrix:
         return *next(iter(self.fields.values())).shape[:-1], self.num_columns
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.fields.values())).device
+
+    @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.fields.values())
 
@@ -215,8 +219,7 @@ class Matrix:
             return Matrix(format, format.quantized(weight), self.num_columns)
 
         def allocate(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            first = next(iter(self.fields.values()))
-            return torch.empty(*shape, dtype=dtype, device=first.device)
+            return torch.empty(*shape, dtype=dtype, device=self.device)
 
         made = Matrix.empty(format, self.shape, allocate)
         for one, part in zip(self, made, strict=True):
@@ -230,8 +233,7 @@ class Matrix:
 
     def widened(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weights in ``dtype``, rounded once from float32."""
-        first = next(iter(self.fields.values()))
-        target = torch.empty(self.shape, dtype=dtype, device=first.device)
+        target = torch.empty(self.shape, dtype=dtype, device=self.device)
         self.widen_into(target)
         return target
 
