@@ -199,8 +199,9 @@ class EngineConfig:
     checkpoint_dtype: str = "auto"
     """Number format of recurrent states in checkpoints: bfloat16, int8 or fp8, the last two with a
     scale per channel, or per head as in int8:head; auto: unchanged and exact."""
-    quantization: Literal["int8", "fp8"] | None = None
-    """Quantize weights to 8 bits while loading."""
+    quantization: Literal["int8", "fp8", "int4", "int4-128"] | None = None
+    """Quantize weights to 8 bits while loading, or on a CPU to 4 bits in groups of 32 or 128
+    columns."""
     fp8_activations: bool = False
     """Also round the inputs of products with fp8 weights to fp8, in blocks of 128, on a GPU: faster
     prompts, less exact."""

@@ -23,7 +23,7 @@ from engine.runner.memory import (
 from engine.weights.checkpoint import Checkpoint, Dummy
 from engine.weights.model_config import ModelConfig, ModelError
 from engine.weights.model_files import open_weights, read_config
-from engine.weights.parameters import Build, WeightSpec
+from engine.weights.parameters import PRECISIONS, Build, WeightSpec
 from engine.weights.ranks import ALONE, Rank
 from engine.weights.tensor_files import dtype_name
 from hybridcache.geometry.checkpoints import CheckpointFormat
@@ -32,6 +32,7 @@ from hybridcache.geometry.sizes import ModelSizes, SizesError
 from hybridcache.geometry.units import format_count
 from hybridcache.scheduling.cache_manager import SLOTS_OF_ONE
 from kernels.linear.formats import Format
+from kernels.linear.grouped import Grouped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -164,6 +165,12 @@ def _weight_spec(
         fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
         if not (device.supports("fp8") and all(fused)):
             raise ModelError("--fp8-activations needs a GPU with fp8 products, and Triton.")
+    own = PRECISIONS.get(config.quantization or "")
+    if isinstance(own, Grouped) and not own.has_product(kernels["linear"]):
+        raise ModelError(
+            f"--quantization {config.quantization} needs a CPU with AVX2 and the compiled kernels, "
+            "which are not in use here: use int8, or a checkpoint with 4 bits."
+        )
     if files is None:
         return WeightSpec(*place, fp8_activations=config.fp8_activations)
 

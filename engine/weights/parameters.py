@@ -20,12 +20,18 @@ from engine.weights.ranks import Kinds as Kinds
 from kernels import huge_pages
 from kernels.linear.eight_bits import EightBits
 from kernels.linear.formats import Format, Matrix, Plain
+from kernels.linear.grouped import Grouped
 
 Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias", "skip"]
 """Role of a tensor, which determines its dummy values. A centred norm's weight is around 0
 (Gemma-style); a norm's weight and the skip weight of a state space are around 1."""
-Precision = Literal["int8", "fp8"]
-PRECISIONS: Mapping[str, Format] = {"int8": EightBits("int8"), "fp8": EightBits("fp8")}
+Precision = Literal["int8", "fp8", "int4", "int4-128"]
+PRECISIONS: Mapping[str, Format] = {
+    "int8": EightBits("int8"),
+    "fp8": EightBits("fp8"),
+    "int4": Grouped(4, 32),
+    "int4-128": Grouped(4, 128),
+}
 """Formats into which weights in full precision can be brought, by their names in the settings."""
 
 FULL_PRECISION = (
@@ -205,7 +211,7 @@ class WeightSpec:
         is_full = any(part in FULL_PRECISION for part in name.split("."))
         wanted = None if is_full else self.quantization
         stored = None if self.files is None else self.files.format(name)
-        if stored is None or wanted not in (None, stored.kind):
+        if stored is None or not (wanted is None or PRECISIONS[wanted].kind == stored.kind):
             return Storage(plain, plain if wanted is None else PRECISIONS[wanted])
         return Storage(stored, stored) if self.is_multiplied(stored) else Storage(plain, plain)
 
@@ -223,7 +229,8 @@ class WeightSpec:
             notes.append(f"; brought into {self.quantization}")
         for described, format in () if self.files is None else self.files.described():
             done = "multiplied as they are"
-            if self.quantization not in (None, format.kind):
+            wanted = self.quantization
+            if wanted is not None and PRECISIONS[wanted].kind != format.kind:
                 done = f"brought into {self.quantization}"
             elif not self.is_multiplied(format):
                 done = f"widened to {dtype}: no product here computes that"

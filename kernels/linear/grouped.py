@@ -58,8 +58,12 @@ class Grouped(GroupFormat):
         fields = {"weight": weight, "scale": Field(self.dtype, self.group)}
         return fields | ({"zeros": Field(torch.uint8, self.group)} if self.has_zeros else {})
 
+    @property
+    def kind(self) -> str:
+        return f"int{self.bits}"
+
     def describe(self) -> str:
-        return f"int{self.bits} in groups of {self.group} columns"
+        return f"{self.kind} in groups of {self.group} columns"
 
     def decoded(self, fields: Mapping[str, torch.Tensor]) -> Groups:
         weight, scale = fields["weight"], fields["scale"]
@@ -120,6 +124,20 @@ def from_compressed_tensors(
     if zero_point is not None:
         zeros = _numbers(zero_point.t(), bits).t()[: len(codes)]
     return _grouped(codes, scale, zeros, bits, g_idx)
+
+
+def to_compressed_tensors(
+    format: Grouped, fields: Mapping[str, torch.Tensor], num_columns: int
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of ``from_compressed_tensors`` for a matrix ``[M, N]`` without zeros."""
+    codes, per_word = format.decoded(fields).codes[:, :num_columns], 32 // format.bits
+    codes = F.pad(codes, (0, -num_columns % per_word)).unflatten(1, (-1, per_word)).long()
+    words = (codes << torch.arange(0, 32, format.bits)).sum(-1)
+    return {
+        "weight_packed": words.to(torch.int32),
+        "weight_scale": fields["scale"],
+        "weight_shape": torch.tensor([len(codes), num_columns]),
+    }
 
 
 def from_gptq(

@@ -15,10 +15,10 @@ def add_flags(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("out", help="directory to create")
     convert.add_argument(
         "--to",
-        choices=("int8", "fp8"),
+        choices=("int8", "fp8", "int4", "int4-128"),
         required=True,
         help="int8: one scale per output channel, as in compressed-tensors; fp8: one per block of "
-        "128 x 128",
+        "128 x 128; int4: compressed-tensors with a scale per 32 columns, or per 128",
     )
     convert.add_argument(
         "--ignore",

@@ -1,4 +1,4 @@
-"""``engine convert``: converts a full-precision checkpoint to an 8-bit one, one file at a time.
+"""``engine convert``: converts a checkpoint in full precision to 8 or 4 bits, one file at a time.
 
 The format of each weight is decided before any is read.
 """
@@ -6,7 +6,6 @@ The format of each weight is decided before any is read.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from engine.weights.forms import read_quantization
+from engine.weights.forms.compressed_tensors import PACKED, PackedScheme
 from engine.weights.layer_names import INDEX_NAME, Names
 from engine.weights.model_config import ModelError
 from engine.weights.model_files import read_config
@@ -31,10 +31,13 @@ from engine.weights.parameters import FULL_PRECISION, Precision
 from engine.weights.scheme import EightBitScheme
 from engine.weights.tensor_files import FULL_DTYPES, dtype_name, find_files, open_file
 from hybridcache.geometry.units import counted, format_bytes
+from kernels.linear.grouped import Grouped, to_compressed_tensors
 from kernels.linear.reference import SCALE_BLOCK, quantize
 
 SHARD_BYTES = 2**30
 """Maximum size of a file, unless a single piece is larger."""
+
+Written = EightBitScheme | PackedScheme
 
 LEFT_ALONE = (*(f"re:(.*\\.)?{word}(\\.|$)" for word in FULL_PRECISION), "re:(.*\\.)?mtp\\.fc$")
 """Layers in which a few numbers have a large effect: router and shared-expert gates, the gates of
@@ -55,7 +58,7 @@ class FilePiece:
     name: str
     """Name of the written tensor."""
     source: torch.Tensor
-    scheme: EightBitScheme | None = None
+    scheme: Written | None = None
     """Format of the written tensor, or None to keep it unchanged."""
     reason: str = ""
     """Reason why a matrix is not converted."""
@@ -66,24 +69,22 @@ class FilePiece:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes to write, including scales."""
-        shape, scheme = self.source.shape, self.scheme
-        if scheme is None:
-            return self.source.nbytes
-        return math.prod(shape) + 4 * math.prod(scheme.scale_shape(*shape))
+        """Bytes to write, including scales, without those of short rows."""
+        bits = None if self.scheme is None else self.scheme.format.num_bits
+        return self.source.nbytes if bits is None else int(self.source.numel() * bits) // 8
 
     def written(self) -> dict[str, torch.Tensor]:
         """Return the tensors to write, by name. Raises ModelError."""
         if self.scheme is None:
             return {self.name: self.source.clone()}
-        stored, scale = quantize_blocks(self.source, self.scheme)
-        if not scale.isfinite().all():
+        tensors = quantized(self.source, self.scheme)
+        if not all(tensor.isfinite().all() for word, tensor in tensors.items() if "scale" in word):
             raise ModelError(f"{self.name} contains numbers that are not finite.")
-        return {self.name: stored, f"{self.module}.{self.scheme.scale_name}": scale}
+        return {f"{self.module}.{word}": tensor for word, tensor in tensors.items()}
 
 
 def plan_pieces(
-    tensors: Mapping[str, torch.Tensor], scheme: EightBitScheme, ignore: Sequence[str]
+    tensors: Mapping[str, torch.Tensor], scheme: Written, ignore: Sequence[str]
 ) -> list[FilePiece]:
     """Return a piece for each tensor, with experts one by one.
 
@@ -129,7 +130,7 @@ def _parts(name: str, tensor: torch.Tensor) -> list[FilePiece]:
     ]
 
 
-def _decide(piece: FilePiece, scheme: EightBitScheme, defaults: Names, ignored: Names) -> FilePiece:
+def _decide(piece: FilePiece, scheme: Written, defaults: Names, ignored: Names) -> FilePiece:
     """Return ``piece`` with a scheme, or with the reason for keeping it."""
     shape = piece.source.shape
     is_matrix = len(shape) == 2 and piece.name.endswith(".weight")
@@ -143,16 +144,23 @@ def _decide(piece: FilePiece, scheme: EightBitScheme, defaults: Names, ignored: 
         reason = "few numbers with a large effect"
     elif piece.source.dtype not in FULL_DTYPES:
         reason = f"{dtype_name(piece.source.dtype)} already"
-    elif any(size and n % size for n, size in zip(shape, scheme.block, strict=True)):
+    elif any(size and n % size for n, size in zip(shape, _block(scheme), strict=True)):
         reason = "not whole blocks"  # which other readers misinterpret
     return replace(piece, scheme=None if reason else scheme, reason=reason)
 
 
-SCHEMES: dict[Precision, EightBitScheme] = {
+def _block(scheme: Written) -> tuple[int | None, int | None]:
+    return scheme.block if isinstance(scheme, EightBitScheme) else (None, scheme.grouped.group)
+
+
+SCHEMES: dict[Precision, Written] = {
     "int8": EightBitScheme("int8", (1, None), "weight_scale"),
     "fp8": EightBitScheme("fp8", (SCALE_BLOCK, SCALE_BLOCK), "weight_scale_inv"),
+    "int4": PackedScheme(Grouped(4, 32), False),
+    "int4-128": PackedScheme(Grouped(4, 128), False),
 }
-"""Formats that are written: compressed-tensors' W8A8, and the fp8 layout of DeepSeek and Qwen."""
+"""Formats that are written: compressed-tensors' W8A8 and W4A16, and the fp8 layout of DeepSeek and
+Qwen."""
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt")
 """Endings of files that are not copied, in addition to config.json."""
 
@@ -245,6 +253,15 @@ def _write(pieces: Sequence[FilePiece], directory: Path) -> int:
 
 
 @torch.inference_mode()
+def quantized(weight: torch.Tensor, scheme: Written) -> dict[str, torch.Tensor]:
+    """Return the tensors of ``weight [M, N]`` in a scheme, by the last part of their names."""
+    if isinstance(scheme, EightBitScheme):
+        stored, scale = quantize_blocks(weight, scheme)
+        return {"weight": stored, scheme.scale_name: scale}
+    own = scheme.grouped
+    return to_compressed_tensors(own, own.quantized(weight), weight.shape[1])
+
+
 def quantize_blocks(
     weight: torch.Tensor, scheme: EightBitScheme
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,7 +286,7 @@ def _copy_rest(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _section(pieces: Sequence[FilePiece], scheme: EightBitScheme) -> dict[str, Any]:
+def _section(pieces: Sequence[FilePiece], scheme: Written) -> dict[str, Any]:
     """Return the section ``quantization_config``.
 
     It lists every matrix that was not converted by its full name, and the head: a tied head has no
@@ -281,7 +298,7 @@ def _section(pieces: Sequence[FilePiece], scheme: EightBitScheme) -> dict[str, A
         if piece.scheme is None and piece.source.dim() > 1 and piece.name.endswith(".weight")
     ]
     left += [] if "lm_head" in left else ["lm_head"]
-    if scheme.kind == "fp8":
+    if isinstance(scheme, EightBitScheme) and scheme.kind == "fp8":
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",
@@ -290,15 +307,20 @@ def _section(pieces: Sequence[FilePiece], scheme: EightBitScheme) -> dict[str, A
             "modules_to_not_convert": left,
         }
     shared = {"num_bits": 8, "type": "int", "symmetric": True}
+    layout, weights = "int-quantized", {**shared, "strategy": "channel", "dynamic": False}
+    activations: dict[str, Any] | None = {**shared, "strategy": "token", "dynamic": True}
+    if isinstance(scheme, PackedScheme):
+        layout, activations, size = PACKED, None, scheme.grouped.group
+        weights |= {"num_bits": 4, "strategy": "group", "group_size": size}
     group = {
         "targets": ["Linear"],
-        "weights": {**shared, "strategy": "channel", "dynamic": False},
-        "input_activations": {**shared, "strategy": "token", "dynamic": True},
+        "weights": weights,
+        "input_activations": activations,
         "output_activations": None,
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": layout,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": left,

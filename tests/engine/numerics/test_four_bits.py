@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3Config
 
+from engine.config import BUILTIN_DIR
+from engine.plugins.convert.converter import convert
 from engine.weights.model_config import ModelError
+from kernels import native
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
@@ -186,3 +190,41 @@ def test_activation_order_is_refused(checkpoint):
     rewrite(path, shuffled, GPTQ)
     with pytest.raises(ModelError, match=r"the columns of a group are not together .*desc_act"):
         load(path)
+
+
+@pytest.mark.parametrize("to, group", [("int4", 32), ("int4-128", 128)])
+def test_converted_files_have_the_rounded_weights(to, group, checkpoint, tmp_path):
+    """Rows that are no whole groups stay in full precision."""
+    path, _ = checkpoint("qwen3")
+    name = "model.layers.1.mlp.gate_proj.weight"
+    config = json.loads((path / "config.json").read_text())
+    config |= {"hidden_size": 128, "intermediate_size": 128}
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**config))
+    model.save_pretrained(path)
+    wide = load_file(path / "model.safetensors")
+    said = convert(path, tmp_path / "out", to)
+    assert f"int4 in groups of {group} columns" in said
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    stem, weight = name.removesuffix("weight"), wide[name].float()
+    packed = stored[f"{stem}weight_packed"]
+    codes = packed[:, :, None] >> torch.arange(0, 32, 4) & 15
+    scale = stored[f"{stem}weight_scale"].float().repeat_interleave(group, dim=1)
+    meant = (codes.flatten(1).float() - 8) * scale
+    largest = weight.abs().unflatten(1, (-1, group)).amax(-1).repeat_interleave(group, dim=1)
+    assert ((meant - weight).abs() <= largest / 8 * 1.01).all()
+    assert f"int4 in groups of {group}" in load(tmp_path / "out").loaded.weights_note
+
+
+def test_weights_in_full_precision_are_brought_into_four_bits():
+    """The products round activations, so answers differ; hits are exact."""
+    if native.kernel_choices()["linear_groups"] == "reference":
+        with pytest.raises(ModelError, match=r"--quantization int4 needs a CPU with AVX2"):
+            load(BUILTIN_DIR, quantization="int4", cache_gib=0.1)
+        return
+    tokens = random_tokens(90, seed=3)
+    runner = load(BUILTIN_DIR, quantization="int4", cache_gib=0.1)
+    assert runner.loaded.weights_note.endswith("; brought into int4")
+    cold, hit = Driver(runner).cold_and_mixed(tokens)
+    assert torch.equal(hit[1:], cold[64:])
+    expected, _ = Driver(load(BUILTIN_DIR, cache_gib=0.1)).cold_and_mixed(tokens)
+    assert 1e-3 < (cold - expected).norm() / expected.norm() < 0.3
