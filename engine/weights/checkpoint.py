@@ -231,7 +231,7 @@ def check_numbers(name: str, tensor: torch.Tensor) -> None:
 def check_whole_blocks(name: str, parameter: Parameter, format: Format) -> None:
     """Raise WeightsError if a rank would have part of a block of columns."""
     cut = parameter.cut
-    if cut is not None and cut.dim == 1 and not format.has_whole(cut.index):
+    if cut is not None and cut.dim == 1 and not format.has_whole(cut.index, cut.size):
         raise WeightsError(
             f"--tp would split blocks of {format.unit} columns that share a scale: {name} has "
             f"{cut.size} columns, {len(cut)} per rank; use fewer ranks."

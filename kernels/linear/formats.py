@@ -121,12 +121,14 @@ class Format(ABC):
         belong to every part."""
         return math.lcm(*(field.columns or 1 for field in self.fields.values()))
 
-    def has_whole(self, index: torch.Tensor) -> bool:
-        """Return True if the columns ``index`` (int64) are runs of whole units; the last unit of a
-        row may be smaller."""
-        unit = self.unit
+    def has_whole(self, index: torch.Tensor, num_columns: int) -> bool:
+        """Return True if the columns ``index`` (int64) of a row are runs of whole units; the last
+        unit of a row may be smaller."""
+        unit, count = self.unit, len(index)
         runs = index[::unit, None] + torch.arange(unit)
-        return not (index[::unit] % unit).any() and torch.equal(runs.flatten()[: len(index)], index)
+        is_ended = count % unit == 0 or int(index[-1]) == num_columns - 1
+        is_aligned = not (index[::unit] % unit).any()
+        return is_ended and is_aligned and torch.equal(runs.flatten()[:count], index)
 
     @property
     def num_bits(self) -> float:
