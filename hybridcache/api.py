@@ -270,6 +270,8 @@ class CacheStats:
         self.refusals = 0
         """Number of calls of ``allocate_kv`` and ``allocate_slot`` that returned None. A refused
         ``begin``, ``extend`` or ``fetch`` is one of them. ``refused`` counts tokens, not calls."""
+        self.rebuilds = 0
+        """Number of times that ``HybridRadixCache.rebuilt`` has replaced the cache."""
 
     @property
     def num_changes(self) -> int:
@@ -352,3 +354,7 @@ class Listener:
 
     def chosen(self, item: Item) -> None:
         """Handle that the policy chose ``item`` as the victim. The removals follow."""
+
+    def cleared(self) -> None:
+        """Handle that everything was removed without further calls. The listener then follows
+        another cache, which is empty (``HybridRadixCache.rebuilt``)."""

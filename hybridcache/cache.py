@@ -19,7 +19,7 @@ every use.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from math import lcm
 from operator import itemgetter
 from typing import Any
@@ -194,6 +194,8 @@ class HybridRadixCache:
         if self.arena is not None:
             self._segments = RowIndex(pages.capacity)
             self.arena.holders.update({self.steps: None, self._segments: None})
+        self.make: Callable[[], HybridRadixCache] | None = None
+        """Maker of another cache of the same configuration, set by ``build_prefix_cache``."""
         self._listeners: tuple[Listener, ...] = ()
         self._withheld: set[Item] = set()
         """Locked victims, withheld from the policy until they are unlocked."""
@@ -613,6 +615,29 @@ class HybridRadixCache:
         self.ghosts.clear()
         if plan is not None:
             plan.was_begun, self.steps.open_plan = True, None
+
+    def rebuilt(self) -> HybridRadixCache:
+        """Return a new, empty cache in place of this one, which an exception in the middle of a
+        call has left half changed. This one must not be used any more.
+
+        The new cache has the same configuration, memory, statistics and listeners, and an eviction
+        policy without history. Leases, locks and matches of this one are worth nothing: ending them
+        changes nothing in the new cache. O(rows). RuntimeError unless ``build_prefix_cache`` made
+        this cache.
+        """
+        if self.make is None:
+            raise RuntimeError("only a cache of build_prefix_cache can be rebuilt")
+        new = self.make()
+        new.stats, new.now, new.num_items = self.stats, self.now, self.num_items
+        new.stats.rebuilds += 1
+        new.stats.evicted_tokens = new.stats.inserted_tokens
+        new.stats.evicted_slots = new.stats.inserted_slots
+        listeners, self._listeners = self._listeners, ()
+        for listener in listeners:
+            listener.followed = None
+            new.subscribe(listener)
+            new._notify_one(listener, "cleared")
+        return new
 
     def take_step(self) -> StepPlan:
         """Return all work on the tensors that is due before the next step, once.
@@ -1040,17 +1065,20 @@ class HybridRadixCache:
         """Call the method ``change`` of each listener. One that raises is unsubscribed, and the
         logger ``hybridcache`` reports the error."""
         for listener in self._listeners:
-            try:
-                if listener.followed is self:  # Another one, or itself, may have ended it.
-                    getattr(listener, change)(*what)
-            except Exception:
-                if listener.followed is self:
-                    self.unsubscribe(listener)
-                import logging  # not at the top: it is needed here alone
+            self._notify_one(listener, change, *what)
 
-                logging.getLogger("hybridcache").exception(
-                    "%r raised when notified of %s: it is notified no more", listener, change
-                )
+    def _notify_one(self, listener: Listener, change: str, *what: object) -> None:
+        try:
+            if listener.followed is self:  # Another one, or itself, may have ended it.
+                getattr(listener, change)(*what)
+        except Exception:
+            if listener.followed is self:
+                self.unsubscribe(listener)
+            import logging  # not at the top: it is needed here alone
+
+            logging.getLogger("hybridcache").exception(
+                "%r raised when notified of %s: it is notified no more", listener, change
+            )
 
     # --- Invariants -------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
@@ -158,7 +159,9 @@ def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
     """
     if not isinstance(config, CacheConfig):
         raise TypeError(f"config must be a CacheConfig (got {type(config).__name__}).")
-    return build_on(config, *_allocators(config))
+    cache = build_on(config, *_allocators(config))
+    cache.make = partial(build_prefix_cache, config)
+    return cache
 
 
 def _allocators(config: CacheConfig) -> tuple[PageAllocator, SlotAllocator]:

@@ -29,7 +29,6 @@ from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
     FetchRule,
     PlacementPolicy,
-    PolicyError,
     Prefill,
     PromptBoundaries,
     require_placement,
@@ -279,15 +278,15 @@ class Lease:
                     )
                     lock = cache.lock(match.node)
                 if slot is None:
-                    cache.unlock(lock)
                     if not cache.num_slots:
                         raise ValueError(NO_STATES)
+                    cache.unlock(lock)
                     return None
             if best is not None and cache.fetch(best):
                 match, before = cache.match(tokens, namespace), lock
                 lock = cache.lock(match.node)
                 cache.unlock(before)
-        except PolicyError:
+        except BaseException:
             cache.unlock(lock)
             if slot is not None and request.own_slot is None:
                 cache.free_slot(slot)
