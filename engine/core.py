@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -128,10 +128,11 @@ class EngineCore:
         self.enqueue(request)
         return request.request_id
 
-    def compile(self, grammar: Grammar) -> None:
-        """Compile ``grammar`` in advance, in at most 0.1 s; the first call takes up to a second.
-        Safe to call from any thread. Raises ValueError if it is invalid."""
-        self._intake.grammar_rule(grammar)
+    def compile(self, grammar: Grammar, namespace: Hashable = None) -> None:
+        """Compile ``grammar`` in advance for requests of ``namespace``, in at most 0.1 s; the first
+        call takes up to a second. Safe to call from any thread. Raises ValueError if it is invalid.
+        """
+        self._intake.grammar_rule(grammar, namespace)
 
     def prepare_grammars(self) -> None:
         """Load the grammar library and build its vocabulary, if the tokenizer supports grammars. A

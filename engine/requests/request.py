@@ -294,7 +294,7 @@ class Request(ScheduledRequest):
         params, intake, prompt = self.params, self._intake, self._buffer[: self.prompt_len]
         vocab_size = intake.vocab_size
         if self.spec.grammar is not None:
-            yield intake.grammar_rule(self.spec.grammar)
+            yield intake.grammar_rule(self.spec.grammar, self.namespace)
         if params.thinking_token_budget is not None and intake.tokenizer is not None:
             budget = params.thinking_token_budget
             yield ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget)
@@ -477,7 +477,7 @@ class Intake:
         vocab_size: int,
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
-        grammar_rule: Callable[[Grammar], LogitRule] = lambda grammar: LogitRule(),
+        grammar_rule: Callable[[Grammar, Hashable], LogitRule] = lambda *_: LogitRule(),
     ) -> None:
         """Without a ``tokenizer``, prompts are token ids and answers have no text. ``grammar_rule``
         compiles a grammar and makes the rule of an answer; without it, requests are only validated.
