@@ -111,14 +111,20 @@ class PrefixMatch(NamedTuple):
         return max(self.missed.position - self.cached_len - self.losses.refused, 0)
 
     def best_load(self, exchange: FetchRule) -> Resumable | None:
-        """Return the position whose load saves the most time, or None if none saves any."""
+        """Return the position whose load saves the most time, or None if none saves any. Raises
+        TypeError if the rule returns no number."""
         best, most = None, 0.0
         for one in self.loadable:
             seconds_saved = exchange.seconds_saved(
                 self.cached_len, one.position, self.num_tokens, one.num_bytes
             )
-            if seconds_saved > most:
-                best, most = one, seconds_saved
+            try:
+                if seconds_saved > most:
+                    best, most = one, seconds_saved
+            except TypeError:
+                raise TypeError(
+                    f"seconds_saved of {exchange!r} must return a number (got {seconds_saved!r})."
+                ) from None
         return best
 
 

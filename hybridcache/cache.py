@@ -20,6 +20,7 @@ every use.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from itertools import chain
 from math import lcm
 from operator import itemgetter
 from typing import Any
@@ -60,7 +61,15 @@ from hybridcache.radix.tree import (
     members,
     read_ghosts,
 )
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32, whole_bytes
+from hybridcache.tokens import (
+    EMPTY,
+    INT32,
+    Indices,
+    Tokens,
+    require_index,
+    require_int32,
+    whole_bytes,
+)
 
 EVICTED = (
     "the node of this match or result was evicted: match again, and lock the node before the next "
@@ -138,6 +147,9 @@ class HybridRadixCache:
     Eviction(num_tokens=2, num_slots=0)
     >>> cache.check(held_tokens=0, held_slots=0)
     """
+
+    lease_kind: Any = None
+    """Class of its leases, or None for ``Lease``."""
 
     def __init__(
         self,
@@ -501,6 +513,8 @@ class HybridRadixCache:
         Returns None, with nothing evicted, if that many are not available. O(num_tokens), plus
         O(log n) per evicted item. Raises ValueError for a negative number.
         """
+        if type(num_tokens) is not int:
+            require_index(num_tokens, "num_tokens")
         pages = self._pages
         rows = pages.allocate(num_tokens)
         if rows is None:
@@ -545,7 +559,8 @@ class HybridRadixCache:
     def free_kv(self, kv_indices: Indices) -> None:
         """Return held rows: rows from ``allocate_kv`` that were never published. O(rows).
 
-        Rows that are free or of the cache are found only by ``check``.
+        Rows that are free or of the cache are found by ``check``, or at once with
+        ``CacheConfig.debug``.
 
         Raises:
             ValueError: ``kv_indices`` is not int32[n] of whole pages in range, or more than all
@@ -572,6 +587,8 @@ class HybridRadixCache:
         Raises:
             ValueError: the slot is out of range, free or of the cache.
         """
+        if type(slot) is not int:
+            require_index(slot, "slot")
         if 0 <= slot < len(self._is_cached) and self._is_cached[slot]:
             raise ValueError(f"slot {slot} is the cache's, from insert until its eviction")
         self._slots.free(slot)
@@ -800,6 +817,8 @@ class HybridRadixCache:
             raise ValueError(
                 f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
             )
+        for number in (owned_from, *chain.from_iterable(checkpoints)):
+            require_index(number, "owned_from, and each position and slot,")
         base = self._usable(after)
         if base is not None and not base.locks:
             raise ValueError("after is not locked: keep its lock until insert returns")
