@@ -3,6 +3,7 @@ used by one thread; see ``AsyncEngine`` for asyncio."""
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # ``signal`` takes 8 us per call, for enums.
 import logging
 import signal
 import threading
@@ -162,7 +163,7 @@ class EngineCore:
         if request is None:
             return None
         self._scheduler.abort(request, reason)
-        output = self._report(request, self._mailboxes.get(request_id))
+        output = self._report(request)
         request.output_is_taken = True
         return output
 
@@ -335,19 +336,20 @@ class EngineCore:
     def _collect(self) -> None:
         """Put the new output of each request into the outputs to return. After an exception at any
         line, another call goes on."""
-        progressed = self._scheduler.progressed
+        progressed, outputs = self._scheduler.progressed, self._outputs
         while progressed:
-            request = progressed[0]
-            self._report(request, self._outputs, self._mailboxes.get(request.request_id))
+            output = self._report(progressed[0])
+            if not outputs or outputs[-1] is not output:
+                outputs.append(output)
             progressed.pop(0).output_is_taken = True
 
-    def _report(self, request: Request, *queues: deque[RequestOutput] | None) -> RequestOutput:
-        """Return the new output of ``request``, add it to ``queues`` if it is not there, and forget
-        a request that has ended."""
+    def _report(self, request: Request) -> RequestOutput:
+        """Return the new output of ``request``, for which it may have a mailbox too, and forget a
+        request that has ended."""
         output = request.report()
-        for queue in queues:
-            if queue is not None and not (queue and queue[-1] is output):
-                queue.append(output)
+        box = self._mailboxes.get(output.request_id) if self._mailboxes else None
+        if box is not None and not (box and box[-1] is output):
+            box.append(output)
         if output.is_finished and output.request_id in self._requests:
             num_bytes = max(request.tokens.nbytes, RECENT_BYTES // MAX_RECENT)
             self.recent.put(request.request_id, request, num_bytes)
@@ -500,33 +502,35 @@ class EngineCore:
 
 class DelayedSignals:
     """Handle SIGINT and SIGTERM at the end of the block, where no exception of a handler leaves
-    memory claimed. Does nothing outside of the main thread, in another such block, and for handlers
-    that are not Python's."""
+    memory claimed; a second signal at once. Does nothing outside of the main thread, in another
+    such block, and for handlers that are not Python's."""
 
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._received: list[int] = []
-        self._is_open = True
+        self._is_open = False
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
-            if callable(handler) and not isinstance(handler, DelayedSignals):
+            handler = _signal.getsignal(number)
+            is_delayed = isinstance(handler, DelayedSignals) and handler._is_open
+            if callable(handler) and not is_delayed:
                 self._handlers[number] = handler
-                signal.signal(number, self)
+                _signal.signal(number, self)
+        self._is_open = True
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self._is_open:
+        if self._is_open and not self._received:
             self._received.append(number)
-        else:  # An exception has cut ``__exit__``.
+        else:  # It is the second one, or an exception has cut ``__enter__`` or ``__exit__``.
             self._handlers[number](number, frame)
 
     def __exit__(self, *_: object) -> None:
         self._is_open = False
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
         for number in self._received:
             self._handlers[number](number, None)
 

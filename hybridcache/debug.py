@@ -244,6 +244,8 @@ class DebugTieredCache(_Checks, TieredRadixCache):
 def _in_one_thread(kind: type[Any], name: str) -> None:
     """Let only the owner thread call the method ``name`` of ``kind``."""
     method = getattr(kind, name)
+    base = next(one for one in kind.__mro__ if name in vars(one))
+    own = method if base is kind else None
     if issubclass(kind, Lease):
 
         @wraps(method)
@@ -253,7 +255,7 @@ def _in_one_thread(kind: type[Any], name: str) -> None:
                 cache.change_owner(name)
             was_in_lease, cache.in_lease = cache.in_lease, True
             try:
-                return method(self, *args, **options)
+                return (own or getattr(base, name))(self, *args, **options)
             finally:
                 cache.in_lease = was_in_lease
     else:
@@ -262,7 +264,7 @@ def _in_one_thread(kind: type[Any], name: str) -> None:
         def call(self: Any, *args: Any, **options: Any) -> Any:
             if get_ident() != self.owner:
                 self.change_owner(name)
-            return method(self, *args, **options)
+            return (own or getattr(base, name))(self, *args, **options)
 
     setattr(kind, name, call)
 

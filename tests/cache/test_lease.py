@@ -472,7 +472,7 @@ WRONG_TYPES: dict[str, Any] = {
     r"computed_len must be an integer \(": lambda lease: lease.preempt(tokens(20), 16.0),
     r"_len must be an integer \(got 16.0\)": lambda lease: lease.roll_back(16.0),
     "num_tokens must be an integer": lambda lease: lease.cache.allocate_kv(3.5),
-    "slot must be an integer": lambda lease: lease.cache.free_slot(1.0),
+    "slot must be an integer": lambda lease: lease.cache.free_slot(7.0),
 }
 
 
