@@ -41,13 +41,13 @@ class DebugLease(Lease):
             if number is not None and number in [getattr(one._request, what) for one in running]:
                 raise ValueError(f"{what} {number} is that of a running lease: end it first")
         super().__init__(cache, placement, request, *rest)
-        cache.leases.add(self)
         self._stepped_len: int | None = None
         """End of the last step, as ``take_checkpoint_slots`` and ``roll_back`` say; None if neither
         was called, which callers without checkpoints may leave out."""
         if cache.arena is not None:  # A strong reference would keep it after its last one.
             del cache.arena.holders[self]
             cache.arena.holders[_WeakHolder(self)] = None
+        cache.leases.add(self)
 
     def __del__(self) -> None:
         if not self._has_ended:
@@ -172,6 +172,11 @@ class _Checks(HybridRadixCache):
                 "a lock set cache.owner = None before they release it"
             )
         self.owner = get_ident()
+
+    def rebuilt(self) -> HybridRadixCache:
+        for lease in self.leases:
+            lease._has_ended = True  # Its memory is gone, so that it may be dropped.
+        return super().rebuilt()
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         rows = super().allocate_kv(num_tokens)

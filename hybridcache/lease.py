@@ -307,15 +307,14 @@ class Lease:
                 loadable_len = match.loadable[-1].position if match.loadable else 0
                 losses = losses_of(found, match.cached_len, loadable_len, step)
                 match = match._replace(losses=losses)
-            made: Lease = (cache.lease_kind or cls)(
-                cache, placement, request, tokens, match, lock, slot
-            )
-            return made
+            kind: type[Lease] = cache.lease_kind or cls
+            lease = kind(cache, placement, request, tokens, match, lock, slot)
         except BaseException:
             cache.unlock(lock)
             if slot is not None and request.own_slot is None:
                 cache.free_slot(slot)
             raise
+        return lease
 
     def __enter__(self) -> Lease:
         """Return the lease, to be aborted at the end of the block unless it has ended before."""
