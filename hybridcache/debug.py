@@ -33,8 +33,9 @@ OWNERS = "free", "held", "a lease's", "the cache's"
 class DebugLease(Lease):
     """``Lease`` that checks the promises of its caller."""
 
+    _is_made = False
+
     def __init__(self, cache: Any, placement: Any, request: LeaseRequest, *rest: Any) -> None:
-        self._has_ended = True  # until it has claims
         running = [one for one in cache.leases if not one._has_ended]
         for what in ("table_row", "own_slot"):
             number = getattr(request, what)
@@ -48,9 +49,10 @@ class DebugLease(Lease):
             del cache.arena.holders[self]
             cache.arena.holders[_WeakHolder(self)] = None
         cache.leases.add(self)
+        self._is_made = True
 
     def __del__(self) -> None:
-        if not self._has_ended:
+        if self._is_made and not self._has_ended:
             warnings.warn(
                 f"{self!r} was dropped without finish, preempt or abort: its rows, slots and lock "
                 "stay taken",
