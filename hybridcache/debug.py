@@ -53,18 +53,10 @@ class DebugLease(Lease):
 
     def __del__(self) -> None:
         if self._is_made and not self._has_ended:
-            warnings.warn(
-                f"{self!r} was dropped without finish, preempt or abort: its rows, slots and lock "
-                "stay taken",
-                ResourceWarning,
-                stacklevel=2,
+            lost = (
+                "was dropped without finish, preempt or abort: its rows, slots and lock stay taken"
             )
-
-    def held_slot_numbers(self) -> set[int | None]:
-        """Return the slots of the cache that the lease holds."""
-        own = self.state_slot if self._request.own_slot is None else None
-        rolling = () if self._rolling is None else (self._rolling,)
-        return {own, *(slot for _, slot in (*self._pending, *rolling))} - {None}
+            warnings.warn(f"{self!r} {lost}", ResourceWarning, stacklevel=2)
 
     def take_checkpoint_slots(self, start: int, end: int, *rest: Any, **options: Any) -> Any:
         saves = super().take_checkpoint_slots(start, end, *rest, **options)
@@ -76,26 +68,14 @@ class DebugLease(Lease):
         super().roll_back(computed_len, unwritten)
         self._stepped_len = computed_len
 
-    def finish(
-        self, tokens: Tokens, computed_len: int, donate: bool = True, stop_reason: str = ""
-    ) -> None:
-        if donate:
-            self._require_state(tokens, computed_len)
-        super().finish(tokens, computed_len, donate, stop_reason)
-
-    def preempt(self, tokens: Tokens, computed_len: int) -> None:
-        self._require_state(tokens, computed_len)
-        super().preempt(tokens, computed_len)
-
-    def _require_state(self, tokens: Tokens, computed_len: int) -> None:
-        """Raise ValueError if a later step has written the own state."""
-        self._require_computed(tokens, computed_len)
-        stepped_len, is_ours = self._stepped_len, self.state_slot is not None
-        if is_ours and self._request.own_slot is None and (stepped_len or 0) > computed_len:
+    def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str) -> None:
+        has_own_state = self.state_slot is not None and self._request.own_slot is None
+        if donate and has_own_state and (self._stepped_len or 0) > computed_len:
             raise ValueError(
-                f"the last step went to {stepped_len}, so state_slot has the state after "
+                f"the last step went to {self._stepped_len}, so state_slot has the state after "
                 f"that many tokens and not after {computed_len}: call finish(..., donate=False)"
             )
+        super()._end(tokens, computed_len, donate, stop_reason)
 
     def _require_computed(self, tokens: Tokens, computed_len: int) -> None:
         super()._require_computed(tokens, computed_len)
@@ -110,32 +90,17 @@ class DebugLease(Lease):
             )
 
 
-class _WeakHolder:
+class _WeakHolder(weakref.ref[DebugLease]):
     """Holder of the rows of a lease that does not keep it alive. Equal to the lease."""
 
-    def __init__(self, lease: DebugLease) -> None:
-        self._lease, self._hash = weakref.ref(lease), hash(lease)
-
-    def __hash__(self) -> int:
-        return self._hash
+    __hash__ = weakref.ref.__hash__
 
     def __eq__(self, other: object) -> bool:
-        return other is self or other is self._lease()
+        return other is self or other is self()
 
     def rows_moved(self, move: Move) -> int:
-        lease = self._lease()
+        lease = self()
         return 0 if lease is None else lease.rows_moved(move)
-
-
-class _RowOwners:
-    """Owners of all rows, which follow the moves of an arena."""
-
-    def __init__(self, owners: Any) -> None:
-        self._owners = owners
-
-    def rows_moved(self, move: Move) -> int:
-        self._owners[move.dst], self._owners[move.src] = self._owners[move.src], FREE
-        return 0
 
 
 class _Checks(HybridRadixCache):
@@ -148,20 +113,21 @@ class _Checks(HybridRadixCache):
         self.owner: int | None = None
         """Thread that may call. Another one may if nothing is held, or if this is None: callers
         that share a lock set it to None before they release that."""
-        self.owners = np.zeros(self._pages.capacity, np.int8)
-        """Owner of each row."""
         self.leases: weakref.WeakSet[DebugLease] = weakref.WeakSet()
         self.in_lease = False
-        """True during the call of a lease, which checks what it does itself."""
-        free, owners = self._pages.free, self.owners
-
-        def noted(rows: Indices) -> None:
-            free(rows)
-            owners[rows] = FREE
-
-        vars(self._pages)["free"] = noted
+        """True during the call of a lease, which may do what its callers may not."""
+        self._owners = np.zeros(self._pages.capacity, np.int8)
+        self._free_rows, vars(self._pages)["free"] = self._pages.free, self._note_freed
         if self.arena is not None:
-            self.arena.holders[_RowOwners(owners)] = None
+            self.arena.holders[self] = None
+
+    def _note_freed(self, rows: Indices) -> None:
+        self._free_rows(rows)
+        self._owners[rows] = FREE
+
+    def rows_moved(self, move: Move) -> int:
+        self._owners[move.dst], self._owners[move.src] = self._owners[move.src], FREE
+        return 0
 
     def change_owner(self, call: str) -> None:
         """Make the calling thread the owner. Raises RuntimeError if another one is it."""
@@ -183,7 +149,7 @@ class _Checks(HybridRadixCache):
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         rows = super().allocate_kv(num_tokens)
         if rows is not None:
-            self.owners[rows] = LEASED if self.in_lease else HELD
+            self._owners[rows] = LEASED if self.in_lease else HELD
         return rows
 
     def free_kv(self, kv_indices: Indices) -> None:
@@ -202,42 +168,41 @@ class _Checks(HybridRadixCache):
         namespace: Hashable = None,
         owned_from: int = 0,
         *rest: Any,
-        **options: Any,
+        **more: Any,
     ) -> InsertResult:
         require_int32(kv_indices, "KV indices")
         self._require_held(kv_indices[owned_from:])
         for _, slot in checkpoints:
             self._require_not_leased(slot)
-        return super().insert(
-            tokens, kv_indices, checkpoints, namespace, owned_from, *rest, **options
-        )
+        return super().insert(tokens, kv_indices, checkpoints, namespace, owned_from, *rest, **more)
 
     def _store_rows(self, path: Sequence[RadixNode], rows: Indices, first: int) -> None:
         super()._store_rows(path, rows, first)
         for node in path:
             assert node.kv is not None
-            self.owners[node.kv.rows] = CACHED
+            self._owners[node.kv.rows] = CACHED
 
     def _require_held(self, rows: Indices) -> None:
         """Raise ValueError unless callers of ``allocate_kv`` hold ``rows``, each given once."""
         require_int32(rows, "rows")
-        if len(rows) and rows.view(np.uint32).max() >= len(self.owners):  # Negative: large.
-            raise ValueError(f"a row is not of this pool of {len(self.owners)}")
-        owners = self.owners[rows]
+        if len(rows) and rows.view(np.uint32).max() >= len(self._owners):  # Negative: large.
+            raise ValueError(f"a row is not of this pool of {len(self._owners)}")
+        owners, ordered = self._owners[rows], np.sort(rows)
         if owners.tobytes() != bytes((HELD,)) * len(rows):
             first = int((owners != HELD).argmax())
             raise ValueError(
                 f"row {rows[first]} is {OWNERS[owners[first]]}: give only rows of allocate_kv that "
                 "were neither published nor returned"
             )
-        ordered = np.sort(rows)
         if (ordered[1:] == ordered[:-1]).any():
             raise ValueError("a row is given twice")
 
     def _require_not_leased(self, slot: int) -> None:
-        for lease in () if self.in_lease else self.leases:
-            if slot in lease.held_slot_numbers():
-                raise ValueError(f"slot {slot} is held by {lease!r}: it returns the slot itself")
+        for one in () if self.in_lease else self.leases:
+            own = [] if one._request.own_slot is not None else [one.state_slot]
+            saved = [*one._pending, *([] if one._rolling is None else [one._rolling])]
+            if slot in own or slot in [each for _, each in saved]:
+                raise ValueError(f"slot {slot} is held by {one!r}: it returns the slot itself")
 
 
 class DebugCache(_Checks):
@@ -250,28 +215,20 @@ class DebugTieredCache(_Checks, TieredRadixCache):
 
 def _in_one_thread(kind: type[Any], name: str) -> None:
     """Let only the owner thread call the method ``name`` of ``kind``."""
-    method = getattr(kind, name)
-    base = next(one for one in kind.__mro__ if name in vars(one))
-    own = method if base is kind else None
-    if issubclass(kind, Lease):
+    own, is_lease = vars(kind).get(name), issubclass(kind, Lease)
 
-        @wraps(method)
-        def call(self: Any, *args: Any, **options: Any) -> Any:
-            cache = self.cache
-            if get_ident() != cache.owner:
-                cache.change_owner(name)
-            was_in_lease, cache.in_lease = cache.in_lease, True
-            try:
-                return (own or getattr(base, name))(self, *args, **options)
-            finally:
-                cache.in_lease = was_in_lease
-    else:
-
-        @wraps(method)
-        def call(self: Any, *args: Any, **options: Any) -> Any:
-            if get_ident() != self.owner:
-                self.change_owner(name)
-            return (own or getattr(base, name))(self, *args, **options)
+    @wraps(getattr(kind, name))
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        cache = self.cache if is_lease else self
+        if get_ident() != cache.owner:
+            cache.change_owner(name)
+        was_in_lease, cache.in_lease = cache.in_lease, cache.in_lease or is_lease
+        try:
+            if own is not None:
+                return own(self, *args, **options)
+            return getattr(super(kind, self), name)(*args, **options)
+        finally:
+            cache.in_lease = was_in_lease
 
     setattr(kind, name, call)
 

@@ -51,16 +51,17 @@ def publish_ahead(cache: HybridRadixCache, lease: Lease) -> None:
 
 
 def preempt_behind(cache: HybridRadixCache, lease: Lease) -> None:
-    """Keep the state after 48 tokens as that after 40: decode saves no checkpoints."""
+    """Keep the state after 48 tokens as that after 40."""
     step(lease, 0, 40)
     step(lease, 40, 48)
     lease.preempt(ANSWERED, 40)
 
 
 def donate_behind(cache: HybridRadixCache, lease: Lease) -> None:
+    """The placement chooses the end of the answer, and the state is that after a later step."""
     step(lease, 0, 40)
-    step(lease, 40, 48)
-    lease.finish(ANSWERED, 40)
+    step(lease, 40, 56)
+    lease.finish(ANSWERED, 48)
 
 
 def free_rows_of_a_lease(cache: HybridRadixCache, lease: Lease) -> None:
@@ -94,7 +95,7 @@ def free_a_slot_of_a_lease(cache: HybridRadixCache, lease: Lease) -> None:
 MISUSES: dict[str, Callable[[HybridRadixCache, Lease], object]] = {
     "tokens up to 40 are said to be computed, but the last step went to 16": publish_ahead,
     "state_slot has the state after that many tokens and not after 40": preempt_behind,
-    "last step went to 48": donate_behind,
+    "last step went to 56": donate_behind,
     "is a lease's": free_rows_of_a_lease,
     "a lease's: give only rows of allocate_kv": insert_rows_of_a_lease,
     "is the cache's": free_rows_of_the_cache,
@@ -124,7 +125,7 @@ def test_a_misuse_raises_and_changes_nothing(kind: str, message: str) -> None:
 
 def test_without_debug_a_wrong_state_is_reused() -> None:
     cache = make(debug=False)
-    lease = begin(cache, "end")
+    lease = begin(cache, "none")  # Decode saves no checkpoints.
     preempt_behind(cache, lease)
     cache.check(0, 0)  # Nothing is noticed.
     assert cache.match(ANSWERED).cached_len == 40
