@@ -583,13 +583,13 @@ class TieredRadixCache(HybridRadixCache):
         state.uses += 1
         if not tier.is_shared:
             tier.policy.touch(state)
-        # It is no candidate while room is made for it on the device.
-        tier.policy.discard(state, evicted=False)
         state.uses -= 1  # The request that resumes from it counts the use.
-        offload.loading = state
         with self.lock(base if base.parent is not None else None):
-            slot = self.allocate_slot()
+            # It is no candidate while room is made for it on the device.
+            tier.policy.discard(state, evicted=False)
+            offload.loading, slot = state, None
             try:
+                slot = self.allocate_slot()
                 rows = None if slot is None else self.allocate_kv(target.end - base.end)
             except BaseException:
                 self._give_up(state, slot)
