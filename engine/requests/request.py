@@ -287,9 +287,9 @@ class Request(ScheduledRequest):
         """Make the rules of the answer, which follow it from its beginning. Raises GrammarError."""
         self._fault: tuple[int, GrammarError] | None = None
         """(draw, error) of the first draw that a grammar could not be followed to."""
-        self._rules: tuple[LogitRule, ...] = tuple(self._each_rule())
+        self._rules: tuple[LogitRule, ...] = tuple(self._make_rules())
 
-    def _each_rule(self) -> Iterator[LogitRule]:
+    def _make_rules(self) -> Iterator[LogitRule]:
         """Yield the rules of the answer, in the order in which they apply."""
         params, intake, prompt = self.params, self._intake, self._buffer[: self.prompt_len]
         vocab_size = intake.vocab_size
