@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -104,7 +105,8 @@ class EngineHost:
             case Compile():
                 compiling = self.engine.compile
                 with suppress(RuntimeError):  # The engine ends, and with it all questions.
-                    self._compiler.submit(self._reply, message, lambda: compiling(message.grammar))
+                    work = partial(compiling, message.grammar, message.namespace)
+                    self._compiler.submit(self._reply, message, work)
             case _:
                 self.call_soon(lambda: self._reply(message, lambda: self._answer(message)))
 

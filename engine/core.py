@@ -3,14 +3,17 @@ used by one thread; see ``AsyncEngine`` for asyncio."""
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # ``signal`` takes 8 us per call, for enums.
+import logging
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,9 @@ from engine.text.answers import FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
 from engine.weights.hub import display_name
+from hybridcache.cache import HybridRadixCache
+from hybridcache.policies.protocol import PolicyError
+from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
 
 if TYPE_CHECKING:
@@ -41,6 +47,8 @@ WITHHELD_S = 0.002
 """Pause between two checks of requests that the admission policy withholds while nothing runs."""
 MAX_RECENT, RECENT_BYTES = 256, 8 << 20
 """Limits of the requests that ended last: their number, and the bytes of their token ids."""
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -71,7 +79,7 @@ class EngineCore:
         self.on_end: list[Callable[[Request], None]] = [scheduler.drafting.forget]
         """Functions that are called with every request that has ended."""
         self._scheduler = scheduler
-        self._manager, self.cache = scheduler.manager, scheduler.manager.cache
+        self._manager = scheduler.manager
         overlap = self.config.overlap
         self._overlaps = overlap == "on" or (overlap == "auto" and runner.is_asynchronous)
         self._in_flight: Batch | None = None
@@ -80,10 +88,19 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._committing = EMPTY
         """The step that is being published."""
+        self._outputs: deque[RequestOutput] = deque()
+        """Outputs that no call has returned yet."""
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
         """Outputs of the requests that ``stream`` follows, not yet taken."""
+        self._is_changing = False
+        """True during a step while it changes the cache and the queue."""
         self._hooks: tuple[StepHooks, ...] = (*scheduler.hooks, *plugins.values())
         self._is_closed = False
+
+    @property
+    def cache(self) -> HybridRadixCache:
+        """The cache. A step that fails in the middle of its work replaces it by an empty one."""
+        return self._manager.cache
 
     @property
     def model_name(self) -> str:
@@ -112,10 +129,11 @@ class EngineCore:
         self.enqueue(request)
         return request.request_id
 
-    def compile(self, grammar: Grammar) -> None:
-        """Compile ``grammar`` in advance, in at most 0.1 s; the first call takes up to a second.
-        Safe to call from any thread. Raises ValueError if it is invalid."""
-        self._intake.grammar_rule(grammar)
+    def compile(self, grammar: Grammar, namespace: Hashable = None) -> None:
+        """Compile ``grammar`` in advance for requests of ``namespace``, in at most 0.1 s; the first
+        call takes up to a second. Safe to call from any thread. Raises ValueError if it is invalid.
+        """
+        self._intake.grammar_rule(grammar, namespace)
 
     def prepare_grammars(self) -> None:
         """Load the grammar library and build its vocabulary, if the tokenizer supports grammars. A
@@ -145,7 +163,9 @@ class EngineCore:
         if request is None:
             return None
         self._scheduler.abort(request, reason)
-        return self._report([request])[0]
+        output = self._report(request)
+        request.output_is_taken = True
+        return output
 
     def has_work(self) -> bool:
         """Return True if ``step`` has something to compute or outputs to return."""
@@ -153,6 +173,7 @@ class EngineCore:
             self._scheduler.has_work()
             or self._in_flight is not None
             or bool(self._scheduler.progressed)
+            or bool(self._outputs)
             or any(hooks.has_work for hooks in self._hooks)
         )
 
@@ -176,26 +197,35 @@ class EngineCore:
 
         On an asynchronous device a step is committed after the next one was launched, so outputs
         come one call later. If a step raises, its requests survive, and outputs that it had
-        committed come with the next call, or from ``take_outputs``.
+        committed come with the next call, or from ``take_outputs``. Signals are handled at the end
+        of the step. An error of the runner, the sampler or a policy undoes the step. After any
+        other one, such as a MemoryError in the cache, the cache starts again empty.
         """
+        with DelayedSignals():
+            self._step()
+        return self._take()
+
+    def _step(self) -> None:
         try:
+            self._is_changing = True
             if not self._scheduler.must_commit:
                 for hooks in self._hooks:
                     hooks.before_step()
             step = due = self._launch()
             if self._overlaps:  # The device has probably finished the previous step.
                 due, self._in_flight = self._in_flight or EMPTY, step if step.segments else None
-            return self._commit(due)
+            self._commit(due)
         except BaseException as error:
-            interrupted = self._recover()
+            is_whole = not self._is_changing or isinstance(error, BytesLost | PolicyError)
+            interrupted = self._undo() if is_whole else self._begin_again(error)
+            self._collect()
             if not isinstance(error, BytesLost):
                 self.interrupted = interrupted
                 raise
-        return self.take_outputs()
 
-    def _recover(self) -> tuple[str, ...]:
-        """Restore a consistent state after any exception in a step, including interrupts. Returns
-        the ids of the requests that were running."""
+    def _undo(self) -> tuple[str, ...]:
+        """Undo the last step, which failed outside of the cache. Returns the ids of the requests
+        that were running."""
         self._in_flight = None
         interrupted = tuple(request.request_id for request in self._scheduler.recover())
         half_done, self._committing = self._committing, EMPTY
@@ -207,6 +237,26 @@ class EngineCore:
         if was_lost:
             self._forget(was_lost=True)
         return interrupted
+
+    def _begin_again(self, error: BaseException) -> tuple[str, ...]:
+        """Replace the cache and the queue, which ``error`` may have left half changed. All requests
+        wait again. Returns the ids of those that were running."""
+        name = type(error).__name__
+        logger.error("%s in the middle of a step: the cache starts again, empty.", name)
+        self._in_flight, self._committing = None, EMPTY
+        requests = {
+            **dict.fromkeys(self._requests.values()),
+            **dict.fromkeys(self._scheduler.progressed),
+        }
+        admission = make_admission(self.config.admission)
+        interrupted = self._scheduler.begin_again(requests, admission)
+        for hooks in self._hooks:
+            try:
+                hooks.on_step_failed(was_lost=True)
+            except Exception:  # It may be half changed too.
+                logger.exception("A part of the engine could not end its work.")
+        self._forget(was_lost=True)
+        return tuple(request.request_id for request in interrupted)
 
     def _launch(self) -> Batch:
         """Schedule the next step and start its computation; wait briefly if there is none."""
@@ -220,6 +270,7 @@ class EngineCore:
         self._laps.append(self.clock())
         before = self._in_flight or EMPTY
         drawn = before.drawn.tokens if step.late_tokens and before.drawn is not None else None
+        self._is_changing = False
         logits = self.runner.forward(step, drawn) if step.segments or step.moves else None
         if step is not EMPTY:
             self._manager.step_done()
@@ -254,46 +305,58 @@ class EngineCore:
             step.drawn = self._sampler.launch(logits, inputs, rows)
         step.scores = scores
 
-    def _commit(self, step: Batch) -> list[RequestOutput]:
+    def _commit(self, step: Batch) -> None:
         tokens = step.drawn.wait() if step.drawn is not None else ()
         scored = [score.wait() for score in step.scores] if step.scores else ()
         self._laps.append(self.clock())
+        self._is_changing = True
         self._committing = step
         taken = self._scheduler.commit(step, tokens, scored)
+        self._is_changing = False
         if taken:
             self.runner.commit(step, taken)
         self._committing = EMPTY
-        outputs = self.take_outputs()
+        self._collect()
         if self.config.check:
             self._manager.check_rows(self.runner.table_row)
-            if not self.has_work():
+            if not self._scheduler.has_work() and self._in_flight is None:
                 self.check()
         if self.observers:
             self._tell_observers(step)
-        return outputs
 
     def take_outputs(self) -> list[RequestOutput]:
         """Return committed outputs that were not returned yet, for example after a failed step."""
-        progressed, self._scheduler.progressed = self._scheduler.progressed, []
-        return self._report(progressed)
+        self._collect()
+        return self._take()
 
-    def _report(self, requests: Iterable[Request]) -> list[RequestOutput]:
-        """Return the new output of each request, for which it may have a mailbox too, and forget
-        those that have ended."""
-        outputs: list[RequestOutput] = []
-        for request in requests:
-            output = request.report()
-            outputs.append(output)
-            if output.is_finished and output.request_id in self._requests:
-                del self._requests[output.request_id]
-                num_bytes = max(request.tokens.nbytes, RECENT_BYTES // MAX_RECENT)
-                self.recent.put(request.request_id, request, num_bytes)
-                for listener in self.on_end:
-                    listener(request)
-            box = self._mailboxes.get(output.request_id)
-            if box is not None:
-                box.append(output)
-        return outputs
+    def _take(self) -> list[RequestOutput]:
+        # One line, so that no exception can come between taking and returning.
+        return [*map(deque.popleft, repeat(self._outputs, len(self._outputs)))]
+
+    def _collect(self) -> None:
+        """Put the new output of each request into the outputs to return. After an exception at any
+        line, another call goes on."""
+        progressed, outputs = self._scheduler.progressed, self._outputs
+        while progressed:
+            output = self._report(progressed[0])
+            if not outputs or outputs[-1] is not output:
+                outputs.append(output)
+            progressed.pop(0).output_is_taken = True
+
+    def _report(self, request: Request) -> RequestOutput:
+        """Return the new output of ``request``, for which it may have a mailbox too, and forget a
+        request that has ended."""
+        output = request.report()
+        box = self._mailboxes.get(output.request_id) if self._mailboxes else None
+        if box is not None and not (box and box[-1] is output):
+            box.append(output)
+        if output.is_finished and output.request_id in self._requests:
+            num_bytes = max(request.tokens.nbytes, RECENT_BYTES // MAX_RECENT)
+            self.recent.put(request.request_id, request, num_bytes)
+            for listener in self.on_end:
+                listener(request)
+            del self._requests[output.request_id]
+        return output
 
     def _tell_observers(self, step: Batch) -> None:
         started, scheduled, computed, launched, waited = self._laps
@@ -330,7 +393,7 @@ class EngineCore:
         queue = deque(enumerate(zip(prompts, each, strict=True)))
         try:
             while queue or places:
-                with signals_delayed():
+                with DelayedSignals():
                     while queue and self.has_room:
                         place, (prompt, params) = queue.popleft()
                         places[self.submit(prompt, params, **options)] = place
@@ -338,7 +401,7 @@ class EngineCore:
                         if output.is_finished and output.request_id in places:
                             last[places.pop(output.request_id)] = output
         finally:
-            with signals_delayed():
+            with DelayedSignals():
                 for request_id in places:
                     self.abort(request_id)
         return last
@@ -357,13 +420,13 @@ class EngineCore:
         try:
             while not is_finished:
                 while not mailbox:
-                    with signals_delayed():
+                    with DelayedSignals():
                         self.step()
                 output = mailbox.popleft()
                 is_finished = output.is_finished
                 yield output
         finally:
-            with signals_delayed():
+            with DelayedSignals():
                 del self._mailboxes[request_id]
                 self.abort(request_id)
 
@@ -437,25 +500,39 @@ class EngineCore:
         self._manager.check(self.runner.table_row)
 
 
-@contextmanager
-def signals_delayed() -> Iterator[None]:
+class DelayedSignals:
     """Handle SIGINT and SIGTERM at the end of the block, where no exception of a handler leaves
-    memory claimed. Does nothing outside of the main thread and for handlers that are not Python's.
-    """
-    received: list[int] = []
-    handlers: dict[int, Any] = {}
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if callable(handler := signal.getsignal(number)):
-                    handlers[number] = handler
-                    signal.signal(number, lambda number, _: received.append(number))
-        yield
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
-        for each in received:
-            handlers[each](each, None)
+    memory claimed; a second signal at once. Does nothing outside of the main thread, in another
+    such block, and for handlers that are not Python's."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._received: list[int] = []
+        self._is_open = False
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = _signal.getsignal(number)
+            is_delayed = isinstance(handler, DelayedSignals) and handler._is_open
+            if callable(handler) and not is_delayed:
+                self._handlers[number] = handler
+                _signal.signal(number, self)
+        self._is_open = True
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self._is_open and not self._received:
+            self._received.append(number)
+        else:  # It is the second one, or an exception has cut ``__enter__`` or ``__exit__``.
+            self._handlers[number](number, frame)
+
+    def __exit__(self, *_: object) -> None:
+        self._is_open = False
+        for number, handler in self._handlers.items():
+            _signal.signal(number, handler)
+        for number in self._received:
+            self._handlers[number](number, None)
 
 
 def _token(before: Batch | None, row: int) -> int:

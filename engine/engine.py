@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -166,9 +166,11 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer
     return None if vocab_size is None else IdTokenizer(vocab_size, eos)
 
 
-def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Grammar], LogitRule]:
-    """Return the function that compiles a grammar, unless it is remembered, and makes the rule of
-    an answer. It raises GrammarError, and may be called from any thread."""
+def grammar_rules(
+    tokenizer: Tokenizer | None, vocab_size: int
+) -> Callable[[Grammar, Hashable], LogitRule]:
+    """Return the function that compiles a grammar, unless its namespace has used it lately, and
+    makes the rule of an answer. It raises GrammarError, and may be called from any thread."""
 
     @cache
     def guides() -> Any:
@@ -176,7 +178,7 @@ def grammar_rules(tokenizer: Tokenizer | None, vocab_size: int) -> Callable[[Gra
 
         return Guides(tokenizer, vocab_size)
 
-    return lambda grammar: guides().rule(grammar)
+    return lambda grammar, namespace: guides().rule(grammar, namespace)
 
 
 def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin]) -> Scheduler:

@@ -39,9 +39,10 @@ class Question(EngineMessage, frozen=True, kw_only=True):
 
 
 class Compile(Question, frozen=True):
-    """Compile a grammar in advance, in a separate thread."""
+    """Compile a grammar in advance for requests of a namespace, in a separate thread."""
 
     grammar: Grammar
+    namespace: str | None = None
 
 
 class Ask(Question, frozen=True):

@@ -111,14 +111,20 @@ class PrefixMatch(NamedTuple):
         return max(self.missed.position - self.cached_len - self.losses.refused, 0)
 
     def best_load(self, exchange: FetchRule) -> Resumable | None:
-        """Return the position whose load saves the most time, or None if none saves any."""
+        """Return the position whose load saves the most time, or None if none saves any. Raises
+        TypeError if the rule returns no number."""
         best, most = None, 0.0
         for one in self.loadable:
             seconds_saved = exchange.seconds_saved(
                 self.cached_len, one.position, self.num_tokens, one.num_bytes
             )
-            if seconds_saved > most:
-                best, most = one, seconds_saved
+            try:
+                if seconds_saved > most:
+                    best, most = one, seconds_saved
+            except TypeError:
+                raise TypeError(
+                    f"seconds_saved of {exchange!r} must return a number (got {seconds_saved!r})."
+                ) from None
         return best
 
 
@@ -270,6 +276,8 @@ class CacheStats:
         self.refusals = 0
         """Number of calls of ``allocate_kv`` and ``allocate_slot`` that returned None. A refused
         ``begin``, ``extend`` or ``fetch`` is one of them. ``refused`` counts tokens, not calls."""
+        self.rebuilds = 0
+        """Number of times that ``HybridRadixCache.rebuilt`` has replaced the cache."""
 
     @property
     def num_changes(self) -> int:
@@ -352,3 +360,7 @@ class Listener:
 
     def chosen(self, item: Item) -> None:
         """Handle that the policy chose ``item`` as the victim. The removals follow."""
+
+    def cleared(self) -> None:
+        """Handle that everything was removed without further calls. The listener then follows
+        another cache, which is empty (``HybridRadixCache.rebuilt``)."""

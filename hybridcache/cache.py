@@ -19,7 +19,8 @@ every use.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from itertools import chain
 from math import lcm
 from operator import itemgetter
 from typing import Any
@@ -60,7 +61,15 @@ from hybridcache.radix.tree import (
     members,
     read_ghosts,
 )
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, require_int32, whole_bytes
+from hybridcache.tokens import (
+    EMPTY,
+    INT32,
+    Indices,
+    Tokens,
+    require_index,
+    require_int32,
+    whole_bytes,
+)
 
 EVICTED = (
     "the node of this match or result was evicted: match again, and lock the node before the next "
@@ -139,6 +148,9 @@ class HybridRadixCache:
     >>> cache.check(held_tokens=0, held_slots=0)
     """
 
+    lease_kind: Any = None
+    """Class of its leases, or None for ``Lease``."""
+
     def __init__(
         self,
         pages: PageAllocator,
@@ -194,6 +206,8 @@ class HybridRadixCache:
         if self.arena is not None:
             self._segments = RowIndex(pages.capacity)
             self.arena.holders.update({self.steps: None, self._segments: None})
+        self.make: Callable[[], HybridRadixCache] | None = None
+        """Maker of another cache of the same configuration, set by ``build_prefix_cache``."""
         self._listeners: tuple[Listener, ...] = ()
         self._withheld: set[Item] = set()
         """Locked victims, withheld from the policy until they are unlocked."""
@@ -499,6 +513,8 @@ class HybridRadixCache:
         Returns None, with nothing evicted, if that many are not available. O(num_tokens), plus
         O(log n) per evicted item. Raises ValueError for a negative number.
         """
+        if type(num_tokens) is not int:
+            require_index(num_tokens, "num_tokens")
         pages = self._pages
         rows = pages.allocate(num_tokens)
         if rows is None:
@@ -543,7 +559,8 @@ class HybridRadixCache:
     def free_kv(self, kv_indices: Indices) -> None:
         """Return held rows: rows from ``allocate_kv`` that were never published. O(rows).
 
-        Rows that are free or of the cache are found only by ``check``.
+        Rows that are free or of the cache are found by ``check``, or at once with
+        ``CacheConfig.debug``.
 
         Raises:
             ValueError: ``kv_indices`` is not int32[n] of whole pages in range, or more than all
@@ -570,6 +587,8 @@ class HybridRadixCache:
         Raises:
             ValueError: the slot is out of range, free or of the cache.
         """
+        if type(slot) is not int:
+            require_index(slot, "slot")
         if 0 <= slot < len(self._is_cached) and self._is_cached[slot]:
             raise ValueError(f"slot {slot} is the cache's, from insert until its eviction")
         self._slots.free(slot)
@@ -613,6 +632,29 @@ class HybridRadixCache:
         self.ghosts.clear()
         if plan is not None:
             plan.was_begun, self.steps.open_plan = True, None
+
+    def rebuilt(self) -> HybridRadixCache:
+        """Return a new, empty cache in place of this one, which an exception in the middle of a
+        call has left half changed. This one must not be used any more.
+
+        The new cache has the same configuration, memory, statistics and listeners, and an eviction
+        policy without history. Leases, locks and matches of this one are worth nothing: ending them
+        changes nothing in the new cache. O(rows). RuntimeError unless ``build_prefix_cache`` made
+        this cache.
+        """
+        if self.make is None:
+            raise RuntimeError("only a cache of build_prefix_cache can be rebuilt")
+        new = self.make()
+        new.stats, new.now, new.num_items = self.stats, self.now, self.num_items
+        new.stats.rebuilds += 1
+        new.stats.evicted_tokens = new.stats.inserted_tokens
+        new.stats.evicted_slots = new.stats.inserted_slots
+        listeners, self._listeners = self._listeners, ()
+        for listener in listeners:
+            listener.followed = None
+            new.subscribe(listener)
+            new._notify_one(listener, "cleared")
+        return new
 
     def take_step(self) -> StepPlan:
         """Return all work on the tensors that is due before the next step, once.
@@ -775,6 +817,8 @@ class HybridRadixCache:
             raise ValueError(
                 f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
             )
+        for number in (owned_from, *chain.from_iterable(checkpoints)):
+            require_index(number, "owned_from, and each position and slot,")
         base = self._usable(after)
         if base is not None and not base.locks:
             raise ValueError("after is not locked: keep its lock until insert returns")
@@ -1040,17 +1084,20 @@ class HybridRadixCache:
         """Call the method ``change`` of each listener. One that raises is unsubscribed, and the
         logger ``hybridcache`` reports the error."""
         for listener in self._listeners:
-            try:
-                if listener.followed is self:  # Another one, or itself, may have ended it.
-                    getattr(listener, change)(*what)
-            except Exception:
-                if listener.followed is self:
-                    self.unsubscribe(listener)
-                import logging  # not at the top: it is needed here alone
+            self._notify_one(listener, change, *what)
 
-                logging.getLogger("hybridcache").exception(
-                    "%r raised when notified of %s: it is notified no more", listener, change
-                )
+    def _notify_one(self, listener: Listener, change: str, *what: object) -> None:
+        try:
+            if listener.followed is self:  # Another one, or itself, may have ended it.
+                getattr(listener, change)(*what)
+        except Exception:
+            if listener.followed is self:
+                self.unsubscribe(listener)
+            import logging  # not at the top: it is needed here alone
+
+            logging.getLogger("hybridcache").exception(
+                "%r raised when notified of %s: it is notified no more", listener, change
+            )
 
     # --- Invariants -------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
@@ -69,6 +70,8 @@ class CacheConfig:
     """Disk for entries evicted from the tier above, bytes; 0: none."""
     ghost_bytes: int = 16 << 20
     """Host memory for the tokens of ghosts, bytes."""
+    debug: bool = False
+    """Find misuse when it happens (``hybridcache.debug``), for tests."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -77,6 +80,7 @@ class CacheConfig:
                 least = int(name in ("page_size", "grid"))
                 object.__setattr__(self, name, require_index(value, name, least))
         require_bool(self.priority_classes, "priority_classes")
+        require_bool(self.debug, "debug")
         known = {"prefix_cache": ("hybrid", "radix", "none"), "memory": ("arena", "budget")}
         for name, words in known.items():
             if (value := getattr(self, name)) not in words:
@@ -158,7 +162,9 @@ def build_prefix_cache(config: CacheConfig) -> HybridRadixCache:
     """
     if not isinstance(config, CacheConfig):
         raise TypeError(f"config must be a CacheConfig (got {type(config).__name__}).")
-    return build_on(config, *_allocators(config))
+    cache = build_on(config, *_allocators(config))
+    cache.make = partial(build_prefix_cache, config)
+    return cache
 
 
 def _allocators(config: CacheConfig) -> tuple[PageAllocator, SlotAllocator]:
@@ -189,11 +195,19 @@ def build_on(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) ->
         "ghost_bytes": config.ghost_bytes,
         "keeps": config.prefix_cache != "none",
     }
+    # The modules of tiers and of misuse are loaded only where they are needed.
     if not config.tier_bytes:
-        return HybridRadixCache(pages, slots, policy, **options)
-    from hybridcache.tiers import Tier, TieredRadixCache  # loaded only where it is needed
+        if not config.debug:
+            return HybridRadixCache(pages, slots, policy, **options)
+        from hybridcache.debug import DebugCache
 
-    cache, tiers = TieredRadixCache(pages, slots, policy, **options), []
+        return DebugCache(pages, slots, policy, **options)
+    from hybridcache.tiers import Tier, TieredRadixCache
+
+    kind = TieredRadixCache
+    if config.debug:
+        from hybridcache.debug import DebugTieredCache as kind
+    cache, tiers = kind(pages, slots, policy, **options), []
     row_bytes, page_size = config.kv_bytes_per_token, config.page_size
     for name, num_bytes in config.tier_bytes.items():
         num_rows = num_bytes // row_bytes

@@ -29,13 +29,21 @@ from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
     FetchRule,
     PlacementPolicy,
-    PolicyError,
     Prefill,
     PromptBoundaries,
+    require_boundaries,
     require_placement,
 )
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import EMPTY, INT32, Indices, Tokens, immutable, require_int32
+from hybridcache.tokens import (
+    EMPTY,
+    INT32,
+    Indices,
+    Tokens,
+    immutable,
+    require_index,
+    require_int32,
+)
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -91,7 +99,7 @@ class LeaseRequest(NamedTuple):
     table_row: int | None = None
     """Row of this request in the caller's request table, or None. With it, ``cache.take_step()``
     lists every position with a new or changed KV row (``RowWrite``). No two running requests have
-    the same one; this is not checked."""
+    the same one; only ``CacheConfig.debug`` checks it."""
     own_slot: int | None = None
     """State slot of the request, if running states are stored outside of the cache's memory. If
     None, a slot of the cache is taken, and may be donated. An own slot is not donated, and no two
@@ -104,6 +112,7 @@ class LeaseRequest(NamedTuple):
     learn from it as from any other."""
 
 
+NO_BOUNDARIES: PromptBoundaries = LeaseRequest._field_defaults["boundaries"]
 NO_STATES = (
     "a request with a state needs room for one: build a hybrid cache with num_slots or more "
     "total_bytes. A model without linear layers needs a cache with prefix_cache='radix', and "
@@ -238,7 +247,8 @@ class Lease:
             ValueError: the tokens are empty or not int32[n]; the namespace is malformed; the
                 request has a state and the cache has no memory for one; or it has none and the
                 cache is a hybrid one.
-            TypeError: ``placement`` is not one of ``parse_placement``.
+            TypeError: ``placement`` is not one of ``parse_placement``, or a field of the request or
+                the result of ``exchange`` has another type.
             PolicyError: an own eviction policy has failed. Nothing is held.
         """
         # ``isinstance`` takes much longer for an abstract class.
@@ -255,6 +265,11 @@ class Lease:
             require_int32(tokens, "tokens")
         if not len(tokens):
             raise ValueError("a request needs at least one token (got no tokens)")
+        if request.boundaries is not NO_BOUNDARIES:
+            require_boundaries(request.boundaries)
+        for what, number in (("table_row", request.table_row), ("own_slot", slot)):
+            if number is not None and type(number) is not int:
+                require_index(number, what, 0)
         # The caller may change its array before the tokens are published.
         tokens = immutable(tokens)
         match = found = cache.match(tokens, namespace)
@@ -279,24 +294,27 @@ class Lease:
                     )
                     lock = cache.lock(match.node)
                 if slot is None:
-                    cache.unlock(lock)
                     if not cache.num_slots:
                         raise ValueError(NO_STATES)
+                    cache.unlock(lock)
                     return None
             if best is not None and cache.fetch(best):
                 match, before = cache.match(tokens, namespace), lock
                 lock = cache.lock(match.node)
                 cache.unlock(before)
-        except PolicyError:
+            step = None if cache.offload is None else cache.checkpoint_grid
+            if match is not found or step is not None:
+                loadable_len = match.loadable[-1].position if match.loadable else 0
+                losses = losses_of(found, match.cached_len, loadable_len, step)
+                match = match._replace(losses=losses)
+            kind: type[Lease] = cache.lease_kind or cls
+            lease = kind(cache, placement, request, tokens, match, lock, slot)
+        except BaseException:
             cache.unlock(lock)
             if slot is not None and request.own_slot is None:
                 cache.free_slot(slot)
             raise
-        step = None if cache.offload is None else cache.checkpoint_grid
-        if match is not found or step is not None:
-            loadable_len = match.loadable[-1].position if match.loadable else 0
-            match = match._replace(losses=losses_of(found, match.cached_len, loadable_len, step))
-        return cls(cache, placement, request, tokens, match, lock, slot)
+        return lease
 
     def __enter__(self) -> Lease:
         """Return the lease, to be aborted at the end of the block unless it has ended before."""
@@ -391,6 +409,8 @@ class Lease:
         """
         if self._has_ended:
             raise ValueError(ENDED)
+        if type(to_len) is not int:
+            require_index(to_len, "to_len")
         cache, start = self.cache, self.extended_len
         if to_len <= start:
             return True
@@ -495,6 +515,7 @@ class Lease:
         """
         if self._has_ended:
             raise ValueError(ENDED)
+        require_index(position, "position")
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
             self._planned.setdefault(position, label)
@@ -514,6 +535,9 @@ class Lease:
         step. Returns None if more are needed, which is never so without a limit. Those taken are
         kept: call again in the next step.
         """
+        if type(start) is not int or type(end) is not int:
+            require_index(start, "start")
+            require_index(end, "end")
         if self._has_ended or not self.published_len <= start <= end <= self.extended_len:
             raise self._misuse(start, end)
         if start >= self.prompt_len:
@@ -562,13 +586,14 @@ class Lease:
         kept. Pass it only if your engine writes checkpoint slots after acceptance, for positions up
         to ``computed_len``. O(1).
         """
+        require_index(computed_len, "computed_len")
         if self._has_ended or not self.published_len <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
-        if self._rolling is not None and self._rolling[0] > computed_len:
-            kept = self._overwritten if unwritten else None
-            if kept is None:
-                self.cache.free_slot(self._rolling[1])
-            self._rolling = kept
+        rolling = self._rolling
+        if rolling is not None and rolling[0] > computed_len:
+            self._rolling = self._overwritten if unwritten else None
+            if self._rolling is None:
+                self.cache.free_slot(rolling[1])
 
     # --- Publishing -------------------------------------------------------------------------------
 
@@ -657,12 +682,13 @@ class Lease:
             if computed_len <= self.prompt_len:
                 label = planned.pop(computed_len, "preempt")
             pending[computed_len, own_slot] = label
-            own_slot = None
+            own_slot = self.state_slot = None
         self._planned, self._rolling = {}, None
         if pending and max(pending)[0] > published_len:
             for position, slot in [saved for saved in pending if saved[0] > published_len]:
+                label = pending.pop((position, slot))
                 cache.free_slot(slot)
-                placement.on_dropped(position, pending.pop((position, slot)))
+                placement.on_dropped(position, label)
         for position, label in planned.items():
             placement.on_dropped(position, label)
         tip: NodeHandle | None = self._lock.node
@@ -730,6 +756,8 @@ class Lease:
         O(prompt tokens to publish), a comparison of bytes.
         """
         first = self.published_len
+        if type(computed_len) is not int:
+            require_index(computed_len, "computed_len")
         if self._has_ended or not first <= computed_len <= self.extended_len:
             raise self._misuse(computed_len)
         if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:

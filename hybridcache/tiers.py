@@ -583,27 +583,36 @@ class TieredRadixCache(HybridRadixCache):
         state.uses += 1
         if not tier.is_shared:
             tier.policy.touch(state)
-        # It is no candidate while room is made for it on the device.
-        tier.policy.discard(state, evicted=False)
         state.uses -= 1  # The request that resumes from it counts the use.
-        offload.loading = state
         with self.lock(base if base.parent is not None else None):
-            slot = self.allocate_slot()
-            rows = None if slot is None else self.allocate_kv(target.end - base.end)
+            # It is no candidate while room is made for it on the device.
+            tier.policy.discard(state, evicted=False)
+            offload.loading, slot = state, None
+            try:
+                slot = self.allocate_slot()
+                rows = None if slot is None else self.allocate_kv(target.end - base.end)
+            except BaseException:
+                self._give_up(state, slot)
+                raise
             is_there = offload.loading is state
             if slot is not None and rows is not None and is_there:
                 self.is_loading = True
                 self._load(state, path[::-1], rows, slot)
                 self.is_loading = False
                 return True
-            if slot is not None:
-                self.free_slot(slot)
             if rows is not None:  # Making room has dropped the state.
                 self.free_kv(rows)
-        if is_there:
-            offload.loading = None
-            tier.policy.add(state)
+            self._give_up(state, slot)
         return False
+
+    def _give_up(self, state: OffloadedCheckpoint, slot: int | None) -> None:
+        """Free ``slot`` and make ``state``, which is not loaded, a candidate of its tier again,
+        unless it was dropped."""
+        if slot is not None:
+            self.free_slot(slot)
+        if self.offload.loading is state:
+            self.offload.loading = None
+            self.offload.tiers[state.tier].policy.add(state)
 
     def _load(
         self, state: OffloadedCheckpoint, path: list[RadixNode], rows: Indices, slot: int

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from hybridcache import CacheConfig
 from tests import selection
 
 pytest_plugins = ["tests.forked"]
@@ -61,6 +62,11 @@ settings.register_profile(
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "quick" if selection.level() == "quick" else "long")
 )
+
+
+# Caches of tests find misuse when it happens, unless a test says debug=False.
+*_given, _ = CacheConfig.__init__.__defaults__ or ()
+CacheConfig.__init__.__defaults__ = (*_given, True)
 
 
 def pytest_collection_finish() -> None:

@@ -219,6 +219,8 @@ CPU_SECONDS = 5.0
 """Lower bound of the CPU time limit of a test with a mutant."""
 CPU_FACTOR = 5.0
 """CPU time limit of a test with a mutant, as a multiple of its usual duration."""
+USUAL_SECONDS = 24.0
+"""Duration of a test that mutmut has not measured."""
 DURATIONS = pytest.StashKey[dict[str, float]]()
 
 
@@ -237,9 +239,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Limit the CPU time of a test. Wall time would depend on the load of the machine."""
-    usual = item.config.stash[DURATIONS].get(item.nodeid)
-    if usual is not None:
-        signal.setitimer(signal.ITIMER_PROF, max(CPU_SECONDS, CPU_FACTOR * usual))
+    usual = item.config.stash[DURATIONS].get(item.nodeid, USUAL_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, max(CPU_SECONDS, CPU_FACTOR * usual))
     try:
         return (yield)
     finally:

@@ -273,9 +273,8 @@ class Request(ScheduledRequest):
             self.text_stream = TextStream(decoder, sampling.stop, keeps_stop)
         self._met_stop_string = False
         """True if the answer ended with a stop string."""
-        self._rules = tuple(self._make_rules(intake, prompt))
-        self._fault: tuple[int, GrammarError] | None = None
-        """(draw, error) of the first draw that a grammar could not be followed to."""
+        self._intake = intake
+        self.make_rules()
         self.answer = Answer(self._buffer[: self.prompt_len])
         self.scores: list[SampledToken] = []
         """Log-probabilities of prompt tokens 1, 2, ..."""
@@ -284,15 +283,25 @@ class Request(ScheduledRequest):
         self.error: RequestError | None = None
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
-        self._reported = self.prompt_len
-        self._new_text = ""
-        self._num_chars = 0
+        self.output_is_taken = True
+        """False from the first ``report`` of an output until its reader has it."""
+        self._output: RequestOutput | None = None
+        """Newest output of ``report``."""
+        self._num_pieces = 0
+        """Pieces of the text that outputs contain."""
 
-    def _make_rules(self, intake: Intake, prompt: Tokens) -> Iterator[LogitRule]:
+    def make_rules(self) -> None:
+        """Make the rules of the answer, which follow it from its beginning. Raises GrammarError."""
+        self._fault: tuple[int, GrammarError] | None = None
+        """(draw, error) of the first draw that a grammar could not be followed to."""
+        self._rules: tuple[LogitRule, ...] = tuple(self._make_rules())
+
+    def _make_rules(self) -> Iterator[LogitRule]:
         """Yield the rules of the answer, in the order in which they apply."""
-        params, vocab_size = self.params, intake.vocab_size
+        params, intake, prompt = self.params, self._intake, self._buffer[: self.prompt_len]
+        vocab_size = intake.vocab_size
         if self.spec.grammar is not None:
-            yield intake.grammar_rule(self.spec.grammar)
+            yield intake.grammar_rule(self.spec.grammar, self.namespace)
         if params.thinking_token_budget is not None and intake.tokenizer is not None:
             budget = params.thinking_token_budget
             yield ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget)
@@ -324,7 +333,7 @@ class Request(ScheduledRequest):
         if self.finish_reason == "length":
             return "length"
         if self.spec.call_marks:
-            answer = "".join((*self.answer.text, self._new_text)).rpartition(CLOSE)[2]
+            answer = "".join(self.answer.text).rpartition(CLOSE)[2]
             if any(mark in answer for mark in self.spec.call_marks):
                 return "tool_use"
         return "stop_sequence" if self._met_stop_string else "end_turn"
@@ -389,7 +398,7 @@ class Request(ScheduledRequest):
             if self.text_stream is not None and not is_end:
                 may_stop = self.num_tokens - self.prompt_len >= self.params.min_tokens
                 text, self._met_stop_string = self.text_stream.push(token_id, may_stop)
-                self._new_text += text
+                self.answer.text += [text] if text else []
             if self._met_stop_string:
                 self.finish("stop", now_s, flush=False)
             elif is_end or (self._rules and any(r.is_done(self.output) for r in self._rules)):
@@ -406,7 +415,7 @@ class Request(ScheduledRequest):
                 "the weights and the number format (--dtype)."
             )
 
-    def fail(self, error: Exception, now_s: float) -> None:
+    def fail(self, error: BaseException, now_s: float) -> None:
         """End the request with an error that affects only this request."""
         if isinstance(error, GrammarError):
             self.error = InvalidRequest(str(error))
@@ -418,34 +427,34 @@ class Request(ScheduledRequest):
         """End the request, and drop everything that only the next token needs."""
         if flush and self.text_stream is not None:
             text, stopped = self.text_stream.flush()
-            self._new_text += text
+            self.answer.text += [text] if text else []
             self._met_stop_string = stopped
             reason = "stop" if stopped else reason
         self.finish_reason, self.finished_s = reason, now_s
         self._rules, self.text_stream = (), None
 
     def report(self) -> RequestOutput:
-        """Return the output with the tokens since the last report. O(new tokens), amortised."""
-        answer, first = self.answer, self._reported - self.prompt_len
-        new = self._buffer[self._reported : self.num_tokens]
-        self._reported = self.num_tokens
+        """Return the output with the tokens since the last one, or that one if it is not taken, so
+        that a report can be repeated after an exception at any line. O(new tokens), amortised."""
+        last, answer = self._output, self.answer
+        if last is not None and not self.output_is_taken:
+            return last
+        first, num_chars = (0, 0) if last is None else (last.num_tokens, last.num_chars)
         answer.tokens = self._buffer[self.prompt_len :]
-        new_text, self._new_text = self._new_text, ""
-        if new_text:
-            answer.text.append(new_text)
-            self._num_chars += len(new_text)
+        num_pieces = len(answer.text)
+        new_text = "".join(answer.text[self._num_pieces :])
         scores = None
         if first == 0 and self.spec.prompt_logprobs is not None:
             answer.prompt_logprobs = scores = (None, *self.scores)
         start_s = self.arrival_s
-        return RequestOutput(
+        output = RequestOutput(
             request_id=self.request_id,
-            new_token_ids=tuple(new.tolist()),
+            new_token_ids=tuple(self.output[first:].tolist()),
             new_text=new_text,
             new_logprobs=tuple(answer.logprobs[first:]) if answer.logprobs else (),
             new_prompt_logprobs=scores,
             num_tokens=self.num_tokens - self.prompt_len,
-            num_chars=self._num_chars,
+            num_chars=num_chars + len(new_text),
             cached_len=self.cached_len,
             losses=self.losses,
             finish_reason=self.finish_reason,
@@ -460,6 +469,8 @@ class Request(ScheduledRequest):
             transferred=self.transferred,
             answer=answer,
         )
+        self._output, self.output_is_taken, self._num_pieces = output, False, num_pieces
+        return output
 
 
 class Intake:
@@ -473,7 +484,7 @@ class Intake:
         vocab_size: int,
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
-        grammar_rule: Callable[[Grammar], LogitRule] = lambda grammar: LogitRule(),
+        grammar_rule: Callable[[Grammar, Hashable], LogitRule] = lambda *_: LogitRule(),
     ) -> None:
         """Without a ``tokenizer``, prompts are token ids and answers have no text. ``grammar_rule``
         compiles a grammar and makes the rule of an answer; without it, requests are only validated.

@@ -7,6 +7,7 @@ and computes the rest. Requests behind a held one are admitted as if it were not
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,8 @@ from hybridcache.tokens import common_prefix_len
 
 IDLE_S = 0.01
 """Maximum wait for a load in a step with nothing to compute."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -149,8 +152,12 @@ class Fetching(StepHooks, Holding[Request]):
 
     def _end_all(self) -> None:
         for request in tuple(self._pending):
-            self.forget(request)
             request.fetched_len = 0
+            try:
+                self.forget(request)
+            except Exception:  # An exception has left the cache half changed, or the load.
+                logger.exception("The load of a prefix could not be ended.")
+        self._held.clear()
 
     def before_step(self) -> None:
         self._fetcher.advance()

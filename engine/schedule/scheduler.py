@@ -8,6 +8,7 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine.requests.request import Request
 from engine.text.answers import NO_TOKEN, FinishReason, SampledToken
 from engine.text.grammar import GrammarError
 from hybridcache.allocators.moves import Transfer
+from hybridcache.policies.admission import AdmissionPolicy
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import Holding, StepPlanner
 from hybridcache.tokens import Tokens
@@ -347,7 +349,37 @@ class Scheduler(StepPlanner[Request]):
             if request.lease is not None:  # The step failed while it was being admitted.
                 self._manager.abort(request)
         self._num_in_flight = 0
+        self._renew_rules(interrupted)
         return tuple(interrupted)
+
+    def begin_again(
+        self, requests: Iterable[Request], admission: AdmissionPolicy
+    ) -> tuple[Request, ...]:
+        """Begin again with an empty cache after a step that may have left anything half changed.
+        ``requests`` are all that have not been reported as ended. Returns those that ran and have
+        no last token."""
+        known = sorted(requests, key=attrgetter("arrival"))
+        going = [one for one in known if one.finish_reason is None]
+        interrupted = tuple(one for one in self._running if one.finish_reason is None)
+        self.restart(going, admission)
+        for request in known:
+            self.drafting.forget(request)
+            is_listed = request in self.progressed
+            if request.finish_reason is not None:
+                request.lose_claims()
+                self.progressed += [] if is_listed else [request]
+        self._verifies = False
+        self._renew_rules(going)
+        return interrupted
+
+    def _renew_rules(self, requests: Iterable[Request]) -> None:
+        """Make the rules of ``requests`` again: the step may have failed while it used them."""
+        for request in requests:
+            try:
+                request.make_rules()
+            except Exception as error:
+                self.progressed.append(request)
+                self._fail(request, error)
 
     def schedule(self) -> Batch:
         """Choose the next step's segments and claim the memory for it.
@@ -445,8 +477,10 @@ class Scheduler(StepPlanner[Request]):
                         request.accept(run, now_s, has_logits)
                     else:  # It only scored its prompt.
                         request.finish("length", now_s)
-                except Exception as error:
+                except BaseException as error:  # Its text may be half a token ahead.
                     self._fail(request, error)
+                    if not isinstance(error, Exception):
+                        raise
             if segment.num_drafts and has_logits:
                 # The newest token is not computed. Tokens after a stop do not count.
                 request.computed_len = request.scheduled_len = request.num_tokens - 1
@@ -459,7 +493,7 @@ class Scheduler(StepPlanner[Request]):
                 self.leave(request, publishes=has_logits)
         return tuple(taken)
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: BaseException) -> None:
         """End ``request`` alone with an error that was raised for it."""
         request.fail(error, self._clock())
         if isinstance(error, GrammarError | FloatingPointError):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import h11
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
@@ -210,8 +211,27 @@ HEADERS_S = 10.0
 """Time from the start of a connection, or the end of an answer, to the end of the next headers."""
 
 
+MALFORMED = re.compile(rb"(?<!\r)\n|\n[ \t]")
+"""Bare line feed, or a folded header. Proxies may read either as another request than h11 does."""
+
+
+class StrictHeaders(h11.Connection):
+    """Connection that refuses what h11 only tolerates in the headers of a request."""
+
+    def next_event(self) -> Any:
+        if self.their_state is h11.IDLE:
+            head = self.trailing_data[0].partition(b"\r\n\r\n")[0]
+            if MALFORMED.search(head):
+                raise h11.RemoteProtocolError("a bare line feed, or a folded header")
+        return super().next_event()
+
+
 class ClientConnection(H11Protocol):
     """Connection of a client, closed if the headers of a request do not arrive in time."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn = StrictHeaders(h11.SERVER)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

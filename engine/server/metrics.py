@@ -60,6 +60,7 @@ HISTOGRAMS = {
 LIVE = "Sessions with an open request, or idle for 300 s at most; one that moved, per replica."
 OLDEST = "Age of the oldest waiting request."
 EVICTED = "Checkpoints evicted from the cache."
+REBUILDS = "Errors in the middle of a step, after each of which the cache started again, empty."
 REFUSALS = "Failed allocations with nothing left to evict."
 WRITTEN = "1 if --state-dir is written, 0 if it has a problem (see /health)."
 ERRORS = "File system errors and damaged records in --state-dir."
@@ -159,6 +160,7 @@ class Metrics(Collector):
         yield _counter("evicted_tokens", "KV rows evicted from the cache.", usage["evicted_tokens"])
         yield _counter("evicted_checkpoints", EVICTED, usage["evicted_slots"])
         yield _counter("allocation_refusals", REFUSALS, usage["refusals"])
+        yield _counter("cache_rebuilds", REBUILDS, usage["rebuilds"])
         if report.transfers is not None:
             for name, key, help in TRANSFERS:
                 yield _counter(name, help, report.transfers[key])

@@ -119,7 +119,10 @@ class ServingContext:
             raise APIError(400, str(error), param="prompt") from error
 
     async def grammar_of(
-        self, forms: Mapping[str, Callable[[], Grammar]], is_thinking: bool = False
+        self,
+        forms: Mapping[str, Callable[[], Grammar]],
+        namespace: str | None,
+        is_thinking: bool = False,
     ) -> Grammar | None:
         """Compile the grammar of an answer, or return None if the answer is free. ``forms``:
         parameter of the body -> function that makes its grammar. ``is_thinking``: the grammar
@@ -134,7 +137,7 @@ class ServingContext:
             grammar = await run(MAX_CHARS, make)
             if is_thinking:
                 grammar = replace(grammar, end_of_reasoning=CLOSE)
-            await self.engine.ask(Compile(grammar))
+            await self.engine.ask(Compile(grammar, namespace))
             return grammar
         except ValueError as error:
             raise APIError(400, f"'{param}': {error}") from error
@@ -248,7 +251,8 @@ class Writer(ABC):
                     first = first or request_id
                     valid.append(engine.validate(choice))
                     await asyncio.sleep(0)  # Let the event loop run between two choices.
-            grammar = await context.grammar_of(forms, is_thinking)
+            namespace = self._call.tenant.namespace
+            grammar = await context.grammar_of(forms, namespace, is_thinking)
             for spec in valid:
                 engine.submit_valid(structs.replace(spec, grammar=grammar), self._stream)
                 await asyncio.sleep(0)

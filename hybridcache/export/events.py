@@ -82,26 +82,42 @@ class EventStream(Listener):
 
     def __init__(self, sink: Callable[[Event], None]) -> None:
         self._sink = sink
+        self._ends: dict[int, int] = {}
+        """Position at the end of each resident node, by id."""
+        self._checkpoints: dict[int, int] = {}
 
     def kv_stored(self, node: RadixNode) -> None:
         parent = node.parent
         assert parent is not None
+        self._ends[node.serial] = node.end
         above = None if parent.kv is None else parent.kv.serial
         tokens = tuple(node.tokens.tolist())
         self._sink(KVStored(node.serial, above, node.namespace, node.start, tokens))
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
+        self._ends[upper.serial] = upper.end
         self._sink(KVSplit(lower.serial, upper.serial, upper.end))
 
     def kv_removed(self, node: RadixNode) -> None:
+        del self._ends[node.serial]
         self._sink(KVRemoved(node.serial))
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         assert node.checkpoint is not None
+        self._checkpoints[node.serial] = node.end
         self._sink(CheckpointStored(node.serial, node.end, node.checkpoint.label))
 
     def checkpoint_removed(self, node: RadixNode) -> None:
+        del self._checkpoints[node.serial]
         self._sink(CheckpointRemoved(node.serial, node.end))
+
+    def cleared(self) -> None:
+        for serial, end in self._checkpoints.items():
+            self._sink(CheckpointRemoved(serial, end))
+        for serial in sorted(self._ends, key=self._ends.__getitem__, reverse=True):
+            self._sink(KVRemoved(serial))
+        self._ends.clear()
+        self._checkpoints.clear()
 
 
 # --- Mirror of a cache ----------------------------------------------------------------------------

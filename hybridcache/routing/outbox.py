@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import Event, EventStream
@@ -40,17 +40,16 @@ class Outbox:
     """
 
     def __init__(self, cache: HybridRadixCache, kept: int = KEPT) -> None:
-        self._cache = cache
         self._lock = threading.Lock()
         self._batches: deque[EventBatch] = deque(maxlen=kept)
         self._covered: list[Hashable] = []
         self._next_sequence = 0
-        self._watch()
+        self._watch(cache)
 
-    def _watch(self) -> None:
+    def _watch(self, cache: HybridRadixCache) -> None:
         self._events: list[Event] = []
         self._stream = EventStream(self._events.append)
-        self._cache.subscribe(self._stream)
+        cache.subscribe(self._stream)
 
     def cover(self, request: Hashable) -> None:
         """Record that the prompt of ``request`` is computed, so that the next batch covers it."""
@@ -82,9 +81,10 @@ class Outbox:
 
     def restart(self) -> None:
         """Start again with a batch 0 that describes the whole cache. O(tokens cached)."""
-        self._cache.unsubscribe(self._stream)
+        cache: Any = self._stream.followed  # ``rebuilt`` may have replaced the first one.
+        cache.unsubscribe(self._stream)
         with self._lock:
             self._batches.clear()
             self._next_sequence = 0
-            self._watch()
+            self._watch(cache)
         self.flush(even_if_empty=True)

@@ -212,6 +212,13 @@ class ScheduledRequest(WaitingRequest):
         """Discard partial results of the prompt before its computation begins, for the first time
         or again."""
 
+    def lose_claims(self) -> None:
+        """Forget the lease, the row and all computed tokens, without a call of the cache."""
+        if self.lease is not None:
+            self.is_counted = self.lease.is_counted
+        self.lease = self.row = None
+        self.computed_len = self.scheduled_len = self.num_drawn = 0
+
 
 TableRow = Callable[[int, int], Indices]
 """Function of (row, end): KV indices that a runner was given for the positions of a row below
@@ -407,6 +414,15 @@ class CacheManager:
         lost, self._step = bool(self._step.transfers), StepPlan()
         self.cache.steps.open_plan = None
         return lost
+
+    def restart(self) -> None:
+        """Replace the cache by an empty one (``HybridRadixCache.rebuilt``), after an exception in
+        the middle of a call. No request has claims afterwards: call ``lose_claims`` of each."""
+        self.cache = self.cache.rebuilt()
+        self._free_rows = list(range(self.num_rows - 1, -1, -1))
+        self._requests.clear()
+        self.other_holders.clear()
+        self._step = StepPlan()
 
     def checkpoint_positions(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:
         """Return the positions where ``request`` would save its state if only the KV of its first

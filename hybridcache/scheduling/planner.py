@@ -211,26 +211,31 @@ class StepPlanner(Generic[R]):
             raise ValueError(f"max_running must be {most} (got {max_running}).")
         self._manager = manager
         self._longest = manager.memory.max_request_len
+        self.max_running = max_running
+        self._token_budget = token_budget
+        self._shares = shares
+        self._holding: Holding[R] = Holding() if fetching is None else fetching
+        self._clock = clock
+        self._begin_empty(admission)
+
+    def _begin_empty(self, admission: AdmissionPolicy) -> None:
+        """Begin without requests and sessions."""
         self.admission = admission
         """Order of the waiting requests."""
         self.sessions = Sessions()
         """Sessions of waiting and running requests, and idle ones."""
-        self.max_running = max_running
-        self._token_budget = token_budget
-        self._sharing = Sharing(manager) if shares else None
-        self._holding: Holding[R] = Holding() if fetching is None else fetching
-        self._clock = clock
+        self._sharing = Sharing(self._manager) if self._shares else None
         self._waiting: list[R] = []
         self._running: list[R] = []
         self._matches: dict[WaitingRequest, tuple[int, int]] = {}
         """(version of the cache, cached length at that version) by waiting request."""
         self._load = Load(
-            max_running=max_running,
+            max_running=self.max_running,
             running=self._running,
             open_sessions=self.sessions.open,
             idle_sessions=self.sessions.idle,
             cached_len=self._cached_len,
-            footprint=lambda one: manager.memory.share(one.num_tokens - one.shared_len, 1),
+            footprint=lambda one: self._manager.memory.share(one.num_tokens - one.shared_len, 1),
         )
         self._is_full = False
         self._num_in_flight = 0
@@ -281,6 +286,19 @@ class StepPlanner(Generic[R]):
         )
         insort(self._waiting, request, key=_age)
         self.admission.arrived(request, self._load)
+
+    def restart(self, requests: Iterable[R], admission: AdmissionPolicy) -> None:
+        """Begin again with an empty cache, and with ``requests`` as if they arrived now.
+
+        For an engine after an exception in the middle of a call, which may have left anything half
+        changed. ``requests`` are those that have no answer yet; ``admission`` is a new policy.
+        O(rows + their tokens).
+        """
+        self._manager.restart()
+        self._begin_empty(admission)
+        for request in sorted(requests, key=_age):
+            request.lose_claims()
+            self.add(request)
 
     def remove(self, request: R) -> None:
         """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards. Does
@@ -537,8 +555,8 @@ class StepPlanner(Generic[R]):
         forgotten = session.known_len - (lease.prompt_len - losses.never_seen)
         request.lost_len = losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
         if is_first:
-            request.scheduled_s = self._load.now_s
-            request.cached_len, request.losses = lease.cached_len, losses
+            now_s, cached_len = self._load.now_s, lease.cached_len
+            request.scheduled_s, request.cached_len, request.losses = now_s, cached_len, losses
             if session.num_requests == 1 and not session.num_admitted:
                 session.shared_len = min(lease.match.kv_match_len, request.prompt_len)
         self.admission.admitted(request, self._load)

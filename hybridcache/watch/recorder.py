@@ -43,6 +43,8 @@ class Recorder(Listener):
         self._records: list[Record] = []
         self.nodes: dict[int, RadixNode] = {}
         """Resident nodes by id."""
+        self._saved: set[int] = set()
+        """Ids of those with a checkpoint."""
 
     def take(self) -> list[Record]:
         """Return the changes since the last call."""
@@ -70,9 +72,18 @@ class Recorder(Listener):
         label = saved.label[:MAX_LETTERS]
         record = ["checkpoint", node.serial, saved.slot, label, saved.uses, saved.last_used]
         self._records.append(record)
+        self._saved.add(node.serial)
 
     def checkpoint_removed(self, node: RadixNode) -> None:
+        self._saved.discard(node.serial)
         self._records.append(["checkpoint-gone", node.serial])
+
+    def cleared(self) -> None:
+        self._records += [["checkpoint-gone", serial] for serial in self._saved]
+        deepest_first = sorted(self.nodes, key=lambda serial: -self.nodes[serial].end)
+        self._records += [["kv-gone", serial] for serial in deepest_first]
+        self.nodes.clear()
+        self._saved.clear()
 
 
 def node_id(node: NodeHandle | None) -> int | None:

@@ -34,6 +34,7 @@ def test_a_lease_follows_moves_of_cached_rows():
     for rows in gaps:
         cache.free_kv(rows)
     carried_out(cache)
+    num_holders = len(cache.arena.holders)
     lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens, table_row=7))
     assert lease.cached_len > 0
     before = lease.kv_indices.copy()
@@ -52,7 +53,7 @@ def test_a_lease_follows_moves_of_cached_rows():
     assert (row, start, start + len(rows)) == (7, changed[0], changed[-1] + 1)
     cache.check(held_tokens=0, held_slots=1 + len(slots))
     lease.abort()
-    assert len(cache.arena.holders) == 2, "an ended lease is still notified of moves"
+    assert len(cache.arena.holders) == num_holders, "an ended lease is still notified of moves"
 
 
 def test_the_first_row_of_a_lease_moves_alone():

@@ -163,6 +163,23 @@ def test_a_checkpoint_of_the_prompt_is_superseded_while_the_answer_has_one() -> 
     check(cache)
 
 
+def test_a_publish_in_decode_keeps_the_checkpoint_of_the_prompt_superseded() -> None:
+    cache, text = make_cache(), tokens(400)
+    lease = begin(cache, text[:200], "end,backoff")
+    prefill(lease, text[:200])
+    assert lease.extend(330)
+    assert lease.take_checkpoint_slots(200, 330) == ((320, lease._rolling[1]),)
+    carried_out(cache)
+    [found] = [node.checkpoint for node in cache.iter_nodes() if node.checkpoint]
+    assert found.superseded and found.num_successors == 1
+    lease.publish(text, 325)
+    cache.check()
+    assert found.superseded and found.num_successors == 1
+    lease.abort()
+    cache.check(held_tokens=0, held_slots=0)
+    assert not found.superseded and found.num_successors == 0
+
+
 def test_the_first_tokens_that_wait_for_a_plan_are_remembered() -> None:
     cache, prompt = make_cache(), tokens(40)
     lease = begin(cache, prompt)
@@ -331,6 +348,7 @@ def test_tokens_of_another_request_are_refused(call: str) -> None:
     lease = begin(cache, prompt)
     prefill(lease, prompt, 10)
     assert lease.extend(24)
+    lease.take_checkpoint_slots(10, 20)
     before = cache.render()
     wrong = prompt.copy()
     wrong[19] = 5
@@ -430,4 +448,48 @@ def test_arrays_of_other_layouts_on_bytes_are_copied() -> None:
         lease.publish(unpickled, 300)
     lease.finish(prompt, 300)
     assert cache.match(prompt).kv_match_len == cache.match(prompt[::-1]).kv_match_len == 300
+    check(cache)
+
+
+WRONG_TYPES: dict[str, Any] = {
+    "boundaries must be PromptBoundaries": lambda lease: begin(
+        lease.cache, tokens(20), boundaries=(16,)
+    ),
+    "positions of boundaries must be": lambda lease: begin(
+        lease.cache, tokens(20), boundaries=PromptBoundaries(16)
+    ),
+    "each of boundaries must be an integer": lambda lease: begin(
+        lease.cache, tokens(20), boundaries=PromptBoundaries((16.0,))
+    ),
+    "table_row must be an integer": lambda lease: begin(lease.cache, tokens(20), table_row=1.5),
+    "own_slot must be an integer": lambda lease: begin(lease.cache, tokens(20), own_slot=1.0),
+    "to_len must be an integer": lambda lease: lease.extend(30.0),
+    "start must be an integer": lambda lease: lease.take_checkpoint_slots(0.0, 20),
+    "end must be an integer": lambda lease: lease.take_checkpoint_slots(0, 20.0),
+    "position must be an integer": lambda lease: lease.plan_checkpoint(16.0, "asked"),
+    "computed_len must be an integer": lambda lease: lease.publish(tokens(20), 16.0),
+    r"len must be an integer \(got 16.0\)": lambda lease: lease.finish(tokens(20), 16.0),
+    r"computed_len must be an integer \(": lambda lease: lease.preempt(tokens(20), 16.0),
+    r"_len must be an integer \(got 16.0\)": lambda lease: lease.roll_back(16.0),
+    "num_tokens must be an integer": lambda lease: lease.cache.allocate_kv(3.5),
+    "slot must be an integer": lambda lease: lease.cache.free_slot(7.0),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_TYPES)
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_number_of_another_type_is_refused_before_anything_is_taken(
+    message: str, debug: bool
+) -> None:
+    cache = make_cache(grid=8, debug=debug)
+    lease = begin(cache, tokens(20))
+    assert lease.extend(20) and lease.take_checkpoint_slots(0, 20)
+    carried_out(cache)
+    held = lease.held_tokens, lease.held_slots, lease.planned
+    with pytest.raises(TypeError, match=message):
+        WRONG_TYPES[message](lease)
+    assert held == (lease.held_tokens, lease.held_slots, lease.planned)
+    check(cache, lease)
+    lease.publish(tokens(20), np.int64(20))  # A numpy integer is one.
+    lease.abort()
     check(cache)

@@ -98,7 +98,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("named", "call"), REFUSED.values(), ids=REFUSED)
 def test_a_wrong_call_changes_nothing(named, call):
-    cache = hybrid()
+    cache = hybrid(debug=False)
     publish(cache, ids("abX"), [3])
     rows = cache.allocate_kv(5)
     assert (cache.allocate_slot(), cache.allocate_slot()) == (1, 2)
@@ -155,6 +155,7 @@ def test_a_listener_that_raises_is_unsubscribed_and_breaks_nothing(event, caplog
     cache.reset()
     assert cache.cached_tokens == cache.num_checkpoints == 0
     cache.check(held_tokens=0, held_slots=0)
+    cache = cache.rebuilt()
     found = [(record.name, *record.exc_info[1].args) for record in caplog.records]
     assert found == [("hybridcache", "the socket is closed")]
     with pytest.raises(ValueError, match="not subscribed"):
@@ -168,8 +169,8 @@ def begun(cache, placement, prompt):
     return lease
 
 
-def small():
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=8))
+def small(**options):
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=8, **options))
     return cache, parse_placement("backoff")
 
 
@@ -242,7 +243,7 @@ def test_a_plan_that_a_reset_has_forgotten_cannot_be_carried_out():
 
 
 def test_a_lease_whose_slot_was_freed_holds_no_rows_after_its_end():
-    cache, placement = small()
+    cache, placement = small(debug=False)
     lease = Lease.begin(cache, placement, LeaseRequest(ids("abcde")))
     assert lease.extend(5)
     cache.free_slot(lease.state_slot)

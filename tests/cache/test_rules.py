@@ -24,7 +24,7 @@ def test_the_cache_copies_the_arrays_of_the_caller():
 
 @pytest.mark.parametrize("row", [-1, 1000])
 def test_check_finds_a_cached_row_out_of_range(row):
-    cache = hybrid()
+    cache = hybrid(debug=False)
     rows = cache.allocate_kv(3)
     rows[1] = row
     cache.insert(ids("abc"), rows)

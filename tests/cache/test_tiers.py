@@ -173,6 +173,43 @@ def test_a_lease_fetches_if_it_saves_time_and_counts_the_rest(
     cache.check(held_tokens=0, held_slots=0)
 
 
+@pytest.mark.parametrize("call", ["allocate_kv", "allocate_slot", "fetch", "lock"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_lease_that_cannot_begin_for_an_error_holds_nothing(
+    call: str, number: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The slot of a load was lost if its rows could not be taken; so was the lock of a lease."""
+    cache = tiered()
+    serve(cache, ids("abcde"), [2, 4])
+    serve(cache, ids("abX"), [2])
+    cache.evict(num_tokens=3, num_slots=1)
+    assert cache.match(ids("abcdeX")).loadable
+    original, calls = getattr(cache, call), [0]
+
+    def failing(*args: object, **options: object) -> object:
+        calls[0] += 1
+        if calls[0] == number:
+            raise MemoryError
+        return original(*args, **options)
+
+    request = LeaseRequest(ids("abcdeX"))
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, call, failing)
+        try:
+            lease = Lease.begin(cache, parse_placement("end"), request, Rate(0.01))
+        except MemoryError:
+            lease = None
+    assert (lease is None) == (calls[0] >= number)
+    if lease is not None:
+        lease.abort()
+    cache.check(held_tokens=0, held_slots=0)
+    assert cache.protected() == (0, 0)
+    again = Lease.begin(cache, parse_placement("end"), request, Rate(0.01))
+    assert again is not None and again.cached_len == 4
+    again.abort()
+    cache.check(held_tokens=0, held_slots=0)
+
+
 @pytest.mark.parametrize("rate", [0.01, 1.0, None])
 def test_refused_and_not_fetched_tokens_are_counted_separately(rate: float | None):
     """The request takes the slot of the checkpoint that it found, so no slot is left for a load:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -88,7 +89,6 @@ def test_a_stream_yields_the_whole_answer_and_ends_when_closed() -> None:
 
 def test_an_interrupt_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    cache = engine._manager.cache
 
     def interrupted(num_tokens: int) -> None:
         raise KeyboardInterrupt
@@ -98,10 +98,65 @@ def test_an_interrupt_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) 
         lambda: list(engine.stream(ids(100), GREEDY)),
     ):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(cache, "allocate_kv", interrupted)
+            patched.setattr(engine.cache, "allocate_kv", interrupted)
             run()
         assert not engine.has_work()
         assert len(engine.generate([ids(100)], GREEDY)[0].token_ids) == 8
+
+
+@pytest.mark.parametrize("call", ["allocate_kv", "forward", "publish"])
+def test_ctrl_c_in_a_step_is_raised_after_it_and_loses_nothing(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal arrives while the cache changes, in the forward pass, or in the commit."""
+    engine = make_engine()
+    expected = engine.generate([ids(100)], GREEDY)[0].token_ids
+    owner = {"forward": engine.runner, "publish": Lease}.get(call, engine.cache)
+    original = getattr(owner, call)
+
+    def interrupted(*args: object) -> object:
+        found = original(*args)
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    engine.submit(ids(100), GREEDY)
+    new: list[int] = []
+    num_interrupts = 0
+    while engine.has_work():
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, call, interrupted)
+            try:
+                outputs = engine.step()
+            except KeyboardInterrupt:
+                num_interrupts += 1
+                assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+                outputs = engine.take_outputs()
+        new += [token for output in outputs for token in output.new_token_ids]
+    engine.check()
+    assert num_interrupts > 0 == engine.cache.stats.rebuilds
+    assert new == expected
+
+
+def test_an_error_in_the_cache_starts_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    expected = [output.token_ids for output in engine.generate([ids(100), ids(90)], GREEDY)]
+
+    def failing(*_: object) -> None:
+        raise MemoryError
+
+    names = [engine.submit(prompt, GREEDY) for prompt in (ids(100), ids(90))]
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(engine.cache, "insert", failing)
+        patched.setattr(engine.cache, "publish", failing)
+        while True:
+            engine.step()
+    assert set(engine.interrupted) <= set(names)
+    assert engine.report().usage["rebuilds"] == 1 and engine.cache.cached_tokens == 0
+    outputs = {}
+    while engine.has_work():
+        outputs |= {output.request_id: output for output in engine.step()}
+        engine.check()
+    assert [outputs[name].token_ids for name in names] == expected
 
 
 def test_a_failure_during_admission_leaves_the_request_in_the_queue(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
+from engine.plugins.guided import guides as guides_module
 from engine.plugins.guided.guides import Guides
 from engine.plugins.tool_calls.forms import Hermes
 from engine.requests.logit_rules import FREE
@@ -240,7 +241,7 @@ def test_only_the_answer_after_the_reasoning_is_guided(tmp_path: Path, adds_spac
             (Grammar.of_schema({"type": "object"}), '{"a": 1}'),
             (Grammar.of_text('root ::= "yes"'), "yes"),
         ):
-            guide = guides.rule(replace(grammar, end_of_reasoning="</think>"))
+            guide = guides.rule(replace(grammar, end_of_reasoning="</think>"), None)
             right = np.array(tokenizer.encode(f"a {{ < </think>\n\n{answer}"), np.int32)
             wrong = np.array(tokenizer.encode("b</think>\nq"), np.int32)
             assert guide.possible(right[:0], wrong).tolist() == wrong[:-1].tolist()
@@ -250,3 +251,53 @@ def test_only_the_answer_after_the_reasoning_is_guided(tmp_path: Path, adds_spac
                 [ruling] = guide.apply(right[:size], right[:0], [FREE])
                 assert ruling.mask is not None
                 assert np.unpackbits(ruling.mask, bitorder="little")[right[size]], size
+
+
+def test_a_probe_of_another_tenants_grammar_finds_a_cold_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The time of a compilation would tell which schemas others use."""
+    compiled: list[Grammar] = []
+    make = guides_module.make_matcher
+
+    def counting(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
+        compiled.append(grammar)
+        return make(library, vocabulary, grammar)
+
+    monkeypatch.setattr(guides_module, "make_matcher", counting)
+    engine = Engine(
+        engine_config(),
+        runner=OracleRunner(4096, 16),
+        sampler=OracleSampler(),
+        tokenizer=HFTokenizer(),
+    )
+    schema, params = Grammar.of_schema(closed({"a": {"const": 3}})), SamplingParams(max_tokens=9)
+    for namespace in ("one", "one", "two", "two", None, "one"):
+        engine.compile(schema, namespace)
+        engine.generate([RequestSpec([1, 2, 3], params, grammar=schema, namespace=namespace)])
+    assert compiled == [schema] * 3  # once for each tenant
+
+
+def test_a_tenant_cannot_evict_the_grammars_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guides_module, "NUM_REMEMBERED", 12)
+    made: list[Grammar] = []
+    make = guides_module.make_matcher
+    monkeypatch.setattr(
+        guides_module, "make_matcher", lambda *args: made.append(args[2]) or make(*args)
+    )
+    tokenizer = HFTokenizer()
+    guides = Guides(tokenizer, tokenizer.vocab_size)
+    grammars = [Grammar.of_regex(f"a{{1,{number}}}b") for number in range(2, 40)]
+
+    def num_made(namespace: str, used: list[Grammar]) -> int:
+        before = len(made)
+        for grammar in used:
+            guides.rule(grammar, namespace)
+        return len(made) - before
+
+    assert num_made("small", grammars[:4]) == 4
+    assert num_made("middle", grammars[:3]) == 3
+    assert num_made("large", grammars) == len(grammars)
+    assert num_made("small", grammars[:4]) == num_made("middle", grammars[:3]) == 0
+    assert num_made("large", grammars[-5:]) == 0
+    assert num_made("large", grammars[-6:]) == 6  # An older one evicts the others in turn.

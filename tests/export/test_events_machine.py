@@ -147,6 +147,16 @@ class EventsMachine(RuleBasedStateMachine):
     def reset(self):
         self.cache.reset()
 
+    @rule()
+    def rebuild(self):
+        """Replace the cache, as after an exception in the middle of a call."""
+        old, self.cache = self.cache, self.cache.rebuilt()
+        for receipt in self.receipts:
+            with pytest.raises(ValueError, match="this cache"):
+                self.cache.unlock(receipt)
+            old.unlock(receipt)
+        self.receipts = []
+
     @rule(num_lost=st.integers(0, 2))
     def read(self, num_lost):
         """Apply pending batches, but lose the first ``num_lost``: the next one must be refused."""

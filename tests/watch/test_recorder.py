@@ -33,6 +33,23 @@ def test_records_reproduce_the_tree() -> None:
     assert nodes == {} == truth(cache)
 
 
+def test_records_go_on_after_the_cache_was_rebuilt() -> None:
+    cache, nodes = hybrid(num_kv_tokens=500), dict[int, dict[str, Any]]()
+    recorder = Recorder()
+    cache.subscribe(recorder)
+    for tokens in traffic(3, 40):
+        serve(cache, tokens, [len(tokens)])
+    follow(nodes, recorder.take())
+    old, cache = cache, cache.rebuilt()
+    follow(nodes, recorder.take())
+    assert nodes == {} == truth(cache) and cache.stats.rebuilds == 1
+    assert len(recorder.nodes) == 0 and old.cached_tokens > 0 == cache.cached_tokens
+    serve(cache, ids([1, 2, 3]), [3])
+    serve(old, ids([1, 2, 4]), [3])
+    follow(nodes, recorder.take())
+    assert nodes == truth(cache) != {}
+
+
 def test_keys_distinguish_siblings_and_survive_splits() -> None:
     """The page uses the key to find out that the tokens of a ghost were cached again."""
     cache = hybrid(num_kv_tokens=500)

@@ -187,13 +187,13 @@ class Explanations:
         it is less than was reused, None is returned: the reused tokens are of another request.
         Only chats of its namespace are compared; of equal ones the latest is returned.
         """
-        listed = [chat for _, chat in self.memory.listed()]
+        # First by namespace: the number of chats of others must not change what is compared.
+        chats = (chat for _, chat in self.memory.listed())
+        listed = [chat for chat in chats if chat.namespace == later.namespace]
         at = next((i for i, chat in enumerate(listed) if chat is later), 0)
         best, best_len = None, 0
         continued = None
         for other in listed[max(at - NEAREST, 0) : at]:
-            if other.namespace != later.namespace:
-                continue
             shared = common_prefix_len(other.tokens, later.tokens[: later.prompt_len])
             if shared and shared >= best_len:
                 best, best_len = other, shared

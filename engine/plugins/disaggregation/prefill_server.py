@@ -72,7 +72,7 @@ class Outgoing:
     def advance(self) -> None:
         """Queue the rows that the steps so far have written, and the state once the prefix is
         complete."""
-        request, cache, unit = self.request, self.server.cache, self.server.unit
+        request, cache, unit = self.request, self.server.engine.cache, self.server.unit
         if request is not None and request.finish_reason is None:
             if request.lease is not None:
                 self._send_rows(request.lease.kv_indices, request.scheduled_len)
@@ -101,8 +101,8 @@ class Outgoing:
     def close(self) -> None:
         """Release the memory of the prefix, and compute no more of it."""
         if self._receipt is not None:
-            self.server.cache.unlock(self._receipt)
-            self._receipt = None
+            receipt, self._receipt = self._receipt, None
+            receipt.cache.unlock(receipt)
         if self.request is not None and self.request.finish_reason is None:
             self.server.engine.abort(self.request.request_id)
         self.has_ended = True
@@ -146,7 +146,7 @@ class PrefillServer(Plugin):
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
         """Start listening. Raises ConfigError if the address is not available."""
-        self.engine, self._manager, self.cache = engine, manager, manager.cache
+        self.engine, self._manager = engine, manager
         self.unit = PrefixBuffer(engine.runner)
         self._own = identity(engine.runner)
         self._context: zmq.Context[Any] = zmq.Context(wire.IO_THREADS)
@@ -218,7 +218,7 @@ class PrefillServer(Plugin):
             raise EngineStopped(STOPPING)
         spec = self.engine.validate(ask.spec)
         request = None
-        if self.cache.match(tokens, spec.namespace).cached_len < len(tokens) - 1:
+        if self.engine.cache.match(tokens, spec.namespace).cached_len < len(tokens) - 1:
             request_id = f"transfer-{next(self._numbers)}"
             request = self.engine.make(structs.replace(spec, request_id=request_id))
             self.engine.enqueue(request)

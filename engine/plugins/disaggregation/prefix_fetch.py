@@ -307,7 +307,7 @@ class PeerFetcher:
     def end(self, fetch: PeerFetch) -> None:
         """Publish a complete prefix, or release its memory."""
         self._active.remove(fetch)
-        del self._manager.other_holders[fetch.arrival]
+        self._manager.other_holders.pop(fetch.arrival, None)
         fetch.connection.close()
         wire_bytes, needed_bytes = fetch.connection.num_bytes, 0
         self.counts.wire_bytes += wire_bytes

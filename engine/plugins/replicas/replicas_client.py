@@ -448,7 +448,7 @@ class FleetChannel(EngineChannel):
         match question:
             case Compile():  # Replicas compile the grammar again when they receive it.
                 async with self._compiling:
-                    await asyncio.to_thread(self._compile, question.grammar)
+                    await asyncio.to_thread(self._compile, question.grammar, question.namespace)
             case Ask("report"):
                 return await self._report()
             case Ask("cache_view"):

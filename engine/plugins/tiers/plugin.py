@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -45,24 +45,25 @@ class WriteThrough(Listener):
     It ignores loaded entries: they are on disk already, and their bytes have not arrived yet.
     """
 
-    def __init__(self, cache: TieredRadixCache) -> None:
-        self._cache = cache
+    followed: TieredRadixCache
+
+    def __init__(self) -> None:
         self._last: tuple[RadixNode | None, Any] = None, None
         """Node of the last copy and its path: a state is mostly stored right after its KV."""
 
     def kv_stored(self, node: RadixNode) -> None:
-        if not self._cache.is_loading and node.kv is not None:
+        if not self.followed.is_loading and node.kv is not None:
             self._queue("kv", node, node.kv.indices.copy())
 
     def checkpoint_stored(self, node: RadixNode) -> None:
-        if not self._cache.is_loading and node.checkpoint is not None:
+        if not self.followed.is_loading and node.checkpoint is not None:
             self._queue("checkpoint", node, np.array([node.checkpoint.slot], np.int32))
 
     def _queue(self, kind: Kind, node: RadixNode, rows: Indices) -> None:
         if self._last[0] is not node:
             self._last = node, path_of(node)
         copy = Copy(kind, DEVICE, rows, KEPT, EMPTY, node.end, self._last[1])
-        self._cache.steps.transfers.append(copy)
+        self.followed.steps.transfers.append(copy)
 
 
 NAME = "memory"
@@ -145,7 +146,7 @@ class TierPlugin(Plugin):
             geometry, lambda: host | ({} if disk is None else {DISK: disk.bytes_per_s})
         )
         if disk is not None:
-            cache.subscribe(WriteThrough(cache))
+            cache.subscribe(WriteThrough())
         return {"exchange": self.exchange}
 
     def _open_disk(
@@ -272,6 +273,7 @@ class TierPlugin(Plugin):
     def on_cache_emptied(self, *, was_lost: bool) -> None:
         """See ``StepHooks``. Entries on disk are adopted again if the rows were lost, and removed
         if the cache was emptied on request."""
+        self._cache = cast("TieredRadixCache", self._manager.cache)  # There may be another one.
         steps, disk = self._cache.steps, self.disk
         if was_lost:
             steps.take_transfers()

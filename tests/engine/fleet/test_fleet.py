@@ -239,7 +239,7 @@ def test_one_grammar_is_compiled_at_a_time() -> None:
         running: list[Grammar] = []
         most = 0
 
-        def compile(grammar: Grammar) -> None:
+        def compile(grammar: Grammar, namespace: object) -> None:
             nonlocal most
             running.append(grammar)
             most = max(most, len(running))

@@ -44,6 +44,37 @@ def read_all(connection: socket.socket) -> bytes:
     return found
 
 
+@pytest.mark.parametrize(
+    ("pieces", "status"),
+    [
+        ((b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",), b"200"),
+        ((b"GET /health HTTP/1.1\r", b"\nHost: x\r\n\r", b"\n"), b"200"),
+        ((b"GET /health HTTP/1.1\nHost: x\n\n",), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\nContent-Length: 9\r\n\r\n",), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: x\r\nA: b", b"\n\r\n"), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: x\r\n X-Cache-Salt: y\r\n\r\n",), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\r\n\tc\r\n\r\n",), b"400"),
+    ],
+)
+def test_headers_that_proxies_read_differently_are_refused(
+    serve_oracle: Callable[..., Live], pieces: tuple[bytes, ...], status: bytes
+) -> None:
+    with serve_oracle().connect() as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(0.05)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_body_may_have_any_line_feeds(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle()
+    body = b'{"prompt": "x",\n "max_tokens":\n\t1}\n'
+    for _ in range(2):  # The second request follows a body on the same connection.
+        kind = {"content-type": "application/json"}
+        answer = live.http.post("/v1/completions", content=body, headers=kind)
+        assert answer.status_code == 200
+
+
 def test_unfinished_headers_time_out(
     serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -287,3 +287,24 @@ def test_reasoning_is_restored_only_in_the_same_chat(serve_answer: Callable[...,
     assert "The card number" not in prompt("Is my card valid?")
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     assert "The card number" not in prompt("Is my card 4929 valid?", tools=[tool])
+
+
+def test_each_tenant_compiles_its_own_grammars(
+    serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of an answer would tell whether another tenant used a schema."""
+    guides = pytest.importorskip("engine.plugins.guided.guides")
+    pytest.importorskip("llguidance")
+    num_compiled, make = [0], guides.make_matcher
+
+    def counting(*args: Any) -> Any:
+        num_compiled[0] += 1
+        return make(*args)
+
+    monkeypatch.setattr(guides, "make_matcher", counting)
+    live, counts = serve_oracle(), []
+    for salt in ("victim", "victim", "probe", None, "probe"):
+        body = {"prompt": "x", "max_tokens": 2, "cache_salt": salt}
+        live.post("/v1/completions", body | {"structured_outputs": {"regex": "[a-c]{3}x"}})
+        counts.append(num_compiled[0])
+    assert counts == [1, 1, 2, 3, 3]

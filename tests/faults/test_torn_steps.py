@@ -1,0 +1,269 @@
+"""Exceptions at every line of a step: the cache and the answers stay right, or start again.
+
+A trace function raises at one executed line of ``hybridcache`` or ``engine``, as a lack of memory
+or an interrupt would. The oracle verifies every later read. Each answer must be that of an
+undisturbed run, and end once; a request may also be refused with an error.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import engine as engine_package
+import hybridcache
+from engine import Engine, Grammar, SamplingParams, engine_config
+from engine.plugins.speculation.draft_manager import Drafting
+from engine.plugins.speculation.drafters import drafters_of
+from engine.plugins.tiers import TierConfig
+from engine.text.tokenizer import HFTokenizer
+from hybridcache.policies.protocol import PromptBoundaries
+from tests.engine.drafted import ScriptedDrafter
+from tests.engine.test_scheduler_machine import answer, half_right, make_engine, pattern
+from tests.oracle import OracleRunner, OracleSampler
+
+FOLDERS = tuple(str(Path(one.__file__).parent) for one in (engine_package, hybridcache))
+SMALL = {"kv_tokens": 320, "slots": 6, "max_running": 3, "token_budget": 128, "grid": 16}
+SURVIVAL = {"eviction": "survival", "checkpoints": ("adaptive",)}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pools": SMALL | {"page_size": 16, "checkpoints": ("every:64", "end")},
+    "survival": SMALL | SURVIVAL | {"kv_tokens": 288, "overlap": "on"},
+    "arena": SMALL | {"kv_tokens": 200, "slots": 5, "slab_rows": 40, "overlap": "on"},
+    "host": SMALL | {"slots": 4, "slab_rows": 20, "host_rows": 200, "eviction": "survival"},
+    "disk": SMALL
+    | {"kv_tokens": 256, "slots": 8, "slab_rows": 20, "host_rows": 60, "disk_rows": 200},
+    "drafts": SMALL | {"drafts": "scripted", "slab_rows": 40, "overlap": "on"},
+    "tree": SMALL | {"drafts": "tree,mtp", "slots": 8},
+    "radix": SMALL | {"prefix_cache": "radix"},
+    "own": SMALL | {"owns_states": True, "exact": True},
+    "text": SMALL | {"overlap": "on"},
+}
+"""Settings of engines whose memory is too small for their requests."""
+
+
+class Raise:
+    """Trace function that counts the executed lines, and raises at one of them."""
+
+    def __init__(self, at: int | None = None, error: type[BaseException] = MemoryError) -> None:
+        self.at, self.error, self.has_raised = at, error, False
+        self.places: list[tuple[str, int]] = []
+        """File and number of each executed line."""
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+        file = frame.f_code.co_filename
+        return self.line if file.startswith(FOLDERS) and not file.endswith("/debug.py") else None
+
+    def line(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+        if event == "line":
+            self.places.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(self.places) == self.at:
+                self.has_raised = True
+                raise self.error
+        return self.line
+
+    def step(self, engine: Engine) -> list[Any]:
+        before = sys.gettrace()
+        gc.disable()  # No other code may run in the step.
+        sys.settrace(self)
+        try:
+            return engine.step()
+        finally:
+            sys.settrace(before)
+            gc.enable()
+
+
+class Service:
+    """Requests to a small engine, and their outputs."""
+
+    def __init__(self, name: str) -> None:
+        settings = dict(SETTINGS[name])
+        drafts = settings.pop("drafts", None)
+        self.drafter = ScriptedDrafter(half_right)
+        if drafts is not None:
+            guess = lambda newest, most: self.engine.runner.guess(newest, most)  # noqa: E731
+            drafters = [(self.drafter, 5)]
+            if drafts != "scripted":
+                drafters = drafters_of(dict.fromkeys(drafts.split(","), 3), guess, shares=True)
+            settings["drafting"] = Drafting(drafters, max_verified=12)
+        self.has_text = name == "text"
+        self.engine = text_engine(**settings) if self.has_text else make_engine(**settings)
+        self.expected: dict[str, list[int]] = {}
+        self.outputs: dict[str, list[Any]] = {}
+
+    def submit(
+        self, family: int, length: int, num_new: int, max_tokens: int, **options: Any
+    ) -> None:
+        prompt = pattern(family, length) + pattern(11 + family, num_new)
+        params = SamplingParams(max_tokens=max_tokens, logprobs=0, ignore_eos=True)
+        if self.has_text:
+            params = replace(params, stop=("ab", "x"), frequency_penalty=0.5, min_tokens=9)
+            if max_tokens % 2:
+                options["grammar"] = Grammar.of_regex("[a-z ]{60}")
+        tokens, _, _ = answer(prompt, params, self.engine.config.exact)
+        longer, _, _ = answer(prompt, SamplingParams(max_tokens=99), self.engine.config.exact)
+        self.drafter.answers[np.array(prompt, np.int32).tobytes()] = longer
+        known = PromptBoundaries((length,))
+        self.expected[self.engine.submit(prompt, params, boundaries=known, **options)] = tokens
+
+    def submit_some(self) -> None:
+        for number, length in enumerate((64, 130, 100, 64, 160)):
+            space = "salt" if number == 3 else None
+            self.submit(number % 2, length, 9 * number, 18 + 7 * number % 30, namespace=space)
+
+    def take(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            self.outputs.setdefault(output.request_id, []).append(output)
+
+    def finish(self) -> None:
+        for number in range(2000):
+            if not self.engine.has_work():
+                break
+            self.take(self.engine.step())
+            if number < 2 or number % 16 == 0:
+                self.engine.check()
+        self.engine.check()
+        assert not self.engine.has_work(), "some requests never finish"
+        assert self.expected.keys() == self.outputs.keys(), "an answer is missing"
+        for name, tokens in self.expected.items():
+            parts = self.outputs[name]
+            found = [token for part in parts for token in part.new_token_ids]
+            assert [part.is_finished for part in parts].count(True) == 1, (
+                f"{name} does not end once"
+            )
+            assert parts[-1].is_finished, f"{name} goes on after its end"
+            assert found == parts[-1].token_ids, f"tokens of {name} are lost or returned twice"
+            if self.has_text:
+                tokens, text = reference()[name]
+                said = "".join(part.new_text for part in parts)
+                assert said == (text if parts[-1].failure is None else text[: len(said)])
+            if parts[-1].failure is None:
+                assert found == tokens, f"{name} has another answer"
+                assert len(parts[-1].logprobs) == len(found)
+            else:
+                assert found == tokens[: len(found)], f"{name} has another answer"
+        report = self.engine.report()
+        assert report.kv.held == report.slots.held == 0
+
+    def close(self) -> None:
+        self.engine.close()
+        assert not self.engine.has_work()
+        if (folder := self.engine.config.of(TierConfig).state_dir) is not None:
+            shutil.rmtree(folder)
+
+
+def text_engine(kv_tokens: int, slots: int, **settings: Any) -> Engine:
+    """Return an engine with a tokenizer, for answers with text, penalties, stops and grammars."""
+    runner = OracleRunner(kv_tokens, slots)
+    config = engine_config(**settings)
+    return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=HFTokenizer())
+
+
+@cache
+def reference() -> dict[str, tuple[list[int], str]]:
+    """Return the tokens and the text of each answer of an undisturbed run."""
+    service, found = Service("text"), dict[str, tuple[list[int], str]]()
+    for _ in range(2):
+        service.submit_some()
+        while service.engine.has_work():
+            for output in service.engine.step():
+                found[output.request_id] = output.token_ids, output.text
+    service.close()
+    return found
+
+
+def lines_of(name: str, count: int) -> list[tuple[int, int]]:
+    """Return ``count`` different source lines that steps execute, each as (step, number of the line
+    in it): at any time that it is executed, and spread over all files."""
+    service, rng = Service(name), random.Random(name)
+    service.submit_some()
+    found: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for step in range(2000):
+        if not service.engine.has_work():
+            break
+        tracer = Raise()
+        service.take(tracer.step(service.engine))
+        for number, place in enumerate(tracer.places, 1):
+            found.setdefault(place, []).append((step, number))
+    service.finish()
+    service.close()
+    places = sorted(found)
+    first = rng.randrange(len(places))
+    chosen = [(first + number * len(places) // count) % len(places) for number in range(count)]
+    return [rng.choice(found[places[each]]) for each in chosen]
+
+
+def disturb(name: str, step: int, line: int, error: type[BaseException]) -> Engine | None:
+    """Raise ``error`` at a line of a step, and check everything afterwards. Returns the engine, or
+    None if the line was not reached."""
+    service = Service(name)
+    service.submit_some()
+    for _ in range(step):
+        service.take(service.engine.step())
+    tracer = Raise(line, error)
+    try:
+        service.take(tracer.step(service.engine))
+    except error:
+        service.take(service.engine.take_outputs())
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(2):  # If ``DelayedSignals`` was cut, the first may be noted only.
+            signal.raise_signal(signal.SIGINT)
+    service.engine.check()
+    service.finish()
+    service.submit_some()  # They find what the cache has now.
+    service.finish()
+    service.close()
+    return service.engine if tracer.has_raised else None
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_exception_at_any_line_of_a_step_leaves_no_damage(name: str) -> None:
+    check_lines(name, 120)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_exception_at_some_lines_of_a_step_leaves_no_damage(name: str) -> None:
+    check_lines(name, 4)
+
+
+def test_the_steps_preempt_move_load_and_draft() -> None:
+    numbers = Counter[str]()
+    for name in SETTINGS.keys() - {"text"}:
+        service = Service(name)
+        service.submit_some()
+        service.finish()
+        engine = service.engine
+        last = [parts[-1] for parts in service.outputs.values()]
+        numbers["preemptions"] += sum(one.num_preemptions for one in last)
+        numbers["drafts"] += sum(one.drafts.num_verified for one in last if one.drafts)
+        numbers["moves"] += engine.cache.arena.num_moves if engine.cache.arena else 0
+        numbers["evictions"] += engine.cache.stats.evictions
+        numbers |= {tier.tier: tier.taken_in for tier in engine.report().tiers}
+        numbers["fetched"] += sum(tier.fetched for tier in engine.report().tiers)
+        service.close()
+    expected = "preemptions", "drafts", "moves", "evictions", "host", "disk", "fetched"
+    assert all(numbers[what] > 0 for what in expected), numbers
+
+
+def check_lines(name: str, count: int) -> None:
+    if name == "text":
+        pytest.importorskip("llguidance")
+    num_raised = 0
+    for number, (step, line) in enumerate(lines_of(name, count)):
+        error = (MemoryError, KeyboardInterrupt)[number % 2]
+        num_raised += disturb(name, step, line, error) is not None
+    assert num_raised >= 0.9 * count  # Threads of a disk change the number of lines.
