@@ -42,14 +42,21 @@ class Checkpoint(ABC):
 
     formats: FileFormats | None = None
     """Formats of the quantised weights, or None if there are none."""
-    num_bytes: int
-    is_stacked = False
-    """True if a tensor contains all experts of a layer."""
 
     def __init__(self, *, with_head: bool) -> None:
         """``with_head``: True if the multi-token head is read."""
         self._started, self._with_head = time.monotonic(), with_head
         self.skipped: list[str] = []
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of all weights that are read."""
+
+    @property
+    def is_stacked(self) -> bool:
+        """True if a tensor contains all experts of a layer."""
+        return False
 
     def wanted(self, names: Iterable[str]) -> list[str]:
         """Return the names without parts that are not read, which ``note`` counts. Raises
@@ -138,11 +145,11 @@ class WeightFiles(Checkpoint):
         self.formats = read_quantization(config or {}, model_dir, self.tensors)
 
     @property
-    def num_bytes(self) -> int:  # type: ignore[override]
+    def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
-    def is_stacked(self) -> bool:  # type: ignore[override]
+    def is_stacked(self) -> bool:
         return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
 
     def rename(self, published: Callable[[Mapping[str, torch.Tensor]], Any]) -> None:

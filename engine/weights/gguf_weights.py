@@ -23,11 +23,14 @@ class GgufWeights(Checkpoint):
         sources = model.weights()
         self._sources = {name: sources[name] for name in self.wanted(sources)}
         self._file = model.file
-        self.num_bytes = sum(tensor.data.nbytes for tensor in model.file.tensors.values())
         self._bytes = Counter[Format]()
         for tensor in model.file.tensors.values():
             self._bytes[tensor.format] += tensor.data.nbytes
         self.formats = self
+
+    @property
+    def num_bytes(self) -> int:
+        return self._bytes.total()
 
     def format(self, module: str) -> Format | None:
         source = self._sources.get(f"{module}.weight")
