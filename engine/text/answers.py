@@ -427,17 +427,27 @@ class AnswerReader:
         """Read up to ``</think>``, without the white space around the reasoning and after it. An
         answer that ends before is all reasoning."""
         while self.is_thinking:
-            before, close, behind = self._rest.partition(CLOSE)
-            text = before.rstrip() if close else self._certain([CLOSE])
-            self._rest, self.is_thinking = behind if close else self._rest[len(text) :], not close
-            if thoughts := text if self._has_thoughts else text.lstrip():
-                self._has_thoughts = True
-                yield ReasoningDelta(thoughts)
-            if not close:
-                yield None
+            yield from self._read_thought((CLOSE,))
         while not self._rest.strip():
             yield None
         self._rest = self._rest.lstrip()
+
+    def _read_thought(self, marks: Sequence[str]) -> Iterator[Event | None]:
+        """Read up to ``</think>``, or up to the end of the text that cannot be part of one of
+        ``marks``."""
+        before, close, _ = self._rest.partition(CLOSE)
+        yield from self._as_thought(before.rstrip() if close else self._certain(marks))
+        if close:
+            self._rest, self.is_thinking = self._rest.lstrip().removeprefix(CLOSE), False
+        else:
+            yield None
+
+    def _as_thought(self, text: str) -> Iterator[Event]:
+        """Read ``text``, the beginning of the rest, as reasoning."""
+        self._rest = self._rest[len(text) :]
+        if thoughts := text if self._has_thoughts else text.lstrip():
+            self._has_thoughts = True
+            yield ReasoningDelta(thoughts)
 
 
 class ToolCalls(ABC):

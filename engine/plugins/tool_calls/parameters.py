@@ -1,0 +1,398 @@
+"""Schemas of a tool's arguments: the types of values that are written as text, and grammars."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import chain, islice
+from types import NoneType
+from typing import Any
+
+from engine.text.answers import MAX_NAME
+from engine.text.bounded import MAX_DEPTH, read_json
+from engine.text.grammar import (
+    GrammarError,
+    Schema,
+    changed,
+    json_rule,
+    quoted,
+    resolved,
+    simplified,
+)
+
+AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""White space as written by ``json.dumps`` and chat templates, so that a call that comes back has
+the same tokens."""
+MAX_BRANCHES, MAX_STEPS = 64, 256
+"""Maximum numbers of alternatives of one schema, and of schemas that are searched for them."""
+MAX_LITERAL = 1 << 16
+"""Maximum length of a value in Python's form."""
+UNIONS = "anyOf", "oneOf"
+ANNOTATIONS = {
+    *("title", "description", "default", "examples", "example", "deprecated", "readOnly"),
+    *("writeOnly", "$comment", "$schema", "$id", "$defs", "definitions"),
+}
+"""Keywords that exclude no value."""
+STRUCTURE = {"type", "properties", "required", "additionalProperties"} | ANNOTATIONS
+"""Keywords of the schema of all arguments that the form with tags enforces."""
+SCALARS = {"type", "enum", "const"} | ANNOTATIONS
+UNMATCHED = {"format", "not", "if", "allOf", "$ref", "$dynamicRef"}
+"""Keywords that the form with tags cannot enforce on texts."""
+KINDS: Mapping[Any, set[str]] = {
+    NoneType: {"null"},
+    bool: {"boolean"},
+    int: {"integer", "number"},
+    float: {"number"},
+    str: {"string"},
+    list: {"array"},
+    dict: {"object"},
+}
+IMPLIED = {
+    "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems", "contains"),
+    "object": ("properties", "required", "additionalProperties", "patternProperties"),
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+}
+"""Type -> keywords that show it in a schema without ``type``."""
+WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+SCALAR = {
+    "null": "null",
+    "boolean": "true|false",
+    "integer": "-?(?:0|[1-9][0-9]*)",
+    "number": r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?",
+}
+"""Type -> expression of its values without limits."""
+LARGEST = 2**53
+"""Largest limit of a number that the matcher follows in any case."""
+LOOKS = re.compile(r"\(\?<?[=!]|\\[bBAZzGkK1-9]")
+"""Parts of regular expressions that cannot be matched forwards."""
+CLOSED = r"\n<\/parameter>\n"
+"""End of a value with tags, in regular expressions of Lark."""
+
+
+Pairs = list[tuple[str, str]]
+"""Names and texts of arguments."""
+
+
+class Parameters:
+    """Schema of the arguments of one tool."""
+
+    def __init__(self, function: Mapping[str, Any]) -> None:
+        self._given = function.get("parameters") or {"type": "object", "properties": {}}
+        self.is_strict = function.get("strict") is True
+        self._found: dict[str, list[Schema]] = {}
+        """Alternatives of arguments that were read."""
+
+    @cached_property
+    def root(self) -> Schema:
+        """JSON schema of all arguments. A tool without parameters takes none."""
+        found = simplified(self._given)
+        return found if isinstance(found, dict) else {"enum": []}
+
+    def branches(self, schema: Any) -> list[Schema]:
+        """Return the alternatives of ``schema``, without references and unions outside of their
+        parts. Keywords that two schemas set differently are left in ``allOf``; ``oneOf`` is True
+        if only one of several may match."""
+        steps = iter(range(MAX_STEPS))
+
+        def search(one: Any) -> list[Schema]:
+            if next(steps, None) is None or one is False:
+                return []
+            if not isinstance(one, Mapping):
+                return [{}]
+            found = [{k: v for k, v in one.items() if k not in ("$ref", "allOf", *UNIONS)}]
+            if len(_listed(one, "oneOf")) > 1:
+                found[0]["oneOf"] = True
+            groups = [[resolved(one["$ref"], self.root)]] if "$ref" in one else []
+            groups += [[each] for each in _listed(one, "allOf")]
+            groups += [_listed(one, name) for name in UNIONS if _listed(one, name)]
+            for group in groups:
+                inner = list(islice(chain.from_iterable(map(search, group)), MAX_BRANCHES))
+                both = (_merged(first, second) for first in found for second in inner)
+                found = list(islice(both, MAX_BRANCHES))
+            return found
+
+        return search(schema)
+
+    def properties(self) -> dict[str, Any]:
+        """Return the schemas of the named arguments, in their order."""
+        found: dict[str, list[Any]] = {}
+        for one in self.branches(self.root):
+            named = one.get("properties")
+            for name, schema in named.items() if isinstance(named, Mapping) else ():
+                if schema not in found.setdefault(name, []):
+                    found[name].append(schema)
+        return {name: all[0] if len(all) == 1 else {"anyOf": all} for name, all in found.items()}
+
+    def needs(self, pairs: Pairs, others: Pairs) -> bool:
+        """Return True if ``pairs`` have a required argument that ``others`` lack."""
+        required = {name for one in self.branches(self.root) for name in _listed(one, "required")}
+        missing = {*dict(pairs)} - {*dict(others)}
+        return not required.isdisjoint(missing)
+
+    def read(self, name: str, text: str) -> tuple[Any, bool]:
+        """Return the value of an argument that is written as ``text``, and whether it has a type of
+        the schema. Texts stay as they are unless the schema has only other types."""
+        if name not in self._found:
+            schemas = [self.properties().get(name)]
+            if schemas == [None]:
+                roots = self.branches(self.root)
+                schemas = [one.get("additionalProperties") for one in roots]
+                for one in roots:
+                    named = one.get("patternProperties")
+                    schemas += named.values() if isinstance(named, Mapping) else ()
+            known = [one for one in schemas if isinstance(one, Mapping)]
+            self._found[name] = self.branches({"anyOf": known}) if known else []
+        branches, plain = self._found[name] or [{}], text.strip()
+        kinds = set[str]().union(*map(kinds_of, branches))
+        members = [member for one in branches for member in _members(one) or ()]
+        if (text in members or plain in members) and "string" in kinds:
+            return (text if text in members else plain), True
+        if kinds == {"string"}:
+            return text, True
+        is_text = "string" in kinds
+        if is_text and text != plain:
+            return text, True
+        try:
+            value = _parsed(plain, is_text)
+        except ValueError:
+            return text, is_text
+        for member in members:
+            if member == value and KINDS[type(member)] & KINDS[type(value)]:
+                return member, True
+        of_value = KINDS[type(value)]
+        if isinstance(value, float) and value.is_integer():
+            of_value = {"integer", "number"}
+        if of_value & kinds:
+            return value, True
+        return (text, True) if is_text else (value, False)
+
+    # --- Grammars -----------------------------------------------------------------------------
+
+    def json(self, schema: Any, **more: Any) -> str:
+        """Return a Lark expression for JSON that matches a schema inside this one, and has the
+        further fields ``more``. Raises GrammarError."""
+        root = self.root
+        if not self.is_strict:
+            root = changed(self.root, lambda one: _loosened(one, self.root))
+            schema = changed(schema, lambda one: _loosened(one, self.root))
+        # References point to the root, which becomes an inner part.
+        schema = changed(schema, _moved) if isinstance(schema, Mapping) else schema
+        if '"$ref"' in json.dumps([schema, more]):
+            more["$defs"] = {"parameters": changed(root, _moved)}
+        options = AS_DUMPED | ({} if self.is_strict else {"lenient": True})
+        schema = {} if schema is True else {"enum": []} if schema is False else schema
+        return json_rule({**schema, **more}, options)
+
+    def tagged(self, rule: str, end: str) -> tuple[list[tuple[str, bool, str]], list[str]]:
+        """Return (name, whether it is required, expression of its value) of each argument in the
+        form with tags, and the lines of the terminals that the expressions use. ``rule`` begins
+        their names, ``end`` is the expression of the end of a value. Raises GrammarError."""
+        roots, lines = self.branches(self.root), list[str]()
+        named = {name: one for name, one in self.properties().items() if one is not False}
+        needed = [{*_listed(one, "required")} for one in roots] or [set()]
+        if self.is_strict:
+            refused = [name for one in roots for name in one if name not in STRUCTURE]
+            others = [one.get("additionalProperties") for one in roots]
+            refused += ["additionalProperties"] * any(isinstance(one, Mapping) for one in others)
+            refused += ["anyOf"] * (len(roots) > 1) + ["required"] * (not needed[0] <= {*named})
+            if refused:
+                raise self._unenforced(refused[0], "the arguments")
+        parts = []
+        for number, (name, schema) in enumerate(named.items()):
+            is_needed = all(name in each for each in needed)
+            texts, kinds, is_limited = list[str](), set[str](), False
+            branches = self.branches(schema)
+            for one in branches:
+                of_one = kinds_of(one)
+                if _members(one) is not None and not {*one} - SCALARS:
+                    texts += [_any_member(one)] if of_one else []
+                    continue
+                kinds |= of_one - {"string"}
+                if of_one - {"string", "null", "boolean"} and {*one} - SCALARS:
+                    is_limited = True
+                if "string" in of_one:
+                    texts.append(" & ".join(self._text_limits(name, one)))
+            apart = [member for one in branches for member in _members(one) or ("", "")]
+            is_one_of = len(texts) > 1 and any("oneOf" in one for one in branches)
+            if "VALUE" not in texts and not kinds <= {*SCALAR}:
+                is_limited = True
+            if self.is_strict and texts:
+                if is_one_of and any(apart.count(one) > 1 for one in apart):
+                    raise self._unenforced("oneOf", repr(name[:MAX_NAME]))
+                if is_limited:  # A text that is read as another value may break its limits.
+                    keyword = next((one for one in UNIONS if one in schema), "type")
+                    raise self._unenforced(keyword, repr(name[:MAX_NAME]))
+            if not texts:
+                value = f"({self.json(schema)}) {end}"
+            elif "VALUE" in texts or not kinds <= {*SCALAR}:
+                value = "VALUE"
+            else:  # A terminal for all: the matcher chooses the longest, and does not go back.
+                value = f"{rule}_{number}_TEXT".upper()
+                texts += [f"/(?:{SCALAR[kind]}){CLOSED}/" for kind in sorted(kinds)]
+                lines.append(f"{value}: {' | '.join(f'({one})' for one in texts)}")
+            parts.append((name, is_needed, value))
+        return parts, lines
+
+    def _text_limits(self, name: str, schema: Schema) -> list[str]:
+        """Return expressions of terminals that a text and its end must all match."""
+        limits = ["VALUE" if _members(schema) is None else _any_member(schema)]
+        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+        if least or most != "":
+            limits.append(f"/(?s:.{{{least},{most}}}){CLOSED}/")
+        refused = [one for one in schema if one in UNMATCHED]
+        if "pattern" in schema:
+            pattern = schema["pattern"]
+            is_matched = not LOOKS.search(str(pattern)) if self.is_strict else _is_matched(pattern)
+            if is_matched and (found := _searched(pattern)) is not None:
+                limits.append(f"/(?:{found}){CLOSED}/")
+            else:
+                refused.insert(0, "pattern")
+        if refused and self.is_strict:
+            raise self._unenforced(refused[0], repr(name[:MAX_NAME]))
+        return limits
+
+    def _unenforced(self, keyword: str, place: str) -> GrammarError:
+        return GrammarError(
+            f"{keyword!r} of {place} cannot be enforced in the form in which this model writes "
+            "calls: remove it, or 'strict'."
+        )
+
+
+def kinds_of(schema: Schema) -> set[str]:
+    """Return the JSON types of values that match a branch; ``string`` if it shows none."""
+    given, members = schema.get("type"), _members(schema)
+    named = {one for one in (given if isinstance(given, list) else [given]) if isinstance(one, str)}
+    if members is not None:
+        shown = [KINDS[type(member)] for member in members]
+        found = set[str]().union(*(one & named if named else one for one in shown))
+    else:
+        implied = {kind for kind, words in IMPLIED.items() if any(one in schema for one in words)}
+        found = named or (set() if given == [] else implied or {"string"})
+    return found | ({"null"} if schema.get("nullable") is True else set())
+
+
+def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
+    value = schema.get(name)
+    return value if isinstance(value, list) else []
+
+
+def _members(schema: Schema) -> list[Any] | None:
+    """Return the only values that match a schema, or None if it lists none."""
+    return [schema["const"]] if "const" in schema else _listed(schema, "enum") or None
+
+
+def _any_member(schema: Schema) -> str:
+    """Return an expression of the values that a schema lists, with the end of a value."""
+    kinds, found = kinds_of(schema), []
+    for one in _members(schema) or ():
+        text = one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
+        found += [quoted(f"{text}\n</parameter>\n")] if KINDS[type(one)] & kinds else []
+    return f"({' | '.join(found)})"
+
+
+def _merged(first: Schema, second: Schema) -> Schema:
+    """Return a schema that means both."""
+    both, conflicts = {**second, **first}, list[Schema]()
+    for name in ({*first} & {*second}) - ANNOTATIONS:
+        one, other = first[name], second[name]
+        if one == other:
+            continue
+        if name == "properties" and isinstance(one, Mapping) and isinstance(other, Mapping):
+            same = {key: {"allOf": [one[key], other[key]]} for key in {*one} & {*other}}
+            both[name] = {**other, **one, **same}
+        elif name in ("required", "allOf"):
+            both[name] = [*_listed(first, name), *_listed(second, name)]
+        elif name in ("type", "enum"):
+            lists = [x if isinstance(x, list) else [x] for x in (one, other)]
+            lists = [[*x, *["integer"] * ("number" in x)] if name == "type" else x for x in lists]
+            both[name] = [each for each in lists[0] if each in lists[1]]
+        else:
+            conflicts.append({name: other})
+    return both | ({"allOf": [*_listed(both, "allOf"), *conflicts]} if conflicts else {})
+
+
+def _parsed(text: str, may_be_text: bool) -> Any:
+    """Return a value in the form of JSON or Python. Raises ValueError for any other text."""
+    word = text if may_be_text else {"none": "null"}.get(text.lower(), text.lower())
+    if word in WORDS:
+        return WORDS[word]
+    try:
+        return read_json(text)
+    except ValueError:
+        depth = sum(map(text.count, "[{("))
+        if not text.startswith(("[", "{", "(")) or len(text) > MAX_LITERAL or depth > MAX_DEPTH:
+            raise
+    try:
+        with warnings.catch_warnings():  # About escapes.
+            warnings.simplefilter("ignore")
+            return read_json(json.dumps(ast.literal_eval(text), allow_nan=False))
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _moved(schema: Schema) -> Schema:
+    """Return a schema whose references to the root name its new place."""
+    for name in ("$id", "id", "$schema"):
+        if isinstance(schema.get(name), str):
+            base = schema.pop(name)
+            if str(schema.get("$ref")).startswith(f"{base}#"):
+                schema["$ref"] = schema["$ref"].removeprefix(base)
+    if str(schema.get("$ref")).startswith("#"):
+        schema["$ref"] = f"#/$defs/parameters{schema['$ref'][1:]}"
+    return schema
+
+
+def _loosened(schema: Schema, root: Mapping[str, Any]) -> Schema:
+    """Return a schema without limits that the matcher refuses even if it is lenient."""
+    if "$ref" in schema and not isinstance(resolved(schema["$ref"], root), Mapping | bool):
+        del schema["$ref"]
+    if not _is_matched(schema.get("pattern", "")):
+        del schema["pattern"]
+    if isinstance(named := schema.get("patternProperties"), dict):
+        schema["patternProperties"] = {k: v for k, v in named.items() if _is_matched(k)}
+    for name in IMPLIED["number"]:
+        if isinstance(limit := schema.get(name), int | float) and abs(limit) > LARGEST:
+            del schema[name]
+    kinds = schema.get("type", [])
+    known = set[str]().union(*KINDS.values())
+    if any(one not in known for one in (kinds if isinstance(kinds, list) else [kinds])):
+        del schema["type"]
+    return schema
+
+
+def _is_matched(pattern: Any) -> bool:
+    """Return True if the matcher supports a regular expression, as far as is known."""
+    try:
+        return not LOOKS.search(re.compile(pattern).pattern.replace("\\\\", ""))
+    except (re.error, TypeError, RecursionError, OverflowError):
+        return False
+
+
+_PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|^$/\n]|[^\\\[()|^$/\n]+|.", re.DOTALL)
+
+
+def _searched(pattern: Any) -> str | None:
+    """Return an expression of whole texts in which ``pattern`` is found, or None if it has anchors
+    inside."""
+    if not isinstance(pattern, str):
+        return None
+    options, depth = [list[str]()], 0
+    for piece in _PIECE.findall(pattern):
+        depth += {"(": 1, ")": -1}.get(piece, 0)
+        if piece == "|" and not depth:
+            options.append([])
+        else:
+            piece = piece.replace("\n", "\\n")
+            options[-1].append(piece if piece[0] == "\\" else piece.replace("/", "\\/"))
+    found = []
+    for one in options:
+        first, last = one[:1] == ["^"], one[-1:] == ["$"]
+        inner = one[first : len(one) - last]
+        if "^" in inner or "$" in inner:
+            return None
+        found.append("(?s:.*)" * (not first) + f"(?:{''.join(inner)})" + "(?s:.*)" * (not last))
+    return "|".join(found)
