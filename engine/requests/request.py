@@ -25,6 +25,7 @@ from engine.requests.logit_rules import (
     Penalties,
     ReasoningBudget,
     Ruling,
+    opens_reasoning,
     ruled,
 )
 from engine.text.answers import (
@@ -32,6 +33,7 @@ from engine.text.answers import (
     Answer,
     DraftCounts,
     FinishReason,
+    Phase,
     RequestOutput,
     SampledToken,
     TextStream,
@@ -83,10 +85,10 @@ class SamplingParams:
     """Maximum number of tokens to generate. In Python, None is as many as fit into the context, and
     0 requires prompt_logprobs."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer and are not part of it. A single string may be passed
-    directly."""
+    """Strings that end the answer, after its reasoning, and are not part of it. A single string may
+    be passed directly."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the answer, in addition to those of the tokenizer."""
+    """Tokens that end the answer after its reasoning, in addition to those of the tokenizer."""
     ignore_eos: bool = False
     """Continue after the tokenizer's end tokens."""
     seed: Annotated[int | None, SEED] = None
@@ -211,6 +213,8 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     count both as one session."""
     grammar: Grammar | None = None
     """Grammar of the answer, or None if the answer is free."""
+    is_thinking: bool = False
+    """True if the prompt ends inside reasoning, even if its last tokens do not show it."""
     arrival_s: float | None = None
     """Time of submission by ``time.perf_counter``, which is the same clock in all processes of a
     machine; None for the time at which the engine gets it."""
@@ -254,16 +258,25 @@ class Request(ScheduledRequest):
         self.drawn_row = 0
         """Row of this request among the tokens drawn by the newest step."""
         self.drafts: DraftCounts | None = None
-        self.end_token_ids = frozenset(sampling.stop_token_ids)
+        ends: frozenset[int] = frozenset()
+        """End tokens that also count in reasoning."""
         self.text_stream: TextStream | None = None
         if (tokenizer := intake.tokenizer) is not None:
             if not sampling.ignore_eos:
-                self.end_token_ids |= tokenizer.eos_token_ids
+                ends = tokenizer.eos_token_ids
             decoder = tokenizer.stream_decoder(
                 sampling.skip_special_tokens, spec.answer_starts_text
             )
+            phase: Phase = "text"
+            template, stops = tokenizer.chat_template, sampling.stop or sampling.stop_token_ids
+            if stops and template is not None and template.thinks:
+                is_open = spec.is_thinking or opens_reasoning(tokenizer, prompt)
+                phase = "reasoning" if is_open else "beginning"
             keeps_stop = sampling.include_stop_str_in_output
-            self.text_stream = TextStream(decoder, sampling.stop, keeps_stop)
+            self.text_stream = TextStream(decoder, sampling.stop, keeps_stop, phase)
+        self.end_token_ids = ends | {*sampling.stop_token_ids}
+        self._stop_token_ids = self.end_token_ids - ends
+        """Tokens that end the answer only after its reasoning."""
         self._met_stop_string = False
         """True if the answer ended with a stop string."""
         self._rules = tuple(self._make_rules(intake, prompt))
@@ -288,7 +301,8 @@ class Request(ScheduledRequest):
             yield intake.grammar_rule(self.spec.grammar)
         if params.thinking_token_budget is not None and intake.tokenizer is not None:
             budget = params.thinking_token_budget
-            yield ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget)
+            is_open = self.spec.is_thinking
+            yield ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget, is_open)
         if params.logit_bias or params.min_tokens:
             ends = [token for token in sorted(self.end_token_ids) if token < vocab_size]
             yield BansAndBiases(params.logit_bias, ends, params.min_tokens, vocab_size)
@@ -309,15 +323,17 @@ class Request(ScheduledRequest):
 
     @property
     def stop_reason(self) -> str:
-        """See ``ScheduledRequest``. An answer in which a tool call begins after its reasoning is
-        "tool_use", whether or not the server can make that call. O(length of the text)."""
+        """See ``ScheduledRequest``. An answer in which a tool call begins after its reasoning, or
+        in reasoning without an answer, is "tool_use", whether or not the server can make that call.
+        O(length of the text)."""
         reason = super().stop_reason
         if reason or self.finish_reason not in ("stop", "length"):
             return reason
         if self.finish_reason == "length":
             return "length"
         if self.spec.call_marks:
-            answer = "".join((*self.answer.text, self._new_text)).rpartition(CLOSE)[2]
+            before, _, answer = "".join((*self.answer.text, self._new_text)).rpartition(CLOSE)
+            answer = answer if answer.strip() else before
             if any(mark in answer for mark in self.spec.call_marks):
                 return "tool_use"
         return "stop_sequence" if self._met_stop_string else "end_turn"
@@ -378,11 +394,15 @@ class Request(ScheduledRequest):
                 self.answer.logprobs.append(sampled)
             if self.first_token_s is None:
                 self.first_token_s = now_s
-            is_end = token_id in self.end_token_ids
-            if self.text_stream is not None and not is_end:
+            stream, is_end = self.text_stream, token_id in self.end_token_ids
+            if is_end and stream is not None and token_id in self._stop_token_ids:
+                is_end = not stream.is_thinking
+            if stream is not None and not is_end:
                 may_stop = self.num_tokens - self.prompt_len >= self.params.min_tokens
-                text, self._met_stop_string = self.text_stream.push(token_id, may_stop)
+                text, self._met_stop_string = stream.push(token_id, may_stop)
                 self._new_text += text
+                # The end of the reasoning may be such a token.
+                is_end = token_id in self.end_token_ids and not stream.is_thinking
             if self._met_stop_string:
                 self.finish("stop", now_s, flush=False)
             elif is_end or (self._rules and any(r.is_done(self.output) for r in self._rules)):

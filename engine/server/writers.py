@@ -40,7 +40,7 @@ from engine.server.bodies import (
     unless_gone,
 )
 from engine.server.metrics import Metrics
-from engine.server.schemas import ChatRequest, CompletionRequest, Sampling, cuts_of
+from engine.server.schemas import ChatRequest, CompletionRequest, Sampling, arranged, cuts_of
 from engine.server.settings import ServerConfig
 from engine.text.answers import (
     AnswerReader,
@@ -399,15 +399,11 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
     template = context.tokenizer.chat_template
     if template is None:
         raise APIError(400, NO_CHAT)
-    has_developer = "developer" in template.source
 
     def work() -> ChatPrompt:
-        messages = [message.as_template_input() for message in body.messages]
-        for message in messages:
-            if message["role"] == "developer" and not has_developer:
-                message["role"] = "system"
+        messages = arranged(body.messages, template)
         return context.history.render(
-            messages,
+            [message.as_template_input() for message in messages],
             tenant,
             tools=body.plain_tools or None,
             variables=body.chat_template_kwargs,
@@ -415,7 +411,7 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
             and not body.continue_final_message,
             continues_last=body.continue_final_message,
             namespace=tenant.namespace,
-            cuts=cuts_of(body.messages, body.tools),
+            cuts=cuts_of(messages, body.tools),
         )
 
     try:
@@ -443,7 +439,7 @@ class ChatWriter(Writer):
         self.readers = [
             read(
                 thinks=template.thinks,
-                is_thinking=prompt.is_thinking,
+                is_thinking=prompt.spec.is_thinking,
                 starts_text=prompt.spec.answer_starts_text,
                 end_token_ids=context.tokenizer.eos_token_ids,
             )
@@ -452,9 +448,9 @@ class ChatWriter(Writer):
         specs = [prompt.spec]
         if calls is not None:
             specs = [structs.replace(prompt.spec, call_marks=calls.marks)]
-            calls.restrict(forms, self.FORMAT, template.thinks and not prompt.is_thinking)
+            calls.restrict(forms, self.FORMAT, template.thinks and not prompt.spec.is_thinking)
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
-        await self.submit(specs, body.limit, num_scores, forms, prompt.is_thinking)
+        await self.submit(specs, body.limit, num_scores, forms, prompt.spec.is_thinking)
         return await self.respond(is_stream)
 
     def written(self) -> dict[str, int]:
