@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
 
-from engine.config import ABOVE_0, EngineConfig, Limits, check_fields
+from engine.config import ABOVE_0, ConfigError, EngineConfig, Limits, check_fields
 from engine.errors import ContextOverflow, InvalidRequest, RequestError, StepFailed
 from engine.requests.logit_rules import (
     FREE,
@@ -150,15 +150,24 @@ class SamplingParams:
         return changed
 
 
-def sampling_defaults(config: EngineConfig) -> dict[str, float]:
+def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     """Return the fields of ``SamplingParams`` that the model's ``generation_config.json`` sets.
-    ``do_sample`` is ignored, as in vLLM: requests set temperature 0 for greedy decoding."""
+    ``do_sample`` is ignored, as in vLLM: requests set temperature 0 for greedy decoding. Raises
+    ConfigError for a value that is not allowed."""
     if config.model is None or config.sampling_defaults == "none":
         return {}
-    named = read_json(Path(config.model) / "generation_config.json")
+    path = Path(config.model) / "generation_config.json"
+    named = read_json(path)
     found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
-    if found.get("top_k") == 0:
+    top_k = found.get("top_k")
+    if isinstance(top_k, float) and top_k.is_integer():
+        found["top_k"] = int(top_k)
+    if found.get("top_k") in (-1, 0):
         del found["top_k"]  # All tokens, which is the default.
+    try:
+        SamplingParams(**found)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error} Correct it, or use --sampling-defaults none.") from None
     return found
 
 
@@ -395,14 +404,14 @@ class Request(ScheduledRequest):
             if self.first_token_s is None:
                 self.first_token_s = now_s
             stream, is_end = self.text_stream, token_id in self.end_token_ids
-            if is_end and stream is not None and token_id in self._stop_token_ids:
-                is_end = not stream.is_thinking
-            if stream is not None and not is_end:
+            if stream is not None and not self._ends(token_id, stream):
                 may_stop = self.num_tokens - self.prompt_len >= self.params.min_tokens
+                was_known = stream.phase != "beginning"
                 text, self._met_stop_string = stream.push(token_id, may_stop)
-                self._new_text += text
-                # The end of the reasoning may be such a token.
-                is_end = token_id in self.end_token_ids and not stream.is_thinking
+                # The token may end the reasoning, or show that the answer has none.
+                is_end = self._ends(token_id, stream)
+                if was_known or not is_end:
+                    self._new_text += text
             if self._met_stop_string:
                 self.finish("stop", now_s, flush=False)
             elif is_end or (self._rules and any(r.is_done(self.output) for r in self._rules)):
@@ -418,6 +427,13 @@ class Request(ScheduledRequest):
                 f"the model's logits for {where} are NaN or infinite, so no token was drawn: check "
                 "the weights and the number format (--dtype)."
             )
+
+    def _ends(self, token_id: int, stream: TextStream) -> bool:
+        """Return True if a token ends the answer at this place of its text."""
+        is_thinking = stream.phase in ("beginning", "reasoning")
+        return token_id in self.end_token_ids and not (
+            is_thinking and token_id in self._stop_token_ids
+        )
 
     def fail(self, error: Exception, now_s: float) -> None:
         """End the request with an error that affects only this request."""
@@ -495,7 +511,7 @@ class Intake:
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self.sampling_defaults = sampling_defaults(config)
         """Defaults of ``SamplingParams`` that the model recommends."""
-        self.default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
+        self.default_sampling = SamplingParams(**self.sampling_defaults)
         self.clock, self.grammar_rule = clock, grammar_rule
         self._arrivals = itertools.count()
 

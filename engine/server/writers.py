@@ -526,6 +526,9 @@ class _ChatWriter(ChatWriter):
     def _usage(self) -> dict[str, Any]:
         counts = super()._usage()
         counts["prompt_tokens_details"] |= self.written()
+        num_thought = sum(reader.num_reasoning_tokens for reader in self.readers)
+        details = counts.setdefault("completion_tokens_details", {})
+        details["reasoning_tokens"] = num_thought
         return counts
 
     def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:

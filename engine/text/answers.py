@@ -231,7 +231,7 @@ class TextStream:
     [('so ', False), ('', False), ('</en ', False), ('', True)]
     """
 
-    __slots__ = ("_decoder", "_held", "_keeps_stop", "_phase", "_stop")
+    __slots__ = ("_decoder", "_held", "_keeps_stop", "_stop", "phase")
 
     def __init__(
         self,
@@ -243,12 +243,9 @@ class TextStream:
         """``keeps_stop``: the text is cut after the stop string instead. ``phase``: part of the
         answer with which the text begins."""
         self._decoder, self._stop, self._keeps_stop = decoder, stop, keeps_stop
-        self._phase, self._held = phase, ""
-
-    @property
-    def is_thinking(self) -> bool:
-        """True if the next text is reasoning, as far as is known."""
-        return self._phase == "reasoning"
+        self._held = ""
+        self.phase = phase
+        """Part of the answer that the next text belongs to, as far as is known."""
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """Return (the text that is certain now, True if a stop string was found).
@@ -257,27 +254,27 @@ class TextStream:
         except for texts that repeat its beginning.
         """
         new = self._decoder.push(token_id)
-        if self._phase == "text" and not (self._stop and may_stop):
+        if self.phase == "text" and not (self._stop and may_stop):
             return new, False
         return self._read(new, self._stop if may_stop else ())
 
     def flush(self) -> tuple[str, bool]:
         """Return (the text held back, True if it contains a stop string), after the last token."""
         new = self._decoder.flush()
-        if self._phase == "beginning":
-            self._phase = "text"
+        if self.phase == "beginning":
+            self.phase = "text"
         text, has_stopped = self._read(new, self._stop)
         return text if has_stopped else text + self._held, has_stopped
 
     def _read(self, new: str, stops: Sequence[str]) -> tuple[str, bool]:
         text, self._held, before = self._held + new, "", ""
-        if self._phase == "beginning":
+        if self.phase == "beginning":
             begin = text.lstrip()
             if len(begin) < len(OPEN) and OPEN.startswith(begin):
                 self._held = text
                 return "", False
-            self._phase = "reasoning" if begin.startswith(OPEN) else "text"
-        if self._phase == "reasoning":
+            self.phase = "reasoning" if begin.startswith(OPEN) else "text"
+        if self.phase == "reasoning":
             closing = [stop for stop in stops if CLOSE in stop]
             if any(stop in text for stop in closing):
                 return self._cut(text, closing)
@@ -288,13 +285,13 @@ class TextStream:
                 self._held = text[hold:]
                 return text[:hold], False
             at += len(CLOSE)
-            before, text, self._phase = text[:at], text[at:], "between"
-        if self._phase == "between":
+            before, text, self.phase = text[:at], text[at:], "between"
+        if self.phase == "between":
             kept = text.lstrip()
             before += text[: len(text) - len(kept)]
             if not kept:
                 return before, False
-            text, self._phase = kept, "text"
+            text, self.phase = kept, "text"
         certain, has_stopped = self._cut(text, stops)
         return before + certain, has_stopped
 

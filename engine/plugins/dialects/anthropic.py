@@ -351,6 +351,7 @@ class _MessagesWriter(PartWriter):
             "cache_creation_input_tokens": num_created,
             "cache_read_input_tokens": num_cached,
             "output_tokens": len(output.output),
+            "output_tokens_details": {"thinking_tokens": self._answer.num_reasoning_tokens},
         }
 
     def open(self, one: Event) -> Iterator[dict[str, Any]]:
