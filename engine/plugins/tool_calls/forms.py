@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from engine.plugins.tool_calls.parameters import STRUCTURE, Pairs, Parameters
+from engine.plugins.tool_calls.parameters import (
+    STRING_PARTS,
+    STRUCTURE,
+    Pairs,
+    Parameters,
+    read_leniently,
+)
 from engine.server.bodies import APIError
 from engine.server.schemas import ChatRequest, Choice, NamedTool
 from engine.text.answers import (
@@ -23,7 +29,6 @@ from engine.text.answers import (
     ToolCall,
     ToolCalls,
 )
-from engine.text.bounded import read_json
 from engine.text.grammar import Grammar, GrammarError, quoted
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, ChatTemplate, any_of
 
@@ -391,11 +396,11 @@ class Hermes(Form):
             return NOT_JSON if text[start:] else None
         try:
             end = _JSON.raw_decode(text, start)[1]
-            call = _read_object(text[start:end])
+            call = read_leniently(text[start:end])
             name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
-            arguments = _read_object(arguments) if isinstance(arguments, str) else arguments
+            arguments = read_leniently(arguments) if isinstance(arguments, str) else arguments
         except (ValueError, RecursionError):
-            in_string = any(not string["end"] for string in _STRING_PARTS.finditer(text, start))
+            in_string = any(not string["end"] for string in STRING_PARTS.finditer(text, start))
             return None if in_string or not text.endswith((CALL_OPEN, CALL_CLOSE)) else NOT_JSON
         if not isinstance(name, str) or not isinstance(arguments, dict):
             return NOT_JSON
@@ -414,18 +419,6 @@ class Hermes(Form):
 
 
 _JSON = json.JSONDecoder(strict=False)
-_STRING_PARTS = re.compile(r'"(?:[^"\\]|\\.)*+(?P<end>"?)', re.DOTALL)
-"""A string of JSON, or its beginning up to the end of the text."""
-_CONTROLS = {code: f"\\u{code:04x}" for code in range(32)}
-
-
-def _read_object(text: str) -> Any:
-    """Parse JSON, in whose strings a model may write line breaks and tabs as they are. Raises
-    ValueError."""
-    try:
-        return read_json(text)
-    except ValueError:
-        return read_json(_STRING_PARTS.sub(lambda one: one[0].translate(_CONTROLS), text))
 
 
 # --- XML ------------------------------------------------------------------------------------------
@@ -467,7 +460,7 @@ class Xml(Form):
         parameters = self.functions.get(name := head[1].strip())
         if found is None and (is_whole or not _WRITTEN_BEGIN.match(text, head.end())):
             flat = _read_flat(text, head.end()) if is_whole else None
-            found = _read_leniently(text, head.end(), is_whole and not is_cut)
+            found = _read_loosely(text, head.end(), is_whole and not is_cut)
             if flat is not None and not (
                 isinstance(found, tuple) and parameters and parameters.needs(found[0], flat[0])
             ):
@@ -566,7 +559,7 @@ _PARAMETER_BEGIN = re.compile(rf"\s*{PARAMETER}[^<>\n]{{0,{MAX_NAME}}}")
 _END = re.compile(rf"\s*(?P<tag>{END_FUNCTION}|{CALL_CLOSE}|{CALL_OPEN}|{FUNCTION})?")
 
 
-def _read_leniently(text: str, at: int, is_end: bool) -> Arguments | str | None:
+def _read_loosely(text: str, at: int, is_end: bool) -> Arguments | str | None:
     """Read arguments that may lack closing tags. ``is_end``: the answer ends behind the text."""
     pairs = Pairs()
     while found := _PARAMETER.match(text, at):

@@ -51,6 +51,11 @@ KINDS: Mapping[Any, set[str]] = {
     list: {"array"},
     dict: {"object"},
 }
+ALIASES = {
+    **{"str": "string", "int": "integer", "long": "integer", "float": "number", "double": "number"},
+    **{"bool": "boolean", "list": "array", "tuple": "array", "dict": "object", "none": "null"},
+}
+"""Names of types of other languages, which clients send."""
 IMPLIED = {
     "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems", "contains"),
     "object": ("properties", "required", "additionalProperties", "patternProperties"),
@@ -65,10 +70,24 @@ SCALAR = {
     "number": r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?",
 }
 """Type -> expression of its values without limits."""
+_DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
+_TIME = "(?:[01][0-9]|2[0-3]):[0-5][0-9]:(?:[0-5][0-9]|60)"
+_TIME += r"(?:\.[0-9]+)?(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}[tT]{_TIME}",
+    "uuid": "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}",
+    "ipv4": rf"{_BYTE}(?:\.{_BYTE}){{3}}",
+}
+"""Format -> expression of its texts (RFC 3339, 9562, 2673), for values between tags."""
 LARGEST = 2**53
 """Largest limit of a number that the matcher follows in any case."""
 LOOKS = re.compile(r"\(\?<?[=!]|\\[bBAZzGkK1-9]")
 """Parts of regular expressions that cannot be matched forwards."""
+NO_JSON = r"~/[\[{](?s:.*)/"
+"""Texts that are not read as lists or objects, as an expression of Lark."""
 CLOSED = r"\n<\/parameter>\n"
 """End of a value with tags, in regular expressions of Lark."""
 
@@ -204,7 +223,7 @@ class Parameters:
         parts = []
         for number, (name, schema) in enumerate(named.items()):
             is_needed = all(name in each for each in needed)
-            texts, kinds, is_limited = list[str](), set[str](), False
+            texts, kinds, nested, is_limited = list[str](), set[str](), set[str](), False
             branches = self.branches(schema)
             for one in branches:
                 of_one = kinds_of(one)
@@ -212,38 +231,49 @@ class Parameters:
                     texts += [_any_member(one)] if of_one else []
                     continue
                 kinds |= of_one - {"string"}
-                if of_one - {"string", "null", "boolean"} and {*one} - SCALARS:
-                    is_limited = True
+                if {*one} - SCALARS:
+                    nested |= of_one & {"array", "object"}
+                    is_limited = is_limited or not of_one.isdisjoint(("integer", "number"))
                 if "string" in of_one:
                     texts.append(" & ".join(self._text_limits(name, one)))
+            if "VALUE" not in texts:
+                nested |= kinds & {"array", "object"}
             apart = [member for one in branches for member in _members(one) or ("", "")]
             is_one_of = len(texts) > 1 and any("oneOf" in one for one in branches)
-            if "VALUE" not in texts and not kinds <= {*SCALAR}:
-                is_limited = True
             if self.is_strict and texts:
                 if is_one_of and any(apart.count(one) > 1 for one in apart):
                     raise self._unenforced("oneOf", repr(name[:MAX_NAME]))
-                if is_limited:  # A text that is read as another value may break its limits.
+                if is_limited:  # A text that is read as a number may break its limits.
                     keyword = next((one for one in UNIONS if one in schema), "type")
                     raise self._unenforced(keyword, repr(name[:MAX_NAME]))
             if not texts:
                 value = f"({self.json(schema)}) {end}"
-            elif "VALUE" in texts or not kinds <= {*SCALAR}:
+            elif "VALUE" in texts and not nested:
                 value = "VALUE"
-            else:  # A terminal for all: the matcher chooses the longest, and does not go back.
-                value = f"{rule}_{number}_TEXT".upper()
-                texts += [f"/(?:{SCALAR[kind]}){CLOSED}/" for kind in sorted(kinds)]
-                lines.append(f"{value}: {' | '.join(f'({one})' for one in texts)}")
+            else:  # One terminal: the matcher chooses the longest, and does not go back.
+                terminal = f"{rule}_{number}_TEXT".upper()
+                texts += [f"/(?:{SCALAR[kind]}){CLOSED}/" for kind in sorted(kinds & {*SCALAR})]
+                value = " | ".join(f"({one})" for one in texts)
+                lines.append(f"{terminal}: " + (f"({value}) & {NO_JSON}" if nested else value))
+                value = terminal
+                if nested:
+                    both = {"allOf": [schema, {"type": sorted(nested)}]}
+                    value = f"({terminal} | ({self.json(both)}) {end})"
             parts.append((name, is_needed, value))
         return parts, lines
 
     def _text_limits(self, name: str, schema: Schema) -> list[str]:
         """Return expressions of terminals that a text and its end must all match."""
         limits = ["VALUE" if _members(schema) is None else _any_member(schema)]
-        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-        if least or most != "":
-            limits.append(f"/(?s:.{{{least},{most}}}){CLOSED}/")
-        refused = [one for one in schema if one in UNMATCHED]
+        sizes = [schema.get(name) for name in ("minLength", "maxLength")]
+        least, most = (int(one) if isinstance(one, int | float) else None for one in sizes)
+        is_possible = most is None or (least or 0) <= most
+        if is_possible and (least or most is not None):
+            limits.append(f"/(?s:.{{{least or 0},{'' if most is None else most}}}){CLOSED}/")
+        form = FORMATS.get(str(schema.get("format")))
+        limits += [f"/(?:{form}){CLOSED}/"] if form else []
+        refused = [one for one in schema if one in UNMATCHED and (one != "format" or not form)]
+        refused += [] if is_possible else ["maxLength"]
         if "pattern" in schema:
             pattern = schema["pattern"]
             is_matched = not LOOKS.search(str(pattern)) if self.is_strict else _is_matched(pattern)
@@ -265,7 +295,7 @@ class Parameters:
 def kinds_of(schema: Schema) -> set[str]:
     """Return the JSON types of values that match a branch; ``string`` if it shows none."""
     given, members = schema.get("type"), _members(schema)
-    named = {one for one in (given if isinstance(given, list) else [given]) if isinstance(one, str)}
+    named = {*_types(given)}
     if members is not None:
         shown = [KINDS[type(member)] for member in members]
         found = set[str]().union(*(one & named if named else one for one in shown))
@@ -275,6 +305,14 @@ def kinds_of(schema: Schema) -> set[str]:
     return found | ({"null"} if schema.get("nullable") is True else set())
 
 
+def _types(given: Any) -> list[str]:
+    """Return the names of JSON types in the value of ``type``, in lower case."""
+    listed = given if isinstance(given, list) else [given]
+    names = [one.lower() for one in listed if isinstance(one, str)]
+    known = set[str]().union(*KINDS.values())
+    return [found for one in names if (found := ALIASES.get(one, one)) in known]
+
+
 def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
     value = schema.get(name)
     return value if isinstance(value, list) else []
@@ -282,7 +320,11 @@ def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
 
 def _members(schema: Schema) -> list[Any] | None:
     """Return the only values that match a schema, or None if it lists none."""
-    return [schema["const"]] if "const" in schema else _listed(schema, "enum") or None
+    listed = schema.get("enum")
+    if "const" in schema:
+        only = schema["const"]
+        return [only] if not isinstance(listed, list) or only in listed else []
+    return listed if isinstance(listed, list) else None
 
 
 def _any_member(schema: Schema) -> str:
@@ -320,11 +362,12 @@ def _parsed(text: str, may_be_text: bool) -> Any:
     word = text if may_be_text else {"none": "null"}.get(text.lower(), text.lower())
     if word in WORDS:
         return WORDS[word]
+    begins = ("[", "{") if may_be_text else ("[", "{", "(")
     try:
-        return read_json(text)
+        return read_leniently(text)
     except ValueError:
         depth = sum(map(text.count, "[{("))
-        if not text.startswith(("[", "{", "(")) or len(text) > MAX_LITERAL or depth > MAX_DEPTH:
+        if not text.startswith(begins) or len(text) > MAX_LITERAL or depth > MAX_DEPTH:
             raise
     try:
         with warnings.catch_warnings():  # About escapes.
@@ -332,6 +375,20 @@ def _parsed(text: str, may_be_text: bool) -> Any:
             return read_json(json.dumps(ast.literal_eval(text), allow_nan=False))
     except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(str(error)) from None
+
+
+STRING_PARTS = re.compile(r'"(?:[^"\\]|\\.)*+(?P<end>"?)', re.DOTALL)
+"""A string of JSON, or its beginning up to the end of the text."""
+_CONTROLS = {code: f"\\u{code:04x}" for code in range(32)}
+
+
+def read_leniently(text: str) -> Any:
+    """Parse JSON, in whose strings a model may write line breaks and tabs as they are. Raises
+    ValueError."""
+    try:
+        return read_json(text)
+    except ValueError:
+        return read_json(STRING_PARTS.sub(lambda one: one[0].translate(_CONTROLS), text))
 
 
 def _moved(schema: Schema) -> Schema:
@@ -355,12 +412,13 @@ def _loosened(schema: Schema, root: Mapping[str, Any]) -> Schema:
     if isinstance(named := schema.get("patternProperties"), dict):
         schema["patternProperties"] = {k: v for k, v in named.items() if _is_matched(k)}
     for name in IMPLIED["number"]:
-        if isinstance(limit := schema.get(name), int | float) and abs(limit) > LARGEST:
+        limit = schema.get(name, 0)
+        if type(limit) not in (int, float) or abs(limit) > LARGEST:
             del schema[name]
-    kinds = schema.get("type", [])
-    known = set[str]().union(*KINDS.values())
-    if any(one not in known for one in (kinds if isinstance(kinds, list) else [kinds])):
-        del schema["type"]
+    if not isinstance(schema.get("required", []), list):
+        del schema["required"]
+    if kinds := _types(schema.pop("type", [])):
+        schema["type"] = kinds if len(kinds) > 1 else kinds[0]
     return schema
 
 

@@ -234,6 +234,33 @@ def test_other_tools_are_not_refused_for_their_schema(form: type[Form], name: st
 
 
 @pytest.mark.parametrize("form", [Hermes, Xml])
+def test_a_text_next_to_a_list_does_not_break_the_limits_of_the_list(form: type[Form]) -> None:
+    """With tags, a text in brackets would be read as a list."""
+    listed = {"type": "array", "items": {"type": "string"}}
+    grammar = form(tools({"anyOf": [{"type": "string"}, listed]}, strict=True)).grammar()
+    values: list[Any] = ["a", "a [1]", ["a"], [], [1], {"a": 1}]
+    assert [accepts(grammar, written(form, one)) for one in values] == 4 * [True] + 2 * [False]
+
+
+@pytest.mark.parametrize("form", [Hermes, Xml])
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("date", "2026-02-28", "2026-13-28"),
+        ("time", "23:59:60.5+01:30", "24:00:00Z"),
+        ("date-time", "2026-02-28T12:00:00Z", "2026-02-28 12:00:00"),
+        ("uuid", "123e4567-e89b-12d3-a456-426614174000", "123e4567e89b12d3a456426614174000"),
+        ("ipv4", "127.0.0.1", "127.0.0.256"),
+    ],
+)
+def test_formats_of_strict_tools_are_enforced(
+    form: type[Form], name: str, right: str, wrong: str
+) -> None:
+    grammar = form(tools({"type": "string", "format": name}, strict=True)).grammar()
+    assert [accepts(grammar, written(form, one)) for one in (right, wrong)] == [True, False]
+
+
+@pytest.mark.parametrize("form", [Hermes, Xml])
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [
