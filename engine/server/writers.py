@@ -132,10 +132,16 @@ class ServingContext:
         [(param, make)] = forms.items()
         try:
             grammar = await run(MAX_CHARS, make)
-            if is_thinking:
-                grammar = replace(grammar, end_of_reasoning=CLOSE)
-            await self.engine.ask(Compile(grammar))
-            return grammar
+            while True:
+                looser, end = grammar.looser, CLOSE if is_thinking else None
+                grammar = replace(grammar, looser=None, end_of_reasoning=end)
+                try:
+                    await self.engine.ask(Compile(grammar))
+                    return grammar
+                except ValueError:
+                    if looser is None:
+                        raise
+                    grammar = looser
         except ValueError as error:
             raise APIError(400, f"'{param}': {error}") from error
 

@@ -1,8 +1,9 @@
 """Answers: the outputs of a request's steps, the conversion of its tokens to text, and the parts of
 that text (reasoning, text and tool calls) as events in their order.
 
-A tool call is emitted when it is complete. A call that cannot be made (its arguments are not JSON,
-its tool was not offered, or it breaks off) is text, with a warning.
+A tool call is emitted when it is complete. A call that cannot be made (its arguments cannot be
+read, its tool was not offered, or it breaks off) is text, with a warning. Stop strings count only
+behind the reasoning.
 """
 
 from __future__ import annotations

@@ -337,6 +337,24 @@ def test_strict_tool_call_follows_its_schema(
 
 
 @DIALECT
+@FORM
+def test_a_required_call_of_a_tool_with_any_schema_is_served(
+    serve_answer: ServeAnswer, dialect: Dialect, template: str | None, call: str, opening: str
+) -> None:
+    """Limits that cannot be enforced are dropped, and the whole schema if none of it can be."""
+    pytest.importorskip("llguidance")
+    city = {"type": "string", "pattern": r"^(?!\.)[A-Z]", "format": "city"}
+    properties = {"city": city, "days": {"type": "integer"}}
+    end = "</think>" if template else ""
+    live = serve_answer(f"{end}{call}", template)
+    for more in ({}, {"days": {"type": "integer", "minimum": 9, "maximum": 1}}):
+        named = {"properties": properties | more, "required": ["days"]}
+        tool = {"name": "weather", "parameters": {"type": "object", **named}}
+        answer = dialect.ask(live, tools=[tool], choice="required")
+        assert answer.calls == [("weather", BONN)]
+
+
+@DIALECT
 def test_reasoning_can_be_switched(serve_answer: ServeAnswer, dialect: Dialect) -> None:
     live = serve_answer("a</think>b")
     on, off = (dialect.ask(live, effort=effort) for effort in ("low", "none"))
