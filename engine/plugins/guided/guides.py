@@ -304,7 +304,7 @@ def make_matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
         message = matcher.get_error()
         # A position in generated text is useless for the client.
         message = message if grammar.kind == "given" else OUR_PLACE.sub("", message)
-        raise _wrong(message, has_schema="%json" in text)
+        raise _wrong(message, has_schema=grammar.kind == "lark")
     return matcher
 
 

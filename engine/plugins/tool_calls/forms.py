@@ -11,13 +11,7 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from engine.plugins.tool_calls.parameters import (
-    STRING_PARTS,
-    STRUCTURE,
-    Pairs,
-    Parameters,
-    read_leniently,
-)
+from engine.plugins.tool_calls.parameters import STRING_PARTS, Pairs, Parameters, read_leniently
 from engine.server.bodies import APIError
 from engine.server.schemas import ChatRequest, Choice, NamedTool
 from engine.text.answers import (
@@ -429,8 +423,8 @@ MALFORMED = "it is not written as a function with parameters"
 REPEATED = "it gives one argument twice"
 END_OF_VALUE = r'"\n</parameter>\n"'
 VALUE = (
-    r"VALUE: /(?s:.*)\n<\/parameter>\n/ & ~/((?s:.*)\n)?<\/parameter>\n(?s:.+)/ "
-    r"& ~/((?s:.*)\n)?<parameter=[^<>\n]+>\n(?s:.*)/"
+    f"value[suffix={END_OF_VALUE}]: VALUE",
+    r"VALUE: /(?s:.*)/ & ~/((?s:.*)\n)?(<\/parameter>|<parameter=[^<>\n]+>)\n(?s:.*)/",
 )
 """Text up to the closing tag of its parameter, without a line that is a tag of a parameter."""
 
@@ -441,7 +435,7 @@ class Xml(Form):
 
     MARKS = (CALL_OPEN, FUNCTION)
     ENDS = (CALL_CLOSE, END_FUNCTION)
-    CALLS = (f'calls: "{FUNCTION}" function', VALUE)
+    CALLS = (f'calls: "{FUNCTION}" function', *VALUE)
 
     def __init__(self, tools: Sequence[Mapping[str, Any]], *options: Any) -> None:
         """Raises GrammarError if the name of a tool cannot be written."""
@@ -482,10 +476,9 @@ class Xml(Form):
 
     def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
         """See ``Form``. Parameters are in the order of the schema."""
-        begin, root = tag(tool), parameters.root
-        is_open = root.get("additionalProperties", "properties" not in root) is True
-        if is_open and not {*root} - STRUCTURE and not root.get("properties"):
-            anything = f'("{PARAMETER}" /[^<>\\n]{{1,64}}/ ">\\n" VALUE)*'
+        begin = tag(tool)
+        if parameters.is_open:
+            anything = f'("{PARAMETER}" /[^<>\\n]{{1,64}}/ ">\\n" value)*'
             return [f'{name}: {begin} {anything} "{END_FUNCTION}"']
         arguments, lines = parameters.tagged(name, END_OF_VALUE)
         parts = []

@@ -32,14 +32,6 @@ MAX_BRANCHES, MAX_STEPS = 64, 256
 MAX_LITERAL = 1 << 16
 """Maximum length of a value in Python's form."""
 UNIONS = "anyOf", "oneOf"
-ANNOTATIONS = {
-    *("title", "description", "default", "examples", "example", "deprecated", "readOnly"),
-    *("writeOnly", "$comment", "$schema", "$id", "$defs", "definitions"),
-}
-"""Keywords that exclude no value."""
-STRUCTURE = {"type", "properties", "required", "additionalProperties"} | ANNOTATIONS
-"""Keywords of the schema of all arguments that the form with tags enforces."""
-SCALARS = {"type", "enum", "const"} | ANNOTATIONS
 UNMATCHED = {"format", "not", "if", "allOf", "$ref", "$dynamicRef"}
 """Keywords that the form with tags cannot enforce on texts."""
 KINDS: Mapping[Any, set[str]] = {
@@ -56,12 +48,21 @@ ALIASES = {
     **{"bool": "boolean", "list": "array", "tuple": "array", "dict": "object", "none": "null"},
 }
 """Names of types of other languages, which clients send."""
+NAMED = {"properties", "required", "additionalProperties"}
+"""Keywords of the schema of all arguments that the form with tags enforces."""
 IMPLIED = {
     "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems", "contains"),
-    "object": ("properties", "required", "additionalProperties", "patternProperties"),
+    "object": (*sorted(NAMED), "patternProperties", "minProperties", "maxProperties"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
 """Type -> keywords that show it in a schema without ``type``."""
+LIMITS = {
+    *chain.from_iterable(IMPLIED.values()),
+    *("minLength", "maxLength", "pattern", "nullable", "propertyNames", "dependencies"),
+    *("dependentRequired", "dependentSchemas", "unevaluatedProperties", "unevaluatedItems"),
+    *("additionalItems", "$recursiveRef", "oneOf", *UNMATCHED),
+}
+"""Keywords that exclude values, besides the types and lists of values."""
 WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 SCALAR = {
     "null": "null",
@@ -86,10 +87,8 @@ LARGEST = 2**53
 """Largest limit of a number that the matcher follows in any case."""
 LOOKS = re.compile(r"\(\?<?[=!]|\\[bBAZzGkK1-9]")
 """Parts of regular expressions that cannot be matched forwards."""
-NO_JSON = r"~/[\[{](?s:.*)/"
-"""Texts that are not read as lists or objects, as an expression of Lark."""
-CLOSED = r"\n<\/parameter>\n"
-"""End of a value with tags, in regular expressions of Lark."""
+BRACKETS = {"array": r"\[", "object": r"\{"}
+"""Type -> first character of its values, in expressions of Lark."""
 
 
 Pairs = list[tuple[str, str]]
@@ -135,6 +134,14 @@ class Parameters:
             return found
 
         return search(schema)
+
+    @property
+    def is_open(self) -> bool:
+        """True if the schema names no arguments and permits any."""
+        first, *others = self.branches(self.root) or [{"properties": {}}]
+        permits = first.get("additionalProperties", "properties" not in first) is True
+        is_limited = self.is_strict and {*first} & (LIMITS - NAMED | {"required"})
+        return permits and not (others or first.get("properties") or is_limited)
 
     def properties(self) -> dict[str, Any]:
         """Return the schemas of the named arguments, in their order."""
@@ -208,13 +215,14 @@ class Parameters:
 
     def tagged(self, rule: str, end: str) -> tuple[list[tuple[str, bool, str]], list[str]]:
         """Return (name, whether it is required, expression of its value) of each argument in the
-        form with tags, and the lines of the terminals that the expressions use. ``rule`` begins
-        their names, ``end`` is the expression of the end of a value. Raises GrammarError."""
+        form with tags, and the lines of the rules that the expressions use. ``rule`` begins their
+        names, ``end`` is the expression of the end of a value. Raises GrammarError."""
         roots, lines = self.branches(self.root), list[str]()
         named = {name: one for name, one in self.properties().items() if one is not False}
         needed = [{*_listed(one, "required")} for one in roots] or [set()]
         if self.is_strict:
-            refused = [name for one in roots for name in one if name not in STRUCTURE]
+            refused = [name for one in roots for name in one if name in LIMITS - NAMED]
+            refused += [name for one in roots for name in one if name in ("enum", "const")]
             others = [one.get("additionalProperties") for one in roots]
             refused += ["additionalProperties"] * any(isinstance(one, Mapping) for one in others)
             refused += ["anyOf"] * (len(roots) > 1) + ["required"] * (not needed[0] <= {*named})
@@ -227,11 +235,11 @@ class Parameters:
             branches = self.branches(schema)
             for one in branches:
                 of_one = kinds_of(one)
-                if _members(one) is not None and not {*one} - SCALARS:
+                if _members(one) is not None and LIMITS.isdisjoint(one):
                     texts += [_any_member(one)] if of_one else []
                     continue
                 kinds |= of_one - {"string"}
-                if {*one} - SCALARS:
+                if not LIMITS.isdisjoint(one):
                     nested |= of_one & {"array", "object"}
                     is_limited = is_limited or not of_one.isdisjoint(("integer", "number"))
                 if "string" in of_one:
@@ -249,36 +257,38 @@ class Parameters:
             if not texts:
                 value = f"({self.json(schema)}) {end}"
             elif "VALUE" in texts and not nested:
-                value = "VALUE"
+                value = "value"
             else:  # One terminal: the matcher chooses the longest, and does not go back.
-                terminal = f"{rule}_{number}_TEXT".upper()
-                texts += [f"/(?:{SCALAR[kind]}){CLOSED}/" for kind in sorted(kinds & {*SCALAR})]
-                value = " | ".join(f"({one})" for one in texts)
-                lines.append(f"{terminal}: " + (f"({value}) & {NO_JSON}" if nested else value))
-                value = terminal
+                value, terminal = f"{rule}_{number}_text", f"{rule}_{number}_text".upper()
+                texts += [f"/{SCALAR[kind]}/" for kind in sorted(kinds & {*SCALAR})]
+                union = " | ".join(f"({one})" for one in texts)
+                first = "|".join(BRACKETS[kind] for kind in sorted(nested))
+                is_text = f" & ~/({first})(?s:.*)/" if nested else ""
+                lines.append(f"{terminal}: ({union}){is_text}")
+                lines.append(f"{value}[suffix={end}]: {terminal}")
                 if nested:
                     both = {"allOf": [schema, {"type": sorted(nested)}]}
-                    value = f"({terminal} | ({self.json(both)}) {end})"
+                    value = f"({value} | ({self.json(both)}) {end})"
             parts.append((name, is_needed, value))
         return parts, lines
 
     def _text_limits(self, name: str, schema: Schema) -> list[str]:
-        """Return expressions of terminals that a text and its end must all match."""
+        """Return expressions of terminals that a text must all match."""
         limits = ["VALUE" if _members(schema) is None else _any_member(schema)]
         sizes = [schema.get(name) for name in ("minLength", "maxLength")]
         least, most = (int(one) if isinstance(one, int | float) else None for one in sizes)
         is_possible = most is None or (least or 0) <= most
         if is_possible and (least or most is not None):
-            limits.append(f"/(?s:.{{{least or 0},{'' if most is None else most}}}){CLOSED}/")
+            limits.append(f"/(?s:.{{{least or 0},{'' if most is None else most}}})/")
         form = FORMATS.get(str(schema.get("format")))
-        limits += [f"/(?:{form}){CLOSED}/"] if form else []
+        limits += [f"/{form}/"] if form else []
         refused = [one for one in schema if one in UNMATCHED and (one != "format" or not form)]
         refused += [] if is_possible else ["maxLength"]
         if "pattern" in schema:
             pattern = schema["pattern"]
             is_matched = not LOOKS.search(str(pattern)) if self.is_strict else _is_matched(pattern)
             if is_matched and (found := _searched(pattern)) is not None:
-                limits.append(f"/(?:{found}){CLOSED}/")
+                limits.append(f"/{found}/")
             else:
                 refused.insert(0, "pattern")
         if refused and self.is_strict:
@@ -328,18 +338,18 @@ def _members(schema: Schema) -> list[Any] | None:
 
 
 def _any_member(schema: Schema) -> str:
-    """Return an expression of the values that a schema lists, with the end of a value."""
+    """Return an expression of the values that a schema lists."""
     kinds, found = kinds_of(schema), []
     for one in _members(schema) or ():
         text = one if isinstance(one, str) else json.dumps(one, ensure_ascii=False)
-        found += [quoted(f"{text}\n</parameter>\n")] if KINDS[type(one)] & kinds else []
+        found += [quoted(text)] if KINDS[type(one)] & kinds else []
     return f"({' | '.join(found)})"
 
 
 def _merged(first: Schema, second: Schema) -> Schema:
     """Return a schema that means both."""
     both, conflicts = {**second, **first}, list[Schema]()
-    for name in ({*first} & {*second}) - ANNOTATIONS:
+    for name in {*first} & {*second} & {"type", "enum", "const", *LIMITS}:
         one, other = first[name], second[name]
         if one == other:
             continue

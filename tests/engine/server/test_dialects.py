@@ -186,6 +186,17 @@ def test_stop_strings_of_text_completions_count_behind_the_reasoning(
     assert ask("Why?") == "<think>"
 
 
+def test_continued_reasoning_has_its_budget_and_no_stop_strings(serve_answer: ServeAnswer) -> None:
+    """The last tokens of the prompt do not show that it ends inside reasoning."""
+    live = serve_answer("abcdefgh</think>ok abc")
+    chat = [*CHAT, {"role": "assistant", "content": "<think>\n" + "I wonder. " * 9}]
+    body = {"messages": chat, "continue_final_message": True, "max_tokens": 40, "stop": "b"}
+    for budget, said in ((3, "abc"), (99, "abcdefgh")):
+        answer = live.post("/v1/chat/completions", body | {"thinking_token_budget": budget}).json()
+        [choice] = answer["choices"]
+        assert choice["message"]["reasoning_content"] == said
+
+
 @DIALECT
 @STREAMED
 @FORM
