@@ -245,19 +245,21 @@ def arranged(messages: Sequence[Message], template: ChatTemplate) -> list[Messag
     writes there, or a line break if it does not support parts.
     """
     has_developer = "developer" in template.source and _writes(template, ("developer", "user"))
-    chat = [structs.replace(one, content=_with_joints(one, template)) for one in messages]
-    for message in chat:
-        if message.role == "developer" and not has_developer:
-            message.role = "system"
+    chat = [structs.replace(one) for one in messages]
+    for one in chat:
+        one.role = "system" if one.role == "developer" and not has_developer else one.role
     first = list(itertools.takewhile(lambda one: one.role in SYSTEM, chat))
-    late = chat[len(first) :]
+    for one in chat[len(first) :]:
+        roles = "system", "user", "assistant", one.role, "user"
+        one.role = "user" if one.role in SYSTEM and not _writes(template, roles) else one.role
+    for one in chat:
+        if isinstance(one.content, list) and len(one.content) > 1:
+            joint = _joint(template, one.role)
+            rest = [structs.replace(part, text=joint + part.text) for part in one.content[1:]]
+            one.content = [one.content[0], *rest]
     if len(first) > 1 and not _writes(template, (*(one.role for one in first[:3]), "user")):
-        first = [_joined(first)]
-    for message in late:
-        roles = "system", "user", "assistant", message.role, "user"
-        if message.role in SYSTEM and not _writes(template, roles):
-            message.role = "user"
-    return first + late
+        chat[: len(first)] = [_joined(first)]
+    return chat
 
 
 def _joined(messages: Sequence[Message]) -> Message:
@@ -265,24 +267,13 @@ def _joined(messages: Sequence[Message]) -> Message:
     parts: list[TextPart] = []
     for one in messages:
         given = one.content or []
-        own = [TextPart(text=given)] if isinstance(given, str) else list(given)
+        own = [TextPart(text=given)] if isinstance(given, str) else [*given]
         if parts and own:
             own[0] = structs.replace(own[0], text=f"\n\n{own[0].text}")
         if own and one.cache_control is not None:
             own[-1] = structs.replace(own[-1], cache_control=one.cache_control)
         parts += own
     return structs.replace(messages[0], content=parts, cache_control=None)
-
-
-def _with_joints(message: Message, template: ChatTemplate) -> str | list[TextPart] | None:
-    """Return the content of a message, whose parts begin with the text between them."""
-    if not isinstance(message.content, list) or len(message.content) < 2:
-        return message.content
-    joint = _joint(template, message.role)
-    return [
-        structs.replace(part, text=joint * (at > 0) + part.text)
-        for at, part in enumerate(message.content)
-    ]
 
 
 @lru_cache(maxsize=64)
@@ -300,23 +291,18 @@ def _writes(template: ChatTemplate, roles: tuple[str, ...]) -> bool:
 def _joint(template: ChatTemplate, role: Role) -> str:
     """Return the text between two parts of a message with this role. Takes two renders."""
     ask: dict[str, Any] = {"role": "user", "content": PROBE}
-    function = {"name": PROBE, "arguments": {}}
-    call = {"id": PROBE, "type": "function", "function": function}
-    before = {
-        "assistant": [ask],
-        "tool": [ask, {"role": "assistant", "content": PROBE, "tool_calls": [call]}],
-    }.get(role, [])
-    one, other = f"{PROBE}1", f"{PROBE}2"
-    parts = [{"type": "text", "text": text} for text in (one, other)]
+    call = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
+    calling = {"role": "assistant", "content": PROBE, "tool_calls": [call]}
+    before = {"assistant": [ask], "tool": [ask, calling]}.get(role, [])
+    parts = [{"type": "text", "text": f"{PROBE}{number}"} for number in (1, 2)]
     try:
         text = template.render([*before, {"role": role, "content": parts}, ask])
-        found = re.search(f"{one}(.{{0,16}}?){other}", text, re.DOTALL)
-        if found is not None:
-            chat = [*before, {"role": role, "content": found[0]}, ask]
-            return found[1] if template.render(chat) == text else "\n"
+        found = re.search(f"{PROBE}1(.{{0,16}}?){PROBE}2", text, re.DOTALL)
+        said = found[0] if found else ""
+        same = template.render([*before, {"role": role, "content": said}, ask])
+        return found[1] if found and same == text else "\n"
     except TemplateError:
-        pass
-    return "\n"
+        return "\n"
 
 
 def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Cut]:

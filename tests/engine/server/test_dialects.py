@@ -214,6 +214,9 @@ def test_a_call_at_the_end_of_the_reasoning_is_made(
     answer = dialect.ask(live, stream=stream, tools=[TOOL])
     assert (answer.calls, answer.reason) == ([("weather", BONN)], "call")
     assert (answer.reasoning, answer.text, answer.warning) == ("Hm.", "", None)
+    if not stream:  # The agent goes on.
+        chat = [*CHAT, *answer.turn, *dialect.results(answer, "dry")]
+        assert dialect.ask(live, chat=chat, tools=[TOOL]).num_prompt > answer.num_prompt
     other = dialect.ask(live, stream=stream, tools=[TOOL | {"name": "other"}])
     assert not other.calls and other.warning and "left in the reasoning" in other.warning
 
@@ -254,6 +257,7 @@ S, U, A, D = (
         ("developer", [D, U], "<d:de\n+><u:us\n+>"),
         ("silent", [S, D, U], "<s:sy\n+\n\nde\n+><u:us\n+>"),
         ("silent", [U, A, S, U], "<u:us\n+><a:as\n+><u:sy\n+><u:us\n+>"),
+        ("parts", [D, U], "<s:de|+><u:us|+>"),
         ("parts", [S, S, U], "<s:sy|+\n\nsy|+><u:us|+>"),
         ("parts", [U, A, U], "<u:us|+><a:as|+><u:us|+>"),
     ],
