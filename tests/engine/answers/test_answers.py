@@ -351,7 +351,8 @@ PIECES = st.sampled_from(
         "<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>",
         "city>", "days>", "weather>", "<think>", "</think>", "\n", "  ", "<", "</", ">", "f", '"',
         "\\", "{", "}", '{"name": "f"', ', "arguments": {', '"arguments"', "[1]", "x" * 300, " " * 300,
-        "é", "null",
+        "é", "null", "<tool_call>\n<function=f>\n", "<parameter=a>\n", "\n</parameter>\n",
+        "</function>\n</tool_call>", '<tool_call>\n{"name": "f", "arguments": {}}',
     ]
 )  # fmt: skip
 
