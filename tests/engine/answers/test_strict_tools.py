@@ -8,6 +8,7 @@ import re
 from functools import cache
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +21,6 @@ from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import HFTokenizer
 
 llguidance = pytest.importorskip("llguidance")
-jsonschema = pytest.importorskip("jsonschema")
 
 TOKENIZER = HFTokenizer()
 DEFINED = {
