@@ -167,8 +167,6 @@ class ChatPrompt:
     result, differ."""
     cuts: tuple[int, ...] = ()
     """Positions of the requested cuts, without those at which the template rejects the chat."""
-    is_thinking: bool = False
-    """True if the prompt ends inside reasoning, which the answer continues."""
     header: str = ""
     """End of the prompt from its last control token on, with which the answer's turn begins."""
     place: Place | None = None
@@ -278,8 +276,9 @@ def render_chat(
         namespace=namespace,
         boundaries=chat_boundaries(len(tokens), {*shared(other), *cut_at}, kept),
         answer_starts_text=not continues_last,
+        is_thinking=is_thinking,
     )
-    return ChatPrompt(spec, tuple(cut_at), is_thinking, header)
+    return ChatPrompt(spec, tuple(cut_at), header)
 
 
 def _codes(text: str) -> Tokens:

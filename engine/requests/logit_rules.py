@@ -98,13 +98,27 @@ class LogitRule:
         return False
 
 
+def opens_reasoning(tokenizer: Tokenizer, prompt: Tokens) -> bool:
+    """Return True if ``prompt`` ends with ``<think>``."""
+    end = tokenizer.decode(prompt[-TAIL:].tolist(), skip_special_tokens=False)
+    return end.rstrip().endswith(OPEN)
+
+
 class ReasoningBudget(LogitRule):
     """Ends the reasoning of one answer after a number of tokens, by allowing only its end."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, prompt: Tokens, budget: int) -> None:
-        """``budget``: tokens of reasoning, not counting ``<think>`` in the answer."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        prompt: Tokens,
+        budget: int,
+        is_open: bool = False,
+    ) -> None:
+        """``budget``: tokens of reasoning, not counting ``<think>`` in the answer. ``is_open``: the
+        prompt ends inside reasoning, even if its last tokens do not show it."""
         self._tokenizer = tokenizer
-        self._is_open = self._text(prompt[-TAIL:]).rstrip().endswith(OPEN)
+        self._is_open = is_open or opens_reasoning(tokenizer, prompt)
         opening = [] if self._is_open else tokenizer.encode(OPEN, add_special_tokens=False)
         self.first = budget + len(opening)
         """Number of the draw at which reasoning ends."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
 
-from engine.config import ABOVE_0, EngineConfig, Limits, check_fields
+from engine.config import ABOVE_0, ConfigError, EngineConfig, Limits, check_fields
 from engine.errors import ContextOverflow, InvalidRequest, RequestError, StepFailed
 from engine.requests.logit_rules import (
     FREE,
@@ -25,6 +25,7 @@ from engine.requests.logit_rules import (
     Penalties,
     ReasoningBudget,
     Ruling,
+    opens_reasoning,
     ruled,
 )
 from engine.text.answers import (
@@ -32,6 +33,7 @@ from engine.text.answers import (
     Answer,
     DraftCounts,
     FinishReason,
+    Phase,
     RequestOutput,
     SampledToken,
     TextStream,
@@ -84,10 +86,10 @@ class SamplingParams:
     """Maximum number of tokens to generate. In Python, None is as many as fit into the context, and
     0 requires prompt_logprobs."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer and are not part of it. A single string may be passed
-    directly."""
+    """Strings that end the answer, after its reasoning, and are not part of it. A single string may
+    be passed directly."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the answer, in addition to those of the tokenizer."""
+    """Tokens that end the answer after its reasoning, in addition to those of the tokenizer."""
     ignore_eos: bool = False
     """Continue after the tokenizer's end tokens."""
     seed: Annotated[int | None, SEED] = None
@@ -149,9 +151,10 @@ class SamplingParams:
         return changed
 
 
-def sampling_defaults(config: EngineConfig) -> dict[str, float]:
+def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     """Return the fields of ``SamplingParams`` that the model's ``generation_config.json`` sets.
-    ``do_sample`` is ignored, as in vLLM: requests set temperature 0 for greedy decoding."""
+    ``do_sample`` is ignored, as in vLLM: requests set temperature 0 for greedy decoding. Raises
+    ConfigError for a value that is not allowed."""
     if config.model is None or config.sampling_defaults == "none":
         return {}
     path = Path(config.model)
@@ -160,10 +163,18 @@ def sampling_defaults(config: EngineConfig) -> dict[str, float]:
 
         named = generation_config(path)
     else:
-        named = read_json(path / "generation_config.json")
+        path /= "generation_config.json"
+        named = read_json(path)
     found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
-    if found.get("top_k") == 0:
+    top_k = found.get("top_k")
+    if isinstance(top_k, float) and top_k.is_integer():
+        found["top_k"] = int(top_k)
+    if found.get("top_k") in (-1, 0):
         del found["top_k"]  # All tokens, which is the default.
+    try:
+        SamplingParams(**found)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error} Correct it, or use --sampling-defaults none.") from None
     return found
 
 
@@ -218,6 +229,8 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     count both as one session."""
     grammar: Grammar | None = None
     """Grammar of the answer, or None if the answer is free."""
+    is_thinking: bool = False
+    """True if the prompt ends inside reasoning, even if its last tokens do not show it."""
     arrival_s: float | None = None
     """Time of submission by ``time.perf_counter``, which is the same clock in all processes of a
     machine; None for the time at which the engine gets it."""
@@ -261,16 +274,25 @@ class Request(ScheduledRequest):
         self.drawn_row = 0
         """Row of this request among the tokens drawn by the newest step."""
         self.drafts: DraftCounts | None = None
-        self.end_token_ids = frozenset(sampling.stop_token_ids)
+        ends: frozenset[int] = frozenset()
+        """End tokens that also count in reasoning."""
         self.text_stream: TextStream | None = None
         if (tokenizer := intake.tokenizer) is not None:
             if not sampling.ignore_eos:
-                self.end_token_ids |= tokenizer.eos_token_ids
+                ends = tokenizer.eos_token_ids
             decoder = tokenizer.stream_decoder(
                 sampling.skip_special_tokens, spec.answer_starts_text
             )
+            phase: Phase = "text"
+            template, stops = tokenizer.chat_template, sampling.stop or sampling.stop_token_ids
+            if stops and template is not None and template.thinks:
+                is_open = spec.is_thinking or opens_reasoning(tokenizer, prompt)
+                phase = "reasoning" if is_open else "beginning"
             keeps_stop = sampling.include_stop_str_in_output
-            self.text_stream = TextStream(decoder, sampling.stop, keeps_stop)
+            self.text_stream = TextStream(decoder, sampling.stop, keeps_stop, phase)
+        self.end_token_ids = ends | {*sampling.stop_token_ids}
+        self._stop_token_ids = self.end_token_ids - ends
+        """Tokens that end the answer only after its reasoning."""
         self._met_stop_string = False
         """True if the answer ended with a stop string."""
         self._intake = intake
@@ -304,7 +326,8 @@ class Request(ScheduledRequest):
             yield intake.grammar_rule(self.spec.grammar, self.namespace)
         if params.thinking_token_budget is not None and intake.tokenizer is not None:
             budget = params.thinking_token_budget
-            yield ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget)
+            is_open = self.spec.is_thinking
+            yield ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget, is_open)
         if params.logit_bias or params.min_tokens:
             ends = [token for token in sorted(self.end_token_ids) if token < vocab_size]
             yield BansAndBiases(params.logit_bias, ends, params.min_tokens, vocab_size)
@@ -325,15 +348,17 @@ class Request(ScheduledRequest):
 
     @property
     def stop_reason(self) -> str:
-        """See ``ScheduledRequest``. An answer in which a tool call begins after its reasoning is
-        "tool_use", whether or not the server can make that call. O(length of the text)."""
+        """See ``ScheduledRequest``. An answer in which a tool call begins after its reasoning, or
+        in reasoning without an answer, is "tool_use", whether or not the server can make that call.
+        O(length of the text)."""
         reason = super().stop_reason
         if reason or self.finish_reason not in ("stop", "length"):
             return reason
         if self.finish_reason == "length":
             return "length"
         if self.spec.call_marks:
-            answer = "".join(self.answer.text).rpartition(CLOSE)[2]
+            before, _, answer = "".join(self.answer.text).rpartition(CLOSE)
+            answer = answer if answer.strip() else before
             if any(mark in answer for mark in self.spec.call_marks):
                 return "tool_use"
         return "stop_sequence" if self._met_stop_string else "end_turn"
@@ -394,11 +419,15 @@ class Request(ScheduledRequest):
                 self.answer.logprobs.append(sampled)
             if self.first_token_s is None:
                 self.first_token_s = now_s
-            is_end = token_id in self.end_token_ids
-            if self.text_stream is not None and not is_end:
+            stream, is_end = self.text_stream, token_id in self.end_token_ids
+            if stream is not None and not self._ends(token_id, stream):
                 may_stop = self.num_tokens - self.prompt_len >= self.params.min_tokens
-                text, self._met_stop_string = self.text_stream.push(token_id, may_stop)
-                self.answer.text += [text] if text else []
+                was_known = stream.phase != "beginning"
+                text, self._met_stop_string = stream.push(token_id, may_stop)
+                # The token may end the reasoning, or show that the answer has none.
+                is_end = self._ends(token_id, stream)
+                if was_known or not is_end:
+                    self.answer.text += [text] if text else []
             if self._met_stop_string:
                 self.finish("stop", now_s, flush=False)
             elif is_end or (self._rules and any(r.is_done(self.output) for r in self._rules)):
@@ -414,6 +443,13 @@ class Request(ScheduledRequest):
                 f"the model's logits for {where} are NaN or infinite, so no token was drawn: check "
                 "the weights and the number format (--dtype)."
             )
+
+    def _ends(self, token_id: int, stream: TextStream) -> bool:
+        """Return True if a token ends the answer at this place of its text."""
+        is_thinking = stream.phase in ("beginning", "reasoning")
+        return token_id in self.end_token_ids and not (
+            is_thinking and token_id in self._stop_token_ids
+        )
 
     def fail(self, error: BaseException, now_s: float) -> None:
         """End the request with an error that affects only this request."""
@@ -493,7 +529,7 @@ class Intake:
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self.sampling_defaults = sampling_defaults(config)
         """Defaults of ``SamplingParams`` that the model recommends."""
-        self.default_sampling = SamplingParams(**self.sampling_defaults)  # type: ignore[arg-type]
+        self.default_sampling = SamplingParams(**self.sampling_defaults)
         self.clock, self.grammar_rule = clock, grammar_rule
         self._arrivals = itertools.count()
 

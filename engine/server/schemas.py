@@ -3,13 +3,15 @@ Types and the widest ranges are checked here, limits of the engine where the val
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from engine.requests.chat_prompt import Cut
 from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
@@ -17,6 +19,7 @@ from engine.server.bodies import Body, Part, check_nodes, converted
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
 from engine.text.grammar import Grammar, GrammarError
+from engine.text.tokenizer import PROBE, ChatTemplate, TemplateError
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""
@@ -224,9 +227,82 @@ class Message(msgspec.Struct, kw_only=True):
             yield Cut(index)
 
 
-def text_of(content: Any) -> str:
-    """Return the content of a message in any dialect, a text or parts with texts, as one text."""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content or ())
+def text_of(content: str | Sequence[TextPart] | None) -> str:
+    """Return the content of a message as one text. Its parts begin with the text between them."""
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+SYSTEM = "system", "developer"
+
+
+def arranged(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
+    """Return a chat with the roles and parts that ``template`` supports, for all dialects.
+
+    Developer messages are system messages unless the template has that role. Several system
+    messages at the beginning are joined, and later ones become messages of the user, if the
+    template does not write them there. They keep their places, because a prompt that changes at its
+    beginning is not in the cache. Between the parts of a content is the text that the template
+    writes there, or a line break if it does not support parts.
+    """
+    has_developer = "developer" in template.source and _writes(template, ("developer", "user"))
+    chat = [structs.replace(one) for one in messages]
+    for one in chat:
+        one.role = "system" if one.role == "developer" and not has_developer else one.role
+    first = list(itertools.takewhile(lambda one: one.role in SYSTEM, chat))
+    for one in chat[len(first) :]:
+        roles = "system", "user", "assistant", one.role, "user"
+        one.role = "user" if one.role in SYSTEM and not _writes(template, roles) else one.role
+    for one in chat:
+        if isinstance(one.content, list) and len(one.content) > 1:
+            joint = _joint(template, one.role)
+            rest = [structs.replace(part, text=joint + part.text) for part in one.content[1:]]
+            one.content = [one.content[0], *rest]
+    if len(first) > 1 and not _writes(template, (*(one.role for one in first[:3]), "user")):
+        chat[: len(first)] = [_joined(first)]
+    return chat
+
+
+def _joined(messages: Sequence[Message]) -> Message:
+    """Return system messages as one, with an empty line between them."""
+    parts: list[TextPart] = []
+    for one in messages:
+        given = one.content or []
+        own = [TextPart(text=given)] if isinstance(given, str) else [*given]
+        if parts and own:
+            own[0] = structs.replace(own[0], text=f"\n\n{own[0].text}")
+        if own and one.cache_control is not None:
+            own[-1] = structs.replace(own[-1], cache_control=one.cache_control)
+        parts += own
+    return structs.replace(messages[0], content=parts, cache_control=None)
+
+
+@lru_cache(maxsize=64)
+def _writes(template: ChatTemplate, roles: tuple[str, ...]) -> bool:
+    """Return True if a template writes messages with these roles. Takes one render."""
+    try:
+        chat = [{"role": role, "content": f"{PROBE}{at}"} for at, role in enumerate(roles)]
+        text = template.render(chat)
+    except TemplateError:
+        return False
+    return all(f"{PROBE}{at}" in text for at in range(len(roles)))
+
+
+@lru_cache(maxsize=64)
+def _joint(template: ChatTemplate, role: Role) -> str:
+    """Return the text between two parts of a message with this role. Takes two renders."""
+    ask: dict[str, Any] = {"role": "user", "content": PROBE}
+    call = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
+    calling = {"role": "assistant", "content": PROBE, "tool_calls": [call]}
+    before = {"assistant": [ask], "tool": [ask, calling]}.get(role, [])
+    parts = [{"type": "text", "text": f"{PROBE}{number}"} for number in (1, 2)]
+    try:
+        text = template.render([*before, {"role": role, "content": parts}, ask])
+        found = re.search(f"{PROBE}1(.{{0,16}}?){PROBE}2", text, re.DOTALL)
+        said = found[0] if found else ""
+        same = template.render([*before, {"role": role, "content": said}, ask])
+        return found[1] if found and same == text else "\n"
+    except TemplateError:
+        return "\n"
 
 
 def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Cut]:

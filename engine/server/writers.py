@@ -40,7 +40,7 @@ from engine.server.bodies import (
     unless_gone,
 )
 from engine.server.metrics import Metrics
-from engine.server.schemas import ChatRequest, CompletionRequest, Sampling, cuts_of
+from engine.server.schemas import ChatRequest, CompletionRequest, Sampling, arranged, cuts_of
 from engine.server.settings import ServerConfig
 from engine.text.answers import (
     AnswerReader,
@@ -135,10 +135,16 @@ class ServingContext:
         [(param, make)] = forms.items()
         try:
             grammar = await run(MAX_CHARS, make)
-            if is_thinking:
-                grammar = replace(grammar, end_of_reasoning=CLOSE)
-            await self.engine.ask(Compile(grammar, namespace))
-            return grammar
+            while True:
+                looser, end = grammar.looser, CLOSE if is_thinking else None
+                grammar = replace(grammar, looser=None, end_of_reasoning=end)
+                try:
+                    await self.engine.ask(Compile(grammar, namespace))
+                    return grammar
+                except ValueError:
+                    if looser is None:
+                        raise
+                    grammar = looser
         except ValueError as error:
             raise APIError(400, f"'{param}': {error}") from error
 
@@ -403,15 +409,11 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
     template = context.tokenizer.chat_template
     if template is None:
         raise APIError(400, NO_CHAT)
-    has_developer = "developer" in template.source
 
     def work() -> ChatPrompt:
-        messages = [message.as_template_input() for message in body.messages]
-        for message in messages:
-            if message["role"] == "developer" and not has_developer:
-                message["role"] = "system"
+        messages = arranged(body.messages, template)
         return context.history.render(
-            messages,
+            [message.as_template_input() for message in messages],
             tenant,
             tools=body.plain_tools or None,
             variables=body.chat_template_kwargs,
@@ -419,7 +421,7 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
             and not body.continue_final_message,
             continues_last=body.continue_final_message,
             namespace=tenant.namespace,
-            cuts=cuts_of(body.messages, body.tools),
+            cuts=cuts_of(messages, body.tools),
         )
 
     try:
@@ -447,7 +449,7 @@ class ChatWriter(Writer):
         self.readers = [
             read(
                 thinks=template.thinks,
-                is_thinking=prompt.is_thinking,
+                is_thinking=prompt.spec.is_thinking,
                 starts_text=prompt.spec.answer_starts_text,
                 end_token_ids=context.tokenizer.eos_token_ids,
             )
@@ -456,9 +458,9 @@ class ChatWriter(Writer):
         specs = [prompt.spec]
         if calls is not None:
             specs = [structs.replace(prompt.spec, call_marks=calls.marks)]
-            calls.restrict(forms, self.FORMAT, template.thinks and not prompt.is_thinking)
+            calls.restrict(forms, self.FORMAT, template.thinks and not prompt.spec.is_thinking)
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
-        await self.submit(specs, body.limit, num_scores, forms, prompt.is_thinking)
+        await self.submit(specs, body.limit, num_scores, forms, prompt.spec.is_thinking)
         return await self.respond(is_stream)
 
     def written(self) -> dict[str, int]:
@@ -534,6 +536,9 @@ class _ChatWriter(ChatWriter):
     def _usage(self) -> dict[str, Any]:
         counts = super()._usage()
         counts["prompt_tokens_details"] |= self.written()
+        num_thought = sum(reader.num_reasoning_tokens for reader in self.readers)
+        details = counts.setdefault("completion_tokens_details", {})
+        details["reasoning_tokens"] = num_thought
         return counts
 
     def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:

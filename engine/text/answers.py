@@ -1,8 +1,9 @@
 """Answers: the outputs of a request's steps, the conversion of its tokens to text, and the parts of
 that text (reasoning, text and tool calls) as events in their order.
 
-A tool call is emitted when it is complete. A call that cannot be made (its arguments are not JSON,
-its tool was not offered, or it breaks off) is text, with a warning.
+A tool call is emitted when it is complete. A call that cannot be made (its arguments cannot be
+read, its tool was not offered, or it breaks off) is text, with a warning. Stop strings count only
+behind the reasoning.
 """
 
 from __future__ import annotations
@@ -213,8 +214,14 @@ def begin_of(text: str, mark: str) -> int:
     return at if at >= 0 else len(text)
 
 
+Phase = Literal["beginning", "reasoning", "between", "text"]
+"""Part of an answer: it is not known whether it begins with reasoning; its reasoning; the white
+space after that; its text."""
+
+
 class TextStream:
-    """Converts the tokens of one request to text, which is cut before the first stop string.
+    """Converts the tokens of one request to text, which is cut before the first stop string behind
+    the reasoning. A stop string with ``</think>`` also counts where the reasoning ends.
 
     Text that may be the beginning of a stop string is held back, so that no text is ever retracted.
 
@@ -225,14 +232,21 @@ class TextStream:
     [('so ', False), ('', False), ('</en ', False), ('', True)]
     """
 
-    __slots__ = ("_decoder", "_held", "_keeps_stop", "_stop")
+    __slots__ = ("_decoder", "_held", "_keeps_stop", "_stop", "phase")
 
     def __init__(
-        self, decoder: StreamDecoder, stop: Sequence[str] = (), keeps_stop: bool = False
+        self,
+        decoder: StreamDecoder,
+        stop: Sequence[str] = (),
+        keeps_stop: bool = False,
+        phase: Phase = "text",
     ) -> None:
-        """``keeps_stop``: the text is cut after the stop string instead."""
+        """``keeps_stop``: the text is cut after the stop string instead. ``phase``: part of the
+        answer with which the text begins."""
         self._decoder, self._stop, self._keeps_stop = decoder, stop, keeps_stop
         self._held = ""
+        self.phase = phase
+        """Part of the answer that the next text belongs to, as far as is known."""
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """Return (the text that is certain now, True if a stop string was found).
@@ -241,22 +255,55 @@ class TextStream:
         except for texts that repeat its beginning.
         """
         new = self._decoder.push(token_id)
-        return self._read(new) if self._stop and may_stop else (new, False)
+        if self.phase == "text" and not (self._stop and may_stop):
+            return new, False
+        return self._read(new, self._stop if may_stop else ())
 
     def flush(self) -> tuple[str, bool]:
         """Return (the text held back, True if it contains a stop string), after the last token."""
         new = self._decoder.flush()
-        if not self._stop:
-            return new, False
-        text, has_stopped = self._read(new)
+        if self.phase == "beginning":
+            self.phase = "text"
+        text, has_stopped = self._read(new, self._stop)
         return text if has_stopped else text + self._held, has_stopped
 
-    def _read(self, new: str) -> tuple[str, bool]:
-        text, self._held = self._held + new, ""
-        stops = [stop for stop in self._stop if stop[0] in text]
+    def _read(self, new: str, stops: Sequence[str]) -> tuple[str, bool]:
+        text, self._held, before = self._held + new, "", ""
+        if self.phase == "beginning":
+            begin = text.lstrip()
+            if len(begin) < len(OPEN) and OPEN.startswith(begin):
+                self._held = text
+                return "", False
+            self.phase = "reasoning" if begin.startswith(OPEN) else "text"
+        if self.phase == "reasoning":
+            closing = [stop for stop in stops if CLOSE in stop]
+            if any(stop in text for stop in closing):
+                return self._cut(text, closing)
+            at = text.find(CLOSE)
+            marks = closing if at >= 0 else [CLOSE, *closing]
+            hold = min((begin_of(text, mark) for mark in marks), default=len(text))
+            if at < 0 or hold <= at:
+                self._held = text[hold:]
+                return text[:hold], False
+            at += len(CLOSE)
+            before, text, self.phase = text[:at], text[at:], "between"
+        if self.phase == "between":
+            kept = text.lstrip()
+            before += text[: len(text) - len(kept)]
+            if not kept:
+                return before, False
+            text, self.phase = kept, "text"
+        certain, has_stopped = self._cut(text, stops)
+        return before + certain, has_stopped
+
+    def _cut(self, text: str, stops: Sequence[str]) -> tuple[str, bool]:
+        """Return the certain part of ``text`` before one of ``stops``, and whether one was found;
+        the rest is held back."""
+        stops = [stop for stop in stops if stop[0] in text]
         found = [(at, len(stop), stop) for stop in stops if (at := text.find(stop)) >= 0]
         if found:
             start, _, stop = min(found)
+            self._held = ""
             return text[:start] + stop * self._keeps_stop, True
         cut = min((begin_of(text, stop) for stop in stops), default=len(text))
         self._held = text[cut:]
@@ -427,17 +474,27 @@ class AnswerReader:
         """Read up to ``</think>``, without the white space around the reasoning and after it. An
         answer that ends before is all reasoning."""
         while self.is_thinking:
-            before, close, behind = self._rest.partition(CLOSE)
-            text = before.rstrip() if close else self._certain([CLOSE])
-            self._rest, self.is_thinking = behind if close else self._rest[len(text) :], not close
-            if thoughts := text if self._has_thoughts else text.lstrip():
-                self._has_thoughts = True
-                yield ReasoningDelta(thoughts)
-            if not close:
-                yield None
+            yield from self._read_thought((CLOSE,))
         while not self._rest.strip():
             yield None
         self._rest = self._rest.lstrip()
+
+    def _read_thought(self, marks: Sequence[str]) -> Iterator[Event | None]:
+        """Read up to ``</think>``, or up to the end of the text that cannot be part of one of
+        ``marks``."""
+        before, close, _ = self._rest.partition(CLOSE)
+        yield from self._as_thought(before.rstrip() if close else self._certain(marks))
+        if close:
+            self._rest, self.is_thinking = self._rest.lstrip().removeprefix(CLOSE), False
+        else:
+            yield None
+
+    def _as_thought(self, text: str) -> Iterator[Event]:
+        """Read ``text``, the beginning of the rest, as reasoning."""
+        self._rest = self._rest[len(text) :]
+        if thoughts := text if self._has_thoughts else text.lstrip():
+            self._has_thoughts = True
+            yield ReasoningDelta(thoughts)
 
 
 class ToolCalls(ABC):

@@ -7,11 +7,12 @@ first.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from math import prod
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from engine.text.bounded import read_json
 
@@ -43,6 +44,8 @@ class Grammar:
     text: str
     end_of_reasoning: str | None = None
     """Text that ends the reasoning before the guided part, or None if there is no reasoning."""
+    looser: Grammar | None = None
+    """Grammar to use if this one cannot be compiled, or None to refuse it."""
 
     def __post_init__(self) -> None:
         most = MAX_GIVEN_CHARS if self.kind == "given" else MAX_CHARS
@@ -89,10 +92,83 @@ class Grammar:
 
 def json_rule(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """Return a Lark expression for JSON that matches ``schema``."""
-    if isinstance(schema, bool):
-        schema = {} if schema else {"enum": []}
-    _check_multiples(schema)
-    return f"%json {json.dumps({**schema, 'x-guidance': dict(options)})}"
+    root = simplified(schema if isinstance(schema, Mapping) else {} if schema else {"enum": []})
+    root = root if isinstance(root, dict) else {"enum": []}
+    _check_multiples(root)
+    return f"%json {json.dumps({**root, 'x-guidance': dict(options)})}"
+
+
+NAMED_SCHEMAS = (
+    *("properties", "patternProperties", "$defs", "definitions"),
+    *("dependentSchemas", "dependencies"),
+)
+"""Keywords of a schema whose values are schemas by name."""
+DATA = ("enum", "const", "default", "examples", "example")
+"""Keywords of a schema whose values are data."""
+Schema = dict[str, Any]
+
+
+def changed(schema: Any, change: Callable[[Schema], Any]) -> Any:
+    """Return a copy of ``schema`` in which ``change`` replaced each schema, the inner ones first.
+    O(its size)."""
+    if not isinstance(schema, Mapping):
+        return schema
+    copy: Schema = {}
+    for name, value in schema.items():
+        if name in NAMED_SCHEMAS and isinstance(value, Mapping):
+            value = {key: changed(one, change) for key, one in value.items()}
+        elif name not in DATA:
+            is_list = isinstance(value, list)
+            value = [changed(one, change) for one in value] if is_list else changed(value, change)
+        copy[name] = value
+    return change(copy)
+
+
+def resolved(reference: Any, root: Mapping[str, Any]) -> Any:
+    """Return the schema inside ``root`` that a ``$ref`` points to, or None if there is none."""
+    base, _, pointer = str(reference).partition("#")
+    value: Any = root if base in ("", root.get("$id")) else None
+    for part in unquote(pointer).split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            value = value.get(name) if isinstance(value, Mapping) else None
+    return value if pointer[:1] in ("", "/") else None
+
+
+def simplified(schema: Mapping[str, Any]) -> Any:
+    """Return ``schema`` without keywords that the matcher does not support and that have no effect,
+    or that others express: zod and pydantic write them."""
+    return changed(schema, lambda one: _simplified(one, schema))
+
+
+def _simplified(schema: Schema, root: Mapping[str, Any]) -> Any:
+    if schema.get("uniqueItems") is False or schema.get("maxItems") in (0, 1):
+        schema.pop("uniqueItems", None)
+    if schema.get("not") in ({}, True):
+        return False
+    if isinstance(options := schema.get("oneOf"), list):  # Compared only without references.
+        alone = [
+            one["$ref"] if isinstance(one, dict) and [*one] == ["$ref"] else None for one in options
+        ]
+        schema["oneOf"] = [
+            (ref and resolved(ref, root)) or one for ref, one in zip(alone, options, strict=True)
+        ]
+    names, others = schema.get("propertyNames"), schema.get("additionalProperties", True)
+    if names in ({"type": "string"}, {}, True):
+        del schema["propertyNames"]
+    elif isinstance(names, dict) and {"properties", "patternProperties"}.isdisjoint(schema):
+        kinds = {*names} - {"type", "title", "description"}
+        if kinds == {"enum"} and isinstance(names["enum"], list):
+            schema |= {"properties": {str(name): others for name in names["enum"]}}
+        elif kinds == {"pattern"}:
+            schema |= {"patternProperties": {names["pattern"]: others}}
+        else:
+            return schema
+        del schema["propertyNames"]
+        schema["additionalProperties"] = False
+    return schema
 
 
 def _check_multiples(schema: Mapping[str, Any]) -> None:

@@ -413,15 +413,41 @@ class HFTokenizer(BackendTokenizer):
 
 
 def named_eos(model_dir: Path) -> frozenset[int]:
-    """Return the end tokens of generation_config.json, or else of config.json."""
+    """Return the end tokens of generation_config.json, or else of config.json, which are ids or
+    texts of tokens. Raises ValueError for other values."""
     config = read_json(model_dir / "config.json")
-    candidates = (
-        read_json(model_dir / "generation_config.json").get("eos_token_id"),
-        config.get("eos_token_id"),
-        (config.get("text_config") or {}).get("eos_token_id"),
+    places = (
+        ("generation_config.json", read_json(model_dir / "generation_config.json")),
+        ("config.json", config),
+        ("config.json", config.get("text_config") or {}),
     )
-    named: int | list[int] = next((ids for ids in candidates if ids is not None), [])
-    return frozenset({named} if isinstance(named, int) else named)
+    for name, settings in places:
+        if (named := settings.get("eos_token_id")) is None:
+            continue
+        ids, added = set[int](), dict[str, int]()
+        for one in named if isinstance(named, list) else [named]:
+            if isinstance(one, str) and not added:
+                added = _ids_by_text(model_dir)
+            token: Any = added.get(one) if isinstance(one, str) else one
+            if type(token) in (int, float) and float(token).is_integer():
+                ids |= {int(token)} if token >= 0 else set()  # -1 stands for none.
+            elif one is not None:
+                raise ValueError(
+                    f"{model_dir / name}: eos_token_id must be token ids or texts of tokens "
+                    f"(got {one!r}): correct it."
+                )
+        return frozenset(ids)
+    return frozenset()
+
+
+def _ids_by_text(model_dir: Path) -> dict[str, int]:
+    """Return the ids of tokens by their texts, without loading the tokenizer."""
+    listed = read_json(model_dir / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    described = read_json(model_dir / "tokenizer.json")
+    vocab = (described.get("model") or {}).get("vocab")
+    found: dict[str, int] = {**vocab} if isinstance(vocab, dict) else {}
+    found |= {str(_content(token)): int(token_id) for token_id, token in listed.items()}
+    return found | {one["content"]: one["id"] for one in described.get("added_tokens") or ()}
 
 
 def has_tokenizer(model_dir: Path) -> bool:

@@ -98,7 +98,10 @@ def test_an_error_names_the_tool_in_linear_time(engine: Engine) -> None:
     """In quadratic time it would take half a minute, during which the engine waits."""
     long = {"description": " // tool '" * 24_000, **closed({"a": {"pattern": "a"}})}
     parameters = {"long": long, "x // tool y": closed({"a": {"pattern": "(a"}})}
-    tools = [{"function": {"name": n, "parameters": each}} for n, each in parameters.items()]
+    tools = [
+        {"function": {"name": name, "parameters": schema, "strict": True}}
+        for name, schema in parameters.items()
+    ]
     with pytest.raises(GrammarError, match=r"^tool 'x // tool y': .*: unclosed group"):
         engine.compile(Hermes(tools).grammar())
 

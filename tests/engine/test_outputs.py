@@ -8,16 +8,18 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.answers import TextStream
+from engine.text.answers import Phase, TextStream
 from engine.text.tokenizer import HFTokenizer, StreamDecoder
 
 letters = st.text("abé", max_size=40)
 
 
-def feed(text: str, stop: tuple[str, ...]) -> tuple[list[str], bool]:
+def feed(
+    text: str, stop: tuple[str, ...], phase: Phase = "text", keeps_stop: bool = False
+) -> tuple[list[str], bool]:
     """Return (pieces in order, whether a stop string ended them)."""
     tokenizer = HFTokenizer()
-    stream = TextStream(tokenizer.stream_decoder(), stop)
+    stream = TextStream(tokenizer.stream_decoder(), stop, keeps_stop, phase)
     pieces = []
     for token in tokenizer.encode(text):
         piece, stopped = stream.push(token)
@@ -37,6 +39,33 @@ def test_pieces_add_up_to_the_text_before_the_first_stop_string(text: str, stop:
     # that begins first does.
     expected = text[: min(ends)[1]] if ends else text
     assert "".join(pieces) == expected
+
+
+MARKS = ["<think>", "</think>", "<", "</", "think>", "a", "b", " ", "\n", "\n\n"]
+PARTS = st.lists(st.sampled_from(MARKS), max_size=8).map("".join)
+STOPS = PARTS.filter(
+    lambda stop: stop and ("</think>" not in stop or stop.count("think>") == 1)
+)  # With a second mark, one token could complete two stop strings.
+
+
+@given(PARTS, st.lists(STOPS, max_size=3), st.booleans(), st.booleans())
+def test_stop_strings_count_behind_the_reasoning_and_its_white_space(
+    text: str, stop: list[str], is_open: bool, keeps_stop: bool
+) -> None:
+    """Compare with a search of the whole text. A stop string with the mark counts at the mark."""
+    thinks = is_open or text.lstrip().startswith("<think>")
+    stop = stop if thinks else stop[:1]  # The beginning is held back, as if it were one token.
+    thought, mark, answer = text.partition("</think>") if thinks else ("", "", text)
+    first = len(thought + mark) + (len(answer) - len(answer.lstrip()) if thinks else 0)
+    met = []
+    for one in stop:
+        is_mark = thinks and "</think>" in one
+        at = text.find(one, 0 if is_mark else first) if mark or not thinks or is_mark else -1
+        met += [(at + len(one), at, one)] if at >= 0 else []
+    pieces, stopped = feed(text, tuple(stop), "reasoning" if is_open else "beginning", keeps_stop)
+    end, at, one = min(met, default=(0, len(text), ""))
+    assert stopped == bool(met)
+    assert "".join(pieces) == text[: end if keeps_stop and met else at]
 
 
 def stream_of(*stop: str, piece: str = "-") -> TextStream:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from engine.server.bodies import APIError, event, run, settled
 from engine.server.schemas import ChatRequest
 from engine.server.writers import Call, ChatWriter
 from engine.text.answers import AnswerReader, Event, ToolCall
-from engine.text.tokenizer import PROBE, ChatTemplate, TemplateError
 
 
 def named_event(data: Mapping[str, Any]) -> bytes:
@@ -30,34 +27,11 @@ def as_tool(
 
 async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest:
     """Return the chat that the body of another dialect means. Raises APIError 400 if one of its
-    fields is not supported.
-
-    Late system messages become messages of the user if the template supports none there. They keep
-    their places, because a prompt that changes at its beginning is not in the cache.
-    """
+    fields is not supported."""
     try:
-        body = await run(call.size, convert)
+        return await run(call.size, convert)
     except ValueError as error:
         raise APIError(400, str(error)) from error
-    template = call.context.tokenizer.chat_template
-    if template is None or _takes_late_system(template):
-        return body
-    late = itertools.dropwhile(lambda message: message.role == "system", body.messages)
-    for message in itertools.islice(late, 1, None):
-        if message.role == "system":
-            message.role = "user"
-    return body
-
-
-@lru_cache(maxsize=4)
-def _takes_late_system(template: ChatTemplate) -> bool:
-    """Return True if a system message may follow others. Takes one render."""
-    roles = "system", "user", "assistant", "system", "user"
-    try:
-        chat = [{"role": role, "content": f"{PROBE}{at}"} for at, role in enumerate(roles)]
-        return f"{PROBE}3" in template.render(chat)
-    except TemplateError:
-        return False
 
 
 class PartWriter(ChatWriter):

@@ -32,7 +32,6 @@ from engine.server.schemas import (
     TextPart,
     TopK,
     TopP,
-    text_of,
 )
 from engine.server.writers import Call, new_id, render
 from engine.text.answers import Event, Finish, ReasoningDelta, TextDelta, ToolCall, joined
@@ -72,14 +71,15 @@ class ToolResult(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_resul
     def as_message(self) -> Message:
         """Return the tool message. Templates do not support failed tools, so the failure is added
         to the text."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = text_of(self.content)
-        if self.is_error and not text.lower().startswith("error"):
-            text = f"Error: {text}"
+        content = self.content or ""
+        parts = [TextPart(text=content)] if isinstance(content, str) else content
+        if self.is_error and not (parts and parts[0].text.lower().startswith("error")):
+            first = parts[0].text if parts else ""
+            parts = [TextPart(text=f"Error: {first}"), *parts[1:]]
         marks = [one for one in (self.cache_control, *(p.cache_control for p in parts)) if one]
         return Message(
             role="tool",
-            content=text,
+            content=[TextPart(text=part.text) for part in parts],
             cache_control=marks[0] if marks else None,
             extra={"tool_call_id": self.tool_use_id},
         )
@@ -351,6 +351,7 @@ class _MessagesWriter(PartWriter):
             "cache_creation_input_tokens": num_created,
             "cache_read_input_tokens": num_cached,
             "output_tokens": len(output.output),
+            "output_tokens_details": {"thinking_tokens": self._answer.num_reasoning_tokens},
         }
 
     def open(self, one: Event) -> Iterator[dict[str, Any]]:

@@ -32,9 +32,8 @@ from engine.server.schemas import (
     NamedTool,
     OpenAIBody,
     ResponseFormat,
-    Role,
+    TextPart,
     parsed_arguments,
-    text_of,
 )
 from engine.server.writers import Call, ServingContext, new_id
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
@@ -221,22 +220,17 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
 def _messages(
     instructions: str | None, before: Sequence[AnyItem], new: Sequence[AnyItem]
 ) -> list[Message]:
-    """Return the messages of a chat with the items ``before`` and those of the body. Templates
-    support one system message at the beginning, so instructions and developer messages at the
-    beginning are joined."""
-    items = [*before, *new]
-    beginning = list(itertools.takewhile(_is_system, items))
-    texts = [] if instructions is None else [instructions]
-    texts.extend(text_of(item.content) for item in beginning if isinstance(item, MessageItem))
-    messages = [Message(role="system", content="\n\n".join(texts))] if texts else []
-    for item in items[len(beginning) :]:
+    """Return the messages of a chat with the items ``before`` and those of the body."""
+    messages = list[Message]()
+    if instructions is not None:
+        messages.append(Message(role="system", content=instructions))
+    for item in (*before, *new):
         match item:
             case MessageItem(role="assistant"):
                 last = _assistant(messages, lambda last: last.content is None or last.tool_calls)
-                last.content = f"{last.content or ''}{text_of(item.content)}"
+                last.content = _continued(last.content, item.content)
             case MessageItem():
-                role: Role = "user" if item.role == "user" else "system"
-                messages.append(Message(role=role, content=text_of(item.content)))
+                messages.append(Message(role=item.role, content=_continued(None, item.content)))
             case ReasoningItem():
                 last = _assistant(messages, lambda last: last == Message(role="assistant"))
                 thoughts = "\n".join(part.text for part in item.content or item.summary)
@@ -249,12 +243,19 @@ def _messages(
                 last.tool_calls = [*(last.tool_calls or ()), call]
             case ResultItem():
                 result = {"tool_call_id": item.call_id}
-                messages.append(Message(role="tool", content=text_of(item.output), extra=result))
+                messages.append(
+                    Message(role="tool", content=_continued(None, item.output), extra=result)
+                )
     return messages
 
 
-def _is_system(item: AnyItem) -> bool:
-    return isinstance(item, MessageItem) and item.role in ("system", "developer")
+def _continued(before: str | Sequence[TextPart] | None, new: Content) -> list[TextPart]:
+    """Return the parts of a content that goes on with those of another item."""
+    parts = [TextPart(text=before)] if isinstance(before, str) else list(before or ())
+    more = [new] if isinstance(new, str) else [part.text for part in new]
+    if parts and more:
+        more[0] = parts.pop().text + more[0]
+    return [*parts, *(TextPart(text=text) for text in more)]
 
 
 def _assistant(messages: list[Message], is_open: Callable[[Message], Any]) -> Message:

@@ -54,6 +54,17 @@ QUOTE = re.compile(r"^ *\d+ \| (.*)\n *\^", re.MULTILINE)
 TOOL = re.compile(r""" // (tool (['"])(?:\\.|(?!\2)[^\\])*\2)$""")
 """Comment of a line of rules, with the name of its tool."""
 
+UNENFORCED = (
+    (re.compile("^Unimplemented keys: (.*)"), r"keywords that cannot be enforced: \1"),
+    (re.compile("^Unknown format: (.*)"), r"'format' \1 cannot be enforced"),
+    (re.compile("^oneOf constraints .*"), "'oneOf' cannot be enforced, as its options may overlap"),
+    (
+        re.compile("^Schema intersection .*"),
+        "recursive '$ref' cannot be enforced with other limits",
+    ),
+    (re.compile("^(?=regex parse error|lookarounds )"), "'pattern' cannot be enforced: "),
+)
+"""The library's messages about keywords of a schema, and plain ones."""
 
 SHARE, BURST_S = 0.08, 0.015
 """Share of the engine's time that all grammars may take together, and maximum at once."""
@@ -315,7 +326,8 @@ def make_matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
     if matcher.is_error():
         message = matcher.get_error()
         # A position in generated text is useless for the client.
-        raise _wrong(message if grammar.kind == "given" else OUR_PLACE.sub("", message))
+        message = message if grammar.kind == "given" else OUR_PLACE.sub("", message)
+        raise _wrong(message, has_schema=grammar.kind == "lark")
     return matcher
 
 
@@ -349,8 +361,11 @@ def _allowed(tried: Any) -> Mask:
     return allowed
 
 
-def _wrong(message: str) -> GrammarError:
+def _wrong(message: str, has_schema: bool = False) -> GrammarError:
     quote, why = QUOTE.search(message), reason(message)
+    if has_schema:
+        for pattern, said in UNENFORCED:
+            why = pattern.sub(said, why)
     if "increase limits." in why:  # Advice for programs that use the library.
         return TooComplex(why.partition(";")[0])
     tool = TOOL.search(quote[1]) if quote else None

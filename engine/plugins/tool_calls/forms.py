@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
-from types import NoneType
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
+from engine.plugins.tool_calls.parameters import STRING_PARTS, Pairs, Parameters, read_leniently
 from engine.server.bodies import APIError
 from engine.server.schemas import ChatRequest, Choice, NamedTool
 from engine.text.answers import (
@@ -24,21 +23,21 @@ from engine.text.answers import (
     ToolCall,
     ToolCalls,
 )
-from engine.text.bounded import read_json
-from engine.text.grammar import Grammar, GrammarError, json_rule, quoted
-from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, OPEN, ChatTemplate, any_of
+from engine.text.grammar import Grammar, GrammarError, quoted
+from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, ChatTemplate, any_of
 
 MAX_RETRIES = 8
 """Maximum number of broken calls of an answer that are searched for calls again, so that an answer
 is read in linear time."""
 GROWTH = 1.125
-"""Factor by which a call must grow before it is parsed again, so that it is read in linear time."""
+"""Factor by which a call must grow before it is parsed again, after as many further times, so that
+it is read in linear time."""
 BROKEN = "A call of a tool was left in the text, because "
-"""Start of the warning about an answer; the reason follows."""
+THOUGHT = "A call of a tool was left in the reasoning, because "
+"""Starts of warnings about an answer; the reason follows."""
 BROKEN_OFF = "it breaks off"
-AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""White space as written by ``json.dumps`` and chat templates, so that a call that comes back has
-the same tokens."""
+LEFT_OVER = "Text next to a call of a tool, inside of its marks, is part of the answer"
+MISTYPED = "The argument {!r} of a call is not of the type in the schema of the tool"
 ANY_OBJECT = {"type": "object"}
 ANY = "/(?s:.*)/"
 """Any text, as an expression of Lark."""
@@ -53,6 +52,8 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
     end: int
     """End of the call in the text."""
+    doubt: str | None = None
+    """Warning about the arguments."""
 
 
 class Form(ToolCalls):
@@ -75,19 +76,26 @@ class Form(ToolCalls):
         ``choice``: as in its ``tool_choice``. ``is_single``: the answer ends with its first
         call."""
         self._offered: list[Function] = [tool["function"] for tool in tools]
-        self.functions = {function["name"]: function for function in self._offered}
+        self.functions = {one["name"]: Parameters(one) for one in self._offered}
         self.marks = self.MARKS if tools else ()
         self.is_single, self._choice = is_single, choice
 
     @abstractmethod
-    def parse(self, text: str, is_end: bool) -> Call | str | None:
+    def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Call | str | None:
         """Return the call at the beginning of ``text``, the reason why it cannot be made, or None
-        if it is not complete. ``is_end``: the answer ends behind the text."""
+        if it is not complete. ``is_whole``: no text follows; ``is_cut``: because a limit or a stop
+        string ended the answer. A call that was returned does not depend on the text after it."""
 
     @abstractmethod
-    def rules(self, name: str, function: Function) -> list[str]:
-        """Return the rule ``name`` of a call of ``function``, and its parts. Raises
-        GrammarError."""
+    def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
+        """Return the rule ``name`` of a call of ``tool``, and its parts. Raises GrammarError."""
+
+    def refused(self, parsed: Call | str) -> str | None:
+        """Return the reason why ``parsed`` is not a call of an offered tool, or None if it is."""
+        if isinstance(parsed, str) or parsed.name in self.functions:
+            return parsed if isinstance(parsed, str) else None
+        unknown = f"no tool {parsed.name[:MAX_NAME]!r} was offered"
+        return unknown if self.functions else "'tool_choice' is 'none'"
 
     def reader(self, **options: Any) -> AnswerReader:
         return CallReader(self, options)
@@ -110,8 +118,9 @@ class Form(ToolCalls):
         """Return the grammar of an answer that must call a tool, that of this ``name`` if given, or
         must be a ``text`` of this grammar in Lark.
 
-        With ``text``, arguments are any object unless the tool is ``strict``. Raises GrammarError
-        if no tool has this name, or the schema of one cannot be used.
+        With ``text``, arguments are any object unless the tool is ``strict``. Limits of other tools
+        are dropped if they cannot be enforced. Raises GrammarError if no tool has this name, or the
+        schema of a strict one cannot be enforced.
         """
         functions = self._offered if text is None else self._only_strict()
         wanted = [f for f in functions if name in (None, f["name"])]
@@ -123,7 +132,16 @@ class Form(ToolCalls):
         if text is not None:
             start += "\n" + text().text.replace("start:", "| ", 1)
         call = f'call: "{CALL_OPEN}\\n" calls "\\n{CALL_CLOSE}"'
-        return Grammar("lark", "\n".join([start, call, *self._rules(wanted)]))
+        loosely = [f for f in self._only_strict() if name in (None, f["name"])]
+        looser = None
+        if wanted != loosely:
+            looser = Grammar("lark", "\n".join([start, call, *self._rules(loosely)]))
+        try:
+            return Grammar("lark", "\n".join([start, call, *self._rules(wanted)]), looser=looser)
+        except GrammarError:
+            if looser is None:
+                raise
+            return looser
 
     def free_grammar(self, may_think: bool = False) -> Grammar:
         """Return the grammar of an answer that is free except for calls.
@@ -165,9 +183,10 @@ class Form(ToolCalls):
         for rule, function in zip(rules, functions, strict=True):
             tool = f"tool {function['name']!r}"
             try:
-                lines += [f"{line} // {tool}" for line in self.rules(rule, function)]
+                made = self.rules(rule, function["name"], Parameters(function))
             except GrammarError as error:
                 raise GrammarError(f"{tool}: {error}") from None
+            lines += [f"{line} // {tool}" for line in made]
         return lines
 
 
@@ -179,14 +198,14 @@ class CallReader(AnswerReader):
         super().__init__(**options)
         self._form = form
         self.warning: str | None = None
-        """Reason why the first of the calls that cannot be made is part of the text."""
+        """Sentence about the first call that cannot be made, or is doubtful."""
         self._is_broken_off = False
         """True if a limit or a stop string ended the answer inside a call."""
 
     @property
     def warned(self) -> dict[str, str]:
         is_over = self.finish is not None and self.warning is not None
-        return {"warning": f"{BROKEN}{self.warning}."} if is_over else {}
+        return {"warning": f"{self.warning}."} if is_over else {}
 
     def read(self, output: RequestOutput) -> None:
         reason = output.finish_reason
@@ -210,15 +229,85 @@ class CallReader(AnswerReader):
             if self.is_over or has_stopped or is_whole:
                 self.finish = "tool_calls"
 
+    def _warn(self, why: str) -> None:
+        self.warning = self.warning or why
+
+    def _made(self, call: Call) -> ToolCall:
+        if call.doubt is not None:
+            self._warn(call.doubt)
+        return ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False))
+
+    def _read_reasoning(self) -> Iterator[Event | None]:
+        """Read up to ``</think>``. Calls are part of the reasoning, unless the answer ends behind
+        them: then they are made, or there is a warning."""
+        marks, num_retries, why = self._form.MARKS, MAX_RETRIES, None
+        while self.is_thinking:
+            marks = marks if num_retries else ()
+            found = any_of((CLOSE, *marks)).search(self._rest)
+            if found is None or found[0] == CLOSE:
+                if found is None and self._is_whole and why is not None:
+                    self._warn(THOUGHT + why)
+                yield from self._read_thought((CLOSE, *marks))
+                continue
+            yield from self._as_thought(text := self._rest[: found.start()].rstrip())
+            at, end = found.start() - len(text), found.end() - len(text)
+            calls, why = list[Call](), None
+            while why is None:
+                parsed, _ = yield from self._parse_call(at, end, CLOSE)
+                why = self._form.refused(parsed)
+                if isinstance(parsed, str) or why is not None:
+                    num_retries -= 1
+                    break
+                calls.append(parsed)
+                while (next_at := self._behind(at + parsed.end)) is None:
+                    yield None
+                at = end = next_at
+                if at == len(self._rest):
+                    break
+                if (mark := any_of(marks).match(self._rest, at)) is None:
+                    why = "more reasoning or an answer follows it"
+                else:
+                    end = mark.end()
+            if why is None and any(self._form.functions[one.name].is_strict for one in calls):
+                why = "the schema of a strict tool is not enforced there"
+            if why is None and self._is_cut:
+                why = f"{BROKEN_OFF} behind it"
+            if why is None:
+                yield from map(self._made, calls)
+                self._rest, self.is_thinking = "", False
+            else:
+                yield from self._as_thought(self._rest[:end].rstrip())
+        while not self._rest.strip():
+            if self._is_whole and why is not None:
+                self._warn(THOUGHT + why)
+            yield None
+        self._rest = self._rest.lstrip()
+
+    def _behind(self, at: int) -> int | None:
+        """Return the position of the text behind a call in reasoning that ends ``at``: the end of
+        the rest if the answer has no more text. None if that is not known yet."""
+        after = self._rest[at:].lstrip()
+        if not self._is_whole and any(m.startswith(after) for m in (CALL_CLOSE, CLOSE)):
+            return None
+        after = after.removeprefix(CALL_CLOSE).lstrip()
+        marks = CLOSE, *self._form.MARKS
+        if not after.removeprefix(CLOSE).strip():
+            return len(self._rest) if self._is_whole else None
+        if not self._is_whole and any(m != after and m.startswith(after) for m in marks):
+            return None
+        return len(self._rest) - len(after)
+
     def _read_text(self) -> Iterator[Event | None]:
         """Read text and calls. White space around a call is not text."""
-        marks, functions = self._form.MARKS, self._form.functions
-        num_retries, has_calls = MAX_RETRIES, False
+        marks, num_retries, has_calls = self._form.MARKS, MAX_RETRIES, False
         begins, breaks = any_of(marks), any_of((CALL_CLOSE, *marks))
         while True:
             found = begins.search(self._rest)
-            text = self._rest[: found.start()].rstrip() if found else self._certain(marks)
+            certain = self._certain((*marks, CALL_CLOSE))
+            text = self._rest[: found.start()].rstrip() if found else certain
             if text:
+                if has_calls and CALL_CLOSE in text:
+                    self._warn(LEFT_OVER)
                 yield TextDelta(text)
             self._rest = self._rest[len(text) :]
             if found is None:
@@ -229,20 +318,20 @@ class CallReader(AnswerReader):
                 continue
             start = found.start() - len(text)
             parsed, end = yield from self._parse_call(start, found.end() - len(text))
-            if isinstance(parsed, Call) and parsed.name not in functions:
-                unknown = f"no tool {parsed.name[:MAX_NAME]!r} was offered"
-                parsed = unknown if functions else "'tool_choice' is 'none'"
-            if isinstance(parsed, Call):
+            why = self._form.refused(parsed)
+            if isinstance(parsed, Call) and why is None:
                 has_calls = True
-                yield ToolCall(parsed.name, json.dumps(parsed.arguments, ensure_ascii=False))
+                yield self._made(parsed)
                 self._rest = self._rest[start + parsed.end :]
-                while self._may_begin(CALL_CLOSE):
+                while any(map(self._may_begin, (CALL_CLOSE, *marks))):
                     yield None
                 behind = self._rest.lstrip()
                 is_part = self._is_cut and CALL_CLOSE.startswith(behind)
                 self._rest = "" if is_part else behind.removeprefix(CALL_CLOSE)
+                if self._rest == behind and found[0] == CALL_OPEN and not begins.match(behind):
+                    self._warn(LEFT_OVER) if behind else None
                 continue
-            self.warning = self.warning or parsed
+            self._warn(f"{BROKEN}{why}")
             self._is_broken_off = self._is_cut
             # It is text up to the next mark.
             mark = breaks.search(self._rest, start + 1, end) if num_retries else None
@@ -253,38 +342,33 @@ class CallReader(AnswerReader):
             yield TextDelta(broken)
             self._rest = self._rest[len(broken) :]
 
-    def _parse_call(self, start: int, at: int) -> Generator[None, None, tuple[Call | str, int]]:
+    def _parse_call(
+        self, start: int, at: int, stop: str | None = None
+    ) -> Generator[None, None, tuple[Call | str, int]]:
         """Return the call at ``start`` of the rest, or the reason why there is none, and the end of
-        the text that it was read from. Its mark ends ``at``. Yields None where more is needed."""
-        form, tried = self._form, 0
-        marks = *form.ENDS, *form.MARKS
+        the text that it was read from. Its mark ends ``at``; a mark ``stop`` ends the text. Yields
+        None where more is needed."""
+        form, tried, num_retries = self._form, 0, MAX_RETRIES
+        closes = (CALL_CLOSE,) if self._rest.startswith(CALL_OPEN, start) else form.ENDS
+        marks = *closes, *form.MARKS, *([stop] if stop else ())
         ends, longest = any_of(marks), max(map(len, marks))
         while True:
             end = ends.search(self._rest, at)
-            if end is not None:
+            if end is not None and end[0] != stop:
                 at = end.end()
-                if at - start >= GROWTH * tried:
-                    tried = at - start
-                    parsed = form.parse(self._rest[start:at], False)
+                has_grown = at - start >= GROWTH * tried
+                if has_grown or num_retries:
+                    tried, num_retries = at - start, num_retries - (not has_grown)
+                    parsed = form.parse(self._rest[start:at])
                     if parsed is not None:
                         return parsed, at
-            elif self._is_whole:
-                parsed = form.parse(self._rest[start:], not self._is_cut)
-                return parsed or BROKEN_OFF, len(self._rest)
+            elif end is not None or self._is_whole:
+                until = len(self._rest) if end is None else end.start()
+                is_cut = self._is_cut or end is not None
+                return form.parse(self._rest[start:until], True, is_cut) or BROKEN_OFF, until
             else:
                 at = max(at, len(self._rest) - longest)
                 yield None
-
-
-def _parameters(function: Function) -> Mapping[str, Any]:
-    """Return the schema of the arguments. A tool without parameters takes none."""
-    return function.get("parameters") or {"type": "object", "properties": {}}
-
-
-def _lifted(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the definitions that references point to. They are at the root of the schema, which
-    becomes an inner part here."""
-    return {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -300,40 +384,35 @@ class Hermes(Form):
     ENDS = (CALL_CLOSE,)
     CALLS = ("calls: function",)
 
-    def parse(self, text: str, is_end: bool) -> Call | str | None:
+    def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Call | str | None:
         start = len(text) - len(text.removeprefix(CALL_OPEN).lstrip())
         if not text.startswith("{", start):
             return NOT_JSON if text[start:] else None
         try:
             end = _JSON.raw_decode(text, start)[1]
-            call = read_json(text[start:end])  # It is stricter.
+            call = read_leniently(text[start:end])
             name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
-            arguments = read_json(arguments) if isinstance(arguments, str) else arguments
+            arguments = read_leniently(arguments) if isinstance(arguments, str) else arguments
         except (ValueError, RecursionError):
-            in_string = any(not string["end"] for string in _STRING_PARTS.finditer(text, start))
+            in_string = any(not string["end"] for string in STRING_PARTS.finditer(text, start))
             return None if in_string or not text.endswith((CALL_OPEN, CALL_CLOSE)) else NOT_JSON
         if not isinstance(name, str) or not isinstance(arguments, dict):
             return NOT_JSON
         return Call(name, arguments, end)
 
-    def rules(self, name: str, function: Function) -> list[str]:
-        parameters = _parameters(function)
-        fields = {
-            "name": {"const": function["name"]},
-            "arguments": {"type": "object", **parameters},
-        }
+    def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
+        arguments = {"type": "object", **parameters.root}
+        fields = {"name": {"const": tool}, "arguments": arguments}
         schema = {
             "type": "object",
             "properties": fields,
             "required": list(fields),
             "additionalProperties": False,
         }
-        return [f"{name}: {json_rule(schema | _lifted(parameters), AS_DUMPED)}"]
+        return [f"{name}: {parameters.json(schema)}"]
 
 
-_JSON = json.JSONDecoder()
-_STRING_PARTS = re.compile(r'"(?:[^"\\]|\\.)*+(?P<end>"?)', re.DOTALL)
-"""A string of JSON, or its beginning up to the end of the text."""
+_JSON = json.JSONDecoder(strict=False)
 
 
 # --- XML ------------------------------------------------------------------------------------------
@@ -341,14 +420,13 @@ _STRING_PARTS = re.compile(r'"(?:[^"\\]|\\.)*+(?P<end>"?)', re.DOTALL)
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 MALFORMED = "it is not written as a function with parameters"
+REPEATED = "it gives one argument twice"
 END_OF_VALUE = r'"\n</parameter>\n"'
 VALUE = (
-    r"VALUE: /(?s:.*)\n<\/parameter>\n/ & ~/(?s:.*)<\/parameter>(?s:..+)/ "
-    r"& ~/(?s:.*)(<\/function>|<parameter=)(?s:.*)/"
+    f"value[suffix={END_OF_VALUE}]: VALUE",
+    r"VALUE: /(?s:.*)/ & ~/((?s:.*)\n)?(<\/parameter>|<parameter=[^<>\n]+>)\n(?s:.*)/",
 )
-"""Text up to the closing tag of its parameter, without a tag that would end the value."""
-STRING_LIMITS = ("pattern", "format", "minLength", "maxLength")
-"""Keywords for strings that cannot be enforced if values are not quoted."""
+"""Text up to the closing tag of its parameter, without a line that is a tag of a parameter."""
 
 
 class Xml(Form):
@@ -357,7 +435,7 @@ class Xml(Form):
 
     MARKS = (CALL_OPEN, FUNCTION)
     ENDS = (CALL_CLOSE, END_FUNCTION)
-    CALLS = (f'calls: "{FUNCTION}" function', VALUE)
+    CALLS = (f'calls: "{FUNCTION}" function', *VALUE)
 
     def __init__(self, tools: Sequence[Mapping[str, Any]], *options: Any) -> None:
         """Raises GrammarError if the name of a tool cannot be written."""
@@ -365,55 +443,140 @@ class Xml(Form):
         for name in self.functions:
             tag(name)
 
-    def parse(self, text: str, is_end: bool) -> Call | str | None:
+    def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Call | str | None:
+        """See ``Form``. A call as the chat template writes it is read first, because values may
+        contain tags. Other ways of writing are read at the end of the answer, or where the first
+        tag shows them."""
         head = _HEAD.match(text)
         if head is None:
             return None if _HEAD_BEGIN.fullmatch(text) else MALFORMED
-        name, at, arguments = head[1].strip(), head.end(), dict[str, Any]()
-        named = (self.functions.get(name, {}).get("parameters") or {}).get("properties")
-        schemas = named if isinstance(named, Mapping) else {}
-        while found := _PARAMETER.match(text, at):
-            if found["end"] is None:
+        found: Arguments | str | None = _read_written(text, head.end())
+        parameters = self.functions.get(name := head[1].strip())
+        if found is None and (is_whole or not _WRITTEN_BEGIN.match(text, head.end())):
+            flat = _read_flat(text, head.end()) if is_whole else None
+            found = _read_loosely(text, head.end(), is_whole and not is_cut)
+            if flat is not None and not (
+                isinstance(found, tuple) and parameters and parameters.needs(found[0], flat[0])
+            ):
+                found = flat
+            if is_cut and isinstance(found, tuple) and not _is_certain(text, *found):
                 return None
-            value, key = found["value"].removeprefix("\n").removesuffix("\n"), found["name"].strip()
-            arguments[key] = _typed(value, json_types(schemas.get(key)))
-            at = found.end("end") if found["end"] == END_PARAMETER else found.start("end")
-        end = _END.match(text, at)
-        assert end is not None, "white space always matches"
-        if end["tag"] is None and end.end() < len(text):
-            return None if _PARAMETER_BEGIN.fullmatch(text, at) else MALFORMED
-        if end["tag"] is None and not is_end:
-            return None
-        has_own_end = end["tag"] in (END_FUNCTION, None)
-        return Call(name, arguments, end.end() if has_own_end else end.start("tag"))
+        if not isinstance(found, tuple):
+            return found
+        pairs, end = found
+        if len({key for key, _ in pairs}) < len(pairs):
+            return REPEATED
+        arguments, doubt = dict[str, Any](), None
+        for key, value in pairs:
+            arguments[key] = value
+            if parameters is not None:
+                arguments[key], is_typed = parameters.read(key, value)
+                doubt = doubt if is_typed or doubt else MISTYPED.format(key[:MAX_NAME])
+        return Call(name, arguments, end, doubt)
 
-    def rules(self, name: str, function: Function) -> list[str]:
+    def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
         """See ``Form``. Parameters are in the order of the schema."""
-        parameters, begin = _parameters(function), tag(function["name"])
-        if parameters == ANY_OBJECT:
-            anything = f'("{PARAMETER}" /[^<>\\n]{{1,64}}/ ">\\n" VALUE)*'
+        begin = tag(tool)
+        if parameters.is_open:
+            anything = f'("{PARAMETER}" /[^<>\\n]{{1,64}}/ ">\\n" value)*'
             return [f'{name}: {begin} {anything} "{END_FUNCTION}"']
-        required, named, lines = parameters.get("required"), parameters.get("properties"), []
+        arguments, lines = parameters.tagged(name, END_OF_VALUE)
         parts = []
-        for number, (key, schema) in enumerate(named.items() if isinstance(named, Mapping) else ()):
-            is_required = isinstance(required, list) and key in required
+        for number, (key, is_required, value) in enumerate(arguments):
             parts.append(f"{name}_{number}" + ("" if is_required else "?"))
-            value = _xml_value(key, schema if isinstance(schema, Mapping) else {}, parameters)
             lines.append(f'{name}_{number}: "{PARAMETER}" {tag(key)} {value}')
         return [f'{name}: {begin} {" ".join(parts)} "{END_FUNCTION}"', *lines]
 
 
-_HEAD = re.compile(
-    rf"(?:{CALL_OPEN}\s{{0,{MAX_NAME}}})?{FUNCTION}(\s*[^<>\s][^<>\n]{{0,{MAX_NAME - 1}}})>"
-)
+_NAME = rf"\s*[^<>\s][^<>\n]{{0,{MAX_NAME - 1}}}"
+_HEAD = re.compile(rf"(?:{CALL_OPEN}\s{{0,{MAX_NAME}}})?{FUNCTION}({_NAME})>")
 _HEAD_BEGIN = re.compile(rf"{CALL_OPEN}\s*|(?:{CALL_OPEN}\s*)?{FUNCTION}[^<>\n]{{0,{MAX_NAME}}}")
+Arguments = tuple[Pairs, int]
+"""Names and texts of the arguments of a call, and its end."""
+_WRITTEN = re.compile(rf"{PARAMETER}({_NAME})>\n")
+_WRITTEN_BEGIN = re.compile(rf"\n?\Z|\n{PARAMETER}[^<>\n]{{0,{MAX_NAME}}}(?:>?\Z|>\n)")
+_LINE_TAG = re.compile(rf"(?<=\n)(?:{PARAMETER}{_NAME}>|{END_PARAMETER})(?=\n)")
+
+
+def _read_written(text: str, at: int) -> Arguments | None:
+    """Read arguments as the chat template writes them, with tags on separate lines; ``at`` is the
+    end of the tag of the function. A value may contain other tags, and pairs of such lines. None if
+    they are not complete, or not written so."""
+    close = f"{END_FUNCTION}\n{CALL_CLOSE}" if text.startswith(CALL_OPEN) else END_FUNCTION
+    pairs, depth, at = Pairs(), 0, at + 1
+    if text[at - 1 : at] != "\n":
+        return None
+    while opening := _WRITTEN.match(text, at):
+        for line in _LINE_TAG.finditer(text, opening.end()):
+            at = line.end() + 1
+            if line[0] != END_PARAMETER:
+                depth += 1
+            elif depth:
+                depth -= 1
+            elif text.startswith(close, at) or _WRITTEN.match(text, at):
+                value = text[opening.end() : max(opening.end(), line.start() - 1)]
+                pairs.append((opening[1].strip(), value))
+                break
+        else:
+            return None
+    return (pairs, at + len(END_FUNCTION)) if text.startswith(close, at) else None
+
+
+_FLAT = re.compile(rf"\s*{PARAMETER}({_NAME})>\n?")
+_FLAT_END = re.compile(
+    rf"\n?{END_PARAMETER}\s*(?:(?={PARAMETER}{_NAME}>)|"
+    rf"{END_FUNCTION}(?P<end>)\s*(?:\Z|{CALL_CLOSE}|{CALL_OPEN}|{FUNCTION}))"
+)
+
+
+def _read_flat(text: str, at: int) -> Arguments | None:
+    """Read arguments that end with a closing tag before the next tag of the call."""
+    pairs = Pairs()
+    while opening := _FLAT.match(text, at):
+        end = _FLAT_END.search(text, opening.end())
+        if end is None:
+            return None
+        pairs.append((opening[1].strip(), text[opening.end() : end.start()]))
+        if end["end"] is not None:
+            return pairs, end.end("end")
+        at = end.end()
+    return None
+
+
 _PARAMETER = re.compile(
-    rf"\s*{PARAMETER}(?P<name>\s*[^<>\s][^<>\n]{{0,{MAX_NAME - 1}}})>"
+    rf"\s*{PARAMETER}(?P<name>{_NAME})>"
     rf"(?P<value>.*?)(?:(?P<end>{END_PARAMETER}|{END_FUNCTION}|{PARAMETER})|\Z)",
     re.DOTALL,
 )
 _PARAMETER_BEGIN = re.compile(rf"\s*{PARAMETER}[^<>\n]{{0,{MAX_NAME}}}")
 _END = re.compile(rf"\s*(?P<tag>{END_FUNCTION}|{CALL_CLOSE}|{CALL_OPEN}|{FUNCTION})?")
+
+
+def _read_loosely(text: str, at: int, is_end: bool) -> Arguments | str | None:
+    """Read arguments that may lack closing tags. ``is_end``: the answer ends behind the text."""
+    pairs = Pairs()
+    while found := _PARAMETER.match(text, at):
+        if found["end"] is None:
+            return None
+        value = found["value"].removeprefix("\n").removesuffix("\n")
+        pairs.append((found["name"].strip(), value))
+        at = found.end("end") if found["end"] == END_PARAMETER else found.start("end")
+    end = _END.match(text, at)
+    assert end is not None, "white space always matches"
+    if end["tag"] is None and end.end() < len(text):
+        return None if _PARAMETER_BEGIN.fullmatch(text, at) else MALFORMED
+    if end["tag"] is None and not is_end:
+        return None
+    return pairs, end.end() if end["tag"] in (END_FUNCTION, None) else end.start("tag")
+
+
+def _is_certain(text: str, pairs: Pairs, end: int) -> bool:
+    """Return True if a call that ends at ``end`` of an answer that was cut off is whole: the call
+    of a value that has tags may go on."""
+    rest = text[end:].lstrip().removeprefix(CALL_CLOSE).lstrip()
+    is_next = any(mark.startswith(rest) for mark in (CALL_CLOSE, *Xml.MARKS))
+    has_tags = any(mark in value for _, value in pairs for mark in Xml.MARKS)
+    return (is_next or rest.startswith(Xml.MARKS)) and not has_tags
 
 
 def tag(name: str) -> str:
@@ -424,66 +587,6 @@ def tag(name: str) -> str:
             "name without <, > and blanks around it."
         )
     return quoted(f"{name}>\n")
-
-
-def _xml_value(name: str, schema: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    """Return the value of one parameter with its closing tag, as part of a Lark rule. Strings are
-    written unquoted, other values as JSON."""
-    fixed = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if isinstance(fixed, list) and fixed and all(isinstance(value, str) for value in fixed):
-        return f"({' | '.join(map(quoted, fixed))}) {END_OF_VALUE}"
-    kinds = json_types(schema)
-    if kinds == {"string"} and (fixed is not None or any(one in schema for one in STRING_LIMITS)):
-        raise GrammarError(
-            f"the limits of the string {name[:MAX_NAME]!r} cannot be enforced in the form in "
-            "which this model writes calls: remove them, or 'strict'."
-        )
-    if "string" in kinds:
-        return "VALUE"
-    return f"({json_rule({**schema, **_lifted(parameters)}, AS_DUMPED)}) {END_OF_VALUE}"
-
-
-MAX_SCHEMAS = 64
-"""Maximum number of schemas that are searched for the types of one parameter."""
-
-
-def json_types(schema: Any) -> set[str]:
-    """Return the JSON types that ``schema`` names, or ``string`` if it names none."""
-    found, schemas = set[str](), [schema]
-    for one in itertools.islice(schemas, MAX_SCHEMAS):
-        if isinstance(one, Mapping):
-            kind = one.get("type", "object" if "$ref" in one else None)
-            kinds = kind if isinstance(kind, list) else [kind]
-            found.update(each for each in kinds if isinstance(each, str))
-            for many in ("anyOf", "oneOf", "allOf"):
-                if isinstance(one.get(many), list):
-                    schemas.extend(one[many])
-    return found or {"string"}
-
-
-_WORDS = {"true": True, "false": False, "null": None, "none": None}
-"""Values as models write them, also in the form of Python."""
-_KINDS = {
-    NoneType: {"null"},
-    bool: {"boolean"},
-    int: {"integer", "number"},
-    float: {"number"},
-    str: {"string"},
-    list: {"array"},
-    dict: {"object"},
-}
-
-
-def _typed(text: str, types: set[str]) -> Any:
-    """Return a value of one of ``types``, or the text if it is not such JSON."""
-    word = text.strip().lower()
-    if types == {"string"}:
-        return text
-    try:
-        value = _WORDS[word] if word in _WORDS else read_json(text.strip())
-    except ValueError:
-        return text
-    return value if "string" not in types or _KINDS[type(value)] & types else text
 
 
 def tool_calls(body: ChatRequest, template: ChatTemplate) -> ToolCalls | None:

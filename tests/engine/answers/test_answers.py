@@ -31,6 +31,7 @@ SCHEMA = {
 TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
     *({"type": "function", "function": {"name": name}} for name in "fgh"),
+    {"type": "function", "function": {"name": "needy", "parameters": {"required": ["a", "b"]}}},
 ]
 
 HERMES, XML = Hermes(TOOLS), Xml(TOOLS)
@@ -175,6 +176,28 @@ def xml(name: str, **values: str) -> str:
                 "<function=f>\n<parameter=a>\n1",
             )
         ),
+        *(
+            (XML, xml("weather", city=f"{begin}{mark}{end}", days="1"), ("", "", [("weather", json.dumps({"city": f"{begin}{mark}{end}", "days": 1}))]))
+            for mark in ("</parameter>", "<parameter=x>", "</function>", "<parameter=x>\n1\n</parameter>", "</tool_call>", xml("f", city="B", x="1"), xml("weather", city="B"))
+            for begin, end in (("a ", " b"), ("a\n", "\nb"), ("\n", "\n"))
+        ),
+        (XML, xml("weather", city="a\n<parameter=x>\nb") + "\n" + xml("f"), ("", "", [("weather", '{"city": "a\\n<parameter=x>\\nb"}'), ("f", "{}")])),
+        (XML, "<tool_call>\n<function=f>\n<parameter=a>\n1</parameter>\n<parameter=b>2\n</parameter></function></tool_call>!", ("", "!", [("f", '{"a": "1", "b": "2"}')])),
+        (XML, "<tool_call>\n<function=needy>\n<parameter=a>\n1\n<parameter=b>\n2\n</parameter>\n</function>\n</tool_call>", ("", "", [("needy", '{"a": "1", "b": "2"}')])),
+        (XML, "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>", ("", "", [("f", '{"a": "1"}')])),
+        (XML, xml("f", a="1").replace("</function>", "<parameter=a>\n2\n</parameter>\n</function>"), ("", xml("f", a="1").replace("</function>", "<parameter=a>\n2\n</parameter>\n</function>"), [])),
+        (XML, xml("f", a="1") + "\nso\n</tool_call>", ("", "\nso\n</tool_call>", [("f", '{"a": "1"}')])),
+        (HERMES, hermes("f", '{"a": "x\ny\tz"}'), ("", "", [("f", '{"a": "x\\ny\\tz"}')])),
+        (HERMES, hermes("f", '"{\\"a\\": \\"x\ny\\"}"'), ("", "", [("f", '{"a": "x\\ny"}')])),
+        (HERMES, hermes("f", r'{"a": "\d"}'), ("", hermes("f", r'{"a": "\d"}'), [])),
+        (HERMES, hermes("f", '{"a": {"b": 1}')[:-13] + "\n</tool_call>", ("", hermes("f", '{"a": {"b": 1}')[:-13] + "\n</tool_call>", [])),
+        (HERMES, hermes("f", "{}}"), ("", "}\n</tool_call>", [("f", "{}")])),
+        (HERMES, f"<think>\nI read.\n{hermes('f', '{}')}", ("I read.", "", [("f", "{}")])),
+        (XML, f"<think>\nI read.\n{xml('f', a='1')}\n{xml('g')}\n</think>\n\n", ("I read.", "", [("f", '{"a": "1"}'), ("g", "{}")])),
+        (XML, f"<think>{xml('f')}", ("", "", [("f", "{}")])),
+        (HERMES, f"<think>{hermes('f', '{}')}</think>{hermes('g', '{}')}", (hermes("f", "{}"), "", [("g", "{}")])),
+        (XML, f"<think>a {xml('f')} b\n</think>\n\nc", (f"a {xml('f')} b", "c", [])),
+        (XML, "<think>a <tool_call>\n<function=f>\n<parameter=a>\n1\n</think>\n\nc", ("a <tool_call>\n<function=f>\n<parameter=a>\n1", "c", [])),
         (XML, xml("weather", days="1e999"), ("", "", [("weather", '{"days": "1e999"}')])),
         (XML, xml("weather", city='say "<b>" é'), ("", "", [("weather", '{"city": "say \\"<b>\\" é"}')])),
     ],
@@ -187,12 +210,119 @@ def test_answers_are_read_the_same_in_any_pieces(
         assert read(form, text, size) == expected
 
 
+ONCE = "<function=f>\n<parameter=a>\n"
+
+
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x")])
-def test_broken_calls_are_read_in_linear_time(form: Form, mark: str) -> None:
+@pytest.mark.parametrize("opening", ["", "<think>"])
+@pytest.mark.parametrize(
+    ("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x"), (XML, ONCE)]
+)
+def test_broken_calls_are_read_in_linear_time(form: Form, mark: str, opening: str) -> None:
     """In quadratic time it would take more than an hour."""
-    text = mark * 20_000
-    assert read(form, text) == ("", text, [])
+    text = (mark * 20_000).strip()
+    expected = (text, "", []) if opening else ("", text, [])
+    assert read(form, opening + text, is_cut=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "is_cut", "said"),
+    [
+        (HERMES, hermes("f", "{}}"), False, "inside of its marks"),
+        (HERMES, hermes("f", "{}}\n{}"), False, "inside of its marks"),
+        (HERMES, hermes("f", r'{"a": "\d"}'), False, "not a JSON object"),
+        (XML, xml("f", a="x\n</parameter>\n</function>\n</tool_call>\ny"), False, "inside of its marks"),
+        (XML, xml("f", a="1").replace("</tool_call>", "so </tool_call>"), False, "inside of its marks"),
+        (XML, xml("weather", days="soon"), False, "'days' of a call is not of the type"),
+        (XML, xml("weather", deep="{'a': set()}"), False, "'deep' of a call is not of the type"),
+        (XML, xml("weather", city="a\n<parameter=x>\nb" + xml("f"))[:-20], True, "breaks off"),
+        (XML, "<think>" + xml("f"), True, "in the reasoning, because it breaks off behind it"),
+        (XML, f"<think>{xml('f')} and", False, "in the reasoning, because more reasoning"),
+        (HERMES, f"<think>{hermes('rm', '{}')}</think>\n", False, "no tool 'rm' was offered"),
+        (HERMES, "<think>" + hermes("f", "{}")[:-16], False, "in the reasoning, because it"),
+        *((form, text, False, None) for form, text in (
+            (HERMES, f"<think>{hermes('rm', '{}')}</think>\nNo."),
+            (HERMES, f"<think>{hermes('f', '{}')} or</think>\nNo."),
+            (HERMES, f"<think>{hermes('f', '{}')}</think>\n"),
+            (XML, xml("weather", days="5", deep="{'a': [True, None]}", sure="True") + "\n" + xml("f")),
+            (XML, "<function=f>\n</function> so"),
+        )),
+    ],
+)  # fmt: skip
+def test_lost_and_doubtful_parts_of_calls_have_a_warning(
+    form: Form, text: str, is_cut: bool, said: str | None
+) -> None:
+    reader = form.reader(thinks=True)
+    for letter in text:
+        reader.push(letter)
+    reader.flush(is_cut)
+    warning = reader.warning  # type: ignore[attr-defined]
+    assert (said is None) == (warning is None) and (said or "") in (warning or "")
+
+
+def test_calls_of_strict_tools_are_not_made_from_reasoning() -> None:
+    """Their schema is enforced behind the reasoning only."""
+    strict = Xml([{"function": {**TOOLS[1]["function"], "strict": True}}])
+    text = "<think>" + xml("f")
+    assert read(strict, text) == (text[7:], "", [])
+
+
+DEFINITIONS = {
+    "Size": {"type": "string", "enum": ["1", "2", "none", "true"]},
+    "Count": {"type": "integer"},
+    "Loop": {"$ref": "#/$defs/Loop"},
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"enum": [1, 2, 3]}, "2", 2),
+        ({"const": 7}, "7", 7),
+        ({"enum": [True, False]}, "true", True),
+        ({"enum": ["a", 1]}, "1", 1),
+        ({"items": {"type": "string"}}, '["a"]', ["a"]),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', {"a": 1}),
+        ({"minimum": 3}, "5", 5),
+        ({"$ref": "#/$defs/Count"}, "5", 5),
+        ({"$ref": "#/$defs/Size"}, "1", "1"),
+        ({"$ref": "#/$defs/Size"}, " true", "true"),
+        ({"anyOf": [{"$ref": "#/$defs/Size"}, {"type": "null"}]}, "none", "none"),
+        ({"anyOf": [{"$ref": "#/$defs/Size"}, {"type": "null"}]}, "None", None),
+        ({"allOf": [{"$ref": "#/$defs/Size"}], "default": "1"}, "2", "2"),
+        ({"allOf": [{"type": ["integer", "string"]}, {"type": "number"}]}, "2", 2),
+        ({"type": "array", "items": {"type": "string"}}, "['a', 'b']", ["a", "b"]),
+        ({"type": "array"}, "(1, 'a')", [1, "a"]),
+        ({"type": "object"}, "{'a': True, 'b': None}", {"a": True, "b": None}),
+        ({"type": "object"}, '{"a": "x\ny"}', {"a": "x\ny"}),
+        ({"type": ["string", "array"]}, "['a']", ["a"]),
+        ({"type": ["string", "array"]}, "(1, 2)", "(1, 2)"),
+        ({"type": "str"}, "5", "5"),
+        ({"type": "INTEGER"}, "5", 5),
+        ({"type": "any"}, "5", "5"),
+        ({"type": "integer", "nullable": True}, "None", None),
+        ({"type": ["string", "null"]}, "nullable", "nullable"),
+        ({"type": ["string", "null"]}, "null ", "null "),
+        ({"type": ["string", "integer"]}, "5", 5),
+        ({"type": "string"}, "5", "5"),
+        ({"$ref": "#/$defs/Loop"}, "5", "5"),
+        ({"$ref": "#/nowhere"}, "5", "5"),
+        ({"$ref": "#/properties/other"}, "5", 5),
+        (True, "5", "5"),
+        ({}, "5", "5"),
+    ],
+)
+@pytest.mark.parametrize("is_reference", [False, True])
+def test_values_have_the_types_of_their_schema(
+    schema: Any, text: str, value: Any, is_reference: bool
+) -> None:
+    root = {"type": "object", "properties": {"n": schema, "other": {"type": "integer"}}}
+    parameters = root | {"$defs": DEFINITIONS}
+    if is_reference:
+        parameters = {"allOf": [{"$ref": "#/$defs/Root"}], "$defs": DEFINITIONS | {"Root": root}}
+        parameters |= {"properties": {"other": {"type": "integer"}}}
+    form = Xml([{"function": {"name": "f", "parameters": parameters}}])
+    assert read(form, xml("f", n=text)) == ("", "", [("f", json.dumps({"n": value}))])
 
 
 @pytest.mark.parametrize(
@@ -221,7 +351,8 @@ PIECES = st.sampled_from(
         "<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>",
         "city>", "days>", "weather>", "<think>", "</think>", "\n", "  ", "<", "</", ">", "f", '"',
         "\\", "{", "}", '{"name": "f"', ', "arguments": {', '"arguments"', "[1]", "x" * 300, " " * 300,
-        "é", "null",
+        "é", "null", "<tool_call>\n<function=f>\n", "<parameter=a>\n", "\n</parameter>\n",
+        "</function>\n</tool_call>", '<tool_call>\n{"name": "f", "arguments": {}}',
     ]
 )  # fmt: skip
 

@@ -38,6 +38,8 @@ class Answer:
     num_prompt: int = field(default=0, compare=False)
     """Tokens of the prompt, or 0 if it was streamed."""
     num_cached: int = field(default=0, compare=False)
+    num_thought: int = 0
+    """Tokens of the reasoning."""
 
 
 class Dialect:
@@ -118,12 +120,17 @@ class Chat(Dialect):
             body["id"],
             body["usage"]["prompt_tokens"],
             body["usage"]["prompt_tokens_details"]["cached_tokens"],
+            body["usage"]["completion_tokens_details"]["reasoning_tokens"],
         )
 
     def streamed(self, events: list[dict[str, Any]]) -> Answer:
         answer, calls = Answer(), []
         for event in events:
-            answer.num_written = (event.get("usage") or {}).get("completion_tokens", 0)
+            usage = event.get("usage") or {}
+            answer.num_written = usage.get("completion_tokens", 0)
+            answer.num_thought = usage.get("completion_tokens_details", {}).get(
+                "reasoning_tokens", 0
+            )
             for choice in event["choices"]:
                 delta = choice["delta"]
                 answer.reasoning += delta.get("reasoning_content") or ""
@@ -170,6 +177,7 @@ class Responses(Dialect):
         usage = body["usage"]
         made.num_written, made.num_prompt = usage["output_tokens"], usage["input_tokens"]
         made.id, made.num_cached = body["id"], usage["input_tokens_details"]["cached_tokens"]
+        made.num_thought = usage["output_tokens_details"]["reasoning_tokens"]
         return made
 
     def streamed(self, events: list[dict[str, Any]]) -> Answer:
@@ -243,6 +251,7 @@ class Messages(Dialect):
         )
         made.num_prompt += usage.get("cache_creation_input_tokens", 0)
         made.warning = body.get("warning")
+        made.num_thought = usage["output_tokens_details"]["thinking_tokens"]
         return made
 
     def streamed(self, events: list[dict[str, Any]]) -> Answer:

@@ -4,13 +4,18 @@ generation_config.json."""
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engine import Engine, RequestSpec, SamplingParams, engine_config
-from engine.text.tokenizer import IdTokenizer
+from engine import Engine, EngineConfig, RequestSpec, SamplingParams, engine_config
+from engine.config import BUILTIN_DIR
+from engine.requests.request import sampling_defaults
+from engine.text.tokenizer import IdTokenizer, named_eos
 from engine.worker.screen import screen_rows, screen_text
 from experiments.gpu.models import TINY, write_geometry
 
@@ -107,3 +112,63 @@ def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:
     (path / "generation_config.json").write_text("[1]")
     with pytest.raises(ValueError, match="is not an object in JSON"):
         make_engine(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({"top_k": -1}, {}),
+        ({"top_k": -1.0}, {}),
+        ({"top_k": 0, "top_p": None}, {}),
+        ({"top_k": 20.0, "top_p": 1}, {"top_k": 20, "top_p": 1}),
+        ({"temperature": 0.0, "do_sample": True}, {"temperature": 0}),
+        ({"temperature": 1, "min_p": 0}, {"temperature": 1, "min_p": 0}),
+        ({"top_k": 20.5}, "top_k must be an integer"),
+        ({"top_k": "20"}, "top_k must be an integer"),
+        ({"top_k": -2}, "top_k must be an integer"),
+        ({"top_p": 0}, "top_p must be a finite number"),
+        ({"temperature": True}, "temperature must be a finite number"),
+        ({"repetition_penalty": [1.1]}, "repetition_penalty must be a finite number"),
+    ],
+    ids=str,
+)
+def test_sampling_defaults_of_trainers_are_read_or_the_file_is_named(
+    tmp_path: Path, written: dict[str, Any], expected: dict[str, float] | str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    config = EngineConfig(model=str(tmp_path))
+    if isinstance(expected, dict):
+        found = sampling_defaults(config)
+        assert found == expected and not isinstance(found.get("top_k"), float)
+        return
+    path = re.escape(str(tmp_path / "generation_config.json"))
+    with pytest.raises(ValueError, match=f"{path}: {expected}.* --sampling-defaults none"):
+        sampling_defaults(config)
+    assert sampling_defaults(EngineConfig(model=str(tmp_path), sampling_defaults="none")) == {}
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("<|im_end|>", {258}),
+        (["<|im_end|>", 7, None], {258, 7}),
+        ([7.0], {7}),
+        (-1, set()),
+        ([], set()),
+        ("<|end|>", "got '<|end|>'"),
+        (["no such"], "got 'no such'"),
+        (7.5, "got 7.5"),
+        (True, "got True"),
+        ({"id": 7}, "got {'id': 7}"),
+    ],
+    ids=str,
+)
+def test_end_tokens_are_ids_or_texts(tmp_path: Path, named: Any, expected: set[int] | str) -> None:
+    shutil.copy(BUILTIN_DIR / "tokenizer.json", tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    if isinstance(expected, set):
+        assert named_eos(tmp_path) == expected
+        return
+    path = re.escape(str(tmp_path / "generation_config.json"))
+    with pytest.raises(ValueError, match=f"{path}: eos_token_id .*{re.escape(expected)}"):
+        named_eos(tmp_path)

@@ -30,6 +30,7 @@ def test_reasoning_text_and_calls_agree_whole_and_streamed(
     whole = dialect.ask(live, tools=[TOOL])
     assert (whole.reasoning, whole.text, whole.reason) == ("Hm.", "Look.", "call")
     assert whole.calls == [("weather", BONN)] * 2 and whole.warning is None
+    assert whole.num_thought == len("Hm.\n</think>") + (len(">\n") if opening else 0)
     assert dialect.ask(live, stream=True, tools=[TOOL], **usage) == whole
 
 
@@ -130,7 +131,172 @@ def test_text_that_is_no_call_stays_text(
     assert (whole.text, whole.calls, whole.reason) == (script, [], "stop")
     assert bool(whole.warning) == bool(tools)
     streamed = dialect.ask(live, stream=True, tools=tools, choice=choice)
-    assert replace(streamed, num_written=whole.num_written) == whole
+    counts = {"num_written": whole.num_written, "num_thought": whole.num_thought}
+    assert replace(streamed, **counts) == whole
+
+
+@DIALECT
+@STREAMED
+@FORM
+def test_stop_strings_and_tokens_count_behind_the_reasoning(
+    serve_answer: ServeAnswer,
+    dialect: Dialect,
+    template: str | None,
+    call: str,
+    opening: str,
+    stream: bool,
+) -> None:
+    """Also those in the white space behind it, where evaluations would get empty answers."""
+    live = serve_answer(
+        f"{opening}Hm. Question: so.\n\nQ.\n</think>\n\nYes. Question: no", template
+    )
+    options: list[dict[str, Any]] = [{"stop": "Question:"}]
+    if "chat" in dialect.path:
+        options += [{"stop": ["\n\n", "Question:"]}, {"stop_token_ids": [ord("Q")]}]
+    if dialect.path.endswith("responses"):
+        pytest.skip("this dialect has no stop strings")
+    for one in options:
+        answer = dialect.ask(live, stream=stream, **one)
+        assert (answer.text.rstrip(), answer.reason) == ("Yes.", "stop")
+        assert answer.reasoning == "Hm. Question: so.\n\nQ."
+    if "chat" in dialect.path:
+        whole = dialect.ask(live, stream=stream)
+        for one in ({"stop": "</think>"}, {"stop_token_ids": [ord(">")]}):
+            answer = dialect.ask(live, stream=stream, **one)
+            assert (answer.text, answer.reason) == ("", "stop")
+            assert answer.reasoning == whole.reasoning and whole.text == "Yes. Question: no"
+
+
+def test_stop_strings_of_text_completions_count_behind_the_reasoning(
+    serve_answer: ServeAnswer,
+) -> None:
+    """If the prompt opens it, or the answer does, of a model that writes reasoning."""
+    live = serve_answer("Q so.\n</think>\n\nYes. Q no", QWEN_XML)
+
+    def ask(prompt: str) -> str:
+        body = {"prompt": prompt, "stop": "Q", "max_tokens": 99}
+        text: str = live.post("/v1/completions", body).json()["choices"][0]["text"]
+        return text
+
+    assert ask("Why? <think>\n") == "Q so.\n</think>\n\nYes. "
+    assert ask("Why?") == ""
+    serve_answer("<think>Q so.\n</think>\n\nYes. Q no", QWEN_XML)
+    assert ask("Why?") == "<think>Q so.\n</think>\n\nYes. "
+    serve_answer("<think>Q so.\n</think>\n\nYes. Q no", "{{ messages[0].content }}")
+    assert ask("Why?") == "<think>"
+
+
+def test_continued_reasoning_has_its_budget_and_no_stop_strings(serve_answer: ServeAnswer) -> None:
+    """The last tokens of the prompt do not show that it ends inside reasoning."""
+    live = serve_answer("abcdefgh</think>ok abc")
+    chat = [*CHAT, {"role": "assistant", "content": "<think>\n" + "I wonder. " * 9}]
+    body = {"messages": chat, "continue_final_message": True, "max_tokens": 40, "stop": "b"}
+    for budget, said in ((3, "abc"), (99, "abcdefgh")):
+        answer = live.post("/v1/chat/completions", body | {"thinking_token_budget": budget}).json()
+        [choice] = answer["choices"]
+        assert choice["message"]["reasoning_content"] == said
+
+
+@DIALECT
+@STREAMED
+@FORM
+@pytest.mark.parametrize("end", ["", "\n</think>\n\n"])
+def test_a_call_at_the_end_of_the_reasoning_is_made(
+    serve_answer: ServeAnswer,
+    dialect: Dialect,
+    template: str | None,
+    call: str,
+    opening: str,
+    end: str,
+    stream: bool,
+) -> None:
+    live = serve_answer(f"{opening}Hm.\n{call}{end}", template)
+    answer = dialect.ask(live, stream=stream, tools=[TOOL])
+    assert (answer.calls, answer.reason) == ([("weather", BONN)], "call")
+    assert (answer.reasoning, answer.text, answer.warning) == ("Hm.", "", None)
+    if not stream:  # The agent goes on.
+        chat = [*CHAT, *answer.turn, *dialect.results(answer, "dry")]
+        assert dialect.ask(live, chat=chat, tools=[TOOL]).num_prompt > answer.num_prompt
+    other = dialect.ask(live, stream=stream, tools=[TOOL | {"name": "other"}])
+    assert not other.calls and other.warning and "left in the reasoning" in other.warning
+
+
+PARTS = """\
+{% macro text(c) %}{% if c is string %}{{ c }}{% else %}{% for p in c %}{{ '|' if not loop.first }}
+{{- p.text }}{% endfor %}{% endif %}{% endmacro %}"""
+FIRST_ONLY = """\
+{%- for m in messages %}{% if m.role == 'system' and not loop.first %}
+{{- raise_exception('System message must be at the beginning.') }}{% endif %}"""
+WRITTEN = "<{{ m.role[0] }}:{{ m.content }}>{% endfor %}"
+ANY_ORDER = "{%- for m in messages %}"
+TEMPLATES = {
+    "first only": FIRST_ONLY + WRITTEN,
+    "any order": ANY_ORDER + WRITTEN,
+    "developer": ANY_ORDER + "{# developer #}" + WRITTEN,
+    "silent": ANY_ORDER
+    + WRITTEN.replace(
+        "{{ m.content", "{{ '' if m.role == 'system' and not loop.first else m.content"
+    ),
+    "parts": PARTS + FIRST_ONLY + WRITTEN.replace("m.content", "text(m.content)"),
+}
+S, U, A, D = (
+    {"role": role, "content": [{"type": "text", "text": role[:2]}, {"type": "text", "text": "+"}]}
+    for role in ("system", "user", "assistant", "developer")
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "chat", "expected"),
+    [
+        ("first only", [S, S, U], "<s:sy\n+\n\nsy\n+><u:us\n+>"),
+        ("first only", [S, U, A, S, U], "<s:sy\n+><u:us\n+><a:as\n+><u:sy\n+><u:us\n+>"),
+        ("first only", [S, D, U], "<s:sy\n+\n\nde\n+><u:us\n+>"),
+        ("first only", [U, A, D, U], "<u:us\n+><a:as\n+><u:de\n+><u:us\n+>"),
+        ("any order", [S, D, U], "<s:sy\n+><s:de\n+><u:us\n+>"),
+        ("any order", [U, A, S, U], "<u:us\n+><a:as\n+><s:sy\n+><u:us\n+>"),
+        ("developer", [D, U], "<d:de\n+><u:us\n+>"),
+        ("silent", [S, D, U], "<s:sy\n+\n\nde\n+><u:us\n+>"),
+        ("silent", [U, A, S, U], "<u:us\n+><a:as\n+><u:sy\n+><u:us\n+>"),
+        ("parts", [D, U], "<s:de|+><u:us|+>"),
+        ("parts", [S, S, U], "<s:sy|+\n\nsy|+><u:us|+>"),
+        ("parts", [U, A, U], "<u:us|+><a:as|+><u:us|+>"),
+    ],
+)
+def test_all_endpoints_have_one_rule_for_system_messages_and_parts(
+    serve_answer: ServeAnswer, name: str, chat: list[dict[str, Any]], expected: str
+) -> None:
+    """The template decides: what it rejects or leaves out is joined, or said by the user."""
+    live = serve_answer("x", TEMPLATES[name])
+    tokens = live.post("/tokenize", {"messages": chat}).json()["tokens"]
+    assert live.post("/detokenize", {"tokens": tokens}).json()["prompt"] == expected
+    items = [
+        one | {"content": [part | {"type": "input_text"} for part in one["content"]]}
+        for one in chat
+    ]
+    answers = [
+        live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 1}),
+        live.post("/v1/responses", {"input": items, "max_output_tokens": 1}),
+    ]
+    counts = [next(iter(one.json()["usage"].values())) for one in answers]
+    if D not in chat:
+        body = {"model": "builtin", "messages": chat}
+        count = live.post("/v1/messages/count_tokens", body).json()["input_tokens"]
+        usage = live.post("/v1/messages", body | {"max_tokens": 1}).json()["usage"]
+        read = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+        counts += [count, sum(usage[one] for one in read)]
+    assert counts == [len(tokens)] * len(counts)
+
+
+def test_marks_of_parts_stay_in_joined_messages(serve_answer: ServeAnswer) -> None:
+    live = serve_answer("x", TEMPLATES["first only"])
+    marked = {"type": "text", "cache_control": {"type": "ephemeral"}}
+    chat = [
+        {"role": "system", "content": [marked | {"text": "A" * 100}]},
+        {"role": "system", "content": [marked | {"text": "B" * 9}, {"type": "text", "text": "C"}]},
+        {"role": "user", "content": "D"},
+    ]
+    marks = live.post("/tokenize", {"messages": chat}).json()["boundaries"]
+    assert {len("<s:") + 100, len("<s:") + 100 + len("\n\n") + 9} <= {*marks}
 
 
 STRICT = {
@@ -183,6 +349,24 @@ def test_strict_tool_call_follows_its_schema(
     assert refused.status_code == 400 and "'f'" in refused.json()["error"]["message"]
     no_tag = live.post(dialect.path, dialect.body(CHAT, tools=[{"name": "a<b", "parameters": {}}]))
     assert no_tag.status_code == (400 if template else 200)
+
+
+@DIALECT
+@FORM
+def test_a_required_call_of_a_tool_with_any_schema_is_served(
+    serve_answer: ServeAnswer, dialect: Dialect, template: str | None, call: str, opening: str
+) -> None:
+    """Limits that cannot be enforced are dropped, and the whole schema if none of it can be."""
+    pytest.importorskip("llguidance")
+    city = {"type": "string", "pattern": r"^(?!\.)[A-Z]", "format": "city"}
+    properties = {"city": city, "days": {"type": "integer"}}
+    end = "</think>" if template else ""
+    live = serve_answer(f"{end}{call}", template)
+    for more in ({}, {"days": {"type": "integer", "minimum": 9, "maximum": 1}}):
+        named = {"properties": properties | more, "required": ["days"]}
+        tool = {"name": "weather", "parameters": {"type": "object", **named}}
+        answer = dialect.ask(live, tools=[tool], choice="required")
+        assert answer.calls == [("weather", BONN)]
 
 
 @DIALECT
