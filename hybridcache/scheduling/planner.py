@@ -535,6 +535,7 @@ class StepPlanner(Generic[R]):
         lease, _ = request.claims
         session, is_first, losses = request.session, request.scheduled_s is None, lease.losses
         forgotten = session.known_len - (lease.prompt_len - losses.never_seen)
+        forgotten *= self._sharing is not None  # Else nothing is kept, so nothing is evicted.
         request.lost_len = losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
         if is_first:
             request.scheduled_s = self._load.now_s
