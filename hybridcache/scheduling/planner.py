@@ -253,7 +253,7 @@ class StepPlanner(Generic[R]):
         return bool(self._waiting or self._running)
 
     def add(self, request: R) -> None:
-        """Add ``request`` to the waiting requests.
+        """Add ``request`` to the waiting requests, unless the policy raises.
 
         Raises ValueError if a waiting or running request has the same ``arrival``, or if the
         request can be longer than ``manager.memory.max_request_len``, so that it would never end.
@@ -279,8 +279,12 @@ class StepPlanner(Generic[R]):
             boundaries=request.spec.boundaries.positions,
             choice_of=request.spec.choice_of,
         )
+        try:
+            self.admission.arrived(request, self._load)
+        except BaseException:  # a user's policy can raise anything
+            self.sessions.left(request.session, request.num_tokens, self._load.now_s)
+            raise
         insort(self._waiting, request, key=_age)
-        self.admission.arrived(request, self._load)
 
     def remove(self, request: R) -> None:
         """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards. Does
