@@ -488,13 +488,12 @@ class SessionGate(AdmissionPolicy):
     - Positive debt: a request enters only if no resident session has an open request and it fits,
       or if nothing was computed for a while.
 
-    Bound of the wait. Let ``ahead`` be the seconds that the prompts take which wait when a request
-    arrives, without parts cached for other sessions. ``DUE_S + DUE_FACTOR * ahead`` after its
+    Bound of the wait. Let ``ahead`` be the seconds in which the prompts that wait when a request
+    arrives are computed, without their cached parts. ``DUE_S + DUE_FACTOR * ahead`` after its
     arrival the request is *due*: it precedes all that arrived later. Then only prompts that waited
-    at its arrival are computed first, each once, which takes ``ahead`` at most. So its wait is at
-    most ``DUE_S + (DUE_FACTOR + 1) * ahead``, and until running requests leave a place and memory.
-    ``Oldest`` takes ``ahead`` too, unless it finds those prompts cached. Tenants, pauses and later
-    requests change nothing.
+    at its arrival are computed first, each once, which takes ``ahead``. So its wait is at most
+    ``DUE_S + (DUE_FACTOR + 1) * ahead``, and until running requests leave a place and memory.
+    ``Oldest`` computes the same prompts first. Tenants, pauses and later requests change nothing.
 
     The share of the memory that active sessions may fill is found by congestion control. Once per
     cycle of a pause and an answer, it falls by a tenth if a session's text was evicted, and grows
@@ -642,13 +641,8 @@ class SessionGate(AdmissionPolicy):
             self._pause_s = _averaged(self._pause_s, pause_s)
 
     def _own_len(self, request: WaitingRequest, load: Load) -> int:
-        """Return the number of prompt tokens that other sessions have not cached; 0 for a further
-        choice."""
-        session = request.session
-        if session.num_open > 1:
-            return 0
-        shared_len = session.shared_len if session.num_requests > 1 else load.cached_len(request)
-        return request.num_tokens - shared_len
+        """Return the number of tokens to compute; 0 for a further choice."""
+        return 0 if request.session.num_open > 1 else request.num_tokens - load.cached_len(request)
 
     def _enters(self, request: WaitingRequest, load: Load) -> bool:
         """Return whether ``request`` begins a session, or most of its session's text is lost."""
