@@ -458,7 +458,7 @@ more often; with a larger one, new sessions wait longer."""
 LEAST_WORTH = 1.2
 """Least gain in requests from keeping sessions in memory at which others are withheld. Agents that
 write code have 1.2 to 5, tau-bench 0.7, long chats 0.5, chats 0.25."""
-ACTIVE_PAUSES = 3.0
+ACTIVE_PAUSES = 1.5
 """Number of average pauses after which an idle session is considered ended."""
 PAUSE_WEIGHT, MAX_PAUSE_S = 0.05, 60.0
 """Weight of the newest pause in the average, and the upper limit of a pause in that average."""
@@ -515,8 +515,8 @@ class SessionGate(AdmissionPolicy):
         self._squares, self._products = 0.0, 0.0
         """Sums over steps, discounted: tokens**2, and tokens * seconds."""
         self._queued: dict[WaitingRequest, list[int]] = {}
-        """By request that was never admitted: its ``_own_len``, and the sum of those of older
-        requests admitted since it arrived."""
+        """By waiting request that ``order`` has seen: its ``_own_len``, and the sum of those of
+        older requests admitted since."""
         self._num_orders = 0
         self._lost: dict[WaitingRequest, None] = {}
         """Waiting requests that were found to enter; they are not examined again."""
@@ -580,9 +580,11 @@ class SessionGate(AdmissionPolicy):
         if looked_at in self._queued:  # One a step: prompts that share a head cost it once.
             self._queued[looked_at][0] = self._own_len(looked_at, load)
         for request in waiting:
-            own_len, num_admitted = self._queued.get(request, (0, 0))
-            due_at_s = request.arrival_s + DUE_S + factor_s * (num_ahead + num_admitted)
-            num_ahead += own_len
+            lengths = self._queued.get(request)
+            if lengths is None:
+                lengths = self._queued[request] = [self._own_len(request, load), 0]
+            due_at_s = request.arrival_s + DUE_S + factor_s * (num_ahead + lengths[1])
+            num_ahead += lengths[0]
             if due_at_s <= load.now_s:
                 due.append(request)
             elif self._enters(request, load):
@@ -635,7 +637,6 @@ class SessionGate(AdmissionPolicy):
 
     def arrived(self, request: WaitingRequest, load: Load) -> None:
         session = request.session
-        self._queued[request] = [self._own_len(request, load), 0]
         if session.num_requests > 1 and session.num_open <= 1 and not session.num_admitted:
             pause_s = min(MAX_PAUSE_S, max(0.0, request.arrival_s - session.idle_since_s))
             self._pause_s = _averaged(self._pause_s, pause_s)

@@ -219,8 +219,6 @@ def test_a_due_request_precedes_all_that_arrived_after_it() -> None:
         for number in (2, 3)
     )
     queue = [new, lost, resident]
-    for request in (*queue, younger):
-        policy.arrived(request, load)
     assert arrivals(policy.order(queue, load)) == [2]
     assert policy.wakes_at_s == pytest.approx(begun_s + DUE_S)
     load.now_s = begun_s + DUE_S  # Nothing waited at the arrival of request 0.
@@ -247,8 +245,7 @@ def test_prompts_that_share_a_head_delay_others_by_it_once() -> None:
     begun_s = load.now_s
     heads = [FakeRequest(n, session(n, 1), 100_000, arrival_s=begun_s) for n in range(100)]
     last = FakeRequest(100, session(100, 1), arrival_s=begun_s)
-    for request in (*heads, last):
-        policy.arrived(request, load)
+    policy.order([*heads, last], load)
     for request in heads:
         request.cached = 99_900
     for _ in range(101):
