@@ -49,7 +49,7 @@ from engine.messages import (
     Reply,
     ToEngine,
 )
-from engine.requests.request import Intake, Prompt, RequestSpec, SamplingParams
+from engine.requests.request import Intake, Prompt, Request, RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
 from engine.text.answers import Answer, FinishReason, RequestOutput
 
@@ -124,9 +124,19 @@ class EngineHost:
             with self._wake:
                 if not self._is_open:
                     raise EngineStopped(self.failure or STOPPING)
-                self.call_soon(lambda: self.engine.enqueue(request))
+                self.call_soon(lambda: self._enqueue(request))
         except Exception as error:
             self._deliver([RequestOutput.failed(spec.request_id, RequestError.of(error))])
+
+    def _enqueue(self, request: Request) -> None:
+        try:
+            self.engine.enqueue(request)
+        except Exception:
+            logger.exception(
+                "An admission policy failed; request %s is refused.", request.request_id
+            )
+            failure = StepFailed("the admission policy failed")
+            self._deliver([RequestOutput.failed(request.request_id, failure)])
 
     def _abort(self, message: Abort) -> None:
         if output := self.engine.abort(message.request_id, message.reason):

@@ -142,9 +142,9 @@ class EngineCore:
             self.compile(Grammar.of_choices(("a",)))
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request."""
-        self._requests[request.request_id] = request
+        """Queue a request. Raises PolicyError, and queues nothing, if a user's policy fails."""
         self._scheduler.add(request)
+        self._requests[request.request_id] = request
 
     @property
     def requests(self) -> Collection[Request]:

@@ -9,7 +9,6 @@ of that session is open. Exceptions are the choices of one answer (``choice_of``
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
@@ -136,7 +135,7 @@ class AdmissionPolicy:
     None if it would not. Set by ``order``."""
 
     def arrived(self, request: WaitingRequest, load: Load) -> None:
-        """Record that ``request`` waits from now on."""
+        """Record that ``request`` waits from now on, or refuse it by an exception."""
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         """Return the requests that may be admitted now, in this order. ``waiting`` is sorted by
@@ -357,9 +356,12 @@ RANKED_WAIT_S = 120.0
 a long prompt: one of 100,000 tokens is passed 1,562 times."""
 
 
-class _Ranked(AdmissionPolicy):
-    """Admit the lowest rank first, among the oldest ``LOOK_AHEAD`` requests. The oldest one goes
-    before them once it has waited ``RANKED_WAIT_S``."""
+class CachedFirst(AdmissionPolicy):
+    """Admit the request with the fewest uncached tokens first; each pass counts as 64 fewer. The
+    oldest request goes first once it has waited for two minutes.
+
+    Source: shortest job first, by the number of tokens left to compute.
+    """
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         is_late = bool(waiting) and load.now_s - waiting[0].arrival_s >= RANKED_WAIT_S
@@ -367,24 +369,13 @@ class _Ranked(AdmissionPolicy):
         near, far = waiting[is_late:LOOK_AHEAD], waiting[LOOK_AHEAD:]
         return *late, *sorted(near, key=lambda request: self._rank(request, load)), *far
 
-    @abstractmethod
     def _rank(self, request: WaitingRequest, load: Load) -> float:
         """Return the sort key of ``request``; requests of one rank are admitted oldest first."""
-
-
-class CachedFirst(_Ranked):
-    """Admit the request with the fewest uncached tokens first; each pass counts as 64 fewer. The
-    oldest request goes first once it has waited for two minutes.
-
-    Source: shortest job first, by the number of tokens left to compute.
-    """
-
-    def _rank(self, request: WaitingRequest, load: Load) -> float:
         uncached = request.num_tokens - load.cached_len(request)
         return uncached - TOKENS_A_PASS * request.num_passes
 
 
-class LongestMatch(_Ranked):
+class LongestMatch(CachedFirst):
     """Admit the request with the most cached tokens first; each pass counts as 64 more. The oldest
     request goes first once it has waited for two minutes.
 
@@ -461,15 +452,9 @@ FLOOR = 0.1
 """Least share of the time in which the debt is repaid."""
 NUM_ASKED = 64
 """Admissions over which the load is averaged: a few from each session that fits."""
-MAX_TURNS = 128
-"""Admissions of resident sessions after which one request that waits to enter goes first. Sessions
-send about 10 to 30, so it only prevents starvation."""
-MOST_WAIT_S = 45.0
-"""Longest wait of a session that has begun for its next turn. Below 30 s, a burst of 60 agents is
-served as if nothing were withheld; at 45 s its makespan is 1.1 times that of a limit of 18."""
-BEGUN_WEIGHT = 2.0
-"""Weight of a second that the next turn of a session waits to enter, relative to new sessions. With
-1, more sessions take turns in memory than fit; with 3 and more, new sessions wait longest."""
+DUE_S, DUE_FACTOR = 20.0, 2.5
+"""Wait after which a request is due. With a smaller factor, later turns of overloaded agents wait
+more often; with a larger one, new sessions wait longer."""
 LEAST_WORTH = 1.2
 """Least gain in requests from keeping sessions in memory at which others are withheld. Agents that
 write code have 1.2 to 5, tau-bench 0.7, long chats 0.5, chats 0.25."""
@@ -486,8 +471,7 @@ FORGETTING = 0.999
 OPEN = "nothing is gained by withholding: oldest first"
 ENTERING = "one session enters at a time"
 LOST = "lost text is being repaid"
-TURN = "the oldest request has waited long enough"
-LATE = "the next turn of a session has waited long enough"
+DUE = "the oldest request has waited long enough"
 
 
 class SessionGate(AdmissionPolicy):
@@ -499,14 +483,17 @@ class SessionGate(AdmissionPolicy):
     load would leave if nothing were cached, and at ``FLOOR`` at least.
 
     - Debt below ``-CREDIT_S``: requests are admitted oldest first.
-    - Debt above it: resident sessions go first. Entering requests are admitted one prefill at a
-      time, the one that has waited longest first; the wait of a session that has begun counts
-      ``BEGUN_WEIGHT`` times.
-    - Positive debt: requests enter only if no resident session has an open request and they fit
-      next to the active sessions, or if nothing was computed for a while.
+    - Debt above it: resident sessions go first. Entering requests follow, one prefill at a time,
+      the oldest first. New sessions must fit next to the active ones.
+    - Positive debt: a request enters only if no resident session has an open request and it fits,
+      or if nothing was computed for a while.
 
-    The next turn of a session that has begun goes first after ``MOST_WAIT_S``, and the longest
-    wait after ``MAX_TURNS`` turns of others.
+    Bound of the wait. Let ``ahead`` be the seconds in which the prompts that wait when a request
+    arrives are computed, without their cached parts. ``DUE_S + DUE_FACTOR * ahead`` after its
+    arrival the request is *due*: it precedes all that arrived later. Then only prompts that waited
+    at its arrival are computed first, each once, which takes ``ahead``. So its wait is at most
+    ``DUE_S + (DUE_FACTOR + 1) * ahead``, and until running requests leave a place and memory.
+    ``Oldest`` computes the same prompts first. Tenants, pauses and later requests change nothing.
 
     The share of the memory that active sessions may fill is found by congestion control. Once per
     cycle of a pause and an answer, it falls by a tenth if a session's text was evicted, and grows
@@ -519,17 +506,18 @@ class SessionGate(AdmissionPolicy):
     lost to eviction, which is the cost of congestion, in place of hit rate and memory use.
     """
 
-    def __init__(
-        self, credit_s: float = CREDIT_S, floor: float = FLOOR, least_worth: float = LEAST_WORTH
-    ) -> None:
-        self._credit_s, self._floor, self._least_worth = credit_s, floor, least_worth
-        self._debt_s, self._debt_at_s = -credit_s, 0.0
+    def __init__(self) -> None:
+        self._debt_s, self._debt_at_s = -CREDIT_S, 0.0
         self._pace = 1.0
         """Share of the time in which the debt is repaid since ``_debt_at_s``."""
         self._asked: deque[tuple[float, int]] = deque(maxlen=NUM_ASKED)
         """(time, prompt tokens) of the last admissions."""
         self._squares, self._products = 0.0, 0.0
         """Sums over steps, discounted: tokens**2, and tokens * seconds."""
+        self._queued: dict[WaitingRequest, list[int]] = {}
+        """By waiting request that ``order`` has seen: its ``_own_len``, and the sum of those of
+        older requests admitted since."""
+        self._num_orders = 0
         self._lost: dict[WaitingRequest, None] = {}
         """Waiting requests that were found to enter; they are not examined again."""
         self._entered: dict[WaitingRequest, None] = {}
@@ -547,8 +535,6 @@ class SessionGate(AdmissionPolicy):
         """Share of the memory that live sessions may fill, and when it may change again."""
         self._left_s = 0.0
         """Time at which the last request was answered."""
-        self._num_turns = 0
-        """Admissions of resident sessions since the last entry, while requests were withheld."""
         self._num_withheld = 0
         self._reason = OPEN
 
@@ -564,87 +550,84 @@ class SessionGate(AdmissionPolicy):
 
     def _debt(self, now_s: float) -> float:
         """Return the seconds of repeated work that are not repaid at ``now_s``."""
-        return max(-self._credit_s, self._debt_s - self._pace * (now_s - self._debt_at_s))
+        return max(-CREDIT_S, self._debt_s - self._pace * (now_s - self._debt_at_s))
 
     @property
     def _worth(self) -> float:
         """Number of requests that are answered if sessions are kept in memory, relative to the
-        number if their prompts are repeated. ``least_worth`` if nothing is known.
+        number if their prompts are repeated. ``LEAST_WORTH`` if nothing is known.
 
         With n sessions in memory, one request of each is answered in every cycle of a pause and an
         answer; without, one request in the time of a whole prompt. Prompts that are computed during
         an answer do not count, or the number would stay low where sessions are not kept.
         """
         if not self._held_s:
-            return self._least_worth
+            return LEAST_WORTH
         return self._prompt_tokens * self._token_s / self._held_s
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         debt_s = self._debt(load.now_s)
         self.wakes_at_s, self._num_withheld = None, 0
-        if debt_s <= -self._credit_s or self._worth < self._least_worth:
-            self._num_turns = 0
+        if debt_s <= -CREDIT_S or self._worth < LEAST_WORTH:
             self._reason = OPEN
             return waiting
+        due: list[WaitingRequest] = []
         resident: list[WaitingRequest] = []
         entering: list[WaitingRequest] = []
+        wakes_at_s, num_ahead, factor_s = inf, 0, DUE_FACTOR * self._token_s
+        self._num_orders += 1
+        looked_at = waiting[self._num_orders % len(waiting)]
+        if looked_at in self._queued:  # One a step: prompts that share a head cost it once.
+            self._queued[looked_at][0] = self._own_len(looked_at, load)
         for request in waiting:
-            (entering if self._enters(request, load) else resident).append(request)
-        if not entering:
-            return waiting
+            lengths = self._queued.get(request)
+            if lengths is None:
+                lengths = self._queued[request] = [self._own_len(request, load), 0]
+            due_at_s = request.arrival_s + DUE_S + factor_s * (num_ahead + lengths[1])
+            num_ahead += lengths[0]
+            if due_at_s <= load.now_s:
+                due.append(request)
+            elif self._enters(request, load):
+                entering.append(request)
+                wakes_at_s = min(wakes_at_s, due_at_s)
+            else:
+                resident.append(request)
         self._num_withheld = len(entering)
-        running = [request for request in self._entered if request.is_running]
-        if any(request.is_prefilling for request in running):
-            self._reason = ENTERING
-            return resident
-
-        def weighted_wait_s(request: WaitingRequest) -> float:
-            weight = BEGUN_WEIGHT if request.session.num_requests > 1 else 1.0
-            return weight * (load.now_s - request.arrival_s)
-
-        first = max(entering, key=weighted_wait_s)
-        begun = (request for request in entering if request.session.num_requests > 1)
-        longest = min(begun, key=lambda request: request.arrival_s, default=None)
-        late_at_s = longest.arrival_s + MOST_WAIT_S if longest is not None else inf
-        if longest is not None and late_at_s <= load.now_s:
-            self._reason = LATE
-            return longest, *resident
-        if self._num_turns >= MAX_TURNS:
-            self._reason = TURN
-            return first, *resident
-        if debt_s <= 0:
-            self._reason = ENTERING
+        if not entering:
+            self._reason = DUE if due else OPEN
+            return *due, *resident
+        self.wakes_at_s, self._reason = wakes_at_s, DUE if due else ENTERING
+        if due or any(one.is_running and one.is_prefilling for one in self._entered):
+            return *due, *resident
+        first, room_at_s = entering[0], self._room_at_s(entering, load)
+        if debt_s <= 0 and (room_at_s <= load.now_s or first.session.num_requests > 1):
             return *resident, first
+        if not resident and self._entered.keys() >= set(load.running):
+            alone_s = max(self._pause_s, first.num_tokens * self._token_s)
+            room_at_s = min(room_at_s, self._left_s + alone_s)
+            if room_at_s <= load.now_s:
+                return (first,)
         self._reason = LOST
-        self.wakes_at_s = min(late_at_s, load.now_s + debt_s / self._pace)
-        if resident:
-            return resident
-        if len(running) != len(load.running):
-            return ()
-        enters_at_s = load.now_s
-        if not self._has_room(first, entering, load):
-            enters_at_s = self._left_s + max(self._pause_s, first.num_tokens * self._token_s)
-        if enters_at_s <= load.now_s:
-            self._reason = ENTERING
-            return (first,)
-        self.wakes_at_s = min(self.wakes_at_s, enters_at_s)
-        return ()
+        times_s = wakes_at_s, room_at_s, load.now_s + debt_s / self._pace
+        self.wakes_at_s = min(time_s for time_s in times_s if time_s > load.now_s)
+        return resident
 
-    def _has_room(
-        self, first: WaitingRequest, entering: Sequence[WaitingRequest], load: Load
-    ) -> bool:
-        """Return whether ``first`` fits next to recently active resident sessions. O(sessions)."""
+    def _room_at_s(self, entering: Sequence[WaitingRequest], load: Load) -> float:
+        """Return the time at which the first of ``entering`` fits next to recently active resident
+        sessions, if no request arrives. O(sessions)."""
         outside = {request.session for request in entering}
-        taken = 0.0
-        for session in load.open_sessions:
-            if session not in outside:
-                taken += load.footprint(session)
-        since_s = load.now_s - ACTIVE_PAUSES * self._pause_s
+        own = load.footprint(entering[0].session)
+        taken = sum(load.footprint(one) for one in load.open_sessions if one not in outside)
+        if taken and taken + own > self._limit:
+            return inf
         for session in reversed(tuple(load.idle_sessions)):
-            if taken > self._limit or session.idle_since_s < since_s:
+            leaves_at_s = session.idle_since_s + ACTIVE_PAUSES * self._pause_s
+            if leaves_at_s <= load.now_s:
                 break
             taken += load.footprint(session)
-        return not taken or taken + load.footprint(first.session) <= self._limit
+            if taken + own > self._limit:
+                return leaves_at_s
+        return load.now_s
 
     def _move_limit(self, now_s: float, factor: float, step: float) -> None:
         """Change the share of the memory that sessions may fill, once per cycle."""
@@ -657,6 +640,10 @@ class SessionGate(AdmissionPolicy):
         if session.num_requests > 1 and session.num_open <= 1 and not session.num_admitted:
             pause_s = min(MAX_PAUSE_S, max(0.0, request.arrival_s - session.idle_since_s))
             self._pause_s = _averaged(self._pause_s, pause_s)
+
+    def _own_len(self, request: WaitingRequest, load: Load) -> int:
+        """Return the number of tokens to compute; 0 for a further choice."""
+        return 0 if request.session.num_open > 1 else request.num_tokens - load.cached_len(request)
 
     def _enters(self, request: WaitingRequest, load: Load) -> bool:
         """Return whether ``request`` begins a session, or most of its session's text is lost."""
@@ -672,39 +659,37 @@ class SessionGate(AdmissionPolicy):
 
     def admitted(self, request: WaitingRequest, load: Load) -> None:
         self._lost.pop(request, None)
+        own_len, _ = self._queued.pop(request, (0, 0))
+        for other, lengths in self._queued.items():
+            lengths[1] += own_len * (other.arrival > request.arrival)
         session, now_s = request.session, load.now_s
         if request.num_preemptions:
             return
         if session.num_admitted:
             if any(other.session is session for other in self._entered):
                 self._entered[request] = None
-            elif self._num_withheld:
-                self._num_turns += 1
             return
         is_new = session.num_requests == 1
         lost_len = 0 if is_new else min(_lost_len(session, request.cached_len), request.lost_len)
         debt_s = self._debt(now_s)
-        if lost_len and self._worth >= self._least_worth:
+        if lost_len and self._worth >= LEAST_WORTH:
             debt_s += lost_len * self._token_s
         self._asked.append((now_s, request.num_tokens))
         self._admitted_at_s[request] = now_s, self._prompts_s
-        own = request.num_tokens - session.shared_len
-        self._prompt_tokens = _averaged(self._prompt_tokens, own)
+        prompt_tokens = request.num_tokens - session.shared_len
+        self._prompt_tokens = _averaged(self._prompt_tokens, prompt_tokens)
         self._debt_s, self._debt_at_s = debt_s, now_s
         span_s = now_s - self._asked[0][0]
         num_tokens = sum(count for _, count in self._asked)
         # Share of the time that the last prompts would take if nothing were cached.
         demand = num_tokens * self._token_s / span_s if span_s > 0 else 0.0
-        self._pace = max(self._floor, 1 - demand)
+        self._pace = max(FLOOR, 1 - demand)
         if is_new or _is_most(lost_len, session):
             self._entered[request] = None
-            self._num_turns = 0
         if _is_most(lost_len, session) and lost_len:
             self._move_limit(now_s, DECREASE, 0.0)
         elif not is_new:
             self._move_limit(now_s, 1.0, INCREASE)
-        if self._num_withheld and request not in self._entered:
-            self._num_turns += 1
 
     def left(self, request: WaitingRequest, load: Load) -> None:
         self._left_s = load.now_s
@@ -715,6 +700,7 @@ class SessionGate(AdmissionPolicy):
             quiet_s = max(0.0, answer_s - (self._prompts_s - prompts_s))
             held_s = load.footprint(request.session) * (quiet_s + self._pause_s)
             self._held_s = _averaged(self._held_s, held_s)
+        self._queued.pop(request, None)
         self._lost.pop(request, None)
         self._entered.pop(request, None)
 

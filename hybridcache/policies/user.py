@@ -11,7 +11,7 @@ import copy
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -291,27 +291,39 @@ class GuardedPlacement(Guard, PlacementPolicy):
 
 
 class GuardedAdmission(Guard, AdmissionPolicy):
-    """A user's admission policy. Refuses requests that do not wait, and repeated requests."""
+    """A user's admission policy. Refuses requests that do not wait, and repeated requests.
+
+    A failure of ``arrived`` refuses the request. The first one of another method is raised by
+    ``order``, and the base class takes the place of the policy.
+    """
 
     arrived = _called("arrived")
-    admitted = _called("admitted")
-    computed = _called("computed")
-    left = _called("left")
-    report = _called("report")
+    admitted = _noted("admitted")
+    computed = _noted("computed")
+    left = _noted("left")
+    _reason: Mapping[str, str] = {}
 
-    @property
-    def wakes_at_s(self) -> float | None:  # type: ignore[override]
-        at: float | None = self._policy.wakes_at_s
-        return at
+    def report(self) -> Mapping[str, float | str]:
+        try:
+            return {**self._reason, **self.call("report", lambda policy: dict(policy.report()))}
+        except PolicyError as error:
+            return {"reason": str(error)}
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
         def order(policy: AdmissionPolicy) -> list[WaitingRequest]:
             ordered = list(islice(policy.order(waiting, load), len(waiting) + 1))
             if len({id(one) for one in ordered} & {id(one) for one in waiting}) < len(ordered):
                 raise ValueError("return waiting requests, each at most once")
+            self.wakes_at_s = None if policy.wakes_at_s is None else float(policy.wakes_at_s)
             return ordered
 
-        found: list[WaitingRequest] = self.call("order", order)
+        try:
+            raise_failure(self.failure)
+            found: list[WaitingRequest] = self.call("order", order)
+        except PolicyError as error:
+            self._policy, self.failure, self.wakes_at_s = AdmissionPolicy(), None, None
+            self._reason = {"reason": f"oldest first, because a policy failed: {error}"}
+            raise
         return found
 
 

@@ -258,7 +258,7 @@ class StepPlanner(Generic[R]):
         return bool(self._waiting or self._running)
 
     def add(self, request: R) -> None:
-        """Add ``request`` to the waiting requests.
+        """Add ``request`` to the waiting requests, unless the policy raises.
 
         Raises ValueError if a waiting or running request has the same ``arrival``, or if the
         request can be longer than ``manager.memory.max_request_len``, so that it would never end.
@@ -284,8 +284,12 @@ class StepPlanner(Generic[R]):
             boundaries=request.spec.boundaries.positions,
             choice_of=request.spec.choice_of,
         )
+        try:
+            self.admission.arrived(request, self._load)
+        except BaseException:  # a user's policy can raise anything
+            self.sessions.left(request.session, request.num_tokens, self._load.now_s)
+            raise
         insort(self._waiting, request, key=_age)
-        self.admission.arrived(request, self._load)
 
     def restart(self, requests: Iterable[R], admission: AdmissionPolicy) -> None:
         """Begin again with an empty cache, and with ``requests`` as if they arrived now.
@@ -553,6 +557,7 @@ class StepPlanner(Generic[R]):
         lease, _ = request.claims
         session, is_first, losses = request.session, request.scheduled_s is None, lease.losses
         forgotten = session.known_len - (lease.prompt_len - losses.never_seen)
+        forgotten *= self._sharing is not None  # Else nothing is kept, so nothing is evicted.
         request.lost_len = losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
         if is_first:
             now_s, cached_len = self._load.now_s, lease.cached_len

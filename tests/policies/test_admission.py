@@ -7,14 +7,22 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import Engine, SamplingParams, engine_config
+from experiments.studies.admission import LinearSteps
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.units import GIB
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.closed_loop import LoopRun, Turn
 from hybridcache.policies.admission import (
+    DUE_FACTOR,
+    DUE_S,
     FLOOR,
     LOOK_AHEAD,
-    MOST_WAIT_S,
     TOKENS_A_PASS,
     AdmissionPolicy,
     Load,
@@ -22,7 +30,11 @@ from hybridcache.policies.admission import (
     SessionGate,
     WaitingRequest,
 )
+from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import make_admission
+from tests.oracle import OracleRunner, OracleSampler
+
+SHORT = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 
 @dataclass(eq=False)
@@ -156,21 +168,20 @@ def test_other_sessions_enter_one_by_one_after_the_debt_is_repaid() -> None:
     policy, load = make_admission("sessions"), FakeLoad(running=[None])
     congest(policy, load)
     requests = waiting([0, 1000, 0, 600])  # the prefixes of 0 and 2 were evicted
-    requests[2].arrival_s = 1e6  # before that of request 0
     assert arrivals(policy.order(requests, load)) == [1, 3]
     wakes_at_s = policy.wakes_at_s
     assert wakes_at_s is not None and wakes_at_s > load.now_s
     load.now_s = wakes_at_s - 1e-3
     assert arrivals(policy.order(requests, load)) == [1, 3]
     load.now_s = wakes_at_s + 1e-6
-    assert arrivals(policy.order(requests, load)) == [1, 3, 2]
-    entering = requests.pop(2)
+    assert arrivals(policy.order(requests, load)) == [1, 3, 0]
+    entering = requests.pop(0)
     entering.is_running = True
     policy.admitted(entering, load)
     assert arrivals(policy.order(requests, load)) == [1, 3], "two prefills entered at the same time"
     entering.is_prefilling = False
     load.now_s += 1000 / FLOOR
-    assert arrivals(policy.order(requests, load)) == [0, 1, 3], (
+    assert arrivals(policy.order(requests, load)) == [1, 2, 3], (
         "the debt is repaid, but the order is not oldest first"
     )
 
@@ -196,28 +207,51 @@ def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
     assert (float(policy.report()["worth"]) > 1) == withholds
 
 
-def test_the_next_turn_of_a_session_waits_a_bounded_time() -> None:
+def test_a_due_request_precedes_all_that_arrived_after_it() -> None:
     """The debt stays high, and resident sessions always have another request."""
     policy, load = make_admission("sessions"), FakeLoad(running=[None])
     congest(policy, load, lost=10**9)
-    begun_s = load.now_s
-    new = FakeRequest(0, session(0, num_requests=1), arrival_s=begun_s)
-    later, lost, resident = (
-        FakeRequest(number, session(number), cached=cached, arrival_s=begun_s + wait_s)
-        for number, cached, wait_s in ((1, 0, 1.0), (2, 0, 0.0), (3, 1000, 0.0))
+    begun_s, token_s = load.now_s, 1 / 8000
+    new = FakeRequest(0, session(0, num_requests=1), 16_000, arrival_s=begun_s)
+    lost = FakeRequest(1, session(1), 8000, arrival_s=begun_s)
+    resident, younger = (
+        FakeRequest(number, session(number), cached=1000, arrival_s=begun_s + number)
+        for number in (2, 3)
     )
-    queue = [new, later, lost, resident]
-    load.now_s = begun_s + MOST_WAIT_S - 0.1
+    queue = [new, lost, resident]
+    assert arrivals(policy.order(queue, load)) == [2]
+    assert policy.wakes_at_s == pytest.approx(begun_s + DUE_S)
+    load.now_s = begun_s + DUE_S  # Nothing waited at the arrival of request 0.
+    assert arrivals(policy.order([*queue, younger], load)) == [0, 2, 3]
+    new.is_running = True
+    policy.admitted(new, load)
+    # Request 1 still counts it: the wait does not end sooner because the queue is served.
+    due_s = begun_s + DUE_S + DUE_FACTOR * 16_000 * token_s
+    queue = [lost, younger]
+    load.now_s = due_s - 0.1
+    younger.arrival_s = due_s
     assert arrivals(policy.order(queue, load)) == [3]
-    assert policy.wakes_at_s == pytest.approx(begun_s + MOST_WAIT_S)
-    load.now_s = begun_s + MOST_WAIT_S
-    assert arrivals(policy.order(queue, load)) == [2, 3]
-    lost.is_running = True
-    policy.admitted(lost, load)
-    assert arrivals(policy.order([new, later, resident], load)) == [3], "one prefill at a time"
-    lost.is_prefilling = False
-    load.now_s += 1.0
-    assert arrivals(policy.order([new, later, resident], load)) == [1, 3]
+    load.now_s = due_s + 1e-6
+    assert arrivals(policy.order(queue, load)) == [1, 3]
+    late = FakeRequest(4, session(4), cached=1000, arrival_s=begun_s)
+    load.now_s = begun_s + 1e4
+    assert arrivals(policy.order([lost, younger, late], load)) == [1, 3, 4], "turns wait as well"
+
+
+def test_prompts_that_share_a_head_delay_others_by_it_once() -> None:
+    """A hundred prompts with one long head wait; the head is computed after they arrived."""
+    policy, load = make_admission("sessions"), FakeLoad(running=[None])
+    congest(policy, load, lost=10**9)
+    begun_s = load.now_s
+    heads = [FakeRequest(n, session(n, 1), 100_000, arrival_s=begun_s) for n in range(100)]
+    last = FakeRequest(100, session(100, 1), arrival_s=begun_s)
+    policy.order([*heads, last], load)
+    for request in heads:
+        request.cached = 99_900
+    for _ in range(101):
+        policy.order([*heads, last], load)
+    load.now_s = begun_s + DUE_S + DUE_FACTOR * 100 * 100 / 8000 + 1e-6
+    assert last in policy.order([*heads, last], load)
 
 
 def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:
@@ -233,6 +267,158 @@ def test_further_choices_of_an_admitted_prompt_are_not_withheld() -> None:
         policy.admitted(choices[1], load)
         assert policy.report()["debt_s"] == debt
         assert choices[1] in policy._entered, "a running choice is no resident session"
+
+
+# --- Fairness on the simulated clock --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Endless conversations of ``num_tenants`` tenants, and new ones that arrive next to them."""
+
+    num_conversations: int
+    num_tenants: int
+    pauses_s: tuple[float, ...] = (0.0,)
+    """Pauses before later turns; conversation n has the one of its tenant."""
+    is_new: bool = False
+    """True if each turn begins another conversation."""
+    start_s: float = 60.0
+    """Arrival of the first of ``NUM_NEW`` new conversations."""
+
+    def turns(self, number: int) -> Sequence[Turn]:
+        """Return the turns of a conversation, of up to 1,500 tokens."""
+        tenant = number % self.num_tenants
+        pause_s = self.pauses_s[tenant % len(self.pauses_s)]
+        text = np.random.default_rng(number).integers(0, 50_000, 2000, np.int32)
+        return Turns(text, pause_s, f"tenant {tenant}", self.is_new)
+
+
+@dataclass(frozen=True)
+class Turns(Sequence[Turn]):
+    text: np.ndarray
+    pause_s: float
+    tenant: str
+    is_new: bool
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, turn: Any) -> Turn:
+        prompt_len = 600 + 10 * (turn % 90)
+        text = self.text[: prompt_len + 2]
+        if self.is_new:
+            text = text + np.int32(turn)
+        return Turn(text, prompt_len, self.pause_s, self.tenant, PromptBoundaries(), "", "request")
+
+
+NUM_NEW = 3
+CROWDS = {
+    "16 of one tenant": Crowd(16, 1),
+    "16 of two, one pauses": Crowd(16, 2, (0.0, 5.0)),
+    "40 that begin again": Crowd(40, 2, is_new=True),
+    "40 of two": Crowd(40, 2),
+    "100 of one": Crowd(100, 1, start_s=200.0),
+    "100 of two, one pauses": Crowd(100, 2, (0.0, 5.0), start_s=200.0),
+    "100 of eight that pause long": Crowd(100, 8, (10.0,)),
+    "100 that begin again": Crowd(100, 2, (0.0, 5.0), is_new=True, start_s=200.0),
+    "400 of two that pause": Crowd(400, 2, (3.0,), start_s=500.0),
+    "400 of eight with four pauses": Crowd(400, 8, (0.0, 3.0, 10.0, 40.0), start_s=500.0),
+}
+
+
+class StopsWhenServed(LoopRun):
+    """Run in which no further turn comes once all new conversations, the last ones, are served."""
+
+    def _go_on(self, number: int, request: Any) -> None:
+        num_old = len(self.sessions) - NUM_NEW
+        if sum(one.place >= num_old for one in self.answered) < NUM_NEW:
+            super()._go_on(number, request)
+
+
+def serve_crowd(crowd: Crowd, admission: str) -> tuple[list[float], LoopRun]:
+    """Return the waits of the new conversations for their first token, and the run."""
+    tenant = f"tenant {crowd.num_tenants - 1}"
+    new = [
+        [Turns(np.full(2000, 50_000 + n, np.int32), 0.0, tenant, False)[0]] for n in range(NUM_NEW)
+    ]
+    geometry = ModelGeometry.preset("qwen3-next")
+    cell = Scenario(
+        "crowd",
+        model=geometry,
+        gib=30_000 * geometry.kv_bytes_per_token / GIB,
+        policy="survival",
+        checkpoints="adaptive",
+        times=LinearSteps(step_s=0.01, prefill_token_s=0.001, decode_token_s=0.0),
+        rate=1.0,
+        seeds=(1,),
+        max_running=4,
+        token_budget=256,
+        admission=admission,
+    )
+    run = StopsWhenServed(cell, [*map(crowd.turns, range(crowd.num_conversations)), *new])
+    run.events.clear()
+    for number in range(crowd.num_conversations + NUM_NEW):
+        late = number - crowd.num_conversations
+        run._push(0.01 * number if late < 0 else crowd.start_s * (1 + late / 2), number)
+    run.run()
+    return [
+        one.first_token_s - one.arrival_s
+        for one in run.answered
+        if one.place >= crowd.num_conversations and one.first_token_s is not None
+    ], run
+
+
+@pytest.mark.full("16 of one tenant", "16 of two, one pauses", "40 that begin again")
+@pytest.mark.parametrize("crowd", CROWDS.values(), ids=CROWDS)
+def test_a_new_conversation_waits_at_most_4_times_as_long_as_oldest_first(crowd: Crowd) -> None:
+    oldest_s, _ = serve_crowd(crowd, "oldest")
+    waits_s, run = serve_crowd(crowd, "sessions")
+    assert len(waits_s) == len(oldest_s) == NUM_NEW
+    bounds_s = [4 * wait_s + 30 for wait_s in oldest_s]
+    assert all(wait_s <= at_most for wait_s, at_most in zip(waits_s, bounds_s, strict=True)), (
+        f"{waits_s} s, more than {bounds_s} s"
+    )
+    later = [one for one in run.answered if one.turn]
+    longest_s = max(one.first_token_s - one.arrival_s for one in later if one.first_token_s)
+    assert longest_s <= max(bounds_s) + 30, "later turns wait without limit"
+
+
+def serve_without_cache(admission: str, num_streams: int) -> dict[str, tuple[float, float]]:
+    """Return the times of the first and last token of each request of conversations that go on for
+    20 s, in an engine on the simulated clock: 6 ms a step, 8,000 prompt tokens a second."""
+    now_s, runner = [0.0], OracleRunner(20_000, 40, vocab_size=300, max_model_len=2000)
+    config = engine_config(
+        prefix_cache="none", admission=admission, max_running=32, token_budget=2048
+    )
+    engine = Engine(config, runner=runner, sampler=OracleSampler(300), clock=lambda: now_s[0])
+    texts = {
+        n: np.random.default_rng(n).integers(0, 300, 120, np.int32) for n in range(num_streams)
+    }
+    first_s: dict[str, float] = {}
+    last_s: dict[str, float] = {}
+    streams = {engine.submit(text, SHORT, request_id=f"{n}-0"): n for n, text in texts.items()}
+    while now_s[0] < 20:
+        num_before = runner.num_tokens_computed
+        outputs = engine.step()
+        now_s[0] += 0.006 + (runner.num_tokens_computed - num_before) / 8000
+        for output in outputs:
+            first_s.setdefault(output.request_id, now_s[0])
+            if output.is_finished:
+                last_s[output.request_id] = now_s[0]
+                number = streams.pop(output.request_id)
+                turn = int(output.request_id.partition("-")[2]) + 1
+                texts[number] = np.concatenate((texts[number], output.token_ids)).astype(np.int32)
+                streams[engine.submit(texts[number], SHORT, request_id=f"{number}-{turn}")] = number
+    engine.close()
+    return {name: (first_s[name], end_s) for name, end_s in last_s.items()}
+
+
+@pytest.mark.full("16")
+@pytest.mark.parametrize("num_streams", [16, 64])
+def test_without_a_prefix_cache_sessions_admits_as_oldest_does(num_streams: int) -> None:
+    """A cache that stores nothing evicts nothing, so no turn can lose its text."""
+    found = serve_without_cache("sessions", num_streams)
+    assert found == serve_without_cache("oldest", num_streams) and len(found) > 5 * num_streams
 
 
 # --- Custom policies ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import ClassVar
 
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams, engine_config
 from hybridcache.lab.cli import main
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
+from hybridcache.policies.admission import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
 from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
@@ -30,6 +31,7 @@ import random
 from typing import NamedTuple
 
 from hybridcache.policies.protocol import EvictionPolicy, Placed, PlacementPolicy
+from hybridcache.policies.admission import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 
 
@@ -298,3 +300,85 @@ def test_a_policy_that_never_gives_a_victim_ends_with_one_sentence(
     """Memory is never freed, so requests would wait for ever."""
     with pytest.raises(PolicyError, match=r"Stingy.* victim returned None for "):
         run()
+
+
+# --- Admission policies that raise ----------------------------------------------------------------
+
+
+class Raises(AdmissionPolicy):
+    """Oldest first. The ``number``-th call of one method raises, or each later call too."""
+
+    def __init__(self, method: str, number: int = 3, again: bool = False) -> None:
+        self.method, self.again, self.num_left = method, again, number
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Sequence[WaitingRequest]:
+        self.fail("order")
+        return waiting
+
+    def arrived(self, request: WaitingRequest, load: Load) -> None:
+        self.fail("arrived")
+
+    def admitted(self, request: WaitingRequest, load: Load) -> None:
+        self.fail("admitted")
+
+    def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
+        self.fail("computed")
+
+    def left(self, request: WaitingRequest, load: Load) -> None:
+        self.fail("left")
+
+    def report(self) -> dict[str, float | str]:
+        self.fail("report")
+        return {}
+
+    def fail(self, method: str) -> None:
+        if method == self.method:
+            self.num_left -= 1
+            if not self.num_left or (self.again and self.num_left < 0):
+                raise ZeroDivisionError("no reason")
+
+
+RAISING = [
+    f"{__name__}:Raises({method!r}, again={again})"
+    for method in ("arrived", "order", "admitted", "computed", "left", "report")
+    for again in (False, True)
+]
+
+
+@pytest.mark.parametrize("policy", RAISING)
+def test_a_request_is_refused_or_served_if_an_admission_policy_raises(policy: str) -> None:
+    config = engine_config(admission=policy, max_running=2, check=True)
+    engine = Engine(config, runner=OracleRunner(2000, 8), sampler=OracleSampler())
+    refused, served, num_failed = [], [], 0
+    for number in range(8):
+        try:
+            request_id = str(number)
+            prompt = list(range(number, number + 40))
+            engine.submit(prompt, SamplingParams(max_tokens=3), request_id=request_id)
+        except PolicyError as error:
+            assert "Raises" in str(error) and "raised ZeroDivisionError: no reason" in str(error)
+            refused.append(request_id)
+    while engine.has_work():
+        try:
+            served += [one.request_id for one in engine.step() if one.is_finished]
+        except PolicyError as error:
+            num_failed += 1
+            assert "raised ZeroDivisionError: no reason" in str(error)
+    assert sorted(refused + served) == [str(number) for number in range(8)]
+    refuses = "arrived" in policy
+    assert len(refused) == (refuses and (6 if "True" in policy else 1))
+    assert num_failed == (not refuses and "report" not in policy), "the failure is told once"
+    for _ in range(3):
+        queue = engine.report().queue
+    if num_failed:
+        assert str(queue.figures["reason"]).startswith("oldest first, because a policy failed: ")
+    if not refuses:
+        assert len(engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3))[0].token_ids) == 3
+    engine.check()
+    engine.close()
+
+
+def test_a_simulation_ends_with_the_failure_of_its_admission_policy() -> None:
+    for method in ("arrived", "admitted"):
+        with pytest.raises(PolicyError, match="raised ZeroDivisionError: no reason"):
+            closed_loop("chat?head=40", gib=1, rate=1, admission=partial(Raises, method))

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -279,6 +280,26 @@ def test_client_can_end_its_session(
     assert "engine_waiting_sessions 0.0" in metrics
     assert 'engine_admission{figure="debt_s"} -5.0' in metrics
     assert 'policy="sessions",reason="nothing is gained by withholding: oldest first"' in metrics
+
+
+@pytest.mark.parametrize("method", ["arrived", "order", "left"])
+def test_server_outlives_an_admission_policy_that_raises(
+    serve_oracle: Callable[..., Live], method: str
+) -> None:
+    """Each request is answered once: with its text, or with an error if the policy raised."""
+    live = serve_oracle(admission=f"tests.policies.test_user:Raises({method!r})", max_running=2)
+    body = bodies("hello", 4)["/v1/completions"]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: live.post("/v1/completions", body), range(8)))
+    statuses = [answer.status_code for answer in found]
+    assert set(statuses) <= {200, 500} and statuses.count(500) <= 2, statuses
+    if method == "arrived":
+        assert statuses.count(500) == 1
+        [refused] = [answer.text for answer in found if answer.status_code == 500]
+        assert "the admission policy failed" in refused
+    assert live.post("/v1/completions", body).status_code == 200
+    assert live.get("/metrics").status_code == 200
+    live.check_conserved()
 
 
 def _answer_lines(caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
