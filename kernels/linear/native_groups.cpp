@@ -11,16 +11,18 @@
 // Weights are packed in panels of 16 outputs. A panel has, unit after unit, one 32-bit word of each
 // output, several times. Four words have the lower 4 bits of 8 codes each: byte b of word j has code
 // 4 j + b, and in its upper half code 16 + 4 j + b. Further words have the fifth bits (bit s of byte b
-// is that of code 4 s + b), or two bits more of 16 codes each. Codes of 8 bits fill eight words.
+// is that of code 4 s + b), or two bits more of 16 codes each (bits 2 s of byte b). Codes of 2 and 3 bits
+// have two words like the latter, and one with the third bits. Codes of 8 bits fill eight words.
 #include "../amx.h"
 
 #ifdef __AVX2__
 
 constexpr int64_t PANEL = 16;        // outputs
 constexpr int64_t UNIT = 32;         // columns
+constexpr int64_t AT_ONCE = 1024;    // rows that are quantised at a time
 constexpr int64_t BLOCK_ROWS = 24;   // rows that are kept in the cache, with their sums
+constexpr int64_t MOST_ROWS = 32;    // the same with tiles
 constexpr int64_t CHUNK = 32;        // units of a panel that are used for all of these rows
-constexpr int64_t MOST_ROWS = 32;    // the same for two tiles
 constexpr int64_t MANY_PANELS = 8;   // panels for which these rows are used, if there are many rows
 constexpr int64_t AHEAD = 4096;      // bytes of codes between a load and its prefetch
 
@@ -186,6 +188,10 @@ struct Codes {
         for (int64_t i = 0; i < WORDS; i++) _mm_prefetch((const char*)from + AHEAD + 64 * i, _MM_HINT_T0);
         if constexpr (BITS == 8) {
             for (int s = 0; s < 8; s++) codes[s] = R::numbers(R::load(from + 64 * s));
+        } else if constexpr (BITS < 4) {
+            for (int s = 0; s < 8; s++)
+                codes[s] = (Ints)((Shorts)R::load(from + s / 4 * 64) >> s % 4 * 2) & R::all(0x03030303);
+            if constexpr (BITS == 3) add_bits<R, 1, 2>(from + 128, codes);
         } else {
             Ints lower = R::all(0x0f0f0f0f);
             for (int s = 0; s < 4; s++) {
@@ -195,18 +201,20 @@ struct Codes {
             }
             if constexpr (TABLE)
                 for (int s = 0; s < 8; s++) codes[s] = R::look_up(table, codes[s]);
-            if constexpr (BITS == 5) {
-                Shorts more = (Shorts)R::load(from + 256);
-                for (int s = 0; s < 8; s++)
-                    codes[s] |= (Ints)(s < 4 ? more << (4 - s) : more >> (s - 4)) & R::all(0x10101010);
-            }
-            if constexpr (BITS == 6)
-                for (int s = 0; s < 8; s++) {
-                    Shorts more = (Shorts)R::load(from + 256 + s / 4 * 64);
-                    int place = s % 4 * 2;
-                    codes[s] |=
-                        (Ints)(place < 4 ? more << (4 - place) : more >> (place - 4)) & R::all(0x30303030);
-                }
+            if constexpr (BITS > 4) add_bits<R, BITS - 4, 4>(from + 256, codes);
+        }
+    }
+
+    // Adds COUNT bits of each code, from PLACE on. Byte b has those of the codes 4 s + b.
+    template <class R, int COUNT, int PLACE>
+    static void add_bits(const uint8_t* from, typename R::Ints* codes) {
+        typedef typename R::Ints Ints;
+        constexpr int PER_BYTE = 8 / COUNT;
+        Ints mask = R::all(((1 << COUNT) - 1) * 0x01010101 << PLACE);
+        for (int s = 0; s < 8; s++) {
+            auto more = (typename R::Shorts)R::load(from + s / PER_BYTE * 64);
+            int shift = s % PER_BYTE * COUNT - PLACE;
+            codes[s] |= (Ints)(shift < 0 ? more << -shift : more >> shift) & mask;
         }
     }
 };
@@ -223,13 +231,16 @@ EXPORT void pack_codes(
                 int64_t row = p * PANEL + o;
                 if (row < outputs) memcpy(own, rows + row * columns + u * UNIT, UNIT);
                 for (int s = 0; s < 8; s++) {
-                    uint32_t more = own[s] >> 4 & 0x0f0f0f0f;
+                    uint32_t lower = own[s] & (bits < 4 ? 0x03030303 : 0x0f0f0f0f), upper = own[s] ^ lower;
                     if (bits == 8)
                         made[s] = own[s];
+                    else if (bits < 4)
+                        made[s / 4] |= lower << s % 4 * 2;
                     else
-                        made[s % 4] |= (own[s] & 0x0f0f0f0f) << s / 4 * 4;
-                    if (bits == 5) made[4] |= more << s;
-                    if (bits == 6) made[4 + s / 4] |= more << s % 4 * 2;
+                        made[s % 4] |= lower << s / 4 * 4;
+                    if (bits == 3) made[2] |= upper >> 2 << s;
+                    if (bits == 5) made[4] |= upper >> 4 << s;
+                    if (bits == 6) made[4 + s / 4] |= upper >> 4 << s % 4 * 2;
                 }
                 for (int64_t i = 0; i < words; i++) to[i * PANEL + o] = made[i];
             }
@@ -341,8 +352,6 @@ static void multiply_rows(
 // Ways to multiply all rows with a panel, for some blocks. Sums are [rows, 16].
 template <class R>
 struct ByLanes {
-    typedef Arithmetic Region;
-
     template <class C, int FACTORS, bool MINIMA, bool ZEROS = false>
     static void multiply(
         const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t, int64_t begin,
@@ -439,31 +448,37 @@ static Chunk chunk_of(const PackedGroups& w) {
     typedef Codes<4, true> Table;
     typedef Codes<4, false> Four;
     typedef Codes<5, false> Five;
-    typedef Codes<6, false> Six;
     typedef Codes<8, false> Eight;
     int64_t factors = w.factors ? w.halves : 0;
     bool minima = w.minimum != nullptr, zeros = w.zeros != nullptr;
-    if (w.table) return factors ? Way::template multiply<Table, 1, false> : Way::template multiply<Table, 0, false>;
+    if (w.table)
+        return factors ? Way::template multiply<Table, 1, false>
+                       : Way::template multiply<Table, 0, false>;
     switch (w.bits) {
-        case 8: return zeros ? Way::template multiply<Eight, 0, false, true> : Way::template multiply<Eight, 0, false>;
-        case 6: return Way::template multiply<Six, 2, false>;
+        case 2: return Way::template multiply<Codes<2, false>, 2, true>;
+        case 3: return Way::template multiply<Codes<3, false>, 2, false>;
         case 5:
-            if (factors) return Way::template multiply<Five, 1, true>;
-            return minima ? Way::template multiply<Five, 0, true> : Way::template multiply<Five, 0, false>;
+            return factors ? Way::template multiply<Five, 1, true>
+                : minima   ? Way::template multiply<Five, 0, true>
+                           : Way::template multiply<Five, 0, false>;
+        case 6: return Way::template multiply<Codes<6, false>, 2, false>;
+        case 8:
+            return zeros ? Way::template multiply<Eight, 0, false, true>
+                         : Way::template multiply<Eight, 0, false>;
     }
-    if (factors == 2) return minima ? Way::template multiply<Four, 2, true> : Way::template multiply<Four, 2, false>;
-    if (factors) return Way::template multiply<Four, 1, true>;
-    if (minima) return Way::template multiply<Four, 0, true>;
-    return zeros ? Way::template multiply<Four, 0, false, true> : Way::template multiply<Four, 0, false>;
+    return factors ? Way::template multiply<Four, 1, true>
+        : minima   ? Way::template multiply<Four, 0, true>
+        : zeros    ? Way::template multiply<Four, 0, false, true>
+                   : Way::template multiply<Four, 0, false>;
 }
 
 // --- Activations -----------------------------------------------------------------------------------------
 
 constexpr float MIN_LARGEST = 1e-30f;  // as in groups.py
 
-// The values of groups.quantize_units. zero: code of the weight 0, or -1 if outputs have zeros.
+// The values of groups.quantize_units. starts are sums of x times `factor`.
 template <class T>
-static void quantize_unit(const T* x, int64_t count, int64_t zero, Unit* to) {
+static void quantize_unit(const T* x, int64_t count, int32_t factor, Unit* to) {
     alignas(64) float wide[UNIT];
     for (int64_t i = 0; i < UNIT; i += LANES)
         store(wide + i, count > i ? load_part(x + i, count - i) : Lanes{});
@@ -489,28 +504,31 @@ static void quantize_unit(const T* x, int64_t count, int64_t zero, Unit* to) {
     to->step = largest / 127.0f;
     for (int h = 0; h < 2; h++) {
         int32_t sum = h ? _mm256_extract_epi32(sums, 4) : _mm256_extract_epi32(sums, 0);
-        to->starts[h] = zero < 0 ? sum : int32_t(-zero) * sum;
+        to->starts[h] = factor * sum;
         to->sums[h] = to->step * float(sum);
     }
     to->sum = to->sums[0] + to->sums[1];
 }
 
+// At most AT_ONCE rows.
 template <class R, class Way, class T>
-static void multiply_groups(
+static void multiply_some(
     const T* x, int64_t stride, int64_t rows, const PackedGroups& w, const T* bias, T* y, int threads) {
     constexpr bool IS_TILED = !std::is_same_v<Way, ByLanes<R>>;
     if (IS_TILED && rows < 8)
-        return multiply_groups<R, ByLanes<R>>(x, stride, rows, w, bias, y, threads);
+        return multiply_some<R, ByLanes<R>>(x, stride, rows, w, bias, y, threads);
     int64_t tiles = (rows + TILE_SIZE - 1) / TILE_SIZE;
     int64_t tile_rows = IS_TILED ? (rows + tiles - 1) / tiles : 1;
     static thread_local std::vector<Unit> memory;
     memory.resize((IS_TILED ? tiles * tile_rows : rows) * w.stride());
     Unit* units = memory.data();
-    // HalfLanes subtracts its bias from signed codes.
-    int64_t zero = w.zeros ? -1 : w.table ? 128 - R::BIAS : w.bits == 8 ? w.zero - R::BIAS : w.zero;
+    bool is_signed = w.table || w.bits == 8;  // with HalfLanes, which subtract their bias
+    int64_t zero = (w.table ? 128 : w.zero) - (is_signed ? R::BIAS : 0);
+    int32_t factor = w.zeros ? 1 : int32_t(-zero);
     for_each(rows, threads_for(rows * w.columns, threads), [&](int64_t r) {
-        for (int64_t u = 0; u < w.units; u++)
-            quantize_unit(x + r * stride + u * UNIT, w.columns - u * UNIT, zero, units + r * w.stride() + u);
+        const T* row = x + r * stride;
+        for (int64_t u = 0; u < w.units; u++, row += UNIT)
+            quantize_unit(row, w.columns - u * UNIT, factor, units + r * w.stride() + u);
     });
     Chunk chunk = chunk_of<Way>(w);
     bool are_many = rows >= BLOCK_ROWS || IS_TILED;
@@ -540,9 +558,19 @@ static void multiply_groups(
     int64_t items = (panels + together - 1) / together;
     int used = threads_for(panels * w.units * (16 + 10 * rows), threads);
     if constexpr (IS_TILED)
-        for_each<typename Way::Region>(items, used, work, tile_rows, w.factors && w.halves == 2 ? 4 : 8);
+        for_each<typename Way::Region>(
+            items, used, work, tile_rows, int64_t(w.factors && w.halves == 2 ? 4 : 8));
     else
         for_each(items, used, work);
+}
+
+template <class R, class Way, class T>
+static void multiply_groups(
+    const T* x, int64_t stride, int64_t rows, const PackedGroups& w, const T* bias, T* y, int threads) {
+    for (int64_t r = 0; r < rows; r += AT_ONCE) {
+        int64_t count = rows - r < AT_ONCE ? rows - r : AT_ONCE;
+        multiply_some<R, Way>(x + r * stride, stride, count, w, bias, y + r * w.outputs, threads);
+    }
 }
 
 #define LINEAR_GROUPS(NAME, T, ...)                                                                \
