@@ -186,7 +186,11 @@ def test_columns_and_rows_can_be_cut_out() -> None:
     whole = matrix.widened(torch.float32)
     assert format.unit == 64
     assert torch.equal(matrix.columns(64, 192).widened(torch.float32), whole[:, 64:192])
-    assert torch.equal(matrix.split([5, 7])[1].widened(torch.float32), whole[5:])
+    rows = matrix.split([5, 7])[1]
+    assert torch.equal(rows.widened(torch.float32), whole[5:])
+    x = torch.randn(3, 256)[:, 64:192]
+    product = rows.columns(64, 192).format.product(native, rows.columns(64, 192), None, x.dtype)
+    assert_close(product(x), x @ whole[5:, 64:192].T, factor=1000)
 
 
 @BY_FORMAT
