@@ -1,8 +1,8 @@
 // Products of tiles: eight registers of at most 16 rows of 64 bytes, as AMX has them, and the same
 // operations in plain C++, so that the code above them is tested on every processor.
 //
-// Registers 0 to 3 are sums [M, 16], 4 and 5 rows of x [M, 16 words], 6 and 7 weights [16 words, 16].
-// A word is two bfloat16 or four int8. M, at most 16, is set when the registers are configured.
+// Registers 0 to 3 are sums [M, 16], 4 and 5 rows of x [M, K words], 6 and 7 weights [K words, 16].
+// A word is two bfloat16 or four int8. M and K, at most 16, are set when the registers are configured.
 #pragma once
 
 #include "native.h"
@@ -15,10 +15,10 @@ struct alignas(64) TileLayout {
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
 
-    explicit TileLayout(int64_t sum_rows) {
+    explicit TileLayout(int64_t sum_rows, int64_t words) {
         for (int t = 0; t < 8; t++) {
-            row_bytes[t] = 4 * TILE_SIZE;
-            rows[t] = t < 6 ? uint8_t(sum_rows) : TILE_SIZE;
+            row_bytes[t] = 4 * (t == 4 || t == 5 ? words : TILE_SIZE);
+            rows[t] = uint8_t(t < 6 ? sum_rows : words);
         }
     }
 };
@@ -29,7 +29,7 @@ static_assert(sizeof(TileLayout) == 64, "the size that LDTILECFG reads");
 // to the register. Subnormal numbers are 0, in a region of `for_each`.
 struct PlainTiles {
     struct Registers {
-        uint8_t rows[8];
+        uint8_t rows[8], row_bytes[8];
         int32_t words[8][TILE_SIZE][TILE_SIZE];
     };
 
@@ -40,9 +40,10 @@ struct PlainTiles {
 
     static void configure(const TileLayout& layout) {
         for (int t = 0; t < 8; t++) {
-            if (layout.palette != 1 || layout.row_bytes[t] != 64 || layout.rows[t] > 16)
+            if (layout.palette != 1 || layout.row_bytes[t] > 64 || layout.rows[t] > 16)
                 __builtin_trap();
             registers().rows[t] = layout.rows[t];
+            registers().row_bytes[t] = uint8_t(layout.row_bytes[t]);
         }
         memset(registers().words, 0, sizeof registers().words);
     }
@@ -53,12 +54,12 @@ struct PlainTiles {
 
     static void load(int t, const void* from, int64_t stride) {
         for (int r = 0; r < registers().rows[t]; r++)
-            memcpy(registers().words[t][r], (const char*)from + r * stride, 4 * TILE_SIZE);
+            memcpy(registers().words[t][r], (const char*)from + r * stride, registers().row_bytes[t]);
     }
 
     static void store(int t, void* to, int64_t stride) {
         for (int r = 0; r < registers().rows[t]; r++)
-            memcpy((char*)to + r * stride, registers().words[t][r], 4 * TILE_SIZE);
+            memcpy((char*)to + r * stride, registers().words[t][r], registers().row_bytes[t]);
     }
 
     template <int T>
@@ -81,14 +82,23 @@ struct PlainTiles {
         multiply_bfloat16(SUM, X, W);
     }
 
+    // Unsigned bytes of x times signed bytes of w.
     template <int SUM, int X, int W>
     static void multiply_int8() {
-        multiply_int8(SUM, X, W);
+        multiply_bytes<uint8_t, int8_t>(SUM, X, W);
+    }
+
+    // Signed bytes of x times unsigned bytes of w.
+    template <int SUM, int X, int W>
+    static void multiply_codes() {
+        multiply_bytes<int8_t, uint8_t>(SUM, X, W);
     }
 
     static void check(int sum, int x, int w) {
-        const uint8_t* rows = registers().rows;
-        if (rows[sum] == 0 || rows[sum] != rows[x] || rows[w] != TILE_SIZE) __builtin_trap();
+        const uint8_t *rows = registers().rows, *bytes = registers().row_bytes;
+        if (rows[sum] == 0 || rows[sum] != rows[x] || bytes[sum] != 64 || bytes[w] != 64 ||
+            bytes[x] != 4 * rows[w])
+            __builtin_trap();
     }
 
     static void multiply_bfloat16(int sum, int x, int w) {
@@ -98,7 +108,7 @@ struct PlainTiles {
         for (int r = 0; r < registers().rows[sum]; r++)
             for (int n = 0; n < TILE_SIZE; n++) {
                 float sums[2] = {}, total;
-                for (int k = 0; k < TILE_SIZE; k++)
+                for (int k = 0; k < registers().rows[w]; k++)
                     for (int h = 0; h < 2; h++)
                         sums[h] = __builtin_fmaf(
                             half(words[x][r][k], h), half(words[w][k][n], h), sums[h]);
@@ -108,16 +118,16 @@ struct PlainTiles {
             }
     }
 
-    // Unsigned bytes of x times signed bytes of w.
-    static void multiply_int8(int sum, int x, int w) {
+    template <class FromX, class FromW>
+    static void multiply_bytes(int sum, int x, int w) {
         check(sum, x, w);
         auto& words = registers().words;
         for (int r = 0; r < registers().rows[sum]; r++)
             for (int n = 0; n < TILE_SIZE; n++)
-                for (int k = 0; k < TILE_SIZE; k++)
+                for (int k = 0; k < registers().rows[w]; k++)
                     for (int b = 0; b < 32; b += 8)
                         words[sum][r][n] +=
-                            int32_t(uint8_t(words[x][r][k] >> b)) * int8_t(words[w][k][n] >> b);
+                            int32_t(FromX(words[x][r][k] >> b)) * FromW(words[w][k][n] >> b);
     }
 };
 
@@ -162,6 +172,11 @@ struct AmxTiles {
         asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(X), "i"(W) : "memory");
     }
 
+    template <int SUM, int X, int W>
+    static void multiply_codes() {
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(X), "i"(W) : "memory");
+    }
+
     // Asks the system to let all threads of this process use the registers (Linux 5.16 or newer).
     static bool are_permitted() {
         unsigned a, b, c, d, low, high;
@@ -183,6 +198,8 @@ template <class Tiles>
 struct TileRegion {
     Arithmetic mode;
 
-    explicit TileRegion(int64_t sum_rows) { Tiles::configure(TileLayout(sum_rows)); }
+    explicit TileRegion(int64_t sum_rows, int64_t words = TILE_SIZE) {
+        Tiles::configure(TileLayout(sum_rows, words));
+    }
     ~TileRegion() { Tiles::release(); }
 };

@@ -88,7 +88,7 @@ def kernel_choices() -> dict[str, str]:
         "linear_float32": _first("linear_float32_{}", "lanes"),
         "linear_bfloat16": _first("linear_bfloat16_{}", tiles, pairs, "halves"),
         "linear_int8": _first("linear_int8_{}_float32", tiles, "lanes"),
-        "linear_groups": _first("linear_groups_{}_float32", "lanes", "half_lanes"),
+        "linear_groups": _first("linear_groups_{}_float32", tiles, "lanes", "half_lanes"),
         "prompts_float32": _first("prefill_attention_float32_{}", "lanes"),
         "prompts_bfloat16": _first("prefill_attention_bfloat16_{}", tiles, pairs, "lanes"),
     }

@@ -11,14 +11,17 @@
 // Weights are packed in panels of 16 outputs. A panel has, unit after unit, one 32-bit word of each
 // output, several times. Four words have the lower 4 bits of 8 codes each: byte b of word j has code
 // 4 j + b, and in its upper half code 16 + 4 j + b. Further words have the fifth bits (bit s of byte b
-// is that of code 4 s + b), or two bits more of 16 codes each. Codes of 8 bits fill eight words.
+// is that of code 4 s + b), or two bits more of 16 codes each (bits 2 s of byte b). Codes of 2 and 3 bits
+// have two words like the latter, and one with the third bits. Codes of 8 bits fill eight words.
 #include "../amx.h"
 
 #ifdef __AVX2__
 
 constexpr int64_t PANEL = 16;        // outputs
 constexpr int64_t UNIT = 32;         // columns
+constexpr int64_t AT_ONCE = 1024;    // rows that are quantised at a time
 constexpr int64_t BLOCK_ROWS = 24;   // rows that are kept in the cache, with their sums
+constexpr int64_t MOST_ROWS = 32;    // the same with tiles
 constexpr int64_t CHUNK = 32;        // units of a panel that are used for all of these rows
 constexpr int64_t MANY_PANELS = 8;   // panels for which these rows are used, if there are many rows
 constexpr int64_t AHEAD = 4096;      // bytes of codes between a load and its prefetch
@@ -41,7 +44,8 @@ struct PackedGroups {
     const int8_t *table;
     int64_t outputs, columns, units, block, bits, zero, scale_kind, halves;  // block: in units
 
-    int64_t words() const { return bits == 8 ? 8 : bits; }
+    // Units between rows of x. An odd number, so that rows are not in the same place of the cache.
+    int64_t stride() const { return units | 1; }
 };
 
 enum ScaleKind { HALF, BFLOAT16, FLOAT32, EXPONENT };
@@ -184,6 +188,10 @@ struct Codes {
         for (int64_t i = 0; i < WORDS; i++) _mm_prefetch((const char*)from + AHEAD + 64 * i, _MM_HINT_T0);
         if constexpr (BITS == 8) {
             for (int s = 0; s < 8; s++) codes[s] = R::numbers(R::load(from + 64 * s));
+        } else if constexpr (BITS < 4) {
+            for (int s = 0; s < 8; s++)
+                codes[s] = (Ints)((Shorts)R::load(from + s / 4 * 64) >> s % 4 * 2) & R::all(0x03030303);
+            if constexpr (BITS == 3) add_bits<R, 1, 2>(from + 128, codes);
         } else {
             Ints lower = R::all(0x0f0f0f0f);
             for (int s = 0; s < 4; s++) {
@@ -193,18 +201,20 @@ struct Codes {
             }
             if constexpr (TABLE)
                 for (int s = 0; s < 8; s++) codes[s] = R::look_up(table, codes[s]);
-            if constexpr (BITS == 5) {
-                Shorts more = (Shorts)R::load(from + 256);
-                for (int s = 0; s < 8; s++)
-                    codes[s] |= (Ints)(s < 4 ? more << (4 - s) : more >> (s - 4)) & R::all(0x10101010);
-            }
-            if constexpr (BITS == 6)
-                for (int s = 0; s < 8; s++) {
-                    Shorts more = (Shorts)R::load(from + 256 + s / 4 * 64);
-                    int place = s % 4 * 2;
-                    codes[s] |=
-                        (Ints)(place < 4 ? more << (4 - place) : more >> (place - 4)) & R::all(0x30303030);
-                }
+            if constexpr (BITS > 4) add_bits<R, BITS - 4, 4>(from + 256, codes);
+        }
+    }
+
+    // Adds COUNT bits of each code, from PLACE on. Byte b has those of the codes 4 s + b.
+    template <class R, int COUNT, int PLACE>
+    static void add_bits(const uint8_t* from, typename R::Ints* codes) {
+        typedef typename R::Ints Ints;
+        constexpr int PER_BYTE = 8 / COUNT;
+        Ints mask = R::all(((1 << COUNT) - 1) * 0x01010101 << PLACE);
+        for (int s = 0; s < 8; s++) {
+            auto more = (typename R::Shorts)R::load(from + s / PER_BYTE * 64);
+            int shift = s % PER_BYTE * COUNT - PLACE;
+            codes[s] |= (Ints)(shift < 0 ? more << -shift : more >> shift) & mask;
         }
     }
 };
@@ -221,13 +231,16 @@ EXPORT void pack_codes(
                 int64_t row = p * PANEL + o;
                 if (row < outputs) memcpy(own, rows + row * columns + u * UNIT, UNIT);
                 for (int s = 0; s < 8; s++) {
-                    uint32_t more = own[s] >> 4 & 0x0f0f0f0f;
+                    uint32_t lower = own[s] & (bits < 4 ? 0x03030303 : 0x0f0f0f0f), upper = own[s] ^ lower;
                     if (bits == 8)
                         made[s] = own[s];
+                    else if (bits < 4)
+                        made[s / 4] |= lower << s % 4 * 2;
                     else
-                        made[s % 4] |= (own[s] & 0x0f0f0f0f) << s / 4 * 4;
-                    if (bits == 5) made[4] |= more << s;
-                    if (bits == 6) made[4 + s / 4] |= more << s % 4 * 2;
+                        made[s % 4] |= lower << s / 4 * 4;
+                    if (bits == 3) made[2] |= upper >> 2 << s;
+                    if (bits == 5) made[4] |= upper >> 4 << s;
+                    if (bits == 6) made[4 + s / 4] |= upper >> 4 << s % 4 * 2;
                 }
                 for (int64_t i = 0; i < words; i++) to[i * PANEL + o] = made[i];
             }
@@ -237,7 +250,66 @@ EXPORT void pack_codes(
 
 // --- Products ------------------------------------------------------------------------------------------
 
-// Adds blocks to the sums of ROWS rows and the outputs of one register, which start at `lane` of a panel.
+// The outputs of one register, which start at `lane` of a panel, and the arithmetic of their sums.
+template <class R, class C, int FACTORS, bool MINIMA>
+struct Place {
+    typedef typename R::Ints Ints;
+    typedef typename R::Floats Floats;
+    static constexpr int HALVES = FACTORS == 2 ? 2 : 1;
+    const PackedGroups& w;
+    const uint8_t* codes;
+    int64_t units, blocks;  // places of the first ones
+    Ints table = {}, factors[2];
+    Floats minima[2], scale, minimum;
+
+    Place(const PackedGroups& w, int64_t panel, int64_t lane)
+        : w(w), codes(w.codes + (panel * w.units * C::WORDS * PANEL + lane) * 4),
+          units(panel * w.units * HALVES * PANEL + lane),
+          blocks(panel * (w.units / w.block) * PANEL + lane) {
+        if constexpr (C::IS_SIGNED)
+            if (w.table) table = R::table(w.table);
+    }
+
+    void unpack(int64_t u, Ints* to) const {
+        C::template unpack<R>(codes + u * C::WORDS * PANEL * 4, table, to);
+    }
+
+    Ints zeros(int64_t b) const {
+        return R::all(C::IS_SIGNED ? R::BIAS : 0) - R::widened(w.zeros + blocks + b * PANEL);
+    }
+
+    void load_factors(int64_t u) {
+        for (int h = 0; FACTORS && h < HALVES; h++) {
+            int64_t group = units + (u * HALVES + h) * PANEL;
+            factors[h] = R::widened(w.factors + group);
+            if (MINIMA) minima[h] = R::floats(R::widened(w.minima + group));
+        }
+    }
+
+    // Adds the sums of both halves of a unit, of which the second may be 0, to those of a block.
+    void add(const Ints* found, const Unit& row, Floats& part, Floats& low) const {
+        Ints whole = FACTORS == 2 ? found[0] * factors[0] + found[1] * factors[1] : found[0] + found[1];
+        if (FACTORS == 1) whole *= factors[0];
+        part = R::multiply_add(R::floats(whole), R::all(row.step), part);
+        if (!MINIMA) return;
+        if (FACTORS == 0) low += row.sum;
+        if (FACTORS == 1) low = R::multiply_add(minima[0], R::all(row.sum), low);
+        for (int h = 0; FACTORS == 2 && h < 2; h++)
+            low = R::multiply_add(minima[h], R::all(row.sums[h]), low);
+    }
+
+    void load_scales(int64_t b) {
+        scale = ::load_scales<R>(w.scale, blocks + b * PANEL, w.scale_kind);
+        if (MINIMA) minimum = ::load_scales<R>(w.minimum, blocks + b * PANEL, HALF);
+    }
+
+    Floats with_block(Floats total, Floats part, Floats low) const {
+        total = R::multiply_add(part, scale, total);
+        return MINIMA ? R::multiply_add(-low, minimum, total) : total;
+    }
+};
+
+// Adds blocks to the sums of ROWS rows and the outputs of one register.
 template <class R, class C, int FACTORS, bool MINIMA, bool ZEROS, int ROWS>
 static void multiply_rows(
     const PackedGroups& w, int64_t panel, int64_t lane, const Unit* x, int64_t stride, int64_t begin,
@@ -245,29 +317,18 @@ static void multiply_rows(
     typedef typename R::Ints Ints;
     typedef typename R::Floats Floats;
     typedef typename R::UnalignedFloats Unaligned;
-    constexpr int HALVES = FACTORS == 2 ? 2 : 1;
-    const uint8_t* codes = w.codes + (panel * w.units * C::WORDS * PANEL + lane) * 4;
-    int64_t first_group = panel * w.units * HALVES, first_block = panel * w.units / w.block;
-    Ints table = {}, zeros = {};
-    if constexpr (C::IS_SIGNED)
-        if (w.table) table = R::table(w.table);
+    Place<R, C, FACTORS, MINIMA> place(w, panel, lane);
     Floats total[ROWS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
         total[r] = first ? Floats{} : (Floats)*(const Unaligned*)(sums + r * PANEL + lane);
     for (int64_t b = begin; b < end; b++) {
-        int64_t place = (first_block + b) * PANEL + lane;
         Floats part[ROWS] = {}, low[ROWS] = {};
-        if (ZEROS) zeros = R::all(C::IS_SIGNED ? R::BIAS : 0) - R::widened(w.zeros + place);
+        Ints zeros = ZEROS ? place.zeros(b) : Ints{};
         for (int64_t u = b * w.block; u < (b + 1) * w.block; u++) {
-            Ints own[8], factors[2];
-            Floats minima[2];
-            C::template unpack<R>(codes + u * C::WORDS * PANEL * 4, table, own);
-            for (int h = 0; h < HALVES; h++) {
-                int64_t group = (first_group + u * HALVES + h) * PANEL + lane;
-                if (FACTORS) factors[h] = R::widened(w.factors + group);
-                if (FACTORS && MINIMA) minima[h] = R::floats(R::widened(w.minima + group));
-            }
+            Ints own[8];
+            place.unpack(u, own);
+            place.load_factors(u);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 const Unit& row = x[r * stride + u];
@@ -277,87 +338,147 @@ static void multiply_rows(
                     if (ZEROS) start *= zeros;
                     found[h] = R::template add<C::MOST>(start, own + 4 * h, row.words + 4 * h);
                 }
-                Ints whole = FACTORS == 2 ? found[0] * factors[0] + found[1] * factors[1]
-                    : FACTORS == 1        ? (found[0] + found[1]) * factors[0]
-                                          : found[0] + found[1];
-                part[r] = R::multiply_add(R::floats(whole), R::all(row.step), part[r]);
-                if constexpr (MINIMA) {
-                    if constexpr (FACTORS == 2)
-                        for (int h = 0; h < 2; h++)
-                            low[r] = R::multiply_add(minima[h], R::all(row.sums[h]), low[r]);
-                    else if constexpr (FACTORS == 1)
-                        low[r] = R::multiply_add(minima[0], R::all(row.sum), low[r]);
-                    else
-                        low[r] += row.sum;
-                }
+                place.add(found, row, part[r], low[r]);
             }
         }
-        Floats scale = load_scales<R>(w.scale, place, w.scale_kind), minimum;
-        if (MINIMA) minimum = load_scales<R>(w.minimum, place, HALF);
+        place.load_scales(b);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            total[r] = R::multiply_add(part[r], scale, total[r]);
-            if (MINIMA) total[r] = R::multiply_add(-low[r], minimum, total[r]);
-        }
+        for (int r = 0; r < ROWS; r++) total[r] = place.with_block(total[r], part[r], low[r]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) *(Unaligned*)(sums + r * PANEL + lane) = total[r];
 }
 
-// All rows and outputs of a panel, for some blocks.
-template <class R, class C, int FACTORS, bool MINIMA, bool ZEROS = false>
-static void multiply_chunk(
-    const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t begin, int64_t end,
-    float* sums) {
-    constexpr int64_t WIDTH = sizeof(typename R::Ints) / 4;
-    for (int64_t lane = 0; lane < PANEL; lane += WIDTH) {
-        for (int64_t r = 0, count; r < rows; r += count) {
-            int64_t left = rows - r;
-            count = left == 6 || left > 9 ? 6 : left > 3 ? 4 : left > 1 ? 2 : 1;
-            auto function = count == 6 ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 6>
-                : count == 4           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 4>
-                : count == 2           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 2>
-                                       : multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 1>;
-            function(w, panel, lane, x + r * w.units, w.units, begin, end, sums + r * PANEL, begin == 0);
+// Ways to multiply all rows with a panel, for some blocks. Sums are [rows, 16].
+template <class R>
+struct ByLanes {
+    template <class C, int FACTORS, bool MINIMA, bool ZEROS = false>
+    static void multiply(
+        const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t, int64_t begin,
+        int64_t end, float* sums) {
+        constexpr int64_t WIDTH = sizeof(typename R::Ints) / 4;
+        for (int64_t lane = 0; lane < PANEL; lane += WIDTH)
+            for (int64_t r = 0, count; r < rows; r += count) {
+                int64_t left = rows - r;
+                count = left == 6 || left > 9 ? 6 : left > 3 ? 4 : left > 1 ? 2 : 1;
+                auto function = count == 6 ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 6>
+                    : count == 4           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 4>
+                    : count == 2           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 2>
+                                           : multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 1>;
+                function(
+                    w, panel, lane, x + r * w.stride(), w.stride(), begin, end, sums + r * PANEL,
+                    begin == 0);
+            }
+    }
+};
+
+#ifdef __AVX512VNNI__
+// Codes are unpacked once for all rows. Tiles sum a unit or half of one, and lanes do the rest.
+template <class Tiles>
+struct ByTiles {
+    typedef TileRegion<Tiles> Region;
+    typedef FullLanes R;
+    typedef R::Ints Ints;
+    typedef R::Floats Floats;
+
+    template <class C, int FACTORS, bool MINIMA, bool ZEROS = false>
+    static void multiply(
+        const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t tile_rows,
+        int64_t begin, int64_t end, float* sums) {
+        constexpr int SUMS = FACTORS == 2 ? 2 : 1;
+        alignas(64) Ints codes[CHUNK][8], products[2][SUMS][TILE_SIZE];
+        Floats part[TILE_SIZE], low[TILE_SIZE];
+        Place<R, C, FACTORS, MINIMA> place(w, panel, 0);
+        int64_t first = begin * w.block, last = end * w.block;
+        for (int64_t u = first; u < last; u++) place.unpack(u, codes[u - first]);
+        for (int64_t t = 0; t < rows; t += tile_rows) {
+            const Unit* own = x + t * w.stride();
+            int64_t count = rows - t < tile_rows ? rows - t : tile_rows;
+            auto start = [&](int64_t u) {
+                const Ints* code = codes[u - first];
+                Ints(*to)[TILE_SIZE] = products[u % 2];
+                Tiles::template zero<0>();
+                Tiles::template load<4>(own[u].words, w.stride() * sizeof(Unit));
+                Tiles::template load<6>(code, sizeof(Ints));
+                Tiles::template multiply_codes<0, 4, 6>();
+                Tiles::template store<0>(to[0], sizeof(Ints));
+                if (SUMS == 1) return;
+                Tiles::template zero<1>();
+                Tiles::template load<5>(own[u].words + 4, w.stride() * sizeof(Unit));
+                Tiles::template load<7>(code + 4, sizeof(Ints));
+                Tiles::template multiply_codes<1, 5, 7>();
+                Tiles::template store<1>(to[SUMS - 1], sizeof(Ints));
+            };
+            start(first);
+            for (int64_t b = begin; b < end; b++) {
+                for (int r = 0; r < count; r++) part[r] = low[r] = Floats{};
+                Ints zeros = ZEROS ? place.zeros(b) : Ints{};
+                for (int64_t u = b * w.block; u < (b + 1) * w.block; u++) {
+                    if (u + 1 < last) start(u + 1);
+                    place.load_factors(u);
+                    for (int r = 0; r < count; r++) {
+                        const Unit& row = own[r * w.stride() + u];
+                        Ints found[2] = {products[u % 2][0][r], products[u % 2][SUMS - 1][r]};
+                        if constexpr (SUMS == 2) {
+                            found[0] += row.starts[0], found[1] += row.starts[1];
+                        } else {
+                            Ints both = R::all(row.starts[0] + row.starts[1]);
+                            found[0] += ZEROS ? both * zeros : both, found[1] = Ints{};
+                        }
+                        place.add(found, row, part[r], low[r]);
+                    }
+                }
+                place.load_scales(b);
+                for (int r = 0; r < count; r++) {
+                    auto* total = (Floats*)(sums + (t + r) * PANEL);
+                    *total = place.with_block(b == 0 ? Floats{} : *total, part[r], low[r]);
+                }
+            }
         }
     }
-}
+};
+#endif
 
 typedef void (*Chunk)(
-    const PackedGroups&, int64_t, const Unit*, int64_t, int64_t, int64_t, float*);
+    const PackedGroups&, int64_t, const Unit*, int64_t, int64_t, int64_t, int64_t, float*);
 
 // The combinations that formats have.
-template <class R>
+template <class Way>
 static Chunk chunk_of(const PackedGroups& w) {
+    typedef Codes<4, true> Table;
+    typedef Codes<4, false> Four;
+    typedef Codes<5, false> Five;
+    typedef Codes<8, false> Eight;
     int64_t factors = w.factors ? w.halves : 0;
-    bool minima = w.minimum != nullptr;
+    bool minima = w.minimum != nullptr, zeros = w.zeros != nullptr;
     if (w.table)
-        return factors ? multiply_chunk<R, Codes<4, true>, 1, false>
-                       : multiply_chunk<R, Codes<4, true>, 0, false>;
-    if (w.bits == 8)
-        return w.zeros ? multiply_chunk<R, Codes<8, false>, 0, false, true>
-                       : multiply_chunk<R, Codes<8, false>, 0, false>;
-    if (w.bits == 6) return multiply_chunk<R, Codes<6, false>, 2, false>;
-    if (w.bits == 5)
-        return factors ? multiply_chunk<R, Codes<5, false>, 1, true>
-            : minima   ? multiply_chunk<R, Codes<5, false>, 0, true>
-                       : multiply_chunk<R, Codes<5, false>, 0, false>;
-    if (factors == 2)
-        return minima ? multiply_chunk<R, Codes<4, false>, 2, true>
-                      : multiply_chunk<R, Codes<4, false>, 2, false>;
-    return factors ? multiply_chunk<R, Codes<4, false>, 1, true>
-        : minima   ? multiply_chunk<R, Codes<4, false>, 0, true>
-        : w.zeros  ? multiply_chunk<R, Codes<4, false>, 0, false, true>
-                   : multiply_chunk<R, Codes<4, false>, 0, false>;
+        return factors ? Way::template multiply<Table, 1, false>
+                       : Way::template multiply<Table, 0, false>;
+    switch (w.bits) {
+        case 2: return Way::template multiply<Codes<2, false>, 2, true>;
+        case 3: return Way::template multiply<Codes<3, false>, 2, false>;
+        case 5:
+            return factors ? Way::template multiply<Five, 1, true>
+                : minima   ? Way::template multiply<Five, 0, true>
+                           : Way::template multiply<Five, 0, false>;
+        case 6: return Way::template multiply<Codes<6, false>, 2, false>;
+        case 8:
+            return zeros ? Way::template multiply<Eight, 0, false, true>
+                         : Way::template multiply<Eight, 0, false>;
+    }
+    return factors ? Way::template multiply<Four, 1, true>
+        : minima   ? Way::template multiply<Four, 0, true>
+        : zeros    ? Way::template multiply<Four, 0, false, true>
+                   : Way::template multiply<Four, 0, false>;
 }
 
 // --- Activations -----------------------------------------------------------------------------------------
 
 constexpr float MIN_LARGEST = 1e-30f;  // as in groups.py
 
-// The values of groups.quantize_units. zero: code of the weight 0, or -1 if outputs have zeros.
+// The values of groups.quantize_units. starts are sums of x times `factor`.
 template <class T>
-static void quantize_unit(const T* x, int64_t count, int64_t zero, Unit* to) {
+static void quantize_unit(const T* x, int64_t count, int32_t factor, Unit* to) {
     alignas(64) float wide[UNIT];
     for (int64_t i = 0; i < UNIT; i += LANES)
         store(wide + i, count > i ? load_part(x + i, count - i) : Lanes{});
@@ -383,38 +504,48 @@ static void quantize_unit(const T* x, int64_t count, int64_t zero, Unit* to) {
     to->step = largest / 127.0f;
     for (int h = 0; h < 2; h++) {
         int32_t sum = h ? _mm256_extract_epi32(sums, 4) : _mm256_extract_epi32(sums, 0);
-        to->starts[h] = zero < 0 ? sum : int32_t(-zero) * sum;
+        to->starts[h] = factor * sum;
         to->sums[h] = to->step * float(sum);
     }
     to->sum = to->sums[0] + to->sums[1];
 }
 
-template <class R, class T>
-static void multiply_groups(
+// At most AT_ONCE rows.
+template <class R, class Way, class T>
+static void multiply_some(
     const T* x, int64_t stride, int64_t rows, const PackedGroups& w, const T* bias, T* y, int threads) {
+    constexpr bool IS_TILED = !std::is_same_v<Way, ByLanes<R>>;
+    if (IS_TILED && rows < 8)
+        return multiply_some<R, ByLanes<R>>(x, stride, rows, w, bias, y, threads);
+    int64_t tiles = (rows + TILE_SIZE - 1) / TILE_SIZE;
+    int64_t tile_rows = IS_TILED ? (rows + tiles - 1) / tiles : 1;
     static thread_local std::vector<Unit> memory;
-    memory.resize(rows * w.units);
+    memory.resize((IS_TILED ? tiles * tile_rows : rows) * w.stride());
     Unit* units = memory.data();
-    bool is_signed = w.bits == 8 || w.table;
-    // HalfLanes subtracts its bias from signed codes.
-    int64_t zero = w.zeros ? -1 : is_signed ? (w.table ? 128 : w.zero) - R::BIAS : w.zero;
+    bool is_signed = w.table || w.bits == 8;  // with HalfLanes, which subtract their bias
+    int64_t zero = (w.table ? 128 : w.zero) - (is_signed ? R::BIAS : 0);
+    int32_t factor = w.zeros ? 1 : int32_t(-zero);
     for_each(rows, threads_for(rows * w.columns, threads), [&](int64_t r) {
-        for (int64_t u = 0; u < w.units; u++)
-            quantize_unit(x + r * stride + u * UNIT, w.columns - u * UNIT, zero, units + r * w.units + u);
+        const T* row = x + r * stride;
+        for (int64_t u = 0; u < w.units; u++, row += UNIT)
+            quantize_unit(row, w.columns - u * UNIT, factor, units + r * w.stride() + u);
     });
-    Chunk chunk = chunk_of<R>(w);
+    Chunk chunk = chunk_of<Way>(w);
+    bool are_many = rows >= BLOCK_ROWS || IS_TILED;
     int64_t panels = (w.outputs + PANEL - 1) / PANEL, blocks = w.units / w.block;
-    int64_t step = rows < BLOCK_ROWS ? blocks : CHUNK / w.block, together = rows < BLOCK_ROWS ? 1 : MANY_PANELS;
-    int64_t items = (panels + together - 1) / together;
-    for_each(items, threads_for(panels * w.units * (16 + 10 * rows), threads), [&](int64_t item) {
-        alignas(64) float sums[MANY_PANELS][BLOCK_ROWS * PANEL];
+    int64_t step = are_many ? CHUNK / w.block : blocks, together = are_many ? MANY_PANELS : 1;
+    int64_t block_rows = IS_TILED ? 2 * tile_rows : BLOCK_ROWS;
+    auto work = [&](int64_t item) {
+        alignas(64) float sums[MANY_PANELS][MOST_ROWS * PANEL];
         int64_t own = item * together, count = panels - own < together ? panels - own : together;
-        for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
-            int64_t some = rows - begin < BLOCK_ROWS ? rows - begin : BLOCK_ROWS;
-            const Unit* from = units + begin * w.units;
+        for (int64_t begin = 0; begin < rows; begin += block_rows) {
+            int64_t some = rows - begin < block_rows ? rows - begin : block_rows;
+            const Unit* from = units + begin * w.stride();
             for (int64_t b = 0; b < blocks; b += step)
-                for (int64_t p = 0; p < count; p++)
-                    chunk(w, own + p, from, some, b, b + step < blocks ? b + step : blocks, sums[p]);
+                for (int64_t p = 0; p < count; p++) {
+                    int64_t end = b + step < blocks ? b + step : blocks;
+                    chunk(w, own + p, from, some, tile_rows, b, end, sums[p]);
+                }
             for (int64_t r = 0; r < some; r++)
                 for (int64_t p = 0; p < count; p++) {
                     int64_t first = (own + p) * PANEL, left = w.outputs - first;
@@ -423,20 +554,41 @@ static void multiply_groups(
                     store_part(y + (begin + r) * w.outputs + first, wide, left);
                 }
         }
-    });
+    };
+    int64_t items = (panels + together - 1) / together;
+    int used = threads_for(panels * w.units * (16 + 10 * rows), threads);
+    if constexpr (IS_TILED)
+        for_each<typename Way::Region>(
+            items, used, work, tile_rows, int64_t(w.factors && w.halves == 2 ? 4 : 8));
+    else
+        for_each(items, used, work);
 }
 
-#define LINEAR_GROUPS(NAME, T, R)                                                                  \
+template <class R, class Way, class T>
+static void multiply_groups(
+    const T* x, int64_t stride, int64_t rows, const PackedGroups& w, const T* bias, T* y, int threads) {
+    for (int64_t r = 0; r < rows; r += AT_ONCE) {
+        int64_t count = rows - r < AT_ONCE ? rows - r : AT_ONCE;
+        multiply_some<R, Way>(x + r * stride, stride, count, w, bias, y + r * w.outputs, threads);
+    }
+}
+
+#define LINEAR_GROUPS(NAME, T, ...)                                                                \
     EXPORT void linear_groups_##NAME(                                                              \
         const T* x, int64_t stride, int64_t rows, const PackedGroups* w, const T* bias, T* y,      \
         int threads) {                                                                             \
-        multiply_groups<R>(x, stride, rows, *w, bias, y, threads);                                 \
+        multiply_groups<__VA_ARGS__>(x, stride, rows, *w, bias, y, threads);                       \
     }
 
-LINEAR_GROUPS(half_lanes_float32, float, HalfLanes)
-LINEAR_GROUPS(half_lanes_bfloat16, BFloat16, HalfLanes)
+LINEAR_GROUPS(half_lanes_float32, float, HalfLanes, ByLanes<HalfLanes>)
+LINEAR_GROUPS(half_lanes_bfloat16, BFloat16, HalfLanes, ByLanes<HalfLanes>)
 #ifdef __AVX512VNNI__
-LINEAR_GROUPS(lanes_float32, float, FullLanes)
-LINEAR_GROUPS(lanes_bfloat16, BFloat16, FullLanes)
+LINEAR_GROUPS(lanes_float32, float, FullLanes, ByLanes<FullLanes>)
+LINEAR_GROUPS(lanes_bfloat16, BFloat16, FullLanes, ByLanes<FullLanes>)
+LINEAR_GROUPS(plain_tiles_float32, float, FullLanes, ByTiles<PlainTiles>)
+#ifdef HAS_AMX
+LINEAR_GROUPS(amx_float32, float, FullLanes, ByTiles<AmxTiles>)
+LINEAR_GROUPS(amx_bfloat16, BFloat16, FullLanes, ByTiles<AmxTiles>)
+#endif
 #endif
 #endif

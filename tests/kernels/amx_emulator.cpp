@@ -58,7 +58,9 @@ static int64_t emulate(const uint8_t* code, const greg_t* registers) {
     if (opcode == 0x5c && !in_memory && prefix == PF3)
         return PlainTiles::multiply_bfloat16(first, second, other), 5;
     if (opcode == 0x5e && !in_memory && prefix == P66)
-        return PlainTiles::multiply_int8(first, second, other), 5;
+        return PlainTiles::multiply_bytes<uint8_t, int8_t>(first, second, other), 5;
+    if (opcode == 0x5e && !in_memory && prefix == PF3)
+        return PlainTiles::multiply_bytes<int8_t, uint8_t>(first, second, other), 5;
     if (!in_memory || (opcode != 0x49 && opcode != 0x4b)) return 0;
     Operand operand(code + 4, registers, X, B);
     if (opcode == 0x49 && prefix == NONE)

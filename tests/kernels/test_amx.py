@@ -19,9 +19,12 @@ from kernels import library, native
 from kernels.attention import native as attention
 from kernels.library import COMPILERS, FLAGS, SOURCES, THIS_PROCESSOR
 from kernels.linear import reference
+from kernels.linear.blocks import GGML_TYPES
+from kernels.linear.groups import linear_groups
 from kernels.linear.native import NativeInt8Linear, NativeLinear
 from tests.kernels.compiled import OneMethod, assert_close
 from tests.kernels.test_attention import Cache
+from tests.kernels.test_groups import Decoded, draw_numbers, make
 from tests.kernels.test_scan import Scan, Sizes
 
 AMX_FLAGS = (*THIS_PROCESSOR, "-shared", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
@@ -37,6 +40,8 @@ SOURCES_OF = {
     "chunk_gdn": "gdn/native_chunk.cpp",
     "chunk_kda": "kda/native_chunk.cpp",
     "chunk_mamba2": "mamba2/native_chunk.cpp",
+    "linear_groups": "linear/native_groups.cpp",
+    "pack_codes": "linear/native_groups.cpp",
     "linear": "linear/native.cpp",
     "permit_amx": "linear/native.cpp",
     "pack_words": "linear/native.cpp",
@@ -66,7 +71,7 @@ class AmxKernels:
 
     def _compile(self, source: Path, flags: Sequence[str]) -> ctypes.CDLL:
         compiler = next(filter(None, map(shutil.which, COMPILERS)))
-        made = self._folder / f"{source.parent.name}.so"
+        made = self._folder / f"{source.parent.name}-{source.stem}.so"
         command = [compiler, *FLAGS, *flags, source, *library._openmp(), "-o", made]
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(made))
@@ -146,6 +151,18 @@ def test_integers_are_exact(emulator, shape) -> None:
     product = NativeInt8Linear(weight, torch.ones(shape[0]), None, "amx")
     expected = (x.double() @ weight.double().T).float()
     for rows in (1, 9, 17, 140):
+        assert torch.equal(product(x[:rows]), expected[:rows]), rows
+
+
+@pytest.mark.parametrize("number", [8, 12, 14, 23])
+def test_groups_equal_the_reference(emulator, number) -> None:
+    """Formats with and without factors and minima, and with tiles of half a unit."""
+    format = GGML_TYPES[number]
+    numbers = draw_numbers(format, 70, 512)
+    x = torch.randn(49, 512)
+    product = make(format, numbers, 512, "amx")
+    expected = linear_groups(x, Decoded(format), numbers)
+    for rows in (5, 8, 17, 49):
         assert torch.equal(product(x[:rows]), expected[:rows]), rows
 
 
