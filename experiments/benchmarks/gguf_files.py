@@ -36,6 +36,8 @@ ARCHITECTURES = {
     "kimi_linear": "KIMI_LINEAR",
 }
 """Architecture of the package, by ``model_type``."""
+SIGMOID = 2
+"""Value of ``expert_gating_func`` for routers by sigmoids."""
 COMMON = {
     "vocab_size": "vocab_size",
     "block_count": "num_hidden_layers",
@@ -110,7 +112,9 @@ def write_gguf(
     has_head = any(name.startswith("mtp.") for name in tensors)
     writer = gguf.GGUFWriter(path, arch)
     for key, value in {**metadata(arch, config, has_head), **(extra or {})}.items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        types = gguf.GGUFValueType
+        writer.add_key_value(key, value, types.UINT32 if is_count else types.get_type(value))
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"] + 1)
     wanted = getattr(gguf.GGMLQuantizationType, kind)
     for name, tensor in stacked(changed(arch, config, tensors)):
@@ -205,6 +209,10 @@ def metadata(arch: str, config: Mapping[str, Any], has_head: bool) -> dict[str, 
         count = 1 if arch == "kimi-linear" else found["attention.head_count_kv"]
         attends = [count if kind == "full_attention" else 0 for kind in kinds]
         found["attention.head_count_kv"] = attends
+    if arch.startswith("nemotron_h"):
+        found["attention.layer_norm_epsilon"] = found["attention.layer_norm_rms_epsilon"]
+    if arch in ("kimi-linear", "lfm2moe", "nemotron_h_moe"):
+        found["expert_gating_func"] = SIGMOID
     if arch == "falcon-h1":
         del found["embedding_scale"]  # It is in the weights.
     if arch == "granitehybrid":
@@ -215,6 +223,8 @@ def metadata(arch: str, config: Mapping[str, Any], has_head: bool) -> dict[str, 
         found["leading_dense_block_count"] = config["mlp_layer_types"].count("dense")
     if has_head:
         found |= {"block_count": config["num_hidden_layers"] + 1, "nextn_predict_layers": 1}
+    if not found.get("expert_count"):
+        found = {key: value for key, value in found.items() if not key.startswith("expert_")}
     return {f"{arch}.{key}": value for key, value in found.items()}
 
 
