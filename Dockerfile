@@ -11,7 +11,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY hybridcache hybridcache
 COPY engine engine
 COPY kernels kernels
-RUN pip install --extra-index-url https://download.pytorch.org/whl/cpu -c constraints.txt '.[engine]'
+RUN pip install --extra-index-url https://download.pytorch.org/whl/cpu -c constraints.txt . ./engine
 # Kernels for the usual levels of x86-64. Others are compiled at the first start, into /models/cache.
 RUN cd / && python -m kernels.library
 RUN useradd --create-home engine && mkdir /models && chown engine /models

@@ -9,34 +9,35 @@ JOBS ?= 3
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all replay budget test-environments lint bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
+.PHONY: help install lock demo serve test test-all replay budget test-environments lint licences bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-EVERYTHING := '.[dev,all]'
+EVERYTHING := -e '.[dev,lab]' -e ./engine
 # Prints one line per step, and the end of its output if it fails.
 QUIET = @printf '  %s ... ' '$(1)'; $(2) > out/install.log 2>&1 && echo done || \
 	{ echo failed; tail -n 20 out/install.log; exit 1; }
 
 install: $(INSTALLED)  ## install everything that demo, tests and experiments need into .venv
 
-$(INSTALLED): pyproject.toml constraints.txt requirements.lock
+$(INSTALLED): pyproject.toml engine/pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	@mkdir -p out && echo "Installing into .venv takes some minutes; pip's output goes to out/install.log."
 	$(call QUIET,environment,$(PYTHON) -m venv .venv)
 	$(if $(LOCK),$(call QUIET,packages,$(BIN)/pip install $(PIP_FLAGS) --require-hashes -r $(LOCK)))
 	$(call QUIET,torch and this project,$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt \
-		$(if $(LOCK),--no-build-isolation) -e $(EVERYTHING))
+		$(if $(LOCK),--no-build-isolation) $(EVERYTHING))
 	@touch $@
 
 # torch and triton are not in the lock, because the right build and its hash depend on the machine. The second step of
 # `install` installs the versions of constraints.txt.
 lock: install  ## write requirements.lock again, with the hashes of all packages (minutes)
-	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-header --no-annotate --no-emit-index-url \
-		--no-emit-find-links --no-emit-trusted-host --unsafe-package torch --unsafe-package triton \
-		-c constraints.txt $(addprefix --extra ,dev engine lab) -o requirements.lock pyproject.toml
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir out/lock .  # on no index, and the engine needs it
+	$(BIN)/pip-compile --quiet --find-links out/lock --generate-hashes --strip-extras --no-header --no-annotate --no-emit-index-url \
+		--no-emit-find-links --no-emit-trusted-host $(addprefix --unsafe-package ,torch triton hybrid-radix-cache) \
+		-c constraints.txt --extra dev --extra lab -o requirements.lock pyproject.toml engine/pyproject.toml
 
 demo: install  ## replay a chat through caches of three sizes; prints a table and draws a figure
 	@$(BIN)/python -m hybridcache.lab.cli simulate --trace "chat?head=160" --gib 1,4,16 --policy survival,lru --figure out/demo.png
@@ -68,6 +69,9 @@ lint: install  ## check style, format, types, and installed packages for known v
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m experiments.audit
+
+licences: install  ## list the licences of the installed packages: the cache's, the engine's, others
+	$(BIN)/python -m experiments.audit --licences
 
 bench: install  ## run the timed benchmarks, into out/results; the machine must be idle
 	$(BIN)/python -m experiments.benchmarks.tree

@@ -241,9 +241,11 @@ def _check_flags(words: list[str], where: str) -> None:
 def _check_install(words: list[str], where: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in words[2:]:
-        found = re.fullmatch(r"(?:\.|hybrid-radix-(?:cache|engine))\[(.*)\]", word)
+        found = re.fullmatch(r"(?:\.|hybrid-radix-cache)\[(.*)\]", word)
         for extra in found[1].split(",") if found else ():
             assert extra in project["optional-dependencies"], f"{where}: no extra {extra!r}"
+        if word.startswith("./"):
+            assert (ROOT / word / "pyproject.toml").exists(), f"{where}: {word} is no distribution"
 
 
 # --- Links --------------------------------------------------------------------------------------

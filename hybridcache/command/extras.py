@@ -6,12 +6,13 @@ The distributions are not called like the packages: the index has an unrelated o
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from importlib import metadata
 
 CACHE_DISTRIBUTION = "hybrid-radix-cache"
-"""Distribution that holds ``hybridcache``, and in a clone ``engine`` and ``kernels`` too."""
+"""Distribution that holds ``hybridcache``."""
 ENGINE_DISTRIBUTION = "hybrid-radix-engine"
-"""Published distribution that holds ``engine`` and ``kernels``; the extra ``engine`` needs it."""
+"""Distribution that holds ``engine`` and ``kernels``, and depends on the other."""
 
 IMPORT_NAMES = {"pyzmq": "zmq"}
 """Import names of packages that are called otherwise than their distribution."""
@@ -27,25 +28,17 @@ def version() -> str:
 
 def extras_of(package: str) -> list[str]:
     """Return the extras, except ``dev``, that install the package with this import name, as the
-    installed distribution declares them."""
+    installed distributions declare them. ``engine`` stands for the engine's distribution."""
     found: list[str] = []
-    if version() == "unknown":
-        return found
-    for line in metadata.requires(CACHE_DISTRIBUTION) or ():
-        declared = re.fullmatch(r"([\w.-]+).*\bextra == .(?!dev)([\w-]+).", line)
-        if declared is not None:
-            name = declared[1].replace("-", "_").lower()
-            found += [declared[2]] * (package == IMPORT_NAMES.get(name, name))
+    for distribution, own in ((ENGINE_DISTRIBUTION, ["engine"]), (CACHE_DISTRIBUTION, [])):
+        with suppress(metadata.PackageNotFoundError):
+            for line in metadata.requires(distribution) or ():
+                declared = re.fullmatch(r"([\w.-]+)[^;]*(;.*\bextra == .(?!dev)([\w-]+).)?", line)
+                if declared is not None:
+                    name = declared[1].replace("-", "_").lower()
+                    extras = [declared[3]] if declared[2] else own
+                    found += extras * (package == IMPORT_NAMES.get(name, name))
     return found
-
-
-def install_command(extra: str) -> str:
-    """Return the command that installs the cache with one extra.
-
-    >>> install_command("lab")
-    "pip install 'hybrid-radix-cache[lab]'"
-    """
-    return f"pip install '{CACHE_DISTRIBUTION}[{extra}]'"
 
 
 def how_to_install(error: ModuleNotFoundError, prefer: str | None = None) -> str:
@@ -59,4 +52,5 @@ def how_to_install(error: ModuleNotFoundError, prefer: str | None = None) -> str
     if not extras:
         return str(error)
     extra = prefer if prefer in extras else extras[0]
-    return f"{package} is not installed: {install_command(extra)}"
+    wanted = ENGINE_DISTRIBUTION if extra == "engine" else f"'{CACHE_DISTRIBUTION}[{extra}]'"
+    return f"{package} is not installed: pip install {wanted}"

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hybridcache.command.extras import install_command
+from hybridcache.command.extras import ENGINE_DISTRIBUTION
 from hybridcache.command.parser import or_known
 from hybridcache.geometry import mixers
 from hybridcache.geometry.checkpoints import CheckpointFormat
@@ -123,7 +123,7 @@ class ModelGeometry:
             if engine is None or engine.origin is None:
                 raise ValueError(
                     f"model {name} is part of the engine, which is not installed: "
-                    f"{install_command('engine')}"
+                    f"pip install {ENGINE_DISTRIBUTION}"
                 )
             name = str(Path(engine.origin).parent / "models" / BUILTIN)
         path = Path(name)

@@ -116,6 +116,11 @@ def sglang_hits(*row: str) -> list[float]:
     return [100 * run["token_hit_rate"] for run in rust(*row)]
 
 
+def soaked(field: str) -> int:
+    """Return the total over all strategies of the soak in SGLang's scheduler."""
+    return sum(run[field] for run in result("soak_sglang"))
+
+
 def sglang_times(cache: str, eviction: str) -> list[float]:
     """Return median and quiet mean relative to the Rust core, by concurrent conversations."""
     ours, theirs = rust(cache, eviction, "end"), rust("rust", "lru", "end")
@@ -262,6 +267,12 @@ def quotes() -> dict[str, list[str]]:
         ],
         "docs/how-to/tiers.md": [
             f"host memory saved {tier_share('host 16')[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share('device 4')[1]:.1f} %",
+        ],
+        "hybridcache/export/sglang/README.md": [
+            f"{soaked('requests') + soaked('aborted'):,} random requests in four strategies",
+            f"{soaked('retracted')} retractions, {soaked('aborted')} aborts and {soaked('flushes')} flushes",
+            f"after each of {soaked('steps'):,} steps",
+            f"{soaked('resumed_tokens') / 1e6:.2f} million tokens from the cache",
         ],
         "docs/how-to/sglang.md": [
             f"the token hit rate is {sglang_hits('hybridcache', 'survival', 'end')[-1]:.1f} % with `survival`, {sglang_hits('hybridcache', 'lru', 'end')[-1]:.1f} % with `lru`, and {sglang_hits('rust', 'lru', 'end')[-1]:.1f} % with SGLang's own cache",

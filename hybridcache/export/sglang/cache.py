@@ -174,19 +174,20 @@ class HybridRadixBackend(base.BasePrefixCache):
         first = max(req.kv.cache_protected_len, 1)
         if position % self.page_size or not first <= position <= len(tokens):
             return False
-        return self._publish(req, tokens[:position], int(offer.slot))
+        return self._publish(req, tokens[:position], offer.slot)
 
-    def _publish(self, req: Any, tokens: Tokens, slot: int | None) -> bool:
+    def _publish(self, req: Any, tokens: Tokens, slot: torch.Tensor | None) -> bool:
         """Insert the request's rows for ``tokens``, with a state at their end, and move its lock.
-        Rows that the tree already had are replaced by the tree's."""
+        Rows that the tree already had are replaced by the tree's. Waits once for the device."""
         kv, end = req.kv, len(tokens)
         owned = kv.cache_protected_len
         if end - end % self.page_size < max(owned, 1):
             return False
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
         rows = np.empty(end, np.int32)
-        rows[owned:] = to_host(row[owned:end])
-        checkpoints = () if slot is None else ((end, slot),)
+        copied = to_host(row[owned:end], slot)
+        rows[owned:] = copied[: end - owned]
+        checkpoints = () if slot is None else ((end, int(copied[-1])),)
         namespace = namespace_of(req.extra_key, req.cache_salt)
         after = None if req.lock is None else req.lock.receipt.receipt.node
         result = self._cache.insert(tokens, rows, checkpoints, namespace, owned, (), after)
@@ -218,11 +219,11 @@ class HybridRadixBackend(base.BasePrefixCache):
         key, owned = params.key, params.prev_prefix_len
         tokens = tokens_of(key.token_ids, len(key))
         end = len(tokens) - len(tokens) % self.page_size
-        value = to_host(params.value)[:end]
-        state = params.mamba_value
-        checkpoints = () if state is None or not end else ((end, int(state)),)
+        state = params.mamba_value if end else None
+        rows = to_host(params.value[:end], state)
+        checkpoints = () if state is None else ((end, int(rows[-1])),)
         namespace = namespace_of(key.extra_key, key.cache_salt)
-        result = self._cache.insert(tokens[:end], value, checkpoints, namespace, owned)
+        result = self._cache.insert(tokens[:end], rows[:end], checkpoints, namespace, owned)
         self._rows.free(result.duplicates)
         self._rows.give_back()
         return base.InsertResult(

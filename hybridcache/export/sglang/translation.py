@@ -254,10 +254,12 @@ class SlotView(Counts, SlotAllocator):
         assert all(0 < slot < self.capacity for slot in slots), "a free slot is out of range"
 
 
-def to_host(indices: torch.Tensor) -> Indices:
-    """Copy a tensor of indices to the host as int32[n]. O(n); a GPU stream is synchronised."""
-    rows: Indices = indices.cpu().numpy().astype(np.int32)
-    return rows
+def to_host(rows: torch.Tensor, slot: torch.Tensor | None = None) -> Indices:
+    """Copy rows, and a ``slot`` (int64[1]) after them, to the host as int32[n]. O(n); a GPU stream
+    is synchronised once."""
+    both = rows if slot is None else torch.cat((rows, slot.to(rows.dtype)))
+    copied: Indices = both.cpu().numpy().astype(np.int32)
+    return copied
 
 
 # --- States of requests ---------------------------------------------------------------------------

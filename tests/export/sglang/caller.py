@@ -35,7 +35,7 @@ class Caller:
         self.cache, self.rows, self.requests = new_world(core, num_kv_tokens, num_slots, **pools)
         self.slots = self.requests.mamba_allocator if num_slots else None
 
-    def insert(self, tokens, owned: int = 0, extra_key=None):
+    def insert(self, tokens, owned: int = 0, extra_key=None, salt=None):
         """Publish ``tokens`` with newly allocated rows and a state."""
         tokens = list(tokens)
         rows = self.rows.alloc(len(tokens))
@@ -45,7 +45,7 @@ class Caller:
             rows[:owned] = self.cache.path_device_indices(self.match(tokens[:owned])[1])
         result = self.cache.insert(
             InsertParams(
-                key=RadixKey(array("q", tokens), extra_key),
+                key=RadixKey(array("q", tokens), extra_key, cache_salt=salt),
                 value=rows,
                 mamba_value=slot,
                 prev_prefix_len=owned,
@@ -55,9 +55,9 @@ class Caller:
             self.slots.free(slot)
         return result
 
-    def match(self, tokens, extra_key=None):
+    def match(self, tokens, extra_key=None, salt=None):
         """Return (cached length, node). All of ``tokens`` may be reused."""
-        key = RadixKey(array("q", tokens), extra_key)
+        key = RadixKey(array("q", tokens), extra_key, cache_salt=salt)
         found = self.cache.match_prefix(MatchPrefixParams(key=key))
         return found.device_prefix_len, found.last_device_node
 

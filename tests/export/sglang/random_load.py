@@ -9,6 +9,9 @@ from sglang.srt.managers.io_struct import AbortReq
 
 from tests.export.sglang.scheduler import VOCAB, CPUScheduler, hashes
 
+NAMES = ((None, None), ("adapter", None), (None, "salt"), ("adapter", "salt"))
+"""Adapters and salts. A conversation keeps its own, with few exceptions."""
+
 
 class Served(NamedTuple):
     """Totals of a random load."""
@@ -19,18 +22,19 @@ class Served(NamedTuple):
     flushes: int
     prompt_tokens: int
     cached_tokens: int
-    checked_tokens: int
-    """Resumed tokens, chunks included, with compared rows and states."""
+    """Of the requests that finished, by SGLang's own count."""
+    resumed_tokens: int
+    """Tokens from the cache, with compared rows and states: of all requests until retracted."""
     steps: int
 
 
 class RandomLoad:
-    """Conversations that continue, fork and repeat, with some aborted requests."""
+    """Conversations, mostly recent ones, that continue, fork and repeat; some are aborted."""
 
     def __init__(self, scheduler: CPUScheduler, seed: int) -> None:
         self.scheduler = scheduler
         self.random = random.Random(seed)
-        self.histories: list[list[int]] = [[]]
+        self.histories: list[tuple[tuple[str | None, str | None], list[int]]] = [(NAMES[0], [])]
         self.running: dict[str, Any] = {}
         self.submitted = self.aborted = self.retracted = self.flushes = self.steps = 0
         self.prompt_tokens = self.cached_tokens = 0
@@ -68,21 +72,25 @@ class RandomLoad:
             self.flushes,
             self.prompt_tokens,
             self.cached_tokens,
-            self.scheduler.tp_worker.checked_tokens,
+            self.scheduler.tp_worker.resumed_tokens,
             self.steps,
         )
 
     def _submit(self) -> None:
         pick, draw = self.random, self.random.randrange
-        history = pick.choice(self.histories)
-        if pick.random() < 0.3:
+        recent = self.histories[-3:] if pick.random() < 0.9 else self.histories
+        names, history = pick.choice(recent)
+        if pick.random() < 0.1:
+            names = pick.choice(NAMES)
+        if pick.random() < 0.3 or len(history) > 800:
             history = history[: draw(len(history) + 1)]
         tokens = history + [draw(VOCAB) for _ in range(draw(1, pick.choice((4, 40, 400))))]
         rid = f"r{self.submitted}"
         length = pick.choice((1, 3, 9, 70))
-        request = self.scheduler.submit(rid, tokens[-1200:], length)
-        request.extra_key = pick.choice((None, None, None, "adapter"))
-        self.running[rid] = request
+        extra_key, salt = names
+        self.running[rid] = self.scheduler.submit(
+            rid, tokens[:1200], length, extra_key=extra_key, cache_salt=salt
+        )
         self.submitted += 1
 
     def _abort(self) -> None:
@@ -102,14 +110,15 @@ class RandomLoad:
             self.retracted += request.retraction_count
             self.prompt_tokens += len(request.origin_input_ids)
             self.cached_tokens += request.cached_tokens
-            self.histories.append([*request.origin_input_ids, *request.output_ids])
+            names = request.extra_key, request.cache_salt
+            self.histories.append((names, [*request.origin_input_ids, *request.output_ids]))
             if len(self.histories) > 60:
                 del self.histories[self.random.randrange(60)]
 
     def _verify(self, request: Any) -> None:
         """Check that the answer is that of the model without a cache."""
         prompt, answer = request.origin_input_ids, request.output_ids
-        chain = hashes([*prompt, *answer])
+        chain = hashes(request, [*prompt, *answer])
         expected = [int(abs(value)) % VOCAB for value in chain[len(prompt) - 1 : -1]]
         assert list(answer) == expected, f"{request.rid}: wrong answer"
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -63,10 +64,13 @@ CONFIG = {
 _POWERS = np.cumprod(np.full(8192, 6364136223846793005, np.uint64)).view(np.int64)
 
 
-def hashes(tokens: Iterable[int]) -> np.ndarray:
-    """Return the hash of every prefix that ends with each token: int64[n]."""
+def hashes(req: Req, tokens: Iterable[int]) -> np.ndarray:
+    """Return the hash of every prefix of ``tokens`` that ends with each token: int64[n]. It depends
+    on the request's adapter and salt."""
     ids = np.fromiter(tokens, np.int64) + 1
-    return np.cumsum(ids * _POWERS[: len(ids)])
+    return np.cumsum(ids * _POWERS[: len(ids)]) + crc32(
+        repr((req.extra_key, req.cache_salt)).encode()
+    )
 
 
 class HashModel:
@@ -84,8 +88,9 @@ class HashModel:
         self.rows = np.zeros(world.rows.size + 1, np.int64)
         states = world.requests.mamba_pool.mamba_cache.temporal[0]
         self.states = states.flatten(1).view(torch.int64)[:, 0]
-        self.checked_tokens = 0
-        """Resumed tokens, each compared with its expected hash."""
+        self.resumed_tokens = 0
+        """Tokens from the cache, each compared with its expected hash. Those of a request's own
+        chunks, and of requests that were retracted, are compared but not counted."""
         self.model_runner = SimpleNamespace(
             model_config=model_config,
             token_to_kv_pool=world.rows.get_kvcache(),
@@ -142,12 +147,13 @@ class HashModel:
         after = np.zeros(len(batch.reqs), np.int64)
         for index, req in enumerate(batch.reqs):
             start, end = batch.prefix_lens[index], req.extend_end
-            chain = hashes(req.full_untruncated_fill_ids[:end])
+            chain = hashes(req, req.full_untruncated_fill_ids[:end])
             rows = self.world.requests.req_to_token[req.kv.req_pool_idx, :end].numpy()
             assert np.array_equal(self.rows[rows[:start]], chain[:start]), f"{req.rid}: wrong rows"
             state, expected = int(self.states[slots[index]]), chain[start - 1] if start else 0
             assert state == expected, f"{req.rid}: wrong state at {start}"
-            self.checked_tokens += start
+            if req.extend_batch_idx == 1 and not req.retracted_stain:
+                self.resumed_tokens += start
             self.rows[rows[start:]] = chain[start:]
             self.states[slots[index]] = int(chain[-1])
             if batch.mamba_track_mask is not None and batch.mamba_track_mask[index]:
@@ -251,8 +257,9 @@ class CPUScheduler(Scheduler):
         self.last_batch = batch
         return batch is not None or bool(last)
 
-    def submit(self, rid: str, tokens: Iterable[int], max_new_tokens: int) -> Req:
-        """Add a greedy request with the ids ``tokens`` to the waiting queue."""
+    def submit(self, rid: str, tokens: Iterable[int], max_new_tokens: int, **names: Any) -> Req:
+        """Add a greedy request with the ids ``tokens`` to the waiting queue. ``names`` are those of
+        its adapter and salt: ``extra_key``, ``cache_salt``."""
         req = Req(
             rid=rid,
             origin_input_text="",
@@ -261,6 +268,7 @@ class CPUScheduler(Scheduler):
                 temperature=0, max_new_tokens=max_new_tokens, ignore_eos=True
             ),
             vocab_size=self.model_config.vocab_size,
+            **names,
         )
         req.sampling_params.normalize(None)
         self.init_req_max_new_tokens(req)

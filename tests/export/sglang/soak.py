@@ -4,13 +4,14 @@ python -m tests.export.sglang.soak [--requests 10000] [--strategy "extra_buffer 
 
 Needs SGLang 0.5.23 (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
 records its inputs (`tests/export/sglang/scheduler.py`). Conversations continue, fork, repeat and
-are cut off, in pools so small that KV and states are always short. Every 61st decode step retracts
-requests.
+are cut off, with and without adapters and salts, in pools so small that KV and states are always
+short. Every 61st decode step retracts requests.
 
 SGLang's own checks of its pools run after every step. All invariants of this cache's tree are
 checked after every eighth step and when idle. Every resumed prefix and state is compared with its
-expected content, and every answer with the one without a cache. Each of SGLang's strategies for
-states gets its share of the requests, in a separate process. Writes soak_sglang.jsonl.
+expected content, which depends on adapter and salt, and every answer with the one without a cache.
+Each of SGLang's strategies for states gets its share of the requests, in a separate process. Writes
+soak_sglang.jsonl.
 """
 
 from __future__ import annotations

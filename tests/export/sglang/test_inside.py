@@ -20,23 +20,41 @@ import torch
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
+from torch.overrides import TorchFunctionMode
 
 from hybridcache.export.sglang import cache as backend
 from hybridcache.export.sglang.cache import sizes_in_bytes
 
 
-def make_request(rid, tokens):
+class Waits(TorchFunctionMode):
+    """Count of calls that wait for the device when its tensors are on a GPU."""
+
+    NAMES = frozenset(
+        ["cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__index__", "__float__"]
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.num += getattr(function, "__name__", "") in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+def make_request(rid, tokens, salt=None):
     return Req(
         rid=rid,
         origin_input_text="",
         origin_input_ids=array("q", tokens),
         sampling_params=SamplingParams(temperature=0, max_new_tokens=4),
+        cache_salt=salt,
     )
 
 
-def serve(caller, rid, tokens, output=(), track=None):
+def serve(caller, rid, tokens, output=(), track=None, salt=None):
     """Run one request through the cache interface and return its cached length."""
-    cache, req = caller.cache, make_request(rid, tokens)
+    cache, req = caller.cache, make_request(rid, tokens, salt)
     req.init_next_round_input(cache)
     hit, req.lock = req.prefix_len, cache.lock(req.last_node)
     known = cache.prefix_device_indices(req)
@@ -71,6 +89,16 @@ def test_unfinished_and_finished_requests_are_cached(core):
 
 
 @pytest.mark.parametrize("core", ["hybridcache", "python"])
+def test_requests_with_different_salts_share_nothing(core):
+    """A request's salt reaches its match, and the publication of its prompt and answer."""
+    caller = Caller(core)
+    assert serve(caller, "first", PATH, [20, 21], salt="a") == 0
+    for salt, after_prompt, after_answer in (("b", 0, 0), (None, 0, 0), ("a", 12, 14)):
+        assert serve(caller, f"prompt {salt}", [*PATH, 50], salt=salt) == after_prompt
+        assert serve(caller, f"answer {salt}", [*PATH, 20, 21, 60], salt=salt) == after_answer
+
+
+@pytest.mark.parametrize("core", ["hybridcache", "python"])
 def test_three_prompts_with_one_prefix_have_the_hits_of_sglangs_test(core):
     """Cached tokens are 0, 0, 256: the second prompt saves a state at the fork."""
     caller = Caller(core, 4000, 20, extra_buffer=True)
@@ -82,6 +110,37 @@ def test_three_prompts_with_one_prefix_have_the_hits_of_sglangs_test(core):
         track = req.mamba_branching_seqlen
         hits.append(serve(caller, str(tail), tokens, track=track or 320))
     assert hits == [0, 0, 256]
+    caller.check()
+
+
+@pytest.mark.parametrize("extra_buffer", [False, True])
+def test_a_request_waits_once_for_the_device_per_publication(extra_buffer, monkeypatch):
+    """Each publication copies the new rows and a slot. Matches do not wait, nor does an answer
+    without a state of its own."""
+    caller = Caller("hybridcache", 4000, 20, extra_buffer=extra_buffer)
+    waits: dict[str, list[int]] = {"match_prefix": [], "checkpoint": []}
+
+    def count(name):
+        call = getattr(caller.cache, name)
+
+        def counted(*args, **kwargs):
+            with Waits() as mode:
+                result = call(*args, **kwargs)
+            waits[name].append(mode.num)
+            return result
+
+        monkeypatch.setattr(caller.cache, name, counted)
+
+    for name in waits:
+        count(name)
+    track = 64 if extra_buffer else None
+    serve(caller, "a", range(100), range(500, 530), track=track)
+    assert serve(caller, "b", range(140), track=track) == (64 if extra_buffer else 100)
+    with Waits() as mode:
+        int(torch.tensor(3))
+        torch.tensor([3]).cpu()
+    assert waits == {"match_prefix": [0, 0], "checkpoint": [1, not extra_buffer] * 2}
+    assert mode.num == 2
     caller.check()
 
 

@@ -113,6 +113,14 @@ def test_different_extra_keys_share_nothing(caller):
     assert caller.match(PATH, "a")[0] == 12
 
 
+def test_different_salts_share_nothing(caller):
+    caller.insert(PATH[:7], salt="a")
+    caller.insert(PATH, extra_key="a", salt="a")
+    names = [(None, None), ("a", None), (None, "b"), (None, "a"), ("a", "a")]
+    names = [dict(zip(("extra_key", "salt"), pair, strict=True)) for pair in names]
+    assert [caller.match(PATH, **pair)[0] for pair in names] == [0, 0, 0, 7, 12]
+
+
 def test_random_calls_give_the_only_correct_hits(caller):
     """Without evictions the hits are fully determined."""
     generator = torch.Generator().manual_seed(1)
@@ -138,12 +146,12 @@ def test_our_match_changes_nothing_but_sglangs_splits_nodes():
 
 def test_prefix_of_a_waiting_request_can_be_refreshed():
     caller = Caller("hybridcache")
-    for first in (20, 40):
-        caller.insert(range(first, first + 10))
+    for salt in ("a", "b", None):
+        caller.insert(PATH, salt=salt)
     caller.hit([99])
-    caller.cache.touch_prefix(RadixKey(array("q", range(20, 31))))
-    caller.evict(1)
-    assert (caller.hit(range(20, 30)), caller.hit(range(40, 50))) == (10, 0)
+    caller.cache.touch_prefix(RadixKey(array("q", [*PATH, 50]), cache_salt="a"))
+    caller.evict(14)
+    assert [caller.match(PATH, salt=salt)[0] for salt in ("a", "b", None)] == [12, 0, 0]
 
 
 @pytest.mark.parametrize("core", CORES)
