@@ -19,8 +19,8 @@ from engine.schedule.report import cache_kind
 from engine.schedule.scheduler import NO_DRAFTS, Scheduler
 from engine.text.grammar import Grammar
 from engine.weights.hub import resolve_config
-from engine.weights.layer_names import is_gguf
 from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.geometry.gguf import is_gguf
 from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 

@@ -21,8 +21,8 @@ from engine.runner.memory import (
     state_slot_bytes,
 )
 from engine.weights.checkpoint import Checkpoint, Dummy
-from engine.weights.model_config import ModelConfig, ModelError
-from engine.weights.model_files import open_weights, read_config
+from engine.weights.model_config import ModelConfig, ModelError, read_config
+from engine.weights.model_files import open_weights
 from engine.weights.parameters import Build, WeightSpec
 from engine.weights.ranks import ALONE, Rank
 from engine.weights.tensor_files import dtype_name

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from engine.text.tokenizer import BackendTokenizer
-from engine.weights.gguf import GgufFile
-from engine.weights.model_config import ModelError
-from engine.weights.model_files import gguf_file
+from hybridcache.geometry.gguf import GgufFile, gguf_file
+from hybridcache.geometry.sizes import ModelError
 
 if TYPE_CHECKING:
     import tokenizers

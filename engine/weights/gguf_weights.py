@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from engine.weights.checkpoint import TIED_HEAD, Checkpoint, check_whole_blocks, raise_complaints
-from engine.weights.gguf_names import Model
+from engine.weights.gguf_names import FORMATS, Model
 from engine.weights.parameters import Parameter, Source
 from kernels.linear.formats import Format, Plain
 
@@ -25,7 +25,7 @@ class GgufWeights(Checkpoint):
         self.num_bytes = sum(tensor.data.nbytes for tensor in model.file.tensors.values())
         self._bytes = Counter[Format]()
         for tensor in model.file.tensors.values():
-            self._bytes[tensor.format] += tensor.data.nbytes
+            self._bytes[FORMATS[tensor.type.name]] += tensor.data.nbytes
         self.formats = self
 
     def format(self, module: str) -> Format | None:

@@ -20,8 +20,7 @@ from typing import Any
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
 from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE, WEIGHTS_NAME
-from engine.weights.model_config import ModelError
-from engine.weights.model_files import read_config
+from engine.weights.model_config import ModelError, read_config
 from hybridcache.geometry.units import counted, format_bytes
 
 SMALL_FILES = [

@@ -16,9 +16,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from engine.config import BUILTIN_DIR
 from engine.text.gguf_tokenizer import PATTERNS, read_generation_config, read_tokenizer
 from engine.text.tokenizer import ChatTemplate, HFTokenizer, TemplateError
-from engine.weights.gguf import GgufFile
 from engine.weights.model_config import ModelError
 from experiments.benchmarks.gguf_files import vocabulary
+from hybridcache.geometry.gguf import GgufFile
 from tests import selection
 
 RANGES = "az AZ 09 \u00c0\u024f \u0300\u0345 \u0391\u03c9 \u0410\u044f \u05d0\u05ea \u0621\u064a"

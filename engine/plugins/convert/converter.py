@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from engine.weights.forms import read_quantization
 from engine.weights.layer_names import INDEX_NAME, Names
-from engine.weights.model_config import ModelError
-from engine.weights.model_files import read_config
+from engine.weights.model_config import ModelError, read_config
 from engine.weights.parameters import FULL_PRECISION, Precision
 from engine.weights.scheme import EightBitScheme
 from engine.weights.tensor_files import FULL_DTYPES, dtype_name, find_files, open_file

@@ -6,7 +6,7 @@ import gguf
 import pytest
 import torch
 
-from engine.weights.model_files import read_config
+from engine.weights.model_config import read_config
 from experiments.benchmarks.gguf_files import ARCHITECTURES, write_gguf
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
