@@ -272,10 +272,10 @@ class _Header:
 
 
 def is_gguf(model: Path) -> bool:
-    """Return True if ``model`` is a GGUF file, or a directory with such files and no
-    config.json."""
+    """Return True if ``model`` is a GGUF file, or a directory with such files and without
+    safetensors."""
     if model.is_dir():
-        return not (model / "config.json").is_file() and any(model.glob("*.gguf"))
+        return any(model.glob("*.gguf")) and not any(model.glob("*.safetensors"))
     return model.suffix == ".gguf"
 
 
@@ -285,36 +285,53 @@ def gguf_file(model: Path) -> GgufFile | None:
     if not is_gguf(model):
         return None
     if model.is_dir():
-        names = choose_files((path.name for path in model.glob("*.gguf")), source=str(model))
+        names = choose_files((path.name for path in model.glob("*.gguf")), str(model))
         model = model / names[0]
     return GgufFile(model)
 
 
-def choose_files(names: Iterable[str], label: str | None = None, source: str = "") -> list[str]:
-    """Return the files of one model among the ``names`` of a folder or repository, in order.
+def label_of(name: str) -> str:
+    """Return the format at the end of a file's name, or an empty text.
 
-    ``label``: format of the model, as in ``ORG/NAME:Q4_K_M``. Without one the only model is chosen,
-    or that with Q4_K_M. Raises ModelError, which lists the models in ``source``.
+    >>> label_of("BF16/Model-9B-BF16-00001-of-00002.gguf"), label_of("Model.gguf")
+    ('BF16', '')
+    """
+    found = LABEL.search(_stem(name))
+    return found[1] if found else ""
+
+
+def _stem(name: str) -> str:
+    part = PART_NAME.fullmatch(name)
+    return part[1] if part else name.removesuffix(".gguf")
+
+
+def choose_files(names: Iterable[str], source: str, label: str | None = None) -> list[str]:
+    """Return the files of one model among the ``names`` in ``source``, in order.
+
+    ``label``: format of the model, as in ``ORG/NAME:Q4_K_M``, or the name of its file. Without one
+    the only model is chosen, or that with Q4_K_M. Raises ModelError, which lists the first files of
+    the models.
     """
     models: dict[str, list[str]] = {}
     for name in sorted(names):
         file = name.rpartition("/")[2]
         if file.endswith(".gguf") and not file.startswith(OTHER_FILES):
-            part = PART_NAME.fullmatch(name)
-            models.setdefault(part[1] if part else name.removesuffix(".gguf"), []).append(name)
-    labels = {stem: found[1] if (found := LABEL.search(stem)) else "" for stem in models}
-    wanted = (label or USUAL_LABEL).lower()
-    chosen = [stem for stem, own in labels.items() if own.lower() == wanted]
-    if label is None and len(models) == 1:
-        chosen = [*models]
-    if len(chosen) == 1:
-        return models[chosen[0]]
+            models.setdefault(_stem(name), []).append(name)
     if not models:
         raise ModelError(f"{source} has no model in GGUF files.")
-    fault = "several models" if label is None else f"{len(chosen)} models with the format {label}"
-    raise ModelError(
-        f"{source} has {fault}: choose one of {enumerated(list(models), len(models))}."
-    )
+    wanted = (label or USUAL_LABEL).lower().removesuffix(".gguf")
+    chosen = [
+        files
+        for stem, files in models.items()
+        if wanted in (label_of(files[0]).lower(), stem.rpartition("/")[2].lower())
+    ]
+    if label is None and len(models) == 1:
+        chosen = [*models.values()]
+    if len(chosen) == 1:
+        return chosen[0]
+    fault = f"{len(chosen)} models with the format {label}" if label else "several models"
+    firsts = [files[0] for files in models.values()]
+    raise ModelError(f"{source} has {fault}: choose one of {enumerated(firsts, len(firsts))}.")
 
 
 def _short(name: str) -> str:

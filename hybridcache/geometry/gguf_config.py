@@ -82,17 +82,22 @@ ROPE = {
 }
 
 
+def check_architecture(arch: str, file: str) -> None:
+    """Raise ModelError if ``general.architecture`` of a file is not supported."""
+    if arch not in ARCHITECTURES:
+        raise ModelError(
+            f"models of the architecture {arch[:80]!r} in {file} are not supported; supported are "
+            f"{', '.join(sorted(ARCHITECTURES))}."
+        )
+
+
 class GgufModel:
     """Config of the model in a GGUF file."""
 
     def __init__(self, file: GgufFile) -> None:
         """Raises ModelError if the architecture is not supported."""
         self.file, self.arch = file, str(file.metadata.get("general.architecture"))
-        if self.arch not in ARCHITECTURES:
-            raise ModelError(
-                f"models of the architecture {self.arch[:80]!r} in {file.path.name} are not "
-                f"supported; supported are {', '.join(sorted(ARCHITECTURES))}."
-            )
+        check_architecture(self.arch, file.path.name)
         blocks = (BLOCK_NAME.fullmatch(name) for name in file.tensors)
         self._words = {found[2] for found in blocks if found is not None}
         """Names of tensors inside blocks."""

@@ -255,6 +255,7 @@ REPOSITORY = [
 @pytest.mark.parametrize(
     ("label", "expected"),
     [
+        ("model-9b-iq4_xs", ["Model-9B-IQ4_XS.gguf"]),
         (None, ["Model-9B-Q4_K_M.gguf"]),
         ("q4_k_m", ["Model-9B-Q4_K_M.gguf"]),
         ("UD-Q4_K_XL", ["Model-9B-UD-Q4_K_XL.gguf"]),
@@ -264,20 +265,22 @@ REPOSITORY = [
     ],
 )
 def test_label_chooses_the_files_of_one_model(label, expected) -> None:
-    assert choose_files(REPOSITORY, label) == expected
+    assert choose_files(REPOSITORY, "ORG/NAME", label) == expected
 
 
 def test_choices_are_listed_if_the_label_does_not_decide() -> None:
-    assert choose_files(["only.gguf", "mmproj-only.gguf"]) == ["only.gguf"]
-    with pytest.raises(ModelError) as error:
-        choose_files(["a-Q8_0.gguf", "b-Q8_0.gguf"], source="ORG/NAME")
-    assert str(error.value) == "ORG/NAME has several models: choose one of a-Q8_0, b-Q8_0."
-    with pytest.raises(ModelError, match="ORG/NAME has 0 models with the format Q5_K_M: choose"):
-        choose_files(REPOSITORY, "Q5_K_M", "ORG/NAME")
-    with pytest.raises(ModelError, match="ORG/NAME has 2 models with the format Q8_0: choose"):
-        choose_files(["a-Q8_0.gguf", "b-Q8_0.gguf"], "Q8_0", "ORG/NAME")
-    with pytest.raises(ModelError, match="folder has no model in GGUF files"):
-        choose_files(["mmproj-F16.gguf", "model.safetensors"], source="folder")
+    two = ["a-Q8_0.gguf", "b-Q8_0.gguf"]
+    assert choose_files(["only.gguf", "mmproj-only.gguf"], "folder") == ["only.gguf"]
+    assert choose_files(two, "ORG/NAME", "b-q8_0.gguf") == ["b-Q8_0.gguf"]
+    for names, label, message in (
+        (two, None, "ORG/NAME has several models: choose one of a-Q8_0.gguf, b-Q8_0.gguf."),
+        (two, "Q8_0", "ORG/NAME has 2 models with the format Q8_0: choose one of a-Q8_0.gguf, b-Q"),
+        (REPOSITORY, "Q5_K_M", "ORG/NAME has 0 models with the format Q5_K_M: choose one of BF16/"),
+        (["mmproj-F16.gguf", "model.safetensors"], None, "ORG/NAME has no model in GGUF files."),
+    ):
+        with pytest.raises(ModelError) as error:
+            choose_files(names, "ORG/NAME", label)
+        assert message in str(error.value)
 
 
 # --- Mutations ------------------------------------------------------------------------------------
