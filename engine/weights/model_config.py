@@ -106,8 +106,8 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"there is no config.json in {model_dir}: use a model directory, or ORG/NAME for a "
-            "model of the Hugging Face Hub."
+            f"{model_dir} is not a model: use a directory with config.json or a GGUF file, the "
+            "file itself, or ORG/NAME for a model of the Hugging Face Hub."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

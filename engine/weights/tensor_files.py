@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from engine.weights.layer_names import INDEX_NAME, INDEX_NAMES, MODEL_SLIM_FILE, WEIGHTS_NAME
 from engine.weights.model_config import ModelError
+from hybridcache.geometry.gguf import LFS_POINTER
 from hybridcache.geometry.units import enumerated as enumerated
 
-LFS_POINTER = b"version https://git-lfs.github.com/"
 FULL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

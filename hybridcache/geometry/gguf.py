@@ -21,6 +21,8 @@ from hybridcache.geometry.sizes import ModelError
 from hybridcache.geometry.units import counted, enumerated, format_bytes
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""Beginning of a file that Git LFS has not fetched yet."""
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 """Name of one file of a split model; parts count from one."""
 NUMBERS = {
@@ -160,6 +162,10 @@ class _Header:
         return found if isinstance(found, int) else None
 
     def _check_version(self) -> None:
+        if self._bytes[: len(LFS_POINTER)] == LFS_POINTER:
+            raise ModelError(
+                f"{self.name} is a pointer of Git LFS, not the weights: run `git lfs pull`."
+            )
         if self._bytes[: len(MAGIC)] != MAGIC:
             raise ModelError(f"{self.name} is not a GGUF file: it does not begin with GGUF.")
         self._at = len(MAGIC)
@@ -272,11 +278,14 @@ class _Header:
 
 
 def is_gguf(model: Path) -> bool:
-    """Return True if ``model`` is a GGUF file, or a directory with such files and without
-    safetensors."""
+    """Return True if ``model`` is a GGUF file, by its name or content, or a directory with such
+    files and without safetensors."""
     if model.is_dir():
         return any(model.glob("*.gguf")) and not any(model.glob("*.safetensors"))
-    return model.suffix == ".gguf"
+    if model.suffix == ".gguf" or not model.is_file():
+        return model.suffix == ".gguf"
+    with model.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def gguf_file(model: Path) -> GgufFile | None:

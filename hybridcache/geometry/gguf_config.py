@@ -97,6 +97,12 @@ class GgufModel:
     def __init__(self, file: GgufFile) -> None:
         """Raises ModelError if the architecture is not supported."""
         self.file, self.arch = file, str(file.metadata.get("general.architecture"))
+        kind = file.metadata.get("general.type", "mmproj" if self.arch == "clip" else "model")
+        if kind != "model":
+            raise ModelError(
+                f"{file.path.name} is not a model but a file of the kind {str(kind)[:40]!r}: name "
+                "the file of the language model."
+            )
         check_architecture(self.arch, file.path.name)
         blocks = (BLOCK_NAME.fullmatch(name) for name in file.tensors)
         self._words = {found[2] for found in blocks if found is not None}

@@ -229,8 +229,8 @@ VALID = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "bert"}, "of the kind 'bert' is not supported; gpt2 and llama are"),
-        ({"pre": "klingon"}, "splits words by 'klingon', which is not supported; llama3, "),
+        ({"model": "bert"}, "of the kind 'bert', which is not supported: name"),
+        ({"pre": "klingon"}, "splits words as 'klingon' does, which is not supported: name"),
         ({"tokens": [1, 2]}, "has no list tokenizer.ggml.tokens"),
         ({"merges": ["a c"]}, "cannot be used"),
         ({"merges": ["ab"]}, "cannot be used"),
