@@ -292,9 +292,6 @@ def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ok.gguf --revision main",
             "--revision main needs a model of the hub, as in --model ORG/N",
         ),
-        (
-            "--tp would split blocks of 32 columns that share a scale: model.layers",
-        ),
         ("ok.gguf --fp8-activations", "--fp8-activations needs a GPU"),
     ],
 )
@@ -346,3 +343,11 @@ def test_weights_larger_than_the_memory_are_refused_before_they_are_read(
         r"the weights need [2-9]\.\d MiB, but 1\.0 MiB of the memory of cpu are available: use",
         capsys.readouterr().err,
     )
+
+
+def test_gguf_files_are_not_converted(
+    gguf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", f"{gguf_folder}/ok.gguf", str(tmp_path / "out"), "--to", "int8"]
+    assert exit_code(engine, command) == 2
+    assert "ok.gguf is a GGUF file: convert the model in full" in capsys.readouterr().err
