@@ -22,10 +22,10 @@ class GgufWeights(Checkpoint):
         super().__init__(with_head=with_head)
         sources = model.weights()
         self._sources = {name: sources[name] for name in self.wanted(sources)}
-        self.num_bytes = sum(tensor.data.nbytes for tensor in model.file.tensors.values())
-        self._bytes = Counter[Format]()
+        self._arch, self._bytes = model.arch, Counter[str]()
         for tensor in model.file.tensors.values():
-            self._bytes[FORMATS[tensor.type.name]] += tensor.data.nbytes
+            self._bytes[tensor.type.name] += tensor.data.nbytes
+        self.num_bytes = self._bytes.total()
         self.formats = self
 
     def format(self, module: str) -> Format | None:
@@ -37,12 +37,13 @@ class GgufWeights(Checkpoint):
         return None if source is None else source.columns
 
     def described(self) -> Sequence[tuple[str, Format]]:
-        shares = ((100 * size / self.num_bytes, one) for one, size in self._bytes.most_common())
-        return [
-            (f"{one.describe()} ({share:.0f} %)", one)
-            for share, one in shares
-            if not isinstance(one, Plain)
-        ]
+        formats = (FORMATS[name] for name, _ in self._bytes.most_common())
+        return [(one.describe(), one) for one in formats if not isinstance(one, Plain)]
+
+    def note(self) -> str:
+        shares = {name: 100 * size / self.num_bytes for name, size in self._bytes.most_common()}
+        said = (f"{name} {share:.{0 if share >= 1 else 2}f} %" for name, share in shares.items())
+        return f"GGUF of {self._arch}: {', '.join(said)}; {super().note()}"
 
     def ties(self, embedding: str) -> bool:
         return TIED_HEAD not in self._sources
