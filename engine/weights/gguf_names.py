@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from engine.weights.parameters import Source
@@ -36,6 +37,8 @@ SMALL = re.compile(r"ssm_(a|d|norm|conv1d(_[qkv])?)|shortconv\.conv|ffn_gate_inp
 """Words of tensors with several dimensions that are changed by arithmetic or get another shape."""
 FORMATS = {GGML_TYPES[number].name: format for number, format in blocks.GGML_TYPES.items()}
 """Formats by ggml's name of the type."""
+ROPE_FACTORS, ONE = "rope_freqs.weight", np.float32(1).tobytes()
+"""Tensor with a factor of each rotary frequency. Factors of 1 are ignored."""
 MOST_EXPERTS, MOST_WEIGHTS, MOST_ROWS = 4096, 1 << 17, 1 << 20
 """Limits of experts per layer, of weights of a model, and of rows in another order."""
 
@@ -149,6 +152,12 @@ class Model(GgufModel):
         WeightsError for unknown tensors, and for shapes that do not belong together."""
         pieces: dict[str, list[Piece]] = {}
         unknown, _ = [], self.config
+        factors = self.file.tensors.get(ROPE_FACTORS)
+        if factors is not None and (factors.data.tobytes() != ONE * math.prod(factors.shape)):
+            raise WeightsError(
+                f"{self.file.path.name} changes rotary frequencies ({ROPE_FACTORS}), which is not "
+                f"supported for models of {self.arch}."
+            )
         for name, stored in self.file.tensors.items():
             try:
                 for target, piece in self._targets(name, self._matrix(name, stored)):
@@ -412,6 +421,7 @@ class Form:
     def outer(self) -> Mapping[str, str]:
         """Names of tensors outside the layers."""
         names = dict.fromkeys(("output_norm", "token_embd_norm"), self.norm)
+        names["rope_freqs"] = "rotary_emb"  # A buffer, which is ignored.
         return {"token_embd": self.embedding, "output": "lm_head", **names}
 
 

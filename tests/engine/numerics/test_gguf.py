@@ -23,7 +23,7 @@ from engine.weights.parameters import Source
 from experiments.benchmarks.gguf_files import changed, text_config, write_gguf
 from hybridcache.geometry.gguf import GgufFile
 from hybridcache.geometry.gguf_config import ARCHITECTURES
-from tests.engine.numerics.conftest import FAMILIES
+from tests.engine.numerics.conftest import FAMILIES, load
 
 WRITTEN = [
     name
@@ -372,6 +372,18 @@ def wrap(name: str) -> Callable[[dict[str, np.ndarray]], object]:
     return lambda tensors: tensors.update({name: tensors[name][None]})
 
 
+def factors(value: float) -> Callable[[dict[str, np.ndarray]], object]:
+    return lambda tensors: tensors.update({"rope_freqs.weight": np.full(16, value, np.float32)})
+
+
+def test_rotary_factors_of_1_are_ignored_with_a_word(written) -> None:
+    path = written("qwen3")
+    expected = load(path).loaded.weights_note
+    rewritten(path, factors(1))
+    found = load(path.with_name("again.gguf")).loaded.weights_note
+    assert "buffers in its files" in found and "buffers in its files" not in expected
+
+
 GRANITE, KIMI = "granite_moe_hybrid_dense", "kimi_linear"
 FAULTS = {
     "unknown": ("qwen3", put("blk.0.colour"), "that models of qwen3 do not have: blk.0.colour"),
@@ -383,6 +395,7 @@ FAULTS = {
     "rotated heads": (GRANITE, cut("blk.1.attn_k.weight"), "blk.1.attn_k.weight in again.gguf has"),
     "experts": ("lfm2_moe", cut("blk.2.ffn_up_exps.weight"), "has the wrong shape, [3, 20, 64]"),
     "dimensions": ("qwen3", wrap("blk.0.attn_q.weight"), "has the wrong shape, [1, 128, 64]"),
+    "rotary": ("qwen3", factors(0.5), "again.gguf changes rotary frequencies (rope_freqs.weight)"),
     "latent": (KIMI, cut("blk.2.attn_v_b.weight"), "has the wrong shape"),
 }
 
