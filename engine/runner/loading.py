@@ -24,7 +24,7 @@ from engine.runner.memory import (
 from engine.weights.checkpoint import Checkpoint, Dummy
 from engine.weights.model_config import ModelConfig, ModelError, read_config
 from engine.weights.model_files import open_weights
-from engine.weights.parameters import Build, WeightSpec
+from engine.weights.parameters import PRECISIONS, Build, WeightSpec
 from engine.weights.ranks import ALONE, Rank
 from engine.weights.tensor_files import dtype_name
 from hybridcache.geometry.checkpoints import CheckpointFormat
@@ -213,12 +213,13 @@ def load_model(
 
 def check_memory(build: Build, targets: Iterable[torch.Tensor | Matrix]) -> None:
     """Raise ModelError if the weights are larger than the memory that is available now."""
-    device, needed = Device(build.weights.device), 0
+    device, word, needed = Device(build.weights.device), build.weights.quantization, 0.0
     for target in targets:
         if isinstance(target, Matrix):
             needed += target.num_bytes
-        else:  # One byte each, if weights of large products are converted.
-            needed += target.nbytes if build.weights.quantization is None else target.numel()
+        else:  # At least that many, if weights of large products are converted.
+            num_bits = 8 * target.itemsize if word is None else PRECISIONS[word].num_bits
+            needed += target.numel() * min(num_bits / 8, target.itemsize)
     needed *= build.rank.count if device.is_cpu else 1
     if needed > (free := device.free_bytes()):
         raise ModelError(

@@ -97,9 +97,17 @@ class GgufFile:
         self.tensors: Mapping[str, StoredTensor] = header.tensors
         self.paths = [path]
         """The file, or all parts of a split model."""
+        self._mappings = [header.mapping]
         count = header.count("split.count", 1)
         if count != 1:
             self._join(header, count)
+
+    def drop_pages(self) -> None:
+        """Return the memory of pages that were read. They are read again on the next use, from the
+        system's cache of the file."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapping in self._mappings:
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def _join(self, header: _Header, count: int | None) -> None:
         """Read the other parts. The first one has the metadata."""
@@ -123,6 +131,7 @@ class GgufFile:
             if part == 0:
                 self.metadata, expected = own.metadata, own.count("split.tensors.count")
             tensors |= own.tensors
+            self._mappings.append(own.mapping)
         if expected not in (None, len(tensors)):
             raise ModelError(
                 f"the parts of {self.path.name} have {counted(len(tensors), 'tensor')} in all "
@@ -140,11 +149,11 @@ class _Header:
         self._at, self._num_texts = 0, 0
         try:
             with path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is empty"
             raise ModelError(f"{path} cannot be read: {reason}.") from None
-        self._end = min(len(self._bytes), MOST_HEADER_BYTES)
+        self._end = min(len(self.mapping), MOST_HEADER_BYTES)
         self._check_version()
         num_tensors, num_keys = self._number("Q"), self._number("Q")
         if num_tensors > MOST_TENSORS or num_keys > MOST_KEYS:
@@ -162,11 +171,11 @@ class _Header:
         return found if isinstance(found, int) else None
 
     def _check_version(self) -> None:
-        if self._bytes[: len(LFS_POINTER)] == LFS_POINTER:
+        if self.mapping[: len(LFS_POINTER)] == LFS_POINTER:
             raise ModelError(
                 f"{self.name} is a pointer of Git LFS, not the weights: run `git lfs pull`."
             )
-        if self._bytes[: len(MAGIC)] != MAGIC:
+        if self.mapping[: len(MAGIC)] != MAGIC:
             raise ModelError(f"{self.name} is not a GGUF file: it does not begin with GGUF.")
         self._at = len(MAGIC)
         version = self._number("I")
@@ -188,7 +197,7 @@ class _Header:
         if size > self._end - first:
             raise self._damaged(
                 "its header does not end"
-                if self._end == len(self._bytes)
+                if self._end == len(self.mapping)
                 else f"its header is longer than {format_bytes(MOST_HEADER_BYTES)}"
             )
         self._at = first + size
@@ -196,7 +205,7 @@ class _Header:
 
     def _number(self, code: str) -> Any:
         form = struct.Struct(f"<{code}")
-        return form.unpack_from(self._bytes, self._take(form.size))[0]
+        return form.unpack_from(self.mapping, self._take(form.size))[0]
 
     def _text(self) -> str:
         return self._texts(1)[0]
@@ -206,7 +215,7 @@ class _Header:
         self._num_texts += count
         if self._num_texts > MOST_TEXTS:
             raise self._damaged(f"it has more than {MOST_TEXTS:,} texts")
-        found, data, end, size_of = [], self._bytes, self._end, struct.Struct("<Q").unpack_from
+        found, data, end, size_of = [], self.mapping, self._end, struct.Struct("<Q").unpack_from
         for _ in range(count):
             first = self._take(8) + 8
             size = size_of(data, first - 8)[0]
@@ -230,7 +239,7 @@ class _Header:
             raise self._damaged(f"{_short(key)} has an unknown type")
         dtype = np.dtype(f"<{NUMBERS[item]}")
         first = self._take(count * dtype.itemsize)
-        return np.frombuffer(self._bytes, dtype, count, first)
+        return np.frombuffer(self.mapping, dtype, count, first)
 
     def _described(self) -> tuple[str, tuple[int, ...], GgmlType, int, int]:
         """Read one entry of the table of tensors: name, shape, type, first byte, size."""
@@ -261,15 +270,15 @@ class _Header:
             raise self._damaged(f"general.alignment is {alignment}")
         start = -(-self._at // alignment) * alignment
         spans = sorted((first, first + size) for *_, first, size in found)
-        if spans and start + spans[-1][1] > len(self._bytes):
+        if spans and start + spans[-1][1] > len(self.mapping):
             raise self._damaged(
-                f"it has {format_bytes(len(self._bytes))} of {format_bytes(start + spans[-1][1])}"
+                f"it has {format_bytes(len(self.mapping))} of {format_bytes(start + spans[-1][1])}"
             )
         if any(end > later for (_, end), (later, _) in pairwise(spans)):
             raise self._damaged("tensors overlap")
         if any(first % alignment for first, _ in spans):
             raise self._damaged(f"tensors do not begin at multiples of {alignment} bytes")
-        whole = np.frombuffer(self._bytes, np.uint8)
+        whole = np.frombuffer(self.mapping, np.uint8)
         for name, shape, type, first, size in found:
             if name in self.tensors:
                 raise self._damaged(f"the tensor {_short(name)} occurs twice")
