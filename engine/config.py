@@ -181,13 +181,14 @@ class EngineConfig:
     """Settings of the plugins in use."""
 
     model: str | None = None
-    """Model directory in Hugging Face format, or ORG/NAME of a model of the Hugging Face Hub (a
-    directory of that name is preferred); by default the built-in byte model, which is small and
-    trained on code and synthetic tasks."""
+    """Model directory in Hugging Face format, a GGUF file, or ORG/NAME of a model of the Hugging
+    Face Hub, or ORG/NAME:Q4_K_M of a GGUF file there (a directory of that name is preferred); by
+    default the built-in byte model, which is small and trained on code and synthetic tasks."""
     revision: str | None = None
     """For a model of the hub: branch, tag or commit; by default its main branch."""
     tokenizer: str | None = None
-    """Directory of the tokenizer, ORG/NAME, or builtin, if it is not that of the model."""
+    """Directory or GGUF file of the tokenizer, ORG/NAME, or builtin, if it is not that of the
+    model."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto: read the weights; dummy: seeded random weights for any config.json."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -274,7 +275,7 @@ class EngineConfig:
 
     @property
     def model_dir(self) -> Path:
-        """Directory of config.json and the weights."""
+        """Directory of config.json and the weights, or a GGUF file."""
         return Path(self.model) if self.model else BUILTIN_DIR
 
     @property

@@ -19,8 +19,9 @@ from engine.schedule.report import cache_kind
 from engine.schedule.scheduler import NO_DRAFTS, Scheduler
 from engine.text.grammar import Grammar
 from engine.weights.hub import resolve_config
-from engine.weights.layer_names import is_gguf
+from engine.weights.model_config import read_config
 from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.geometry.gguf import is_gguf
 from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 
@@ -124,10 +125,10 @@ def load(config: EngineConfig) -> tuple[ModelRunner, Sampler, Tokenizer]:
     """Load the model, the sampler and the tokenizer named by ``config``. Imports torch."""
     from engine.runner.sampler import Sampler
 
-    runner = load_runner(config)
-    tokenizer = load_tokenizer_of(config, runner.vocab_size)
+    # Before the weights, which take longer to read.
+    tokenizer = load_tokenizer_of(config, read_model(read_config(config.model_dir))[1].vocab_size)
     assert tokenizer is not None
-    return runner, Sampler(), tokenizer
+    return load_runner(config), Sampler(), tokenizer
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:
@@ -149,7 +150,7 @@ def load_runner(config: EngineConfig) -> ModelRunner:
 
 def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer | None:
     """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one: None
-    if its size is not known yet (``vocab_size``). Imports torch for GGUF files only."""
+    if its size is not known yet (``vocab_size``). Raises ValueError."""
     from engine.text.tokenizer import HFTokenizer, IdTokenizer, has_tokenizer, named_eos
 
     path, eos = Path(config.tokenizer or config.model_dir), frozenset[int]()
@@ -159,6 +160,8 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer
 
         if (found := load_tokenizer(path, max_ids)) is not None:
             return found
+        if config.tokenizer:
+            raise ValueError(f"{path} has no tokenizer: name a directory or GGUF file with one.")
     elif config.tokenizer or has_tokenizer(path):
         return HFTokenizer(path, max_ids)
     else:

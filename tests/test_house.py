@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import gguf
 import pytest
+
+from engine.config import BUILTIN_DIR
+from experiments.benchmarks.gguf_files import write_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "kernels", "engine", "experiments")
@@ -176,8 +180,9 @@ def test_hybridcache_never_imports_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_simulation_needs_only_three_packages() -> None:
-    """A simulation and its table run without any extra of the distribution."""
+def test_simulation_needs_only_three_packages(tmp_path: Path) -> None:
+    """A simulation and its table run without any extra of the distribution, also of a GGUF file."""
+    write_gguf(gguf, BUILTIN_DIR, tmp_path / "model.gguf", "Q4_0")
     code = """
 import importlib.abc, sys
 allowed = {"numpy", "sortedcontainers", "tqdm", "hybridcache"}
@@ -188,10 +193,13 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Refuse())
 import hybridcache
-print(hybridcache.simulate("short?head=5", gib=[1.0], processes=1).table().count("survival"))
+for model in ("qwen3-next", sys.argv[1]):
+    result = hybridcache.simulate("short?head=5", gib=[1.0], model=model, processes=1)
+    assert "survival" in result.table()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and int(done.stdout) >= 1, done.stderr
+    command = [sys.executable, "-c", code, str(tmp_path / "model.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_kernels_package_contains_only_a_docstring() -> None:

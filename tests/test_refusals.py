@@ -13,14 +13,20 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.command.cli import main as engine
+from engine.config import BUILTIN_DIR
 from engine.plugins import ENGINE
 from engine.server.settings import ServerConfig
+from engine.weights.checkpoint import Checkpoint
+from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import CacheConfig, closed_loop, simulate
 from hybridcache.lab import scenario as lab_scenario
 from hybridcache.lab.cli import main as hybridcache
@@ -223,3 +229,125 @@ def test_impossible_request_is_refused(prompt: Any, options: dict[str, Any], nam
         made.submit(prompt, **options)
     assert named in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert made.report() == before and not made.has_work()
+
+
+# --- Models in GGUF files -------------------------------------------------------------------------
+
+
+def write(path: Path, arch: str, **metadata: Any) -> None:
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in metadata.items():
+        writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the built-in model as a GGUF file, and with files that are no such models."""
+    folder = tmp_path_factory.mktemp("gguf")
+    words = vocabulary(BUILTIN_DIR, "qwen2")
+    write_gguf(gguf, BUILTIN_DIR, folder / "ok.gguf", "Q4_0", words)
+    write_gguf(gguf, BUILTIN_DIR, folder / "bare.gguf", "Q4_0")
+    write_gguf(
+        gguf, BUILTIN_DIR, folder / "t5.gguf", "Q4_0", words | {"tokenizer.ggml.model": "t5"}
+    )
+    write(folder / "llama.gguf", "llama")
+    write(folder / "tower.gguf", "clip")
+    write(folder / "lora.gguf", "qwen3", general__type="adapter")
+    content = (folder / "ok.gguf").read_bytes()
+    (folder / "cut.gguf").write_bytes(content[:200_000])
+    (folder / "blob").write_bytes(content)
+    (folder / "text.gguf").write_text("text")
+    (folder / "plain.txt").write_text("text")
+    (folder / "lfs.gguf").write_text("version https://git-lfs.github.com/spec/v1")
+    for name in ("empty", "two", "one"):
+        (folder / name).mkdir()
+    for name in ("two/a-Q8_0", "two/b-Q8_0", "one/a"):
+        (folder / f"{name}.gguf").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("none.gguf", "none.gguf cannot be read: No such file or directory."),
+        ("none", "none is not a model: use a directory with config.json or a GGUF file, the file"),
+        ("empty", "empty is not a model: use"),
+        ("plain.txt", "plain.txt is not a model: use"),
+        ("text.gguf", "text.gguf is not a GGUF file: it does not begin with GGUF."),
+        ("lfs.gguf", "lfs.gguf is a pointer of Git LFS, not the weights: run `git lfs pull`."),
+        ("cut.gguf", "cut.gguf is truncated or damaged (it has 195.3 KiB of 2.7 MiB): download it"),
+        ("two", "two has several models: choose one of a-Q8_0.gguf, b-Q8_0.gguf."),
+        ("tower.gguf", "tower.gguf is not a model but a file of the kind 'mmproj': name the file"),
+        ("lora.gguf", "lora.gguf is not a model but a file of the kind 'adapter': name the file"),
+        ("llama.gguf", "'llama' in llama.gguf are not supported; supported are falcon-h1, granite"),
+        ("t5.gguf", "in t5.gguf is of the kind 't5', which is not supported: name the directory"),
+        ("bare.gguf", "prompt must be token ids, or a text of them as numbers, because this model"),
+        ("ok.gguf --tokenizer bare.gguf", "bare.gguf has no tokenizer: name a directory or GGUF"),
+        (
+            "ok.gguf --revision main",
+            "--revision main needs a model of the hub, as in --model ORG/N",
+        ),
+        ("ok.gguf --fp8-activations", "--fp8-activations needs a GPU"),
+    ],
+)
+def test_models_that_cannot_be_used_are_refused(
+    arguments: str,
+    message: str,
+    gguf_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(gguf_folder)
+    small = ["--cache-gib", "0.05", "--max-tokens", "2", "--device", "cpu", "x"]
+    assert exit_code(engine, ["generate", "--model", *arguments.split(), *small]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line and line.endswith(".") and ". " not in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "one",
+        "blob",
+        "bare.gguf --tokenizer builtin",
+        "t5.gguf --tokenizer ok.gguf",
+        "ok.gguf --dtype float32",
+        "ok.gguf --quantization int8",
+        "ok.gguf --draft mtp",
+    ],
+)
+def test_models_that_can_be_used_answer(
+    arguments: str,
+    gguf_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(gguf_folder)
+    small = ["--cache-gib", "0.05", "--max-tokens", "2", "--device", "cpu", "Ada has 5 apples."]
+    assert exit_code(engine, ["generate", "--model", *arguments.split(), *small]) == 0
+    assert "2 generated" in capsys.readouterr().err
+
+
+def test_weights_larger_than_the_memory_are_refused_before_they_are_read(
+    gguf_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("engine.runner.device.host_free_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(Checkpoint, "fill", lambda *_: pytest.fail("weights are read"))
+    assert exit_code(engine, ["generate", "--model", f"{gguf_folder}/ok.gguf", "x"]) == 2
+    assert re.search(
+        r"the weights need [2-9]\.\d MiB, but 1\.0 MiB of the memory of cpu are available: use",
+        capsys.readouterr().err,
+    )
+
+
+def test_gguf_files_are_not_converted(
+    gguf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", f"{gguf_folder}/ok.gguf", str(tmp_path / "out"), "--to", "int8"]
+    assert exit_code(engine, command) == 2
+    assert "ok.gguf is a GGUF file: convert the model in full" in capsys.readouterr().err

@@ -53,6 +53,7 @@ GROUPS = {
 SERVE_EXAMPLES = """examples:
   engine serve                                           the small built-in model
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
+  engine serve --model model.gguf                        a GGUF file; of the Hub: ORG/NAME:Q4_K_M
   engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
 SPIN_COUNT = "1000"
 """Rounds that a waiting thread spins before it sleeps. The 300,000 of OpenMP take longer than a

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.weights.model_config import ModelConfig, ModelError, check_all_read
 from hybridcache.geometry.families import COMPOSITES, read, text_part
-from hybridcache.geometry.sizes import SizesError
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
@@ -32,17 +31,14 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
             f"models of model_type {model_type!r} are not supported; supported are "
             f"{', '.join(sorted(families()))}."
         )
-    try:
-        sizes, config = read(text)
-        assert config is not None
-        if not sizes.row_size:
-            raise ModelError(
-                "models without a layer of attention are not supported: see num_hidden_layers and "
-                "layer_types, layers_block_type or attn_layer_period and attn_layer_offset."
-            )
-        made = family.read(config, sizes)
-    except SizesError as error:
-        raise ModelError(str(error)) from None
+    sizes, config = read(text)
+    assert config is not None
+    if not sizes.row_size:
+        raise ModelError(
+            "models without a layer of attention are not supported: see num_hidden_layers and "
+            "layer_types, layers_block_type or attn_layer_period and attn_layer_offset."
+        )
+    made = family.read(config, sizes)
     check_all_read(config)
     return family, made
 

@@ -42,7 +42,7 @@ from engine.text.answers import (
 )
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import CLOSE, IdTokenizer, read_json
-from engine.weights.layer_names import is_gguf
+from hybridcache.geometry.gguf import is_gguf
 from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.cache_manager import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,17 +22,17 @@ from engine.runner.memory import (
     state_slot_bytes,
 )
 from engine.weights.checkpoint import Checkpoint, Dummy
-from engine.weights.model_config import ModelConfig, ModelError
-from engine.weights.model_files import open_weights, read_config
+from engine.weights.model_config import ModelConfig, ModelError, read_config
+from engine.weights.model_files import open_weights
 from engine.weights.parameters import PRECISIONS, Build, WeightSpec
 from engine.weights.ranks import ALONE, Rank
 from engine.weights.tensor_files import dtype_name
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.sizes import ModelSizes, SizesError
-from hybridcache.geometry.units import format_count
+from hybridcache.geometry.units import format_bytes, format_count
 from hybridcache.scheduling.cache_manager import SLOTS_OF_ONE
-from kernels.linear.formats import Format
+from kernels.linear.formats import Format, Matrix
 from kernels.linear.grouped import Grouped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -210,12 +211,31 @@ def load_model(
     counted = f"{format_count(num_weights)} parameters"  # Those of all ranks.
     if files is not None:
         files.check(parameters, tied=config.tie_embeddings)
+    check_memory(build, [parameter.target for _, parameter in parameters])
     model = make(build, fill)
     if files is None:
         return model, f"{counted}; seeded (seed {settings.seed}), untrained"
     note = f"{counted}; {files.note()}{build.weights.note()}"
     files.close()
     return model, note
+
+
+def check_memory(build: Build, targets: Iterable[torch.Tensor | Matrix]) -> None:
+    """Raise ModelError if the weights are larger than the memory that is available now."""
+    device, word, needed = Device(build.weights.device), build.weights.quantization, 0.0
+    for target in targets:
+        if isinstance(target, Matrix):
+            needed += target.num_bytes
+        else:  # At least that many, if weights of large products are converted.
+            num_bits = 8 * target.itemsize if word is None else PRECISIONS[word].num_bits
+            needed += target.numel() * min(num_bits / 8, target.itemsize)
+    needed *= build.rank.count if device.is_cpu else 1
+    if needed > (free := device.free_bytes()):
+        raise ModelError(
+            f"the weights need {format_bytes(needed)}, but {format_bytes(free)} of the memory of "
+            f"{device.torch_device} are available: use a smaller model or one with fewer bits, "
+            "--quantization, or --tp on several GPUs."
+        )
 
 
 def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from engine.text.tokenizer import BackendTokenizer
-from engine.weights.gguf import GgufFile
-from engine.weights.model_config import ModelError
-from engine.weights.model_files import gguf_file
+from hybridcache.geometry.gguf import GgufFile, gguf_file
+from hybridcache.geometry.sizes import ModelError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -96,7 +95,10 @@ def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
         return None
     reader = _Reader(file)
     if kind not in ("gpt2", "llama"):
-        raise reader.refusal(f"of the kind {kind[:40]!r} is not supported; gpt2 and llama are")
+        raise reader.refusal(
+            f"is of the kind {kind[:40]!r}, which is not supported: name the directory of the "
+            "original one with --tokenizer"
+        )
     try:
         backend = reader.byte_level() if kind == "gpt2" else reader.sentence_pieces()
     except ModelError:
@@ -188,7 +190,8 @@ class _Reader:
         pattern = PATTERNS.get(pre)
         if pattern is None:
             raise self.refusal(
-                f"splits words by {pre[:40]!r}, which is not supported; {', '.join(PATTERNS)} are"
+                f"splits words as {pre[:40]!r} does, which is not supported: name the directory of "
+                "the original one with --tokenizer"
             )
         merges = [merge[1:].partition(" ") for merge in self._texts("merges", [])]
         firsts = (merge[:1] for merge in self._texts("merges", []))

@@ -1,4 +1,4 @@
-"""Models in GGUF files: their ``config.json``, and their weights with published names.
+"""Weights of models in GGUF files, with published names.
 
 The changes of llama.cpp's converter are undone: by the order of rows and columns in quantised
 matrices, and by arithmetic in small tensors. Source: ``conversion/*.py`` of
@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 
-from engine.weights.gguf import GgufFile, StoredTensor
-from engine.weights.model_config import ModelError
 from engine.weights.parameters import Source
-from engine.weights.tensor_files import WeightsError, enumerated
-from hybridcache.geometry.sizes import MOST_LAYERS
-from hybridcache.geometry.units import counted
+from engine.weights.tensor_files import WeightsError
+from hybridcache.geometry.gguf import GGML_TYPES, GgufFile, StoredTensor
+from hybridcache.geometry.gguf_config import BLOCK_NAME, GgufModel
+from hybridcache.geometry.sizes import ModelError
+from hybridcache.geometry.units import counted, enumerated
+from kernels.linear import blocks
 from kernels.linear.formats import Matrix, Plain
 
-Values = dict[str, Any]
 Piece = tuple[str, Matrix, torch.Tensor | None]
 """Word, stored tensor with at least two dimensions, and the file row of each row of the model, or
 None if the order is the same."""
@@ -35,7 +35,10 @@ missing keep their order. ``columns`` has the order of columns by word."""
 FLOAT32 = Plain(torch.float32)
 SMALL = re.compile(r"ssm_(a|d|norm|conv1d(_[qkv])?)|shortconv\.conv|ffn_gate_inp_shexp")
 """Words of tensors with several dimensions that are changed by arithmetic or get another shape."""
-BLOCK_NAME = re.compile(r"blk\.(\d{1,5})\.(.+)")
+FORMATS = {GGML_TYPES[number].name: format for number, format in blocks.GGML_TYPES.items()}
+"""Formats by ggml's name of the type."""
+ROPE_FACTORS, ONE = "rope_freqs.weight", np.float32(1).tobytes()
+"""Tensor with a factor of each rotary frequency. Factors of 1 are ignored."""
 MOST_EXPERTS, MOST_WEIGHTS, MOST_ROWS = 4096, 1 << 17, 1 << 20
 """Limits of experts per layer, of weights of a model, and of rows in another order."""
 
@@ -129,68 +132,6 @@ KIMI = _names(
     MLP.format("block_sparse_moe.shared_experts", "_shexp"),
     W123.format("block_sparse_moe.experts.{}", "_exps"),
 )
-KEYS = {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "context_length": "max_position_embeddings",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_epsilon": "layer_norm_epsilon",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps norm_eps layer_norm_epsilon",
-    "attention.kv_lora_rank": "kv_lora_rank",
-    "attention.q_lora_rank": "q_lora_rank",
-    "attention.value_length_mla": "v_head_dim",
-    "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "logit_scale": "logits_scaling",
-    "expert_count": "num_experts num_local_experts n_routed_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_count": "n_shared_experts",
-    "expert_weights_scale": "routed_scaling_factor",
-    "expert_weights_norm": "norm_topk_prob",
-    "expert_group_count": "n_group",
-    "expert_group_used_count": "topk_group",
-    "leading_dense_block_count": "num_dense_layers first_k_dense_replace",
-    "moe_latent_size": "moe_latent_size",
-    "rope.dimension_count": "qk_rope_head_dim",
-    "shortconv.l_cache": "conv_L_cache",
-    "ssm.conv_kernel": "mamba_d_conv conv_kernel linear_conv_kernel_dim",
-    "ssm.group_count": "mamba_n_groups n_groups linear_num_key_heads",
-    "ssm.inner_size": "mamba_d_ssm",
-    "ssm.state_size": "mamba_d_state ssm_state_size linear_key_head_dim",
-    "ssm.time_step_rank": "mamba_n_heads mamba_num_heads mamba_dt_rank linear_num_value_heads",
-}
-"""Metadata of an architecture, and keys of a config.json with the same value."""
-REQUIRED = "embedding_length", "context_length", "attention.head_count"
-PRESENT = {
-    "attn_q.bias": "attention_bias",
-    "exp_probs_b.bias": "use_expert_bias",
-    "ffn_up.bias": "mlp_bias",
-    "shortconv.conv.bias": "conv_bias",
-    "ssm_conv1d.bias": "mamba_conv_bias use_conv_bias",
-    "ssm_in.bias": "mamba_proj_bias use_bias",
-    "ssm_norm.weight": "mamba_rms_norm",
-    "ssm_out.bias": "projectors_bias",
-}
-"""Tensors of a layer, and keys of a config.json that are true if a layer has them."""
-ROWS = {
-    "ffn_up.weight": "intermediate_size shared_intermediate_size",
-    "ffn_up_shexp.weight": "shared_intermediate_size shared_expert_intermediate_size "
-    "moe_shared_expert_intermediate_size",
-}
-"""Tensors of a layer, and keys of a config.json with the number of their rows."""
-HEAD_DIMS = "mamba_d_head", "mamba_head_dim", "linear_value_head_dim"
-ROPE = {
-    "freq_base": "rope_theta",
-    "scaling.factor": "factor",
-    "scaling.original_context_length": "original_max_position_embeddings",
-    "scaling.yarn_beta_fast": "beta_fast",
-    "scaling.yarn_beta_slow": "beta_slow",
-    "scaling.yarn_attn_factor": "attention_factor",
-}
 HEAD = _names(
     "nextn.eh_proj mtp.fc nextn.shared_head_norm mtp.norm",
     "nextn.enorm mtp.pre_fc_norm_embedding nextn.hnorm mtp.pre_fc_norm_hidden",
@@ -198,132 +139,28 @@ HEAD = _names(
 """Names of Qwen's multi-token head outside its layer."""
 
 
-class Model:
+class Model(GgufModel):
     """Config and weights of the model in a GGUF file."""
 
     def __init__(self, file: GgufFile) -> None:
         """Raises ModelError if the architecture is not supported."""
-        self.file, self.arch = file, str(file.metadata.get("general.architecture"))
-        if self.arch not in ARCHITECTURES:
-            raise ModelError(
-                f"models of the architecture {self.arch[:80]!r} in {file.path.name} are not "
-                f"supported; supported are {', '.join(sorted(ARCHITECTURES))}."
-            )
-        self._form = ARCHITECTURES[self.arch]
-        blocks = (BLOCK_NAME.fullmatch(name) for name in file.tensors)
-        self._words = {found[2] for found in blocks if found is not None}
-        """Names of tensors inside blocks."""
-        self._num_heads = self.whole("nextn_predict_layers", 0)
-        """Number of blocks of multi-token prediction, after the layers."""
-        self.num_layers = self.whole("block_count") - self._num_heads
-
-    # --- Metadata ---------------------------------------------------------------------------------
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Return a number of the architecture, or the largest one of a list. Raises ModelError."""
-        found = self.file.metadata.get(f"{self.arch}.{key}", default)
-        if isinstance(found, np.ndarray) and found.size:
-            found = found.max().item()
-        if not isinstance(found, int | float) or not math.isfinite(found):
-            raise self._refusal(key, "a number", found)
-        return found
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        """Return a number that is not negative. Raises ModelError."""
-        found = self.number(key, default)
-        if found != int(found) or not 0 <= found < 2**31:
-            raise self._refusal(key, "a count", found)
-        return int(found)
-
-    def each(self, key: str) -> list[int]:
-        """Return the numbers of all layers, from a list or from one number. Raises ModelError."""
-        found = self.file.metadata.get(f"{self.arch}.{key}")
-        if not isinstance(found, np.ndarray):
-            return [self.whole(key, 0)] * self.num_layers
-        if len(found) < self.num_layers or found.dtype.kind == "f":
-            raise self._refusal(key, f"{self.num_layers} whole numbers", found)
-        return [int(one) for one in found[: self.num_layers]]
-
-    def _refusal(self, key: str, wanted: str, found: object) -> ModelError:
-        name = f"{self.arch}.{key} in {self.file.path.name}"
-        return ModelError(f"{name} must be {wanted} (got {str(found)[:80]}).")
-
-    def has(self, word: str, block: int | None = None) -> bool:
-        """Return True if a block, or the given one, has the tensor."""
-        return word in self._words if block is None else f"blk.{block}.{word}" in self.file.tensors
-
-    def _first(self, word: str) -> StoredTensor | None:
-        """Return a tensor outside blocks, or that of the first block that has it, or None."""
-        names = word, *(f"blk.{block}.{word}" for block in range(self.num_layers))
-        return next((self.file.tensors[name] for name in names if name in self.file.tensors), None)
-
-    def rows_of(self, word: str) -> int:
-        """Return the number of rows of a tensor. Raises WeightsError if it is missing."""
-        found = self._first(word)
-        if found is None:
-            raise WeightsError(f"{self.file.path.name} has no tensor {word}.")
-        return found.shape[0]
-
-    @cached_property
-    def config(self) -> Values:
-        """Contents of the model's ``config.json``. Raises ModelError. Keys of other families are
-        not read."""
-        if not 1 <= self.num_layers <= MOST_LAYERS:
-            raise self._refusal("block_count", f"1 to {MOST_LAYERS:,} layers", self.num_layers)
-        tensors = self.file.tensors
-        is_exact = all(one.format == FLOAT32 for one in tensors.values())
-        values: Values = {
-            "model_type": self._form.model_type,
-            "vocab_size": self.rows_of("token_embd.weight"),
-            "num_hidden_layers": self.num_layers,
-            "tie_word_embeddings": "output.weight" not in tensors,
-            "mamba_norm_before_gate": False,
-            "dtype": "float32" if is_exact else "bfloat16",
-        }
-        for key, words in KEYS.items():
-            if f"{self.arch}.{key}" in self.file.metadata:
-                values |= dict.fromkeys(words.split(), self.number(key))
-        for word, names in PRESENT.items():
-            values |= dict.fromkeys(names.split(), self.has(word))
-        values["attention_bias"] |= self.has("attn_qkv.bias")
-        for word, names in ROWS.items():
-            if self.has(word):
-                values |= dict.fromkeys(names.split(), self.rows_of(word))
-        for key in REQUIRED:
-            self.number(key)
-        heads, inner = self.whole("ssm.time_step_rank", 0), self.whole("ssm.inner_size", 0)
-        values |= dict.fromkeys(HEAD_DIMS, inner // heads if heads else 0)
-        values["mamba_expand"] = inner // max(1, self.whole("embedding_length"))
-        if "head_dim" not in values:
-            output = self._first("attn_output.weight")
-            width = values["hidden_size"] if output is None else output.shape[-1]
-            values["head_dim"] = width // max(1, self.whole("attention.head_count"))
-        values |= self._rope()
-        return values | self._form.config(self, values)
-
-    def _rope(self) -> Values:
-        """Return the keys of a rotary embedding."""
-        kind = str(self.file.metadata.get(f"{self.arch}.rope.scaling.type", "none"))
-        found: Values = {"rope_type": "default" if kind == "none" else kind}
-        for key, name in ROPE.items():
-            if f"{self.arch}.rope.{key}" in self.file.metadata:
-                found[name] = self.number(f"rope.{key}")
-        return {"rope_parameters": found}
-
-    def kinds(self, attention: str, other: str) -> list[str]:
-        """Return the type of each layer, by its number of KV heads."""
-        return [attention if n else other for n in self.each("attention.head_count_kv")]
-
-    # --- Weights ----------------------------------------------------------------------------------
+        super().__init__(file)
+        self._form = FORMS[self.arch]
 
     def weights(self) -> dict[str, Source]:
         """Return the weights by published name, without reading them. Experts have one each. Raises
         WeightsError for unknown tensors, and for shapes that do not belong together."""
         pieces: dict[str, list[Piece]] = {}
         unknown, _ = [], self.config
+        factors = self.file.tensors.get(ROPE_FACTORS)
+        if factors is not None and (factors.data.tobytes() != ONE * math.prod(factors.shape)):
+            raise WeightsError(
+                f"{self.file.path.name} changes rotary frequencies ({ROPE_FACTORS}), which is not "
+                f"supported for models of {self.arch}."
+            )
         for name, stored in self.file.tensors.items():
             try:
-                for target, piece in self._targets(name, stored.matrix()):
+                for target, piece in self._targets(name, self._matrix(name, stored)):
                     pieces.setdefault(target, []).append(piece)
             except KeyError:
                 unknown.append(name[:80])
@@ -339,6 +176,23 @@ class Model:
                 raise WeightsError(f"{self.file.path.name} has more than {MOST_WEIGHTS:,} weights.")
         return made
 
+    def _matrix(self, name: str, stored: StoredTensor) -> Matrix:
+        """Return views of the file's bytes. A vector has one column. Raises WeightsError for a type
+        without a format."""
+        format = FORMATS.get(stored.type.name)
+        if format is None:
+            raise WeightsError(
+                f"{name[:80]} in {self.file.path.name} is stored as {stored.type.name}, which is "
+                "not supported: use a file of another type, such as Q4_K_M or Q8_0."
+            )
+        *rows, num_columns = stored.shape if len(stored.shape) > 1 else (*stored.shape, 1)
+        [(field_name, field)] = format.fields.items()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            data = torch.from_numpy(stored.data)
+        fields = {field_name: data.view(field.dtype).view(*rows, field.width(num_columns))}
+        return Matrix(format, fields, num_columns)
+
     def _targets(self, name: str, stored: Matrix) -> Iterator[tuple[str, Piece]]:
         """Yield the published names of one tensor, with a piece for each. Raises KeyError for an
         unknown tensor."""
@@ -348,7 +202,7 @@ class Model:
             yield f"{form.outer[stem]}.weight", (stem, stored, None)
             return
         block, word = int(found[1]), found[2]
-        if block >= self.num_layers + self._num_heads:
+        if block >= self.num_layers + self.num_heads:
             raise KeyError
         module = f"{form.layers}.{block}"
         if block >= self.num_layers:
@@ -486,19 +340,7 @@ def _plain(values: torch.Tensor) -> Matrix:
     return Matrix(FLOAT32, {"weight": values}, values.shape[-1])
 
 
-# --- Families -------------------------------------------------------------------------------------
-
-
-def _qwen3_5(model: Model, values: Values) -> Values:
-    interval = max(1, model.whole("full_attention_interval", 4))
-    linear = [layer % interval > 0 for layer in range(1, model.num_layers + 1)]
-    if f"{model.arch}.attention.recurrent_layers" in model.file.metadata:
-        linear = [bool(one) for one in model.each("attention.recurrent_layers")]
-    dim = max(1, values["head_dim"])
-    rope = values["rope_parameters"]
-    rope["partial_rotary_factor"] = model.whole("rope.dimension_count", dim // 4) / dim
-    kinds = "full_attention", "linear_attention"
-    return {"layer_types": [kinds[one] for one in linear], "rope_parameters": rope}
+# --- Orders of rows -------------------------------------------------------------------------------
 
 
 def _value_heads(model: Model) -> Orders:
@@ -563,71 +405,13 @@ def _spread(heads: torch.Tensor, dim: int) -> torch.Tensor:
     return _range(len(heads) * dim).view(-1, dim)[heads].flatten()
 
 
-def _granite(model: Model, values: Values) -> Values:
-    is_rotated = model.number("rope.scaling.finetuned", True)
-    found: Values = {
-        "layer_types": model.kinds("attention", "mamba"),
-        "position_embedding_type": "rope" if is_rotated else "nope",
-    }
-    if not model.has("ffn_gate_inp.weight"):
-        found |= {"num_local_experts": 0}
-    return found
-
-
-def _nemotron(model: Model, values: Values) -> Values:
-    kinds = model.kinds("attention", "mamba")
-    for layer in range(model.num_layers):
-        for word, kind in (("ffn_up.weight", "mlp"), ("ffn_gate_inp.weight", "moe")):
-            kinds[layer] = kind if model.has(word, layer) else kinds[layer]
-    return {"layers_block_type": kinds}
-
-
-def _jamba(model: Model, values: Values) -> Values:
-    layers = range(model.num_layers)
-    attends = [layer for layer, n in enumerate(model.each("attention.head_count_kv")) if n]
-    sparse = [layer for layer in layers if model.has("ffn_gate_inp.weight", layer)]
-    found: Values = {} if sparse else {"num_experts": 1}
-    for word, own in (("attn", attends), ("expert", sparse)):
-        offset = own[0] if own else 0
-        period = own[1] - offset if len(own) > 1 else len(layers)
-        if own and own != list(layers[offset::period]):
-            raise ModelError(f"layers of Jamba with {word} must be at a fixed period (got {own}).")
-        if own:
-            found |= {f"{word}_layer_period": period, f"{word}_layer_offset": offset}
-    return found
-
-
-def _lfm2(model: Model, values: Values) -> Values:
-    kinds = model.kinds("full_attention", "conv")
-    return {"layer_types": kinds, "block_auto_adjust_ff_dim": False}
-
-
-def _kimi(model: Model, values: Values) -> Values:
-    kinds = list(enumerate(model.kinds("full", "kda"), start=1))
-    rotated = model.whole("rope.dimension_count")
-    return {
-        "num_key_value_heads": model.whole("attention.head_count"),
-        "linear_attn_config": {
-            "full_attn_layers": [layer for layer, kind in kinds if kind == "full"],
-            "kda_layers": [layer for layer, kind in kinds if kind == "kda"],
-            "num_heads": model.rows_of("ssm_beta.weight"),
-            "head_dim": model.whole("kda.head_dim"),
-            "short_conv_kernel_size": model.whole("ssm.conv_kernel"),
-        },
-        "qk_nope_head_dim": model.whole("attention.key_length_mla") - rotated,
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Names, config and order of an architecture."""
+    """Names and orders of an architecture."""
 
-    model_type: str
     names: Mapping[str, str]
     """Published name in a layer of each word. Several tensors with one name are its rows, in
     order; ``{}`` is an expert."""
-    config: Callable[[Model, Values], Values] = lambda model, values: {}
-    """Returns keys that depend on the layers."""
     orders: Callable[[Model], Orders] = lambda model: {}
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -637,31 +421,29 @@ class Form:
     def outer(self) -> Mapping[str, str]:
         """Names of tensors outside the layers."""
         names = dict.fromkeys(("output_norm", "token_embd_norm"), self.norm)
+        names["rope_freqs"] = "rotary_emb"  # A buffer, which is ignored.
         return {"token_embd": self.embedding, "output": "lm_head", **names}
 
 
 _NEMOTRON = Form(
-    "nemotron_h",
     NEMOTRON,
-    _nemotron,
     _unrotated,
     embedding="backbone.embeddings",
     norm="backbone.norm_f",
     layers="backbone.layers",
 )
-ARCHITECTURES: Mapping[str, Form] = {
-    "qwen3": Form("qwen3", QWEN3),
-    # Its inputs are fused in published files. In GGUF they are separate, as in Qwen3.5.
-    "qwen3next": Form("qwen3_5_moe_text", QWEN3_5, _qwen3_5, _interleaved),
-    "qwen35": Form("qwen3_5_text", QWEN3_5, _qwen3_5, _value_heads),
-    "qwen35moe": Form("qwen3_5_moe_text", QWEN3_5, _qwen3_5, _value_heads),
-    "lfm2": Form("lfm2", LFM2, _lfm2, norm="model.embedding_norm"),
-    "lfm2moe": Form("lfm2_moe", LFM2, _lfm2, norm="model.embedding_norm"),
-    "granitehybrid": Form("granitemoehybrid", GRANITE, _granite, _unrotated),
+FORMS: Mapping[str, Form] = {
+    "qwen3": Form(QWEN3),
+    "qwen3next": Form(QWEN3_5, _interleaved),
+    "qwen35": Form(QWEN3_5, _value_heads),
+    "qwen35moe": Form(QWEN3_5, _value_heads),
+    "lfm2": Form(LFM2, norm="model.embedding_norm"),
+    "lfm2moe": Form(LFM2, norm="model.embedding_norm"),
+    "granitehybrid": Form(GRANITE, _unrotated),
     "nemotron_h": _NEMOTRON,
     "nemotron_h_moe": _NEMOTRON,
-    "falcon-h1": Form("falcon_h1", FALCON, norm="model.final_layernorm"),
-    "jamba": Form("jamba", JAMBA, _jamba, norm="model.final_layernorm"),
-    "kimi-linear": Form("kimi_linear", KIMI, _kimi),
+    "falcon-h1": Form(FALCON, norm="model.final_layernorm"),
+    "jamba": Form(JAMBA, norm="model.final_layernorm"),
+    "kimi-linear": Form(KIMI),
 }
-"""Supported values of ``general.architecture``."""
+"""Forms by ``general.architecture``: all of ``gguf_config.ARCHITECTURES``."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from engine.weights.checkpoint import TIED_HEAD, Checkpoint, check_whole_blocks, raise_complaints
-from engine.weights.gguf_names import Model
+from engine.weights.gguf_names import FORMATS, Model
 from engine.weights.parameters import Layer, Parameter, Source
 from kernels.linear.formats import Format, Plain
 
@@ -22,10 +22,9 @@ class GgufWeights(Checkpoint):
         super().__init__(with_head=with_head)
         sources = model.weights()
         self._sources = {name: sources[name] for name in self.wanted(sources)}
-        self._file = model.file
-        self._bytes = Counter[Format]()
+        self._file, self._arch, self._bytes = model.file, model.arch, Counter[str]()
         for tensor in model.file.tensors.values():
-            self._bytes[tensor.format] += tensor.data.nbytes
+            self._bytes[tensor.type.name] += tensor.data.nbytes
         self.formats = self
 
     @property
@@ -41,12 +40,13 @@ class GgufWeights(Checkpoint):
         return None if source is None else source.columns
 
     def described(self) -> Sequence[tuple[str, Format]]:
-        shares = ((100 * size / self.num_bytes, one) for one, size in self._bytes.most_common())
-        return [
-            (f"{one.describe()} ({share:.0f} %)", one)
-            for share, one in shares
-            if not isinstance(one, Plain)
-        ]
+        formats = (FORMATS[name] for name, _ in self._bytes.most_common())
+        return [(one.describe(), one) for one in formats if not isinstance(one, Plain)]
+
+    def note(self) -> str:
+        shares = {name: 100 * size / self.num_bytes for name, size in self._bytes.most_common()}
+        said = (f"{name} {share:.{0 if share >= 1 else 2}f} %" for name, share in shares.items())
+        return f"GGUF of {self._arch}: {', '.join(said)}; {super().note()}"
 
     def ties(self, embedding: str) -> bool:
         return TIED_HEAD not in self._sources

@@ -1,5 +1,5 @@
-"""Names of models and tokenizers: folders, the built-in model, or ``ORG/NAME`` on the Hugging Face
-Hub.
+"""Names of models and tokenizers: folders, files, the built-in model, or names on the Hugging Face
+Hub: ``ORG/NAME``, and ``ORG/NAME:Q4_K_M`` for one of several models in GGUF files.
 
 Downloads use ``huggingface_hub``: its cache, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and
 tokens apply. Interrupted downloads are resumed.
@@ -20,8 +20,9 @@ from typing import Any
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
 from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE, WEIGHTS_NAME
-from engine.weights.model_config import ModelError
-from engine.weights.model_files import read_config
+from engine.weights.model_config import ModelError, read_config
+from hybridcache.geometry.gguf import choose_files, is_gguf, label_of
+from hybridcache.geometry.gguf_config import check_architecture
 from hybridcache.geometry.units import counted, format_bytes
 
 SMALL_FILES = [
@@ -37,24 +38,33 @@ SMALL_FILES = [
     "chat_template*",
     MODEL_SLIM_FILE,
     *INDEX_NAMES,
+    ".gitattributes",  # In every repository: huggingface_hub warns if it finds no file.
 ]
 """Files besides the weights that the engine reads, all in the top folder of a repository."""
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.json)")
+HUB_NAME = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?<!\.json)(?<!\.gguf)(:(?P<label>[\w.-]+))?"
+)
+
+CACHED = re.compile(r"/models--(?P<name>[^/]+)/snapshots/[^/]+(/(?P<file>.*))?$")
+"""Path of a repository in the hub's cache, and of a file there."""
 
 
-def display_name(folder: Path) -> str:
-    """Return ``ORG/NAME`` for a folder of the hub's cache, and the folder's own name otherwise.
+def display_name(model: Path) -> str:
+    """Return ``ORG/NAME`` for a folder of the hub's cache, ``ORG/NAME:Q4_K_M`` for a GGUF file in
+    it, and the model's own name otherwise.
 
     >>> display_name(Path("/cache/models--Qwen--Qwen3-0.6B/snapshots/c1899de2"))
     'Qwen/Qwen3-0.6B'
+    >>> display_name(Path("/cache/models--Qwen--Qwen3-8B-GGUF/snapshots/e55/Qwen3-8B-Q8_0.gguf"))
+    'Qwen/Qwen3-8B-GGUF:Q8_0'
     >>> display_name(Path("/models/my-model"))
     'my-model'
     """
-    folder = folder.absolute()
-    repository, snapshots = folder.parent.parent.name, folder.parent.name
-    if snapshots == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return folder.resolve().name
+    found = CACHED.search(model.absolute().as_posix())
+    if found is None:
+        return (model if is_gguf(model) else model.resolve()).name.removesuffix(".gguf")
+    label = label_of(found["file"] or "")
+    return found["name"].replace("--", "/", 1) + (label and f":{label}")
 
 
 def resolve_config(
@@ -80,18 +90,18 @@ def resolve_folder(
     read_model: Callable[[dict[str, Any]], object] | None = None,
     revision: str | None = None,
 ) -> str:
-    """Return the folder of a hub name or of the built-in model, and any other ``model`` as it is.
-    Folders are preferred.
+    """Return the folder or GGUF file of a hub name, the folder of the built-in model, and any other
+    ``model`` as it is. Folders are preferred.
 
     Config, tokenizer and templates are downloaded, and the weights if ``read_model``, the reader of
     a config.json, raises no ModelError. Raises HubError.
     """
     is_absent = not Path(model).exists()
-    if is_absent and HUB_NAME.fullmatch(model):
+    if is_absent and (found := HUB_NAME.fullmatch(model)):
         from huggingface_hub import constants, errors
 
         try:
-            return _fetch(model, revision, read_model)
+            return _fetch(found["name"], found["label"], revision, read_model)
         except (ImportError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
             cause = str(error.__cause__ or error).split("\n")[0].rstrip(".")
             raise HubError(
@@ -109,45 +119,91 @@ def resolve_folder(
 
 
 def _fetch(
-    name: str, revision: str | None, read_model: Callable[[dict[str, Any]], object] | None
+    name: str,
+    label: str | None,
+    revision: str | None,
+    read_model: Callable[[dict[str, Any]], object] | None,
 ) -> str:
-    """Return the folder of ``name`` on the hub; see ``resolve_folder``. Before weights are
-    downloaded, the model must be supported and fit on the disk."""
+    """Return the folder, or the GGUF file, of ``name`` on the hub; see ``resolve_folder``. Before
+    weights are downloaded, the model must be supported and fit on the disk."""
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*")
+    if label is not None:
+        return _fetch_gguf(name, label, revision, get)
     folder = Path(get(allow_patterns=SMALL_FILES))
+    if not (folder / "config.json").is_file():
+        return _fetch_gguf(name, label, revision, get)
     if read_model is None:
         return str(folder)
-    if not (folder / "config.json").is_file():
-        raise HubError(f"{name} has no config.json: choose a repository in Hugging Face form.")
     weights = [WEIGHTS_NAME, *_weight_files(folder)]
     with suppress(errors.DryRunError):  # The hub is unreachable; the cache may have all.
         files: Any = get(allow_patterns=weights, dry_run=True)
         if not files:
-            raise HubError(f"{name} has no .safetensors files: choose another repository.")
+            return _fetch_gguf(name, label, revision, get)
         if any(file.filename == WEIGHTS_NAME for file in files):
             weights = [WEIGHTS_NAME]
             files = [file for file in files if file.filename in weights]
-        missing = [file for file in files if file.will_download]
-        to_load, free = sum(file.file_size for file in missing), shutil.disk_usage(folder).free
-        if to_load > free:
-            raise HubError(
-                f"{name} needs {format_bytes(to_load)} more on the disk of {folder}, which has "
-                f"{format_bytes(free)} free: make room, or set HF_HOME to a folder elsewhere."
-            )
-        if missing:
-            try:
-                read_model(read_config(folder))
-            except ModelError as error:
-                raise HubError(f"{name} is not downloaded: {error}") from None
-            commit, count = missing[0].commit_hash[:8], counted(len(missing), "file")
-            line = f"Downloading {name} (commit {commit}): {format_bytes(to_load)} in {count}."
-            print(line, file=sys.stderr, flush=True)
+        _announce(name, files, lambda: read_model(read_config(folder)))
     return str(get(allow_patterns=[*SMALL_FILES, *weights]))
+
+
+def _fetch_gguf(name: str, label: str | None, revision: str | None, get: Any) -> str:
+    """Return the first GGUF file of the model in ``name`` with this label, or of the usual one."""
+    from huggingface_hub import HfApi, errors
+
+    get = partial(get, ignore_patterns=None)
+    try:
+        files: Any = get(allow_patterns="*.gguf", dry_run=True)
+        names = [file.filename for file in files]
+    except errors.DryRunError:  # The hub is unreachable; the cache may have the model.
+        files, cache = (), Path(get(allow_patterns=[]))
+        names = [path.relative_to(cache).as_posix() for path in cache.rglob("*.gguf")]
+    if not names:
+        raise HubError(
+            f"{name} has neither .safetensors files with a config.json nor GGUF files: choose "
+            "another repository."
+        )
+    try:
+        chosen = choose_files(names, name, label)
+    except ModelError as error:
+        fault = str(error).rstrip(".")
+        raise HubError(f"{fault}, and write its format or name after {name}:") from None
+
+    def check() -> None:
+        facts: Any = HfApi().model_info(name, revision=revision, expand=["gguf"]).gguf or {}
+        if "architecture" in facts:
+            check_architecture(str(facts["architecture"]), name)
+
+    _announce(name, [file for file in files if file.filename in chosen], check)
+    return str(Path(get(allow_patterns=chosen)) / chosen[0])
+
+
+def _announce(name: str, files: Any, check: Callable[[], object]) -> None:
+    """Print a line if some of the files have to be downloaded. Raises HubError if they do not fit
+    on the disk, or if ``check`` raises ModelError."""
+    from huggingface_hub import constants
+
+    missing = [file for file in files if file.will_download]
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    folder = next(one for one in (cache, *cache.parents) if one.exists())
+    to_load, free = sum(file.file_size for file in missing), shutil.disk_usage(folder).free
+    if to_load > free:
+        raise HubError(
+            f"{name} needs {format_bytes(to_load)} more on the disk of {cache}, which has "
+            f"{format_bytes(free)} free: make room, or set HF_HOME to a folder elsewhere."
+        )
+    if missing:
+        try:
+            check()
+        except ModelError as error:
+            raise HubError(f"{name} is not downloaded: {error}") from None
+        commit, count = missing[0].commit_hash[:8], counted(len(missing), "file")
+        line = f"Downloading {name} (commit {commit}): {format_bytes(to_load)} in {count}."
+        print(line, file=sys.stderr, flush=True)
 
 
 def _weight_files(folder: Path) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from engine.weights.model_config import ModelError
 
@@ -14,19 +13,10 @@ WRAPPINGS = ("model.language_model.", "language_model.model.")
 
 MODEL_SLIM_FILE = "quant_model_description.json"
 """File of Ascend's ModelSlim that lists the format of each tensor."""
-CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_NAMES = (INDEX_NAME, "quant_model_weights.safetensors.index.json")
 """Files that list the weight files of a model, of Hugging Face and of ModelSlim."""
-
-
-def is_gguf(model: Path) -> bool:
-    """Return True if ``model`` is a GGUF file, or a directory with such files and no
-    config.json."""
-    if model.suffix == ".gguf":
-        return True
-    return not (model / CONFIG_NAME).is_file() and any(model.glob("*.gguf"))
 
 
 def model_name(name: str) -> str:

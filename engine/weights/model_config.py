@@ -6,13 +6,18 @@ the keys of its layers (``Decoder.own_keys``).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.gguf import gguf_file
+from hybridcache.geometry.gguf_config import GgufModel
 from hybridcache.geometry.sizes import MixerSizes, ModelSizes
+from hybridcache.geometry.sizes import ModelError as ModelError
 
 M = TypeVar("M", bound=MixerSizes)
 Served = Mapping[str, tuple[object, ...]]
@@ -37,10 +42,6 @@ POSITIVE = (
 """Keys whose values must be greater than zero."""
 CONVOLUTIONS = ("conv_L_cache", "conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv")
 """Keys of a causal convolution's number of taps."""
-
-
-class ModelError(ValueError):
-    """The model is not supported; the message gives the reason in one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,27 @@ class ModelConfig:
     def max_len(self) -> int:
         """Longest context that the model was made for, in tokens."""
         return max(self.max_position, 0 if self.rope is None else self.rope.max_len)
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """Return the contents of a model's ``config.json``, or those that a GGUF file has in its place.
+    Raises ModelError."""
+    file = gguf_file(model_dir)
+    if file is not None:
+        return GgufModel(file).config
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{model_dir} is not a model: use a directory with config.json or a GGUF file, the "
+            "file itself, or ORG/NAME for a model of the Hugging Face Hub."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} does not contain a JSON object.")
+    return config
 
 
 def read_settings(

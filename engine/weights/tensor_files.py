@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from engine.weights.layer_names import INDEX_NAME, INDEX_NAMES, MODEL_SLIM_FILE, WEIGHTS_NAME
 from engine.weights.model_config import ModelError
+from hybridcache.geometry.gguf import LFS_POINTER
+from hybridcache.geometry.units import enumerated as enumerated
 
-MAX_NAMED = 8
-"""Maximum number of tensors of each kind that an error names; the others are counted."""
-LFS_POINTER = b"version https://git-lfs.github.com/"
 FULL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -89,9 +88,3 @@ def _indexed(index: Path) -> list[Path]:
     if absent:
         raise WeightsError(f"files named in {index.name} are missing: {enumerated(absent)}.")
     return [index.parent / name for name in names]
-
-
-def enumerated(names: list[str], most: int = MAX_NAMED) -> str:
-    """Return a list such as ``a, b and 3 more``."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -10,6 +10,7 @@ from engine.config import BUILTIN_PROMPTS
 from engine.engine import Engine
 from engine.text.tokenizer import IdTokenizer
 from hybridcache.geometry.units import counted, format_bytes
+from kernels.library import LEVELS, instructions
 
 
 def screen_text(rows: Iterable[tuple[str, str]]) -> str:
@@ -23,6 +24,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     geometry, memory = runner.geometry, runner.memory
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
     note = "" if dtype == of_files else f" (the model's is {of_files})"
+    place = runner.device.describe() + _instructions() * runner.device.is_cpu
     warm_up = "none needed on a CPU" if runner.device.is_cpu else "none, because of --no-warm-up"
     reuses_none, num_states = config.prefix_cache == "none", report.slots.total
     places = f"; checkpoints at {', '.join(config.checkpoints)} (grid {config.grid})"
@@ -36,7 +38,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         "model": f"{engine.model_name}: {geometry.num_full_layers} full-attention and "
         f"{geometry.num_linear_layers} linear layers",
         "weights": runner.loaded.weights_note,
-        "device": f"{runner.device.describe()}, {dtype}{note}",
+        "device": f"{place}, {dtype}{note}",
         "kernels": "; ".join(f"{name}: {', '.join(of_it)}" for name, of_it in kernels.items()),
         "exactness": "nothing is reused" if reuses_none else runner.exactness.sentence,
         "warm-up": warm_up if runner.warmed is None else runner.warmed.describe(),
@@ -67,6 +69,12 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         ("page", f"{address.removesuffix('/v1')}/"),
         ("address", address),
     ]
+
+
+def _instructions() -> str:
+    """Return the best level of instructions of this processor."""
+    levels = [level.name for level in LEVELS if level.needs <= instructions()]
+    return f" with {levels[-1]}" if levels else ""
 
 
 def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:

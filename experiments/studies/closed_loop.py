@@ -30,7 +30,7 @@ import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
-from engine.weights.model_files import read_config
+from engine.weights.model_config import read_config
 from experiments.benchmarks.measure_prefill import measure, mixed_step_seconds
 from experiments.studies.common import Records, Table, command_line, grouped, run_study
 from hybridcache.geometry.model import ModelGeometry

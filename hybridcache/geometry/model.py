@@ -24,6 +24,8 @@ from hybridcache.command.parser import or_known
 from hybridcache.geometry import mixers
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.families import read, text_part
+from hybridcache.geometry.gguf import gguf_file
+from hybridcache.geometry.gguf_config import GgufModel
 from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MLPSizes, ModelSizes, SizesError
 
 BUILTIN = "builtin"
@@ -114,10 +116,10 @@ class ModelGeometry:
 
     @classmethod
     def load(cls, name: str, **dtypes: str) -> ModelGeometry:
-        """Read a preset by its name, a ``config.json``, the directory of one, or ``builtin``, the
-        model that the engine contains. Raises OSError if the file cannot be read, and ValueError if
-        no preset has this name, the file is not the config of a supported model, or the engine is
-        not installed."""
+        """Read a preset by its name, a ``config.json`` or a GGUF file, the directory of one, or
+        ``builtin``, the model that the engine contains. Raises OSError if the file cannot be read,
+        and ValueError if no preset has this name, the file is not that of a supported model, or the
+        engine is not installed."""
         if name == BUILTIN and not Path(name).exists():
             engine = find_spec("engine")
             if engine is None or engine.origin is None:
@@ -127,6 +129,10 @@ class ModelGeometry:
                 )
             name = str(Path(engine.origin).parent / "models" / BUILTIN)
         path = Path(name)
+        file = gguf_file(path)
+        if file is not None:
+            named = path.resolve().name.removesuffix(".gguf")
+            return cls.from_config(GgufModel(file).config, named, **dtypes)
         if path.is_dir():
             path = path / "config.json"
         if path.suffix == ".json":

@@ -15,7 +15,11 @@ from typing import ClassVar, Literal, Self
 MOST_LAYERS = 10_000
 
 
-class SizesError(ValueError):
+class ModelError(ValueError):
+    """The model is not supported; the message gives the reason in one sentence."""
+
+
+class SizesError(ModelError):
     """Sizes that no model can have. The message is one sentence with the reason."""
 
 

@@ -1,6 +1,8 @@
-"""Formatting of bytes, counts and durations for people."""
+"""Formatting of bytes, counts, names and durations for people."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 GIB = 2**30
 
@@ -36,6 +38,16 @@ def counted(number: int, noun: str) -> str:
     ('1 thread', '4,096 tokens')
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def enumerated(names: Sequence[str], most: int = 8) -> str:
+    """Format the first ``most`` names as a list.
+
+    >>> enumerated(["a", "b", "c", "d"], most=2)
+    'a, b and 2 more'
+    """
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def format_seconds(duration_s: float) -> str:

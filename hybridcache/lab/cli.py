@@ -348,7 +348,7 @@ def _simulate(options: argparse.Namespace) -> int:
             losses = losses_table(result.runs) if options.losses else ""
             path = Path(str(asked.model))  # the engine reads the folder of a config.json
             folder = path.parent if path.name == "config.json" else path
-            model = shlex.quote(str(folder)) if folder.is_dir() else ""
+            model = shlex.quote(str(folder)) if folder.exists() else ""
             texts = [result.table(metrics), losses, result.verdict(model)]
         if options.figure:  # before anything is printed: a pipe that reads it may close early
             drawn = _draw(results, options, metrics)

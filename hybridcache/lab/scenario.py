@@ -141,7 +141,9 @@ class Scenario:
     trace: str | Trace
     """Trace, or a specification that ``open_trace`` reads."""
     model: str | ModelGeometry = _setting(
-        "qwen3-next", "a preset's name, builtin, or the path of a config.json", MOST_USED
+        "qwen3-next",
+        "a preset's name, builtin, or the path of a config.json or a GGUF file",
+        MOST_USED,
     )
     gib: Sizes | None = _setting(
         None,

@@ -56,7 +56,7 @@ CONFIG = json.dumps(ATTENTION_ONLY)
 @pytest.mark.parametrize(
     ("config", "weights", "sentence"),
     [
-        (None, None, "no config.json"),
+        (None, None, "is not a model: use a directory with config.json"),
         ("{broken", None, "config.json"),
         ("{}", None, "config.json has no 'model_type'"),
         (CONFIG.replace("qwen3", "bert"), None, "'bert' are not supported; supported are"),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import gguf
 import pytest
 
 from engine import Engine, SamplingParams, engine_config
+from engine.config import BUILTIN_DIR
 from engine.text.tokenizer import HFTokenizer
+from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import Lease
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 
@@ -35,6 +39,28 @@ def ids(length: int, first: int = 0) -> list[int]:
 def test_importing_the_engine_loads_no_torch() -> None:
     script = "import engine, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_process_that_answers_clients_loads_no_torch(tmp_path: Path) -> None:
+    """Nor does reading a tokenizer, a config and the defaults of sampling from a GGUF file."""
+    path = tmp_path / "model.gguf"
+    write_gguf(gguf, BUILTIN_DIR, path, "Q4_0", vocabulary(BUILTIN_DIR, "qwen2"))
+    script = """
+import sys
+import engine.command.cli, engine.server.app, engine.worker.process_channel
+from engine import EngineConfig
+from engine.engine import load_tokenizer_of
+from engine.requests.request import sampling_defaults
+from engine.weights.model_config import read_config
+for config in (EngineConfig(), EngineConfig(model=sys.argv[1])):
+    assert load_tokenizer_of(config, None).encode("text")
+    assert read_config(config.model_dir)["vocab_size"]
+    assert sampling_defaults(config) == {}
+assert "torch" not in sys.modules
+"""
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_steps_are_committed_while_the_device_computes_the_next(

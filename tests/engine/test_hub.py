@@ -42,6 +42,8 @@ class Hub:
     )
     refusal: tuple[int, str] | None = None
     """Status and error code of every answer, or None to serve."""
+    architecture: str = "qwen35"
+    """That of the repository's GGUF files."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of every request."""
     sent_bytes: int = 0
@@ -78,6 +80,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 if rest[0] == "revision" and rest[1] not in ("main", "v1", COMMIT):
                     return self._refuse(404, "RevisionNotFound")
                 named = sorted(hub.files.items())
+                if "expand=gguf" in self.path:
+                    return self._send({"id": NAME, "gguf": {"architecture": hub.architecture}})
                 if rest[0] == "tree":
                     return self._send([self._entry(*one) for one in named])
                 siblings = [{"rfilename": name, "size": len(data)} for name, data in named]
@@ -86,7 +90,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             tag = f'"{hashlib.sha1(hub.files[name]).hexdigest()}"'
             self._send(hub.files[name], headers={"X-Repo-Commit": COMMIT, "ETag": tag})
             if self.command == "GET":
-                hub.sent_bytes += len(hub.files[name]) * name.endswith(".safetensors")
+                hub.sent_bytes += len(hub.files[name]) * name.endswith((".safetensors", ".gguf"))
 
         @staticmethod
         def _entry(name: str, data: bytes) -> dict[str, object]:
@@ -167,6 +171,67 @@ def test_an_unsupported_model_or_proxy_is_refused_before_the_download(
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # Its package is not installed.
     with pytest.raises(HubError, match="other/model"):
         resolve_folder("other/model")
+
+
+GGUF_FILES = {
+    ".gitattributes": b"*.gguf",
+    "mmproj-F16.gguf": b"GGUF of images",
+    "Tiny-Q4_K_M.gguf": b"GGUF four bits",
+    "BF16/Tiny-BF16-00001-of-00002.gguf": b"GGUF one",
+    "BF16/Tiny-BF16-00002-of-00002.gguf": b"GGUF two",
+}
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [("", ["Tiny-Q4_K_M.gguf"]), (":q4_k_m", ["Tiny-Q4_K_M.gguf"]), (":BF16", [*GGUF_FILES][3:])],
+)
+def test_only_the_chosen_gguf_files_are_downloaded_once(
+    label: str, expected: list[str], hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if the repository has a config.json, and without the hub once they are in the cache."""
+    hub.files = GGUF_FILES | ({"config.json": CONFIG} if label else {})
+    small = {"config.json", ".gitattributes"}
+    config = EngineConfig(model=NAME + label, revision="v1", device="cpu")
+    found = Path(resolve_config(config, read_model).model or "")
+    assert found.read_bytes() == GGUF_FILES[expected[0]]
+    assert hub.downloads() - small == {*expected}
+    assert display_name(found) == f"{NAME}:{label[1:].upper() or 'Q4_K_M'}"
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"(commit aaaaaaaa): {sum(len(GGUF_FILES[name]) for name in expected)} B in" in line
+    hub.requests.clear()
+    assert resolve_config(config, read_model).model == str(found)
+    hub.refusal = 503, ""
+    assert resolve_config(config, read_model).model == str(found)
+    assert hub.downloads() == set()
+    with pytest.raises(HubError, match=r"0 models with the format Q8_0: choose one of .*Tiny-"):
+        resolve_folder(f"{NAME}:Q8_0", revision="v1")
+
+
+def test_gguf_files_of_an_unsupported_architecture_are_not_downloaded(hub: Hub) -> None:
+    hub.files, hub.architecture = GGUF_FILES, "llama"
+    with pytest.raises(HubError, match=f"{NAME} is not downloaded: .*'llama' in {NAME} are not"):
+        resolve_folder(NAME)
+    assert hub.sent_bytes == 0
+
+
+def test_models_are_listed_if_none_is_the_usual_one(hub: Hub) -> None:
+    hub.files = GGUF_FILES | {"Tiny-Q8_0.gguf": b"GGUF"}
+    del hub.files["Tiny-Q4_K_M.gguf"]
+    with pytest.raises(HubError) as error:
+        resolve_folder(NAME)
+    choices = "BF16/Tiny-BF16-00001-of-00002.gguf, Tiny-Q8_0.gguf"
+    assert str(error.value) == (
+        f"{NAME} has several models: choose one of {choices}, and write its format or name "
+        f"after {NAME}:"
+    )
+    assert hub.sent_bytes == 0
+
+
+def test_repositories_without_weights_are_refused(hub: Hub) -> None:
+    hub.files = {"README.md": b"", "config.json": CONFIG}
+    with pytest.raises(HubError, match=f"{NAME} has neither .safetensors files with .* nor GGUF"):
+        resolve_folder(NAME, read_model)
 
 
 @pytest.mark.full

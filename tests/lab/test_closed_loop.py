@@ -17,7 +17,7 @@ import pytest
 
 from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.config import BUILTIN_DIR
-from engine.weights.model_files import read_config
+from engine.weights.model_config import read_config
 from experiments.studies.admission import LinearSteps
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry

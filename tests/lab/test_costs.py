@@ -5,9 +5,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import gguf
 import pytest
 
+from engine.config import BUILTIN_DIR
+from experiments.benchmarks.gguf_files import write_gguf
 from hybridcache.geometry.model import ModelGeometry, presets
 from hybridcache.geometry.times import MeasuredTimes, Roofline
 
@@ -156,6 +162,20 @@ def test_load_accepts_a_directory_a_file_and_a_preset(tmp_path) -> None:
     (tmp_path / "next-80b.json").write_text(json.dumps(QWEN3_NEXT | {"rms_norm_ep": 1}))
     with pytest.warns(UserWarning, match="rms_norm_ep is not read, did you mean rms_norm_eps"):
         assert ModelGeometry.load(str(tmp_path / "next-80b.json")).name == "next-80b"
+
+
+def test_geometry_of_a_gguf_file_is_that_of_its_config_json(tmp_path: Path) -> None:
+    """Named by the file, or by the folder that has only this one."""
+    write_gguf(gguf, BUILTIN_DIR, tmp_path / "tiny-BF16.gguf", "BF16")
+    found, expected = (
+        ModelGeometry.load(f"{tmp_path}/tiny-BF16.gguf"),
+        ModelGeometry.load("builtin"),
+    )
+    assert found == replace(expected, name="tiny-BF16")
+    assert ModelGeometry.load(str(tmp_path)) == replace(expected, name=tmp_path.name)
+    shutil.copy(tmp_path / "tiny-BF16.gguf", tmp_path / "tiny-F16.gguf")
+    with pytest.raises(ValueError, match=r"several models: choose one of tiny-BF16.* tiny-F16"):
+        ModelGeometry.load(str(tmp_path))
 
 
 def test_flops_are_additive_over_a_split_prefill() -> None:

@@ -13,7 +13,7 @@ from engine import engine_config
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
 from engine.requests.request import SamplingParams
-from engine.weights.model_files import read_config
+from engine.weights.model_config import read_config
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig
 from hybridcache.geometry.model import ModelGeometry

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from engine.weights.forms import read_quantization
 from engine.weights.forms.compressed_tensors import PACKED, PackedScheme
 from engine.weights.layer_names import INDEX_NAME, Names
-from engine.weights.model_config import ModelError
-from engine.weights.model_files import read_config
+from engine.weights.model_config import ModelError, read_config
 from engine.weights.parameters import FULL_PRECISION, Precision
 from engine.weights.scheme import EightBitScheme
 from engine.weights.tensor_files import FULL_DTYPES, dtype_name, find_files, open_file
+from hybridcache.geometry.gguf import is_gguf
 from hybridcache.geometry.units import counted, format_bytes
 from kernels.linear.grouped import Grouped, to_compressed_tensors
 from kernels.linear.reference import SCALE_BLOCK, quantize
@@ -179,6 +179,8 @@ def convert(source: Path, target: Path, to: Precision, ignore: Sequence[str] = (
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists and is not an empty directory: choose a new one.")
+    if is_gguf(source):
+        raise ModelError(f"{source} is a GGUF file: convert the model in full precision.")
     config = read_config(source)
     quantization = read_quantization(config, source)
     if quantization is not None:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from engine.config import BUILTIN_DIR, BUILTIN_NAME
 from engine.weights.hub import display_name, resolve_folder
 from hybridcache.command.signals import log_to_stderr
+from hybridcache.geometry.gguf import is_gguf
 from hybridcache.geometry.units import counted
 
 GRACE_S = 5
@@ -30,8 +31,9 @@ def add_flags(record: argparse.ArgumentParser) -> None:
     record.add_argument(
         "--tokenizer",
         metavar="DIR",
-        help="directory of the served model's tokenizer and chat template, or ORG/NAME, or "
-        "builtin; without it four characters are counted as a token, which is an estimate",
+        help="directory or GGUF file with the served model's tokenizer and chat template, "
+        "ORG/NAME, or builtin; without it four characters are counted as a token, which is an "
+        "estimate",
     )
     record.add_argument(
         "--host",
@@ -61,15 +63,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
     from engine.server.settings import ServerConfig, bind, local_address
-    from engine.text.tokenizer import HFTokenizer
+    from engine.text.gguf_tokenizer import load_tokenizer
+    from engine.text.tokenizer import BackendTokenizer, HFTokenizer
 
-    tokenizer, model = None, "CONFIG_JSON"
+    tokenizer: BackendTokenizer | None = None
+    model = "CONFIG_JSON"
     counted_by = f"{PIECE} characters as a token, an estimate (see --tokenizer)"
     if arguments.tokenizer is not None:
-        folder = Path(resolve_folder(arguments.tokenizer))
-        tokenizer = HFTokenizer(folder)
-        counted_by = f"the tokenizer of {display_name(folder)}"
-        model = BUILTIN_NAME if folder == BUILTIN_DIR else str(folder / "config.json")
+        path = Path(resolve_folder(arguments.tokenizer))
+        tokenizer = load_tokenizer(path, None) if is_gguf(path) else HFTokenizer(path)
+        if tokenizer is None:
+            raise ValueError(f"{path} has no tokenizer: name a file or directory with one.")
+        counted_by = f"the tokenizer of {display_name(path)}"
+        model = BUILTIN_NAME if path == BUILTIN_DIR else str(path)
     log_to_stderr("warning", "engine", "uvicorn")
     with bind(ServerConfig(host=arguments.host, port=arguments.port)) as listener:
         try:

@@ -40,8 +40,7 @@ from engine.runner.loading import shared_sizes
 from engine.runner.model_runner import ModelRunner
 from engine.runner.steps import Drafts
 from engine.schedule.scheduler import Batch
-from engine.weights.model_config import ModelError
-from engine.weights.model_files import read_config
+from engine.weights.model_config import ModelError, read_config
 from engine.weights.ranks import Rank
 from hybridcache.scheduling.cache_manager import CacheManager
 

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import BUILTIN_DIR
-from engine.models import read_model
-from engine.weights.gguf import GgufFile
-from engine.weights.gguf_names import Model
+from engine.models import families, read_model
+from engine.weights.gguf_names import FORMS, Model
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Source
-from engine.weights.tensor_files import WeightsError
 from experiments.benchmarks.gguf_files import changed, text_config, write_gguf
-from tests.engine.numerics.conftest import FAMILIES
+from hybridcache.geometry.gguf import GgufFile
+from hybridcache.geometry.gguf_config import ARCHITECTURES
+from tests.engine.numerics.conftest import FAMILIES, load
 
 WRITTEN = [
     name
@@ -115,6 +115,11 @@ def test_config_equals_that_of_the_checkpoint(name, oracles, tmp_path) -> None:
     assert {key: found.own[key] for key in own} == {key: expected.own[key] for key in own}
 
 
+def test_every_architecture_has_a_config_and_names() -> None:
+    assert FORMS.keys() == ARCHITECTURES.keys()
+    assert {model_type for model_type, _ in ARCHITECTURES.values()} <= families().keys()
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_weights_equal_those_of_the_checkpoint(name, oracles, tmp_path) -> None:
     """In float32 all bits are equal, except where the converter computes."""
@@ -164,7 +169,7 @@ def test_tensors_are_views_of_the_file(oracles, tmp_path) -> None:
     model = model_of(tmp_path / "model.gguf")
     stored = model.file.tensors["blk.0.attn_q.weight"]
     read = model.weights()["model.layers.0.self_attn.q_proj.weight"].read()
-    assert read.fields["blocks"].data_ptr() == stored.data.data_ptr()
+    assert read.fields["blocks"].data_ptr() == stored.data.ctypes.data
 
 
 # --- Qwen3-Next and the built-in model ------------------------------------------------------------
@@ -209,8 +214,8 @@ def test_qwen3_next_has_the_names_of_qwen3_5(is_legacy, sparse_next, tmp_path) -
             fused = expected[f"model.layers.{layer}.linear_attn.in_proj_qkvz.weight"]
             gate = tensors.pop(f"blk.{layer}.attn_gate.weight")
             del tensors[f"blk.{layer}.attn_qkv.weight"]
-            data = fused.contiguous().view(torch.uint8).flatten()
-            stored = type(gate)(tuple(fused.shape), gate.format, data)
+            data = fused.contiguous().view(torch.uint8).flatten().numpy()
+            stored = type(gate)(tuple(fused.shape), gate.type, data)
             tensors[f"blk.{layer}.ssm_in.weight"] = stored
         model.file.tensors = tensors
     separate(expected, heads=2, sizes=[20, 20, 48, 48], group=2)
@@ -367,6 +372,18 @@ def wrap(name: str) -> Callable[[dict[str, np.ndarray]], object]:
     return lambda tensors: tensors.update({name: tensors[name][None]})
 
 
+def factors(value: float) -> Callable[[dict[str, np.ndarray]], object]:
+    return lambda tensors: tensors.update({"rope_freqs.weight": np.full(16, value, np.float32)})
+
+
+def test_rotary_factors_of_1_are_ignored_with_a_word(written) -> None:
+    path = written("qwen3")
+    expected = load(path).loaded.weights_note
+    rewritten(path, factors(1))
+    found = load(path.with_name("again.gguf")).loaded.weights_note
+    assert "buffers in its files" in found and "buffers in its files" not in expected
+
+
 GRANITE, KIMI = "granite_moe_hybrid_dense", "kimi_linear"
 FAULTS = {
     "unknown": ("qwen3", put("blk.0.colour"), "that models of qwen3 do not have: blk.0.colour"),
@@ -378,6 +395,7 @@ FAULTS = {
     "rotated heads": (GRANITE, cut("blk.1.attn_k.weight"), "blk.1.attn_k.weight in again.gguf has"),
     "experts": ("lfm2_moe", cut("blk.2.ffn_up_exps.weight"), "has the wrong shape, [3, 20, 64]"),
     "dimensions": ("qwen3", wrap("blk.0.attn_q.weight"), "has the wrong shape, [1, 128, 64]"),
+    "rotary": ("qwen3", factors(0.5), "again.gguf changes rotary frequencies (rope_freqs.weight)"),
     "latent": (KIMI, cut("blk.2.attn_v_b.weight"), "has the wrong shape"),
 }
 
@@ -385,7 +403,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_tensors_that_do_not_fit_are_refused(fault, written) -> None:
     family, change, message = FAULTS[fault]
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(ModelError) as error:
         model = rewritten(written(family), change)
         read_model(model.config)
         model.weights()

@@ -15,12 +15,12 @@ import torch
 
 from engine.models import read_model
 from engine.text.gguf_tokenizer import read_tokenizer
-from engine.weights import gguf as reader
-from engine.weights.gguf import GgufFile, choose_files
-from engine.weights.gguf_names import Model
+from engine.weights.gguf_names import FORMATS, Model
 from engine.weights.model_config import ModelError
-from engine.weights.tensor_files import WeightsError
 from experiments.benchmarks.gguf_files import write_gguf
+from hybridcache.geometry import gguf as reader
+from hybridcache.geometry.gguf import GGML_TYPES, GgufFile, choose_files
+from kernels.linear import blocks
 
 METADATA = {
     "small": 7,
@@ -76,8 +76,9 @@ def test_metadata_and_tensors_are_read(alignment, tmp_path) -> None:
         stored, own = file.tensors[name], gguf.GGMLQuantizationType[kind]
         assert stored.shape == values.shape
         exact = gguf.quants.dequantize(gguf.quants.quantize(values, own), own)
-        found = stored.matrix().widened(torch.float32).reshape(values.shape)
-        assert np.array_equal(found.numpy(), exact), name
+        found = gguf.quants.dequantize(stored.data.reshape(-1, len(stored.data)), own)
+        found = found.reshape(values.shape)
+        assert np.array_equal(found, exact), name
 
 
 def test_version_2_is_read(tmp_path) -> None:
@@ -86,6 +87,19 @@ def test_version_2_is_read(tmp_path) -> None:
     content[4:8] = struct.pack("<I", 2)
     path.write_bytes(content)
     assert GgufFile(path).tensors.keys() == TENSORS.keys()
+
+
+def test_sizes_of_types_are_those_of_ggml() -> None:
+    """Types of activations, Q8_1 and Q8_K, are in no files."""
+    sizes = {one.name: gguf.GGML_QUANT_SIZES[one] for one in gguf.GGMLQuantizationType}
+    for number, type in GGML_TYPES.items():
+        assert gguf.GGMLQuantizationType(number).name == type.name
+        assert sizes[type.name] == (type.columns, type.num_bytes)
+        if (format := FORMATS.get(type.name)) is not None:
+            [field] = format.fields.values()
+            assert field.dtype.itemsize * field.width(256) == type.num_bytes * 256 // type.columns
+    assert FORMATS.keys() < {type.name for type in GGML_TYPES.values()}
+    assert len(FORMATS) == len(blocks.GGML_TYPES)
 
 
 def split(folder: Path) -> list[Path]:
@@ -102,12 +116,12 @@ def test_split_files_are_one_model(tmp_path) -> None:
         file = GgufFile(path)
         assert file.metadata["text"] == METADATA["text"]
         assert file.tensors.keys() == TENSORS.keys()
-        matrix = file.tensors["matrix"].matrix().widened(torch.float32)
-        assert np.array_equal(matrix.numpy(), TENSORS["matrix"][0])
+        matrix = file.tensors["matrix"]
+        assert np.array_equal(matrix.data.view(np.float32).reshape(6, 64), TENSORS["matrix"][0])
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(ModelError) as error:
         GgufFile(path)
     message = str(error.value)
     assert message.count(". ") == 0 and message.endswith(".") and len(message) < 300
@@ -189,8 +203,8 @@ BAD = {
     "odd alignment": (Draft(0, 1).key("general.alignment", 4), "general.alignment is 4"),
     "dimensions": (Draft(1).tensor("a", 1, 1, 1, 1, 1), "'a' has 5 dimensions"),
     "no dimensions": (Draft(1).tensor("a"), "'a' has 0 dimensions"),
-    "no elements": (Draft(1).tensor("a", 4, 0), "'a' of float32 has the shape (0, 4)"),
-    "long name": (Draft(1).tensor(9000 * "a", 0), f"'{80 * 'a'}...' of float32"),
+    "no elements": (Draft(1).tensor("a", 4, 0), "'a' of F32 has the shape (0, 4)"),
+    "long name": (Draft(1).tensor(9000 * "a", 0), f"'{80 * 'a'}...' of F32"),
     "type": (Draft(1).tensor("a", 4, kind=99), "'a' in bad.gguf is stored as type 99 of ggml"),
     "blocks": (Draft(1).tensor("a", 33, 2, kind=8), "'a' of Q8_0 has the shape (2, 33)"),
     "vector of blocks": (Draft(1).tensor("a", 32, kind=8), "'a' of Q8_0 has the shape (32,)"),
@@ -241,6 +255,7 @@ REPOSITORY = [
 @pytest.mark.parametrize(
     ("label", "expected"),
     [
+        ("model-9b-iq4_xs", ["Model-9B-IQ4_XS.gguf"]),
         (None, ["Model-9B-Q4_K_M.gguf"]),
         ("q4_k_m", ["Model-9B-Q4_K_M.gguf"]),
         ("UD-Q4_K_XL", ["Model-9B-UD-Q4_K_XL.gguf"]),
@@ -250,20 +265,22 @@ REPOSITORY = [
     ],
 )
 def test_label_chooses_the_files_of_one_model(label, expected) -> None:
-    assert choose_files(REPOSITORY, label) == expected
+    assert choose_files(REPOSITORY, "ORG/NAME", label) == expected
 
 
 def test_choices_are_listed_if_the_label_does_not_decide() -> None:
-    assert choose_files(["only.gguf", "mmproj-only.gguf"]) == ["only.gguf"]
-    with pytest.raises(WeightsError) as error:
-        choose_files(["a-Q8_0.gguf", "b-Q8_0.gguf"], source="ORG/NAME")
-    assert str(error.value) == "ORG/NAME has several models: choose one of a-Q8_0, b-Q8_0."
-    with pytest.raises(WeightsError, match="ORG/NAME has 0 models with the format Q5_K_M: choose"):
-        choose_files(REPOSITORY, "Q5_K_M", "ORG/NAME")
-    with pytest.raises(WeightsError, match="ORG/NAME has 2 models with the format Q8_0: choose"):
-        choose_files(["a-Q8_0.gguf", "b-Q8_0.gguf"], "Q8_0", "ORG/NAME")
-    with pytest.raises(WeightsError, match="folder has no model in GGUF files"):
-        choose_files(["mmproj-F16.gguf", "model.safetensors"], source="folder")
+    two = ["a-Q8_0.gguf", "b-Q8_0.gguf"]
+    assert choose_files(["only.gguf", "mmproj-only.gguf"], "folder") == ["only.gguf"]
+    assert choose_files(two, "ORG/NAME", "b-q8_0.gguf") == ["b-Q8_0.gguf"]
+    for names, label, message in (
+        (two, None, "ORG/NAME has several models: choose one of a-Q8_0.gguf, b-Q8_0.gguf."),
+        (two, "Q8_0", "ORG/NAME has 2 models with the format Q8_0: choose one of a-Q8_0.gguf, b-Q"),
+        (REPOSITORY, "Q5_K_M", "ORG/NAME has 0 models with the format Q5_K_M: choose one of BF16/"),
+        (["mmproj-F16.gguf", "model.safetensors"], None, "ORG/NAME has no model in GGUF files."),
+    ):
+        with pytest.raises(ModelError) as error:
+            choose_files(names, "ORG/NAME", label)
+        assert message in str(error.value)
 
 
 # --- Mutations ------------------------------------------------------------------------------------

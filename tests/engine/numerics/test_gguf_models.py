@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import gguf
 import pytest
 import torch
 
-from engine.weights.model_files import read_config
+from engine.weights.model_config import read_config
 from experiments.benchmarks.gguf_files import ARCHITECTURES, write_gguf
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
@@ -23,7 +25,9 @@ def test_logits_and_hits_of_each_architecture(kind, family, oracles, tmp_path) -
         pytest.skip("GGUF has no such model")
     write_gguf(gguf, path, tmp_path / "model.gguf", kind)
     tokens = random_tokens(90, seed=5)
-    cold, hit = Driver(load(tmp_path / "model.gguf")).cold_and_mixed(tokens)
+    runner = load(tmp_path / "model.gguf")
+    assert re.search(rf"; GGUF of [\w-]+: .*{kind} \d+ %[,;]", runner.loaded.weights_note)
+    cold, hit = Driver(runner).cold_and_mixed(tokens)
     expected, _ = Driver(load(path)).cold_and_mixed(tokens)
     most = {"F32": 2e-3, "Q8_0": 0.2, "Q4_0": 1.2}[kind]
     assert (cold - expected).norm() < most * expected.norm()

@@ -22,7 +22,7 @@ from engine.runner.memory import (
     kv_row_bytes,
     state_slot_bytes,
 )
-from engine.weights.model_files import read_config
+from engine.weights.model_config import read_config
 from hybridcache.geometry.units import GIB
 
 BUILTIN = read_config(BUILTIN_DIR)

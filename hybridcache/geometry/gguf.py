@@ -9,22 +9,20 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
-from engine.weights.tensor_files import WeightsError, enumerated
-from hybridcache.geometry.units import counted, format_bytes
-from kernels.linear.blocks import GGML_TYPES
-from kernels.linear.formats import Format, Matrix, Plain
+from hybridcache.geometry.sizes import ModelError
+from hybridcache.geometry.units import counted, enumerated, format_bytes
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""Beginning of a file that Git LFS has not fetched yet."""
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 """Name of one file of a split model; parts count from one."""
 NUMBERS = {
@@ -52,30 +50,46 @@ OTHER_FILES = ("mmproj", "mtp-", "imatrix", "ggml-vocab")
 USUAL_LABEL = "q4_k_m"
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class GgmlType(NamedTuple):
+    """Type of a tensor: blocks of ``columns`` columns and ``num_bytes`` bytes each."""
+
+    name: str
+    columns: int
+    num_bytes: int
+
+
+def _types(text: str) -> dict[int, GgmlType]:
+    words = text.split()
+    each = zip(words[::4], words[1::4], words[2::4], words[3::4], strict=True)
+    return {int(number): GgmlType(name, int(n), int(size)) for number, name, n, size in each}
+
+
+GGML_TYPES = _types("""
+    0 F32 1 4  1 F16 1 2  2 Q4_0 32 18  3 Q4_1 32 20  6 Q5_0 32 22  7 Q5_1 32 24  8 Q8_0 32 34
+    10 Q2_K 256 84  11 Q3_K 256 110  12 Q4_K 256 144  13 Q5_K 256 176  14 Q6_K 256 210
+    16 IQ2_XXS 256 66  17 IQ2_XS 256 74  18 IQ3_XXS 256 98  19 IQ1_S 256 50  20 IQ4_NL 32 18
+    21 IQ3_S 256 110  22 IQ2_S 256 82  23 IQ4_XS 256 136  24 I8 1 1  25 I16 1 2  26 I32 1 4
+    27 I64 1 8  28 F64 1 8  29 IQ1_M 256 56  30 BF16 1 2  34 TQ1_0 256 54  35 TQ2_0 256 66
+    39 MXFP4 32 17  40 NVFP4 64 36""")
+"""Types by number: name, columns and bytes of a block."""
+
+
+class StoredTensor(NamedTuple):
     """One tensor of a file."""
 
     shape: tuple[int, ...]
     """Sizes with rows before columns, as torch has them."""
-    format: Format
-    data: torch.Tensor
-    """uint8 view of the mapping."""
-
-    def matrix(self) -> Matrix:
-        """Return views of the file's bytes. A vector has one column."""
-        *rows, num_columns = self.shape if len(self.shape) > 1 else (*self.shape, 1)
-        [(name, field)] = self.format.fields.items()
-        stored = self.data.view(field.dtype).view(*rows, field.width(num_columns))
-        return Matrix(self.format, {name: stored}, num_columns)
+    type: GgmlType
+    data: npt.NDArray[np.uint8]
+    """View of the mapping, which ends with the last of its views."""
 
 
 class GgufFile:
-    """A model in one GGUF file or several. The mapping ends with the last of the tensors."""
+    """A model in one GGUF file or several."""
 
     def __init__(self, path: Path) -> None:
         """Read the header of ``path``, and those of the other parts of a split model. Raises
-        WeightsError."""
+        ModelError."""
         self.path = path
         header = _Header(path)
         self.metadata: Mapping[str, Any] = header.metadata
@@ -99,7 +113,7 @@ class GgufFile:
         """Read the other parts. The first one has the metadata."""
         found = PART_NAME.fullmatch(self.path.name)
         if found is None or count is None or count != int(found[3]):
-            raise WeightsError(
+            raise ModelError(
                 f"{self.path.name} is one of {count} parts of a model: the name of the file must "
                 "end in -00001-of-00003.gguf for the first of three."
             )
@@ -107,19 +121,19 @@ class GgufFile:
         paths, expected = [self.path.with_name(name) for name in names], None
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
-            raise WeightsError(f"parts of the model are missing: {enumerated(missing)}.")
+            raise ModelError(f"parts of the model are missing: {enumerated(missing)}.")
         tensors: dict[str, StoredTensor] = {}
         for part, path in enumerate(paths):
             own = header if path == self.path else _Header(path)
             place = own.count("split.no"), own.count("split.count")
             if place != (part, count) or not tensors.keys().isdisjoint(own.tensors):
-                raise WeightsError(f"{path.name} does not belong to the other parts of the model.")
+                raise ModelError(f"{path.name} does not belong to the other parts of the model.")
             if part == 0:
                 self.metadata, expected = own.metadata, own.count("split.tensors.count")
             tensors |= own.tensors
             self._mappings.append(own.mapping)
         if expected not in (None, len(tensors)):
-            raise WeightsError(
+            raise ModelError(
                 f"the parts of {self.path.name} have {counted(len(tensors), 'tensor')} in all "
                 f"instead of {expected}: download them again."
             )
@@ -138,7 +152,7 @@ class _Header:
                 self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is empty"
-            raise WeightsError(f"{path} cannot be read: {reason}.") from None
+            raise ModelError(f"{path} cannot be read: {reason}.") from None
         self._end = min(len(self.mapping), MOST_HEADER_BYTES)
         self._check_version()
         num_tensors, num_keys = self._number("Q"), self._number("Q")
@@ -157,21 +171,25 @@ class _Header:
         return found if isinstance(found, int) else None
 
     def _check_version(self) -> None:
+        if self.mapping[: len(LFS_POINTER)] == LFS_POINTER:
+            raise ModelError(
+                f"{self.name} is a pointer of Git LFS, not the weights: run `git lfs pull`."
+            )
         if self.mapping[: len(MAGIC)] != MAGIC:
-            raise WeightsError(f"{self.name} is not a GGUF file: it does not begin with GGUF.")
+            raise ModelError(f"{self.name} is not a GGUF file: it does not begin with GGUF.")
         self._at = len(MAGIC)
         version = self._number("I")
         if version in VERSIONS:
             return
         order = int.from_bytes(version.to_bytes(4, "little"), "big")
         kind = "in big-endian order" if order in VERSIONS else f"of version {version}"
-        raise WeightsError(
+        raise ModelError(
             f"{self.name} is a GGUF file {kind}, which is not supported: use one of version 3 in "
             "little-endian order."
         )
 
-    def _damaged(self, reason: str) -> WeightsError:
-        return WeightsError(f"{self.name} is truncated or damaged ({reason}): download it again.")
+    def _damaged(self, reason: str) -> ModelError:
+        return ModelError(f"{self.name} is truncated or damaged ({reason}): download it again.")
 
     def _take(self, size: int) -> int:
         """Return the position of the next ``size`` bytes, and move behind them."""
@@ -223,30 +241,29 @@ class _Header:
         first = self._take(count * dtype.itemsize)
         return np.frombuffer(self.mapping, dtype, count, first)
 
-    def _described(self) -> tuple[str, tuple[int, ...], Format, int, int]:
-        """Read one entry of the table of tensors: name, shape, format, first byte, size."""
+    def _described(self) -> tuple[str, tuple[int, ...], GgmlType, int, int]:
+        """Read one entry of the table of tensors: name, shape, type, first byte, size."""
         name, num_dims = self._text(), self._number("I")
         if not 1 <= num_dims <= MOST_DIMS:
             raise self._damaged(f"{_short(name)} has {num_dims} dimensions")
         shape = tuple(reversed([self._number("Q") for _ in range(num_dims)]))
         number, first = self._number("I"), self._number("Q")
-        format = GGML_TYPES.get(number)
-        if format is None:
-            raise WeightsError(
+        type = GGML_TYPES.get(number)
+        if type is None:
+            raise ModelError(
                 f"{_short(name)} in {self.name} is stored as type {number} of ggml, which is not "
                 "supported: use a file of another type, such as Q4_K_M or Q8_0."
             )
         *rows, num_columns = shape
-        [field] = format.fields.values()
-        is_vector = not rows and not isinstance(format, Plain)
-        if 0 in shape or num_columns % (field.columns or 1) or is_vector:
-            raise self._damaged(f"{_short(name)} of {format.describe()} has the shape {shape}")
-        size = field.dtype.itemsize * field.width(num_columns)
+        is_vector = not rows and type.columns > 1
+        if 0 in shape or num_columns % type.columns or is_vector:
+            raise self._damaged(f"{_short(name)} of {type.name} has the shape {shape}")
+        size = type.num_bytes * (num_columns // type.columns)
         for count in rows:
             size *= count
-        return name, shape, format, first, size
+        return name, shape, type, first, size
 
-    def _place(self, found: list[tuple[str, tuple[int, ...], Format, int, int]]) -> None:
+    def _place(self, found: list[tuple[str, tuple[int, ...], GgmlType, int, int]]) -> None:
         """Map the tensors, which are behind the header and do not overlap."""
         alignment = self.count("general.alignment", 32)
         if alignment is None or alignment < 8 or alignment % 8:
@@ -261,41 +278,78 @@ class _Header:
             raise self._damaged("tensors overlap")
         if any(first % alignment for first, _ in spans):
             raise self._damaged(f"tensors do not begin at multiples of {alignment} bytes")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            whole = torch.frombuffer(self.mapping, dtype=torch.uint8)
-        for name, shape, format, first, size in found:
+        whole = np.frombuffer(self.mapping, np.uint8)
+        for name, shape, type, first, size in found:
             if name in self.tensors:
                 raise self._damaged(f"the tensor {_short(name)} occurs twice")
             data = whole[start + first : start + first + size]
-            self.tensors[name] = StoredTensor(shape, format, data)
+            self.tensors[name] = StoredTensor(shape, type, data)
 
 
-def choose_files(names: Iterable[str], label: str | None = None, source: str = "") -> list[str]:
-    """Return the files of one model among the ``names`` of a folder or repository, in order.
+def is_gguf(model: Path) -> bool:
+    """Return True if ``model`` is a GGUF file, by its name or content, or a directory with such
+    files and without safetensors."""
+    if model.is_dir():
+        return any(model.glob("*.gguf")) and not any(model.glob("*.safetensors"))
+    if model.suffix == ".gguf" or not model.is_file():
+        return model.suffix == ".gguf"
+    with model.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
-    ``label``: format of the model, as in ``ORG/NAME:Q4_K_M``. Without one the only model is chosen,
-    or that with Q4_K_M. Raises WeightsError, which lists the models in ``source``.
+
+def gguf_file(model: Path) -> GgufFile | None:
+    """Read the header of the GGUF file that ``model`` names: itself, or the model of a directory.
+    None for other models. Raises ModelError, also if a directory has several."""
+    if not is_gguf(model):
+        return None
+    if model.is_dir():
+        names = choose_files((path.name for path in model.glob("*.gguf")), str(model))
+        model = model / names[0]
+    return GgufFile(model)
+
+
+def label_of(name: str) -> str:
+    """Return the format at the end of a file's name, or an empty text.
+
+    >>> label_of("BF16/Model-9B-BF16-00001-of-00002.gguf"), label_of("Model.gguf")
+    ('BF16', '')
+    """
+    found = LABEL.search(_stem(name))
+    return found[1] if found else ""
+
+
+def _stem(name: str) -> str:
+    part = PART_NAME.fullmatch(name)
+    return part[1] if part else name.removesuffix(".gguf")
+
+
+def choose_files(names: Iterable[str], source: str, label: str | None = None) -> list[str]:
+    """Return the files of one model among the ``names`` in ``source``, in order.
+
+    ``label``: format of the model, as in ``ORG/NAME:Q4_K_M``, or the name of its file. Without one
+    the only model is chosen, or that with Q4_K_M. Raises ModelError, which lists the first files of
+    the models.
     """
     models: dict[str, list[str]] = {}
     for name in sorted(names):
         file = name.rpartition("/")[2]
         if file.endswith(".gguf") and not file.startswith(OTHER_FILES):
-            part = PART_NAME.fullmatch(name)
-            models.setdefault(part[1] if part else name.removesuffix(".gguf"), []).append(name)
-    labels = {stem: found[1] if (found := LABEL.search(stem)) else "" for stem in models}
-    wanted = (label or USUAL_LABEL).lower()
-    chosen = [stem for stem, own in labels.items() if own.lower() == wanted]
-    if label is None and len(models) == 1:
-        chosen = [*models]
-    if len(chosen) == 1:
-        return models[chosen[0]]
+            models.setdefault(_stem(name), []).append(name)
     if not models:
-        raise WeightsError(f"{source} has no model in GGUF files.")
-    fault = "several models" if label is None else f"{len(chosen)} models with the format {label}"
-    raise WeightsError(
-        f"{source} has {fault}: choose one of {enumerated(list(models), len(models))}."
-    )
+        raise ModelError(f"{source} has no model in GGUF files.")
+    wanted = (label or USUAL_LABEL).lower().removesuffix(".gguf")
+    chosen = [
+        files
+        for stem, files in models.items()
+        if wanted in (label_of(files[0]).lower(), stem.rpartition("/")[2].lower())
+    ]
+    if label is None and len(models) == 1:
+        chosen = [*models.values()]
+    if len(chosen) == 1:
+        return chosen[0]
+    fault = f"{len(chosen)} models with the format {label}" if label else "several models"
+    firsts = [files[0] for files in models.values()]
+    raise ModelError(f"{source} has {fault}: choose one of {enumerated(firsts, len(firsts))}.")
 
 
 def _short(name: str) -> str:
