@@ -9,6 +9,7 @@ Every server has the same GGUF file and receives the same conversations over the
 *Read again* is the number of prompt tokens that an earlier request had computed, as prompt or as
 answer, and that are computed once more: the longest common prefix with the rendered ids of earlier
 requests, less the cached tokens that the server reports. Each report is checked against those ids.
+Answers repeat one token (`logit_bias`), so that all servers get the same prompts.
 
 Counts are valid on a busy machine, times are not: TTFT is left out if the machine was not idle.
 """
@@ -246,10 +247,9 @@ def dated_turns(text: Text, count: int) -> Steps:
 
 def tools_behind(text: Text, count: int) -> Steps:
     shared, tools = text.draw(0.4), text.tools()
-    for folder in ("alpha", "beta"):
+    for folder, which in (("alpha", ""), ("beta", "second"), ("gamma", "third")):
         chat = Chat(text, f"{shared} Directory: {folder}.", tools)
-        row = "other folder, tools behind the system text" if folder == "beta" else ""
-        yield from chat.turn(0.2, row)
+        yield from chat.turn(0.2, which and f"{which} folder, tools behind the system text")
 
 
 def many(row: str, text: Text, count: int) -> Steps:
@@ -371,6 +371,8 @@ class Client:
     port: int
     host: str = "127.0.0.1"
     max_tokens: int = 8
+    answer_id: int | None = None
+    """The only token of answers."""
     sent: list[Sent] = field(default_factory=list)
 
     def exchange(self, method: str, path: str, body: Any = None) -> Any:
@@ -387,6 +389,8 @@ class Client:
         sent = Sent(ask, time.perf_counter())
         options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
         options |= {"return_token_ids": True, "max_tokens": 200 if ask.cut else self.max_tokens}
+        if self.answer_id is not None:
+            options["logit_bias"] = {str(self.answer_id): 100}
         body = sent.body | options
         connection, status, lines = self._open("POST", "/v1/chat/completions", body)
         pieces = 0
@@ -475,8 +479,9 @@ def counts(sent: Sequence[Sent], ids_of: Ids) -> Iterator[dict[str, Any]]:
     for one in sent:
         ids, answer = ids_of(one)
         prompts.append(ids)
-        # The last token of an answer is sampled, but not computed.
-        computed.append(np.concatenate((ids, np.asarray(answer[:-1], np.int32))))
+        # The last token of an answer is sampled, but not computed, unless the client left before.
+        answered = np.asarray(answer if one.ask.cut else answer[:-1], np.int32)
+        computed.append(np.concatenate((ids, answered)))
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for at, one in enumerate(sent):
         if not one.ask.row:
@@ -679,7 +684,9 @@ def measure(side: Side, name: str, num_tokens: int, at_once: int) -> Iterator[di
     """Run one case on a server that was started with what it needs."""
     case = CASES[name]
     clients = max(at_once, case.least)
-    size = int(num_tokens * characters_per_token(side))
+    sample = Text("sample", 0, 2000).draw(1)
+    size = num_tokens * len(sample) // len(tokenized(side.client, sample))
+    side.client.answer_id = tokenized(side.client, " pear")[-1]
     steps = [case.steps(Text(name, at, size), clients) for at in range(clients)]
     sent = drive(side.client, steps, side.restart)
     resident = side.resident_bytes()
@@ -708,14 +715,14 @@ def compare(
                 side.stop()
 
 
-def characters_per_token(side: Side) -> float:
-    """Return the mean length of a token of the texts."""
-    text = Text("sample", 0, 2000).draw(1)
-    body = {"content": text, "prompt": text}
-    with contextlib.suppress(RuntimeError):
-        return len(text) / len(side.client.exchange("POST", "/tokenize", body)["tokens"])
-    body.pop("content")
-    return len(text) / len(side.client.exchange("POST", "/tokenize", body)["tokens"])
+def tokenized(client: Client, text: str) -> list[int]:
+    """Return the ids of a text by the server's endpoint, whose field has one of two names."""
+    for name in ("content", "prompt"):
+        with contextlib.suppress(RuntimeError):
+            body = {name: text, "add_special_tokens": False}
+            tokens: list[int] = client.exchange("POST", "/tokenize", body)["tokens"]
+            return tokens
+    raise RuntimeError("The server has no endpoint /tokenize.")
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> Table:
