@@ -593,8 +593,6 @@ class Side:
 
     def _run(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(provenance.ROOT)}
-        if self.is_llama:
-            environment["LD_LIBRARY_PATH"] = str(LLAMA_SERVER.parent)
         self.process = subprocess.Popen(
             self.command,
             env=environment,
