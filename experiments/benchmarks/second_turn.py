@@ -764,7 +764,7 @@ def draw(records: Sequence[Mapping[str, Any]]) -> str:
 def sides_of(options: argparse.Namespace) -> list[Side]:
     """Return the servers to compare."""
     threads = str(options.threads)
-    sides = [Side("engine"), Side("engine, grid 64", flags=["--grid", "64"])]
+    sides = [Side("engine"), Side("engine, grid 16", flags=["--grid", "16"])]
     if LLAMA_SERVER.is_file():
         best = ["-np", "8", "--ctx-checkpoints", "256", "--checkpoint-min-step", "0"]
         sides.append(Side("llama-server", flags=["-t", threads], is_llama=True))
