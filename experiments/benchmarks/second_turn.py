@@ -723,28 +723,27 @@ def tokenized(client: Client, text: str) -> list[int]:
     raise RuntimeError("The server has no endpoint /tokenize.")
 
 
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "read again, tokens": lambda one: f"{one['read_again_mean']:.0f}",
+    "hits, %": lambda one: f"{100 * one['cached'] / one['prompt']:.1f}",
+    "TTFT, s": lambda one: "" if one["ttft_s"] is None else f"{one['ttft_s']:.3g}",
+    "memory, MiB": lambda one: f"{(one['resident_bytes'] or 0) / 2**20:.0f}",
+}
+"""Cells of one server in one row. Memory is that of its processes after the case."""
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the tokens that each server read again, and its median TTFT if it was measured."""
+    """Return the columns of each server, without those that are empty."""
     sides = list(dict.fromkeys(one["side"] for one in records))
     rows = []
     for key, of in grouped(records, "row", "tokens", "at_once").items():
-        by_side = {one["side"]: one for one in of}
-        cells = [f"{by_side[s]['read_again_mean']:.0f}" if s in by_side else "" for s in sides]
-        times = [_time(by_side.get(s)) for s in sides]
-        shares = [
-            f"{100 * by_side[s]['cached'] / by_side[s]['prompt']:.1f}" if s in by_side else ""
-            for s in sides
-        ]
-        rows.append([*map(str, key), *cells, *shares, *times])
-    header = ["case", "prompt", "clients"]
-    for word in ("read again, tokens", "hits, %", "TTFT, s"):
-        header += [f"{side}: {word}" for side in sides]
+        found = {one["side"]: one for one in of}
+        rows.append([*map(str, key)])
+        for shown in COLUMNS.values():
+            rows[-1] += [shown(found[side]) if side in found else "" for side in sides]
+    header = ["case", "prompt", "clients", *(f"{s}: {word}" for word in COLUMNS for s in sides)]
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
     return [header[i] for i in used], [[row[i] for i in used] for row in rows]
-
-
-def _time(record: Mapping[str, Any] | None) -> str:
-    return "" if record is None or record["ttft_s"] is None else f"{record['ttft_s']:.3g}"
 
 
 def draw(records: Sequence[Mapping[str, Any]]) -> str:
@@ -755,6 +754,7 @@ def draw(records: Sequence[Mapping[str, Any]]) -> str:
         for at, name in enumerate(header)
         if name.endswith(": read again, tokens")
     }
+    columns = dict(list(columns.items())[: len(page.SERIES)])
     rows = [row for row in rows if all(row[at] for at in columns.values())]
     return page.svg(
         page.Dots(columns, "tokens read again per request", (0, 1)).draw((header, rows))
@@ -764,7 +764,7 @@ def draw(records: Sequence[Mapping[str, Any]]) -> str:
 def sides_of(options: argparse.Namespace) -> list[Side]:
     """Return the servers to compare."""
     threads = str(options.threads)
-    sides = [Side("engine"), Side("engine, grid 16", flags=["--grid", "16"])]
+    sides = [Side("engine")]
     if LLAMA_SERVER.is_file():
         best = ["-np", "8", "--ctx-checkpoints", "256", "--checkpoint-min-step", "0"]
         sides.append(Side("llama-server", flags=["-t", threads], is_llama=True))
@@ -773,6 +773,7 @@ def sides_of(options: argparse.Namespace) -> list[Side]:
         )
     else:
         print("llama-server is not built. Run `make llama` (some minutes).")
+    sides.append(Side("engine, grid 16", flags=["--grid", "16"]))
     named = [word.partition("=") for word in options.url]
     return [*sides, *(Side(name, url) for name, _, url in named)]
 
