@@ -162,9 +162,19 @@ out/triton-3.6.0:
 
 triton-3.6: out/triton-3.6.0  ## install the Triton of torch 2.11, for tests that compile kernels with both versions
 
-llama:  ## build llama.cpp for this processor, for its benchmark (some minutes)
+# The server is built from the same sources, which only the source distribution of llama-cpp-python has. It needs cmake.
+LLAMA := llama-cpp-python==0.3.36
+LLAMA_SOURCES := out/llama-sources/llama_cpp_python-0.3.36/vendor/llama.cpp
+
+llama:  ## build llama.cpp and llama-server for this processor, for their benchmarks (some minutes)
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \
-		--no-binary llama-cpp-python 'llama-cpp-python==0.3.36' 'gguf>=0.19' diskcache
+		--no-binary llama-cpp-python '$(LLAMA)' 'gguf>=0.19' diskcache
+	$(PYTHON) -m pip download $(PIP_FLAGS) --no-deps --no-binary llama-cpp-python -d out/llama-sources '$(LLAMA)'
+	tar -xzf out/llama-sources/llama_cpp_python-0.3.36.tar.gz -C out/llama-sources
+	cmake -S $(LLAMA_SOURCES) -B out/llama-sources/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+	cmake --build out/llama-sources/build --target llama-server --parallel
+	install -D out/llama-sources/build/bin/llama-server out/llama/bin/llama-server
 
 tune:  ## on a machine with a GPU: write fast launch parameters into kernels/tuned.json
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu.kernels --mode tune

@@ -85,6 +85,9 @@ HEAD |= {"norm": "shared_head_norm"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of tokens."""
 
+ZERO_BYTE = "\u0100"
+"""Text of the token of a zero byte."""
+
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -112,9 +115,10 @@ def write_gguf(
     has_head = any(name.startswith("mtp.") for name in tensors)
     writer = gguf.GGUFWriter(path, arch)
     for key, value in {**metadata(arch, config, has_head), **(extra or {})}.items():
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        types = gguf.GGUFValueType
-        writer.add_key_value(key, value, types.UINT32 if is_count else types.get_type(value))
+        kind_of_value = gguf.GGUFValueType.get_type(value)
+        if kind_of_value == gguf.GGUFValueType.INT32:  # llama.cpp reads no signed sizes.
+            kind_of_value = gguf.GGUFValueType.UINT32
+        writer.add_key_value(key, value, kind_of_value)
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"] + 1)
     wanted = getattr(gguf.GGMLQuantizationType, kind)
     for name, tensor in stacked(changed(arch, config, tensors)):
@@ -152,6 +156,9 @@ def vocabulary(folder: Path, pre: str) -> dict[str, Any]:
             types[token_id] = CONTROL if is_control else USER_DEFINED
     merges = [one if isinstance(one, str) else " ".join(one) for one in raw["model"]["merges"]]
     found: dict[str, Any] = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types}
+    if not merges and UNUSED in types:  # llama.cpp needs one: two zero bytes, which no text has.
+        spare, merges = types.index(UNUSED), [f"{ZERO_BYTE} {ZERO_BYTE}"]
+        tokens[spare], types[spare] = 2 * ZERO_BYTE, NORMAL
     found |= {"merges": merges} if merges else {}
     for name in ("bos", "eos"):
         token = settings.get(f"{name}_token")
@@ -186,6 +193,8 @@ def metadata(arch: str, config: Mapping[str, Any], has_head: bool) -> dict[str, 
     for key, words in COMMON.items():
         value = next((config[word] for word in words.split() if config.get(word) is not None), None)
         found |= {} if value is None else {key: value}
+    if not found.get("expert_count"):
+        found = {key: value for key, value in found.items() if not key.startswith("expert")}
     kinds = config.get("layers_block_type") or config.get("layer_types") or ()
     if arch == "jamba":
         period, offset = config["attn_layer_period"], config["attn_layer_offset"]

@@ -36,6 +36,8 @@ SHOWN = 12
 """Number of tokens shown on each side of the difference."""
 NEW = "new"
 """Cause of a chat that does not continue the earlier one: only the beginning is the same."""
+TOOLS_BEHIND = "tools behind"
+"""Advice for the cause ``system`` if the template writes tools after the difference."""
 SYSTEM_ROLES = ("system", "developer")
 SAID_FIELDS = ("content", "tool_calls", "reasoning_content")
 """Fields that ``said_by`` returns."""
@@ -83,6 +85,8 @@ ADVICE = {
     "never_checkpointed": "Mark the end of the shared part with cache_control, or try other "
     "--checkpoints.",
     "below_grid": "Nothing is to be done: it is less than one step of --grid.",
+    TOOLS_BEHIND: "The chat template writes the tools behind the system message, so they are "
+    "computed again too: put text that changes into the first user message.",
     NEW: "Nothing is to be done, unless the system message begins with text that changes: put such "
     "text at its end.",
 }
@@ -232,6 +236,8 @@ class Explanations:
         is_other = cached_len > shared_len
         cause = NEW if is_new else _cause(lost, None if is_other else parting, known_len)
         advice = None if cause is None else ADVICE[cause]
+        if cause == "system" and earlier is not None and self._has_tools_behind(earlier, later):
+            advice = ADVICE[TOOLS_BEHIND]
         # Without a position of the grid between the cached and the shared length, no state could be
         # saved there, however much memory there is.
         is_tail = shared_len - cached_len < self._grid and not cached_len % self._grid
@@ -268,6 +274,18 @@ class Explanations:
             "advice": advice,
             "text": " ".join([*words, *filter(None, [advice])]),
         }
+
+    def _has_tools_behind(self, earlier: AnsweredChat, later: AnsweredChat) -> bool:
+        """Return True if the template writes tools after the first difference of the system
+        messages, so that no order of the system text would keep them."""
+        sent = {"messages": later.messages, "tools": later.tools, "variables": later.variables}
+        system = earlier.messages[: _system_len(earlier)] + later.messages[_system_len(later) :]
+        template = self._tokenizer.chat_template
+        was, other, bare = (
+            _written(template, sent | part) for part in ({}, {"messages": system}, {"tools": ()})
+        )
+        tools_at, system_at = _parting(was, bare), _parting(was, other)
+        return bool(later.tools) and (tools_at or 0) > (system_at or 0)
 
     def _part(self, earlier: AnsweredChat, later: AnsweredChat, at: int) -> dict[str, Any]:
         """Describe the place ``at`` which two prompts differ. In a namespace, no text is shown."""

@@ -60,3 +60,15 @@ def test_reuse_of_a_request_that_is_not_stored_is_no_new_conversation(live: Live
     assert told["cause"] == "below_grid" and "not stored" in told["text"]
     told = live.get(f"/v1/cache/explanations/{ids[1]}?compared_with={ids[0]}").json()
     assert told["cause"] is told["advice"] is None and told["parted"]["change"] == "system"
+
+
+def test_advice_for_a_template_that_writes_tools_behind_the_system_text(live: Live) -> None:
+    function = {"name": "look", "description": "Look at a place. " * 8, "parameters": {}}
+    for tools, words in (
+        ({"tools": [{"type": "function", "function": function}]}, "first user"),
+        ({}, "at the end"),
+    ):
+        chats = [body(f"{SYSTEM} Folder: {name}.", **tools) for name in ("alpha", "beta")]
+        ids = [live.post("/v1/chat/completions", chat).json()["id"] for chat in chats]
+        told = live.get(f"/v1/cache/explanations/{ids[1]}?compared_with={ids[0]}").json()
+        assert told["cause"] == "system" and words in told["advice"], told

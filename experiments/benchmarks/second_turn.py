@@ -1,0 +1,817 @@
+"""Count the prompt tokens that a server computes a second time, for this engine and llama-server.
+
+    make llama                                              # builds llama-server, some minutes
+    python -m experiments.benchmarks.second_turn --size small        # about a minute
+    python -m experiments.benchmarks.second_turn --model FILE.gguf --tokens 2000 16000 --at-once 1 4
+    python -m experiments.benchmarks.second_turn --url vllm=http://127.0.0.1:8001
+
+Every server has the same GGUF file and receives the same conversations over the OpenAI protocol.
+*Read again* is the number of prompt tokens that an earlier request had computed, as prompt or as
+answer, and that are computed once more: the longest common prefix with the rendered ids of earlier
+requests, less the cached tokens that the server reports. Each report is checked against those ids.
+Answers repeat one token (`logit_bias`), so that all servers get the same prompts.
+
+Counts are valid on a busy machine, times are not: TTFT is left out if the machine was not idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.config import BUILTIN_DIR
+from engine.weights.model_files import read_config
+from experiments import page, provenance
+from experiments.benchmarks import gguf_files, llama
+from experiments.benchmarks import llama_cpp as rival
+from experiments.benchmarks.serving import START_S
+from experiments.studies.common import Table, grouped, keep, positive
+from experiments.texts import KEYS, NAMES, THINGS
+from hybridcache import ModelGeometry
+from hybridcache.geometry.units import GIB
+from hybridcache.lab.report import text_table
+from hybridcache.tokens import common_prefix_len
+
+Message = dict[str, Any]
+Steps = Generator["Ask", Message, None]
+"""Requests of a client. Each receives the answer as a message."""
+LLAMA_SERVER = rival.FOLDER / "bin" / "llama-server"
+IDLE_LOAD = 0.5
+"""Largest load average per core at which times are kept."""
+WORDS = (*KEYS, *NAMES, *THINGS)
+
+
+# --- Cases ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request of a client."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] | None = None
+    row: str = ""
+    """Row of the table, or empty if the request is not counted."""
+    cut: int | None = None
+    """Number of pieces of the answer after which the client closes the connection."""
+    restart: bool = False
+    """Restart the server first."""
+
+
+class Text:
+    """Text of one client, drawn from seeds. ``size``: characters of a prompt."""
+
+    def __init__(self, name: str, client: int, size: int) -> None:
+        self.size = size
+        self._own, self._common = random.Random(f"{name} {client}"), random.Random(name)
+        self.common = self.draw(0.5, self._common)
+        """Text that all clients of a case share."""
+
+    def draw(self, share: float, source: random.Random | None = None) -> str:
+        """Return words of about ``share`` times the size of a prompt."""
+        source = source or self._own
+        return " ".join(source.choice(WORDS) for _ in range(max(int(share * self.size / 6), 2)))
+
+    def tools(self) -> list[dict[str, Any]]:
+        """Return four tools of a fifth of a prompt."""
+        number = {"type": "object", "properties": {"path": {"type": "string"}}}
+        return [
+            {
+                "type": "function",
+                "function": {"name": name, "description": self.draw(0.05), "parameters": number},
+            }
+            for name in ("read", "write", "search", "run")
+        ]
+
+    def order(self, count: int, turns: int) -> list[int]:
+        """Return each of ``count`` numbers ``turns`` times in random order."""
+        order = list(range(count)) * turns
+        self._own.shuffle(order)
+        return order
+
+
+@dataclass
+class Chat:
+    """One conversation as its client keeps it."""
+
+    text: Text
+    system: str = ""
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] | None = None
+    messages: list[Message] = field(default_factory=list)
+    num_calls: int = 0
+
+    def ask(self, row: str = "", **options: Any) -> Generator[Ask, Message, Message]:
+        """Send the messages and append the answer, which is returned."""
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        sent = [*head, *map(dict, self.messages)]
+        answer = yield Ask(sent, self.tools, self.variables, row, **options)
+        self.messages.append(answer)
+        return answer
+
+    def turn(self, share: float, row: str = "", **options: Any) -> Generator[Ask, Message, Message]:
+        """Send one more message of the user."""
+        self.messages.append({"role": "user", "content": self.text.draw(share)})
+        return (yield from self.ask(row, **options))
+
+    def step(self, share: float, row: str = "") -> Generator[Ask, Message, Message]:
+        """Let the last answer call a tool and send its result of ``share``."""
+        self.num_calls += 1
+        call = {"name": "read", "arguments": json.dumps({"path": f"{self.num_calls}.txt"})}
+        name = f"call_{self.num_calls}"
+        self.messages[-1]["tool_calls"] = [{"id": name, "type": "function", "function": call}]
+        result = {"role": "tool", "tool_call_id": name, "content": self.text.draw(share)}
+        self.messages.append(result)
+        return (yield from self.ask(row))
+
+    def fork(self) -> Chat:
+        """Return a copy that goes on by itself."""
+        return Chat(self.text, self.system, self.tools, self.variables, [*map(dict, self.messages)])
+
+
+def opened(text: Text, **options: Any) -> Chat:
+    """Return a chat with a system message of half a prompt."""
+    return Chat(text, system=text.draw(0.5), **options)
+
+
+def next_turn(text: Text, count: int) -> Steps:
+    chat = opened(text)
+    yield from chat.turn(0.5)
+    yield from chat.turn(0.2, "next turn")
+
+
+def tool_result(text: Text, count: int) -> Steps:
+    chat = opened(text, tools=text.tools())
+    yield from chat.turn(0.3)
+    yield from chat.step(0.1, "tool call and result")
+
+
+def thoughts(text: Text, count: int) -> Steps:
+    chat = opened(text, variables={"enable_thinking": True})
+    for row in ("", "", "thoughts stripped, third turn"):
+        yield from chat.turn(0.2, row)
+
+
+def edits(text: Text, count: int) -> Steps:
+    chat = opened(text)
+    yield from chat.turn(0.5)
+    longer = Chat(text, chat.system, messages=[dict(chat.messages[0])])
+    longer.messages[0]["content"] += " please"
+    yield from longer.ask("last message edited at its end")
+    yield from Chat(text, chat.system).turn(0.5, "last message rewritten")
+    yield from chat.turn(0.1, "back to the original after an edit")
+
+
+def early_edit(text: Text, count: int) -> Steps:
+    chat = opened(text)
+    for _ in range(5):
+        yield from chat.turn(0.1)
+    chat.messages = chat.messages[:5]
+    chat.messages[4]["content"] += " again"
+    yield from chat.ask("edit at turn 3 of 5")
+
+
+def steered(text: Text, count: int) -> Steps:
+    chat = opened(text)
+    yield from chat.turn(0.5, cut=6)
+    yield from chat.turn(0.05, "abort and steer")
+
+
+def subagent(text: Text, count: int) -> Steps:
+    chat = opened(text, tools=text.tools())
+    yield from chat.turn(0.2)
+    yield from chat.step(0.1)
+    child = Chat(text, chat.system, chat.tools)
+    yield from child.turn(0.2, "subagent with the same system prompt")
+    yield from child.step(0.1)
+    yield from chat.step(0.1, "back to the parent")
+
+
+def branches(text: Text, count: int) -> Steps:
+    chat = opened(text)
+    yield from chat.turn(0.5)
+    both = chat.fork(), chat.fork()
+    for row in ("", "two branches in turn", "two branches in turn"):
+        for branch in both:
+            yield from branch.turn(0.1, row)
+
+
+def twelve(text: Text, count: int) -> Steps:
+    chats = [opened(text) for _ in range(max(12 // count, 1))]
+    for row in ("", "", "twelve conversations, third turn"):
+        for chat in chats:
+            yield from chat.turn(0.2, row)
+
+
+def restarted(text: Text, count: int) -> Steps:
+    chat = opened(text)
+    yield from chat.turn(0.5)
+    yield from chat.turn(0.1, "after a restart", restart=True)
+
+
+def dated_session(text: Text, count: int) -> Steps:
+    rest = text.draw(0.5)
+    for minute in (10, 11):
+        chat = Chat(text, system=f"{minute} o'clock, Monday. {rest}")
+        yield from chat.turn(0.2, "new session, date at its start" if minute == 11 else "")
+
+
+def dated_turns(text: Text, count: int) -> Steps:
+    chat = opened(text)
+    rest = chat.system
+    for minute in (10, 11, 12):
+        chat.system = f"{minute} o'clock, Monday. {rest}"
+        yield from chat.turn(0.2, "date first, new at each turn" if minute == 12 else "")
+
+
+def tools_behind(text: Text, count: int) -> Steps:
+    shared, tools = text.draw(0.4), text.tools()
+    for folder, which in (("alpha", ""), ("beta", "second"), ("gamma", "third")):
+        chat = Chat(text, f"{shared} Directory: {folder}.", tools)
+        yield from chat.turn(0.2, which and f"{which} folder, tools behind the system text")
+
+
+def many(row: str, text: Text, count: int) -> Steps:
+    number = max(NUM_MANY // count, 1)
+    chats = [opened(text) for _ in range(number)]
+    for chat in chats:
+        yield from chat.turn(0.3)
+    for index in text.order(number, 2):
+        yield from chats[index].turn(0.1, row)
+
+
+def long_run(text: Text, count: int) -> Steps:
+    chat = opened(text, tools=text.tools())
+    yield from chat.turn(0.2)
+    for step in range(1, 61):
+        yield from chat.step(0.05, "agent run of 60 steps")
+        if step == 30:  # The client replaces its history by a summary.
+            yield from chat.turn(0.02, "compaction: the summary")
+            chat.messages = []
+            yield from chat.turn(0.2, "compaction: the new context")
+
+
+def one_folder(text: Text, count: int) -> Steps:
+    tools = Text("tools", 0, text.size).tools()
+    chat = Chat(text, f"{text.common} Directory: alpha.", tools)
+    yield from chat.turn(0.2, "two agents in one folder, first request")
+    for _ in range(2):
+        yield from chat.step(0.1, "two agents in one folder, later requests")
+
+
+NUM_MANY, NUM_FITTING = 32, 8
+"""Conversations of the cases with scarce memory, and how many of them fit."""
+SCARCE, TIERED = f"{NUM_MANY} conversations, memory for {NUM_FITTING}", "with a host tier"
+
+
+class Case(NamedTuple):
+    """Clients that do the same with texts of their own."""
+
+    steps: Callable[[Text, int], Steps]
+    """Receives the number of clients too, to divide conversations among them."""
+    least: int = 1
+    """Smallest number of clients."""
+    needs: str = ""
+    """``scarce`` memory, ``tiered`` for scarce memory with a host tier, or ``state`` for a copy of
+    the cache that outlives the server."""
+
+
+CASES: dict[str, Case] = {
+    "next turn": Case(next_turn),
+    "tool result": Case(tool_result),
+    "thoughts": Case(thoughts),
+    "edits": Case(edits),
+    "early edit": Case(early_edit),
+    "steer": Case(steered),
+    "subagent": Case(subagent),
+    "branches": Case(branches),
+    "twelve": Case(twelve),
+    "restart": Case(restarted, needs="state"),
+    "dated session": Case(dated_session),
+    "dated turns": Case(dated_turns),
+    "tools behind": Case(tools_behind),
+    "scarce": Case(partial(many, SCARCE), needs="scarce"),
+    "tiered": Case(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
+    "long run": Case(long_run),
+    "one folder": Case(one_folder, least=2),
+}
+
+
+# --- Client ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sent:
+    """One request with its answer. Times are seconds of ``time.perf_counter``."""
+
+    ask: Ask
+    sent_s: float
+    first_s: float = 0.0
+    """Time of the first piece of the answer."""
+    end_s: float = 0.0
+    text: str = ""
+    thoughts: str = ""
+    num_prompt: int | None = None
+    """Length of the prompt as the server reports it, or None if the request was cut."""
+    cached_len: int = 0
+    ids: npt.NDArray[np.int32] | None = None
+    """Rendered ids of the prompt, if the server returned them."""
+    answer_ids: list[int] = field(default_factory=list)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """Messages, tools and variables of the request."""
+        body: dict[str, Any] = {"messages": list(self.ask.messages)}
+        body |= {"tools": list(self.ask.tools)} if self.ask.tools else {}
+        return body | ({"chat_template_kwargs": self.ask.variables} if self.ask.variables else {})
+
+    def read(self, told: Mapping[str, Any]) -> bool:
+        """Add one message of the stream. Returns True if it has a piece of the answer."""
+        if "error" in told:
+            raise RuntimeError(told["error"]["message"])
+        if (ids := told.get("prompt_token_ids")) is not None:
+            self.ids = np.asarray(ids, np.int32)
+        if usage := told.get("usage"):
+            self.num_prompt = usage["prompt_tokens"]
+            self.cached_len = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        before = len(self.text) + len(self.thoughts) + len(self.answer_ids)
+        for choice in told.get("choices") or ():
+            delta = choice.get("delta") or {}
+            self.text += delta.get("content") or ""
+            self.thoughts += delta.get("reasoning_content") or delta.get("reasoning") or ""
+            self.answer_ids += choice.get("token_ids") or []
+        return len(self.text) + len(self.thoughts) + len(self.answer_ids) > before
+
+
+@dataclass
+class Client:
+    """OpenAI client on one socket per request."""
+
+    port: int
+    host: str = "127.0.0.1"
+    max_tokens: int = 8
+    answer_id: int | None = None
+    """The only token of answers."""
+    sent: list[Sent] = field(default_factory=list)
+
+    def exchange(self, method: str, path: str, body: Any = None) -> Any:
+        """Return the JSON of an answer. Raises RuntimeError for a status other than 200."""
+        connection, status, lines = self._open(method, path, body)
+        with connection:
+            text = b"\n".join(lines)
+        if status != 200:
+            raise RuntimeError(f"{method} {path}: status {status}, {text[:300]!r}")
+        return json.loads(text)
+
+    def chat(self, ask: Ask) -> Message:
+        """Send one request and return its answer as the client sends it back."""
+        sent = Sent(ask, time.perf_counter())
+        options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+        options |= {"return_token_ids": True, "max_tokens": 200 if ask.cut else self.max_tokens}
+        if self.answer_id is not None:
+            options["logit_bias"] = {str(self.answer_id): 100}
+        body = sent.body | options
+        connection, status, lines = self._open("POST", "/v1/chat/completions", body)
+        pieces = 0
+        with connection:
+            for line in lines:
+                if status != 200:
+                    raise RuntimeError(f"status {status}, {line[:300]!r}")
+                if line.startswith(b"data: {") and sent.read(json.loads(line[6:])):
+                    sent.first_s = sent.first_s or time.perf_counter()
+                    pieces += 1
+                    if pieces == ask.cut:
+                        break
+        sent.end_s = time.perf_counter()
+        sent.first_s = sent.first_s or sent.end_s
+        self.sent.append(sent)
+        return {"role": "assistant", "content": sent.text}
+
+    def _open(
+        self, method: str, path: str, body: Any
+    ) -> tuple[socket.socket, int, Iterator[bytes]]:
+        """Send a request. Returns its socket, the status, and the lines of the answer."""
+        payload = b"" if body is None else json.dumps(body).encode()
+        connection = socket.create_connection((self.host, self.port), timeout=600)
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+        connection.sendall(head.encode() + payload)
+        stream = connection.makefile("rb")
+        status = int(stream.readline().split()[1])
+        headers = b"".join(iter(stream.readline, b"\r\n")).lower()
+        blocks = _chunks(stream) if b"transfer-encoding: chunked" in headers else stream
+        return connection, status, _lines(blocks)
+
+
+def _chunks(stream: Any) -> Iterator[bytes]:
+    while size := int(stream.readline().split(b";")[0], 16):
+        yield stream.read(size)
+        stream.readline()
+
+
+def _lines(blocks: Any) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *whole, rest = (rest + block).split(b"\n")
+        yield from whole
+    yield from filter(None, [rest])
+
+
+def drive(client: Client, steps: Sequence[Steps], restart: Callable[[], None]) -> list[Sent]:
+    """Run the clients of a case at the same time. Returns their requests."""
+    client.sent = []
+    failures: list[Exception] = []
+
+    def run(script: Steps) -> None:
+        try:
+            answer = None
+            with contextlib.suppress(StopIteration):
+                while True:
+                    ask = script.send(answer)  # type: ignore[arg-type]
+                    if ask.restart:
+                        gate.wait()
+                    answer = client.chat(ask)
+        except Exception as error:
+            failures.append(error)
+            gate.abort()
+
+    gate = threading.Barrier(len(steps), restart)  # All clients wait for a restart.
+    threads = [threading.Thread(target=run, args=(script,)) for script in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return client.sent
+
+
+# --- Counts ---------------------------------------------------------------------------------------
+
+Ids = Callable[[Sent], tuple[npt.NDArray[np.int32], Sequence[int]]]
+"""Returns the rendered ids of a request's prompt, and those of its answer."""
+
+
+def counts(sent: Sequence[Sent], ids_of: Ids) -> Iterator[dict[str, Any]]:
+    """Yield the counts of each row, and check the server's reports against the rendered ids."""
+    prompts, computed = [], []
+    for one in sent:
+        ids, answer = ids_of(one)
+        prompts.append(ids)
+        # The last token of an answer is sampled, but not computed, unless the client left before.
+        answered = np.asarray(answer if one.ask.cut else answer[:-1], np.int32)
+        computed.append(np.concatenate((ids, answered)))
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for at, one in enumerate(sent):
+        if not one.ask.row:
+            continue
+        known = possible = 0
+        for other, ids in zip(sent, computed, strict=True):
+            if other is not one and other.sent_s < one.end_s:
+                shared = common_prefix_len(ids, prompts[at])
+                possible = max(possible, shared)
+                known = max(known, shared) if other.end_s <= one.sent_s else known
+        faults = []
+        if one.num_prompt != len(prompts[at]):
+            faults.append(f"{one.num_prompt} prompt tokens reported, {len(prompts[at])} rendered")
+        if one.cached_len > possible:
+            faults.append(f"{one.cached_len} cached tokens reported, {possible} known")
+        rows[one.ask.row].append(
+            {
+                "prompt": len(prompts[at]),
+                "known": known,
+                "cached": one.cached_len,
+                "read_again": max(known - one.cached_len, 0),
+                "ttft_s": one.first_s - one.sent_s,
+                "faults": faults,
+            }
+        )
+    for row, found in rows.items():
+        again = [one["read_again"] for one in found]
+        yield {
+            "row": row,
+            "requests": len(found),
+            **{name: sum(one[name] for one in found) for name in ("prompt", "known", "cached")},
+            "read_again": sum(again),
+            "read_again_mean": statistics.fmean(again),
+            "read_again_most": max(again),
+            "ttft_s": statistics.median(one["ttft_s"] for one in found),
+            "faults": [fault for one in found for fault in one["faults"]],
+        }
+
+
+# --- Servers --------------------------------------------------------------------------------------
+
+
+class Memory(NamedTuple):
+    """Memory for ``NUM_FITTING`` conversations, and a host tier for all."""
+
+    num_tokens: int
+    num_bytes: int
+    """KV of these tokens, and two states of each conversation."""
+    host_bytes: int
+
+    @classmethod
+    def of(cls, model: Path, prompt_len: int) -> Memory:
+        """Return the memory for conversations that begin with ``prompt_len`` tokens."""
+        geometry = ModelGeometry.from_config(read_config(model), kv_dtype="bfloat16")
+        length = prompt_len * 11 // 10
+        one = length * geometry.kv_bytes_per_token + 2 * geometry.state_bytes
+        return cls(NUM_FITTING * length, NUM_FITTING * one, NUM_MANY * one)
+
+
+@dataclass
+class Side:
+    """One server with some options."""
+
+    name: str
+    url: str = ""
+    """Address of a server that runs already."""
+    flags: Sequence[str] = ()
+    is_llama: bool = False
+    process: subprocess.Popen[bytes] | None = None
+    client: Client = field(default_factory=partial(Client, 0))
+    command: Sequence[str] = ()
+
+    def start(self, model: Path, needs: str, num_tokens: int, folder: Path) -> None:
+        """Start the server with what a case of prompts of ``num_tokens`` needs."""
+        if self.url:
+            host, _, port = self.url.removeprefix("http://").rstrip("/").rpartition(":")
+            self.client = Client(int(port), host)
+            return
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.client = Client(free.getsockname()[1])
+        options = ["--port", str(self.client.port), *self.flags]
+        if needs in ("scarce", "tiered"):
+            options += self._scarce(Memory.of(model, num_tokens), needs == "tiered")
+        if self.is_llama:
+            command = [str(LLAMA_SERVER), "-m", str(model)]
+        else:
+            command = [sys.executable, "-m", "engine", "serve", "--model", str(model)]
+            options += ["--device", "cpu"]
+            options += ["--state-dir", str(folder)] if needs == "state" else []
+        self.command = [*command, *options]
+        self._run()
+
+    def _scarce(self, memory: Memory, has_tier: bool) -> list[str]:
+        """Return the options for little memory. llama-server's checkpoints are outside of it."""
+        if self.is_llama:
+            mib = str(memory.host_bytes // 2**20 + 1 if has_tier else 0)
+            slots = ["-np", str(NUM_FITTING), "-kvu", "-c", str(memory.num_tokens)]
+            return [*slots, "--cache-ram", mib]
+        host = ["--host-gib", f"{memory.host_bytes / GIB:.6f}"] if has_tier else []
+        return ["--cache-gib", f"{memory.num_bytes / GIB:.6f}", *host]
+
+    def reset(self) -> None:
+        """Empty the cache; restart a server that cannot."""
+        if self.is_llama:
+            self.restart()
+        elif not self.url:
+            self.client.exchange("POST", "/reset_prefix_cache")
+
+    def _run(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(provenance.ROOT)}
+        self.process = subprocess.Popen(
+            self.command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        end = time.monotonic() + START_S
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, RuntimeError, ValueError, IndexError):
+                self.client.exchange("GET", "/health")
+                return
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{self.name} ended with status {self.process.returncode}.")
+            time.sleep(0.1)
+        raise RuntimeError(f"{self.name} did not start within {START_S:g} s.")
+
+    def stop(self) -> None:
+        """End the server if this side started it."""
+        if self.process is not None:
+            self.process.terminate()
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process = None
+
+    def restart(self) -> None:
+        """End the server and start it with the same options; only if this side started it."""
+        if self.process is not None:
+            self.stop()
+            self._run()
+
+    def resident_bytes(self) -> int | None:
+        """Return the memory of the server's processes, or None if it is not known."""
+        total = 0
+        for folder in Path("/proc").glob("[0-9]*") if self.process is not None else ():
+            with contextlib.suppress(OSError, ValueError):
+                if os.getsid(int(folder.name)) == self.process.pid:
+                    text = (folder / "smaps_rollup").read_text()
+                    total += int(text.split("\nPss:")[1].split()[0]) * 1024
+        return total or None
+
+    def ids_of(self, sent: Sent) -> tuple[npt.NDArray[np.int32], Sequence[int]]:
+        """Return the rendered ids of a prompt and its answer, by the server's own endpoints."""
+        if sent.ids is not None:
+            return sent.ids, sent.answer_ids
+        with contextlib.suppress(RuntimeError):  # llama-server has these endpoints.
+            text = self.client.exchange("POST", "/apply-template", sent.body)["prompt"]
+            prompt, whole = (
+                self.client.exchange(
+                    "POST",
+                    "/tokenize",
+                    {"content": part, "add_special": True, "parse_special": True},
+                )["tokens"]
+                for part in (text, text + sent.thoughts + sent.text)
+            )
+            return np.asarray(prompt, np.int32), whole[len(prompt) :]
+        told = self.client.exchange("POST", "/tokenize", sent.body)
+        return np.asarray(told["tokens"], np.int32), ()
+
+
+def make_model(name: str, format: str, folder: Path) -> Path:
+    """Return the GGUF file ``name``, or write that of the built-in model or of a larger one with
+    random weights, which has the built-in model's tokenizer."""
+    if name not in ("builtin", *llama.GEOMETRIES):
+        return Path(name)
+    rival.load()
+    import gguf
+
+    source = BUILTIN_DIR
+    if name != "builtin":
+        source = folder / name
+        llama.make_checkpoint(llama.GEOMETRIES[name], str(source))
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(BUILTIN_DIR / file, source)
+    path = folder / f"{name}-{format}.gguf"
+    gguf_files.write_gguf(gguf, source, path, format, gguf_files.vocabulary(source, "gpt-2"))
+    return path
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+
+def measure(side: Side, name: str, num_tokens: int, at_once: int) -> Iterator[dict[str, Any]]:
+    """Run one case on a server that was started with what it needs."""
+    case = CASES[name]
+    clients = max(at_once, case.least)
+    sample = Text("sample", 0, 2000).draw(1)
+    size = num_tokens * len(sample) // len(tokenized(side.client, sample))
+    side.client.answer_id = tokenized(side.client, " pear")[-1]
+    steps = [case.steps(Text(name, at, size), clients) for at in range(clients)]
+    sent = drive(side.client, steps, side.restart)
+    resident = side.resident_bytes()
+    for found in counts(sent, side.ids_of):
+        sized = {"side": side.name, "case": name, "tokens": num_tokens, "at_once": at_once}
+        yield {**sized, **found, "resident_bytes": resident}
+
+
+def compare(
+    side: Side, model: Path, names: Sequence[str], sizes: tuple[int, int], is_shared: bool
+) -> Iterator[dict[str, Any]]:
+    """Run cases on one server after the other. ``sizes``: tokens of a prompt, number of clients.
+    ``is_shared``: cases with the same needs share a server, which is emptied between them."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[CASES[name].needs if is_shared else name].append(name)
+    for group in groups.values():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                side.start(model, CASES[group[0]].needs, sizes[0], Path(folder))
+                for name in group:
+                    if name != group[0]:
+                        side.reset()
+                    yield from measure(side, name, *sizes)
+            finally:
+                side.stop()
+
+
+def tokenized(client: Client, text: str) -> list[int]:
+    """Return the ids of a text by the server's endpoint, whose field has one of two names."""
+    for name in ("content", "prompt"):
+        with contextlib.suppress(RuntimeError):
+            body = {name: text, "add_special_tokens": False}
+            tokens: list[int] = client.exchange("POST", "/tokenize", body)["tokens"]
+            return tokens
+    raise RuntimeError("The server has no endpoint /tokenize.")
+
+
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "read again, tokens": lambda one: f"{one['read_again_mean']:.0f}",
+    "hits, %": lambda one: f"{100 * one['cached'] / one['prompt']:.1f}",
+    "TTFT, s": lambda one: "" if one["ttft_s"] is None else f"{one['ttft_s']:.3g}",
+    "memory, MiB": lambda one: f"{(one['resident_bytes'] or 0) / 2**20:.0f}",
+}
+"""Cells of one server in one row. Memory is that of its processes after the case."""
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the columns of each server, without those that are empty."""
+    sides = list(dict.fromkeys(one["side"] for one in records))
+    rows = []
+    for key, of in grouped(records, "row", "tokens", "at_once").items():
+        found = {one["side"]: one for one in of}
+        rows.append([*map(str, key)])
+        for shown in COLUMNS.values():
+            rows[-1] += [shown(found[side]) if side in found else "" for side in sides]
+    header = ["case", "prompt", "clients", *(f"{s}: {word}" for word in COLUMNS for s in sides)]
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
+def draw(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the figure of tokens read again as SVG."""
+    header, rows = table([one for one in records if one["at_once"] == records[0]["at_once"]])
+    columns = {
+        name.removesuffix(": read again, tokens"): at
+        for at, name in enumerate(header)
+        if name.endswith(": read again, tokens")
+    }
+    columns = dict(list(columns.items())[: len(page.SERIES)])
+    rows = [row for row in rows if all(row[at] for at in columns.values())]
+    return page.svg(
+        page.Dots(columns, "tokens read again per request", (0, 1)).draw((header, rows))
+    )
+
+
+def sides_of(options: argparse.Namespace) -> list[Side]:
+    """Return the servers to compare."""
+    threads = str(options.threads)
+    sides = [Side("engine")]
+    if LLAMA_SERVER.is_file():
+        best = ["-np", "8", "--ctx-checkpoints", "256", "--checkpoint-min-step", "0"]
+        sides.append(Side("llama-server", flags=["-t", threads], is_llama=True))
+        sides.append(
+            Side("llama-server, best options", flags=["-t", threads, *best], is_llama=True)
+        )
+    else:
+        print("llama-server is not built. Run `make llama` (some minutes).")
+    sides.append(Side("engine, grid 16", flags=["--grid", "16"]))
+    named = [word.partition("=") for word in options.url]
+    return [*sides, *(Side(name, url) for name, _, url in named)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin", help="builtin, 7m, 530m or a GGUF file")
+    parser.add_argument("--format", default="Q8_0", help="of a model that is written: Q4_0, ...")
+    parser.add_argument("--size", choices=("small", "full"), default="full")
+    parser.add_argument("--tokens", type=positive, nargs="+", help="of a prompt: 2000 16000")
+    parser.add_argument("--at-once", type=positive, nargs="+", help="clients: 1 4")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--sides", nargs="+", help="names of the servers, by default all")
+    parser.add_argument("--url", nargs="+", default=[], metavar="NAME=http://HOST:PORT")
+    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    is_small = options.size == "small"
+    tokens = options.tokens or ([600] if is_small else [2000, 16000])
+    clients = options.at_once or ([1] if is_small else [1, 4])
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(options.model, options.format, Path(folder))
+        sides = [s for s in sides_of(options) if not options.sides or s.name in options.sides]
+        for sizes in ((t, n) for t in tokens for n in clients):
+            for side in sides:
+                for record in compare(side, model, options.cases, sizes, is_small):
+                    record["ttft_s"] = record["ttft_s"] if load <= IDLE_LOAD else None
+                    records.append(record)
+                    for fault in record["faults"]:
+                        print(f"{side.name}, {record['row']}: {fault}", file=sys.stderr)
+    settings = {"model": options.model, "format": options.format, "load_per_core": round(load, 2)}
+    path = keep("second_turn", records, settings)
+    path.with_suffix(".svg").write_text(draw(records), encoding="utf-8")
+    print(text_table(*table(records)))
+    if load > IDLE_LOAD:
+        print(f"No times: the load was {load:.1f} per core, and at most {IDLE_LOAD} is idle.")
+
+
+if __name__ == "__main__":
+    main()
