@@ -232,8 +232,6 @@ def metadata(arch: str, config: Mapping[str, Any], has_head: bool) -> dict[str, 
         found["leading_dense_block_count"] = config["mlp_layer_types"].count("dense")
     if has_head:
         found |= {"block_count": config["num_hidden_layers"] + 1, "nextn_predict_layers": 1}
-    if not found.get("expert_count"):
-        found = {key: value for key, value in found.items() if not key.startswith("expert_")}
     return {f"{arch}.{key}": value for key, value in found.items()}
 
 
