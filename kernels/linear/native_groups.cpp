@@ -367,9 +367,7 @@ struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8> {
         if (BITS == 5) read_words<16, 8>(rows, high);
         for (int u = 0; u < 8; u++, packed += BITS) {
             pack_halves(codes + u / 2 * 8, u % 2 * 4, packed);
-            if (BITS == 4) continue;
-            packed[BITS - 1] = Words{};
-            add_packed<1>(high, u, packed + 4);
+            if (BITS == 5) packed[BITS - 1] = Words{}, add_packed<1>(high, u, packed + 4);
         }
         write_lowest<uint16_t>(head[0], to.scale);
         write_lowest<uint16_t>(head[0] >> 16, to.minimum);
