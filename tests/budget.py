@@ -93,7 +93,7 @@ class Walk:
 
 def cache_walk(walk: Walk) -> int:
     """Count match, lock, allocation, insert and eviction."""
-    cache = hybrid(num_slots=4, grid=64, eviction="survival")
+    cache = hybrid(num_slots=4, grid=64, eviction="survival", debug=False)
     walk.start()
     for number in range(6):
         prompt = np.arange(200 + 64 * (number % 2), dtype=np.int32) + 1000 * (number // 2)

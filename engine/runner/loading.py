@@ -81,7 +81,7 @@ class LoadedModel:
         with_head = config.drafts.head_len > 0
         files = None if is_dummy else open_weights(config.model_dir, raw, with_head=with_head)
         build = Build(kernels, _weight_spec(config, files, device, dtype, kernels), rank)
-        model, note = load_model(config, family, model_config, build, files)
+        model, note = load_model(config, family, model_config, build, files, device)
         if model.prediction is not None:
             sizes = replace(model_config.sizes, beside=model.prediction.keeps)
             model_config = replace(model_config, sizes=sizes)
@@ -190,6 +190,7 @@ def load_model(
     config: ModelConfig,
     build: Build,
     files: Checkpoint | None,
+    device: Device | None = None,
 ) -> tuple[Decoder, str]:
     """Build the model that ``settings`` name, and its multi-token head if it is used, with their
     weights. Also returns the number and the source of these.
@@ -211,7 +212,8 @@ def load_model(
     counted = f"{format_count(num_weights)} parameters"  # Those of all ranks.
     if files is not None:
         files.check(parameters, tied=config.tie_embeddings)
-    check_memory(build, [parameter.target for _, parameter in parameters])
+    if device is not None:
+        check_memory(device, build, [parameter.target for _, parameter in parameters])
     model = make(build, fill)
     if files is None:
         return model, f"{counted}; seeded (seed {settings.seed}), untrained"
@@ -220,9 +222,9 @@ def load_model(
     return model, note
 
 
-def check_memory(build: Build, targets: Iterable[torch.Tensor | Matrix]) -> None:
+def check_memory(device: Device, build: Build, targets: Iterable[torch.Tensor | Matrix]) -> None:
     """Raise ModelError if the weights are larger than the memory that is available now."""
-    device, word, needed = Device(build.weights.device), build.weights.quantization, 0.0
+    word, needed = build.weights.quantization, 0.0
     for target in targets:
         if isinstance(target, Matrix):
             needed += target.num_bytes

@@ -248,6 +248,205 @@ EXPORT void pack_codes(
     });
 }
 
+// --- Blocks of GGUF files ------------------------------------------------------------------------------
+
+// A word of each row of a panel.
+typedef uint32_t Words __attribute__((vector_size(4 * PANEL)));
+
+// Places of a block in the packed weight. Those that the format does not have are not used.
+struct PackedBlock {
+    Words* codes;
+    uint8_t *scale, *minimum, *factors, *minima;
+};
+
+// Sizes of a format of blocks.py: BYTES and UNITS of a block, WORDS of a packed unit, FACTORS of a block.
+template <int64_t BYTES_, int64_t UNITS_, int64_t WORDS_, int64_t FACTORS_, class Scale_ = uint16_t>
+struct BlockSizes {
+    static constexpr int64_t BYTES = BYTES_, UNITS = UNITS_, WORDS = WORDS_, FACTORS = FACTORS_;
+    typedef Scale_ Scale;
+};
+
+static Words bytes_of(uint32_t x) { return Words{} + x * 0x01010101; }
+
+// The words at OFFSET of each row's block. The last one may not reach beyond the block.
+template <int OFFSET, int COUNT>
+static void read_words(const uint8_t* const* rows, Words* to) {
+    for (int64_t o = 0; o < PANEL; o++)
+        for (int i = 0; i < COUNT; i++) memcpy((uint32_t*)(to + i) + o, rows[o] + OFFSET + 4 * i, 4);
+}
+template <int OFFSET>
+static Words read_word(const uint8_t* const* rows) {
+    Words word;
+    return read_words<OFFSET, 1>(rows, &word), word;
+}
+
+template <class T>
+static void write_lowest(Words from, void* to, int64_t place = 0) {
+    for (int64_t o = 0; o < PANEL; o++) ((T*)to)[place * PANEL + o] = T(from[o]);
+}
+static void write_bytes(Words from, void* to, int64_t first) {
+    for (int64_t i = 0; i < 4; i++) write_lowest<uint8_t>(from >> 8 * i, to, first + i);
+}
+
+// Adds the COUNT bits from `shift` on of eight words to packed ones.
+template <int COUNT>
+static void add_packed(const Words* from, int shift, Words* to) {
+    constexpr int PER_BYTE = 8 / COUNT;
+    for (int s = 0; s < 8; s++)
+        to[s / PER_BYTE] |= (from[s] >> shift & bytes_of((1 << COUNT) - 1)) << s % PER_BYTE * COUNT;
+}
+// Packs the lower or upper halves of the bytes of eight words.
+static void pack_halves(const Words* from, int shift, Words* to) {
+    for (int j = 0; j < 4; j++)
+        to[j] = (from[j] >> shift & bytes_of(15)) | (from[4 + j] >> shift & bytes_of(15)) << 4;
+}
+
+// A unit with codes at CODES in the packed order, and their fifth bits at HIGH.
+template <int BITS, int CODES, bool MINIMUM = false, int HIGH = 0, class Scale = uint16_t>
+struct OneUnit : BlockSizes<CODES + (BITS == 8 ? 32 : 16), 1, BITS, 0, Scale> {
+    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+        Words first = read_word<0>(rows);
+        write_lowest<Scale>(first, to.scale);
+        if (MINIMUM) write_lowest<uint16_t>(first >> 16 ^ 0x8000, to.minimum);
+        read_words<CODES, BITS == 8 ? 8 : 4>(rows, to.codes);
+        for (int64_t i = 0; BITS == 8 && i < 8; i++) to.codes[i] ^= bytes_of(128);
+        if (!HIGH) return;
+        Words bits = read_word<HIGH>(rows), high = {};  // bit 4 s + b becomes bit s of byte b
+        for (int s = 0; s < 8; s++) high |= ((bits >> 4 * s & 15) * 0x204081 & bytes_of(1)) << s;
+        to.codes[4] = high;
+    }
+};
+
+// Eight units of 2 bits at CODES, and the third bits in the first words.
+template <int BITS, int CODES>
+static void pack_twos(const uint8_t* const* rows, Words* to) {
+    Words low[16], high[8];
+    read_words<CODES, 16>(rows, low);
+    if (BITS == 3) read_words<0, 8>(rows, high);
+    for (int u = 0; u < 8; u++, to += BITS) {
+        to[0] = to[1] = to[BITS - 1] = Words{};
+        add_packed<2>(low + u / 4 * 8, u % 4 * 2, to);
+        if (BITS == 3) add_packed<1>(high, u, to + 2);
+    }
+}
+
+struct Q2K : BlockSizes<84, 8, 2, 16> {
+    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+        pack_twos<2, 16>(rows, to.codes);
+        Words scales[4], both = read_word<80>(rows);
+        read_words<0, 4>(rows, scales);
+        for (int i = 0; i < 4; i++) {
+            write_bytes(scales[i] & bytes_of(15), to.factors, 4 * i);
+            write_bytes(scales[i] >> 4 & bytes_of(15), to.minima, 4 * i);
+        }
+        write_lowest<uint16_t>(both, to.scale);
+        write_lowest<uint16_t>(both >> 16, to.minimum);
+    }
+};
+
+struct Q3K : BlockSizes<110, 8, 3, 16> {
+    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+        pack_twos<3, 32>(rows, to.codes);
+        Words own[3];
+        read_words<96, 3>(rows, own);
+        for (int i = 0; i < 4; i++) {
+            Words low = own[i % 2] >> i / 2 * 4 & bytes_of(15), high = own[2] >> 2 * i & bytes_of(3);
+            write_bytes(((low | high << 4 | bytes_of(128)) - bytes_of(32)) ^ bytes_of(128), to.factors, 4 * i);
+        }
+        write_lowest<uint16_t>(read_word<106>(rows) >> 16, to.scale);
+    }
+};
+
+// Q4_K and Q5_K.
+template <int BITS>
+struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8> {
+    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+        Words head[4], high[8], codes[32], *packed = to.codes;
+        read_words<0, 4>(rows, head);
+        read_words<FourK::BYTES - 128, 32>(rows, codes);
+        if (BITS == 5) read_words<16, 8>(rows, high);
+        for (int u = 0; u < 8; u++, packed += BITS) {
+            pack_halves(codes + u / 2 * 8, u % 2 * 4, packed);
+            if (BITS == 5) packed[BITS - 1] = Words{}, add_packed<1>(high, u, packed + 4);
+        }
+        write_lowest<uint16_t>(head[0], to.scale);
+        write_lowest<uint16_t>(head[0] >> 16, to.minimum);
+        write_bytes(head[1] & bytes_of(63), to.factors, 0);
+        write_bytes((head[3] & bytes_of(15)) | (head[1] >> 2 & bytes_of(48)), to.factors, 4);
+        write_bytes(head[2] & bytes_of(63), to.minima, 0);
+        write_bytes((head[3] >> 4 & bytes_of(15)) | (head[2] >> 2 & bytes_of(48)), to.minima, 4);
+    }
+};
+
+struct Q6K : BlockSizes<210, 8, 6, 16> {
+    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+        Words codes[52], *packed = to.codes;
+        read_words<0, 52>(rows, codes);
+        for (int u = 0; u < 8; u++, packed += 6) {
+            pack_halves(codes + u / 4 * 16 + u % 2 * 8, u % 4 / 2 * 4, packed);
+            packed[4] = packed[5] = Words{};
+            add_packed<2>(codes + 32 + u / 4 * 8, u % 4 * 2, packed + 4);
+        }
+        for (int i = 0; i < 4; i++) write_bytes(codes[48 + i], to.factors, 4 * i);
+        write_lowest<uint16_t>(read_word<206>(rows) >> 16, to.scale);
+    }
+};
+
+struct Iq4Xs : BlockSizes<136, 8, 4, 8> {
+    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+        Words head[2];
+        read_words<0, 2>(rows, head);
+        read_words<8, 32>(rows, to.codes);
+        write_lowest<uint16_t>(head[0], to.scale);
+        for (int g = 0; g < 8; g++) {
+            Words factors = (head[1] >> 4 * g & 15) | (head[0] >> (16 + 2 * g) & 3) << 4;
+            write_lowest<uint8_t>(factors - 32, to.factors, g);
+        }
+    }
+};
+
+// Packs rows of `blocks` blocks each. Outputs that the last panel does not have repeat the last one.
+template <class Format>
+static void pack_rows(
+    const uint8_t* rows, int64_t stride, int64_t outputs, int64_t blocks, const PackedBlock& packed,
+    int threads) {
+    for_each((outputs + PANEL - 1) / PANEL, threads, [&](int64_t p) {
+        const uint8_t* own[PANEL];
+        for (int64_t o = 0; o < PANEL; o++)
+            own[o] = rows + (p * PANEL + o < outputs ? p * PANEL + o : outputs - 1) * stride;
+        for (int64_t b = p * blocks; b < (p + 1) * blocks; b++) {
+            int64_t factors = b * Format::FACTORS * PANEL;
+            Format::pack(own, {
+                packed.codes + b * Format::UNITS * Format::WORDS,
+                packed.scale + b * PANEL * sizeof(typename Format::Scale),
+                packed.minimum + b * PANEL * 2, packed.factors + factors, packed.minima + factors});
+            for (int64_t o = 0; o < PANEL; o++) own[o] += Format::BYTES;
+        }
+    });
+}
+
+#define PACK(NAME, ...)                                                                            \
+    EXPORT void pack_##NAME(                                                                       \
+        const uint8_t* rows, int64_t stride, int64_t outputs, int64_t blocks, Words* codes,        \
+        uint8_t* scale, uint8_t* minimum, uint8_t* factors, uint8_t* minima, int threads) {        \
+        pack_rows<__VA_ARGS__>(                                                                    \
+            rows, stride, outputs, blocks, {codes, scale, minimum, factors, minima}, threads);     \
+    }
+
+PACK(q4_0, OneUnit<4, 2>)
+PACK(q4_1, OneUnit<4, 4, true>)
+PACK(q5_0, OneUnit<5, 6, false, 2>)
+PACK(q5_1, OneUnit<5, 8, true, 4>)
+PACK(q8_0, OneUnit<8, 2>)
+PACK(q2_k, Q2K)
+PACK(q3_k, Q3K)
+PACK(q4_k, FourK<4>)
+PACK(q5_k, FourK<5>)
+PACK(q6_k, Q6K)
+PACK(iq4_nl, OneUnit<4, 2>)
+PACK(iq4_xs, Iq4Xs)
+PACK(mxfp4, OneUnit<4, 1, false, 0, uint8_t>)
+
 // --- Products ------------------------------------------------------------------------------------------
 
 // The outputs of one register, which start at `lane` of a panel, and the arithmetic of their sums.

@@ -129,7 +129,7 @@ def test_tokens_outside_the_byte_alphabet_decode_to_themselves(tmp_path: Path) -
     config = engine_config(tokenizer=str(tmp_path))
     with pytest.raises(ValueError, match="belongs to the model"):
         load_tokenizer_of(config, pad)
-    for vocab_size in (0, pad + 1):
+    for vocab_size in (None, pad + 1):
         tokenizer = load_tokenizer_of(config, vocab_size)
     token_ids = [*tokenizer.encode("naïve"), pad, *tokenizer.encode("x")]
     whole = tokenizer._backend.decode(token_ids)

@@ -330,6 +330,32 @@ def test_packed_weights_are_as_small_as_those_of_the_file(format) -> None:
     assert bits <= {"Q2_K": 3.2}.get(format.describe(), format.num_bits * 1.05)
 
 
+@NEEDS_NATIVE
+@pytest.mark.parametrize("num_outputs, num_blocks", [(35, 3), (16, 1), (3, 9)])
+@pytest.mark.parametrize(
+    "format", [form for form in FORMATS if isinstance(form, Blocks)], ids=Blocks.describe
+)
+def test_blocks_are_packed_as_their_decoded_numbers_are(format, num_outputs, num_blocks) -> None:
+    """Rows are cut out of wider ones. Byte 3 has no NaN, whose bits change with the minimum's sign
+    in torch."""
+    torch.manual_seed(0)
+    size = format.elements
+    rows = torch.randint(256, (num_outputs, (num_blocks + 2) * size), dtype=torch.uint8)
+    rows = rows[:, size:-size]
+    rows[:, 3::size] &= 0xBF
+    blocks, size = {"blocks": rows}, num_blocks * format.columns
+    assert has(f"pack_{format.name.lower()}")
+    found = format.decoded(blocks)
+    parts = {one.name: getattr(found, one.name) for one in fields(Groups)}
+    numbers = {name: part for name, part in parts.items() if part is not None}
+    expected = native.pack_groups(Decoded(format), numbers, size)
+    packed = native.pack_groups(format, blocks, size)
+    assert packed.keys() == expected.keys()
+    for name, part in packed.items():
+        assert part.dtype is expected[name].dtype
+        assert torch.equal(part.view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
 @pytest.mark.parametrize("format", [GGML_TYPES[2], Grouped(4, 32)], ids=["Q4_0", "int4"])
 def test_layers_and_experts_use_the_product_of_their_backend(format) -> None:
     """Weights are widened where no product exists."""
