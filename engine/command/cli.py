@@ -44,7 +44,7 @@ GROUPS = {
     "scheduling": "admission token_budget max_queue",
     "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin "
     "keep_alive_s drain_s body_timeout_s",
-    "limits of one request": "max_body_mib default_max_tokens",
+    "limits of one request": "max_body_mib default_max_tokens images",
     "memory of chats": "replay_mib preserve_thinking explain_mib responses_mib",
     "logs and checks": "log_level check",
     "replicas": "replicas ray router",

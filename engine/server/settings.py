@@ -43,6 +43,9 @@ class ServerConfig:
     default_max_tokens: Annotated[int | None, COUNT] = None
     """Maximum tokens of an answer to a chat without a limit; by default as many as the context
     permits."""
+    images: Literal["text", "refuse"] = "text"
+    """Treatment of images, documents and sound in a chat, which no model here reads: text replaces
+    each by a line of text, so that the session of an agent can go on; refuse answers 400."""
     replay_mib: Annotated[float, MIB_SIZE] = 64.0
     """Memory for sampled tokens of answers, which replace an answer that a client sends back, MiB;
     with 0 such answers are tokenized again."""
