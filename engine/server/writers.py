@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -158,6 +158,8 @@ class Call:
     size: int
     """Bytes of the body."""
     tenant: Tenant
+    began_s: float = field(default_factory=time.perf_counter)
+    """Time at which its body was complete."""
 
 
 Answer = Callable[[Call, Any], Awaitable[Response]]

@@ -58,7 +58,7 @@ def media(kind: str, text: bool) -> dict[str, dict[str, Any]]:
         image = {"type": name, "source": {"data": "x"}, "image_url": "x", "file": {}}
         return {"type": "text", "text": line} if text else image
 
-    image, document = ("image", "document") if kind == "An image" else ("document", "document")
+    image = kind.split()[1]
     use = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
     result = {"type": "tool_result", "tool_use_id": "a", "content": [part(image)]}
     call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
