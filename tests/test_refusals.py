@@ -36,7 +36,7 @@ WRONG: dict[Any, tuple[Any, ...]] = {
 OTHERS: dict[str, tuple[Any, ...]] = {
     "model": ("",),
     "host": ("",),
-    "served_model_name": ("",),
+    "served_model_name": (("",), ("a\nb",)),
     "state_dir": ("",),
     "checkpoint_dtype": ("odd", 5),
     "admission": (5,),

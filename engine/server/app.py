@@ -264,26 +264,27 @@ def _model_routes(context: ServingContext) -> list[Route]:
     status: dict[str, str] = {"status": "ok"}
     num_tokens = context.engine.facts.max_model_len
     card = {
-        "id": context.model_name,
         "object": "model",
         "created": context.created,
         "owned_by": "hybridcache",
         "max_model_len": num_tokens,
         # Fields of Anthropic's API.
         "type": "model",
-        "display_name": context.model_name,
         "max_input_tokens": num_tokens,
         "max_tokens": num_tokens,
         "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
     }
 
     async def models(request: Request) -> Response:
-        ends = {"first_id": context.model_name, "last_id": context.model_name, "has_more": False}
-        return json_response({"object": "list", "data": [card], **ends})
+        names = context.model_names
+        cards = [{"id": name, "display_name": name, **card} for name in names]
+        ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+        return json_response({"object": "list", "data": cards, **ends})
 
     async def model(request: Request) -> Response:
-        context.check_model(request.path_params["name"])
-        return json_response(card)
+        name = request.path_params["name"]
+        context.check_model(name)
+        return json_response({"id": name, "display_name": name, **card})
 
     async def health(request: Request) -> Response:
         """Return ``ok``, or ``degraded`` with the problem of the state directory. During a long

@@ -110,11 +110,30 @@ class APIError(Exception):
         return Response(content, self.status, self.headers, "application/json")
 
 
+ABSENT = {
+    "/api/tags": "Ollama's own API is not served: use /v1/models.",
+    "/api/generate": "Ollama's own API is not served: use /v1/completions.",
+    "/api/embed": "Embeddings are not served: this server only generates text.",
+    "/api/": "Ollama's own API is not served: use /v1/chat/completions.",
+    "/v1/embeddings": "Embeddings are not served: this server only generates text.",
+    "/v1/load_lora_adapter": "LoRA is not supported: merge the adapter into the model, and serve "
+    "the result.",
+}
+"""Beginnings of paths that clients of other servers use -> what to use here."""
+ABSENT_FIELDS = {
+    "keep_alive": "is not supported: the model stays loaded until the server ends",
+    "lora_request": "is not supported: merge the adapter into the model",
+}
+"""Parameters of other servers -> the sentence about them."""
+
+
 async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         path, message = request.url.path, str(error.detail)
         if error.status_code == 404:
-            message = f"The path {path} does not exist: see /openapi.json for all paths."
+            hints = (hint for start, hint in ABSENT.items() if path.startswith(start))
+            general = f"The path {path} does not exist: see /openapi.json for all paths."
+            message = next(hints, general)
         elif error.status_code == 405:
             message = f"{path} does not support {request.method}: see /openapi.json."
         error = APIError(error.status_code, message, headers=error.headers)
@@ -303,7 +322,8 @@ def converted(value: Any, of_type: type[Result], place: str = "") -> Result:
         param += f".{found[2]}"
         said = "is missing: add it"
         if found[1] == "contains unknown":
-            said, code = "is not a parameter: check its spelling or drop it", "unknown_parameter"
+            usual, code = "is not a parameter: check its spelling or drop it", "unknown_parameter"
+            said = ABSENT_FIELDS.get(found[2], usual)
     else:
         if text.startswith("Expected "):
             text = text.replace(" | null", "").replace(" | ", " or ")

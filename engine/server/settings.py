@@ -34,8 +34,9 @@ class ServerConfig:
     terminal."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Minimum level of messages in the log."""
-    served_model_name: str | None = None
-    """Model name for clients; by default the name of the model directory."""
+    served_model_name: tuple[str, ...] = ()
+    """Model names for clients, of which answers have the first; with * any name is accepted; by
+    default the name of the model directory."""
     max_body_mib: Annotated[float, BODY_MIB] = 4.0
     """Maximum size of a request body, MiB."""
     body_timeout_s: Annotated[float, SECONDS] = 60.0
@@ -87,6 +88,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not all(one.isprintable() and one for one in self.served_model_name):
+            raise ConfigError("--served-model-name must be printable names with commas between.")
         for origin in self.cors_origin:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(

@@ -80,7 +80,7 @@ def test_images_become_a_line_of_text_or_are_refused(
     builtin: Live, serve_oracle: Callable[..., Live], kind: str
 ) -> None:
     """A prompt with an image is that with the line: the next turns of a session still work."""
-    refusing = serve_oracle(ServerConfig(images="refuse", served_model_name="builtin"))
+    refusing = serve_oracle(ServerConfig(images="refuse", served_model_name=("builtin",)))
 
     def num_tokens(answer: dict[str, Any]) -> int:
         usage = answer.get("usage", answer)
