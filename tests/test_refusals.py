@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from engine import EngineConfig, SamplingParams
+from engine.command.cli import FOREIGN
 from engine.command.cli import main as engine
 from engine.plugins import ENGINE
 from engine.server.settings import ServerConfig
@@ -37,6 +38,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "model": ("",),
     "host": ("",),
     "served_model_name": (("",), ("a\nb",)),
+    "chat_template_kwargs": ("odd", "[]"),
     "state_dir": ("",),
     "checkpoint_dtype": ("odd", 5),
     "admission": (5,),
@@ -223,3 +225,23 @@ def test_impossible_request_is_refused(prompt: Any, options: dict[str, Any], nam
         made.submit(prompt, **options)
     assert named in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert made.report() == before and not made.has_work()
+
+
+def test_flags_of_other_programs_name_those_of_the_engine(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert exit_code(engine, ["serve", "--help"]) == 0
+    known = {*re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out)}
+    for flag, said in FOREIGN.items():
+        assert exit_code(engine, ["serve", "some/model", flag, "7"]) == 2
+        message = capsys.readouterr().err
+        assert said in message and len(message.splitlines()) == 1
+        assert {*re.findall(r"--[a-z][a-z0-9-]*", said)} <= known and flag not in known
+
+
+def test_model_is_named_with_or_without_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["no:model"], ["--model", "no:model"]):
+        assert exit_code(engine, ["serve", "--port", "0", *arguments]) == 2
+        assert "no:model is a name of Ollama's library" in capsys.readouterr().err
+    assert exit_code(engine, ["serve", "--port", "0", "a/b", "--model", "c/d"]) == 2
+    assert "MODEL is a/b and --model is c/d" in capsys.readouterr().err

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from engine.config import ABOVE_0, COUNT, MIB_SIZE, SECONDS, ConfigError, Limits, check_fields
+from engine.text.bounded import read_json
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
 """Name of the environment variable with an API key."""
@@ -37,6 +39,9 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = ()
     """Model names for clients, of which answers have the first; with * any name is accepted; by
     default the name of the model directory."""
+    chat_template_kwargs: str | None = None
+    """Switches of the chat template for requests that do not set them, as a JSON object such as
+    {"enable_thinking": false}."""
     max_body_mib: Annotated[float, BODY_MIB] = 4.0
     """Maximum size of a request body, MiB."""
     body_timeout_s: Annotated[float, SECONDS] = 60.0
@@ -88,6 +93,10 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.default_switches is None:
+            given = self.chat_template_kwargs
+            said = f'a JSON object, as in {{"enable_thinking": false}} (got {given})'
+            raise ConfigError(f"--chat-template-kwargs must be {said}.")
         if not all(one.isprintable() and one for one in self.served_model_name):
             raise ConfigError("--served-model-name must be printable names with commas between.")
         for origin in self.cors_origin:
@@ -98,6 +107,14 @@ class ServerConfig:
                 )
         if self.replicas == 1 and (self.ray, self.router) != (None, "checkpoint"):
             raise ConfigError("--router and --ray need --replicas (2 or more).")
+
+    @property
+    def default_switches(self) -> dict[str, Any] | None:
+        """``chat_template_kwargs`` as an object, or None if it is none."""
+        with suppress(ValueError):
+            switches = read_json(self.chat_template_kwargs or "{}")
+            return switches if isinstance(switches, dict) else None
+        return None
 
 
 BACKLOG = 4096

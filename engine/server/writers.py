@@ -77,6 +77,7 @@ class ServingContext:
         self.history = Replay(self.tokenizer, replay_bytes, keeps_thinking=thinks)
         names = [name for name in config.served_model_name if name != "*"]
         self.model_names = names or [engine.facts.model_name]
+        self.switches = config.default_switches or {}
         self.fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
@@ -426,7 +427,7 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
             [message.as_template_input() for message in messages],
             tenant,
             tools=body.plain_tools or None,
-            variables=body.chat_template_kwargs,
+            variables=(context.switches | (body.chat_template_kwargs or {})) or None,
             add_generation_prompt=body.add_generation_prompt is not False
             and not body.continue_final_message,
             continues_last=body.continue_final_message,

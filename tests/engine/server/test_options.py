@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
+from engine.text.tokenizer import ChatTemplate
 
 from .conftest import Live
 
@@ -96,6 +97,33 @@ def test_images_become_a_line_of_text_or_are_refused(
         message = refused.json()["error"]["message"]
         assert refused.status_code == 400 and f"{kind} is not supported" in message
         assert refusing.post(path, plain[path]).status_code == 200
+
+
+def test_switches_of_the_template_have_defaults_of_the_server(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    """In all dialects; a request goes first, and so does its reasoning effort."""
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    live = serve_oracle(ServerConfig(chat_template_kwargs='{"enable_thinking": false}'))
+
+    def prompt(live: Live, **more: Any) -> list[int]:
+        return live.post("/tokenize", {"messages": CHAT} | more).json()["tokens"]
+
+    usual, source = serve_oracle(), "{{ 'on' if enable_thinking | default(true) }}"
+    template = ChatTemplate(source + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    for one in (live, usual):
+        assert one.engine.tokenizer is not None
+        one.engine.tokenizer.chat_template = template
+    assert prompt(live) == prompt(usual, **off) != prompt(usual)
+    on = {"chat_template_kwargs": {"enable_thinking": True}}
+    assert prompt(live, **on) == prompt(usual, **on) != prompt(live)
+    body = {"model": live.get("/v1/models").json()["data"][0]["id"], "messages": CHAT}
+    for more, tokens in (
+        ({}, prompt(live)),
+        ({"thinking": {"type": "enabled"}}, prompt(live, **on)),
+    ):
+        counted = live.post("/v1/messages/count_tokens", body | more).json()
+        assert counted["input_tokens"] == len(tokens)
 
 
 def test_top_k_below_one_keeps_all_tokens(live: Live) -> None:
