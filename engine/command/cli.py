@@ -46,7 +46,7 @@ GROUPS = {
     "keep_alive_s drain_s body_timeout_s",
     "limits of one request": "max_body_mib default_max_tokens images chat_template_kwargs",
     "memory of chats": "replay_mib preserve_thinking explain_mib responses_mib",
-    "logs and checks": "log_level check",
+    "logs and checks": "log_level log_format check",
     "replicas": "replicas ray router",
 }
 """Titles of the help -> settings in that group."""

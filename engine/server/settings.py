@@ -36,6 +36,9 @@ class ServerConfig:
     terminal."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Minimum level of messages in the log."""
+    log_format: Literal["text", "json"] = "text"
+    """Form of the lines of the log; json has one object per line, with the time, and for a request
+    also the client's address and the number of its key."""
     served_model_name: tuple[str, ...] = ()
     """Model names for clients, of which answers have the first; with * any name is accepted; by
     default the name of the model directory."""
@@ -68,7 +71,7 @@ class ServerConfig:
     api_key_file: str | None = None
     """File with the keys of clients, one per line (# begins a comment): each request then needs one
     (Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics;
-    HYBRIDCACHE_API_KEY can have one more."""
+    HYBRIDCACHE_API_KEY can have one more; SIGHUP reads the files of keys again."""
     salt_by_key: bool | None = None
     """Requests with different API keys share no cache entries, as with different salts (default: if
     there are several keys)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -184,3 +185,11 @@ def test_namespaces_share_nothing() -> None:
     [other] = engine.generate([ids(200)], GREEDY, namespace="other")
     [same] = engine.generate([ids(200)], GREEDY, namespace="one")
     assert (other.cached_len, same.cached_len) == (0, 192)
+
+
+def test_grid_without_a_position_in_the_context_is_refused() -> None:
+    """It would start, and no prompt would ever be reused."""
+    small: Any = {"cache_gib": 0.05, "max_model_len": 512}
+    with pytest.raises(ValueError, match="grid 1024 must be less than the context of 512 tokens"):
+        Engine(engine_config(**small, grid=1024))
+    Engine(engine_config(**small, grid=256)).close()
