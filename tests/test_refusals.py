@@ -37,6 +37,7 @@ WRONG: dict[Any, tuple[Any, ...]] = {
 OTHERS: dict[str, tuple[Any, ...]] = {
     "model": ("",),
     "host": ("",),
+    "chat_template": ("",),
     "served_model_name": (("",), ("a\nb",)),
     "chat_template_kwargs": ("odd", "[]"),
     "state_dir": ("",),

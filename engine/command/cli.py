@@ -37,7 +37,7 @@ Command = Callable[[argparse.Namespace], int]
 GROUPS = {
     "most used": "model revision device quantization cache_gib max_model_len max_running host port "
     "api_key_file log_requests state_dir",
-    "model and weights": "tokenizer load_format dtype state_dtype fp8_activations "
+    "model and weights": "tokenizer chat_template load_format dtype state_dtype fp8_activations "
     "sampling_defaults seed",
     "computing": "kernels graphs warm_up overlap",
     "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",

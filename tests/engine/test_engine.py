@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine import Engine, SamplingParams, engine_config
+from engine.engine import load_tokenizer_of
 from engine.text.tokenizer import HFTokenizer
 from hybridcache import Lease
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
@@ -193,3 +195,14 @@ def test_grid_without_a_position_in_the_context_is_refused() -> None:
     with pytest.raises(ValueError, match="grid 1024 must be less than the context of 512 tokens"):
         Engine(engine_config(**small, grid=1024))
     Engine(engine_config(**small, grid=256)).close()
+
+
+def test_chat_template_is_that_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages[0].content }}")
+    for name, said in ((str(file), "{{ messages"), ("tools-first", "# Tools")):
+        tokenizer = load_tokenizer_of(engine_config(chat_template=name), None)
+        assert tokenizer is not None and tokenizer.chat_template is not None
+        assert said in tokenizer.chat_template.source
+    with pytest.raises(ValueError, match=r"--chat-template none.jinja cannot be read"):
+        load_tokenizer_of(engine_config(chat_template="none.jinja"), None)

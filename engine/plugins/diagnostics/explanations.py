@@ -24,7 +24,7 @@ from engine.server.schemas import ChatRequest, Message
 from engine.server.writers import Call, ServingContext
 from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory
-from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
+from engine.text.tokenizer import PROBE, ChatTemplate, TemplateError, Tokenizer
 from hybridcache.api import Losses
 from hybridcache.geometry.units import counted
 from hybridcache.tokens import common_prefix_len
@@ -66,6 +66,10 @@ CHANGED = {
 """Causes of a difference between two prompts."""
 _MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
 _TOO_LITTLE_MEMORY = ("refused", "checkpoint_evicted", "kv_evicted", "forgotten")
+_TOOLS_LAST = (
+    "This template writes the tools behind the system message, so that they are computed again; "
+    "--chat-template tools-first writes them before it (Qwen2.5 and Qwen3)."
+)
 _ALONE = "No stored request shares any of it."
 _FROM_OTHER = (
     "The reused tokens are of a request that is not stored, such as one from before a restart, or "
@@ -242,6 +246,8 @@ class Explanations:
         is_other = cached_len > shared_len
         cause = NEW if is_new else _cause(lost, None if is_other else parting, known_len)
         advice = None if cause is None else ADVICE[cause]
+        if cause == "system" and later.tools and self._writes_tools_last(later):
+            advice = f"{advice} {_TOOLS_LAST}"
         # Without a position of the grid between the cached and the shared length, no state could be
         # saved there, however much memory there is.
         is_tail = shared_len - cached_len < self._grid and not cached_len % self._grid
@@ -278,6 +284,13 @@ class Explanations:
             "advice": advice,
             "text": " ".join([*words, *filter(None, [advice])]),
         }
+
+    def _writes_tools_last(self, chat: AnsweredChat) -> bool:
+        """Return True if the template writes the tools of a chat behind the system message."""
+        messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "?"}]
+        shown = {"messages": messages, "tools": chat.tools, "variables": chat.variables}
+        text = _written(self._tokenizer.chat_template, shown)
+        return -1 < text.find(PROBE) < text.find(chat.tools[0]["function"]["name"])
 
     def _part(self, earlier: AnsweredChat, later: AnsweredChat, at: int) -> dict[str, Any]:
         """Describe the place ``at`` which two prompts differ. In a namespace, no text is shown."""
