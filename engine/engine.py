@@ -163,7 +163,7 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {name} cannot be read: {error}.") from None
     own = tokenizer.chat_template
-    tokenizer.chat_template = ChatTemplate(source, own and own.special_tokens)
+    tokenizer.chat_template = ChatTemplate(source, None if own is None else own.special_tokens)
     return tokenizer
 
 

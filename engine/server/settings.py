@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from contextlib import suppress
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from engine.config import ABOVE_0, COUNT, MIB_SIZE, SECONDS, ConfigError, Limits, check_fields
-from engine.text.bounded import read_json
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
 """Name of the environment variable with an API key."""
@@ -115,7 +115,7 @@ class ServerConfig:
     def default_switches(self) -> dict[str, Any] | None:
         """``chat_template_kwargs`` as an object, or None if it is none."""
         with suppress(ValueError):
-            switches = read_json(self.chat_template_kwargs or "{}")
+            switches = json.loads(self.chat_template_kwargs or "{}")
             return switches if isinstance(switches, dict) else None
         return None
 
