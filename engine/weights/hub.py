@@ -21,7 +21,6 @@ from typing import Any
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
 from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE, WEIGHTS_NAME
 from engine.weights.model_config import ModelError
-from engine.weights.model_files import read_config
 from hybridcache.geometry.units import counted, format_bytes
 
 SMALL_FILES = [
@@ -160,6 +159,8 @@ def _fetch(
                 f"{format_bytes(free)} free: make room, or set HF_HOME to a folder elsewhere."
             )
         if missing:
+            from engine.weights.model_files import read_config  # Needs torch.
+
             try:
                 read_model(read_config(folder))
             except ModelError as error:
