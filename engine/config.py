@@ -189,6 +189,9 @@ class EngineConfig:
     tokenizer: str | None = None
     """Directory or GGUF file of the tokenizer, ORG/NAME, or builtin, if it is not that of the
     model."""
+    chat_template: str | None = None
+    """File with a chat template in place of the model's, or tools-first: the form of Qwen2.5 and
+    Qwen3, with the tools before the system text, so that sessions share them."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto: read the weights; dummy: seeded random weights for any config.json."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

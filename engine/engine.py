@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.config import EngineConfig
+from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.models import read_model
 from engine.requests.logit_rules import LogitRule
@@ -150,7 +150,24 @@ def load_runner(config: EngineConfig) -> ModelRunner:
 
 def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer | None:
     """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one: None
-    if its size is not known yet (``vocab_size``). Raises ValueError."""
+    if its size is not known yet (``vocab_size``). Raises ValueError, also for a file of the chat
+    template that cannot be read."""
+    from engine.text.tokenizer import ChatTemplate
+
+    tokenizer, name = _own_tokenizer_of(config, vocab_size), config.chat_template
+    if tokenizer is None or name is None:
+        return tokenizer
+    shipped = Path(__file__).parent / "text" / "tools_first.jinja"
+    try:
+        source = (shipped if name == "tools-first" else Path(name)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {name} cannot be read: {error}.") from None
+    own = tokenizer.chat_template
+    tokenizer.chat_template = ChatTemplate(source, None if own is None else own.special_tokens)
+    return tokenizer
+
+
+def _own_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer | None:
     from engine.text.tokenizer import HFTokenizer, IdTokenizer, has_tokenizer, named_eos
 
     path, eos = Path(config.tokenizer or config.model_dir), frozenset[int]()

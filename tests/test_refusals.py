@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from engine import EngineConfig, SamplingParams
+from engine.command.cli import FOREIGN
 from engine.command.cli import main as engine
 from engine.config import BUILTIN_DIR
 from engine.plugins import ENGINE
@@ -42,7 +43,9 @@ WRONG: dict[Any, tuple[Any, ...]] = {
 OTHERS: dict[str, tuple[Any, ...]] = {
     "model": ("",),
     "host": ("",),
-    "served_model_name": ("",),
+    "chat_template": ("",),
+    "served_model_name": (("",), ("a\nb",)),
+    "chat_template_kwargs": ("odd", "[]"),
     "state_dir": ("",),
     "checkpoint_dtype": ("odd", 5),
     "admission": (5,),
@@ -351,3 +354,23 @@ def test_gguf_files_are_not_converted(
     command = ["convert", f"{gguf_folder}/ok.gguf", str(tmp_path / "out"), "--to", "int8"]
     assert exit_code(engine, command) == 2
     assert "ok.gguf is a GGUF file: convert the model in full" in capsys.readouterr().err
+
+
+def test_flags_of_other_programs_name_those_of_the_engine(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert exit_code(engine, ["serve", "--help"]) == 0
+    known = {*re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out)}
+    for flag, said in FOREIGN.items():
+        assert exit_code(engine, ["serve", "some/model", flag, "7"]) == 2
+        message = capsys.readouterr().err
+        assert said in message and len(message.splitlines()) == 1
+        assert {*re.findall(r"--[a-z][a-z0-9-]*", said)} <= known and flag not in known
+
+
+def test_model_is_named_with_or_without_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["no:model"], ["--model", "no:model"]):
+        assert exit_code(engine, ["serve", "--port", "0", *arguments]) == 2
+        assert "no:model is a name of Ollama's library" in capsys.readouterr().err
+    assert exit_code(engine, ["serve", "--port", "0", "a/b", "--model", "c/d"]) == 2
+    assert "MODEL is a/b and --model is c/d" in capsys.readouterr().err

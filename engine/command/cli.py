@@ -37,16 +37,16 @@ Command = Callable[[argparse.Namespace], int]
 GROUPS = {
     "most used": "model revision device quantization cache_gib max_model_len max_running host port "
     "api_key_file log_requests state_dir",
-    "model and weights": "tokenizer load_format dtype state_dtype fp8_activations "
+    "model and weights": "tokenizer chat_template load_format dtype state_dtype fp8_activations "
     "sampling_defaults seed",
     "computing": "kernels graphs warm_up overlap",
     "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
     "scheduling": "admission token_budget max_queue",
     "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin "
     "keep_alive_s drain_s body_timeout_s",
-    "limits of one request": "max_body_mib default_max_tokens",
+    "limits of one request": "max_body_mib default_max_tokens images chat_template_kwargs",
     "memory of chats": "replay_mib preserve_thinking explain_mib responses_mib",
-    "logs and checks": "log_level check",
+    "logs and checks": "log_level log_format check",
     "replicas": "replicas ray router",
 }
 """Titles of the help -> settings in that group."""
@@ -55,6 +55,49 @@ SERVE_EXAMPLES = """examples:
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
   engine serve --model model.gguf                        a GGUF file; of the Hub: ORG/NAME:Q4_K_M
   engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
+FOREIGN = {
+    **dict.fromkeys(("-m", "--hf-repo", "--model-path", "--model-tag"), "use --model"),
+    **dict.fromkeys(("-a", "--alias"), "use --served-model-name"),
+    **dict.fromkeys(
+        ("-c", "--ctx-size", "--context-length", "--max-seq-len"), "use --max-model-len"
+    ),
+    **dict.fromkeys(
+        ("-np", "--parallel", "--max-num-seqs", "--max-running-requests"), "use --max-running"
+    ),
+    **dict.fromkeys(("--max-num-batched-tokens", "--chunked-prefill-size"), "use --token-budget"),
+    **dict.fromkeys(
+        ("--gpu-memory-utilization", "--mem-fraction-static"), "use --cache-gib, a size in GiB"
+    ),
+    **dict.fromkeys(("-tp", "--tensor-parallel-size", "--tp-size"), "use --tp"),
+    **dict.fromkeys(("-dp", "--data-parallel-size", "--dp-size"), "use --replicas"),
+    **dict.fromkeys(("--cpu-offload-gb", "--swap-space", "--cache-ram"), "use --host-gib"),
+    **dict.fromkeys(("--speculative-config", "--draft-model", "-md"), "use --draft"),
+    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), "use --device"),
+    "--block-size": "use --page-size",
+    "--kv-cache-dtype": "use --dtype and --checkpoint-dtype",
+    "--api-key": "use --api-key-file",
+    "--enforce-eager": "use --graphs off",
+    "--default-chat-template-kwargs": "use --chat-template-kwargs",
+    "--disable-log-requests": "use --no-log-requests",
+    **dict.fromkeys(
+        ("--enable-prefix-caching", "--enable-chunked-prefill", "--trust-remote-code"),
+        "omit it, this is always so or not needed",
+    ),
+    **dict.fromkeys(
+        ("--no-enable-prefix-caching", "--disable-radix-cache"), "use --prefix-cache none"
+    ),
+    **dict.fromkeys(
+        ("--tool-call-parser", "--reasoning-parser", "--enable-auto-tool-choice", "--jinja"),
+        "omit it, the chat template tells how the model calls tools and reasons",
+    ),
+    **dict.fromkeys(("-t", "--threads"), "set the environment variable OMP_NUM_THREADS"),
+    **dict.fromkeys(
+        ("--enable-lora", "--lora-modules", "--lora", "--lora-paths"),
+        "LoRA is not supported, merge the adapter into the model",
+    ),
+    **dict.fromkeys(("--embedding", "--embeddings"), "embeddings are not served"),
+}
+"""Flags of vLLM, SGLang and llama.cpp -> what to use here."""
 SPIN_COUNT = "1000"
 """Rounds that a waiting thread spins before it sleeps. The 300,000 of OpenMP take longer than a
 time slice, so on a busy machine waiting threads would delay those that compute."""
@@ -74,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
         name += f" {parsed.verb}"
-        flags |= vars(parsed).keys() - {"prompt"}  # An argument without a flag.
+        flags |= vars(parsed).keys() - {"prompt", "named"}  # Arguments without a flag.
         check_no_foreign_kernels()
         code: int = parsed.command(parsed)
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.
@@ -123,10 +166,11 @@ def _parser(arguments: Sequence[str]) -> Parser:
             allow_abbrev=False,  # --api-key is not --api-key-file.
         )
         sub.set_defaults(command=command)
+        sub.foreign = FOREIGN
         if verb in arguments:
             add_flags(sub)
 
-    add("serve", _serve, "[options]", "answer OpenAI clients over HTTP", _add_serve)
+    add("serve", _serve, "[MODEL] [options]", "answer OpenAI clients over HTTP", _add_serve)
     add(
         "generate",
         _generate,
@@ -170,6 +214,7 @@ def _plugin(verb: str) -> Any:
 
 def _add_serve(serve: Parser) -> None:
     serve.epilog = SERVE_EXAMPLES
+    serve.add_argument("named", nargs="?", metavar="MODEL", help="the same as --model")
     add_grouped_flags(serve, (ServerConfig, EngineConfig, *ENGINE), GROUPS)
 
 
@@ -215,6 +260,12 @@ def _add_chat(chat: Parser) -> None:
 
 
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    if named := getattr(arguments, "named", None):
+        if arguments.model not in (None, named):
+            raise ConfigError(
+                f"MODEL is {named} and --model is {arguments.model}: give one of them."
+            )
+        arguments.model = named
     plugins = tuple(read_config(one, arguments) for one in ENGINE)
     return read_config(EngineConfig, arguments, plugins=plugins)
 

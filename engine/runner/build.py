@@ -62,9 +62,17 @@ def load_runner(
 
 
 def _max_model_len(loaded: LoadedModel, plan: MemoryPlan) -> int:
+    """Return the context length. Raises ModelError if it does not fit, or if no position of the
+    grid is inside it."""
     asked, longest = loaded.settings.max_model_len, plan.max_request_len
+    context, grid = asked or min(loaded.config.max_len, longest), loaded.settings.grid
+    if grid >= context and grid > TILE:
+        raise ModelError(
+            f"grid {grid} must be less than the context of {counted(context, 'token')}: otherwise "
+            "no prompt is ever reused."
+        )
     if asked is None:
-        return min(loaded.config.max_len, longest)
+        return context
     if asked > longest:
         need = (asked + plan.num_kv_tokens - longest) * plan.row_bytes / GIB
         raise ModelError(

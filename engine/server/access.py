@@ -16,8 +16,10 @@ import secrets
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,27 +73,35 @@ class Access:
 
     def __init__(self, config: ServerConfig) -> None:
         """Read the keys. Raises ValueError for a file or a key that cannot be used."""
-        accepted = list[bytes]()
+        self._config = config
+        self.accepted: list[bytes] = []
+        """Distinct keys that requests may have, the operator's too; empty if none is required. The
+        place of a key is its number for good, so a key that was removed leaves a random one."""
+        self.reload()
+        self._secret = secrets.token_bytes(SECRET_BYTES)
+
+    def reload(self) -> None:
+        """Read the keys again. Raises ValueError, with nothing changed, as at the start."""
+        config, accepted, operator = self._config, list[bytes](), None
         if (named := os.environ.get(API_KEY_VARIABLE)) is not None:
             accepted += _sendable([named.encode()], API_KEY_VARIABLE)
         if config.api_key_file is not None:
             accepted += _read_keys("--api-key-file", config.api_key_file)
         if config.salt_by_key and not accepted:
             raise ValueError(f"--salt-by-key needs --api-key-file or {API_KEY_VARIABLE}.")
-        by_key = config.salt_by_key
-        self._are_salts = len(set(accepted)) > 1 if by_key is None else by_key
-        """True if requests with different keys share no cache entries. By default they do not if
-        clients have several keys, because the number of reused tokens reveals shared prompts."""
-        self._operator: bytes | None = None
-        """Key of the operator, or None if its requests are distinguished by their address."""
+        num_keys = len(set(accepted))
         if (file := config.admin_key_file) is not None:
-            self._operator, *more = _read_keys("--admin-key-file", file)
+            operator, *more = _read_keys("--admin-key-file", file)
             if more:
                 raise ValueError(f"--admin-key-file {file} must contain a single key.")
-            accepted += [self._operator] if accepted else []
-        self.accepted = list(dict.fromkeys(accepted))
-        """Distinct keys that requests may have, the operator's too; empty if none is required."""
-        self._secret = secrets.token_bytes(SECRET_BYTES)
+            accepted += [operator] if accepted else []
+        self._operator = operator
+        """Key of the operator, or None if its requests are distinguished by their address."""
+        self._are_salts = num_keys > 1 if config.salt_by_key is None else config.salt_by_key
+        """True if requests with different keys share no cache entries. By default they do not if
+        clients have several keys, because the number of reused tokens reveals shared prompts."""
+        kept = [key if key in accepted else secrets.token_bytes(32) for key in self.accepted]
+        self.accepted = list(dict.fromkeys([*kept, *accepted]))
 
     def keep_secret(self, folder: str) -> None:
         """Use the secret of ``folder``, in which the cache is kept for the next start. It is there
@@ -258,29 +268,64 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
     """Write the line of a request. ``status`` is 0 if the client left before the answer began;
     ``is_sent``: it got the whole answer."""
     state, tokens = scope["state"], scope["state"].get("num_tokens")
+    took_ms = 1000 * (time.perf_counter() - began_s)
     parts = (
         f"{scope['method']} {short(scope['path'], 200)} {status or 499}",
         tokens and "prompt {:,}  cached {:,}  answer {:,}".format(*tokens),
-        f"{1000 * (time.perf_counter() - began_s):.0f} ms",
+        f"{took_ms:.0f} ms",
         state.get("answer_id"),
         not is_sent and "not sent completely",
         state.get("error"),
     )
     line = "  ".join(part for part in parts if part)
-    request_log.info("%s", "".join(letter if letter.isprintable() else "?" for letter in line))
+    facts = {
+        "method": scope["method"],
+        "path": short(scope["path"], 200),
+        "status": status or 499,
+        "prompt_tokens": tokens and tokens[0],
+        "cached_tokens": tokens and tokens[1],
+        "answer_tokens": tokens and tokens[2],
+        "ms": round(took_ms, 1),
+        "answer_id": state.get("answer_id"),
+        "request_id": state.get("request_id"),
+        "client": (scope.get("client") or (None,))[0],
+        "key": state.get("api_key"),
+        "is_sent": is_sent,
+        "error": state.get("error"),
+    }
+    plain = "".join(letter if letter.isprintable() else "?" for letter in line)
+    request_log.info("%s", plain, extra={"facts": facts})
 
 
 UNREAD_S = 120.0
 """Seconds that a client may read nothing of a waiting answer before the answer is broken off."""
 
 
+class JsonFormatter(logging.Formatter):
+    """Lines of the log as JSON objects: time, level, message, and the facts of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            **(getattr(record, "facts", None) or {"message": record.getMessage()}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
 class Requests:
     """ASGI middleware that checks keys, returns an ``X-Request-Id`` (``request-id`` for Anthropic's
-    clients), breaks off answers that are not read, and logs each request with facts from the state
-    of the ASGI scope: ``answer_id``, ``error``, ``num_tokens`` (of prompt, cache and answer)."""
+    clients), breaks off answers that are not read, counts their statuses, and logs each request
+    with facts from the state of the ASGI scope: ``answer_id``, ``error``, ``num_tokens`` (of
+    prompt, cache and answer)."""
 
-    def __init__(self, app: ASGIApp, access: Access, is_logged: bool | None) -> None:
-        self._app, self._access = app, access
+    def __init__(
+        self, app: ASGIApp, access: Access, is_logged: bool | None, count: Callable[[int], None]
+    ) -> None:
+        """``count`` is called with the status of each answer."""
+        self._app, self._access, self._count = app, access, count
         self._is_logged = sys.stderr.isatty() if is_logged is None else is_logged
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -313,5 +358,7 @@ class Requests:
             status = status or 500
             raise
         finally:
+            if scope["path"] not in PROBES:
+                self._count(status or 499)
             if self._is_logged and scope["path"] not in PROBES:
                 _log_request(scope, status, is_sent, began_s)

@@ -36,7 +36,7 @@ from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, d
 from engine.plugins.observe.server import Page
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tool_calls.forms import tool_calls
-from engine.server.access import HEADERS_S, Access, ClientConnection, Requests
+from engine.server.access import HEADERS_S, Access, ClientConnection, JsonFormatter, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
 from engine.server.schemas import ChatRequest, CompletionRequest, Message
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
@@ -161,21 +161,37 @@ def serve(
     access: Access,
 ) -> None:
     """Serve on ``listener`` until the engine fails, or until SIGTERM, SIGINT or SIGHUP (unless it
-    is ignored, as by ``nohup``); then finish running requests, for at most ``drain_s``."""
+    is ignored, as by ``nohup``); then finish running requests, for at most ``drain_s``. With files
+    of keys, SIGHUP reads them again instead."""
     # A signal may arrive before uvicorn handles signals, and uvicorn raises its own signals again
     # after the shutdown. A drained server must exit normally.
     told: list[int] = []
+    has_keys = config.api_key_file is not None or config.admin_key_file is not None
+
+    def must_end() -> bool:
+        if has_keys and signal.SIGHUP in told:
+            told.remove(signal.SIGHUP)
+            try:
+                access.reload()
+                logger.warning("The keys were read again.")
+            except ValueError as error:
+                logger.error("The keys stay as they are: %s", error)
+        return bool(told or engine.failure)
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+        is_ignored = signal.getsignal(number) == signal.SIG_IGN
+        if number != signal.SIGHUP or has_keys or not is_ignored:
             signal.signal(number, lambda number, _: told.append(number))
     log_to_stderr(config.log_level, "engine", "uvicorn")
+    if config.log_format == "json":
+        logging.getLogger("engine").handlers[-1].setFormatter(JsonFormatter())
     sys.setswitchinterval(SWITCH_S)
     # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
     # second per run.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    server = Server(engine, config, lambda: bool(told or engine.failure), access)
+    server = Server(engine, config, must_end, access)
     server.run(sockets=[listener])
 
 
@@ -246,7 +262,11 @@ def create_app(
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.metrics, app.state.page = context.metrics, page
-    app.add_middleware(Requests, access=access, is_logged=config.log_requests)
+
+    def count(status: int) -> None:
+        context.metrics.counters["http_requests"].labels(str(status)).inc()
+
+    app.add_middleware(Requests, access=access, is_logged=config.log_requests, count=count)
     if config.cors_origin:  # Outermost.
         every = ["*"]
         app.add_middleware(
@@ -264,26 +284,27 @@ def _model_routes(context: ServingContext) -> list[Route]:
     status: dict[str, str] = {"status": "ok"}
     num_tokens = context.engine.facts.max_model_len
     card = {
-        "id": context.model_name,
         "object": "model",
         "created": context.created,
         "owned_by": "hybridcache",
         "max_model_len": num_tokens,
         # Fields of Anthropic's API.
         "type": "model",
-        "display_name": context.model_name,
         "max_input_tokens": num_tokens,
         "max_tokens": num_tokens,
         "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
     }
 
     async def models(request: Request) -> Response:
-        ends = {"first_id": context.model_name, "last_id": context.model_name, "has_more": False}
-        return json_response({"object": "list", "data": [card], **ends})
+        names = context.model_names
+        cards = [{"id": name, "display_name": name, **card} for name in names]
+        ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+        return json_response({"object": "list", "data": cards, **ends})
 
     async def model(request: Request) -> Response:
-        context.check_model(request.path_params["name"])
-        return json_response(card)
+        name = request.path_params["name"]
+        context.check_model(name)
+        return json_response({"id": name, "display_name": name, **card})
 
     async def health(request: Request) -> Response:
         """Return ``ok``, or ``degraded`` with the problem of the state directory. During a long

@@ -110,11 +110,30 @@ class APIError(Exception):
         return Response(content, self.status, self.headers, "application/json")
 
 
+ABSENT = {
+    "/api/tags": "Ollama's own API is not served: use /v1/models.",
+    "/api/generate": "Ollama's own API is not served: use /v1/completions.",
+    "/api/embed": "Embeddings are not served: this server only generates text.",
+    "/api/": "Ollama's own API is not served: use /v1/chat/completions.",
+    "/v1/embeddings": "Embeddings are not served: this server only generates text.",
+    "/v1/load_lora_adapter": "LoRA is not supported: merge the adapter into the model, and serve "
+    "the result.",
+}
+"""Beginnings of paths that clients of other servers use -> what to use here."""
+ABSENT_FIELDS = {
+    "keep_alive": "is not supported: the model stays loaded until the server ends",
+    "lora_request": "is not supported: merge the adapter into the model",
+}
+"""Parameters of other servers -> the sentence about them."""
+
+
 async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         path, message = request.url.path, str(error.detail)
         if error.status_code == 404:
-            message = f"The path {path} does not exist: see /openapi.json for all paths."
+            hints = (hint for start, hint in ABSENT.items() if path.startswith(start))
+            general = f"The path {path} does not exist: see /openapi.json for all paths."
+            message = next(hints, general)
         elif error.status_code == 405:
             message = f"{path} does not support {request.method}: see /openapi.json."
         error = APIError(error.status_code, message, headers=error.headers)
@@ -193,9 +212,9 @@ class Body(Part, kw_only=True):
 Kind = TypeVar("Kind", bound=Body)
 
 
-def decode(kind: type[Kind], raw: bytes) -> Kind:
+def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
     """Return the body ``raw`` as ``kind``; lone surrogates become U+FFFD. Raises APIError 400 with
-    one sentence about the first fault. O(its size)."""
+    one sentence about the first fault, or the first image. O(its size)."""
     try:
         text = raw.decode()
         check_nodes(raw)
@@ -205,6 +224,8 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
     except ValueError as error:
         raise APIError(400, f"The body cannot be read ({error}): send one JSON object.") from None
     given = settled(given)
+    for name in ("messages", "input"):
+        _replace_media(given.get(name), name, refuses_images)
     for name in [*given]:
         if name in kind.NEUTRAL:
             value, allowed = given.pop(name), kind.NEUTRAL[name]
@@ -214,6 +235,34 @@ def decode(kind: type[Kind], raw: bytes) -> Kind:
         if isinstance(entries := given.get(name), list):
             given[name] = [{"type": usual} | e if isinstance(e, dict) else e for e in entries]
     return converted(given, kind)
+
+
+MEDIA = {
+    **dict.fromkeys(("image", "image_url", "input_image"), "An image"),
+    **dict.fromkeys(("document", "file", "input_file"), "A document"),
+    **dict.fromkeys(("input_audio", "audio"), "A sound"),
+}
+"""Types of parts that no served model reads -> their common name."""
+
+
+def _replace_media(entries: Any, place: str, refuses: bool) -> None:
+    """Replace images, documents and sound in messages and results of tools by a line of text, or
+    raise APIError 400. An agent repeats its conversation in each turn, so that a refused part would
+    end its session. O(parts)."""
+    for at, entry in enumerate(entries if isinstance(entries, list) else ()):
+        if not isinstance(entry, dict):
+            continue
+        kind, path = entry.get("type"), f"{place}.{at}"
+        if isinstance(kind, str) and (kind := MEDIA.get(kind)) is not None:
+            if refuses:
+                said = f"'{path}': {kind} is not supported: send text"
+                raise APIError(400, f"{said}, or start the server with --images text.")
+            line = f"[{kind} was left out here, because the model reads text only.]"
+            mark = entry.get("cache_control")
+            entries[at] = {"type": "text", "text": line} | ({"cache_control": mark} if mark else {})
+            continue
+        for name in ("content", "output"):
+            _replace_media(entry.get(name), f"{path}.{name}", refuses)
 
 
 def check_nodes(raw: bytes) -> None:
@@ -273,7 +322,8 @@ def converted(value: Any, of_type: type[Result], place: str = "") -> Result:
         param += f".{found[2]}"
         said = "is missing: add it"
         if found[1] == "contains unknown":
-            said, code = "is not a parameter: check its spelling or drop it", "unknown_parameter"
+            usual, code = "is not a parameter: check its spelling or drop it", "unknown_parameter"
+            said = ABSENT_FIELDS.get(found[2], usual)
     else:
         if text.startswith("Expected "):
             text = text.replace(" | null", "").replace(" | ", " or ")
@@ -309,7 +359,7 @@ async def read_body(request: Request, kind: type[Kind], config: ServerConfig) ->
             "The body needs the header Content-Type: application/json. "
             "With curl, add -H 'Content-Type: application/json'.",
         )
-    return await run(len(raw), partial(decode, kind, raw)), len(raw)
+    return await run(len(raw), partial(decode, kind, raw, config.images == "refuse")), len(raw)
 
 
 async def _receive(request: Request, max_mib: float) -> bytes:

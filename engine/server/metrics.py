@@ -31,6 +31,11 @@ FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10
 SLOW_S = (*FAST_S, 120, 300, 600)
 COUNTERS: dict[str, tuple[str, ...]] = {
     "requests": ("Requests that ended, by reason.", "finish_reason"),
+    "http_requests": (
+        "HTTP requests by status, except for /health and /metrics; 499 if the client left before "
+        "the answer began.",
+        "status",
+    ),
     "rejected_requests": ("Requests refused with 429 because the queue was full.",),
     "prompt_tokens": (
         "Prompt tokens of scheduled requests. /v1/cache omits requests with scores of their "

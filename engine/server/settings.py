@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from engine.config import ABOVE_0, COUNT, MIB_SIZE, SECONDS, ConfigError, Limits, check_fields
 
@@ -34,8 +36,15 @@ class ServerConfig:
     terminal."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Minimum level of messages in the log."""
-    served_model_name: str | None = None
-    """Model name for clients; by default the name of the model directory."""
+    log_format: Literal["text", "json"] = "text"
+    """Form of the lines of the log; json has one object per line, with the time, and for a request
+    also the client's address and the number of its key."""
+    served_model_name: tuple[str, ...] = ()
+    """Model names for clients, of which answers have the first; with * any name is accepted; by
+    default the name of the model directory."""
+    chat_template_kwargs: str | None = None
+    """Switches of the chat template for requests that do not set them, as a JSON object such as
+    {"enable_thinking": false}."""
     max_body_mib: Annotated[float, BODY_MIB] = 4.0
     """Maximum size of a request body, MiB."""
     body_timeout_s: Annotated[float, SECONDS] = 60.0
@@ -43,6 +52,9 @@ class ServerConfig:
     default_max_tokens: Annotated[int | None, COUNT] = None
     """Maximum tokens of an answer to a chat without a limit; by default as many as the context
     permits."""
+    images: Literal["text", "refuse"] = "text"
+    """Treatment of images, documents and sound in a chat, which no model here reads: text replaces
+    each by a line of text, so that the session of an agent can go on; refuse answers 400."""
     replay_mib: Annotated[float, MIB_SIZE] = 64.0
     """Memory for sampled tokens of answers, which replace an answer that a client sends back, MiB;
     with 0 such answers are tokenized again."""
@@ -59,7 +71,7 @@ class ServerConfig:
     api_key_file: str | None = None
     """File with the keys of clients, one per line (# begins a comment): each request then needs one
     (Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics;
-    HYBRIDCACHE_API_KEY can have one more."""
+    HYBRIDCACHE_API_KEY can have one more; SIGHUP reads the files of keys again."""
     salt_by_key: bool | None = None
     """Requests with different API keys share no cache entries, as with different salts (default: if
     there are several keys)."""
@@ -84,6 +96,12 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.default_switches is None:
+            given = self.chat_template_kwargs
+            said = f'a JSON object, as in {{"enable_thinking": false}} (got {given})'
+            raise ConfigError(f"--chat-template-kwargs must be {said}.")
+        if not all(one.isprintable() and one for one in self.served_model_name):
+            raise ConfigError("--served-model-name must be printable names with commas between.")
         for origin in self.cors_origin:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(
@@ -92,6 +110,14 @@ class ServerConfig:
                 )
         if self.replicas == 1 and (self.ray, self.router) != (None, "checkpoint"):
             raise ConfigError("--router and --ray need --replicas (2 or more).")
+
+    @property
+    def default_switches(self) -> dict[str, Any] | None:
+        """``chat_template_kwargs`` as an object, or None if it is none."""
+        with suppress(ValueError):
+            switches = json.loads(self.chat_template_kwargs or "{}")
+            return switches if isinstance(switches, dict) else None
+        return None
 
 
 BACKLOG = 4096

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -57,7 +57,7 @@ from hybridcache.tokens import Tokens
 
 
 class ServingContext:
-    """One engine with its model name, for all requests."""
+    """One engine with the names of its model, for all requests."""
 
     def __init__(
         self,
@@ -75,7 +75,9 @@ class ServingContext:
         self.tokenizer, self.tool_calls = engine.tokenizer, tool_calls
         replay_bytes, thinks = int(config.replay_mib * 2**20), config.preserve_thinking
         self.history = Replay(self.tokenizer, replay_bytes, keeps_thinking=thinks)
-        self.model_name = config.served_model_name or engine.facts.model_name
+        names = [name for name in config.served_model_name if name != "*"]
+        self.model_names = names or [engine.facts.model_name]
+        self.switches = config.default_switches or {}
         self.fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
@@ -91,12 +93,19 @@ class ServingContext:
 
         return Route(path, operation, methods=["POST"])
 
+    @property
+    def model_name(self) -> str:
+        """Name in answers."""
+        return self.model_names[0]
+
     def check_model(self, model: str | None) -> None:
         """Raise APIError 404 if a client names another model."""
-        if model is not None and model != self.model_name:
+        is_any = "*" in self.config.served_model_name
+        if not is_any and model is not None and model not in self.model_names:
             raise APIError(
                 404,
-                f"The model {quoted(model)} is not served: use '{self.model_name}'.",
+                f"The model {quoted(model)} is not served: use '{self.model_name}'. A server has "
+                "one model; --served-model-name gives it more names, or '*' for any.",
                 param="model",
                 code="model_not_found",
             )
@@ -158,6 +167,8 @@ class Call:
     size: int
     """Bytes of the body."""
     tenant: Tenant
+    began_s: float = field(default_factory=time.perf_counter)
+    """Time at which its body was complete."""
 
 
 Answer = Callable[[Call, Any], Awaitable[Response]]
@@ -416,7 +427,7 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
             [message.as_template_input() for message in messages],
             tenant,
             tools=body.plain_tools or None,
-            variables=body.chat_template_kwargs,
+            variables=(context.switches | (body.chat_template_kwargs or {})) or None,
             add_generation_prompt=body.add_generation_prompt is not False
             and not body.continue_final_message,
             continues_last=body.continue_final_message,

@@ -97,6 +97,7 @@ def resolve_folder(
     a config.json, raises no ModelError. Raises HubError.
     """
     is_absent = not Path(model).exists()
+    _check_kind(model, is_absent)
     if is_absent and (found := HUB_NAME.fullmatch(model)):
         from huggingface_hub import constants, errors
 
@@ -116,6 +117,25 @@ def resolve_folder(
             f"--revision {revision} needs a model of the hub, as in --model ORG/NAME (got {model})."
         )
     return str(BUILTIN_DIR) if is_absent and model == BUILTIN_NAME else model
+
+
+def _check_kind(model: str, is_absent: bool) -> None:
+    """Raise HubError for names of models that other programs accept: what to use here."""
+    url = re.match(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)|[a-z][a-z0-9+]*://", model)
+    if url:
+        name = f"--model {url[1]}" if url[1] else "a folder, or ORG/NAME of the Hugging Face Hub"
+        raise HubError(f"{model} is a URL, and models are not loaded from URLs: use {name}.")
+    if is_absent and re.fullmatch(r"[\w.-]+:[\w.-]+", model):
+        raise HubError(
+            f"{model} is a name of Ollama's library, which is not supported: use a folder, a GGUF "
+            "file, or ORG/NAME of the Hugging Face Hub, as in Qwen/Qwen3-0.6B."
+        )
+    folder = Path(model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        raise HubError(
+            f"{model} is an adapter (LoRA), which is not supported: merge it into its base model "
+            "with peft's merge_and_unload, and use the folder of the result."
+        )
 
 
 def _fetch(

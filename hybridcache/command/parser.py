@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 
@@ -62,6 +62,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     _given: Sequence[str] = ()
+    foreign: Mapping[str, str] = {}
+    """Flags of other programs -> what to use here."""
 
     def __init__(self, *args: Any, input_flag: str = "", **options: Any) -> None:
         """``input_flag`` is the flag to suggest for a value without a flag."""
@@ -100,6 +102,8 @@ class Parser(argparse.ArgumentParser):
         names = {known.lstrip("-") for known in self._option_string_actions} - {"help"}
         near = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
         hint = f", did you mean --{near[0]}?" if near else ""
+        if flag in self.foreign:
+            hint = f": {self.foreign[flag]}"
         if self._input_flag and not flag.startswith("-"):
             hint = f": write {self._input_flag} {flag}"
             if any(arg.partition("=")[0] == self._input_flag for arg in self._given):

@@ -23,6 +23,8 @@ from collections.abc import Hashable
 from typing import Any
 from zlib import crc32
 
+import numpy as np
+
 from hybridcache.allocators.pools import ArenaAllocator
 from hybridcache.api import Listener
 from hybridcache.radix.tree import NodeHandle, RadixNode
@@ -30,8 +32,8 @@ from hybridcache.radix.tree import NodeHandle, RadixNode
 Record = list[Any]
 """Name of the change, then its fields as plain data. README.md lists all records."""
 
-MAX_SLABS = 2048
-"""Maximum number of slabs shown."""
+MAX_CELLS = 2048
+"""Maximum number of cells that show the arena; a cell of a larger one shows several slabs."""
 MAX_LETTERS = 80
 """Maximum length of a namespace or a label. Longer ones are truncated."""
 
@@ -102,7 +104,13 @@ def _key(node: RadixNode) -> int:
 
 
 def slabs_record(arena: ArenaAllocator) -> Record:
-    """Return the percentage of rows with KV of each slab, and the slabs with a state."""
-    percent = (100 * arena.occupancy()[:MAX_SLABS] / arena.slab_rows).round()
-    states = sorted(slot for slot in arena.slots.taken if slot < MAX_SLABS)
-    return ["slabs", percent.astype(int).tolist(), states]
+    """Return the percentage of each cell of slabs that is in use, the cells with more states than
+    KV, and the number of slabs in a cell. O(slabs)."""
+    each, states = -(-arena.num_slabs // MAX_CELLS) or 1, np.zeros(arena.num_slabs)
+    states[list(arena.slots.taken)] = 1.0
+    starts = np.arange(0, arena.num_slabs, each)
+    kv, states = (
+        np.add.reduceat(one, starts) for one in (arena.occupancy() / arena.slab_rows, states)
+    )
+    percent = np.ceil(100 * (kv + states) / np.diff([*starts, arena.num_slabs]))
+    return ["slabs", percent.astype(int).tolist(), np.flatnonzero(states > kv).tolist(), each]

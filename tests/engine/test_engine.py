@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 
 from engine import Engine, SamplingParams, engine_config
 from engine.config import BUILTIN_DIR
+from engine.engine import load_tokenizer_of
 from engine.text.tokenizer import HFTokenizer
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import Lease
@@ -210,3 +212,22 @@ def test_namespaces_share_nothing() -> None:
     [other] = engine.generate([ids(200)], GREEDY, namespace="other")
     [same] = engine.generate([ids(200)], GREEDY, namespace="one")
     assert (other.cached_len, same.cached_len) == (0, 192)
+
+
+def test_grid_without_a_position_in_the_context_is_refused() -> None:
+    """It would start, and no prompt would ever be reused."""
+    small: Any = {"cache_gib": 0.05, "max_model_len": 512}
+    with pytest.raises(ValueError, match="grid 1024 must be less than the context of 512 tokens"):
+        Engine(engine_config(**small, grid=1024))
+    Engine(engine_config(**small, grid=256)).close()
+
+
+def test_chat_template_is_that_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages[0].content }}")
+    for name, said in ((str(file), "{{ messages"), ("tools-first", "# Tools")):
+        tokenizer = load_tokenizer_of(engine_config(chat_template=name), None)
+        assert tokenizer is not None and tokenizer.chat_template is not None
+        assert said in tokenizer.chat_template.source
+    with pytest.raises(ValueError, match=r"--chat-template none.jinja cannot be read"):
+        load_tokenizer_of(engine_config(chat_template="none.jinja"), None)

@@ -257,3 +257,26 @@ def test_cached_models_are_used_without_the_hub(hub: Hub, monkeypatch: pytest.Mo
     assert resolve_config(EngineConfig(model=NAME), read_model).model == whole
     with pytest.raises(HubError, match=r"cannot be loaded .*: check the name"):
         resolve_config(EngineConfig(model="other/model"), read_model)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("https://huggingface.co/Qwen/Qwen3-0.6B/tree/main", "use --model Qwen/Qwen3-0.6B."),
+        ("s3://bucket/model", "is a URL"),
+        ("qwen3:0.6b", "name of Ollama's library"),
+        ("org/qwen3:latest", "name of Ollama's library"),
+    ],
+)
+def test_names_of_other_programs_are_refused_in_one_sentence(model: str, said: str) -> None:
+    with pytest.raises(HubError) as caught:
+        resolve_folder(model)
+    assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_an_adapter_is_refused_and_a_merged_model_with_its_file_is_not(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(HubError, match=r"adapter .LoRA., which is not supported: merge it"):
+        resolve_folder(str(tmp_path))
+    (tmp_path / "config.json").write_bytes(CONFIG)
+    assert resolve_folder(str(tmp_path)) == str(tmp_path)

@@ -98,7 +98,9 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
     with monkeypatch.context() as patch, pytest.raises(ModelError, match="no host memory"):
         patch.setattr("engine.plugins.tiers.tier_copies.allocate", refuse)
         make_engine(state_dir=str(folder))
-    with pytest.raises(StoreError, match=r"differs in .*dtype.*: configure both"):
+    with pytest.raises(
+        StoreError, match=r"differs in .*dtype.*: configure both.* delete .* to start"
+    ):
         make_engine(state_dir=str(folder), dtype="bfloat16")
     with pytest.raises(StoreError, match="differs in weights"):
         make_engine(state_dir=str(folder), seed=1)

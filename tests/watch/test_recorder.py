@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
-from hybridcache.watch.recorder import Recorder
+import numpy as np
+import pytest
+
+from hybridcache.watch.recorder import MAX_CELLS, Recorder, slabs_record
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.watch.follower import follow, truth
 
@@ -66,3 +70,24 @@ def test_keys_distinguish_siblings_and_survive_splits() -> None:
     again = [record for record in recorder.take() if record[0] == "kv"]
     assert all(record[6] in keys.values() for record in again) and again
     assert len(set(keys.values())) == len(keys)
+
+
+@pytest.mark.parametrize("num_slabs", [0, 3, 2048, 5000])
+def test_cells_show_the_whole_arena(num_slabs: int) -> None:
+    """Each cell has the share of its slabs that is in use, however many there are."""
+    taken = [at for at in range(num_slabs) if at % 100 == 99]
+    rows = np.zeros(num_slabs, int)
+    rows[:3] = (4, 1, 0)[:num_slabs]
+    arena: Any = SimpleNamespace(
+        num_slabs=num_slabs,
+        slab_rows=4,
+        slots=SimpleNamespace(taken=set(taken)),
+        occupancy=lambda: rows,
+    )
+    name, percent, states, each = slabs_record(arena)
+    assert name == "slabs" and each == {5000: 3}.get(num_slabs, 1)
+    assert len(percent) == -(-num_slabs // each) <= MAX_CELLS
+    assert states == [at // each for at in taken]
+    assert percent[:3] == {0: [], 5000: [42, 0, 0]}.get(num_slabs, [100, 25, 0])
+    in_use = 1.25 * bool(num_slabs) + len(taken)
+    assert sum(percent) * each / 100 == pytest.approx(in_use, abs=len(taken) * each / 100 + 0.02)

@@ -7,6 +7,7 @@ Recent chats are kept as they were sent. They are compared only when the operato
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,9 +50,11 @@ LOST = {
     "below_grid": "past the last position at which a state may be saved",
     "kv_evicted": "evicted",
     "forgotten": "no longer known to the cache",
+    "in_progress": "shared with a request in progress",
 }
 """Causes for which shared tokens were computed again, in the order of their positions: those of
-``Losses``, and ``forgotten`` for tokens that the cache does not even remember."""
+``Losses``, and for tokens that were not known to the cache ``forgotten``, or ``in_progress`` if the
+earlier request had not ended when the later one began."""
 USUAL = ("never_checkpointed", "below_grid")
 CHANGED = {
     "tools": "the tools differ",
@@ -81,12 +84,14 @@ ADVICE = {
     "special token, which its text leaves out.",
     **dict.fromkeys(_TOO_LITTLE_MEMORY, _MORE_MEMORY),
     "forgotten": f"{_MORE_MEMORY} Nothing is to be done if the cache was reset or a step failed.",
+    "in_progress": "Send the later request after the end of the earlier one to share more.",
     "not_fetched": "Nothing is to be done: computing them was faster than loading.",
     "never_checkpointed": "Mark the end of the shared part with cache_control, or try other "
     "--checkpoints.",
     "below_grid": "Nothing is to be done: it is less than one step of --grid.",
     TOOLS_BEHIND: "The chat template writes the tools behind the system message, so they are "
-    "computed again too: put text that changes into the first user message.",
+    "computed again too: put text that changes into the first user message, or write the tools "
+    "before it (--chat-template tools-first, for Qwen2.5 and Qwen3).",
     NEW: "Nothing is to be done, unless the system message begins with text that changes: put such "
     "text at its end.",
 }
@@ -109,6 +114,8 @@ class AnsweredChat:
     losses: Losses
     message: Mapping[str, Any]
     """The answer as a message."""
+    began_s: float
+    ended_s: float
 
     @cached_property
     def messages(self) -> list[dict[str, Any]]:
@@ -163,6 +170,8 @@ class Explanations:
             output.cached_len,
             output.losses,
             message,
+            call.began_s,
+            time.perf_counter(),
         )
         self.memory.put(answer_id, chat, ENTRY_BYTES + call.size + chat.tokens.nbytes)
 
@@ -183,8 +192,8 @@ class Explanations:
         return {"id": later.answer_id, "compared_with": compared_with, **told}
 
     def nearest(self, later: AnsweredChat) -> AnsweredChat | None:
-        """Return the earlier chat that shares the most tokens with ``later``, or None if none
-        shares any.
+        """Return the chat that shares the most tokens with ``later`` of those that began before it,
+        or None if none shares any.
 
         If that is less than one step of the grid, the latest one with the same messages after the
         system message is returned, because the beginning of a system message may have changed. If
@@ -192,7 +201,7 @@ class Explanations:
         Only chats of its namespace are compared; of equal ones the latest is returned.
         """
         # First by namespace: the number of chats of others must not change what is compared.
-        chats = (chat for _, chat in self.memory.listed())
+        chats = sorted((chat for _, chat in self.memory.listed()), key=lambda chat: chat.began_s)
         listed = [chat for chat in chats if chat.namespace == later.namespace]
         at = next((i for i, chat in enumerate(listed) if chat is later), 0)
         best, best_len = None, 0
@@ -227,10 +236,12 @@ class Explanations:
                 parting = self._part(earlier, later, at)
             is_new = may_be_new and parting is not None and at < self._grid
             is_new = is_new and not _continues(earlier, later)
-        by_cause = losses._asdict() | {"forgotten": losses.never_seen}
+        overlaps = earlier is not None and earlier.ended_s > later.began_s
+        unknown = "in_progress" if overlaps else "forgotten"
+        by_cause = losses._asdict() | {unknown: losses.never_seen}
         start, lost = cached_len, dict[str, int]()
         for name in LOST:
-            end = start + by_cause[name]
+            end = start + by_cause.get(name, 0)
             lost[name] = max(min(end, shared_len) - start, 0)
             start = end
         is_other = cached_len > shared_len
@@ -241,7 +252,7 @@ class Explanations:
         # Without a position of the grid between the cached and the shared length, no state could be
         # saved there, however much memory there is.
         is_tail = shared_len - cached_len < self._grid and not cached_len % self._grid
-        if cause in _TOO_LITTLE_MEMORY and is_tail:
+        if cause in (*_TOO_LITTLE_MEMORY, "in_progress") and is_tail:
             advice = ADVICE["below_grid"]
         lost = {name: number for name, number in lost.items() if number}
         words = [

@@ -98,6 +98,12 @@ class ResultItem(msgspec.Struct, kw_only=True, tag_field="type", tag="function_c
     output: Content
 
 
+class ItemReference(msgspec.Struct, kw_only=True, tag_field="type", tag="item_reference"):
+    """An item of a stored response by its id, as AI SDK sends earlier answers back."""
+
+    id: str
+
+
 AnyItem = MessageItem | ReasoningItem | CallItem | ResultItem
 
 
@@ -161,7 +167,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
     NEUTRAL = NEUTRAL
     KINDS: ClassVar[Mapping[str, str]] = {"input": "message", "tools": "function"}
 
-    input: str | Annotated[list[AnyItem], Meta(max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[AnyItem | ItemReference], Meta(max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool = True
@@ -174,7 +180,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
     metadata: dict[str, str] | None = None
 
     @property
-    def items(self) -> list[AnyItem]:
+    def items(self) -> Sequence[AnyItem | ItemReference]:
         """New items of the conversation. A text is a message of the user."""
         if isinstance(self.input, str):
             return [MessageItem(role="user", content=self.input)]
@@ -194,10 +200,10 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
         pairs = [(group.name, one.name) for group in groups for one in group.tools]
         return {_joined(*pair): pair for pair in pairs}
 
-    def as_chat(self, before: Sequence[AnyItem]) -> ChatRequest:
-        """Return the chat request, after the items of earlier responses. Raises APIError 400 or
+    def as_chat(self, items: Sequence[AnyItem]) -> ChatRequest:
+        """Return the chat request of all ``items`` of the conversation. Raises APIError 400 or
         ValueError if a field is not supported. O(all items)."""
-        messages = _messages(self.instructions, before, self.items)
+        messages = _messages(self.instructions, items)
         if not messages:
             raise APIError(400, "'input' is empty. Send at least one item.")
         choice: Any = self.tool_choice
@@ -217,14 +223,12 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
         )
 
 
-def _messages(
-    instructions: str | None, before: Sequence[AnyItem], new: Sequence[AnyItem]
-) -> list[Message]:
-    """Return the messages of a chat with the items ``before`` and those of the body."""
+def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Message]:
+    """Return the messages of a chat with these ``items``."""
     messages = list[Message]()
     if instructions is not None:
         messages.append(Message(role="system", content=instructions))
-    for item in (*before, *new):
+    for item in items:
         match item:
             case MessageItem(role="assistant"):
                 last = _assistant(messages, lambda last: last.content is None or last.tool_calls)
@@ -281,6 +285,15 @@ class StoredResponse:
     """The response as JSON."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredItem:
+    """One item of the output of a stored response."""
+
+    item: AnyItem
+    item_bytes: int
+    """Size of its JSON."""
+
+
 ITEM_FACTOR = 4
 """Approximate memory of parsed items relative to the size of their JSON."""
 
@@ -292,14 +305,16 @@ class Responses:
     def __init__(self, context: ServingContext) -> None:
         self._context = context
         limit_bytes = int(context.config.responses_mib * 2**20)
-        self._store = BoundedMemory[tuple[Tenant, str], StoredResponse](limit_bytes)
+        self._store = BoundedMemory[tuple[Tenant, str], StoredResponse | StoredItem](limit_bytes)
+        """Responses and the items of their output, by their ids."""
 
     async def create(self, call: Call, body: ResponsesRequest) -> Response:
-        """Answer one request. Raises APIError 400 if the response to continue is not stored."""
-        tenant, before = call.tenant, None
+        """Answer one request. Raises APIError 400 if the response to continue, or an item that is
+        referred to, is not stored."""
+        tenant, size, items = call.tenant, call.size, list[AnyItem]()
         if body.previous_response_id is not None:
             before = self._store.get((tenant, body.previous_response_id))
-            if before is None:
+            if not isinstance(before, StoredResponse):
                 raise APIError(
                     400,
                     f"Previous response with id {quoted(body.previous_response_id)} not found: "
@@ -307,17 +322,35 @@ class Responses:
                     param="previous_response_id",
                     code="previous_response_not_found",
                 )
-            call = replace(call, size=call.size + before.items_bytes)
-        earlier = () if before is None else before.items
-        chat = await chat_of(call, lambda: body.as_chat(earlier))
+            size, items = size + before.items_bytes, [*before.items]
+        for at, item in enumerate(body.items):
+            if not isinstance(item, ItemReference):
+                items.append(item)
+                continue
+            found = self._store.get((tenant, item.id))
+            if not isinstance(found, StoredItem):
+                raise APIError(
+                    400,
+                    f"Item with id {quoted(item.id)} not found: its response was not stored, or "
+                    "was evicted to make room. Send the item itself.",
+                    param=f"input.{at}.id",
+                )
+            size += found.item_bytes
+            items.append(found.item)
+        call = replace(call, size=size)
+        chat = await chat_of(call, lambda: body.as_chat(items))
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
-                content = msgspec.json.encode(response)
-                items = [*earlier, *body.items, *msgspec.convert(response["output"], list[AnyItem])]
-                stored = StoredResponse(items, call.size + len(content), content)
+                content, output = msgspec.json.encode(response), response["output"]
+                parsed = msgspec.convert(output, list[AnyItem])
+                stored = StoredResponse([*items, *parsed], size + len(content), content)
                 num_bytes = ITEM_FACTOR * stored.items_bytes + len(content)
                 self._store.put((tenant, response["id"]), stored, num_bytes)
+                for one, item in zip(output, parsed, strict=True):
+                    num_bytes = len(msgspec.json.encode(one))
+                    entry = StoredItem(item, num_bytes)
+                    self._store.put((tenant, one["id"]), entry, ITEM_FACTOR * num_bytes)
 
         return await _ResponsesWriter(call, chat, body, keep).answer(body.stream)
 
@@ -327,7 +360,7 @@ class Responses:
         response_id = request.path_params["response_id"]
         key = self._context.access.tenant(request.scope), response_id
         stored = self._store.get(key)
-        if stored is None:
+        if not isinstance(stored, StoredResponse):
             raise APIError(
                 404,
                 f"Response with id {quoted(response_id)} not found: it was not stored, or was "
@@ -336,6 +369,8 @@ class Responses:
         if request.method != "DELETE":
             return Response(stored.content, media_type="application/json")
         self._store.delete(key)
+        for item in msgspec.json.decode(stored.content)["output"]:
+            self._store.delete((key[0], item["id"]))
         await self._context.engine.ask(EndSession(response_id))
         return json_response({"id": response_id, "object": "response", "deleted": True})
 

@@ -143,7 +143,8 @@ class RecordStore:
             if names:
                 raise StoreError(
                     f"{self.folder} contains the state of an engine that differs in "
-                    f"{', '.join(names)}: configure both the same, or use another folder."
+                    f"{', '.join(names)}: configure both the same, use another folder, or delete "
+                    f"{self.folder} to start without its entries."
                 )
             if stored != wanted:
                 self.write_file(NAME, json.dumps(wanted, indent=1).encode())

@@ -93,6 +93,7 @@ class Live {
       document.getElementById("title").textContent = [message.meta.version, message.meta.title].filter(Boolean).join(" · ");
       this.choose(message.meta);
       document.title = `${message.meta.title} · hybridcache`;
+      this.chat.serve(message.meta.title);
       this.view.show(model);
     } else {
       for (const record of message.records) this.view.model.apply(record);

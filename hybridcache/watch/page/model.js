@@ -30,7 +30,7 @@ class Model {
     else if (kind === "checkpoint-gone") this.lose(rest[0]);
     else if (kind === "request") this.request(rest[0], isPast);
     else if (kind === "memory") { this.memory = rest[0]; this.requestVersion += 1; }
-    else if (kind === "slabs") { this.slabs = { percent: rest[0], states: new Set(rest[1]) }; this.requestVersion += 1; }
+    else if (kind === "slabs") { this.slabs = { percent: rest[0], states: new Set(rest[1]), each: rest[2] }; this.requestVersion += 1; }
   }
 
   root(namespace) {

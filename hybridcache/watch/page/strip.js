@@ -1,4 +1,4 @@
-// Memory: what is free, cached and held, and where memory is one arena its slabs, a cell each.
+// Memory: what is free, cached and held, and where memory is one arena its slabs, in cells of one or several.
 class Strip {
   constructor(view) {
     this.view = view;
@@ -51,7 +51,7 @@ class Strip {
     return [context, width];
   }
 
-  cells({ percent: filled, states }) {
+  cells({ percent: filled, states, each }) {
     const room = Math.max(this.element.clientWidth - 28, 1);
     const edge = Math.max(4, Math.min(16, Math.floor(Math.sqrt(room * 54 / filled.length))));
     const perRow = Math.floor(room / edge);
@@ -59,31 +59,30 @@ class Strip {
     const [context] = this.context(rows * edge);
     const { tree, model } = this.view;
     const checkpoints = new Set();
-    for (const node of model.nodes.values()) if (node.saved) checkpoints.add(node.saved.slot);
+    for (const node of model.nodes.values()) if (node.saved) checkpoints.add(Math.floor(node.saved.slot / each));
     const [kv, state] = [tree.ramps.age[Math.round(STEPS * 0.55)], tree.ramps.bytes[STEPS - 2]];
+    const marked = new Set([...this.marked].map((slab) => Math.floor(slab / each)));
     const inner = edge > 5 ? edge - 2 : edge - 1;
     for (const [at, share] of filled.entries()) {
       const left = at % perRow * edge;
       const top = Math.floor(at / perRow) * edge;
       context.fillStyle = tree.colour.line;
       context.fillRect(left, top, inner, inner);
-      if (states.has(at)) {
-        context.fillStyle = checkpoints.has(at) ? state : tree.colour.lock;
-        context.fillRect(left, top, inner, inner);
-      } else if (share) {
+      if (share) {
         const height = Math.max(1, inner * share / 100);
-        context.fillStyle = kv;
+        const ofState = checkpoints.has(at) ? state : tree.colour.lock;
+        context.fillStyle = states.has(at) ? ofState : kv;
         context.fillRect(left, top + inner - height, inner, height);
       }
-      if (this.marked.has(at)) {
+      if (marked.has(at)) {
         context.strokeStyle = tree.colour.ink;
         context.lineWidth = 1.5;
         context.strokeRect(left - 0.5, top - 0.5, inner + 1, inner + 1);
       }
     }
-    this.grid = { edge, perRow, filled, states, checkpoints };
-    const numFree = filled.filter((share, at) => !share && !states.has(at)).length;
-    this.canvas.setAttribute("aria-label", `${filled.length} slabs: ${states.size} with a state, ${filled.length - states.size - numFree} with KV, ${numFree} free`);
+    this.grid = { edge, perRow, filled, states, checkpoints, each };
+    const numFree = filled.filter((share) => !share).length;
+    this.canvas.setAttribute("aria-label", `${filled.length} ${each > 1 ? `cells of ${each} slabs` : "slabs"}: ${states.size} with a state, ${filled.length - states.size - numFree} with KV, ${numFree} free`);
   }
 
   pools(memory) {
@@ -105,9 +104,11 @@ class Strip {
 
   point(event) {
     if (!this.grid) return;
-    const { edge, perRow, filled, states, checkpoints } = this.grid;
+    const { edge, perRow, filled, states, checkpoints, each } = this.grid;
     const at = Math.floor(event.offsetY / edge) * perRow + Math.floor(event.offsetX / edge);
-    this.canvas.title = at >= filled.length ? "" : `slab ${at}: ${states.has(at) ? (checkpoints.has(at) ? "a checkpoint" : "a running request's state") : filled[at] ? `KV, ${filled[at]} % of its rows` : "free"}`;
+    const kind = !states.has(at) ? "KV" : checkpoints.has(at) ? "a checkpoint" : "a running request's state";
+    const name = each > 1 ? `slabs ${at * each} to ${(at + 1) * each - 1}` : `slab ${at}`;
+    this.canvas.title = at >= filled.length ? "" : `${name}: ${filled[at] ? `${kind}, ${filled[at]} % in use` : "free"}`;
   }
 
   mark(slabs) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -284,7 +285,8 @@ def store(
         tools=body.get("tools"),
         chat_template_kwargs=body.get("variables"),
     )
-    call: Any = SimpleNamespace(tenant=Tenant(0, namespace), size=100)
+    began_s = time.perf_counter()
+    call: Any = SimpleNamespace(tenant=Tenant(0, namespace), size=100, began_s=began_s)
     explanations.remember(name, call, chat, output, answer)
 
 

@@ -122,7 +122,6 @@ def test_values_of_a_body_are_counted_outside_of_texts(value: Any, is_ascii: boo
 
 FUNCTION = {"type": "function", "function": TOOL}
 TEXT = {"type": "text", "text": "x"}
-IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 THINKING = {"type": "enabled", "budget_tokens": 8}
 SCHEMA = {"type": "json_schema", "name": "a"}
 FOO = {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}
@@ -151,7 +150,6 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"cache_salt": ""}, "that is not empty"),
         ({"messages": None}, "'messages' is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "image_url"),
         ({"messages": [*CHAT, {"role": "user", "content": None}]}, "messages.1"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
@@ -196,8 +194,8 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"max_tokens": None}, "max_tokens"),
         ({"messages": [{"role": "assistant", "content": "I"}]}, "user"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-            "cannot be 'image'",
+            {"messages": [{"role": "user", "content": [{"type": "video", "source": {}}]}]},
+            "cannot be 'video'",
         ),
         ({"messages": [{"role": "user", "content": [TEXT | {"text": 5}]}]}, "content.0.text"),
         ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "web_search"),
@@ -211,8 +209,8 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     "/v1/responses": [
         ({"input": [{"type": "web_search_call"}]}, "web_search_call"),
         (
-            {"input": [CHAT[0] | {"content": [{"type": "input_image"}]}]},
-            "content.0.type' cannot be 'input_image'",
+            {"input": [CHAT[0] | {"content": [{"type": "video"}]}]},
+            "content.0.type' cannot be 'video'",
         ),
         ({"text": {"format": {}}}, "text.format.type"),
         ({"text": {"format": SCHEMA}}, "text.format"),

@@ -164,7 +164,7 @@ def test_echo_scores_the_prompt_without_the_cache(builtin: Live) -> None:
 def test_model_cards(serve_oracle: Callable[..., Live]) -> None:
     from engine.server.settings import ServerConfig
 
-    live = serve_oracle(ServerConfig(served_model_name="org/mine"))
+    live = serve_oracle(ServerConfig(served_model_name=("org/mine",)))
     [card] = live.client.models.list().data
     page = live.get("/v1/models").json()  # The fields that Anthropic's clients read.
     assert page["first_id"] == page["last_id"] == "org/mine" and page["has_more"] is False
@@ -176,6 +176,48 @@ def test_model_cards(serve_oracle: Callable[..., Live]) -> None:
         live.client.models.retrieve("other")
     answer = live.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
     assert answer.status_code == 200, "the model's name is optional"
+
+
+def test_model_has_several_names_or_any(serve_oracle: Callable[..., Live]) -> None:
+    """As Claude Code names one model for its work and others for its subagents."""
+    from engine.server.settings import ServerConfig
+
+    live = serve_oracle(ServerConfig(served_model_name=("opus", "haiku")))
+    assert [card.id for card in live.client.models.list().data] == ["opus", "haiku"]
+    assert live.client.models.retrieve("haiku").id == "haiku"
+    body = {"prompt": "x", "max_tokens": 1}
+    for name in ("opus", "haiku"):
+        assert live.post("/v1/completions", body | {"model": name}).json()["model"] == "opus"
+    assert live.post("/v1/completions", body | {"model": "opus,haiku"}).status_code == 404
+    live = serve_oracle(ServerConfig(served_model_name=("*",)))
+    answer = live.post("/v1/completions", body | {"model": "claude-anything"})
+    assert (
+        answer.status_code == 200 and answer.json()["model"] == live.client.models.list().data[0].id
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/api/chat", "use /v1/chat/completions"),
+        ("/api/generate", "use /v1/completions"),
+        ("/api/tags", "use /v1/models"),
+        ("/api/embed", "Embeddings are not served"),
+        ("/v1/embeddings", "Embeddings are not served"),
+        ("/v1/load_lora_adapter", "merge the adapter"),
+        ("/v1/none", "see /openapi.json"),
+    ],
+)
+def test_paths_of_other_servers_name_the_nearest_that_works(
+    live: Live, path: str, said: str
+) -> None:
+    answer = live.post(path, {})
+    assert answer.status_code == 404 and said in answer.json()["error"]["message"]
+
+
+def test_keep_alive_of_a_request_is_explained(live: Live) -> None:
+    answer = live.post("/v1/completions", {"prompt": "x", "max_tokens": 1, "keep_alive": "5m"})
+    assert answer.status_code == 400 and "stays loaded" in answer.json()["error"]["message"]
 
 
 FUNCTION = {"name": "f", "arguments": "{}"}

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
+import numpy as np
+import pytest
+
+from engine.plugins.diagnostics.explanations import AnsweredChat, Explanations
+from hybridcache.api import Losses
 
 from .conftest import Live
 
@@ -48,6 +55,51 @@ def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:
     assert (
         unknown.status_code == 404 and "id 'chatcmpl-none' of its answer is stored" in unknown.text
     )
+
+
+def test_requests_at_once_are_compared_in_the_order_of_their_starts(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    """The later one ends first: the first one is new, and nothing is said to be evicted."""
+    live = serve_oracle(step_s=0.02)
+    chat = body(SYSTEM, max_tokens=60, ignore_eos=True, stream=True)
+    with httpx.stream("POST", live.url + "/v1/chat/completions", json=chat, timeout=120) as first:
+        lines = (line for line in first.iter_lines() if line.startswith("data: {"))
+        first_id = json.loads(next(lines)[6:])["id"]
+        later, same = (
+            live.post("/v1/chat/completions", body(system)).json()["id"]
+            for system in (SYSTEM + "Later.", SYSTEM)
+        )
+        assert live.get(f"/v1/cache/explanations/{first_id}").status_code == 404
+        assert sum(1 for _ in lines) > 10
+    live.wait_until_idle()
+    told = live.get(f"/v1/cache/explanations/{first_id}").json()
+    assert (told["cause"], told["compared_with"], told["lost"]) == ("new", None, {})
+    for name in (later, same):
+        told = live.get(f"/v1/cache/explanations/{name}?compared_with={first_id}").json()
+        assert "forgotten" not in told["lost"] and "More memory" not in told["text"]
+    assert live.get(f"/v1/cache/explanations/{later}").json()["compared_with"] == first_id
+
+
+@pytest.mark.parametrize(
+    ("ended_s", "cause", "said"),
+    [
+        (9.0, "in_progress", "199 shared with a request in progress"),
+        (4.0, "forgotten", "199 no longer known to the cache"),
+    ],
+)
+def test_tokens_of_a_request_in_progress_are_not_evicted(
+    ended_s: float, cause: str, said: str
+) -> None:
+    tokens, losses = np.arange(200, dtype=np.int32), Losses(200, 0, 0, 0, 0)
+    first, later = (
+        AnsweredChat(name, None, [], [], None, tokens, 200, 0, losses, {}, began_s, end_s)
+        for name, began_s, end_s in (("a", 1.0, ended_s), ("b", 5.0, 6.0))
+    )
+    tokenizer: Any = None  # Without a difference, no text is decoded.
+    told = Explanations(tokenizer, 1 << 20, grid=64).explain(first, later)
+    assert told["cause"] == cause and said in told["text"]
+    assert ("More memory" in told["text"]) == (cause == "forgotten")
 
 
 def test_reuse_of_a_request_that_is_not_stored_is_no_new_conversation(live: Live) -> None:

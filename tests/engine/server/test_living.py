@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.messages import Exactness
 from engine.server import access
+from engine.server.access import JsonFormatter
 from engine.server.settings import ServerConfig
 from tests.waiting import wait_until
 
@@ -317,6 +320,36 @@ def _answer_lines(caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
 
     wait_until(lambda: len(found()) >= number)
     return found()
+
+
+def test_statuses_are_counted_and_logged_as_json(
+    tmp_path: Path, serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also those of refusals."""
+    caplog.set_level(logging.INFO, "engine.server.access.requests")
+    (tmp_path / "keys").write_text("first\nsecond\n")
+    config = ServerConfig(log_requests=True, api_key_file=str(tmp_path / "keys"))
+    live = serve_oracle(config)
+    key = {"Authorization": "Bearer second"}
+    for status, path, body, headers in (
+        (200, "/v1/completions", {"prompt": "x", "max_tokens": 1}, key),
+        (400, "/v1/completions", {"prompt": 7}, key),
+        (401, "/v1/completions", {"prompt": "x"}, {}),
+        (404, "/v1/none", {}, key),
+        (413, "/v1/completions", {"prompt": "x" * (5 << 20)}, key),
+    ):
+        assert httpx.post(live.url + path, json=body, headers=headers).status_code == status
+    text = httpx.get(live.url + "/metrics").text
+    counted = re.findall(r'engine_http_requests_total{status="(\d+)"} ([\d.]+)', text)
+    assert dict(counted) == dict.fromkeys(("200", "400", "401", "404", "413"), "1.0")
+    records = [one for one in caplog.records if one.name.endswith("access.requests")]
+    lines = [json.loads(JsonFormatter().format(one)) for one in records]
+    assert [one["status"] for one in lines] == [200, 400, 401, 404, 413]
+    assert (lines[0]["key"], lines[0]["client"]) == (1, "127.0.0.1") and lines[2]["key"] is None
+    assert lines[0]["answer_tokens"] == 1 and datetime.fromisoformat(lines[0]["time"]).tzinfo
+    assert "prompt" in lines[1]["error"] and "message" not in lines[0]
+    warning = logging.LogRecord("engine", logging.WARNING, "", 0, "Two %s", ("words",), None)
+    assert json.loads(JsonFormatter().format(warning))["message"] == "Two words"
 
 
 def test_request_log_has_disconnected_requests(

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
+from engine.text.tokenizer import ChatTemplate
 
 from .conftest import Live
 
@@ -48,6 +49,81 @@ def test_default_limit_of_a_chat_is_that_of_the_server(serve_oracle: Callable[..
     assert answer["usage"]["output_tokens"] <= 7
     with pytest.raises(ValueError, match="default_max_tokens must be an integer of 1 or more"):
         ServerConfig(default_max_tokens=0)
+
+
+def media(kind: str, text: bool) -> dict[str, dict[str, Any]]:
+    """Return bodies with a ``kind`` of image in each place, or with the ``text`` in its place."""
+
+    def part(name: str) -> dict[str, Any]:
+        line = f"[{kind} was left out here, because the model reads text only.]"
+        image = {"type": name, "source": {"data": "x"}, "image_url": "x", "file": {}}
+        return {"type": "text", "text": line} if text else image
+
+    image = kind.split()[1]
+    use = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [part(image)]}
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    url, given = ("image_url", "input_image") if image == "image" else ("file", "input_file")
+    said = {"role": "user", "content": [{"type": "text", "text": "Look:"}, part(url)]}
+    turns = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    items = [call, {"type": "function_call_output", "call_id": "a", "output": [part(given)]}]
+    return {
+        "/v1/chat/completions": {"messages": [said], "max_tokens": 1},
+        "/v1/messages": {"model": "builtin", "messages": [*CHAT, *turns], "max_tokens": 1},
+        "/v1/messages/count_tokens": {"model": "builtin", "messages": [*CHAT, *turns]},
+        "/v1/responses": {"input": [*CHAT, *items], "max_output_tokens": 1},
+        "/tokenize": {"messages": [said]},
+    }
+
+
+@pytest.mark.parametrize("kind", ["An image", "A document"])
+def test_images_become_a_line_of_text_or_are_refused(
+    builtin: Live, serve_oracle: Callable[..., Live], kind: str
+) -> None:
+    """A prompt with an image is that with the line: the next turns of a session still work."""
+    refusing = serve_oracle(ServerConfig(images="refuse", served_model_name=("builtin",)))
+
+    def num_tokens(answer: dict[str, Any]) -> int:
+        usage = answer.get("usage", answer)
+        names = ("prompt_tokens", "count", "input_tokens", "cache_read_input_tokens")
+        return sum(usage.get(name, 0) for name in names)
+
+    plain = media(kind, text=True)
+    for path, body in media(kind, text=False).items():
+        shown, said = builtin.post(path, body), builtin.post(path, plain[path])
+        assert shown.status_code == said.status_code == 200, shown.text
+        assert num_tokens(shown.json()) == num_tokens(said.json()) > 60
+        refused = refusing.post(path, body)
+        message = refused.json()["error"]["message"]
+        assert refused.status_code == 400 and f"{kind} is not supported" in message
+        assert refusing.post(path, plain[path]).status_code == 200
+
+
+def test_switches_of_the_template_have_defaults_of_the_server(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    """In all dialects; a request goes first, and so does its reasoning effort."""
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    live = serve_oracle(ServerConfig(chat_template_kwargs='{"enable_thinking": false}'))
+
+    def prompt(live: Live, **more: Any) -> list[int]:
+        return live.post("/tokenize", {"messages": CHAT} | more).json()["tokens"]
+
+    usual, source = serve_oracle(), "{{ 'on' if enable_thinking | default(true) }}"
+    template = ChatTemplate(source + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    for one in (live, usual):
+        assert one.engine.tokenizer is not None
+        one.engine.tokenizer.chat_template = template
+    assert prompt(live) == prompt(usual, **off) != prompt(usual)
+    on = {"chat_template_kwargs": {"enable_thinking": True}}
+    assert prompt(live, **on) == prompt(usual, **on) != prompt(live)
+    body = {"model": live.get("/v1/models").json()["data"][0]["id"], "messages": CHAT}
+    for more, tokens in (
+        ({}, prompt(live)),
+        ({"thinking": {"type": "enabled"}}, prompt(live, **on)),
+    ):
+        counted = live.post("/v1/messages/count_tokens", body | more).json()
+        assert counted["input_tokens"] == len(tokens)
 
 
 def test_top_k_below_one_keeps_all_tokens(live: Live) -> None:

@@ -90,6 +90,46 @@ def test_chat_box_streams_and_shows_reused_tokens(tab: Any, live: Live) -> None:
     assert tab.locator(".said").count() == 0
 
 
+def test_chat_box_folds_reasoning_and_says_that_an_answer_was_cut(tab: Any, live: Live) -> None:
+    """No limit is sent unless one is set; reasoning is sent back with the next message."""
+    sent: list[dict[str, Any]] = []
+
+    def answer(route: Any) -> None:
+        sent.append(json.loads(route.request.post_data))
+        deltas = [{"reasoning_content": "Hm, "}, {"reasoning_content": "well."}]
+        deltas += [] if len(sent) == 3 else [{"content": "Yes."}]
+        choices = [{"delta": one, "finish_reason": None} for one in deltas]
+        choices.append({"delta": {}, "finish_reason": "length" if len(sent) > 1 else "stop"})
+        usage = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
+        chunks = [*({"choices": [one]} for one in choices), {"choices": [], "usage": usage}]
+        lines = [*(f"data: {json.dumps(one)}\n\n" for one in chunks), "data: [DONE]\n\n"]
+        route.fulfill(body="".join(lines), content_type="text/event-stream")
+
+    tab.route("**/v1/chat/completions", answer)
+    tab.goto(live.url)
+    wait_until_live(tab)
+    assert tab.locator(".chat h2").inner_text() == "Chat " + tab.evaluate(
+        "hybridcache.view.model.meta.title"
+    )
+    for number, (length, thinking) in enumerate([("", "default"), ("5", "off"), ("5", "on")], 1):
+        tab.evaluate("document.querySelector('.chat > details').open = true")
+        tab.get_by_label("Maximum tokens of an answer").fill(length)
+        tab.get_by_label("Thinking").select_option(thinking)
+        tab.get_by_label("Message").fill("Well?")
+        tab.keyboard.press("Enter")
+        wait_for(tab, f"document.querySelectorAll('.said small').length === {number}")
+    assert [one.get("max_tokens") for one in sent] == [None, 5, 5]
+    switches = [None, {"enable_thinking": False}, {"enable_thinking": True}]
+    assert [one.get("chat_template_kwargs") for one in sent] == switches
+    assert sent[1]["messages"][1]["reasoning_content"] == "Hm, well."
+    said = tab.locator(".said.assistant")
+    assert [("cut at the limit" in said.nth(at).inner_text()) for at in range(3)] == [0, 1, 1]
+    assert "(reasoning only)" in said.last.inner_text()
+    assert not said.last.get_by_text("Hm, well.").is_visible()
+    said.last.get_by_text("reasoning", exact=True).click()
+    assert said.last.get_by_text("Hm, well.").is_visible()
+
+
 def test_page_reports_a_lost_server_and_reconnects(tab: Any) -> None:
     with serving(oracle_engine()) as live:
         ask(live, PROMPT)

@@ -76,6 +76,36 @@ def test_stored_conversation_has_the_prompt_of_a_whole_one(serve_answer: ServeAn
     assert same.usage.input_tokens_details.cached_tokens >= third.usage.input_tokens // 64 * 64 - 64
 
 
+def test_references_stand_for_stored_items(serve_answer: ServeAnswer) -> None:
+    """Reasoning, text and calls by their ids, as AI SDK sends them, give the same prompt as the
+    items themselves; they are known to their tenant only, and until their response is deleted."""
+    client = serve_answer(f"<think>Hm.</think>So:{HERMES_CALL}", then="Dry.").client
+    options: dict[str, Any] = {"model": "builtin", "tools": TOOLS}
+    first = client.responses.create(input="Rain in Bonn?", **options)
+    kinds = [item.type for item in first.output]
+    assert kinds == ["reasoning", "message", "function_call"]
+    start = {"role": "user", "content": "Rain in Bonn?"}
+    call_id = first.output[-1].call_id
+    result = {"type": "function_call_output", "call_id": call_id, "output": "dry"}
+    named: Any = [{"type": "item_reference", "id": item.id} for item in first.output]
+    second = client.responses.create(input=[start, *named, result], **options)
+    items = [item.model_dump() for item in first.output]
+    same = client.responses.create(input=[start, *items, result], **options)
+    assert second.output_text == same.output_text == "Dry."
+    assert second.usage.input_tokens == same.usage.input_tokens
+    third = client.responses.create(input="Sure?", previous_response_id=second.id, **options)
+    assert third.usage.input_tokens > second.usage.input_tokens
+    salted = {"x-cache-salt": "other"}
+    with pytest.raises(openai.BadRequestError, match="not found: its response") as caught:
+        client.responses.create(input=[start, *named], **options, extra_headers=salted)
+    assert caught.value.param == "input.1.id"
+    with pytest.raises(openai.NotFoundError, match="not found"):
+        client.responses.retrieve(named[0]["id"])
+    client.responses.delete(first.id)
+    with pytest.raises(openai.BadRequestError, match="Send the item itself"):
+        client.responses.create(input=[start, *named], **options)
+
+
 def test_stored_responses_are_retrieved_and_deleted(serve_answer: ServeAnswer) -> None:
     client = serve_answer("Yes.").client
     whole = client.responses.create(**ASK, metadata={"a": "b"})

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,10 +19,12 @@ import pytest
 from engine import Engine, engine_config
 from engine.server.access import Access
 from engine.server.settings import ServerConfig
+from tests.waiting import wait_until
 
 from .conftest import Live, serving
 from .dialects import bodies
 
+URL = re.compile(r"http://\S+/v1")
 PROMPT = "what a tenant asks, again and again. " * 12
 
 
@@ -219,6 +225,53 @@ def ask(live: Live, path: str, body: dict[str, Any], headers: dict[str, str]) ->
     for event in map(json.loads, lines):
         merged |= event.get("message") or event.get("response") or event
     return answer.text, merged
+
+
+def test_keys_are_read_again_and_keep_their_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("a\nb\n")
+    access = Access(ServerConfig(api_key_file=str(file)))
+
+    def number(key: str) -> int | None:
+        headers = [(b"authorization", b"Bearer " + key.encode())]
+        scope: Any = {"headers": headers, "path": "/v1/models", "state": {}}
+        return None if access.refusal(scope) else scope["state"]["api_key"]
+
+    assert (number("a"), number("b"), number("c")) == (0, 1, None)
+    file.write_text("b\nc\n")
+    access.reload()
+    assert (number("a"), number("b"), number("c"), number("")) == (None, 1, 2, None)
+    file.write_text("")
+    with pytest.raises(ValueError, match="has no key"):
+        access.reload()
+    assert (number("b"), number("c")) == (1, 2)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGHUP")
+def test_hangup_reads_the_keys_of_a_server_again(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("old\n")
+    command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.1"]
+    command += ["--api-key-file", str(tmp_path / "keys")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = next(found[0] for line in server.stdout if (found := URL.search(line)))
+
+            def status(key: str) -> int:
+                headers = {"Authorization": f"Bearer {key}"}
+                return httpx.get(f"{url}/models", headers=headers, timeout=120).status_code
+
+            assert (status("old"), status("new")) == (200, 401)
+            (tmp_path / "keys").write_text("new\n")
+            server.send_signal(signal.SIGHUP)
+            wait_until(lambda: status("new") == 200)
+            assert status("old") == 401
+            server.terminate()
+            assert "The keys were read again." in server.communicate(timeout=120)[0]
+            assert server.returncode == 0
+        finally:
+            server.kill()
 
 
 @pytest.mark.full("1")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import engine.text
+from engine.text.tokenizer import ChatTemplate
 from hybridcache.policies.eviction.survival import Survival
 
-from .conftest import ServeAnswer
-from .dialects import BONN, CHAT, TOOL
+from .conftest import Live, ServeAnswer
+from .dialects import BONN, CHAT, SCHEMA, TOOL
 
 QWEN_XML = """\
 {%- if tools %}{{ '<|im_start|>system\\n' ~ tools|tojson ~ '<|im_end|>\\n' }}{% endif %}
@@ -176,3 +179,54 @@ def test_cache_control_sets_boundaries(serve_answer: ServeAnswer) -> None:
     del system[0]["cache_control"], chat[1]["content"][0]["cache_control"]
     del chat[3]["content"][0]["cache_control"]
     assert live.post("/tokenize", body).json()["tokens"] == tokens
+
+
+def test_shipped_template_writes_tools_before_the_system_text(serve_answer: ServeAnswer) -> None:
+    """Sessions with other system texts share the tools, and calls are read; with the built-in
+    template, which writes them behind it, an explanation names the remedy."""
+    source = Path(engine.text.__file__).with_name("tools_first.jinja").read_text("utf-8")
+    tool = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+
+    def ask(live: Live, system: str) -> dict[str, Any]:
+        chat = [{"role": "system", "content": system}, {"role": "user", "content": "Rain?"}]
+        answer = live.post("/v1/chat/completions", {"messages": chat, "tools": [tool]})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    for template in (source, None):
+        live = serve_answer(HERMES_CALL, template=template)
+        assert live.post("/reset_prefix_cache", {}).status_code == 200
+        first, second = ask(live, "In /home/a. " * 20), ask(live, "In /srv/b. " * 20)
+        [call] = second["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "weather" and first["usage"]["prompt_tokens"] > 256
+        cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached >= 128 if template else cached == 0
+    live = serve_answer(HERMES_CALL)
+    shared = "Be brief and exact, always. " * 20
+    ids = [ask(live, shared + one)["id"] for one in ("In /home/a.", "In /srv/b.")]
+    advice = live.get(f"/v1/cache/explanations/{ids[1]}").json()["advice"]
+    assert "--chat-template tools-first" in advice
+
+
+def test_shipped_template_writes_what_qwen_was_trained_on() -> None:
+    source = Path(engine.text.__file__).with_name("tools_first.jinja").read_text("utf-8")
+    call = {"function": {"name": "f", "arguments": {"a": 1}}}
+    chat = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "reasoning_content": "R", "tool_calls": [call, call]},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+    ]
+    text = ChatTemplate(source).render(chat, tools=[{"t": 1}], add_generation_prompt=True)
+    head, tail = text.split("</tool_call>\n\nS<|im_end|>\n", 1)
+    assert head.startswith("<|im_start|>system\n# Tools\n\n") and '<tools>\n{"t": 1}\n' in head
+    made = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    assert tail == (
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\nR\n</think>\n\n"
+        f"{made}\n{made}<|im_end|>\n<|im_start|>user\n<tool_response>\n1\n</tool_response>\n"
+        "<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    plain = ChatTemplate(source).render(chat[:2])
+    assert plain == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
