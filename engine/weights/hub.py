@@ -41,6 +41,8 @@ SMALL_FILES = [
     ".gitattributes",  # In every repository: huggingface_hub warns if it finds no file.
 ]
 """Files besides the weights that the engine reads, all in the top folder of a repository."""
+OLLAMA_NAME = re.compile(r"[\w.-]+:[\w.-]+|[\w.-]+/[\w.-]+:(latest|\d+(\.\d+)?[bm].*)")
+"""Names with a tag, which is a size or ``latest``, and not a format of GGUF files."""
 HUB_NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?<!\.json)(?<!\.gguf)(:(?P<label>[\w.-]+))?"
 )
@@ -125,7 +127,7 @@ def _check_kind(model: str, is_absent: bool) -> None:
     if url:
         name = f"--model {url[1]}" if url[1] else "a folder, or ORG/NAME of the Hugging Face Hub"
         raise HubError(f"{model} is a URL, and models are not loaded from URLs: use {name}.")
-    if is_absent and re.fullmatch(r"[\w.-]+:[\w.-]+", model):
+    if is_absent and OLLAMA_NAME.fullmatch(model):
         raise HubError(
             f"{model} is a name of Ollama's library, which is not supported: use a folder, a GGUF "
             "file, or ORG/NAME of the Hugging Face Hub, as in Qwen/Qwen3-0.6B."
