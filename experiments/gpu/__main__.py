@@ -39,6 +39,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ from experiments.provenance import ROOT, code_hash, known_records, write_json_li
 
 Verdict = Literal["passed", "failed", "timed out", "stopped", "not begun", "skipped", "done before"]
 
+LOOK_S = 0.05
+"""Time between two looks at a process."""
 GRACE_S = 5.0
 """Seconds between the request to stop and the kill of a part."""
 LEAST_S = 20.0
@@ -172,18 +175,33 @@ def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> 
     All its processes are asked to stop and then killed, because they would share the device with
     the next part.
     """
-    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        return "failed" if _wait(process, limit_s) else "passed"
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _wait(process, GRACE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(error, subprocess.TimeoutExpired):
+            return "timed out"
+        raise
+
+
+def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int:
+    """Return the exit code. Raises TimeoutExpired. An error of a signal handler comes between two
+    looks, because one inside ``Popen.wait`` can leave a lock that blocks the next wait for ever."""
+    for _ in range(int(limit_s / LOOK_S) + 1):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
-            return "failed" if process.wait(limit_s) else "passed"
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                return "timed out"
-            raise
+            code = process.poll()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if code is not None:
+            return code
+        threading.Event().wait(LOOK_S)
+    raise subprocess.TimeoutExpired(process.args, limit_s)
 
 
 def install_wheels() -> None:
