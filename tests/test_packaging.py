@@ -116,6 +116,7 @@ def test_engine_is_not_built_for_an_environment_with_another_package_kernels(sit
     assert done.stdout.endswith(f"{VERSION}\n"), done.stderr
 
 
+@pytest.mark.full
 def test_installed_engine_refuses_to_run_beside_another_package_kernels(
     tmp_path: Path, site: Path
 ) -> None:

@@ -14,7 +14,7 @@ from experiments import texts
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from experiments.gpu.models import write_checkpoint
 from tests.engine.test_hits_change_nothing import HYBRID
-from tests.selection import num_examples
+from tests.selection import is_quick
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=3)
 BEGINNING = "The same beginning, again and again. " * 8
@@ -37,7 +37,7 @@ def test_word_problems_are_solved_as_in_full_precision(files: dict[str, Path]) -
     """Files of few bits solve as many problems, within 2 points, or within two problems of a short
     run."""
     rng = random.Random(7)
-    problems = [texts.few_shot(rng, 4) for _ in range(num_examples(200))]
+    problems = [texts.few_shot(rng, 4) for _ in range(16 if is_quick() else 200)]
     solved = {}
     for kind, path in files.items():
         engine = engine_of(path, dtype="float32" if kind == "F32" else "bfloat16")
@@ -68,25 +68,26 @@ def test_hits_are_exact(kind: str, settings: dict[str, object], files: dict[str,
     assert cold[0].token_ids == hit[0].token_ids and cold[0].logprobs == hit[0].logprobs
 
 
-def test_ranks_have_whole_blocks(files: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.full("Q4_0")
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_ranks_have_whole_blocks(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
     """Hits are exact with two ranks. Blocks that they would split are refused."""
     with pytest.raises(
         ValueError, match="--tp would split blocks of 32 columns that share a scale"
     ):
-        engine_of(files["Q8_0"], tp=2)
+        engine_of(files[kind], tp=2)
     sizes = {"hidden_size": 64, "head_dim": 32, "moe_intermediate_size": 64}
     sizes |= {"shared_expert_intermediate_size": 64, "mlp_only_layers": []}
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": 32}
     config = HYBRID | {"vocab_size": 320, "num_key_value_heads": 2} | sizes | heads
     write_checkpoint(tmp_path, config)
-    for kind in ("Q8_0", "Q4_0"):
-        path = tmp_path / f"{kind}.gguf"
-        write_gguf(gguf, tmp_path, path, kind, vocabulary(BUILTIN_DIR, "gpt-2"))
-        engine = engine_of(path, tp=2)
-        cold, hit = (engine.generate([BEGINNING], GREEDY)[0] for _ in range(2))
-        engine.close()
-        assert cold.cached_len == 0 and hit.cached_len >= 256
-        assert cold.logprobs == hit.logprobs
+    path = tmp_path / f"{kind}.gguf"
+    write_gguf(gguf, tmp_path, path, kind, vocabulary(BUILTIN_DIR, "gpt-2"))
+    engine = engine_of(path, tp=2)
+    cold, hit = (engine.generate([BEGINNING], GREEDY)[0] for _ in range(2))
+    engine.close()
+    assert cold.cached_len == 0 and hit.cached_len >= 256
+    assert cold.logprobs == hit.logprobs
 
 
 def test_a_store_belongs_to_one_file(files: dict[str, Path], tmp_path: Path) -> None:
