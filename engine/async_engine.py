@@ -21,8 +21,9 @@ import msgspec
 import numpy as np
 from msgspec import structs
 
+from engine.cache_watch import Watch
 from engine.config import EngineConfig
-from engine.engine import Engine, watch
+from engine.engine import Engine
 from engine.errors import (
     FAILED,
     STOPPED,
@@ -72,7 +73,7 @@ class EngineHost:
         """``send`` passes a message to the front end, from any thread and without waiting."""
         self.engine, self._send = engine, send
         self._commands: deque[Callable[[], None]] = deque()
-        self._views: dict[int, Any] = {}
+        self._views: dict[int, Watch] = {}
         self._numbers = itertools.count()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._wake = threading.Condition()  # With a lock that its owner may take again.
@@ -158,7 +159,7 @@ class EngineHost:
                 engine.end_session(question.request_id)
             case OpenView():
                 number = next(self._numbers)
-                views[number] = watch(engine)
+                views[number] = Watch(engine)
                 return number
             case AskView(view, "close"):
                 views.pop(view).close()

@@ -113,14 +113,6 @@ def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
     return plugins
 
 
-def watch(engine: EngineCore) -> Any:
-    """Open a view of the cache of ``engine``, for a page. Raises ValueError if the tree is too
-    large for one."""
-    from engine.plugins.observe.cache_watch import Watch
-
-    return Watch(engine)
-
-
 def load(config: EngineConfig) -> tuple[ModelRunner, Sampler, Tokenizer]:
     """Load the model, the sampler and the tokenizer named by ``config``. Imports torch."""
     from engine.runner.sampler import Sampler

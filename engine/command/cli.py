@@ -187,27 +187,27 @@ def _parser(arguments: Sequence[str]) -> Parser:
     )
     add(
         "convert",
-        lambda arguments: _plugin("convert").run(arguments),
+        lambda arguments: _verb("convert").run(arguments),
         "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
         "convert the weights of a model to eight bits",
-        lambda parser: _plugin("convert").add_flags(parser),
+        lambda parser: _verb("convert").add_flags(parser),
     )
     add(
         "record",
-        lambda arguments: _plugin("record").run(arguments),
+        lambda arguments: _verb("record").run(arguments),
         "--to URL --out FILE [options]",
         "pass requests on to any OpenAI-compatible server and write its chats as a trace",
-        lambda parser: _plugin("record").add_flags(parser),
+        lambda parser: _verb("record").add_flags(parser),
     )
     return parser
 
 
-def _plugin(verb: str) -> Any:
+def _verb(verb: str) -> Any:
     if verb == "record":
-        from engine.plugins.record import command as record
+        from engine.command import record
 
         return record
-    from engine.plugins import convert
+    from engine.command import convert
 
     return convert
 
@@ -293,7 +293,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         if server_config.replicas > 1:
             if engine_config.of(TierConfig).state_dir is not None:
                 raise ConfigError("--replicas cannot share a --state-dir: remove one of them.")
-            from engine.plugins.replicas.replicas_client import start_replicas
+            from engine.worker.replicas import start_replicas
 
             start = partial(start_replicas, engine_config, server_config, address)
         else:

@@ -1,9 +1,5 @@
-"""Settings of the engine's optional capabilities.
-
-Every plugin imports the core. The composition roots (``engine/engine.py`` for an engine,
-``engine/server/app.py`` for a server, ``engine/command/cli.py`` for commands) import a plugin when
-it is first needed. A plugin's ``__init__`` has its settings and imports no other module of it.
-"""
+"""Optional parts of an engine. Each imports the core, and ``engine/engine.py`` imports it when it
+is first needed. A plugin's ``__init__`` has its settings and imports no other module of it."""
 
 from __future__ import annotations
 

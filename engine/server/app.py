@@ -29,18 +29,20 @@ from starlette.routing import Route
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
 from engine.messages import Ask
-from engine.plugins.diagnostics.explanations import Explanations, explanation
-from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, count_tokens, messages
-from engine.plugins.dialects.responses import Responses, ResponsesRequest
-from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from engine.plugins.observe.server import Page
 from engine.plugins.tiers import TierConfig
-from engine.plugins.tool_calls.forms import tool_calls
-from engine.server.access import HEADERS_S, Access, ClientConnection, JsonFormatter, Requests
+from engine.server.access import Access, JsonFormatter, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
+from engine.server.endpoints.anthropic import CountRequest, MessagesRequest, count_tokens, messages
+from engine.server.endpoints.chat import chat
+from engine.server.endpoints.completions import complete
+from engine.server.endpoints.explain import Explanations, explanation
+from engine.server.endpoints.observe import Page
+from engine.server.endpoints.responses import Responses, ResponsesRequest
+from engine.server.endpoints.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from engine.server.schemas import ChatRequest, CompletionRequest, Message
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
-from engine.server.writers import Answer, ServingContext, chat, complete
+from engine.server.transport import HEADERS_S, ClientConnection
+from engine.server.writers import Handler, ServingContext
 from hybridcache.command.extras import version as installed_version
 from hybridcache.command.signals import log_to_stderr
 from hybridcache.geometry.units import counted
@@ -213,10 +215,10 @@ def create_app(
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
-    context = ServingContext(engine, config, access, explanations.remember, tool_calls)
+    context = ServingContext(engine, config, access, explanations.remember)
     responses = Responses(context)
     page = Page(context, config.replicas)
-    bodies: dict[str, tuple[type[Body], Answer]] = {
+    bodies: dict[str, tuple[type[Body], Handler]] = {
         "/v1/completions": (CompletionRequest, complete),
         "/v1/chat/completions": (ChatRequest, chat),
         "/v1/messages": (MessagesRequest, messages),

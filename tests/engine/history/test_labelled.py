@@ -13,9 +13,9 @@ import pytest
 from msgspec import structs
 
 from engine import RequestSpec
-from engine.plugins.diagnostics.explanations import Explanations
 from engine.requests.chat_prompt import render_chat
 from engine.server.access import Tenant
+from engine.server.endpoints.explain import Explanations
 from engine.server.schemas import ChatRequest
 from engine.text.answers import AnswerReader, RequestOutput, as_message
 from engine.text.tokenizer import ChatTemplate, HFTokenizer

@@ -20,8 +20,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from engine.requests.chat_prompt import NO_CHAT, render_chat
-from engine.server.bodies import APIError, ClientGone, settled, unless_gone
+from engine.server.bodies import APIError, ClientGone, settled
 from engine.server.schemas import read_messages
+from engine.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
 
 Fields = Mapping[str, Any]

@@ -8,8 +8,9 @@ from msgspec import field
 from starlette.responses import Response
 
 from engine.server.bodies import APIError, Body, json_response, run
+from engine.server.endpoints.chat import render
 from engine.server.schemas import ChatRequest, Messages, TokenId
-from engine.server.writers import Call, render
+from engine.server.writers import Call
 
 
 class TokenizeRequest(ChatRequest, kw_only=True):

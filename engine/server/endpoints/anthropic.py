@@ -14,9 +14,9 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
-from engine.plugins.dialects import PartWriter, as_tool, chat_of, named_event
 from engine.requests.request import MAX_COUNT
 from engine.server.bodies import APIError, Body, Part, json_response
+from engine.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event, render
 from engine.server.schemas import (
     MAX_MESSAGES,
     AnswerLimit,
@@ -33,7 +33,7 @@ from engine.server.schemas import (
     TopK,
     TopP,
 )
-from engine.server.writers import Call, new_id, render
+from engine.server.writers import Call, new_id
 from engine.text.answers import Event, Finish, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded import read_json
 
